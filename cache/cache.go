@@ -1,0 +1,342 @@
+// Package cache owns what this node holds in memory: the registration entries
+// it may serve, their X.509-SVIDs with keys, JWT-SVIDs, and the open streams.
+//
+// State goes in by [Cache.Update] (entries), [Cache.SetBundle], [Cache.Put]
+// (X.509-SVIDs) and [Cache.PutJWT]. It comes out as a [View]: the SVIDs and
+// the trust bundle of one moment, read together, so that an answer to a
+// workload never pairs an SVID with a bundle from another time.
+//
+// X.509-SVIDs are indexed by the authority that signed them, which makes the
+// cost of a taint the number of SVIDs it touches, and lets [Cache.Authorities]
+// say at any moment what still hangs on an authority. Nothing is dropped
+// because of a taint: a held SVID leaves when its replacement arrives, when
+// its entry goes, or when the cache is above its limit and nobody streams it.
+//
+// Everyone who acts on changes is woken by level, not by event: a [Follower]
+// or a [Subscription] has a channel of capacity one and reads the state again.
+// All methods are safe for concurrent use; no lock is held over I/O.
+package cache
+
+import (
+	"cmp"
+	"container/list"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/bundle"
+)
+
+// DefaultLimit is how many X.509-SVIDs are kept ready when nobody asks.
+const DefaultLimit = 1000
+
+// Selector is one attested property of a workload, such as unix:uid:1000.
+type Selector struct {
+	Type, Value string // "unix", "uid:1000"
+}
+
+// String returns type:value.
+func (s Selector) String() string { return s.Type + ":" + s.Value }
+
+// Entry is a registration entry: the workloads with all of Selectors get an
+// SVID with this SPIFFE ID. It is immutable.
+type Entry struct {
+	ID            string
+	SPIFFEID      spiffeid.ID
+	Selectors     []Selector
+	FederatesWith []spiffeid.TrustDomain
+	Hint          string
+	// Revision is the server's revision number; another one means that the
+	// SVID has to be minted again.
+	Revision  int64
+	CreatedAt time.Time
+}
+
+// Config is what a [Cache] needs. The zero value works.
+type Config struct {
+	// Limit is how many X.509-SVIDs are held for entries that no open stream
+	// asks for. It is soft: entries above it are minted when asked for, and an
+	// SVID with an open stream is never evicted. Zero means DefaultLimit.
+	Limit int
+	// Now is the wall clock; nil means time.Now.
+	Now func() time.Time
+}
+
+// Cache is the state of one node. Make it with [New].
+type Cache struct {
+	now   func() time.Time
+	limit int
+
+	mu          sync.Mutex
+	synced      bool
+	snapshot    *bundle.Snapshot
+	records     map[string]*record                      // by entry ID
+	anchors     map[Selector][]*record                  // each record under one of its selectors
+	federated   map[spiffeid.TrustDomain]int            // entries that federate with it
+	authorities map[string]*authority                   // by authority ID
+	subscribers map[Selector]map[*Subscription]struct{} // under each of their selectors
+	watches     map[chan struct{}]struct{}              // see Watch
+	followers   map[*Follower]struct{}                  //
+	wanted      int                                     // records with wanted set
+	idle        *list.List                              // wanted records without a stream, least recently used first
+	lazy        *list.List                              // records above the limit
+	jwts        jwtCache
+}
+
+// record is what is known of one entry. Guarded by Cache.mu.
+type record struct {
+	entry  *Entry
+	svid   *SVID
+	anchor Selector
+	// wanted says that an SVID is to be held ready: within the limit, or asked
+	// for by a stream.
+	wanted bool
+	// failed says that a first mint was tried in vain, so that streams with
+	// other identities need not wait for this one.
+	failed   bool
+	place    *list.Element // in idle or lazy; nil while a stream is open
+	watchers map[*Subscription]struct{}
+	slot     int // index in authority.signed
+}
+
+// New returns an empty cache: not ready until it has been given entries and a
+// bundle.
+func New(cfg Config) *Cache {
+	if cfg.Limit <= 0 {
+		cfg.Limit = DefaultLimit
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Cache{
+		now:         cfg.Now,
+		limit:       cfg.Limit,
+		records:     make(map[string]*record),
+		anchors:     make(map[Selector][]*record),
+		federated:   make(map[spiffeid.TrustDomain]int),
+		authorities: make(map[string]*authority),
+		subscribers: make(map[Selector]map[*Subscription]struct{}),
+		watches:     make(map[chan struct{}]struct{}),
+		followers:   make(map[*Follower]struct{}),
+		idle:        list.New(),
+		lazy:        list.New(),
+		jwts:        newJWTCache(),
+	}
+}
+
+// Now is the cache's wall clock.
+func (c *Cache) Now() time.Time { return c.now() }
+
+// Ready reports whether entries and bundle have arrived. Until then nothing
+// can be said about any workload.
+func (c *Cache) Ready() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.ready()
+}
+
+func (c *Cache) ready() bool { return c.synced && c.snapshot != nil }
+
+// Bundle returns the snapshot in force; nil before the first [Cache.SetBundle].
+func (c *Cache) Bundle() *bundle.Snapshot {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.snapshot
+}
+
+// SetBundle puts a new snapshot in force and wakes everyone. JWT-SVIDs whose
+// key has left the bundle are dropped; X.509-SVIDs are never dropped by this.
+func (c *Cache) SetBundle(s *bundle.Snapshot) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.snapshot = s
+	c.jwts.retain(s.Own)
+	woken := make(map[*Subscription]struct{})
+	for _, subs := range c.subscribers {
+		for sub := range subs {
+			if _, done := woken[sub]; !done {
+				woken[sub] = struct{}{}
+				notify(sub.c)
+			}
+		}
+	}
+	c.wakeWatches()
+	for f := range c.followers {
+		notify(f.c)
+	}
+}
+
+// Update applies a change of the registration entries: upsert holds new and
+// changed entries, gone the IDs of those deleted. The first call, empty or
+// not, marks the cache as synced.
+func (c *Cache) Update(upsert []*Entry, gone []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	first := !c.synced
+	c.synced = true
+	for _, id := range gone {
+		if r := c.records[id]; r != nil {
+			c.remove(r)
+		}
+	}
+	for _, e := range upsert {
+		c.upsert(e)
+	}
+	c.fill()
+	if first {
+		for f := range c.followers {
+			notify(f.c)
+		}
+	}
+	if first || len(upsert) > 0 || len(gone) > 0 {
+		c.wakeWatches()
+	}
+	if first {
+		for _, subs := range c.subscribers {
+			for sub := range subs {
+				notify(sub.c)
+			}
+		}
+	}
+}
+
+// remove takes a deleted entry's record out of everything.
+func (c *Cache) remove(r *record) {
+	c.unindex(r)
+	for sub := range r.watchers {
+		sub.detach(r)
+		notify(sub.c)
+	}
+	r.watchers = nil
+	c.setWanted(r, false)
+	if r.place != nil {
+		c.lazy.Remove(r.place)
+		r.place = nil
+	}
+	c.setSVID(r, nil)
+	delete(c.records, r.entry.ID)
+	c.jwts.dropEntry(r.entry.ID)
+	c.changed(r)
+}
+
+func (c *Cache) upsert(e *Entry) {
+	r := c.records[e.ID]
+	if r == nil {
+		r = &record{entry: e}
+		c.records[e.ID] = r
+		c.index(r)
+		r.place = c.lazy.PushBack(r)
+	} else {
+		c.unindex(r)
+		if r.entry.Revision != e.Revision {
+			c.jwts.dropEntry(e.ID)
+		}
+		r.entry, r.failed = e, false
+		c.index(r)
+		for sub := range r.watchers {
+			if !subset(e.Selectors, sub.selectors) {
+				sub.detach(r)
+				delete(r.watchers, sub)
+			}
+			notify(sub.c)
+		}
+	}
+	for sub := range c.subscribers[r.anchor] {
+		if _, has := r.watchers[sub]; !has && subset(e.Selectors, sub.selectors) {
+			sub.attach(r)
+			notify(sub.c)
+		}
+	}
+	c.settle(r)
+	c.changed(r)
+}
+
+// index files the record under the selector that the fewest records are filed
+// under, so that a look-up meets few candidates that do not match.
+func (c *Cache) index(r *record) {
+	r.anchor = slices.MinFunc(r.entry.Selectors, func(a, b Selector) int {
+		return cmp.Compare(len(c.anchors[a]), len(c.anchors[b]))
+	})
+	c.anchors[r.anchor] = append(c.anchors[r.anchor], r)
+	for _, td := range r.entry.FederatesWith {
+		c.federated[td]++
+	}
+}
+
+func (c *Cache) unindex(r *record) {
+	filed := c.anchors[r.anchor]
+	i := slices.Index(filed, r)
+	filed[i] = filed[len(filed)-1]
+	filed[len(filed)-1] = nil
+	if c.anchors[r.anchor] = filed[:len(filed)-1]; len(filed) == 1 {
+		delete(c.anchors, r.anchor)
+	}
+	for _, td := range r.entry.FederatesWith {
+		if c.federated[td]--; c.federated[td] == 0 {
+			delete(c.federated, td)
+		}
+	}
+}
+
+// FederatesWith lists the trust domains that the entries federate with.
+func (c *Cache) FederatesWith() []spiffeid.TrustDomain {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make([]spiffeid.TrustDomain, 0, len(c.federated))
+	for td := range c.federated {
+		out = append(out, td)
+	}
+	slices.SortFunc(out, func(a, b spiffeid.TrustDomain) int { return cmp.Compare(a.Name(), b.Name()) })
+	return out
+}
+
+// Revisions returns the revision of every entry held, by entry ID: what an
+// entry sync needs to ask for differences only. The map is the caller's.
+func (c *Cache) Revisions() map[string]int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make(map[string]int64, len(c.records))
+	for id, r := range c.records {
+		out[id] = r.entry.Revision
+	}
+	return out
+}
+
+// match returns the records whose selectors the caller all has, by entry ID.
+func (c *Cache) match(selectors []Selector) []*record {
+	var out []*record
+	for i, s := range selectors {
+		if slices.Contains(selectors[:i], s) {
+			continue
+		}
+		for _, r := range c.anchors[s] {
+			if subset(r.entry.Selectors, selectors) {
+				out = append(out, r)
+			}
+		}
+	}
+	slices.SortFunc(out, byEntryID)
+	return out
+}
+
+func byEntryID(a, b *record) int { return cmp.Compare(a.entry.ID, b.entry.ID) }
+
+// subset reports whether every selector in some is in all. Both are short.
+func subset(some, all []Selector) bool {
+	for _, s := range some {
+		if !slices.Contains(all, s) {
+			return false
+		}
+	}
+	return true
+}
+
+// notify wakes by level: a wake-up already waiting is enough.
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}

@@ -1,0 +1,159 @@
+package cache
+
+import (
+	"container/list"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+)
+
+// jwtLimit bounds the JWT-SVIDs held, since a workload may ask for any
+// audience it likes. Beyond it the least recently used is dropped, which costs
+// its next caller a mint.
+const jwtLimit = 4096
+
+// JWT is a JWT-SVID. It is immutable.
+type JWT struct {
+	Token     string
+	KeyID     string
+	IssuedAt  time.Time
+	ExpiresAt time.Time
+}
+
+// Fresh reports whether less than half of its life has passed.
+func (j JWT) Fresh(now time.Time) bool {
+	return now.Before(j.IssuedAt.Add(j.ExpiresAt.Sub(j.IssuedAt) / 2))
+}
+
+// jwtKey names a JWT-SVID: the order of audiences and repeats do not matter.
+type jwtKey struct{ entryID, audience string }
+
+type jwtItem struct {
+	key jwtKey
+	jwt JWT
+}
+
+// jwtCache is guarded by Cache.mu.
+type jwtCache struct {
+	items   map[jwtKey]*list.Element // of jwtItem
+	recent  *list.List               // least recently used first
+	byEntry map[string][]jwtKey
+	latest  map[string]time.Time // by key ID: the last expiry of what was handed out
+}
+
+func newJWTCache() jwtCache {
+	return jwtCache{
+		items:   make(map[jwtKey]*list.Element),
+		recent:  list.New(),
+		byEntry: make(map[string][]jwtKey),
+		latest:  make(map[string]time.Time),
+	}
+}
+
+func newJWTKey(entryID string, audience []string) jwtKey {
+	a := slices.Clone(audience)
+	slices.Sort(a)
+	// NUL cannot be part of a JSON string claim that anyone compares.
+	return jwtKey{entryID, strings.Join(slices.Compact(a), "\x00")}
+}
+
+// JWT returns the JWT-SVID held for an entry and a set of audiences, unless it
+// has expired. Taint does not matter; one whose key left the bundle is gone.
+// Whether to hand it out or to mint a [JWT.Fresh] one is the caller's choice.
+func (c *Cache) JWT(entryID string, audience []string) (JWT, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	el := c.jwts.items[newJWTKey(entryID, audience)]
+	if el == nil {
+		return JWT{}, false
+	}
+	j := el.Value.(jwtItem).jwt
+	if !c.now().Before(j.ExpiresAt) {
+		c.jwts.drop(el)
+		return JWT{}, false
+	}
+	c.jwts.recent.MoveToBack(el)
+	return j, true
+}
+
+// PutJWT holds a JWT-SVID and notes its expiry under its key ID. One for an
+// entry that is gone, or by a key that is not in the bundle, is not held.
+func (c *Cache) PutJWT(entryID string, audience []string, j JWT) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.records[entryID] == nil || c.snapshot == nil {
+		return
+	}
+	if _, trusted := c.snapshot.Own.JWTKey(j.KeyID); !trusted {
+		return
+	}
+	if j.ExpiresAt.After(c.jwts.latest[j.KeyID]) {
+		c.jwts.latest[j.KeyID] = j.ExpiresAt
+	}
+	key := newJWTKey(entryID, audience)
+	if el := c.jwts.items[key]; el != nil {
+		c.jwts.drop(el)
+	}
+	c.jwts.items[key] = c.jwts.recent.PushBack(jwtItem{key, j})
+	c.jwts.byEntry[entryID] = append(c.jwts.byEntry[entryID], key)
+	for len(c.jwts.items) > jwtLimit {
+		c.jwts.drop(c.jwts.recent.Front())
+	}
+}
+
+// JWTExpiry returns, by key ID, the latest expiry among the JWT-SVIDs that
+// were handed out on this node, for keys still in the bundle.
+func (c *Cache) JWTExpiry() map[string]time.Time {
+	now := c.now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make(map[string]time.Time, len(c.jwts.latest))
+	for id, t := range c.jwts.latest {
+		if now.Before(t) {
+			out[id] = t
+		} else {
+			delete(c.jwts.latest, id)
+		}
+	}
+	return out
+}
+
+func (j *jwtCache) drop(el *list.Element) {
+	key := j.recent.Remove(el).(jwtItem).key
+	delete(j.items, key)
+	keys := slices.DeleteFunc(j.byEntry[key.entryID], func(k jwtKey) bool { return k == key })
+	if j.byEntry[key.entryID] = keys; len(keys) == 0 {
+		delete(j.byEntry, key.entryID)
+	}
+}
+
+func (j *jwtCache) dropEntry(entryID string) {
+	for _, key := range slices.Clone(j.byEntry[entryID]) {
+		j.drop(j.items[key])
+	}
+}
+
+// retain drops what was signed by keys that b does not have. Only when such a
+// key is known does it look at the tokens, so a bundle refresh that removes
+// nothing costs nothing.
+func (j *jwtCache) retain(b *bundle.Bundle) {
+	gone := make(map[string]bool)
+	for id := range j.latest {
+		if _, ok := b.JWTKey(id); !ok {
+			gone[id] = true
+			delete(j.latest, id)
+		}
+	}
+	if len(gone) == 0 {
+		return
+	}
+	var next *list.Element
+	for el := j.recent.Front(); el != nil; el = next {
+		next = el.Next()
+		if gone[el.Value.(jwtItem).jwt.KeyID] {
+			j.drop(el)
+		}
+	}
+}

@@ -1,0 +1,238 @@
+package cache
+
+import (
+	"errors"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// SVID is an X.509-SVID with its private key, in the forms in which the
+// Workload API hands them out. It is immutable. It holds no parsed
+// certificate: at thousands of SVIDs a node that would be most of the memory.
+type SVID struct {
+	ID       spiffeid.ID
+	EntryID  string
+	Revision int64 // the entry's revision that it was minted for
+	// Leaf is DER; Intermediates is concatenated DER, without the root.
+	Leaf, Intermediates []byte
+	// Key is PKCS#8 DER.
+	Key []byte
+	// Authority is the ID of the authority that the chain ends in.
+	Authority string
+	NotBefore time.Time
+	NotAfter  time.Time
+	// RenewAt is half of its life, ±10 %, drawn once.
+	RenewAt time.Time
+}
+
+// ErrChanged is returned by [Cache.Put] when the entry was deleted, changed or
+// evicted while the SVID was being minted.
+var ErrChanged = errors.New("the entry changed while its SVID was being minted")
+
+// authority counts what hangs on one signing authority. Guarded by Cache.mu.
+type authority struct {
+	signed  []*record // records whose SVID it signed
+	streams int       // open streams whose last answer, or the one being sent, holds such an SVID
+}
+
+// Put replaces what is held for the SVID's entry and wakes its streams. The
+// caller has verified it.
+func (c *Cache) Put(s *SVID) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.records[s.EntryID]
+	if r == nil || !r.wanted || r.entry.Revision != s.Revision {
+		return ErrChanged
+	}
+	r.failed = false
+	c.setSVID(r, s)
+	for sub := range r.watchers {
+		notify(sub.c)
+	}
+	c.changed(r)
+	return nil
+}
+
+// Failed notes that minting the first SVID of an entry failed, so that a
+// stream that matches other entries as well is served those.
+func (c *Cache) Failed(entryID string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.records[entryID]
+	if r == nil || r.failed || r.svid != nil {
+		return
+	}
+	r.failed = true
+	for sub := range r.watchers {
+		notify(sub.c)
+	}
+}
+
+// setSVID replaces r's SVID, nil for none, and keeps the index by authority.
+func (c *Cache) setSVID(r *record, s *SVID) {
+	if r.svid != nil {
+		a := c.authorities[r.svid.Authority]
+		last := a.signed[len(a.signed)-1]
+		a.signed[r.slot], last.slot = last, r.slot
+		a.signed[len(a.signed)-1] = nil
+		a.signed = a.signed[:len(a.signed)-1]
+		c.forget(r.svid.Authority, a)
+	}
+	r.svid = s
+	if s != nil {
+		a := c.authority(s.Authority)
+		r.slot = len(a.signed)
+		a.signed = append(a.signed, r)
+	}
+}
+
+func (c *Cache) authority(id string) *authority {
+	a := c.authorities[id]
+	if a == nil {
+		a = &authority{}
+		c.authorities[id] = a
+	}
+	return a
+}
+
+// forget drops an authority that nothing hangs on any longer.
+func (c *Cache) forget(id string, a *authority) {
+	if len(a.signed) == 0 && a.streams == 0 {
+		delete(c.authorities, id)
+	}
+}
+
+// Item is what renewal needs to know of one entry.
+type Item struct {
+	Entry *Entry
+	SVID  *SVID // nil when none is held
+	// Streams is the number of open streams that are served this entry.
+	Streams int
+}
+
+// Item returns the entry with this ID, or false when it is gone or no SVID is
+// to be held for it.
+func (c *Cache) Item(entryID string) (Item, bool) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.records[entryID]
+	if r == nil || !r.wanted {
+		return Item{}, false
+	}
+	return Item{Entry: r.entry, SVID: r.svid, Streams: len(r.watchers)}, true
+}
+
+// SignedBy lists the IDs of the entries whose SVID the authority signed.
+func (c *Cache) SignedBy(authorityID string) []string {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	a := c.authorities[authorityID]
+	if a == nil {
+		return nil
+	}
+	out := make([]string, len(a.signed))
+	for i, r := range a.signed {
+		out[i] = r.entry.ID
+	}
+	return out
+}
+
+// Usage is what hangs on one signing authority.
+type Usage struct {
+	Authority string
+	Held      int // X.509-SVIDs held
+	Streams   int // open streams not yet sent a replacement
+}
+
+// Authorities returns what hangs on each signing authority, read at one
+// moment, by authority ID. Authorities that nothing hangs on are left out.
+func (c *Cache) Authorities() []Usage {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make([]Usage, 0, len(c.authorities))
+	for id, a := range c.authorities {
+		out = append(out, Usage{Authority: id, Held: len(a.signed), Streams: a.streams})
+	}
+	slices.SortFunc(out, func(a, b Usage) int {
+		if a.Authority < b.Authority {
+			return -1
+		}
+		return 1
+	})
+	return out
+}
+
+// Counts returns how many entries there are, how many X.509-SVIDs are held,
+// and how many of those are due by more than grace past RenewAt. It reads all
+// of them and is meant for a scrape.
+func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
+	late := c.now().Add(-grace)
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, a := range c.authorities {
+		held += len(a.signed)
+		for _, r := range a.signed {
+			if r.svid.RenewAt.Before(late) {
+				overdue++
+			}
+		}
+	}
+	return len(c.records), held, overdue
+}
+
+// Follower learns which entries changed: what renewal and the store of
+// runtime_dir act on. Close it when done.
+type Follower struct {
+	cache *Cache
+	c     chan struct{}
+	dirty map[string]struct{} // guarded by Cache.mu
+}
+
+// Follow returns a Follower that starts with every entry as changed.
+func (c *Cache) Follow() *Follower {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	f := &Follower{cache: c, c: make(chan struct{}, 1), dirty: make(map[string]struct{}, len(c.records))}
+	for id := range c.records {
+		f.dirty[id] = struct{}{}
+	}
+	c.followers[f] = struct{}{}
+	notify(f.c)
+	return f
+}
+
+// C receives when there is something to drain or the bundle has changed.
+func (f *Follower) C() <-chan struct{} { return f.c }
+
+// Drain returns the IDs of the entries that changed since the last call: the
+// entry, its SVID, whether it is wanted, or whether a stream asks for it.
+func (f *Follower) Drain() []string {
+	f.cache.mu.Lock()
+	defer f.cache.mu.Unlock()
+	if len(f.dirty) == 0 {
+		return nil
+	}
+	out := make([]string, 0, len(f.dirty))
+	for id := range f.dirty {
+		out = append(out, id)
+	}
+	// A new map, because one that once held a full sync never shrinks.
+	f.dirty = make(map[string]struct{})
+	return out
+}
+
+// Close ends the following.
+func (f *Follower) Close() {
+	f.cache.mu.Lock()
+	defer f.cache.mu.Unlock()
+	delete(f.cache.followers, f)
+}
+
+func (c *Cache) changed(r *record) {
+	for f := range c.followers {
+		f.dirty[r.entry.ID] = struct{}{}
+		notify(f.c)
+	}
+}
