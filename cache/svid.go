@@ -139,6 +139,16 @@ func (c *Cache) SignedBy(authorityID string) []string {
 	return out
 }
 
+// Held counts the X.509-SVIDs held that the authority signed.
+func (c *Cache) Held(authorityID string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if a := c.authorities[authorityID]; a != nil {
+		return len(a.signed)
+	}
+	return 0
+}
+
 // Usage is what hangs on one signing authority.
 type Usage struct {
 	Authority string

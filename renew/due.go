@@ -1,0 +1,87 @@
+// Package renew decides when each X.509-SVID of the node is renewed, and does
+// it.
+//
+// What to renew is a pure function of what is held and what the trust bundle
+// says now: [Due]. There is no list of taints already handled, so nothing can
+// be forgotten: not by a restart, not by a lost wake-up, not because a lagging
+// server handed out an SVID of a tainted authority after everyone else was
+// done. [Renewer] is the loop around that function: one goroutine that owns
+// all queues, a rate limit for what a taint made due, batches for the rest,
+// and bounded workers that make keys, ask the [Minter] and verify its answers.
+// An SVID is replaced only by one that is verified and no worse.
+package renew
+
+import (
+	"crypto/sha256"
+	"encoding/binary"
+	"math/bits"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+)
+
+// Reason is why an SVID is due.
+type Reason string
+
+// The reasons, as they appear in logs and metrics. Only ReasonTaint waits for
+// the node's delay and spends rate tokens.
+const (
+	ReasonFirst    Reason = "first"             // none is held
+	ReasonHalfLife Reason = "half_life"         // RenewAt has passed
+	ReasonEntry    Reason = "entry_changed"     // held for another revision of the entry
+	ReasonTaint    Reason = "taint"             // its authority is tainted
+	ReasonRemoved  Reason = "authority_removed" // its authority has left the bundle
+)
+
+// Reasons lists every Reason, for metrics that must exist before they count.
+var Reasons = []Reason{ReasonFirst, ReasonHalfLife, ReasonEntry, ReasonTaint, ReasonRemoved}
+
+// Policy is what besides state decides when an SVID is due.
+type Policy struct {
+	// Delay is how long after the node has seen an authority's taint mark the
+	// renewal begins. It must always answer the same for one authority.
+	Delay func(authorityID string) time.Duration
+}
+
+// Due says when the item is to be renewed and why. A zero time means at once.
+// The reason is the one that holds at now: an SVID whose half-life passes
+// while it waits in a taint's queue is due for its half-life.
+func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time, Reason) {
+	if it.SVID == nil {
+		return time.Time{}, ReasonFirst
+	}
+	if it.SVID.Revision != it.Entry.Revision {
+		return time.Time{}, ReasonEntry
+	}
+	half := it.SVID.RenewAt
+	switch state, since := s.State(it.SVID.Authority); state {
+	case bundle.Removed:
+		return time.Time{}, ReasonRemoved
+	case bundle.Tainted:
+		at := since.Add(p.Delay(it.SVID.Authority))
+		if now.Before(since) {
+			// The clock was set back since the mark was seen: how much of the
+			// delay has passed is not known, so none of it is left.
+			at = now
+		}
+		if at.Before(half) && now.Before(half) {
+			return at, ReasonTaint
+		}
+	}
+	return half, ReasonHalfLife
+}
+
+// TaintDelay draws the delay before a node answers the taint of an authority:
+// uniform in [0, limit) over all seeds. It is computed from the node's own
+// random seed instead of being drawn and kept, so that it is the same after a
+// restart and different for each node and each taint.
+func TaintDelay(seed [32]byte, authorityID string, limit time.Duration) time.Duration {
+	h := sha256.New()
+	h.Write(seed[:])
+	h.Write([]byte(authorityID))
+	r := binary.BigEndian.Uint64(h.Sum(nil))
+	// The high half of r * limit is r / 2^64 of limit, without rounding up.
+	hi, _ := bits.Mul64(r, uint64(max(limit, 0)))
+	return time.Duration(hi)
+}

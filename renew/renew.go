@@ -1,0 +1,434 @@
+package renew
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"sync"
+	"time"
+
+	"golang.org/x/time/rate"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+)
+
+// Defaults of [Config].
+const (
+	DefaultMaxDelay  = 60 * time.Second
+	DefaultRate      = 20 // renewals a second
+	DefaultBatchSize = 500
+)
+
+const (
+	// maxSingles bounds the taint renewals in flight. At 20 a second it is
+	// reached only by a server that takes over three seconds an answer.
+	maxSingles = 64
+	// maxBatches bounds the other calls in flight.
+	maxBatches = 8
+	// maxSleep bounds every sleep, so that a clock that was stepped or a
+	// machine that was suspended is noticed.
+	maxSleep = time.Minute
+	// gateLimit bounds the pause while the server as a whole is unreachable.
+	// It equals the refresh interval: an outage makes no more calls than the
+	// quiet before it, and a server that returns is found within seconds.
+	gateLimit = 5 * time.Second
+	// retryBase and retryLimit bound the pauses of one SVID that fails or
+	// comes back still signed by a tainted authority.
+	retryBase  = 2 * time.Second
+	retryLimit = time.Minute
+)
+
+// Outcome is how a renewal ended.
+type Outcome string
+
+// The outcomes.
+const (
+	OutcomeRenewed Outcome = "renewed"
+	// OutcomeTainted is a renewal that came back signed by an authority that
+	// is tainted: the server lags.
+	OutcomeTainted Outcome = "still_tainted"
+	OutcomeFailed  Outcome = "failed"
+	// OutcomeDropped is an SVID whose entry changed while it was minted.
+	OutcomeDropped Outcome = "dropped"
+)
+
+// Outcomes lists every Outcome.
+var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeFailed, OutcomeDropped}
+
+// Observer is told what happens, for metrics. Its methods must be quick.
+type Observer interface {
+	// Minted is called for each SVID asked for, with the error of the call or
+	// of the item (nil for success) and the time from key generation to the
+	// verified answer.
+	Minted(err error, took time.Duration)
+	// Renewed is called for each SVID with what came of it.
+	Renewed(Reason, Outcome)
+}
+
+// Own is the node's own X.509-SVID, without which nothing can be minted.
+type Own interface {
+	// Held describes the SVID held: Authority, NotAfter and RenewAt are used.
+	// Nil means that there is none, which is not renewal's to mend.
+	Held() *cache.SVID
+	// Renew replaces it and returns when new calls use the new one.
+	Renew(ctx context.Context) error
+}
+
+// Config is what a [Renewer] needs. Cache and Minter are required.
+type Config struct {
+	Cache  *cache.Cache
+	Minter Minter
+	// Own is the node's own SVID; nil when there is none to care for.
+	Own Own
+	// Seed makes this node's taint delays; see [TaintDelay].
+	Seed [32]byte
+	// MaxDelay bounds the delay: it is uniform in [0, MaxDelay). Zero means
+	// no delay.
+	MaxDelay time.Duration
+	// Rate is the most taint renewals begun a second. Zero means DefaultRate.
+	Rate float64
+	// BatchSize is the most SVIDs asked for in one call, where the rate does
+	// not matter. Zero means DefaultBatchSize, which is also SPIRE's limit.
+	BatchSize int
+	// KeyType of the workloads' keys; empty means ECP256.
+	KeyType KeyType
+	// Unexplained, when set, is called when an SVID was signed by an authority
+	// that the bundle does not have, to have the bundle refreshed.
+	Unexplained func()
+	Observer    Observer
+	Log         *slog.Logger
+	// Rand draws half-life deadlines; nil means the process's own source.
+	Rand *rand.Rand
+	// Now is the wall clock that deadlines are compared with; nil means
+	// time.Now.
+	Now func() time.Time
+}
+
+// Renewer renews the X.509-SVIDs of one cache. Run does the work and owns its
+// state; InFlightSince may be called at any time.
+type Renewer struct {
+	cfg      Config
+	policy   Policy
+	limiter  *rate.Limiter
+	follower *cache.Follower
+	done     chan *call
+
+	// Owned by Run.
+	snapshot *bundle.Snapshot
+	items    map[string]*item
+	timers   *queue // everything that waits for a time
+	urgent   *queue // due, free of the rate
+	wave     *queue // due because of a taint
+	own      ownItem
+	token    *rate.Reservation // of the next taint renewal, or nil
+	gate     gate
+	singles  int
+	batches  int
+	failing  bool            // the last item failed: do not warn of each
+	lagging  map[string]bool // tainted authorities seen to sign still
+	settling map[string]bool // tainted authorities that SVIDs still hang on
+
+	mu       sync.Mutex
+	inFlight map[*call]struct{}
+}
+
+type ownItem struct {
+	reason   Reason
+	due      time.Time
+	retry    time.Time
+	backoff  *backoff.ExponentialBackOff
+	inFlight bool
+}
+
+// call is one request to the server.
+type call struct {
+	attempts []*attempt // nil for the node's own SVID
+	single   bool
+	began    time.Time // by the wall clock
+	started  time.Time // monotonic
+	err      error
+}
+
+// gate holds calls back while the server as a whole does not answer: one call
+// at a time tries, and the first that succeeds opens it for all.
+type gate struct {
+	closed  bool
+	until   time.Time // monotonic: when the next try may be made
+	since   time.Time // when it was last closed
+	backoff *backoff.ExponentialBackOff
+}
+
+// New returns a Renewer. It panics when a required field is missing: that is a
+// mistake in the program.
+func New(cfg Config) *Renewer {
+	if cfg.Cache == nil || cfg.Minter == nil {
+		panic("renew: Config needs Cache and Minter")
+	}
+	if cfg.Rate <= 0 {
+		cfg.Rate = DefaultRate
+	}
+	if cfg.BatchSize <= 0 {
+		cfg.BatchSize = DefaultBatchSize
+	}
+	if cfg.KeyType == "" {
+		cfg.KeyType = ECP256
+	}
+	if cfg.Unexplained == nil {
+		cfg.Unexplained = func() {}
+	}
+	if cfg.Observer == nil {
+		cfg.Observer = discard{}
+	}
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	if cfg.Now == nil {
+		cfg.Now = time.Now
+	}
+	return &Renewer{
+		cfg: cfg,
+		policy: Policy{Delay: func(id string) time.Duration {
+			return TaintDelay(cfg.Seed, id, cfg.MaxDelay)
+		}},
+		limiter: rate.NewLimiter(rate.Limit(cfg.Rate), 1),
+		// Room for every call there can be, so that a worker never waits for
+		// Run, not even for one that has ended.
+		done:     make(chan *call, maxSingles+maxBatches+1),
+		items:    make(map[string]*item),
+		timers:   newTimers(),
+		urgent:   newReady(),
+		wave:     newReady(),
+		lagging:  make(map[string]bool),
+		settling: make(map[string]bool),
+		inFlight: make(map[*call]struct{}),
+		gate:     gate{backoff: newBackoff(time.Second, gateLimit)},
+		own:      ownItem{backoff: newBackoff(retryBase, retryLimit)},
+	}
+}
+
+type discard struct{}
+
+func (discard) Minted(error, time.Duration) {}
+func (discard) Renewed(Reason, Outcome)     {}
+
+// InFlightSince counts the SVIDs being minted by calls that began at t or
+// before: answers that were perhaps signed before the server learned at t of
+// a taint. Read it before the cache, so that an answer is seen in one of the
+// two.
+func (r *Renewer) InFlightSince(t time.Time) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	n := 0
+	for c := range r.inFlight {
+		if !c.began.After(t) {
+			n += len(c.attempts)
+		}
+	}
+	return n
+}
+
+// Run renews until ctx is done, waits for the calls in flight, which ctx
+// cancels, and returns nil.
+func (r *Renewer) Run(ctx context.Context) error {
+	r.follower = r.cfg.Cache.Follow()
+	defer r.follower.Close()
+	var workers sync.WaitGroup
+	defer workers.Wait()
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-timer.C:
+		case <-r.follower.C():
+		case c := <-r.done:
+			r.finish(c)
+		}
+		now := r.cfg.Now()
+		r.observe(now)
+		for r.timers.Len() > 0 && !r.timers.items[0].wake.After(now) {
+			r.look(r.timers.items[0].entryID, now)
+		}
+		r.lookOwn(now)
+		for _, c := range r.dispatch(now) {
+			r.mu.Lock()
+			r.inFlight[c] = struct{}{}
+			r.mu.Unlock()
+			workers.Go(func() { r.work(ctx, c) })
+		}
+		timer.Reset(r.sleep(now))
+	}
+}
+
+// observe looks again at everything that a change of the cache or of the
+// bundle may have made due, and at nothing else.
+func (r *Renewer) observe(now time.Time) {
+	for {
+		changed := r.follower.Drain()
+		next := r.cfg.Cache.Bundle()
+		if next == nil {
+			// Nothing can be verified yet. What was drained is found again
+			// through the items made here.
+			for _, id := range changed {
+				r.look(id, now)
+			}
+			return
+		}
+		if next != r.snapshot {
+			prev := r.snapshot
+			r.snapshot = next
+			changed = append(changed, r.affected(prev, next)...)
+		}
+		if len(changed) == 0 {
+			return
+		}
+		for _, id := range changed {
+			r.look(id, now)
+		}
+	}
+}
+
+// affected lists the entries whose SVID's authority changed between two
+// snapshots.
+func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
+	if prev == nil {
+		ids := make([]string, 0, len(r.items))
+		for id := range r.items {
+			ids = append(ids, id)
+		}
+		return ids
+	}
+	var ids []string
+	for _, c := range bundle.Diff(prev.Own, next.Own) {
+		if c.Type != bundle.TypeX509 {
+			continue
+		}
+		signed := r.cfg.Cache.SignedBy(c.ID)
+		ids = append(ids, signed...)
+		delete(r.lagging, c.ID)
+		switch c.Kind {
+		case bundle.KindTainted:
+			_, since := next.State(c.ID)
+			r.cfg.Log.Info("authority tainted, its X.509-SVIDs will be renewed", "authority", c.ID,
+				"svids", len(signed), "delay", r.policy.Delay(c.ID).Round(time.Millisecond),
+				"begins", since.Add(r.policy.Delay(c.ID)))
+			r.settling[c.ID] = true
+		case bundle.KindRemoved:
+			if len(signed) > 0 {
+				r.cfg.Log.Warn("authority removed while X.509-SVIDs still hang on it, renewing them at once",
+					"authority", c.ID, "svids", len(signed))
+			}
+		}
+	}
+	return ids
+}
+
+// look decides anew where the entry belongs: in no queue, waiting for a time,
+// or ready. It is the only place that moves items between queues.
+func (r *Renewer) look(id string, now time.Time) {
+	it := r.items[id]
+	state, wanted := r.cfg.Cache.Item(id)
+	if !wanted {
+		if it != nil {
+			r.forget(it)
+		}
+		return
+	}
+	if it == nil {
+		it = &item{entryID: id, timerPos: -1, readyPos: -1}
+		r.items[id] = it
+	}
+	if it.inFlight {
+		return // looked at again when it is done
+	}
+	if r.snapshot == nil {
+		return // looked at when the first one comes
+	}
+	due, reason := Due(state, r.snapshot, r.policy, now)
+	it.streams = state.Streams > 0
+	it.expiry = time.Time{}
+	if state.SVID != nil {
+		it.expiry = state.SVID.NotAfter
+	}
+	if reason != it.reason && (reason == ReasonRemoved || reason == ReasonEntry) {
+		it.retry = time.Time{} // the failures so far were about something else
+	}
+	it.reason = reason
+	if it.retry.After(due) {
+		due = it.retry
+	}
+	r.unready(it)
+	if due.After(now) {
+		it.wake = due
+		r.timers.put(it)
+		return
+	}
+	if reason == ReasonTaint {
+		it.ready = r.wave
+		// While it waits for its turn its half-life may pass, and then it
+		// must not wait any longer.
+		it.wake = state.SVID.RenewAt
+		r.timers.put(it)
+	} else {
+		it.ready = r.urgent
+		r.timers.drop(it)
+	}
+	it.ready.put(it)
+}
+
+func (r *Renewer) unready(it *item) {
+	if it.ready != nil {
+		it.ready.drop(it)
+		it.ready = nil
+	}
+}
+
+func (r *Renewer) forget(it *item) {
+	r.timers.drop(it)
+	r.unready(it)
+	delete(r.items, it.entryID)
+}
+
+// lookOwn decides when the node's own SVID is due.
+func (r *Renewer) lookOwn(now time.Time) {
+	if r.cfg.Own == nil || r.own.inFlight || r.snapshot == nil {
+		return
+	}
+	held := r.cfg.Own.Held()
+	if held == nil {
+		r.own.reason = ""
+		return
+	}
+	r.own.due, r.own.reason = Due(cache.Item{Entry: &ownEntry, SVID: held}, r.snapshot, r.policy, now)
+	if r.own.retry.After(r.own.due) {
+		r.own.due = r.own.retry
+	}
+}
+
+// ownEntry stands for the node itself, whose SVID has no entry.
+var ownEntry cache.Entry
+
+// sleep is the time until something is to be done without being woken.
+func (r *Renewer) sleep(now time.Time) time.Duration {
+	d := maxSleep
+	at := func(t time.Duration) { d = min(d, max(t, 0)) }
+	if r.timers.Len() > 0 {
+		at(r.timers.items[0].wake.Sub(now))
+	}
+	if r.own.reason != "" && !r.own.inFlight && r.own.due.After(now) {
+		at(r.own.due.Sub(now))
+	}
+	// A gate or a token whose time has come and that still was not used waits
+	// for something else, which will wake Run.
+	if left := time.Until(r.gate.until); r.gate.closed && left > 0 {
+		at(left)
+	}
+	if r.token != nil && r.token.Delay() > 0 {
+		at(r.token.Delay())
+	}
+	return d
+}
