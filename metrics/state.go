@@ -1,0 +1,167 @@
+package metrics
+
+import (
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+)
+
+// The states of an authority as this node sees it.
+const (
+	StateActive   = "active"   // the newest SVIDs are signed by it
+	StatePrepared = "prepared" // in the bundle, signing nothing yet or no more
+	StateTainted  = "tainted"  // in the bundle, and what it signed is being replaced
+	StateRemoved  = "removed"  // no longer in the bundle, but something held was signed by it
+)
+
+// The streaming RPCs of the Workload API, values of the rpc label.
+const (
+	RPCX509SVID    = "FetchX509SVID"
+	RPCX509Bundles = "FetchX509Bundles"
+	RPCJWTBundles  = "FetchJWTBundles"
+)
+
+// Source gives the state of the agent. Snapshot must be one consistent read,
+// return soon, do no I/O, and be safe for concurrent use. What it returns is
+// not modified and not kept.
+type Source interface {
+	Snapshot() State
+}
+
+// SourceFunc is a function used as a [Source].
+type SourceFunc func() State
+
+// Snapshot calls f.
+func (f SourceFunc) Snapshot() State { return f() }
+
+// State is what the agent holds at one moment. Zero times mean not known and
+// leave their series out.
+type State struct {
+	// Authorities holds every authority of the own trust domain's bundle, and
+	// those that left it while something held was signed by them. The pair of
+	// Type and ID is unique.
+	Authorities []Authority
+	// OwnExpiry is when the agent's own SVID ends.
+	OwnExpiry time.Time
+	// BundleApplied is when the bundle in force was applied.
+	BundleApplied time.Time
+	// BundleSequence is that bundle's sequence number. It is exported only
+	// with BundleApplied.
+	BundleSequence uint64
+	// Expiring counts the SVIDs more than a minute past half of their life, by
+	// svid_type ([TypeX509], [TypeJWT]).
+	Expiring map[string]int
+	// JWTExpiry is the latest expiry of any JWT-SVID handed out, by key ID.
+	JWTExpiry map[string]time.Time
+	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
+	Streams map[string]int
+}
+
+// Authority is what this node has to do with one signing authority.
+type Authority struct {
+	Type  string // [TypeX509] or [TypeJWT]
+	ID    string // X.509: subject key ID in hex; JWT: key ID
+	State string // [StateActive], ...
+	Held  int    // SVIDs held that it signed
+	// Pending and Streams are the taint renewals that are waiting, and the open
+	// streams that were sent one of its SVIDs and not yet the replacement. They
+	// are read for X.509 authorities that are tainted or removed.
+	Pending, Streams int
+	// Settled says that the agent knows nothing on this node depends on the
+	// authority. It is exported as 0 while any of the three counts is not 0:
+	// removing a key early is the one mistake that cannot be taken back.
+	Settled bool
+}
+
+// settled applies the rule of [Authority.Settled].
+func (a Authority) settled() bool {
+	return a.Settled && a.Held == 0 && a.Pending == 0 && a.Streams == 0
+}
+
+var (
+	descExpiring = desc("spirl_agent_svid_expiring",
+		"SVIDs held that are more than a minute past half of their life and still not renewed. Above 0 for long means renewal does not get through.", "svid_type")
+	descHeld = desc("renewd_svids_held",
+		"SVIDs this node holds for its workloads, by the authority that signed them and that authority's state.", "svid_type", "authority", "state")
+	descPending = desc("renewd_taint_renewals_pending",
+		"SVIDs of a tainted or removed authority that still wait for their renewal.", "authority")
+	descUnsent = desc("renewd_taint_streams_waiting",
+		"Open Workload API streams that were sent an SVID of a tainted or removed authority and have not been sent its replacement.", "authority")
+	descSettled = desc("renewd_taint_settled",
+		"1 when nothing on this node depends on the tainted authority any more: it is safe to remove as far as this node goes. All nodes must say 1 before the key is removed.", "authority")
+	descApplied = desc("renewd_bundle_applied_timestamp_seconds",
+		"When the trust bundle in force was applied, as Unix time.")
+	descSequence = desc("renewd_bundle_sequence_number",
+		"Sequence number of the trust bundle in force. Nodes that lag behind show a lower one.")
+	descJWTExpiry = desc("renewd_jwt_svid_latest_expiry_timestamp_seconds",
+		"When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.", "key_id")
+	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
+		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.")
+	descStreams = desc("renewd_streams_open",
+		"Open Workload API streams by RPC.", "rpc")
+
+	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
+		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descStreams}
+)
+
+func desc(name, help string, labels ...string) *prometheus.Desc {
+	return prometheus.NewDesc(name, help, labels, nil)
+}
+
+// stateCollector exports one snapshot for each scrape.
+type stateCollector struct{ source Source }
+
+func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range stateDescs {
+		ch <- d
+	}
+}
+
+func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
+	s := c.source.Snapshot()
+	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
+		for i := range labels {
+			labels[i] = text(labels[i])
+		}
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	stamp := func(d *prometheus.Desc, t time.Time, labels ...string) {
+		if !t.IsZero() {
+			gauge(d, float64(t.UnixMilli())/1e3, labels...)
+		}
+	}
+	for _, a := range s.Authorities {
+		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State)
+		if a.Type != TypeX509 || (a.State != StateTainted && a.State != StateRemoved) {
+			continue
+		}
+		gauge(descPending, float64(a.Pending), a.ID)
+		gauge(descUnsent, float64(a.Streams), a.ID)
+		if a.State == StateTainted {
+			v := 0.0
+			if a.settled() {
+				v = 1
+			}
+			gauge(descSettled, v, a.ID)
+		}
+	}
+	for _, typ := range []string{TypeX509, TypeJWT} {
+		gauge(descExpiring, float64(s.Expiring[typ]), typ)
+	}
+	for _, rpc := range []string{RPCX509SVID, RPCX509Bundles, RPCJWTBundles} {
+		gauge(descStreams, float64(s.Streams[rpc]), rpc)
+	}
+	for kid, t := range s.JWTExpiry {
+		stamp(descJWTExpiry, t, kid)
+	}
+	stamp(descOwnExpiry, s.OwnExpiry)
+	stamp(descApplied, s.BundleApplied)
+	if !s.BundleApplied.IsZero() {
+		gauge(descSequence, float64(s.BundleSequence))
+	}
+}
+
+// text makes a label value of what came from outside: a byte that is not UTF-8
+// would make the metric invalid and the exporter panic.
+func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }
