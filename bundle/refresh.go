@@ -25,10 +25,10 @@ type Fetcher interface {
 
 // The outcomes of a refresh that a [RefresherConfig.Observe] is told.
 const (
-	OutcomeChanged   = "changed"
+	OutcomeApplied   = "applied"
 	OutcomeUnchanged = "unchanged"
 	OutcomeFailed    = "failed"
-	OutcomeStale     = "stale"
+	OutcomeRejected  = "rejected"
 )
 
 const (
@@ -166,10 +166,10 @@ func (r *Refresher) refresh(ctx context.Context) {
 		r.failed(err)
 		own = held
 	case r.stale(held, own, now):
-		outcome = OutcomeStale
+		outcome = OutcomeRejected
 		own = held
 	case !own.Equal(held):
-		outcome = OutcomeChanged
+		outcome = OutcomeApplied
 		own = own.since(held, now)
 	default:
 		own = held
@@ -183,7 +183,7 @@ func (r *Refresher) refresh(ctx context.Context) {
 		return
 	}
 	next := &Snapshot{Own: own}
-	changed := outcome == OutcomeChanged
+	changed := outcome == OutcomeApplied
 	next.Federated, changed = r.federated(ctx, now, changed)
 	if changed && ctx.Err() == nil {
 		r.log(held, own)

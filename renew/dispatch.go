@@ -153,6 +153,9 @@ func (r *Renewer) finish(c *call) {
 func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 	if a.err != nil {
 		r.failed(a, now)
+		if a.rejected {
+			return OutcomeRejected
+		}
 		return OutcomeFailed
 	}
 	f := rand.Float64

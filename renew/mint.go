@@ -78,6 +78,8 @@ type attempt struct {
 	key     crypto.Signer
 	svid    *cache.SVID // the verified answer, or nil
 	err     error
+	// rejected says that err is about an answer that failed verification.
+	rejected bool
 }
 
 // mint fills in svid or err for each attempt. The error is that of the call as
@@ -111,6 +113,7 @@ func (r *Renewer) mint(ctx context.Context, attempts []*attempt) error {
 	for i, a := range asked {
 		if a.err = results[i].Err; a.err == nil {
 			a.svid, a.err = verify(a.entry, a.key, results[i].Chain, snapshot.Own, r.cfg.Now())
+			a.rejected = a.err != nil
 		}
 	}
 	return nil

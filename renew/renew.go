@@ -50,13 +50,16 @@ const (
 	// OutcomeTainted is a renewal that came back signed by an authority that
 	// is tainted: the server lags.
 	OutcomeTainted Outcome = "still_tainted"
-	OutcomeFailed  Outcome = "failed"
+	// OutcomeRejected is an answer that failed verification.
+	OutcomeRejected Outcome = "rejected"
+	// OutcomeFailed is no answer, or an error in its place.
+	OutcomeFailed Outcome = "failed"
 	// OutcomeDropped is an SVID whose entry changed while it was minted.
 	OutcomeDropped Outcome = "dropped"
 )
 
 // Outcomes lists every Outcome.
-var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeFailed, OutcomeDropped}
+var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeRejected, OutcomeFailed, OutcomeDropped}
 
 // Observer is told what happens, for metrics. Its methods must be quick.
 type Observer interface {
