@@ -83,6 +83,7 @@ type Cache struct {
 	idle        *list.List                              // wanted records without a stream, least recently used first
 	lazy        *list.List                              // records above the limit
 	jwts        jwtCache
+	newest      Newest
 }
 
 // record is what is known of one entry. Guarded by Cache.mu.

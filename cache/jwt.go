@@ -92,6 +92,9 @@ func (c *Cache) PutJWT(entryID string, audience []string, j JWT) {
 	if j.ExpiresAt.After(c.jwts.latest[j.KeyID]) {
 		c.jwts.latest[j.KeyID] = j.ExpiresAt
 	}
+	if !j.IssuedAt.Before(c.newest.jwt) {
+		c.newest.JWT, c.newest.jwt = j.KeyID, j.IssuedAt
+	}
 	key := newJWTKey(entryID, audience)
 	if el := c.jwts.items[key]; el != nil {
 		c.jwts.drop(el)
@@ -116,6 +119,18 @@ func (c *Cache) JWTExpiry() map[string]time.Time {
 		} else {
 			delete(c.jwts.latest, id)
 		}
+	}
+	return out
+}
+
+// JWTCounts returns how many JWT-SVIDs are held by key ID. It reads all of
+// them and is meant for a scrape.
+func (c *Cache) JWTCounts() map[string]int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	out := make(map[string]int)
+	for el := c.jwts.recent.Front(); el != nil; el = el.Next() {
+		out[el.Value.(jwtItem).jwt.KeyID]++
 	}
 	return out
 }

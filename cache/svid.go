@@ -48,6 +48,9 @@ func (c *Cache) Put(s *SVID) error {
 	}
 	r.failed = false
 	c.setSVID(r, s)
+	if !s.NotBefore.Before(c.newest.x509) {
+		c.newest.X509, c.newest.x509 = s.Authority, s.NotBefore
+	}
 	for sub := range r.watchers {
 		notify(sub.c)
 	}
@@ -172,6 +175,20 @@ func (c *Cache) Authorities() []Usage {
 		return 1
 	})
 	return out
+}
+
+// Newest names the authorities that signed what was minted last, which is the
+// best an agent can tell of which is active. Empty where nothing was minted.
+type Newest struct {
+	X509, JWT string
+	x509, jwt time.Time
+}
+
+// Newest returns the authorities that signed what was minted last.
+func (c *Cache) Newest() Newest {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.newest
 }
 
 // Counts returns how many entries there are, how many X.509-SVIDs are held,

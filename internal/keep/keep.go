@@ -1,0 +1,215 @@
+// Package keep holds workload SVIDs over a restart of the agent, so that a
+// restarted agent serves what it held even while the server is down.
+//
+// Private keys must never reach a disk, so a [Dir] is opened only on a memory
+// file system. Each entry is one file with its SVID, replaced by rename; a
+// write costs what changed and not what is held. What is loaded is only a
+// start: whether it is due is decided anew from the bundle.
+package keep
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/cache"
+)
+
+// Dir is an open runtime_dir.
+type Dir struct {
+	path string
+	log  *slog.Logger
+}
+
+// Open makes the folder (0700) if need be and checks that it is on a memory
+// file system (tmpfs or ramfs, by statfs(2)).
+func Open(path string, log *slog.Logger) (*Dir, error) {
+	if err := os.MkdirAll(path, 0o700); err != nil {
+		return nil, fmt.Errorf("make runtime_dir: %w", err)
+	}
+	if err := os.Chmod(path, 0o700); err != nil {
+		return nil, fmt.Errorf("protect runtime_dir: %w", err)
+	}
+	var st unix.Statfs_t
+	if err := unix.Statfs(path, &st); err != nil {
+		return nil, fmt.Errorf("statfs %s: %w", path, err)
+	}
+	if t := uint32(st.Type); t != unix.TMPFS_MAGIC && t != unix.RAMFS_MAGIC {
+		return nil, fmt.Errorf("runtime_dir %s is on a file system of type %#x: workload keys are kept in memory only, use a folder on tmpfs such as /run/renewd", path, t)
+	}
+	return &Dir{path: path, log: log}, nil
+}
+
+// record is the content of one file.
+type record struct {
+	ID            string           `json:"id"`
+	SPIFFEID      string           `json:"spiffe_id"`
+	Selectors     []cache.Selector `json:"selectors"`
+	FederatesWith []string         `json:"federates_with,omitempty"`
+	Hint          string           `json:"hint,omitempty"`
+	Revision      int64            `json:"revision"`
+	CreatedAt     time.Time        `json:"created_at"`
+	SVID          svid             `json:"svid"`
+}
+
+type svid struct {
+	Leaf          []byte    `json:"leaf"`
+	Intermediates []byte    `json:"intermediates,omitempty"`
+	Key           []byte    `json:"key"`
+	Authority     string    `json:"authority"`
+	Revision      int64     `json:"revision"`
+	NotBefore     time.Time `json:"not_before"`
+	NotAfter      time.Time `json:"not_after"`
+	RenewAt       time.Time `json:"renew_at"`
+}
+
+const suffix = ".json"
+
+// Load returns the entries kept and their SVIDs. Files that are broken or
+// whose SVID has expired at now are removed, with a log line for each broken
+// one: they would be minted anew anyway.
+func (d *Dir) Load(now time.Time) ([]*cache.Entry, []*cache.SVID, error) {
+	names, err := os.ReadDir(d.path)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read runtime_dir: %w", err)
+	}
+	var entries []*cache.Entry
+	var svids []*cache.SVID
+	for _, name := range names {
+		if !strings.HasSuffix(name.Name(), suffix) {
+			continue
+		}
+		path := filepath.Join(d.path, name.Name())
+		e, s, err := read(path)
+		if err != nil {
+			d.log.Warn("kept SVID dropped, it will be minted anew", "file", path, "error", err)
+		}
+		if err != nil || !s.NotAfter.After(now) {
+			if err := os.Remove(path); err != nil {
+				return nil, nil, fmt.Errorf("drop a kept SVID: %w", err)
+			}
+			continue
+		}
+		entries, svids = append(entries, e), append(svids, s)
+	}
+	return entries, svids, nil
+}
+
+func read(path string) (*cache.Entry, *cache.SVID, error) {
+	data, err := os.ReadFile(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	return decode(data)
+}
+
+func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
+	var r record
+	if err := json.Unmarshal(data, &r); err != nil {
+		// The error may quote the content, which is key material.
+		return nil, nil, errors.New("not a record of this program")
+	}
+	id, err := spiffeid.FromString(r.SPIFFEID)
+	if err != nil {
+		return nil, nil, fmt.Errorf("SPIFFE ID: %w", err)
+	}
+	if r.ID == "" || len(r.Selectors) == 0 || len(r.SVID.Leaf) == 0 || len(r.SVID.Key) == 0 || r.SVID.Authority == "" {
+		return nil, nil, errors.New("record is incomplete")
+	}
+	e := &cache.Entry{ID: r.ID, SPIFFEID: id, Selectors: r.Selectors, Hint: r.Hint, Revision: r.Revision, CreatedAt: r.CreatedAt}
+	for _, name := range r.FederatesWith {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return nil, nil, fmt.Errorf("federates with: %w", err)
+		}
+		e.FederatesWith = append(e.FederatesWith, td)
+	}
+	s := &cache.SVID{
+		ID: id, EntryID: r.ID, Revision: r.SVID.Revision, Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
+		Authority: r.SVID.Authority, NotBefore: r.SVID.NotBefore, NotAfter: r.SVID.NotAfter, RenewAt: r.SVID.RenewAt,
+	}
+	return e, s, nil
+}
+
+func encode(e *cache.Entry, s *cache.SVID) ([]byte, error) {
+	r := record{
+		ID: e.ID, SPIFFEID: e.SPIFFEID.String(), Selectors: e.Selectors, Hint: e.Hint, Revision: e.Revision, CreatedAt: e.CreatedAt,
+		SVID: svid{Leaf: s.Leaf, Intermediates: s.Intermediates, Key: s.Key, Authority: s.Authority, Revision: s.Revision,
+			NotBefore: s.NotBefore, NotAfter: s.NotAfter, RenewAt: s.RenewAt},
+	}
+	for _, td := range e.FederatesWith {
+		r.FederatesWith = append(r.FederatesWith, td.Name())
+	}
+	return json.Marshal(r)
+}
+
+// file names an entry's file. Entry IDs come from the server and may hold
+// anything, so the name is a hash.
+func (d *Dir) file(entryID string) string {
+	sum := sha256.Sum256([]byte(entryID))
+	return filepath.Join(d.path, hex.EncodeToString(sum[:16])+suffix)
+}
+
+// Follow keeps the folder equal to the cache until ctx is done, and then
+// brings it up to date once more and returns nil. A file that cannot be
+// written is logged and costs a mint after the next start, no more.
+func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
+	follower := c.Follow()
+	defer follower.Close()
+	kept := make(map[string]*cache.SVID)
+	for {
+		select {
+		case <-ctx.Done():
+			d.update(c, follower, kept)
+			return nil
+		case <-follower.C():
+			d.update(c, follower, kept)
+		}
+	}
+}
+
+func (d *Dir) update(c *cache.Cache, follower *cache.Follower, kept map[string]*cache.SVID) {
+	for _, id := range follower.Drain() {
+		item, held := c.Item(id)
+		var err error
+		switch {
+		case !held || item.SVID == nil:
+			delete(kept, id)
+			if err = os.Remove(d.file(id)); errors.Is(err, fs.ErrNotExist) {
+				err = nil
+			}
+		case kept[id] != item.SVID:
+			kept[id] = item.SVID
+			err = d.write(item)
+		}
+		if err != nil {
+			d.log.Error("SVID not kept for a restart", "entry", id, "error", err)
+		}
+	}
+}
+
+func (d *Dir) write(item cache.Item) error {
+	data, err := encode(item.Entry, item.SVID)
+	if err != nil {
+		return fmt.Errorf("encode: %w", err)
+	}
+	path := d.file(item.Entry.ID)
+	// No fsync: the file system is memory, and rename alone keeps a reader
+	// from half a file.
+	if err := os.WriteFile(path+".tmp", data, 0o600); err != nil {
+		return fmt.Errorf("write: %w", err)
+	}
+	return os.Rename(path+".tmp", path)
+}
