@@ -1,0 +1,90 @@
+package unix
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strconv"
+)
+
+// maxGroups bounds the work that one process can ask for. Linux allows 65,536
+// supplementary groups; nobody has entries for more than a few.
+const maxGroups = 1024
+
+// status is what /proc/PID/status says of a process's rights.
+type status struct {
+	uid, gid uint32 // effective
+	groups   []uint32
+}
+
+// parseStatus reads the lines Uid, Gid and Groups: proc_pid_status(5). The
+// kernel escapes line ends in the command's name, so no process can forge a
+// line. A missing Groups line means none; Uid and Gid have to be there.
+func parseStatus(text []byte) (status, error) {
+	var st status
+	var hasUID, hasGID, hasGroups bool
+	for line := range bytes.Lines(text) {
+		name, value, found := bytes.Cut(line, []byte(":"))
+		if !found {
+			continue
+		}
+		var err error
+		switch string(name) {
+		case "Uid":
+			st.uid, err = effective(value)
+			hasUID = true
+		case "Gid":
+			st.gid, err = effective(value)
+			hasGID = true
+		case "Groups":
+			st.groups, err = parseGroups(value)
+			hasGroups = true
+		}
+		if err != nil {
+			return status{}, fmt.Errorf("line %s: %w", name, err)
+		}
+		if hasUID && hasGID && hasGroups {
+			break
+		}
+	}
+	if !hasUID || !hasGID {
+		return status{}, errors.New("no Uid or Gid line")
+	}
+	return st, nil
+}
+
+// effective returns the second of the four IDs: real, effective, saved, file
+// system.
+func effective(value []byte) (uint32, error) {
+	n := 0
+	for field := range bytes.FieldsSeq(value) {
+		if n == 1 {
+			return parseID(field)
+		}
+		n++
+	}
+	return 0, errors.New("no effective ID")
+}
+
+func parseGroups(value []byte) ([]uint32, error) {
+	var groups []uint32
+	for field := range bytes.FieldsSeq(value) {
+		if len(groups) == maxGroups {
+			return nil, fmt.Errorf("more than %d supplementary groups", maxGroups)
+		}
+		id, err := parseID(field)
+		if err != nil {
+			return nil, err
+		}
+		groups = append(groups, id)
+	}
+	return groups, nil
+}
+
+func parseID(field []byte) (uint32, error) {
+	id, err := strconv.ParseUint(string(field), 10, 32)
+	if err != nil {
+		return 0, errors.New("not an ID")
+	}
+	return uint32(id), nil
+}

@@ -1,0 +1,61 @@
+package workload
+
+import (
+	"slices"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/encoding/protowire"
+
+	"github.com/renewd/renewd/bundle"
+)
+
+const (
+	x509Bundles = 2 // X509BundlesResponse.bundles
+	jwtBundles  = 1 // JWTBundlesResponse.bundles
+)
+
+// FetchX509Bundles streams the X.509 bundles of the own trust domain and of
+// those that the caller's entries federate with, as DER.
+func (s *service) FetchX509Bundles(_ *workloadpb.X509BundlesRequest, stream grpc.ServerStreamingServer[workloadpb.X509BundlesResponse]) error {
+	return s.streamBundles("FetchX509Bundles", stream, x509Bundles, (*bundle.Bundle).X509DER)
+}
+
+// FetchJWTBundles streams the JWT bundles of the same trust domains, as JWK
+// sets.
+func (s *service) FetchJWTBundles(_ *workloadpb.JWTBundlesRequest, stream grpc.ServerStreamingServer[workloadpb.JWTBundlesResponse]) error {
+	return s.streamBundles("FetchJWTBundles", stream, jwtBundles, (*bundle.Bundle).JWKS)
+}
+
+func (s *service) streamBundles(method string, stream grpc.ServerStream, field protowire.Number, form func(*bundle.Bundle) []byte) error {
+	c, err := s.enter(stream.Context())
+	if err != nil {
+		return err
+	}
+	defer c.leave()
+	s.obs.StreamOpened(method)
+	defer s.obs.StreamClosed(method)
+	watch := s.cfg.Cache.Watch()
+	defer watch.Close()
+
+	var last []foreign
+	return s.follow(stream.Context(), watch.C(), func() (bool, error) {
+		v := s.cfg.Cache.Match(c.selectors)
+		if err := c.admit(&v); err != nil {
+			return false, err
+		}
+		own := foreign{v.Bundle.Own.TrustDomain(), form(v.Bundle.Own)}
+		next := slices.Insert(federated(&v, form), 0, own)
+		if last != nil && equalForeign(next, last) {
+			return false, nil
+		}
+		if c.peer.Alive() != nil {
+			return false, errGone
+		}
+		if err := stream.SendMsg(encoded{encodeMap(field, next)}); err != nil {
+			return false, err
+		}
+		last = next
+		return true, nil
+	})
+}

@@ -1,0 +1,118 @@
+package workload
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"log/slog"
+	"slices"
+	"strings"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/attest"
+)
+
+// caller is the process behind one call, attested.
+type caller struct {
+	s         *Server
+	peer      *attest.Peer
+	selectors []cache.Selector
+	// uncertain says that an attestor failed: selectors may be missing.
+	uncertain bool
+}
+
+// securityHeader keeps programs that were talked into sending a request (SSRF)
+// from reaching the API: SPIFFE Workload Endpoint, section 6.
+const securityHeader = "workload.spiffe.io"
+
+var (
+	errHeader   = status.Error(codes.InvalidArgument, "the request needs the metadata \"workload.spiffe.io: true\", once")
+	errStarting = status.Error(codes.Unavailable, "the agent is starting: it has not heard from the server yet")
+	errStopping = status.Error(codes.Unavailable, "the agent is stopping")
+	errBusy     = status.Error(codes.Unavailable, "the processes of this user have too many calls open")
+	errGone     = status.Error(codes.Unavailable, "the process that opened this connection has ended: open a new one")
+	errAttest   = status.Error(codes.Unavailable, "the caller could not be attested: the agent's log says why")
+	errDenied   = status.Error(codes.PermissionDenied, "no registration entry matches this process")
+)
+
+// enter lets a call in: checks its header, attests the caller and counts the
+// call. The caller that it returns has to leave.
+func (s *service) enter(ctx context.Context) (*caller, error) {
+	if v := metadata.ValueFromIncomingContext(ctx, securityHeader); len(v) != 1 || v[0] != "true" {
+		return nil, errHeader
+	}
+	if s.stopping.Err() != nil {
+		return nil, errStopping
+	}
+	p, ok := peerFrom(ctx)
+	if !ok {
+		return nil, errAttest
+	}
+	if !s.calls.acquire(p.UID()) {
+		if s.said.first(about{kind: "calls", uid: p.UID()}) {
+			s.log.Warn("A user's processes have too many calls open: new ones are refused.",
+				slog.Uint64("uid", uint64(p.UID())), slog.Int("pid", p.PID()),
+				slog.String("path", p.Executable()), slog.Int("limit", s.calls.limit))
+		}
+		return nil, errBusy
+	}
+	c, err := s.attest(ctx, p)
+	if err != nil {
+		s.calls.release(p.UID())
+		return nil, err
+	}
+	return c, nil
+}
+
+func (c *caller) leave() { c.s.calls.release(c.peer.UID()) }
+
+func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
+	res, err := attest.Selectors(ctx, p, s.cfg.Attestors)
+	failure := cmp.Or(err, res.Partial)
+	switch {
+	case errors.Is(err, attest.ErrGone):
+		return nil, errGone
+	case ctx.Err() != nil:
+		return nil, status.FromContextError(ctx.Err()).Err()
+	case failure != nil && s.said.first(about{kind: "attest", uid: p.UID()}):
+		s.log.Warn("A caller could not be attested in full.", slog.Any("error", failure),
+			slog.Int("pid", p.PID()), slog.Uint64("uid", uint64(p.UID())), slog.String("path", p.Executable()))
+	}
+	if err != nil {
+		return nil, errAttest
+	}
+	return &caller{s: s.Server, peer: p, selectors: res.Selectors, uncertain: failure != nil}, nil
+}
+
+// admit says whether the view may be told to the caller at all.
+func (c *caller) admit(v *cache.View) error {
+	switch {
+	case !v.Ready:
+		return errStarting
+	case v.Matched > 0:
+		return nil
+	case c.uncertain:
+		// The selectors that would match may be those that are missing.
+		return errAttest
+	}
+	if c.s.said.first(about{kind: c.describe()}) {
+		c.s.log.Info("A caller was denied: no registration entry matches its selectors.",
+			slog.Int("pid", c.peer.PID()), slog.Uint64("uid", uint64(c.peer.UID())),
+			slog.String("path", c.peer.Executable()), slog.String("selectors", c.describe()))
+	}
+	return errDenied
+}
+
+// describe lists the selectors for a message.
+func (c *caller) describe() string {
+	names := make([]string, len(c.selectors))
+	for i, s := range c.selectors {
+		names[i] = s.String()
+	}
+	slices.Sort(names)
+	return strings.Join(names, " ")
+}

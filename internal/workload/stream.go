@@ -1,0 +1,54 @@
+package workload
+
+import (
+	"context"
+	"time"
+
+	"google.golang.org/grpc/status"
+)
+
+// PushSpacing is the least time between two answers of one stream. Changes
+// that come faster are told together.
+const PushSpacing = 250 * time.Millisecond
+
+// follow runs one stream: it calls look when woken and lets at least
+// PushSpacing pass after each answer. look sends what has changed, if anything,
+// and reports whether it did.
+func (s *service) follow(ctx context.Context, wake <-chan struct{}, look func() (sent bool, err error)) error {
+	var last time.Time // of the last answer
+	for {
+		select {
+		case <-wake:
+		case <-ctx.Done():
+			return status.FromContextError(ctx.Err()).Err()
+		case <-s.stopping.Done():
+			return errStopping
+		}
+		if !last.IsZero() {
+			if wait := PushSpacing - time.Since(last); wait > 0 {
+				timer := time.NewTimer(wait)
+				select {
+				case <-timer.C:
+				case <-ctx.Done():
+					timer.Stop()
+					return status.FromContextError(ctx.Err()).Err()
+				case <-s.stopping.Done():
+					timer.Stop()
+					return errStopping
+				}
+				// What came meanwhile is part of what look reads.
+				select {
+				case <-wake:
+				default:
+				}
+			}
+		}
+		sent, err := look()
+		if err != nil {
+			return err
+		}
+		if sent {
+			last = time.Now()
+		}
+	}
+}

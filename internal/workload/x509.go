@@ -1,0 +1,149 @@
+package workload
+
+import (
+	"bytes"
+	"cmp"
+	"log/slog"
+	"slices"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+)
+
+// maxClientMessage is what gRPC clients accept in one message unless told
+// otherwise.
+const maxClientMessage = 4 << 20
+
+// FetchX509SVID streams all X.509-SVIDs of the caller with the trust bundles
+// that go with them (SPIFFE Workload API, section 5.2.1).
+func (s *service) FetchX509SVID(_ *workloadpb.X509SVIDRequest, stream grpc.ServerStreamingServer[workloadpb.X509SVIDResponse]) error {
+	c, err := s.enter(stream.Context())
+	if err != nil {
+		return err
+	}
+	defer c.leave()
+	if !s.cfg.Cache.Ready() {
+		return errStarting
+	}
+	const method = "FetchX509SVID"
+	s.obs.StreamOpened(method)
+	defer s.obs.StreamClosed(method)
+	sub := s.cfg.Cache.Subscribe(c.selectors)
+	defer sub.Close()
+
+	var last x509Answer
+	warned := false
+	return s.follow(stream.Context(), sub.C(), func() (bool, error) {
+		v := sub.View()
+		if err := c.admit(&v); err != nil {
+			return false, err
+		}
+		// The first answer waits until it can be complete. A later one does
+		// not: renewals must reach the workload also while an entry that was
+		// just added has to wait for the server.
+		if len(v.Identities) == 0 || (v.Waiting > 0 && last.identities == nil) {
+			return false, nil
+		}
+		next := newX509Answer(&v)
+		if next.equal(&last) {
+			// What was sent before says the same.
+			sub.Sent()
+			return false, nil
+		}
+		if c.peer.Alive() != nil {
+			return false, errGone
+		}
+		size := next.size()
+		if size > maxClientMessage {
+			s.obs.OversizeAnswer(method)
+			if !warned {
+				warned = true
+				s.warnOversize(c, len(next.identities), size)
+			}
+		}
+		if err := stream.SendMsg(encoded{next.encode(size)}); err != nil {
+			return false, err
+		}
+		sub.Sent()
+		last = next
+		return true, nil
+	})
+}
+
+func (s *service) warnOversize(c *caller, identities, size int) {
+	s.log.Warn("An answer is larger than gRPC clients accept by default: the workload may not be able to read it. "+
+		"Give it fewer registration entries, or let its client receive more "+
+		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions).",
+		slog.String("selectors", c.describe()), slog.Int("pid", c.peer.PID()),
+		slog.Uint64("uid", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()),
+		slog.Int("identities", identities), slog.Int("bytes", size), slog.Int("limit", maxClientMessage))
+}
+
+// x509Answer is one answer of FetchX509SVID. It refers to what the cache
+// holds, so that a stream at rest costs little more than pointers.
+type x509Answer struct {
+	identities []x509Identity
+	own        []byte // the trust domain's bundle
+	federated  []foreign
+}
+
+type x509Identity struct {
+	svid *cache.SVID
+	hint string
+}
+
+// foreign is the bundle of one trust domain, as DER or JWKS.
+type foreign struct {
+	td   spiffeid.TrustDomain
+	data []byte
+}
+
+func newX509Answer(v *cache.View) x509Answer {
+	a := x509Answer{
+		identities: make([]x509Identity, len(v.Identities)),
+		own:        v.Bundle.Own.X509DER(),
+		federated:  federated(v, (*bundle.Bundle).X509DER),
+	}
+	for i, id := range v.Identities {
+		a.identities[i] = x509Identity{id.SVID, id.Hint}
+	}
+	return a
+}
+
+// equal reports whether a client would be told the same. SVIDs are compared
+// by pointer, because a new one is never the same; a bundle is often made anew
+// with the same content.
+func (a *x509Answer) equal(b *x509Answer) bool {
+	return slices.Equal(a.identities, b.identities) && bytes.Equal(a.own, b.own) && equalForeign(a.federated, b.federated)
+}
+
+// federated returns the bundles of the trust domains that the matched entries
+// federate with, as far as they are known, by trust domain.
+func federated(v *cache.View, form func(*bundle.Bundle) []byte) []foreign {
+	if len(v.Bundle.Federated) == 0 {
+		return nil
+	}
+	var out []foreign
+	for _, e := range v.Entries {
+		for _, td := range e.FederatesWith {
+			at, found := slices.BinarySearchFunc(out, td, func(f foreign, td spiffeid.TrustDomain) int {
+				return cmp.Compare(f.td.Name(), td.Name())
+			})
+			if found || td == v.Bundle.Own.TrustDomain() {
+				continue
+			}
+			if b := v.Bundle.Federated[td]; b != nil {
+				out = slices.Insert(out, at, foreign{td, form(b)})
+			}
+		}
+	}
+	return out
+}
+
+func equalForeign(a, b []foreign) bool {
+	return slices.EqualFunc(a, b, func(x, y foreign) bool { return x.td == y.td && bytes.Equal(x.data, y.data) })
+}
