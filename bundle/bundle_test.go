@@ -1,0 +1,175 @@
+package bundle_test
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/json"
+	"math/big"
+	"net/url"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/bundle"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("example.org")
+
+type ca struct {
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+}
+
+// newCA makes an authority named id, signed by parent or by itself.
+func newCA(t testing.TB, id string, parent *ca) *ca {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), SubjectKeyId: []byte(id), IsCA: true, BasicConstraintsValid: true,
+		KeyUsage: x509.KeyUsageCertSign, URIs: []*url.URL{td.ID().URL()},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(1000 * time.Hour),
+	}
+	signer, by := key, template
+	if parent != nil {
+		signer, by = parent.key, parent.cert
+	}
+	return &ca{sign(t, template, by, key, signer), key}
+}
+
+func (c *ca) leaf(t testing.TB) *x509.Certificate {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return sign(t, &x509.Certificate{
+		SerialNumber: big.NewInt(2), URIs: []*url.URL{spiffeid.RequireFromPath(td, "/w").URL()},
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour),
+	}, c.cert, key, c.key)
+}
+
+func sign(t testing.TB, template, parent *x509.Certificate, key, signer *ecdsa.PrivateKey) *x509.Certificate {
+	t.Helper()
+	der, err := x509.CreateCertificate(rand.Reader, template, parent, key.Public(), signer)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return cert
+}
+
+func newBundle(t testing.TB, seq uint64, auths ...bundle.X509Authority) *bundle.Bundle {
+	t.Helper()
+	b, err := bundle.New(td, bundle.Content{Sequence: seq, X509: auths})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func TestNewRefusesWhatIsNoBundle(t *testing.T) {
+	good := bundle.X509Authority{Certificate: newCA(t, "a", nil).cert}
+	for name, tt := range map[string]struct {
+		td spiffeid.TrustDomain
+		c  bundle.Content
+	}{
+		"no trust domain":    {c: bundle.Content{X509: []bundle.X509Authority{good}}},
+		"no X.509 authority": {td: td},
+		"no certificate":     {td: td, c: bundle.Content{X509: []bundle.X509Authority{{}}}},
+		"no key ID":          {td: td, c: bundle.Content{X509: []bundle.X509Authority{good}, JWT: []bundle.JWTAuthority{{PublicKey: good.Certificate.PublicKey}}}},
+		"no public key":      {td: td, c: bundle.Content{X509: []bundle.X509Authority{good}, JWT: []bundle.JWTAuthority{{KeyID: "k"}}}},
+	} {
+		if _, err := bundle.New(tt.td, tt.c); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
+
+func TestForms(t *testing.T) {
+	a, b := newCA(t, "a", nil), newCA(t, "b", nil)
+	got, err := bundle.New(td, bundle.Content{
+		X509: []bundle.X509Authority{{Certificate: a.cert}, {Certificate: b.cert}},
+		JWT:  []bundle.JWTAuthority{{KeyID: "kid", PublicKey: a.key.Public()}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if want := append(slices.Clone(a.cert.Raw), b.cert.Raw...); !bytes.Equal(got.X509DER(), want) {
+		t.Error("X509DER is not the concatenated certificates")
+	}
+	var jwks struct{ Keys []map[string]any }
+	if err := json.Unmarshal(got.JWKS(), &jwks); err != nil {
+		t.Fatal(err)
+	}
+	if len(jwks.Keys) != 1 || jwks.Keys[0]["kid"] != "kid" || jwks.Keys[0]["kty"] != "EC" || jwks.Keys[0]["d"] != nil {
+		t.Errorf("JWKS is %s, want the one public JWT key", got.JWKS())
+	}
+	if x, ok := got.X509Authority("61"); !ok || x.Certificate != a.cert {
+		t.Error("authority a is not found under the hex of its key identifier")
+	}
+}
+
+func TestVerifyFindsTheAuthority(t *testing.T) {
+	root, other, stranger := newCA(t, "a", nil), newCA(t, "b", nil), newCA(t, "c", nil)
+	middle := newCA(t, "m", root)
+	b := newBundle(t, 1, bundle.X509Authority{Certificate: other.cert}, bundle.X509Authority{Certificate: root.cert})
+	if id, err := b.Verify(root.leaf(t), nil, time.Now()); err != nil || id != "61" {
+		t.Errorf("direct: %q, %v; want authority 61", id, err)
+	}
+	if id, err := b.Verify(middle.leaf(t), []*x509.Certificate{middle.cert}, time.Now()); err != nil || id != "61" {
+		t.Errorf("over an intermediate: %q, %v; want authority 61", id, err)
+	}
+	if _, err := b.Verify(middle.leaf(t), nil, time.Now()); err == nil {
+		t.Error("a chain with a gap was accepted")
+	}
+	if _, err := b.Verify(stranger.leaf(t), nil, time.Now()); err == nil {
+		t.Error("a stranger's chain was accepted")
+	}
+	if _, err := b.Verify(root.leaf(t), nil, time.Now().Add(2*time.Hour)); err == nil {
+		t.Error("an expired leaf was accepted")
+	}
+}
+
+func TestDiff(t *testing.T) {
+	auth := func(id string, tainted bool) bundle.X509Authority {
+		return bundle.X509Authority{ID: id, Certificate: shared.cert, Tainted: tainted}
+	}
+	x := func(k bundle.Kind, id string) bundle.Change {
+		return bundle.Change{Kind: k, Type: bundle.TypeX509, ID: id}
+	}
+	for _, tt := range []struct {
+		name     string
+		from, to *bundle.Bundle
+		want     []bundle.Change
+	}{
+		{"first", nil, newBundle(t, 1, auth("a", false)), []bundle.Change{x(bundle.KindAdded, "a")}},
+		{"same", newBundle(t, 1, auth("a", true)), newBundle(t, 2, auth("a", true)), nil},
+		{"taint", newBundle(t, 1, auth("a", false), auth("b", false)), newBundle(t, 2, auth("a", true), auth("b", false)), []bundle.Change{x(bundle.KindTainted, "a")}},
+		{"taint taken back", newBundle(t, 1, auth("a", true)), newBundle(t, 2, auth("a", false)), []bundle.Change{x(bundle.KindUntainted, "a")}},
+		{"arrives tainted", newBundle(t, 1, auth("a", false)), newBundle(t, 2, auth("a", false), auth("b", true)), []bundle.Change{x(bundle.KindAdded, "b"), x(bundle.KindTainted, "b")}},
+		{"replaced", newBundle(t, 1, auth("a", true)), newBundle(t, 2, auth("b", false)), []bundle.Change{x(bundle.KindAdded, "b"), x(bundle.KindRemoved, "a")}},
+		{"one key under two certificates", newBundle(t, 1, auth("a", false), auth("a", false)), newBundle(t, 2, auth("a", false), auth("a", true)), []bundle.Change{x(bundle.KindTainted, "a")}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			if got := bundle.Diff(tt.from, tt.to); !slices.Equal(got, tt.want) {
+				t.Errorf("Diff = %v, want %v", got, tt.want)
+			}
+		})
+	}
+}
+
+var shared = func() *ca {
+	var t testing.T
+	return newCA(&t, "shared", nil)
+}()

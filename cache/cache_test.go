@@ -1,0 +1,497 @@
+package cache_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"fmt"
+	"math/big"
+	"slices"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"pgregory.net/rapid"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("example.org")
+
+// authorityCert and jwtKey are shared: what matters here is their IDs.
+var authorityKey, authorityCert = func() (*ecdsa.PrivateKey, *x509.Certificate) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		panic(err)
+	}
+	return key, cert
+}()
+
+// snapshot has X.509 authorities A and B and the given JWT keys.
+func snapshot(t testing.TB, keyIDs ...string) *bundle.Snapshot {
+	t.Helper()
+	c := bundle.Content{X509: []bundle.X509Authority{{ID: "A", Certificate: authorityCert}, {ID: "B", Certificate: authorityCert}}}
+	for _, k := range keyIDs {
+		c.JWT = append(c.JWT, bundle.JWTAuthority{KeyID: k, PublicKey: authorityKey.Public()})
+	}
+	b, err := bundle.New(td, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &bundle.Snapshot{Own: b}
+}
+
+func sel(values ...string) []cache.Selector {
+	var out []cache.Selector
+	for _, v := range values {
+		out = append(out, cache.Selector{Type: "t", Value: v})
+	}
+	return out
+}
+
+func entry(id string, selectors ...string) *cache.Entry {
+	return &cache.Entry{ID: id, SPIFFEID: spiffeid.RequireFromPath(td, "/"+id), Selectors: sel(selectors...)}
+}
+
+func svid(e *cache.Entry, authority string) *cache.SVID {
+	return &cache.SVID{
+		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Authority: authority, Leaf: []byte(e.ID + authority),
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), RenewAt: time.Now().Add(30 * time.Minute),
+	}
+}
+
+func put(t testing.TB, c *cache.Cache, s *cache.SVID) {
+	t.Helper()
+	if err := c.Put(s); err != nil {
+		t.Fatalf("Put: %v", err)
+	}
+}
+
+func woken(c <-chan struct{}) bool {
+	select {
+	case <-c:
+		return true
+	default:
+		return false
+	}
+}
+
+func ids(v cache.View) []string {
+	var out []string
+	for _, i := range v.Identities {
+		out = append(out, i.Entry.ID)
+	}
+	return out
+}
+
+func TestStartingUntilBundleAndEntriesAreThere(t *testing.T) {
+	c := cache.New(cache.Config{})
+	sub := c.Subscribe(sel("x"))
+	defer sub.Close()
+	if sub.View().Ready || c.Match(sel("x")).Ready {
+		t.Error("ready with nothing")
+	}
+	c.SetBundle(snapshot(t))
+	if c.Ready() {
+		t.Error("ready without entries")
+	}
+	woken(sub.C())
+	c.Update(nil, nil)
+	if !woken(sub.C()) {
+		t.Error("a waiting stream was not woken when the cache became ready")
+	}
+	if v := sub.View(); !v.Ready || v.Matched != 0 || v.Bundle == nil {
+		t.Errorf("view after an empty first sync: %+v, want ready with no match", v)
+	}
+}
+
+func TestStreamFollowsItsEntries(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	c.Update(nil, nil)
+	sub := c.Subscribe(sel("x", "y"))
+	defer sub.Close()
+	woken(sub.C())
+
+	b, a, other := entry("b", "x"), entry("a", "y", "x"), entry("o", "x", "z")
+	c.Update([]*cache.Entry{b, a, other}, nil)
+	if v := sub.View(); !woken(sub.C()) || v.Matched != 2 || v.Waiting != 2 || len(v.Identities) != 0 {
+		t.Fatalf("after two entries came: %+v, want them matched and waiting", v)
+	}
+	put(t, c, svid(b, "A"))
+	if v := sub.View(); !woken(sub.C()) || v.Waiting != 1 {
+		t.Fatalf("after one SVID came: %+v", v)
+	}
+	c.Failed("a")
+	if v := sub.View(); !woken(sub.C()) || v.Waiting != 0 || !slices.Equal(ids(v), []string{"b"}) {
+		t.Fatalf("a first mint that failed must not hold up the rest: %+v", v)
+	}
+	put(t, c, svid(a, "A"))
+	if v := sub.View(); !slices.Equal(ids(v), []string{"a", "b"}) {
+		t.Fatalf("identities %v, want a and b in the order of entry IDs", ids(v))
+	}
+	woken(sub.C())
+	put(t, c, svid(other, "A"))
+	if woken(sub.C()) {
+		t.Error("woken for an entry that does not match")
+	}
+	c.Update([]*cache.Entry{entry("b", "z")}, nil)
+	if v := sub.View(); !woken(sub.C()) || !slices.Equal(ids(v), []string{"a"}) {
+		t.Errorf("identities %v after b's selectors changed, want a", ids(v))
+	}
+	c.Update(nil, []string{"a"})
+	if v := sub.View(); !woken(sub.C()) || v.Matched != 0 {
+		t.Errorf("%d entries match after the last was deleted", v.Matched)
+	}
+}
+
+func TestExpiredSVIDIsNotShown(t *testing.T) {
+	now := time.Now()
+	c := cache.New(cache.Config{Now: func() time.Time { return now }})
+	c.SetBundle(snapshot(t))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	put(t, c, svid(e, "A"))
+	now = now.Add(59 * time.Minute)
+	if v := c.Match(sel("x")); len(v.Identities) != 1 {
+		t.Fatal("an SVID is not shown a minute before its end")
+	}
+	now = now.Add(2 * time.Minute)
+	if v := c.Match(sel("x")); len(v.Identities) != 0 || v.Matched != 1 || v.Waiting != 0 {
+		t.Errorf("view with an expired SVID: %d identities, %d waiting", len(v.Identities), v.Waiting)
+	}
+}
+
+func TestHintsAreUnique(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	hinted := func(id, hint string, age time.Duration) *cache.Entry {
+		e := entry(id, "x")
+		e.Hint, e.CreatedAt = hint, time.Unix(1000, 0).Add(-age)
+		return e
+	}
+	entries := []*cache.Entry{hinted("a", "web", 0), hinted("b", "web", time.Hour), hinted("c", "web", time.Hour), hinted("d", "db", 0), hinted("e", "", 0)}
+	c.Update(entries, nil)
+	for _, e := range entries {
+		put(t, c, svid(e, "A"))
+	}
+	var got []string
+	for _, i := range c.Match(sel("x")).Identities {
+		got = append(got, i.Hint)
+	}
+	if want := []string{"", "web", "", "db", ""}; !slices.Equal(got, want) {
+		t.Errorf("hints %q, want %q: the oldest entry keeps a duplicate, then the lowest ID", got, want)
+	}
+}
+
+func TestPutRefusesWhatWasMintedForAnotherEntry(t *testing.T) {
+	c := cache.New(cache.Config{})
+	old := entry("e", "x")
+	c.Update([]*cache.Entry{old}, nil)
+	changed := *old
+	changed.Revision = 1
+	c.Update([]*cache.Entry{&changed}, nil)
+	if c.Put(svid(old, "A")) == nil {
+		t.Error("an SVID for an older revision was taken")
+	}
+	if c.Put(svid(entry("gone", "x"), "A")) == nil {
+		t.Error("an SVID for an unknown entry was taken")
+	}
+	if c.Held("A") != 0 {
+		t.Error("a refused SVID is counted")
+	}
+}
+
+// A stream counts against an authority from the moment an SVID of it is read
+// for sending until a view without it has been sent.
+func TestStreamsHangOnWhatTheyWereSent(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	put(t, c, svid(e, "A"))
+	sub := c.Subscribe(sel("x"))
+	check := func(when string, want ...cache.Usage) {
+		t.Helper()
+		if got := c.Authorities(); !slices.Equal(got, want) {
+			t.Errorf("%s: %+v, want %+v", when, got, want)
+		}
+	}
+	check("subscribed", cache.Usage{Authority: "A", Held: 1})
+	sub.View()
+	check("on its way", cache.Usage{Authority: "A", Held: 1, Streams: 1})
+	put(t, c, svid(e, "B")) // replaced while the old one is being sent
+	check("replaced meanwhile", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1})
+	sub.Sent()
+	check("old one sent", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1})
+	sub.View()
+	check("new one on its way", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1, Streams: 1})
+	sub.Sent()
+	check("new one sent", cache.Usage{Authority: "B", Held: 1, Streams: 1})
+	sub.Close()
+	sub.Close()
+	check("closed", cache.Usage{Authority: "B", Held: 1})
+}
+
+func TestLimitIsSoft(t *testing.T) {
+	c := cache.New(cache.Config{Limit: 2})
+	c.SetBundle(snapshot(t))
+	var entries []*cache.Entry
+	for i := range 5 {
+		entries = append(entries, entry(fmt.Sprint(i), fmt.Sprint(i)))
+	}
+	c.Update(entries, nil)
+	wanted := func() (out []string) {
+		for _, e := range entries {
+			if item, ok := c.Item(e.ID); ok {
+				out = append(out, e.ID)
+				if item.SVID == nil {
+					put(t, c, svid(e, "A"))
+				}
+			}
+		}
+		return out
+	}
+	check := func(when string, want ...string) {
+		t.Helper()
+		if got := wanted(); !slices.Equal(got, want) {
+			t.Errorf("%s: held are %v, want %v", when, got, want)
+		}
+		if c.Held("A") != len(want) {
+			t.Errorf("%s: %d SVIDs held, want %d", when, c.Held("A"), len(want))
+		}
+	}
+	check("at first", "0", "1")
+	// Three streams on entries above the limit: the idle ones make room, and
+	// none with a stream is evicted though there are more than the limit.
+	var subs []*cache.Subscription
+	for _, i := range []string{"2", "3", "4"} {
+		subs = append(subs, c.Subscribe(sel(i)))
+	}
+	check("three streams", "2", "3", "4")
+	if v := subs[2].View(); len(v.Identities) != 1 {
+		t.Error("an entry above the limit is not served to who asks")
+	}
+	subs[0].Close()
+	check("one closed", "3", "4")
+	subs[1].Close()
+	subs[2].Close()
+	check("all closed", "3", "4")
+	again := c.Subscribe(sel("0"))
+	defer again.Close()
+	check("least recently used goes", "0", "4")
+	c.Update(nil, []string{"4"})
+	if got := wanted(); len(got) != 2 {
+		t.Errorf("held are %v after one was deleted: room must be filled", got)
+	}
+}
+
+func TestFollowerLearnsWhatChanged(t *testing.T) {
+	c := cache.New(cache.Config{})
+	e, other := entry("e", "x"), entry("o", "y")
+	c.Update([]*cache.Entry{e, other}, nil)
+	f := c.Follow()
+	defer f.Close()
+	if got := f.Drain(); len(got) != 2 {
+		t.Fatalf("first drain has %v, want both entries", got)
+	}
+	woken(f.C())
+	for _, step := range []struct {
+		name string
+		do   func()
+	}{
+		{"put", func() { put(t, c, svid(e, "A")) }},
+		{"entry changed", func() { c.Update([]*cache.Entry{entry("e", "x")}, nil) }},
+		{"deleted", func() { c.Update(nil, []string{"e"}) }},
+	} {
+		step.do()
+		if got := f.Drain(); !woken(f.C()) || !slices.Equal(got, []string{"e"}) {
+			t.Errorf("%s: drained %v, want e alone", step.name, got)
+		}
+	}
+	c.SetBundle(snapshot(t))
+	if !woken(f.C()) || len(f.Drain()) != 0 {
+		t.Error("a new bundle must wake the follower and change no entry")
+	}
+}
+
+func TestJWT(t *testing.T) {
+	now := time.Now()
+	c := cache.New(cache.Config{Now: func() time.Time { return now }})
+	c.SetBundle(snapshot(t, "k1", "k2"))
+	c.Update([]*cache.Entry{entry("e", "x")}, nil)
+	jwt := cache.JWT{Token: "t1", KeyID: "k1", IssuedAt: now, ExpiresAt: now.Add(time.Hour)}
+	c.PutJWT("e", []string{"b", "a"}, jwt)
+	if got, ok := c.JWT("e", []string{"a", "b", "a"}); !ok || got != jwt {
+		t.Error("the order of audiences and repeats must not matter")
+	}
+	if _, ok := c.JWT("e", []string{"a"}); ok {
+		t.Error("found under another set of audiences")
+	}
+	if !jwt.Fresh(now.Add(29*time.Minute)) || jwt.Fresh(now.Add(31*time.Minute)) {
+		t.Error("fresh must end at half of its life")
+	}
+	if got := c.JWTExpiry(); len(got) != 1 || !got["k1"].Equal(now.Add(time.Hour)) {
+		t.Errorf("latest expiry %v", got)
+	}
+	c.PutJWT("e", []string{"z"}, cache.JWT{Token: "t2", KeyID: "unknown", ExpiresAt: now.Add(time.Hour)})
+	if _, ok := c.JWT("e", []string{"z"}); ok {
+		t.Error("a token by a key that is not in the bundle is held")
+	}
+
+	c.PutJWT("e", []string{"z"}, cache.JWT{Token: "t3", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
+	c.SetBundle(snapshot(t, "k2"))
+	if _, ok := c.JWT("e", []string{"a", "b"}); ok {
+		t.Error("a token is handed out whose key left the bundle")
+	}
+	if _, ok := c.JWT("e", []string{"z"}); !ok {
+		t.Error("a token was dropped whose key stayed")
+	}
+	now = now.Add(2 * time.Hour)
+	if _, ok := c.JWT("e", []string{"z"}); ok || len(c.JWTExpiry()) != 0 {
+		t.Error("an expired token is handed out or still counted")
+	}
+	c.PutJWT("e", []string{"z"}, cache.JWT{Token: "t4", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
+	c.Update(nil, []string{"e"})
+	c.Update([]*cache.Entry{entry("e", "x")}, nil)
+	if _, ok := c.JWT("e", []string{"z"}); ok {
+		t.Error("a token outlived its entry")
+	}
+}
+
+// However a workload varies its audiences, what is held stays bounded.
+func TestJWTsAreBounded(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t, "k"))
+	c.Update([]*cache.Entry{entry("e", "x")}, nil)
+	for i := range 10_000 {
+		c.PutJWT("e", []string{fmt.Sprint(i)}, cache.JWT{KeyID: "k", ExpiresAt: time.Now().Add(time.Hour)})
+	}
+	if n := c.JWTCounts()["k"]; n > 5000 {
+		t.Errorf("%d JWT-SVIDs held", n)
+	}
+	if _, ok := c.JWT("e", []string{"9999"}); !ok {
+		t.Error("the newest was dropped instead of the oldest")
+	}
+}
+
+// Random histories against the plain definition of every figure.
+func TestAgainstModel(t *testing.T) {
+	snap := snapshot(t)
+	rapid.Check(t, func(t *rapid.T) {
+		type stream struct {
+			sub       *cache.Subscription
+			selectors []cache.Selector
+			viewed    []string
+			sent      []string
+		}
+		c := cache.New(cache.Config{Limit: 1000})
+		c.SetBundle(snap)
+		c.Update(nil, nil)
+		entries := map[string]*cache.Entry{}
+		svids := map[string]*cache.SVID{}
+		var streams []*stream
+		values := rapid.SliceOfNDistinct(rapid.SampledFrom([]string{"u", "v", "w", "x"}), 1, 3, rapid.ID[string])
+		ident := rapid.SampledFrom([]string{"a", "b", "c", "d", "e"})
+		pick := func(t *rapid.T) *stream {
+			if len(streams) == 0 {
+				t.Skip("no stream")
+			}
+			return streams[rapid.IntRange(0, len(streams)-1).Draw(t, "stream")]
+		}
+		matches := func(e *cache.Entry, caller []cache.Selector) bool {
+			return !slices.ContainsFunc(e.Selectors, func(s cache.Selector) bool { return !slices.Contains(caller, s) })
+		}
+		t.Repeat(map[string]func(*rapid.T){
+			"upsert": func(t *rapid.T) {
+				e := entry(ident.Draw(t, "id"), values.Draw(t, "selectors")...)
+				c.Update([]*cache.Entry{e}, nil)
+				entries[e.ID] = e
+			},
+			"delete": func(t *rapid.T) {
+				id := ident.Draw(t, "id")
+				c.Update(nil, []string{id})
+				delete(entries, id)
+				delete(svids, id)
+			},
+			"put": func(t *rapid.T) {
+				if e := entries[ident.Draw(t, "id")]; e != nil {
+					s := svid(e, rapid.SampledFrom([]string{"A", "B"}).Draw(t, "authority"))
+					if err := c.Put(s); err != nil {
+						t.Fatal(err)
+					}
+					svids[e.ID] = s
+				}
+			},
+			"open": func(t *rapid.T) {
+				s := sel(values.Draw(t, "caller")...)
+				streams = append(streams, &stream{sub: c.Subscribe(s), selectors: s})
+			},
+			"close": func(t *rapid.T) {
+				s := pick(t)
+				s.sub.Close()
+				streams = slices.DeleteFunc(streams, func(o *stream) bool { return o == s })
+			},
+			"view": func(t *rapid.T) {
+				s := pick(t)
+				s.viewed = nil
+				var want []string
+				for _, id := range []string{"a", "b", "c", "d", "e"} {
+					if e := entries[id]; e != nil && matches(e, s.selectors) && svids[id] != nil {
+						want = append(want, id)
+						s.viewed = append(s.viewed, svids[id].Authority)
+					}
+				}
+				v := s.sub.View()
+				if !slices.Equal(ids(v), want) {
+					t.Fatalf("stream sees %v, want %v", ids(v), want)
+				}
+				if one := c.Match(s.selectors); !slices.Equal(ids(one), want) {
+					t.Fatalf("match sees %v, want %v", ids(one), want)
+				}
+			},
+			"sent": func(t *rapid.T) {
+				s := pick(t)
+				s.sub.Sent()
+				s.sent = s.viewed
+			},
+			"": func(t *rapid.T) {
+				want := map[string]cache.Usage{}
+				add := func(id string, held, streams int) {
+					u := want[id]
+					want[id] = cache.Usage{Authority: id, Held: u.Held + held, Streams: u.Streams + streams}
+				}
+				for _, s := range svids {
+					add(s.Authority, 1, 0)
+				}
+				for _, s := range streams {
+					for _, id := range []string{"A", "B"} {
+						if slices.Contains(s.viewed, id) || slices.Contains(s.sent, id) {
+							add(id, 0, 1)
+						}
+					}
+				}
+				got := c.Authorities()
+				if len(got) != len(want) {
+					t.Fatalf("authorities %+v, want %+v", got, want)
+				}
+				for _, u := range got {
+					if u != want[u.Authority] {
+						t.Fatalf("%+v, want %+v", u, want[u.Authority])
+					}
+				}
+			},
+		})
+	})
+}
