@@ -163,25 +163,48 @@ func (d *Dir) file(entryID string) string {
 }
 
 // Follow keeps the folder equal to the cache until ctx is done, and then
-// brings it up to date once more and returns nil. A file that cannot be
+// brings it up to date once more and returns nil. It starts with dropping
+// what the cache does not have. A file that cannot be
 // written is logged and costs a mint after the next start, no more.
 func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
 	follower := c.Follow()
 	defer follower.Close()
 	kept := make(map[string]*cache.SVID)
+	first := follower.Drain()
+	d.dropOthers(first)
+	d.update(c, first, kept)
 	for {
 		select {
 		case <-ctx.Done():
-			d.update(c, follower, kept)
+			d.update(c, follower.Drain(), kept)
 			return nil
 		case <-follower.C():
-			d.update(c, follower, kept)
+			d.update(c, follower.Drain(), kept)
 		}
 	}
 }
 
-func (d *Dir) update(c *cache.Cache, follower *cache.Follower, kept map[string]*cache.SVID) {
-	for _, id := range follower.Drain() {
+// dropOthers removes every file that is not that of one of the entries.
+func (d *Dir) dropOthers(entryIDs []string) {
+	own := make(map[string]bool, len(entryIDs))
+	for _, id := range entryIDs {
+		own[d.file(id)] = true
+	}
+	files, err := filepath.Glob(filepath.Join(d.path, "*"+suffix))
+	if err != nil {
+		d.log.Error("runtime_dir not cleaned", "error", err)
+	}
+	for _, f := range files {
+		if !own[f] {
+			if err := os.Remove(f); err != nil {
+				d.log.Error("runtime_dir not cleaned", "error", err)
+			}
+		}
+	}
+}
+
+func (d *Dir) update(c *cache.Cache, changed []string, kept map[string]*cache.SVID) {
+	for _, id := range changed {
 		item, held := c.Item(id)
 		var err error
 		switch {

@@ -1,0 +1,170 @@
+package keep_test
+
+import (
+	"context"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/keep"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("example.org")
+
+// memory returns a folder on a memory file system.
+func memory(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("/dev/shm", "renewd-test-*")
+	if err != nil {
+		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+
+func TestOpenRefusesADisk(t *testing.T) {
+	if dir := t.TempDir(); !strings.HasPrefix(dir, "/dev/shm") {
+		_, err := keep.Open(dir, quiet())
+		if err == nil || !strings.Contains(err.Error(), "tmpfs") {
+			t.Errorf("Open(%s) on a disk: %v, want an error that names tmpfs", dir, err)
+		}
+	}
+}
+
+func fill(c *cache.Cache, now time.Time) (*cache.Entry, *cache.SVID) {
+	e := &cache.Entry{
+		ID: "../odd/entry id", SPIFFEID: spiffeid.RequireFromPath(td, "/w"), Hint: "web", Revision: 3,
+		Selectors: []cache.Selector{{Type: "unix", Value: "uid:1"}}, CreatedAt: now.UTC().Truncate(time.Second),
+		FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("other.test")},
+	}
+	s := &cache.SVID{ID: e.SPIFFEID, EntryID: e.ID, Revision: 3, Leaf: []byte{1}, Intermediates: []byte{2}, Key: []byte{3}, Authority: "aa",
+		NotBefore: now.UTC().Truncate(time.Second), NotAfter: now.Add(time.Hour).UTC().Truncate(time.Second), RenewAt: now.Add(time.Minute).UTC().Truncate(time.Second)}
+	c.Update([]*cache.Entry{e}, nil)
+	return e, s
+}
+
+// follow runs Follow until the returned function is called.
+func follow(t *testing.T, d *keep.Dir, c *cache.Cache) (stop func()) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	done := make(chan error, 1)
+	go func() { done <- d.Follow(ctx, c) }()
+	return func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Follow: %v", err)
+		}
+	}
+}
+
+func TestRestartFindsWhatWasHeld(t *testing.T) {
+	now := time.Now()
+	path := memory(t)
+	dir, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	e, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	files, _ := filepath.Glob(path + "/*")
+	if len(files) != 1 {
+		t.Fatalf("files kept: %v, want one", files)
+	}
+	if st, err := os.Stat(files[0]); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("file mode %v, %v; want 0600", st.Mode(), err)
+	}
+
+	entries, svids, err := dir.Load(now)
+	if err != nil || len(entries) != 1 || len(svids) != 1 {
+		t.Fatalf("Load: %d entries, %d SVIDs, %v", len(entries), len(svids), err)
+	}
+	again := cache.New(cache.Config{})
+	again.Update(entries, nil)
+	if err := again.Put(svids[0]); err != nil {
+		t.Fatal(err)
+	}
+	got, _ := again.Item(e.ID)
+	if got.Entry.SPIFFEID != e.SPIFFEID || got.Entry.Hint != e.Hint || got.Entry.Selectors[0] != e.Selectors[0] ||
+		got.Entry.FederatesWith[0] != e.FederatesWith[0] || !got.Entry.CreatedAt.Equal(e.CreatedAt) {
+		t.Errorf("entry %+v came back as %+v", e, got.Entry)
+	}
+	if string(got.SVID.Leaf)+string(got.SVID.Intermediates)+string(got.SVID.Key) != "\x01\x02\x03" || got.SVID.Authority != "aa" ||
+		!got.SVID.NotAfter.Equal(s.NotAfter) || !got.SVID.RenewAt.Equal(s.RenewAt) {
+		t.Errorf("SVID %+v came back as %+v", s, got.SVID)
+	}
+
+	c.Update(nil, []string{e.ID})
+	follow(t, dir, c)()
+	if entries, _, _ := dir.Load(now); len(entries) != 0 {
+		t.Error("a deleted entry's SVID is still kept")
+	}
+}
+
+func TestBrokenAndExpiredFilesAreDropped(t *testing.T) {
+	now := time.Now()
+	path := memory(t)
+	var log strings.Builder
+	dir, err := keep.Open(path, slog.New(slog.NewTextHandler(&log, nil)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	_, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	if err := os.WriteFile(path+"/broken.json", []byte(`{"svid":{"key":"c2VjcmV0`), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if entries, _, err := dir.Load(now); err != nil || len(entries) != 1 {
+		t.Errorf("beside a broken file: %d entries, %v; want 1", len(entries), err)
+	}
+	if !strings.Contains(log.String(), "broken.json") || strings.Contains(log.String(), "c2VjcmV0") {
+		t.Errorf("the log must name the file and not its content:\n%s", log.String())
+	}
+	if entries, _, err := dir.Load(now.Add(2 * time.Hour)); err != nil || len(entries) != 0 {
+		t.Errorf("after its end: %d entries, %v; want none", len(entries), err)
+	}
+	if files, _ := filepath.Glob(path + "/*"); len(files) != 0 {
+		t.Errorf("files left: %v", files)
+	}
+}
+
+func FuzzLoad(f *testing.F) {
+	f.Add([]byte(`{"id":"e","spiffe_id":"spiffe://a/b","selectors":[{"Type":"a","Value":"b"}],"svid":{"leaf":"AA==","key":"AA==","authority":"x"}}`))
+	f.Add([]byte(`{}`))
+	f.Fuzz(func(t *testing.T, data []byte) {
+		path := memory(t)
+		dir, err := keep.Open(path, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path+"/x.json", data, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		entries, svids, err := dir.Load(time.Unix(-1<<40, 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, e := range entries {
+			c := cache.New(cache.Config{})
+			c.Update([]*cache.Entry{e}, nil)
+			if e.Revision == svids[i].Revision && c.Put(svids[i]) != nil {
+				t.Error("what was loaded does not fit the cache")
+			}
+		}
+	})
+}
