@@ -1,0 +1,386 @@
+package unix
+
+import (
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/attest"
+)
+
+// program copies the program "sleep" so that it can be changed.
+func testProgram(t *testing.T, dir, name string) string {
+	t.Helper()
+	from, err := exec.LookPath("sleep")
+	if err != nil {
+		t.Skip("no sleep here:", err)
+	}
+	data, err := os.ReadFile(from)
+	if err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(dir, name)
+	if err := os.WriteFile(path, data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+func run(t *testing.T, path string, attr *syscall.SysProcAttr) *attest.Peer {
+	t.Helper()
+	cmd := exec.Command(path, "60")
+	cmd.SysProcAttr = attr
+	// Another test may be forking while our copy was still open for writing.
+	for range 100 {
+		if err := cmd.Start(); !errors.Is(err, syscall.ETXTBSY) {
+			if err != nil {
+				t.Fatal(err)
+			}
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
+	p, err := attest.FromPID(cmd.Process.Pid, uint32(os.Geteuid()), uint32(os.Getegid()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close(); cmd.Process.Kill(); cmd.Wait() })
+	return p
+}
+
+func values(t *testing.T, a *Attestor, p *attest.Peer) []string {
+	t.Helper()
+	selectors, err := a.Attest(t.Context(), p)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []string
+	for _, s := range selectors {
+		if s.Type != "unix" {
+			t.Errorf("selector %s has another type", s)
+		}
+		out = append(out, s.Value)
+	}
+	return out
+}
+
+func with(values []string, prefix string) []string {
+	return slices.DeleteFunc(slices.Clone(values), func(v string) bool { return !strings.HasPrefix(v, prefix) })
+}
+
+func TestSelectors(t *testing.T) {
+	t.Parallel()
+	path := testProgram(t, t.TempDir(), "app (1) x")
+	p := run(t, path, nil)
+	got := values(t, New(Config{SHA256: true}), p)
+
+	uid, gid := strconv.Itoa(os.Geteuid()), strconv.Itoa(os.Getegid())
+	want := []string{"uid:" + uid, "gid:" + gid, "path:" + path}
+	if u, err := user.LookupId(uid); err == nil {
+		want = append(want, "user:"+u.Username)
+	}
+	if g, err := user.LookupGroupId(gid); err == nil {
+		want = append(want, "group:"+g.Name)
+	}
+	groups, err := os.Getgroups()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, id := range groups {
+		want = append(want, fmt.Sprintf("supplementary_gid:%d", id))
+		if g, err := user.LookupGroupId(strconv.Itoa(id)); err == nil {
+			want = append(want, "supplementary_group:"+g.Name)
+		}
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want = append(want, fmt.Sprintf("sha256:%x", sha256.Sum256(data)))
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+func TestSelectorsOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start a process as another user")
+	}
+	dir, err := os.MkdirTemp("/tmp", "renewd-unix")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	p := run(t, testProgram(t, dir, "app"), &syscall.SysProcAttr{
+		Credential: &syscall.Credential{Uid: 54321, Gid: 54322, Groups: []uint32{0, 54323}},
+	})
+	got := values(t, New(Config{SkipPath: true}), p)
+	want := []string{"uid:54321", "gid:54322", "supplementary_gid:0", "supplementary_group:root", "supplementary_gid:54323"}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestOptions(t *testing.T) {
+	t.Parallel()
+	p := run(t, testProgram(t, t.TempDir(), "app"), nil)
+	for name, tt := range map[string]struct {
+		cfg          Config
+		path, sha256 int
+	}{
+		"default":       {Config{}, 1, 0},
+		"no path":       {Config{SkipPath: true}, 0, 0},
+		"hash":          {Config{SHA256: true}, 1, 1},
+		"hash, limited": {Config{SHA256: true, SHA256Limit: 10}, 1, 0},
+		"hash, always":  {Config{SHA256: true, SHA256Limit: -1}, 1, 1},
+	} {
+		got := values(t, New(tt.cfg), p)
+		if n := len(with(got, "path:")); n != tt.path {
+			t.Errorf("%s: %d path selectors, want %d", name, n, tt.path)
+		}
+		if n := len(with(got, "sha256:")); n != tt.sha256 {
+			t.Errorf("%s: %d sha256 selectors, want %d", name, n, tt.sha256)
+		}
+	}
+}
+
+// A package upgrade replaces the file of a running program. What runs is still
+// what was started from that path, and has the old hash.
+func TestProgramReplacedWhileItRuns(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	path := testProgram(t, dir, "app")
+	p := run(t, path, nil)
+	a := New(Config{SHA256: true})
+	before := values(t, a, p)
+	if err := os.WriteFile(path+".new", []byte("another program"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+	for name, a := range map[string]*Attestor{"same attestor": a, "new attestor": New(Config{SHA256: true})} {
+		if after := values(t, a, p); !slices.Equal(before, after) {
+			t.Errorf("%s:\nbefore %q\nafter  %q", name, before, after)
+		}
+	}
+}
+
+func TestProgramCalledDeleted(t *testing.T) {
+	t.Parallel()
+	path := testProgram(t, t.TempDir(), "app (deleted)")
+	got := values(t, New(Config{}), run(t, path, nil))
+	if want := []string{"path:" + path}; !slices.Equal(with(got, "path:"), want) {
+		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+func TestHashIsComputedOnce(t *testing.T) {
+	t.Parallel()
+	path := testProgram(t, t.TempDir(), "app")
+	p, other := run(t, path, nil), run(t, path, nil)
+	a := New(Config{SHA256: true})
+	want := with(values(t, a, p), "sha256:")
+	// A hash that can only come from the cache.
+	for _, el := range a.programs.sums {
+		el.Value = program{el.Value.(program).id, "cached"}
+	}
+	if got := with(values(t, a, other), "sha256:"); !slices.Equal(got, []string{"sha256:cached"}) {
+		t.Errorf("the program was hashed again: %q", got)
+	}
+	// A change of the file is noticed.
+	now := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(path, now, now); err != nil {
+		t.Fatal(err)
+	}
+	if got := with(values(t, a, other), "sha256:"); !slices.Equal(got, want) {
+		t.Errorf("after a change: %q, want %q", got, want)
+	}
+}
+
+func TestHashesAreBounded(t *testing.T) {
+	t.Parallel()
+	c := newPrograms()
+	for i := range 3 * maxPrograms {
+		c.put(fileID{ino: uint64(i)}, "x")
+		if _, ok := c.get(fileID{ino: 0}); !ok {
+			t.Fatal("the one in use was dropped")
+		}
+	}
+	if len(c.sums) != maxPrograms || c.recent.Len() != maxPrograms {
+		t.Errorf("%d and %d kept, want %d", len(c.sums), c.recent.Len(), maxPrograms)
+	}
+}
+
+func TestHashingStopsWithItsCaller(t *testing.T) {
+	t.Parallel()
+	p := run(t, testProgram(t, t.TempDir(), "app"), nil)
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := New(Config{SHA256: true}).Attest(ctx, p); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	r := &reader{ctx: ctx, r: strings.NewReader("x")}
+	if _, err := io.ReadAll(r); !errors.Is(err, context.Canceled) {
+		t.Errorf("reading went on: %v", err)
+	}
+}
+
+func TestProcessThatEnded(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p, err := attest.FromPID(cmd.Process.Pid, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	cmd.Process.Kill()
+	cmd.Wait()
+	if _, err := attest.Selectors(t.Context(), p, []attest.Attestor{New(Config{})}); !errors.Is(err, attest.ErrGone) {
+		t.Errorf("got %v, want ErrGone", err)
+	}
+}
+
+func TestNames(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		asked := 0
+		var fail error
+		n := newNames("uid:", "user:", func(id string) (string, error) {
+			asked++
+			if id == "7" {
+				return "", nil // has no name
+			}
+			return "name" + id, fail
+		})
+		get := func(id uint32) string {
+			out, err := n.add(nil, id)
+			if err != nil {
+				return err.Error()
+			}
+			return fmt.Sprint(out)
+		}
+		if got := get(5); got != "[unix:uid:5 unix:user:name5]" {
+			t.Errorf("got %s", got)
+		}
+		if got := get(7); got != "[unix:uid:7]" {
+			t.Errorf("without a name: got %s", got)
+		}
+		time.Sleep(namesTTL - time.Second)
+		get(5)
+		get(7)
+		if asked != 2 {
+			t.Errorf("asked %d times, want 2", asked)
+		}
+		fail = errors.New("directory is down")
+		time.Sleep(2 * time.Second)
+		if got := get(5); got != "[unix:uid:5 unix:user:name5]" {
+			t.Errorf("while the directory is down: got %s", got)
+		}
+		if got := get(6); !strings.Contains(got, "directory is down") {
+			t.Errorf("unknown while the directory is down: got %s", got)
+		}
+		fail = nil
+		for id := range uint32(3 * maxNames) {
+			get(id)
+		}
+		if len(n.known) > maxNames {
+			t.Errorf("%d names kept", len(n.known))
+		}
+	})
+}
+
+func TestParseStatus(t *testing.T) {
+	t.Parallel()
+	ids := "Uid:\t1\t2\t3\t4\nGid:\t5\t6\t7\t8\n"
+	for name, tt := range map[string]struct {
+		text string
+		want status
+		ok   bool
+	}{
+		"effective IDs":          {"Name:\tx\n" + ids + "Groups:\t9 10 \n", status{2, 6, []uint32{9, 10}}, true},
+		"no groups":              {ids + "Groups:\t\n", status{2, 6, nil}, true},
+		"no line of groups":      {ids, status{2, 6, nil}, true},
+		"no line end":            {ids + "Groups:\t9", status{2, 6, []uint32{9}}, true},
+		"a name like a line":     {"Name:\tUid:\\n0 0 0 0\nx Uid: 0 0\n" + ids, status{2, 6, nil}, true},
+		"a long line":            {"Name:\t" + strings.Repeat("x", 100_000) + "\n" + ids, status{2, 6, nil}, true},
+		"largest ID":             {"Uid: 0 4294967295\nGid: 0 0\n", status{4294967295, 0, nil}, true},
+		"empty":                  {"", status{}, false},
+		"no uid":                 {"Gid:\t5\t6\t7\t8\n", status{}, false},
+		"one uid":                {"Uid:\t5\nGid:\t5\t6\n", status{}, false},
+		"uid too large":          {"Uid:\t5\t4294967296\nGid:\t5\t6\n", status{}, false},
+		"negative":               {"Uid:\t5\t-1\nGid:\t5\t6\n", status{}, false},
+		"group that is no ID":    {ids + "Groups:\tstaff\n", status{}, false},
+		"too many groups":        {ids + "Groups:\t" + strings.Repeat("1 ", maxGroups+1) + "\n", status{}, false},
+		"as many as are allowed": {ids + "Groups:\t" + strings.Repeat("1 ", maxGroups) + "\n", status{2, 6, slices.Repeat([]uint32{1}, maxGroups)}, true},
+	} {
+		got, err := parseStatus([]byte(tt.text))
+		if (err == nil) != tt.ok || got.uid != tt.want.uid || got.gid != tt.want.gid || !slices.Equal(got.groups, tt.want.groups) {
+			t.Errorf("%s: got %v, %v", name, got, err)
+		}
+	}
+}
+
+func FuzzParseStatus(f *testing.F) {
+	text, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(text)
+	f.Add([]byte("Uid:\t1\t2\nGid:\t1\t2\nGroups:\t4294967295\n"))
+	f.Fuzz(func(t *testing.T, text []byte) {
+		st, err := parseStatus(text)
+		if err != nil {
+			return
+		}
+		if len(st.groups) > maxGroups {
+			t.Errorf("%d groups", len(st.groups))
+		}
+		// What was understood is written in the text.
+		want := strconv.FormatUint(uint64(st.uid), 10)
+		if !strings.Contains(string(text), want) {
+			t.Errorf("user %s is not in %q", want, text)
+		}
+	})
+}
+
+func BenchmarkAttest(b *testing.B) {
+	for name, cfg := range map[string]Config{"default": {}, "sha256": {SHA256: true}} {
+		b.Run(name, func(b *testing.B) {
+			p, err := attest.FromPID(os.Getpid(), 0, 0)
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer p.Close()
+			attestors := []attest.Attestor{New(cfg)}
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, err := attest.Selectors(b.Context(), p, attestors); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}

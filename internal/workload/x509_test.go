@@ -1,0 +1,560 @@
+package workload
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/attest"
+)
+
+type x509Answers = <-chan answer[workloadpb.X509SVIDResponse]
+
+func fetchX509(ctx context.Context, c workloadpb.SpiffeWorkloadAPIClient) x509Answers {
+	return receive(c.FetchX509SVID(withHeader(ctx), &workloadpb.X509SVIDRequest{}))
+}
+
+// settled returns what has arrived once nothing in the bubble moves any more.
+func settled[T any](in <-chan answer[T]) []answer[T] {
+	synctest.Wait()
+	var out []answer[T]
+	for {
+		select {
+		case a, ok := <-in:
+			if !ok {
+				return out
+			}
+			out = append(out, a)
+		default:
+			return out
+		}
+	}
+}
+
+// one expects exactly one answer to have arrived.
+func one[T any](t *testing.T, in <-chan answer[T]) *T {
+	t.Helper()
+	got := settled(in)
+	if len(got) != 1 || got[0].err != nil {
+		t.Fatalf("got %d answers (%v), want one", len(got), got)
+	}
+	return got[0].msg
+}
+
+// ended expects the stream to have ended with the code, and nothing else.
+func ended[T any](t *testing.T, in <-chan answer[T], want codes.Code) {
+	t.Helper()
+	got := settled(in)
+	if len(got) != 1 || status.Code(got[0].err) != want {
+		t.Fatalf("got %v, want the end with %v", got, want)
+	}
+}
+
+func quiet[T any](t *testing.T, in <-chan answer[T]) {
+	t.Helper()
+	if got := settled(in); len(got) != 0 {
+		t.Fatalf("got %d answers (%v), want none", len(got), got)
+	}
+}
+
+func ids(m *workloadpb.X509SVIDResponse) []string {
+	var out []string
+	for _, s := range m.Svids {
+		out = append(out, s.SpiffeId)
+	}
+	return out
+}
+
+func TestHeaderIsRequired(t *testing.T) {
+	t.Parallel()
+	for name, md := range map[string]metadata.MD{
+		"none":  {},
+		"false": metadata.Pairs("workload.spiffe.io", "false"),
+		"upper": metadata.Pairs("workload.spiffe.io", "True"),
+		"twice": metadata.Pairs("workload.spiffe.io", "true", "workload.spiffe.io", "true"),
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				// Neither starting nor denied: the header comes first.
+				s := newSystem(t, nil)
+				c := s.client(1000)
+				ctx := metadata.NewOutgoingContext(t.Context(), md)
+				ended(t, receive(c.FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})), codes.InvalidArgument)
+				ended(t, receive(c.FetchX509Bundles(ctx, &workloadpb.X509BundlesRequest{})), codes.InvalidArgument)
+				ended(t, receive(c.FetchJWTBundles(ctx, &workloadpb.JWTBundlesRequest{})), codes.InvalidArgument)
+				_, err := c.FetchJWTSVID(ctx, &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
+				if status.Code(err) != codes.InvalidArgument {
+					t.Errorf("FetchJWTSVID: %v", err)
+				}
+				_, err = c.ValidateJWTSVID(ctx, &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: "x"})
+				if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "metadata") {
+					t.Errorf("ValidateJWTSVID: %v", err)
+				}
+			})
+		})
+	}
+}
+
+func TestStartingIsUnavailable(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil) // a bundle, but no entries yet
+		c := s.client(1000)
+		ctx := withHeader(t.Context())
+		ended(t, fetchX509(t.Context(), c), codes.Unavailable)
+		ended(t, receive(c.FetchX509Bundles(ctx, &workloadpb.X509BundlesRequest{})), codes.Unavailable)
+		ended(t, receive(c.FetchJWTBundles(ctx, &workloadpb.JWTBundlesRequest{})), codes.Unavailable)
+		_, err := c.FetchJWTSVID(ctx, &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("FetchJWTSVID: %v", err)
+		}
+		s.cache.Update(nil, nil)
+		ended(t, fetchX509(t.Context(), c), codes.PermissionDenied)
+	})
+}
+
+func TestDeniedIsLoggedOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		s.add(entry("1", "/a", 1000))
+		for range 3 {
+			ended(t, fetchX509(t.Context(), s.client(1001)), codes.PermissionDenied)
+		}
+		got := s.logs.attrs("A caller was denied")
+		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1001" || got[0]["uid"] != "1001" || got[0]["path"] == "" || got[0]["pid"] == "" {
+			t.Errorf("logged %v, want one line with pid, uid, path and selectors", got)
+		}
+		if n := s.obs.streams("FetchX509SVID"); n != 0 {
+			t.Errorf("%d streams counted as open", n)
+		}
+	})
+}
+
+func TestX509AnswerIsComplete(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		other := newAuthority(t, otherTD, "other")
+		s.cache.SetBundle(&bundle.Snapshot{
+			Own: bundleOf(t, td, 1, s.ca),
+			Federated: map[spiffeid.TrustDomain]*bundle.Bundle{
+				otherTD: bundleOf(t, otherTD, 1, other),
+				spiffeid.RequireTrustDomainFromString("unrelated.example"): bundleOf(t, otherTD, 1, other),
+			},
+		})
+		e1, e2, e3 := entry("e1", "/one", 1000), entry("e2", "/two", 1000), entry("e3", "/three", 1001)
+		e2.Hint = "second"
+		e2.FederatesWith = []spiffeid.TrustDomain{otherTD, td, spiffeid.RequireTrustDomainFromString("unknown.example")}
+		s.cache.Update([]*cache.Entry{e2, e3, e1}, nil)
+		v2, v1 := s.put(e2), s.put(e1)
+		s.put(e3)
+
+		got := one(t, fetchX509(t.Context(), s.client(1000)))
+		if want := []string{"spiffe://example.org/one", "spiffe://example.org/two"}; !slices.Equal(ids(got), want) {
+			t.Fatalf("got %v, want %v in the order of entry IDs", ids(got), want)
+		}
+		for i, want := range []*cache.SVID{v1, v2} {
+			g := got.Svids[i]
+			if !bytes.Equal(g.X509Svid, want.Leaf) || !bytes.Equal(g.X509SvidKey, want.Key) || !bytes.Equal(g.Bundle, s.ca.cert.Raw) {
+				t.Errorf("SVID %d is not what the cache holds", i)
+			}
+		}
+		if got.Svids[0].Hint != "" || got.Svids[1].Hint != "second" {
+			t.Errorf("hints are %q and %q", got.Svids[0].Hint, got.Svids[1].Hint)
+		}
+		if len(got.FederatedBundles) != 1 || !bytes.Equal(got.FederatedBundles[otherTD.IDString()], other.cert.Raw) {
+			t.Errorf("federated bundles: %v", got.FederatedBundles)
+		}
+	})
+}
+
+func TestFirstAnswerWaitsUntilComplete(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e1, e2 := entry("e1", "/one", 1000), entry("e2", "/two", 1000)
+		s.cache.Update([]*cache.Entry{e1, e2}, nil)
+		in := fetchX509(t.Context(), s.client(1000))
+		quiet(t, in)
+		s.put(e1)
+		time.Sleep(time.Minute)
+		quiet(t, in)
+		s.put(e2)
+		if got := one(t, in); len(got.Svids) != 2 {
+			t.Errorf("got %v", ids(got))
+		}
+	})
+}
+
+func TestFirstAnswerDoesNotWaitForWhatFailed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e1, e2 := entry("e1", "/one", 1000), entry("e2", "/two", 1000)
+		s.cache.Update([]*cache.Entry{e1, e2}, nil)
+		in := fetchX509(t.Context(), s.client(1000))
+		s.put(e1)
+		quiet(t, in)
+		s.cache.Failed("e2")
+		if got := one(t, in); len(got.Svids) != 1 {
+			t.Errorf("got %v", ids(got))
+		}
+	})
+}
+
+// A renewal reaches a stream although an entry that was just added is still
+// waiting for the server.
+func TestRenewalDoesNotWaitForNewEntry(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e1, e2 := entry("e1", "/one", 1000), entry("e2", "/two", 1000)
+		s.add(e1)
+		in := fetchX509(t.Context(), s.client(1000))
+		one(t, in)
+		s.cache.Update([]*cache.Entry{e2}, nil)
+		time.Sleep(time.Minute)
+		quiet(t, in)
+		renewed := s.put(e1)
+		time.Sleep(PushSpacing)
+		if got := one(t, in); !bytes.Equal(got.Svids[0].X509Svid, renewed.Leaf) {
+			t.Error("the renewed SVID was not sent")
+		}
+	})
+}
+
+func TestPushesAreCoalesced(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		var all []*cache.Entry
+		for i := range 40 {
+			all = append(all, entry(fmt.Sprintf("e%02d", i), fmt.Sprintf("/w%d", i), 1000))
+		}
+		s.add(all...)
+		start := time.Now()
+		in := fetchX509(t.Context(), s.client(1000))
+		// A wave: 20 renewals a second for 2 seconds.
+		last := map[string][]byte{}
+		for _, e := range all {
+			time.Sleep(50 * time.Millisecond)
+			last[e.SPIFFEID.String()] = s.put(e).Leaf
+		}
+		time.Sleep(PushSpacing)
+		got := settled(in)
+		if got[0].at != start {
+			t.Errorf("the first answer took %v", got[0].at.Sub(start))
+		}
+		for i, a := range got[1:] {
+			if d := a.at.Sub(got[i].at); d < PushSpacing {
+				t.Errorf("answer %d came %v after the one before", i+1, d)
+			}
+			if len(a.msg.Svids) != len(all) {
+				t.Errorf("answer %d has %d SVIDs, want the full set", i+1, len(a.msg.Svids))
+			}
+		}
+		if len(got) < 8 || len(got) > 11 {
+			t.Errorf("%d answers in 2 s, want about 4 a second", len(got))
+		}
+		for _, svid := range got[len(got)-1].msg.Svids {
+			if !bytes.Equal(svid.X509Svid, last[svid.SpiffeId]) {
+				t.Errorf("%s: the last state was not delivered", svid.SpiffeId)
+			}
+		}
+	})
+}
+
+func TestNoPushWithoutChange(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e := entry("e1", "/one", 1000)
+		s.add(e, entry("e2", "/other", 1001))
+		ctx := withHeader(t.Context())
+		c := s.client(1000)
+		svids := fetchX509(t.Context(), c)
+		x509s := receive(c.FetchX509Bundles(ctx, &workloadpb.X509BundlesRequest{}))
+		jwts := receive(c.FetchJWTBundles(ctx, &workloadpb.JWTBundlesRequest{}))
+		one(t, svids)
+		one(t, x509s)
+		one(t, jwts)
+
+		again := bundleOf(t, td, 2, s.ca) // another sequence number, the same authorities
+		s.cache.SetBundle(&bundle.Snapshot{Own: again})
+		s.cache.Update([]*cache.Entry{entry("e3", "/third", 1001), {
+			ID: e.ID, SPIFFEID: e.SPIFFEID, Selectors: e.Selectors, CreatedAt: e.CreatedAt, Revision: e.Revision,
+		}}, nil)
+		time.Sleep(time.Minute)
+		quiet(t, svids)
+		quiet(t, x509s)
+		quiet(t, jwts)
+
+		next := newAuthority(t, td, "b")
+		s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 3, s.ca, next)})
+		both := slices.Concat(s.ca.cert.Raw, next.cert.Raw)
+		if got := one(t, svids); !bytes.Equal(got.Svids[0].Bundle, both) {
+			t.Error("X.509-SVID stream: the new authority is missing")
+		}
+		if got := one(t, x509s); !bytes.Equal(got.Bundles[td.IDString()], both) {
+			t.Error("X.509 bundle stream: the new authority is missing")
+		}
+		if got := one(t, jwts); !bytes.Contains(got.Bundles[td.IDString()], []byte("jwt-b")) {
+			t.Error("JWT bundle stream: the new key is missing")
+		}
+	})
+}
+
+func TestDeletedEntries(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		s.add(entry("e1", "/one", 1000), entry("e2", "/two", 1000))
+		ctx := withHeader(t.Context())
+		c := s.client(1000)
+		svids := fetchX509(t.Context(), c)
+		bundles := receive(c.FetchX509Bundles(ctx, &workloadpb.X509BundlesRequest{}))
+		one(t, svids)
+		one(t, bundles)
+		s.cache.Update(nil, []string{"e1"})
+		time.Sleep(PushSpacing)
+		if got := one(t, svids); !slices.Equal(ids(got), []string{"spiffe://example.org/two"}) {
+			t.Errorf("got %v", ids(got))
+		}
+		s.cache.Update(nil, []string{"e2"})
+		time.Sleep(PushSpacing)
+		ended(t, svids, codes.PermissionDenied)
+		ended(t, bundles, codes.PermissionDenied)
+		if n := s.obs.streams("FetchX509SVID") + s.obs.streams("FetchX509Bundles"); n != 0 {
+			t.Errorf("%d streams counted as open", n)
+		}
+	})
+}
+
+// Until an answer was handed to the client the stream counts against the
+// authority of the one before.
+func TestStreamCountsUntilSent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e := entry("e1", "/one", 1000)
+		s.add(e)
+		old := bundle.AuthorityID(s.ca.cert)
+		in := fetchX509(t.Context(), s.client(1000))
+		one(t, in)
+		next := newAuthority(t, td, "b")
+		s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, s.ca, next)})
+		time.Sleep(PushSpacing)
+		one(t, in)
+		s.ca = next
+		s.put(e)
+		synctest.Wait() // within the spacing: not sent yet
+		streams := func(id string) int {
+			for _, u := range s.cache.Authorities() {
+				if u.Authority == id {
+					return u.Streams
+				}
+			}
+			return 0
+		}
+		if n := streams(old); n != 1 {
+			t.Errorf("%d streams on the old authority before the push, want 1", n)
+		}
+		time.Sleep(PushSpacing)
+		one(t, in)
+		if n := streams(old); n != 0 {
+			t.Errorf("%d streams on the old authority after the push, want 0", n)
+		}
+	})
+}
+
+func TestOversizeAnswerIsSent(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		var all []*cache.Entry
+		for i := range 3 {
+			all = append(all, entry(fmt.Sprintf("e%02d", i), fmt.Sprintf("/w%d", i), 1000))
+		}
+		s.cache.Update(all, nil)
+		put := func() {
+			for _, e := range all {
+				svid := *s.ca.svid(t, e, time.Hour)
+				svid.Intermediates = make([]byte, 2<<20)
+				if err := s.cache.Put(&svid); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+		put()
+		in := fetchX509(t.Context(), s.client(1000))
+		if got := one(t, in); len(got.Svids) != 3 {
+			t.Errorf("got %d SVIDs", len(got.Svids))
+		}
+		put()
+		time.Sleep(PushSpacing)
+		one(t, in)
+		if s.obs.oversize != 2 {
+			t.Errorf("%d oversize answers counted, want 2", s.obs.oversize)
+		}
+		got := s.logs.attrs("An answer is larger")
+		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1000" || got[0]["identities"] != "3" {
+			t.Errorf("logged %v, want one warning that names the selectors", got)
+		}
+	})
+}
+
+func TestShutdown(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e := entry("e1", "/one", 1000)
+		s.add(e, entry("e2", "/two", 1001))
+		c := s.client(1000)
+		atRest := fetchX509(t.Context(), c)
+		bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
+		spaced := fetchX509(t.Context(), s.client(1000))
+		one(t, atRest)
+		one(t, bundles)
+		one(t, spaced)
+		s.put(e) // both X.509 streams are waiting for the spacing to pass
+		synctest.Wait()
+		start := time.Now()
+		s.stop()
+		if s.err != nil {
+			t.Errorf("Serve: %v", s.err)
+		}
+		if d := time.Since(start); d > stopGrace {
+			t.Errorf("stopping took %v", d)
+		}
+		ended(t, atRest, codes.Unavailable)
+		ended(t, bundles, codes.Unavailable)
+		ended(t, spaced, codes.Unavailable)
+	})
+}
+
+// A client that does not read cannot hold up the shutdown.
+func TestShutdownWithClientThatDoesNotRead(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e := entry("e1", "/one", 1000)
+		s.cache.Update([]*cache.Entry{e}, nil)
+		c := s.client(1000)
+		svid := *s.ca.svid(t, e, time.Hour)
+		svid.Intermediates = make([]byte, 3<<20) // more than flow control lets through
+		if err := s.cache.Put(&svid); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := c.FetchX509SVID(withHeader(t.Context()), &workloadpb.X509SVIDRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		start := time.Now()
+		s.stop()
+		if d := time.Since(start); s.err != nil || d > stopGrace {
+			t.Errorf("Serve returned %v after %v", s.err, d)
+		}
+	})
+}
+
+func TestAttestorsThatFail(t *testing.T) {
+	t.Parallel()
+	broken := byUID{err: func() error { return errors.New("runtime is down") }}
+	for _, tt := range []struct {
+		name      string
+		attestors []attest.Attestor
+		uid       uint32
+		want      codes.Code
+	}{
+		{"all", []attest.Attestor{broken, broken}, 1000, codes.Unavailable},
+		{"one, and the other matches", []attest.Attestor{broken, byUID{}}, 1000, codes.OK},
+		{"one, and the other does not match", []attest.Attestor{byUID{}, broken}, 1001, codes.Unavailable},
+		{"none, and nothing matches", []attest.Attestor{byUID{}}, 1001, codes.PermissionDenied},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s := newSystem(t, func(c *Config) { c.Attestors = tt.attestors })
+				s.add(entry("e1", "/one", 1000))
+				in := fetchX509(t.Context(), s.client(tt.uid))
+				if tt.want == codes.OK {
+					one(t, in)
+				} else {
+					ended(t, in, tt.want)
+				}
+			})
+		})
+	}
+}
+
+func TestLimitOfCalls(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, func(c *Config) { c.MaxPerUser = 2 })
+		s.add(entry("e1", "/one", 1000), entry("e2", "/two", 1001))
+		c := s.client(1000)
+		ctx, cancel := context.WithCancel(t.Context())
+		one(t, fetchX509(ctx, c))
+		one(t, fetchX509(t.Context(), c))
+		ended(t, fetchX509(t.Context(), c), codes.Unavailable)
+		one(t, fetchX509(t.Context(), s.client(1001))) // others are not affected
+		cancel()
+		synctest.Wait()
+		one(t, fetchX509(t.Context(), c))
+	})
+}
+
+func TestLimitOfConnections(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, func(c *Config) { c.MaxPerUser = 2 })
+		s.add(entry("e1", "/one", 1000))
+		open := func() error {
+			c, err := s.lis.dial(t.Context(), 1000)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { c.Close() })
+			c.SetReadDeadline(time.Now().Add(time.Second))
+			_, err = c.Read(make([]byte, 1)) // the server's settings
+			return err
+		}
+		if err := errors.Join(open(), open()); err != nil {
+			t.Fatal(err)
+		}
+		if open() == nil {
+			t.Error("a third connection was accepted")
+		}
+		time.Sleep(handshakeTimeout + time.Second) // the first two never said anything
+		if err := open(); err != nil {
+			t.Errorf("after the others timed out: %v", err)
+		}
+	})
+}
+
+func TestWITIsUnimplemented(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		c := s.client(1000)
+		ended(t, receive(c.FetchWITSVID(withHeader(t.Context()), &workloadpb.WITSVIDRequest{})), codes.Unimplemented)
+		ended(t, receive(c.FetchWITBundles(withHeader(t.Context()), &workloadpb.WITBundlesRequest{})), codes.Unimplemented)
+	})
+}
