@@ -112,7 +112,6 @@ func (a *authority) svid(t testing.TB, e *cache.Entry, ttl time.Duration) *cache
 
 // token mints a JWT-SVID.
 func (a *authority) token(t testing.TB, sub string, audience []string, ttl time.Duration, extra map[string]any) string {
-	t.Helper()
 	signer, err := jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: a.jwtKey, KeyID: a.kid}},
 		(&jose.SignerOptions{}).WithType("JWT"))
 	if err != nil {
