@@ -46,6 +46,7 @@ const (
 	RenewalStillTainted = "still_tainted" // the answer was signed by a tainted authority again
 	RenewalRejected     = "rejected"      // the answer failed verification
 	RenewalFailed       = "failed"        // there was no answer, or an error
+	RenewalDropped      = "dropped"       // its entry changed meanwhile, so it is not used
 )
 
 // The values of the outcome label of renewd_bundle_refreshes_total.
@@ -167,7 +168,7 @@ func (m *Metrics) zero() {
 		m.mintDuration.WithLabelValues(typ, codes.OK.String())
 	}
 	for _, reason := range []string{ReasonFirst, ReasonHalfLife, ReasonEntry, ReasonTaint, ReasonRemoved} {
-		for _, outcome := range []string{RenewalDone, RenewalStillTainted, RenewalRejected, RenewalFailed} {
+		for _, outcome := range []string{RenewalDone, RenewalStillTainted, RenewalRejected, RenewalFailed, RenewalDropped} {
 			m.renewals.WithLabelValues(reason, outcome)
 		}
 	}

@@ -1,0 +1,259 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+)
+
+var update = flag.Bool("update", false, "write deploy/CONFIG.md anew")
+
+// minimal is a configuration with nothing but what is required.
+const minimal = "trust_domain: example.org\nserver_address: server.example.org:8081\ntrust_bundle_file: bundle.pem\n"
+
+func loadText(text string, flags, env map[string]string) (*config, error) {
+	return load("agent.yaml", []byte(text), flags, func(k string) string { return env[k] })
+}
+
+// The table and the struct describe the same fields.
+func TestFieldsCoverConfig(t *testing.T) {
+	t.Parallel()
+	cfg := new(config)
+	rows := map[uintptr]string{}
+	for i := range fields {
+		f := &fields[i]
+		p := reflect.ValueOf(f.value(cfg)).Pointer()
+		if other, dup := rows[p]; dup {
+			t.Errorf("%s and %s are the same field", f.path, other)
+		}
+		rows[p] = f.path
+		if f.doc == "" || !strings.HasSuffix(f.doc, ".") {
+			t.Errorf("%s: documentation %q", f.path, f.doc)
+		}
+	}
+	v := reflect.ValueOf(cfg).Elem()
+	for i := range v.NumField() {
+		if _, ok := rows[v.Field(i).Addr().Pointer()]; !ok {
+			t.Errorf("config.%s has no row in fields", v.Type().Field(i).Name)
+		}
+	}
+	if len(rows) != v.NumField() {
+		t.Errorf("%d rows for %d fields", len(rows), v.NumField())
+	}
+}
+
+// Every field takes its value from the file, then from its variable, then from
+// its flag.
+func TestPrecedence(t *testing.T) {
+	t.Parallel()
+	values := map[string][3]string{ // as text in the file, the environment, the flag
+		"trust_domain":             {"a.org", "b.org", "c.org"},
+		"insecure_bootstrap":       {"true", "false", "true"},
+		"socket_mode":              {"0700", "0770", "0777"},
+		"log.level":                {"debug", "warn", "error"},
+		"renewal.taint_delay":      {"1s", "2s", "3s"},
+		"renewal.taint_rate":       {"1", "2", "3"},
+		"renewal.refresh_interval": {"1s", "2s", "3s"},
+		"renewal.batch_size":       {"1", "2", "3"},
+		"svid_cache_size":          {"1", "2", "3"},
+		"unix.discover_path":       {"false", "true", "false"},
+		"unix.sha256_size_limit":   {"1", "2", "3"},
+	}
+	for i := range fields {
+		f := &fields[i]
+		t.Run(f.path, func(t *testing.T) {
+			t.Parallel()
+			v, ok := values[f.path]
+			if !ok {
+				v = [3]string{"text a", "text b", "text c"}
+			}
+			env, flags := map[string]string{}, map[string]string{}
+			check := func(source, want string) {
+				t.Helper()
+				l := gather("agent.yaml", []byte(document(f.path, v[0])), flags, func(k string) string { return env[k] })
+				if len(l.out) > 0 {
+					t.Fatal(configError(l.out))
+				}
+				wanted := defaults()
+				if err := f.parse(wanted, want); err != nil {
+					t.Fatal(err)
+				}
+				if !reflect.DeepEqual(l.cfg, wanted) {
+					t.Errorf("%s: %+v, want only %s = %s", source, *l.cfg, f.path, want)
+				}
+			}
+			check("file over default", v[0])
+			env[f.env()] = v[1]
+			check("environment over file", v[1])
+			if f.flag() != "" {
+				flags[f.path] = v[2]
+				check("flag over environment", v[2])
+			}
+		})
+	}
+}
+
+// document is a file that sets one field.
+func document(path, value string) string {
+	if section, name, ok := strings.Cut(path, "."); ok {
+		return section + ":\n  " + name + ": " + value + "\n"
+	}
+	return path + ": " + value + "\n"
+}
+
+func TestDefaults(t *testing.T) {
+	t.Parallel()
+	cfg, err := loadText(minimal, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second ||
+		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 ||
+		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
+		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
+		t.Errorf("defaults: %+v", *cfg)
+	}
+}
+
+// Each wrong configuration is answered with exactly this.
+func TestProblems(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, add  string
+		flags, env map[string]string
+		want       string
+	}{
+		{name: "unknown", add: "taint_rate: 3", want: `agent.yaml:4: "taint_rate" is not a field; did you mean renewal.taint_rate?`},
+		{name: "misspelt", add: "data_dri: /x", want: `agent.yaml:4: "data_dri" is not a field; did you mean data_dir?`},
+		{name: "far off", add: "zzzzzzzzz: /x", want: `agent.yaml:4: "zzzzzzzzz" is not a field; remove it; "agent help config" lists the fields`},
+		{name: "duplicate", add: "data_dir: /x\ndata_dir: /x", want: `agent.yaml:5: data_dir is given twice, first in line 4; keep one of the two`},
+		{name: "duplicate section", add: "log:\n  level: info\nlog:\n  level: warn", want: `agent.yaml:6: log is given twice, first in line 4; keep one of the two`},
+		{name: "number for text", add: "data_dir: 7", want: `agent.yaml:4: data_dir: "7" is not text; put quotes around it`},
+		{name: "text for number", add: "svid_cache_size: many", want: `agent.yaml:4: svid_cache_size: "many" is not a whole number; write the digits without quotes and without a unit`},
+		{name: "yes for true", add: "insecure_bootstrap: yes", want: `agent.yaml:4: insecure_bootstrap: "yes" is neither true nor false; write true or false without quotes`},
+		{name: "duration without unit", add: "renewal: {taint_delay: 60}", want: `agent.yaml:4: renewal.taint_delay: "60" has no unit; write it with a unit, such as 500ms, 60s or 5m`},
+		{name: "section for a value", add: "data_dir:\n  path: /x", want: `agent.yaml:4: data_dir takes one value, not a list or a section; write data_dir: /var/lib/renewd`},
+		{name: "value for a section", add: "log: debug", want: `agent.yaml:4: log is not a list of fields; write one "name: value" a line`},
+		{name: "nothing", add: "data_dir:", want: `agent.yaml:4: data_dir has no value; give one or remove the line`},
+		{name: "mode", add: "socket_mode: 888", want: `agent.yaml:4: socket_mode: "888" is not an octal mode such as 0770`},
+		{name: "level", add: "log: {level: loud}", want: `agent.yaml:4: log.level: "loud" is not debug, info, warn or error`},
+		{name: "format", add: "log: {format: xml}", want: `agent.yaml:4: log.format: "xml" is not a format; use auto, text or json`},
+		{name: "contradicting trust", add: "insecure_bootstrap: true", want: `agent.yaml:4: insecure_bootstrap: true contradicts trust_bundle_file (agent.yaml:3); remove insecure_bootstrap: with a bundle file the first connection is authenticated`},
+		{name: "contradicting tokens", add: "join_token_file: /t", env: map[string]string{"RENEWD_JOIN_TOKEN": "s3cr3t"}, want: `RENEWD_JOIN_TOKEN: join_token contradicts join_token_file (agent.yaml:4); keep one of the two`},
+		{name: "token with space", add: `join_token: "s3cr3t x"`, want: `agent.yaml:4: join_token contains white space; give the token alone, as the server printed it`},
+		{name: "token of wrong type", add: `join_token: 1234`, want: `agent.yaml:4: join_token is not text; put quotes around it`},
+		{name: "rate 0", flags: map[string]string{"renewal.taint_rate": "0"}, want: `flag -renewal-taint-rate: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual`},
+		{name: "batch", env: map[string]string{"RENEWD_RENEWAL_BATCH_SIZE": "501"}, want: `RENEWD_RENEWAL_BATCH_SIZE: renewal.batch_size: 501 is not from 1 to 500, the most that a server accepts; set 500 or less`},
+		{name: "delay", add: "renewal: {taint_delay: 61m}", want: `agent.yaml:4: renewal.taint_delay: 1h1m is not from 0s to 1h; 60s spreads a fleet over a minute`},
+		{name: "refresh", add: "renewal: {refresh_interval: 10ms}", want: `agent.yaml:4: renewal.refresh_interval: 10ms is not from 1s to 10m; 5s is usual`},
+		{name: "key type", add: "renewal: {key_type: ed25519}", want: `agent.yaml:4: renewal.key_type: "ed25519" is not a key type; use ec-p256, ec-p384 or rsa-2048`},
+		{name: "cache", add: "svid_cache_size: 0", want: `agent.yaml:4: svid_cache_size: 0 keeps nothing; set 1 or more; 1000 is usual`},
+		{name: "disk for keys", add: "runtime_dir: /proc/renewd", want: `agent.yaml:4: runtime_dir: "/proc/renewd" is not on a memory file system; private keys are kept there: use a directory on tmpfs, such as one under /run, or remove it`},
+		{name: "same directory", add: "runtime_dir: /var/lib/renewd/", want: `agent.yaml:4: runtime_dir: "/var/lib/renewd/" is the same as data_dir; give it a directory of its own on a memory file system, or remove it`},
+		{name: "long socket", add: "socket_path: /" + strings.Repeat("x", 107), want: `agent.yaml:4: socket_path: "/` + strings.Repeat("x", 107) + `" is 108 bytes long, and the kernel takes at most 107; choose a shorter path`},
+		{name: "socket for nobody", add: "socket_mode: 0044", want: `agent.yaml:4: socket_mode: 0044 does not let its owner connect; set at least 0600; 0777 lets every workload connect`},
+		{name: "no port", add: "metrics: {address: localhost}", want: `agent.yaml:4: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9090`},
+		{name: "web config for nothing", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
+		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
+		{name: "syntax", add: "data_dir: [", want: `agent.yaml:4: is not YAML: did not find expected node content; check the indentation and the quotes around it`},
+		{name: "token as alias", add: "join_token: *s3cr3t", want: `agent.yaml: is not YAML: an alias has no anchor; check the indentation and the quotes around it`},
+		{name: "two documents", add: "---\ndata_dir: /x", want: `agent.yaml:4: the file holds more than one document; remove everything from the second --- on`},
+		{name: "all at once", add: "svid_cache_size: 0\nrenewal: {taint_rate: 0}", want: "agent.yaml:5: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual\n" +
+			"agent.yaml:4: svid_cache_size: 0 keeps nothing; set 1 or more; 1000 is usual"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			_, err := loadText(minimal+tt.add+"\n", tt.flags, tt.env)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if err.Error() != tt.want {
+				t.Errorf("got  %s\nwant %s", err, tt.want)
+			}
+		})
+	}
+}
+
+func TestMissing(t *testing.T) {
+	t.Parallel()
+	want := "agent.yaml: trust_domain is not set; give the trust domain of the server, such as example.org\n" +
+		"agent.yaml: server_address is not set; give the server's host and port, such as server.example.org:8081\n" +
+		"agent.yaml: trust_bundle_file is not set, so the server cannot be authenticated; give the server's trust bundle (PEM or SPIFFE JSON), or set insecure_bootstrap: true to trust the first server that answers"
+	for _, text := range []string{"", "# nothing but this\n", "null\n"} {
+		if _, err := loadText(text, nil, nil); err == nil || err.Error() != want {
+			t.Errorf("%q: %v", text, err)
+		}
+	}
+}
+
+// The published table is the one in the code. After a change of a field:
+// go test ./cmd/agent -run TestConfigTable -update
+func TestConfigTable(t *testing.T) {
+	t.Parallel()
+	var b strings.Builder
+	b.WriteString("# Configuration of the agent\n\n" +
+		"One YAML file, given with `-config`; [agent.example.yaml](agent.example.yaml) is a start. A flag wins over the\n" +
+		"environment, the environment over the file, the file over the default. In the file a dot is a section. An empty\n" +
+		"variable is the same as none. `agent config check -config FILE` says what is wrong, all of it at once.\n\n" +
+		"| field | type | default | flag | environment | meaning |\n|---|---|---|---|---|---|\n")
+	code := func(s string) string {
+		if s == "" {
+			return "–"
+		}
+		return "`" + s + "`"
+	}
+	for i := range fields {
+		f := &fields[i]
+		name := f.flag()
+		if name != "" {
+			name = "-" + name
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n", code(f.path), f.kind(), code(f.def), code(name), code(f.env()), f.doc)
+	}
+	file := filepath.Join("..", "..", "deploy", "CONFIG.md")
+	if *update {
+		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	have, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(have) != b.String() {
+		t.Errorf("%s is not what the code says; run this test with -update", file)
+	}
+}
+
+// FuzzConfig: no file makes the loader panic, every refusal says where and
+// what, and no refusal repeats a secret.
+func FuzzConfig(f *testing.F) {
+	f.Add(minimal)
+	f.Add("log: {level: debug, format: json}\nrenewal:\n  taint_delay: 60s\n")
+	f.Add("a: &x [1]\nb: *x\n<<: {c: d}\n? {a: b}\n: c\n")
+	f.Add("join_token: [s3cr3t]\n")
+	f.Add("--- !!binary x\n...\n---\n")
+	const secret = "7c1f-very-secret"
+	f.Fuzz(func(t *testing.T, text string) {
+		text = strings.ReplaceAll(text, "s3cr3t", secret)
+		cfg, err := loadText(text, nil, map[string]string{"RENEWD_JOIN_TOKEN": secret + " "})
+		var problems configError
+		if !errors.As(err, &problems) || cfg != nil {
+			t.Fatalf("the token with a space was accepted: %v", err)
+		}
+		for _, p := range problems {
+			if p.what == "" || !strings.HasPrefix(p.where, "agent.yaml") && !strings.HasPrefix(p.where, "RENEWD_") {
+				t.Errorf("problem without place or reason: %+v", p)
+			}
+			if p.path == "join_token" && strings.Contains(p.String(), secret) {
+				t.Errorf("the secret is in %q", p)
+			}
+		}
+	})
+}

@@ -1,0 +1,267 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/hex"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
+)
+
+const defaultSocket = "/run/renewd/agent.sock"
+
+// fetchedX509 is one X.509-SVID as "fetch x509" shows it: never its key.
+type fetchedX509 struct {
+	SPIFFEID  string    `json:"spiffe_id"`
+	Hint      string    `json:"hint,omitempty"`
+	NotBefore time.Time `json:"not_before"`
+	NotAfter  time.Time `json:"not_after"`
+	Authority string    `json:"authority"`
+	Serial    string    `json:"serial_number"`
+}
+
+// fetchedJWT is one JWT-SVID as "fetch jwt" shows it.
+type fetchedJWT struct {
+	SPIFFEID  string     `json:"spiffe_id"`
+	Hint      string     `json:"hint,omitempty"`
+	Audience  []string   `json:"audience"`
+	IssuedAt  *time.Time `json:"issued_at,omitempty"`
+	ExpiresAt time.Time  `json:"expires_at"`
+	KeyID     string     `json:"key_id"`
+	Token     string     `json:"token"`
+}
+
+// fetcher holds the flags that "fetch x509" and "fetch jwt" share.
+type fetcher struct {
+	env
+	socket, output, dir string
+	timeout             time.Duration
+	audience, spiffeID  string
+}
+
+// fetchCommand is "fetch".
+func fetchCommand(ctx context.Context, args []string, e env) error {
+	kind := ""
+	if len(args) > 0 {
+		kind, args = args[0], args[1:]
+	}
+	switch kind {
+	case "x509", "jwt":
+	case "-h", "-help", "--help":
+		return printf(e.stdout, "%s", fetchUsage)
+	default:
+		return usagef("fetch: say what to fetch, x509 or jwt")
+	}
+	f := fetcher{env: e}
+	fset := flag.NewFlagSet("fetch "+kind, flag.ContinueOnError)
+	fset.StringVar(&f.socket, "socket", cmp.Or(e.getenv("SPIFFE_ENDPOINT_SOCKET"), e.getenv("RENEWD_SOCKET_PATH"), defaultSocket), "")
+	fset.StringVar(&f.output, "o", "text", "")
+	fset.StringVar(&f.dir, "write", "", "")
+	fset.DurationVar(&f.timeout, "timeout", 5*time.Second, "")
+	if kind == "jwt" {
+		fset.StringVar(&f.audience, "audience", "", "")
+		fset.StringVar(&f.spiffeID, "spiffe-id", "", "")
+	}
+	if err := parseFlags(fset, args, fetchUsage, e); err != nil {
+		return err
+	}
+	if err := checkOutput(fset.Name(), f.output); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	defer cancel()
+	if kind == "jwt" {
+		return f.jwt(ctx)
+	}
+	return f.x509(ctx)
+}
+
+// socketURL makes a gRPC target of a path. What is a URL already stays one.
+func socketURL(socket string) string {
+	if strings.Contains(socket, ":") {
+		return socket
+	}
+	if abs, err := filepath.Abs(socket); err == nil {
+		socket = abs
+	}
+	return "unix://" + socket
+}
+
+func (f *fetcher) x509(ctx context.Context) error {
+	got, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socketURL(f.socket)))
+	if err != nil {
+		return fmt.Errorf("fetch X.509-SVIDs from %s: %w", f.socket, err)
+	}
+	var out []fetchedX509
+	for i, svid := range got.SVIDs {
+		leaf := svid.Certificates[0]
+		out = append(out, fetchedX509{
+			SPIFFEID: svid.ID.String(), Hint: svid.Hint,
+			NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter,
+			Authority: signer(svid.Certificates), Serial: leaf.SerialNumber.String(),
+		})
+		certs, key, err := svid.Marshal()
+		if err != nil {
+			return fmt.Errorf("encode %s: %w", svid.ID, err)
+		}
+		if err := f.store(fmt.Sprintf("svid.%d.pem", i), 0o644, certs); err != nil {
+			return err
+		}
+		if err := f.store(fmt.Sprintf("svid.%d.key", i), 0o600, key); err != nil {
+			return err
+		}
+	}
+	for _, b := range got.Bundles.Bundles() {
+		pem, err := b.Marshal()
+		if err != nil {
+			return fmt.Errorf("encode the bundle of %s: %w", b.TrustDomain(), err)
+		}
+		if err := f.store("bundle."+b.TrustDomain().Name()+".pem", 0o644, pem); err != nil {
+			return err
+		}
+	}
+	if f.output == "json" {
+		return writeJSON(f.stdout, out)
+	}
+	now := time.Now()
+	return f.blocks(len(out), func(w io.Writer, i int) {
+		s := out[i]
+		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Valid from", when(s.NotBefore, now),
+			"Valid until", when(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
+	})
+}
+
+// signer is the authority at the end of a chain, named by the authority key
+// identifier of its topmost certificate.
+func signer(chain []*x509.Certificate) string {
+	return hex.EncodeToString(chain[len(chain)-1].AuthorityKeyId)
+}
+
+func (f *fetcher) jwt(ctx context.Context) error {
+	audience := strings.FieldsFunc(f.audience, func(r rune) bool { return r == ',' })
+	if len(audience) == 0 {
+		return usagef("fetch jwt: give the audience with -audience")
+	}
+	params := jwtsvid.Params{Audience: audience[0], ExtraAudiences: audience[1:]}
+	if f.spiffeID != "" {
+		id, err := spiffeid.FromString(f.spiffeID)
+		if err != nil {
+			return usagef("fetch jwt: -spiffe-id: %v", err)
+		}
+		params.Subject = id
+	}
+	svids, err := workloadapi.FetchJWTSVIDs(ctx, params, workloadapi.WithAddr(socketURL(f.socket)))
+	if err != nil {
+		return fmt.Errorf("fetch JWT-SVIDs from %s: %w", f.socket, err)
+	}
+	var out []fetchedJWT
+	for i, svid := range svids {
+		s := fetchedJWT{
+			SPIFFEID: svid.ID.String(), Hint: svid.Hint, Audience: svid.Audience,
+			ExpiresAt: svid.Expiry, KeyID: keyID(svid.Marshal()), Token: svid.Marshal(),
+		}
+		if iat, ok := svid.Claims["iat"].(float64); ok {
+			s.IssuedAt = unixTime(iat)
+		}
+		out = append(out, s)
+		if err := f.store(fmt.Sprintf("svid.%d.jwt", i), 0o600, []byte(s.Token)); err != nil {
+			return err
+		}
+	}
+	if f.output == "json" {
+		return writeJSON(f.stdout, out)
+	}
+	now := time.Now()
+	return f.blocks(len(out), func(w io.Writer, i int) {
+		s := out[i]
+		issued := ""
+		if s.IssuedAt != nil {
+			issued = when(*s.IssuedAt, now)
+		}
+		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Audience", strings.Join(s.Audience, ", "),
+			"Issued at", issued, "Valid until", when(s.ExpiresAt, now), "Authority", s.KeyID, "Token", s.Token)
+	})
+}
+
+// keyID reads the kid of a token that was parsed before.
+func keyID(token string) string {
+	encoded, _, _ := strings.Cut(token, ".")
+	var header struct {
+		KeyID string `json:"kid"`
+	}
+	raw, err := base64.RawURLEncoding.DecodeString(encoded)
+	if err != nil || json.Unmarshal(raw, &header) != nil {
+		return ""
+	}
+	return header.KeyID
+}
+
+// store writes one file when -write was given. The name is made here and in a
+// trust domain's own letters only, so it cannot leave the directory.
+func (f *fetcher) store(name string, mode os.FileMode, data []byte) error {
+	if f.dir == "" {
+		return nil
+	}
+	if err := os.MkdirAll(f.dir, 0o755); err != nil {
+		return fmt.Errorf("write the SVIDs: %w", err)
+	}
+	// Written beside and renamed: a reader never sees half a file, and the
+	// mode is right even where a file was before.
+	tmp, err := os.CreateTemp(f.dir, "."+name+".*")
+	if err != nil {
+		return fmt.Errorf("write the SVIDs: %w", err)
+	}
+	defer func() { _ = os.Remove(tmp.Name()) }()
+	_, err = tmp.Write(data)
+	if err == nil {
+		err = tmp.Chmod(mode)
+	}
+	if closeErr := tmp.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		err = os.Rename(tmp.Name(), filepath.Join(f.dir, name))
+	}
+	if err != nil {
+		return fmt.Errorf("write the SVIDs: %w", err)
+	}
+	return nil
+}
+
+// blocks prints n aligned blocks with an empty line between them.
+func (f *fetcher) blocks(n int, block func(w io.Writer, i int)) error {
+	for i := range n {
+		if i > 0 {
+			if err := printf(f.stdout, "\n"); err != nil {
+				return err
+			}
+		}
+		table := newTable(f.stdout)
+		block(table, i)
+		if err := table.Flush(); err != nil {
+			return fmt.Errorf("write output: %w", err)
+		}
+	}
+	return nil
+}
+
+// pairs writes "name: value" lines, leaving out what is empty.
+func pairs(w io.Writer, namesAndValues ...string) {
+	for i := 0; i+1 < len(namesAndValues); i += 2 {
+		if namesAndValues[i+1] != "" {
+			_, _ = fmt.Fprintf(w, "%s:\t%s\n", namesAndValues[i], namesAndValues[i+1])
+		}
+	}
+}

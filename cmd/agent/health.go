@@ -1,0 +1,59 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+)
+
+// healthCommand is "healthcheck".
+func healthCommand(ctx context.Context, args []string, e env) error {
+	var p endpoint
+	fset := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
+	p.flags(fset, e.getenv)
+	socket := fset.String("socket", "", "")
+	if err := parseFlags(fset, args, healthUsage, e); err != nil {
+		return err
+	}
+	notReady, err := p.ready(ctx)
+	if err != nil {
+		return err
+	}
+	if notReady != nil {
+		return fmt.Errorf("not ready: %w", notReady)
+	}
+	if *socket != "" {
+		ctx, cancel := context.WithTimeout(ctx, p.timeout)
+		defer cancel()
+		if err := askWorkloadAPI(ctx, *socket); err != nil {
+			return err
+		}
+	}
+	return printf(e.stdout, "ready\n")
+}
+
+// askWorkloadAPI returns nil when the Workload API answers. Being told that
+// this process has no identity is an answer: it took an attested caller.
+func askWorkloadAPI(ctx context.Context, socket string) error {
+	conn, err := grpc.NewClient(socketURL(socket), grpc.WithTransportCredentials(insecure.NewCredentials()))
+	if err != nil {
+		return fmt.Errorf("workload API at %s: %w", socket, err)
+	}
+	defer func() { _ = conn.Close() }()
+	ctx = metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
+	stream, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509Bundles(ctx, &workload.X509BundlesRequest{})
+	if err == nil {
+		_, err = stream.Recv()
+	}
+	if err != nil && status.Code(err) != codes.PermissionDenied {
+		return fmt.Errorf("workload API at %s: %w", socket, err)
+	}
+	return nil
+}

@@ -1,0 +1,213 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"math/big"
+	"net"
+	"net/url"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/metrics"
+)
+
+func TestMain(m *testing.M) {
+	testscript.Main(m, map[string]func(){"agent": main})
+}
+
+// TestScripts runs the command lines in testdata/script against a Workload API
+// (in $API, one without identities in $NOBODY) and an HTTP listener (at $URL, one
+// that is not ready at $STARTING).
+func TestScripts(t *testing.T) {
+	t.Parallel()
+	testscript.Run(t, testscript.Params{
+		Dir: filepath.Join("testdata", "script"),
+		Setup: func(e *testscript.Env) error {
+			e.Setenv("API", filepath.Join(e.WorkDir, "api.sock"))
+			e.Setenv("NOBODY", filepath.Join(e.WorkDir, "nobody.sock"))
+			serveWorkloadAPI(t, e, e.Getenv("API"), newIdentity(t))
+			serveWorkloadAPI(t, e, e.Getenv("NOBODY"), nil)
+			e.Setenv("URL", serveHTTP(t, e, rotation, nil))
+			e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} }, context.DeadlineExceeded))
+			example, err := filepath.Abs(filepath.Join("..", "..", "deploy", "agent.example.yaml"))
+			e.Setenv("EXAMPLE", example)
+			return err
+		},
+	})
+}
+
+// rotation is an agent in the middle of a rotation, with times that print the
+// same for centuries.
+func rotation() metrics.State {
+	at := time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)
+	return metrics.State{
+		Authorities: []metrics.Authority{
+			{Type: metrics.TypeX509, ID: "aa11", State: metrics.StateActive, Held: 7},
+			{Type: metrics.TypeX509, ID: "bb22", State: metrics.StateTainted, Held: 3, Pending: 2, Streams: 1},
+			{Type: metrics.TypeX509, ID: "cc33", State: metrics.StateTainted, Settled: true},
+			{Type: metrics.TypeJWT, ID: "k1", State: metrics.StateActive, Held: 4},
+		},
+		OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
+		JWTExpiry: map[string]time.Time{"k1": at.Add(2 * time.Hour)},
+	}
+}
+
+func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notReady error) string {
+	l, err := metrics.Listen("127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	m := metrics.New(metrics.Config{TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Source: state})
+	go func() {
+		done <- metrics.Serve(ctx, metrics.ServeConfig{Listener: l, Metrics: m, Ready: func() error { return notReady }})
+	}()
+	e.Defer(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+	return "http://" + l.Addr().String()
+}
+
+// serveWorkloadAPI serves one identity, or none when id is nil.
+func serveWorkloadAPI(t *testing.T, e *testscript.Env, path string, id *identity) {
+	l, err := net.Listen("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	srv := grpc.NewServer()
+	workload.RegisterSpiffeWorkloadAPIServer(srv, &fakeAPI{id: id})
+	done := make(chan error, 1)
+	go func() { done <- srv.Serve(l) }()
+	e.Defer(func() {
+		srv.Stop()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+type fakeAPI struct {
+	workload.UnimplementedSpiffeWorkloadAPIServer
+	id *identity
+}
+
+var errNobody = status.Error(codes.PermissionDenied, "no identity issued")
+
+func (f *fakeAPI) FetchX509SVID(_ *workload.X509SVIDRequest, s grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
+	if f.id == nil {
+		return errNobody
+	}
+	if err := s.Send(&workload.X509SVIDResponse{Svids: []*workload.X509SVID{{
+		SpiffeId: f.id.spiffeID, X509Svid: f.id.leaf, X509SvidKey: f.id.key, Bundle: f.id.root, Hint: "internal",
+	}}}); err != nil {
+		return err
+	}
+	<-s.Context().Done()
+	return nil
+}
+
+func (f *fakeAPI) FetchX509Bundles(_ *workload.X509BundlesRequest, s grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
+	if f.id == nil {
+		return errNobody
+	}
+	return s.Send(&workload.X509BundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": f.id.root}})
+}
+
+func (f *fakeAPI) FetchJWTSVID(_ context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
+	if f.id == nil {
+		return nil, errNobody
+	}
+	token, err := f.id.token(req.GetAudience())
+	if err != nil {
+		return nil, err
+	}
+	return &workload.JWTSVIDResponse{Svids: []*workload.JWTSVID{{SpiffeId: f.id.spiffeID, Svid: token}}}, nil
+}
+
+// identity is a workload's identity under an authority of its own.
+type identity struct {
+	spiffeID        string
+	leaf, key, root []byte
+	signer          jose.Signer
+}
+
+func newIdentity(t *testing.T) *identity {
+	caKey, ca := newKey(t), &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "root"}, SubjectKeyId: []byte{0xab, 0xcd},
+		URIs:      []*url.URL{{Scheme: "spiffe", Host: "example.org"}},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	leafKey, leaf := newKey(t), &x509.Certificate{
+		SerialNumber: big.NewInt(4711), URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: "/web"}},
+		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
+	}
+	id := &identity{spiffeID: "spiffe://example.org/web"}
+	var err error
+	if id.root, err = x509.CreateCertificate(rand.Reader, ca, ca, caKey.Public(), caKey); err != nil {
+		t.Fatal(err)
+	}
+	if id.leaf, err = x509.CreateCertificate(rand.Reader, leaf, ca, leafKey.Public(), caKey); err != nil {
+		t.Fatal(err)
+	}
+	if id.key, err = x509.MarshalPKCS8PrivateKey(leafKey); err != nil {
+		t.Fatal(err)
+	}
+	id.signer, err = jose.NewSigner(jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: caKey, KeyID: "key-1"}}, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func (id *identity) token(audience []string) (string, error) {
+	return jwt.Signed(id.signer).Claims(jwt.Claims{
+		Subject: id.spiffeID, Audience: audience,
+		IssuedAt: jwt.NewNumericDate(time.Now()), Expiry: jwt.NewNumericDate(time.Now().Add(time.Hour)),
+	}).Serialize()
+}
+
+func newKey(t *testing.T) *ecdsa.PrivateKey {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return key
+}
+
+// A closed pipe must not look like success.
+func TestOutputError(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = r.Close()
+	defer func() { _ = w.Close() }()
+	var stderr bytes.Buffer
+	if code := run(t.Context(), []string{"version"}, noEnv, w, &stderr); code != exitFailed {
+		t.Errorf("exit %d, stderr %q", code, stderr.String())
+	}
+}
+
+func noEnv(string) string { return "" }

@@ -1,0 +1,125 @@
+package main
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/renewd/renewd/metrics"
+)
+
+// maxScrape is the most that is read of an answer of the agent's HTTP listener.
+const maxScrape = 32 << 20
+
+// endpoint is how the operator's commands reach the HTTP listener of a running
+// agent.
+type endpoint struct {
+	url, ca, user, passwordFile string
+	timeout                     time.Duration
+}
+
+// flags adds the flags of httpUsage to fset.
+func (p *endpoint) flags(fset *flag.FlagSet, getenv func(string) string) {
+	fset.StringVar(&p.url, "url", defaultURL(getenv("RENEWD_METRICS_ADDRESS")), "")
+	fset.StringVar(&p.ca, "ca", "", "")
+	fset.StringVar(&p.user, "user", "", "")
+	fset.StringVar(&p.passwordFile, "password-file", "", "")
+	fset.DurationVar(&p.timeout, "timeout", 5*time.Second, "")
+}
+
+// defaultURL is where an agent that listens on address is reached from its own
+// node: a listener on all addresses is reached on the loopback one.
+func defaultURL(address string) string {
+	host, port, err := net.SplitHostPort(address)
+	if err != nil {
+		return "http://" + metrics.DefaultAddress
+	}
+	if ip := net.ParseIP(host); host == "" || (ip != nil && ip.IsUnspecified()) {
+		host = "127.0.0.1"
+	}
+	return "http://" + net.JoinHostPort(host, port)
+}
+
+// get returns the status and the body of path. The status is 0 when there was
+// no answer.
+func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
+	client, err := p.client()
+	if err != nil {
+		return 0, nil, err
+	}
+	defer client.CloseIdleConnections()
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(p.url, "/")+path, nil)
+	if err != nil {
+		return 0, nil, usagef("-url %q is not a URL", p.url)
+	}
+	if p.user != "" {
+		password, err := readLimited(p.passwordFile)
+		if err != nil {
+			return 0, nil, fmt.Errorf("read the password: %w", err)
+		}
+		req.SetBasicAuth(p.user, strings.TrimRight(string(password), "\r\n"))
+	}
+	resp, err := client.Do(req)
+	if err != nil {
+		return 0, nil, fmt.Errorf("ask the agent: %w", err)
+	}
+	defer func() { _ = resp.Body.Close() }()
+	body, err := io.ReadAll(io.LimitReader(resp.Body, maxScrape+1))
+	if err != nil {
+		return 0, nil, fmt.Errorf("read the agent's answer: %w", err)
+	}
+	if len(body) > maxScrape {
+		return 0, nil, fmt.Errorf("the answer of %s is larger than %d bytes", p.url, maxScrape)
+	}
+	return resp.StatusCode, body, nil
+}
+
+func (p *endpoint) client() (*http.Client, error) {
+	transport := &http.Transport{} // no proxy: it is about this node
+	if p.ca != "" {
+		pem, err := os.ReadFile(p.ca)
+		if err != nil {
+			return nil, fmt.Errorf("read -ca: %w", err)
+		}
+		pool := x509.NewCertPool()
+		if !pool.AppendCertsFromPEM(pem) {
+			return nil, fmt.Errorf("-ca %s holds no PEM certificate", p.ca)
+		}
+		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
+	}
+	return &http.Client{Transport: transport}, nil
+}
+
+// ready asks /ready. The first result is nil when the agent is ready and says
+// why not otherwise; the second is that it could not be asked.
+func (p *endpoint) ready(ctx context.Context) (notReady, err error) {
+	code, body, err := p.get(ctx, "/ready")
+	text := strings.TrimSpace(string(body))
+	switch {
+	case err != nil:
+		return nil, err
+	case code == http.StatusOK:
+		return nil, nil
+	case code == http.StatusServiceUnavailable && text != "":
+		return errors.New(text), nil
+	}
+	return nil, statusError(p.url+"/ready", code)
+}
+
+func statusError(url string, code int) error {
+	if code == http.StatusUnauthorized {
+		return fmt.Errorf("%s wants a user and a password: give -user and -password-file", url)
+	}
+	return fmt.Errorf("%s answers %d %s", url, code, http.StatusText(code))
+}

@@ -1,0 +1,241 @@
+package main
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strconv"
+	"time"
+
+	dto "github.com/prometheus/client_model/go"
+	"github.com/prometheus/common/expfmt"
+	"github.com/prometheus/common/model"
+
+	"github.com/renewd/renewd/metrics"
+)
+
+// agentStatus is what "status" prints, and the whole of its JSON form. It is
+// read from the metrics, so it says what a dashboard says.
+type agentStatus struct {
+	Version     string            `json:"version"`
+	TrustDomain string            `json:"trust_domain"`
+	Deployment  string            `json:"deployment,omitempty"`
+	Ready       bool              `json:"ready"`
+	NotReady    string            `json:"not_ready_because,omitempty"`
+	OwnExpiry   *time.Time        `json:"agent_svid_expires_at,omitempty"`
+	Bundle      *bundleStatus     `json:"bundle,omitempty"`
+	Authorities []authorityStatus `json:"authorities"`
+}
+
+type bundleStatus struct {
+	Sequence  uint64    `json:"sequence"`
+	AppliedAt time.Time `json:"applied_at"`
+}
+
+type authorityStatus struct {
+	Type    string `json:"type"`
+	ID      string `json:"id"`
+	State   string `json:"state"`
+	Held    int    `json:"held"`
+	Pending *int   `json:"renewals_pending,omitempty"` // tainted or removed X.509 authorities only
+	Streams *int   `json:"streams_waiting,omitempty"`  // likewise
+	// Safe is set for tainted X.509 authorities only.
+	Safe *bool `json:"safe_to_remove,omitempty"`
+	// LastJWT is when the last JWT-SVID handed out under the key ends.
+	LastJWT *time.Time `json:"last_jwt_expires_at,omitempty"`
+}
+
+// statusCommand is "status".
+func statusCommand(ctx context.Context, args []string, e env) error {
+	var p endpoint
+	fset := flag.NewFlagSet("status", flag.ContinueOnError)
+	p.flags(fset, e.getenv)
+	output := fset.String("o", "text", "")
+	if err := parseFlags(fset, args, statusUsage, e); err != nil {
+		return err
+	}
+	if err := checkOutput("status", *output); err != nil {
+		return err
+	}
+	notReady, err := p.ready(ctx)
+	if err != nil {
+		return err
+	}
+	code, body, err := p.get(ctx, "/metrics")
+	if err != nil {
+		return err
+	}
+	if code != http.StatusOK {
+		return statusError(p.url+"/metrics", code)
+	}
+	s, err := readStatus(body)
+	if err != nil {
+		return fmt.Errorf("%s/metrics: %w", p.url, err)
+	}
+	s.Ready = notReady == nil
+	if notReady != nil {
+		s.NotReady = notReady.Error()
+	}
+	if *output == "json" {
+		return writeJSON(e.stdout, s)
+	}
+	return s.print(e.stdout, time.Now())
+}
+
+func checkOutput(command, output string) error {
+	if output != "text" && output != "json" {
+		return usagef("%s: -o takes text or json, not %q", command, output)
+	}
+	return nil
+}
+
+func writeJSON(w io.Writer, v any) error {
+	out, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return err
+	}
+	return printf(w, "%s\n", out)
+}
+
+// readStatus finds the state of an agent in what it answers to a scrape.
+func readStatus(scrape []byte) (*agentStatus, error) {
+	parser := expfmt.NewTextParser(model.UTF8Validation)
+	families, err := parser.TextToMetricFamilies(bytes.NewReader(scrape))
+	if err != nil {
+		return nil, fmt.Errorf("read metrics: %w", err)
+	}
+	s := &agentStatus{Authorities: []authorityStatus{}}
+	found := false
+	each(families, "spirl_application_info", func(label map[string]string, _ float64) {
+		found = found || label["spirl_component"] == "agent"
+		s.Version, s.TrustDomain, s.Deployment = label["spirl_app_version"], label["spirl_trust_domain"], label["spirl_trust_domain_deployment"]
+	})
+	if !found {
+		return nil, fmt.Errorf("not the metrics of a renewd agent: spirl_application_info is missing")
+	}
+	each(families, "renewd_agent_svid_expiry_timestamp_seconds", func(_ map[string]string, v float64) { s.OwnExpiry = unixTime(v) })
+	each(families, "renewd_bundle_applied_timestamp_seconds", func(_ map[string]string, v float64) {
+		s.Bundle = &bundleStatus{AppliedAt: *unixTime(v)}
+	})
+	each(families, "renewd_bundle_sequence_number", func(_ map[string]string, v float64) {
+		if s.Bundle != nil {
+			s.Bundle.Sequence = uint64(v)
+		}
+	})
+	s.authorities(families)
+	return s, nil
+}
+
+// authorities reads one row for each signing authority, X.509 first.
+func (s *agentStatus) authorities(families map[string]*dto.MetricFamily) {
+	type key struct{ typ, id string }
+	rows := map[key]*authorityStatus{}
+	each(families, "renewd_svids_held", func(label map[string]string, v float64) {
+		rows[key{label["svid_type"], label["authority"]}] = &authorityStatus{
+			Type: label["svid_type"], ID: label["authority"], State: label["state"], Held: int(v),
+		}
+	})
+	fill := func(name, typ, labelName string, set func(*authorityStatus, float64)) {
+		each(families, name, func(label map[string]string, v float64) {
+			if row := rows[key{typ, label[labelName]}]; row != nil {
+				set(row, v)
+			}
+		})
+	}
+	fill("renewd_taint_renewals_pending", metrics.TypeX509, "authority", func(r *authorityStatus, v float64) { n := int(v); r.Pending = &n })
+	fill("renewd_taint_streams_waiting", metrics.TypeX509, "authority", func(r *authorityStatus, v float64) { n := int(v); r.Streams = &n })
+	fill("renewd_taint_settled", metrics.TypeX509, "authority", func(r *authorityStatus, v float64) { safe := v == 1; r.Safe = &safe })
+	fill("renewd_jwt_svid_latest_expiry_timestamp_seconds", metrics.TypeJWT, "key_id", func(r *authorityStatus, v float64) { r.LastJWT = unixTime(v) })
+	for _, row := range rows {
+		s.Authorities = append(s.Authorities, *row)
+	}
+	slices.SortFunc(s.Authorities, func(a, b authorityStatus) int {
+		return cmp.Or(-cmp.Compare(a.Type, b.Type), cmp.Compare(a.ID, b.ID))
+	})
+}
+
+// each calls f with the labels and the value of every series of a gauge.
+func each(families map[string]*dto.MetricFamily, name string, f func(label map[string]string, v float64)) {
+	for _, m := range families[name].GetMetric() {
+		labels := map[string]string{}
+		for _, l := range m.GetLabel() {
+			labels[l.GetName()] = l.GetValue()
+		}
+		f(labels, m.GetGauge().GetValue())
+	}
+}
+
+func unixTime(seconds float64) *time.Time {
+	t := time.UnixMilli(int64(seconds * 1000)).UTC()
+	return &t
+}
+
+func (s *agentStatus) print(w io.Writer, now time.Time) error {
+	head := newTable(w)
+	row := func(name, value string) { _, _ = fmt.Fprintf(head, "%s\t%s\n", name, value) }
+	row("Version:", s.Version)
+	row("Trust domain:", s.TrustDomain)
+	if s.Deployment != "" {
+		row("Deployment:", s.Deployment)
+	}
+	if s.Ready {
+		row("Ready:", "yes")
+	} else {
+		row("Ready:", "no, "+s.NotReady)
+	}
+	if s.OwnExpiry != nil {
+		row("Agent SVID:", "expires "+when(*s.OwnExpiry, now))
+	}
+	if s.Bundle != nil {
+		row("Trust bundle:", fmt.Sprintf("sequence %d, applied %s", s.Bundle.Sequence, when(s.Bundle.AppliedAt, now)))
+	}
+	if err := head.Flush(); err != nil {
+		return fmt.Errorf("write output: %w", err)
+	}
+	if len(s.Authorities) == 0 {
+		return printf(w, "\nNo signing authority is known yet.\n")
+	}
+	table := newTable(w)
+	_, _ = fmt.Fprint(table, "\nTYPE\tAUTHORITY\tSTATE\tHELD\tPENDING\tSTREAMS\tSAFE TO REMOVE\tLAST JWT ENDS\n")
+	for _, a := range s.Authorities {
+		safe, last := "-", "-"
+		if a.Safe != nil {
+			safe = map[bool]string{true: "yes, here", false: "no"}[*a.Safe]
+		}
+		if a.LastJWT != nil {
+			last = when(*a.LastJWT, now)
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n",
+			a.Type, a.ID, a.State, a.Held, count(a.Pending), count(a.Streams), safe, last)
+	}
+	if err := table.Flush(); err != nil {
+		return fmt.Errorf("write output: %w", err)
+	}
+	return nil
+}
+
+func count(n *int) string {
+	if n == nil {
+		return "-"
+	}
+	return strconv.Itoa(*n)
+}
+
+// when prints a moment and how far away it is.
+func when(t, now time.Time) string {
+	d := t.Sub(now).Truncate(time.Second)
+	text := t.UTC().Format("2006-01-02 15:04:05 UTC")
+	switch {
+	case d == 0:
+		return text + " (now)"
+	case d < 0:
+		return text + " (" + short(-d) + " ago)"
+	}
+	return text + " (in " + short(d) + ")"
+}
