@@ -1,0 +1,383 @@
+package upstream
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/cache"
+)
+
+const (
+	// maxListBytes bounds a full list in one message: about 200,000 entries.
+	maxListBytes = 64 << 20
+	// maxEntries bounds what all pages of one sync may add up to.
+	maxEntries = 1 << 20
+	// maxAsk is the most entries asked for at once; SPIRE's own page size.
+	maxAsk = 500
+)
+
+// entryMask is what this agent uses of an entry. The revision number must not
+// be masked. store_svid marks entries that are not for workloads.
+var entryMask = &types.EntryMask{
+	SpiffeId:       true,
+	Selectors:      true,
+	FederatesWith:  true,
+	Hint:           true,
+	RevisionNumber: true,
+	CreatedAt:      true,
+	StoreSvid:      true,
+}
+
+// stamp tells apart the states of an entry. The creation time is part of it:
+// an entry that is deleted and made again under the same ID starts with the
+// same revision number.
+type stamp struct{ revision, created int64 }
+
+// entryMemory is what SyncEntries remembers from one sync to the next. Both
+// maps are replaced whole by a sync that succeeds.
+type entryMemory struct {
+	created map[string]int64 // of the entries that the caller was given
+	skipped map[string]stamp // known to be of no use as they are
+}
+
+// SyncEntries asks which entries the node is authorized for. have is what the
+// caller holds, ID to revision; it is only read. upsert holds the entries that
+// are new or have changed, gone the IDs of those that are no more; an entry
+// that was replaced by another of the same ID is in both. Entries that cannot
+// be used (broken, or not meant for workloads) are left out, the broken ones
+// with one log line for each of their states; one that is held already is then
+// kept as it was.
+//
+// An answer that cannot be right as a whole is an error, and nothing of it
+// counts. The deadline is one PollTimeout for the whole sync.
+func (c *Client) SyncEntries(ctx context.Context, have map[string]int64) (upsert []*cache.Entry, gone []string, err error) {
+	var s *syncing
+	err = c.call(ctx, "sync entries", c.cfg.PollTimeout, needAnswer, func(ctx context.Context, l *link) error {
+		if !l.noSync.Load() {
+			s = c.newSync(have)
+			err := s.stream(ctx, l)
+			if status.Code(err) != codes.Unimplemented {
+				return err
+			}
+			l.noSync.Store(true)
+			c.cfg.Log.Info("the server lacks SyncAuthorizedEntries, asking for the full list each time")
+		}
+		s = c.newSync(have)
+		return s.list(ctx, l)
+	})
+	if err != nil {
+		return nil, nil, err
+	}
+	upsert, gone = s.result()
+	c.entries = s.memory
+	return upsert, gone, nil
+}
+
+// syncing is one sync under way.
+type syncing struct {
+	client *Client
+	have   map[string]int64
+	before entryMemory
+	memory entryMemory // for the next sync
+
+	seen   map[string]struct{} // IDs that the server named
+	drop   map[string]struct{} // of those, the ones that are not for workloads
+	upsert []*cache.Entry
+	gone   []string
+}
+
+func (c *Client) newSync(have map[string]int64) *syncing {
+	return &syncing{
+		client: c,
+		have:   have,
+		before: c.entries,
+		memory: entryMemory{created: make(map[string]int64, len(have)), skipped: make(map[string]stamp)},
+		seen:   make(map[string]struct{}, len(have)),
+		drop:   make(map[string]struct{}),
+	}
+}
+
+// list takes the whole list in one answer.
+func (s *syncing) list(ctx context.Context, l *link) error {
+	answer, err := entryv1.NewEntryClient(l.conn).GetAuthorizedEntries(ctx,
+		&entryv1.GetAuthorizedEntriesRequest{OutputMask: entryMask}, grpc.MaxCallRecvMsgSize(maxListBytes))
+	if err != nil {
+		return err
+	}
+	return s.all(answer.GetEntries())
+}
+
+// stream does one SyncAuthorizedEntries. A server with few entries sends all of
+// them; one with many sends IDs with revisions in pages, and then what it is
+// asked for.
+func (s *syncing) stream(ctx context.Context, l *link) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stream, err := entryv1.NewEntryClient(l.conn).SyncAuthorizedEntries(ctx, grpc.MaxCallRecvMsgSize(maxListBytes))
+	if err != nil {
+		return err
+	}
+	// Send fails with io.EOF when the server has ended the stream; Recv then
+	// knows why.
+	_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{OutputMask: entryMask})
+	page, err := stream.Recv()
+	if err != nil {
+		return ended(err)
+	}
+	if len(page.GetEntryRevisions()) == 0 {
+		return s.pages(stream, page)
+	}
+	ask, size, err := s.revisions(stream, page)
+	if err != nil {
+		return err
+	}
+	slices.Sort(ask) // the server does it otherwise
+	for ids := range slices.Chunk(ask, min(size, maxAsk)) {
+		_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{Ids: ids})
+		if err := s.answers(stream, ids); err != nil {
+			return err
+		}
+	}
+	// What was asked for is here. The stream is ended in good order, so that
+	// the server does not count it as cancelled; how that goes does not matter.
+	if stream.CloseSend() == nil {
+		_, _ = stream.Recv()
+	}
+	return nil
+}
+
+type pageStream interface {
+	Recv() (*entryv1.SyncAuthorizedEntriesResponse, error)
+}
+
+// pages takes the full list, which may come in several messages.
+func (s *syncing) pages(stream pageStream, page *entryv1.SyncAuthorizedEntriesResponse) error {
+	entries := page.GetEntries()
+	for page.GetMore() {
+		var err error
+		if page, err = stream.Recv(); err != nil {
+			return ended(err)
+		}
+		switch {
+		case len(page.GetEntryRevisions()) > 0:
+			return malformed("it mixes entries and revisions")
+		case len(page.GetEntries()) == 0 && page.GetMore():
+			return malformed("a page of it is empty")
+		}
+		entries = append(entries, page.GetEntries()...)
+		if len(entries) > maxEntries {
+			return malformed("it has more than %d entries", maxEntries)
+		}
+	}
+	return s.all(entries)
+}
+
+// all takes a full list.
+func (s *syncing) all(entries []*types.Entry) error {
+	for _, e := range entries {
+		at := stamp{e.GetRevisionNumber(), e.GetCreatedAt()}
+		if s.announce(e.GetId(), at) && s.wanted(e.GetId(), at) {
+			s.take(e)
+		}
+	}
+	return nil
+}
+
+// revisions takes the pages of IDs and returns those to ask for, and the size
+// of the server's pages.
+func (s *syncing) revisions(stream pageStream, page *entryv1.SyncAuthorizedEntriesResponse) (ask []string, size int, err error) {
+	size = len(page.GetEntryRevisions())
+	for n := 0; ; {
+		for _, r := range page.GetEntryRevisions() {
+			at := stamp{r.GetRevisionNumber(), r.GetCreatedAt()}
+			if s.announce(r.GetId(), at) && s.wanted(r.GetId(), at) {
+				ask = append(ask, r.GetId())
+			}
+		}
+		if n += len(page.GetEntryRevisions()); n > maxEntries {
+			return nil, 0, malformed("it has more than %d entries", maxEntries)
+		}
+		if !page.GetMore() {
+			return ask, size, nil
+		}
+		if page, err = stream.Recv(); err != nil {
+			return nil, 0, ended(err)
+		}
+		switch {
+		case len(page.GetEntries()) > 0:
+			return nil, 0, malformed("it mixes revisions and entries")
+		case len(page.GetEntryRevisions()) == 0:
+			return nil, 0, malformed("a page of it is empty")
+		}
+	}
+}
+
+// answers takes the entries that were asked for: each of them once.
+func (s *syncing) answers(stream pageStream, ids []string) error {
+	open := make(map[string]struct{}, len(ids))
+	for _, id := range ids {
+		open[id] = struct{}{}
+	}
+	for {
+		page, err := stream.Recv()
+		if err != nil {
+			return ended(err)
+		}
+		switch {
+		case len(page.GetEntryRevisions()) > 0:
+			return malformed("it mixes entries and revisions")
+		case len(page.GetEntries()) == 0 && page.GetMore():
+			return malformed("a page of it is empty")
+		}
+		for _, e := range page.GetEntries() {
+			if _, asked := open[e.GetId()]; !asked {
+				return malformed("entry %q was not asked for, or comes twice", e.GetId())
+			}
+			delete(open, e.GetId())
+			s.take(e)
+		}
+		if page.GetMore() {
+			continue
+		}
+		if len(open) > 0 {
+			return malformed("%d of %d entries asked for are missing", len(open), len(ids))
+		}
+		return nil
+	}
+}
+
+// announce notes that the server named an entry, and reports whether it can be
+// told apart from the others.
+func (s *syncing) announce(id string, at stamp) bool {
+	if _, twice := s.seen[id]; id == "" || twice || at.revision < 0 {
+		why := "it has no ID"
+		switch {
+		case twice:
+			// Remembered under another name: the first entry is of use.
+			id, why = "second "+id, "another entry has the same ID"
+		case id != "":
+			why = "its revision is negative"
+		}
+		s.skip(id, at, why)
+		return false
+	}
+	s.seen[id] = struct{}{}
+	return true
+}
+
+// wanted reports whether the content of an entry is needed: not when it is held
+// as it is, nor when it is known to be of no use.
+func (s *syncing) wanted(id string, at stamp) bool {
+	revision, held := s.have[id]
+	created, known := s.before.created[id]
+	if held && known && at.created != 0 && created != 0 && created != at.created {
+		s.gone = append(s.gone, id) // another entry of the same ID
+		return true
+	}
+	if held && revision == at.revision {
+		s.memory.created[id] = cmp.Or(at.created, created)
+		return false
+	}
+	if was, skipped := s.before.skipped[id]; skipped && was == at {
+		s.memory.skipped[id] = at
+		return held
+	}
+	return true
+}
+
+// take adds an entry to the result, or skips it.
+func (s *syncing) take(in *types.Entry) {
+	at := stamp{in.GetRevisionNumber(), in.GetCreatedAt()}
+	if in.GetStoreSvid() {
+		s.memory.skipped[in.GetId()] = at
+		s.drop[in.GetId()] = struct{}{}
+		return
+	}
+	e, err := parseEntry(s.client.cfg.TrustDomain, in)
+	if err != nil {
+		s.skip(in.GetId(), at, err.Error())
+		return
+	}
+	s.memory.created[e.ID] = at.created
+	s.upsert = append(s.upsert, e)
+}
+
+// skip leaves an entry out and says so, once for each of its states.
+func (s *syncing) skip(id string, at stamp, why string) {
+	was, known := s.before.skipped[id]
+	s.memory.skipped[id] = at
+	if !known || was != at {
+		s.client.cfg.Log.Warn("entry skipped", "entry_id", id, "revision", at.revision, "reason", why)
+	}
+}
+
+func (s *syncing) result() (upsert []*cache.Entry, gone []string) {
+	for id := range s.have {
+		_, seen := s.seen[id]
+		_, drop := s.drop[id]
+		if (!seen || drop) && !slices.Contains(s.gone, id) {
+			s.gone = append(s.gone, id)
+		}
+	}
+	slices.Sort(s.gone)
+	return s.upsert, s.gone
+}
+
+// parseEntry makes an Entry of the server's.
+func parseEntry(td spiffeid.TrustDomain, in *types.Entry) (*cache.Entry, error) {
+	if in.GetId() == "" {
+		return nil, errors.New("it has no ID")
+	}
+	of, err := spiffeid.TrustDomainFromString(in.GetSpiffeId().GetTrustDomain())
+	if err != nil {
+		return nil, fmt.Errorf("SPIFFE ID: %w", err)
+	}
+	if of != td {
+		return nil, fmt.Errorf("SPIFFE ID: it is in trust domain %q", of.Name())
+	}
+	id, err := spiffeid.FromPath(of, in.GetSpiffeId().GetPath())
+	if err != nil {
+		return nil, fmt.Errorf("SPIFFE ID: %w", err)
+	}
+	if id.Path() == "" {
+		return nil, errors.New("SPIFFE ID: it has no path")
+	}
+	if len(in.GetSelectors()) == 0 {
+		// It would match every workload.
+		return nil, errors.New("it has no selectors")
+	}
+	e := &cache.Entry{
+		ID:        in.GetId(),
+		SPIFFEID:  id,
+		Selectors: make([]cache.Selector, len(in.GetSelectors())),
+		Hint:      in.GetHint(),
+		Revision:  in.GetRevisionNumber(),
+		CreatedAt: unixTime(in.GetCreatedAt()),
+	}
+	for i, sel := range in.GetSelectors() {
+		if sel.GetType() == "" || sel.GetValue() == "" {
+			return nil, fmt.Errorf("selector %d is incomplete", i)
+		}
+		e.Selectors[i] = cache.Selector{Type: sel.GetType(), Value: sel.GetValue()}
+	}
+	for _, name := range in.GetFederatesWith() {
+		other, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return nil, fmt.Errorf("federates with: %w", err)
+		}
+		if other != td && !slices.Contains(e.FederatesWith, other) {
+			e.FederatesWith = append(e.FederatesWith, other)
+		}
+	}
+	return e, nil
+}
