@@ -262,7 +262,6 @@ func (r *Renewer) finishOwn(c *call, now time.Time) {
 	if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted {
 		r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), retryBase))
 	}
-	r.cfg.Log.Info("node's own SVID renewed", "reason", reason, "authority", held.Authority, "expires", held.NotAfter)
 }
 
 // closeGate is for a call that failed as a whole. Calls that were under way

@@ -1,0 +1,332 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/attest/unix"
+	"github.com/renewd/renewd/internal/keep"
+	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/workload"
+	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/renew"
+)
+
+// Agent is one node's daemon. Make it with [New], run it once with
+// [Agent.Run].
+type Agent struct {
+	cfg       Config
+	log       *slog.Logger
+	cache     *cache.Cache
+	store     *node.Store
+	node      *node.Node
+	client    *upstream.Client
+	refresher *bundle.Refresher
+	renewer   *renew.Renewer
+	workload  *workload.Server
+	metrics   *metrics.Metrics
+	keeper    *keep.Dir // nil without RuntimeDir
+	own       *own
+	streams   streams
+
+	// bootstrap is what the server is trusted by until the first snapshot.
+	bootstrap atomic.Pointer[bundle.Bundle]
+	applied   atomic.Pointer[time.Time] // when the bundle in force was applied
+}
+
+// New checks the configuration, opens DataDir and RuntimeDir and loads what
+// they hold. It makes no connection and starts nothing.
+func New(cfg Config) (*Agent, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, err
+	}
+	a := &Agent{cfg: cfg, log: cfg.Log}
+	if err := a.open(); err != nil {
+		return nil, errors.Join(err, a.close())
+	}
+	return a, nil
+}
+
+func (a *Agent) open() (err error) {
+	cfg := a.cfg
+	a.cache = cache.New(cache.Config{Limit: cfg.CacheSize, Now: cfg.Now})
+	if a.store, err = node.OpenStore(cfg.DataDir); err != nil {
+		return fmt.Errorf("open data_dir: %w", err)
+	}
+	seed, err := a.store.Seed()
+	if err != nil {
+		return fmt.Errorf("read the node's seed: %w", err)
+	}
+	a.node, err = node.New(node.Config{
+		TrustDomain: cfg.TrustDomain,
+		Attestor:    node.JoinToken(cfg.JoinToken, cfg.JoinTokenFile),
+		Store:       a.store,
+		Bundle:      a.trust,
+		Log:         a.log,
+		Now:         cfg.Now,
+	})
+	if err != nil {
+		return fmt.Errorf("load the node's identity: %w", err)
+	}
+	initial, err := a.initialTrust()
+	if err != nil {
+		return err
+	}
+	a.client, err = upstream.New(upstream.Config{
+		ServerAddress: cfg.ServerAddress,
+		TrustDomain:   cfg.TrustDomain,
+		Node:          a.node,
+		Bundle:        a.trust,
+		Insecure:      cfg.InsecureBootstrap,
+		Dial:          cfg.Dial,
+		Version:       cfg.Version,
+		Log:           a.log,
+		Now:           cfg.Now,
+	})
+	if err != nil {
+		return fmt.Errorf("set up the server connection: %w", err)
+	}
+	a.metrics = metrics.New(metrics.Config{
+		TrustDomain: cfg.TrustDomain.Name(),
+		Deployment:  cfg.DeploymentName,
+		Version:     cfg.Version,
+		Source:      metrics.SourceFunc(a.State),
+		Log:         a.log,
+	})
+	initWorkloadMetrics(a.metrics)
+	a.streams.metrics = a.metrics
+	a.refresher = bundle.NewRefresher(bundle.RefresherConfig{
+		Fetcher:   a.client,
+		Publish:   a.publish,
+		Federated: a.cache.FederatesWith,
+		Initial:   initial,
+		Interval:  cfg.RefreshInterval,
+		Observe:   func(outcome string, _ *bundle.Bundle) { a.metrics.BundleRefreshed(outcome) },
+		Log:       a.log,
+		Rand:      cfg.Rand,
+		Now:       cfg.Now,
+	})
+	a.own = &own{node: a.node, client: a.client}
+	a.renewer = renew.New(renew.Config{
+		Cache:       a.cache,
+		Minter:      minter{a.client},
+		Own:         a.own,
+		Seed:        seed,
+		MaxDelay:    cfg.TaintDelay,
+		Rate:        float64(cfg.TaintRate),
+		BatchSize:   cfg.BatchSize,
+		KeyType:     cfg.KeyType,
+		Unexplained: a.refresher.Refresh,
+		Observer:    observer{a.metrics},
+		Log:         a.log,
+		Rand:        cfg.Rand,
+		Now:         cfg.Now,
+	})
+	attestors := cfg.Attestors
+	if attestors == nil {
+		attestors = []attest.Attestor{unix.New(unix.Config{
+			SkipPath: !cfg.DiscoverPath, SHA256: cfg.DiscoverPath && cfg.SHA256Limit > 0, SHA256Limit: cfg.SHA256Limit, Log: a.log,
+		})}
+	}
+	a.workload, err = workload.New(workload.Config{
+		Cache:         a.cache,
+		Attestors:     attestors,
+		Peers:         cfg.Peers,
+		JWT:           a.client,
+		Observer:      &a.streams,
+		ServerOptions: a.metrics.ServerOptions(),
+		Log:           a.log,
+	})
+	if err != nil {
+		return fmt.Errorf("set up the Workload API: %w", err)
+	}
+	if cfg.RuntimeDir != "" {
+		if err := a.restore(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// initialTrust finds what to trust the server by: the bundle kept from the
+// last run, unless the node has to be proved anew, which is done on the trust
+// that the operator gives now. It is nil for an insecure bootstrap.
+func (a *Agent) initialTrust() (*bundle.Bundle, error) {
+	if a.node.Identity() != nil {
+		kept, err := a.store.LoadBundle()
+		if err != nil {
+			return nil, fmt.Errorf("load the trust bundle kept in data_dir: %w", err)
+		}
+		if kept != nil {
+			a.bootstrap.Store(kept)
+			return kept, nil
+		}
+	}
+	given := a.cfg.TrustBundle
+	if a.cfg.TrustBundleFile != "" {
+		var err error
+		if given, err = upstream.LoadTrustBundle(a.cfg.TrustBundleFile, a.cfg.TrustDomain); err != nil {
+			return nil, fmt.Errorf("load trust_bundle_file: %w", err)
+		}
+	}
+	if given != nil {
+		a.bootstrap.Store(given)
+	}
+	// What the operator gives tells no taints and may be old; it is trusted
+	// for the first connection and replaced by the server's own answer.
+	return nil, nil
+}
+
+// trust is the bundle that the server is verified with now.
+func (a *Agent) trust() *bundle.Bundle {
+	if s := a.cache.Bundle(); s != nil {
+		return s.Own
+	}
+	return a.bootstrap.Load()
+}
+
+// publish puts a new snapshot in force and keeps the own bundle, with the
+// times at which taints were first seen, for the next start.
+func (a *Agent) publish(s *bundle.Snapshot) {
+	prev := a.cache.Bundle()
+	a.cache.SetBundle(s)
+	now := a.cfg.Now()
+	a.applied.Store(&now)
+	if prev != nil && prev.Own == s.Own {
+		return
+	}
+	if err := a.store.SaveBundle(s.Own); err != nil {
+		a.log.Error("trust bundle not kept: after a restart the last one kept is used", "error", err)
+	}
+}
+
+// restore loads the SVIDs of the last run.
+func (a *Agent) restore() error {
+	dir, err := keep.Open(a.cfg.RuntimeDir, a.log)
+	if err != nil {
+		return fmt.Errorf("open runtime_dir: %w", err)
+	}
+	a.keeper = dir
+	entries, svids, err := dir.Load(a.cfg.Now())
+	if err != nil {
+		return fmt.Errorf("load runtime_dir: %w", err)
+	}
+	if len(entries) == 0 {
+		return nil
+	}
+	a.cache.Update(entries, nil)
+	held := 0
+	for _, s := range svids {
+		if a.cache.Put(s) == nil {
+			held++
+		}
+	}
+	a.log.Info("workload SVIDs of the last run loaded", "entries", len(entries), "svids", held)
+	return nil
+}
+
+func (a *Agent) close() error {
+	var errs []error
+	if a.client != nil {
+		errs = append(errs, a.client.Close())
+	}
+	if a.store != nil {
+		errs = append(errs, a.store.Close())
+	}
+	return errors.Join(errs...)
+}
+
+// Run serves until ctx is done, and returns nil then, or the error that made
+// going on useless: a socket that cannot be opened, or a server that has
+// banned this node. When it returns, everything it started has ended.
+func (a *Agent) Run(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, a.close()) }()
+	listener := a.cfg.Listener
+	if listener == nil {
+		if listener, err = workload.Listen(a.cfg.SocketPath, a.cfg.SocketMode); err != nil {
+			return fmt.Errorf("open the Workload API socket: %w", err)
+		}
+	}
+	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
+		"socket", listener.Addr().String(), "version", a.cfg.Version)
+	group, ctx := errgroup.WithContext(ctx)
+	group.Go(func() error { return named("Workload API", a.workload.Serve(ctx, listener)) })
+	group.Go(func() error { return a.serveMetrics(ctx) })
+	if a.keeper != nil {
+		group.Go(func() error { return a.keeper.Follow(ctx, a.cache) })
+	}
+	group.Go(func() error {
+		if err := a.connect(ctx); err != nil {
+			return err
+		}
+		group.Go(func() error { return a.refresher.Run(ctx) })
+		group.Go(func() error { return a.renewer.Run(ctx) })
+		return a.syncEntries(ctx)
+	})
+	err = group.Wait()
+	if errors.Is(err, context.Canceled) {
+		err = nil
+	}
+	a.log.Info("agent stopped")
+	return err
+}
+
+func named(what string, err error) error {
+	if err != nil {
+		return fmt.Errorf("%s: %w", what, err)
+	}
+	return nil
+}
+
+func (a *Agent) serveMetrics(ctx context.Context) error {
+	listener := a.cfg.MetricsListener
+	if listener == nil {
+		if a.cfg.MetricsAddress == "" {
+			return nil
+		}
+		var err error
+		if listener, err = net.Listen("tcp", a.cfg.MetricsAddress); err != nil {
+			return fmt.Errorf("open the metrics listener: %w", err)
+		}
+	}
+	return named("metrics", metrics.Serve(ctx, metrics.ServeConfig{
+		Metrics:       a.metrics,
+		Listener:      listener,
+		WebConfigFile: a.cfg.WebConfigFile,
+		Ready:         a.ready,
+		Log:           a.log,
+	}))
+}
+
+// ready is nil once workloads get real answers.
+func (a *Agent) ready() error {
+	if !a.cache.Ready() {
+		return errors.New("starting: the trust bundle and the registration entries have not arrived yet")
+	}
+	return nil
+}
+
+// connect gets the node trusted and proved. It returns at once when a valid
+// identity was kept.
+func (a *Agent) connect(ctx context.Context) error {
+	if a.trust() == nil {
+		b, err := a.client.Bootstrap(ctx)
+		if err != nil {
+			return fmt.Errorf("bootstrap trust: %w", err)
+		}
+		a.bootstrap.Store(b)
+	}
+	return named("prove the node", a.client.Attest(ctx))
+}

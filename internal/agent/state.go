@@ -1,0 +1,109 @@
+package agent
+
+import (
+	"cmp"
+	"slices"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/metrics"
+)
+
+// overdue is how far past its half-life an SVID counts as expiring.
+const overdue = time.Minute
+
+// State is what the agent knows at this moment: what metrics export and the
+// demo shows. It may be called at any time, from any goroutine.
+//
+// The order of reads makes "settled" safe: first the calls in flight, then the
+// node's own SVID, then the cache. Whatever moves meanwhile moves from the one
+// to the other and is seen in at least one of them.
+func (a *Agent) State() metrics.State {
+	snapshot := a.cache.Bundle()
+	inFlight := make(map[string]int)
+	if snapshot != nil {
+		for _, x := range snapshot.Own.X509() {
+			if x.Tainted {
+				inFlight[x.ID] = a.renewer.InFlightSince(x.TaintedSince)
+			}
+		}
+	}
+	own := a.own.Held()
+	usages := a.cache.Authorities()
+	_, _, late := a.cache.Counts(overdue)
+
+	s := metrics.State{
+		Expiring:  map[string]int{metrics.TypeX509: late},
+		JWTExpiry: a.cache.JWTExpiry(),
+		Streams:   a.streams.counts(),
+	}
+	if own != nil {
+		s.OwnExpiry = own.NotAfter
+	}
+	if snapshot == nil {
+		return s
+	}
+	if at := a.applied.Load(); at != nil {
+		s.BundleApplied, s.BundleSequence = *at, snapshot.Own.Sequence()
+	}
+	newest := a.cache.Newest()
+	for _, u := range usages {
+		s.Authorities = append(s.Authorities, metrics.Authority{
+			Type: metrics.TypeX509, ID: u.Authority, State: metrics.StateRemoved, Held: u.Held, Streams: u.Streams,
+		})
+	}
+	for _, x := range snapshot.Own.X509() {
+		auth := authority(&s, metrics.TypeX509, x.ID)
+		switch {
+		case x.Tainted:
+			auth.State = metrics.StateTainted
+		case x.ID == newest.X509 && auth.State != metrics.StateTainted:
+			auth.State = metrics.StateActive
+		case auth.State == metrics.StateRemoved:
+			auth.State = metrics.StatePrepared
+		}
+	}
+	for i := range s.Authorities {
+		auth := &s.Authorities[i]
+		if auth.State != metrics.StateTainted && auth.State != metrics.StateRemoved {
+			continue
+		}
+		// Everything held of such an authority is due, and so is an answer that
+		// the server may have signed before it knew.
+		auth.Pending = auth.Held + inFlight[auth.ID]
+		if own != nil && own.Authority == auth.ID {
+			auth.Pending++
+		}
+		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready()
+	}
+	held := a.cache.JWTCounts()
+	for _, k := range snapshot.Own.JWT() {
+		auth := authority(&s, metrics.TypeJWT, k.KeyID)
+		auth.Held = held[k.KeyID]
+		switch {
+		case k.Tainted:
+			auth.State = metrics.StateTainted
+		case k.KeyID == newest.JWT:
+			auth.State = metrics.StateActive
+		default:
+			auth.State = metrics.StatePrepared
+		}
+	}
+	slices.SortFunc(s.Authorities, func(x, y metrics.Authority) int {
+		return cmp.Or(-cmp.Compare(x.Type, y.Type), cmp.Compare(x.ID, y.ID))
+	})
+	return s
+}
+
+// authority finds the authority in s or adds it.
+func authority(s *metrics.State, typ, id string) *metrics.Authority {
+	i := slices.IndexFunc(s.Authorities, func(a metrics.Authority) bool { return a.Type == typ && a.ID == id })
+	if i < 0 {
+		i = len(s.Authorities)
+		s.Authorities = append(s.Authorities, metrics.Authority{Type: typ, ID: id, State: metrics.StateRemoved})
+	}
+	return &s.Authorities[i]
+}
+
+// Bundle is the snapshot in force, nil before the first.
+func (a *Agent) Bundle() *bundle.Snapshot { return a.cache.Bundle() }
