@@ -130,7 +130,7 @@ func TestProblems(t *testing.T) {
 		want       string
 	}{
 		{name: "unknown", add: "taint_rate: 3", want: `agent.yaml:4: "taint_rate" is not a field; did you mean renewal.taint_rate?`},
-		{name: "misspelt", add: "data_dri: /x", want: `agent.yaml:4: "data_dri" is not a field; did you mean data_dir?`},
+		{name: "misspelled", add: "data_dri: /x", want: `agent.yaml:4: "data_dri" is not a field; did you mean data_dir?`},
 		{name: "far off", add: "zzzzzzzzz: /x", want: `agent.yaml:4: "zzzzzzzzz" is not a field; remove it; "agent help config" lists the fields`},
 		{name: "duplicate", add: "data_dir: /x\ndata_dir: /x", want: `agent.yaml:5: data_dir is given twice, first in line 4; keep one of the two`},
 		{name: "duplicate section", add: "log:\n  level: info\nlog:\n  level: warn", want: `agent.yaml:6: log is given twice, first in line 4; keep one of the two`},

@@ -1,0 +1,48 @@
+# make help lists the targets.
+
+VERSION   ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+FUZZTIME  ?= 10s
+BENCH     ?= .
+BENCHTIME ?= 1s
+
+LDFLAGS := -s -w -X main.version=$(VERSION)
+LINT    := go tool -modfile=tools/go.mod golangci-lint
+
+.DEFAULT_GOAL := build
+
+.PHONY: help
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+.PHONY: build
+build: ## static binaries of every command, in bin/
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+.PHONY: test
+test: ## all tests with the race detector
+	go test -race ./...
+
+.PHONY: lint
+lint: ## formatting, vet, staticcheck, import rules and more (.golangci.yml)
+	$(LINT) run ./...
+
+.PHONY: fmt
+fmt: ## format the code
+	$(LINT) fmt ./...
+
+.PHONY: bench
+bench: ## all benchmarks; BENCH=regexp chooses, BENCHTIME=duration sets the length
+	go test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem ./...
+
+.PHONY: fuzz
+fuzz: ## every fuzz target in turn, FUZZTIME each
+	@tools/fuzz $(FUZZTIME)
+
+.PHONY: demo
+demo: ## a whole rotation, watched live in one process
+	go run ./cmd/demo
+
+.PHONY: clean
+clean: ## remove what build made
+	rm -rf bin

@@ -1,0 +1,95 @@
+// Package deploy checks the files of this directory with the tools that will
+// read them.
+package deploy
+
+import (
+	"bytes"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"testing"
+)
+
+func tool(t *testing.T, name, from string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("%s (Debian package %s) is not installed", name, from)
+	}
+	return path
+}
+
+func read(t *testing.T, name string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func TestUnit(t *testing.T) {
+	t.Parallel()
+	analyze := tool(t, "systemd-analyze", "systemd")
+	// The agent is not installed here; any program that is will do.
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	unit := bytes.ReplaceAll(read(t, "renewd-agent.service"), []byte("/usr/local/bin/renewd-agent"), []byte(self))
+	file := filepath.Join(t.TempDir(), "renewd-agent.service")
+	if err := os.WriteFile(file, unit, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.CommandContext(t.Context(), analyze, "verify", "--man=no", "--recursive-errors=no", file).CombinedOutput()
+	if err != nil || len(out) > 0 {
+		t.Errorf("systemd-analyze verify: %v\n%s", err, out)
+	}
+	out, err = exec.CommandContext(t.Context(), analyze, "security", "--offline=true", "--no-pager", file).CombinedOutput()
+	if err != nil {
+		t.Fatalf("systemd-analyze security: %v\n%s", err, out)
+	}
+	m := regexp.MustCompile(`exposure level for \S+: ([0-9.]+)`).FindSubmatch(out)
+	if m == nil {
+		t.Fatalf("no exposure level in\n%s", out)
+	}
+	if level, err := strconv.ParseFloat(string(m[1]), 64); err != nil || level > 2.0 {
+		t.Errorf("exposure level %s, want at most 2.0\n%s", m[1], out)
+	}
+}
+
+func TestPrometheusExamples(t *testing.T) {
+	t.Parallel()
+	for _, name := range []string{"prometheus.example.yaml", "prometheus.kubernetes.example.yaml"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			checkPrometheus(t, name)
+		})
+	}
+}
+
+func checkPrometheus(t *testing.T, name string) {
+	promtool := tool(t, "promtool", "prometheus")
+	// The files with the CA and the password are the operator's.
+	// The CA and the password are the operator's; promtool looks for the files.
+	dir := t.TempDir()
+	config := strings.NewReplacer(
+		"ca_file: /etc/prometheus/renewd-ca.pem", "insecure_skip_verify: true",
+		"/etc/prometheus/", dir+"/",
+	).Replace(string(read(t, name)))
+	for name, data := range map[string]string{"prometheus.yaml": config, "renewd-password": "secret"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(data), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	out, err := exec.CommandContext(t.Context(), promtool, "check", "config", filepath.Join(dir, "prometheus.yaml")).CombinedOutput()
+	if bytes.Contains(out, []byte("field kubernetes_sd_configs not found")) {
+		t.Skip("this promtool is built without Kubernetes discovery, as Debian's is")
+	}
+	if err != nil {
+		t.Errorf("promtool check config: %v\n%s", err, out)
+	}
+}
