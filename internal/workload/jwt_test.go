@@ -319,13 +319,22 @@ func TestShutdownEndsMints(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, m := newJWTSystem(t)
-		m.set(func(ctx context.Context, _ string, _ []string) (string, error) { <-ctx.Done(); return "", ctx.Err() })
+		ended := false
+		m.set(func(ctx context.Context, _ string, _ []string) (string, error) {
+			<-ctx.Done()
+			time.Sleep(3 * time.Second) // longer than clients are waited for
+			ended = true
+			return "", ctx.Err()
+		})
 		var err error
 		var wg sync.WaitGroup
 		c := s.client(1000)
 		wg.Go(func() { _, err = fetchJWT(t.Context(), c, "a") })
 		synctest.Wait()
 		s.stop()
+		if !ended {
+			t.Error("Serve returned while a mint was running")
+		}
 		wg.Wait()
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v, want Unavailable", err)

@@ -5,6 +5,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
+	"os/exec"
 	"slices"
 	"strings"
 	"testing"
@@ -381,6 +383,71 @@ func TestStreamCountsUntilSent(t *testing.T) {
 		if n := streams(old); n != 0 {
 			t.Errorf("%d streams on the old authority after the push, want 0", n)
 		}
+	})
+}
+
+// While an answer cannot be handed over because the client does not read, both
+// it and the one before count.
+func TestStreamCountsWhileItIsBlocked(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e := entry("e1", "/one", 1000)
+		s.cache.Update([]*cache.Entry{e}, nil)
+		a, b := s.ca, newAuthority(t, td, "b")
+		put := func(by *authority) {
+			svid := *by.svid(t, e, time.Hour)
+			svid.Intermediates = make([]byte, 3<<20) // more than flow control lets through
+			if err := s.cache.Put(&svid); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put(a)
+		if _, err := s.client(1000).FetchX509SVID(withHeader(t.Context()), &workloadpb.X509SVIDRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		synctest.Wait()
+		put(b)
+		time.Sleep(PushSpacing)
+		synctest.Wait()
+		got := map[string]int{}
+		for _, u := range s.cache.Authorities() {
+			got[u.Authority] = u.Streams
+		}
+		if got[bundle.AuthorityID(a.cert)] != 1 || got[bundle.AuthorityID(b.cert)] != 1 {
+			t.Errorf("streams by authority: %v, want one each", got)
+		}
+	})
+}
+
+// Who inherits a connection from a process that has ended gets nothing on it.
+func TestNoPushAfterTheCallerEnded(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Wait()
+	defer cmd.Process.Kill()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, func(c *Config) {
+			c.Peers = func(net.Conn) (*attest.Peer, error) { return attest.FromPID(cmd.Process.Pid, 1000, 0) }
+		})
+		e := entry("e1", "/one", 1000)
+		s.add(e)
+		c := s.client(1000)
+		in := fetchX509(t.Context(), c)
+		bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
+		one(t, in)
+		one(t, bundles)
+		cmd.Process.Kill()
+		cmd.Wait()
+		s.put(e)
+		s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, s.ca, newAuthority(t, td, "b"))})
+		time.Sleep(PushSpacing)
+		ended(t, in, codes.Unavailable)
+		ended(t, bundles, codes.Unavailable)
+		ended(t, fetchX509(t.Context(), c), codes.Unavailable)
 	})
 }
 
