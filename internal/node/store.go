@@ -100,7 +100,9 @@ func OpenStore(dir string) (_ *Store, err error) {
 func (s *Store) Close() error {
 	var errs []error
 	if s.lock != nil {
-		errs = append(errs, s.lock.Close()) // ends the flock
+		// Closing alone would leave the lock with a child process that has
+		// been forked and not yet executed, which shares the open file.
+		errs = append(errs, syscall.Flock(int(s.lock.Fd()), syscall.LOCK_UN), s.lock.Close())
 	}
 	return errors.Join(append(errs, s.root.Close())...)
 }

@@ -1,0 +1,302 @@
+package node_test
+
+import (
+	"bufio"
+	"crypto"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/node"
+)
+
+func openStore(t *testing.T, dir string) *node.Store {
+	t.Helper()
+	s, err := node.OpenStore(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close() })
+	return s
+}
+
+func TestStoreIsEmptyAtFirst(t *testing.T) {
+	t.Parallel()
+	s := openStore(t, filepath.Join(t.TempDir(), "a", "b"))
+	if id, err := s.LoadIdentity(); id != nil || err != nil {
+		t.Errorf("identity: %v, %v", id, err)
+	}
+	if b, err := s.LoadBundle(); b != nil || err != nil {
+		t.Errorf("bundle: %v, %v", b, err)
+	}
+	if err := s.WipeIdentity(); err != nil {
+		t.Errorf("wipe: %v", err)
+	}
+}
+
+func TestStoreKeepsTheIdentity(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	ca := newAuthority(t)
+	for _, typ := range []node.KeyType{node.ECP256, node.ECP384, node.RSA2048} {
+		s := openStore(t, dir)
+		srv := &server{ca: ca}
+		n := newNode(t, s, node.JoinToken("t", ""), ca, func(c *node.Config) { c.KeyType = typ })
+		if err := n.Attest(t.Context(), serve(t, srv), ca.bundle()); err != nil {
+			t.Fatal(err)
+		}
+		want := n.Identity()
+		s.Close()
+		s = openStore(t, dir)
+		got, err := s.LoadIdentity()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !got.Key.(interface{ Equal(crypto.PrivateKey) bool }).Equal(want.Key) || len(got.Chain) != len(want.Chain) ||
+			!got.Chain[0].Equal(want.Chain[0]) || got.Reattestable != want.Reattestable || got.ID() != want.ID() {
+			t.Errorf("%s: got %v", typ, got)
+		}
+		if c := got.TLSCertificate(); len(c.Certificate) != len(want.Chain) || c.PrivateKey == nil {
+			t.Errorf("%s: TLS certificate %v", typ, c)
+		}
+		s.Close()
+	}
+}
+
+func TestStoreKeepsTheBundleWithItsTaints(t *testing.T) {
+	t.Parallel()
+	a, b := newAuthority(t), newAuthority(t)
+	since := time.Now().Add(-time.Minute).Round(0)
+	want, err := bundle.New(td, bundle.Content{
+		Sequence: 7, RefreshHint: 5 * time.Minute,
+		X509: []bundle.X509Authority{{Certificate: a.cert, Tainted: true, TaintedSince: since}, {Certificate: b.cert}},
+		JWT: []bundle.JWTAuthority{
+			{KeyID: "a", PublicKey: a.key.Public(), ExpiresAt: time.Unix(2000000000, 0), Tainted: true},
+			{KeyID: "b", PublicKey: b.key.Public()},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := openStore(t, t.TempDir())
+	if err := s.SaveBundle(want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.LoadBundle()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !got.Equal(want) {
+		t.Errorf("got %+v", got)
+	}
+	if at := got.X509()[0].TaintedSince; !at.Equal(since) {
+		t.Errorf("tainted since %v instead of %v", at, since)
+	}
+	if !got.X509()[1].TaintedSince.IsZero() {
+		t.Error("an authority became tainted")
+	}
+}
+
+func TestSeedStays(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	one, err := s.Seed()
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	s = openStore(t, dir)
+	if two, err := s.Seed(); two != one || err != nil {
+		t.Errorf("another seed, %v", err)
+	}
+	other := openStore(t, t.TempDir())
+	if two, _ := other.Seed(); two == one {
+		t.Error("two nodes have the same seed")
+	}
+	damage(t, dir, "seed", []byte("x"))
+	var corrupt *node.CorruptError
+	if _, err := s.Seed(); !errors.As(err, &corrupt) || !strings.Contains(err.Error(), filepath.Join(dir, "seed")) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func damage(t *testing.T, dir, name string, content []byte) {
+	t.Helper()
+	if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestPermissionsAreTightened(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	if _, err := s.Seed(); err != nil {
+		t.Fatal(err)
+	}
+	s.Close()
+	for path, mode := range map[string]os.FileMode{dir: 0o755, filepath.Join(dir, "seed"): 0o644} {
+		if err := os.Chmod(path, mode); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s = openStore(t, dir)
+	if _, err := s.Seed(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.SaveBundle(newAuthority(t).bundle()); err != nil {
+		t.Fatal(err)
+	}
+	err := filepath.WalkDir(dir, func(path string, d os.DirEntry, err error) error {
+		info, err := d.Info()
+		if err == nil && info.Mode().Perm()&0o077 != 0 {
+			t.Errorf("%s has mode %v", path, info.Mode())
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+}
+
+func TestFolderOfAnotherUser(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a folder away")
+	}
+	dir := t.TempDir()
+	if err := os.Chown(dir, 12345, 12345); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := node.OpenStore(dir); err == nil || !strings.Contains(err.Error(), "chown") {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestTwoAgentsNeverShareAFolder(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	if _, err := node.OpenStore(dir); err == nil || !strings.Contains(err.Error(), "another agent") {
+		t.Errorf("got %v", err)
+	}
+	s.Close()
+	openStore(t, dir)
+}
+
+// A process that is killed at any moment while it saves leaves a folder that
+// holds one of the identities whole.
+func TestKilledWhileSaving(t *testing.T) {
+	t.Parallel()
+	if dir := os.Getenv("RENEWD_TEST_SAVE"); dir != "" {
+		ca := newAuthority(t)
+		s := openStore(t, dir)
+		n := newNode(t, s, node.JoinToken("t", ""), ca, nil)
+		conn := serve(t, &server{ca: ca})
+		if err := n.Attest(t.Context(), conn, ca.bundle()); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			if err := s.SaveIdentity(n.Identity()); err != nil {
+				t.Fatal(err)
+			}
+			fmt.Println("saved")
+		}
+	}
+	dir := t.TempDir()
+	for i := range 5 {
+		cmd := exec.Command(os.Args[0], "-test.run=^TestKilledWhileSaving$")
+		cmd.Env = append(os.Environ(), "RENEWD_TEST_SAVE="+dir)
+		out, err := cmd.StdoutPipe()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		lines := bufio.NewScanner(out)
+		for range 1 + 3*i {
+			if !lines.Scan() || lines.Text() != "saved" {
+				t.Errorf("the other process said %q", lines.Text())
+				break
+			}
+		}
+		if err := cmd.Process.Kill(); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait() // it was killed
+		s := openStore(t, dir)
+		if id, err := s.LoadIdentity(); id == nil || err != nil {
+			t.Fatalf("got %v, %v", id, err)
+		}
+		s.Close()
+	}
+}
+
+func FuzzStoredFiles(f *testing.F) {
+	dir := f.TempDir()
+	s, err := node.OpenStore(dir)
+	if err != nil {
+		f.Fatal(err)
+	}
+	ca := newAuthority(f)
+	n := newNode(f, s, node.JoinToken("t", ""), ca, nil)
+	if err := n.Attest(f.Context(), serve(f, &server{ca: ca}), ca.bundle()); err != nil {
+		f.Fatal(err)
+	}
+	if err := s.SaveBundle(ca.bundle()); err != nil {
+		f.Fatal(err)
+	}
+	s.Close()
+	for _, name := range []string{"identity.json", "bundle.json"} {
+		b, err := os.ReadFile(filepath.Join(dir, name))
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(b)
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		dir := t.TempDir()
+		damage(t, dir, "identity.json", b)
+		damage(t, dir, "bundle.json", b)
+		s, err := node.OpenStore(dir)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		var corrupt *node.CorruptError
+		id, err := s.LoadIdentity()
+		switch {
+		case err != nil && !errors.As(err, &corrupt), err == nil && id == nil:
+			t.Fatalf("identity: %v, %v", id, err)
+		case err == nil:
+			id.ID()
+			id.TLSCertificate()
+			if err := s.SaveIdentity(id); err != nil {
+				t.Fatalf("save the identity again: %v", err)
+			}
+			if again, err := s.LoadIdentity(); err != nil || !again.Chain[0].Equal(id.Chain[0]) {
+				t.Fatalf("load the identity again: %v", err)
+			}
+		}
+		kept, err := s.LoadBundle()
+		switch {
+		case err != nil && !errors.As(err, &corrupt), err == nil && kept == nil:
+			t.Fatalf("bundle: %v, %v", kept, err)
+		case err == nil:
+			if err := s.SaveBundle(kept); err != nil {
+				t.Fatalf("save the bundle again: %v", err)
+			}
+			if again, err := s.LoadBundle(); err != nil || !again.Equal(kept) {
+				t.Fatalf("load the bundle again: %v", err)
+			}
+		}
+	})
+}
