@@ -1,0 +1,55 @@
+package keyset
+
+import (
+	"bytes"
+	"crypto"
+	"crypto/x509"
+	"encoding/pem"
+	"time"
+)
+
+// X509Authority is a published CA certificate.
+type X509Authority struct {
+	ID          string // subject key identifier, lower-case hex
+	Certificate *x509.Certificate
+	Tainted     bool
+}
+
+// JWTAuthority is a published JWT verification key.
+type JWTAuthority struct {
+	KeyID     string
+	PublicKey crypto.PublicKey
+	PKIX      []byte // the public key as SubjectPublicKeyInfo, DER
+	ExpiresAt time.Time
+	Tainted   bool
+}
+
+// Bundle is what is published: the authorities of every keyset, whatever its
+// state, in order of issue. It is immutable; callers must not modify it.
+type Bundle struct {
+	// Sequence grows with every change of the authorities or their marks.
+	Sequence uint64
+	X509     []X509Authority
+	JWT      []JWTAuthority
+}
+
+// Certificates returns the X.509 authorities' certificates in a new slice.
+func (b *Bundle) Certificates() []*x509.Certificate {
+	certs := make([]*x509.Certificate, len(b.X509))
+	for i, a := range b.X509 {
+		certs[i] = a.Certificate
+	}
+	return certs
+}
+
+// PEM returns the X.509 authorities as PEM certificates, the form that an
+// agent's bootstrap bundle file has.
+func (b *Bundle) PEM() []byte {
+	var out bytes.Buffer
+	for _, a := range b.X509 {
+		// A bytes.Buffer accepts every write, and the block has no headers
+		// that could be refused.
+		_ = pem.Encode(&out, &pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate.Raw})
+	}
+	return out.Bytes()
+}

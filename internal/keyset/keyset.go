@@ -1,0 +1,100 @@
+// Package keyset owns the signing keys of one deployment of one trust domain:
+// which keysets exist, the state each is in, and what the active one signs.
+//
+// A keyset is one X.509 CA key and one JWT signing key that are rotated
+// together. Its states and the legal steps are
+//
+//	Prepare            -> PREPARED   published, not signing
+//	Activate PREPARED  -> ACTIVE     the old active one steps down to PREPARED
+//	Taint    PREPARED  -> TAINTED    published with the taint mark
+//	Remove   TAINTED   -> gone       no longer published
+//
+// Every other step is refused with a [Refusal], so exactly one keyset is
+// active at any time. [Deployment] applies the steps; what it signs and
+// publishes always follows from one committed [Document] in a [Storage].
+// The package knows no wire protocol.
+package keyset
+
+import (
+	"fmt"
+	"time"
+)
+
+// Refusal is an error that says why an operation was not carried out. It
+// leaves everything as it was. The texts are part of the operator's interface
+// and are returned as they are, never wrapped.
+type Refusal string
+
+// Error implements error.
+func (r Refusal) Error() string { return string(r) }
+
+// The refusals. ErrBusy means that another mutation of the same deployment is
+// in flight or was committed first: nothing was changed by this one.
+const (
+	ErrBusy             Refusal = "The request failed due to an internal error, please try again."
+	ErrNotFound         Refusal = "key set not found"
+	ErrActivateActive   Refusal = "cannot activate active key set"
+	ErrActivateTainted  Refusal = "cannot activate tainted key set"
+	ErrActivateExpired  Refusal = "cannot activate expired key set"
+	ErrTaintActive      Refusal = "cannot taint active key set"
+	ErrTaintTainted     Refusal = "cannot taint tainted key set"
+	ErrRemoveActive     Refusal = "cannot remove active key set"
+	ErrRemovePrepared   Refusal = "cannot remove prepared key set"
+	ErrSignExpired      Refusal = "cannot sign with expired key set"
+	ErrSignForeign      Refusal = "cannot sign for a SPIFFE ID of another trust domain"
+	ErrSignReserved     Refusal = "cannot sign for the trust domain itself"
+	ErrSignNoAudience   Refusal = "cannot sign a JWT-SVID without audience"
+	ErrSignNegativeLife Refusal = "cannot sign for a negative lifetime"
+)
+
+// State is where a keyset stands in its life.
+type State int
+
+// The states. The zero State is none of them.
+const (
+	Prepared State = iota + 1
+	Active
+	Tainted
+)
+
+var stateNames = map[State]string{Prepared: "PREPARED", Active: "ACTIVE", Tainted: "TAINTED"}
+
+// String returns the state's name in upper case.
+func (s State) String() string {
+	if name, ok := stateNames[s]; ok {
+		return name
+	}
+	return fmt.Sprintf("State(%d)", int(s))
+}
+
+// MarshalText returns the state's name; it fails for a value that is no state.
+func (s State) MarshalText() ([]byte, error) {
+	if _, ok := stateNames[s]; !ok {
+		return nil, fmt.Errorf("%v is no keyset state", s)
+	}
+	return []byte(s.String()), nil
+}
+
+// UnmarshalText reads what MarshalText wrote.
+func (s *State) UnmarshalText(text []byte) error {
+	for state, name := range stateNames {
+		if name == string(text) {
+			*s = state
+			return nil
+		}
+	}
+	return fmt.Errorf("%q is no keyset state", text)
+}
+
+// Keyset describes one keyset. It holds no private key.
+type Keyset struct {
+	ID    string `json:"id"` // ks_ and ten lower-case letters or digits
+	State State  `json:"state"`
+	// IssuedAt and ExpiresAt are UTC, in whole seconds.
+	IssuedAt  time.Time `json:"issued_at"`
+	ExpiresAt time.Time `json:"expires_at"`
+	// X509AuthorityID is the CA's subject key identifier in lower-case hex.
+	X509AuthorityID string `json:"x509_authority_id"`
+	// JWTKeyID is the key ID ("kid") of the JWT key.
+	JWTKeyID string `json:"jwt_key_id"`
+}

@@ -1,0 +1,219 @@
+package keyset
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"math/big"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// backdate is how far before now a certificate begins, so that a verifier
+// whose clock is a little late accepts it at once.
+const backdate = 10 * time.Second
+
+// newRecord makes the keys of a new keyset in state Prepared.
+func newRecord(td spiffeid.TrustDomain, id string, now time.Time, lifetime time.Duration) (Record, error) {
+	now = now.UTC().Truncate(time.Second)
+	r := Record{ID: id, State: Prepared, IssuedAt: now, ExpiresAt: now.Add(lifetime), JWTKeyID: rand.Text()}
+
+	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return Record{}, fmt.Errorf("generate CA key: %w", err)
+	}
+	if r.CAKey, err = x509.MarshalPKCS8PrivateKey(caKey); err != nil {
+		return Record{}, fmt.Errorf("encode CA key: %w", err)
+	}
+	if r.CA, err = newCA(td, r, caKey); err != nil {
+		return Record{}, err
+	}
+
+	jwtKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return Record{}, fmt.Errorf("generate JWT key: %w", err)
+	}
+	if r.JWTKey, err = x509.MarshalPKCS8PrivateKey(jwtKey); err != nil {
+		return Record{}, fmt.Errorf("encode JWT key: %w", err)
+	}
+	return r, nil
+}
+
+// newCA makes the self-signed certificate of a signing authority as SPIFFE
+// X.509-SVID (sections 3 and 4) has it: the trust domain's own ID as the only
+// URI SAN, CA set, keyCertSign and cRLSign and nothing else.
+func newCA(td spiffeid.TrustDomain, r Record, key *ecdsa.PrivateKey) ([]byte, error) {
+	ski, err := subjectKeyID(key.Public())
+	if err != nil {
+		return nil, err
+	}
+	template := &x509.Certificate{
+		SerialNumber: newSerial(),
+		// RFC 5280 (4.1.2.6) wants a CA to have a subject. The keyset's ID
+		// makes it unique, so that verifiers that look issuers up by name
+		// never confuse two keysets.
+		Subject:               pkix.Name{Organization: []string{"renewd"}, CommonName: r.ID},
+		NotBefore:             r.IssuedAt.Add(-backdate),
+		NotAfter:              r.ExpiresAt,
+		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
+		BasicConstraintsValid: true,
+		IsCA:                  true,
+		MaxPathLenZero:        true, // it signs leaves only
+		SubjectKeyId:          ski,
+		AuthorityKeyId:        ski,
+		URIs:                  []*url.URL{td.ID().URL()},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		return nil, fmt.Errorf("sign CA certificate: %w", err)
+	}
+	return der, nil
+}
+
+// newID draws a keyset ID: fifty random bits in the alphabet a-z2-7.
+func newID() string { return "ks_" + strings.ToLower(rand.Text()[:10]) }
+
+// newSerial draws a certificate serial number: positive and at most twenty
+// octets (RFC 5280, 4.1.2.2), random enough never to repeat.
+func newSerial() *big.Int {
+	b := make([]byte, 16)
+	_, _ = rand.Read(b)  // never fails (crypto/rand)
+	b[0] = b[0]&0x7f | 1 // never zero
+	return new(big.Int).SetBytes(b)
+}
+
+// subjectKeyID derives a key identifier by RFC 7093, section 2, method 1.
+func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
+	der, err := x509.MarshalPKIXPublicKey(pub)
+	if err != nil {
+		return nil, fmt.Errorf("encode public key: %w", err)
+	}
+	var info struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}
+	if _, err := asn1.Unmarshal(der, &info); err != nil {
+		return nil, fmt.Errorf("read public key: %w", err)
+	}
+	sum := sha256.Sum256(info.Key.RightAlign())
+	return sum[:20], nil
+}
+
+// snapshot is everything that follows from one Document. It is immutable.
+type snapshot struct {
+	version uint64
+	keysets []Keyset
+	active  *signer
+	bundle  *Bundle
+}
+
+// signer is the active keyset's private half.
+type signer struct {
+	keyset Keyset
+	ca     *x509.Certificate
+	caKey  crypto.Signer
+	jwt    jose.Signer
+}
+
+// newSnapshot parses a Document and checks what must always hold: at least one
+// keyset, IDs that differ, exactly one active.
+func newSnapshot(doc Document) (*snapshot, error) {
+	s := &snapshot{version: doc.Version, bundle: &Bundle{Sequence: doc.Sequence}}
+	seen := make(map[string]bool, len(doc.Records))
+	for _, r := range doc.Records {
+		if seen[r.ID] {
+			return nil, fmt.Errorf("keyset %s is stored twice", r.ID)
+		}
+		seen[r.ID] = true
+		if err := s.add(r); err != nil {
+			return nil, fmt.Errorf("keyset %s: %w", r.ID, err)
+		}
+	}
+	if s.active == nil {
+		return nil, errors.New("no keyset is active")
+	}
+	return s, nil
+}
+
+func (s *snapshot) add(r Record) error {
+	ca, err := x509.ParseCertificate(r.CA)
+	if err != nil {
+		return fmt.Errorf("parse CA certificate: %w", err)
+	}
+	caKey, err := parseKey(r.CAKey)
+	if err != nil {
+		return fmt.Errorf("parse CA key: %w", err)
+	}
+	if !caKey.PublicKey.Equal(ca.PublicKey) {
+		return errors.New("CA certificate and key do not match")
+	}
+	jwtKey, err := parseKey(r.JWTKey)
+	if err != nil {
+		return fmt.Errorf("parse JWT key: %w", err)
+	}
+	pkixKey, err := x509.MarshalPKIXPublicKey(jwtKey.Public())
+	if err != nil {
+		return fmt.Errorf("encode JWT key: %w", err)
+	}
+	k := Keyset{
+		ID: r.ID, State: r.State, IssuedAt: r.IssuedAt, ExpiresAt: r.ExpiresAt,
+		X509AuthorityID: hex.EncodeToString(ca.SubjectKeyId), JWTKeyID: r.JWTKeyID,
+	}
+	switch k.State {
+	case Active:
+		if s.active != nil {
+			return fmt.Errorf("active beside %s", s.active.keyset.ID)
+		}
+		jwtSigner, err := newJWTSigner(jwtKey, k.JWTKeyID)
+		if err != nil {
+			return err
+		}
+		s.active = &signer{keyset: k, ca: ca, caKey: caKey, jwt: jwtSigner}
+	case Prepared, Tainted:
+	default:
+		return fmt.Errorf("unknown state %v", k.State)
+	}
+	tainted := k.State == Tainted
+	s.keysets = append(s.keysets, k)
+	s.bundle.X509 = append(s.bundle.X509, X509Authority{ID: k.X509AuthorityID, Certificate: ca, Tainted: tainted})
+	s.bundle.JWT = append(s.bundle.JWT, JWTAuthority{
+		KeyID: k.JWTKeyID, PublicKey: jwtKey.Public(), PKIX: pkixKey, ExpiresAt: k.ExpiresAt, Tainted: tainted,
+	})
+	return nil
+}
+
+func newJWTSigner(key *ecdsa.PrivateKey, keyID string) (jose.Signer, error) {
+	s, err := jose.NewSigner(
+		jose.SigningKey{Algorithm: jose.ES256, Key: jose.JSONWebKey{Key: key, KeyID: keyID}},
+		(&jose.SignerOptions{}).WithType("JWT"))
+	if err != nil {
+		return nil, fmt.Errorf("make JWT signer: %w", err)
+	}
+	return s, nil
+}
+
+func parseKey(der []byte) (*ecdsa.PrivateKey, error) {
+	key, err := x509.ParsePKCS8PrivateKey(der)
+	if err != nil {
+		// The parser's error is dropped: nothing about a private key belongs
+		// into a message.
+		return nil, errors.New("malformed private key")
+	}
+	ec, ok := key.(*ecdsa.PrivateKey)
+	if !ok || ec.Curve != elliptic.P256() {
+		return nil, errors.New("private key is not of type ec-p256")
+	}
+	return ec, nil
+}

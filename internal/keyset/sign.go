@@ -1,0 +1,170 @@
+package keyset
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/ed25519"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/url"
+	"slices"
+	"time"
+
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// The lifetimes of what is signed.
+const (
+	DefaultX509TTL = 24 * time.Hour
+	MinX509TTL     = time.Hour
+	MaxX509TTL     = 168 * time.Hour
+	DefaultJWTTTL  = 24 * time.Hour
+)
+
+// The sizes of RSA keys that are signed. The upper one bounds the work that a
+// stranger's key can cause.
+const (
+	minRSABits = 2048
+	maxRSABits = 8192
+)
+
+// X509SVID is a signed X.509-SVID. The authority signs leaves directly, so the
+// leaf is the whole chain.
+type X509SVID struct {
+	ID                  spiffeid.ID
+	DER                 []byte
+	Serial              string // decimal
+	Authority           string // ID of the X.509 authority that signed
+	NotBefore, NotAfter time.Time
+}
+
+// JWTSVID is a signed JWT-SVID.
+type JWTSVID struct {
+	ID                  spiffeid.ID
+	Token               string // compact serialization
+	KeyID               string
+	IssuedAt, ExpiresAt time.Time
+}
+
+// ParseCSR returns the public key of a PKCS#10 request in DER, whose signature
+// proves that the sender holds the private key. Nothing else in the request
+// counts. Keys are ECDSA, Ed25519, or RSA of 2048 to 8192 bits.
+func ParseCSR(der []byte) (crypto.PublicKey, error) {
+	csr, err := x509.ParseCertificateRequest(der)
+	if err != nil {
+		return nil, fmt.Errorf("malformed CSR: %w", err)
+	}
+	switch key := csr.PublicKey.(type) {
+	case *ecdsa.PublicKey, ed25519.PublicKey:
+	case *rsa.PublicKey:
+		if bits := key.N.BitLen(); bits < minRSABits || bits > maxRSABits {
+			return nil, fmt.Errorf("RSA key of %d bits: must have %d to %d", bits, minRSABits, maxRSABits)
+		}
+	default:
+		return nil, errors.New("key type is not supported")
+	}
+	if err := csr.CheckSignature(); err != nil {
+		return nil, fmt.Errorf("invalid CSR signature: %w", err)
+	}
+	return csr.PublicKey, nil
+}
+
+// SignX509 signs an X.509-SVID for a key with the active keyset. It begins ten
+// seconds ago and ends after ttl (DefaultX509TTL when zero) or with the
+// keyset, whichever is first.
+func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Duration) (X509SVID, error) {
+	s := d.current.Load().active
+	now := d.now()
+	if err := d.signable(s, id, now); err != nil {
+		return X509SVID{}, err
+	}
+	notAfter, err := expiry(s, now, ttl, DefaultX509TTL)
+	if err != nil {
+		return X509SVID{}, err
+	}
+	ski, err := subjectKeyID(key)
+	if err != nil {
+		return X509SVID{}, fmt.Errorf("sign X.509-SVID: %w", err)
+	}
+	// SPIFFE X.509-SVID, sections 2, 4.3 and 4.4: one URI SAN, critical
+	// because the subject is empty (RFC 5280, 4.2.1.6), no CA, both TLS uses.
+	template := &x509.Certificate{
+		SerialNumber:          newSerial(),
+		NotBefore:             now.Add(-backdate).UTC().Truncate(time.Second),
+		NotAfter:              notAfter,
+		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment | x509.KeyUsageKeyAgreement,
+		ExtKeyUsage:           []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		BasicConstraintsValid: true,
+		SubjectKeyId:          ski,
+		AuthorityKeyId:        s.ca.SubjectKeyId,
+		URIs:                  []*url.URL{id.URL()},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, s.ca, key, s.caKey)
+	if err != nil {
+		return X509SVID{}, fmt.Errorf("sign X.509-SVID: %w", err)
+	}
+	return X509SVID{
+		ID: id, DER: der, Serial: template.SerialNumber.String(), Authority: s.keyset.X509AuthorityID,
+		NotBefore: template.NotBefore, NotAfter: notAfter,
+	}, nil
+}
+
+// SignJWT signs a JWT-SVID with the active keyset. It ends after ttl
+// (DefaultJWTTTL when zero) or with the keyset, whichever is first. Empty
+// audiences are dropped; one must remain.
+func (d *Deployment) SignJWT(id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
+	s := d.current.Load().active
+	now := d.now()
+	if err := d.signable(s, id, now); err != nil {
+		return JWTSVID{}, err
+	}
+	audience = slices.DeleteFunc(slices.Clone(audience), func(a string) bool { return a == "" })
+	if len(audience) == 0 {
+		return JWTSVID{}, ErrSignNoAudience
+	}
+	expiresAt, err := expiry(s, now, ttl, DefaultJWTTTL)
+	if err != nil {
+		return JWTSVID{}, err
+	}
+	issuedAt := now.UTC().Truncate(time.Second)
+	// SPIFFE JWT-SVID, section 3: sub, aud and exp are required.
+	token, err := jwt.Signed(s.jwt).Claims(jwt.Claims{
+		Subject: id.String(), Audience: audience, IssuedAt: jwt.NewNumericDate(issuedAt), Expiry: jwt.NewNumericDate(expiresAt),
+	}).Serialize()
+	if err != nil {
+		return JWTSVID{}, fmt.Errorf("sign JWT-SVID: %w", err)
+	}
+	return JWTSVID{ID: id, Token: token, KeyID: s.keyset.JWTKeyID, IssuedAt: issuedAt, ExpiresAt: expiresAt}, nil
+}
+
+func (d *Deployment) signable(s *signer, id spiffeid.ID, now time.Time) error {
+	switch {
+	case !id.MemberOf(d.td):
+		return ErrSignForeign
+	case id.Path() == "":
+		return ErrSignReserved
+	case !now.Before(s.keyset.ExpiresAt):
+		return ErrSignExpired
+	}
+	return nil
+}
+
+// expiry is the end of what is signed now, in whole seconds and never after
+// the end of the keyset: a verifier would refuse it from then on.
+func expiry(s *signer, now time.Time, ttl, byDefault time.Duration) (time.Time, error) {
+	if ttl < 0 {
+		return time.Time{}, ErrSignNegativeLife
+	}
+	if ttl == 0 {
+		ttl = byDefault
+	}
+	t := now.Add(ttl).UTC().Truncate(time.Second)
+	if t.After(s.keyset.ExpiresAt) {
+		t = s.keyset.ExpiresAt
+	}
+	return t, nil
+}

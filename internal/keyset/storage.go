@@ -1,0 +1,75 @@
+package keyset
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"sync"
+	"time"
+)
+
+// ErrConflict is returned by [Storage.Save] when another writer was first.
+var ErrConflict = errors.New("the stored keysets have changed")
+
+// Document is everything that is stored about a deployment's keysets. It
+// contains private keys.
+type Document struct {
+	// Version grows by one with each committed change; zero means that
+	// nothing was ever stored.
+	Version uint64
+	// Sequence is the trust bundle's sequence number. It grows by one with
+	// each change of what is published, which activation is not.
+	Sequence uint64
+	// Records are in order of issue.
+	Records []Record
+}
+
+// Record is one stored keyset. The byte slices are never modified.
+type Record struct {
+	ID        string
+	State     State
+	IssuedAt  time.Time
+	ExpiresAt time.Time
+	CA        []byte // certificate, DER
+	CAKey     []byte // PKCS#8
+	JWTKeyID  string
+	JWTKey    []byte // PKCS#8
+}
+
+// Storage keeps one deployment's Document. It must be safe for concurrent use.
+type Storage interface {
+	// Load returns what was last saved, or the zero Document.
+	Load(ctx context.Context) (Document, error)
+	// Save replaces the stored Document, whose version must be
+	// d.Version - 1, and returns only when the new one is durable. It
+	// returns ErrConflict, having changed nothing, when the stored version is
+	// a different one. Compare and replace are one atomic step.
+	Save(ctx context.Context, d Document) error
+}
+
+// Memory is a Storage that ends with the process. The zero value is empty.
+type Memory struct {
+	mu  sync.Mutex
+	doc Document
+}
+
+// Load implements Storage.
+func (m *Memory) Load(context.Context) (Document, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	d := m.doc
+	d.Records = slices.Clone(d.Records)
+	return d, nil
+}
+
+// Save implements Storage.
+func (m *Memory) Save(_ context.Context, d Document) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if d.Version != m.doc.Version+1 {
+		return ErrConflict
+	}
+	d.Records = slices.Clone(d.Records)
+	m.doc = d
+	return nil
+}

@@ -1,0 +1,148 @@
+package server
+
+import (
+	"context"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+)
+
+// agentOnly are the methods whose caller must present an active agent SVID.
+// AttestAgent and GetBundle are for anyone, and what is not implemented says
+// so to anyone.
+var agentOnly = map[string]bool{
+	agentv1.Agent_RenewAgent_FullMethodName:            true,
+	agentv1.Agent_PostStatus_FullMethodName:            true,
+	entryv1.Entry_GetAuthorizedEntries_FullMethodName:  true,
+	entryv1.Entry_SyncAuthorizedEntries_FullMethodName: true,
+	svidv1.SVID_BatchNewX509SVID_FullMethodName:        true,
+	svidv1.SVID_NewJWTSVID_FullMethodName:              true,
+	bundlev1.Bundle_GetFederatedBundle_FullMethodName:  true,
+}
+
+type callerKey struct{}
+
+// caller is the agent that authorize found for this call.
+func caller(ctx context.Context) (spiffeid.ID, error) {
+	id, ok := ctx.Value(callerKey{}).(spiffeid.ID)
+	if !ok {
+		return spiffeid.ID{}, status.Error(codes.Internal, "call was not authorized")
+	}
+	return id, nil
+}
+
+func (s *Server) authorizeUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	ctx, err := s.authorize(ctx, info.FullMethod)
+	if err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+func (s *Server) authorizeStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx, err := s.authorize(stream.Context(), info.FullMethod)
+	if err != nil {
+		return err
+	}
+	return handler(srv, &authorizedStream{ServerStream: stream, ctx: ctx})
+}
+
+type authorizedStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *authorizedStream) Context() context.Context { return s.ctx }
+
+// authorize lets an agent-only call through when its SVID is the agent's
+// current one, or the one that it was given last and now uses for the first
+// time, which makes it the current one.
+func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
+	if !agentOnly[method] {
+		return ctx, nil
+	}
+	id, serial, err := s.identify(ctx)
+	if err == nil {
+		err = s.admit(ctx, id, serial)
+	}
+	if err != nil {
+		s.log.Warn("call refused", "method", method, "agent", id.String(), "error", err)
+		return nil, err
+	}
+	return context.WithValue(ctx, callerKey{}, id), nil
+}
+
+func (s *Server) identify(ctx context.Context) (id spiffeid.ID, serial string, err error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return id, "", status.Error(codes.Internal, "call has no peer")
+	}
+	info, ok := p.AuthInfo.(credentials.TLSInfo)
+	if !ok || len(info.State.PeerCertificates) == 0 {
+		return id, "", denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+	}
+	id, err = clientID(info.State.PeerCertificates)
+	if err != nil {
+		return id, "", denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+	}
+	leaf := info.State.PeerCertificates[0]
+	// The connection was verified when it was made; it may be older than that.
+	if s.now().After(leaf.NotAfter) {
+		return id, "", denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "SVID of agent %q has expired", id)
+	}
+	return id, leaf.SerialNumber.String(), nil
+}
+
+func (s *Server) admit(ctx context.Context, id spiffeid.ID, serial string) error {
+	agent, err := s.storage.Agent(ctx, id)
+	if err != nil {
+		return s.internal("look up agent", err)
+	}
+	if agent != nil && !agent.Banned && agent.NextSerial == serial && agent.Serial != serial {
+		agent, err = s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
+			// Looked at again: another call may have been first.
+			if a != nil && !a.Banned && a.NextSerial == serial {
+				a.Serial, a.ExpiresAt, a.NextSerial = serial, a.NextExpiresAt, ""
+			}
+			return a, nil
+		})
+		if err != nil {
+			return s.internal("activate SVID of agent", err)
+		}
+	}
+	switch {
+	case agent == nil:
+		return denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q is not attested", id)
+	case agent.Banned:
+		return denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
+	case agent.Serial != serial:
+		return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "SVID %s is not the active one of agent %q", serial, id)
+	}
+	return nil
+}
+
+// denied makes a PermissionDenied error that tells an agent what to do next.
+func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...any) error {
+	st := status.New(codes.PermissionDenied, fmt.Sprintf(format, args...))
+	if detailed, err := st.WithDetails(&types.PermissionDeniedDetails{Reason: reason}); err == nil {
+		st = detailed
+	}
+	return st.Err()
+}
+
+// internal logs an error that is none of the caller's business, and returns
+// what the caller may know of it.
+func (s *Server) internal(operation string, err error) error {
+	s.log.Error("storage or signing failed", "operation", operation, "error", err)
+	return status.Errorf(codes.Internal, "failed to %s", operation)
+}

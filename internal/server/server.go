@@ -1,0 +1,244 @@
+// Package server is the embedded signing server: the services of the SPIRE
+// Server API that an agent needs, over the keysets of one deployment.
+//
+// Agents join with a one-time token (AttestAgent, RenewAgent, PostStatus),
+// learn which entries they serve (SyncAuthorizedEntries, GetAuthorizedEntries)
+// and whom to trust (GetBundle, GetFederatedBundle), and have SVIDs signed
+// (BatchNewX509SVID, NewJWTSVID). Every other RPC answers Unimplemented: what
+// an operator does goes through [Server]'s methods and [Server.Keysets].
+//
+// The server proves itself as spiffe://<trust domain>/spire/server, with a
+// certificate from the active keyset. A client certificate is optional and,
+// where there is one, verified as an X.509-SVID against the bundle.
+package server
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+const (
+	// pageSize is the most entries in one message of SyncAuthorizedEntries.
+	pageSize = 500
+	// maxBatch is the most X.509-SVIDs in one BatchNewX509SVID.
+	maxBatch = 500
+	// maxVersion is the most characters of an agent's version.
+	maxVersion = 255
+	// drainTime is how long Serve waits for calls in flight when it ends. A
+	// call that is cut off can cost an agent its join token.
+	drainTime = 2 * time.Second
+	// connectTime bounds a TLS handshake.
+	connectTime = 10 * time.Second
+	// connectionAge is when a client is asked to connect anew, so that no
+	// connection outlives the verification of its SVID by much; graceAge is
+	// what calls in flight then still have.
+	connectionAge = 3 * time.Minute
+	graceAge      = time.Minute
+)
+
+// Observer is told of every signature that was asked for. Its method must be
+// fast and safe for concurrent use.
+type Observer interface {
+	// Minted reports one SVID of svidType "x509" or "jwt": the outcome, and
+	// how long checking and signing took.
+	Minted(svidType string, code codes.Code, took time.Duration)
+}
+
+// Config says what to serve. Only TrustDomain is required.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	// Keysets signs; a new deployment in memory when nil.
+	Keysets *keyset.Deployment
+	// Storage keeps agents, join tokens and entries; memory when nil.
+	Storage Storage
+	// X509TTL is the lifetime of an X.509-SVID whose entry names none, of the
+	// agents' own and of the server's certificate: 1 to 168 hours, 24 when
+	// zero.
+	X509TTL time.Duration
+	// JWTTTL is the lifetime of a JWT-SVID whose entry names none; 24 hours
+	// when zero.
+	JWTTTL time.Duration
+	// RefreshHint tells agents how often to ask for the bundle, in whole
+	// seconds; no hint when zero.
+	RefreshHint time.Duration
+	// ConnectionAge is when a client is asked to connect anew: three minutes
+	// when zero, never when negative.
+	ConnectionAge time.Duration
+	// Observer is told of every signature; nobody when nil.
+	Observer Observer
+	// Log receives what the server does; nothing is logged when nil.
+	Log *slog.Logger
+	// Now is the clock; time.Now when nil.
+	Now func() time.Time
+	// Options are added to every gRPC server that Serve makes. Interceptors
+	// in it see each call before anything else does.
+	Options []grpc.ServerOption
+}
+
+// Server holds what is served. All methods may be called concurrently.
+type Server struct {
+	td       spiffeid.TrustDomain
+	keysets  *keyset.Deployment
+	storage  Storage
+	config   Config
+	log      *slog.Logger
+	now      func() time.Time
+	observer Observer
+	tls      *tls.Config
+
+	entries  atomic.Pointer[entrySet]
+	entriesM sync.Mutex // held by writers of entries
+
+	servingM sync.Mutex
+	serving  *servingCert
+
+	federatedM sync.RWMutex
+	federated  map[spiffeid.TrustDomain]federated
+}
+
+// New makes a Server and loads what its storage holds.
+func New(c Config) (*Server, error) {
+	s := &Server{
+		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
+		log: c.Log, now: c.Now, observer: c.Observer,
+		federated: make(map[spiffeid.TrustDomain]federated),
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.storage == nil {
+		s.storage = NewMemory()
+	}
+	if s.observer == nil {
+		s.observer = nobody{}
+	}
+	if s.config.ConnectionAge == 0 {
+		s.config.ConnectionAge = connectionAge
+	}
+	switch {
+	case s.td.IsZero():
+		return nil, errors.New("new server: no trust domain")
+	case c.JWTTTL < 0:
+		return nil, fmt.Errorf("new server: JWT lifetime %v is negative", c.JWTTTL)
+	case c.RefreshHint < 0:
+		return nil, fmt.Errorf("new server: refresh hint %v is negative", c.RefreshHint)
+	}
+	if err := checkX509TTL(c.X509TTL); err != nil {
+		return nil, fmt.Errorf("new server: %w", err)
+	}
+	ctx := context.Background()
+	if s.keysets == nil {
+		var err error
+		if s.keysets, err = keyset.Open(ctx, keyset.Config{TrustDomain: s.td, Now: s.now}); err != nil {
+			return nil, fmt.Errorf("new server: %w", err)
+		}
+	}
+	if s.keysets.TrustDomain() != s.td {
+		return nil, fmt.Errorf("new server: keysets are of %q, not of %q", s.keysets.TrustDomain().Name(), s.td.Name())
+	}
+	if err := s.loadEntries(ctx); err != nil {
+		return nil, fmt.Errorf("new server: %w", err)
+	}
+	s.tls = s.newTLSConfig()
+	return s, nil
+}
+
+// Keysets is the deployment that signs, for operators.
+func (s *Server) Keysets() *keyset.Deployment { return s.keysets }
+
+// BundlePEM returns the published X.509 authorities as PEM certificates: what
+// an agent's bootstrap bundle file holds.
+func (s *Server) BundlePEM() []byte { return s.keysets.BundlePEM() }
+
+// Serve answers on lis, which it closes, until ctx ends or lis fails. When ctx
+// ends, calls in flight have two seconds to finish; then they are cancelled.
+// It returns when all its connections are closed and all its goroutines have
+// ended: nil when ctx ended. Several may run at a time, on different
+// listeners, and a later one serves the same state.
+func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+	gs := grpc.NewServer(s.options()...)
+	agentv1.RegisterAgentServer(gs, &agentService{s: s})
+	bundlev1.RegisterBundleServer(gs, &bundleService{s: s})
+	entryv1.RegisterEntryServer(gs, &entryService{s: s})
+	svidv1.RegisterSVIDServer(gs, &svidService{s: s})
+
+	failed := make(chan struct{})
+	drained := make(chan struct{})
+	go func() {
+		defer close(drained)
+		select {
+		case <-ctx.Done():
+			drain(gs)
+		case <-failed:
+			gs.Stop()
+		}
+	}()
+	err := gs.Serve(lis)
+	close(failed)
+	<-drained
+	if err == nil || ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("serve: %w", err)
+}
+
+// drain lets calls in flight finish for a while. A stream that a client keeps
+// open would hold up a graceful stop for ever.
+func drain(gs *grpc.Server) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		gs.GracefulStop()
+	}()
+	timer := time.NewTimer(drainTime)
+	defer timer.Stop()
+	select {
+	case <-done:
+	case <-timer.C:
+		gs.Stop()
+		<-done
+	}
+}
+
+func (s *Server) options() []grpc.ServerOption {
+	opts := []grpc.ServerOption{
+		grpc.Creds(credentials.NewTLS(s.tls)),
+		grpc.ConnectionTimeout(connectTime),
+		grpc.WaitForHandlers(true),
+	}
+	if s.config.ConnectionAge > 0 {
+		opts = append(opts, grpc.KeepaliveParams(keepalive.ServerParameters{
+			MaxConnectionAge: s.config.ConnectionAge, MaxConnectionAgeGrace: graceAge,
+		}))
+	}
+	opts = append(opts, s.config.Options...)
+	return append(opts,
+		grpc.ChainUnaryInterceptor(s.authorizeUnary),
+		grpc.ChainStreamInterceptor(s.authorizeStream))
+}
+
+type nobody struct{}
+
+func (nobody) Minted(string, codes.Code, time.Duration) {}

@@ -1,0 +1,90 @@
+package server
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+// serverPath is the path of the server's own SPIFFE ID, which agents expect.
+const serverPath = "/spire/server"
+
+// servingCert is the certificate that the server proves itself with.
+type servingCert struct {
+	cert      *tls.Certificate
+	authority string
+	renewAt   time.Time
+}
+
+func (s *Server) newTLSConfig() *tls.Config {
+	return &tls.Config{
+		MinVersion:       tls.VersionTLS12,
+		Time:             s.now,
+		GetCertificate:   func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.certificate() },
+		ClientAuth:       tls.RequestClientCert, // verified below, as a SPIFFE ID
+		VerifyConnection: s.verifyClient,
+		// Every connection is verified against the bundle of its own time.
+		SessionTicketsDisabled: true,
+	}
+}
+
+// certificate returns the serving certificate: a new one when another keyset
+// has become active, or half the life of the old one is over.
+func (s *Server) certificate() (*tls.Certificate, error) {
+	s.servingM.Lock()
+	defer s.servingM.Unlock()
+	now := s.now()
+	if c := s.serving; c != nil && c.authority == s.keysets.Active().X509AuthorityID && now.Before(c.renewAt) {
+		return c.cert, nil
+	}
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, fmt.Errorf("generate server key: %w", err)
+	}
+	id, err := spiffeid.FromPath(s.td, serverPath)
+	if err != nil {
+		return nil, fmt.Errorf("server ID: %w", err)
+	}
+	svid, err := s.keysets.SignX509(id, key.Public(), s.config.X509TTL)
+	if err != nil {
+		s.log.Error("no server certificate", "error", err)
+		return nil, fmt.Errorf("server certificate: %w", err)
+	}
+	s.serving = &servingCert{
+		cert:      &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key},
+		authority: svid.Authority,
+		renewAt:   now.Add(svid.NotAfter.Sub(now) / 2),
+	}
+	s.log.Info("server certificate issued", "authority", svid.Authority, "expires_at", svid.NotAfter)
+	return s.serving.cert, nil
+}
+
+// verifyClient accepts a connection without client certificate, and one whose
+// certificate is an X.509-SVID of the trust domain.
+func (s *Server) verifyClient(state tls.ConnectionState) error {
+	if len(state.PeerCertificates) == 0 {
+		return nil
+	}
+	authorities := x509bundle.FromX509Authorities(s.td, s.keysets.Bundle().Certificates())
+	if _, _, err := x509svid.Verify(state.PeerCertificates, authorities, x509svid.WithTime(s.now())); err != nil {
+		return fmt.Errorf("client certificate: %w", err)
+	}
+	return nil
+}
+
+// clientID reads the SPIFFE ID of a verified client certificate.
+func clientID(certs []*x509.Certificate) (spiffeid.ID, error) {
+	if len(certs) == 0 {
+		return spiffeid.ID{}, errors.New("no client certificate")
+	}
+	return x509svid.IDFromCert(certs[0])
+}
