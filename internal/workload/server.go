@@ -147,7 +147,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		grpc.StaticConnWindowSize(64<<10),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)...)
-	workloadpb.RegisterSpiffeWorkloadAPIServer(g, svc)
+	g.RegisterService(&apiDesc, svc)
 
 	// Handlers end by themselves when ctx does. A client that does not read its
 	// last answer, or keeps its connection, is cut off after the grace.
