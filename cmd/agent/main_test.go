@@ -39,6 +39,8 @@ func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir: filepath.Join("testdata", "script"),
 		Setup: func(e *testscript.Env) error {
+			// A race-built program otherwise sleeps for a second before it exits.
+			e.Setenv("GORACE", "atexit_sleep_ms=0")
 			e.Setenv("API", filepath.Join(e.WorkDir, "api.sock"))
 			e.Setenv("NOBODY", filepath.Join(e.WorkDir, "nobody.sock"))
 			serveWorkloadAPI(t, e, e.Getenv("API"), newIdentity(t))
