@@ -239,7 +239,7 @@ func (d *Deployment) mutate(ctx context.Context, change func(*Document) error) e
 	}
 	doc.Version++
 	// Parse before the commit: what could not be used must not be stored.
-	next, err := newSnapshot(doc)
+	next, err := newSnapshot(d.td, doc)
 	if err != nil {
 		return err
 	}
@@ -258,7 +258,7 @@ func (d *Deployment) publish(doc Document) error {
 	if cur := d.current.Load(); cur != nil && cur.version >= doc.Version {
 		return nil
 	}
-	next, err := newSnapshot(doc)
+	next, err := newSnapshot(d.td, doc)
 	if err != nil {
 		return err
 	}

@@ -127,9 +127,9 @@ type signer struct {
 	jwt    jose.Signer
 }
 
-// newSnapshot parses a Document and checks what must always hold: at least one
-// keyset, IDs that differ, exactly one active.
-func newSnapshot(doc Document) (*snapshot, error) {
+// newSnapshot parses a Document and checks what must always hold: keysets of
+// this trust domain, IDs that differ, exactly one active.
+func newSnapshot(td spiffeid.TrustDomain, doc Document) (*snapshot, error) {
 	s := &snapshot{version: doc.Version, bundle: &Bundle{Sequence: doc.Sequence}}
 	seen := make(map[string]bool, len(doc.Records))
 	for _, r := range doc.Records {
@@ -137,7 +137,7 @@ func newSnapshot(doc Document) (*snapshot, error) {
 			return nil, fmt.Errorf("keyset %s is stored twice", r.ID)
 		}
 		seen[r.ID] = true
-		if err := s.add(r); err != nil {
+		if err := s.add(td, r); err != nil {
 			return nil, fmt.Errorf("keyset %s: %w", r.ID, err)
 		}
 	}
@@ -147,10 +147,13 @@ func newSnapshot(doc Document) (*snapshot, error) {
 	return s, nil
 }
 
-func (s *snapshot) add(r Record) error {
+func (s *snapshot) add(td spiffeid.TrustDomain, r Record) error {
 	ca, err := x509.ParseCertificate(r.CA)
 	if err != nil {
 		return fmt.Errorf("parse CA certificate: %w", err)
+	}
+	if len(ca.URIs) != 1 || ca.URIs[0].String() != td.IDString() {
+		return fmt.Errorf("CA certificate is not of trust domain %q", td.Name())
 	}
 	caKey, err := parseKey(r.CAKey)
 	if err != nil {

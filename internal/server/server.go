@@ -173,7 +173,7 @@ func (s *Server) Keysets() *keyset.Deployment { return s.keysets }
 func (s *Server) BundlePEM() []byte { return s.keysets.BundlePEM() }
 
 // Serve answers on lis, which it closes, until ctx ends or lis fails. When ctx
-// ends, calls in flight have two seconds to finish; then they are cancelled.
+// ends, calls in flight have two seconds to finish; then they are canceled.
 // It returns when all its connections are closed and all its goroutines have
 // ended: nil when ctx ended. Several may run at a time, on different
 // listeners, and a later one serves the same state.
