@@ -38,6 +38,7 @@ type Agent struct {
 	metrics   *metrics.Metrics
 	keeper    *keep.Dir // nil without RuntimeDir
 	own       *own
+	seed      [32]byte
 	streams   streams
 
 	// bootstrap is what the server is trusted by until the first snapshot.
@@ -65,8 +66,7 @@ func (a *Agent) open() (err error) {
 	if a.store, err = node.OpenStore(cfg.DataDir); err != nil {
 		return fmt.Errorf("open data_dir: %w", err)
 	}
-	seed, err := a.store.Seed()
-	if err != nil {
+	if a.seed, err = a.store.Seed(); err != nil {
 		return fmt.Errorf("read the node's seed: %w", err)
 	}
 	a.node, err = node.New(node.Config{
@@ -123,7 +123,7 @@ func (a *Agent) open() (err error) {
 		Cache:       a.cache,
 		Minter:      minter{a.client},
 		Own:         a.own,
-		Seed:        seed,
+		Seed:        a.seed,
 		MaxDelay:    cfg.TaintDelay,
 		Rate:        float64(cfg.TaintRate),
 		BatchSize:   cfg.BatchSize,

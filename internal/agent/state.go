@@ -7,6 +7,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/renew"
 )
 
 // overdue is how far past its half-life an SVID counts as expiring.
@@ -107,3 +108,9 @@ func authority(s *metrics.State, typ, id string) *metrics.Authority {
 
 // Bundle is the snapshot in force, nil before the first.
 func (a *Agent) Bundle() *bundle.Snapshot { return a.cache.Bundle() }
+
+// TaintDelay is how long this node waits after it has seen the authority's
+// taint mark before it renews anything because of it.
+func (a *Agent) TaintDelay(authorityID string) time.Duration {
+	return renew.TaintDelay(a.seed, authorityID, a.cfg.TaintDelay)
+}
