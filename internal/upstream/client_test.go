@@ -131,6 +131,9 @@ func TestAttestUnderAnAuthorityNewerThanTheBootstrap(t *testing.T) {
 		s := newServer(t)
 		a := newAgent(t, s, options{token: "t"})
 		defer a.close(t)
+		if _, err := a.FetchBundle(t.Context()); err != nil {
+			t.Fatal(err)
+		}
 		next := newAuthority(t)
 		s.locked(func() {
 			s.ca = next
@@ -623,6 +626,15 @@ func TestExpiredSVIDIsReplacedByANewProof(t *testing.T) {
 		defer a.close(t)
 		if err := a.Attest(t.Context()); err != nil {
 			t.Fatal(err)
+		}
+		if err := a.PostStatus(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		s.hook = func(ctx context.Context, method string) error {
+			if cert := clientCert(ctx); cert != nil && time.Now().After(cert.NotAfter) {
+				t.Errorf("%s came with an expired SVID", method)
+			}
+			return nil
 		}
 		time.Sleep(2 * time.Hour)
 		if err := a.PostStatus(t.Context()); upstream.Code(err) != "Unauthenticated" || !strings.Contains(err.Error(), "expired") {
