@@ -1,14 +1,34 @@
 package server_test
 
 import (
+	"context"
+	"errors"
+	"strings"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
+	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/server"
 )
+
+const (
+	notAttested = types.PermissionDeniedDetails_AGENT_NOT_ATTESTED
+	notActive   = types.PermissionDeniedDetails_AGENT_NOT_ACTIVE
+	expired     = types.PermissionDeniedDetails_AGENT_EXPIRED
+	banned      = types.PermissionDeniedDetails_AGENT_BANNED
+)
+
+func (c *client) ping(ctx context.Context) error {
+	_, err := c.PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: "1.0"})
+	return err
+}
 
 func TestAttestWithJoinToken(t *testing.T) {
 	t.Parallel()
@@ -27,10 +47,320 @@ func TestAttestWithJoinToken(t *testing.T) {
 		if got, want := who.id.String(), "spiffe://example.org/spire/agent/join_token/"+token; got != want {
 			t.Errorf("agent ID %s, want %s", got, want)
 		}
-		if _, err := s.dial(t, who).PostStatus(t.Context(), &agentv1.PostStatusRequest{AgentVersion: "1.0"}); err != nil {
-			t.Errorf("PostStatus: %v", err)
+		if len(who.chain) != 1 || svid.GetExpiresAt() != time.Now().Add(keyset.DefaultX509TTL).Unix() {
+			t.Errorf("chain of %d, expires at %v", len(who.chain), svid.GetExpiresAt())
+		}
+		if err := s.dial(t, who).ping(t.Context()); err != nil {
+			t.Errorf("first call: %v", err)
 		}
 		_, err = c.attest(t.Context(), "join_token", token, csr)
 		wantCode(t, err, codes.InvalidArgument)
 	})
+}
+
+func TestAttestRefuses(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		c := s.dial(t, nil)
+		_, csr := newKey(t)
+		token, err := s.CreateJoinToken(t.Context(), time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for name, tt := range map[string]struct {
+			kind, payload string
+			csr           []byte
+			code          codes.Code
+		}{
+			"no type":       {"", token, csr, codes.InvalidArgument},
+			"unknown type":  {"tpm", token, csr, codes.FailedPrecondition},
+			"no payload":    {"join_token", "", csr, codes.InvalidArgument},
+			"no CSR":        {"join_token", token, nil, codes.InvalidArgument},
+			"broken CSR":    {"join_token", token, []byte("x"), codes.InvalidArgument},
+			"unknown token": {"join_token", "guessed", csr, codes.InvalidArgument},
+		} {
+			_, err := c.attest(t.Context(), tt.kind, tt.payload, tt.csr)
+			t.Log(name, err)
+			wantCode(t, err, tt.code)
+		}
+		// None of that has spent the token, but time does.
+		time.Sleep(61 * time.Second)
+		_, err = c.attest(t.Context(), "join_token", token, csr)
+		wantCode(t, err, codes.InvalidArgument)
+		if !strings.Contains(err.Error(), "expired") {
+			t.Errorf("late: %v", err)
+		}
+		if _, err := s.CreateJoinToken(t.Context(), 0); err == nil {
+			t.Error("made a token without lifetime")
+		}
+	})
+}
+
+// TestTokenLetsOneIn has many agents bring the same token at once.
+func TestTokenLetsOneIn(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		token, err := s.CreateJoinToken(t.Context(), time.Minute)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := s.dial(t, nil)
+		var wg sync.WaitGroup
+		var mu sync.Mutex
+		in := 0
+		for range 20 {
+			_, csr := newKey(t)
+			wg.Go(func() {
+				if _, err := c.attest(t.Context(), "join_token", token, csr); err == nil {
+					mu.Lock()
+					in++
+					mu.Unlock()
+				}
+			})
+		}
+		wg.Wait()
+		if in != 1 {
+			t.Errorf("%d agents were let in", in)
+		}
+	})
+}
+
+// TestTokenIsSpentBeforeSigning has signing fail: the token is gone all the
+// same, so it can never let two in.
+func TestTokenIsSpentBeforeSigning(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		token, err := s.CreateJoinToken(t.Context(), 200*24*time.Hour)
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, csr := newKey(t)
+		c := s.dial(t, nil)
+		if _, err := c.GetBundle(t.Context(), nil); err != nil { // connected before the CA expires
+			t.Fatal(err)
+		}
+		time.Sleep(time.Until(s.Keysets().Active().ExpiresAt))
+		_, err = c.attest(t.Context(), "join_token", token, csr)
+		wantCode(t, err, codes.Unavailable) // the server has no certificate any more
+		next, err := s.Keysets().Prepare(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.Keysets().Activate(t.Context(), next.ID); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := s.dial(t, nil).attest(t.Context(), "join_token", token, csr); err != nil {
+			t.Errorf("after a new keyset: %v", err)
+		}
+	})
+}
+
+func TestCallerMustBeAnAgent(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		anyone := s.dial(t, nil)
+		wantCode(t, anyone.ping(t.Context()), codes.PermissionDenied, notAttested)
+		stream, err := anyone.SyncAuthorizedEntries(t.Context())
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		wantCode(t, err, codes.PermissionDenied, notAttested)
+
+		// A workload's SVID is none of an agent.
+		key, _ := newKey(t)
+		id := spiffeid.RequireFromPath(td, "/workload")
+		svid, err := s.Keysets().SignX509(id, key.Public(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		who := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
+		wantCode(t, s.dial(t, who).ping(t.Context()), codes.PermissionDenied, notAttested)
+
+		// What another authority signed does not get through the handshake.
+		other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+		if err != nil {
+			t.Fatal(err)
+		}
+		svid, err = other.SignX509(id, key.Public(), 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		who = newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
+		wantCode(t, s.dial(t, who).ping(t.Context()), codes.Unavailable)
+	})
+}
+
+func TestRenewAgent(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		old, oldConn := s.join(t)
+		renew := func(c *client) *identity {
+			t.Helper()
+			key, csr := newKey(t)
+			resp, err := c.RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			return newIdentity(t, resp.GetSvid(), key)
+		}
+		forgotten := renew(oldConn)
+		next := renew(oldConn)
+		if next.id != old.id {
+			t.Errorf("renewed as %v, was %v", next.id, old.id)
+		}
+		// Until the new one is used, the old one counts; of two new ones, the last.
+		if err := oldConn.ping(t.Context()); err != nil {
+			t.Errorf("old SVID before the first use of the new one: %v", err)
+		}
+		wantCode(t, s.dial(t, forgotten).ping(t.Context()), codes.PermissionDenied, notActive)
+		nextConn := s.dial(t, next)
+		for range 2 {
+			if err := nextConn.ping(t.Context()); err != nil {
+				t.Errorf("new SVID: %v", err)
+			}
+		}
+		wantCode(t, oldConn.ping(t.Context()), codes.PermissionDenied, notActive)
+		_, err := oldConn.RenewAgent(t.Context(), &agentv1.RenewAgentRequest{})
+		wantCode(t, err, codes.PermissionDenied, notActive)
+		_, err = nextConn.RenewAgent(t.Context(), &agentv1.RenewAgentRequest{})
+		wantCode(t, err, codes.InvalidArgument)
+		_, err = nextConn.RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: []byte("x")}})
+		wantCode(t, err, codes.InvalidArgument)
+	})
+}
+
+func TestBanAndEvict(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		who, c := s.join(t)
+		if err := s.BanAgent(t.Context(), who.id); err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, banned)
+		if err := s.EvictAgent(t.Context(), who.id); err != nil {
+			t.Fatal(err)
+		}
+		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, notAttested)
+		for _, err := range []error{s.BanAgent(t.Context(), who.id), s.EvictAgent(t.Context(), who.id)} {
+			if !errors.Is(err, server.ErrNotFound) {
+				t.Errorf("unknown agent: %v", err)
+			}
+		}
+	})
+}
+
+// TestSVIDExpiresOnTheConnection keeps one connection open over the SVID's end.
+func TestSVIDExpiresOnTheConnection(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{X509TTL: time.Hour, ConnectionAge: -1}, func(t *testing.T, s *running) {
+		who, c := s.join(t)
+		if err := c.ping(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		// A call in flight keeps the client from going idle.
+		stream, err := c.SyncAuthorizedEntries(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := stream.Send(&entryv1.SyncAuthorizedEntriesRequest{}); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(29 * time.Minute)
+		if err := c.ping(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(29 * time.Minute)
+		if err := c.ping(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2*time.Minute + time.Second)
+		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, expired)
+		// A new connection does not come about at all.
+		wantCode(t, s.dial(t, who).ping(t.Context()), codes.Unavailable)
+	})
+}
+
+func TestPostStatus(t *testing.T) {
+	t.Parallel()
+	store := server.NewMemory()
+	bubble(t, server.Config{Storage: store}, func(t *testing.T, s *running) {
+		who, c := s.join(t)
+		post := func(version string) error {
+			_, err := c.PostStatus(t.Context(), &agentv1.PostStatusRequest{AgentVersion: version})
+			return err
+		}
+		long := strings.Repeat("ä", 255)
+		if err := post(long); err != nil {
+			t.Errorf("255 characters: %v", err)
+		}
+		wantCode(t, post(long+"x"), codes.InvalidArgument)
+		if err := post(""); err != nil {
+			t.Errorf("no version: %v", err)
+		}
+		if a, err := store.Agent(t.Context(), who.id); err != nil || a.Version != long {
+			t.Errorf("stored %v, %v", a, err)
+		}
+	})
+}
+
+func TestOthersAreUnimplemented(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		_, c := s.join(t)
+		_, err := c.ListAgents(t.Context(), &agentv1.ListAgentsRequest{})
+		wantCode(t, err, codes.Unimplemented)
+		_, err = c.ListEntries(t.Context(), &entryv1.ListEntriesRequest{})
+		wantCode(t, err, codes.Unimplemented)
+	})
+}
+
+// TestRestart gives a new server the storage of an old one.
+func TestRestart(t *testing.T) {
+	t.Parallel()
+	keys, store := new(keyset.Memory), server.NewMemory()
+	bubble(t, server.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
+		if err := s.SetEntries(t.Context(), []server.Entry{entry("a")}); err != nil {
+			t.Fatal(err)
+		}
+		who, _ := s.join(t)
+		before := s.fetch(t, who)
+		s.stop()
+		again := start(t, server.Config{Storage: store, Keysets: openKeysets(t, keys)})
+		after := again.fetch(t, who)
+		if len(after) != 1 || after["a"].String() != before["a"].String() {
+			t.Errorf("entries are %v, were %v", after, before)
+		}
+		if err := again.UpsertEntry(t.Context(), entry("a", func(e *server.Entry) { e.Hint = "new" })); err != nil {
+			t.Fatal(err)
+		}
+		if got := again.fetch(t, who)["a"].GetRevisionNumber(); got <= before["a"].GetRevisionNumber() {
+			t.Errorf("revision %d after %d", got, before["a"].GetRevisionNumber())
+		}
+	})
+}
+
+// openKeysets uses the bubble's clock: it starts in 2000, and so must the keys.
+func openKeysets(t *testing.T, store keyset.Storage) *keyset.Deployment {
+	t.Helper()
+	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: store, Now: func() time.Time {
+		return time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// fetch returns all entries of an agent by GetAuthorizedEntries.
+func (r *running) fetch(t *testing.T, who *identity) map[string]*types.Entry {
+	t.Helper()
+	resp, err := r.dial(t, who).GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	byID := make(map[string]*types.Entry)
+	for _, e := range resp.GetEntries() {
+		byID[e.GetId()] = e
+	}
+	return byID
 }

@@ -11,6 +11,7 @@ import (
 	"errors"
 	"net"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -42,8 +43,22 @@ var (
 // running is a server that answers on a listener until the test ends.
 type running struct {
 	*server.Server
-	lis  *bufconn.Listener
+	lis  *listener
 	stop func() // ends Serve and waits for it
+}
+
+// listener counts the connections that it accepts.
+type listener struct {
+	*bufconn.Listener
+	accepted atomic.Int64
+}
+
+func (l *listener) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	if err == nil {
+		l.accepted.Add(1)
+	}
+	return conn, err
 }
 
 // bubble runs f with a server in a bubble of its own, where time is simulated
@@ -66,7 +81,7 @@ func start(t *testing.T, c server.Config) *running {
 func serve(t *testing.T, s *server.Server) *running {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	lis := bufconn.Listen(1 << 20)
+	lis := &listener{Listener: bufconn.Listen(1 << 20)}
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ctx, lis) }()
 	r := &running{Server: s, lis: lis, stop: sync.OnceFunc(func() {

@@ -1,0 +1,261 @@
+package server_test
+
+import (
+	"crypto/x509"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/jwtbundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// counts is an observer that counts by type and code.
+type counts struct {
+	mu sync.Mutex
+	by map[string]int
+}
+
+func (c *counts) Minted(svidType string, code codes.Code, _ time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.by[fmt.Sprint(svidType, " ", code)]++
+}
+
+func TestBatchNewX509SVID(t *testing.T) {
+	t.Parallel()
+	seen := &counts{by: make(map[string]int)}
+	bubble(t, server.Config{Observer: seen, X509TTL: 3 * time.Hour}, func(t *testing.T, s *running) {
+		_, c := s.join(t)
+		other, _ := s.join(t)
+		err := s.SetEntries(t.Context(), []server.Entry{
+			entry("plain"),
+			entry("short", func(e *server.Entry) { e.X509TTL = time.Hour }),
+			entry("foreign", func(e *server.Entry) { e.ParentID = other.id }),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, csr := newKey(t)
+		items := []struct {
+			entry string
+			csr   []byte
+			code  codes.Code
+			ttl   time.Duration
+		}{
+			{"plain", csr, codes.OK, 3 * time.Hour},
+			{"unknown", csr, codes.NotFound, 0},
+			{"foreign", csr, codes.NotFound, 0},
+			{"plain", []byte("x"), codes.InvalidArgument, 0},
+			{"plain", nil, codes.InvalidArgument, 0},
+			{"", csr, codes.InvalidArgument, 0},
+			{"short", csr, codes.OK, time.Hour},
+		}
+		req := &svidv1.BatchNewX509SVIDRequest{}
+		for _, item := range items {
+			req.Params = append(req.Params, &svidv1.NewX509SVIDParams{EntryId: item.entry, Csr: item.csr})
+		}
+		resp, err := c.BatchNewX509SVID(t.Context(), req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(resp.GetResults()) != len(items) {
+			t.Fatalf("%d results", len(resp.GetResults()))
+		}
+		authorities := x509bundle.FromX509Authorities(td, s.Keysets().Bundle().Certificates())
+		for i, item := range items {
+			r := resp.GetResults()[i]
+			if codes.Code(r.GetStatus().GetCode()) != item.code || (r.GetSvid() != nil) != (item.code == codes.OK) {
+				t.Errorf("item %d: %v", i, r)
+			}
+			if r.GetSvid() == nil {
+				continue
+			}
+			id, _, err := x509svid.ParseAndVerify(r.GetSvid().GetCertChain(), authorities, x509svid.WithTime(time.Now()))
+			if err != nil || id.Path() != "/workload/"+item.entry || r.GetSvid().GetId().GetPath() != id.Path() {
+				t.Errorf("item %d: %v, %v", i, id, err)
+			}
+			if got := r.GetSvid().GetExpiresAt(); got != time.Now().Add(item.ttl).Unix() {
+				t.Errorf("item %d expires at %d", i, got)
+			}
+		}
+		if got, want := fmt.Sprint(seen.by), "map[x509 InvalidArgument:3 x509 NotFound:2 x509 OK:2]"; got != want {
+			t.Errorf("observed %s, want %s", got, want)
+		}
+	})
+}
+
+func TestBatchSize(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		_, c := s.join(t)
+		if err := s.SetEntries(t.Context(), []server.Entry{entry("a")}); err != nil {
+			t.Fatal(err)
+		}
+		_, csr := newKey(t)
+		batch := func(n int) error {
+			params := slices.Repeat([]*svidv1.NewX509SVIDParams{{EntryId: "a", Csr: csr}}, n)
+			resp, err := c.BatchNewX509SVID(t.Context(), &svidv1.BatchNewX509SVIDRequest{Params: params})
+			if err == nil && len(resp.GetResults()) != n {
+				t.Errorf("%d results for %d", len(resp.GetResults()), n)
+			}
+			return err
+		}
+		wantCode(t, batch(0), codes.InvalidArgument)
+		wantCode(t, batch(500), codes.OK)
+		wantCode(t, batch(501), codes.ResourceExhausted)
+	})
+}
+
+func TestNewJWTSVID(t *testing.T) {
+	t.Parallel()
+	seen := &counts{by: make(map[string]int)}
+	bubble(t, server.Config{Observer: seen}, func(t *testing.T, s *running) {
+		_, c := s.join(t)
+		if err := s.SetEntries(t.Context(), []server.Entry{entry("a", func(e *server.Entry) { e.JWTTTL = 5 * time.Minute })}); err != nil {
+			t.Fatal(err)
+		}
+		mint := func(id string, audience ...string) (*types.JWTSVID, error) {
+			resp, err := c.NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: id, Audience: audience})
+			return resp.GetSvid(), err
+		}
+		svid, err := mint("a", "x", "y")
+		if err != nil {
+			t.Fatal(err)
+		}
+		if svid.GetExpiresAt()-svid.GetIssuedAt() != 300 || svid.GetIssuedAt() != time.Now().Unix() {
+			t.Errorf("from %d to %d", svid.GetIssuedAt(), svid.GetExpiresAt())
+		}
+		bundle, err := s.dial(t, nil).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		keys := jwtbundle.New(td)
+		for _, k := range bundle.GetJwtAuthorities() {
+			pub, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
+			if err == nil {
+				err = keys.AddJWTAuthority(k.GetKeyId(), pub)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		got, err := jwtsvid.ParseAndValidate(svid.GetToken(), keys, []string{"y"})
+		if err != nil || got.ID.Path() != "/workload/a" {
+			t.Errorf("validated %v, %v", got, err)
+		}
+		_, err = mint("a")
+		wantCode(t, err, codes.InvalidArgument)
+		_, err = mint("unknown", "x")
+		wantCode(t, err, codes.NotFound)
+		if got, want := fmt.Sprint(seen.by), "map[jwt InvalidArgument:1 jwt NotFound:1 jwt OK:1]"; got != want {
+			t.Errorf("observed %s, want %s", got, want)
+		}
+	})
+}
+
+// TestRotation carries an agent's view through the four steps.
+func TestRotation(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{RefreshHint: 5 * time.Minute}, func(t *testing.T, s *running) {
+		anyone := s.dial(t, nil)
+		var sequence uint64
+		look := func(grown bool, want ...bool) {
+			t.Helper()
+			b, err := anyone.GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+			if err != nil {
+				t.Fatal(err)
+			}
+			var x, j []bool
+			for _, a := range b.GetX509Authorities() {
+				x = append(x, a.GetTainted())
+			}
+			for _, a := range b.GetJwtAuthorities() {
+				j = append(j, a.GetTainted())
+			}
+			if !slices.Equal(x, want) || !slices.Equal(j, want) {
+				t.Errorf("marks are %v and %v, want %v", x, j, want)
+			}
+			if (b.GetSequenceNumber() > sequence) != grown || b.GetRefreshHint() != 300 || b.GetTrustDomain() != "example.org" {
+				t.Errorf("sequence %d after %d, hint %d, trust domain %q", b.GetSequenceNumber(), sequence, b.GetRefreshHint(), b.GetTrustDomain())
+			}
+			sequence = b.GetSequenceNumber()
+		}
+		must := func(err error) {
+			t.Helper()
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		keys := s.Keysets()
+		old := keys.Active()
+		look(true, false)
+		next, err := keys.Prepare(t.Context())
+		must(err)
+		look(true, false, false)
+		must(keys.Activate(t.Context(), next.ID))
+		look(false, false, false)
+		must(keys.Taint(t.Context(), old.ID))
+		look(true, true, false)
+		must(keys.Remove(t.Context(), old.ID))
+		look(true, false)
+
+		masked, err := anyone.GetBundle(t.Context(), &bundlev1.GetBundleRequest{OutputMask: &types.BundleMask{SequenceNumber: true}})
+		must(err)
+		if masked.GetSequenceNumber() != sequence || masked.GetX509Authorities() != nil || masked.GetJwtAuthorities() != nil || masked.GetRefreshHint() != 0 {
+			t.Errorf("masked bundle %v", masked)
+		}
+	})
+}
+
+func TestFederatedBundle(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		_, c := s.join(t)
+		get := func(name string) (*types.Bundle, error) {
+			return c.GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: name})
+		}
+		_, err := get("partner.org")
+		wantCode(t, err, codes.NotFound)
+		_, err = get("Not A Domain")
+		wantCode(t, err, codes.InvalidArgument)
+		_, err = get("example.org")
+		wantCode(t, err, codes.InvalidArgument)
+
+		theirs, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: partner})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := s.SetFederatedBundle(partner, theirs.Bundle(), time.Minute); err != nil {
+			t.Fatal(err)
+		}
+		b, err := get("partner.org")
+		if err != nil || b.GetTrustDomain() != "partner.org" || b.GetRefreshHint() != 60 || len(b.GetX509Authorities()) != 1 {
+			t.Errorf("bundle %v, %v", b, err)
+		}
+		if err := s.SetFederatedBundle(partner, nil, 0); err != nil {
+			t.Fatal(err)
+		}
+		_, err = get("partner.org")
+		wantCode(t, err, codes.NotFound)
+		for _, wrong := range []spiffeid.TrustDomain{{}, td} {
+			if err := s.SetFederatedBundle(wrong, theirs.Bundle(), 0); err == nil {
+				t.Errorf("set the bundle of %q", wrong.Name())
+			}
+		}
+		_, err = s.dial(t, nil).GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: "partner.org"})
+		wantCode(t, err, codes.PermissionDenied, notAttested)
+	})
+}
