@@ -249,8 +249,9 @@ func (a *Agent) close() error {
 }
 
 // Run serves until ctx is done, and returns nil then, or the error that made
-// going on useless: a socket that cannot be opened, or a server that has
-// banned this node. When it returns, everything it started has ended.
+// going on useless: a socket that cannot be opened, nothing that proves the
+// node, or a server that has banned it. When it returns, everything it started
+// has ended.
 func (a *Agent) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, a.close()) }()
 	listener := a.cfg.Listener
@@ -261,6 +262,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	}
 	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
 		"socket", listener.Addr().String(), "version", a.cfg.Version)
+	stopped := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	group.Go(func() error { return named("Workload API", a.workload.Serve(ctx, listener)) })
 	group.Go(func() error { return a.serveMetrics(ctx) })
@@ -276,8 +278,8 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		return a.syncEntries(ctx)
 	})
 	err = group.Wait()
-	if errors.Is(err, context.Canceled) {
-		err = nil
+	if stopped.Err() != nil && !errors.Is(err, upstream.ErrBanned) {
+		err = nil // whatever was under way failed because it was to end
 	}
 	a.log.Info("agent stopped")
 	return err

@@ -1,0 +1,70 @@
+package agent_test
+
+import (
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The whole rotation on one node with 2,000 SVIDs and 200 streams.
+func TestDrillRotation(t *testing.T) {
+	const svids, open = 2000, 200
+	inWorld(t, svids, nil, func(w *world) {
+		w.fill(svids)
+		var streams []*stream
+		for i := range open {
+			s := w.open(i * 7) // spread over the entries
+			defer s.close()
+			streams = append(streams, s)
+		}
+		old, begins := w.rotate()
+		tainted := time.Now()
+		if a := w.authority(old); settled(a) || a.Held != svids || a.Streams != open || a.Pending != svids+1 {
+			w.t.Errorf("right after the taint: %+v, want all SVIDs held and pending with the node's own, and every stream on it", a)
+		}
+		w.until("settled", 10*time.Minute, func() bool { return settled(w.authority(old)) })
+
+		mints := w.mintsSince(tainted)
+		if len(mints) != svids+1 {
+			w.t.Fatalf("%d signatures, want one for each SVID and one for the node", len(mints))
+		}
+		if mints[0].entries != nil {
+			w.t.Errorf("the first renewal is of %v, want the node's own SVID", mints[0].entries)
+		}
+		if mints[0].at.Before(begins) {
+			w.t.Errorf("the wave began %v before the delay was over", begins.Sub(mints[0].at))
+		}
+		if last := mints[len(mints)-1].at; last.After(begins.Add(svids*time.Second/20 + time.Second)) {
+			w.t.Errorf("the last renewal began %v after the delay, want at most N/20 s + 1 s", last.Sub(begins))
+		}
+		w.paced(mints)
+		streamed := make([]string, open)
+		for i := range streamed {
+			streamed[i] = entryID(i * 7)
+		}
+		for i, m := range mints[1:] {
+			if len(m.entries) != 1 {
+				w.t.Fatalf("renewal %d asks for %d SVIDs, want one by one", i, len(m.entries))
+			}
+			if slices.Contains(streamed, m.entries[0]) != (i < open) {
+				w.t.Fatalf("renewal %d is %s: those with streams come first", i, m.entries[0])
+			}
+		}
+		for _, s := range streams {
+			s.unbroken()
+			if last, _ := s.last(); slices.Contains(last.authorities, old.X509AuthorityID) {
+				w.t.Error("a stream was not sent its replacement although the node says settled")
+			}
+		}
+		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
+		time.Sleep(10 * time.Second)
+		synctest.Wait()
+		for _, s := range streams {
+			s.unbroken()
+		}
+		if extra := len(w.mintsSince(tainted)) - len(mints); extra != 0 {
+			w.t.Errorf("%d renewals after the removal, want none", extra)
+		}
+	})
+}

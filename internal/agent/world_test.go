@@ -1,0 +1,594 @@
+package agent_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	svidpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/agent"
+	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/metrics"
+)
+
+// world is a whole system in a bubble: the embedded server, an agent, and
+// workloads with open streams, over connections in memory. Everything between
+// them is the real protocol; only the kernel's word on who is calling is made
+// up, and the clock.
+type world struct {
+	t        *testing.T
+	storage  *keyset.Memory
+	stranger keyset.Memory
+	server   *server.Server
+	cfg      agent.Config
+	logs     *slog.Logger
+
+	serverLis  *bufconn.Listener
+	stopServer func()
+
+	agent     *agent.Agent
+	workloads *bufconn.Listener
+	stopAgent func()
+
+	// connecting guards the one thing a workload's connection carries: the
+	// selectors of the next connection to be made.
+	connecting sync.Mutex
+	next       []cache.Selector
+	peers      sync.Map // *attest.Peer -> []cache.Selector
+
+	mu     sync.Mutex
+	faults faults
+	mints  []mint
+	conns  []net.Conn // between agent and server
+	skew   time.Duration
+}
+
+// faults are what goes wrong between agent and server.
+type faults struct {
+	down    bool          // no connection
+	latency time.Duration // before every answer
+	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
+	lag     *keyset.Record // signs with this keyset whatever the state
+}
+
+// mint is one request to sign, as the server saw it arrive.
+type mint struct {
+	at      time.Time
+	entries []string // nil for the node's own SVID
+}
+
+// inWorld runs f in a bubble with a world of n entries, in which entry i is
+// for workloads with the selector test:i. configure may change the agent's
+// configuration before its first start.
+func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
+	synctest.Test(t, func(t *testing.T) {
+		w := &world{t: t, storage: &keyset.Memory{}, logs: testLog(t)}
+		deployment, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})
+		w.check(err)
+		w.server, err = server.New(server.Config{
+			TrustDomain: td, Keysets: deployment, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+		})
+		w.check(err)
+		w.check(w.server.SetEntries(t.Context(), entriesFor(n)))
+		token, err := w.server.CreateJoinToken(t.Context(), time.Hour)
+		w.check(err)
+		dir, err := os.MkdirTemp("", "renewd-drill")
+		w.check(err)
+		defer os.RemoveAll(dir)
+		w.cfg = agent.Config{
+			TrustDomain: td, ServerAddress: "server:8081", TrustBundle: w.trust(), JoinToken: token, DataDir: dir,
+			TaintDelay: time.Minute, CacheSize: n + 1000, Log: w.logs,
+			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Now: w.now,
+		}
+		if configure != nil {
+			configure(w)
+		}
+		w.startServer()
+		w.startAgent()
+		f(w)
+		w.stopAgent()
+		w.stopServer()
+	})
+}
+
+func entriesFor(n int) []server.Entry {
+	out := make([]server.Entry, n)
+	for i := range out {
+		out[i] = entryFor(i)
+	}
+	return out
+}
+
+func entryFor(i int) server.Entry {
+	return server.Entry{
+		ID: entryID(i), SPIFFEID: spiffeid.RequireFromPathf(td, "/workload/%d", i),
+		Selectors: []server.Selector{{Type: "test", Value: fmt.Sprint(i)}},
+	}
+}
+
+func entryID(i int) string { return fmt.Sprintf("entry-%05d", i) }
+
+func (w *world) check(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+// now is the agent's wall clock.
+func (w *world) now() time.Time {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return time.Now().Add(w.skew)
+}
+
+// trust is the published bundle, as an operator would copy it.
+func (w *world) trust() *bundle.Bundle {
+	var c bundle.Content
+	for _, cert := range w.server.Keysets().Bundle().Certificates() {
+		c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert})
+	}
+	b, err := bundle.New(td, c)
+	w.check(err)
+	return b
+}
+
+func (w *world) startServer() {
+	w.serverLis = bufconn.Listen(1 << 20)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	lis := w.serverLis
+	go func() { done <- w.server.Serve(ctx, lis) }()
+	w.stopServer = sync.OnceFunc(func() {
+		cancel()
+		w.check(<-done)
+	})
+}
+
+func (w *world) startAgent() {
+	w.workloads = bufconn.Listen(1 << 20)
+	w.cfg.Listener = w.workloads
+	a, err := agent.New(w.cfg)
+	w.check(err)
+	w.agent = a
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- a.Run(ctx) }()
+	w.stopAgent = sync.OnceFunc(func() {
+		cancel()
+		w.check(<-done)
+	})
+}
+
+// dial connects the agent to the server.
+func (w *world) dial(ctx context.Context, _ string) (net.Conn, error) {
+	w.mu.Lock()
+	down := w.faults.down
+	w.mu.Unlock()
+	if down {
+		return nil, errors.New("connection refused")
+	}
+	conn, err := w.serverLis.DialContext(ctx)
+	if err == nil {
+		w.mu.Lock()
+		w.conns = append(w.conns, conn)
+		w.mu.Unlock()
+	}
+	return conn, err
+}
+
+// set changes the faults. A server that goes down drops its connections.
+func (w *world) set(change func(*faults)) {
+	w.mu.Lock()
+	change(&w.faults)
+	var cut []net.Conn
+	if w.faults.down {
+		cut, w.conns = w.conns, nil
+	}
+	w.mu.Unlock()
+	for _, c := range cut {
+		c.Close()
+	}
+}
+
+// intercept stands in front of the server: it records what is asked to be
+// signed and applies the faults.
+func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	w.mu.Lock()
+	switch r := req.(type) {
+	case *svidpb.BatchNewX509SVIDRequest:
+		m := mint{at: time.Now(), entries: []string{}}
+		for _, p := range r.Params {
+			m.entries = append(m.entries, p.EntryId)
+		}
+		w.mints = append(w.mints, m)
+	case *agentpb.RenewAgentRequest:
+		w.mints = append(w.mints, mint{at: time.Now()})
+	}
+	f := w.faults
+	w.mu.Unlock()
+	if err := sleep(ctx, f.latency); err != nil {
+		return nil, err
+	}
+	res, err := handler(ctx, req)
+	if batch, ok := res.(*svidpb.BatchNewX509SVIDResponse); ok && err == nil {
+		asked := req.(*svidpb.BatchNewX509SVIDRequest)
+		if f.lag != nil {
+			for i := range batch.Results {
+				w.resign(f.lag, asked.Params[i].Csr, batch.Results[i])
+			}
+		}
+		if f.garble != nil {
+			return f.garble(asked, batch), nil
+		}
+	}
+	return res, err
+}
+
+func (w *world) delayStream(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	w.mu.Lock()
+	latency := w.faults.latency
+	w.mu.Unlock()
+	if err := sleep(stream.Context(), latency); err != nil {
+		return err
+	}
+	return handler(srv, stream)
+}
+
+func sleep(ctx context.Context, d time.Duration) error {
+	select {
+	case <-time.After(d):
+		return nil
+	case <-ctx.Done():
+		return status.FromContextError(ctx.Err()).Err()
+	}
+}
+
+// resign replaces an answer's certificate by one that the old keyset signs: a
+// replica that has not heard of the rotation.
+func (w *world) resign(by *keyset.Record, _ []byte, r *svidpb.BatchNewX509SVIDResponse_Result) {
+	if r.Svid == nil {
+		return
+	}
+	leaf, err := x509.ParseCertificate(r.Svid.CertChain[0])
+	if err != nil {
+		panic(err)
+	}
+	r.Svid.CertChain[0] = signWith(by, leaf, nil)
+}
+
+// record finds a stored keyset with its keys.
+func (w *world) record(id string) *keyset.Record {
+	doc, err := w.storage.Load(context.Background())
+	w.check(err)
+	i := slices.IndexFunc(doc.Records, func(r keyset.Record) bool { return r.ID == id })
+	if i < 0 {
+		w.t.Fatalf("no keyset %s", id)
+	}
+	return &doc.Records[i]
+}
+
+// peer and the Attestor methods give each workload connection its selectors.
+func (w *world) peer(net.Conn) (*attest.Peer, error) {
+	p, err := attest.FromPID(os.Getpid(), uint32(os.Getuid()), uint32(os.Getgid()))
+	if err == nil {
+		w.peers.Store(p, w.next)
+	}
+	return p, err
+}
+
+func (w *world) Name() string { return "test" }
+
+func (w *world) Attest(_ context.Context, p *attest.Peer) ([]cache.Selector, error) {
+	s, ok := w.peers.Load(p)
+	if !ok {
+		return nil, errors.New("unknown peer")
+	}
+	return s.([]cache.Selector), nil
+}
+
+// connect opens a workload's connection to the agent.
+func (w *world) connect(selectors ...int) *grpc.ClientConn {
+	w.connecting.Lock()
+	defer w.connecting.Unlock()
+	w.next = nil
+	for _, i := range selectors {
+		w.next = append(w.next, cache.Selector{Type: "test", Value: fmt.Sprint(i)})
+	}
+	lis := w.workloads
+	conn, err := grpc.NewClient("passthrough:agent", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+	w.check(err)
+	conn.Connect()
+	synctest.Wait() // the handshake has read w.next
+	return conn
+}
+
+func workloadContext(ctx context.Context) context.Context {
+	return metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
+}
+
+// stream is a workload with an open FetchX509SVID stream. It checks what it is
+// told as it comes.
+type stream struct {
+	w      *world
+	conn   *grpc.ClientConn
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu      sync.Mutex
+	updates []update
+	end     error // why the stream ended
+}
+
+// update is one message of a stream.
+type update struct {
+	at          time.Time
+	authorities []string  // that signed its SVIDs
+	expiry      time.Time // of the first to end
+	identities  int
+}
+
+func (w *world) open(selectors ...int) *stream {
+	s := &stream{w: w, conn: w.connect(selectors...), done: make(chan struct{})}
+	ctx, cancel := context.WithCancel(workloadContext(context.Background()))
+	s.cancel = cancel
+	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(s.conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
+	w.check(err)
+	go func() {
+		defer close(s.done)
+		for {
+			res, err := rpc.Recv()
+			s.mu.Lock()
+			if err != nil {
+				s.end = err
+				s.mu.Unlock()
+				return
+			}
+			s.updates = append(s.updates, w.read(res))
+			s.mu.Unlock()
+		}
+	}()
+	return s
+}
+
+// read checks a message as a careful client would: every SVID valid now and
+// verified by the bundle beside it.
+func (w *world) read(res *workloadpb.X509SVIDResponse) update {
+	u := update{at: time.Now(), identities: len(res.Svids)}
+	if len(res.Svids) == 0 {
+		w.t.Error("a stream was sent an answer without SVIDs")
+	}
+	for _, s := range res.Svids {
+		chain, err := x509.ParseCertificates(s.X509Svid)
+		if err != nil {
+			w.t.Errorf("stream: %v", err)
+			continue
+		}
+		roots, err := x509.ParseCertificates(s.Bundle)
+		if err != nil {
+			w.t.Errorf("stream: %v", err)
+			continue
+		}
+		pool := x509.NewCertPool()
+		for _, r := range roots {
+			pool.AddCert(r)
+		}
+		if _, err := chain[0].Verify(x509.VerifyOptions{Roots: pool, CurrentTime: w.now(), KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+			w.t.Errorf("%s: an SVID does not verify with the bundle of the same answer: %v", s.SpiffeId, err)
+		}
+		if _, err := tls.X509KeyPair(pemCert(s.X509Svid), pemKey(s.X509SvidKey)); err != nil {
+			w.t.Errorf("%s: %v", s.SpiffeId, err)
+		}
+		if u.expiry.IsZero() || chain[0].NotAfter.Before(u.expiry) {
+			u.expiry = chain[0].NotAfter
+		}
+		id := hex.EncodeToString(chain[0].AuthorityKeyId)
+		if !slices.Contains(u.authorities, id) {
+			u.authorities = append(u.authorities, id)
+		}
+	}
+	return u
+}
+
+func (s *stream) last() (update, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.updates) == 0 {
+		return update{}, false
+	}
+	return s.updates[len(s.updates)-1], true
+}
+
+// close ends the stream from the client's side.
+func (s *stream) close() {
+	s.cancel()
+	<-s.done
+	s.conn.Close()
+}
+
+// unbroken fails the test unless the stream is open and, from its first
+// message until now, was never left with an SVID that had ended.
+func (s *stream) unbroken() {
+	s.w.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.end != nil {
+		s.w.t.Errorf("a stream ended: %v", s.end)
+		return
+	}
+	if len(s.updates) == 0 {
+		s.w.t.Error("a stream was told nothing")
+		return
+	}
+	for i, u := range s.updates {
+		until := s.w.now()
+		if i+1 < len(s.updates) {
+			until = s.updates[i+1].at
+		}
+		if until.After(u.expiry) {
+			s.w.t.Errorf("a stream stood without a valid SVID for %v", until.Sub(u.expiry))
+		}
+	}
+}
+
+// fill waits until the agent holds n SVIDs.
+func (w *world) fill(n int) {
+	w.t.Helper()
+	w.until("all SVIDs held", 2*time.Minute, func() bool { return w.held() == n })
+	time.Sleep(time.Second) // so that a time tells the fill from what follows
+}
+
+func (w *world) held() int {
+	n := 0
+	for _, a := range w.agent.State().Authorities {
+		if a.Type == metrics.TypeX509 {
+			n += a.Held
+		}
+	}
+	return n
+}
+
+// until sleeps until ok, or fails the test after limit of the bubble's time.
+func (w *world) until(what string, limit time.Duration, ok func() bool) {
+	w.t.Helper()
+	deadline := time.Now().Add(limit)
+	for {
+		synctest.Wait()
+		if ok() {
+			return
+		}
+		if time.Now().After(deadline) {
+			w.t.Fatalf("%s: not within %v", what, limit)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
+// activate prepares and activates a new keyset and returns the old one.
+func (w *world) activate() keyset.Keyset {
+	w.t.Helper()
+	old := w.server.Keysets().Active()
+	next, err := w.server.Keysets().Prepare(w.t.Context())
+	w.check(err)
+	time.Sleep(6 * time.Second) // the operator's step: the bundle reaches the agents
+	w.check(w.server.Keysets().Activate(w.t.Context(), next.ID))
+	return old
+}
+
+// rotate activates a new keyset and taints the old one, which it returns, and
+// the time at which the agent begins its wave.
+func (w *world) rotate() (old keyset.Keyset, begins time.Time) {
+	w.t.Helper()
+	old = w.activate()
+	w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
+	return old, w.begins(old)
+}
+
+// begins waits until the agent has seen the taint.
+func (w *world) begins(old keyset.Keyset) time.Time {
+	w.t.Helper()
+	var since time.Time
+	w.until("taint seen", 20*time.Second, func() bool {
+		if s := w.agent.Bundle(); s != nil {
+			_, since = s.State(old.X509AuthorityID)
+		}
+		return !since.IsZero()
+	})
+	return since.Add(w.agent.TaintDelay(old.X509AuthorityID))
+}
+
+// authority is what the agent says of a keyset's X.509 authority.
+func (w *world) authority(k keyset.Keyset) metrics.Authority {
+	a, _ := authorityOf(w.agent.State(), metrics.TypeX509, k.X509AuthorityID)
+	return a
+}
+
+// settled reports what the gauge would.
+func settled(a metrics.Authority) bool {
+	return a.State == metrics.StateTainted && a.Settled && a.Held+a.Pending+a.Streams == 0
+}
+
+func (w *world) mintsSince(t time.Time) []mint {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	var out []mint
+	for _, m := range w.mints {
+		if !m.at.Before(t) {
+			out = append(out, m)
+		}
+	}
+	return out
+}
+
+// paced fails the test if more than 21 were begun within any second: 20, and
+// one at the boundary.
+func (w *world) paced(mints []mint) {
+	w.t.Helper()
+	for i := 21; i < len(mints); i++ {
+		if d := mints[i].at.Sub(mints[i-21].at); d < time.Second {
+			w.t.Fatalf("22 taint renewals within %v", d)
+		}
+	}
+}
+
+// fetchX509 asks once, as a new caller.
+func (w *world) fetchX509(selectors ...int) error {
+	conn := w.connect(selectors...)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 5*time.Second)
+	defer cancel()
+	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
+	if err != nil {
+		return err
+	}
+	res, err := rpc.Recv()
+	if err == nil {
+		w.read(res)
+	}
+	return err
+}
+
+// fetchJWT asks for a JWT-SVID.
+func (w *world) fetchJWT(i int) (string, error) {
+	conn := w.connect(i)
+	defer conn.Close()
+	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 10*time.Second)
+	defer cancel()
+	res, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchJWTSVID(ctx, &workloadpb.JWTSVIDRequest{Audience: []string{"api"}})
+	if err != nil {
+		return "", err
+	}
+	return res.Svids[0].Svid, nil
+}
+
+func isCode(err error, c codes.Code) bool { return status.Code(err) == c }
+
+var serials atomic.Int64
