@@ -19,6 +19,10 @@ type View struct {
 	// Identities are the matched entries that have an SVID valid now, by entry
 	// ID. The first is the default identity (SPIFFE Workload API, 5.2.1).
 	Identities []Identity
+	// Orphaned is how many of Identities were signed by an authority that
+	// Bundle no longer has: nobody with this bundle accepts them, and their
+	// replacement is being minted.
+	Orphaned int
 	// Entries are all matched entries, by entry ID.
 	Entries []*Entry
 	// Bundle is the trust bundle of the same moment; nil until Ready.
@@ -57,6 +61,7 @@ func (c *Cache) view(matched []*record) View {
 	}
 	now := c.now()
 	hinted := 0
+	orphans := orphans{own: c.snapshot.Own}
 	for i, r := range matched {
 		v.Entries[i] = r.entry
 		switch {
@@ -69,12 +74,31 @@ func (c *Cache) view(matched []*record) View {
 			if r.entry.Hint != "" {
 				hinted++
 			}
+			if orphans.has(r.svid.Authority) {
+				v.Orphaned++
+			}
 		}
 	}
 	if hinted > 1 {
 		uniqueHints(v.Identities)
 	}
 	return v
+}
+
+// orphans says which authorities the bundle no longer has. It remembers the
+// last one asked for, since a view has one authority or two.
+type orphans struct {
+	own    *bundle.Bundle
+	asked  string
+	answer bool
+}
+
+func (o *orphans) has(authorityID string) bool {
+	if o.asked != authorityID {
+		_, trusted := o.own.X509Authority(authorityID)
+		o.asked, o.answer = authorityID, !trusted
+	}
+	return o.answer
 }
 
 // uniqueHints leaves each hint to the oldest entry that has it; of entries

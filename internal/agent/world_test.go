@@ -110,10 +110,10 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 			configure(w)
 		}
 		w.startServer()
+		defer func() { w.stopServer() }()
 		w.startAgent()
+		defer func() { w.stopAgent() }() // the one that runs then
 		f(w)
-		w.stopAgent()
-		w.stopServer()
 	})
 }
 

@@ -2,6 +2,7 @@ package workload
 
 import (
 	"slices"
+	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
@@ -39,23 +40,23 @@ func (s *service) streamBundles(method string, stream grpc.ServerStream, field p
 	defer watch.Close()
 
 	var last []foreign
-	return s.follow(stream.Context(), watch.C(), func() (bool, error) {
+	return s.follow(stream.Context(), watch.C(), func() (bool, time.Duration, error) {
 		v := s.cfg.Cache.Match(c.selectors)
 		if err := c.admit(&v); err != nil {
-			return false, err
+			return false, 0, err
 		}
 		own := foreign{v.Bundle.Own.TrustDomain(), form(v.Bundle.Own)}
 		next := slices.Insert(federated(&v, form), 0, own)
 		if last != nil && equalForeign(next, last) {
-			return false, nil
+			return false, 0, nil
 		}
 		if c.peer.Alive() != nil {
-			return false, errGone
+			return false, 0, errGone
 		}
 		if err := stream.SendMsg(encoded{encodeMap(field, next)}); err != nil {
-			return false, err
+			return false, 0, err
 		}
 		last = next
-		return true, nil
+		return true, 0, nil
 	})
 }

@@ -13,12 +13,15 @@ const PushSpacing = 250 * time.Millisecond
 
 // follow runs one stream: it calls look when woken and lets at least
 // PushSpacing pass after each answer. look sends what has changed, if anything,
-// and reports whether it did.
-func (s *service) follow(ctx context.Context, wake <-chan struct{}, look func() (sent bool, err error)) error {
+// and reports whether it did. A look that is to be repeated without a wake-up
+// says so by again, the time until then.
+func (s *service) follow(ctx context.Context, wake <-chan struct{}, look func() (sent bool, again time.Duration, err error)) error {
 	var last time.Time // of the last answer
+	var again <-chan time.Time
 	for {
 		select {
 		case <-wake:
+		case <-again:
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		case <-s.stopping.Done():
@@ -43,9 +46,13 @@ func (s *service) follow(ctx context.Context, wake <-chan struct{}, look func() 
 				}
 			}
 		}
-		sent, err := look()
+		sent, wait, err := look()
 		if err != nil {
 			return err
+		}
+		again = nil
+		if wait > 0 {
+			again = time.After(wait)
 		}
 		if sent {
 			last = time.Now()

@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"log/slog"
 	"slices"
+	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -49,9 +50,9 @@ func (s *service) streamX509SVIDs(stream grpc.ServerStream) error {
 		return err
 	}
 	defer x.close()
-	return s.follow(stream.Context(), x.sub.C(), func() (sent bool, err error) {
-		err = aside(func() error { sent, err = x.look(); return err })
-		return sent, err
+	return s.follow(stream.Context(), x.sub.C(), func() (sent bool, again time.Duration, err error) {
+		err = aside(func() error { sent, again, err = x.look(); return err })
+		return sent, again, err
 	})
 }
 
@@ -74,7 +75,16 @@ type x509Stream struct {
 	sub    *cache.Subscription
 	last   x509Answer // what was sent
 	warned bool       // of its size
+	// orphaned is since when what is held does not go with the bundle.
+	orphaned time.Time
 }
+
+// orphanGrace is how long an answer waits for the replacement of SVIDs whose
+// authority was removed from the bundle. Together with the new bundle they
+// would be an identity that nobody accepts; the replacement is usually there
+// in a moment, and then SVIDs and bundle change in one answer. After the grace
+// the bundle must be told in any case: the removal may be about a stolen key.
+const orphanGrace = 5 * time.Second
 
 // open lets the caller in. Unless it fails, close has to follow.
 func (x *x509Stream) open() error {
@@ -99,25 +109,35 @@ func (x *x509Stream) close() {
 }
 
 // look sends what the caller is to know now, if it differs from what was sent.
-func (x *x509Stream) look() (sent bool, err error) {
+func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	v := x.sub.View()
 	if err := x.caller.admit(&v); err != nil {
-		return false, err
+		return false, 0, err
 	}
 	// The first answer waits until it can be complete. A later one does not:
 	// renewals must reach the workload also while an entry that was just added
 	// has to wait for the server.
 	if len(v.Identities) == 0 || (v.Waiting > 0 && x.last.identities == nil) {
-		return false, nil
+		return false, 0, nil
+	}
+	if v.Orphaned == 0 {
+		x.orphaned = time.Time{}
+	} else {
+		if x.orphaned.IsZero() {
+			x.orphaned = time.Now()
+		}
+		if left := orphanGrace - time.Since(x.orphaned); left > 0 {
+			return false, left, nil
+		}
 	}
 	next := newX509Answer(&v)
 	if next.equal(&x.last) {
 		// What was sent before says the same.
 		x.sub.Sent()
-		return false, nil
+		return false, 0, nil
 	}
 	if x.caller.peer.Alive() != nil {
-		return false, errGone
+		return false, 0, errGone
 	}
 	size := next.size()
 	if size > maxClientMessage {
@@ -128,11 +148,11 @@ func (x *x509Stream) look() (sent bool, err error) {
 		}
 	}
 	if err := x.stream.SendMsg(encoded{next.encode(size)}); err != nil {
-		return false, err
+		return false, 0, err
 	}
 	x.sub.Sent()
 	x.last = next
-	return true, nil
+	return true, 0, nil
 }
 
 func (s *service) warnOversize(c *caller, identities, size int) {
