@@ -5,11 +5,14 @@ import (
 	"errors"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
@@ -129,29 +132,30 @@ func TestTokenLetsOneIn(t *testing.T) {
 // same, so it can never let two in.
 func TestTokenIsSpentBeforeSigning(t *testing.T) {
 	t.Parallel()
-	bubble(t, server.Config{}, func(t *testing.T, s *running) {
-		token, err := s.CreateJoinToken(t.Context(), 200*24*time.Hour)
+	synctest.Test(t, func(t *testing.T) {
+		var ahead atomic.Int64 // of the keysets' clock
+		keys, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Now: func() time.Time {
+			return time.Now().Add(time.Duration(ahead.Load()))
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s := start(t, server.Config{Keysets: keys})
+		token, err := s.CreateJoinToken(t.Context(), time.Minute)
 		if err != nil {
 			t.Fatal(err)
 		}
 		_, csr := newKey(t)
 		c := s.dial(t, nil)
-		if _, err := c.GetBundle(t.Context(), nil); err != nil { // connected before the CA expires
+		if _, err := c.GetBundle(t.Context(), &bundlev1.GetBundleRequest{}); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(time.Until(s.Keysets().Active().ExpiresAt))
+		ahead.Store(int64(keyset.DefaultLifetime))
 		_, err = c.attest(t.Context(), "join_token", token, csr)
-		wantCode(t, err, codes.Unavailable) // the server has no certificate any more
-		next, err := s.Keysets().Prepare(t.Context())
-		if err != nil {
-			t.Fatal(err)
-		}
-		if err := s.Keysets().Activate(t.Context(), next.ID); err != nil {
-			t.Fatal(err)
-		}
-		if _, err := s.dial(t, nil).attest(t.Context(), "join_token", token, csr); err != nil {
-			t.Errorf("after a new keyset: %v", err)
-		}
+		wantCode(t, err, codes.Internal)
+		ahead.Store(0)
+		_, err = c.attest(t.Context(), "join_token", token, csr)
+		wantCode(t, err, codes.InvalidArgument)
 	})
 }
 

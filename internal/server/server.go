@@ -184,18 +184,20 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	entryv1.RegisterEntryServer(gs, &entryService{s: s})
 	svidv1.RegisterSVIDServer(gs, &svidService{s: s})
 
+	tracked := newConns(lis)
 	failed := make(chan struct{})
 	drained := make(chan struct{})
 	go func() {
 		defer close(drained)
 		select {
 		case <-ctx.Done():
-			drain(gs)
+			drain(gs, tracked)
 		case <-failed:
+			tracked.closeAll()
 			gs.Stop()
 		}
 	}()
-	err := gs.Serve(lis)
+	err := gs.Serve(tracked)
 	close(failed)
 	<-drained
 	if err == nil || ctx.Err() != nil {
@@ -206,7 +208,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 
 // drain lets calls in flight finish for a while. A stream that a client keeps
 // open would hold up a graceful stop for ever.
-func drain(gs *grpc.Server) {
+func drain(gs *grpc.Server, open *conns) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -217,6 +219,7 @@ func drain(gs *grpc.Server) {
 	select {
 	case <-done:
 	case <-timer.C:
+		open.closeAll()
 		gs.Stop()
 		<-done
 	}
