@@ -1,0 +1,256 @@
+package keyset_test
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// TestSecondMutationFailsAtOnce holds one mutation in its commit.
+func TestSecondMutationFailsAtOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{gate: make(chan struct{})}
+		close(store.gate)
+		d := open(t, keyset.Config{Storage: store})
+		store.gate = make(chan struct{})
+		var wg sync.WaitGroup
+		var first error
+		wg.Go(func() { _, first = d.Prepare(t.Context()) })
+		synctest.Wait()
+
+		begin := time.Now()
+		const want = "The request failed due to an internal error, please try again."
+		for name, err := range map[string]error{
+			"prepare":  second(d.Prepare(t.Context())),
+			"activate": d.Activate(t.Context(), "x"),
+			"taint":    d.Taint(t.Context(), d.Active().ID),
+			"remove":   d.Remove(t.Context(), "x"),
+		} {
+			if !errors.Is(err, keyset.ErrBusy) || err.Error() != want {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		if _, err := d.SignX509(workload, newKey(t).Public(), 0); err != nil {
+			t.Errorf("signing during a mutation: %v", err)
+		}
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("the second mutation waited %v", took)
+		}
+		close(store.gate)
+		wg.Wait()
+		if first != nil {
+			t.Errorf("the first mutation: %v", first)
+		}
+		if _, err := d.Prepare(t.Context()); err != nil {
+			t.Errorf("a mutation after it: %v", err)
+		}
+	})
+}
+
+func second[T any](_ T, err error) error { return err }
+
+func TestMutationIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &slow{gate: make(chan struct{})}
+		close(store.gate)
+		d := open(t, keyset.Config{Storage: store})
+		store.gate = make(chan struct{})
+		begin := time.Now()
+		_, err := d.Prepare(t.Context())
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
+			t.Errorf("after %v: %v", time.Since(begin), err)
+		}
+	})
+}
+
+// TestLostRace has two deployments over one storage, as two servers would be.
+func TestLostRace(t *testing.T) {
+	t.Parallel()
+	store := new(keyset.Memory)
+	d := open(t, keyset.Config{Storage: store})
+	other := open(t, keyset.Config{Storage: store})
+	if d.Active() != other.Active() {
+		t.Fatal("both should have the same active keyset")
+	}
+	racing := &before{Storage: store, do: func() {
+		if _, err := other.Prepare(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}}
+	loser := open(t, keyset.Config{Storage: racing})
+	if _, err := loser.Prepare(t.Context()); !errors.Is(err, keyset.ErrBusy) {
+		t.Errorf("the loser got %v", err)
+	}
+	if len(d.Bundle().X509) != 1 {
+		t.Error("a deployment knows of the change before it looked")
+	}
+	if got := list(t, d); len(got) != 2 || len(d.Bundle().X509) != 2 {
+		t.Errorf("after List: %v, %d published", got, len(d.Bundle().X509))
+	}
+	// What is stored decides: a step on what another one prepared is legal.
+	for id, k := range list(t, other) {
+		if k.State == keyset.Prepared {
+			if err := loser.Activate(t.Context(), id); err != nil || loser.Active().ID != id {
+				t.Errorf("activate: %v", err)
+			}
+		}
+	}
+}
+
+// TestOpenRace opens two deployments over an empty storage at the same moment.
+func TestOpenRace(t *testing.T) {
+	t.Parallel()
+	store := new(keyset.Memory)
+	var winner *keyset.Deployment
+	d := open(t, keyset.Config{Storage: &before{Storage: store, do: func() { winner = open(t, keyset.Config{Storage: store}) }}})
+	if d.Active() != winner.Active() {
+		t.Errorf("active is %v and %v", d.Active(), winner.Active())
+	}
+}
+
+func TestStorageErrors(t *testing.T) {
+	t.Parallel()
+	disk := errors.New("disk is full")
+	store := &failing{Storage: new(keyset.Memory)}
+	d := open(t, keyset.Config{Storage: store})
+	before, sequence := list(t, d), d.Bundle().Sequence
+	store.save = disk
+	if _, err := d.Prepare(t.Context()); !errors.Is(err, disk) || err.Error() != "prepare keyset: save: disk is full" {
+		t.Errorf("prepare: %v", err)
+	}
+	if !maps.Equal(before, list(t, d)) || d.Bundle().Sequence != sequence {
+		t.Error("a failed mutation changed something")
+	}
+	store.load = disk
+	if _, err := d.List(t.Context()); !errors.Is(err, disk) {
+		t.Errorf("list: %v", err)
+	}
+	if err := d.Taint(t.Context(), "x"); !errors.Is(err, disk) {
+		t.Errorf("taint: %v", err)
+	}
+	// Signing needs no storage.
+	if _, err := d.SignJWT(workload, []string{"a"}, 0); err != nil {
+		t.Errorf("sign: %v", err)
+	}
+}
+
+// TestReopen keeps the keys over a restart.
+func TestReopen(t *testing.T) {
+	t.Parallel()
+	store := new(keyset.Memory)
+	d := open(t, keyset.Config{Storage: store})
+	next, err := d.Prepare(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Activate(t.Context(), next.ID); err != nil {
+		t.Fatal(err)
+	}
+	again := open(t, keyset.Config{Storage: store})
+	if !maps.Equal(list(t, d), list(t, again)) || again.Active().ID != next.ID {
+		t.Errorf("%v, want %v", list(t, again), list(t, d))
+	}
+	if string(d.BundlePEM()) != string(again.BundlePEM()) || d.Bundle().Sequence != again.Bundle().Sequence {
+		t.Error("the published bundle differs")
+	}
+}
+
+// TestConcurrentUse lets everything happen at once; the race detector judges.
+func TestConcurrentUse(t *testing.T) {
+	t.Parallel()
+	d := open(t, keyset.Config{})
+	key := newKey(t)
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			for range 20 {
+				svid, err := d.SignX509(workload, key.Public(), 0)
+				if err != nil || svid.Authority == "" {
+					t.Errorf("sign: %v", err)
+				}
+				if _, err := d.SignJWT(workload, []string{"a"}, 0); err != nil {
+					t.Errorf("sign: %v", err)
+				}
+				if _, err := d.List(t.Context()); err != nil {
+					t.Errorf("list: %v", err)
+				}
+			}
+		})
+		wg.Go(func() {
+			for range 10 {
+				old := d.Active()
+				k, err := d.Prepare(t.Context())
+				if err != nil {
+					continue // busy
+				}
+				_ = d.Activate(t.Context(), k.ID)
+				_ = d.Taint(t.Context(), old.ID)
+				_ = d.Remove(t.Context(), old.ID)
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// fixed is a storage that always holds the same.
+type fixed struct{ doc keyset.Document }
+
+func (f fixed) Load(context.Context) (keyset.Document, error) { return f.doc, nil }
+func (f fixed) Save(context.Context, keyset.Document) error   { return keyset.ErrConflict }
+
+// failing is a storage whose calls can be made to fail.
+type failing struct {
+	keyset.Storage
+	load, save error
+}
+
+func (f failing) Load(ctx context.Context) (keyset.Document, error) {
+	if f.load != nil {
+		return keyset.Document{}, f.load
+	}
+	return f.Storage.Load(ctx)
+}
+
+func (f failing) Save(ctx context.Context, d keyset.Document) error {
+	if f.save != nil {
+		return f.save
+	}
+	return f.Storage.Save(ctx, d)
+}
+
+// slow is a storage that saves when its gate is open.
+type slow struct {
+	keyset.Memory
+	gate chan struct{}
+}
+
+func (s *slow) Save(ctx context.Context, d keyset.Document) error {
+	select {
+	case <-s.gate:
+		return s.Memory.Save(ctx, d)
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// before does something once, right before a save.
+type before struct {
+	keyset.Storage
+	do func()
+}
+
+func (b *before) Save(ctx context.Context, d keyset.Document) error {
+	if do := b.do; do != nil {
+		b.do = nil
+		do()
+	}
+	return b.Storage.Save(ctx, d)
+}
