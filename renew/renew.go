@@ -133,6 +133,7 @@ type Renewer struct {
 	failing  bool            // the last item failed: do not warn of each
 	lagging  map[string]bool // tainted authorities seen to sign still
 	settling map[string]bool // tainted authorities that SVIDs still hang on
+	clock    clock
 
 	mu       sync.Mutex
 	inFlight map[*call]struct{}
@@ -162,6 +163,25 @@ type gate struct {
 	until   time.Time // monotonic: when the next try may be made
 	since   time.Time // when it was last closed
 	backoff *backoff.ExponentialBackOff
+}
+
+// clock notices when the wall clock does not go along with the monotonic one.
+type clock struct {
+	wall time.Time
+	mono time.Time
+}
+
+// maxDrift is how far they may part between two looks, which are at most
+// maxSleep apart: more than any slewing, less than what would matter.
+const maxDrift = 5 * time.Second
+
+// stepped reports whether the wall clock was set since the last call.
+func (c *clock) stepped(now time.Time) bool {
+	mono := time.Now()
+	drift := now.Round(0).Sub(c.wall) - mono.Sub(c.mono)
+	first := c.mono.IsZero()
+	c.wall, c.mono = now.Round(0), mono
+	return !first && drift.Abs() > maxDrift
 }
 
 // New returns a Renewer. It panics when a required field is missing: that is a
@@ -253,6 +273,14 @@ func (r *Renewer) Run(ctx context.Context) error {
 		}
 		now := r.cfg.Now()
 		r.observe(now)
+		if r.clock.stepped(now) {
+			r.cfg.Log.Warn("clock was stepped, all deadlines are looked at again")
+			r.own.retry = time.Time{}
+			for id, it := range r.items {
+				it.retry = time.Time{}
+				r.look(id, now)
+			}
+		}
 		for r.timers.Len() > 0 && !r.timers.items[0].wake.After(now) {
 			r.look(r.timers.items[0].entryID, now)
 		}

@@ -5,6 +5,8 @@ import (
 	"slices"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
@@ -114,3 +116,6 @@ func (a *Agent) Bundle() *bundle.Snapshot { return a.cache.Bundle() }
 func (a *Agent) TaintDelay(authorityID string) time.Duration {
 	return renew.TaintDelay(a.seed, authorityID, a.cfg.TaintDelay)
 }
+
+// Metrics are the agent's metrics, for a process that serves them itself.
+func (a *Agent) Metrics() *prometheus.Registry { return a.metrics.Registry() }
