@@ -1,0 +1,71 @@
+package main
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+)
+
+// print writes the report for people.
+func (r *Report) print(w io.Writer, s *screen) error {
+	var b bytes.Buffer
+	row := func(name, format string, args ...any) {
+		fmt.Fprintf(&b, "  %-24s  %s\n", name, fmt.Sprintf(format, args...))
+	}
+	fmt.Fprintf(&b, "\n%s\n", s.paint(bold, "REPORT"))
+	row("Identities", "%d SVIDs, %d of them in use by workloads", r.SVIDs, r.Workloads)
+	row("Calls between workloads", "%d handshakes, %d failed", r.Handshakes, r.Failed)
+	if r.FirstFailure != "" {
+		row("First failure", "%s", r.FirstFailure)
+	}
+	row("Longest without an SVID", "%v s, over all workloads", r.LongestGap)
+	row("Delay drawn", "%.1f s of at most %v s, from when the agent saw the taint (%s)", r.Delay, r.MaxDelay, after(r.Seen, "it"))
+	row("Renewals", "%d, the agent's own among them; most in any second: %d", r.Renewals, r.MostPerSecond)
+	row("Workloads on the new key", "%s", after(r.InUse, "the taint"))
+	row("Settled", "%s (nothing on this node depended on the old key)", after(r.Settled, "the taint"))
+	if r.JWT.AfterRemoval != "" {
+		same := "the same all through the taint"
+		if !r.JWT.SameDuringTaint {
+			same = "not the same all through the taint"
+		}
+		row("JWT-SVIDs", "%s; %s after the removal (%s)", same, r.JWT.AfterRemoval, after(r.JWT.Replaced, "it"))
+	}
+	for _, k := range r.SafeToRemove {
+		switch {
+		case k.Type == "x509" && k.Safe:
+			row("Safe to remove", "X.509 key: %s", after(k.After, "the taint"))
+		case k.Type == "x509":
+			row("Safe to remove", "X.509 key: no")
+		case k.NotBefore != nil:
+			row("", "JWT key: only from %s on, when the last JWT-SVID that it signed ends", k.NotBefore.Local().Format("Jan 2 15:04"))
+		}
+	}
+	row("Whole demo", "%.0f s", r.Elapsed)
+
+	fmt.Fprintf(&b, "\n%s\n", s.paint(bold, "PROMISES"))
+	for _, p := range r.Promises {
+		verdict := s.paint(green, "held  ")
+		if !p.Held {
+			verdict = s.paint(red, "BROKEN")
+		}
+		fmt.Fprintf(&b, "  %s  %-14s  %s\n", verdict, p.Name, p.Promise)
+		if !p.Held {
+			fmt.Fprintf(&b, "%26s%s\n", "", p.Measured)
+		}
+	}
+	end := s.paint(green, "Every promise held.")
+	if !r.OK {
+		end = s.paint(red, fmt.Sprintf("%d of %d promises broken.", len(r.Broken), len(r.Promises)))
+	}
+	fmt.Fprintf(&b, "\n%s\n", end)
+	_, err := w.Write(b.Bytes())
+	return err
+}
+
+// after says when something happened.
+func after(s *Seconds, what string) string {
+	if s == nil {
+		return "never"
+	}
+	return fmt.Sprintf("%.1f s after %s", *s, what)
+}

@@ -1,0 +1,182 @@
+package main
+
+import (
+	"cmp"
+	"fmt"
+	"math"
+	"time"
+
+	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/renew"
+)
+
+// Seconds is a duration in the report.
+type Seconds float64
+
+func seconds(d time.Duration) Seconds {
+	return Seconds(math.Round(d.Seconds()*1000) / 1000)
+}
+
+// between is nil when one of the two did not happen.
+func between(from, to time.Time) *Seconds {
+	if from.IsZero() || to.IsZero() {
+		return nil
+	}
+	s := seconds(to.Sub(from))
+	return &s
+}
+
+// Report is what the demo found out. The usage text describes the fields;
+// times are nil when it did not come to that.
+type Report struct {
+	OK       bool      `json:"ok"`
+	Broken   []string  `json:"broken"`
+	Promises []Promise `json:"promises"`
+
+	SVIDs        int     `json:"svids"`
+	Workloads    int     `json:"workloads"`
+	Handshakes   int     `json:"handshakes"`
+	Failed       int     `json:"failed_handshakes"`
+	FirstFailure string  `json:"first_failure"`
+	LongestGap   Seconds `json:"longest_gap_seconds"`
+
+	MaxDelay     Seconds  `json:"max_delay_seconds"`
+	Delay        Seconds  `json:"delay_seconds"`
+	Seen         *Seconds `json:"taint_to_seen_seconds"`
+	FirstRenewal *Seconds `json:"taint_to_first_renewal_seconds"`
+	InUse        *Seconds `json:"taint_to_in_use_seconds"`
+	Settled      *Seconds `json:"taint_to_settled_seconds"`
+
+	Renewals      int `json:"renewals"`
+	MostPerSecond int `json:"most_renewals_per_second"`
+	Allowed       int `json:"allowed_renewals_per_second"`
+
+	JWT          JWT    `json:"jwt"`
+	SafeToRemove []Safe `json:"safe_to_remove"`
+
+	Stuck   string  `json:"stuck"`
+	Elapsed Seconds `json:"elapsed_seconds"`
+
+	waited   time.Duration // from when the agent saw the mark to its first renewal
+	believed bool          // what the agent called safe was
+}
+
+// Promise is one thing that must hold.
+type Promise struct {
+	Name     string `json:"name"`
+	Promise  string `json:"promise"`
+	Measured string `json:"measured"`
+	Held     bool   `json:"held"`
+}
+
+// JWT is what happened to the JWT-SVIDs.
+type JWT struct {
+	SameDuringTaint bool     `json:"same_during_taint"`
+	FailedRequests  int      `json:"failed_requests"`
+	AfterRemoval    string   `json:"after_removal"` // "replaced" or "kept"; empty without a removal
+	Replaced        *Seconds `json:"removal_to_replaced_seconds"`
+}
+
+// Safe says whether one of the old keys was safe to remove when it was.
+type Safe struct {
+	Type      string     `json:"type"` // "x509" or "jwt"
+	Key       string     `json:"key"`
+	Safe      bool       `json:"safe"`
+	After     *Seconds   `json:"taint_to_safe_seconds"`
+	NotBefore *time.Time `json:"not_before"`
+}
+
+// report sums the rotation up.
+func (d *demo) report() *Report {
+	t := d.fleet.total()
+	r := &Report{
+		SVIDs: d.svids, Workloads: d.workloads,
+		Handshakes: t.Calls, Failed: t.Failures, FirstFailure: t.FirstFailure,
+		LongestGap:   Seconds(math.Ceil(t.LongestGap.Seconds()*1000) / 1000), // never 0 unless it is
+		MaxDelay:     seconds(d.maxDelay),
+		Delay:        seconds(d.delay),
+		Seen:         between(d.tainted, d.seen),
+		FirstRenewal: between(d.tainted, d.firstRenewal),
+		InUse:        between(d.tainted, d.inUse),
+		Settled:      between(d.tainted, d.settled),
+		Renewals:     len(d.renewals), MostPerSecond: most(d.renewals), Allowed: allowed(d.late),
+		JWT: JWT{
+			SameDuringTaint: !d.removed.IsZero() && d.atRemove.JWTChanges == d.atTaint.JWTChanges,
+			FailedRequests:  t.JWTFailures,
+			Replaced:        between(d.removed, d.jwtReplaced),
+		},
+		SafeToRemove: []Safe{
+			{Type: metrics.TypeX509, Key: d.old.X509AuthorityID, Safe: d.believed, After: between(d.tainted, d.settled)},
+			{Type: metrics.TypeJWT, Key: d.old.JWTKeyID},
+		},
+		Elapsed:  seconds(time.Since(d.screen.start)),
+		believed: d.believed,
+	}
+	// Waiting begins when the mark is seen, not when it is made.
+	if !d.firstRenewal.IsZero() && !d.seen.IsZero() {
+		r.waited = d.firstRenewal.Sub(d.seen)
+	}
+	if !d.settled.IsZero() {
+		r.SafeToRemove[0].NotBefore = &d.settled
+	}
+	if !d.jwtNotBefore.IsZero() {
+		r.SafeToRemove[1].NotBefore = &d.jwtNotBefore
+	}
+	switch {
+	case !d.jwtReplaced.IsZero():
+		r.JWT.AfterRemoval = "replaced"
+	case !d.removed.IsZero():
+		r.JWT.AfterRemoval = "kept"
+	}
+	if d.stuck != nil {
+		r.Stuck = d.stuck.Error()
+	}
+	r.judge()
+	return r
+}
+
+// allowed is how many renewals may reach the server within a second: those that
+// the rate lets begin, the one at the boundary, and those that began before and
+// came late. The promise is about when they begin, and only when they arrive
+// can be seen from outside.
+func allowed(late time.Duration) int {
+	return renew.DefaultRate + 1 + int(renew.DefaultRate*late.Seconds())
+}
+
+// judge fills in the promises from the figures.
+func (r *Report) judge() {
+	p := func(name, promise string, held bool, measured string, args ...any) {
+		r.Promises = append(r.Promises, Promise{Name: name, Promise: promise, Measured: fmt.Sprintf(measured, args...), Held: held})
+	}
+	p("no-gap", "no workload was ever without a valid SVID",
+		r.LongestGap == 0, "longest time without one: %v s", r.LongestGap)
+	p("no-failed-call", "no call between workloads failed",
+		r.Failed == 0 && r.Handshakes > 0, "%d of %d failed", r.Failed, r.Handshakes)
+	p("delay", "the agent waited its random delay before it renewed",
+		r.Delay < r.MaxDelay && r.waited > 0 && seconds(r.waited) >= r.Delay,
+		"drawn: %.1f s of at most %v s, waited: %.1f s", r.Delay, r.MaxDelay, r.waited.Seconds())
+	p("rate", fmt.Sprintf("at most %d renewals reached the server in any second", r.Allowed),
+		r.MostPerSecond <= r.Allowed && r.Renewals > 0, "most in one second: %d, in all: %d", r.MostPerSecond, r.Renewals)
+	p("safe", "when the agent called the old key safe to remove, it was",
+		r.believed, "the workloads and the server agree: %s", yes(r.believed))
+	p("jwt-kept", "the taint changed no JWT-SVID",
+		r.JWT.SameDuringTaint && r.JWT.FailedRequests == 0, "still the same: %s, failed requests: %d", yes(r.JWT.SameDuringTaint), r.JWT.FailedRequests)
+	p("jwt-replaced", "after the removal every workload got a JWT-SVID of the new key",
+		r.JWT.Replaced != nil, "they were %s", cmp.Or(r.JWT.AfterRemoval, "not removed"))
+	p("finished", "every step ended in time", r.Stuck == "", "%s", cmp.Or(r.Stuck, "all did"))
+
+	r.Broken = []string{}
+	for _, p := range r.Promises {
+		if !p.Held {
+			r.Broken = append(r.Broken, p.Name)
+		}
+	}
+	r.OK = len(r.Broken) == 0
+}
+
+func yes(b bool) string {
+	if b {
+		return "yes"
+	}
+	return "no"
+}

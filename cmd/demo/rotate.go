@@ -1,0 +1,331 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/metrics"
+)
+
+// demo is one rotation and what was seen of it.
+type demo struct {
+	settings
+	*system
+	screen *screen
+
+	old, new keyset.Keyset
+	delay    time.Duration // drawn by the agent for the old key's taint
+	late     time.Duration // how much later than begun a renewal arrived, at worst
+
+	// When things happened; zero when they did not.
+	tainted, seen, firstRenewal, inUse, settled, removed, jwtReplaced time.Time
+
+	atTaint, atRemove condition // of all workloads together
+	renewals          []renewal // since the taint
+	believed          bool      // what the agent called safe was
+	jwtNotBefore      time.Time // when the last JWT-SVID of the old key ends
+	stuck             *stuckError
+}
+
+// stuckError is a step that did not end in time.
+type stuckError struct {
+	step  string
+	after time.Duration
+}
+
+func (e *stuckError) Error() string { return fmt.Sprintf("%s: not within %v", e.step, e.after) }
+
+// patience is how long a step may take that is not paced on purpose.
+const patience = 30 * time.Second
+
+// rotate runs the whole demo and leaves nothing behind. A broken promise is
+// no error.
+func rotate(ctx context.Context, s settings, screen *screen, log *slog.Logger) (_ *Report, err error) {
+	ctx, fail := context.WithCancelCause(ctx)
+	defer fail(nil)
+	sys, err := newSystem(ctx, s, log, fail)
+	defer func() { err = errors.Join(err, sys.close()) }()
+	if err != nil {
+		return nil, err
+	}
+	d := &demo{settings: s, system: sys, screen: screen, old: sys.server.Keysets().Active()}
+	for _, step := range []func(context.Context, *slog.Logger) error{d.begin, d.prepare, d.activate, d.taint, d.remove, d.finish} {
+		if err := step(ctx, log); errors.As(err, &d.stuck) {
+			d.event("STUCK", "%v", d.stuck)
+			break
+		} else if err != nil {
+			return nil, err
+		}
+	}
+	return d.report(), nil
+}
+
+// begin starts everything and waits for the first calls.
+func (d *demo) begin(ctx context.Context, log *slog.Logger) error {
+	d.screen.text(
+		"renewd demo: the keys that sign all identities on a node are replaced while they are in use.",
+		"",
+		"An SVID is a workload's identity: a certificate and its key, signed by the server's signing key.",
+		"The agent fetches SVIDs from the server, renews them, and hands them to the workloads of its node.",
+		"")
+	d.event("server", "signs with the old key (keyset %s) at %s", d.old.ID, d.address)
+	if err := d.startAgent(ctx, d.settings, log); err != nil {
+		return err
+	}
+	if err := d.until(ctx, "the agent joins", patience, func() bool { return d.agent.Bundle() != nil }); err != nil {
+		return err
+	}
+	d.event("agent", "has joined with a one-time token; workloads find it at %s", d.socket)
+	fill := patience + time.Duration(d.svids)*10*time.Millisecond
+	if err := d.until(ctx, "the agent holds all SVIDs", fill, func() bool { return d.x509(d.old).Held == d.svids }); err != nil {
+		return err
+	}
+	d.event("agent", "holds %d SVIDs: %d for the workloads here, %d that no process asks for at the moment",
+		d.svids, d.workloads, d.svids-d.workloads)
+	for range d.workloads {
+		if err := d.fleet.start(d.socket); err != nil {
+			return err
+		}
+	}
+	if err := d.until(ctx, "the workloads get their identities", patience, func() bool {
+		return d.fleet.all(func(c condition) bool { return c.ID != "" && c.JWTKey != "" })
+	}); err != nil {
+		return err
+	}
+	d.event("workloads", "%d processes have their SVIDs, and a JWT-SVID each (a signed token)", d.workloads)
+	if err := d.fleet.call(); err != nil {
+		return err
+	}
+	d.event("workloads", "call each other over mutual TLS, a new handshake every %v from each", callEvery)
+	return d.rest(ctx)
+}
+
+// prepare publishes the new key.
+func (d *demo) prepare(ctx context.Context, _ *slog.Logger) (err error) {
+	if d.new, err = d.server.Keysets().Prepare(ctx); err != nil {
+		return fmt.Errorf("prepare: %w", err)
+	}
+	d.screen.step(1, "PREPARE",
+		"A new key is published. Everyone learns to trust it; it signs nothing yet.")
+	if err := d.until(ctx, "the agent learns of the new key", d.refresh+patience, func() bool {
+		_, ok := d.published(d.new)
+		return ok
+	}); err != nil {
+		return err
+	}
+	d.event("agent", "has the new key (keyset %s); it asks the server every %v", d.new.ID, d.refresh)
+	if err := d.until(ctx, "all workloads trust the new key", patience, func() bool {
+		return d.fleet.all(func(c condition) bool { return slices.Contains(c.Trusts, d.new.X509AuthorityID) })
+	}); err != nil {
+		return err
+	}
+	d.event("workloads", "all %d trust both keys", d.workloads)
+	return d.rest(ctx)
+}
+
+// activate has the new key sign.
+func (d *demo) activate(ctx context.Context, _ *slog.Logger) error {
+	if err := d.server.Keysets().Activate(ctx, d.new.ID); err != nil {
+		return fmt.Errorf("activate: %w", err)
+	}
+	d.screen.step(2, "ACTIVATE",
+		"The new key signs from now on. What the old one signed stays good and in use.")
+	return d.rest(ctx)
+}
+
+// taint marks the old key and waits until nothing on the node depends on it.
+func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
+	d.atTaint = d.fleet.total()
+	watching, stop := context.WithCancel(ctx)
+	var watch sync.WaitGroup
+	watch.Go(func() { d.late = lateness(watching) })
+	defer watch.Wait()
+	defer stop()
+
+	d.tainted = time.Now()
+	if err := d.server.Keysets().Taint(ctx, d.old.ID); err != nil {
+		return fmt.Errorf("taint: %w", err)
+	}
+	d.delay = d.agent.TaintDelay(d.old.X509AuthorityID)
+	d.screen.step(3, "TAINT",
+		"The old key is marked as one to be retired: what it signed is to be replaced, calmly,",
+		"and stays valid until its replacement is there.")
+	limit := d.refresh + d.maxDelay + time.Duration(d.svids)*75*time.Millisecond + patience
+	err := d.until(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
+	d.renewals = d.pace.since(d.tainted)
+	stop()
+	watch.Wait()
+	d.late += d.pace.slowestSetup(d.tainted)
+	if err != nil {
+		return err
+	}
+	d.event("agent", "settled %.1f s after the taint: no SVID of the old key held, no renewal waiting,\n"+
+		"no stream without the replacement. The old key is safe to remove, as far as this node goes",
+		d.settled.Sub(d.tainted).Seconds())
+	// The last replacement has been sent; a moment later it has been received.
+	received := d.until(ctx, "the workloads confirm", 5*time.Second, func() bool { return d.fleet.all(d.onNew) })
+	d.believed = received == nil && len(d.renewals) > d.svids
+	if received != nil && !errors.As(received, new(*stuckError)) {
+		return received
+	}
+	if received == nil && d.inUse.IsZero() {
+		d.inUse = time.Now()
+	}
+	d.jwtNotBefore = d.agent.State().JWTExpiry[d.old.JWTKeyID]
+	d.event("agent", "JWT-SVIDs are left alone by a taint: those of the old key are good until %s",
+		d.jwtNotBefore.Local().Format("Jan 2 15:04"))
+	return d.rest(ctx)
+}
+
+// waveEnded notes what has happened since the taint and reports whether the
+// agent says that nothing depends on the old key any more.
+func (d *demo) waveEnded() bool {
+	now := time.Now()
+	if d.seen.IsZero() {
+		since, ok := d.taintSeen()
+		if !ok {
+			return false
+		}
+		d.seen = since
+		d.event("agent", "has seen the mark and waits %.1f s, drawn at random below %v,\n"+
+			"so that the nodes of a fleet do not all call the server at once",
+			d.delay.Seconds(), d.maxDelay)
+	}
+	if d.firstRenewal.IsZero() {
+		renewals := d.pace.since(d.tainted)
+		if len(renewals) == 0 {
+			return false
+		}
+		d.firstRenewal = renewals[0].at
+		d.event("agent", "renews: its own SVID first, then those in use, then the idle ones, 20 a second")
+	}
+	if d.inUse.IsZero() && d.fleet.all(d.onNew) {
+		d.inUse = now
+		d.event("workloads", "all %d have been handed SVIDs of the new key and use them", d.workloads)
+	}
+	x := d.x509(d.old)
+	if x.State != metrics.StateTainted || !x.Settled || x.Held+x.Pending+x.Streams != 0 {
+		return false
+	}
+	d.settled = now
+	return true
+}
+
+// remove deletes the old key for good.
+func (d *demo) remove(ctx context.Context, _ *slog.Logger) error {
+	d.atRemove = d.fleet.total()
+	if err := d.server.Keysets().Remove(ctx, d.old.ID); err != nil {
+		return fmt.Errorf("remove: %w", err)
+	}
+	d.removed = time.Now()
+	d.screen.step(4, "REMOVE",
+		"The old key is gone for good. JWT-SVIDs that it signed are good for nothing now: an operator",
+		"who minds waits for their end. The demo does not, to show how the agent replaces them.")
+	if err := d.until(ctx, "the agent drops the old key", d.refresh+patience, func() bool {
+		_, ok := d.published(d.old)
+		return !ok
+	}); err != nil {
+		return err
+	}
+	d.event("agent", "has dropped the old key and the JWT-SVIDs that it signed")
+	if err := d.until(ctx, "all workloads trust the new key alone and get JWT-SVIDs of it", patience, func() bool {
+		return d.fleet.all(func(c condition) bool {
+			return !slices.Contains(c.Trusts, d.old.X509AuthorityID) && c.JWTKey == d.new.JWTKeyID
+		})
+	}); err != nil {
+		return err
+	}
+	d.jwtReplaced = time.Now()
+	d.event("workloads", "all %d trust the new key alone and were handed JWT-SVIDs that it signed", d.workloads)
+	return d.rest(ctx)
+}
+
+// finish lets the calls end, so that none is cut short and counted as failed.
+func (d *demo) finish(ctx context.Context, _ *slog.Logger) error {
+	if err := d.fleet.stopCalls(); err != nil {
+		return err
+	}
+	return d.until(ctx, "the last calls end", callTimeout+patience, func() bool {
+		return d.fleet.all(func(c condition) bool { return c.Stopped })
+	})
+}
+
+// rest gives whoever watches the time to read, and the workloads to call.
+func (d *demo) rest(ctx context.Context) error {
+	end := time.Now().Add(d.pause)
+	return d.until(ctx, "rest", d.pause+patience, func() bool { return time.Now().After(end) })
+}
+
+// until waits for ok, asking often, and shows progress meanwhile.
+func (d *demo) until(ctx context.Context, step string, limit time.Duration, ok func() bool) error {
+	deadline := time.Now().Add(limit)
+	ticker := time.NewTicker(20 * time.Millisecond)
+	defer ticker.Stop()
+	for !ok() {
+		if time.Now().After(deadline) {
+			return &stuckError{step: step, after: limit}
+		}
+		d.showProgress()
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-ticker.C:
+		}
+	}
+	return nil
+}
+
+// event writes a line of the timeline, or several.
+func (d *demo) event(who, format string, args ...any) {
+	d.screen.event(who, strings.Split(fmt.Sprintf(format, args...), "\n")...)
+}
+
+func (d *demo) showProgress() {
+	if d.agent == nil {
+		return
+	}
+	renewed := 0
+	if d.new.ID != "" {
+		renewed = d.x509(d.new).Held
+	}
+	t := d.fleet.total()
+	d.screen.progress(fmt.Sprintf("SVIDs of the new key %s %d/%d  calls %d, failed %d  longest without SVID %v",
+		bar(renewed, d.svids), renewed, d.svids, t.Calls, t.Failures, t.LongestGap.Round(time.Millisecond)))
+}
+
+// onNew reports whether a workload's SVID was signed by the new key.
+func (d *demo) onNew(c condition) bool { return c.Authority == d.new.X509AuthorityID }
+
+// x509 is what the agent says it has to do with a keyset's X.509 key.
+func (d *demo) x509(k keyset.Keyset) metrics.Authority {
+	for _, a := range d.agent.State().Authorities {
+		if a.Type == metrics.TypeX509 && a.ID == k.X509AuthorityID {
+			return a
+		}
+	}
+	return metrics.Authority{}
+}
+
+// published finds a keyset's X.509 key in the agent's trust bundle.
+func (d *demo) published(k keyset.Keyset) (bundle.X509Authority, bool) {
+	for _, a := range d.agent.Bundle().Own.X509() {
+		if a.ID == k.X509AuthorityID {
+			return a, true
+		}
+	}
+	return bundle.X509Authority{}, false
+}
+
+// taintSeen is when the agent saw the old key's mark.
+func (d *demo) taintSeen() (time.Time, bool) {
+	a, ok := d.published(d.old)
+	return a.TaintedSince, ok && a.Tainted
+}
