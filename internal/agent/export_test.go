@@ -1,0 +1,6 @@
+package agent
+
+import "github.com/renewd/renewd/cache"
+
+// Cache lets tests read what is held without going through the figures.
+func (a *Agent) Cache() *cache.Cache { return a.cache }
