@@ -41,7 +41,8 @@ with the usual SPIFFE client and call each other over mutual TLS all the time.
   -v                   the logs of server and agent on standard error
 
 Exit status: 0 every promise held; 1 one was broken, which is named, or the demo
-could not run; 2 wrong command line; 130 interrupted.
+could not run; 2 wrong command line; 130 interrupted. However it ends, short of SIGKILL,
+it stops what it started and removes what it wrote.
 
 The fields of the JSON report (null: it did not come to that):
   ok                              every promise held

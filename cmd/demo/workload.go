@@ -78,7 +78,7 @@ const tellEvery = 100 * time.Millisecond
 func runWorkload(ctx context.Context, in io.Reader, out io.Writer) error {
 	// Ctrl-C reaches every process of the terminal's group. The demo gets it
 	// too and then closes in.
-	signal.Ignore(os.Interrupt, syscall.SIGTERM)
+	signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	w := &workload{wake: make(chan struct{}, 1)}
 	defer w.close()
