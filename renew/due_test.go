@@ -84,7 +84,6 @@ func TestDueNeverAfterHalfLife(t *testing.T) {
 // statistic of 1,000 of them stays below its value for p = 0.0001.
 func TestTaintDelayIsUniform(t *testing.T) {
 	const nodes, limit = 1000, time.Minute
-	sorted := make([]float64, 0, nodes)
 	var counts [nodes]int
 	for n := range nodes {
 		var seed [32]byte
@@ -99,7 +98,6 @@ func TestTaintDelayIsUniform(t *testing.T) {
 		if other := renew.TaintDelay(seed, "other", limit); other == d {
 			t.Fatalf("two taints have the same delay %v", d)
 		}
-		sorted = append(sorted, float64(d)/float64(limit))
 		counts[int(float64(d)/float64(limit)*nodes)]++
 	}
 	worst, below := 0.0, 0

@@ -70,14 +70,13 @@ var errUnknownAuthority = errors.New("signed by an authority that the trust bund
 
 // attempt is one entry on its way through a mint call.
 type attempt struct {
-	item    *item
-	entry   *cache.Entry
-	held    *cache.SVID
-	reason  Reason
-	started time.Time
-	key     crypto.Signer
-	svid    *cache.SVID // the verified answer, or nil
-	err     error
+	item   *item
+	entry  *cache.Entry
+	held   *cache.SVID
+	reason Reason
+	key    crypto.Signer
+	svid   *cache.SVID // the verified answer, or nil
+	err    error
 	// rejected says that err is about an answer that failed verification.
 	rejected bool
 }

@@ -61,7 +61,6 @@ func history(t *testing.T, seed uint64) (said int) {
 					s.close()
 				}
 			}()
-			present := entriesFor(entries)
 			known := map[string]keyset.Keyset{w.server.Keysets().Active().ID: w.server.Keysets().Active()}
 			for range steps {
 				switch r.IntN(9) {
@@ -98,7 +97,7 @@ func history(t *testing.T, seed uint64) (said int) {
 						streams[i] = w.open(i, (i+1)%entries, (i+2)%entries, (i+3)%entries)
 					}
 				case 7:
-					present = entriesFor(entries)
+					present := entriesFor(entries)
 					for i := range present {
 						if r.IntN(20) == 0 {
 							present[i].Hint = fmt.Sprint(r.IntN(100))

@@ -3,7 +3,6 @@ package upstream
 import (
 	"bytes"
 	"context"
-	"crypto"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -153,7 +152,7 @@ func parseTrustBundle(b []byte, td spiffeid.TrustDomain) (*bundle.Bundle, error)
 		}
 		keys := in.JWTAuthorities()
 		for _, id := range slices.Sorted(maps.Keys(keys)) {
-			c.JWT = append(c.JWT, bundle.JWTAuthority{KeyID: id, PublicKey: crypto.PublicKey(keys[id])})
+			c.JWT = append(c.JWT, bundle.JWTAuthority{KeyID: id, PublicKey: keys[id]})
 		}
 		return bundle.New(td, c)
 	}

@@ -149,7 +149,7 @@ func (s *syncing) stream(ctx context.Context, l *link) error {
 		}
 	}
 	// What was asked for is here. The stream is ended in good order, so that
-	// the server does not count it as cancelled; how that goes does not matter.
+	// the server does not count it as canceled; how that goes does not matter.
 	if stream.CloseSend() == nil {
 		_, _ = stream.Recv()
 	}

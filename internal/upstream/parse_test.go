@@ -2,7 +2,6 @@ package upstream
 
 import (
 	"context"
-	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
@@ -115,7 +114,7 @@ func TestLoadTrustBundle(t *testing.T) {
 		}
 		sb.AddX509Authority(cert)
 	}
-	if err := sb.AddJWTAuthority("k", crypto.PublicKey(testKey().Public())); err != nil {
+	if err := sb.AddJWTAuthority("k", testKey().Public()); err != nil {
 		t.Fatal(err)
 	}
 	sb.SetSequenceNumber(9)

@@ -10,7 +10,6 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"fmt"
-	"maps"
 	"math/big"
 	"net"
 	"net/url"
@@ -110,22 +109,22 @@ type server struct {
 	id      string // the ID it presents
 	options []grpc.ServerOption
 
-	mu             sync.Mutex
-	listener       *bufconn.Listener
-	grpc           *grpc.Server
-	tokens         map[string]bool
-	active, next   string // serial numbers
-	banned         bool
-	conns, retries int
-	ttl            time.Duration
-	roots          []*types.X509Certificate
-	entries        []*types.Entry
-	page           int
-	asked          [][]string // IDs of each request for full entries
-	got            map[string]int
-	reattestable   bool
-	lacksSync      bool
-	spoilSVID      func(*x509.Certificate)
+	mu           sync.Mutex
+	listener     *bufconn.Listener
+	grpc         *grpc.Server
+	tokens       map[string]bool
+	active, next string // serial numbers
+	banned       bool
+	conns        int
+	ttl          time.Duration
+	roots        []*types.X509Certificate
+	entries      []*types.Entry
+	page         int
+	asked        [][]string // IDs of each request for full entries
+	got          map[string]int
+	reattestable bool
+	lacksSync    bool
+	spoilSVID    func(*x509.Certificate)
 
 	// hook, when set, is called at the start of each call that was let in.
 	hook func(ctx context.Context, method string) error
@@ -420,5 +419,3 @@ func entries(n int) []*types.Entry {
 
 // recycling closes connections after 3 minutes as a SPIRE server does.
 var recycling = grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 3 * time.Minute})
-
-func sorted[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }

@@ -141,7 +141,6 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		grpc.WaitForHandlers(true),
 		// A connection mostly waits for the next rotation: it should not own
 		// buffers meanwhile. Requests are tiny.
-		grpc.SharedWriteBuffer(true),
 		grpc.ReadBufferSize(readBuffer),
 		grpc.StaticStreamWindowSize(64<<10),
 		grpc.StaticConnWindowSize(64<<10),

@@ -143,5 +143,5 @@ func fstat(f *os.File) (fileID, error) {
 }
 
 func idOf(st *syscall.Stat_t) fileID {
-	return fileID{dev: uint64(st.Dev), ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
+	return fileID{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
 }
