@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/attest"
 )
@@ -54,7 +55,9 @@ func TestStartingIsUnavailable(t *testing.T) {
 		s := newSystem(t, nil) // a bundle, but no entries yet
 		c := s.client(1000)
 		ctx := withHeader(t.Context())
-		ended(t, fetchX509(t.Context(), c), codes.Unavailable)
+		early := fetchX509(t.Context(), c)
+		time.Sleep(time.Second)
+		ended(t, early, codes.Unavailable)
 		ended(t, receive(c.FetchX509Bundles(ctx, &workloadpb.X509BundlesRequest{})), codes.Unavailable)
 		ended(t, receive(c.FetchJWTBundles(ctx, &workloadpb.JWTBundlesRequest{})), codes.Unavailable)
 		_, err := c.FetchJWTSVID(ctx, &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
@@ -63,6 +66,60 @@ func TestStartingIsUnavailable(t *testing.T) {
 		}
 		s.cache.Update(nil, nil)
 		ended(t, fetchX509(t.Context(), c), codes.PermissionDenied)
+	})
+}
+
+// When an authority leaves the bundle before what it signed was replaced, SVIDs
+// and bundle change in one answer, unless the replacement takes too long.
+func TestRemovalWaitsForTheReplacement(t *testing.T) {
+	t.Parallel()
+	for _, late := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			s := newSystem(t, nil)
+			e := entry("1", "/a", 1000)
+			s.add(e)
+			r := fetchX509(t.Context(), s.client(1000))
+			if len(settled(r)) != 1 {
+				t.Fatal("no first answer")
+			}
+			time.Sleep(time.Second)
+			next := newAuthority(t, td, "next")
+			removed := time.Now()
+			s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 9, next)})
+			quiet(t, r)
+			if late {
+				time.Sleep(time.Minute)
+				got := settled(r)
+				if len(got) != 1 || got[0].at.Sub(removed) != 5*time.Second {
+					t.Fatalf("got %v, want the new bundle to be told after 5 s in any case", got)
+				}
+				return
+			}
+			time.Sleep(2 * time.Second)
+			if err := s.cache.Put(next.svid(t, e, time.Hour)); err != nil {
+				t.Fatal(err)
+			}
+			if got := settled(r); len(got) != 1 || got[0].err != nil {
+				t.Fatalf("got %v, want one answer with the replacement", got)
+			}
+			time.Sleep(time.Minute)
+			quiet(t, r)
+		})
+	}
+}
+
+// A caller that comes a moment before the agent is ready is not sent away.
+func TestStartingIsWaitedForABit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		r := fetchX509(t.Context(), s.client(1000))
+		time.Sleep(400 * time.Millisecond)
+		quiet(t, r)
+		s.add(entry("1", "/a", 1000))
+		if got := settled(r); len(got) != 1 || got[0].err != nil {
+			t.Errorf("got %v when the agent became ready, want one answer at once", got)
+		}
 	})
 }
 

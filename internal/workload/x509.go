@@ -75,9 +75,15 @@ type x509Stream struct {
 	sub    *cache.Subscription
 	last   x509Answer // what was sent
 	warned bool       // of its size
+	opened time.Time  // when the caller was let in
 	// orphaned is since when what is held does not go with the bundle.
 	orphaned time.Time
 }
+
+// startGrace is how long a caller is kept waiting by an agent that is starting
+// before it is told to come again. Most starts take less, and a stock client
+// that is sent away comes back after a second or more.
+const startGrace = 500 * time.Millisecond
 
 // orphanGrace is how long an answer waits for the replacement of SVIDs whose
 // authority was removed from the bundle. Together with the new bundle they
@@ -96,7 +102,7 @@ func (x *x509Stream) open() error {
 	if err != nil {
 		return err
 	}
-	x.caller = c
+	x.caller, x.opened = c, time.Now()
 	x.s.obs.StreamOpened(fetchX509SVID)
 	x.sub = x.s.cfg.Cache.Subscribe(c.selectors)
 	return nil
@@ -111,6 +117,9 @@ func (x *x509Stream) close() {
 // look sends what the caller is to know now, if it differs from what was sent.
 func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	v := x.sub.View()
+	if left := startGrace - time.Since(x.opened); !v.Ready && left > 0 {
+		return false, left, nil
+	}
 	if err := x.caller.admit(&v); err != nil {
 		return false, 0, err
 	}
