@@ -274,7 +274,7 @@ func waitFor(t *testing.T, what string, limit time.Duration, ok func() bool) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within %v", what, limit)
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(5 * time.Millisecond)
 	}
 }
 
@@ -385,12 +385,13 @@ func TestRotationUnderSPIRE(t *testing.T) {
 	restarted := time.Now()
 	_, stop = start()
 	defer stop()
-	again, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(socket))
-	if err != nil {
-		t.Fatalf("after a restart: %v", err)
-	}
+	// A new client for each try, because one that found no socket pauses for
+	// seconds before it looks again.
+	waitFor(t, "SVIDs after a restart without a token", 30*time.Second, func() bool {
+		_, err := workloadapi.FetchX509SVID(ctx, socket)
+		return err == nil
+	})
 	first := time.Since(restarted)
-	again.Close()
 	stopTraffic()
 	wg.Wait()
 	if n := tr.failures.Load(); n != 0 {
