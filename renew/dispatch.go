@@ -79,10 +79,12 @@ func (r *Renewer) startOwn(now time.Time) *call {
 	return &call{began: now, started: time.Now()}
 }
 
-// start takes n items from a ready queue for one call.
+// start takes up to n items from a ready queue for one call. Those that a
+// stream waits for go in a call of their own, because an answer comes when its
+// last item is signed.
 func (r *Renewer) start(now time.Time, q *queue, n int, single bool) *call {
 	c := &call{single: single, began: now, started: time.Now(), attempts: make([]*attempt, 0, n)}
-	for range n {
+	for first := q.items[0].streams; len(c.attempts) < n && q.Len() > 0 && q.items[0].streams == first; {
 		it := q.take()
 		it.ready = nil
 		it.inFlight = true
