@@ -32,9 +32,7 @@ type View struct {
 // Identity is an entry with its SVID.
 type Identity struct {
 	Entry *Entry
-	// Hint is the entry's hint or, where several matched entries share one,
-	// empty for all but the oldest of them: the Workload API requires hints to
-	// be unique in an answer.
+	// Hint is the entry's hint as far as it is unique; see [Hints].
 	Hint string
 	SVID *SVID
 }
@@ -80,7 +78,13 @@ func (c *Cache) view(matched []*record) View {
 		}
 	}
 	if hinted > 1 {
-		uniqueHints(v.Identities)
+		shown := make([]*Entry, len(v.Identities))
+		for i, id := range v.Identities {
+			shown[i] = id.Entry
+		}
+		for i, hint := range Hints(shown) {
+			v.Identities[i].Hint = hint
+		}
 	}
 	return v
 }
@@ -101,23 +105,26 @@ func (o *orphans) has(authorityID string) bool {
 	return o.answer
 }
 
-// uniqueHints leaves each hint to the oldest entry that has it; of entries
-// created in the same second, to the one with the lowest ID.
-func uniqueHints(ids []Identity) {
-	keeper := make(map[string]int, len(ids))
-	for i, id := range ids {
-		if id.Hint == "" {
+// Hints returns the hint to tell a caller for each of its entries, which are in
+// the order of their IDs. A hint is left to the oldest entry that has it, of
+// those created in the same second to the first, and is empty for the others:
+// the Workload API requires hints to be unique in an answer.
+func Hints(entries []*Entry) []string {
+	hints := make([]string, len(entries))
+	keeper := make(map[string]int)
+	for i, e := range entries {
+		if e.Hint == "" {
 			continue
 		}
-		if k, taken := keeper[id.Hint]; !taken || id.Entry.CreatedAt.Before(ids[k].Entry.CreatedAt) {
-			keeper[id.Hint] = i
+		if k, taken := keeper[e.Hint]; taken {
+			if !e.CreatedAt.Before(entries[k].CreatedAt) {
+				continue
+			}
+			hints[k] = ""
 		}
+		keeper[e.Hint], hints[i] = i, e.Hint
 	}
-	for i := range ids {
-		if h := ids[i].Hint; h != "" && keeper[h] != i {
-			ids[i].Hint = ""
-		}
-	}
+	return hints
 }
 
 // Subscription is one open X.509-SVID stream: it asks for its entries to be

@@ -117,6 +117,7 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 // An SVID with 20 s left when the taint comes does not wait for delay or rate.
 func TestDrillShortLifeLeftAtTheTaint(t *testing.T) {
 	withStreams(t, func(w *world) {
+		w.cfg.TaintDelay = 24 * time.Hour // and the delay drawn is longer than their life
 		entries := entriesFor(svids)
 		for i := range entries {
 			entries[i].X509TTL = time.Hour

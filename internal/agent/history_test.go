@@ -156,6 +156,28 @@ func TestSafeWaitsForStreams(t *testing.T) {
 	})
 }
 
+// An SVID asked for before the taint may come back signed by the tainted
+// authority: until it is there, nobody can say that nothing hangs on it.
+func TestSafeWaitsForAnswersOnTheirWay(t *testing.T) {
+	inWorld(t, 1, func(w *world) { w.cfg.TaintDelay = 1000 * time.Hour }, func(w *world) {
+		w.fill(1)
+		old := w.activate()
+		w.check(w.server.SetEntries(w.t.Context(), nil))
+		w.until("nothing held", 10*time.Second, func() bool { return w.held() == 0 })
+		lagging := w.record(old.ID)
+		w.set(func(f *faults) { f.lag, f.signing = lagging, 20*time.Second })
+		asked := time.Now()
+		w.check(w.server.SetEntries(w.t.Context(), entriesFor(1)))
+		w.until("SVID asked for", 10*time.Second, func() bool { return len(w.mintsSince(asked)) > 0 })
+		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
+		w.begins(old)
+		if a := w.authority(old); a.Held != 0 || a.Pending != 2 {
+			w.t.Errorf("with an answer on its way: %+v, want the node's own SVID and the answer pending", a)
+		}
+		w.until("answer arrived", 30*time.Second, func() bool { return w.authority(old).Held == 1 })
+	})
+}
+
 // mutate applies op to one of the keysets that is in the given state.
 func (w *world) mutate(r *rand.Rand, known map[string]keyset.Keyset, state keyset.State, op func(ctx context.Context, id string) error) {
 	w.t.Helper()

@@ -74,6 +74,7 @@ type world struct {
 type faults struct {
 	down    bool          // no connection
 	latency time.Duration // before every answer
+	signing time.Duration // before every answer with SVIDs
 	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
 	lag     *keyset.Record // signs with this keyset whatever the state
 }
@@ -234,7 +235,11 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 	}
 	f := w.faults
 	w.mu.Unlock()
-	if err := sleep(ctx, f.latency); err != nil {
+	wait := f.latency
+	if _, ok := req.(*svidpb.BatchNewX509SVIDRequest); ok {
+		wait += f.signing
+	}
+	if err := sleep(ctx, wait); err != nil {
 		return nil, err
 	}
 	res, err := handler(ctx, req)

@@ -2,10 +2,6 @@ package node
 
 import (
 	"crypto"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
@@ -128,26 +124,4 @@ func (i *Identity) verify(td spiffeid.TrustDomain, trust *bundle.Bundle, now tim
 func samePublic(a, b crypto.PublicKey) bool {
 	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
 	return ok && k.Equal(b)
-}
-
-// KeyType is the kind of the node's own key.
-type KeyType string
-
-// The key types.
-const (
-	ECP256  KeyType = "ec-p256"
-	ECP384  KeyType = "ec-p384"
-	RSA2048 KeyType = "rsa-2048"
-)
-
-func (t KeyType) generate() (crypto.Signer, error) {
-	switch t {
-	case ECP256:
-		return ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	case ECP384:
-		return ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	case RSA2048:
-		return rsa.GenerateKey(rand.Reader, 2048)
-	}
-	return nil, fmt.Errorf("unknown key type %q", string(t))
 }

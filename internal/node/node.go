@@ -3,6 +3,8 @@ package node
 import (
 	"context"
 	"crypto"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
@@ -34,9 +36,7 @@ type Config struct {
 	// Bundle is the trust bundle in force, which a renewed SVID must verify
 	// with; nil before there is one. It is not called by New.
 	Bundle func() *bundle.Bundle
-	// KeyType of the node's own key; empty means ECP256.
-	KeyType KeyType
-	Log     *slog.Logger
+	Log    *slog.Logger
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
 }
@@ -58,9 +58,6 @@ type Node struct {
 func New(cfg Config) (*Node, error) {
 	if cfg.TrustDomain.IsZero() || cfg.Attestor == nil || cfg.Store == nil || cfg.Bundle == nil {
 		return nil, errors.New("node: Config needs TrustDomain, Attestor, Store and Bundle")
-	}
-	if cfg.KeyType == "" {
-		cfg.KeyType = ECP256
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -235,7 +232,7 @@ func (n *Node) Wipe() error {
 // newKey makes a key and a certificate request for it. The request conveys the
 // key and nothing else: the server chooses everything that the SVID says.
 func (n *Node) newKey() (crypto.Signer, []byte, error) {
-	key, err := n.cfg.KeyType.generate()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, nil, fmt.Errorf("make the node's key: %w", err)
 	}

@@ -48,7 +48,7 @@ func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDReque
 	if err := c.admit(&v); err != nil {
 		return nil, err
 	}
-	hints := uniqueHints(v.Entries)
+	hints := cache.Hints(v.Entries)
 	entries := v.Entries
 	if !wanted.IsZero() {
 		at := slices.IndexFunc(entries, func(e *cache.Entry) bool { return e.SPIFFEID == wanted })
@@ -132,24 +132,4 @@ func canonical(audience []string) ([]string, error) {
 		}
 	}
 	return out, nil
-}
-
-// uniqueHints returns the entries' hints, each left to the oldest of those
-// that have it and empty for the others.
-func uniqueHints(entries []*cache.Entry) []string {
-	hints := make([]string, len(entries))
-	keeper := make(map[string]int)
-	for i, e := range entries {
-		if e.Hint == "" {
-			continue
-		}
-		if k, taken := keeper[e.Hint]; taken {
-			if !e.CreatedAt.Before(entries[k].CreatedAt) {
-				continue
-			}
-			hints[k] = ""
-		}
-		keeper[e.Hint], hints[i] = i, e.Hint
-	}
-	return hints
 }
