@@ -8,6 +8,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	svidpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
 
 	"github.com/renewd/renewd/internal/keyset"
@@ -126,16 +127,21 @@ func TestDrillShortLifeLeftAtTheTaint(t *testing.T) {
 	}, func(w *world, streams []*stream) {
 		// The server has been away for almost all of their life.
 		last, _ := streams[0].last()
-		old := w.server.Keysets().Active()
-		next, err := w.server.Keysets().Prepare(w.t.Context())
-		w.check(err)
-		time.Sleep(6 * time.Second)
-		w.set(func(f *faults) { f.down = true })
+		old := w.activate()
+		// For almost all of their life the server has signed nothing of use.
+		w.set(func(f *faults) {
+			f.garble = func(_ *svidpb.BatchNewX509SVIDRequest, res *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse {
+				for i := range res.Results {
+					res.Results[i] = &svidpb.BatchNewX509SVIDResponse_Result{}
+				}
+				return res
+			}
+		})
 		time.Sleep(time.Until(last.expiry.Add(-26 * time.Second)))
-		w.check(w.server.Keysets().Activate(w.t.Context(), next.ID))
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
-		w.set(func(f *faults) { f.down = false })
-		time.Sleep(25 * time.Second)
+		w.begins(old)
+		w.set(func(f *faults) { f.garble = nil })
+		time.Sleep(time.Until(last.expiry.Add(-time.Second)))
 		synctest.Wait()
 		for _, s := range streams {
 			s.unbroken()
@@ -181,13 +187,14 @@ func TestDrillClockStepped(t *testing.T) {
 			finished(w, old, since, wave, streams)
 		})
 	})
-	// The delay that a step back made uncountable is not waited for again.
-	t.Run("back by a little", func(t *testing.T) {
-		withStreams(t, nil, func(w *world, streams []*stream) {
+	// The clock was ahead when the taint was seen and is then set right: the
+	// delay that this makes uncountable is not waited for.
+	t.Run("ahead and set right", func(t *testing.T) {
+		withStreams(t, func(w *world) { w.stepClock(30 * time.Minute) }, func(w *world, streams []*stream) {
 			old, _ := w.rotate()
 			since := time.Now()
-			w.stepClock(-50 * time.Second)
-			finished(w, old, since, wave+50*time.Second, streams)
+			w.stepClock(0)
+			finished(w, old, since, wave, streams)
 		})
 	})
 }

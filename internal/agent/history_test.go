@@ -52,7 +52,7 @@ const entries = 40
 func history(t *testing.T, seed uint64) (said int) {
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 		const steps = 60
-		inWorld(t, entries, func(w *world) { w.cfg.TaintDelay = 20 * time.Second }, func(w *world) {
+		inWorld(t, entries, func(w *world) { w.cfg.TaintDelay, w.unchecked = 20*time.Second, true }, func(w *world) {
 			w.fill(entries)
 			r := rand.New(rand.NewPCG(seed, 0))
 			streams := map[int]*stream{}
