@@ -287,7 +287,7 @@ func (r *Renewer) openGate(c *call) {
 	}
 	r.gate.closed = false
 	r.cfg.Log.Info("server answers again, renewals go on", "waiting", r.wave.Len()+r.urgent.Len(),
-		"after", time.Since(r.gate.since).Round(time.Millisecond))
+		"after", time.Since(r.gate.since).Round(time.Millisecond).String())
 }
 
 // settled says once for each tainted authority that nothing held hangs on it.
