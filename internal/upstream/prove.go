@@ -122,6 +122,9 @@ func (c *Client) Bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 	if c.cfg.Bundle() == nil && !c.cfg.Insecure {
 		return nil, errors.New("there is no trust bundle: set trust_bundle_file, or insecure_bootstrap to take it from the first server that answers")
 	}
+	if c.cfg.Bundle() == nil {
+		c.cfg.Log.Warn("bootstrapping insecurely: the first server that answers is trusted", "server", c.cfg.ServerAddress)
+	}
 	pace, log := newPace(), c.grumbler("bootstrap")
 	for {
 		b, err := c.bootstrap(ctx)
@@ -142,7 +145,6 @@ func (c *Client) bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 	if c.cfg.Bundle() != nil {
 		return c.FetchBundle(ctx)
 	}
-	c.cfg.Log.Warn("bootstrapping insecurely: the first server that answers is trusted", "server", c.cfg.ServerAddress)
 	l, err := c.open(nil, c.insecureTLS())
 	if err != nil {
 		return nil, err
