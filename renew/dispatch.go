@@ -31,11 +31,6 @@ func (r *Renewer) dispatch(now time.Time) []*call {
 	return calls
 }
 
-// blocked reports whether the gate lets no call through now.
-func (r *Renewer) blocked() bool {
-	return r.gate.closed && (r.singles+r.batches > 0 || r.own.inFlight || time.Now().Before(r.gate.until))
-}
-
 func (r *Renewer) next(now time.Time) *call {
 	ownDue := r.own.reason != "" && !r.own.inFlight && !r.own.due.After(now)
 	if ownDue && r.own.reason != ReasonTaint {
@@ -264,30 +259,6 @@ func (r *Renewer) finishOwn(c *call, now time.Time) {
 	if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted {
 		r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), retryBase))
 	}
-}
-
-// closeGate is for a call that failed as a whole. Calls that were under way
-// when it was closed say nothing new.
-func (r *Renewer) closeGate(c *call) {
-	if r.gate.closed && c.started.Before(r.gate.since) {
-		return
-	}
-	if !r.gate.closed {
-		r.gate.backoff.Reset()
-		r.cfg.Log.Warn("server does not answer, renewals wait", "error", c.err, "waiting", r.wave.Len()+r.urgent.Len()+len(c.attempts))
-	}
-	r.gate.closed = true
-	r.gate.since = time.Now()
-	r.gate.until = r.gate.since.Add(max(r.gate.backoff.NextBackOff(), 100*time.Millisecond))
-}
-
-func (r *Renewer) openGate(c *call) {
-	if !r.gate.closed {
-		return
-	}
-	r.gate.closed = false
-	r.cfg.Log.Info("server answers again, renewals go on", "waiting", r.wave.Len()+r.urgent.Len(),
-		"after", time.Since(r.gate.since).Round(time.Millisecond).String())
 }
 
 // settled says once for each tainted authority that nothing held hangs on it.

@@ -2,113 +2,15 @@ package renew
 
 import (
 	"context"
-	"log/slog"
-	"math/rand/v2"
 	"sync"
 	"time"
 
-	"golang.org/x/time/rate"
-
 	"github.com/cenkalti/backoff/v5"
+	"golang.org/x/time/rate"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 )
-
-// Defaults of [Config].
-const (
-	DefaultMaxDelay  = 60 * time.Second
-	DefaultRate      = 20 // renewals a second
-	DefaultBatchSize = 500
-)
-
-const (
-	// maxSingles bounds the taint renewals in flight. At 20 a second it is
-	// reached only by a server that takes over three seconds an answer.
-	maxSingles = 64
-	// maxBatches bounds the other calls in flight.
-	maxBatches = 8
-	// maxSleep bounds every sleep, so that a clock that was stepped or a
-	// machine that was suspended is noticed.
-	maxSleep = time.Minute
-	// gateLimit bounds the pause while the server as a whole is unreachable.
-	// It equals the refresh interval: an outage makes no more calls than the
-	// quiet before it, and a server that returns is found within seconds.
-	gateLimit = 5 * time.Second
-	// retryBase and retryLimit bound the pauses of one SVID that fails or
-	// comes back still signed by a tainted authority.
-	retryBase  = 2 * time.Second
-	retryLimit = time.Minute
-)
-
-// Outcome is how a renewal ended.
-type Outcome string
-
-// The outcomes.
-const (
-	OutcomeRenewed Outcome = "renewed"
-	// OutcomeTainted is a renewal that came back signed by an authority that
-	// is tainted: the server lags.
-	OutcomeTainted Outcome = "still_tainted"
-	// OutcomeRejected is an answer that failed verification.
-	OutcomeRejected Outcome = "rejected"
-	// OutcomeFailed is no answer, or an error in its place.
-	OutcomeFailed Outcome = "failed"
-	// OutcomeDropped is an SVID whose entry changed while it was minted.
-	OutcomeDropped Outcome = "dropped"
-)
-
-// Outcomes lists every Outcome.
-var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeRejected, OutcomeFailed, OutcomeDropped}
-
-// Observer is told what happens, for metrics. Its methods must be quick.
-type Observer interface {
-	// Minted is called for each SVID asked for, with the error of the call or
-	// of the item (nil for success) and the time from key generation to the
-	// verified answer.
-	Minted(err error, took time.Duration)
-	// Renewed is called for each SVID with what came of it.
-	Renewed(Reason, Outcome)
-}
-
-// Own is the node's own X.509-SVID, without which nothing can be minted.
-type Own interface {
-	// Held describes the SVID held: Authority, NotAfter and RenewAt are used.
-	// Nil means that there is none, which is not renewal's to mend.
-	Held() *cache.SVID
-	// Renew replaces it and returns when new calls use the new one.
-	Renew(ctx context.Context) error
-}
-
-// Config is what a [Renewer] needs. Cache and Minter are required.
-type Config struct {
-	Cache  *cache.Cache
-	Minter Minter
-	// Own is the node's own SVID; nil when there is none to care for.
-	Own Own
-	// Seed makes this node's taint delays; see [TaintDelay].
-	Seed [32]byte
-	// MaxDelay bounds the delay: it is uniform in [0, MaxDelay). Zero means
-	// no delay.
-	MaxDelay time.Duration
-	// Rate is the most taint renewals begun a second. Zero means DefaultRate.
-	Rate float64
-	// BatchSize is the most SVIDs asked for in one call, where the rate does
-	// not matter. Zero means DefaultBatchSize, which is also SPIRE's limit.
-	BatchSize int
-	// KeyType of the workloads' keys; empty means ECP256.
-	KeyType KeyType
-	// Unexplained, when set, is called when an SVID was signed by an authority
-	// that the bundle does not have, to have the bundle refreshed.
-	Unexplained func()
-	Observer    Observer
-	Log         *slog.Logger
-	// Rand draws half-life deadlines; nil means the process's own source.
-	Rand *rand.Rand
-	// Now is the wall clock that deadlines are compared with; nil means
-	// time.Now.
-	Now func() time.Time
-}
 
 // Renewer renews the X.509-SVIDs of one cache. Run does the work and owns its
 // state; InFlightSince may be called at any time.
@@ -156,61 +58,10 @@ type call struct {
 	err      error
 }
 
-// gate holds calls back while the server as a whole does not answer: one call
-// at a time tries, and the first that succeeds opens it for all.
-type gate struct {
-	closed  bool
-	until   time.Time // monotonic: when the next try may be made
-	since   time.Time // when it was last closed
-	backoff *backoff.ExponentialBackOff
-}
-
-// clock notices when the wall clock does not go along with the monotonic one.
-type clock struct {
-	wall time.Time
-	mono time.Time
-}
-
-// maxDrift is how far they may part between two looks, which are at most
-// maxSleep apart: more than any slewing, less than what would matter.
-const maxDrift = 5 * time.Second
-
-// stepped reports whether the wall clock was set since the last call.
-func (c *clock) stepped(now time.Time) bool {
-	mono := time.Now()
-	drift := now.Round(0).Sub(c.wall) - mono.Sub(c.mono)
-	first := c.mono.IsZero()
-	c.wall, c.mono = now.Round(0), mono
-	return !first && drift.Abs() > maxDrift
-}
-
 // New returns a Renewer. It panics when a required field is missing: that is a
 // mistake in the program.
 func New(cfg Config) *Renewer {
-	if cfg.Cache == nil || cfg.Minter == nil {
-		panic("renew: Config needs Cache and Minter")
-	}
-	if cfg.Rate <= 0 {
-		cfg.Rate = DefaultRate
-	}
-	if cfg.BatchSize <= 0 {
-		cfg.BatchSize = DefaultBatchSize
-	}
-	if cfg.KeyType == "" {
-		cfg.KeyType = ECP256
-	}
-	if cfg.Unexplained == nil {
-		cfg.Unexplained = func() {}
-	}
-	if cfg.Observer == nil {
-		cfg.Observer = discard{}
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.Now == nil {
-		cfg.Now = time.Now
-	}
+	cfg = cfg.withDefaults()
 	return &Renewer{
 		cfg: cfg,
 		policy: Policy{Delay: func(id string) time.Duration {
@@ -231,11 +82,6 @@ func New(cfg Config) *Renewer {
 		own:      ownItem{backoff: newBackoff(retryBase, retryLimit)},
 	}
 }
-
-type discard struct{}
-
-func (discard) Minted(error, time.Duration) {}
-func (discard) Renewed(Reason, Outcome)     {}
 
 // InFlightSince counts the SVIDs being minted by calls that began at t or
 // before: answers that were perhaps signed before the server learned at t of
