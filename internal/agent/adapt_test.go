@@ -1,0 +1,42 @@
+package agent_test
+
+import (
+	"testing"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/renew"
+)
+
+// The packages that act and the one that counts do not know each other: what
+// the ones call a reason or an outcome must be a series of the other from the
+// start.
+func TestMetricsKnowEveryWord(t *testing.T) {
+	families, err := metrics.New(metrics.Config{}).Registry().Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	series := map[string]bool{}
+	for _, f := range families {
+		for _, m := range f.Metric {
+			name := f.GetName()
+			for _, l := range m.Label {
+				name += " " + l.GetValue()
+			}
+			series[name] = true
+		}
+	}
+	for _, reason := range renew.Reasons {
+		for _, outcome := range renew.Outcomes {
+			// Labels are in alphabetical order: outcome, reason.
+			if name := "renewd_renewals_total " + string(outcome) + " " + string(reason); !series[name] {
+				t.Errorf("no series %s", name)
+			}
+		}
+	}
+	for _, outcome := range []string{bundle.OutcomeApplied, bundle.OutcomeUnchanged, bundle.OutcomeRejected, bundle.OutcomeFailed} {
+		if name := "renewd_bundle_refreshes_total " + outcome; !series[name] {
+			t.Errorf("no series %s", name)
+		}
+	}
+}

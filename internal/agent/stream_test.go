@@ -1,0 +1,151 @@
+package agent_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/hex"
+	"slices"
+	"sync"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+)
+
+// stream is a workload with an open FetchX509SVID stream. It checks what it is
+// told as it comes.
+type stream struct {
+	w      *world
+	conn   *grpc.ClientConn
+	cancel context.CancelFunc
+	done   chan struct{}
+
+	mu      sync.Mutex
+	updates []update
+	end     error // why the stream ended
+}
+
+// update is one message of a stream.
+type update struct {
+	at          time.Time
+	authorities []string  // that signed its SVIDs
+	expiry      time.Time // of the first to end
+	identities  int
+}
+
+func (w *world) open(selectors ...int) *stream { return w.follow(w.connect(selectors...)) }
+
+// openAs is open with other selectors of the type test.
+func (w *world) openAs(values ...string) *stream { return w.follow(w.connectAs(values...)) }
+
+func (w *world) follow(conn *grpc.ClientConn) *stream {
+	s := &stream{w: w, conn: conn, done: make(chan struct{})}
+	ctx, cancel := context.WithCancel(workloadContext(context.Background()))
+	s.cancel = cancel
+	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(s.conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
+	w.check(err)
+	go func() {
+		defer close(s.done)
+		for {
+			res, err := rpc.Recv()
+			s.mu.Lock()
+			if err != nil {
+				s.end = err
+				s.mu.Unlock()
+				return
+			}
+			s.updates = append(s.updates, w.read(res))
+			s.mu.Unlock()
+		}
+	}()
+	return s
+}
+
+// read checks a message as a careful client would: every SVID valid now and
+// verified by the bundle beside it, by a clock that is right.
+func (w *world) read(res *workloadpb.X509SVIDResponse) update {
+	u := update{at: time.Now(), identities: len(res.Svids)}
+	if len(res.Svids) == 0 {
+		w.t.Error("a stream was sent an answer without SVIDs")
+	}
+	for i, s := range res.Svids {
+		if i >= 3 && i < len(res.Svids)-3 {
+			// Of a large set the ends are checked: each costs a millisecond.
+			continue
+		}
+		chain, err := x509.ParseCertificates(s.X509Svid)
+		if err != nil {
+			w.t.Errorf("stream: %v", err)
+			continue
+		}
+		roots, err := x509.ParseCertificates(s.Bundle)
+		if err != nil {
+			w.t.Errorf("stream: %v", err)
+			continue
+		}
+		pool := x509.NewCertPool()
+		for _, r := range roots {
+			pool.AddCert(r)
+		}
+		if w.unchecked {
+			u.authorities = append(u.authorities, hex.EncodeToString(chain[0].AuthorityKeyId))
+			continue
+		}
+		if _, err := chain[0].Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
+			w.t.Errorf("%s: an SVID does not verify with the bundle of the same answer: %v", s.SpiffeId, err)
+		}
+		if _, err := tls.X509KeyPair(pemCert(s.X509Svid), pemKey(s.X509SvidKey)); err != nil {
+			w.t.Errorf("%s: %v", s.SpiffeId, err)
+		}
+		if u.expiry.IsZero() || chain[0].NotAfter.Before(u.expiry) {
+			u.expiry = chain[0].NotAfter
+		}
+		id := hex.EncodeToString(chain[0].AuthorityKeyId)
+		if !slices.Contains(u.authorities, id) {
+			u.authorities = append(u.authorities, id)
+		}
+	}
+	return u
+}
+
+func (s *stream) last() (update, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.updates) == 0 {
+		return update{}, false
+	}
+	return s.updates[len(s.updates)-1], true
+}
+
+// close ends the stream from the client's side.
+func (s *stream) close() {
+	s.cancel()
+	<-s.done
+	s.conn.Close()
+}
+
+// unbroken fails the test unless the stream is open and, from its first
+// message until now, was never left with an SVID that had ended.
+func (s *stream) unbroken() {
+	s.w.t.Helper()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.end != nil {
+		s.w.t.Errorf("a stream ended: %v", s.end)
+		return
+	}
+	if len(s.updates) == 0 {
+		s.w.t.Error("a stream was told nothing")
+		return
+	}
+	for i, u := range s.updates {
+		until := s.w.now()
+		if i+1 < len(s.updates) {
+			until = s.updates[i+1].at
+		}
+		if until.After(u.expiry) {
+			s.w.t.Errorf("a stream stood without a valid SVID for %v", until.Sub(u.expiry))
+		}
+	}
+}
