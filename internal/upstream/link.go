@@ -35,6 +35,9 @@ const (
 	// userTimeout is how long sent bytes may stay unacknowledged before the
 	// kernel gives the connection up (TCP_USER_TIMEOUT, RFC 5482).
 	userTimeout = 20 * time.Second
+	// window is how many bytes of an answer may be under way: an answer with
+	// 500 SVIDs.
+	window = 1 << 20
 )
 
 // link is a connection that presents one identity, or none. What is not
@@ -66,6 +69,10 @@ func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error
 			MinConnectTimeout: connectTimeout,
 		}),
 		grpc.WithUserAgent("renewd/"+c.cfg.Version),
+		// A fixed window also turns off gRPC's estimate of the bandwidth, which
+		// sends a ping after nearly every answer.
+		grpc.WithStaticStreamWindowSize(window),
+		grpc.WithStaticConnWindowSize(window),
 	)
 	if err != nil {
 		return nil, fmt.Errorf("set up the connection to %s: %w", c.cfg.ServerAddress, err)
