@@ -157,9 +157,6 @@ func (b *Bundle) X509DER() []byte { return b.x509DER }
 // of the Workload API's JWT bundles. Read only.
 func (b *Bundle) JWKS() []byte { return b.jwks }
 
-// Roots returns the X.509 authorities as a pool. Read only.
-func (b *Bundle) Roots() *x509.CertPool { return b.roots }
-
 // X509Authority finds an X.509 authority by its ID. When a key is published
 // under several certificates the mark of any of them counts for the key.
 func (b *Bundle) X509Authority(id string) (X509Authority, bool) {

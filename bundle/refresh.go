@@ -57,15 +57,13 @@ type RefresherConfig struct {
 	// its TaintedSince times, or the one trust was bootstrapped from.
 	// It is published as soon as Run starts, unless it is nil.
 	Initial *Bundle
-	// Interval is the time between two refreshes, ±10 % drawn anew each time
-	// so that a fleet does not ask in step. Zero means DefaultInterval.
+	// Interval is the time between two refreshes, before [Jitter], which is
+	// drawn anew each time. Zero means DefaultInterval.
 	Interval time.Duration
 	// Observe, when set, is told the outcome of each refresh of the own
 	// bundle and the bundle then in force (nil when there is none yet).
 	Observe func(outcome string, b *Bundle)
 	Log     *slog.Logger
-	// Rand draws the jitter; nil means the process's own source.
-	Rand *rand.Rand
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
 }
@@ -136,17 +134,14 @@ func (r *Refresher) Run(ctx context.Context) error {
 		case <-r.kick:
 		}
 		r.refresh(ctx)
-		timer.Reset(r.interval())
+		timer.Reset(Jitter(r.cfg.Interval))
 	}
 }
 
-// interval draws the time to the next refresh: ±10 %.
-func (r *Refresher) interval() time.Duration {
-	f := rand.Float64
-	if r.cfg.Rand != nil {
-		f = r.cfg.Rand.Float64
-	}
-	return time.Duration(float64(r.cfg.Interval) * (0.9 + 0.2*f()))
+// Jitter draws the pause before the next poll: interval ±10 %, so that a fleet
+// does not ask in step.
+func Jitter(interval time.Duration) time.Duration {
+	return time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))
 }
 
 func (r *Refresher) refresh(ctx context.Context) {
@@ -273,10 +268,10 @@ func (r *Refresher) federated(ctx context.Context, now time.Time, changed bool) 
 
 // log says what changed in the own bundle, one line each.
 func (r *Refresher) log(held, own *Bundle) {
-	changes := Diff(held, own)
 	if own == held {
 		return
 	}
+	changes := Diff(held, own)
 	r.cfg.Log.Info("bundle refreshed", "sequence", own.Sequence(),
 		"x509_authorities", len(own.X509()), "jwt_authorities", len(own.JWT()), "changes", len(changes))
 	for _, c := range changes {

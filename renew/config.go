@@ -3,7 +3,6 @@ package renew
 import (
 	"context"
 	"log/slog"
-	"math/rand/v2"
 	"time"
 
 	"github.com/renewd/renewd/cache"
@@ -11,7 +10,6 @@ import (
 
 // Defaults of [Config].
 const (
-	DefaultMaxDelay  = 60 * time.Second
 	DefaultRate      = 20 // renewals a second
 	DefaultBatchSize = 500
 )
@@ -97,8 +95,6 @@ type Config struct {
 	Unexplained func()
 	Observer    Observer
 	Log         *slog.Logger
-	// Rand draws half-life deadlines; nil means the process's own source.
-	Rand *rand.Rand
 	// Now is the wall clock that deadlines are compared with; nil means
 	// time.Now.
 	Now func() time.Time

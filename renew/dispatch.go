@@ -128,7 +128,7 @@ func (r *Renewer) finish(c *call) {
 	if c.err != nil {
 		r.closeGate(c)
 	} else if len(c.attempts) > 0 {
-		r.openGate(c)
+		r.openGate()
 	}
 	for _, a := range c.attempts {
 		a.item.inFlight = false
@@ -155,11 +155,7 @@ func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 		}
 		return OutcomeFailed
 	}
-	f := rand.Float64
-	if r.cfg.Rand != nil {
-		f = r.cfg.Rand.Float64
-	}
-	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, f())
+	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
 	if !r.better(a.svid, a.held, now) {
 		r.lag(a, now)
 		return OutcomeTainted

@@ -35,7 +35,7 @@ func (r *Renewer) closeGate(c *call) {
 	r.gate.until = r.gate.since.Add(max(r.gate.backoff.NextBackOff(), 100*time.Millisecond))
 }
 
-func (r *Renewer) openGate(c *call) {
+func (r *Renewer) openGate() {
 	if !r.gate.closed {
 		return
 	}

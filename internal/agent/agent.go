@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"sync/atomic"
 	"time"
 
@@ -115,7 +114,6 @@ func (a *Agent) open() (err error) {
 		Interval:  cfg.RefreshInterval,
 		Observe:   func(outcome string, _ *bundle.Bundle) { a.metrics.BundleRefreshed(outcome) },
 		Log:       a.log,
-		Rand:      cfg.Rand,
 		Now:       cfg.Now,
 	})
 	a.own = &own{node: a.node, client: a.client}
@@ -131,7 +129,6 @@ func (a *Agent) open() (err error) {
 		Unexplained: a.refresher.Refresh,
 		Observer:    observer{a.metrics},
 		Log:         a.log,
-		Rand:        cfg.Rand,
 		Now:         cfg.Now,
 	})
 	attestors := cfg.Attestors
@@ -293,19 +290,12 @@ func named(what string, err error) error {
 }
 
 func (a *Agent) serveMetrics(ctx context.Context) error {
-	listener := a.cfg.MetricsListener
-	if listener == nil {
-		if a.cfg.MetricsAddress == "" {
-			return nil
-		}
-		var err error
-		if listener, err = net.Listen("tcp", a.cfg.MetricsAddress); err != nil {
-			return fmt.Errorf("open the metrics listener: %w", err)
-		}
+	if a.cfg.MetricsAddress == "" {
+		return nil
 	}
 	return named("metrics", metrics.Serve(ctx, metrics.ServeConfig{
 		Metrics:       a.metrics,
-		Listener:      listener,
+		Address:       a.cfg.MetricsAddress,
 		WebConfigFile: a.cfg.WebConfigFile,
 		Ready:         a.ready,
 		Log:           a.log,

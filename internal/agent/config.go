@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"slices"
 	"time"
@@ -65,15 +64,13 @@ type Config struct {
 
 	Log *slog.Logger
 
-	// Dial, Listener, Attestors, Peers, MetricsListener, Rand and Now replace
+	// Dial, Listener, Attestors, Peers and Now replace
 	// what the operating system gives, for running inside another process.
-	Dial            func(ctx context.Context, address string) (net.Conn, error)
-	Listener        net.Listener
-	Attestors       []attest.Attestor
-	Peers           func(net.Conn) (*attest.Peer, error)
-	MetricsListener net.Listener
-	Rand            *rand.Rand
-	Now             func() time.Time
+	Dial      func(ctx context.Context, address string) (net.Conn, error)
+	Listener  net.Listener
+	Attestors []attest.Attestor
+	Peers     func(net.Conn) (*attest.Peer, error)
+	Now       func() time.Time
 }
 
 // DefaultSocketPath is where workloads find the Workload API.

@@ -3,9 +3,9 @@ package agent
 import (
 	"context"
 	"errors"
-	"math/rand/v2"
 	"time"
 
+	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/upstream"
 )
 
@@ -33,7 +33,7 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 			return nil
 		}
 		a.metrics.Synced(time.Since(began), err)
-		pause := a.jitter()
+		pause := bundle.Jitter(a.cfg.RefreshInterval)
 		switch {
 		case errors.Is(err, upstream.ErrBanned):
 			return err
@@ -79,13 +79,4 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 		case <-time.After(pause):
 		}
 	}
-}
-
-// jitter is the refresh interval ±10 %, drawn anew.
-func (a *Agent) jitter() time.Duration {
-	f := rand.Float64
-	if a.cfg.Rand != nil {
-		f = a.cfg.Rand.Float64
-	}
-	return time.Duration(float64(a.cfg.RefreshInterval) * (0.9 + 0.2*f()))
 }
