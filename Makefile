@@ -35,6 +35,14 @@ lint: ## formatting, vet, staticcheck, import rules and more (.golangci.yml)
 fmt: ## format the code
 	$(LINT) fmt ./...
 
+.PHONY: proto
+proto: ## internal/api from renewd.proto; needs protoc (Debian: protobuf-compiler)
+	@mkdir -p bin/proto
+	GOBIN=$(CURDIR)/bin/proto go install -modfile=tools/go.mod \
+		google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
+	PATH=$(CURDIR)/bin/proto:$$PATH protoc -I internal/api --go_out=internal/api --go_opt=paths=source_relative \
+		--go-grpc_out=internal/api --go-grpc_opt=paths=source_relative renewd.proto
+
 .PHONY: bench
 bench: ## benchmarks of the packages, into BENCHMARKS.txt; BENCH=regexp chooses, BENCHTIME=duration sets the length
 	go test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem \

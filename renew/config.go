@@ -6,13 +6,11 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/renew/wave"
 )
 
-// Defaults of [Config].
-const (
-	DefaultRate      = 20 // renewals a second
-	DefaultBatchSize = 500
-)
+// DefaultBatchSize is also the limit of a SPIRE server.
+const DefaultBatchSize = 500
 
 const (
 	// maxSingles bounds the taint renewals in flight. At 20 a second it is
@@ -78,15 +76,15 @@ type Config struct {
 	Minter Minter
 	// Own is the node's own SVID; nil when there is none to care for.
 	Own Own
-	// Seed makes this node's taint delays; see [TaintDelay].
+	// Seed makes this node's taint delays; see [wave.Delay].
 	Seed [32]byte
 	// MaxDelay bounds the delay: it is uniform in [0, MaxDelay). Zero means
 	// no delay.
 	MaxDelay time.Duration
-	// Rate is the most taint renewals begun a second. Zero means DefaultRate.
+	// Rate is the most taint renewals begun a second. Zero means [wave.DefaultRate].
 	Rate float64
 	// BatchSize is the most SVIDs asked for in one call, where the rate does
-	// not matter. Zero means DefaultBatchSize, which is also SPIRE's limit.
+	// not matter. Zero means DefaultBatchSize.
 	BatchSize int
 	// KeyType of the workloads' keys; empty means ECP256.
 	KeyType KeyType
@@ -105,7 +103,7 @@ func (cfg Config) withDefaults() Config {
 		panic("renew: Config needs Cache and Minter")
 	}
 	if cfg.Rate <= 0 {
-		cfg.Rate = DefaultRate
+		cfg.Rate = wave.DefaultRate
 	}
 	if cfg.BatchSize <= 0 {
 		cfg.BatchSize = DefaultBatchSize

@@ -12,9 +12,6 @@
 package renew
 
 import (
-	"crypto/sha256"
-	"encoding/binary"
-	"math/bits"
 	"time"
 
 	"github.com/renewd/renewd/bundle"
@@ -70,18 +67,4 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 		}
 	}
 	return half, ReasonHalfLife
-}
-
-// TaintDelay draws the delay before a node answers the taint of an authority:
-// uniform in [0, limit) over all seeds. It is computed from the node's own
-// random seed instead of being drawn and kept, so that it is the same after a
-// restart and different for each node and each taint.
-func TaintDelay(seed [32]byte, authorityID string, limit time.Duration) time.Duration {
-	h := sha256.New()
-	h.Write(seed[:])
-	h.Write([]byte(authorityID))
-	r := binary.BigEndian.Uint64(h.Sum(nil))
-	// The high half of r * limit is r / 2^64 of limit, without rounding up.
-	hi, _ := bits.Mul64(r, uint64(max(limit, 0)))
-	return time.Duration(hi)
 }

@@ -11,6 +11,7 @@ import (
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/renew"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 func TestDue(t *testing.T) {
@@ -88,14 +89,14 @@ func TestTaintDelayIsUniform(t *testing.T) {
 	for n := range nodes {
 		var seed [32]byte
 		binary.BigEndian.PutUint32(seed[:], uint32(n))
-		d := renew.TaintDelay(seed, "authority", limit)
+		d := wave.Delay(seed, "authority", limit)
 		if d < 0 || d >= limit {
 			t.Fatalf("delay %v is outside [0, %v)", d, limit)
 		}
-		if again := renew.TaintDelay(seed, "authority", limit); again != d {
+		if again := wave.Delay(seed, "authority", limit); again != d {
 			t.Fatalf("delay of the same node and taint was %v and then %v", d, again)
 		}
-		if other := renew.TaintDelay(seed, "other", limit); other == d {
+		if other := wave.Delay(seed, "other", limit); other == d {
 			t.Fatalf("two taints have the same delay %v", d)
 		}
 		counts[int(float64(d)/float64(limit)*nodes)]++
@@ -108,7 +109,7 @@ func TestTaintDelayIsUniform(t *testing.T) {
 	if limit := 2.23 / math.Sqrt(nodes); worst > limit {
 		t.Errorf("KS statistic %.4f is above %.4f: delays are not uniform", worst, limit)
 	}
-	if renew.TaintDelay([32]byte{1}, "a", 0) != 0 {
+	if wave.Delay([32]byte{1}, "a", 0) != 0 {
 		t.Error("a limit of zero must mean no delay")
 	}
 }

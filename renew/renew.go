@@ -10,6 +10,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // Renewer renews the X.509-SVIDs of one cache. Run does the work and owns its
@@ -65,7 +66,7 @@ func New(cfg Config) *Renewer {
 	return &Renewer{
 		cfg: cfg,
 		policy: Policy{Delay: func(id string) time.Duration {
-			return TaintDelay(cfg.Seed, id, cfg.MaxDelay)
+			return wave.Delay(cfg.Seed, id, cfg.MaxDelay)
 		}},
 		limiter: rate.NewLimiter(rate.Limit(cfg.Rate), 1),
 		// Room for every call there can be, so that a worker never waits for

@@ -16,6 +16,7 @@ import (
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/renew"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // rig is a Renewer at work between a cache and a fake server, in a bubble.
@@ -67,7 +68,7 @@ func (r *rig) taint() time.Time {
 func (r *rig) mark() time.Time {
 	now := time.Now()
 	r.cache.SetBundle(snapshot(r.t, append(tainted(now, r.ca), trusted(r.next)...)...))
-	return now.Add(renew.TaintDelay(r.cfg.Seed, r.ca.id, r.cfg.MaxDelay))
+	return now.Add(wave.Delay(r.cfg.Seed, r.ca.id, r.cfg.MaxDelay))
 }
 
 func (r *rig) sleepUntil(at time.Time) {

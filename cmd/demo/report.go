@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/metrics"
-	"github.com/renewd/renewd/renew"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // Seconds is a duration in the report.
@@ -140,7 +140,7 @@ func (d *demo) report() *Report {
 // came late. The promise is about when they begin, and only when they arrive
 // can be seen from outside.
 func allowed(late time.Duration) int {
-	return renew.DefaultRate + 1 + int(renew.DefaultRate*late.Seconds())
+	return wave.DefaultRate + 1 + int(wave.DefaultRate*late.Seconds())
 }
 
 // judge fills in the promises from the figures.

@@ -20,6 +20,7 @@ import (
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/renew"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // Config is what an [Agent] needs. TrustDomain, ServerAddress, DataDir and one
@@ -120,7 +121,7 @@ func (c Config) withDefaults() (Config, error) {
 		c.RefreshInterval = bundle.DefaultInterval
 	}
 	if c.TaintRate == 0 {
-		c.TaintRate = renew.DefaultRate
+		c.TaintRate = wave.DefaultRate
 	}
 	if c.CacheSize == 0 {
 		c.CacheSize = cache.DefaultLimit

@@ -9,7 +9,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/metrics"
-	"github.com/renewd/renewd/renew"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // overdue is how far past its half-life an SVID counts as expiring.
@@ -114,7 +114,7 @@ func (a *Agent) Bundle() *bundle.Snapshot { return a.cache.Bundle() }
 // TaintDelay is how long this node waits after it has seen the authority's
 // taint mark before it renews anything because of it.
 func (a *Agent) TaintDelay(authorityID string) time.Duration {
-	return renew.TaintDelay(a.seed, authorityID, a.cfg.TaintDelay)
+	return wave.Delay(a.seed, authorityID, a.cfg.TaintDelay)
 }
 
 // Metrics are the agent's metrics, for a process that serves them itself.

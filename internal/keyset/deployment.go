@@ -75,7 +75,7 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 	if doc.Version > 0 {
 		err = d.publish(doc)
 	} else {
-		err = d.mutate(ctx, func(doc *Document) error { return d.first(doc) })
+		err = d.mutate(ctx, "create", d.first)
 	}
 	if errors.Is(err, ErrBusy) {
 		// Another process made the first keyset at the same moment.
@@ -87,18 +87,19 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 	return d, nil
 }
 
-func (d *Deployment) first(doc *Document) error {
+func (d *Deployment) first(doc *Document, _ string) (id string, err error) {
 	if len(doc.Records) > 0 {
-		return ErrBusy
+		return "", ErrBusy
 	}
 	r, err := newRecord(d.td, newID(), d.now(), d.lifetime)
 	if err != nil {
-		return err
+		return "", err
 	}
 	r.State = Active
 	doc.Records = []Record{r}
+	doc.RotatedAt = r.IssuedAt
 	doc.Sequence++
-	return nil
+	return r.ID, nil
 }
 
 // TrustDomain is the trust domain that the keysets sign for.
@@ -138,18 +139,18 @@ func (d *Deployment) BundlePEM() []byte { return d.Bundle().PEM() }
 // error from storage leaves the outcome open until the next List.
 func (d *Deployment) Prepare(ctx context.Context) (Keyset, error) {
 	var id string
-	err := d.mutate(ctx, func(doc *Document) error {
+	err := d.mutate(ctx, "prepare", func(doc *Document, _ string) (string, error) {
 		id = newID()
 		for find(doc, id) != nil {
 			id = newID()
 		}
 		r, err := newRecord(d.td, id, d.now(), d.lifetime)
 		if err != nil {
-			return err
+			return "", err
 		}
 		doc.Records = append(doc.Records, r)
 		doc.Sequence++
-		return nil
+		return id, nil
 	})
 	if err != nil {
 		return Keyset{}, operation("prepare", err)
@@ -160,69 +161,72 @@ func (d *Deployment) Prepare(ctx context.Context) (Keyset, error) {
 // Activate makes a prepared keyset the one that signs. The one that did steps
 // down to PREPARED: still published and trusted.
 func (d *Deployment) Activate(ctx context.Context, id string) error {
-	return operation("activate", d.mutate(ctx, func(doc *Document) error {
+	return operation("activate", d.mutate(ctx, "activate", func(doc *Document, actor string) (string, error) {
 		r := find(doc, id)
 		switch {
 		case r == nil:
-			return ErrNotFound
+			return "", ErrNotFound
 		case r.State == Active:
-			return ErrActivateActive
+			return "", ErrActivateActive
 		case r.State == Tainted:
-			return ErrActivateTainted
+			return "", ErrActivateTainted
 		case !d.now().Before(r.ExpiresAt):
-			return ErrActivateExpired
+			return "", ErrActivateExpired
 		}
 		for i := range doc.Records {
 			if doc.Records[i].State == Active {
-				doc.Records[i].State = Prepared
+				old := &doc.Records[i]
+				old.State, old.SteppedDownAt, old.SteppedDownBy = Prepared, d.now().UTC(), actor
 			}
 		}
-		r.State = Active
-		return nil
+		r.State, r.SteppedDownAt, r.SteppedDownBy = Active, time.Time{}, ""
+		doc.RotatedAt = d.now().UTC()
+		return id, nil
 	}))
 }
 
 // Taint marks a prepared keyset: still published and trusted, and everything
 // that it signed is to be replaced.
 func (d *Deployment) Taint(ctx context.Context, id string) error {
-	return operation("taint", d.mutate(ctx, func(doc *Document) error {
+	return operation("taint", d.mutate(ctx, "taint", func(doc *Document, actor string) (string, error) {
 		r := find(doc, id)
 		switch {
 		case r == nil:
-			return ErrNotFound
+			return "", ErrNotFound
 		case r.State == Active:
-			return ErrTaintActive
+			return "", ErrTaintActive
 		case r.State == Tainted:
-			return ErrTaintTainted
+			return "", ErrTaintTainted
 		}
-		r.State = Tainted
+		r.State, r.TaintedAt = Tainted, d.now().UTC()
 		doc.Sequence++
-		return nil
+		return id, nil
 	}))
 }
 
 // Remove deletes a tainted keyset with its keys, for good. What it signed no
 // longer verifies.
 func (d *Deployment) Remove(ctx context.Context, id string) error {
-	return operation("remove", d.mutate(ctx, func(doc *Document) error {
+	return operation("remove", d.mutate(ctx, "remove", func(doc *Document, actor string) (string, error) {
 		r := find(doc, id)
 		switch {
 		case r == nil:
-			return ErrNotFound
+			return "", ErrNotFound
 		case r.State == Active:
-			return ErrRemoveActive
+			return "", ErrRemoveActive
 		case r.State == Prepared:
-			return ErrRemovePrepared
+			return "", ErrRemovePrepared
 		}
 		doc.Records = slices.DeleteFunc(doc.Records, func(r Record) bool { return r.ID == id })
 		doc.Sequence++
-		return nil
+		return id, nil
 	}))
 }
 
 // mutate commits one change and publishes what follows from it. What is stored
 // decides, not what this process published last.
-func (d *Deployment) mutate(ctx context.Context, change func(*Document) error) error {
+// change is told who acts and returns the ID of the keyset that it is about.
+func (d *Deployment) mutate(ctx context.Context, operation string, change func(doc *Document, actor string) (id string, err error)) error {
 	if !d.mutating.CompareAndSwap(false, true) {
 		return ErrBusy
 	}
@@ -234,16 +238,18 @@ func (d *Deployment) mutate(ctx context.Context, change func(*Document) error) e
 	if err != nil {
 		return fmt.Errorf("load: %w", err)
 	}
-	if err := change(&doc); err != nil {
+	entry := Change{At: d.now().UTC(), Actor: actor(ctx), Operation: operation, Before: states(doc), Note: note(ctx)}
+	if entry.KeysetID, err = change(&doc, entry.Actor); err != nil {
 		return err
 	}
+	entry.After = states(doc)
 	doc.Version++
 	// Parse before the commit: what could not be used must not be stored.
 	next, err := newSnapshot(d.td, doc)
 	if err != nil {
 		return err
 	}
-	switch err := d.storage.Save(ctx, doc); {
+	switch err := d.storage.Save(ctx, doc, entry); {
 	case errors.Is(err, ErrConflict):
 		return ErrBusy
 	case err != nil:
@@ -251,6 +257,14 @@ func (d *Deployment) mutate(ctx context.Context, change func(*Document) error) e
 	}
 	d.advance(next)
 	return nil
+}
+
+func states(doc Document) map[string]State {
+	out := make(map[string]State, len(doc.Records))
+	for _, r := range doc.Records {
+		out[r.ID] = r.State
+	}
+	return out
 }
 
 // publish makes a stored Document the one that is signed with.

@@ -93,6 +93,12 @@ type Keyset struct {
 	// IssuedAt and ExpiresAt are UTC, in whole seconds.
 	IssuedAt  time.Time `json:"issued_at"`
 	ExpiresAt time.Time `json:"expires_at"`
+	// SteppedDownAt is when the keyset last stopped signing, because another
+	// was activated by SteppedDownBy; zero and empty when it never signed, or
+	// signs again.
+	SteppedDownAt time.Time `json:"stepped_down_at,omitzero"`
+	SteppedDownBy string    `json:"stepped_down_by,omitempty"`
+	TaintedAt     time.Time `json:"tainted_at,omitzero"` // zero when it is not tainted
 	// X509AuthorityID is the CA's subject key identifier in lower-case hex.
 	X509AuthorityID string `json:"x509_authority_id"`
 	// JWTKeyID is the key ID ("kid") of the JWT key.

@@ -172,6 +172,7 @@ func (s *snapshot) add(td spiffeid.TrustDomain, r Record) error {
 	}
 	k := Keyset{
 		ID: r.ID, State: r.State, IssuedAt: r.IssuedAt, ExpiresAt: r.ExpiresAt,
+		SteppedDownAt: r.SteppedDownAt, SteppedDownBy: r.SteppedDownBy, TaintedAt: r.TaintedAt,
 		X509AuthorityID: hex.EncodeToString(ca.SubjectKeyId), JWTKeyID: r.JWTKeyID,
 	}
 	switch k.State {

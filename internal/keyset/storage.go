@@ -20,8 +20,21 @@ type Document struct {
 	// Sequence is the trust bundle's sequence number. It grows by one with
 	// each change of what is published, which activation is not.
 	Sequence uint64
+	// RotatedAt is when a keyset was last activated.
+	RotatedAt time.Time
 	// Records are in order of issue.
 	Records []Record
+}
+
+// Change is what an audit log keeps of one mutation.
+type Change struct {
+	At        time.Time
+	Actor     string // see [WithActor]
+	Operation string // create, prepare, activate, taint, remove
+	KeysetID  string
+	// Before and After are the states of all keysets, by ID.
+	Before, After map[string]State
+	Note          string // see [WithNote]; often empty
 }
 
 // Record is one stored keyset. The byte slices are never modified.
@@ -30,10 +43,16 @@ type Record struct {
 	State     State
 	IssuedAt  time.Time
 	ExpiresAt time.Time
-	CA        []byte // certificate, DER
-	CAKey     []byte // PKCS#8
-	JWTKeyID  string
-	JWTKey    []byte // PKCS#8
+	// SteppedDownAt is when the keyset last stopped signing, because another
+	// was activated by SteppedDownBy; zero and empty when it never signed, or
+	// signs again.
+	SteppedDownAt time.Time
+	SteppedDownBy string
+	TaintedAt     time.Time // zero when it is not tainted
+	CA            []byte    // certificate, DER
+	CAKey         []byte    // PKCS#8
+	JWTKeyID      string
+	JWTKey        []byte // PKCS#8
 }
 
 // Storage keeps one deployment's Document. It must be safe for concurrent use.
@@ -43,11 +62,12 @@ type Storage interface {
 	// Save replaces the stored Document, whose version must be
 	// d.Version - 1, and returns only when the new one is durable. It
 	// returns ErrConflict, having changed nothing, when the stored version is
-	// a different one. Compare and replace are one atomic step.
-	Save(ctx context.Context, d Document) error
+	// a different one. Compare, replace and the note of the change in the
+	// audit log, where there is one, are one atomic step.
+	Save(ctx context.Context, d Document, c Change) error
 }
 
-// Memory is a Storage that ends with the process. The zero value is empty.
+// Memory is a Storage that ends with the process, without audit log. The zero value is empty.
 type Memory struct {
 	mu  sync.Mutex
 	doc Document
@@ -63,7 +83,7 @@ func (m *Memory) Load(context.Context) (Document, error) {
 }
 
 // Save implements Storage.
-func (m *Memory) Save(_ context.Context, d Document) error {
+func (m *Memory) Save(_ context.Context, d Document, _ Change) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if d.Version != m.doc.Version+1 {

@@ -204,7 +204,7 @@ func TestConcurrentUse(t *testing.T) {
 type fixed struct{ doc keyset.Document }
 
 func (f fixed) Load(context.Context) (keyset.Document, error) { return f.doc, nil }
-func (f fixed) Save(context.Context, keyset.Document) error   { return keyset.ErrConflict }
+func (f fixed) Save(context.Context, keyset.Document, keyset.Change) error   { return keyset.ErrConflict }
 
 // failing is a storage whose calls can be made to fail.
 type failing struct {
@@ -219,11 +219,11 @@ func (f failing) Load(ctx context.Context) (keyset.Document, error) {
 	return f.Storage.Load(ctx)
 }
 
-func (f failing) Save(ctx context.Context, d keyset.Document) error {
+func (f failing) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	if f.save != nil {
 		return f.save
 	}
-	return f.Storage.Save(ctx, d)
+	return f.Storage.Save(ctx, d, c)
 }
 
 // slow is a storage that saves when its gate is open.
@@ -232,10 +232,10 @@ type slow struct {
 	gate chan struct{}
 }
 
-func (s *slow) Save(ctx context.Context, d keyset.Document) error {
+func (s *slow) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	select {
 	case <-s.gate:
-		return s.Memory.Save(ctx, d)
+		return s.Memory.Save(ctx, d, c)
 	case <-ctx.Done():
 		return ctx.Err()
 	}
@@ -247,10 +247,10 @@ type before struct {
 	do func()
 }
 
-func (b *before) Save(ctx context.Context, d keyset.Document) error {
+func (b *before) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	if do := b.do; do != nil {
 		b.do = nil
 		do()
 	}
-	return b.Storage.Save(ctx, d)
+	return b.Storage.Save(ctx, d, c)
 }
