@@ -272,6 +272,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		}
 		group.Go(func() error { return a.refresher.Run(ctx) })
 		group.Go(func() error { return a.renewer.Run(ctx) })
+		group.Go(func() error { return a.report(ctx) })
 		return a.syncEntries(ctx)
 	})
 	err = group.Wait()

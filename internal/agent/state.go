@@ -77,7 +77,9 @@ func (a *Agent) State() metrics.State {
 		if own != nil && own.Authority == auth.ID {
 			auth.Pending++
 		}
-		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready()
+		// What is kept for a restart could be held again after it.
+		kept := a.keeper != nil && a.keeper.Holds(auth.ID)
+		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept
 	}
 	held := a.cache.JWTCounts()
 	for _, k := range snapshot.Own.JWT() {

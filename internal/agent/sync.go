@@ -22,8 +22,7 @@ const (
 // done. It returns an error only when the server has banned the node.
 func (a *Agent) syncEntries(ctx context.Context) error {
 	have := a.cache.Revisions() // from here on kept by the answers
-	failing, posted := false, false
-	var postedFor time.Time // the attestation after which the version was reported
+	failing := false
 	for {
 		// An attestation during the sync concerns the next one.
 		attested := a.client.Attested()
@@ -65,12 +64,6 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 			if len(upsert)+len(gone) > 0 || !a.cache.Ready() {
 				a.cache.Update(upsert, gone)
 				a.log.Info("entries synced", "changed", len(upsert), "deleted", len(gone), "entries", len(have))
-			}
-		}
-		if err == nil && (!posted || attested.After(postedFor)) {
-			posted, postedFor = true, attested
-			if err := a.client.PostStatus(ctx); err != nil {
-				a.log.Debug("version not reported to the server", "error", err)
 			}
 		}
 		select {

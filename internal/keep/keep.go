@@ -19,6 +19,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -31,6 +32,10 @@ import (
 type Dir struct {
 	path string
 	log  *slog.Logger
+
+	mu    sync.Mutex
+	files map[string]string // path of each SVID's file -> the authority that signed it
+	holds map[string]int    // files by authority
 }
 
 // Open makes the folder (0700) if need be and checks that it is on a memory
@@ -49,7 +54,41 @@ func Open(path string, log *slog.Logger) (*Dir, error) {
 	if t := uint32(st.Type); t != unix.TMPFS_MAGIC && t != unix.RAMFS_MAGIC {
 		return nil, fmt.Errorf("runtime_dir %s is on a file system of type %#x: workload keys are kept in memory only, use a folder on tmpfs such as /run/renewd", path, t)
 	}
-	return &Dir{path: path, log: log}, nil
+	return &Dir{path: path, log: log, files: make(map[string]string), holds: make(map[string]int)}, nil
+}
+
+// Holds reports whether an SVID that the authority signed is kept: one that
+// would be served again after a restart. It may be called at any time.
+func (d *Dir) Holds(authority string) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.holds[authority] > 0
+}
+
+// note records what is in a file; an empty authority means that it is gone.
+func (d *Dir) note(path, authority string) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if old, ok := d.files[path]; ok {
+		if d.holds[old]--; d.holds[old] == 0 {
+			delete(d.holds, old)
+		}
+		delete(d.files, path)
+	}
+	if authority != "" {
+		d.files[path] = authority
+		d.holds[authority]++
+	}
+}
+
+// remove deletes a file; it is no error when there is none.
+func (d *Dir) remove(path string) error {
+	err := os.Remove(path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	d.note(path, "")
+	return nil
 }
 
 // record is the content of one file.
@@ -97,11 +136,12 @@ func (d *Dir) Load(now time.Time) ([]*cache.Entry, []*cache.SVID, error) {
 			d.log.Warn("kept SVID dropped, it will be minted anew", "file", path, "error", err)
 		}
 		if err != nil || !s.NotAfter.After(now) {
-			if err := os.Remove(path); err != nil {
+			if err := d.remove(path); err != nil {
 				return nil, nil, fmt.Errorf("drop a kept SVID: %w", err)
 			}
 			continue
 		}
+		d.note(path, s.Authority)
 		entries, svids = append(entries, e), append(svids, s)
 	}
 	return entries, svids, nil
@@ -196,7 +236,7 @@ func (d *Dir) dropOthers(entryIDs []string) {
 	}
 	for _, f := range files {
 		if !own[f] {
-			if err := os.Remove(f); err != nil {
+			if err := d.remove(f); err != nil {
 				d.log.Error("runtime_dir not cleaned", "error", err)
 			}
 		}
@@ -210,12 +250,14 @@ func (d *Dir) update(c *cache.Cache, changed []string, kept map[string]*cache.SV
 		switch {
 		case !held || item.SVID == nil:
 			delete(kept, id)
-			if err = os.Remove(d.file(id)); errors.Is(err, fs.ErrNotExist) {
-				err = nil
-			}
+			err = d.remove(d.file(id))
 		case kept[id] != item.SVID:
 			kept[id] = item.SVID
-			err = d.write(item)
+			if err = d.write(item); err != nil {
+				// The older SVID may be of an authority that is about to be
+				// removed: none is better.
+				err = errors.Join(err, d.remove(d.file(id)))
+			}
 		}
 		if err != nil {
 			d.log.Error("SVID not kept for a restart", "entry", id, "error", err)
@@ -234,5 +276,9 @@ func (d *Dir) write(item cache.Item) error {
 	if err := os.WriteFile(path+".tmp", data, 0o600); err != nil {
 		return fmt.Errorf("write: %w", err)
 	}
-	return os.Rename(path+".tmp", path)
+	if err := os.Rename(path+".tmp", path); err != nil {
+		return err
+	}
+	d.note(path, item.SVID.Authority)
+	return nil
 }

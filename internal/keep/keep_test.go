@@ -143,6 +143,80 @@ func TestBrokenAndExpiredFilesAreDropped(t *testing.T) {
 	}
 }
 
+// An SVID of an authority is held until its file is gone, whatever the cache
+// says meanwhile: a restart would find it.
+func TestHoldsWhatARestartWouldFind(t *testing.T) {
+	now := time.Now()
+	path := memory(t)
+	dir, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	e, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	renewed := *s
+	renewed.Authority, renewed.NotAfter = "bb", s.NotAfter.Add(time.Hour)
+	if err := c.Put(&renewed); err != nil {
+		t.Fatal(err)
+	}
+	if !dir.Holds("aa") || dir.Holds("bb") {
+		t.Error("before the file was replaced: must hold the old authority's SVID alone")
+	}
+	follow(t, dir, c)()
+	if dir.Holds("aa") || !dir.Holds("bb") {
+		t.Error("after the file was replaced: must hold the new authority's SVID alone")
+	}
+
+	again, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := again.Load(now); err != nil || !again.Holds("bb") {
+		t.Errorf("after a restart (%v): must hold what was loaded", err)
+	}
+	c.Update(nil, []string{e.ID})
+	follow(t, again, c)()
+	if again.Holds("bb") {
+		t.Error("holds the SVID of an entry that is gone")
+	}
+}
+
+// A file that cannot be replaced must not bring an old SVID back.
+func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
+	now := time.Now()
+	path := memory(t)
+	dir, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	_, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	files, _ := filepath.Glob(path + "/*.json")
+	if len(files) != 1 {
+		t.Fatalf("files: %v, want one", files)
+	}
+	if err := os.Mkdir(files[0]+".tmp", 0o700); err != nil { // the new one cannot be written
+		t.Fatal(err)
+	}
+	renewed := *s
+	renewed.Authority, renewed.NotAfter = "bb", s.NotAfter.Add(time.Hour)
+	if err := c.Put(&renewed); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	if _, err := os.Stat(files[0]); !os.IsNotExist(err) || dir.Holds("aa") || dir.Holds("bb") {
+		t.Errorf("the old SVID is still there (%v)", err)
+	}
+}
+
 func FuzzLoad(f *testing.F) {
 	f.Add([]byte(`{"id":"e","spiffe_id":"spiffe://a/b","selectors":[{"Type":"a","Value":"b"}],"svid":{"leaf":"AA==","key":"AA==","authority":"x"}}`))
 	f.Add([]byte(`{}`))

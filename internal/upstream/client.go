@@ -216,10 +216,11 @@ func (c *Client) ban(cause error) error {
 	return fmt.Errorf("%w (%w)", ErrBanned, cause)
 }
 
-// PostStatus reports this agent's version to the server.
-func (c *Client) PostStatus(ctx context.Context) error {
+// PostStatus reports this agent's version, and the sequence number of the
+// bundle in force, to the server.
+func (c *Client) PostStatus(ctx context.Context, sequence uint64) error {
 	return c.call(ctx, "post status", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
-		_, err := agentv1.NewAgentClient(l.conn).PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: c.cfg.Version})
+		_, err := agentv1.NewAgentClient(l.conn).PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: c.cfg.Version, CurrentBundleSerial: sequence})
 		return err
 	})
 }

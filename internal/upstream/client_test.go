@@ -101,7 +101,7 @@ func TestAttestAndRestartWithoutToken(t *testing.T) {
 		if !a.Attested().Equal(time.Now()) {
 			t.Errorf("attested at %v", a.Attested())
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 		a.close(t)
@@ -111,7 +111,7 @@ func TestAttestAndRestartWithoutToken(t *testing.T) {
 		if err := a.Attest(t.Context()); err != nil {
 			t.Fatalf("restart: %v", err)
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 		if n := s.count("AttestAgent"); n != 1 {
@@ -142,7 +142,7 @@ func TestAttestUnderAnAuthorityNewerThanTheBootstrap(t *testing.T) {
 		if err := a.Attest(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 		if n := s.count("AttestAgent"); n != 1 {
@@ -279,7 +279,7 @@ func TestInsecureBootstrapRefusesABundleThatDoesNotCoverTheServer(t *testing.T) 
 func TestRenewMovesToANewConnection(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Fatal(err)
 		}
 		// A slow mint is under way while the own SVID is renewed.
@@ -307,7 +307,7 @@ func TestRenewMovesToANewConnection(t *testing.T) {
 			t.Fatal("not renewed")
 		}
 		for range 3 {
-			if err := a.PostStatus(t.Context()); err != nil {
+			if err := a.PostStatus(t.Context(), 1); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -353,7 +353,7 @@ func TestCallRefusedForTheRetiredSVIDIsMadeAgain(t *testing.T) {
 		if err := a.RenewNode(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Fatal(err)
 		}
 		close(gate)
@@ -384,7 +384,7 @@ func TestReattestableNodeIsProvedAnewInsteadOfRenewed(t *testing.T) {
 		if a.node.Identity() == old || s.count("AttestAgent") != 2 || s.count("RenewAgent") != 0 {
 			t.Errorf("AttestAgent %d, RenewAgent %d", s.count("AttestAgent"), s.count("RenewAgent"))
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 	})
@@ -450,7 +450,7 @@ func TestHungServer(t *testing.T) {
 			{"bundle", 30 * time.Second, func() error { _, err := a.FetchBundle(t.Context()); return err }},
 			{"federated", 30 * time.Second, func() error { _, err := a.FetchFederatedBundle(t.Context(), td); return err }},
 			{"entries", 30 * time.Second, func() error { _, _, err := a.SyncEntries(t.Context(), nil); return err }},
-			{"status", 30 * time.Second, func() error { return a.PostStatus(t.Context()) }},
+			{"status", 30 * time.Second, func() error { return a.PostStatus(t.Context(), 1) }},
 			{"x509", time.Minute, func() error { _, err := a.MintX509(t.Context(), []upstream.CSR{{}}); return err }},
 			{"jwt", time.Minute, func() error { _, err := a.MintJWT(t.Context(), "e", nil); return err }},
 			{"renew", time.Minute, func() error { return a.RenewNode(t.Context()) }},
@@ -465,7 +465,7 @@ func TestHungServer(t *testing.T) {
 			t.Errorf("%d connections for 7 calls that hung", got)
 		}
 		hung.Store(false)
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 		// A caller that is in a hurry is no sign of a broken connection.
@@ -473,11 +473,11 @@ func TestHungServer(t *testing.T) {
 		hung.Store(true)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
-		if err := a.PostStatus(ctx); upstream.Code(err) != "DeadlineExceeded" {
+		if err := a.PostStatus(ctx, 1); upstream.Code(err) != "DeadlineExceeded" {
 			t.Errorf("got %v", err)
 		}
 		hung.Store(false)
-		if err := a.PostStatus(t.Context()); err != nil || s.conns != conns {
+		if err := a.PostStatus(t.Context(), 1); err != nil || s.conns != conns {
 			t.Errorf("%d new connections, %v", s.conns-conns, err)
 		}
 	})
@@ -553,7 +553,7 @@ func TestProofsThatSucceedInVainArePaced(t *testing.T) {
 			return nil
 		}
 		for range 6000 {
-			if err := a.PostStatus(t.Context()); err == nil {
+			if err := a.PostStatus(t.Context(), 1); err == nil {
 				t.Fatal("not refused")
 			}
 			time.Sleep(100 * time.Millisecond)
@@ -569,14 +569,14 @@ func TestServerThatChangesItsMind(t *testing.T) {
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		active := s.active
 		s.locked(func() { s.active = "" })
-		if err := a.PostStatus(t.Context()); err == nil {
+		if err := a.PostStatus(t.Context(), 1); err == nil {
 			t.Fatal("not refused")
 		}
 		s.locked(func() { s.active = active })
 		if _, _, err := a.SyncEntries(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 		time.Sleep(10 * time.Second)
@@ -602,7 +602,7 @@ func TestBanned(t *testing.T) {
 		calls := len(s.got)
 		_, bundleErr := a.FetchBundle(t.Context())
 		_, mintErr := a.MintX509(t.Context(), []upstream.CSR{{}})
-		for _, err := range []error{bundleErr, mintErr, a.RenewNode(t.Context()), a.Attest(t.Context()), a.PostStatus(t.Context())} {
+		for _, err := range []error{bundleErr, mintErr, a.RenewNode(t.Context()), a.Attest(t.Context()), a.PostStatus(t.Context(), 1)} {
 			if !errors.Is(err, upstream.ErrBanned) {
 				t.Errorf("got %v", err)
 			}
@@ -627,7 +627,7 @@ func TestExpiredSVIDIsReplacedByANewProof(t *testing.T) {
 		if err := a.Attest(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Fatal(err)
 		}
 		s.hook = func(ctx context.Context, method string) error {
@@ -637,7 +637,7 @@ func TestExpiredSVIDIsReplacedByANewProof(t *testing.T) {
 			return nil
 		}
 		time.Sleep(2 * time.Hour)
-		if err := a.PostStatus(t.Context()); upstream.Code(err) != "Unauthenticated" || !strings.Contains(err.Error(), "expired") {
+		if err := a.PostStatus(t.Context(), 1); upstream.Code(err) != "Unauthenticated" || !strings.Contains(err.Error(), "expired") {
 			t.Errorf("got %v", err)
 		}
 		if _, err := a.FetchBundle(t.Context()); err != nil {
@@ -649,7 +649,7 @@ func TestExpiredSVIDIsReplacedByANewProof(t *testing.T) {
 			t.Fatal(err)
 		}
 		time.Sleep(6 * time.Second)
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 	})
@@ -668,11 +668,11 @@ func TestSVIDWithoutAuthorityIsReplacedByANewProof(t *testing.T) {
 		s.start()
 		a.trust.Store(s.trust())
 		a.trust.Store(must(a.FetchBundle(t.Context())))
-		if err := a.PostStatus(t.Context()); upstream.Code(err) != "Unauthenticated" || !strings.Contains(err.Error(), "authority") {
+		if err := a.PostStatus(t.Context(), 1); upstream.Code(err) != "Unauthenticated" || !strings.Contains(err.Error(), "authority") {
 			t.Errorf("got %v", err)
 		}
 		time.Sleep(10 * time.Second)
-		if err := a.PostStatus(t.Context()); err != nil {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
 	})

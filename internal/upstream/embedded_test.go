@@ -64,7 +64,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		if err := a.Attest(ctx); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.PostStatus(ctx); err != nil {
+		if err := a.PostStatus(ctx, 1); err != nil {
 			t.Error(err)
 		}
 
@@ -147,13 +147,13 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		}
 		give()
 		time.Sleep(6 * time.Second)
-		if err := a.PostStatus(ctx); err != nil {
+		if err := a.PostStatus(ctx, 1); err != nil {
 			t.Errorf("after the new proof: %v", err)
 		}
 		if err := s.BanAgent(ctx, a.node.Identity().ID()); err != nil {
 			t.Fatal(err)
 		}
-		if err := a.PostStatus(ctx); !errors.Is(err, upstream.ErrBanned) {
+		if err := a.PostStatus(ctx, 1); !errors.Is(err, upstream.ErrBanned) {
 			t.Errorf("got %v", err)
 		}
 	})

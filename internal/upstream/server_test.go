@@ -33,6 +33,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/api"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -125,6 +126,7 @@ type server struct {
 	reattestable bool
 	lacksSync    bool
 	spoilSVID    func(*x509.Certificate)
+	fleet        *fleet // nil: the server takes no reports
 
 	// hook, when set, is called at the start of each call that was let in.
 	hook func(ctx context.Context, method string) error
@@ -168,6 +170,9 @@ func (s *server) start() {
 	bundlev1.RegisterBundleServer(g, s)
 	entryv1.RegisterEntryServer(g, s)
 	svidv1.RegisterSVIDServer(g, s)
+	if s.fleet != nil {
+		api.RegisterFleetServer(g, s.fleet)
+	}
 	l := bufconn.Listen(1 << 16)
 	s.mu.Lock()
 	s.grpc, s.listener = g, l

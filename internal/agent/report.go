@@ -1,0 +1,82 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"reflect"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/metrics"
+)
+
+const (
+	// reportAgain is how often the server is told what it knows: it may have
+	// been restarted meanwhile.
+	reportAgain = time.Minute
+	// askAgain is how often a server that takes no reports is asked whether it
+	// does by now.
+	askAgain = 10 * time.Minute
+)
+
+// report tells the server, until ctx is done, which bundle is in force and how
+// far this node is with what a taint made necessary. It looks at each refresh
+// interval and calls when something has changed, and once a minute.
+func (a *Agent) report(ctx context.Context) error {
+	var (
+		posted, reported time.Time // by the clock that is never set
+		postedFor        time.Time // the attestation
+		sequence         uint64
+		last             upstream.Report
+		wait             = reportAgain
+	)
+	for {
+		attested := a.client.Attested()
+		if s := a.cache.Bundle(); s != nil {
+			if n := s.Own.Sequence(); n != sequence || attested.After(postedFor) || time.Since(posted) >= reportAgain {
+				if err := a.client.PostStatus(ctx, n); err == nil {
+					posted, postedFor, sequence = time.Now(), attested, n
+				} else if ctx.Err() == nil {
+					a.log.Debug("status not posted", "error", err)
+				}
+			}
+			if r := a.newReport(); !reported.IsZero() && time.Since(reported) < wait && (wait == askAgain || reflect.DeepEqual(r, last)) {
+				// The server knows, or does not want to.
+			} else if err := a.client.Report(ctx, r); errors.Is(err, upstream.ErrNoReports) {
+				reported, wait = time.Now(), askAgain
+			} else if err == nil {
+				reported, last, wait = time.Now(), r, reportAgain
+			} else if ctx.Err() == nil {
+				a.log.Debug("rotation not reported", "error", err)
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-time.After(bundle.Jitter(a.cfg.RefreshInterval)):
+		}
+	}
+}
+
+// newReport says where this node is.
+func (a *Agent) newReport() upstream.Report {
+	// The snapshot is read first: what the state says is then of this bundle or
+	// a later one.
+	snapshot := a.cache.Bundle()
+	r := upstream.Report{Sequence: snapshot.Own.Sequence(), Rate: float64(a.cfg.TaintRate)}
+	for _, s := range a.State().Authorities {
+		if s.Type != metrics.TypeX509 || (s.State != metrics.StateTainted && s.State != metrics.StateRemoved) {
+			continue
+		}
+		report := upstream.AuthorityReport{
+			ID: s.ID, Tainted: s.State == metrics.StateTainted, Pending: s.Pending, Streams: s.Streams,
+			Settled: s.Settled && s.Held+s.Pending+s.Streams == 0,
+		}
+		if _, since := snapshot.State(s.ID); !since.IsZero() {
+			report.BeginsAt = since.Add(a.TaintDelay(s.ID))
+		}
+		r.Authorities = append(r.Authorities, report)
+	}
+	return r
+}

@@ -1,0 +1,54 @@
+package upstream_test
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/upstream"
+)
+
+// fleet takes reports.
+type fleet struct {
+	api.UnimplementedFleetServer
+	last *api.ReportRequest
+}
+
+func (f *fleet) Report(_ context.Context, r *api.ReportRequest) (*api.ReportResponse, error) {
+	f.last = r
+	return &api.ReportResponse{}, nil
+}
+
+func TestReport(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, s *server, a *agent) {
+		begins := time.Now().Add(time.Minute)
+		report := upstream.Report{Sequence: 7, Rate: 20, Authorities: []upstream.AuthorityReport{
+			{ID: "aa", Tainted: true, Pending: 3, Streams: 2, BeginsAt: begins},
+			{ID: "bb", Tainted: true, Settled: true},
+			{ID: "cc", Pending: 1},
+		}}
+		if err := a.Report(t.Context(), report); !errors.Is(err, upstream.ErrNoReports) {
+			t.Errorf("to a server that takes none: %v, want ErrNoReports", err)
+		}
+		s.stop()
+		s.fleet = new(fleet)
+		s.start()
+		if err := a.Report(t.Context(), report); err != nil {
+			t.Fatal(err)
+		}
+		want := &api.ReportRequest{BundleSequence: 7, TaintRate: 20, Authorities: []*api.AuthorityReport{
+			{AuthorityId: "aa", Tainted: true, Pending: 3, Streams: 2, BeginsAt: timestamppb.New(begins)},
+			{AuthorityId: "bb", Tainted: true, Settled: true},
+			{AuthorityId: "cc", Pending: 1},
+		}}
+		if !proto.Equal(s.fleet.last, want) {
+			t.Errorf("the server was told %v, want %v", s.fleet.last, want)
+		}
+	})
+}
