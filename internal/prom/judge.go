@@ -1,0 +1,125 @@
+package prom
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"time"
+
+	"github.com/prometheus/common/model"
+
+	"github.com/renewd/renewd/internal/runbook"
+)
+
+// The reasons of holders.
+const (
+	reasonSilent   = "silent"   // down, missing, or not heard of recently
+	reasonBehind   = "behind"   // has not seen that the authority is tainted
+	reasonRenewing = "renewing" // has SVIDs of it to replace
+	reasonStreams  = "streams"  // has replaced them, but workloads were not sent them yet
+)
+
+// component is what an agent's spirl_application_info calls it.
+const component = "agent"
+
+// judge says what follows from the targets and their scrapes.
+func judge(at time.Time, trustDomain string, targets []*target, expected int, jwtExpiry time.Time) Figures {
+	f := Figures{At: at, JWTExpiry: jwtExpiry}
+	known := make(map[identity]int, len(targets))
+	for _, t := range targets {
+		a, recent := t.agent(at)
+		if recent && t.foreign(trustDomain) {
+			continue
+		}
+		if who, ok := t.identity(); ok && a.Up {
+			if i, again := known[who]; again {
+				if a.LastScrape.After(f.Agents[i].LastScrape) {
+					f.Agents[i] = a
+				}
+				continue
+			}
+			known[who] = len(f.Agents)
+		}
+		f.Agents = append(f.Agents, a)
+	}
+	slices.SortFunc(f.Agents, func(a, b Agent) int { return cmp.Compare(a.Instance, b.Instance) })
+
+	f.Expected = cmp.Or(expected, len(f.Agents))
+	f.Missing = max(0, f.Expected-len(f.Agents))
+	silent := f.Missing > 0
+	for _, a := range f.Agents {
+		f.X509SVIDs += a.SVIDs
+		silent = silent || !a.Up
+		if reason := a.reason(); reason != "" {
+			f.Holders = append(f.Holders, runbook.Holder{
+				Agent: a.Instance, Version: a.Version, SVIDs: a.SVIDs, Streams: a.Streams, Reason: reason, LastReport: a.LastScrape,
+			})
+		}
+	}
+	if f.Missing > 0 {
+		f.Holders = append(f.Holders, runbook.Holder{
+			Agent: fmt.Sprintf("%d of %d agents that Prometheus does not scrape", f.Missing, f.Expected), Reason: reasonSilent,
+		})
+	}
+	f.X509Safe = len(f.Holders) == 0
+	f.JWTSafe = !silent && !jwtExpiry.After(at)
+	return f
+}
+
+// agent is what the target's newest scrape says, if that is recent.
+func (t *target) agent(at time.Time) (a Agent, recent bool) {
+	a = Agent{Instance: t.instance(), LastScrape: t.last}
+	recent = t.healthy && t.up && !t.scrape.Before(at.Add(-2*t.interval))
+	// A program that does not say what it is may be anything; its figures are
+	// not taken for an agent's.
+	if !recent || t.info == nil {
+		return a, false
+	}
+	settled, seen := t.values[seriesSettled]
+	return Agent{
+		Instance: a.Instance, Up: true, LastScrape: t.scrape,
+		Version:  string(t.info["spirl_app_version"]),
+		Sequence: uint64(max(0, t.values[seriesSequence])),
+		SVIDs:    int(t.values[seriesHeld]), Pending: int(t.values[seriesPending]), Streams: int(t.values[seriesStreams]),
+		Seen: seen, Settled: seen && settled == 1,
+	}, true
+}
+
+// foreign tells whether the target says that it is no agent of the trust
+// domain, so that it cannot hold an SVID of its authorities.
+func (t *target) foreign(trustDomain string) bool {
+	says := func(name model.LabelName) string { return string(t.info[name]) }
+	return says("spirl_component") != component || (trustDomain != "" && says("spirl_trust_domain") != trustDomain)
+}
+
+// identity is what two scrapes of one agent have in common and two agents do
+// not: the start of the process, the end of its own SVID, and the millisecond in
+// which it applied the bundle.
+type identity [3]float64
+
+func (t *target) identity() (identity, bool) {
+	var id identity
+	for i, name := range []string{seriesStart, seriesOwn, seriesApplied} {
+		v, ok := t.values[name]
+		if !ok {
+			return id, false
+		}
+		id[i] = v
+	}
+	return id, true
+}
+
+// reason says why the agent could still hold an SVID; empty when it cannot.
+func (a Agent) reason() string {
+	switch {
+	case !a.Up:
+		return reasonSilent
+	case !a.Seen:
+		return reasonBehind
+	case a.Settled && a.SVIDs == 0 && a.Pending == 0 && a.Streams == 0:
+		return ""
+	case a.Streams > 0 && a.SVIDs == 0 && a.Pending == 0:
+		return reasonStreams
+	}
+	return reasonRenewing
+}

@@ -1,0 +1,216 @@
+// Package prom reads the figures of a fleet's agents from Prometheus and
+// answers from them whether a tainted authority can be removed, for a signing
+// server that does not know it itself, such as a SPIRE server.
+//
+// The answer is never better than what is known. An agent counts as done with
+// an authority only when all of this is true:
+//
+//   - Prometheus has it as an active target of the job, and the target is up;
+//   - its newest scrape is at most two scrape intervals old;
+//   - that scrape, and not an earlier one, says renewd_taint_settled 1.
+//
+// Everything is read from that one scrape: a sample counts only when it has the
+// very time of the newest sample of up. Prometheus' lookback of five minutes
+// therefore cannot make a dead agent look settled.
+//
+// Ask the Prometheus that scrapes the agents, not one that federates from it:
+// only the first has the targets. Answers that replicas of it have been merged
+// into are understood. The job must hold every agent, each once. One that is
+// scraped twice is found out when both scrapes show the same start, SVID
+// and bundle; an agent that is no target is found out only through the number
+// of agents that there must be.
+package prom
+
+import (
+	"cmp"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/api"
+	v1 "github.com/prometheus/client_golang/api/prometheus/v1"
+
+	"github.com/renewd/renewd/internal/runbook"
+)
+
+// DefaultJob is the scrape job's name in the examples of deploy/.
+const DefaultJob = "renewd-agent"
+
+const (
+	defaultTimeout = 10 * time.Second
+	// JWT-SVIDs live for 24 hours unless configured otherwise; the hour more is
+	// for clocks and scrapes that are late.
+	defaultJWTLife = 25 * time.Hour
+)
+
+// Config says which Prometheus to ask and what to expect there. Only URL is
+// required.
+type Config struct {
+	// URL is Prometheus' address; user and password in it are used for basic
+	// auth and do not appear in errors.
+	URL string
+	// Job is the value of the job label of the agents; DefaultJob when empty.
+	Job string
+	// TrustDomain leaves out agents that say they serve another one. When empty
+	// all agents of the job count.
+	TrustDomain string
+	// Expected is the number of agents there must be. When 0 it is what the
+	// caller of Figures says.
+	Expected int
+	// JWTLife is how long a JWT-SVID lives at the most; 25 hours when 0. An
+	// agent that starts again forgets until when its tokens last, so that is how
+	// far back Prometheus is asked.
+	JWTLife time.Duration
+	// Client is for what the URL cannot say, such as an own CA; when nil a
+	// usual one.
+	Client *http.Client
+	// Timeout bounds one call of Figures; ten seconds when 0.
+	Timeout time.Duration
+}
+
+// Client asks one Prometheus. Its methods are safe for concurrent use.
+type Client struct {
+	cfg Config
+	api v1.API
+}
+
+// New checks the configuration. It does not connect.
+func New(c Config) (*Client, error) {
+	u, err := url.Parse(c.URL)
+	if err != nil || u.Host == "" || (u.Scheme != "http" && u.Scheme != "https") {
+		// The text of a URL that cannot be parsed may hold a password.
+		return nil, errors.New("prometheus: the URL must be like https://prometheus.example.org:9090")
+	}
+	if c.Expected < 0 || c.JWTLife < 0 || c.Timeout < 0 {
+		return nil, errors.New("prometheus: the number of agents, the life of JWT-SVIDs and the timeout cannot be negative")
+	}
+	if c.Job == "" {
+		c.Job = DefaultJob
+	}
+	if c.JWTLife == 0 {
+		c.JWTLife = defaultJWTLife
+	}
+	if c.Timeout == 0 {
+		c.Timeout = defaultTimeout
+	}
+	client, err := api.NewClient(api.Config{Address: c.URL, Client: c.Client})
+	if err != nil {
+		return nil, errors.New("prometheus: the URL cannot be used")
+	}
+	return &Client{cfg: c, api: v1.NewAPI(whole{client})}, nil
+}
+
+// Agent is what the newest scrape of one agent says. Where Up is false, all
+// but Instance and LastScrape is not known and zero.
+type Agent struct {
+	Instance   string // the instance label
+	Up         bool   // it answered the newest scrape, and that is recent
+	LastScrape time.Time
+	Version    string
+	Sequence   uint64 // of the bundle that it applies; 0: none yet
+	// What it holds that the X.509 authority signed: SVIDs, those that wait for
+	// their renewal, streams that wait for the replacement.
+	SVIDs, Pending, Streams int
+	Seen                    bool // it has seen that the authority is tainted
+	Settled                 bool // nothing on its node depends on the authority
+}
+
+// Figures are what Prometheus knows of one pair of authorities at one moment.
+type Figures struct {
+	At     time.Time // by Prometheus' clock
+	Agents []Agent   // by instance; each agent once
+	// Expected is the number of agents there must be, Missing how many of them
+	// are no targets.
+	Expected, Missing int
+	X509SVIDs         int // held by the agents that are up
+	// JWTExpiry is when the last JWT-SVID of the key ends that any agent has
+	// reported; zero when none has.
+	JWTExpiry time.Time
+	// Holders are the agents that could still hold an SVID of the X.509
+	// authority, with the reason silent, behind, renewing or streams. Those that
+	// are missing are one holder together.
+	Holders []runbook.Holder
+	// X509Safe is true when there are no holders, JWTSafe when the last
+	// JWT-SVID has ended and no agent is silent or missing.
+	X509Safe, JWTSafe bool
+}
+
+// Behind counts the agents that are not known to apply the bundle with the
+// given sequence number or a later one.
+func (f Figures) Behind(sequence uint64) int {
+	n := f.Missing
+	for _, a := range f.Agents {
+		if !a.Up || a.Sequence < sequence {
+			n++
+		}
+	}
+	return n
+}
+
+// Figures asks for the figures of the X.509 authority and the JWT key with
+// these IDs. expected is the number of agents there must be unless the Config
+// says it; with neither it is as many as Prometheus has targets. Without any
+// target, and when Prometheus answers in part only, there are no figures but an
+// error.
+func (c *Client) Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected int) (Figures, error) {
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
+	defer cancel()
+	if c.cfg.Expected > 0 {
+		expected = c.cfg.Expected
+	}
+	f, err := c.figures(ctx, x509AuthorityID, jwtKeyID, expected)
+	if err != nil {
+		return Figures{}, fmt.Errorf("figures from Prometheus: %w", err)
+	}
+	return f, nil
+}
+
+func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected int) (Figures, error) {
+	// The targets come first: one that is added later is not asked for, but one
+	// that goes away is still missed.
+	targets, err := c.targets(ctx)
+	if err != nil {
+		return Figures{}, err
+	}
+	at, err := c.clock(ctx)
+	if err != nil {
+		return Figures{}, err
+	}
+	if err := c.scrapes(ctx, at, x509AuthorityID, targets); err != nil {
+		return Figures{}, err
+	}
+	expiry, err := c.jwtExpiry(ctx, at, jwtKeyID)
+	if err != nil {
+		return Figures{}, err
+	}
+	f := judge(at, c.cfg.TrustDomain, targets, expected, expiry)
+	// A fleet without agents is one that was looked for in the wrong place.
+	if len(f.Agents) == 0 {
+		return Figures{}, fmt.Errorf("no target of the job %q is an agent of %s", c.cfg.Job, cmp.Or(c.cfg.TrustDomain, "any trust domain"))
+	}
+	return f, nil
+}
+
+// whole refuses what Prometheus, or what stands in for it, marks as less than
+// the whole answer. The API package hides that mark for targets.
+type whole struct{ api.Client }
+
+func (w whole) Do(ctx context.Context, req *http.Request) (*http.Response, []byte, error) {
+	resp, body, err := w.Client.Do(ctx, req)
+	if err != nil {
+		return resp, body, err
+	}
+	var answer struct {
+		Warnings []string `json:"warnings"`
+	}
+	// What is no JSON at all is an error of the API package.
+	if json.Unmarshal(body, &answer) == nil && len(answer.Warnings) > 0 {
+		return resp, nil, fmt.Errorf("the answer may be incomplete: %s", strings.Join(answer.Warnings, "; "))
+	}
+	return resp, body, nil
+}

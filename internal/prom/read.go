@@ -1,0 +1,193 @@
+package prom
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/api/prometheus/v1"
+	"github.com/prometheus/common/model"
+)
+
+// The series that are read. Their help texts are in package metrics.
+const (
+	seriesUp       = "up"
+	seriesInfo     = "spirl_application_info"
+	seriesHeld     = "renewd_svids_held"
+	seriesPending  = "renewd_taint_renewals_pending"
+	seriesStreams  = "renewd_taint_streams_waiting"
+	seriesSettled  = "renewd_taint_settled"
+	seriesSequence = "renewd_bundle_sequence_number"
+	seriesApplied  = "renewd_bundle_applied_timestamp_seconds"
+	seriesOwn      = "renewd_agent_svid_expiry_timestamp_seconds"
+	seriesStart    = "process_start_time_seconds"
+	seriesJWT      = "renewd_jwt_svid_latest_expiry_timestamp_seconds"
+)
+
+var seriesOfScrape = strings.Join([]string{seriesUp, seriesInfo, seriesHeld, seriesPending, seriesStreams,
+	seriesSettled, seriesSequence, seriesApplied, seriesOwn, seriesStart}, "|")
+
+// defaultInterval is Prometheus' own, for a target that does not say.
+const defaultInterval = time.Minute
+
+// target is a scrape target of the job and its newest scrape.
+type target struct {
+	labels   model.LabelSet
+	interval time.Duration
+	healthy  bool
+	last     time.Time // when it was last scraped, well or not
+
+	scrape time.Time // of the newest sample of up; zero: none in the window
+	up     bool
+	info   model.Metric // of spirl_application_info; nil: none
+	// What the newest scrape says, by series. Of settled it is the lowest, of
+	// what is counted the sum.
+	values map[string]float64
+}
+
+func (t *target) instance() string { return string(t.labels[model.InstanceLabel]) }
+
+func (c *Client) targets(ctx context.Context) ([]*target, error) {
+	res, err := c.api.Targets(ctx)
+	if err != nil {
+		return nil, fmt.Errorf("targets: %w", err)
+	}
+	var out []*target
+	for _, a := range res.Active {
+		if string(a.Labels[model.JobLabel]) != c.cfg.Job {
+			continue
+		}
+		t := &target{labels: a.Labels, interval: defaultInterval, healthy: a.Health == v1.HealthGood, last: a.LastScrape}
+		if d, err := model.ParseDuration(a.DiscoveredLabels["__scrape_interval__"]); err == nil && d > 0 {
+			t.interval = time.Duration(d)
+		}
+		out = append(out, t)
+	}
+	if len(out) == 0 {
+		return nil, fmt.Errorf("no target has the job %q: name the scrape job of the agents, and the Prometheus that scrapes them", c.cfg.Job)
+	}
+	return out, nil
+}
+
+// clock reads Prometheus' time, so that the clock of this machine does not
+// matter to what is recent.
+func (c *Client) clock(ctx context.Context) (time.Time, error) {
+	v, _, _, err := c.api.Query(ctx, "time()", time.Time{})
+	if err != nil {
+		return time.Time{}, fmt.Errorf("query the time: %w", err)
+	}
+	s, ok := v.(*model.Scalar)
+	if !ok {
+		return time.Time{}, errors.New("query the time: the answer is no scalar")
+	}
+	return s.Timestamp.Time(), nil
+}
+
+// scrapes fills in the newest scrape of each target. Raw samples are asked for,
+// because each comes with its own time.
+func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, targets []*target) error {
+	var window time.Duration
+	byInstance := make(map[string][]*target, len(targets))
+	for _, t := range targets {
+		window = max(window, 2*t.interval)
+		byInstance[t.instance()] = append(byInstance[t.instance()], t)
+	}
+	query := fmt.Sprintf(`{__name__=~%s,job=%s,authority=~%s}[%dms]`, strconv.Quote(seriesOfScrape), label(c.cfg.Job),
+		strconv.Quote(regexp.QuoteMeta(exported(authority))+"|"), window.Milliseconds())
+	v, _, _, err := c.api.Query(ctx, query, at)
+	if err != nil {
+		return fmt.Errorf("query the agents: %w", err)
+	}
+	series, ok := v.(model.Matrix)
+	if !ok {
+		return errors.New("query the agents: the answer is no matrix")
+	}
+	of := func(s *model.SampleStream) *target {
+		for _, t := range byInstance[string(s.Metric[model.InstanceLabel])] {
+			if t.owns(s.Metric) {
+				return t
+			}
+		}
+		return nil
+	}
+	for _, s := range series {
+		if t := of(s); t != nil && s.Metric[model.MetricNameLabel] == seriesUp && len(s.Values) > 0 {
+			if last := s.Values[len(s.Values)-1]; last.Timestamp.Time().After(t.scrape) {
+				t.scrape, t.up = last.Timestamp.Time(), last.Value == 1
+			}
+		}
+	}
+	for _, s := range series {
+		if t := of(s); t != nil && len(s.Values) > 0 {
+			t.take(s.Metric, s.Values[len(s.Values)-1])
+		}
+	}
+	return nil
+}
+
+// owns tells whether a series with these labels comes from the target.
+func (t *target) owns(m model.Metric) bool {
+	for name, value := range t.labels {
+		if m[name] != value {
+			return false
+		}
+	}
+	return true
+}
+
+// take keeps a sample of the newest scrape; others are of the past.
+func (t *target) take(m model.Metric, s model.SamplePair) {
+	if !s.Timestamp.Time().Equal(t.scrape) {
+		return
+	}
+	name, v := string(m[model.MetricNameLabel]), float64(s.Value)
+	if math.IsNaN(v) {
+		return
+	}
+	if t.values == nil {
+		t.values = make(map[string]float64)
+	}
+	old, again := t.values[name]
+	switch {
+	case name == seriesInfo:
+		t.info = m
+	case again && name == seriesSettled:
+		t.values[name] = min(old, v)
+	default:
+		t.values[name] = old + v
+	}
+}
+
+// jwtExpiry is when the last JWT-SVID of the key ends that an agent has told
+// of, whether that agent still runs, or knows it, or not.
+func (c *Client) jwtExpiry(ctx context.Context, at time.Time, keyID string) (time.Time, error) {
+	if keyID == "" {
+		return time.Time{}, nil
+	}
+	query := fmt.Sprintf(`max(max_over_time(%s{job=%s,key_id=%s}[%dms]))`, seriesJWT, label(c.cfg.Job),
+		label(exported(keyID)), c.cfg.JWTLife.Milliseconds())
+	v, _, _, err := c.api.Query(ctx, query, at)
+	if err != nil {
+		return time.Time{}, fmt.Errorf("query the JWT-SVIDs: %w", err)
+	}
+	vector, ok := v.(model.Vector)
+	if !ok || len(vector) > 1 {
+		return time.Time{}, errors.New("query the JWT-SVIDs: the answer is no single value")
+	}
+	if len(vector) == 0 {
+		return time.Time{}, nil
+	}
+	// Up to the next second: an expiry must not be rounded into the past.
+	return time.Unix(int64(math.Ceil(float64(vector[0].Value))), 0), nil
+}
+
+// exported is the label value that the agents export for an ID.
+func exported(id string) string { return strings.ToValidUTF8(id, "\uFFFD") }
+
+// label is a label value in PromQL, whose strings have Go's escapes.
+func label(value string) string { return strconv.Quote(value) }
