@@ -25,7 +25,8 @@ type Status struct {
 	Deployment  string   `json:"deployment"`
 	Keysets     []Keyset `json:"keysets"` // in order of issue
 	// Sequence is the number of the published bundle; Agents are those that are
-	// expected to apply it and AgentsBehind those that have not said so.
+	// expected to apply it and AgentsBehind those that have not said so. A
+	// negative number is not known.
 	Sequence     uint64 `json:"sequence"`
 	Agents       int    `json:"agents"`
 	AgentsBehind int    `json:"agents_behind"`
@@ -44,8 +45,11 @@ type Keyset struct {
 	JWTKeyID        string    `json:"jwt_key_id"`        // empty: the JWT key is missing
 	// JWTState differs from State where the two keys could be moved one without
 	// the other and were; empty otherwise.
-	JWTState  State     `json:"jwt_state,omitempty"`
-	TaintedAt time.Time `json:"tainted_at,omitzero"`
+	JWTState State `json:"jwt_state,omitempty"`
+	// SteppedDown: it has signed, and another was activated after it; false
+	// where that is not known.
+	SteppedDown bool      `json:"stepped_down,omitempty"`
+	TaintedAt   time.Time `json:"tainted_at,omitzero"`
 
 	// X509SVIDs counts the live X.509-SVIDs that it signed; negative: not known.
 	X509SVIDs int       `json:"x509_svids"`
@@ -79,6 +83,6 @@ type Backend interface {
 	Prepare(ctx context.Context) (Keyset, error)
 	Activate(ctx context.Context, id string) error
 	Taint(ctx context.Context, id string) error
-	// Remove refuses what is not safe, with ErrNotSafe, unless force is set.
+	// Remove refuses what is not safe, with a [NotSafeError], unless force is set.
 	Remove(ctx context.Context, id string, force bool) error
 }

@@ -1,0 +1,58 @@
+package runbook
+
+import (
+	"context"
+	"errors"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// ErrOutcomeUnknown is wrapped by the error of a mutation that may have
+// happened and may not: the time was over, or the connection was lost, before
+// the server answered. The next [Backend.Status] tells.
+var ErrOutcomeUnknown = errors.New("the outcome is not known")
+
+// NotSafeError says that something still hangs on a keyset, or that this is
+// not known. Backends return a pointer to it.
+type NotSafeError struct {
+	Keyset  string // ID
+	Message string // for the operator, complete
+}
+
+// Error implements error.
+func (e *NotSafeError) Error() string { return e.Message }
+
+// outcomeUnknown reports whether the mutation that returned err may have
+// happened. A Backend that passes the end of a context on has not heard the
+// server's answer either.
+func outcomeUnknown(err error) bool {
+	return errors.Is(err, ErrOutcomeUnknown) ||
+		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+}
+
+// remedies say what to do about a refusal. Refusals are known by their texts:
+// that is what passes through every kind of Backend.
+var remedies = map[string]string{
+	keyset.ErrBusy.Error(): "Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
+		"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.",
+	keyset.ErrNotFound.Error():        "Run list to see the keysets that there are.",
+	keyset.ErrActivateActive.Error():  "It signs already: nothing is left to do.",
+	keyset.ErrActivateTainted.Error(): "Only a Prepared keyset can be activated: prepare a new one.",
+	keyset.ErrActivateExpired.Error(): "Prepare a new one and activate that.",
+	keyset.ErrTaintActive.Error():     "Only a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.",
+	keyset.ErrTaintTainted.Error():    "It is tainted already: wait until it is safe to remove.",
+	keyset.ErrRemoveActive.Error():    "Only a Tainted keyset can be removed: activate a successor, then taint this one.",
+	keyset.ErrRemovePrepared.Error():  "Only a Tainted keyset can be removed: taint it first.",
+}
+
+// Remedy says what to do about an error of one of the steps, in full
+// sentences; empty where there is nothing to add.
+func Remedy(err error) string {
+	if outcomeUnknown(err) {
+		return "The change may have happened. Run list, and retry only if it did not. Nothing is retried by itself."
+	}
+	if r, ok := errors.AsType[keyset.Refusal](err); ok {
+		return remedies[r.Error()]
+	}
+	return remedies[err.Error()]
+}
