@@ -42,7 +42,7 @@ func judge(at time.Time, trustDomain string, targets []*target, expected int, jw
 		}
 		f.Agents = append(f.Agents, a)
 	}
-	slices.SortFunc(f.Agents, func(a, b Agent) int { return cmp.Compare(a.Instance, b.Instance) })
+	slices.SortStableFunc(f.Agents, func(a, b Agent) int { return cmp.Compare(a.Instance, b.Instance) })
 
 	f.Expected = cmp.Or(expected, len(f.Agents))
 	f.Missing = max(0, f.Expected-len(f.Agents))

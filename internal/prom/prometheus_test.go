@@ -1,0 +1,218 @@
+package prom_test
+
+import (
+	"bytes"
+	"fmt"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/metrics"
+)
+
+// node is an agent as Prometheus sees it: its real metrics over HTTP.
+type node struct {
+	*httptest.Server
+	state atomic.Pointer[metrics.State]
+}
+
+func startNode(t *testing.T, s metrics.State) *node {
+	t.Helper()
+	n := new(node)
+	n.set(s)
+	n.Server = httptest.NewServer(metrics.New(metrics.Config{
+		TrustDomain: "example.org", Version: "1.2.3",
+		Source: metrics.SourceFunc(func() metrics.State { return *n.state.Load() }),
+	}).Handler())
+	t.Cleanup(n.Close)
+	return n
+}
+
+func (n *node) set(s metrics.State) { n.state.Store(&s) }
+
+func (n *node) instance() string { return strings.TrimPrefix(n.URL, "http://") }
+
+// startPrometheus runs Debian's Prometheus, which scrapes the targets every
+// second.
+func startPrometheus(t *testing.T, targets ...string) (url string) {
+	t.Helper()
+	bin, err := exec.LookPath("prometheus")
+	if err != nil {
+		t.Skip("install prometheus (apt-get install prometheus) to run this test under a real one")
+	}
+	dir := t.TempDir()
+	config := fmt.Sprintf(`
+global: {scrape_interval: 1s}
+scrape_configs:
+  - job_name: renewd-agent
+    static_configs: [{targets: ["%s"]}]
+`, strings.Join(targets, `", "`))
+	if err := os.WriteFile(dir+"/prometheus.yml", []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	port, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	address := port.Addr().String()
+	port.Close()
+	cmd := exec.Command(bin, "--config.file="+dir+"/prometheus.yml", "--storage.tsdb.path="+dir+"/data", "--web.listen-address="+address)
+	var log bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &log, &log
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("prometheus:\n%s", &log)
+		}
+	})
+	url = "http://" + address
+	eventually(t, "prometheus is ready", func() bool {
+		res, err := http.Get(url + "/-/ready")
+		if err != nil {
+			return false
+		}
+		res.Body.Close()
+		return res.StatusCode == http.StatusOK
+	})
+	return url
+}
+
+func eventually(t *testing.T, what string, ok func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("%s: not within 20 s", what)
+		}
+	}
+}
+
+// holding is the state of an agent to which the authority "old" is tainted
+// when pending is not negative; n tells agents apart.
+func holding(n, held, pending, streams int) metrics.State {
+	at := time.Now().Truncate(time.Hour).Add(time.Duration(n) * time.Second)
+	old := metrics.Authority{Type: metrics.TypeX509, ID: "old", State: metrics.StatePrepared, Held: held}
+	if pending >= 0 {
+		old.State, old.Pending, old.Streams, old.Settled = metrics.StateTainted, pending, streams, true
+	}
+	return metrics.State{
+		Authorities: []metrics.Authority{old, {Type: metrics.TypeX509, ID: "new", State: metrics.StateActive, Held: 10}},
+		OwnExpiry:   at.Add(2 * time.Hour), BundleApplied: at, BundleSequence: 7,
+	}
+}
+
+func TestUnderPrometheus(t *testing.T) {
+	t.Parallel()
+	nodes := []*node{startNode(t, holding(1, 0, 0, 0)), startNode(t, holding(2, 0, 0, 0)), startNode(t, holding(3, 4, -1, 0))}
+	// The same agent under a second address is no second agent.
+	twin := &node{Server: httptest.NewServer(nodes[0].Config.Handler)}
+	t.Cleanup(twin.Close)
+	url := startPrometheus(t, nodes[0].instance(), twin.instance(), nodes[1].instance(), nodes[2].instance())
+	c, err := prom.New(prom.Config{URL: url, TrustDomain: "example.org"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var f prom.Figures
+	ask := func(expected int) bool {
+		var err error
+		if f, err = c.Figures(t.Context(), "old", `kid"\ü`, expected); err != nil {
+			f = prom.Figures{}
+		}
+		return err == nil
+	}
+	// becomes waits for the holders, given as "index of the node: reason".
+	becomes := func(what string, expected int, want ...string) {
+		t.Helper()
+		var got []string
+		deadline := time.Now().Add(20 * time.Second)
+		for {
+			got = nil
+			if ask(expected) {
+				for _, h := range f.Holders {
+					i := slices.IndexFunc(nodes, func(n *node) bool { return n.instance() == h.Agent })
+					if h.Agent == twin.instance() {
+						i = 0
+					}
+					got = append(got, fmt.Sprintf("%d: %s", i, h.Reason))
+				}
+				slices.Sort(got)
+				if slices.Equal(got, want) {
+					break
+				}
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: holders are %q of %d agents, want %q", what, got, len(f.Agents), want)
+			}
+			time.Sleep(20 * time.Millisecond)
+		}
+		if f.X509Safe != (len(want) == 0) {
+			t.Errorf("%s: safe is %v with holders %v", what, f.X509Safe, f.Holders)
+		}
+	}
+
+	becomes("not seen yet", 3, "2: behind")
+	if len(f.Agents) != 3 || f.X509SVIDs != 4 || f.Expected != 3 || f.Missing != 0 || f.Holders[0].SVIDs != 4 || f.Holders[0].Version != "1.2.3" {
+		t.Errorf("figures %+v", f)
+	}
+	if time.Since(f.Holders[0].LastReport) > 3*time.Second || time.Since(f.At) > 3*time.Second {
+		t.Errorf("last report at %v, figures of %v", f.Holders[0].LastReport, f.At)
+	}
+	if f.Behind(7) != 0 || f.Behind(8) != 3 {
+		t.Errorf("%d agents behind 7, %d behind 8", f.Behind(7), f.Behind(8))
+	}
+	nodes[2].set(holding(3, 4, 4, 2))
+	becomes("seen", 3, "2: renewing")
+	nodes[2].set(holding(3, 0, 0, 2))
+	becomes("renewed", 3, "2: streams")
+	if f.Holders[0].Streams != 2 {
+		t.Errorf("holder %+v", f.Holders[0])
+	}
+	nodes[2].set(holding(3, 0, 0, 0))
+	becomes("settled", 3)
+	if !f.JWTSafe || !f.JWTExpiry.IsZero() || f.X509SVIDs != 0 {
+		t.Errorf("figures without a JWT-SVID: %+v", f)
+	}
+	becomes("one more expected", 4, "-1: silent")
+	if f.Missing != 1 || f.JWTSafe || !strings.HasPrefix(f.Holders[0].Agent, "1 of 4 agents") {
+		t.Errorf("figures with one missing: %+v", f)
+	}
+
+	// A token that an agent hands out stays known when the agent starts again.
+	expiry := time.Now().Add(time.Hour)
+	s := holding(1, 0, 0, 0)
+	s.JWTExpiry = map[string]time.Time{`kid"\ü`: expiry, "other": expiry.Add(time.Hour)}
+	nodes[0].set(s)
+	eventually(t, "JWT expiry", func() bool { return ask(3) && !f.JWTExpiry.IsZero() })
+	nodes[0].set(holding(1, 9, 9, 0))
+	becomes("the agent started again", 3, "0: renewing")
+	if d := f.JWTExpiry.Sub(expiry); f.JWTSafe || d < 0 || d > time.Second {
+		t.Errorf("JWT safe %v, expiry %v off %v", f.JWTSafe, f.JWTExpiry, d)
+	}
+	nodes[0].set(holding(1, 0, 0, 0))
+	becomes("settled again", 3)
+	if f.JWTSafe {
+		t.Error("safe while a token lives")
+	}
+
+	// Dead: what it last said stays within Prometheus' lookback and must not count.
+	nodes[1].CloseClientConnections()
+	nodes[1].Listener.Close()
+	becomes("down", 3, "1: silent")
+	for range 20 {
+		if !ask(3) || f.X509Safe || f.JWTSafe || f.Behind(7) != 1 {
+			t.Fatalf("figures with one down: %+v", f)
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}

@@ -1,0 +1,371 @@
+package prom_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/prom"
+)
+
+// The fake Prometheus' clock stands still, far from this machine's.
+const now = 1_800_000_000.0
+
+// series is one sample of one series; labels of the target are added.
+type series struct {
+	name   string
+	labels map[string]string
+	value  any
+	at     float64 // 0: the target's scrape
+}
+
+type fakeTarget struct {
+	job, instance, interval, health string
+	scrape                          float64
+	series                          []series
+}
+
+// agent is one that has nothing to do with the authority any more.
+func agent(n int) *fakeTarget {
+	none := map[string]string{"authority": "old"}
+	return &fakeTarget{
+		job: "renewd-agent", instance: fmt.Sprintf("node-%d:9090", n), interval: "15s", health: "up", scrape: now - 14,
+		series: []series{
+			{name: "up", value: 1},
+			{name: "spirl_application_info", value: 1, labels: map[string]string{
+				"spirl_component": "agent", "spirl_trust_domain": "example.org", "spirl_app_version": "1.2.3"}},
+			{name: "renewd_svids_held", value: 0, labels: map[string]string{"authority": "old", "svid_type": "x509", "state": "tainted"}},
+			{name: "renewd_taint_renewals_pending", value: 0, labels: none},
+			{name: "renewd_taint_streams_waiting", value: 0, labels: none},
+			{name: "renewd_taint_settled", value: 1, labels: none},
+			{name: "renewd_bundle_sequence_number", value: 7},
+			{name: "renewd_bundle_applied_timestamp_seconds", value: now - 100.123 - float64(n)},
+			{name: "renewd_agent_svid_expiry_timestamp_seconds", value: now + 1000 + float64(n)},
+			{name: "process_start_time_seconds", value: now - 5000},
+		},
+	}
+}
+
+func (f *fakeTarget) of(name string) *series {
+	i := slices.IndexFunc(f.series, func(s series) bool { return s.name == name })
+	return &f.series[i]
+}
+
+func (f *fakeTarget) drop(name string) {
+	f.series = slices.DeleteFunc(f.series, func(s series) bool { return s.name == name })
+}
+
+// fake is a Prometheus that holds what it is given.
+type fake struct {
+	targets  []*fakeTarget
+	jwt      any               // result of the JWT query
+	override map[string]string // body by what the request is about: targets, time, agents, jwt
+	queries  map[string]string
+	slow     chan struct{}
+}
+
+func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if f.slow != nil {
+		<-f.slow
+	}
+	query := r.FormValue("query")
+	about, data := "targets", any(nil)
+	switch {
+	case r.URL.Path == "/api/v1/targets":
+		active := []any{}
+		for _, t := range f.targets {
+			active = append(active, map[string]any{
+				"labels":           map[string]string{"job": t.job, "instance": t.instance},
+				"discoveredLabels": map[string]string{"__scrape_interval__": t.interval},
+				"health":           t.health, "lastScrape": time.Unix(int64(t.scrape), 0).UTC(),
+			})
+		}
+		data = map[string]any{"activeTargets": active}
+	case query == "time()":
+		about, data = "time", map[string]any{"resultType": "scalar", "result": []any{now, fmt.Sprint(now)}}
+	case strings.HasPrefix(query, "max("):
+		about, data = "jwt", map[string]any{"resultType": "vector", "result": f.jwt}
+	default:
+		matrix := []any{}
+		for _, t := range f.targets {
+			for _, s := range t.series {
+				labels := map[string]string{"__name__": s.name, "job": t.job, "instance": t.instance}
+				maps.Copy(labels, s.labels)
+				at := s.at
+				if at == 0 {
+					at = t.scrape
+				}
+				matrix = append(matrix, map[string]any{"metric": labels, "values": []any{[]any{at, fmt.Sprint(s.value)}}})
+			}
+		}
+		about, data = "agents", map[string]any{"resultType": "matrix", "result": matrix}
+	}
+	if f.queries == nil {
+		f.queries = make(map[string]string)
+	}
+	f.queries[about] = query
+	if at := r.FormValue("time"); about == "agents" || about == "jwt" {
+		f.queries[about] += " at " + at
+	}
+	if body, ok := f.override[about]; ok {
+		if body == "" {
+			w.WriteHeader(http.StatusInternalServerError)
+		}
+		fmt.Fprint(w, body)
+		return
+	}
+	json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data})
+}
+
+func ends(in float64) any {
+	return []any{map[string]any{"metric": map[string]string{}, "value": []any{now, fmt.Sprintf("%.3f", now+in)}}}
+}
+
+// TestRules breaks each rule of what is safe once.
+func TestRules(t *testing.T) {
+	t.Parallel()
+	type world struct {
+		*fake
+		cfg      prom.Config
+		expected int
+	}
+	const silent, behind, renewing, streams = "silent", "behind", "renewing", "streams"
+	for name, tt := range map[string]struct {
+		change  func(w *world)
+		holders string // "agent: reason" in order
+		jwt     bool   // not safe
+		err     string
+	}{
+		"all is well":              {},
+		"expected by the config":   {change: func(w *world) { w.cfg.Expected, w.expected = 3, 9 }},
+		"nothing expected":         {change: func(w *world) { w.expected = 0 }},
+		"down":                     {func(w *world) { w.targets[1].health = "down" }, "node-1:9090: silent", true, ""},
+		"not scraped yet":          {func(w *world) { w.targets[1].health = "unknown" }, "node-1:9090: silent", true, ""},
+		"newest scrape failed":     {func(w *world) { w.targets[1].of("up").value = 0 }, "node-1:9090: silent", true, ""},
+		"no scrape":                {func(w *world) { w.targets[1].series = nil }, "node-1:9090: silent", true, ""},
+		"two intervals":            {change: func(w *world) { w.targets[1].scrape = now - 30 }},
+		"more than two intervals":  {func(w *world) { w.targets[1].scrape = now - 31 }, "node-1:9090: silent", true, ""},
+		"interval not said":        {change: func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-119 }},
+		"stale without interval":   {func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-121 }, "node-1:9090: silent", true, ""},
+		"not what it seems":        {func(w *world) { w.targets[1].drop("spirl_application_info") }, "node-1:9090: silent", true, ""},
+		"one is missing":           {func(w *world) { w.targets = w.targets[1:] }, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		"more than config says":    {func(w *world) { w.cfg.Expected = 5 }, "2 of 5 agents that Prometheus does not scrape: silent", true, ""},
+		"taint not seen":           {func(w *world) { w.targets[2].drop("renewd_taint_settled") }, "node-2:9090: behind", false, ""},
+		"settled before":           {func(w *world) { w.targets[2].of("renewd_taint_settled").at = now - 29 }, "node-2:9090: behind", false, ""},
+		"settled is 0":             {func(w *world) { w.targets[2].of("renewd_taint_settled").value = 0 }, "node-2:9090: renewing", false, ""},
+		"settled is no number":     {func(w *world) { w.targets[2].of("renewd_taint_settled").value = "NaN" }, "node-2:9090: behind", false, ""},
+		"settled but holds":        {func(w *world) { w.targets[2].of("renewd_svids_held").value = 1 }, "node-2:9090: renewing", false, ""},
+		"settled but pending":      {func(w *world) { w.targets[2].of("renewd_taint_renewals_pending").value = 1 }, "node-2:9090: renewing", false, ""},
+		"settled but streams wait": {func(w *world) { w.targets[2].of("renewd_taint_streams_waiting").value = 1 }, "node-2:9090: streams", false, ""},
+		"two replicas, one says 0": {func(w *world) {
+			replica := *w.targets[2].of("renewd_taint_settled")
+			replica.value, replica.labels = 0, map[string]string{"authority": "old", "replica": "b"}
+			w.targets[2].series = append(w.targets[2].series, replica)
+		}, "node-2:9090: renewing", false, ""},
+		"one holds, one is silent": {func(w *world) {
+			w.targets[0].health = "down"
+			w.targets[2].of("renewd_taint_settled").value = 0
+		}, "node-0:9090: silent, node-2:9090: renewing", true, ""},
+		"scraped twice": {func(w *world) {
+			twin := agent(1)
+			twin.instance, w.targets[2] = "10.0.0.1:9090", twin
+		}, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		"scraped twice, newest counts": {func(w *world) {
+			twin := agent(1)
+			twin.instance, twin.scrape, twin.of("renewd_taint_settled").value = "10.0.0.1:9090", now-1, 0
+			w.targets = append(w.targets, twin)
+		}, "10.0.0.1:9090: renewing", false, ""},
+		"a server in the job": {change: func(w *world) {
+			s := agent(9)
+			s.of("spirl_application_info").labels["spirl_component"] = "server"
+			s.drop("renewd_taint_settled")
+			w.targets = append(w.targets, s)
+		}},
+		"a server does not count": {func(w *world) {
+			w.targets[0].of("spirl_application_info").labels["spirl_component"] = "server"
+		}, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		"a server that is down": {func(w *world) {
+			w.targets[0].of("spirl_application_info").labels["spirl_component"] = "server"
+			w.targets[0].health = "down"
+		}, "node-0:9090: silent", true, ""},
+		"another trust domain": {change: func(w *world) {
+			s := agent(9)
+			s.of("spirl_application_info").labels["spirl_trust_domain"] = "other.org"
+			s.drop("renewd_taint_settled")
+			w.targets = append(w.targets, s)
+		}},
+		"trust domain not given": {func(w *world) {
+			w.cfg.TrustDomain = ""
+			w.targets[2].of("spirl_application_info").labels["spirl_trust_domain"] = "other.org"
+			w.targets[2].drop("renewd_taint_settled")
+		}, "node-2:9090: behind", false, ""},
+		"another job": {func(w *world) { w.targets[0].job = "other" }, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		"own job name": {change: func(w *world) {
+			w.cfg.Job = "mine"
+			for _, t := range w.targets {
+				t.job = "mine"
+			}
+		}},
+		"two targets of one name": {func(w *world) {
+			w.targets[2].instance = w.targets[1].instance
+			w.targets[2].scrape = now - 1
+			w.targets[2].of("renewd_taint_settled").value = 0
+		}, "node-1:9090: renewing, node-1:9090: silent", true, ""},
+		"JWT-SVIDs have ended":    {change: func(w *world) { w.jwt = ends(-1) }},
+		"a JWT-SVID lives":        {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
+		"no target":               {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
+		"no agent":                {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
+		"targets fail":            {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
+		"targets are half":        {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
+		"time fails":              {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
+		"time is a vector":        {change: func(w *world) { w.override["time"] = vector }, err: "no scalar"},
+		"agents fail":             {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
+		"agents are half":         {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
+		"agents are a vector":     {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
+		"JWT fails":               {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"JWT is half":             {change: func(w *world) { w.override["jwt"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"JWT is something else":   {change: func(w *world) { w.override["jwt"] = `{"status":"success","data":{"resultType":"matrix","result":[]}}` }, err: "no single value"},
+		"no Prometheus":           {change: func(w *world) { w.override["targets"] = "<html>" }, err: "targets: bad_response"},
+		"Prometheus is too slow":  {change: func(w *world) { w.slow, w.cfg.Timeout = make(chan struct{}), 20*time.Millisecond }, err: "deadline exceeded"},
+		"no label at all matches": {func(w *world) { w.targets[0].of("up").labels = map[string]string{"job": "relabeled"} }, "node-0:9090: silent", true, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := &world{fake: &fake{targets: []*fakeTarget{agent(0), agent(1), agent(2)}, jwt: []any{}, override: map[string]string{}},
+				cfg: prom.Config{TrustDomain: "example.org"}, expected: 3}
+			if tt.change != nil {
+				tt.change(w)
+			}
+			s := httptest.NewServer(w.fake)
+			defer s.Close()
+			if w.slow != nil {
+				defer close(w.slow)
+			}
+			w.cfg.URL = s.URL
+			c, err := prom.New(w.cfg)
+			if err != nil {
+				t.Fatal(err)
+			}
+			f, err := c.Figures(t.Context(), "old", "key", w.expected)
+			if tt.err != "" {
+				if err == nil || !strings.Contains(err.Error(), tt.err) || f.X509Safe || f.JWTSafe {
+					t.Errorf("error %v, want %q", err, tt.err)
+				}
+				return
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			var holders []string
+			for _, h := range f.Holders {
+				holders = append(holders, h.Agent+": "+h.Reason)
+			}
+			if got := strings.Join(holders, ", "); got != tt.holders {
+				t.Errorf("holders are %q, want %q", got, tt.holders)
+			}
+			if f.X509Safe != (tt.holders == "") || f.JWTSafe == tt.jwt {
+				t.Errorf("X.509 safe %v, JWT safe %v", f.X509Safe, f.JWTSafe)
+			}
+			if !f.At.Equal(time.Unix(now, 0)) {
+				t.Errorf("figures of %v", f.At)
+			}
+		})
+	}
+}
+
+const vector = `{"status":"success","data":{"resultType":"vector","result":[]}}`
+
+func half(data string) string {
+	return `{"status":"success","warnings":["store-2 is down"],"data":` + data + `}`
+}
+
+func TestAgentsAndQueries(t *testing.T) {
+	t.Parallel()
+	w := &fake{targets: []*fakeTarget{agent(1), agent(0)}, jwt: ends(59.5)}
+	w.targets[0].of("renewd_svids_held").value = 3
+	w.targets[0].series = append(w.targets[0].series, series{name: "renewd_svids_held", value: 2,
+		labels: map[string]string{"authority": "old", "svid_type": "x509", "state": "removed"}})
+	w.targets[0].of("renewd_taint_renewals_pending").value = 5
+	w.targets[0].of("renewd_taint_streams_waiting").value = 4
+	w.targets[0].of("renewd_taint_settled").value = 0
+	w.targets[1].health = "down"
+	s := httptest.NewServer(w)
+	defer s.Close()
+	c, err := prom.New(prom.Config{URL: s.URL, Job: `a"b\`, JWTLife: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, target := range w.targets {
+		target.job = `a"b\`
+	}
+	f, err := c.Figures(t.Context(), "o.d|\xff", `k"\`, 4)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []prom.Agent{
+		{Instance: "node-0:9090", LastScrape: time.Unix(now-14, 0).UTC()},
+		{Instance: "node-1:9090", LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
+			SVIDs: 5, Pending: 5, Streams: 4, Seen: true},
+	}
+	if !slices.Equal(f.Agents, want) {
+		t.Errorf("agents\n%+v, want\n%+v", f.Agents, want)
+	}
+	if f.X509SVIDs != 5 || f.Expected != 4 || f.Missing != 2 || !f.JWTExpiry.Equal(time.Unix(now+60, 0)) {
+		t.Errorf("figures %+v", f)
+	}
+	if f.Behind(7) != 3 || f.Behind(8) != 4 {
+		t.Errorf("%d behind 7, %d behind 8", f.Behind(7), f.Behind(8))
+	}
+	for about, want := range map[string]string{
+		"agents": `,job="a\"b\\",authority=~"o\\.d\\|�|"}[30000ms] at 1800000000`,
+		"jwt":    `max(max_over_time(renewd_jwt_svid_latest_expiry_timestamp_seconds{job="a\"b\\",key_id="k\"\\"}[3600000ms])) at 1800000000`,
+	} {
+		if !strings.HasSuffix(w.queries[about], want) {
+			t.Errorf("query of %s is\n%s, want\n%s", about, w.queries[about], want)
+		}
+	}
+	if f, err := c.Figures(t.Context(), "old", "", 0); err != nil || !f.JWTExpiry.IsZero() {
+		t.Errorf("without a JWT key: expiry %v, %v", f.JWTExpiry, err)
+	}
+}
+
+func TestNewRefuses(t *testing.T) {
+	t.Parallel()
+	for _, c := range []prom.Config{
+		{}, {URL: "localhost:9090"}, {URL: "http://user:secret@host:port"}, {URL: "ftp://user:secret@host"},
+		{URL: "http://host", Expected: -1}, {URL: "http://host", JWTLife: -1}, {URL: "http://host", Timeout: -1},
+	} {
+		if _, err := prom.New(c); err == nil || strings.Contains(err.Error(), "secret") {
+			t.Errorf("%+v: %v", c, err)
+		}
+	}
+}
+
+func TestBasicAuth(t *testing.T) {
+	t.Parallel()
+	w := &fake{targets: []*fakeTarget{agent(0)}, jwt: []any{}}
+	s := httptest.NewServer(http.HandlerFunc(func(rw http.ResponseWriter, r *http.Request) {
+		if user, password, _ := r.BasicAuth(); user != "me" || password != "secret" {
+			rw.WriteHeader(http.StatusUnauthorized)
+			return
+		}
+		w.ServeHTTP(rw, r)
+	}))
+	c, err := prom.New(prom.Config{URL: strings.Replace(s.URL, "://", "://me:secret@", 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := c.Figures(t.Context(), "old", "key", 1); err != nil || !f.X509Safe {
+		t.Errorf("safe %v, %v", f.X509Safe, err)
+	}
+	s.Close()
+	if _, err := c.Figures(t.Context(), "old", "key", 1); err == nil || strings.Contains(err.Error(), "secret") {
+		t.Errorf("Prometheus is gone: %v", err)
+	}
+}
