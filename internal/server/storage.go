@@ -44,6 +44,8 @@ type Storage interface {
 	// TakeToken deletes a join token and returns it; ErrNotFound when there is
 	// none. Of several callers one at most gets it.
 	TakeToken(ctx context.Context, value string) (Token, error)
+	// Tokens returns all join tokens, in any order.
+	Tokens(ctx context.Context) ([]Token, error)
 
 	// Agent returns a copy of an agent; nil when there is none.
 	Agent(ctx context.Context, id spiffeid.ID) (*Agent, error)
@@ -52,6 +54,8 @@ type Storage interface {
 	// and write are one atomic step. An error of change is returned as it is,
 	// with nothing stored.
 	UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*Agent) (*Agent, error)) (*Agent, error)
+	// Agents returns copies of all agents, in any order.
+	Agents(ctx context.Context) ([]Agent, error)
 
 	// Entries returns all entries, in any order.
 	Entries(ctx context.Context) ([]StoredEntry, error)
@@ -96,6 +100,13 @@ func (m *Memory) TakeToken(_ context.Context, value string) (Token, error) {
 	return t, nil
 }
 
+// Tokens implements Storage.
+func (m *Memory) Tokens(context.Context) ([]Token, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.tokens)), nil
+}
+
 // Agent implements Storage.
 func (m *Memory) Agent(_ context.Context, id spiffeid.ID) (*Agent, error) {
 	m.mu.Lock()
@@ -117,6 +128,13 @@ func (m *Memory) UpdateAgent(_ context.Context, id spiffeid.ID, change func(*Age
 		m.agents[id] = *a
 	}
 	return m.agent(id), nil
+}
+
+// Agents implements Storage.
+func (m *Memory) Agents(context.Context) ([]Agent, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Collect(maps.Values(m.agents)), nil
 }
 
 func (m *Memory) agent(id spiffeid.ID) *Agent {
