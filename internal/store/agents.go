@@ -1,0 +1,114 @@
+package store
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.etcd.io/bbolt"
+
+	"github.com/renewd/renewd/internal/server"
+)
+
+// Agent implements server.Storage.
+func (d *Deployment) Agent(ctx context.Context, id spiffeid.ID) (*server.Agent, error) {
+	var a *server.Agent
+	err := d.read(ctx, func(b *bbolt.Bucket) (err error) {
+		key := []byte(id.String())
+		a, err = decodeAgent(key, b.Bucket([]byte(agents)).Get(key))
+		return err
+	})
+	return a, err
+}
+
+// Agents implements server.Storage.
+func (d *Deployment) Agents(ctx context.Context) ([]server.Agent, error) {
+	return all(ctx, d, agents, decode[server.Agent])
+}
+
+// UpdateAgent implements server.Storage. change must not use the store.
+func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (*server.Agent, error) {
+	key := []byte(id.String())
+	var next *server.Agent
+	err := d.write(ctx, 1, func(v state) ([]op, error) {
+		stored, err := v.get(agents, key)
+		if err != nil {
+			return nil, err
+		}
+		old, err := decodeAgent(key, stored)
+		if err != nil {
+			return nil, err
+		}
+		a, err := change(old)
+		switch {
+		case err != nil:
+			return nil, err
+		case a == nil && stored == nil:
+			return nil, nil
+		case a == nil:
+			return []op{{agents, key, nil}}, nil
+		}
+		copied := *a
+		next = &copied
+		o, err := put(agents, key, next)
+		if err != nil || bytes.Equal(o.value, stored) {
+			return nil, err
+		}
+		return []op{o}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	return next, nil
+}
+
+func decodeAgent(key, value []byte) (*server.Agent, error) {
+	if value == nil {
+		return nil, nil
+	}
+	a, err := decode[server.Agent](key, value)
+	if err != nil {
+		return nil, err
+	}
+	return &a, nil
+}
+
+// Entries implements server.Storage.
+func (d *Deployment) Entries(ctx context.Context) ([]server.StoredEntry, error) {
+	return all(ctx, d, entries, decode[server.StoredEntry])
+}
+
+// PutEntries implements server.Storage.
+func (d *Deployment) PutEntries(ctx context.Context, stored []server.StoredEntry, gone []string) error {
+	ops := make([]op, 0, len(stored)+len(gone))
+	for _, e := range stored {
+		o, err := put(entries, []byte(e.ID), e)
+		if err != nil {
+			return fmt.Errorf("put entry: %w", err)
+		}
+		ops = append(ops, o)
+	}
+	for _, id := range gone {
+		ops = append(ops, op{entries, []byte(id), nil})
+	}
+	return d.write(ctx, len(ops), func(state) ([]op, error) { return ops, nil })
+}
+
+// all decodes what a bucket holds.
+func all[T any](ctx context.Context, d *Deployment, bucket string, decode func(key, value []byte) (T, error)) ([]T, error) {
+	var list []T
+	err := d.read(ctx, func(b *bbolt.Bucket) error {
+		return b.Bucket([]byte(bucket)).ForEach(func(k, value []byte) error {
+			v, err := decode(k, value)
+			list = append(list, v)
+			return err
+		})
+	})
+	if err != nil {
+		return nil, err
+	}
+	return list, nil
+}
+
+var _ server.Storage = (*Deployment)(nil)

@@ -1,0 +1,440 @@
+package store_test
+
+import (
+	"errors"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// TestKeysetStorage holds each implementation to the contract of
+// keyset.Storage.
+func TestKeysetStorage(t *testing.T) {
+	t.Parallel()
+	for name, make := range map[string]func(*testing.T) keyset.Storage{
+		"memory": func(*testing.T) keyset.Storage { return new(keyset.Memory) },
+		"store":  func(t *testing.T) keyset.Storage { return fresh(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			s, ctx := make(t), t.Context()
+			if doc, err := s.Load(ctx); err != nil || !reflect.DeepEqual(doc, keyset.Document{}) {
+				t.Errorf("at first: %+v, %v", doc, err)
+			}
+			first := document(1)
+			for _, version := range []uint64{0, 2, 7} {
+				doc := first
+				doc.Version = version
+				if err := s.Save(ctx, doc, keyset.Change{}); !errors.Is(err, keyset.ErrConflict) {
+					t.Errorf("version %d as the first: %v", version, err)
+				}
+			}
+			given := first
+			given.Records = slices.Clone(first.Records)
+			if err := s.Save(ctx, given, keyset.Change{}); err != nil {
+				t.Fatal(err)
+			}
+			given.Records[0].ID = "changed afterwards"
+			got, err := s.Load(ctx)
+			if err != nil || !reflect.DeepEqual(got, first) {
+				t.Errorf("%+v, %v, want %+v", got, err, first)
+			}
+			got.Records[0].ID = "changed by a reader"
+			if again, _ := s.Load(ctx); !reflect.DeepEqual(again, first) {
+				t.Error("a reader changed what is stored")
+			}
+			for _, version := range []uint64{0, 1, 3} {
+				doc := document(9)
+				doc.Version = version
+				if err := s.Save(ctx, doc, keyset.Change{}); !errors.Is(err, keyset.ErrConflict) {
+					t.Errorf("version %d over 1: %v", version, err)
+				}
+			}
+			if again, _ := s.Load(ctx); !reflect.DeepEqual(again, first) {
+				t.Error("a conflict changed something")
+			}
+
+			// Of many who save the same version one wins each time.
+			const writers, rounds = 8, 10
+			var won atomic.Int64
+			var wg sync.WaitGroup
+			for w := range writers {
+				wg.Go(func() {
+					for n := range uint64(rounds) {
+						doc := document(byte(w))
+						doc.Version = n + 2
+						for {
+							err := s.Save(ctx, doc, keyset.Change{})
+							if err == nil {
+								won.Add(1)
+								break
+							}
+							if !errors.Is(err, keyset.ErrConflict) {
+								t.Error(err)
+							}
+							if now, _ := s.Load(ctx); now.Version >= doc.Version {
+								break
+							}
+						}
+					}
+				})
+			}
+			wg.Wait()
+			if doc, err := s.Load(ctx); won.Load() != rounds || doc.Version != rounds+1 {
+				t.Errorf("%d won, version is %d, %v", won.Load(), doc.Version, err)
+			}
+		})
+	}
+}
+
+func document(n byte) keyset.Document {
+	at := start.Add(time.Duration(n))
+	return keyset.Document{Version: 1, Sequence: uint64(n), RotatedAt: at, Records: []keyset.Record{
+		{ID: "ks_a", State: keyset.Active, IssuedAt: at, ExpiresAt: at.Add(time.Hour), CA: []byte{n, 1}, CAKey: []byte{n, 2}, JWTKeyID: "kid", JWTKey: []byte{n, 3}},
+		{ID: "ks_b", State: keyset.Tainted, IssuedAt: at, ExpiresAt: at, SteppedDownAt: at, SteppedDownBy: "somebody", TaintedAt: at, CA: []byte{n, 4}, CAKey: []byte{n, 5}, JWTKeyID: "kid2", JWTKey: []byte{n, 6}},
+	}}
+}
+
+// TestServerStorage holds each implementation to the contract of
+// server.Storage.
+func TestServerStorage(t *testing.T) {
+	t.Parallel()
+	for name, make := range map[string]func(*testing.T) server.Storage{
+		"memory": func(*testing.T) server.Storage { return server.NewMemory() },
+		"store":  func(t *testing.T) server.Storage { return fresh(t) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			t.Run("tokens", func(t *testing.T) { t.Parallel(); tokens(t, make(t)) })
+			t.Run("agents", func(t *testing.T) { t.Parallel(); agents(t, make(t)) })
+			t.Run("entries", func(t *testing.T) { t.Parallel(); entries(t, make(t)) })
+		})
+	}
+}
+
+func tokens(t *testing.T, s server.Storage) {
+	ctx := t.Context()
+	if _, err := s.TakeToken(ctx, "a"); !errors.Is(err, server.ErrNotFound) {
+		t.Errorf("none there: %v", err)
+	}
+	want := filled[server.Token](t)
+	want.Value = "a"
+	if err := s.PutToken(ctx, want); err != nil {
+		t.Fatal(err)
+	}
+	if all, err := s.Tokens(ctx); err != nil || !reflect.DeepEqual(all, []server.Token{want}) {
+		t.Errorf("all tokens: %+v, %v", all, err)
+	}
+	if _, err := s.TakeToken(ctx, "b"); !errors.Is(err, server.ErrNotFound) {
+		t.Errorf("another: %v", err)
+	}
+	var got atomic.Int64
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			token, err := s.TakeToken(ctx, "a")
+			switch {
+			case err == nil && reflect.DeepEqual(token, want):
+				got.Add(1)
+			case !errors.Is(err, server.ErrNotFound):
+				t.Errorf("%+v, %v", token, err)
+			}
+		})
+	}
+	wg.Wait()
+	if got.Load() != 1 {
+		t.Errorf("%d callers got the token", got.Load())
+	}
+	if all, err := s.Tokens(ctx); err != nil || len(all) != 0 {
+		t.Errorf("after it was taken: %+v, %v", all, err)
+	}
+}
+
+func agents(t *testing.T, s server.Storage) {
+	ctx := t.Context()
+	list := func() []server.Agent {
+		all, err := s.Agents(ctx)
+		if err != nil {
+			t.Error(err)
+		}
+		return all
+	}
+	want := filled[server.Agent](t)
+	want.ID = agentID(1)
+	if a, err := s.Agent(ctx, want.ID); a != nil || err != nil || len(list()) != 0 {
+		t.Errorf("at first: %v, %v", a, err)
+	}
+	refused := errors.New("refused")
+	for _, there := range []bool{false, true} {
+		if a, err := s.UpdateAgent(ctx, want.ID, func(a *server.Agent) (*server.Agent, error) {
+			if (a != nil) != there {
+				t.Errorf("change gets %v", a)
+			}
+			if a != nil {
+				a.Version = "changed and refused"
+			}
+			return a, refused
+		}); a != nil || err != refused { //nolint:errorlint // it is to be returned as it is
+			t.Errorf("refused: %v, %v", a, err)
+		}
+		if there {
+			continue
+		}
+		given := want
+		a, err := s.UpdateAgent(ctx, want.ID, func(*server.Agent) (*server.Agent, error) { return &given, nil })
+		if err != nil || !reflect.DeepEqual(*a, want) {
+			t.Errorf("stored: %+v, %v", a, err)
+		}
+		a.Version, given.Version = "changed by a caller", "changed afterwards"
+	}
+	for range 2 {
+		a, err := s.Agent(ctx, want.ID)
+		if err != nil || !reflect.DeepEqual(*a, want) {
+			t.Fatalf("%+v, %v, want %+v", a, err, want)
+		}
+		a.Version = "changed by a reader"
+	}
+	if all := list(); !reflect.DeepEqual(all, []server.Agent{want}) {
+		t.Errorf("all agents: %+v", all)
+	}
+
+	// Read and write are one step.
+	const writers, rounds = 8, 20
+	var wg sync.WaitGroup
+	for range writers {
+		wg.Go(func() {
+			for range rounds {
+				if _, err := s.UpdateAgent(ctx, agentID(2), func(a *server.Agent) (*server.Agent, error) {
+					if a == nil {
+						a = &server.Agent{ID: agentID(2)}
+					}
+					a.Version += "."
+					return a, nil
+				}); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if a, err := s.Agent(ctx, agentID(2)); err != nil || len(a.Version) != writers*rounds {
+		t.Errorf("%d changes, %v", len(a.Version), err)
+	}
+	if all := list(); len(all) != 2 {
+		t.Errorf("%d agents", len(all))
+	}
+	for range 2 {
+		if a, err := s.UpdateAgent(ctx, want.ID, func(*server.Agent) (*server.Agent, error) { return nil, nil }); a != nil || err != nil {
+			t.Errorf("deleted: %v, %v", a, err)
+		}
+	}
+	if a, err := s.Agent(ctx, want.ID); a != nil || err != nil {
+		t.Errorf("after it was deleted: %v, %v", a, err)
+	}
+}
+
+func entries(t *testing.T, s server.Storage) {
+	ctx := t.Context()
+	check := func(want ...server.StoredEntry) {
+		t.Helper()
+		got, err := s.Entries(ctx)
+		slices.SortFunc(got, func(a, b server.StoredEntry) int { return strings.Compare(a.ID, b.ID) })
+		if err != nil || len(got)+len(want) > 0 && !reflect.DeepEqual(got, want) {
+			t.Errorf("%+v, %v, want %+v", got, err, want)
+		}
+	}
+	check()
+	a := filled[server.StoredEntry](t)
+	a.ID, a.SPIFFEID, a.ParentID = "a\x00/ä", agentID(1), agentID(2)
+	a.FederatesWith = []spiffeid.TrustDomain{td}
+	b := server.StoredEntry{Entry: server.Entry{ID: "b", SPIFFEID: agentID(3)}}
+	if err := s.PutEntries(ctx, []server.StoredEntry{b, a}, nil); err != nil {
+		t.Fatal(err)
+	}
+	check(a, b)
+	b.Revision++
+	if err := s.PutEntries(ctx, []server.StoredEntry{b}, []string{a.ID, "not there"}); err != nil {
+		t.Fatal(err)
+	}
+	check(b)
+	if err := s.PutEntries(ctx, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	check(b)
+}
+
+// filled has a value in each field, so that one which is not kept is noticed.
+func filled[T any](t *testing.T) (v T) {
+	t.Helper()
+	var set func(f reflect.Value)
+	set = func(f reflect.Value) {
+		switch value := f.Interface().(type) {
+		case time.Time:
+			f.Set(reflect.ValueOf(start))
+			return
+		case spiffeid.ID, spiffeid.TrustDomain:
+			return // the caller's
+		case []spiffeid.TrustDomain:
+			_ = value
+			return
+		}
+		switch f.Kind() {
+		case reflect.String:
+			f.SetString("text")
+		case reflect.Bool:
+			f.SetBool(true)
+		case reflect.Int, reflect.Int64:
+			f.SetInt(7)
+		case reflect.Uint, reflect.Uint32, reflect.Uint64:
+			f.SetUint(7)
+		case reflect.Slice:
+			f.Set(reflect.MakeSlice(f.Type(), 2, 2))
+			set(f.Index(0))
+			set(f.Index(1))
+		case reflect.Struct:
+			for i := range f.NumField() {
+				set(f.Field(i))
+			}
+		default:
+			t.Fatalf("a field of type %v", f.Type())
+		}
+	}
+	set(reflect.ValueOf(&v).Elem())
+	return v
+}
+
+// TestLedgerStorage holds the store to the contract of ledger.Storage.
+func TestLedgerStorage(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	var d ledger.Storage = s.Deployment("default")
+	want, wantJWT := map[string]ledger.Row{}, map[string]time.Time{}
+	check := func() {
+		t.Helper()
+		got := map[string]ledger.Row{}
+		n := 0
+		jwt, err := d.LoadLedger(t.Context(), func(r ledger.Row) {
+			got[fmt.Sprintf("%q %q %q", r.Authority, r.Agent, r.Entry)] = r
+			n++
+		})
+		if err != nil || n != len(got) || !maps.Equal(got, want) || jwt == nil || !maps.Equal(jwt, wantJWT) {
+			t.Errorf("%v %v, %v, want %v %v", got, jwt, err, want, wantJWT)
+		}
+	}
+	save := func(c ledger.Change) {
+		t.Helper()
+		if err := d.SaveLedger(t.Context(), c); err != nil {
+			t.Fatal(err)
+		}
+		for _, r := range c.Put {
+			want[fmt.Sprintf("%q %q %q", r.Authority, r.Agent, r.Entry)] = r
+		}
+		for _, r := range c.Gone {
+			delete(want, fmt.Sprintf("%q %q %q", r.Authority, r.Agent, r.Entry))
+		}
+		for id, at := range c.JWT {
+			if wantJWT[id] = at; at.IsZero() {
+				delete(wantJWT, id)
+			}
+		}
+		check()
+	}
+	check()
+	save(ledger.Change{})
+	row := func(authority, agent, entry string, at time.Time) ledger.Row {
+		return ledger.Row{Authority: authority, Agent: agent, Entry: entry, NotAfter: at}
+	}
+	save(ledger.Change{Put: []ledger.Row{
+		row("ab", "c", "e", start), row("a", "bc", "e", start), row("a", "b", "ce", start), row("a", "b", "", start),
+		row("a", "b", "x\x00y", start), row("a", "b", "x", start), row("a", "b", "x", start.Add(time.Hour)),
+	}, JWT: map[string]time.Time{"k": start, "l": start.Add(time.Second)}})
+	save(ledger.Change{Put: []ledger.Row{row("a", "b", "x", start.Add(-time.Hour))}, JWT: map[string]time.Time{"k": {}, "m": {}}})
+	save(ledger.Change{Gone: []ledger.Row{row("a", "b", "", time.Time{}), row("not", "there", "", start)}})
+	for _, r := range []ledger.Row{row("a\x00", "b", "", start), row("a", "\x00b", "", start), row("a", "b", strings.Repeat("x", 1<<15), start)} {
+		if err := d.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{row("z", "z", "z", start), r}}); err == nil {
+			t.Errorf("no error for %.20q", r)
+		}
+	}
+	check()
+	closed(t, s)
+	s = opened(t, path)
+	d = s.Deployment("default")
+	check()
+}
+
+// TestAudit has a record for each mutation, in the same step.
+func TestAudit(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	d := s.Deployment("one")
+	if got, err := d.Audit(t.Context(), 0, 0); err != nil || got != nil {
+		t.Errorf("at first: %v, %v", got, err)
+	}
+	ctx := keyset.WithNote(keyset.WithActor(t.Context(), "uid 0"), "ticket 7")
+	ks, err := keyset.Open(ctx, keyset.Config{TrustDomain: td, Storage: d})
+	if err != nil {
+		t.Fatal(err)
+	}
+	next, err := ks.Prepare(ctx)
+	if err == nil {
+		err = ks.Activate(ctx, next.ID)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := ks.Activate(ctx, next.ID); err == nil {
+		t.Error("activated twice")
+	}
+	if err := d.Save(ctx, keyset.Document{}, keyset.Change{Operation: "lost"}); !errors.Is(err, keyset.ErrConflict) {
+		t.Error(err)
+	}
+	if _, err := keyset.Open(ctx, keyset.Config{TrustDomain: td, Storage: s.Deployment("two")}); err != nil {
+		t.Fatal(err)
+	}
+	closed(t, s)
+	s = opened(t, path)
+	if names, err := s.Deployments(ctx); err != nil || !slices.Equal(names, []string{"one", "two"}) {
+		t.Errorf("deployments %v, %v", names, err)
+	}
+	d = s.Deployment("one")
+	all, err := d.Audit(ctx, 0, 0)
+	if err != nil || len(all) != 3 {
+		t.Fatalf("%+v, %v", all, err)
+	}
+	first := slices.Sorted(maps.Keys(all[0].After))[0]
+	want := store.AuditRecord{Number: 3, Change: keyset.Change{
+		At: all[2].At, Actor: "uid 0", Operation: "activate", KeysetID: next.ID, Note: "ticket 7",
+		Before: map[string]keyset.State{first: keyset.Active, next.ID: keyset.Prepared},
+		After:  map[string]keyset.State{first: keyset.Prepared, next.ID: keyset.Active},
+	}}
+	if all[2].At.IsZero() || !reflect.DeepEqual(all[2], want) {
+		t.Errorf("%+v, want %+v", all[2], want)
+	}
+	if all[0].Number != 1 || all[0].Operation != "create" || all[1].Number != 2 || all[1].Operation != "prepare" {
+		t.Errorf("%+v", all)
+	}
+	for _, c := range []struct {
+		after uint64
+		limit int
+		want  []store.AuditRecord
+	}{{0, 2, all[:2]}, {1, 1, all[1:2]}, {2, 9, all[2:]}, {3, 0, nil}, {99, 0, nil}} {
+		if got, err := d.Audit(ctx, c.after, c.limit); err != nil || !reflect.DeepEqual(got, c.want) {
+			t.Errorf("after %d, limit %d: %+v, %v", c.after, c.limit, got, err)
+		}
+	}
+}

@@ -1,0 +1,156 @@
+package store_test
+
+import (
+	"context"
+	"crypto/rand"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+var (
+	td    = spiffeid.RequireTrustDomainFromString("example.org")
+	start = time.Date(2026, 1, 2, 3, 4, 5, 678, time.UTC)
+	key   = seal.Ephemeral()
+)
+
+func options() store.Options { return store.Options{TrustDomain: td, Seal: key} }
+
+func newPath(t testing.TB) string {
+	t.Helper()
+	return filepath.Join(t.TempDir(), "server.db")
+}
+
+func open(t testing.TB, path string) *store.Store {
+	t.Helper()
+	s, err := store.Open(path, options())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// opened is a store that is closed with the test.
+func opened(t testing.TB, path string) *store.Store {
+	t.Helper()
+	s := open(t, path)
+	t.Cleanup(func() { closed(t, s) })
+	return s
+}
+
+func closed(t testing.TB, s *store.Store) {
+	t.Helper()
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+}
+
+// fresh is a deployment of a new store.
+func fresh(t testing.TB) *store.Deployment {
+	t.Helper()
+	return opened(t, newPath(t)).Deployment("default")
+}
+
+func agentID(n int) spiffeid.ID { return spiffeid.RequireFromPathf(td, "/spire/agent/%d", n) }
+
+func entryID(n int) string { return fmt.Sprintf("entry-%06d", n) }
+
+// update stores an agent of a version.
+func update(ctx context.Context, d server.Storage, n int, version string) error {
+	_, err := d.UpdateAgent(ctx, agentID(n), func(*server.Agent) (*server.Agent, error) {
+		return &server.Agent{ID: agentID(n), Version: version}, nil
+	})
+	return err
+}
+
+// fill writes something of each kind.
+func fill(t testing.TB, d *store.Deployment) {
+	t.Helper()
+	ctx := t.Context()
+	ks, err := keyset.Open(ctx, keyset.Config{TrustDomain: td, Storage: d})
+	if err == nil {
+		_, err = ks.Prepare(ctx)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	change := ledger.Change{JWT: map[string]time.Time{"kid": start}}
+	for n := range 200 {
+		if err := d.PutEntries(ctx, []server.StoredEntry{{Entry: server.Entry{ID: entryID(n), SPIFFEID: spiffeid.RequireFromPathf(td, "/w/%d", n)}, Revision: int64(n)}}, nil); err != nil {
+			t.Fatal(err)
+		}
+		change.Put = append(change.Put, ledger.Row{Authority: rand.Text(), Agent: agentID(n % 7).String(), Entry: entryID(n), NotAfter: start})
+	}
+	for n := range 20 {
+		if err := update(ctx, d, n, "1.0"); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, err := range []error{d.SaveLedger(ctx, change), d.PutToken(ctx, server.Token{Value: "token", ExpiresAt: start})} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// contents is everything that a store answers, as text.
+func contents(s *store.Store) (text string, err error) {
+	ctx := context.Background()
+	names, err := s.Deployments(ctx)
+	text = fmt.Sprintln(names)
+	for _, name := range names {
+		d := s.Deployment(name)
+		add := func(v any, e error) {
+			text += fmt.Sprintf("%s: %+v\n", name, v)
+			if err == nil {
+				err = e
+			}
+		}
+		doc, e := d.Load(ctx)
+		add(doc, e)
+		records, e := d.Audit(ctx, 0, 0)
+		add(records, e)
+		agents, e := d.Agents(ctx)
+		add(agents, e)
+		entries, e := d.Entries(ctx)
+		add(entries, e)
+		jwt, e := d.LoadLedger(ctx, func(r ledger.Row) { text += fmt.Sprintln(r) })
+		add(jwt, e)
+	}
+	return text, err
+}
+
+func mustContents(t testing.TB, s *store.Store) string {
+	t.Helper()
+	text, err := contents(s)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return text
+}
+
+func readFile(t testing.TB, path string) []byte {
+	t.Helper()
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return data
+}
+
+func writeFile(t testing.TB, path string, data []byte) {
+	t.Helper()
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}

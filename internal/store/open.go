@@ -1,0 +1,277 @@
+package store
+
+import (
+	"bytes"
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
+)
+
+// lockWait is how long Open waits for a process that is about to end.
+const lockWait = 3 * time.Second
+
+// Open opens a store and looks at everything in it. Where there is no file it
+// makes one, of mode 0600, complete or not at all.
+func Open(path string, o Options) (*Store, error) {
+	s, err := open(path, o)
+	if errors.Is(err, ErrDamaged) {
+		err = fmt.Errorf("%w; %s", err, restore)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("open store %s: %w", path, err)
+	}
+	return s, nil
+}
+
+func open(path string, o Options) (*Store, error) {
+	if o.TrustDomain.IsZero() || o.Seal == nil {
+		return nil, errors.New("it needs a trust domain and an encryption key")
+	}
+	f, err := openFile(path, o)
+	if err != nil {
+		return nil, err
+	}
+	s := &Store{
+		path: path, td: o.TrustDomain, seal: o.Seal, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), file: f,
+		changes: make(chan *change), stop: make(chan struct{}), stopped: make(chan struct{}),
+	}
+	// Under the file's lock, and before bbolt, which trusts what it maps.
+	if err := checkStructure(f); err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	err = guard(func() (err error) {
+		s.db, err = bbolt.Open(path, 0, options(o.ReadOnly, func(string, int, fs.FileMode) (*os.File, error) { return f, nil }))
+		return err
+	})
+	if err != nil {
+		return nil, errors.Join(err, f.Close())
+	}
+	s.db.AllocSize = allocSize
+	s.update = s.db.Update
+	var stale []string
+	err = guard(func() error {
+		return s.db.View(func(tx *bbolt.Tx) (err error) {
+			stale, err = s.checkContents(tx)
+			return err
+		})
+	})
+	if err != nil {
+		return nil, errors.Join(err, s.db.Close())
+	}
+	go s.run()
+	if o.ReadOnly {
+		return s, nil
+	}
+	for _, name := range stale {
+		if err := s.Deployment(name).sealAnew(context.Background()); err != nil {
+			return nil, errors.Join(fmt.Errorf("seal the keys of deployment %s with the new encryption key: %w", name, err), s.Close())
+		}
+		s.log.Info("signing keys were sealed with the new encryption key", "deployment", name, "file", path)
+	}
+	return s, nil
+}
+
+// allocSize is by how much the file grows, in bytes. Each time costs a sync.
+const allocSize = 1 << 20
+
+// mapSize is how much address space is reserved for the file, in bytes. As long
+// as the file is smaller, writing never waits for those who read.
+const mapSize = 256 << 20
+
+func options(readOnly bool, openFile func(string, int, fs.FileMode) (*os.File, error)) *bbolt.Options {
+	return &bbolt.Options{
+		ReadOnly: readOnly,
+		OpenFile: openFile,
+		// The list of free pages stays in the file. Without it bbolt finds
+		// them with a scan at each start and after each failed write, in a
+		// goroutine whose panic on a damaged page nobody could catch.
+		NoFreelistSync:  false,
+		FreelistType:    bbolt.FreelistMapType, // constant time however fragmented
+		InitialMmapSize: mapSize,
+		NoStatistics:    true, // nobody reads them
+	}
+}
+
+// openFile opens and locks the file, after making it if need be.
+func openFile(path string, o Options) (*os.File, error) {
+	flag, lock := os.O_RDWR, unix.LOCK_EX
+	if o.ReadOnly {
+		flag, lock = os.O_RDONLY, unix.LOCK_SH
+	}
+	f, err := os.OpenFile(path, flag, 0)
+	if errors.Is(err, fs.ErrNotExist) && !o.ReadOnly {
+		if err := create(path, o); err != nil {
+			return nil, err
+		}
+		f, err = os.OpenFile(path, flag, 0)
+	}
+	switch {
+	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission):
+		return nil, fmt.Errorf("%w: the server must be able to read and write it", cause(err))
+	case err != nil:
+		return nil, cause(err)
+	}
+	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
+		return nil, errors.Join(errors.New("it is not a regular file"), err, f.Close())
+	}
+	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
+		err := unix.Flock(int(f.Fd()), lock|unix.LOCK_NB)
+		if err == nil {
+			return f, nil
+		}
+		if !errors.Is(err, unix.EWOULDBLOCK) {
+			return nil, errors.Join(fmt.Errorf("lock: %w", err), f.Close())
+		}
+		if time.Since(begin) >= lockWait {
+			return nil, errors.Join(fmt.Errorf("%w: end that process first, such as a server that runs already", ErrInUse), f.Close())
+		}
+	}
+}
+
+// cause drops the path from an error that will be wrapped with it.
+func cause(err error) error {
+	if e, ok := errors.AsType[*fs.PathError](err); ok {
+		return e.Err
+	}
+	return err
+}
+
+// create makes an empty store beside path and links it into place when it is
+// complete and durable. It leaves alone what is there already.
+func create(path string, o Options) error {
+	dir := filepath.Dir(path)
+	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // mode 0600
+	if err != nil {
+		return fmt.Errorf("make it: %w: its folder must exist and the server be able to write in it", cause(err))
+	}
+	temp := f.Name()
+	defer os.Remove(temp)
+	if err := f.Close(); err != nil {
+		return fmt.Errorf("make it: %w", err)
+	}
+	if err := initialize(temp, o); err != nil {
+		return fmt.Errorf("make it: %w", err)
+	}
+	if err := os.Link(temp, path); err != nil && !errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("make it: %w", err)
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return fmt.Errorf("make it durable: %w", err)
+	}
+	defer d.Close()
+	if err := d.Sync(); err != nil {
+		return fmt.Errorf("make it durable: %w", err)
+	}
+	return nil
+}
+
+func initialize(path string, o Options) error {
+	db, err := bbolt.Open(path, 0o600, options(false, nil))
+	if err != nil {
+		return cause(err)
+	}
+	err = db.Update(func(tx *bbolt.Tx) error {
+		b, err := tx.CreateBucket(bucketAbout)
+		if err != nil {
+			return err
+		}
+		value, err := packJSON(keyStore, about{Format: formatVersion, TrustDomain: o.TrustDomain.Name()})
+		if err != nil {
+			return err
+		}
+		if err := b.Put(keyStore, value); err != nil {
+			return err
+		}
+		_, err = tx.CreateBucket(bucketDeployments)
+		return err
+	})
+	return errors.Join(err, db.Close())
+}
+
+// checkContents looks at what bbolt knows nothing of, and returns the
+// deployments that have keys to be sealed anew.
+func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
+	b := tx.Bucket(bucketAbout)
+	if b == nil || b.Get(keyStore) == nil {
+		return nil, errors.New("it is not a store of this program, or damaged: correct the path, or restore a backup")
+	}
+	a, err := decode[about](keyStore, b.Get(keyStore))
+	switch {
+	case err != nil:
+		return nil, err
+	case a.Format > formatVersion:
+		return nil, fmt.Errorf("it has format %d, this program knows up to %d: a newer version of the program has used it, run that", a.Format, formatVersion)
+	case a.Format < 1:
+		return nil, fmt.Errorf("%w: format %d", ErrDamaged, a.Format)
+	case a.TrustDomain != s.td.Name():
+		return nil, fmt.Errorf("it belongs to trust domain %s, the configuration has %s: correct the trust domain or the path", a.TrustDomain, s.td)
+	}
+	if err := exactly(tx.Cursor(), bucketAbout, bucketDeployments); err != nil {
+		return nil, err
+	}
+	deployments := tx.Bucket(bucketDeployments)
+	err = deployments.ForEach(func(name, value []byte) error {
+		if value != nil {
+			return fmt.Errorf("%w: a value %q among the deployments", ErrDamaged, name)
+		}
+		old, err := s.checkDeployment(deployments.Bucket(name), string(name))
+		if err != nil {
+			return fmt.Errorf("deployment %q: %w", name, err)
+		}
+		if old {
+			stale = append(stale, string(name))
+		}
+		return nil
+	})
+	return stale, err
+}
+
+// exactly checks which keys there are.
+func exactly(c *bbolt.Cursor, keys ...[]byte) error {
+	k, _ := c.First()
+	for _, want := range keys {
+		if !bytes.Equal(k, want) {
+			return fmt.Errorf("%w: %q is missing", ErrDamaged, want)
+		}
+		k, _ = c.Next()
+	}
+	if k != nil {
+		return fmt.Errorf("%w: %q does not belong there", ErrDamaged, k)
+	}
+	return nil
+}
+
+func (s *Store) checkDeployment(b *bbolt.Bucket, name string) (stale bool, err error) {
+	stored, err := unpack(keyName, b.Get(keyName))
+	if err != nil {
+		return false, err
+	}
+	if string(stored) != name {
+		return false, fmt.Errorf("%w: it was made as %q", ErrDamaged, stored)
+	}
+	// "name" is among the buckets, in order of the alphabet.
+	if err := exactly(b.Cursor(), []byte(agents), []byte(audit), []byte(entries), []byte(jwt), []byte(keysets), []byte(rows), keyName, []byte(tokens)); err != nil {
+		return false, err
+	}
+	for _, inner := range buckets {
+		values := b.Bucket([]byte(inner))
+		if values == nil {
+			return false, fmt.Errorf("%w: %q is not a bucket", ErrDamaged, inner)
+		}
+		if err := values.ForEach(func(k, v []byte) error { _, err := unpack(k, v); return err }); err != nil {
+			return false, fmt.Errorf("%s: %w", inner, err)
+		}
+	}
+	return s.Deployment(name).checkSealed(b)
+}
