@@ -1,0 +1,163 @@
+package runbook
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/renewd/renewd/renew/wave"
+)
+
+// namedHolders is how many agents are named before the rest is counted.
+const namedHolders = 5
+
+// The reasons of a [Holder] that the estimate depends on.
+const (
+	reasonSilent = "silent"
+	reasonBehind = "behind"
+)
+
+// end is when the agent is expected to hold nothing of the keyset any more;
+// zero when nobody can say. Silent agents are expected nothing of: theirs ends
+// when it expires.
+func (h Holder) end(now time.Time) time.Time {
+	if h.Reason == reasonSilent {
+		return h.LatestExpiry
+	}
+	begins := now
+	switch {
+	case h.BeginsAt.After(now):
+		begins = h.BeginsAt
+	case h.Reason == reasonBehind && h.BeginsAt.IsZero():
+		begins = now.Add(wave.DefaultMaxDelay) // it has not drawn its delay yet
+	}
+	rate := h.Rate
+	if rate <= 0 {
+		rate = wave.DefaultRate
+	}
+	end := begins.Add(time.Duration(float64(h.SVIDs) / rate * float64(time.Second)))
+	if !h.LatestExpiry.IsZero() && h.LatestExpiry.Before(end) {
+		return h.LatestExpiry
+	}
+	return end
+}
+
+// estimate is when the last of the agents is done. silent says that it is one
+// that may come back earlier. The zero time means that nobody can say.
+func estimate(holders []Holder, now time.Time) (end time.Time, silent bool) {
+	for _, h := range holders {
+		e := h.end(now)
+		if e.IsZero() {
+			return time.Time{}, true
+		}
+		if e.After(end) {
+			end, silent = e, h.Reason == reasonSilent
+		}
+	}
+	return end, silent
+}
+
+// estimated puts the estimate into words; empty when there is none.
+func estimated(holders []Holder, now time.Time) string {
+	end, silent := estimate(holders, now)
+	switch {
+	case len(holders) == 0:
+		return ""
+	case end.IsZero():
+		return "when it ends is not known: an agent is silent"
+	case silent:
+		return "ends at the latest " + when(end, now) + ", when what silent agents hold expires"
+	}
+	return "ends about " + when(end, now)
+}
+
+// byEnd orders agents so that those to look after come first.
+func byEnd(holders []Holder, now time.Time) []Holder {
+	sorted := slices.Clone(holders)
+	slices.SortFunc(sorted, func(a, b Holder) int {
+		ea, eb := a.end(now), b.end(now)
+		if ea.IsZero() != eb.IsZero() {
+			return map[bool]int{true: -1, false: 1}[ea.IsZero()]
+		}
+		return cmp.Or(eb.Compare(ea), cmp.Compare(a.Agent, b.Agent))
+	})
+	return sorted
+}
+
+// says is what an agent holds and why it is counted.
+func (h Holder) says(now time.Time) string {
+	text := counted(h.SVIDs, "SVID")
+	switch h.Reason {
+	case reasonSilent:
+		text += ", silent"
+		if h.LastReport.IsZero() {
+			text += ": it has never reported"
+		} else {
+			text += " since " + when(h.LastReport, now)
+		}
+		if !h.LatestExpiry.IsZero() {
+			text += ", the last expires " + when(h.LatestExpiry, now)
+		}
+	case reasonBehind:
+		text += ", behind: it has not seen the taint yet"
+		if h.Version != "" {
+			text += " (version " + h.Version + ")"
+		}
+	case "waiting":
+		text += ", waiting for its random delay"
+		if h.BeginsAt.After(now) {
+			text += ", begins in " + short(h.BeginsAt.Sub(now))
+		}
+	case "renewing":
+		text += ", renewing"
+	case "streams":
+		text += ", replaced but not yet sent on " + counted(h.Streams, "stream")
+	case "signing":
+		text += ", an answer to it is on its way"
+	default:
+		text += ", " + h.Reason
+	}
+	return text
+}
+
+// hanging says on lines of its own what hangs on a keyset's X.509 key: how
+// much, who and why, and until when.
+func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
+	var lines []string
+	switch {
+	case k.Unknown != "":
+		lines = append(lines, "What hangs on it is not known: "+k.Unknown)
+	case k.X509SVIDs < 0:
+		lines = append(lines, "How many X.509-SVIDs hang on it is not known.")
+	default:
+		lines = append(lines, fmt.Sprintf("%s on it.", left(k, holders, "hang")))
+	}
+	if err != nil {
+		lines = append(lines, fmt.Sprintf("Which agents hold them is not known: %v", err))
+	}
+	for i, h := range byEnd(holders, now) {
+		if i == namedHolders {
+			lines = append(lines, fmt.Sprintf("  and %d more", len(holders)-i))
+			break
+		}
+		lines = append(lines, fmt.Sprintf("  %s: %s", h.Agent, h.says(now)))
+	}
+	if text := estimated(holders, now); text != "" {
+		lines = append(lines, "It "+text+".")
+	}
+	return strings.Join(lines, "\n")
+}
+
+// left counts what is left: "12 X.509-SVIDs of 3 agents hang".
+func left(k Keyset, holders []Holder, verb string) string {
+	text := counted(k.X509SVIDs, "X.509-SVID")
+	if len(holders) > 0 {
+		text += " of " + counted(len(holders), "agent")
+	}
+	if k.X509SVIDs == 1 && verb == "hang" {
+		verb = "hangs"
+	}
+	return text + " " + verb
+}

@@ -1,0 +1,80 @@
+package runbook
+
+import (
+	"fmt"
+	"strings"
+	"time"
+)
+
+// stamp prints a time as Go prints a UTC time.
+func stamp(t time.Time) string {
+	if t.IsZero() {
+		return notKnown
+	}
+	return t.UTC().Format("2006-01-02 15:04:05 -0700 MST")
+}
+
+// when prints a moment and how far away it is.
+func when(t, now time.Time) string {
+	d := t.Sub(now)
+	if d < time.Second && d > -time.Second {
+		return stamp(t) + " (now)"
+	}
+	if d < 0 {
+		return stamp(t) + " (" + short(-d) + " ago)"
+	}
+	return stamp(t) + " (in " + short(d) + ")"
+}
+
+// short prints a duration with the two units that matter: 6d23h, 23h4m, 1m20s,
+// 12s. It rounds up: what is left is never understated.
+func short(d time.Duration) string {
+	d = max(d, 0)
+	unit := time.Second
+	if d > time.Hour {
+		unit = time.Minute
+	}
+	if d > 24*time.Hour {
+		unit = time.Hour
+	}
+	d = (d + unit - 1) / unit * unit
+	units := []struct {
+		name string
+		d    time.Duration
+	}{{"d", 24 * time.Hour}, {"h", time.Hour}, {"m", time.Minute}, {"s", time.Second}}
+	var b strings.Builder
+	for _, u := range units {
+		if n := d / u.d; n > 0 {
+			fmt.Fprintf(&b, "%d%s", n, u.name)
+			d -= n * u.d
+		}
+	}
+	if b.Len() == 0 {
+		return "0s"
+	}
+	return b.String()
+}
+
+// counted prints a number with its noun, which takes an s but for one.
+func counted(n int, noun string) string {
+	if n != 1 {
+		noun += "s"
+	}
+	return fmt.Sprintf("%d %s", n, noun)
+}
+
+func have(n int) string {
+	if n == 1 {
+		return "has"
+	}
+	return "have"
+}
+
+// and joins names as one speaks them.
+func and(names []string) string {
+	if len(names) < 2 {
+		return strings.Join(names, "")
+	}
+	last := len(names) - 1
+	return strings.Join(names[:last], ", ") + " and " + names[last]
+}
