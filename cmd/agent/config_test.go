@@ -3,13 +3,14 @@ package main
 import (
 	"errors"
 	"flag"
-	"fmt"
 	"os"
 	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 var update = flag.Bool("update", false, "write deploy/CONFIG.md anew")
@@ -17,30 +18,30 @@ var update = flag.Bool("update", false, "write deploy/CONFIG.md anew")
 // minimal is a configuration with nothing but what is required.
 const minimal = "trust_domain: example.org\nserver_address: server.example.org:8081\ntrust_bundle_file: bundle.pem\n"
 
-func loadText(text string, flags, env map[string]string) (*config, error) {
-	return load("agent.yaml", []byte(text), flags, func(k string) string { return env[k] })
+func loadText(text string, flags, env map[string]string) (*settings, error) {
+	return schema.Load("agent.yaml", []byte(text), flags, func(k string) string { return env[k] })
 }
 
 // The table and the struct describe the same fields.
 func TestFieldsCoverConfig(t *testing.T) {
 	t.Parallel()
-	cfg := new(config)
+	cfg := new(settings)
 	rows := map[uintptr]string{}
 	for i := range fields {
 		f := &fields[i]
-		p := reflect.ValueOf(f.value(cfg)).Pointer()
+		p := reflect.ValueOf(f.Value(cfg)).Pointer()
 		if other, dup := rows[p]; dup {
-			t.Errorf("%s and %s are the same field", f.path, other)
+			t.Errorf("%s and %s are the same field", f.Path, other)
 		}
-		rows[p] = f.path
-		if f.doc == "" || !strings.HasSuffix(f.doc, ".") {
-			t.Errorf("%s: documentation %q", f.path, f.doc)
+		rows[p] = f.Path
+		if f.Doc == "" || !strings.HasSuffix(f.Doc, ".") {
+			t.Errorf("%s: documentation %q", f.Path, f.Doc)
 		}
 	}
 	v := reflect.ValueOf(cfg).Elem()
 	for i := range v.NumField() {
 		if _, ok := rows[v.Field(i).Addr().Pointer()]; !ok {
-			t.Errorf("config.%s has no row in fields", v.Type().Field(i).Name)
+			t.Errorf("settings.%s has no row in fields", v.Type().Field(i).Name)
 		}
 	}
 	if len(rows) != v.NumField() {
@@ -65,34 +66,36 @@ func TestPrecedence(t *testing.T) {
 		"unix.discover_path":       {"false", "true", "false"},
 		"unix.sha256_size_limit":   {"1", "2", "3"},
 	}
+	unchecked := schema
+	unchecked.Check = nil
 	for i := range fields {
 		f := &fields[i]
-		t.Run(f.path, func(t *testing.T) {
+		t.Run(f.Path, func(t *testing.T) {
 			t.Parallel()
-			v, ok := values[f.path]
+			v, ok := values[f.Path]
 			if !ok {
 				v = [3]string{"text a", "text b", "text c"}
 			}
 			env, flags := map[string]string{}, map[string]string{}
 			check := func(source, want string) {
 				t.Helper()
-				l := gather("agent.yaml", []byte(document(f.path, v[0])), flags, func(k string) string { return env[k] })
-				if len(l.out) > 0 {
-					t.Fatal(configError(l.out))
-				}
-				wanted := defaults()
-				if err := f.parse(wanted, want); err != nil {
+				cfg, err := unchecked.Load("agent.yaml", []byte(document(f.Path, v[0])), flags, func(k string) string { return env[k] })
+				if err != nil {
 					t.Fatal(err)
 				}
-				if !reflect.DeepEqual(l.cfg, wanted) {
-					t.Errorf("%s: %+v, want only %s = %s", source, *l.cfg, f.path, want)
+				wanted, err := unchecked.Load("want.yaml", []byte(document(f.Path, want)), nil, noEnv)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !reflect.DeepEqual(cfg, wanted) {
+					t.Errorf("%s: %+v, want only %s = %s", source, *cfg, f.Path, want)
 				}
 			}
 			check("file over default", v[0])
-			env[f.env()] = v[1]
+			env[schema.Variable(f)] = v[1]
 			check("environment over file", v[1])
-			if f.flag() != "" {
-				flags[f.path] = v[2]
+			if f.Flag() != "" {
+				flags[f.Path] = v[2]
 				check("flag over environment", v[2])
 			}
 		})
@@ -200,22 +203,8 @@ func TestConfigTable(t *testing.T) {
 	b.WriteString("# Configuration of the agent\n\n" +
 		"One YAML file, given with `-config`; [agent.example.yaml](agent.example.yaml) is a start. A flag wins over the\n" +
 		"environment, the environment over the file, the file over the default. In the file a dot is a section. An empty\n" +
-		"variable is the same as none. `agent config check -config FILE` says what is wrong, all of it at once.\n\n" +
-		"| field | type | default | flag | environment | meaning |\n|---|---|---|---|---|---|\n")
-	code := func(s string) string {
-		if s == "" {
-			return "–"
-		}
-		return "`" + s + "`"
-	}
-	for i := range fields {
-		f := &fields[i]
-		name := f.flag()
-		if name != "" {
-			name = "-" + name
-		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n", code(f.path), f.kind(), code(f.def), code(name), code(f.env()), f.doc)
-	}
+		"variable is the same as none. `agent config check -config FILE` says what is wrong, all of it at once.\n\n")
+	b.WriteString(schema.Markdown())
 	file := filepath.Join("..", "..", "deploy", "CONFIG.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
@@ -243,15 +232,15 @@ func FuzzConfig(f *testing.F) {
 	f.Fuzz(func(t *testing.T, text string) {
 		text = strings.ReplaceAll(text, "s3cr3t", secret)
 		cfg, err := loadText(text, nil, map[string]string{"RENEWD_JOIN_TOKEN": secret + " "})
-		var problems configError
+		var problems config.Error
 		if !errors.As(err, &problems) || cfg != nil {
 			t.Fatalf("the token with a space was accepted: %v", err)
 		}
 		for _, p := range problems {
-			if p.what == "" || !strings.HasPrefix(p.where, "agent.yaml") && !strings.HasPrefix(p.where, "RENEWD_") {
+			if p.What == "" || !strings.HasPrefix(p.Where, "agent.yaml") && !strings.HasPrefix(p.Where, "RENEWD_") {
 				t.Errorf("problem without place or reason: %+v", p)
 			}
-			if p.path == "join_token" && strings.Contains(p.String(), secret) {
+			if p.Path == "join_token" && strings.Contains(p.String(), secret) {
 				t.Errorf("the secret is in %q", p)
 			}
 		}

@@ -14,6 +14,9 @@ import (
 	"testing"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 )
 
 func deployFile(t *testing.T, name string) []byte {
@@ -35,11 +38,11 @@ func TestUnitFitsAgent(t *testing.T) {
 		t.Error("no Environment= found")
 	}
 	for _, m := range names {
-		if !slices.ContainsFunc(fields, func(f field) bool { return f.env() == m[1] }) {
+		if !slices.ContainsFunc(fields, func(f config.Field[settings]) bool { return schema.Variable(&f) == m[1] }) {
 			t.Errorf("%s is not a field's variable", m[1])
 		}
 	}
-	if want := "RestartPreventExitStatus=" + strconv.Itoa(exitUsage) + " " + strconv.Itoa(exitBanned); !strings.Contains(unit, want+"\n") {
+	if want := "RestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitBanned); !strings.Contains(unit, want+"\n") {
 		t.Errorf("%s is missing", want)
 	}
 }
@@ -97,12 +100,21 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 	}
 
 	// Where the test runs, /run need not be a memory file system.
-	l := gather("agent.yaml", []byte(byKind["ConfigMap"].Data["agent.yaml"]), nil, noEnv)
-	l.out = append(l.out, validate(l.cfg, l.origins, "agent.yaml")...)
-	for _, p := range l.out {
-		if p.path != "runtime_dir" {
+	data := []byte(byKind["ConfigMap"].Data["agent.yaml"])
+	var problems config.Error
+	if _, err := schema.Load("agent.yaml", data, nil, noEnv); err != nil && !errors.As(err, &problems) {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		if p.Path != "runtime_dir" {
 			t.Error(p)
 		}
+	}
+	unchecked := schema
+	unchecked.Check = nil
+	cfg, err := unchecked.Load("agent.yaml", data, nil, noEnv)
+	if err != nil {
+		t.Fatal(err)
 	}
 
 	spec := byKind["DaemonSet"].Spec
@@ -116,9 +128,9 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 		t.Fatalf("hostPID %v, %d containers", pod.HostPID, len(pod.Containers))
 	}
 	c := pod.Containers[0]
-	_, port, err := net.SplitHostPort(l.cfg.MetricsAddress)
+	_, port, err := net.SplitHostPort(cfg.MetricsAddress)
 	if err != nil || len(c.Ports) != 1 || strconv.Itoa(c.Ports[0].ContainerPort) != port {
-		t.Errorf("ports %v do not fit metrics.address %s", c.Ports, l.cfg.MetricsAddress)
+		t.Errorf("ports %v do not fit metrics.address %s", c.Ports, cfg.MetricsAddress)
 	}
 	if c.LivenessProbe.HTTPGet.Path != "/live" || c.ReadinessProbe.HTTPGet.Path != "/ready" {
 		t.Errorf("probes %v and %v", c.LivenessProbe, c.ReadinessProbe)
@@ -131,7 +143,7 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 	}
 
 	// Everything that the configuration names lies in a volume that exists.
-	needed := []string{l.cfg.TrustBundleFile, l.cfg.JoinTokenFile, l.cfg.DataDir, l.cfg.RuntimeDir, l.cfg.SocketPath, c.Args[2]}
+	needed := []string{cfg.TrustBundleFile, cfg.JoinTokenFile, cfg.DataDir, cfg.RuntimeDir, cfg.SocketPath, c.Args[2]}
 	for _, path := range needed {
 		mounted := false
 		for _, m := range c.VolumeMounts {

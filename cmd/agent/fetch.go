@@ -18,6 +18,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 const defaultSocket = "/run/renewd/agent.sock"
@@ -45,14 +47,14 @@ type fetchedJWT struct {
 
 // fetcher holds the flags that "fetch x509" and "fetch jwt" share.
 type fetcher struct {
-	env
+	cli.Env
 	socket, output, dir string
 	timeout             time.Duration
 	audience, spiffeID  string
 }
 
 // fetchCommand is "fetch".
-func fetchCommand(ctx context.Context, args []string, e env) error {
+func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
 	kind := ""
 	if len(args) > 0 {
 		kind, args = args[0], args[1:]
@@ -60,13 +62,13 @@ func fetchCommand(ctx context.Context, args []string, e env) error {
 	switch kind {
 	case "x509", "jwt":
 	case "-h", "-help", "--help":
-		return printf(e.stdout, "%s", fetchUsage)
+		return cli.Printf(e.Stdout, "%s", fetchUsage)
 	default:
-		return usagef("fetch: say what to fetch, x509 or jwt")
+		return cli.Usagef("fetch: say what to fetch, x509 or jwt")
 	}
-	f := fetcher{env: e}
+	f := fetcher{Env: e}
 	fset := flag.NewFlagSet("fetch "+kind, flag.ContinueOnError)
-	fset.StringVar(&f.socket, "socket", cmp.Or(e.getenv("SPIFFE_ENDPOINT_SOCKET"), e.getenv("RENEWD_SOCKET_PATH"), defaultSocket), "")
+	fset.StringVar(&f.socket, "socket", cmp.Or(e.Getenv("SPIFFE_ENDPOINT_SOCKET"), e.Getenv("RENEWD_SOCKET_PATH"), defaultSocket), "")
 	fset.StringVar(&f.output, "o", "text", "")
 	fset.StringVar(&f.dir, "write", "", "")
 	fset.DurationVar(&f.timeout, "timeout", 5*time.Second, "")
@@ -74,10 +76,10 @@ func fetchCommand(ctx context.Context, args []string, e env) error {
 		fset.StringVar(&f.audience, "audience", "", "")
 		fset.StringVar(&f.spiffeID, "spiffe-id", "", "")
 	}
-	if err := parseFlags(fset, args, fetchUsage, e); err != nil {
+	if err := cli.ParseOnlyFlags(fset, args, fetchUsage, e); err != nil {
 		return err
 	}
-	if err := checkOutput(fset.Name(), f.output); err != nil {
+	if err := cli.CheckOutput(fset.Name(), f.output); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, f.timeout)
@@ -133,7 +135,7 @@ func (f *fetcher) x509(ctx context.Context) error {
 		}
 	}
 	if f.output == "json" {
-		return writeJSON(f.stdout, out)
+		return cli.PrintJSON(f.Stdout, out)
 	}
 	now := time.Now()
 	return f.blocks(len(out), func(w io.Writer, i int) {
@@ -152,13 +154,13 @@ func signer(chain []*x509.Certificate) string {
 func (f *fetcher) jwt(ctx context.Context) error {
 	audience := strings.FieldsFunc(f.audience, func(r rune) bool { return r == ',' })
 	if len(audience) == 0 {
-		return usagef("fetch jwt: give the audience with -audience")
+		return cli.Usagef("fetch jwt: give the audience with -audience")
 	}
 	params := jwtsvid.Params{Audience: audience[0], ExtraAudiences: audience[1:]}
 	if f.spiffeID != "" {
 		id, err := spiffeid.FromString(f.spiffeID)
 		if err != nil {
-			return usagef("fetch jwt: -spiffe-id: %v", err)
+			return cli.Usagef("fetch jwt: -spiffe-id: %v", err)
 		}
 		params.Subject = id
 	}
@@ -181,7 +183,7 @@ func (f *fetcher) jwt(ctx context.Context) error {
 		}
 	}
 	if f.output == "json" {
-		return writeJSON(f.stdout, out)
+		return cli.PrintJSON(f.Stdout, out)
 	}
 	now := time.Now()
 	return f.blocks(len(out), func(w io.Writer, i int) {
@@ -244,11 +246,11 @@ func (f *fetcher) store(name string, mode os.FileMode, data []byte) error {
 func (f *fetcher) blocks(n int, block func(w io.Writer, i int)) error {
 	for i := range n {
 		if i > 0 {
-			if err := printf(f.stdout, "\n"); err != nil {
+			if err := cli.Printf(f.Stdout, "\n"); err != nil {
 				return err
 			}
 		}
-		table := newTable(f.stdout)
+		table := cli.NewTable(f.Stdout)
 		block(table, i)
 		if err := table.Flush(); err != nil {
 			return fmt.Errorf("write output: %w", err)

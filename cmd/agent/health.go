@@ -11,15 +11,17 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // healthCommand is "healthcheck".
-func healthCommand(ctx context.Context, args []string, e env) error {
+func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	var p endpoint
 	fset := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
-	p.flags(fset, e.getenv)
+	p.flags(fset, e.Getenv)
 	socket := fset.String("socket", "", "")
-	if err := parseFlags(fset, args, healthUsage, e); err != nil {
+	if err := cli.ParseOnlyFlags(fset, args, healthUsage, e); err != nil {
 		return err
 	}
 	notReady, err := p.ready(ctx)
@@ -36,7 +38,7 @@ func healthCommand(ctx context.Context, args []string, e env) error {
 			return err
 		}
 	}
-	return printf(e.stdout, "ready\n")
+	return cli.Printf(e.Stdout, "ready\n")
 }
 
 // askWorkloadAPI returns nil when the Workload API answers. Being told that

@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -207,7 +208,7 @@ func TestOutputError(t *testing.T) {
 	_ = r.Close()
 	defer func() { _ = w.Close() }()
 	var stderr bytes.Buffer
-	if code := run(t.Context(), []string{"version"}, noEnv, w, &stderr); code != exitFailed {
+	if code := run(t.Context(), []string{"version"}, noEnv, w, &stderr); code != cli.ExitFailed {
 		t.Errorf("exit %d, stderr %q", code, stderr.String())
 	}
 }

@@ -2,21 +2,20 @@ package main
 
 import (
 	"context"
-	"errors"
 	"flag"
 	"runtime/debug"
 
 	"github.com/renewd/renewd/internal/agent"
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
 )
 
 // runCommand runs the daemon until ctx ends.
-func runCommand(ctx context.Context, args []string, e env) error {
+func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	fset := flag.NewFlagSet("run", flag.ContinueOnError)
-	loadConfig := configFlags(fset, e.getenv)
-	if err := parseFlags(fset, args, runUsage, e); err != nil {
+	loadConfig := schema.Flags(fset, e.Getenv)
+	if err := cli.ParseOnlyFlags(fset, args, runUsage, e); err != nil {
 		return err
 	}
 	cfg, err := loadConfig()
@@ -26,7 +25,7 @@ func runCommand(ctx context.Context, args []string, e env) error {
 	if err := metrics.CheckWebConfig(cfg.WebConfigFile); err != nil {
 		return err
 	}
-	if e.getenv("GOGC") == "" && e.getenv("GOMEMLIMIT") == "" {
+	if e.Getenv("GOGC") == "" && e.Getenv("GOMEMLIMIT") == "" {
 		// A node's daemon rests most of the time, and its memory is taken from
 		// the workloads: with 5,000 SVIDs this holds 38 MB instead of 55, for a
 		// tenth more CPU while it works.
@@ -40,7 +39,7 @@ func runCommand(ctx context.Context, args []string, e env) error {
 }
 
 // agentConfig hands the configuration to the assembly.
-func agentConfig(cfg *config, e env) agent.Config {
+func agentConfig(cfg *settings, e cli.Env) agent.Config {
 	return agent.Config{
 		TrustDomain:       cfg.TrustDomain,
 		ServerAddress:     cfg.ServerAddress,
@@ -57,21 +56,13 @@ func agentConfig(cfg *config, e env) agent.Config {
 		MetricsAddress:    cfg.MetricsAddress,
 		WebConfigFile:     cfg.WebConfigFile,
 		DeploymentName:    cfg.DeploymentName,
-		Version:           versionString(),
+		Version:           cli.Version(version),
 		TaintDelay:        cfg.TaintDelay,
 		TaintRate:         cfg.TaintRate,
 		RefreshInterval:   cfg.RefreshInterval,
 		BatchSize:         cfg.BatchSize,
 		KeyType:           renew.KeyType(cfg.KeyType),
 		CacheSize:         cfg.SVIDCacheSize,
-		Log:               newLog(e.stderr, cfg.LogLevel, cfg.LogFormat, e.getenv),
+		Log:               cli.NewLog(e.Stderr, cfg.LogLevel, cfg.LogFormat, e.Getenv),
 	}
-}
-
-// exitCode is the exit status for a failure.
-func exitCode(err error) int {
-	if errors.Is(err, upstream.ErrBanned) {
-		return exitBanned
-	}
-	return exitFailed
 }

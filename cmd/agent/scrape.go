@@ -14,8 +14,13 @@ import (
 	"strings"
 	"time"
 
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/metrics"
 )
+
+// maxPassword is the most that is read of a password file.
+const maxPassword = 64 << 10
 
 // maxScrape is the most that is read of an answer of the agent's HTTP listener.
 const maxScrape = 32 << 20
@@ -61,10 +66,10 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(p.url, "/")+path, nil)
 	if err != nil {
-		return 0, nil, usagef("-url %q is not a URL", p.url)
+		return 0, nil, cli.Usagef("-url %q is not a URL", p.url)
 	}
 	if p.user != "" {
-		password, err := readLimited(p.passwordFile)
+		password, err := config.ReadFile(p.passwordFile, maxPassword)
 		if err != nil {
 			return 0, nil, fmt.Errorf("read the password: %w", err)
 		}

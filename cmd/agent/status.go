@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
@@ -17,6 +16,8 @@ import (
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
 
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -52,15 +53,15 @@ type authorityStatus struct {
 }
 
 // statusCommand is "status".
-func statusCommand(ctx context.Context, args []string, e env) error {
+func statusCommand(ctx context.Context, args []string, e cli.Env) error {
 	var p endpoint
 	fset := flag.NewFlagSet("status", flag.ContinueOnError)
-	p.flags(fset, e.getenv)
+	p.flags(fset, e.Getenv)
 	output := fset.String("o", "text", "")
-	if err := parseFlags(fset, args, statusUsage, e); err != nil {
+	if err := cli.ParseOnlyFlags(fset, args, statusUsage, e); err != nil {
 		return err
 	}
-	if err := checkOutput("status", *output); err != nil {
+	if err := cli.CheckOutput("status", *output); err != nil {
 		return err
 	}
 	notReady, err := p.ready(ctx)
@@ -83,24 +84,9 @@ func statusCommand(ctx context.Context, args []string, e env) error {
 		s.NotReady = notReady.Error()
 	}
 	if *output == "json" {
-		return writeJSON(e.stdout, s)
+		return cli.PrintJSON(e.Stdout, s)
 	}
-	return s.print(e.stdout, time.Now())
-}
-
-func checkOutput(command, output string) error {
-	if output != "text" && output != "json" {
-		return usagef("%s: -o takes text or json, not %q", command, output)
-	}
-	return nil
-}
-
-func writeJSON(w io.Writer, v any) error {
-	out, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return err
-	}
-	return printf(w, "%s\n", out)
+	return s.print(e.Stdout, time.Now())
 }
 
 // readStatus finds the state of an agent in what it answers to a scrape.
@@ -177,7 +163,7 @@ func unixTime(seconds float64) *time.Time {
 }
 
 func (s *agentStatus) print(w io.Writer, now time.Time) error {
-	head := newTable(w)
+	head := cli.NewTable(w)
 	row := func(name, value string) { _, _ = fmt.Fprintf(head, "%s\t%s\n", name, value) }
 	row("Version:", s.Version)
 	row("Trust domain:", s.TrustDomain)
@@ -199,9 +185,9 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 		return fmt.Errorf("write output: %w", err)
 	}
 	if len(s.Authorities) == 0 {
-		return printf(w, "\nNo signing authority is known yet.\n")
+		return cli.Printf(w, "\nNo signing authority is known yet.\n")
 	}
-	table := newTable(w)
+	table := cli.NewTable(w)
 	_, _ = fmt.Fprint(table, "\nTYPE\tAUTHORITY\tSTATE\tHELD\tPENDING\tSTREAMS\tSAFE TO REMOVE\tLAST JWT ENDS\n")
 	for _, a := range s.Authorities {
 		safe, last := "-", "-"
@@ -235,7 +221,7 @@ func when(t, now time.Time) string {
 	case d == 0:
 		return text + " (now)"
 	case d < 0:
-		return text + " (" + short(-d) + " ago)"
+		return text + " (" + config.Short(-d) + " ago)"
 	}
-	return text + " (in " + short(d) + ")"
+	return text + " (in " + config.Short(d) + ")"
 }

@@ -3,25 +3,19 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
-	"fmt"
 	"io"
-	"runtime/debug"
 	"strings"
-	"text/tabwriter"
+
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/upstream"
 )
 
 // version is set by the linker (-X main.version=...); see the Makefile.
 var version string
 
-// The exit codes. A service manager should not restart the agent after
-// exitUsage or exitBanned: it would end the same way.
-const (
-	exitOK     = 0
-	exitFailed = 1
-	exitUsage  = 2 // wrong command line or configuration
-	exitBanned = 3 // the server has banned this node
-)
+// exitBanned is the exit status of an agent whose node the server has banned: a
+// restart would end the same way.
+const exitBanned = 3
 
 const usage = `agent keeps the workload identities of this node valid while signing keys change.
 
@@ -85,39 +79,18 @@ is SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH when set, else
 files in DIR. Private keys are never printed.
 `
 
-// usageError is a command line that cannot be carried out.
-type usageError struct{ text string }
-
-func (e usageError) Error() string { return e.text }
-
-func usagef(format string, args ...any) error { return usageError{fmt.Sprintf(format, args...)} }
-
-// env is what a command may use of the process it runs in.
-type env struct {
-	getenv         func(string) string
-	stdout, stderr io.Writer
-}
-
 // run carries out one command line and returns the exit status.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	err := dispatch(ctx, args, env{getenv, stdout, stderr})
-	var usageErr usageError
-	var configErr configError
-	switch {
-	case err == nil, errors.Is(err, flag.ErrHelp):
-		return exitOK
-	case errors.As(err, &configErr):
-		_, _ = fmt.Fprintln(stderr, configErr.Error())
-		return exitUsage
-	case errors.As(err, &usageErr):
-		_, _ = fmt.Fprintf(stderr, "agent: %s\nRun \"agent help\" for the usage.\n", usageErr)
-		return exitUsage
+	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
+	err := dispatch(ctx, args, e)
+	code := cli.Report("agent", err, e)
+	if errors.Is(err, upstream.ErrBanned) {
+		return exitBanned
 	}
-	_, _ = fmt.Fprintf(stderr, "agent: %v\n", err)
-	return exitCode(err)
+	return code
 }
 
-func dispatch(ctx context.Context, args []string, e env) error {
+func dispatch(ctx context.Context, args []string, e cli.Env) error {
 	name := ""
 	if len(args) > 0 {
 		name, args = args[0], args[1:]
@@ -126,7 +99,7 @@ func dispatch(ctx context.Context, args []string, e env) error {
 	case "run":
 		return runCommand(ctx, args, e)
 	case "config":
-		return configCommand(args, e)
+		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
 	case "healthcheck":
 		return healthCommand(ctx, args, e)
 	case "status":
@@ -135,91 +108,29 @@ func dispatch(ctx context.Context, args []string, e env) error {
 		return fetchCommand(ctx, args, e)
 	case "version", "-version", "--version":
 		if len(args) > 0 {
-			return usagef("version takes no argument, and got %q", args[0])
+			return cli.Usagef("version takes no argument, and got %q", args[0])
 		}
-		return printf(e.stdout, "renewd agent %s\n", versionString())
+		return cli.Printf(e.Stdout, "renewd agent %s\n", cli.Version(version))
 	case "help", "-h", "-help", "--help":
 		return help(args, e)
 	case "":
-		return usagef("no command")
+		return cli.Usagef("no command")
 	}
-	return usagef("unknown command %q", name)
+	return cli.Usagef("unknown command %q", name)
 }
 
-func help(args []string, e env) error {
+func help(args []string, e cli.Env) error {
 	texts := map[string]string{
 		"": usage, "run": runUsage, "healthcheck": healthUsage, "status": statusUsage, "fetch": fetchUsage,
 		"version": "Usage: agent version\n",
 	}
 	topic := strings.Join(args, " ")
 	if strings.HasPrefix(topic, "config") {
-		return printf(e.stdout, "%s\n%s", checkUsage, fieldTable())
+		return cli.Printf(e.Stdout, "%s\n%s", checkUsage, schema.Usage())
 	}
 	text, ok := texts[topic]
 	if !ok {
-		return usagef("no help for %q", topic)
+		return cli.Usagef("no help for %q", topic)
 	}
-	return printf(e.stdout, "%s", text)
-}
-
-// fieldTable lists every field for a terminal.
-func fieldTable() string {
-	var b strings.Builder
-	b.WriteString("A flag wins over the environment, the environment over the file, the file over\nthe default. In the file a dot is a section.\n\n")
-	for i := range fields {
-		f := &fields[i]
-		name := f.env()
-		if f.flag() != "" {
-			name = "-" + f.flag() + ", " + name
-		}
-		def := ""
-		if f.def != "" {
-			def = ", default " + f.def
-		}
-		fmt.Fprintf(&b, "%s (%s%s)\n    %s\n    %s\n", f.path, f.kind(), def, name, f.doc)
-	}
-	return b.String()
-}
-
-// parseFlags parses args into fset and prints the help text when asked for it.
-// Arguments that are not flags are an error.
-func parseFlags(fset *flag.FlagSet, args []string, helpText string, e env) error {
-	fset.SetOutput(io.Discard)
-	fset.Usage = func() {}
-	if err := fset.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			if err := printf(e.stdout, "%s", helpText); err != nil {
-				return err
-			}
-			return flag.ErrHelp
-		}
-		return usagef("%s: %v", fset.Name(), err)
-	}
-	if fset.NArg() > 0 {
-		return usagef("%s: unexpected argument %q", fset.Name(), fset.Arg(0))
-	}
-	return nil
-}
-
-// printf writes to a command's output. A broken pipe is an error like any
-// other: what was asked for was not delivered.
-func printf(w io.Writer, format string, args ...any) error {
-	if _, err := fmt.Fprintf(w, format, args...); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
-}
-
-// newTable starts an aligned table; Flush it.
-func newTable(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0) }
-
-// versionString is the linker's version, else what the Go tool recorded.
-func versionString() string {
-	if version != "" {
-		return version
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(unknown)"
+	return cli.Printf(e.Stdout, "%s", text)
 }

@@ -1,4 +1,4 @@
-package main
+package cli
 
 import (
 	"io"
@@ -10,10 +10,13 @@ import (
 	"golang.org/x/term"
 )
 
-// newLog returns the daemon's log. Format auto means text on a terminal and
+// LogFormats are the values of the format that NewLog takes.
+var LogFormats = []string{"auto", "text", "json"}
+
+// NewLog returns a daemon's log. Format auto means text on a terminal and
 // JSON otherwise. Text is colored only on a terminal and not when NO_COLOR is
 // set to anything (no-color.org).
-func newLog(w io.Writer, level slog.Level, format string, getenv func(string) string) *slog.Logger {
+func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) string) *slog.Logger {
 	terminal := isTerminal(w)
 	if format == "json" || (format == "auto" && !terminal) {
 		return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))

@@ -1,4 +1,4 @@
-package main
+package cli_test
 
 import (
 	"bufio"
@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // Every combination of where the log goes, what format is asked for, and
@@ -35,14 +37,14 @@ func TestLogFormat(t *testing.T) {
 			var line string
 			if tt.terminal {
 				master, slave := openTerminal(t)
-				newLog(slave, slog.LevelInfo, tt.format, getenv).Info("bundle refreshed", "sequence", 7)
+				cli.NewLog(slave, slog.LevelInfo, tt.format, getenv).Info("bundle refreshed", "sequence", 7)
 				var err error
 				if line, err = bufio.NewReader(master).ReadString('\n'); err != nil {
 					t.Fatal(err)
 				}
 			} else {
 				var b bytes.Buffer
-				newLog(&b, slog.LevelInfo, tt.format, getenv).Info("bundle refreshed", "sequence", 7)
+				cli.NewLog(&b, slog.LevelInfo, tt.format, getenv).Info("bundle refreshed", "sequence", 7)
 				line = b.String()
 			}
 			if got := strings.HasPrefix(line, "{"); got != tt.json {
@@ -62,7 +64,7 @@ func TestLogLevel(t *testing.T) {
 	t.Parallel()
 	for _, format := range []string{"text", "json"} {
 		var b bytes.Buffer
-		log := newLog(&b, slog.LevelWarn, format, noEnv)
+		log := cli.NewLog(&b, slog.LevelWarn, format, noEnv)
 		log.Info("quiet")
 		log.Warn("loud")
 		if got := b.String(); strings.Contains(got, "quiet") || !strings.Contains(got, "loud") {
@@ -93,3 +95,5 @@ func openTerminal(t *testing.T) (master, slave *os.File) {
 	t.Cleanup(func() { _ = slave.Close() })
 	return master, slave
 }
+
+func noEnv(string) string { return "" }

@@ -1,0 +1,143 @@
+// Package cli is what the command lines of the daemons have in common: how a
+// wrong one is answered, help, output, and the log.
+package cli
+
+import (
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"runtime/debug"
+	"text/tabwriter"
+
+	"github.com/renewd/renewd/internal/config"
+)
+
+// The exit statuses that all programs share. A service manager should not
+// restart one after ExitUsage: it would end the same way.
+const (
+	ExitOK     = 0
+	ExitFailed = 1
+	ExitUsage  = 2 // wrong command line or configuration
+)
+
+// Env is what a command may use of the process that it runs in.
+type Env struct {
+	Getenv         func(string) string
+	Stdout, Stderr io.Writer
+}
+
+// UsageError is a command line that cannot be carried out.
+type UsageError struct{ text string }
+
+func (e UsageError) Error() string { return e.text }
+
+// Usagef makes a [UsageError].
+func Usagef(format string, args ...any) error { return UsageError{fmt.Sprintf(format, args...)} }
+
+// Report prints the error that a command of the program ended with, nil or
+// not, and returns the exit status. Having been asked for help is no error.
+func Report(program string, err error, e Env) int {
+	var usage UsageError
+	var wrong config.Error
+	switch {
+	case err == nil, errors.Is(err, flag.ErrHelp):
+		return ExitOK
+	case errors.As(err, &wrong):
+		_, _ = fmt.Fprintln(e.Stderr, wrong.Error())
+		return ExitUsage
+	case errors.As(err, &usage):
+		_, _ = fmt.Fprintf(e.Stderr, "%s: %s\nRun \"%s help\" for the usage.\n", program, usage, program)
+		return ExitUsage
+	}
+	_, _ = fmt.Fprintf(e.Stderr, "%s: %v\n", program, err)
+	return ExitFailed
+}
+
+// ParseFlags parses args into fset and prints the help text when asked for it,
+// with [flag.ErrHelp] as the result. It returns what is left after the flags.
+func ParseFlags(fset *flag.FlagSet, args []string, help string, e Env) ([]string, error) {
+	fset.SetOutput(io.Discard)
+	fset.Usage = func() {}
+	if err := fset.Parse(args); err != nil {
+		if errors.Is(err, flag.ErrHelp) {
+			if err := Printf(e.Stdout, "%s", help); err != nil {
+				return nil, err
+			}
+			return nil, flag.ErrHelp
+		}
+		return nil, Usagef("%s: %v", fset.Name(), err)
+	}
+	return fset.Args(), nil
+}
+
+// ParseOnlyFlags is [ParseFlags] where arguments that are not flags are wrong.
+func ParseOnlyFlags(fset *flag.FlagSet, args []string, help string, e Env) error {
+	rest, err := ParseFlags(fset, args, help, e)
+	if err == nil && len(rest) > 0 {
+		return Usagef("%s: unexpected argument %q", fset.Name(), rest[0])
+	}
+	return err
+}
+
+// ConfigCheck carries out the arguments of a program's config command, whose one
+// subcommand is check: it loads the configuration and says whether it is fine.
+func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) error {
+	if len(args) == 0 || args[0] != "check" {
+		return Usagef("config: the one subcommand is check")
+	}
+	fset := flag.NewFlagSet("config check", flag.ContinueOnError)
+	load := s.Flags(fset, e.Getenv)
+	if err := ParseOnlyFlags(fset, args[1:], help, e); err != nil {
+		return err
+	}
+	file := fset.Lookup("config").Value.String()
+	if file == "" {
+		return Usagef("config check: give the file with -config")
+	}
+	if _, err := load(); err != nil {
+		return err
+	}
+	return Printf(e.Stdout, "%s: ok\n", file)
+}
+
+// CheckOutput refuses a value of the -o flag of a command.
+func CheckOutput(command, output string) error {
+	if output != "text" && output != "json" {
+		return Usagef("%s: -o takes text or json, not %q", command, output)
+	}
+	return nil
+}
+
+// Printf writes to a command's output. A broken pipe is an error like any
+// other: what was asked for was not delivered.
+func Printf(w io.Writer, format string, args ...any) error {
+	if _, err := fmt.Fprintf(w, format, args...); err != nil {
+		return fmt.Errorf("write output: %w", err)
+	}
+	return nil
+}
+
+// PrintJSON writes v as indented JSON.
+func PrintJSON(w io.Writer, v any) error {
+	out, err := json.MarshalIndent(v, "", "  ")
+	if err != nil {
+		return fmt.Errorf("encode output: %w", err)
+	}
+	return Printf(w, "%s\n", out)
+}
+
+// NewTable starts an aligned table; Flush it.
+func NewTable(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0) }
+
+// Version is the linker's version, else what the Go tool recorded.
+func Version(linked string) string {
+	if linked != "" {
+		return linked
+	}
+	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
+		return info.Main.Version
+	}
+	return "(unknown)"
+}

@@ -1,0 +1,279 @@
+// Package config loads the configuration of a program from a YAML file, the
+// environment and flags, by one table of fields. The table is also what the
+// help and the published list of fields are made of, so that they cannot
+// differ from what is accepted.
+//
+// A flag wins over the environment, the environment over the file, the file
+// over the default. Loading reports everything that is wrong, not only the
+// first: each [Problem] says where, what and what to do about it.
+package config
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Schema is a program's configuration, held in a C. It is not modified once it
+// is in use, and its methods may be called concurrently.
+type Schema[C any] struct {
+	// Fields is the whole configuration, in the order in which it is
+	// documented.
+	Fields []Field[C]
+	// Env is what the names of environment variables begin with, such as
+	// RENEWD_.
+	Env string
+	// Help is the command that lists the fields, such as agent help config.
+	Help string
+	// Check reports what the values contradict. It is called only when every
+	// value could be read; nil checks nothing.
+	Check func(*Checker[C])
+}
+
+// Field is one row of a configuration: one place where its names, its default
+// and its meaning are written.
+type Field[C any] struct {
+	// Path names the field in the file; a dot is a section. A part in capitals
+	// stands for a name that the operator chooses: deployments.NAME.address.
+	Path string
+	// Value returns a pointer to the field, of type *string, *[]string, *bool,
+	// *int, *int64, *time.Duration, *fs.FileMode, *slog.Level,
+	// *spiffeid.TrustDomain or, where Path has a name to choose,
+	// *map[string]string. Such a map has neither flag nor variable.
+	Value   func(*C) any
+	Default string // in the same syntax as in the file; lists are empty
+	Secret  bool   // never printed, and no flag: flags are visible to every process
+	Doc     string // one line
+}
+
+// Flag is the field's flag without the dash, or "" when it has none.
+func (f *Field[C]) Flag() string {
+	if f.Secret || f.chosen() {
+		return ""
+	}
+	return strings.NewReplacer(".", "-", "_", "-").Replace(f.Path)
+}
+
+// Variable is the field's environment variable, or "" when it has none.
+func (s *Schema[C]) Variable(f *Field[C]) string {
+	if f.chosen() {
+		return ""
+	}
+	return s.Env + strings.ToUpper(strings.ReplaceAll(f.Path, ".", "_"))
+}
+
+// The kinds of values, as an operator would call them.
+const (
+	kindText     = "text"
+	kindList     = "list of texts"
+	kindBool     = "true or false"
+	kindNumber   = "whole number"
+	kindDuration = "duration"
+	kindMode     = "octal mode"
+	kindLevel    = "level"
+)
+
+// Kind is the type of the field's value as an operator would call it.
+func (f *Field[C]) Kind() string {
+	switch f.Value(new(C)).(type) {
+	case *[]string:
+		return kindList
+	case *bool:
+		return kindBool
+	case *int, *int64:
+		return kindNumber
+	case *time.Duration:
+		return kindDuration
+	case *fs.FileMode:
+		return kindMode
+	case *slog.Level:
+		return kindLevel
+	default:
+		return kindText
+	}
+}
+
+// Defaults returns the configuration of a program that nobody told anything.
+func (s *Schema[C]) Defaults() *C {
+	c := new(C)
+	for i := range s.Fields {
+		if f := &s.Fields[i]; f.Default != "" {
+			if err := f.parse(c, "", f.Default); err != nil {
+				panic(fmt.Sprintf("default of %s %v", f.Path, err))
+			}
+		}
+	}
+	return c
+}
+
+// parse stores text in c, for a map under name. The error says what text
+// should be and does not repeat it.
+func (f *Field[C]) parse(c *C, name, text string) error {
+	var err error
+	switch p := f.Value(c).(type) {
+	case *string:
+		*p = text
+	case *map[string]string:
+		if *p == nil {
+			*p = map[string]string{}
+		}
+		(*p)[name] = text
+	case *[]string: // in the environment and in flags
+		*p = nil
+		for item := range strings.SplitSeq(text, ",") {
+			if item = strings.TrimSpace(item); item == "" {
+				return errors.New("is not a list such as A,B")
+			}
+			*p = append(*p, item)
+		}
+	case *bool:
+		if text != "true" && text != "false" {
+			return errors.New("is neither true nor false")
+		}
+		*p = text == "true"
+	case *int:
+		if *p, err = strconv.Atoi(text); err != nil {
+			return errors.New("is not a whole number")
+		}
+	case *int64:
+		if *p, err = strconv.ParseInt(text, 10, 64); err != nil {
+			return errors.New("is not a whole number")
+		}
+	case *time.Duration:
+		if *p, err = time.ParseDuration(text); err != nil {
+			return errors.New("is not a duration such as 500ms, 60s or 5m")
+		}
+	case *fs.FileMode:
+		n, err := strconv.ParseUint(text, 8, 32)
+		if err != nil || n > 0o777 {
+			return errors.New("is not an octal mode such as 0770")
+		}
+		*p = fs.FileMode(n)
+	case *slog.Level:
+		levels := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
+		level, ok := levels[text]
+		if !ok {
+			return errors.New("is not debug, info, warn or error")
+		}
+		*p = level
+	case *spiffeid.TrustDomain:
+		if *p, err = spiffeid.TrustDomainFromString(text); err != nil {
+			return errors.New("is not a trust domain such as example.org")
+		}
+	default:
+		panic(fmt.Sprintf("field %s has type %T", f.Path, p))
+	}
+	return nil
+}
+
+// show prints the field's value, or nothing of a secret. key is the name of one
+// value of a map, or the index of one item of a list; empty for all.
+func (f *Field[C]) show(c *C, key string) string {
+	if f.Secret {
+		return ""
+	}
+	switch p := f.Value(c).(type) {
+	case *string:
+		return strconv.Quote(*p)
+	case *map[string]string:
+		return strconv.Quote((*p)[key])
+	case *[]string:
+		if i, err := strconv.Atoi(key); err == nil && i < len(*p) {
+			return strconv.Quote((*p)[i])
+		}
+		return fmt.Sprintf("%q", *p)
+	case *bool:
+		return strconv.FormatBool(*p)
+	case *int:
+		return strconv.Itoa(*p)
+	case *int64:
+		return strconv.FormatInt(*p, 10)
+	case *time.Duration:
+		return Short(*p)
+	case *fs.FileMode:
+		return fmt.Sprintf("%04o", *p)
+	case *slog.Level:
+		return strings.ToLower(p.String())
+	case *spiffeid.TrustDomain:
+		return p.Name()
+	}
+	return ""
+}
+
+// chosen reports whether the path has a part that the operator chooses.
+func (f *Field[C]) chosen() bool { return slices.ContainsFunc(strings.Split(f.Path, "."), isChosen) }
+
+func isChosen(part string) bool { return part != "" && part == strings.ToUpper(part) }
+
+// index finds the field that a path of the file belongs to, -1 when there is
+// none, and the name that was chosen in it.
+func (s *Schema[C]) index(path string) (i int, name string) {
+	i = slices.IndexFunc(s.Fields, func(f Field[C]) bool {
+		chosen, ok := match(f.Path, path)
+		name = chosen
+		return ok
+	})
+	return i, name
+}
+
+// match compares a field's path with one of a file and returns the name that
+// was chosen.
+func match(pattern, path string) (name string, ok bool) {
+	want, have := strings.Split(pattern, "."), strings.Split(path, ".")
+	if len(want) != len(have) {
+		return "", false
+	}
+	for i := range want {
+		switch {
+		case want[i] == have[i]:
+		case isChosen(want[i]) && have[i] != "":
+			name = have[i]
+		default:
+			return "", false
+		}
+	}
+	return name, true
+}
+
+func (s *Schema[C]) field(path string) (f *Field[C], name string) {
+	i, name := s.index(path)
+	if i < 0 {
+		return nil, ""
+	}
+	return &s.Fields[i], name
+}
+
+// section reports whether fields lie below path, and whether the operator chose
+// its name.
+func (s *Schema[C]) section(path string) (ok, chosen bool) {
+	depth := strings.Count(path, ".") + 1
+	for i := range s.Fields {
+		parts := strings.Split(s.Fields[i].Path, ".")
+		if depth >= len(parts) {
+			continue
+		}
+		if _, ok := match(strings.Join(parts[:depth], "."), path); ok {
+			return true, isChosen(parts[depth-1])
+		}
+	}
+	return false, false
+}
+
+// Short prints a duration without its zero parts: 1m, not 1m0s.
+func Short(d time.Duration) string {
+	s := d.String()
+	if strings.HasSuffix(s, "m0s") {
+		s = strings.TrimSuffix(s, "0s")
+	}
+	if strings.HasSuffix(s, "h0m") {
+		s = strings.TrimSuffix(s, "0m")
+	}
+	return s
+}

@@ -1,0 +1,197 @@
+package config_test
+
+import (
+	"errors"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/config"
+)
+
+// settings has what the programs have beyond single values: a list, names that
+// the operator chooses, and a list of sections.
+type settings struct {
+	Name     string
+	Managers []string
+	Places   map[string]string
+	Wait     time.Duration
+}
+
+var schema = config.Schema[settings]{
+	Env: "X_", Help: "x help config",
+	Fields: []config.Field[settings]{
+		{Path: "name", Value: func(s *settings) any { return &s.Name }, Doc: "Name."},
+		{Path: "who.managers", Value: func(s *settings) any { return &s.Managers }, Doc: "Managers."},
+		{Path: "places.NAME.listen_address", Value: func(s *settings) any { return &s.Places }, Doc: "Address."},
+		{Path: "wait", Value: func(s *settings) any { return &s.Wait }, Default: "5s", Doc: "Wait."},
+	},
+	Check: func(c *config.Checker[settings]) {
+		if c.Config.Wait < 0 {
+			c.Bad("wait", "is negative", "set 5s")
+		}
+		for name, address := range c.Config.Places {
+			if reason := config.BadAddress(address, false); reason != "" {
+				c.Bad("places."+name+".listen_address", reason, "write it as host:port")
+			}
+		}
+		if len(c.Config.Managers) > 1 && c.Config.Managers[1] == "bad" {
+			c.Bad("who.managers[1]", "is bad", "remove it")
+		}
+	},
+}
+
+func load(text string, flags, env map[string]string) (*settings, error) {
+	return schema.Load("x.yaml", []byte(text), flags, func(k string) string { return env[k] })
+}
+
+func TestListsAndNames(t *testing.T) {
+	t.Parallel()
+	file := "name: n\nwho:\n  managers:\n  - a,b\n  - c\nplaces:\n  east: {listen_address: ':1'}\n  west-2:\n    listen_address: :2\n"
+	places := map[string]string{"east": ":1", "west-2": ":2"}
+	for _, tt := range []struct {
+		name       string
+		text       string
+		flags, env map[string]string
+		want       settings
+	}{
+		{name: "file", text: file, want: settings{"n", []string{"a,b", "c"}, places, 5 * time.Second}},
+		{name: "environment over file", text: file, env: map[string]string{"X_WHO_MANAGERS": "x, y"},
+			want: settings{"n", []string{"x", "y"}, places, 5 * time.Second}},
+		{name: "flag over environment", text: file, env: map[string]string{"X_WHO_MANAGERS": "x, y"}, flags: map[string]string{"who.managers": "z"},
+			want: settings{"n", []string{"z"}, places, 5 * time.Second}},
+		{name: "alias", text: "name: &a n\nwho: {managers: &l [*a]}\n", want: settings{Name: "n", Managers: []string{"n"}, Wait: 5 * time.Second}},
+		{name: "nothing", want: settings{Wait: 5 * time.Second}},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			got, err := load(tt.text, tt.flags, tt.env)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if !reflect.DeepEqual(*got, tt.want) {
+				t.Errorf("got %+v, want %+v", *got, tt.want)
+			}
+		})
+	}
+}
+
+func TestProblems(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, text string
+		env        map[string]string
+		want       string
+	}{
+		{name: "value for a list", text: "who: {managers: a}", want: `x.yaml:1: who.managers: "a" is not a list; write managers: [A, B], or one "- value" a line`},
+		{name: "list for a value", text: "wait: [1s]", want: `x.yaml:1: wait takes one value, not a list or a section; write wait: 5s`},
+		{name: "number in a list", text: "who:\n  managers:\n  - a\n  - 7", want: `x.yaml:4: who.managers[1] is not text; put quotes around it`},
+		{name: "section in a list", text: "who:\n  managers:\n  - a: b", want: `x.yaml:3: who.managers[0] is not text; put quotes around it`},
+		{name: "empty list", text: "who: {managers: }", want: `x.yaml:1: who.managers has no value; give one or remove the line`},
+		{name: "an item has its own line", text: "who:\n  managers:\n  - a\n  - bad", want: `x.yaml:4: who.managers[1]: "bad" is bad; remove it`},
+		{name: "an item of the environment", text: "who:\n  managers:\n  - a\n  - good", env: map[string]string{"X_WHO_MANAGERS": "a,bad"}, want: `X_WHO_MANAGERS: who.managers[1]: "bad" is bad; remove it`},
+		{name: "an empty item", env: map[string]string{"X_WHO_MANAGERS": "a,,b"}, want: `X_WHO_MANAGERS: who.managers: "a,,b" is not a list such as A,B`},
+		{name: "an item as a key", text: "who: {'managers[0]': a}", want: `x.yaml:1: "who.managers[0]" is not a field; did you mean who.managers?`},
+		{name: "misspelled under a name", text: "places:\n  east:\n    listen_addres: :1", want: `x.yaml:3: "places.east.listen_addres" is not a field; did you mean places.east.listen_address?`},
+		{name: "left out of its section", text: "listen_address: :1", want: `x.yaml:1: "listen_address" is not a field; did you mean places.NAME.listen_address?`},
+		{name: "unknown", text: "zzzzzzzzzz: 1", want: `x.yaml:1: "zzzzzzzzzz" is not a field; remove it; "x help config" lists the fields`},
+		{name: "a name without fields", text: "places:\n  east: {}", want: `x.yaml:2: places.east has no fields; give one or remove it`},
+		{name: "a name with nothing", text: "places:\n  east:", want: `x.yaml:2: places.east is not a list of fields; write one "name: value" a line`},
+		{name: "a value for the names", text: "places: :1", want: `x.yaml:1: places is not a list of fields; write one "name: value" a line`},
+		{name: "a name twice", text: "places:\n  a: {listen_address: ':1'}\n  a: {listen_address: ':1'}", want: `x.yaml:3: places.a is given twice, first in line 2; keep one of the two`},
+		{name: "one of many values", text: "places:\n  a: {listen_address: ':1'}\n  b:\n    listen_address: nowhere", want: `x.yaml:4: places.b.listen_address: "nowhere" is not host:port; write it as host:port`},
+		{name: "in the order of the fields", text: "wait: -1s\nplaces: {a: {listen_address: x}}", want: "x.yaml:2: places.a.listen_address: \"x\" is not host:port; write it as host:port\n" +
+			"x.yaml:1: wait: -1s is negative; set 5s"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			got, err := load(tt.text+"\n", nil, tt.env)
+			if err == nil {
+				t.Fatalf("accepted as %+v", *got)
+			}
+			if err.Error() != tt.want {
+				t.Errorf("got  %s\nwant %s", err, tt.want)
+			}
+		})
+	}
+}
+
+// A file that is a list of sections is read as strictly as a configuration.
+func TestLoadList(t *testing.T) {
+	t.Parallel()
+	elements := func(text string) ([]config.Item[settings], error) {
+		return schema.LoadList("x.yaml", []byte(text), "entries")
+	}
+	items, err := elements("entries:\n- name: a\n  wait: 1s\n# between\n-\n  name: b\n  who: {managers: [c]}\n")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := []config.Item[settings]{
+		{Config: &settings{Name: "a", Wait: time.Second}, Line: 2},
+		{Config: &settings{Name: "b", Managers: []string{"c"}, Wait: 5 * time.Second}, Line: 6},
+	}
+	if !reflect.DeepEqual(items, want) {
+		t.Errorf("got %+v", items)
+	}
+	for _, empty := range []string{"", "entries: []\n"} {
+		if items, err := elements(empty); err != nil || len(items) != 0 {
+			t.Errorf("%q: %v %v", empty, items, err)
+		}
+	}
+	for _, tt := range []struct{ text, want string }{
+		{"- name: a", `x.yaml:1: is not a list of fields; write one "name: value" a line`},
+		{"entry: []", `x.yaml:1: "entry" is not a field; the only one is entries`},
+		{"entries: a", `x.yaml:1: entries is not a list; write each element as "- name: value" and its further fields below`},
+		{"entries:\n- a", `x.yaml:2: entries has an element that is no section; write it as "- name: value" and its further fields below`},
+		{"entries:\n- name: a\n  nam: b", `x.yaml:3: "nam" is not a field; did you mean name?`},
+		{"entries:\n- name: a\n  name: b", `x.yaml:3: name is given twice, first in line 2; keep one of the two`},
+		{"entries:\n- wait: -1s\n- wait: 5", "x.yaml:2: wait: -1s is negative; set 5s\nx.yaml:3: wait: \"5\" has no unit; write it with a unit, such as 500ms, 60s or 5m"},
+		{"entries: [", `x.yaml:1: is not YAML: did not find expected node content; check the indentation and the quotes around it`},
+	} {
+		if _, err := elements(tt.text + "\n"); err == nil || err.Error() != tt.want {
+			t.Errorf("%q\ngot  %v\nwant %s", tt.text, err, tt.want)
+		}
+	}
+}
+
+// What cannot be given as a flag or a variable is not documented as one.
+func TestUsage(t *testing.T) {
+	t.Parallel()
+	usage, table := schema.Usage(), schema.Markdown()
+	for _, want := range []string{
+		"who.managers (list of texts)\n    -who-managers, X_WHO_MANAGERS\n    Managers.\n",
+		"places.NAME.listen_address (text)\n    Address.\n",
+		"wait (duration, default 5s)\n",
+	} {
+		if !strings.Contains(usage, want) {
+			t.Errorf("no %q in\n%s", want, usage)
+		}
+	}
+	if want := "| `places.NAME.listen_address` | text | – | – | – | Address. |\n"; !strings.Contains(table, want) {
+		t.Errorf("no %q in\n%s", want, table)
+	}
+}
+
+// FuzzLoad: no file makes the loader panic, and every refusal says where and
+// what.
+func FuzzLoad(f *testing.F) {
+	f.Add("name: n\nwho: {managers: [a, 'b']}\nplaces: {east: {listen_address: ':1'}}\n")
+	f.Add("entries:\n- name: a\n- &x {wait: 1s}\n- *x\n")
+	f.Add("places: {'': {'': 1}, a.b: {listen_address: x}}\nwho: {'managers[0]': a}\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		_, err := load(text, nil, nil)
+		_, listErr := schema.LoadList("x.yaml", []byte(text), "entries")
+		for _, err := range []error{err, listErr} {
+			var problems config.Error
+			if err != nil && !errors.As(err, &problems) {
+				t.Fatalf("%T: %v", err, err)
+			}
+			for _, p := range problems {
+				if p.What == "" || !strings.HasPrefix(p.Where, "x.yaml") {
+					t.Errorf("problem without place or reason: %+v", p)
+				}
+			}
+		}
+	})
+}

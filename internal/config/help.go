@@ -1,0 +1,113 @@
+package config
+
+import (
+	"fmt"
+	"strings"
+)
+
+// Usage lists every field for a terminal.
+func (s *Schema[C]) Usage() string {
+	var b strings.Builder
+	b.WriteString("A flag wins over the environment, the environment over the file, the file over\nthe default. In the file a dot is a section.\n\n")
+	for i := range s.Fields {
+		f := &s.Fields[i]
+		var names []string
+		if flag := f.Flag(); flag != "" {
+			names = append(names, "-"+flag)
+		}
+		if variable := s.Variable(f); variable != "" {
+			names = append(names, variable)
+		}
+		def := ""
+		if f.Default != "" {
+			def = ", default " + f.Default
+		}
+		fmt.Fprintf(&b, "%s (%s%s)\n", f.Path, f.Kind(), def)
+		if len(names) > 0 {
+			fmt.Fprintf(&b, "    %s\n", strings.Join(names, ", "))
+		}
+		fmt.Fprintf(&b, "    %s\n", f.Doc)
+	}
+	return b.String()
+}
+
+// Markdown lists every field as a table.
+func (s *Schema[C]) Markdown() string {
+	var b strings.Builder
+	b.WriteString("| field | type | default | flag | environment | meaning |\n|---|---|---|---|---|---|\n")
+	code := func(s string) string {
+		if s == "" {
+			return "–"
+		}
+		return "`" + s + "`"
+	}
+	for i := range s.Fields {
+		f := &s.Fields[i]
+		name := f.Flag()
+		if name != "" {
+			name = "-" + name
+		}
+		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n",
+			code(f.Path), f.Kind(), code(f.Default), code(name), code(s.Variable(f)), f.Doc)
+	}
+	return b.String()
+}
+
+// suggest names the field that was probably meant: the same last part in
+// another section, or the fewest letters away.
+func (s *Schema[C]) suggest(path string) string {
+	last := path[strings.LastIndex(path, ".")+1:]
+	best, least := "", 4
+	for i := range s.Fields {
+		name := alike(s.Fields[i].Path, path)
+		if name[strings.LastIndex(name, ".")+1:] == last {
+			return "did you mean " + name + "?"
+		}
+		if d := distance(path, name); d < least {
+			best, least = name, d
+		}
+	}
+	if best != "" {
+		return "did you mean " + best + "?"
+	}
+	return "remove it; \"" + s.Help + "\" lists the fields"
+}
+
+// alike puts the name that path has into a pattern, where they agree before it.
+func alike(pattern, path string) string {
+	parts, have := strings.Split(pattern, "."), strings.Split(path, ".")
+	for i := range parts {
+		if i >= len(have) {
+			break
+		}
+		if isChosen(parts[i]) && have[i] != "" {
+			parts[i] = have[i]
+		} else if parts[i] != have[i] {
+			break
+		}
+	}
+	return strings.Join(parts, ".")
+}
+
+// distance is the number of letters to insert, remove or change (Levenshtein).
+func distance(a, b string) int {
+	if len(a) > 64 {
+		return len(a)
+	}
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cost := 1
+			if a[i] == b[j] {
+				cost = 0
+			}
+			diagonal, row[j+1] = row[j+1], min(diagonal+cost, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}

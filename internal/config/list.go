@@ -1,0 +1,57 @@
+package config
+
+import (
+	"strconv"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Item is one element of a list that [Schema.LoadList] has read.
+type Item[C any] struct {
+	Config *C
+	Line   int // where it begins
+}
+
+// LoadList reads a file whose one field, key, is a list of sections with the
+// fields of the schema, as strictly as [Schema.Load] reads a configuration. The
+// check is called for each. Its error is an [Error].
+func (s *Schema[C]) LoadList(file string, data []byte, key string) ([]Item[C], error) {
+	r := &reader{file: file}
+	var items []Item[C]
+	if root := r.document(data); root != nil {
+		r.pairs("", root, 0, func(path string, k, v *yaml.Node) {
+			if path != key {
+				r.at(k.Line, strconv.Quote(path), "is not a field", "the only one is "+key)
+				return
+			}
+			items = s.items(r, key, k, v)
+		})
+	}
+	if len(r.out) > 0 {
+		return nil, Error(r.out)
+	}
+	return items, nil
+}
+
+func (s *Schema[C]) items(r *reader, key string, k, v *yaml.Node) []Item[C] {
+	if v.Kind != yaml.SequenceNode {
+		r.at(k.Line, key, "is not a list", "write each element as \"- name: value\" and its further fields below")
+		return nil
+	}
+	items := make([]Item[C], 0, len(v.Content))
+	for _, n := range v.Content {
+		l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: r.file}, origins: map[string]string{}}
+		if n.Kind == yaml.MappingNode {
+			l.section("", n, n.Line)
+		} else {
+			l.at(n.Line, key, "has an element that is no section", "write it as \"- name: value\" and its further fields below")
+		}
+		if len(l.out) == 0 {
+			l.file = l.place(n.Line) // for what is missing
+			l.out = l.check()
+		}
+		r.out = append(r.out, l.out...)
+		items = append(items, Item[C]{Config: l.c, Line: n.Line})
+	}
+	return items
+}

@@ -1,0 +1,329 @@
+package config
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"regexp"
+	"strconv"
+	"strings"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// Flags adds -config and one flag for each field to fset. The returned
+// function, called after fset.Parse, loads the configuration. Its error is an
+// [Error] unless the file cannot be read.
+func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func() (*C, error) {
+	file := fset.String("config", "", "")
+	flags := map[string]string{}
+	for i := range s.Fields {
+		f := &s.Fields[i]
+		if f.Flag() == "" {
+			continue
+		}
+		set := func(v string) error { flags[f.Path] = v; return nil }
+		if f.Kind() == kindBool {
+			fset.BoolFunc(f.Flag(), f.Doc, set)
+		} else {
+			fset.Func(f.Flag(), f.Doc, set)
+		}
+	}
+	return func() (*C, error) {
+		var data []byte
+		if *file != "" {
+			var err error
+			if data, err = ReadFile(*file, maxFileSize); err != nil {
+				return nil, fmt.Errorf("read configuration: %w", err)
+			}
+		}
+		return s.Load(*file, data, flags, getenv)
+	}
+}
+
+// Load puts a configuration together from the content of the file that is
+// called file, the environment, and flags by the path of their field. Its
+// error is an [Error].
+func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, getenv func(string) string) (*C, error) {
+	l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: file}, origins: map[string]string{}}
+	if root := l.document(data); root != nil {
+		l.section("", root, 0)
+	}
+	for i := range s.Fields {
+		f := &s.Fields[i]
+		if name := s.Variable(f); name != "" {
+			if v := getenv(name); v != "" {
+				l.store(f, "", v, name)
+			}
+		}
+		if v, ok := flags[f.Path]; ok {
+			l.store(f, "", v, "flag -"+f.Flag())
+		}
+	}
+	// What a value contradicts is worth saying only when the values are known.
+	if len(l.out) == 0 {
+		l.out = l.check()
+	}
+	if len(l.out) > 0 {
+		return nil, Error(l.out)
+	}
+	return l.c, nil
+}
+
+// reader parses a YAML file and collects problems.
+type reader struct {
+	file string
+	out  []Problem
+}
+
+// loader collects the values of one C, and where each was set (by path).
+type loader[C any] struct {
+	*reader
+	schema  *Schema[C]
+	c       *C
+	origins map[string]string
+}
+
+// check runs the schema's own checks.
+func (l *loader[C]) check() []Problem {
+	if l.schema.Check == nil {
+		return nil
+	}
+	c := &Checker[C]{Config: l.c, schema: l.schema, file: l.file, origins: l.origins}
+	l.schema.Check(c)
+	return c.sorted()
+}
+
+// store parses one value and remembers where it came from.
+func (l *loader[C]) store(f *Field[C], name, text, where string) {
+	path := f.Path
+	if name != "" {
+		path = concrete(f.Path, name)
+	}
+	if err := f.parse(l.c, name, text); err != nil {
+		l.out = append(l.out, Problem{Where: where, Path: path, Value: shown(f, text), What: err.Error()})
+		return
+	}
+	l.origins[path] = where
+	if list, ok := f.Value(l.c).(*[]string); ok {
+		for i := range *list {
+			l.origins[fmt.Sprintf("%s[%d]", path, i)] = where
+		}
+	}
+}
+
+// concrete puts a name in the place of the part that is chosen.
+func concrete(pattern, name string) string {
+	parts := strings.Split(pattern, ".")
+	for i := range parts {
+		if isChosen(parts[i]) {
+			parts[i] = name
+		}
+	}
+	return strings.Join(parts, ".")
+}
+
+func shown[C any](f *Field[C], text string) string {
+	if f.Secret {
+		return ""
+	}
+	return strconv.Quote(text)
+}
+
+// document reads a file that holds one YAML document and returns its root, or
+// nil when there is nothing in it.
+func (r *reader) document(data []byte) *yaml.Node {
+	dec := yaml.NewDecoder(bytes.NewReader(data))
+	var doc, more yaml.Node
+	switch err := dec.Decode(&doc); {
+	case errors.Is(err, io.EOF):
+		return nil // empty, or comments only
+	case err != nil:
+		r.out = append(r.out, syntax(r.file, err))
+		return nil
+	}
+	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {
+		r.at(more.Line, "", "the file holds more than one document", "remove everything from the second --- on")
+	}
+	root := doc.Content[0]
+	if root.Kind == yaml.ScalarNode && root.Tag == "!!null" {
+		return nil
+	}
+	return root
+}
+
+var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
+
+// syntax turns the parser's error into one with file:line.
+func syntax(file string, err error) Problem {
+	where, text := file+":1", err.Error() // the parser leaves out the first line
+	if m := yamlLine.FindStringSubmatch(text); m != nil {
+		if m[1] != "" {
+			where = file + ":" + m[1]
+		}
+		text = text[len(m[0]):]
+	}
+	if strings.Contains(text, "anchor") { // no line, and its name may be a secret that begins with *
+		where, text = file, "an alias has no anchor"
+	}
+	return Problem{Where: where, What: "is not YAML: " + text, Remedy: "check the indentation and the quotes around it"}
+}
+
+// place is a line of the file.
+func (r *reader) place(line int) string {
+	if line > 0 {
+		return fmt.Sprintf("%s:%d", r.file, line)
+	}
+	return r.file
+}
+
+// at reports a problem in a line of the file; path may be empty.
+func (r *reader) at(line int, path, what, remedy string) {
+	r.out = append(r.out, Problem{Where: r.place(line), Path: path, What: what, Remedy: remedy})
+}
+
+// pairs calls each with the keys and values of a mapping whose keys are below
+// prefix.
+func (r *reader) pairs(prefix string, n *yaml.Node, line int, each func(path string, key, value *yaml.Node)) {
+	if n.Kind != yaml.MappingNode {
+		r.at(max(n.Line, line), strings.TrimSuffix(prefix, "."), "is not a list of fields", "write one \"name: value\" a line")
+		return
+	}
+	seen := map[string]int{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		key, value := n.Content[i], n.Content[i+1]
+		path := prefix + key.Value
+		if first, dup := seen[path]; dup {
+			r.at(key.Line, path, fmt.Sprintf("is given twice, first in line %d", first), "keep one of the two")
+			continue
+		}
+		seen[path] = key.Line
+		each(path, key, value)
+	}
+}
+
+// section reads one mapping whose keys are below prefix.
+func (l *loader[C]) section(prefix string, n *yaml.Node, line int) {
+	l.pairs(prefix, n, line, func(path string, key, value *yaml.Node) {
+		f, name := l.schema.field(path)
+		section, chosen := l.schema.section(path)
+		switch {
+		case key.Kind == yaml.ScalarNode && f != nil:
+			l.value(f, name, path, key, value)
+		case key.Kind == yaml.ScalarNode && section:
+			l.section(path+".", value, key.Line)
+			if chosen && value.Kind == yaml.MappingNode && len(value.Content) == 0 {
+				l.at(key.Line, path, "has no fields", "give one or remove it")
+			}
+		default:
+			l.at(key.Line, strconv.Quote(path), "is not a field", l.schema.suggest(path))
+		}
+	})
+}
+
+// value stores one value of the file, when it has the YAML type that the field
+// asks for: a bare 60 for a duration is more likely a mistake than 60 ns.
+func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
+	if v.Kind == yaml.AliasNode {
+		v = v.Alias
+	}
+	bad := func(what, remedy string) {
+		value := ""
+		if v.Kind == yaml.ScalarNode {
+			value = shown(f, v.Value)
+		}
+		l.out = append(l.out, Problem{Where: l.place(key.Line), Path: path, Value: value, What: what, Remedy: remedy})
+	}
+	kind, last := f.Kind(), path[strings.LastIndex(path, ".")+1:]
+	switch {
+	case v.Kind == yaml.ScalarNode && v.ShortTag() == "!!null":
+		l.at(key.Line, path, "has no value", "give one or remove the line")
+	case kind == kindList && v.Kind == yaml.SequenceNode:
+		l.list(f, path, key, v)
+	case kind == kindList:
+		bad("is not a list", "write "+last+": [A, B], or one \"- value\" a line")
+	case v.Kind != yaml.ScalarNode:
+		bad("takes one value, not a list or a section", "write "+last+": "+f.example())
+	default:
+		if what, remedy := wrongTag(kind, v.ShortTag()); what != "" {
+			bad(what, remedy)
+			return
+		}
+		l.store(f, name, v.Value, l.place(key.Line))
+	}
+}
+
+// list stores the items of a list, each with its own line.
+func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
+	var items []string
+	for i, n := range v.Content {
+		if n.Kind == yaml.AliasNode {
+			n = n.Alias
+		}
+		item := fmt.Sprintf("%s[%d]", path, i)
+		if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" || n.Value == "" {
+			l.at(n.Line, item, "is not text", "put quotes around it")
+			continue
+		}
+		l.origins[item] = l.place(n.Line)
+		items = append(items, n.Value)
+	}
+	*f.Value(l.c).(*[]string) = items
+	l.origins[path] = l.place(key.Line)
+}
+
+// wrongTag says what is wrong with a value that YAML takes for another type
+// than the field has.
+func wrongTag(kind, tag string) (what, remedy string) {
+	switch kind {
+	case kindMode: // 0770 is a number to YAML and "0770" is text
+	case kindBool:
+		if tag != "!!bool" {
+			return "is neither true nor false", "write true or false without quotes"
+		}
+	case kindNumber:
+		if tag != "!!int" {
+			return "is not a whole number", "write the digits without quotes and without a unit"
+		}
+	case kindDuration:
+		if tag != "!!str" {
+			return "has no unit", "write it with a unit, such as 500ms, 60s or 5m"
+		}
+	default:
+		if tag != "!!str" {
+			return "is not text", "put quotes around it"
+		}
+	}
+	return "", ""
+}
+
+// example is a value of the right form.
+func (f *Field[C]) example() string {
+	if f.Default != "" {
+		return f.Default
+	}
+	return "VALUE"
+}
+
+// maxFileSize keeps a wrong path, a device say, from filling the memory.
+const maxFileSize = 1 << 20
+
+// ReadFile reads a file of at most limit bytes.
+func ReadFile(path string, limit int64) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer func() { _ = f.Close() }()
+	data, err := io.ReadAll(io.LimitReader(f, limit+1))
+	if err != nil {
+		return nil, err
+	}
+	if int64(len(data)) > limit {
+		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	}
+	return data, nil
+}
