@@ -55,7 +55,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	if err != nil {
 		return sys, fmt.Errorf("make the server: %w", err)
 	}
-	if err := sys.server.SetEntries(ctx, entries(s)); err != nil {
+	if _, err := sys.server.ApplyEntries(ctx, entries(s), false); err != nil {
 		return sys, fmt.Errorf("enter the identities: %w", err)
 	}
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
@@ -100,7 +100,7 @@ func (sys *system) startAgent(ctx context.Context, s settings, log *slog.Logger)
 		TrustDomain:     trustDomain,
 		ServerAddress:   sys.address,
 		TrustBundleFile: trust,
-		JoinToken:       token,
+		JoinToken:       token.Value,
 		DataDir:         filepath.Join(sys.dir, "data"),
 		SocketPath:      sys.socket,
 		SocketMode:      0o600,

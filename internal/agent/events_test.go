@@ -64,7 +64,7 @@ func TestDrillTaintAndEntryChangeTogether(t *testing.T) {
 			changed[i].Hint = "changed"
 		}
 		changed = append(changed, entryFor(svids))
-		w.check(w.server.SetEntries(w.t.Context(), changed))
+		w.enter(changed)
 		// Entry changes are minted at the next sync and not in the wave.
 		time.Sleep(6 * time.Second)
 		synctest.Wait()
@@ -97,7 +97,7 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 				left = append(left, entryFor(i))
 			}
 		}
-		w.check(w.server.SetEntries(w.t.Context(), left))
+		w.enter(left)
 		w.until("settled", 2*time.Minute, func() bool { return settled(w.authority(old)) })
 		if w.held() != len(left) {
 			w.t.Errorf("%d SVIDs held, want %d", w.held(), len(left))
@@ -123,7 +123,7 @@ func TestDrillShortLifeLeftAtTheTaint(t *testing.T) {
 		for i := range entries {
 			entries[i].X509TTL = time.Hour
 		}
-		w.check(w.server.SetEntries(w.t.Context(), entries))
+		w.enter(entries)
 	}, func(w *world, streams []*stream) {
 		// The server has been away for almost all of their life.
 		last, _ := streams[0].last()
@@ -256,7 +256,7 @@ func TestDrillJWT(t *testing.T) {
 	inWorld(t, 1, func(w *world) {
 		e := entryFor(0)
 		e.JWTTTL = 2 * time.Hour
-		w.check(w.server.SetEntries(w.t.Context(), []server.Entry{e}))
+		w.enter([]server.Entry{e})
 	}, func(w *world) {
 		w.fill(1)
 		fetch := func() string {
@@ -329,7 +329,7 @@ func TestDrillOneStreamHoldsAll(t *testing.T) {
 			entries[i].Selectors = []server.Selector{{Type: "test", Value: "all"}}
 			entries[i].SPIFFEID = longID(i) // 4.5 KB and more for each identity
 		}
-		w.check(w.server.SetEntries(w.t.Context(), entries))
+		w.enter(entries)
 	}, func(w *world) {
 		w.fill(n)
 		s := w.openAs("all")

@@ -106,7 +106,7 @@ func history(t *testing.T, seed uint64) (said int) {
 					if r.IntN(2) == 0 {
 						present = append([]server.Entry(nil), present[r.IntN(5):]...)
 					}
-					w.check(w.server.SetEntries(w.t.Context(), present))
+					w.enter(present)
 				case 8: // time passes
 				}
 				for range 1 + r.IntN(30) {
@@ -162,12 +162,12 @@ func TestSafeWaitsForAnswersOnTheirWay(t *testing.T) {
 	inWorld(t, 1, func(w *world) { w.cfg.TaintDelay = 1000 * time.Hour }, func(w *world) {
 		w.fill(1)
 		old := w.activate()
-		w.check(w.server.SetEntries(w.t.Context(), nil))
+		w.enter(nil)
 		w.until("nothing held", 10*time.Second, func() bool { return w.held() == 0 })
 		lagging := w.record(old.ID)
 		w.set(func(f *faults) { f.lag, f.signing = lagging, 20*time.Second })
 		asked := time.Now()
-		w.check(w.server.SetEntries(w.t.Context(), entriesFor(1)))
+		w.enter(entriesFor(1))
 		w.until("SVID asked for", 10*time.Second, func() bool { return len(w.mintsSince(asked)) > 0 })
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		w.begins(old)

@@ -278,7 +278,7 @@ func TestDrillStart(t *testing.T) {
 		ask("server knows no entries of this node yet")
 		time.Sleep(3 * time.Second)
 		ask("server knows no entries of this node yet")
-		w.check(w.server.SetEntries(w.t.Context(), entriesFor(3)))
+		w.enter(entriesFor(3))
 		time.Sleep(time.Second)
 		if err := w.fetchX509(0); err != nil {
 			w.t.Errorf("a second after the server knew the entries: %v", err)

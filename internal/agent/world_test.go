@@ -99,14 +99,14 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 			TrustDomain: td, Keysets: deployment, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 		})
 		w.check(err)
-		w.check(w.server.SetEntries(t.Context(), entriesFor(n)))
+		w.enter(entriesFor(n))
 		token, err := w.server.CreateJoinToken(t.Context(), time.Hour)
 		w.check(err)
 		dir, err := os.MkdirTemp("", "renewd-drill")
 		w.check(err)
 		defer os.RemoveAll(dir)
 		w.cfg = agent.Config{
-			TrustDomain: td, ServerAddress: "server:8081", TrustBundle: w.trust(), JoinToken: token, DataDir: dir,
+			TrustDomain: td, ServerAddress: "server:8081", TrustBundle: w.trust(), JoinToken: token.Value, DataDir: dir,
 			TaintDelay: time.Minute, CacheSize: n + 1000, Log: w.logs,
 			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Now: w.now,
 		}
@@ -143,6 +143,13 @@ func (w *world) check(err error) {
 	if err != nil {
 		w.t.Fatal(err)
 	}
+}
+
+// enter makes entries all that the server has.
+func (w *world) enter(entries []server.Entry) {
+	w.t.Helper()
+	_, err := w.server.ApplyEntries(w.t.Context(), entries, false)
+	w.check(err)
 }
 
 // now is the agent's wall clock.

@@ -96,7 +96,7 @@ func (w *world) start(k kind, cached int) *daemon {
 	}
 	d := &daemon{b: w.b, socket: filepath.Join(w.dir, "agent.sock")}
 	binary := k.binary(w.b)
-	args, env := k.command(w, token, d.socket, cached)
+	args, env := k.command(w, token.Value, d.socket, cached)
 	log, err := os.Create(filepath.Join(w.dir, "agent.log"))
 	if err != nil {
 		w.b.Fatal(err)

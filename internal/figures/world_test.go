@@ -65,7 +65,7 @@ func newWorld(b *testing.B, entries []server.Entry) *world {
 
 func (w *world) set(entries []server.Entry) {
 	w.b.Helper()
-	if err := w.server.SetEntries(context.Background(), entries); err != nil {
+	if _, err := w.server.ApplyEntries(context.Background(), entries, false); err != nil {
 		w.b.Fatal(err)
 	}
 }

@@ -2,10 +2,7 @@ package server
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
-	"fmt"
-	"time"
 	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -20,53 +17,6 @@ import (
 
 // joinToken names the one way of attestation that the server knows.
 const joinToken = "join_token"
-
-// CreateJoinToken makes a token that lets one agent in, once, within ttl. The
-// agent will be spiffe://<trust domain>/spire/agent/join_token/<token>: the
-// token is no secret once it has been used.
-func (s *Server) CreateJoinToken(ctx context.Context, ttl time.Duration) (string, error) {
-	if ttl <= 0 {
-		return "", fmt.Errorf("create join token: lifetime %v is not positive", ttl)
-	}
-	t := Token{Value: rand.Text(), ExpiresAt: s.now().Add(ttl)}
-	if err := s.storage.PutToken(ctx, t); err != nil {
-		return "", fmt.Errorf("create join token: %w", err)
-	}
-	return t.Value, nil
-}
-
-// BanAgent refuses an agent from now on and for good. It returns ErrNotFound
-// for an agent that is not attested.
-func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
-	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
-		if a == nil {
-			return nil, ErrNotFound
-		}
-		a.Banned, a.Serial, a.NextSerial = true, "", ""
-		return a, nil
-	})
-	if err != nil {
-		return fmt.Errorf("ban agent %s: %w", id, err)
-	}
-	s.log.Info("agent banned", "agent", id.String())
-	return nil
-}
-
-// EvictAgent forgets an agent, banned or not: it has to attest again. It
-// returns ErrNotFound for an agent that is not attested.
-func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID) error {
-	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
-		if a == nil {
-			return nil, ErrNotFound
-		}
-		return nil, nil
-	})
-	if err != nil {
-		return fmt.Errorf("evict agent %s: %w", id, err)
-	}
-	s.log.Info("agent evicted", "agent", id.String())
-	return nil
-}
 
 type agentService struct {
 	agentv1.UnimplementedAgentServer
@@ -115,6 +65,7 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	case err != nil:
 		return s.internal("store agent", err)
 	}
+	s.remember(expiry{at: svid.NotAfter.Add(forgetAfter), agent: id})
 	s.log.Info("agent attested", "agent", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
 		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid)},
@@ -175,7 +126,12 @@ func (a *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	if utf8.RuneCountInString(version) > maxVersion {
 		return nil, status.Errorf(codes.InvalidArgument, "agent version is longer than %d characters", maxVersion)
 	}
-	if version != "" {
+	// Agents post every minute, and every write costs a commit.
+	agent, err := a.s.storage.Agent(ctx, id)
+	if err != nil {
+		return nil, a.s.internal("look up agent", err)
+	}
+	if version != "" && agent != nil && agent.Version != version {
 		if err := a.s.updateAgent(ctx, id, func(a *Agent) { a.Version = version }); err != nil {
 			return nil, err
 		}

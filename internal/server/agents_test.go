@@ -36,10 +36,7 @@ func (c *client) ping(ctx context.Context) error {
 func TestAttestWithJoinToken(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
-		token, err := s.CreateJoinToken(t.Context(), time.Minute)
-		if err != nil {
-			t.Fatal(err)
-		}
+		token := s.token(t)
 		key, csr := newKey(t)
 		c := s.dial(t, nil)
 		svid, err := c.attest(t.Context(), "join_token", token, csr)
@@ -66,10 +63,7 @@ func TestAttestRefuses(t *testing.T) {
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		c := s.dial(t, nil)
 		_, csr := newKey(t)
-		token, err := s.CreateJoinToken(t.Context(), time.Minute)
-		if err != nil {
-			t.Fatal(err)
-		}
+		token := s.token(t)
 		for name, tt := range map[string]struct {
 			kind, payload string
 			csr           []byte
@@ -88,7 +82,7 @@ func TestAttestRefuses(t *testing.T) {
 		}
 		// None of that has spent the token, but time does.
 		time.Sleep(61 * time.Second)
-		_, err = c.attest(t.Context(), "join_token", token, csr)
+		_, err := c.attest(t.Context(), "join_token", token, csr)
 		wantCode(t, err, codes.InvalidArgument)
 		if !strings.Contains(err.Error(), "expired") {
 			t.Errorf("late: %v", err)
@@ -103,10 +97,7 @@ func TestAttestRefuses(t *testing.T) {
 func TestTokenLetsOneIn(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
-		token, err := s.CreateJoinToken(t.Context(), time.Minute)
-		if err != nil {
-			t.Fatal(err)
-		}
+		token := s.token(t)
 		c := s.dial(t, nil)
 		var wg sync.WaitGroup
 		var mu sync.Mutex
@@ -141,10 +132,7 @@ func TestTokenIsSpentBeforeSigning(t *testing.T) {
 			t.Fatal(err)
 		}
 		s := start(t, server.Config{Keysets: keys})
-		token, err := s.CreateJoinToken(t.Context(), time.Minute)
-		if err != nil {
-			t.Fatal(err)
-		}
+		token := s.token(t)
 		_, csr := newKey(t)
 		c := s.dial(t, nil)
 		if _, err := c.GetBundle(t.Context(), &bundlev1.GetBundleRequest{}); err != nil {
@@ -241,11 +229,11 @@ func TestBanAndEvict(t *testing.T) {
 			t.Fatal(err)
 		}
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, banned)
-		if err := s.EvictAgent(t.Context(), who.id); err != nil {
+		if err := s.EvictAgent(t.Context(), who.id, false); err != nil {
 			t.Fatal(err)
 		}
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, notAttested)
-		for _, err := range []error{s.BanAgent(t.Context(), who.id), s.EvictAgent(t.Context(), who.id)} {
+		for _, err := range []error{s.BanAgent(t.Context(), who.id), s.EvictAgent(t.Context(), who.id, false)} {
 			if !errors.Is(err, server.ErrNotFound) {
 				t.Errorf("unknown agent: %v", err)
 			}
@@ -323,9 +311,7 @@ func TestRestart(t *testing.T) {
 	t.Parallel()
 	keys, store := new(keyset.Memory), server.NewMemory()
 	bubble(t, server.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
-		if err := s.SetEntries(t.Context(), []server.Entry{entry("a")}); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, []server.Entry{entry("a")})
 		who, _ := s.join(t)
 		before := s.fetch(t, who)
 		s.stop()
@@ -334,7 +320,7 @@ func TestRestart(t *testing.T) {
 		if len(after) != 1 || after["a"].String() != before["a"].String() {
 			t.Errorf("entries are %v, were %v", after, before)
 		}
-		if err := again.UpsertEntry(t.Context(), entry("a", func(e *server.Entry) { e.Hint = "new" })); err != nil {
+		if _, err := again.UpsertEntry(t.Context(), entry("a", func(e *server.Entry) { e.Hint = "new" })); err != nil {
 			t.Fatal(err)
 		}
 		if got := again.fetch(t, who)["a"].GetRevisionNumber(); got <= before["a"].GetRevisionNumber() {

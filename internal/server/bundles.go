@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -15,10 +16,27 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 )
 
-// federated is another trust domain's bundle.
-type federated struct {
-	bundle *keyset.Bundle
-	hint   time.Duration
+// published is a bundle as it is served and verified against. It is made once
+// for each bundle.
+type published struct {
+	bundle      *keyset.Bundle
+	proto       *types.Bundle
+	authorities *x509bundle.Bundle
+}
+
+// published is the bundle in force.
+func (s *Server) published() *published {
+	b := s.config.Published()
+	if p := s.rendered.Load(); p != nil && p.bundle == b {
+		return p
+	}
+	p := &published{
+		bundle: b, proto: protoBundle(s.td, b, s.config.RefreshHint),
+		authorities: x509bundle.FromX509Authorities(s.td, b.Certificates()),
+	}
+	// Where an older one is stored last, the next caller makes it anew.
+	s.rendered.Store(p)
+	return p
 }
 
 // SetFederatedBundle sets the bundle of another trust domain, with the refresh
@@ -36,7 +54,7 @@ func (s *Server) SetFederatedBundle(td spiffeid.TrustDomain, b *keyset.Bundle, h
 		delete(s.federated, td)
 		return nil
 	}
-	s.federated[td] = federated{bundle: b, hint: hint}
+	s.federated[td] = protoBundle(td, b, hint)
 	return nil
 }
 
@@ -46,7 +64,7 @@ type bundleService struct {
 }
 
 func (b *bundleService) GetBundle(_ context.Context, req *bundlev1.GetBundleRequest) (*types.Bundle, error) {
-	return protoBundle(b.s.td, b.s.keysets.Bundle(), b.s.config.RefreshHint, req.GetOutputMask()), nil
+	return masked(b.s.published().proto, req.GetOutputMask()), nil
 }
 
 func (b *bundleService) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
@@ -58,35 +76,43 @@ func (b *bundleService) GetFederatedBundle(_ context.Context, req *bundlev1.GetF
 		return nil, status.Error(codes.InvalidArgument, "this is the server's own trust domain")
 	}
 	b.s.federatedM.RLock()
-	f, ok := b.s.federated[td]
+	f := b.s.federated[td]
 	b.s.federatedM.RUnlock()
-	if !ok {
+	if f == nil {
 		return nil, status.Errorf(codes.NotFound, "no bundle of %q", td.Name())
 	}
-	return protoBundle(td, f.bundle, f.hint, req.GetOutputMask()), nil
+	return masked(f, req.GetOutputMask()), nil
 }
 
-// protoBundle renders a bundle. A nil mask wants all.
-func protoBundle(td spiffeid.TrustDomain, b *keyset.Bundle, hint time.Duration, mask *types.BundleMask) *types.Bundle {
+func protoBundle(td spiffeid.TrustDomain, b *keyset.Bundle, hint time.Duration) *types.Bundle {
+	out := &types.Bundle{TrustDomain: td.Name(), RefreshHint: int64(hint / time.Second), SequenceNumber: b.Sequence}
+	for _, a := range b.X509 {
+		out.X509Authorities = append(out.X509Authorities, &types.X509Certificate{Asn1: a.Certificate.Raw, Tainted: a.Tainted})
+	}
+	for _, a := range b.JWT {
+		out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{
+			PublicKey: a.PKIX, KeyId: a.KeyID, ExpiresAt: a.ExpiresAt.Unix(), Tainted: a.Tainted,
+		})
+	}
+	return out
+}
+
+// masked returns what a mask wants of a bundle, all when it is nil, in a
+// message of its own that shares the authorities.
+func masked(b *types.Bundle, mask *types.BundleMask) *types.Bundle {
 	all := mask == nil
-	out := &types.Bundle{TrustDomain: td.Name()}
+	out := &types.Bundle{TrustDomain: b.TrustDomain}
 	if all || mask.RefreshHint {
-		out.RefreshHint = int64(hint / time.Second)
+		out.RefreshHint = b.RefreshHint
 	}
 	if all || mask.SequenceNumber {
-		out.SequenceNumber = b.Sequence
+		out.SequenceNumber = b.SequenceNumber
 	}
 	if all || mask.X509Authorities {
-		for _, a := range b.X509 {
-			out.X509Authorities = append(out.X509Authorities, &types.X509Certificate{Asn1: a.Certificate.Raw, Tainted: a.Tainted})
-		}
+		out.X509Authorities = b.X509Authorities
 	}
 	if all || mask.JwtAuthorities {
-		for _, a := range b.JWT {
-			out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{
-				PublicKey: a.PKIX, KeyId: a.KeyID, ExpiresAt: a.ExpiresAt.Unix(), Tainted: a.Tainted,
-			})
-		}
+		out.JwtAuthorities = b.JwtAuthorities
 	}
 	return out
 }

@@ -1,10 +1,13 @@
 package server_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
+	"reflect"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -14,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/server"
 )
 
@@ -37,15 +41,13 @@ func TestEntryFieldsAndMask(t *testing.T) {
 			e.Selectors = []server.Selector{{"unix", "uid:2"}, {"unix", "gid:1"}}
 			e.FederatesWith = []spiffeid.TrustDomain{partner}
 		})
-		if err := s.SetEntries(t.Context(), []server.Entry{full}); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, []server.Entry{full})
 		want := &types.Entry{
 			Id: "a", SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: "/workload/a"},
 			ParentId:    &types.SPIFFEID{TrustDomain: "example.org", Path: who.id.Path()},
 			Selectors:   []*types.Selector{{Type: "unix", Value: "gid:1"}, {Type: "unix", Value: "uid:2"}},
 			X509SvidTtl: 7200, JwtSvidTtl: 300, FederatesWith: []string{"partner.org"}, Hint: "main",
-			RevisionNumber: 1, CreatedAt: time.Now().Unix(),
+			RevisionNumber: s.Entries()[0].Revision, CreatedAt: time.Now().Unix(),
 		}
 		if got := s.fetch(t, who)["a"]; !proto.Equal(got, want) {
 			t.Errorf("entry\n%v, want\n%v", got, want)
@@ -68,14 +70,11 @@ func TestEntriesBelongToTheirParent(t *testing.T) {
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		one, _ := s.join(t)
 		two, _ := s.join(t)
-		err := s.SetEntries(t.Context(), []server.Entry{
+		s.apply(t, []server.Entry{
 			entry("all"),
 			entry("one", func(e *server.Entry) { e.ParentID = one.id }),
 			entry("two", func(e *server.Entry) { e.ParentID = two.id }),
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
 		for who, own := range map[*identity]string{one: "one", two: "two"} {
 			got := s.fetch(t, who)
 			if len(got) != 2 || got["all"] == nil || got[own] == nil {
@@ -102,41 +101,135 @@ func TestRevisions(t *testing.T) {
 			}
 			return e.GetRevisionNumber()
 		}
-		must := func(err error) {
+		upsert := func(e server.Entry) server.EntryChange {
 			t.Helper()
+			change, err := s.UpsertEntry(t.Context(), e)
 			if err != nil {
 				t.Fatal(err)
 			}
+			return change
 		}
 		a, b := entry("a"), entry("b")
 		a.Selectors = append(a.Selectors, server.Selector{Type: "unix", Value: "gid:1"})
-		must(s.SetEntries(t.Context(), []server.Entry{a, b}))
+		s.apply(t, []server.Entry{a, b})
 		ra, rb := revision("a"), revision("b")
 
 		// The same in another order is the same.
 		slices.Reverse(a.Selectors)
-		must(s.SetEntries(t.Context(), []server.Entry{b, a}))
+		s.apply(t, []server.Entry{b, a})
 		if revision("a") != ra || revision("b") != rb {
 			t.Error("what did not change has a new revision")
 		}
 		created := s.fetch(t, who)["a"].GetCreatedAt()
 		time.Sleep(time.Hour)
 		a.Hint = "x"
-		must(s.UpsertEntry(t.Context(), a))
+		if change := upsert(a); change.Before == nil || change.Before.Hint != "" || change.After.Hint != "x" {
+			t.Errorf("the change of a is %+v", change)
+		}
 		if got := s.fetch(t, who)["a"]; got.GetRevisionNumber() <= ra || revision("b") != rb || got.GetCreatedAt() != created {
 			t.Errorf("after a change of a: %v", got)
 		}
 		ra = revision("a")
-		must(s.DeleteEntry(t.Context(), "a"))
+		if change := upsert(a); !reflect.DeepEqual(change.Before, change.After) || revision("a") != ra {
+			t.Errorf("the same again is the change %+v", change)
+		}
+		if err := s.DeleteEntry(t.Context(), "a"); err != nil {
+			t.Fatal(err)
+		}
 		if _, ok := s.fetch(t, who)["a"]; ok {
 			t.Error("deleted, but still there")
 		}
 		if err := s.DeleteEntry(t.Context(), "a"); !errors.Is(err, server.ErrNotFound) {
 			t.Errorf("deleted twice: %v", err)
 		}
-		must(s.UpsertEntry(t.Context(), a))
+		if change := upsert(a); change.Before != nil {
+			t.Errorf("added, but before it was %+v", change.Before)
+		}
 		if got := s.fetch(t, who)["a"]; got.GetRevisionNumber() <= ra || got.GetCreatedAt() == created {
 			t.Errorf("an ID that is used again: %v, the old revision was %d", got, ra)
+		}
+	})
+}
+
+// TestRevisionsOverARestart uses an ID again whose entry had the highest
+// revision, and was deleted before the server restarted.
+func TestRevisionsOverARestart(t *testing.T) {
+	t.Parallel()
+	keys, store := new(keyset.Memory), server.NewMemory()
+	bubble(t, server.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
+		all := many(1000)
+		s.apply(t, all)
+		last := s.Entries()[999]
+		s.apply(t, all[:1])
+		s.stop()
+		time.Sleep(time.Second)
+		again := start(t, server.Config{Storage: store, Keysets: openKeysets(t, keys)})
+		again.apply(t, all)
+		if got := again.Entries()[999]; got.ID != last.ID || got.Revision <= last.Revision {
+			t.Errorf("entry %s has revision %d, and %s had %d before", got.ID, got.Revision, last.ID, last.Revision)
+		}
+	})
+}
+
+func TestDiff(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		hint := func(text string) func(*server.Entry) { return func(e *server.Entry) { e.Hint = text } }
+		s.apply(t, []server.Entry{entry("a"), entry("b"), entry("d"), entry("e")})
+		next := []server.Entry{entry("f"), entry("e"), entry("c"), entry("b", hint("new"))}
+		want := "-a b:new +c -d +f 1"
+		text := func(d server.Diff) string {
+			var b strings.Builder
+			for _, c := range d.Changes {
+				switch {
+				case c.Before == nil:
+					fmt.Fprintf(&b, "+%s ", c.After.ID)
+				case c.After == nil:
+					fmt.Fprintf(&b, "-%s ", c.Before.ID)
+				default:
+					fmt.Fprintf(&b, "%s%s:%s ", c.Before.ID, c.Before.Hint, c.After.Hint)
+				}
+			}
+			return fmt.Sprint(b.String(), d.Unchanged)
+		}
+		before := s.Entries()
+		diff, err := s.ApplyEntries(t.Context(), next, true)
+		if err != nil || text(diff) != want {
+			t.Errorf("dry run: %s, %v; want %s", text(diff), err, want)
+		}
+		if !reflect.DeepEqual(s.Entries(), before) {
+			t.Error("the dry run changed something")
+		}
+		if got := text(s.apply(t, next)); got != want {
+			t.Errorf("applied: %s, want %s", got, want)
+		}
+		if got := text(s.apply(t, next)); got != "4" {
+			t.Errorf("applied again: %s", got)
+		}
+		var ids []string
+		for _, e := range s.Entries() {
+			ids = append(ids, e.ID)
+		}
+		if !slices.Equal(ids, []string{"b", "c", "e", "f"}) {
+			t.Errorf("entries are %v", ids)
+		}
+	})
+}
+
+// brokenEntries is a storage that cannot store entries.
+type brokenEntries struct{ *server.Memory }
+
+func (brokenEntries) PutEntries(context.Context, []server.StoredEntry, []string) error {
+	return errors.New("disk full")
+}
+
+func TestEntriesThatAreNotStoredDoNotCount(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{Storage: brokenEntries{server.NewMemory()}}, func(t *testing.T, s *running) {
+		_, applied := s.ApplyEntries(t.Context(), []server.Entry{entry("a")}, false)
+		_, upserted := s.UpsertEntry(t.Context(), entry("a"))
+		if applied == nil || upserted == nil || len(s.Entries()) > 0 {
+			t.Errorf("%v, %v; entries are %v", applied, upserted, s.Entries())
 		}
 	})
 }
@@ -145,31 +238,38 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		who, _ := s.join(t)
-		if err := s.SetEntries(t.Context(), []server.Entry{entry("a")}); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, []server.Entry{entry("a")})
 		foreign := spiffeid.RequireFromString("spiffe://partner.org/x")
-		for name, change := range map[string]func(*server.Entry){
-			"no ID":               func(e *server.Entry) { e.ID = "" },
-			"no SPIFFE ID":        func(e *server.Entry) { e.SPIFFEID = spiffeid.ID{} },
-			"foreign SPIFFE ID":   func(e *server.Entry) { e.SPIFFEID = foreign },
-			"no path":             func(e *server.Entry) { e.SPIFFEID = td.ID() },
-			"reserved path":       func(e *server.Entry) { e.SPIFFEID = serverID },
-			"foreign parent":      func(e *server.Entry) { e.ParentID = foreign },
-			"no selectors":        func(e *server.Entry) { e.Selectors = nil },
-			"malformed selector":  func(e *server.Entry) { e.Selectors = []server.Selector{{Type: "unix"}} },
-			"short X.509 TTL":     func(e *server.Entry) { e.X509TTL = time.Minute },
-			"long X.509 TTL":      func(e *server.Entry) { e.X509TTL = 169 * time.Hour },
-			"negative JWT TTL":    func(e *server.Entry) { e.JWTTTL = -1 },
-			"federates with self": func(e *server.Entry) { e.FederatesWith = []spiffeid.TrustDomain{td} },
-		} {
-			if err := s.SetEntries(t.Context(), []server.Entry{entry("b"), entry("c", change)}); err == nil {
-				t.Errorf("%s: no error", name)
+		wrong := func(name, id, field string, entries ...server.Entry) {
+			t.Helper()
+			_, err := s.ApplyEntries(t.Context(), entries, false)
+			if e, ok := errors.AsType[*server.EntryError](err); !ok || e.Entry != id || e.Field != field {
+				t.Errorf("%s: %v", name, err)
 			}
 		}
-		if err := s.SetEntries(t.Context(), []server.Entry{entry("b"), entry("b")}); err == nil {
-			t.Error("twice the same ID: no error")
+		for name, tt := range map[string]struct {
+			field  string
+			change func(*server.Entry)
+		}{
+			"no SPIFFE ID":        {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = spiffeid.ID{} }},
+			"foreign SPIFFE ID":   {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = foreign }},
+			"no path":             {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = td.ID() }},
+			"reserved path":       {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = serverID }},
+			"foreign parent":      {"parent_id", func(e *server.Entry) { e.ParentID = foreign }},
+			"no selectors":        {"selectors", func(e *server.Entry) { e.Selectors = nil }},
+			"malformed selector":  {"selectors", func(e *server.Entry) { e.Selectors = []server.Selector{{Type: "unix"}} }},
+			"short X.509 TTL":     {"x509_ttl", func(e *server.Entry) { e.X509TTL = time.Minute }},
+			"long X.509 TTL":      {"x509_ttl", func(e *server.Entry) { e.X509TTL = 169 * time.Hour }},
+			"negative JWT TTL":    {"jwt_ttl", func(e *server.Entry) { e.JWTTTL = -1 }},
+			"federates with self": {"federates_with", func(e *server.Entry) { e.FederatesWith = []spiffeid.TrustDomain{td} }},
+		} {
+			wrong(name, "c", tt.field, entry("b"), entry("c", tt.change))
 		}
+		nameless, long := entry("x"), entry("x")
+		nameless.ID, long.ID = "", strings.Repeat("x", 256)
+		wrong("no ID", "", "id", entry("b"), nameless)
+		wrong("long ID", long.ID, "id", entry("b"), long)
+		wrong("twice the same ID", "b", "id", entry("b"), entry("b"))
 		if got := s.fetch(t, who); len(got) != 1 || got["a"] == nil {
 			t.Errorf("entries are %v", got)
 		}
@@ -214,9 +314,7 @@ func TestSyncOfOnePage(t *testing.T) {
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
 		for _, n := range []int{0, 1, 500} {
-			if err := s.SetEntries(t.Context(), many(n)); err != nil {
-				t.Fatal(err)
-			}
+			s.apply(t, many(n))
 			stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: syncMask})
 			revisions, entries, pages := receive(t, stream)
 			if len(revisions) > 0 || len(entries) != n || len(pages) != 1 {
@@ -238,9 +336,7 @@ func TestSyncOfManyPages(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		who, c := s.join(t)
-		if err := s.SetEntries(t.Context(), many(1001)); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, many(1001))
 		all := s.fetch(t, who)
 		stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: syncMask})
 		revisions, entries, pages := receive(t, stream)

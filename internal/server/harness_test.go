@@ -179,14 +179,31 @@ func (c *client) attest(ctx context.Context, kind, payload string, csr []byte) (
 	return resp.GetResult().GetSvid(), nil
 }
 
-// join lets a new agent in and returns its identity with a connection that
-// uses it.
-func (r *running) join(t *testing.T) (*identity, *client) {
+// token makes a join token of one minute.
+func (r *running) token(t *testing.T) string {
 	t.Helper()
 	token, err := r.CreateJoinToken(t.Context(), time.Minute)
 	if err != nil {
 		t.Fatal(err)
 	}
+	return token.Value
+}
+
+// apply makes entries all there are.
+func (r *running) apply(t *testing.T, entries []server.Entry) server.Diff {
+	t.Helper()
+	diff, err := r.ApplyEntries(t.Context(), entries, false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return diff
+}
+
+// join lets a new agent in and returns its identity with a connection that
+// uses it.
+func (r *running) join(t *testing.T) (*identity, *client) {
+	t.Helper()
+	token := r.token(t)
 	key, csr := newKey(t)
 	svid, err := r.dial(t, nil).attest(t.Context(), "join_token", token, csr)
 	if err != nil {

@@ -28,6 +28,7 @@ import (
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
@@ -53,6 +54,14 @@ const (
 	// what calls in flight then still have.
 	connectionAge = 3 * time.Minute
 	graceAge      = time.Minute
+	// maxRequest is the largest request in bytes. A batch of 500 CSRs of RSA
+	// keys of 8192 bits fits. maxStreams is how many calls of one connection
+	// are served at a time; the client waits with the rest. maxHeaders is the
+	// most bytes of a call's metadata. Together they bound what one connection
+	// can make the server hold: 64 MiB of requests.
+	maxRequest = 2 << 20
+	maxStreams = 32
+	maxHeaders = 16 << 10
 )
 
 // Observer is told of every signature that was asked for. Its method must be
@@ -68,6 +77,12 @@ type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Keysets signs; a new deployment in memory when nil.
 	Keysets *keyset.Deployment
+	// Published returns what GetBundle answers and client certificates are
+	// verified against; Keysets.Bundle when nil. Where several deployments share
+	// the trust domain it is the union of their bundles. It is called for every
+	// such answer and must be fast; as long as nothing changes it should return
+	// the same pointer, so that an answer is made once for all agents.
+	Published func() *keyset.Bundle
 	// Storage keeps agents, join tokens and entries; memory when nil.
 	Storage Storage
 	// X509TTL is the lifetime of an X.509-SVID whose entry names none, of the
@@ -108,11 +123,16 @@ type Server struct {
 	entries  atomic.Pointer[entrySet]
 	entriesM sync.Mutex // held by writers of entries
 
+	rendered atomic.Pointer[published]
+
 	servingM sync.Mutex
 	serving  *servingCert
 
+	expiriesM sync.Mutex
+	expiries  expiries
+
 	federatedM sync.RWMutex
-	federated  map[spiffeid.TrustDomain]federated
+	federated  map[spiffeid.TrustDomain]*types.Bundle
 }
 
 // New makes a Server and loads what its storage holds.
@@ -120,7 +140,7 @@ func New(c Config) (*Server, error) {
 	s := &Server{
 		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
 		log: c.Log, now: c.Now, observer: c.Observer,
-		federated: make(map[spiffeid.TrustDomain]federated),
+		federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
 		s.now = time.Now
@@ -146,7 +166,7 @@ func New(c Config) (*Server, error) {
 		return nil, fmt.Errorf("new server: refresh hint %v is negative", c.RefreshHint)
 	}
 	if err := checkX509TTL(c.X509TTL); err != nil {
-		return nil, fmt.Errorf("new server: %w", err)
+		return nil, fmt.Errorf("new server: X.509 lifetime %w", err)
 	}
 	ctx := context.Background()
 	if s.keysets == nil {
@@ -158,7 +178,13 @@ func New(c Config) (*Server, error) {
 	if s.keysets.TrustDomain() != s.td {
 		return nil, fmt.Errorf("new server: keysets are of %q, not of %q", s.keysets.TrustDomain().Name(), s.td.Name())
 	}
+	if s.config.Published == nil {
+		s.config.Published = s.keysets.Bundle
+	}
 	if err := s.loadEntries(ctx); err != nil {
+		return nil, fmt.Errorf("new server: %w", err)
+	}
+	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
 	s.tls = s.newTLSConfig()
@@ -170,7 +196,7 @@ func (s *Server) Keysets() *keyset.Deployment { return s.keysets }
 
 // BundlePEM returns the published X.509 authorities as PEM certificates: what
 // an agent's bootstrap bundle file holds.
-func (s *Server) BundlePEM() []byte { return s.keysets.BundlePEM() }
+func (s *Server) BundlePEM() []byte { return s.config.Published().PEM() }
 
 // Serve answers on lis, which it closes, until ctx ends or lis fails. When ctx
 // ends, calls in flight have two seconds to finish; then they are canceled.
@@ -230,6 +256,9 @@ func (s *Server) options() []grpc.ServerOption {
 		grpc.Creds(credentials.NewTLS(s.tls)),
 		grpc.ConnectionTimeout(connectTime),
 		grpc.WaitForHandlers(true),
+		grpc.MaxRecvMsgSize(maxRequest),
+		grpc.MaxConcurrentStreams(maxStreams),
+		grpc.MaxHeaderListSize(maxHeaders),
 	}
 	if s.config.ConnectionAge > 0 {
 		opts = append(opts, grpc.KeepaliveParams(keepalive.ServerParameters{

@@ -102,9 +102,7 @@ func TestServeEndsWithOpenStream(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
-		if err := s.SetEntries(t.Context(), many(501)); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, many(501))
 		stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{})
 		receive(t, stream)
 		idle, err := s.lis.DialContext(t.Context())

@@ -54,7 +54,7 @@ func TestStockAgent(t *testing.T) {
 		}
 		entries[i].Selectors = []server.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", uid)}}
 	}
-	if err := s.SetEntries(ctx, entries); err != nil {
+	if _, err := s.ApplyEntries(ctx, entries, false); err != nil {
 		t.Fatal(err)
 	}
 	token, err := s.CreateJoinToken(ctx, time.Minute)
@@ -84,7 +84,7 @@ plugins {
   KeyManager "memory" { plugin_data {} }
   WorkloadAttestor "unix" { plugin_data {} }
 }
-`, dir, lis.Addr().(*net.TCPAddr).Port, socket, td.Name(), filepath.Join(dir, "bundle.pem"), token)
+`, dir, lis.Addr().(*net.TCPAddr).Port, socket, td.Name(), filepath.Join(dir, "bundle.pem"), token.Value)
 	for name, content := range map[string][]byte{"agent.conf": []byte(config), "bundle.pem": s.BundlePEM()} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)

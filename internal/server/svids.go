@@ -56,8 +56,8 @@ func (v *svidService) x509(agent spiffeid.ID, p *svidv1.NewX509SVIDParams) (*typ
 	case len(p.GetCsr()) == 0:
 		return nil, status.Error(codes.InvalidArgument, "missing CSR")
 	}
-	entry, ok := v.s.entryFor(agent, p.GetEntryId())
-	if !ok {
+	entry := v.s.entries.Load().find(agent, p.GetEntryId())
+	if entry == nil {
 		return nil, status.Error(codes.NotFound, "entry not found or not authorized")
 	}
 	key, err := keyset.ParseCSR(p.GetCsr())
@@ -88,8 +88,8 @@ func (v *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 }
 
 func (v *svidService) jwt(agent spiffeid.ID, req *svidv1.NewJWTSVIDRequest) (*types.JWTSVID, error) {
-	entry, ok := v.s.entryFor(agent, req.GetEntryId())
-	if !ok {
+	entry := v.s.entries.Load().find(agent, req.GetEntryId())
+	if entry == nil {
 		return nil, status.Error(codes.NotFound, "entry not found or not authorized")
 	}
 	ttl := cmp.Or[time.Duration](entry.JWTTTL, v.s.config.JWTTTL)

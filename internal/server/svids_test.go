@@ -40,14 +40,11 @@ func TestBatchNewX509SVID(t *testing.T) {
 	bubble(t, server.Config{Observer: seen, X509TTL: 3 * time.Hour}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
 		other, _ := s.join(t)
-		err := s.SetEntries(t.Context(), []server.Entry{
+		s.apply(t, []server.Entry{
 			entry("plain"),
 			entry("short", func(e *server.Entry) { e.X509TTL = time.Hour }),
 			entry("foreign", func(e *server.Entry) { e.ParentID = other.id }),
 		})
-		if err != nil {
-			t.Fatal(err)
-		}
 		_, csr := newKey(t)
 		items := []struct {
 			entry string
@@ -101,9 +98,7 @@ func TestBatchSize(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
-		if err := s.SetEntries(t.Context(), []server.Entry{entry("a")}); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, []server.Entry{entry("a")})
 		_, csr := newKey(t)
 		batch := func(n int) error {
 			params := slices.Repeat([]*svidv1.NewX509SVIDParams{{EntryId: "a", Csr: csr}}, n)
@@ -124,9 +119,7 @@ func TestNewJWTSVID(t *testing.T) {
 	seen := &counts{by: make(map[string]int)}
 	bubble(t, server.Config{Observer: seen}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
-		if err := s.SetEntries(t.Context(), []server.Entry{entry("a", func(e *server.Entry) { e.JWTTTL = 5 * time.Minute })}); err != nil {
-			t.Fatal(err)
-		}
+		s.apply(t, []server.Entry{entry("a", func(e *server.Entry) { e.JWTTTL = 5 * time.Minute })})
 		mint := func(id string, audience ...string) (*types.JWTSVID, error) {
 			resp, err := c.NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: id, Audience: audience})
 			return resp.GetSvid(), err

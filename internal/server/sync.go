@@ -22,10 +22,10 @@ func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.Ge
 	if err != nil {
 		return nil, err
 	}
-	entries := e.s.authorized(id)
+	entries := e.s.entries.Load().authorized(id)
 	resp := &entryv1.GetAuthorizedEntriesResponse{Entries: make([]*types.Entry, len(entries))}
-	for i := range entries {
-		resp.Entries[i] = entries[i].proto(id, req.GetOutputMask())
+	for i, entry := range entries {
+		resp.Entries[i] = entry.proto(id, req.GetOutputMask())
 	}
 	return resp, nil
 }
@@ -50,19 +50,17 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 	case mask != nil && !mask.GetRevisionNumber():
 		return status.Error(codes.InvalidArgument, "the revision number must not be masked")
 	}
-	entries := e.s.authorized(id)
+	set := e.s.entries.Load()
+	entries := set.authorized(id)
 	if len(entries) <= pageSize {
 		resp := &entryv1.SyncAuthorizedEntriesResponse{Entries: make([]*types.Entry, len(entries))}
-		for i := range entries {
-			resp.Entries[i] = entries[i].proto(id, mask)
+		for i, entry := range entries {
+			resp.Entries[i] = entry.proto(id, mask)
 		}
 		return stream.Send(resp)
 	}
-	byID := make(map[string]*StoredEntry, len(entries))
 	revisions := make([]*entryv1.EntryRevision, len(entries))
-	for i := range entries {
-		entry := &entries[i]
-		byID[entry.ID] = entry
+	for i, entry := range entries {
 		revisions[i] = &entryv1.EntryRevision{Id: entry.ID, RevisionNumber: entry.Revision, CreatedAt: entry.CreatedAt.Unix()}
 	}
 	err = pages(revisions, func(page []*entryv1.EntryRevision, more bool) error {
@@ -78,8 +76,8 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 		}
 		// An entry that is not there, or not for this agent, is left out.
 		wanted := make([]*StoredEntry, 0, len(req.GetIds()))
-		for _, id := range req.GetIds() {
-			if entry, ok := byID[id]; ok {
+		for _, entryID := range req.GetIds() {
+			if entry := set.find(id, entryID); entry != nil {
 				wanted = append(wanted, entry)
 			}
 		}

@@ -10,7 +10,6 @@ import (
 	"fmt"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 )
@@ -69,13 +68,14 @@ func (s *Server) certificate() (*tls.Certificate, error) {
 }
 
 // verifyClient accepts a connection without client certificate, and one whose
-// certificate is an X.509-SVID of the trust domain.
+// certificate is an X.509-SVID of the trust domain. Whether its holder is an
+// agent of this server is for authorize to say: the published bundle may be of
+// several deployments.
 func (s *Server) verifyClient(state tls.ConnectionState) error {
 	if len(state.PeerCertificates) == 0 {
 		return nil
 	}
-	authorities := x509bundle.FromX509Authorities(s.td, s.keysets.Bundle().Certificates())
-	if _, _, err := x509svid.Verify(state.PeerCertificates, authorities, x509svid.WithTime(s.now())); err != nil {
+	if _, _, err := x509svid.Verify(state.PeerCertificates, s.published().authorities, x509svid.WithTime(s.now())); err != nil {
 		return fmt.Errorf("client certificate: %w", err)
 	}
 	return nil

@@ -46,7 +46,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		}
 		token := filepath.Join(dir, "token")
 		give := func() {
-			if err := os.WriteFile(token, []byte(must(s.CreateJoinToken(ctx, time.Hour))), 0o600); err != nil {
+			if err := os.WriteFile(token, []byte(must(s.CreateJoinToken(ctx, time.Hour)).Value), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}
@@ -76,7 +76,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 				Selectors: []embedded.Selector{{Type: "unix", Value: e.Selectors[0].Value}},
 			}
 		}
-		if err := s.SetEntries(ctx, list); err != nil {
+		if _, err := s.ApplyEntries(ctx, list, false); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(10 * time.Second) // a server may take a while to notice
@@ -88,7 +88,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 			t.Fatal(err)
 		}
 		list[9].Hint = "new"
-		if err := s.UpsertEntry(ctx, list[9]); err != nil {
+		if _, err := s.UpsertEntry(ctx, list[9]); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(10 * time.Second)
@@ -139,7 +139,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		}
 
 		// Evicted, the node comes back with a new token; banned, it does not.
-		if err := s.EvictAgent(ctx, a.node.Identity().ID()); err != nil {
+		if err := s.EvictAgent(ctx, a.node.Identity().ID(), false); err != nil {
 			t.Fatal(err)
 		}
 		if _, _, err := a.SyncEntries(ctx, h); err == nil {

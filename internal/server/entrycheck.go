@@ -1,0 +1,90 @@
+package server
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// maxEntryID is the most bytes of an entry's ID.
+const maxEntryID = 255
+
+// EntryError says which field of which entry is wrong, and why.
+type EntryError struct {
+	Entry   string // ID
+	Field   string // as operators write it: id, spiffe_id, parent_id, ...
+	Problem string
+}
+
+// Error implements error.
+func (e *EntryError) Error() string {
+	return fmt.Sprintf("entry %q: %s: %s", e.Entry, e.Field, e.Problem)
+}
+
+func (s *Server) checkEntry(e Entry) error {
+	wrong := func(field, format string, args ...any) error {
+		return &EntryError{e.ID, field, fmt.Sprintf(format, args...)}
+	}
+	switch {
+	case e.ID == "":
+		return wrong("id", "is not set")
+	case len(e.ID) > maxEntryID:
+		return wrong("id", "is longer than %d bytes", maxEntryID)
+	case !e.SPIFFEID.MemberOf(s.td):
+		return wrong("spiffe_id", "%q is not of trust domain %q", e.SPIFFEID, s.td.Name())
+	case e.SPIFFEID.Path() == "":
+		return wrong("spiffe_id", "%q has no path", e.SPIFFEID)
+	case e.SPIFFEID.Path() == "/spire" || strings.HasPrefix(e.SPIFFEID.Path(), "/spire/"):
+		return wrong("spiffe_id", "%q is reserved for servers and agents", e.SPIFFEID)
+	case !e.ParentID.IsZero() && !e.ParentID.MemberOf(s.td):
+		return wrong("parent_id", "%q is not of trust domain %q", e.ParentID, s.td.Name())
+	case len(e.Selectors) == 0:
+		return wrong("selectors", "there are none: it would match every workload")
+	case e.JWTTTL < 0:
+		return wrong("jwt_ttl", "%v is negative", e.JWTTTL)
+	case slices.Contains(e.FederatesWith, s.td):
+		return wrong("federates_with", "%q is the entry's own trust domain", s.td.Name())
+	}
+	for _, sel := range e.Selectors {
+		if sel.Type == "" || sel.Value == "" || strings.Contains(sel.Type, ":") {
+			return wrong("selectors", "%q is not of the form type:value", sel.Type+":"+sel.Value)
+		}
+	}
+	if err := checkX509TTL(e.X509TTL); err != nil {
+		return wrong("x509_ttl", "%v", err)
+	}
+	return nil
+}
+
+func checkX509TTL(ttl time.Duration) error {
+	if ttl != 0 && (ttl < keyset.MinX509TTL || ttl > keyset.MaxX509TTL) {
+		return fmt.Errorf("%v is not within %v to %v", ttl, keyset.MinX509TTL, keyset.MaxX509TTL)
+	}
+	return nil
+}
+
+// canonical copies an entry and orders what has no order, so that equal
+// entries compare equal.
+func canonical(e Entry) Entry {
+	e.Selectors = slices.Clone(e.Selectors)
+	slices.SortFunc(e.Selectors, func(a, b Selector) int {
+		return cmp.Or(cmp.Compare(a.Type, b.Type), cmp.Compare(a.Value, b.Value))
+	})
+	e.Selectors = slices.Compact(e.Selectors)
+	e.FederatesWith = slices.Clone(e.FederatesWith)
+	slices.SortFunc(e.FederatesWith, spiffeid.TrustDomain.Compare)
+	e.FederatesWith = slices.Compact(e.FederatesWith)
+	return e
+}
+
+func equalEntry(a, b Entry) bool {
+	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Hint == b.Hint &&
+		a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
+		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith)
+}
