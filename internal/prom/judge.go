@@ -25,20 +25,20 @@ const component = "agent"
 // judge says what follows from the targets and their scrapes.
 func judge(at time.Time, trustDomain string, targets []*target, expected int, jwtExpiry time.Time) Figures {
 	f := Figures{At: at, JWTExpiry: jwtExpiry}
-	known := make(map[identity]int, len(targets))
+	scraped := make(map[identity]int, len(targets))
 	for _, t := range targets {
-		a, recent := t.agent(at)
-		if recent && t.foreign(trustDomain) {
+		a, known := t.agent(at)
+		if known && t.foreign(trustDomain) {
 			continue
 		}
-		if who, ok := t.identity(); ok && a.Up {
-			if i, again := known[who]; again {
+		if who, ok := t.identity(); ok && known {
+			if i, again := scraped[who]; again {
 				if a.LastScrape.After(f.Agents[i].LastScrape) {
 					f.Agents[i] = a
 				}
 				continue
 			}
-			known[who] = len(f.Agents)
+			scraped[who] = len(f.Agents)
 		}
 		f.Agents = append(f.Agents, a)
 	}
@@ -67,12 +67,11 @@ func judge(at time.Time, trustDomain string, targets []*target, expected int, jw
 }
 
 // agent is what the target's newest scrape says, if that is recent.
-func (t *target) agent(at time.Time) (a Agent, recent bool) {
-	a = Agent{Instance: t.instance(), LastScrape: t.last}
-	recent = t.healthy && t.up && !t.scrape.Before(at.Add(-2*t.interval))
+func (t *target) agent(at time.Time) (a Agent, known bool) {
+	a = Agent{Instance: t.instance(), LastScrape: t.answered, SVIDs: int(t.held)}
 	// A program that does not say what it is may be anything; its figures are
 	// not taken for an agent's.
-	if !recent || t.info == nil {
+	if !t.recent(at) || t.info == nil {
 		return a, false
 	}
 	settled, seen := t.values[seriesSettled]

@@ -105,12 +105,12 @@ func New(c Config) (*Client, error) {
 	return &Client{cfg: c, api: v1.NewAPI(whole{client})}, nil
 }
 
-// Agent is what the newest scrape of one agent says. Where Up is false, all
-// but Instance and LastScrape is not known and zero.
+// Agent is what the newest scrape of one agent says. Where Up is false, only
+// its Instance is known, and from before its last answer and what it held then.
 type Agent struct {
-	Instance   string // the instance label
-	Up         bool   // it answered the newest scrape, and that is recent
-	LastScrape time.Time
+	Instance   string    // the instance label
+	Up         bool      // it answered the newest scrape, and that is recent
+	LastScrape time.Time // that it answered; zero: none within a day
 	Version    string
 	Sequence   uint64 // of the bundle that it applies; 0: none yet
 	// What it holds that the X.509 authority signed: SVIDs, those that wait for
@@ -127,7 +127,7 @@ type Figures struct {
 	// Expected is the number of agents there must be, Missing how many of them
 	// are no targets.
 	Expected, Missing int
-	X509SVIDs         int // held by the agents that are up
+	X509SVIDs         int // held by the agents, as far as is known
 	// JWTExpiry is when the last JWT-SVID of the key ends that any agent has
 	// reported; zero when none has.
 	JWTExpiry time.Time
@@ -182,6 +182,9 @@ func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, 
 		return Figures{}, err
 	}
 	if err := c.scrapes(ctx, at, x509AuthorityID, targets); err != nil {
+		return Figures{}, err
+	}
+	if err := c.lastAnswers(ctx, at, x509AuthorityID, targets); err != nil {
 		return Figures{}, err
 	}
 	expiry, err := c.jwtExpiry(ctx, at, jwtKeyID)

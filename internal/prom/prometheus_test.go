@@ -209,6 +209,9 @@ func TestUnderPrometheus(t *testing.T) {
 	nodes[1].CloseClientConnections()
 	nodes[1].Listener.Close()
 	becomes("down", 3, "1: silent")
+	if h := f.Holders[0]; h.LastReport.IsZero() || time.Since(h.LastReport) > 5*time.Second {
+		t.Errorf("silent holder %+v", h)
+	}
 	for range 20 {
 		if !ask(3) || f.X509Safe || f.JWTSafe || f.Behind(7) != 1 {
 			t.Fatalf("figures with one down: %+v", f)

@@ -10,7 +10,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/prometheus/client_golang/api/prometheus/v1"
+	v1 "github.com/prometheus/client_golang/api/prometheus/v1"
 	"github.com/prometheus/common/model"
 )
 
@@ -40,7 +40,6 @@ type target struct {
 	labels   model.LabelSet
 	interval time.Duration
 	healthy  bool
-	last     time.Time // when it was last scraped, well or not
 
 	scrape time.Time // of the newest sample of up; zero: none in the window
 	up     bool
@@ -48,6 +47,10 @@ type target struct {
 	// What the newest scrape says, by series. Of settled it is the lowest, of
 	// what is counted the sum.
 	values map[string]float64
+	// Its last answer within a day, and, for one that is silent, what it held
+	// then.
+	answered time.Time
+	held     float64
 }
 
 func (t *target) instance() string { return string(t.labels[model.InstanceLabel]) }
@@ -62,7 +65,7 @@ func (c *Client) targets(ctx context.Context) ([]*target, error) {
 		if string(a.Labels[model.JobLabel]) != c.cfg.Job {
 			continue
 		}
-		t := &target{labels: a.Labels, interval: defaultInterval, healthy: a.Health == v1.HealthGood, last: a.LastScrape}
+		t := &target{labels: a.Labels, interval: defaultInterval, healthy: a.Health == v1.HealthGood}
 		if d, err := model.ParseDuration(a.DiscoveredLabels["__scrape_interval__"]); err == nil && d > 0 {
 			t.interval = time.Duration(d)
 		}
@@ -124,7 +127,11 @@ func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, ta
 	}
 	for _, s := range series {
 		if t := of(s); t != nil && len(s.Values) > 0 {
-			t.take(s.Metric, s.Values[len(s.Values)-1])
+			last := s.Values[len(s.Values)-1]
+			if s.Metric[model.MetricNameLabel] == seriesInfo && last.Timestamp.Time().After(t.answered) {
+				t.answered = last.Timestamp.Time()
+			}
+			t.take(s.Metric, last)
 		}
 	}
 	return nil
@@ -161,6 +168,58 @@ func (t *target) take(m model.Metric, s model.SamplePair) {
 	default:
 		t.values[name] = old + v
 	}
+}
+
+// recent reports whether the newest scrape was answered and is recent.
+func (t *target) recent(at time.Time) bool {
+	return t.healthy && t.up && !t.scrape.Before(at.Add(-2*t.interval))
+}
+
+// lastAnswers fills in when those that are silent answered last, and what they
+// held then; the time to the minute. It changes nothing but what an operator is told of them.
+func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string, targets []*target) error {
+	byInstance := make(map[string][]*target)
+	var names []string
+	for _, t := range targets {
+		if !t.recent(at) {
+			byInstance[t.instance()] = append(byInstance[t.instance()], t)
+			names = append(names, regexp.QuoteMeta(t.instance()))
+		}
+	}
+	if len(names) == 0 {
+		return nil
+	}
+	silent := fmt.Sprintf(`job=%s,instance=~%s`, label(c.cfg.Job), strconv.Quote(strings.Join(names, "|")))
+	read := func(query string, take func(*target, float64)) error {
+		v, _, _, err := c.api.Query(ctx, query, at)
+		if err != nil {
+			return fmt.Errorf("query the silent agents: %w", err)
+		}
+		vector, ok := v.(model.Vector)
+		if !ok {
+			return errors.New("query the silent agents: the answer is no vector")
+		}
+		for _, s := range vector {
+			for _, t := range byInstance[string(s.Metric[model.InstanceLabel])] {
+				if t.owns(s.Metric) && !math.IsNaN(float64(s.Value)) {
+					take(t, float64(s.Value))
+				}
+			}
+		}
+		return nil
+	}
+	err := read(fmt.Sprintf(`max_over_time(timestamp(%s{%s})[1d:1m])`, seriesInfo, silent), func(t *target, v float64) {
+		if last := model.TimeFromUnixNano(int64(v * 1e9)).Time(); last.After(t.answered) {
+			t.answered = last
+		}
+	})
+	if err != nil {
+		return err
+	}
+	// The same SVIDs were counted under one state of the authority, then another.
+	return read(fmt.Sprintf(`last_over_time(%s{%s,authority=%s}[1d])`, seriesHeld, silent, label(exported(authority))), func(t *target, v float64) {
+		t.held = max(t.held, v)
+	})
 }
 
 // jwtExpiry is when the last JWT-SVID of the key ends that an agent has told

@@ -65,7 +65,7 @@ func (f *fakeTarget) drop(name string) {
 type fake struct {
 	targets  []*fakeTarget
 	jwt      any               // result of the JWT query
-	override map[string]string // body by what the request is about: targets, time, agents, jwt
+	override map[string]string // body by what the request is about: targets, time, agents, answered, held, jwt
 	queries  map[string]string
 	slow     chan struct{}
 }
@@ -75,15 +75,17 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		<-f.slow
 	}
 	query := r.FormValue("query")
-	about, data := "targets", any(nil)
+	var about string
+	var data any
 	switch {
 	case r.URL.Path == "/api/v1/targets":
+		about = "targets"
 		active := []any{}
 		for _, t := range f.targets {
 			active = append(active, map[string]any{
 				"labels":           map[string]string{"job": t.job, "instance": t.instance},
 				"discoveredLabels": map[string]string{"__scrape_interval__": t.interval},
-				"health":           t.health, "lastScrape": time.Unix(int64(t.scrape), 0).UTC(),
+				"health":           t.health, "lastScrape": time.Unix(now, 0).UTC(),
 			})
 		}
 		data = map[string]any{"activeTargets": active}
@@ -91,6 +93,10 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		about, data = "time", map[string]any{"resultType": "scalar", "result": []any{now, fmt.Sprint(now)}}
 	case strings.HasPrefix(query, "max("):
 		about, data = "jwt", map[string]any{"resultType": "vector", "result": f.jwt}
+	case strings.HasPrefix(query, "max_over_time(timestamp("):
+		about, data = "answered", f.silent(now-3600.5, now-7200)
+	case strings.HasPrefix(query, "last_over_time("):
+		about, data = "held", f.silent(12, 11)
 	default:
 		matrix := []any{}
 		for _, t := range f.targets {
@@ -110,7 +116,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		f.queries = make(map[string]string)
 	}
 	f.queries[about] = query
-	if at := r.FormValue("time"); about == "agents" || about == "jwt" {
+	if at := r.FormValue("time"); about != "targets" && about != "time" {
 		f.queries[about] += " at " + at
 	}
 	if body, ok := f.override[about]; ok {
@@ -121,6 +127,18 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data})
+}
+
+// silent answers with two series for each target, whether it is silent or not.
+func (f *fake) silent(values ...float64) any {
+	vector := []any{}
+	for _, t := range f.targets {
+		for i, v := range values {
+			labels := map[string]string{"job": t.job, "instance": t.instance, "state": fmt.Sprint(i)}
+			vector = append(vector, map[string]any{"metric": labels, "value": []any{now, fmt.Sprintf("%.3f", v)}})
+		}
+	}
+	return map[string]any{"resultType": "vector", "result": vector}
 }
 
 func ends(in float64) any {
@@ -135,7 +153,6 @@ func TestRules(t *testing.T) {
 		cfg      prom.Config
 		expected int
 	}
-	const silent, behind, renewing, streams = "silent", "behind", "renewing", "streams"
 	for name, tt := range map[string]struct {
 		change  func(w *world)
 		holders string // "agent: reason" in order
@@ -217,18 +234,22 @@ func TestRules(t *testing.T) {
 			w.targets[2].scrape = now - 1
 			w.targets[2].of("renewd_taint_settled").value = 0
 		}, "node-1:9090: renewing, node-1:9090: silent", true, ""},
-		"JWT-SVIDs have ended":    {change: func(w *world) { w.jwt = ends(-1) }},
-		"a JWT-SVID lives":        {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
-		"no target":               {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
-		"no agent":                {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
-		"targets fail":            {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
-		"targets are half":        {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
-		"time fails":              {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
-		"time is a vector":        {change: func(w *world) { w.override["time"] = vector }, err: "no scalar"},
-		"agents fail":             {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
-		"agents are half":         {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
-		"agents are a vector":     {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
-		"JWT fails":               {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"JWT-SVIDs have ended": {change: func(w *world) { w.jwt = ends(-1) }},
+		"a JWT-SVID lives":     {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
+		"no target":            {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
+		"no agent":             {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
+		"targets fail":         {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
+		"targets are half":     {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
+		"time fails":           {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
+		"time is a vector":     {change: func(w *world) { w.override["time"] = vector }, err: "no scalar"},
+		"agents fail":          {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
+		"agents are half":      {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
+		"agents are a vector":  {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
+		"JWT fails":            {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"silence fails":        {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
+		"silence is something else": {change: func(w *world) {
+			w.targets[0].health, w.override["answered"] = "down", `{"status":"success","data":{"resultType":"matrix","result":[]}}`
+		}, err: "no vector"},
 		"JWT is half":             {change: func(w *world) { w.override["jwt"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
 		"JWT is something else":   {change: func(w *world) { w.override["jwt"] = `{"status":"success","data":{"resultType":"matrix","result":[]}}` }, err: "no single value"},
 		"no Prometheus":           {change: func(w *world) { w.override["targets"] = "<html>" }, err: "targets: bad_response"},
@@ -272,6 +293,11 @@ func TestRules(t *testing.T) {
 			if f.X509Safe != (tt.holders == "") || f.JWTSafe == tt.jwt {
 				t.Errorf("X.509 safe %v, JWT safe %v", f.X509Safe, f.JWTSafe)
 			}
+			for _, a := range f.Agents {
+				if !a.Up && (a.SVIDs != 12 || a.LastScrape.IsZero()) {
+					t.Errorf("silent agent %+v", a)
+				}
+			}
 			if !f.At.Equal(time.Unix(now, 0)) {
 				t.Errorf("figures of %v", f.At)
 			}
@@ -294,7 +320,7 @@ func TestAgentsAndQueries(t *testing.T) {
 	w.targets[0].of("renewd_taint_renewals_pending").value = 5
 	w.targets[0].of("renewd_taint_streams_waiting").value = 4
 	w.targets[0].of("renewd_taint_settled").value = 0
-	w.targets[1].health = "down"
+	w.targets[1].health, w.targets[1].series = "down", nil
 	s := httptest.NewServer(w)
 	defer s.Close()
 	c, err := prom.New(prom.Config{URL: s.URL, Job: `a"b\`, JWTLife: time.Hour})
@@ -309,22 +335,24 @@ func TestAgentsAndQueries(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []prom.Agent{
-		{Instance: "node-0:9090", LastScrape: time.Unix(now-14, 0).UTC()},
+		{Instance: "node-0:9090", LastScrape: time.UnixMilli(now*1000 - 3_600_500), SVIDs: 12},
 		{Instance: "node-1:9090", LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
 			SVIDs: 5, Pending: 5, Streams: 4, Seen: true},
 	}
 	if !slices.Equal(f.Agents, want) {
 		t.Errorf("agents\n%+v, want\n%+v", f.Agents, want)
 	}
-	if f.X509SVIDs != 5 || f.Expected != 4 || f.Missing != 2 || !f.JWTExpiry.Equal(time.Unix(now+60, 0)) {
+	if f.X509SVIDs != 17 || f.Expected != 4 || f.Missing != 2 || !f.JWTExpiry.Equal(time.Unix(now+60, 0)) {
 		t.Errorf("figures %+v", f)
 	}
 	if f.Behind(7) != 3 || f.Behind(8) != 4 {
 		t.Errorf("%d behind 7, %d behind 8", f.Behind(7), f.Behind(8))
 	}
 	for about, want := range map[string]string{
-		"agents": `,job="a\"b\\",authority=~"o\\.d\\|�|"}[30000ms] at 1800000000`,
-		"jwt":    `max(max_over_time(renewd_jwt_svid_latest_expiry_timestamp_seconds{job="a\"b\\",key_id="k\"\\"}[3600000ms])) at 1800000000`,
+		"agents":   `,job="a\"b\\",authority=~"o\\.d\\|�|"}[30000ms] at 1800000000`,
+		"answered": `max_over_time(timestamp(spirl_application_info{job="a\"b\\",instance=~"node-0:9090"})[1d:1m]) at 1800000000`,
+		"held":     `last_over_time(renewd_svids_held{job="a\"b\\",instance=~"node-0:9090",authority="o.d|�"}[1d]) at 1800000000`,
+		"jwt":      `max(max_over_time(renewd_jwt_svid_latest_expiry_timestamp_seconds{job="a\"b\\",key_id="k\"\\"}[3600000ms])) at 1800000000`,
 	} {
 		if !strings.HasSuffix(w.queries[about], want) {
 			t.Errorf("query of %s is\n%s, want\n%s", about, w.queries[about], want)
