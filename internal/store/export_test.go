@@ -7,6 +7,8 @@ import (
 
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/keyset"
 )
 
 // PutDevice puts a device in the place of the store's file, behind its
@@ -66,3 +68,31 @@ func (s *Store) Commits(t testing.TB) (n int) {
 	}
 	return n
 }
+
+// Pack makes a value with its checksum.
+var Pack = pack
+
+// SealedDocument reads keysets as they are in the file.
+func SealedDocument(t testing.TB, tx *bbolt.Tx, deployment string) keyset.Document {
+	t.Helper()
+	doc, err := decodeDocument(tx.Bucket(bucketDeployments).Bucket([]byte(deployment)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return doc
+}
+
+// PutSealedDocument writes keysets as they are to be in the file.
+func PutSealedDocument(t testing.TB, tx *bbolt.Tx, deployment string, doc keyset.Document) {
+	t.Helper()
+	o, err := put(keysets, keyDocument, doc)
+	if err == nil {
+		err = tx.Bucket(bucketDeployments).Bucket([]byte(deployment)).Bucket([]byte(keysets)).Put(o.key, o.value)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// Path is the file's.
+func (s *Store) Path() string { return s.path }

@@ -18,7 +18,7 @@ import (
 )
 
 // lockWait is how long Open waits for a process that is about to end.
-const lockWait = 3 * time.Second
+const lockWait = time.Second
 
 // Open opens a store and looks at everything in it. Where there is no file it
 // makes one, of mode 0600, complete or not at all.

@@ -44,6 +44,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
+	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/internal/seal"
 )
@@ -97,8 +98,8 @@ func (s *Store) Close() error {
 	<-s.stopped
 	if s.broken != nil {
 		// bbolt may still hold its writer's lock and would wait for ever. The
-		// file's lock goes with the descriptor.
-		return s.file.Close()
+		// mapping would keep the file's lock.
+		return errors.Join(unix.Flock(int(s.file.Fd()), unix.LOCK_UN), s.file.Close())
 	}
 	return s.db.Close()
 }

@@ -1,0 +1,455 @@
+package store_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// hold keeps a commit from going on until release is called. What is written
+// meanwhile shares the next one.
+func hold(t *testing.T, d *store.Deployment) (release func()) {
+	t.Helper()
+	inside, gate := make(chan struct{}), make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if _, err := d.UpdateAgent(t.Context(), agentID(-1), func(*server.Agent) (*server.Agent, error) {
+			close(inside)
+			<-gate
+			return &server.Agent{ID: agentID(-1)}, nil
+		}); err != nil {
+			t.Error(err)
+		}
+	})
+	<-inside
+	return sync.OnceFunc(func() { close(gate); wg.Wait() })
+}
+
+// together starts writers that wait for the next commit when the one that is
+// held is released, and returns their errors after it. It wants a bubble.
+func together(t *testing.T, d *store.Deployment, writers ...func() error) []error {
+	t.Helper()
+	release := hold(t, d)
+	defer release()
+	errs := make([]error, len(writers))
+	var wg sync.WaitGroup
+	for i, write := range writers {
+		wg.Go(func() { errs[i] = write() })
+		synctest.Wait() // so that they wait in this order
+	}
+	release()
+	wg.Wait()
+	return errs
+}
+
+func TestWritersShareACommit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, writersShareACommit)
+}
+
+func writersShareACommit(t *testing.T) {
+	s := opened(t, newPath(t))
+	d, other := s.Deployment("default"), s.Deployment("other")
+	refused := errors.New("refused")
+	before := s.Commits(t)
+	var writers []func() error
+	for n := range 20 {
+		writers = append(writers, func() error { return update(t.Context(), d, n, "1") })
+	}
+	writers = append(writers,
+		func() error {
+			return d.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{{Authority: "a"}}})
+		},
+		func() error { return other.PutToken(t.Context(), server.Token{Value: "a"}) },
+		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
+		// From here on they fail, alone.
+		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
+		func() error { _, err := d.TakeToken(t.Context(), "a"); return err },
+		func() error {
+			_, err := d.UpdateAgent(t.Context(), agentID(3), func(*server.Agent) (*server.Agent, error) { return nil, refused })
+			return err
+		},
+		func() error { return d.Save(t.Context(), document(1), keyset.Change{}) },
+		func() error { return d.Save(t.Context(), document(1), keyset.Change{}) },
+	)
+	errs := together(t, d, writers...)
+	for n, err := range errs {
+		want := error(nil)
+		switch len(errs) - n {
+		case 5, 4:
+			want = server.ErrNotFound
+		case 3:
+			want = refused
+		case 1:
+			want = keyset.ErrConflict
+		}
+		if !errors.Is(err, want) || want == nil && err != nil {
+			t.Errorf("writer %d: %v, want %v", n, err, want)
+		}
+	}
+	if n := s.Commits(t) - before; n != 2 { // the held one and one for all
+		t.Errorf("%d commits", n)
+	}
+	all, err := d.Agents(t.Context())
+	if err != nil || len(all) != 21 {
+		t.Errorf("%d agents, %v", len(all), err)
+	}
+}
+
+// TestNothingToWrite costs no commit.
+func TestNothingToWrite(t *testing.T) {
+	t.Parallel()
+	s := opened(t, newPath(t))
+	d := s.Deployment("default")
+	if err := update(t.Context(), d, 1, "1"); err != nil {
+		t.Fatal(err)
+	}
+	before := s.Commits(t)
+	for _, err := range []error{
+		update(t.Context(), d, 1, "1"),
+		d.PutEntries(t.Context(), nil, nil),
+		d.SaveLedger(t.Context(), ledger.Change{}),
+	} {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := d.TakeToken(t.Context(), "x"); !errors.Is(err, server.ErrNotFound) {
+		t.Error(err)
+	}
+	if n := s.Commits(t); n != before {
+		t.Errorf("%d commits for nothing", n-before)
+	}
+}
+
+// TestCommitIsBounded divides what waits, between changes.
+func TestCommitIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, commitIsBounded)
+}
+
+func commitIsBounded(t *testing.T) {
+	s := opened(t, newPath(t))
+	d := s.Deployment("default")
+	before := s.Commits(t)
+	var writers []func() error
+	for w := range 10 {
+		var rows []ledger.Row
+		for n := range 1500 {
+			rows = append(rows, ledger.Row{Authority: "a", Agent: fmt.Sprint(w), Entry: entryID(n), NotAfter: start})
+		}
+		writers = append(writers, func() error { return d.SaveLedger(t.Context(), ledger.Change{Put: rows}) })
+	}
+	for _, err := range together(t, d, writers...) {
+		if err != nil {
+			t.Error(err)
+		}
+	}
+	if n := s.Commits(t) - before; n != 1+4 { // three at a time
+		t.Errorf("%d commits", n)
+	}
+}
+
+func TestContext(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, contexts)
+}
+
+func contexts(t *testing.T) {
+	s := opened(t, newPath(t))
+	d := s.Deployment("default")
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := update(ended, d, 1, "1"); !errors.Is(err, context.Canceled) {
+		t.Errorf("ended before: %v", err)
+	}
+	if _, err := d.Agents(ended); !errors.Is(err, context.Canceled) {
+		t.Errorf("reading: %v", err)
+	}
+
+	// One that waits behind another returns at once and is not applied.
+	release := hold(t, d)
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		if err := update(ctx, d, 1, "1"); !errors.Is(err, context.Canceled) {
+			t.Errorf("ended while it waited: %v", err)
+		}
+	})
+	synctest.Wait()
+	cancel()
+	wg.Wait() // while the other is still held
+	release()
+
+	// One that was taken gets its outcome.
+	ctx, cancel = context.WithCancel(t.Context())
+	if _, err := d.UpdateAgent(ctx, agentID(2), func(*server.Agent) (*server.Agent, error) {
+		cancel()
+		return &server.Agent{ID: agentID(2)}, nil
+	}); err != nil {
+		t.Errorf("ended during its commit: %v", err)
+	}
+	for n, want := range map[int]bool{1: false, 2: true} {
+		if a, err := d.Agent(t.Context(), agentID(n)); err != nil || (a != nil) != want {
+			t.Errorf("agent %d: %v, %v", n, a, err)
+		}
+	}
+}
+
+// TestChangePanics goes on in who called, and only there.
+func TestChangePanics(t *testing.T) {
+	t.Parallel()
+	s := opened(t, newPath(t))
+	d := s.Deployment("default")
+	func() {
+		defer func() {
+			if p := recover(); p != "mine" {
+				t.Errorf("recovered %v", p)
+			}
+		}()
+		_, _ = d.UpdateAgent(t.Context(), agentID(1), func(*server.Agent) (*server.Agent, error) { panic("mine") })
+	}()
+	if err := update(t.Context(), d, 1, "1"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestFullDisk lets writes and syncs fail in different ways. Whatever fails,
+// nothing of it is kept, reading goes on, and writing does when it is over.
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	for device, want := range map[string]error{"/dev/full": syscall.ENOSPC, "/dev/null": syscall.EINVAL} {
+		t.Run(device, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				path := newPath(t)
+				s := open(t, path)
+				d := s.Deployment("default")
+				fill(t, d)
+				for range 2 { // leaves free pages
+					if err := update(t.Context(), d, 999, strings.Repeat("x", 1<<16)); err != nil {
+						t.Fatal(err)
+					}
+					if err := update(t.Context(), d, 999, ""); err != nil {
+						t.Fatal(err)
+					}
+				}
+				before := mustContents(t, s)
+				back := s.PutDevice(t, device)
+				for range 3 {
+					// A small change reuses free pages, a large one makes the file grow.
+					for _, size := range []int{10, 2 << 20} {
+						if err := update(t.Context(), d, 1000, strings.Repeat("x", size)); err == nil || size == 10 && !errors.Is(err, want) || !strings.Contains(err.Error(), "write store "+path) || !strings.Contains(err.Error(), "nothing was changed") {
+							t.Errorf("%d bytes: %.200v", size, err)
+						}
+					}
+					if got := mustContents(t, s); got != before {
+						t.Errorf("%s\nwant %s", got, before)
+					}
+				}
+				errs := together(t, d, // on their way when the disk is well again
+					func() error { return update(t.Context(), d, 1001, "1") },
+					func() error { back(); return update(t.Context(), d, 1002, "2") },
+				)
+				for _, err := range errs {
+					if err != nil {
+						t.Error(err)
+					}
+				}
+				for n := range 50 {
+					if err := update(t.Context(), d, 2000+n, strings.Repeat("y", 3000)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				after := mustContents(t, s)
+				closed(t, s)
+				if got := mustContents(t, opened(t, path)); got != after {
+					t.Error("after a restart it differs")
+				}
+			})
+		})
+	}
+}
+
+// TestFailedCommitFailsAll also fails those who would have been refused: what
+// they saw did not come to be.
+func TestFailedCommitFailsAll(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, failedCommitFailsAll)
+}
+
+func failedCommitFailsAll(t *testing.T) {
+	s := opened(t, newPath(t))
+	d := s.Deployment("default")
+	if err := d.PutToken(t.Context(), server.Token{Value: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	take := func() error { _, err := d.TakeToken(t.Context(), "a"); return err }
+	var back func()
+	errs := together(t, d, take, take, func() error {
+		_, err := d.UpdateAgent(t.Context(), agentID(1), func(*server.Agent) (*server.Agent, error) {
+			back = s.PutDevice(t, "/dev/full")
+			return &server.Agent{ID: agentID(1)}, nil
+		})
+		return err
+	})
+	back()
+	for n, err := range errs {
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("writer %d: %v", n, err)
+		}
+	}
+	if err := take(); err != nil {
+		t.Errorf("the token was lost: %v", err)
+	}
+}
+
+// TestHeaderNotSynced is the one failure after which a commit can be seen.
+func TestHeaderNotSynced(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	d := s.Deployment("default")
+	fill(t, d)
+
+	// The second attempt succeeds.
+	s.FailSync(func() {})
+	if err := update(t.Context(), d, 1, "2"); err != nil {
+		t.Error(err)
+	}
+	// It fails as well: nobody may write before it was made good.
+	var back func()
+	s.FailSync(func() { back = s.PutDevice(t, "/dev/full") })
+	if err := update(t.Context(), d, 1, "3"); !errors.Is(err, syscall.ENODEV) && !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "open until") {
+		t.Errorf("first: %v", err)
+	}
+	commits := s.Commits(t)
+	if err := update(t.Context(), d, 2, "4"); err == nil {
+		t.Error("written on top of a commit that may not last")
+	}
+	if s.Commits(t) != commits {
+		t.Error("the header was overtaken")
+	}
+	back()
+	if err := update(t.Context(), d, 3, "5"); err != nil {
+		t.Error(err)
+	}
+	closed(t, s)
+	d = opened(t, path).Deployment("default")
+	for n, version := range map[int]string{1: "3", 2: "1.0", 3: "5"} {
+		if a, err := d.Agent(t.Context(), agentID(n)); err != nil || a.Version != version {
+			t.Errorf("agent %d: %v, %v", n, a, err)
+		}
+	}
+}
+
+// TestDamageWhileOpen ends writing, not reading, and not the process.
+func TestDamageWhileOpen(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	fill(t, s.Deployment("default"))
+	want := mustContents(t, s)
+	s.Panic()
+	for range 2 {
+		if err := update(t.Context(), s.Deployment("default"), 1, "2"); !errors.Is(err, store.ErrDamaged) || !strings.Contains(err.Error(), "backup") {
+			t.Errorf("write: %v", err)
+		}
+	}
+	if got := mustContents(t, s); got != want {
+		t.Error("what is read has changed")
+	}
+	closed(t, s)
+	if got := mustContents(t, opened(t, path)); got != want {
+		t.Error("what was written has changed")
+	}
+}
+
+// TestConcurrentUse reads while others write; the race detector judges, and
+// each reader sees what was there when its writer returned.
+func TestConcurrentUse(t *testing.T) {
+	t.Parallel()
+	s := open(t, newPath(t))
+	var wg sync.WaitGroup
+	var failed atomic.Int64
+	for w := range 8 {
+		d := s.Deployment([]string{"a", "b"}[w%2])
+		wg.Go(func() {
+			for n := range 25 {
+				version := fmt.Sprint(w, n)
+				if err := update(t.Context(), d, w, version); err != nil {
+					failed.Add(1)
+					continue
+				}
+				if a, err := d.Agent(t.Context(), agentID(w)); err != nil || a.Version != version {
+					t.Errorf("%+v, %v, want %s", a, err, version)
+				}
+				if _, err := contents(s); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	closed(t, s)
+	if failed.Load() != 0 {
+		t.Errorf("%d failed", failed.Load())
+	}
+	if names, err := opened(t, s.Path()).Deployments(t.Context()); err != nil || !slices.Equal(names, []string{"a", "b"}) {
+		t.Errorf("%v, %v", names, err)
+	}
+}
+
+// TestCloseWhileWriting refuses some and keeps its word to the others.
+func TestCloseWhileWriting(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	d := s.Deployment("default")
+	var wg sync.WaitGroup
+	var written [8]string
+	for w := range written {
+		wg.Go(func() {
+			for n := 0; ; n++ {
+				version := fmt.Sprint(n)
+				err := update(t.Context(), d, w, version)
+				if err != nil {
+					if !errors.Is(err, store.ErrClosed) {
+						t.Error(err)
+					}
+					return
+				}
+				written[w] = version
+			}
+		})
+	}
+	for {
+		all, err := d.Agents(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(all) == len(written) {
+			break
+		}
+	}
+	closed(t, s)
+	wg.Wait()
+	d = opened(t, path).Deployment("default")
+	for w, version := range written {
+		if a, err := d.Agent(t.Context(), agentID(w)); err != nil || a.Version != version {
+			t.Errorf("agent %d: %+v, %v, want %s", w, a, err, version)
+		}
+	}
+}

@@ -1,0 +1,395 @@
+package store_test
+
+import (
+	"bytes"
+	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"go.etcd.io/bbolt"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// refuses checks that a store is not opened, that the error has each of the
+// texts, and that the file stays as it is.
+func refuses(t *testing.T, path string, o store.Options, want ...string) error {
+	t.Helper()
+	before, beforeErr := os.ReadFile(path)
+	s, err := store.Open(path, o)
+	if err == nil {
+		closed(t, s)
+		t.Fatal("it was opened")
+	}
+	for _, w := range append(want, "open store "+path) {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("%q does not say %q", err, w)
+		}
+	}
+	if after, afterErr := os.ReadFile(path); !bytes.Equal(before, after) || (beforeErr == nil) != (afterErr == nil) {
+		t.Error("the file was changed")
+	}
+	return err
+}
+
+func TestOpenMakesTheFile(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	refuses(t, path, store.Options{TrustDomain: td, Seal: key, ReadOnly: true}, "no such file")
+	// Of several at the same moment one makes it, and one has it open.
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			s, err := store.Open(path, options())
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			if err := update(t.Context(), s.Deployment("default"), 1, "1"); err != nil {
+				t.Error(err)
+			}
+			closed(t, s)
+		})
+	}
+	wg.Wait()
+	if info, err := os.Stat(path); err != nil || info.Mode() != 0o600 {
+		t.Errorf("mode %v, %v", info.Mode(), err)
+	}
+	if names, _ := os.ReadDir(filepath.Dir(path)); len(names) != 1 {
+		t.Errorf("files left behind: %v", names)
+	}
+	missing := filepath.Join(filepath.Dir(path), "x", "server.db")
+	refuses(t, missing, options(), "its folder must exist")
+	for _, o := range []store.Options{{TrustDomain: td}, {Seal: key}} {
+		refuses(t, path, o, "needs a trust domain and an encryption key")
+	}
+}
+
+func TestOpenRefusesWhatIsNotItsOwn(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	if _, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: s.Deployment("default")}); err != nil {
+		t.Fatal(err)
+	}
+	if err := refuses(t, path, options(), "another process has it open"); !errors.Is(err, store.ErrInUse) {
+		t.Error(err)
+	}
+	closed(t, s)
+
+	other := options()
+	other.TrustDomain = spiffeid.RequireTrustDomainFromString("other.org")
+	refuses(t, path, other, "belongs to trust domain example.org", "has other.org")
+
+	other = options()
+	other.Seal = seal.Ephemeral()
+	if err := refuses(t, path, other, "encryption key", "ks_"); !errors.Is(err, seal.ErrWrongKey) {
+		t.Error(err)
+	}
+	refuses(t, filepath.Dir(path), options(), "is a directory")
+
+	empty := newPath(t)
+	writeFile(t, empty, nil)
+	refuses(t, empty, options(), "empty")
+
+	foreign := newPath(t)
+	edit(t, foreign, func(tx *bbolt.Tx) error { _, err := tx.CreateBucket([]byte("x")); return err })
+	refuses(t, foreign, options(), "not a store of this program")
+}
+
+// edit changes a file as this program never would.
+func edit(t *testing.T, path string, change func(tx *bbolt.Tx) error) {
+	t.Helper()
+	db, err := bbolt.Open(path, 0o600, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer db.Close()
+	if err := db.Update(change); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestOpenRefusesANewerFormat(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	closed(t, open(t, path))
+	edit(t, path, func(tx *bbolt.Tx) error {
+		return tx.Bucket([]byte("about")).Put([]byte("store"), store.Pack([]byte("store"), []byte(`{"format":2,"trust_domain":"example.org"}`)))
+	})
+	refuses(t, path, options(), "format 2", "up to 1", "newer version")
+}
+
+// TestKeysCannotBeSwapped moves sealed keys to places that are not theirs.
+func TestKeysCannotBeSwapped(t *testing.T) {
+	t.Parallel()
+	for name, swap := range map[string]func(a, b *keyset.Document){
+		"between deployments": func(a, b *keyset.Document) { *b = *a },
+		"between keysets":     func(a, _ *keyset.Document) { a.Records[0].ID, a.Records[1].ID = a.Records[1].ID, a.Records[0].ID },
+		"between kinds":       func(a, _ *keyset.Document) { a.Records[0].JWTKey = a.Records[0].CAKey },
+	} {
+		path := newPath(t)
+		s := open(t, path)
+		for _, d := range []string{"a", "b"} {
+			if err := s.Deployment(d).Save(t.Context(), document(1), keyset.Change{}); err != nil {
+				t.Fatal(err)
+			}
+		}
+		closed(t, s)
+		edit(t, path, func(tx *bbolt.Tx) error {
+			a, b := store.SealedDocument(t, tx, "a"), store.SealedDocument(t, tx, "b")
+			if bytes.Contains(a.Records[0].CAKey, []byte{1, 2}) {
+				t.Error("the key can be read")
+			}
+			swap(&a, &b)
+			store.PutSealedDocument(t, tx, "a", a)
+			store.PutSealedDocument(t, tx, "b", b)
+			return nil
+		})
+		if err := refuses(t, path, options(), "keyset ks_"); !errors.Is(err, seal.ErrWrongKey) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
+// TestEncryptionKeyRotation seals anew at the start after a key was added.
+func TestEncryptionKeyRotation(t *testing.T) {
+	t.Parallel()
+	path, keyFile := newPath(t), filepath.Join(t.TempDir(), "key")
+	manager := func() store.Options {
+		m, err := seal.File(keyFile)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return store.Options{TrustDomain: td, Seal: m}
+	}
+	if err := seal.NewFile(keyFile); err != nil {
+		t.Fatal(err)
+	}
+	old := manager()
+	s, err := store.Open(path, old)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fill(t, s.Deployment("default"))
+	if err := s.Deployment("tokens").PutToken(t.Context(), server.Token{Value: "other"}); err != nil {
+		t.Fatal(err)
+	}
+	want := mustContents(t, s)
+	if bytes.Contains(readFile(t, path), []byte(`"token"`)) {
+		t.Error("a join token can be read")
+	}
+	closed(t, s)
+	if err := seal.AddKey(keyFile); err != nil {
+		t.Fatal(err)
+	}
+	var commits []int
+	for range 2 {
+		if s, err = store.Open(path, manager()); err != nil {
+			t.Fatal(err)
+		}
+		commits = append(commits, s.Commits(t))
+		if got := mustContents(t, s); got != want {
+			t.Errorf("%s\nwant %s", got, want)
+		}
+		closed(t, s)
+	}
+	if commits[0] != commits[1] {
+		t.Error("sealed anew without need")
+	}
+	// Nothing is left that the old key could open, or would have to.
+	if err := refuses(t, path, old); !errors.Is(err, seal.ErrWrongKey) {
+		t.Error(err)
+	}
+	if token, err := func() (server.Token, error) {
+		s, err := store.Open(path, manager())
+		if err != nil {
+			return server.Token{}, err
+		}
+		defer closed(t, s)
+		return s.Deployment("tokens").TakeToken(t.Context(), "other")
+	}(); err != nil || token.Value != "other" {
+		t.Errorf("%+v, %v", token, err)
+	}
+}
+
+func TestReadOnly(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	fill(t, s.Deployment("default"))
+	want := mustContents(t, s)
+	closed(t, s)
+	before := readFile(t, path)
+	o := options()
+	o.ReadOnly = true
+	var stores []*store.Store
+	for range 2 { // next to each other
+		s, err := store.Open(path, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		stores = append(stores, s)
+		if got := mustContents(t, s); got != want {
+			t.Errorf("%s\nwant %s", got, want)
+		}
+		if err := update(t.Context(), s.Deployment("default"), 1, "2"); !errors.Is(err, store.ErrReadOnly) {
+			t.Errorf("write: %v", err)
+		}
+	}
+	if err := refuses(t, path, options()); !errors.Is(err, store.ErrInUse) {
+		t.Error(err)
+	}
+	for _, s := range stores {
+		closed(t, s)
+	}
+	if !bytes.Equal(before, readFile(t, path)) {
+		t.Error("the file was changed")
+	}
+}
+
+func TestClosed(t *testing.T) {
+	t.Parallel()
+	s := open(t, newPath(t))
+	d := s.Deployment("default")
+	closed(t, s)
+	if err := update(t.Context(), d, 1, "1"); !errors.Is(err, store.ErrClosed) {
+		t.Errorf("write: %v", err)
+	}
+	if _, err := d.Agents(t.Context()); !errors.Is(err, store.ErrClosed) {
+		t.Errorf("read: %v", err)
+	}
+}
+
+// tmpfs mounts a memory file system, or skips.
+func tmpfs(t *testing.T, options string) (dir string, remount func(flags uintptr)) {
+	t.Helper()
+	dir = t.TempDir()
+	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, options); err != nil {
+		t.Skipf("mounting a tmpfs needs root and a container that allows it: %v", err)
+	}
+	t.Cleanup(func() {
+		if err := syscall.Unmount(dir, syscall.MNT_DETACH); err != nil {
+			t.Error(err)
+		}
+	})
+	return dir, func(flags uintptr) {
+		t.Helper()
+		if err := syscall.Mount("tmpfs", dir, "tmpfs", syscall.MS_REMOUNT|flags, options); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+func TestReadOnlyFileSystem(t *testing.T) {
+	t.Parallel()
+	dir, remount := tmpfs(t, "size=4m")
+	path := filepath.Join(dir, "server.db")
+	remount(syscall.MS_RDONLY)
+	refuses(t, path, options(), "read-only file system", "able to write")
+	remount(0)
+	s := open(t, path)
+	fill(t, s.Deployment("default"))
+	closed(t, s)
+	remount(syscall.MS_RDONLY)
+	if err := refuses(t, path, options(), "able to read and write"); !errors.Is(err, syscall.EROFS) {
+		t.Error(err)
+	}
+	o := options()
+	o.ReadOnly = true
+	s, err := store.Open(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustContents(t, s)
+	closed(t, s)
+}
+
+func TestNoPermission(t *testing.T) {
+	t.Parallel()
+	if os.Getuid() == 0 {
+		t.Skip("root may do everything")
+	}
+	path := newPath(t)
+	closed(t, open(t, path))
+	if err := os.Chmod(path, 0o400); err != nil {
+		t.Fatal(err)
+	}
+	if err := refuses(t, path, options(), "able to read and write"); !errors.Is(err, fs.ErrPermission) {
+		t.Error(err)
+	}
+}
+
+// TestFullFileSystem fills a real one, writes on, and frees it.
+func TestFullFileSystem(t *testing.T) {
+	t.Parallel()
+	dir, _ := tmpfs(t, "size=600k")
+	path := filepath.Join(dir, "server.db")
+	ballast := filepath.Join(dir, "ballast")
+	fillUp := func() {
+		f, err := os.Create(ballast)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for err == nil {
+			_, err = f.Write(make([]byte, 4096))
+		}
+		if err := f.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	fillUp()
+	refuses(t, path, options(), "no space left")
+	if names, _ := os.ReadDir(dir); len(names) != 1 {
+		t.Errorf("files left behind: %v", names)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	s := open(t, path)
+	d := s.Deployment("default")
+	var done []int
+	full := func(from int) {
+		t.Helper()
+		for n := from; n < from+500; n++ {
+			err := update(t.Context(), d, n, strings.Repeat("x", 3000))
+			if err == nil {
+				done = append(done, n)
+				continue
+			}
+			if !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), path) || !strings.Contains(err.Error(), "make room") {
+				t.Errorf("%v", err)
+			}
+			break
+		}
+		all, err := d.Agents(t.Context())
+		if err != nil || len(all) != len(done) {
+			t.Fatalf("%d agents, %v, want %d", len(all), err, len(done))
+		}
+	}
+	fillUp()
+	full(0)
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	full(1000)
+	if len(done) < 20 || done[len(done)-1] < 1000 {
+		t.Errorf("written: %v", done)
+	}
+	closed(t, s)
+	s = opened(t, path)
+	all, err := s.Deployment("default").Agents(t.Context())
+	if err != nil || !slices.IsSorted(done) || len(all) != len(done) {
+		t.Errorf("after a restart: %d agents, %v, want %d", len(all), err, len(done))
+	}
+}
