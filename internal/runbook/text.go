@@ -57,10 +57,14 @@ func short(d time.Duration) string {
 
 // counted prints a number with its noun, which takes an s but for one.
 func counted(n int, noun string) string {
-	if n != 1 {
-		noun += "s"
+	return fmt.Sprintf("%d %s", n, plural(n, noun))
+}
+
+func plural(n int, noun string) string {
+	if n == 1 {
+		return noun
 	}
-	return fmt.Sprintf("%d %s", n, noun)
+	return noun + "s"
 }
 
 func have(n int) string {
