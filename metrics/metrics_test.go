@@ -236,6 +236,18 @@ func TestGRPC(t *testing.T) {
 	if s := series(t, m, "grpc_server_started_total", "grpc_service=SpiffeWorkloadAPI", "grpc_method=FetchX509SVID", "grpc_type=server_stream"); s == nil {
 		t.Error("grpc_server_started_total is missing before the first call")
 	}
+	_, err := workload.NewSpiffeWorkloadAPIClient(dial(t, srv)).FetchJWTSVID(t.Context(), &workload.JWTSVIDRequest{})
+	if status.Code(err) != codes.PermissionDenied {
+		t.Fatalf("call: %v", err)
+	}
+	if got := series(t, m, "grpc_server_handled_total", "grpc_method=FetchJWTSVID", "grpc_code=PermissionDenied").GetCounter().GetValue(); got != 1 {
+		t.Errorf("handled = %v, want 1", got)
+	}
+}
+
+// dial serves srv in memory and connects to it.
+func dial(t *testing.T, srv *grpc.Server) *grpc.ClientConn {
+	t.Helper()
 	l := bufconn.Listen(1 << 16)
 	go func() { _ = srv.Serve(l) }()
 	t.Cleanup(srv.Stop)
@@ -245,13 +257,7 @@ func TestGRPC(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = conn.Close() })
-	_, err = workload.NewSpiffeWorkloadAPIClient(conn).FetchJWTSVID(t.Context(), &workload.JWTSVIDRequest{})
-	if status.Code(err) != codes.PermissionDenied {
-		t.Fatalf("call: %v", err)
-	}
-	if got := series(t, m, "grpc_server_handled_total", "grpc_method=FetchJWTSVID", "grpc_code=PermissionDenied").GetCounter().GetValue(); got != 1 {
-		t.Errorf("handled = %v, want 1", got)
-	}
+	return conn
 }
 
 type denies struct {
@@ -264,9 +270,17 @@ func (denies) FetchJWTSVID(context.Context, *workload.JWTSVIDRequest) (*workload
 
 func TestLint(t *testing.T) {
 	t.Parallel()
-	m := newMetrics(wave)
+	for name, m := range map[string]interface{ Handler() http.Handler }{"agent": newMetrics(wave), "server": newServer(rotation)} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			lint(t, m.Handler())
+		})
+	}
+}
+
+func lint(t *testing.T, h http.Handler) {
 	rec := httptest.NewRecorder()
-	m.Handler().ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
+	h.ServeHTTP(rec, httptest.NewRequest(http.MethodGet, "/metrics", nil))
 	if rec.Code != http.StatusOK {
 		t.Fatalf("scrape: %d\n%s", rec.Code, rec.Body)
 	}
@@ -303,7 +317,7 @@ func TestNoSource(t *testing.T) {
 
 // series returns the one series of name that has all the labels ("key=value"),
 // or nil.
-func series(t *testing.T, m *metrics.Metrics, name string, labels ...string) *dto.Metric {
+func series(t *testing.T, m interface{ Registry() *prometheus.Registry }, name string, labels ...string) *dto.Metric {
 	t.Helper()
 	families, err := m.Registry().Gather()
 	if err != nil {

@@ -13,7 +13,7 @@ import (
 	"github.com/prometheus/exporter-toolkit/web"
 )
 
-// DefaultAddress is where [Serve] listens unless told otherwise. It is not
+// DefaultAddress is where an agent's [Serve] listens unless told otherwise. It is not
 // reachable from other machines; a scraper elsewhere needs another address and
 // should get a web config file with it.
 const DefaultAddress = "127.0.0.1:9090"
@@ -31,8 +31,8 @@ type ServeConfig struct {
 	// WebConfigFile is a Prometheus exporter web configuration file, which
 	// turns on TLS and basic auth for all paths. Plain HTTP when empty.
 	WebConfigFile string
-	// Metrics is what /metrics answers.
-	Metrics *Metrics
+	// Metrics is what /metrics answers: a [Metrics] or a [Server].
+	Metrics interface{ Handler() http.Handler }
 	// Live and Ready decide the answer of /live and /ready: 200 when they
 	// return nil, 503 with the error's text otherwise. nil means always 200.
 	// They must return soon and be safe for concurrent use.

@@ -26,7 +26,10 @@ func serve(t *testing.T, cfg metrics.ServeConfig) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Listener, cfg.Metrics = l, newMetrics(wave)
+	cfg.Listener = l
+	if cfg.Metrics == nil {
+		cfg.Metrics = newMetrics(wave)
+	}
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
 	go func() { done <- metrics.Serve(ctx, cfg) }()

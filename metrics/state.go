@@ -120,17 +120,7 @@ func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
 
 func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	s := c.source.Snapshot()
-	gauge := func(d *prometheus.Desc, v float64, labels ...string) {
-		for i := range labels {
-			labels[i] = text(labels[i])
-		}
-		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
-	}
-	stamp := func(d *prometheus.Desc, t time.Time, labels ...string) {
-		if !t.IsZero() {
-			gauge(d, float64(t.UnixMilli())/1e3, labels...)
-		}
-	}
+	gauge, stamp := exporters(ch)
 	for _, a := range s.Authorities {
 		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State)
 		if a.Type != TypeX509 || (a.State != StateTainted && a.State != StateRemoved) {
@@ -139,11 +129,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descPending, float64(a.Pending), a.ID)
 		gauge(descUnsent, float64(a.Streams), a.ID)
 		if a.State == StateTainted {
-			v := 0.0
-			if a.settled() {
-				v = 1
-			}
-			gauge(descSettled, v, a.ID)
+			gauge(descSettled, truth(a.settled()), a.ID)
 		}
 	}
 	for _, typ := range []string{TypeX509, TypeJWT} {
@@ -160,6 +146,33 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	if !s.BundleApplied.IsZero() {
 		gauge(descSequence, float64(s.BundleSequence))
 	}
+}
+
+func truth(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
+// exporters returns what sends a gauge to ch, and a time as a gauge unless it is
+// zero.
+func exporters(ch chan<- prometheus.Metric) (
+	gauge func(d *prometheus.Desc, v float64, labels ...string),
+	stamp func(d *prometheus.Desc, t time.Time, labels ...string),
+) {
+	gauge = func(d *prometheus.Desc, v float64, labels ...string) {
+		for i := range labels {
+			labels[i] = text(labels[i])
+		}
+		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
+	}
+	stamp = func(d *prometheus.Desc, t time.Time, labels ...string) {
+		if !t.IsZero() {
+			gauge(d, float64(t.UnixMilli())/1e3, labels...)
+		}
+	}
+	return gauge, stamp
 }
 
 // text makes a label value of what came from outside: a byte that is not UTF-8

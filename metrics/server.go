@@ -1,0 +1,171 @@
+package metrics
+
+import (
+	"log/slog"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc/codes"
+)
+
+// DefaultServerAddress is where the signing server's [Serve] listens unless told
+// otherwise: beside an agent on the same machine.
+const DefaultServerAddress = "127.0.0.1:9091"
+
+// ServerConfig is what [NewServer] needs. The first three are labels of
+// spirl_application_info, which has one series for each deployment.
+type ServerConfig struct {
+	TrustDomain string
+	Deployments []string
+	Version     string
+
+	// Source gives the gauges of state. It is called at each scrape, possibly
+	// from several goroutines at once.
+	Source ServerSource
+	// Log takes what goes wrong while a scrape is answered. Nothing is logged
+	// when nil.
+	Log *slog.Logger
+}
+
+// Server is the signing server's one registry and all that is in it. Its
+// methods are safe for concurrent use.
+type Server struct{ common }
+
+// NewServer makes the metrics of the signing server and registers them.
+func NewServer(cfg ServerConfig) *Server {
+	s := &Server{newCommon(cfg.Log, "spirl_server_mint_svid_total", prometheus.HistogramOpts{
+		Name:    "spirl_server_mint_svid_duration_seconds",
+		Help:    "Time to check, sign and record one SVID, by type and gRPC status.",
+		Buckets: []float64{.00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+	}, "SVIDs this server was asked to sign, by type and gRPC status of the attempt. Failed attempts count too.")}
+	s.info("server", cfg.TrustDomain, cfg.Version, cfg.Deployments...)
+	if cfg.Source != nil {
+		s.registry.MustRegister(serverCollector{cfg.Source})
+	}
+	return s
+}
+
+// Minted counts one SVID that the server was asked to sign. svidType is
+// [TypeX509] or [TypeJWT], took the time from the request to the durable record
+// of it. Of a batch, each item is one.
+func (s *Server) Minted(svidType string, code codes.Code, took time.Duration) {
+	s.minted(svidType, code.String(), took)
+}
+
+// The modes of automatic rotation.
+const (
+	RotationOff    = "off"
+	RotationOn     = "on"
+	RotationPaused = "paused"
+)
+
+// ServerSource gives the state of the signing server. Snapshot must return soon
+// and be safe for concurrent use, and what it says of a deployment must be one
+// consistent read. What it returns is not modified and not kept.
+type ServerSource interface {
+	Snapshot() ServerState
+}
+
+// ServerSourceFunc is a function used as a [ServerSource].
+type ServerSourceFunc func() ServerState
+
+// Snapshot calls f.
+func (f ServerSourceFunc) Snapshot() ServerState { return f() }
+
+// ServerState is what the server knows at one moment.
+type ServerState struct {
+	Deployments []Deployment
+}
+
+// Deployment is the state of one deployment.
+type Deployment struct {
+	Name     string // unique
+	Keysets  []Keyset
+	Sequence uint64 // of the bundle that its agents get
+	// Agents are those that are attested, not banned and not expired;
+	// AgentsBehind those of them that have not said that they have applied the
+	// bundle.
+	Agents, AgentsBehind int
+	Rotation             string // [RotationOff], ...
+}
+
+// Keyset is the state of one keyset. Zero times mean not known and leave their
+// series out.
+type Keyset struct {
+	ID        string // unique in its deployment
+	State     string // [StatePrepared], [StateActive] or [StateTainted]
+	ExpiresAt time.Time
+	// X509SVIDs are those that it signed, that have not expired and that their
+	// holder has not said to have replaced; AgentsHolding are the holders.
+	X509SVIDs, AgentsHolding int
+	// JWTExpiry is when the last JWT-SVID that it signed ends.
+	JWTExpiry time.Time
+	// X509Safe and JWTSafe say that it can be removed without taking a valid SVID
+	// of the kind from anybody. They are exported of tainted keysets, X509Safe
+	// as false while either count is not 0: removing a key early is the one
+	// mistake that cannot be taken back.
+	X509Safe, JWTSafe bool
+}
+
+// x509Safe applies the rule of [Keyset.X509Safe].
+func (k Keyset) x509Safe() bool { return k.X509Safe && k.X509SVIDs == 0 && k.AgentsHolding == 0 }
+
+var (
+	descKeysetState = desc("renewd_server_keyset_state",
+		"1 for the state that the keyset is in, 0 for the others. Exactly one keyset of a deployment is active.", "deployment", "keyset", "state")
+	descKeysetExpiry = desc("renewd_server_keyset_expiry_timestamp_seconds",
+		"When the keyset's authorities end, as Unix time. Past that of the active keyset nothing can be signed.", "deployment", "keyset")
+	descKeysetSVIDs = desc("renewd_server_keyset_x509_svids",
+		"X.509-SVIDs signed by the keyset that have not expired and that their holder has not reported as replaced.", "deployment", "keyset")
+	descKeysetHolders = desc("renewd_server_keyset_agents_holding",
+		"Agents that could hold an X.509-SVID signed by the keyset. An agent that does not report counts until its SVIDs expire.", "deployment", "keyset")
+	descKeysetJWT = desc("renewd_server_keyset_jwt_latest_expiry_timestamp_seconds",
+		"When the last JWT-SVID signed by the keyset ends, as Unix time.", "deployment", "keyset")
+	descKeysetSafe = desc("renewd_server_keyset_safe",
+		"1 when the tainted keyset can be removed without taking a valid SVID of the type from anybody.", "deployment", "keyset", "svid_type")
+	descAgents = desc("renewd_server_agents",
+		"Agents that are attested, not banned and not expired.", "deployment")
+	descBehind = desc("renewd_server_agents_behind",
+		"Agents that have not reported to have applied the current trust bundle.", "deployment")
+	descServerSequence = desc("renewd_server_bundle_sequence_number",
+		"Sequence number of the trust bundle that the deployment's agents get.", "deployment")
+	descRotation = desc("renewd_server_rotation_mode",
+		"1 for the mode that automatic rotation is in, 0 for the others.", "deployment", "mode")
+
+	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
+		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation}
+)
+
+// serverCollector exports one snapshot for each scrape.
+type serverCollector struct{ source ServerSource }
+
+func (c serverCollector) Describe(ch chan<- *prometheus.Desc) {
+	for _, d := range serverDescs {
+		ch <- d
+	}
+}
+
+func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
+	gauge, stamp := exporters(ch)
+	for _, d := range c.source.Snapshot().Deployments {
+		gauge(descAgents, float64(d.Agents), d.Name)
+		gauge(descBehind, float64(d.AgentsBehind), d.Name)
+		gauge(descServerSequence, float64(d.Sequence), d.Name)
+		for _, mode := range []string{RotationOff, RotationOn, RotationPaused} {
+			gauge(descRotation, truth(mode == d.Rotation), d.Name, mode)
+		}
+		for _, k := range d.Keysets {
+			for _, state := range []string{StatePrepared, StateActive, StateTainted} {
+				gauge(descKeysetState, truth(state == k.State), d.Name, k.ID, state)
+			}
+			stamp(descKeysetExpiry, k.ExpiresAt, d.Name, k.ID)
+			gauge(descKeysetSVIDs, float64(k.X509SVIDs), d.Name, k.ID)
+			gauge(descKeysetHolders, float64(k.AgentsHolding), d.Name, k.ID)
+			stamp(descKeysetJWT, k.JWTExpiry, d.Name, k.ID)
+			if k.State == StateTainted {
+				gauge(descKeysetSafe, truth(k.x509Safe()), d.Name, k.ID, TypeX509)
+				gauge(descKeysetSafe, truth(k.JWTSafe), d.Name, k.ID, TypeJWT)
+			}
+		}
+	}
+}
