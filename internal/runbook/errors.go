@@ -3,6 +3,7 @@ package runbook
 import (
 	"context"
 	"errors"
+	"fmt"
 
 	"github.com/renewd/renewd/internal/keyset"
 )
@@ -22,12 +23,13 @@ type NotSafeError struct {
 // Error implements error.
 func (e *NotSafeError) Error() string { return e.Message }
 
-// outcomeUnknown reports whether the mutation that returned err may have
-// happened. A Backend that passes the end of a context on has not heard the
-// server's answer either.
-func outcomeUnknown(err error) bool {
-	return errors.Is(err, ErrOutcomeUnknown) ||
-		errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled)
+// heard marks the error of a mutation whose outcome is not known because its
+// context ended. A Backend may pass that on as it is; it was not told "no".
+func heard(err error) error {
+	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
+		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
+	}
+	return err
 }
 
 // remedies say what to do about a refusal. Refusals are known by their texts:
@@ -48,7 +50,7 @@ var remedies = map[string]string{
 // Remedy says what to do about an error of one of the steps, in full
 // sentences; empty where there is nothing to add.
 func Remedy(err error) string {
-	if outcomeUnknown(err) {
+	if errors.Is(err, ErrOutcomeUnknown) {
 		return "The change may have happened. Run list, and retry only if it did not. Nothing is retried by itself."
 	}
 	if r, ok := errors.AsType[keyset.Refusal](err); ok {

@@ -29,21 +29,21 @@ func Prepare(ctx context.Context, b Backend) (Done, error) {
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
 	k, err := b.Prepare(ctx)
-	return Done{Keyset: k.ID, Done: "prepared"}, err
+	return Done{Keyset: k.ID, Done: "prepared"}, heard(err)
 }
 
 // Activate makes a prepared keyset the one that signs.
 func Activate(ctx context.Context, b Backend, id string) (Done, error) {
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
-	return Done{Keyset: id, Done: "activated"}, b.Activate(ctx, id)
+	return Done{Keyset: id, Done: "activated"}, heard(b.Activate(ctx, id))
 }
 
 // Taint marks a prepared keyset as one to be retired.
 func Taint(ctx context.Context, b Backend, id string) (Done, error) {
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
-	return Done{Keyset: id, Done: "tainted"}, b.Taint(ctx, id)
+	return Done{Keyset: id, Done: "tainted"}, heard(b.Taint(ctx, id))
 }
 
 // Remove takes a tainted keyset out of the trust bundle, for good. Unless
@@ -69,7 +69,7 @@ func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time
 		return Done{}, refuse(ctx, b, k, notSafe.Message, now)
 	}
 	if err != nil {
-		return Done{}, err
+		return Done{}, heard(err)
 	}
 	d := Done{Keyset: id, Done: "removed"}
 	if force && found && !k.safe(X509) {

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	"github.com/spf13/pflag"
+
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/runbook"
+)
+
+const defaultAdminSocket = "/run/renewd-server/admin.sock"
+
+// target is which deployment is meant and where its signing server is. At most
+// one of Server and SpireSocket is set; else it is the admin socket.
+type target struct {
+	TrustDomain string // empty: the server's own
+	Deployment  string // empty: the only one
+
+	AdminSocket string
+	Server      string // host:port
+	WorkloadAPI string // with Server: where the operator's own SVID comes from
+	SpireSocket string
+
+	// With SpireSocket: where the figures of the agents come from, if anywhere.
+	Prometheus string // URL
+	Job        string
+	Agents     int // how many there must be; zero: as many as the server knows
+}
+
+func (p *program) flags(f *pflag.FlagSet) {
+	t := &p.target
+	f.StringVar(&t.TrustDomain, "trust-domain", p.getenv("TRUST_DOMAIN"), "`NAME` of the trust domain, else TRUST_DOMAIN, else the server's own")
+	f.StringVar(&t.Deployment, "deployment-name", p.getenv("DEPLOYMENT_NAME"), "`NAME` of the deployment, else DEPLOYMENT_NAME, else the only one")
+	socket := p.getenv("RENEWD_ADMIN_SOCKET")
+	if socket == "" {
+		socket = defaultAdminSocket
+	}
+	f.StringVar(&t.AdminSocket, "admin-socket", socket, "`PATH` of a renewd server's admin socket, else RENEWD_ADMIN_SOCKET")
+	f.StringVar(&t.Server, "server", "", "a remote renewd server as `HOST:PORT`, with this operator's own SVID\nfrom the Workload API at SPIFFE_ENDPOINT_SOCKET")
+	f.StringVar(&t.SpireSocket, "spire-socket", "", "`PATH` of a SPIRE server's admin socket")
+	f.StringVar(&t.Prometheus, "prometheus", "", "with --spire-socket: `URL` of the Prometheus that scrapes the agents")
+	f.StringVar(&t.Job, "prometheus-job", prom.DefaultJob, "with --prometheus: `NAME` of the agents' scrape job")
+	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: there must be `N` agents, else as many as\nthe SPIRE server knows")
+	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
+}
+
+// checkTarget refuses flags that contradict each other.
+func (p *program) checkTarget(f *pflag.FlagSet) error {
+	t := &p.target
+	t.WorkloadAPI = p.getenv("SPIFFE_ENDPOINT_SOCKET")
+	var where []string
+	for _, name := range []string{"admin-socket", "server", "spire-socket"} {
+		if f.Changed(name) {
+			where = append(where, "--"+name)
+			if f.Lookup(name).Value.String() == "" {
+				return cli.Usagef("--%s is empty: give where the server is, or leave the flag out", name)
+			}
+		}
+	}
+	switch {
+	case len(where) > 1:
+		return cli.Usagef("%s and %s name two servers: give one of them", where[0], where[1])
+	case t.Server != "" && t.WorkloadAPI == "":
+		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives this operator an SVID", t.Server)
+	case t.Prometheus != "" && t.SpireSocket == "":
+		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; leave it out, or give --spire-socket", t.Prometheus)
+	case t.Prometheus == "" && (f.Changed("prometheus-job") || t.Agents != 0):
+		return cli.Usagef("--prometheus-job and --agents are about Prometheus: give --prometheus URL with them")
+	case t.Agents < 0:
+		return cli.Usagef("--agents must not be negative, and is %d", t.Agents)
+	}
+	return nil
+}
+
+// dial is the connector of the real program.
+func dial(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
+	switch {
+	case t.SpireSocket != "":
+		return dialSpire(ctx, t)
+	case t.Server != "":
+		return dialServer(ctx, t)
+	}
+	return dialAdmin(ctx, t)
+}
+
+var errNotBuiltIn = errors.New("this build cannot connect to that kind of server")
+
+// dialAdmin connects to the admin socket of a renewd server on this machine.
+func dialAdmin(context.Context, target) (runbook.Backend, io.Closer, error) {
+	return nil, nil, errNotBuiltIn
+}
+
+// dialServer connects to a renewd server elsewhere, over mTLS.
+func dialServer(context.Context, target) (runbook.Backend, io.Closer, error) {
+	return nil, nil, errNotBuiltIn
+}
+
+// dialSpire connects to the admin socket of a SPIRE server on this machine.
+func dialSpire(context.Context, target) (runbook.Backend, io.Closer, error) {
+	return nil, nil, errNotBuiltIn
+}

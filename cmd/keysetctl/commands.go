@@ -1,0 +1,187 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/runbook"
+)
+
+// readTimeout bounds a look at the server.
+const readTimeout = 30 * time.Second
+
+// with connects, calls f and disconnects.
+func (p *program) with(c *cobra.Command, f func(ctx context.Context, b runbook.Backend) error) (err error) {
+	if err := p.checkTarget(c.Flags()); err != nil {
+		return err
+	}
+	b, closer, err := p.connect(c.Context(), p.target)
+	if err != nil {
+		return fmt.Errorf("connect to the server: %w", err)
+	}
+	defer func() {
+		// What was done is done: the way the connection ends changes nothing.
+		_ = closer.Close()
+	}()
+	return f(c.Context(), b)
+}
+
+// remark prints sentences for the operator, beside the output that scripts read.
+func (p *program) remark(lines ...string) {
+	for _, l := range lines {
+		_, _ = fmt.Fprintln(p.stderr, l)
+	}
+}
+
+// done prints what a step has done.
+func (p *program) done(d runbook.Done) error {
+	if p.output == "json" {
+		return cli.PrintJSON(p.stdout, d)
+	}
+	if err := cli.Printf(p.stdout, "%s\n", d); err != nil {
+		return err
+	}
+	p.remark(d.Remarks...)
+	return nil
+}
+
+func (p *program) list() *cobra.Command {
+	return &cobra.Command{
+		Use: "list", Short: "show the keysets of a deployment, and which are safe to remove",
+		Long: listHelp, Args: noArgs, Example: "  keysetctl list --trust-domain example.org --deployment-name default",
+		RunE: func(c *cobra.Command, _ []string) error {
+			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
+				ctx, cancel := context.WithTimeout(ctx, readTimeout)
+				defer cancel()
+				s, err := b.Status(ctx)
+				if err != nil {
+					return fmt.Errorf("list keysets: %w", err)
+				}
+				if p.output == "json" {
+					if s.Keysets == nil {
+						s.Keysets = []runbook.Keyset{}
+					}
+					return cli.PrintJSON(p.stdout, s)
+				}
+				if err := runbook.List(p.stdout, s, time.Now()); err != nil {
+					return err
+				}
+				p.remark(runbook.Remarks(s)...)
+				return nil
+			})
+		},
+	}
+}
+
+func (p *program) prepare() *cobra.Command {
+	return &cobra.Command{
+		Use: "prepare", Short: "1: make a new keyset; it is published and does not sign yet",
+		Long: prepareHelp, Args: noArgs, Example: "  keysetctl prepare",
+		RunE: func(c *cobra.Command, _ []string) error {
+			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
+				d, err := runbook.Prepare(ctx, b)
+				if err != nil {
+					return err
+				}
+				return p.done(d)
+			})
+		},
+	}
+}
+
+func (p *program) activate() *cobra.Command {
+	return p.step("activate", "2: have a prepared keyset sign; the active one steps down", activateHelp, runbook.Activate)
+}
+
+func (p *program) taint() *cobra.Command {
+	return p.step("taint", "3: retire a prepared keyset; agents replace what it signed", taintHelp, runbook.Taint)
+}
+
+func (p *program) step(name, short, long string, act func(context.Context, runbook.Backend, string) (runbook.Done, error)) *cobra.Command {
+	return &cobra.Command{
+		Use: name + " ID", Short: short, Long: long, Args: oneID, Example: "  keysetctl " + name + " ks_abc1234xyz",
+		RunE: func(c *cobra.Command, args []string) error {
+			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
+				d, err := act(ctx, b, args[0])
+				if err != nil {
+					return err
+				}
+				return p.done(d)
+			})
+		},
+	}
+}
+
+func (p *program) remove() *cobra.Command {
+	var force bool
+	c := &cobra.Command{
+		Use: "remove ID", Short: "5: take a tainted keyset out of the trust bundle, for good",
+		Long: removeHelp, Args: oneID, Example: "  keysetctl remove ks_abc1234xyz",
+		RunE: func(c *cobra.Command, args []string) error {
+			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
+				d, err := runbook.Remove(ctx, b, args[0], force, time.Now())
+				if err != nil {
+					return err
+				}
+				return p.done(d)
+			})
+		},
+	}
+	c.Flags().BoolVar(&force, "force", false, "remove it even if it is not safe: what still hangs on it fails verification")
+	return c
+}
+
+func (p *program) plan() *cobra.Command {
+	o := runbook.PlanOptions{}
+	c := &cobra.Command{
+		Use: "plan --agents N --svids M", Short: "what a taint will cost the server, and how long it takes",
+		Long: planHelp, Args: noArgs, Example: "  keysetctl plan --agents 200 --svids 50",
+		Annotations: offline,
+		RunE: func(c *cobra.Command, _ []string) error {
+			for _, name := range []string{"agents", "svids"} {
+				if !c.Flags().Changed(name) {
+					return cli.Usagef("plan: give --agents N and --svids M, as in \"keysetctl plan --agents 200 --svids 50\"")
+				}
+			}
+			if c.Flags().Changed("rate") && o.Rate == 0 {
+				return cli.Usagef("plan: --rate must be above 0")
+			}
+			plan, err := runbook.NewPlan(o)
+			if wrong, ok := errors.AsType[*runbook.OptionError](err); ok {
+				return cli.Usagef("plan: --%s %s", wrong.Option, wrong.Message)
+			}
+			if err != nil {
+				return err
+			}
+			if p.output == "json" {
+				return cli.PrintJSON(p.stdout, plan)
+			}
+			return plan.Print(p.stdout)
+		},
+	}
+	f := c.Flags()
+	f.SortFlags = false
+	f.IntVar(&o.Agents, "agents", 0, "`N` agents there are")
+	f.IntVar(&o.SVIDs, "svids", 0, "`M` X.509-SVIDs of workloads on each of them")
+	f.DurationVar(&o.MaxDelay, "max-delay", runbook.DefaultPlanDelay, "longest random delay before an agent begins")
+	f.Float64Var(&o.Rate, "rate", runbook.DefaultPlanRate, "renewals a second of one agent")
+	f.DurationVar(&o.Refresh, "refresh", runbook.DefaultPlanRefresh, "how often an agent fetches the trust bundle")
+	f.Uint64Var(&o.Seed, "seed", 1, "another one draws other fleets")
+	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
+	return c
+}
+
+func (p *program) version() *cobra.Command {
+	return &cobra.Command{
+		Use: "version", Short: "print the version", Long: "Prints the version.\n", Args: noArgs,
+		Annotations: offline,
+		RunE: func(*cobra.Command, []string) error {
+			return cli.Printf(p.stdout, "renewd keysetctl %s\n", cli.Version(version))
+		},
+	}
+}
