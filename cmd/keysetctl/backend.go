@@ -39,7 +39,7 @@ func (p *program) flags(f *pflag.FlagSet) {
 	if socket == "" {
 		socket = defaultAdminSocket
 	}
-	f.StringVar(&t.AdminSocket, "admin-socket", socket, "`PATH` of a renewd server's admin socket, else RENEWD_ADMIN_SOCKET")
+	f.StringVar(&t.AdminSocket, "admin-socket", socket, "`PATH` of renewd's admin socket, else RENEWD_ADMIN_SOCKET\n")
 	f.StringVar(&t.Server, "server", "", "a remote renewd server as `HOST:PORT`, with this operator's own SVID\nfrom the Workload API at SPIFFE_ENDPOINT_SOCKET")
 	f.StringVar(&t.SpireSocket, "spire-socket", "", "`PATH` of a SPIRE server's admin socket")
 	f.StringVar(&t.Prometheus, "prometheus", "", "with --spire-socket: `URL` of the Prometheus that scrapes the agents")

@@ -172,6 +172,9 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			return r, err
 		}
 		done, err := carryOut(ctx, b, step, o.Wait.Now())
+		if errors.Is(err, ErrOutcomeUnknown) {
+			err = fmt.Errorf("%s %s: %w", step.Action, step.Keyset, err)
+		}
 		if err != nil {
 			return r, err
 		}
