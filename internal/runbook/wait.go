@@ -170,8 +170,12 @@ func (k Keyset) progress(f For, holders []Holder, now time.Time) string {
 		default:
 			parts = append(parts, left(k, holders, "left"))
 		}
-		if text := estimated(holders, now); text != "" {
-			parts = append(parts, text)
+		switch end, silent := estimate(holders, now); {
+		case end.IsZero():
+		case silent:
+			parts[0] += ", done in " + short(end.Sub(now)) + " at the latest"
+		default:
+			parts[0] += ", done in about " + short(end.Sub(now))
 		}
 		if len(holders) > 0 {
 			parts = append(parts, names(holders, now))

@@ -1,0 +1,403 @@
+package runbook_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/runbook/runbooktest"
+)
+
+// tainted returns a server with a keyset that was just tainted.
+func tainted(t *testing.T) (*runbooktest.Server, string) {
+	t.Helper()
+	s := runbooktest.NewServer(t)
+	old := s.Deployment.Active().ID
+	k, err := s.Deployment.Prepare(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Deployment.Activate(t.Context(), k.ID); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Deployment.Taint(t.Context(), old); err != nil {
+		t.Fatal(err)
+	}
+	return s, old
+}
+
+// fleet is three agents after a taint at start: one waits 20 s and renews 100
+// at 20 a second, one has not seen it for 5 s and then waits 10 s more, and
+// one is silent until its two SVIDs expire after 70 s.
+func fleet(start time.Time) func(string, time.Time) []runbook.Holder {
+	return func(_ string, now time.Time) []runbook.Holder {
+		var out []runbook.Holder
+		past := func(s int) bool { return !now.Before(start.Add(time.Duration(s) * time.Second)) }
+		expiry := start.Add(time.Hour)
+		if !past(25) {
+			h := runbook.Holder{Agent: "spiffe://example.org/agent/a", SVIDs: 100, Reason: "waiting", BeginsAt: start.Add(20 * time.Second), Rate: 20, LatestExpiry: expiry}
+			if past(20) {
+				h.Reason = "renewing"
+				h.SVIDs -= int(now.Sub(h.BeginsAt).Seconds() * 20)
+			}
+			out = append(out, h)
+		}
+		if !past(15) {
+			h := runbook.Holder{Agent: "spiffe://example.org/agent/b", SVIDs: 1, Reason: "behind", Rate: 20, LatestExpiry: expiry}
+			if past(5) {
+				h.Reason, h.BeginsAt = "waiting", start.Add(15*time.Second)
+			}
+			out = append(out, h)
+		}
+		if !past(70) {
+			out = append(out, runbook.Holder{Agent: "spiffe://example.org/agent/c", SVIDs: 2, Reason: "silent", LatestExpiry: start.Add(70 * time.Second), LastReport: start})
+		}
+		return out
+	}
+}
+
+func TestWaitFollowsTheWave(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		start := time.Now()
+		s.HoldersAt = fleet(start)
+		s.JWTExpiry[old] = start.Add(24 * time.Hour)
+		var out bytes.Buffer
+		r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Progress: &runbook.Screen{W: &out}})
+		if err != nil || !r.Safe || r.Removed || r.X509SVIDs != 0 || len(r.Holders) != 0 {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if took := time.Since(start); took < 70*time.Second || took > 72*time.Second || r.Waited != took.Seconds() {
+			t.Errorf("safe after %v, it says %v s; the last SVID ends after 70 s", took, r.Waited)
+		}
+		if len(r.Remarks) != 1 || !strings.Contains(r.Remarks[0], "valid until 2000-01-02 00:00:00 +0000 UTC (in 23h59m)") {
+			t.Errorf("nothing is said about JWT-SVIDs: %q", r.Remarks)
+		}
+		want := strings.ReplaceAll(`ID: 103 X.509-SVIDs of 3 agents left, done in 1m10s at the latest; /agent/c silent, /agent/b behind, /agent/a waiting
+ID: 103 X.509-SVIDs of 3 agents left, done in 1m at the latest; /agent/c silent, /agent/a waiting, /agent/b waiting
+ID: 102 X.509-SVIDs of 2 agents left, done in 50s at the latest; /agent/c silent, /agent/a renewing
+ID: 2 X.509-SVIDs of 1 agent left, done in 40s at the latest; /agent/c silent
+ID: 2 X.509-SVIDs of 1 agent left, done in 30s at the latest; /agent/c silent
+ID: 2 X.509-SVIDs of 1 agent left, done in 20s at the latest; /agent/c silent
+ID: 2 X.509-SVIDs of 1 agent left, done in 10s at the latest; /agent/c silent
+`, "ID:", old+":")
+		if out.String() != want {
+			t.Errorf("progress\n%s\nwant\n%s", out.String(), want)
+		}
+	})
+}
+
+// Without silent agents the estimate is when the slowest is done: its
+// beginning, and its SVIDs at its rate.
+func TestWaitEstimates(t *testing.T) {
+	t.Parallel()
+	in := func(s int) time.Time { return time.Date(2000, 1, 1, 0, 0, s, 0, time.UTC) }
+	for name, tt := range map[string]struct {
+		holders []runbook.Holder
+		want    time.Time
+	}{
+		"waiting":                   {[]runbook.Holder{{SVIDs: 100, Reason: "waiting", BeginsAt: in(20), Rate: 20}}, in(25)},
+		"renewing":                  {[]runbook.Holder{{SVIDs: 40, Reason: "renewing", BeginsAt: in(-20), Rate: 10}}, in(4)},
+		"rate not told":             {[]runbook.Holder{{SVIDs: 40, Reason: "renewing"}}, in(2)},
+		"behind":                    {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20}}, in(62)},
+		"expires before its turn":   {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30)}}, in(30)},
+		"silent":                    {[]runbook.Holder{{SVIDs: 40, Reason: "silent", Rate: 20, LatestExpiry: in(300)}}, in(300)},
+		"the slowest of several":    {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 200, Reason: "renewing"}, {SVIDs: 2, Reason: "streams"}}, in(10)},
+		"one of them nobody knows":  {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 2, Reason: "silent"}}, time.Time{}},
+		"all that is left: streams": {[]runbook.Holder{{Streams: 3, Reason: "streams"}}, in(0)},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s, old := tainted(t)
+				s.HoldersAt = func(string, time.Time) []runbook.Holder { return tt.holders }
+				r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: time.Nanosecond})
+				if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !r.Estimated.Equal(tt.want) {
+					t.Errorf("estimated %v (%v), want %v", r.Estimated, err, tt.want)
+				}
+			})
+		})
+	}
+}
+
+// On a terminal one line is redrawn, cut to the width, and taken away at the end.
+func TestWaitOnATerminal(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		s.HoldersAt = fleet(time.Now())
+		var out bytes.Buffer
+		screen := &runbook.Screen{W: &out, Width: func() int { return 40 }}
+		if _, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Progress: screen}); err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(out.String(), "\n") || !strings.HasSuffix(out.String(), "\r\x1b[K") {
+			t.Errorf("not one line that goes: %q", out.String())
+		}
+		drawn := strings.Split(out.String(), "\r\x1b[K")
+		if len(drawn) != 37 { // before the first, one every 2 s for 70 s, after the last
+			t.Errorf("drawn %d times", len(drawn))
+		}
+		for _, line := range drawn {
+			if len(line) > 39 {
+				t.Errorf("%q is wider than the terminal", line)
+			}
+		}
+	})
+}
+
+// A look that fails is shown, made again, and safe only by an answer.
+func TestWaitOutlivesFailures(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		start := time.Now()
+		s.HoldersAt = func(_ string, now time.Time) []runbook.Holder {
+			if now.Sub(start) < 10*time.Second {
+				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 1, Reason: "renewing"}}
+			}
+			return nil
+		}
+		s.Before = func(call, _ string) error {
+			if after := time.Since(start); call == "status" && after > 0 && after < 30*time.Second {
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		var out bytes.Buffer
+		r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Progress: &runbook.Screen{W: &out}})
+		if err != nil || !r.Safe || time.Since(start) != 30*time.Second {
+			t.Errorf("%+v, %v after %v", r, err, time.Since(start))
+		}
+		if got := strings.Count(out.String(), old+": no answer, trying again: connection refused\n"); got != 3 {
+			t.Errorf("said %d times:\n%s", got, out.String())
+		}
+	})
+}
+
+// A server that hangs does not hang the wait, and a wait has its end.
+func TestWaitServerHangs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		start := time.Now()
+		s.HoldersAt = func(string, time.Time) []runbook.Holder { return []runbook.Holder{{Agent: "a", SVIDs: 1, Reason: "signing"}} }
+		hung := &hanging{Server: s, since: start}
+		r, err := runbook.Wait(t.Context(), hung, old, runbook.WaitOptions{Timeout: 100 * time.Second})
+		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || r.Safe || time.Since(start) != 100*time.Second {
+			t.Errorf("%+v, %v after %v", r, err, time.Since(start))
+		}
+		if hung.looks != 4 { // at 2, 34, 66, 98 s
+			t.Errorf("it looked %d times", hung.looks)
+		}
+	})
+}
+
+type hanging struct {
+	*runbooktest.Server
+	since time.Time
+	looks int
+}
+
+func (h *hanging) Status(ctx context.Context) (runbook.Status, error) {
+	if time.Now().After(h.since) {
+		h.looks++
+		<-ctx.Done()
+		return runbook.Status{}, ctx.Err()
+	}
+	return h.Server.Status(ctx)
+}
+
+// What is not known is not safe, whatever the flags beside it say.
+func TestWaitUnknownIsNotSafe(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		liar := &liar{Server: s}
+		for _, f := range []runbook.For{runbook.X509, runbook.JWT, runbook.All} {
+			r, err := runbook.Wait(t.Context(), liar, old, runbook.WaitOptions{For: f, Timeout: time.Minute})
+			notSafe, ok := errors.AsType[*runbook.NotSafeError](err)
+			if !ok || r.Safe || r.X509SVIDs != -1 || r.Unknown != "Prometheus is down" {
+				t.Errorf("for %s: %+v, %v", f, r, err)
+				continue
+			}
+			if f != runbook.JWT && !strings.Contains(notSafe.Message, "not known: Prometheus is down") {
+				t.Errorf("for %s: %s", f, notSafe.Message)
+			}
+		}
+	})
+}
+
+type liar struct{ *runbooktest.Server }
+
+func (l *liar) Status(ctx context.Context) (runbook.Status, error) {
+	s, err := l.Server.Status(ctx)
+	for i := range s.Keysets {
+		s.Keysets[i].Unknown, s.Keysets[i].X509Safe, s.Keysets[i].JWTSafe = "Prometheus is down", true, true
+	}
+	return s, err
+}
+
+func TestWaitFor(t *testing.T) {
+	t.Parallel()
+	for f, want := range map[runbook.For]time.Duration{runbook.X509: time.Minute, runbook.JWT: time.Hour, runbook.All: time.Hour} {
+		synctest.Test(t, func(t *testing.T) {
+			s, old := tainted(t)
+			start := time.Now()
+			s.JWTExpiry[old] = start.Add(time.Hour)
+			s.HoldersAt = func(_ string, now time.Time) []runbook.Holder {
+				if now.Before(start.Add(time.Minute)) {
+					return []runbook.Holder{{Agent: "a", SVIDs: 1, Reason: "renewing"}}
+				}
+				return nil
+			}
+			r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{For: f})
+			if err != nil || !r.Safe || time.Since(start) != want {
+				t.Errorf("for %s: %+v, %v after %v, want %v", f, r, err, time.Since(start), want)
+			}
+		})
+	}
+}
+
+// What waiting does not bring about is said at once.
+func TestWaitForNothing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := runbooktest.NewServer(t)
+		active := s.Deployment.Active().ID
+		k, err := s.Deployment.Prepare(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		for id, want := range map[string]string{
+			active:      "it is Active and signs: activate a successor, then taint " + active,
+			k.ID:        "it is Prepared, so nothing replaces what it signed: taint " + k.ID + " first",
+			"ks_nosuch": "there is no keyset ks_nosuch: it was removed already, or the ID is mistyped; run list",
+		} {
+			r, err := runbook.Wait(t.Context(), s, id, runbook.WaitOptions{})
+			if err == nil || err.Error() != "wait for keyset "+id+": "+want || r.Safe {
+				t.Errorf("%s: %+v, %v", id, r, err)
+			}
+		}
+		s.Before = func(string, string) error { return errors.New("no such socket") }
+		if _, err := runbook.Wait(t.Context(), s, active, runbook.WaitOptions{}); err == nil || !strings.Contains(err.Error(), "no such socket") {
+			t.Errorf("a server that never answered: %v", err)
+		}
+	})
+}
+
+// Somebody else removes it, and somebody interrupts.
+func TestWaitEndsEarly(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		s.HoldersAt = fleet(time.Now())
+		time.AfterFunc(5*time.Second, func() { _ = s.Deployment.Remove(context.Background(), old) })
+		r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{})
+		if err != nil || !r.Removed || r.Safe || r.String() != "Keyset "+old+" has been removed meanwhile." {
+			t.Errorf("%+v, %v", r, err)
+		}
+
+		s, old = tainted(t)
+		s.HoldersAt = fleet(time.Now())
+		ctx, cancel := context.WithCancelCause(t.Context())
+		time.AfterFunc(5*time.Second, func() { cancel(errors.New("interrupt signal received")) })
+		r, err = runbook.Wait(ctx, s, old, runbook.WaitOptions{})
+		if err == nil || r.Safe || !strings.Contains(err.Error(), "interrupt signal received") || runbook.Remedy(err) != "" {
+			t.Errorf("%+v, %v", r, err)
+		}
+	})
+}
+
+// A rotation waits for the agents before it activates and taints, and until it
+// is safe before it removes.
+func TestRotateWaits(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := runbooktest.NewServer(t)
+		old := s.Deployment.Active().ID
+		s.Agents = 3
+		var published, tainted time.Time
+		var took []string
+		s.Behind = func(now time.Time) int {
+			if now.Sub(published) < 7*time.Second {
+				return 1
+			}
+			return 0
+		}
+		s.HoldersAt = func(id string, now time.Time) []runbook.Holder {
+			if id == old && (tainted.IsZero() || now.Sub(tainted) < time.Minute) {
+				return []runbook.Holder{{Agent: "a", SVIDs: 5, Reason: "renewing"}}
+			}
+			return nil
+		}
+		start := time.Now()
+		s.After = func(call, id string) error {
+			took = append(took, fmt.Sprintf("%s after %v", call, time.Since(start)))
+			start = time.Now()
+			switch call {
+			case "prepare":
+				published = time.Now()
+			case "taint":
+				tainted, published = time.Now(), time.Now()
+			case "activate":
+				published = time.Now() // as if an agent had come back with an old bundle
+			}
+			return nil
+		}
+		var out bytes.Buffer
+		r, err := runbook.Rotate(t.Context(), s, runbook.RotateOptions{Wait: runbook.WaitOptions{Progress: &runbook.Screen{W: &out}}})
+		if err != nil || !r.Complete {
+			t.Fatalf("%+v, %v", r, err)
+		}
+		if got := strings.Join(took, ", "); got != "prepare after 0s, activate after 8s, taint after 8s, remove after 1m0s" {
+			t.Error(got)
+		}
+		if !strings.Contains(out.String(), "1 of 3 agents has not applied trust bundle 2 yet\n") {
+			t.Error(out.String())
+		}
+	})
+}
+
+// Agents that never apply the bundle, and figures that are not known, hold it up
+// until the timeout.
+func TestRotateHeldUp(t *testing.T) {
+	t.Parallel()
+	for name, behind := range map[string]int{"1 of 3 agents has not applied": 1, "It is not known which agents": -1} {
+		synctest.Test(t, func(t *testing.T) {
+			s := runbooktest.NewServer(t)
+			s.Agents = 3
+			s.Behind = func(time.Time) int { return behind }
+			start := time.Now()
+			r, err := runbook.Rotate(t.Context(), s, runbook.RotateOptions{Wait: runbook.WaitOptions{Timeout: time.Minute}})
+			if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || r.Complete || !strings.Contains(err.Error(), name) {
+				t.Errorf("%+v, %v", r, err)
+			}
+			if len(s.Calls()) != 1 || time.Since(start) != time.Minute {
+				t.Errorf("%v after %v", s.Calls(), time.Since(start))
+			}
+		})
+	}
+}
+
+// While a resumed rotation waits, somebody else finishes it: that is the end,
+// and no reason to begin anew.
+func TestRotateFinishedByOthers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		s.HoldersAt = fleet(time.Now())
+		time.AfterFunc(5*time.Second, func() { _ = s.Deployment.Remove(context.Background(), old) })
+		r, err := runbook.Rotate(t.Context(), s, runbook.RotateOptions{})
+		if err != nil || !r.Complete || len(s.Calls()) != 0 {
+			t.Errorf("%+v, %v, %v", r, err, s.Calls())
+		}
+	})
+}
