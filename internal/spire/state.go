@@ -214,7 +214,7 @@ func match(x, j slots) []pair {
 		}
 	}
 	crossed := !same && x.next.here() && j.next.here() &&
-		apart(x.active, j.next) < apart(x.active, j.active) && apart(j.active, x.next) < apart(j.active, x.active)
+		apart(x.active, j.next)+apart(j.active, x.next) <= apart(x.active, j.active)
 	switch {
 	case crossed && x.next.place == old:
 		add(pair{x.next, j.active})
