@@ -41,6 +41,7 @@ import (
 	localv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/renewd/renewd/internal/prom"
@@ -111,7 +112,13 @@ func New(c Config) (*Backend, error) {
 	}
 	// The socket's file mode is what protects it; there is no TLS on it. No
 	// call waits for a server to come, and none is made twice.
-	conn, err := grpc.NewClient("unix:"+c.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry())
+	conn, err := grpc.NewClient("unix:"+c.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(),
+		// A long wait looks every few seconds; gRPC's own pause after a server
+		// that was away grows to two minutes.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: 5 * time.Second,
+		}))
 	if err != nil {
 		return nil, fmt.Errorf("spire: socket %s: %w", c.Socket, err)
 	}
