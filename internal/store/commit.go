@@ -51,18 +51,6 @@ func (v state) get(bucket string, key []byte) (value []byte, err error) {
 	return value, err
 }
 
-// last returns the highest key of a bucket, nil when it is empty.
-func (v state) last(bucket string) (key []byte, err error) {
-	if v.bucket == nil {
-		return nil, nil
-	}
-	err = guard(func() error {
-		key, _ = v.bucket.Bucket([]byte(bucket)).Cursor().Last()
-		return nil
-	})
-	return key, err
-}
-
 // write hands a change over to the next commit and returns when it is durable.
 // When ctx ends before the change was taken, it will not be applied.
 func (d *Deployment) write(ctx context.Context, size int, plan func(v state) ([]op, error)) error {

@@ -339,11 +339,11 @@ func TestHeaderNotSynced(t *testing.T) {
 	if err := update(t.Context(), d, 2, "4"); err == nil {
 		t.Error("written on top of a commit that may not last")
 	}
-	if s.Commits(t) != commits {
+	if s.Commits(t) != commits || s.Settled() {
 		t.Error("the header was overtaken")
 	}
 	back()
-	if err := update(t.Context(), d, 3, "5"); err != nil {
+	if err := update(t.Context(), d, 3, "5"); err != nil || !s.Settled() {
 		t.Error(err)
 	}
 	closed(t, s)

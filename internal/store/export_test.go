@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"os"
 	"syscall"
 	"testing"
@@ -54,6 +55,7 @@ func (s *Store) FailSync(then func()) {
 // Panic lets the next commit meet a damaged page.
 func (s *Store) Panic() {
 	s.update = func(fn func(*bbolt.Tx) error) error {
+		s.update = s.db.Update
 		return s.db.Update(func(tx *bbolt.Tx) error {
 			panic("page 7: invalid page type")
 		})
@@ -68,6 +70,12 @@ func (s *Store) Commits(t testing.TB) (n int) {
 	}
 	return n
 }
+
+// Settled reports whether the last commit is known to be durable.
+func (s *Store) Settled() bool { return !s.unsettled }
+
+// Create makes an empty store.
+var Create = create
 
 // Pack makes a value with its checksum.
 var Pack = pack
@@ -96,3 +104,21 @@ func PutSealedDocument(t testing.TB, tx *bbolt.Tx, deployment string, doc keyset
 
 // Path is the file's.
 func (s *Store) Path() string { return s.path }
+
+// Used is how many bytes at the beginning of the file are in use.
+func (s *Store) Used(t testing.TB) (n int64) {
+	t.Helper()
+	if err := s.db.View(func(tx *bbolt.Tx) error { n = tx.Size(); return nil }); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// FreelistPage is where a file has its list of free pages.
+func FreelistPage(data []byte) int {
+	_, freelist, _, err := readMeta(bytes.NewReader(data), uint64(len(data)))
+	if err != nil {
+		panic(err)
+	}
+	return int(freelist)
+}

@@ -3,9 +3,11 @@ package store_test
 import (
 	"context"
 	"crypto/rand"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -85,9 +87,14 @@ func fill(t testing.TB, d *store.Deployment) {
 		t.Fatal(err)
 	}
 	change := ledger.Change{JWT: map[string]time.Time{"kid": start}}
-	for n := range 200 {
-		if err := d.PutEntries(ctx, []server.StoredEntry{{Entry: server.Entry{ID: entryID(n), SPIFFEID: spiffeid.RequireFromPathf(td, "/w/%d", n)}, Revision: int64(n)}}, nil); err != nil {
-			t.Fatal(err)
+	var batch []server.StoredEntry
+	for n := range 100 {
+		stored := server.StoredEntry{Entry: server.Entry{ID: entryID(n), SPIFFEID: spiffeid.RequireFromPathf(td, "/w/%d", n)}, Revision: int64(n)}
+		if batch = append(batch, stored); n%10 == 9 {
+			if err := d.PutEntries(ctx, batch, nil); err != nil {
+				t.Fatal(err)
+			}
+			batch = nil
 		}
 		change.Put = append(change.Put, ledger.Row{Authority: rand.Text(), Agent: agentID(n % 7).String(), Entry: entryID(n), NotAfter: start})
 	}
@@ -107,11 +114,12 @@ func fill(t testing.TB, d *store.Deployment) {
 func contents(s *store.Store) (text string, err error) {
 	ctx := context.Background()
 	names, err := s.Deployments(ctx)
-	text = fmt.Sprintln(names)
+	var out strings.Builder
+	fmt.Fprintln(&out, names)
 	for _, name := range names {
 		d := s.Deployment(name)
 		add := func(v any, e error) {
-			text += fmt.Sprintf("%s: %+v\n", name, v)
+			fmt.Fprintf(&out, "%s: %+v\n", name, v)
 			if err == nil {
 				err = e
 			}
@@ -124,10 +132,10 @@ func contents(s *store.Store) (text string, err error) {
 		add(agents, e)
 		entries, e := d.Entries(ctx)
 		add(entries, e)
-		jwt, e := d.LoadLedger(ctx, func(r ledger.Row) { text += fmt.Sprintln(r) })
+		jwt, e := d.LoadLedger(ctx, func(r ledger.Row) { fmt.Fprintln(&out, r) })
 		add(jwt, e)
 	}
-	return text, err
+	return out.String(), err
 }
 
 func mustContents(t testing.TB, s *store.Store) string {
@@ -148,9 +156,16 @@ func readFile(t testing.TB, path string) []byte {
 	return data
 }
 
+// writeFile writes in place: file systems flush what is cut off and written
+// anew.
 func writeFile(t testing.TB, path string, data []byte) {
 	t.Helper()
-	if err := os.WriteFile(path, data, 0o600); err != nil {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = f.WriteAt(data, 0)
+	if err := errors.Join(err, f.Truncate(int64(len(data))), f.Close()); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 
@@ -33,6 +34,11 @@ func (d *Deployment) Save(ctx context.Context, doc keyset.Document, c keyset.Cha
 	if err != nil {
 		return err
 	}
+	record := AuditRecord{Number: doc.Version, Change: c}
+	note, err := put(audit, auditKey(record.Number), record)
+	if err != nil {
+		return err
+	}
 	return d.write(ctx, 2, func(v state) ([]op, error) {
 		stored, err := v.document()
 		if err != nil {
@@ -41,13 +47,7 @@ func (d *Deployment) Save(ctx context.Context, doc keyset.Document, c keyset.Cha
 		if doc.Version != stored.Version+1 {
 			return nil, keyset.ErrConflict
 		}
-		last, err := v.last(audit)
-		if err != nil {
-			return nil, err
-		}
-		record := AuditRecord{Number: auditNumber(last) + 1, Change: c}
-		note, err := put(audit, binary.BigEndian.AppendUint64(nil, record.Number), record)
-		return []op{document, note}, err
+		return []op{document, note}, nil
 	})
 }
 
@@ -69,7 +69,8 @@ func (v state) document() (keyset.Document, error) {
 
 // AuditRecord is what the audit log keeps of one mutation of the keysets.
 type AuditRecord struct {
-	// Number counts the records of a deployment from 1, without a gap.
+	// Number counts the records of a deployment from 1, without a gap. It is
+	// the version of the document that the mutation led to.
 	Number uint64
 	keyset.Change
 }
@@ -80,8 +81,8 @@ func (d *Deployment) Audit(ctx context.Context, after uint64, limit int) ([]Audi
 	var records []AuditRecord
 	err := d.read(ctx, func(b *bbolt.Bucket) error {
 		c := b.Bucket([]byte(audit)).Cursor()
-		k, v := c.Seek(binary.BigEndian.AppendUint64(nil, after))
-		if k != nil && auditNumber(k) == after {
+		k, v := c.Seek(auditKey(after))
+		if bytes.Equal(k, auditKey(after)) {
 			k, v = c.Next()
 		}
 		for ; k != nil && (limit <= 0 || len(records) < limit); k, v = c.Next() {
@@ -96,10 +97,4 @@ func (d *Deployment) Audit(ctx context.Context, after uint64, limit int) ([]Audi
 	return records, err
 }
 
-// auditNumber is the number of a record's key, zero for none.
-func auditNumber(key []byte) uint64 {
-	if len(key) != 8 {
-		return 0
-	}
-	return binary.BigEndian.Uint64(key)
-}
+func auditKey(number uint64) []byte { return binary.BigEndian.AppendUint64(nil, number) }

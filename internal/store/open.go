@@ -204,7 +204,7 @@ func initialize(path string, o Options) error {
 func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 	b := tx.Bucket(bucketAbout)
 	if b == nil || b.Get(keyStore) == nil {
-		return nil, errors.New("it is not a store of this program, or damaged: correct the path, or restore a backup")
+		return nil, fmt.Errorf("%w, or it is not a store of this program", ErrDamaged)
 	}
 	a, err := decode[about](keyStore, b.Get(keyStore))
 	switch {

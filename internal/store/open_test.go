@@ -68,6 +68,11 @@ func TestOpenMakesTheFile(t *testing.T) {
 	if names, _ := os.ReadDir(filepath.Dir(path)); len(names) != 1 {
 		t.Errorf("files left behind: %v", names)
 	}
+	// Who comes second with making it changes nothing.
+	before := readFile(t, path)
+	if err := store.Create(path, options()); err != nil || !bytes.Equal(before, readFile(t, path)) {
+		t.Errorf("made again: %v", err)
+	}
 	missing := filepath.Join(filepath.Dir(path), "x", "server.db")
 	refuses(t, missing, options(), "its folder must exist")
 	for _, o := range []store.Options{{TrustDomain: td}, {Seal: key}} {
@@ -194,8 +199,12 @@ func TestEncryptionKeyRotation(t *testing.T) {
 		t.Fatal(err)
 	}
 	var commits []int
-	for range 2 {
-		if s, err = store.Open(path, manager()); err != nil {
+	for n := range 2 {
+		o := manager()
+		if n == 1 {
+			o.Seal = newest{o.Seal}
+		}
+		if s, err = store.Open(path, o); err != nil {
 			t.Fatal(err)
 		}
 		commits = append(commits, s.Commits(t))
@@ -221,6 +230,16 @@ func TestEncryptionKeyRotation(t *testing.T) {
 	}(); err != nil || token.Value != "other" {
 		t.Errorf("%+v, %v", token, err)
 	}
+}
+
+// newest has lost all keys but the current one.
+type newest struct{ seal.Manager }
+
+func (n newest) Open(sealed, context []byte) ([]byte, error) {
+	if !n.Current(sealed) {
+		return nil, seal.ErrWrongKey
+	}
+	return n.Manager.Open(sealed, context)
 }
 
 func TestReadOnly(t *testing.T) {

@@ -35,8 +35,6 @@ const (
 	flagFreelist = 0x10
 
 	leafBucket = 0x01
-
-	maxDepth = 64 // far more than any tree has
 )
 
 var native = binary.NativeEndian
@@ -46,8 +44,7 @@ type pages struct {
 	file  io.ReaderAt
 	size  uint64 // of a page
 	count uint64 // pages that are free or in use, headers included
-	seen  []bool
-	depth int
+	seen  []bool // no page twice, so nothing runs in circles
 }
 
 // page is a page with its overflow.
@@ -202,10 +199,6 @@ func (p *pages) tree(id uint64, low, high []byte, top bool) error {
 	if err != nil {
 		return err
 	}
-	if p.depth++; p.depth > maxDepth {
-		return damaged("page %d is too deep in the tree", id)
-	}
-	defer func() { p.depth-- }()
 	if g.count == 0 && !(top && g.flags == flagLeaf) {
 		return damaged("page %d is empty", id)
 	}
