@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 
 	"github.com/spf13/pflag"
@@ -10,6 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/spire"
 )
 
 const defaultAdminSocket = "/run/renewd-server/admin.sock"
@@ -100,6 +102,18 @@ func dialServer(context.Context, target) (runbook.Backend, io.Closer, error) {
 }
 
 // dialSpire connects to the admin socket of a SPIRE server on this machine.
-func dialSpire(context.Context, target) (runbook.Backend, io.Closer, error) {
-	return nil, nil, errNotBuiltIn
+func dialSpire(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
+	c := spire.Config{Socket: t.SpireSocket, TrustDomain: t.TrustDomain, Deployment: t.Deployment}
+	if t.Prometheus != "" {
+		figures, err := prom.New(prom.Config{URL: t.Prometheus, Job: t.Job, TrustDomain: t.TrustDomain, Expected: t.Agents})
+		if err != nil {
+			return nil, nil, fmt.Errorf("--prometheus: %w", err)
+		}
+		c.Figures = figures
+	}
+	b, err := spire.New(c)
+	if err != nil {
+		return nil, nil, err
+	}
+	return b, b, nil
 }

@@ -51,7 +51,7 @@ func Remarks(s Status) []string {
 	var lines []string
 	switch {
 	case s.Agents < 0 || s.AgentsBehind < 0:
-		lines = append(lines, "It is not known which agents have applied the trust bundle.")
+		lines = append(lines, notKnownBehind+".")
 	case s.AgentsBehind > 0:
 		lines = append(lines, behind(s)+".")
 	}
@@ -79,6 +79,8 @@ func Remarks(s Status) []string {
 	return lines
 }
 
+const notKnownBehind = "It is not known which agents have applied the trust bundle"
+
 // behind says how many agents have not applied the bundle.
 func behind(s Status) string {
 	return fmt.Sprintf("%d of %s %s not applied trust bundle %d yet",
@@ -99,16 +101,18 @@ func (k Keyset) state(f For) State {
 }
 
 // safe reports whether the key, or both, can be removed. What is not known is
-// never safe.
+// never safe; nothing hangs on a key that is missing.
 func (k Keyset) safe(f For) bool {
-	one := func(f For, safe bool) bool { return safe && k.state(f) == Tainted && k.Unknown == "" }
+	known := k.Unknown == ""
+	x509 := k.X509AuthorityID == "" || (k.X509Safe && known && k.state(X509) == Tainted)
+	jwt := k.JWTKeyID == "" || (k.JWTSafe && known && k.state(JWT) == Tainted)
 	switch f {
 	case X509:
-		return one(X509, k.X509Safe)
+		return x509
 	case JWT:
-		return one(JWT, k.JWTSafe)
+		return jwt
 	}
-	return one(X509, k.X509Safe) && one(JWT, k.JWTSafe)
+	return x509 && jwt
 }
 
 func (k Keyset) safeCell(f For) string {

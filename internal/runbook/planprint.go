@@ -17,7 +17,7 @@ const (
 	plotHeight = 10
 )
 
-// Print writes the plan as a table and a plot, in at most 100 columns.
+// Print writes the plan as a table and a plot, in at most 110 columns.
 func (p Plan) Print(w io.Writer) error {
 	_, err := fmt.Fprintf(w, "%s of %s, %s to renew after a taint (each agent's own among them).\n\n",
 		thousands(int64(p.Agents))+plural(p.Agents, " agent"), thousands(int64(p.SVIDs))+plural(p.SVIDs, " X.509-SVID")+" each", thousands(p.Mints))

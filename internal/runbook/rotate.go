@@ -243,7 +243,7 @@ func gate(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 // signs.
 func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 	announced := false
-	state := "The server has not answered."
+	state := "The server has not answered"
 	err := await(ctx, o, step.Keyset, func(ctx context.Context) (bool, string, error) {
 		s, err := b.Status(ctx)
 		if err != nil {
@@ -256,9 +256,10 @@ func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 			announced = true
 			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To go on without: interrupt, run %s %s, then rotate again.)", step.Action, step.Keyset))
 		}
-		state = "It is not known which agents have applied the trust bundle"
-		if s.Agents >= 0 && s.AgentsBehind > 0 {
+		if state = notKnownBehind; s.Agents >= 0 && s.AgentsBehind > 0 {
 			state = behind(s)
+		} else if k, _ := find(s, step.Keyset); k.Unknown != "" {
+			state += ": " + k.Unknown
 		}
 		return false, state, nil
 	})

@@ -188,7 +188,9 @@ func TestWaitServerHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s, old := tainted(t)
 		start := time.Now()
-		s.HoldersAt = func(string, time.Time) []runbook.Holder { return []runbook.Holder{{Agent: "a", SVIDs: 1, Reason: "signing"}} }
+		s.HoldersAt = func(string, time.Time) []runbook.Holder {
+			return []runbook.Holder{{Agent: "a", SVIDs: 1, Reason: "signing"}}
+		}
 		hung := &hanging{Server: s, since: start}
 		r, err := runbook.Wait(t.Context(), hung, old, runbook.WaitOptions{Timeout: 100 * time.Second})
 		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || r.Safe || time.Since(start) != 100*time.Second {
