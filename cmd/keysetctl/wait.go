@@ -119,7 +119,7 @@ func (p *program) rotate() *cobra.Command {
 			})
 		},
 	}
-	w.flags(c.Flags(), "`WHAT` is to be safe before removing: x509 or all; all waits for JWT-SVIDs too")
+	w.flags(c.Flags(), "`WHAT` is to be safe before removing: x509, or all with JWT-SVIDs")
 	c.Flags().StringVar(&keysetID, "keyset", "", "`ID` of the keyset that is meant, where the next step could be about several")
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask before each step; waiting until it is safe stays")
 	return c

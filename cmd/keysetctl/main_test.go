@@ -1,0 +1,472 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/runbook/runbooktest"
+)
+
+// desk is an operator in front of a server in memory.
+type desk struct {
+	t      *testing.T
+	server *runbooktest.Server
+	env    map[string]string
+	target target // of the last command
+	names  *strings.Replacer
+	ids    []string // pairs: the server's ID and that of the runbook
+}
+
+func newDesk(t *testing.T) *desk {
+	t.Helper()
+	d := &desk{t: t, server: runbooktest.NewServer(t), env: map[string]string{}}
+	d.call(d.server.Deployment.Active().ID, "ks_abc1234xyz")
+	return d
+}
+
+// call gives a keyset the ID that it has in the runbook: in command lines and
+// in what they print.
+func (d *desk) call(id, name string) { d.ids = append(d.ids, id, name) }
+
+func (d *desk) run(line string) (code int, stdout, stderr string) {
+	d.t.Helper()
+	var there []string
+	for i := 0; i < len(d.ids); i += 2 {
+		there = append(there, d.ids[i+1], d.ids[i])
+	}
+	args := strings.Fields(strings.NewReplacer(there...).Replace(line))
+	var out, errs bytes.Buffer
+	connect := func(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
+		d.target = t
+		return d.server, io.NopCloser(nil), nil
+	}
+	code = run(d.t.Context(), args, func(name string) string { return d.env[name] }, strings.NewReader(""), &out, &errs, connect)
+	back := strings.NewReplacer(d.ids...)
+	return code, back.Replace(out.String()), back.Replace(errs.String())
+}
+
+// want runs a command line that must succeed and print this, and nothing else
+// but remarks.
+func (d *desk) want(line, stdout string) {
+	d.t.Helper()
+	if code, out, errs := d.run(line); code != 0 || out != stdout {
+		d.t.Errorf("%s: exit %d, printed\n%s%s\nwant\n%s", line, code, out, errs, stdout)
+	}
+}
+
+// fails runs a command line that must fail with this on stderr.
+func (d *desk) fails(line string, want int, stderr string) {
+	d.t.Helper()
+	if code, out, errs := d.run(line); code != want || errs != stderr || out != "" {
+		d.t.Errorf("%s: exit %d, want %d; printed\n%s%s\nwant\n%s", line, code, want, out, errs, stderr)
+	}
+}
+
+// newest gives the keyset that was prepared last its name.
+func (d *desk) newest(name string) {
+	d.t.Helper()
+	all, err := d.server.Deployment.List(d.t.Context())
+	if err != nil {
+		d.t.Fatal(err)
+	}
+	d.call(all[len(all)-1].ID, name)
+}
+
+// The runbook from its first step to its last, with the commands as it has
+// them, and what they print.
+func TestRunbook(t *testing.T) {
+	t.Parallel()
+	for _, path := range []string{"trust-domain deployment keyset ", ""} {
+		synctest.Test(t, func(t *testing.T) {
+			d := newDesk(t)
+			const flags = " --trust-domain example.org --deployment-name default"
+			const header = "Deployment: default\nSigning Keys:\n"
+			d.want(path+"list"+flags, header+
+				`Type   Keyset ID      Issued At                      Expires At                     State   Live SVIDs  Safe to remove
+X.509  ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Active  0           -
+JWT    ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Active  none        -
+`)
+			time.Sleep(time.Hour)
+			code, out, _ := d.run(path + "prepare" + flags)
+			d.newest("ks_def5678uvw")
+			if out = strings.NewReplacer(d.ids...).Replace(out); code != 0 || out != "Keyset ks_def5678uvw prepared.\n" {
+				t.Fatalf("prepare: exit %d, %s", code, out)
+			}
+			d.want(path+"activate ks_def5678uvw"+flags, "Keyset ks_def5678uvw activated.\n")
+			d.want(path+"list"+flags, header+
+				`Type   Keyset ID      Issued At                      Expires At                     State     Live SVIDs  Safe to remove
+X.509  ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Prepared  0           -
+JWT    ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Prepared  none        -
+X.509  ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active    0           -
+JWT    ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active    none        -
+`)
+			d.want(path+"taint ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz tainted.\n")
+			d.want(path+"wait ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz is safe to remove.\n")
+			d.want(path+"remove ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz removed.\n")
+			d.want(path+"list"+flags, header+
+				`Type   Keyset ID      Issued At                      Expires At                     State   Live SVIDs  Safe to remove
+X.509  ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active  0           -
+JWT    ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active  none        -
+`)
+			if d.target.TrustDomain != "example.org" || d.target.Deployment != "default" {
+				t.Errorf("the flags did not arrive: %+v", d.target)
+			}
+		})
+	}
+}
+
+// The troubleshooting section, case by case.
+func TestTroubleshooting(t *testing.T) {
+	t.Parallel()
+	prepared := func(d *desk) {
+		d.run("prepare")
+		d.newest("ks_def5678uvw")
+	}
+	taintedOld := func(d *desk) {
+		prepared(d)
+		d.run("activate ks_def5678uvw")
+		d.run("taint ks_abc1234xyz")
+	}
+	failing := func(err error) func(*desk) {
+		return func(d *desk) {
+			d.server.Before = func(call, _ string) error {
+				if call == "status" {
+					return nil
+				}
+				return err
+			}
+		}
+	}
+	const lost = "The change may have happened. Run list, and retry only if it did not. Nothing is retried by itself.\n"
+	for name, tt := range map[string]struct {
+		state  func(*desk)
+		line   string
+		code   int
+		stderr string
+	}{
+		"another operation, or automatic rotation": {failing(keyset.ErrBusy), "prepare", 1,
+			"Error: The request failed due to an internal error, please try again.\n" +
+				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
+				"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
+		"the same from a server that only sends its text": {failing(errors.New(keyset.ErrBusy.Error())), "taint ks_abc1234xyz", 1,
+			"Error: The request failed due to an internal error, please try again.\n" +
+				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
+				"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
+		"tainting the active keyset": {prepared, "taint ks_abc1234xyz", 1,
+			"Error: cannot taint active key set\nOnly a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.\n"},
+		"activating a tainted one": {taintedOld, "activate ks_abc1234xyz", 1,
+			"Error: cannot activate tainted key set\nOnly a Prepared keyset can be activated: prepare a new one.\n"},
+		"activating the active one": {prepared, "activate ks_abc1234xyz", 1,
+			"Error: cannot activate active key set\nIt signs already: nothing is left to do.\n"},
+		"tainting twice": {taintedOld, "taint ks_abc1234xyz", 1,
+			"Error: cannot taint tainted key set\nIt is tainted already: wait until it is safe to remove.\n"},
+		"removing the active one": {prepared, "remove ks_abc1234xyz", 1,
+			"Error: cannot remove active key set\nOnly a Tainted keyset can be removed: activate a successor, then taint this one.\n"},
+		"removing a prepared one, with force too": {prepared, "remove ks_def5678uvw --force", 1,
+			"Error: cannot remove prepared key set\nOnly a Tainted keyset can be removed: taint it first.\n"},
+		"a keyset that is not there": {nil, "remove ks_nosuch", 1,
+			"Error: key set not found\nRun list to see the keysets that there are.\n"},
+		"an expired one": {func(d *desk) { prepared(d); time.Sleep(91 * 24 * time.Hour) }, "activate ks_def5678uvw", 1,
+			"Error: cannot activate expired key set\nPrepare a new one and activate that.\n"},
+		"the time is over": {failing(fmt.Errorf("the server did not answer within 2m0s: %w", runbook.ErrOutcomeUnknown)), "activate ks_abc1234xyz", 1,
+			"Error: the server did not answer within 2m0s: the outcome is not known\n" + lost},
+		"the connection is lost": {failing(context.Canceled), "prepare", 1,
+			"Error: the outcome is not known: context canceled\n" + lost},
+		"removing too soon": {func(d *desk) {
+			taintedOld(d)
+			d.server.HoldersAt = func(string, time.Time) []runbook.Holder {
+				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", Version: "0.36.0", SVIDs: 3, Reason: "behind"}}
+			}
+		}, "remove ks_abc1234xyz", 3, `Error: cannot remove ks_abc1234xyz: it is not safe yet
+3 X.509-SVIDs of 1 agent hang on it.
+  spiffe://example.org/agent/a: 3 SVIDs, behind: it has not seen the taint yet (version 0.36.0)
+It ends about 2000-01-01 00:01:00 +0000 UTC (in 1m1s).
+Run wait ks_abc1234xyz, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.
+`},
+		"agents that do not renew": {func(d *desk) {
+			taintedOld(d)
+			d.server.HoldersAt = func(_ string, now time.Time) []runbook.Holder {
+				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 3, Reason: "silent", LatestExpiry: time.Date(2000, 1, 1, 12, 0, 0, 0, time.UTC)}}
+			}
+		}, "wait ks_abc1234xyz --timeout 5m", 3, `ks_abc1234xyz: 3 X.509-SVIDs of 1 agent left, done in 12h at the latest; /agent/a silent
+Error: keyset ks_abc1234xyz is not safe to remove after 5m
+3 X.509-SVIDs of 1 agent hang on it.
+  spiffe://example.org/agent/a: 3 SVIDs, silent: it has never reported, the last expires 2000-01-01 12:00:00 +0000 UTC (in 11h55m)
+It ends at the latest 2000-01-01 12:00:00 +0000 UTC (in 11h55m), when what silent agents hold expires.
+Run wait ks_abc1234xyz again, and look after the agents that are silent or behind.
+`},
+		"waiting for what was never tainted": {prepared, "wait ks_def5678uvw", 1,
+			"Error: wait for keyset ks_def5678uvw: it is Prepared, so nothing replaces what it signed: taint ks_def5678uvw first\n"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				d := newDesk(t)
+				if tt.state != nil {
+					tt.state(d)
+				}
+				code, out, errs := d.run(tt.line)
+				if strings.HasPrefix(tt.line, "wait") && tt.code == 3 {
+					// The progress repeats itself: the first and the last of it.
+					first, _, _ := strings.Cut(errs, "\n")
+					if i := strings.Index(errs, "Error:"); i > 0 {
+						errs = first + "\n" + errs[i:]
+					}
+				}
+				if code != tt.code || errs != tt.stderr || out != "" {
+					t.Errorf("exit %d, want %d; printed\n%s%s\nwant\n%s", code, tt.code, out, errs, tt.stderr)
+				}
+			})
+		})
+	}
+}
+
+// What cannot be carried out says what is wrong and what to give instead, and
+// reaches no server.
+func TestUsageErrors(t *testing.T) {
+	t.Parallel()
+	for line, want := range map[string]string{
+		"":                                    "no command: the commands are list, prepare, activate, taint, wait, remove, rotate, plan, version, trust-domain",
+		"lst":                                 `unknown command "lst": the commands are list, prepare`,
+		"trust-domain":                        "no command: the commands are deployment",
+		"trust-domain deployment keyset":      "no command: the commands are list, prepare, activate, taint, wait, remove, rotate",
+		"trust-domain deployment keyset plan": `unknown command "plan"`,
+		"list ks_a":                           `list: takes no argument, and got "ks_a"`,
+		"activate":                            `activate: give the keyset's ID, as in "keysetctl activate ks_abc1234xyz"`,
+		"taint ks_a ks_b":                     `taint: takes one keyset ID, and got "ks_b" too`,
+		"list --nosuch":                       "list: there is no flag --nosuch",
+		"list -x":                             "list: there is no flag -x",
+		"taint ks_a --force":                  "taint: there is no flag --force",
+		"list --output":                       "list: --output needs a value",
+		"list -o yaml":                        `--output takes text or json, and is "yaml"`,
+		"wait ks_a --timeout 5":               `wait: --timeout does not take "5": give a duration such as 90s or 5m`,
+		"wait ks_a --timeout -5s":             "--timeout must not be negative, and is -5s",
+		"wait ks_a --interval 0s":             "--interval must be above 0, and is 0s",
+		"wait ks_a --for x510":                `--for takes one of x509, jwt, all, and is "x510"`,
+		"rotate --for jwt --yes":              `--for takes one of x509, all, and is "jwt"`,
+		"rotate":                              "rotate: asks before each step, and this is no terminal: give --yes",
+		"list --server a:1 --spire-socket /s": "--server and --spire-socket name two servers: give one of them",
+		"list --server a:1":                   "--server a:1: SPIFFE_ENDPOINT_SOCKET is not set",
+		"list --prometheus http://p":          "--prometheus http://p: a renewd server knows the figures itself",
+		"list --agents 3":                     "--prometheus-job and --agents are about Prometheus: give --prometheus URL with them",
+		"list --spire-socket=":                "--spire-socket is empty: give where the server is, or leave the flag out",
+		"plan --agents 3":                     `plan: give --agents N and --svids M, as in "keysetctl plan --agents 200 --svids 50"`,
+		"plan --agents 0 --svids 1":           "plan: --agents must be from 1 to 100000, and is 0",
+		"plan --agents 1 --svids 1 --rate 0":  "plan: --rate must be above 0",
+		"plan --agents many --svids 1":        `plan: --agents does not take "many": give a number`,
+		"help nosuch":                         `no help for "nosuch"`,
+		"version 2":                           `version: takes no argument, and got "2"`,
+	} {
+		d := newDesk(t)
+		d.server.Before = func(call, _ string) error {
+			t.Errorf("%q asked the server: %s", line, call)
+			return nil
+		}
+		code, out, errs := d.run(line)
+		if code != 2 || out != "" || !strings.HasPrefix(errs, "Error: "+want) || !strings.HasSuffix(errs, " --help\" shows the usage.\n") {
+			t.Errorf("%q: exit %d, printed %s%s\nwant %s", line, code, out, errs, want)
+		}
+	}
+}
+
+// Flags win over the environment, and may stand anywhere.
+func TestTarget(t *testing.T) {
+	t.Parallel()
+	for line, want := range map[string]target{
+		"list": {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock"},
+		"list --trust-domain a.org --deployment-name b --admin-socket /c": {TrustDomain: "a.org", Deployment: "b", AdminSocket: "/c"},
+		"--deployment-name b list":                                        {TrustDomain: "env.org", Deployment: "b", AdminSocket: "/env.sock"},
+		"prepare --server h:1":                                            {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock", Server: "h:1"},
+		"list --spire-socket /s --prometheus http://p --prometheus-job j --agents 4": {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock",
+			SpireSocket: "/s", Prometheus: "http://p", Job: "j", Agents: 4},
+	} {
+		d := newDesk(t)
+		d.env = map[string]string{"TRUST_DOMAIN": "env.org", "DEPLOYMENT_NAME": "env", "RENEWD_ADMIN_SOCKET": "/env.sock", "SPIFFE_ENDPOINT_SOCKET": "unix:///w"}
+		want.WorkloadAPI = "unix:///w"
+		if want.Job == "" {
+			want.Job = "renewd-agent"
+		}
+		if code, _, errs := d.run(line); code != 0 || d.target != want {
+			t.Errorf("%s: exit %d %s\ngot  %+v\nwant %+v", line, code, errs, d.target, want)
+		}
+	}
+	d := newDesk(t)
+	d.run("list")
+	if d.target.AdminSocket != "/run/renewd-server/admin.sock" {
+		t.Errorf("the default is %+v", d.target)
+	}
+}
+
+// The JSON forms: keys that scripts may rely on.
+func TestJSON(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t)
+		keys := func(line string, want ...string) map[string]any {
+			t.Helper()
+			code, out, errs := d.run(line + " -o json")
+			var got map[string]any
+			if err := json.Unmarshal([]byte(out), &got); err != nil || (code != 0 && code != 3) {
+				t.Fatalf("%s: exit %d, %v\n%s%s", line, code, err, out, errs)
+			}
+			for _, k := range want {
+				if _, ok := got[k]; !ok {
+					t.Errorf("%s: no %q in %s", line, k, out)
+				}
+			}
+			return got
+		}
+		if got := keys("prepare", "keyset", "done"); got["done"] != "prepared" {
+			t.Errorf("prepare: %v", got)
+		}
+		d.newest("ks_def5678uvw")
+		keys("activate ks_def5678uvw", "keyset", "done")
+		keys("taint ks_abc1234xyz", "keyset", "done")
+		s := keys("list", "trust_domain", "deployment", "keysets", "sequence", "agents", "agents_behind")
+		k, _ := s["keysets"].([]any)[0].(map[string]any)
+		for _, key := range []string{"id", "state", "issued_at", "expires_at", "x509_authority_id", "jwt_key_id", "x509_svids", "x509_safe", "jwt_safe", "tainted_at"} {
+			if _, ok := k[key]; !ok {
+				t.Errorf("list: no %q in %v", key, k)
+			}
+		}
+		held := []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 3, Reason: "renewing"}}
+		d.server.HoldersAt = func(string, time.Time) []runbook.Holder { return held }
+		if got := keys("wait ks_abc1234xyz --timeout 10s", "keyset", "for", "safe", "holders", "x509_svids", "waited_seconds"); got["safe"] != false || got["waited_seconds"] != 10.0 {
+			t.Errorf("wait: %v", got)
+		}
+		held = nil
+		if got := keys("wait ks_abc1234xyz"); got["safe"] != true {
+			t.Errorf("wait: %v", got)
+		}
+		if got := keys("rotate --yes", "steps", "complete", "active"); got["complete"] != true || len(got["steps"].([]any)) != 1 {
+			t.Errorf("rotate: %v", got)
+		}
+		keys("plan --agents 2 --svids 3", "agents", "svids_per_agent", "peak_mints_a_second", "half_done_seconds", "mints_in_each_second", "seed")
+	})
+}
+
+// A whole rotation in one command, and the notes of removing and listing that
+// go beside the output.
+func TestRotate(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d := newDesk(t)
+		old := d.server.Deployment.Active().ID
+		d.server.JWTExpiry[old] = time.Now().Add(24 * time.Hour)
+		code, out, errs := d.run("rotate --yes")
+		d.newest("ks_def5678uvw")
+		out = strings.NewReplacer(d.ids...).Replace(out)
+		want := `Keyset ks_def5678uvw prepared.
+Keyset ks_def5678uvw activated.
+Keyset ks_abc1234xyz tainted.
+Keyset ks_abc1234xyz removed.
+The rotation is complete: ks_def5678uvw is active.
+`
+		wantErr := `Waiting until ks_abc1234xyz is safe to remove.
+JWT-SVIDs that ks_abc1234xyz signed are valid until 2000-01-02 00:00:00 +0000 UTC (in 1d); relying parties reject them as soon as they fetch the trust bundle without it.
+`
+		if code != 0 || out != want || errs != wantErr {
+			t.Errorf("exit %d\n%s%s\nwant\n%s%s", code, out, errs, want, wantErr)
+		}
+		d.server.Unknown = "Prometheus is down"
+		if code, out, errs := d.run("list"); code != 0 || strings.Contains(out, "Prometheus") ||
+			errs != "The figures of ks_def5678uvw are not known: Prometheus is down.\n" {
+			t.Errorf("list: exit %d\n%s%s", code, out, errs)
+		}
+	})
+}
+
+// Only y and yes are a yes, and the end of the input is none.
+func TestAsk(t *testing.T) {
+	t.Parallel()
+	var errs bytes.Buffer
+	p := &program{stdin: strings.NewReader("y\nYES \nn\n\nsure\n"), stderr: &errs}
+	ask := p.asker(nil)
+	for i, want := range []bool{true, true, false, false, false} {
+		if got, err := ask("Go on?"); err != nil || got != want {
+			t.Errorf("answer %d: %v, %v", i, got, err)
+		}
+	}
+	if got, err := ask("Go on?"); err == nil || got {
+		t.Errorf("at the end: %v, %v", got, err)
+	}
+	if !strings.HasPrefix(errs.String(), "Go on? [y/N] Go on? [y/N] ") {
+		t.Errorf("%q", errs.String())
+	}
+}
+
+// Every command has help of its own with an example, and the help of the
+// program tells the five steps.
+func TestHelp(t *testing.T) {
+	t.Parallel()
+	d := newDesk(t)
+	var visit func(c *cobra.Command, path string)
+	visit = func(c *cobra.Command, path string) {
+		code, out, errs := d.run(path + " --help")
+		if code != 0 || errs != "" || !strings.Contains(out, "Usage:\n  keysetctl") {
+			t.Errorf("%s: exit %d\n%s%s", path, code, out, errs)
+		}
+		if c.Name() != "version" && !c.HasSubCommands() && !strings.Contains(out, "\nExample:\n  keysetctl") {
+			t.Errorf("%s: no example", path)
+		}
+		for line := range strings.Lines(out) {
+			if len(line) > 121 {
+				t.Errorf("%s: wider than 120 columns: %q", path, line)
+			}
+		}
+		if path != "" {
+			if code, again, _ := d.run("help " + path); code != 0 || again != out {
+				t.Errorf("help %s: exit %d, another text than --help:\n%s", path, code, again)
+			}
+		}
+		for _, sub := range c.Commands() {
+			if sub.IsAvailableCommand() && sub.Name() != "help" {
+				visit(sub, strings.TrimSpace(path+" "+sub.Name()))
+			}
+		}
+	}
+	p := &program{getenv: func(string) string { return "" }}
+	visit(p.root(), "")
+	_, out, _ := d.run("--help")
+	at := 0
+	for i, step := range []string{"prepare", "activate NEW", "taint OLD", "wait OLD", "remove OLD"} {
+		next := strings.Index(out, fmt.Sprintf("  %d. keysetctl %s", i+1, step))
+		if next < at {
+			t.Errorf("step %d is not told, or not in order", i+1)
+		}
+		at = max(next, at)
+	}
+	if _, out, _ := d.run("plan --help"); strings.Contains(out, "--admin-socket") {
+		t.Errorf("plan asks no server:\n%s", out)
+	}
+}
+
+// A server that is not there is an error that names the place, and no crash.
+func TestNoServer(t *testing.T) {
+	t.Parallel()
+	var out, errs bytes.Buffer
+	none := func(string) string { return "" }
+	code := run(t.Context(), []string{"list", "--spire-socket", "/nonexistent/api.sock"}, none, strings.NewReader(""), &out, &errs, dial)
+	if code != 1 || !strings.Contains(errs.String(), "/nonexistent/api.sock") || out.String() != "" {
+		t.Errorf("exit %d\n%s%s", code, out.String(), errs.String())
+	}
+}
+
+func TestVersion(t *testing.T) {
+	t.Parallel()
+	if code, out, _ := newDesk(t).run("version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
+		t.Errorf("exit %d, %s", code, out)
+	}
+}
