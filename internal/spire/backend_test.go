@@ -314,6 +314,25 @@ func TestHalfStatesRefuse(t *testing.T) {
 	}
 }
 
+// TestHalfActivatedAtOnce: the ends of authorities are whole seconds, so those
+// of two keysets that are made right after each other look confused.
+func TestHalfActivatedAtOnce(t *testing.T) {
+	t.Parallel()
+	f := newFake(t)
+	f.tick = func(call string) time.Duration {
+		if call == "PrepareJWT" {
+			return time.Second
+		}
+		return 0
+	}
+	b := f.serve(spire.Config{})
+	_, n := at(t, f, b, "prepared")
+	must(t, f.activate("ActivateX509", f.x.next))
+	wantRows(t, b, "Prepared/Active Active/Prepared")
+	must(t, b.Activate(t.Context(), n))
+	wantRows(t, b, "Prepared/Prepared Active/Active")
+}
+
 // TestPreparedByJWTOnly is what another tool can leave: it must not be taken
 // for a keyset that is activated by half.
 func TestPreparedByJWTOnly(t *testing.T) {

@@ -49,7 +49,8 @@ type fakeSPIRE struct {
 	// before and after are called around each mutation, with its name such as
 	// TaintX509; what they return is what the caller is told.
 	before, after func(call string) error
-	calls         []string // the mutations
+	calls         []string                        // the mutations
+	tick          func(call string) time.Duration // how much later a preparation is than what was before it
 }
 
 // kind is one kind of authority: two slots and what the bundle has of it.
@@ -69,7 +70,8 @@ type authority struct {
 const caTTL = 72 * time.Hour
 
 func newFake(t *testing.T) *fakeSPIRE {
-	f := &fakeSPIRE{t: t, now: time.Now().Truncate(time.Second), x: kind{bundle: map[string]*authority{}}, j: kind{bundle: map[string]*authority{}}}
+	f := &fakeSPIRE{t: t, now: time.Now().Truncate(time.Second), x: kind{bundle: map[string]*authority{}}, j: kind{bundle: map[string]*authority{}},
+		tick: func(string) time.Duration { return time.Second }}
 	f.x.active, f.j.active = f.create("X509"), f.create("JWT")
 	return f
 }
@@ -135,7 +137,7 @@ func internal(text string) error { return status.Error(codes.Internal, text) }
 func (f *fakeSPIRE) prepare(call string) (*localv1.AuthorityState, error) {
 	var id string
 	err := f.mutate(call, func(k *kind) error {
-		f.now = f.now.Add(time.Second)
+		f.now = f.now.Add(f.tick(call))
 		id = f.create(call)
 		k.next, k.nextOld = id, false
 		return nil

@@ -198,6 +198,10 @@ func fill(a, p, o *localv1.AuthorityState, inBundle []half, upstream bool) slots
 	return slots{take(a, active), next}
 }
 
+// rounding is by how much the ends of two authorities that were prepared
+// together can differ more, because they are whole seconds.
+const rounding = 2 * time.Second
+
 // match pairs the slots of both kinds into keysets, in order of issue: what is
 // old was issued before the active one, what is prepared after it.
 //
@@ -214,7 +218,7 @@ func match(x, j slots) []pair {
 		}
 	}
 	crossed := !same && x.next.here() && j.next.here() &&
-		apart(x.active, j.next)+apart(j.active, x.next) <= apart(x.active, j.active)
+		apart(x.active, j.next)+apart(j.active, x.next) <= apart(x.active, j.active)+rounding
 	switch {
 	case crossed && x.next.place == old:
 		add(pair{x.next, j.active})
