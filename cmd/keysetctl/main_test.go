@@ -24,8 +24,7 @@ type desk struct {
 	t      *testing.T
 	server *runbooktest.Server
 	env    map[string]string
-	target target // of the last command
-	names  *strings.Replacer
+	target target   // of the last command
 	ids    []string // pairs: the server's ID and that of the runbook
 }
 
@@ -63,14 +62,6 @@ func (d *desk) want(line, stdout string) {
 	d.t.Helper()
 	if code, out, errs := d.run(line); code != 0 || out != stdout {
 		d.t.Errorf("%s: exit %d, printed\n%s%s\nwant\n%s", line, code, out, errs, stdout)
-	}
-}
-
-// fails runs a command line that must fail with this on stderr.
-func (d *desk) fails(line string, want int, stderr string) {
-	d.t.Helper()
-	if code, out, errs := d.run(line); code != want || errs != stderr || out != "" {
-		d.t.Errorf("%s: exit %d, want %d; printed\n%s%s\nwant\n%s", line, code, want, out, errs, stderr)
 	}
 }
 

@@ -4,8 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-
-	"github.com/renewd/renewd/internal/keyset"
 )
 
 // ErrOutcomeUnknown is wrapped by the error of a mutation that may have
@@ -33,18 +31,19 @@ func heard(err error) error {
 }
 
 // remedies say what to do about a refusal. Refusals are known by their texts:
-// that is what passes through every kind of Backend.
+// that is what passes through every kind of Backend, and what an operator looks
+// up.
 var remedies = map[string]string{
-	keyset.ErrBusy.Error(): "Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
+	"The request failed due to an internal error, please try again.": "Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
 		"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.",
-	keyset.ErrNotFound.Error():        "Run list to see the keysets that there are.",
-	keyset.ErrActivateActive.Error():  "It signs already: nothing is left to do.",
-	keyset.ErrActivateTainted.Error(): "Only a Prepared keyset can be activated: prepare a new one.",
-	keyset.ErrActivateExpired.Error(): "Prepare a new one and activate that.",
-	keyset.ErrTaintActive.Error():     "Only a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.",
-	keyset.ErrTaintTainted.Error():    "It is tainted already: wait until it is safe to remove.",
-	keyset.ErrRemoveActive.Error():    "Only a Tainted keyset can be removed: activate a successor, then taint this one.",
-	keyset.ErrRemovePrepared.Error():  "Only a Tainted keyset can be removed: taint it first.",
+	"key set not found":               "Run list to see the keysets that there are.",
+	"cannot activate active key set":  "It signs already: nothing is left to do.",
+	"cannot activate tainted key set": "Only a Prepared keyset can be activated: prepare a new one.",
+	"cannot activate expired key set": "Prepare a new one and activate that.",
+	"cannot taint active key set":     "Only a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.",
+	"cannot taint tainted key set":    "It is tainted already: wait until it is safe to remove.",
+	"cannot remove active key set":    "Only a Tainted keyset can be removed: activate a successor, then taint this one.",
+	"cannot remove prepared key set":  "Only a Tainted keyset can be removed: taint it first.",
 }
 
 // Remedy says what to do about an error of one of the steps, in full
@@ -52,9 +51,6 @@ var remedies = map[string]string{
 func Remedy(err error) string {
 	if errors.Is(err, ErrOutcomeUnknown) {
 		return "The change may have happened. Run list, and retry only if it did not. Nothing is retried by itself."
-	}
-	if r, ok := errors.AsType[keyset.Refusal](err); ok {
-		return remedies[r.Error()]
 	}
 	return remedies[err.Error()]
 }

@@ -310,7 +310,7 @@ func TestRotateStopsAtRefusal(t *testing.T) {
 	s := runbooktest.NewServer(t)
 	s.Before = func(call, _ string) error {
 		if call == "activate" {
-			return errors.New("The request failed due to an internal error, please try again.") //nolint:staticcheck // the documented text
+			return errors.New("The request failed due to an internal error, please try again.")
 		}
 		return nil
 	}

@@ -183,8 +183,10 @@ func (f *fleet) perSecond() []int64 {
 	out := make([]int64, end/time.Second+1)
 	for _, b := range f.begins {
 		before := int64(0)
+		end := b.Truncate(time.Second) - 1 // of the second before
 		for s := b / time.Second; s <= (b+length)/time.Second; s++ {
-			n := f.by((s+1)*time.Second - 1 - b)
+			end += time.Second
+			n := f.by(end - b)
 			out[s] += n - before
 			before = n
 		}

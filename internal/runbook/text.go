@@ -29,7 +29,6 @@ func when(t, now time.Time) string {
 // short prints a duration with the two units that matter: 6d23h, 23h4m, 1m20s,
 // 12s. It rounds up: what is left is never understated.
 func short(d time.Duration) string {
-	d = max(d, 0)
 	unit := time.Second
 	if d > time.Hour {
 		unit = time.Minute
@@ -37,16 +36,18 @@ func short(d time.Duration) string {
 	if d > 24*time.Hour {
 		unit = time.Hour
 	}
-	d = (d + unit - 1) / unit * unit
-	units := []struct {
+	d = max(d, 0)
+	if rest := d % unit; rest > 0 {
+		d += unit - rest
+	}
+	var b strings.Builder
+	for _, u := range []struct {
 		name string
 		d    time.Duration
-	}{{"d", 24 * time.Hour}, {"h", time.Hour}, {"m", time.Minute}, {"s", time.Second}}
-	var b strings.Builder
-	for _, u := range units {
-		if n := d / u.d; n > 0 {
+	}{{"d", 24 * time.Hour}, {"h", time.Hour}, {"m", time.Minute}, {"s", time.Second}} {
+		if n := int64(d / u.d); n > 0 {
 			fmt.Fprintf(&b, "%d%s", n, u.name)
-			d -= n * u.d
+			d %= u.d
 		}
 	}
 	if b.Len() == 0 {
