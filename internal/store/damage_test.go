@@ -107,7 +107,7 @@ func TestFlippedBits(t *testing.T) {
 		for at := range 16 { // the page's header
 			flip(page+at, 1<<random.IntN(8))
 		}
-		for range 4 {
+		for range 2 {
 			flip(page+16+random.IntN(pageSize-16), 1<<random.IntN(8))
 			flip(page+16+random.IntN(200), 1<<random.IntN(8)) // the first elements
 		}

@@ -44,6 +44,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
+	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/internal/seal"
@@ -152,7 +153,7 @@ func (s *Store) readError(err error) error {
 	switch {
 	case err == nil:
 		return nil
-	case errors.Is(err, bbolt.ErrDatabaseNotOpen):
+	case errors.Is(err, bolterrors.ErrDatabaseNotOpen):
 		err = ErrClosed
 	case errors.Is(err, ErrDamaged):
 		err = fmt.Errorf("%w; %s", err, restore)

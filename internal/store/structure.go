@@ -199,7 +199,7 @@ func (p *pages) tree(id uint64, low, high []byte, top bool) error {
 	if err != nil {
 		return err
 	}
-	if g.count == 0 && !(top && g.flags == flagLeaf) {
+	if g.count == 0 && (!top || g.flags != flagLeaf) {
 		return damaged("page %d is empty", id)
 	}
 	used, err := p.elements(g, low, high)

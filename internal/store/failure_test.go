@@ -1,0 +1,163 @@
+package store_test
+
+import (
+	"errors"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// TestFullDisk lets writes and syncs fail in different ways. Whatever fails,
+// nothing of it is kept, reading goes on, and writing does when it is over.
+func TestFullDisk(t *testing.T) {
+	t.Parallel()
+	for device, want := range map[string]error{"/dev/full": syscall.ENOSPC, "/dev/null": syscall.EINVAL} {
+		t.Run(device, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				path := newPath(t)
+				s := open(t, path)
+				d := s.Deployment("default")
+				fill(t, d)
+				for range 2 { // leaves free pages
+					if err := update(t.Context(), d, 999, strings.Repeat("x", 1<<16)); err != nil {
+						t.Fatal(err)
+					}
+					if err := update(t.Context(), d, 999, ""); err != nil {
+						t.Fatal(err)
+					}
+				}
+				before := mustContents(t, s)
+				back := s.PutDevice(t, device)
+				for range 3 {
+					// A small change reuses free pages, a large one makes the file grow.
+					for _, size := range []int{10, 2 << 20} {
+						if err := update(t.Context(), d, 1000, strings.Repeat("x", size)); err == nil || size == 10 && !errors.Is(err, want) || !strings.Contains(err.Error(), "write store "+path) || !strings.Contains(err.Error(), "nothing was changed") {
+							t.Errorf("%d bytes: %.200v", size, err)
+						}
+					}
+					if got := mustContents(t, s); got != before {
+						t.Errorf("%s\nwant %s", got, before)
+					}
+				}
+				errs := together(t, d, // on their way when the disk is well again
+					func() error { return update(t.Context(), d, 1001, "1") },
+					func() error { back(); return update(t.Context(), d, 1002, "2") },
+				)
+				for _, err := range errs {
+					if err != nil {
+						t.Error(err)
+					}
+				}
+				for n := range 50 {
+					if err := update(t.Context(), d, 2000+n, strings.Repeat("y", 3000)); err != nil {
+						t.Fatal(err)
+					}
+				}
+				after := mustContents(t, s)
+				closed(t, s)
+				if got := mustContents(t, opened(t, path)); got != after {
+					t.Error("after a restart it differs")
+				}
+			})
+		})
+	}
+}
+
+// TestFailedCommitFailsAll also fails those who would have been refused: what
+// they saw did not come to be.
+func TestFailedCommitFailsAll(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, failedCommitFailsAll)
+}
+
+func failedCommitFailsAll(t *testing.T) {
+	s := opened(t, newPath(t))
+	d := s.Deployment("default")
+	if err := d.PutToken(t.Context(), server.Token{Value: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	take := func() error { _, err := d.TakeToken(t.Context(), "a"); return err }
+	var back func()
+	errs := together(t, d, take, take, func() error {
+		_, err := d.UpdateAgent(t.Context(), agentID(1), func(*server.Agent) (*server.Agent, error) {
+			back = s.PutDevice(t, "/dev/full")
+			return &server.Agent{ID: agentID(1)}, nil
+		})
+		return err
+	})
+	back()
+	for n, err := range errs {
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("writer %d: %v", n, err)
+		}
+	}
+	if err := take(); err != nil {
+		t.Errorf("the token was lost: %v", err)
+	}
+}
+
+// TestHeaderNotSynced is the one failure after which a commit can be seen.
+func TestHeaderNotSynced(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	d := s.Deployment("default")
+	fill(t, d)
+
+	// The second attempt succeeds.
+	s.FailSync(func() {})
+	if err := update(t.Context(), d, 1, "2"); err != nil {
+		t.Error(err)
+	}
+	// It fails as well: nobody may write before it was made good.
+	var back func()
+	s.FailSync(func() { back = s.PutDevice(t, "/dev/full") })
+	if err := update(t.Context(), d, 1, "3"); !errors.Is(err, syscall.ENODEV) && !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "open until") {
+		t.Errorf("first: %v", err)
+	}
+	commits := s.Commits(t)
+	if err := update(t.Context(), d, 2, "4"); err == nil {
+		t.Error("written on top of a commit that may not last")
+	}
+	if s.Commits(t) != commits || s.Settled() {
+		t.Error("the header was overtaken")
+	}
+	back()
+	if err := update(t.Context(), d, 3, "5"); err != nil || !s.Settled() {
+		t.Error(err)
+	}
+	closed(t, s)
+	d = opened(t, path).Deployment("default")
+	for n, version := range map[int]string{1: "3", 2: "1.0", 3: "5"} {
+		if a, err := d.Agent(t.Context(), agentID(n)); err != nil || a.Version != version {
+			t.Errorf("agent %d: %v, %v", n, a, err)
+		}
+	}
+}
+
+// TestDamageWhileOpen ends writing, not reading, and not the process.
+func TestDamageWhileOpen(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	fill(t, s.Deployment("default"))
+	want := mustContents(t, s)
+	s.Panic()
+	for range 2 {
+		if err := update(t.Context(), s.Deployment("default"), 1, "2"); !errors.Is(err, store.ErrDamaged) || !strings.Contains(err.Error(), "backup") {
+			t.Errorf("write: %v", err)
+		}
+	}
+	if got := mustContents(t, s); got != want {
+		t.Error("what is read has changed")
+	}
+	closed(t, s)
+	if got := mustContents(t, opened(t, path)); got != want {
+		t.Error("what was written has changed")
+	}
+}
