@@ -358,3 +358,34 @@ func TestRotateKeysetFlag(t *testing.T) {
 		t.Errorf("it did %v", s.Calls())
 	}
 }
+
+// What a rotation has done itself needs no answer: it goes on with the keyset
+// that it prepared, and with the one that stepped down for it.
+func TestRotateKnowsItsOwn(t *testing.T) {
+	t.Parallel()
+	s, ids, _ := reach(t, []string{"p", "p"})
+	r, err := runbook.Rotate(t.Context(), s, runbook.RotateOptions{Keyset: ids[2]})
+	want := fmt.Sprintf("[activate %[3]s taint %[1]s remove %[1]s taint %[2]s remove %[2]s]", ids[0], ids[1], ids[2])
+	if err != nil || !r.Complete || fmt.Sprint(s.Calls()) != want {
+		t.Errorf("%v, %v\nwant %s", err, s.Calls(), want)
+	}
+
+	s = runbooktest.NewServer(t)
+	var other string
+	s.After = func(call, _ string) error {
+		if call != "prepare" {
+			return nil
+		}
+		k, err := s.Deployment.Prepare(t.Context()) // by somebody else
+		other = k.ID
+		return err
+	}
+	r, err = runbook.Rotate(t.Context(), s, runbook.RotateOptions{})
+	if !strings.HasPrefix(fmt.Sprint(s.Calls()), "[prepare activate "+r.Steps[0].Keyset+" taint") {
+		t.Errorf("%v, %v", err, s.Calls())
+	}
+	// The other one is newer and goes on from there.
+	if err != nil || !r.Complete || r.Active != other {
+		t.Errorf("%+v, %v", r, err)
+	}
+}
