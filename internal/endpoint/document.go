@@ -1,0 +1,92 @@
+package endpoint
+
+import (
+	"crypto"
+	"crypto/ecdsa"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// documents is what is published of one bundle. It is immutable.
+type documents struct {
+	of           *keyset.Bundle
+	bundle, keys document
+}
+
+type document struct {
+	body []byte
+	tag  string // ETag: quoted, and the same for the same content
+}
+
+// documents returns what is published now, rendered when the bundle is another
+// than the last. Two requests that come first may both render it.
+func (s *Server) documents() (*documents, error) {
+	now := s.config.Bundle()
+	if d := s.rendered.Load(); d != nil && d.of == now {
+		return d, nil
+	}
+	d, err := s.render(now)
+	if err != nil {
+		return nil, err
+	}
+	s.rendered.Store(d)
+	return d, nil
+}
+
+func (s *Server) render(b *keyset.Bundle) (*documents, error) {
+	bundle := spiffebundle.New(s.config.TrustDomain)
+	bundle.SetSequenceNumber(b.Sequence)
+	if s.config.RefreshHint > 0 {
+		bundle.SetRefreshHint(s.config.RefreshHint)
+	}
+	bundle.SetX509Authorities(b.Certificates())
+	keys := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
+	for _, a := range b.JWT {
+		key := jose.JSONWebKey{Key: a.PublicKey, KeyID: a.KeyID, Use: "sig", Algorithm: algorithm(a.PublicKey)}
+		// A private key would be encoded as gladly.
+		if !key.IsPublic() || !key.Valid() {
+			return nil, fmt.Errorf("JWT key %s is not a public key", a.KeyID)
+		}
+		keys.Keys = append(keys.Keys, key)
+		if err := bundle.AddJWTAuthority(a.KeyID, a.PublicKey); err != nil {
+			return nil, err
+		}
+	}
+	body, err := bundle.Marshal()
+	if err != nil {
+		return nil, fmt.Errorf("encode bundle: %w", err)
+	}
+	jwks, err := json.Marshal(keys)
+	if err != nil {
+		return nil, fmt.Errorf("encode keys: %w", err)
+	}
+	return &documents{of: b, bundle: newDocument(body), keys: newDocument(jwks)}, nil
+}
+
+func newDocument(body []byte) document {
+	sum := sha256.Sum256(body)
+	return document{body: body, tag: `"` + hex.EncodeToString(sum[:16]) + `"`}
+}
+
+// algorithm is the one that a key can be used with (RFC 7518, 3.1), empty where
+// the key alone does not decide it.
+func algorithm(key crypto.PublicKey) string {
+	if k, ok := key.(*ecdsa.PublicKey); ok {
+		switch k.Curve.Params().BitSize {
+		case 256:
+			return string(jose.ES256)
+		case 384:
+			return string(jose.ES384)
+		case 521:
+			return string(jose.ES512)
+		}
+	}
+	return ""
+}
