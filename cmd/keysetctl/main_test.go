@@ -384,7 +384,7 @@ func TestAsk(t *testing.T) {
 	t.Parallel()
 	var errs bytes.Buffer
 	p := &program{stdin: strings.NewReader("y\nYES \nn\n\nsure\n"), stderr: &errs}
-	ask := p.asker(nil)
+	ask := p.asker(t.Context(), nil)
 	for i, want := range []bool{true, true, false, false, false} {
 		if got, err := ask("Go on?"); err != nil || got != want {
 			t.Errorf("answer %d: %v, %v", i, got, err)

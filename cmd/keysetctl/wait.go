@@ -5,7 +5,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -98,7 +97,7 @@ func (p *program) rotate() *cobra.Command {
 				if !isTerminal(p.stdin) || !isTerminal(p.stderr) {
 					return cli.Usagef("rotate: asks before each step, and this is no terminal: give --yes")
 				}
-				ro.Ask = p.asker(o.Progress)
+				ro.Ask = p.asker(c.Context(), o.Progress)
 			}
 			var failed error // of the output
 			if p.output != "json" {
@@ -126,19 +125,33 @@ func (p *program) rotate() *cobra.Command {
 }
 
 // asker asks on the terminal. Only y or yes is a yes.
-func (p *program) asker(s *runbook.Screen) func(string) (bool, error) {
-	lines := bufio.NewScanner(p.stdin)
+func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bool, error) {
+	type answer struct {
+		text string
+		err  error
+	}
+	lines := bufio.NewReader(p.stdin)
 	return func(question string) (bool, error) {
 		s.Clear()
 		_, _ = fmt.Fprintf(p.stderr, "%s [y/N] ", question)
-		if !lines.Scan() {
+		got := make(chan answer, 1)
+		// A terminal cannot be read with a deadline: after an interrupt this
+		// goroutine ends with the program, which is then about to end.
+		go func() {
+			text, err := lines.ReadString('\n')
+			got <- answer{text, err}
+		}()
+		select {
+		case <-ctx.Done():
 			_, _ = fmt.Fprintln(p.stderr)
-			if err := lines.Err(); err != nil {
-				return false, err
+			return false, context.Cause(ctx)
+		case a := <-got:
+			if a.err != nil {
+				_, _ = fmt.Fprintln(p.stderr)
+				return false, a.err
 			}
-			return false, io.ErrUnexpectedEOF
+			text := strings.ToLower(strings.TrimSpace(a.text))
+			return text == "y" || text == "yes", nil
 		}
-		answer := strings.ToLower(strings.TrimSpace(lines.Text()))
-		return answer == "y" || answer == "yes", nil
 	}
 }
