@@ -68,16 +68,16 @@ func TestEntryFieldsAndMask(t *testing.T) {
 func TestEntriesBelongToTheirParent(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
-		one, _ := s.join(t)
+		one, oneConn := s.join(t)
 		two, _ := s.join(t)
 		s.apply(t, []server.Entry{
-			entry("all"),
+			entry("all"), entry("zero"),
 			entry("one", func(e *server.Entry) { e.ParentID = one.id }),
 			entry("two", func(e *server.Entry) { e.ParentID = two.id }),
 		})
 		for who, own := range map[*identity]string{one: "one", two: "two"} {
 			got := s.fetch(t, who)
-			if len(got) != 2 || got["all"] == nil || got[own] == nil {
+			if len(got) != 3 || got["all"] == nil || got["zero"] == nil || got[own] == nil {
 				t.Errorf("agent %s has %v", own, got)
 			}
 			for _, e := range got {
@@ -85,6 +85,17 @@ func TestEntriesBelongToTheirParent(t *testing.T) {
 					t.Errorf("parent of %s is %v", e.GetId(), e.GetParentId())
 				}
 			}
+		}
+		resp, err := oneConn.GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var ids []string
+		for _, e := range resp.GetEntries() {
+			ids = append(ids, e.GetId())
+		}
+		if want := []string{"all", "one", "zero"}; !slices.Equal(ids, want) {
+			t.Errorf("entries are %v, want %v", ids, want)
 		}
 	})
 }

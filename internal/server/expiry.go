@@ -19,6 +19,8 @@ const (
 	// sweepSize is the most that one sweep looks at: more than what is added
 	// between two of them, and few enough commits for somebody to wait for.
 	sweepSize = 10
+	// sweepPause is when what could not be forgotten is tried again.
+	sweepPause = time.Hour
 )
 
 // expiry is a join token, or an agent, that can be forgotten at a time. An agent
@@ -79,8 +81,10 @@ func (s *Server) sweep(ctx context.Context) {
 		}
 		again, err := s.forget(ctx, e)
 		if err != nil {
+			// Later, so that what cannot be deleted does not keep the rest.
+			e.at = s.now().Add(sweepPause)
 			s.remember(e)
-			s.log.Warn("could not forget what has expired; it is tried again with the next join token", "error", err)
+			s.log.Warn("could not forget what has expired", "error", err, "again_in", sweepPause)
 			return
 		}
 		if !again.IsZero() {

@@ -128,11 +128,17 @@ func TestForgettingIsCalm(t *testing.T) {
 			t.Errorf("%d tries while nothing can be deleted", n)
 		}
 		store.on.Store(false)
-		for i, want := range []int{17, 8, 4} {
+		for i, want := range []int{17, 8, 5} {
 			s.token(t)
 			if tokens, _ := counted(t, store); tokens != want {
 				t.Errorf("%d tokens after call %d, want %d", tokens, i, want)
 			}
+		}
+		// The one that could not be deleted has not kept the others, and goes now.
+		time.Sleep(time.Hour + time.Second)
+		s.token(t)
+		if tokens, _ := counted(t, store); tokens != 1 {
+			t.Errorf("%d tokens are kept", tokens)
 		}
 	})
 }
