@@ -56,8 +56,8 @@ type Config struct {
 	URL string
 	// Job is the value of the job label of the agents; DefaultJob when empty.
 	Job string
-	// TrustDomain leaves out agents that say they serve another one. When empty
-	// all agents of the job count.
+	// TrustDomain leaves out agents that say they serve another one; with or
+	// without spiffe://. When empty all agents of the job count.
 	TrustDomain string
 	// Expected is the number of agents there must be. When 0 it is what the
 	// caller of Figures says.
@@ -89,6 +89,7 @@ func New(c Config) (*Client, error) {
 	if c.Expected < 0 || c.JWTLife < 0 || c.Timeout < 0 {
 		return nil, errors.New("prometheus: the number of agents, the life of JWT-SVIDs and the timeout cannot be negative")
 	}
+	c.TrustDomain = strings.TrimPrefix(c.TrustDomain, "spiffe://")
 	if c.Job == "" {
 		c.Job = DefaultJob
 	}

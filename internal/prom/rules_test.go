@@ -161,6 +161,7 @@ func TestRules(t *testing.T) {
 	}{
 		"all is well":              {},
 		"expected by the config":   {change: func(w *world) { w.cfg.Expected, w.expected = 3, 9 }},
+		"trust domain as URI":      {change: func(w *world) { w.cfg.TrustDomain = "spiffe://example.org" }},
 		"nothing expected":         {change: func(w *world) { w.expected = 0 }},
 		"down":                     {func(w *world) { w.targets[1].health = "down" }, "node-1:9090: silent", true, ""},
 		"not scraped yet":          {func(w *world) { w.targets[1].health = "unknown" }, "node-1:9090: silent", true, ""},
