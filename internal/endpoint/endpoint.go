@@ -76,15 +76,15 @@ func New(c Config) (*Server, error) {
 	web := c.CertFile != "" || c.KeyFile != ""
 	switch {
 	case c.TrustDomain.IsZero() || c.Bundle == nil:
-		return nil, errors.New("bundle endpoint: no trust domain or no bundle")
+		return nil, errors.New("no trust domain or no bundle")
 	case c.RefreshHint < 0 || c.RefreshHint%time.Second != 0:
-		return nil, fmt.Errorf("bundle endpoint: refresh hint %v is not in whole seconds", c.RefreshHint)
+		return nil, fmt.Errorf("refresh hint %v is not in whole seconds", c.RefreshHint)
 	case web == (c.Certificate != nil):
-		return nil, errors.New("bundle endpoint: needs either its own SVID or certificate files")
+		return nil, errors.New("needs either its own SVID or certificate files")
 	case web:
 		files := &certFiles{cert: c.CertFile, key: c.KeyFile, log: c.Log}
 		if _, err := files.get(nil); err != nil {
-			return nil, fmt.Errorf("bundle endpoint: %w", err)
+			return nil, err
 		}
 		s.tls.GetCertificate = files.get
 	}
