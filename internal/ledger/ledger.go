@@ -14,12 +14,41 @@
 //
 // What is true of an authority follows from the rows and the last reports at
 // every moment; there is no list of waves that are over.
+//
+// # Order
+//
+// All changes are stored in the order in which they were made in memory. A row
+// is seen from the moment it is to be stored; one that is to go is seen until
+// that is durable. So what is seen never lacks what a restart would bring back,
+// except what an agent or the clock has declared over. A row whose storing failed
+// stays: it may have been stored all the same. A row that is given while
+// the same agent's rows of the same authority are being deleted keeps them all in
+// memory; the next report says again whether they may go.
+//
+// Reads never wait for storage.
+//
+// # Clocks
+//
+// Everything counts until a few minutes after its expiry by the server's
+// clock, since clocks differ, and those who verify have clocks of their own.
 package ledger
 
 import (
 	"context"
+	"fmt"
+	"log/slog"
+	"sync"
 	"time"
+
+	"github.com/renewd/renewd/internal/keyset"
 )
+
+// skew is how far clocks may differ, and how far the server's own may be set,
+// without an SVID being forgotten while somebody takes it for valid.
+const skew = 5 * time.Minute
+
+// longest is how long anything can be held: an SVID of the longest life.
+const longest = keyset.MaxX509TTL + skew
 
 // Row says that an agent could hold an X.509-SVID. Entry is empty for the
 // agent's own.
@@ -47,3 +76,120 @@ type Storage interface {
 	// share one commit.
 	SaveLedger(ctx context.Context, c Change) error
 }
+
+// Config says how to open a ledger. The zero value works.
+type Config struct {
+	Storage Storage // memory when nil
+	// Now is the clock; time.Now when nil.
+	Now func() time.Time
+	Log *slog.Logger // discarded when nil
+}
+
+// Ledger is the ledger of one deployment. All methods may be called
+// concurrently.
+type Ledger struct {
+	storage Storage
+	now     func() time.Time
+	log     *slog.Logger
+	saving  chan struct{} // held by who is in SaveLedger
+
+	mu          sync.Mutex // never held over storage
+	authorities map[string]*authority
+	agents      map[string]*agent
+	jwt         map[string]*jwtKey
+	calendar    calendar
+	expired     []Row // to be deleted from storage
+	pending     *batch
+
+	// Signatures on their way, by generation. Every taint that is learned of
+	// ends a generation.
+	generation uint64
+	signing    map[uint64]int
+}
+
+// jwtKey is what is known of the JWT-SVIDs that a key has signed. Times are in
+// Unix seconds, a full minute.
+type jwtKey struct {
+	latest  int64 // expiry of the last one
+	durable int64 // as far as it is stored
+	taint   taint
+}
+
+// taint is what the ledger remembers of the moment when it learned that a key
+// signs nothing any more.
+type taint struct {
+	known   bool
+	barrier uint64 // the generation that ended with it
+}
+
+// Open loads a ledger. What has expired is left out, and deleted by
+// [Ledger.Run].
+func Open(ctx context.Context, c Config) (*Ledger, error) {
+	l := &Ledger{
+		storage: c.Storage, now: c.Now, log: c.Log,
+		saving:      make(chan struct{}, 1),
+		authorities: make(map[string]*authority),
+		agents:      make(map[string]*agent),
+		jwt:         make(map[string]*jwtKey),
+		calendar:    newCalendar(),
+		signing:     make(map[uint64]int),
+	}
+	if l.storage == nil {
+		l.storage = nowhere{}
+	}
+	if l.now == nil {
+		l.now = time.Now
+	}
+	if l.log == nil {
+		l.log = slog.New(slog.DiscardHandler)
+	}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.pending = newBatch()
+	now := l.now()
+	// Two rows of an entry, before and after a rotation, share its ID.
+	ids := make(map[string]string)
+	latest, err := l.storage.LoadLedger(ctx, func(r Row) {
+		if over(r.NotAfter.Unix(), now) {
+			l.expired = append(l.expired, r)
+			return
+		}
+		if id, ok := ids[r.Entry]; ok {
+			r.Entry = id
+		} else {
+			ids[r.Entry] = r.Entry
+		}
+		l.put(l.holding(r.Authority, r.Agent), r.Entry, r.NotAfter)
+	})
+	if err != nil {
+		return nil, fmt.Errorf("open ledger: load: %w", err)
+	}
+	for id, t := range latest {
+		if over(t.Unix(), now) {
+			l.pending.jwt[id] = 0 // with the next change
+			continue
+		}
+		l.jwt[id] = &jwtKey{latest: t.Unix(), durable: t.Unix()}
+	}
+	return l, nil
+}
+
+// over reports whether something that expires at a Unix time is over for
+// everybody.
+func over(expiry int64, now time.Time) bool {
+	return now.Unix() >= expiry+int64(skew/time.Second)
+}
+
+// at is a Unix time as a time, zero for none.
+func at(unix int64) time.Time {
+	if unix == 0 {
+		return time.Time{}
+	}
+	return time.Unix(unix, 0).UTC()
+}
+
+// nowhere is the storage of a ledger that ends with the process.
+type nowhere struct{}
+
+func (nowhere) LoadLedger(context.Context, func(Row)) (map[string]time.Time, error) { return nil, nil }
+func (nowhere) SaveLedger(context.Context, Change) error                            { return nil }

@@ -1,0 +1,127 @@
+package ledger
+
+import (
+	"cmp"
+	"slices"
+	"time"
+)
+
+// Holding is what is out of one X.509 authority.
+type Holding struct {
+	// SVIDs counts what could still be held: an agent's rows or, where it has
+	// reported about the authority, what it says that it has to replace, and at
+	// least one for each of the Agents and for each call on its way that may be
+	// signing still.
+	SVIDs, Agents int
+	Latest        time.Time // expiry of the last row; zero when there is none
+	// Clear: the authority is tainted, and nobody could still hold an SVID of it
+	// or be about to get one.
+	Clear bool
+}
+
+// X509 says what is out of an authority. tainted says that it signs nothing any
+// more and never will; the first time, that is noted. It is called with what
+// the keysets say after the taint took effect.
+func (l *Ledger) X509(authority string, tainted bool) Holding {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.expire()
+	if tainted {
+		l.learn(&l.authority(authority).taint)
+	}
+	a := l.authorities[authority]
+	if a == nil {
+		return Holding{}
+	}
+	calls := l.onTheirWay(a.taint)
+	return Holding{
+		SVIDs: a.svids + calls, Agents: a.agents, Latest: at(a.latestOf()),
+		Clear: tainted && a.agents == 0 && calls == 0,
+	}
+}
+
+// JWT returns the expiry of the last JWT-SVID of a key, zero when all have
+// expired, and whether the key is clear: tainted, nothing unexpired, and no
+// call on its way that may be signing with it still. tainted is as for
+// [Ledger.X509].
+func (l *Ledger) JWT(keyID string, tainted bool) (latest time.Time, clear bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if tainted {
+		l.learn(&l.jwtKey(keyID).taint)
+	}
+	k := l.jwt[keyID]
+	if k == nil {
+		return time.Time{}, false
+	}
+	if !over(k.latest, l.now()) {
+		return at(k.latest), false
+	}
+	return time.Time{}, tainted && l.onTheirWay(k.taint) == 0
+}
+
+// Why an agent is counted.
+const (
+	ReasonSilent   = "silent"   // it has not reported for some minutes, or ever
+	ReasonBehind   = "behind"   // it reports and has not seen the taint
+	ReasonWaiting  = "waiting"  // for its random delay
+	ReasonRenewing = "renewing" // or about to say that it is done
+	ReasonStreams  = "streams"  // all is replaced and not yet sent to all workloads
+	ReasonSigning  = "signing"  // an answer is on its way
+)
+
+// silence is how long an agent that reports once a minute may be quiet before
+// it is called silent.
+const silence = 3 * time.Minute
+
+// Holder is an agent that could still hold SVIDs of an authority. That of
+// ReasonSigning has no Agent: it stands for the calls on their way, whose agents
+// are not known.
+type Holder struct {
+	Agent          string
+	SVIDs, Streams int
+	Latest         time.Time // expiry of its last row; zero when there is none
+	LastReport     time.Time // zero: none since the server started
+	BeginsAt       time.Time // of its wave
+	Sequence       uint64    // of the trust bundle that it has in force
+	Rate           float64   // taint renewals a second at most
+	Reason         string
+}
+
+// Holders returns who makes up what [Ledger.X509] says, ordered by agent.
+func (l *Ledger) Holders(authority string) []Holder {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	now := l.expire()
+	a := l.authorities[authority]
+	if a == nil {
+		return nil
+	}
+	holders := make([]Holder, 0, len(a.holdings)+1)
+	if calls := l.onTheirWay(a.taint); calls > 0 {
+		holders = append(holders, Holder{SVIDs: calls, Reason: ReasonSigning})
+	}
+	for _, h := range a.holdings {
+		holders = append(holders, Holder{
+			Agent: h.agent.id, SVIDs: h.counted, Streams: h.said.streams, Latest: at(h.latest),
+			LastReport: h.agent.reported, BeginsAt: h.said.beginsAt,
+			Sequence: h.agent.contact.Sequence, Rate: h.agent.rate, Reason: h.reason(now),
+		})
+	}
+	slices.SortFunc(holders, func(x, y Holder) int { return cmp.Compare(x.Agent, y.Agent) })
+	return holders
+}
+
+func (h *holding) reason(now time.Time) string {
+	switch s := h.said; {
+	case h.agent.reported.IsZero() || now.Sub(h.agent.reported) > silence:
+		return ReasonSilent
+	case !s.made:
+		return ReasonBehind
+	case s.pending > 0 && s.beginsAt.After(now):
+		return ReasonWaiting
+	case s.pending == 0 && s.streams > 0:
+		return ReasonStreams
+	}
+	return ReasonRenewing
+}
