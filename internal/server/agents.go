@@ -49,6 +49,8 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	if err != nil {
 		return err
 	}
+	end := s.ledger.Begin()
+	defer end()
 	svid, err := s.keysets.SignX509(id, key, s.config.X509TTL)
 	if err != nil {
 		return s.internal("sign SVID", err)
@@ -66,6 +68,11 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 		return s.internal("store agent", err)
 	}
 	s.remember(expiry{at: svid.NotAfter.Add(forgetAfter), agent: id})
+	// Recorded last: a row of an agent that is not let in would be counted as
+	// held by one that never reports.
+	if err := s.ledger.GiveX509(ctx, row(svid, id, "")); err != nil {
+		return s.unrecorded(ctx, err)
+	}
 	s.log.Info("agent attested", "agent", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
 		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid)},
@@ -105,6 +112,8 @@ func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	if err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
+	end := s.ledger.Begin()
+	defer end()
 	svid, err := s.keysets.SignX509(id, key, s.config.X509TTL)
 	if err != nil {
 		return nil, s.internal("sign SVID", err)
@@ -112,6 +121,9 @@ func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	err = s.updateAgent(ctx, id, func(a *Agent) { a.NextSerial, a.NextExpiresAt = svid.Serial, svid.NotAfter })
 	if err != nil {
 		return nil, err
+	}
+	if err := s.ledger.GiveX509(ctx, row(svid, id, "")); err != nil {
+		return nil, s.unrecorded(ctx, err)
 	}
 	s.log.Info("agent renewed", "agent", id.String(), "expires_at", svid.NotAfter)
 	return &agentv1.RenewAgentResponse{Svid: protoX509(svid)}, nil
@@ -125,6 +137,9 @@ func (a *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	version := req.GetAgentVersion()
 	if utf8.RuneCountInString(version) > maxVersion {
 		return nil, status.Errorf(codes.InvalidArgument, "agent version is longer than %d characters", maxVersion)
+	}
+	if sequence := req.GetCurrentBundleSerial(); sequence > 0 {
+		a.s.ledger.Applied(id.String(), sequence)
 	}
 	// Agents post every minute, and every write costs a commit.
 	agent, err := a.s.storage.Agent(ctx, id)

@@ -15,6 +15,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
 )
 
 // agentOnly are the methods whose caller must present an active agent SVID.
@@ -28,6 +30,7 @@ var agentOnly = map[string]bool{
 	svidv1.SVID_BatchNewX509SVID_FullMethodName:        true,
 	svidv1.SVID_NewJWTSVID_FullMethodName:              true,
 	bundlev1.Bundle_GetFederatedBundle_FullMethodName:  true,
+	api.Fleet_Report_FullMethodName:                    true,
 }
 
 type callerKey struct{}

@@ -68,7 +68,7 @@ func bubble(t *testing.T, c server.Config, f func(t *testing.T, s *running)) {
 	synctest.Test(t, func(t *testing.T) { f(t, start(t, c)) })
 }
 
-func start(t *testing.T, c server.Config) *running {
+func start(t testing.TB, c server.Config) *running {
 	t.Helper()
 	c.TrustDomain = td
 	s, err := server.New(c)
@@ -78,7 +78,7 @@ func start(t *testing.T, c server.Config) *running {
 	return serve(t, s)
 }
 
-func serve(t *testing.T, s *server.Server) *running {
+func serve(t testing.TB, s *server.Server) *running {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	lis := &listener{Listener: bufconn.Listen(1 << 20)}
@@ -111,7 +111,7 @@ type client struct {
 }
 
 // dial connects, authenticating the server by its SPIFFE ID; who may be nil.
-func (r *running) dial(t *testing.T, who *identity) *client {
+func (r *running) dial(t testing.TB, who *identity) *client {
 	t.Helper()
 	authorities := x509bundle.FromX509Authorities(td, r.Keysets().Bundle().Certificates())
 	config := tlsconfig.TLSClientConfig(authorities, tlsconfig.AuthorizeID(serverID))
@@ -123,7 +123,7 @@ func (r *running) dial(t *testing.T, who *identity) *client {
 	return r.dialTLS(t, credentials.NewTLS(config))
 }
 
-func (r *running) dialTLS(t *testing.T, creds credentials.TransportCredentials) *client {
+func (r *running) dialTLS(t testing.TB, creds credentials.TransportCredentials) *client {
 	t.Helper()
 	if creds == nil {
 		creds = insecure.NewCredentials()
@@ -180,7 +180,7 @@ func (c *client) attest(ctx context.Context, kind, payload string, csr []byte) (
 }
 
 // token makes a join token of one minute.
-func (r *running) token(t *testing.T) string {
+func (r *running) token(t testing.TB) string {
 	t.Helper()
 	token, err := r.CreateJoinToken(t.Context(), time.Minute)
 	if err != nil {
@@ -190,7 +190,7 @@ func (r *running) token(t *testing.T) string {
 }
 
 // apply makes entries all there are.
-func (r *running) apply(t *testing.T, entries []server.Entry) server.Diff {
+func (r *running) apply(t testing.TB, entries []server.Entry) server.Diff {
 	t.Helper()
 	diff, err := r.ApplyEntries(t.Context(), entries, false)
 	if err != nil {
@@ -201,7 +201,7 @@ func (r *running) apply(t *testing.T, entries []server.Entry) server.Diff {
 
 // join lets a new agent in and returns its identity with a connection that
 // uses it.
-func (r *running) join(t *testing.T) (*identity, *client) {
+func (r *running) join(t testing.TB) (*identity, *client) {
 	t.Helper()
 	token := r.token(t)
 	key, csr := newKey(t)
@@ -213,7 +213,7 @@ func (r *running) join(t *testing.T) (*identity, *client) {
 	return who, r.dial(t, who)
 }
 
-func newIdentity(t *testing.T, svid *types.X509SVID, key crypto.Signer) *identity {
+func newIdentity(t testing.TB, svid *types.X509SVID, key crypto.Signer) *identity {
 	t.Helper()
 	who := &identity{id: spiffeid.RequireFromPath(td, svid.GetId().GetPath()), key: key}
 	for _, der := range svid.GetCertChain() {

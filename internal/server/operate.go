@@ -72,6 +72,11 @@ func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) erro
 	if err != nil && !(gone && errors.Is(err, ErrNotFound)) {
 		return fmt.Errorf("evict agent %s: %w", id, err)
 	}
+	if gone {
+		if err := s.ledger.Gone(ctx, id.String()); err != nil {
+			return fmt.Errorf("evict agent %s: it has to attest again, but what it was given is still counted: %w", id, err)
+		}
+	}
 	s.log.Info("agent evicted", "agent", id.String(), "gone", gone)
 	return nil
 }

@@ -4,8 +4,10 @@
 // Agents join with a one-time token (AttestAgent, RenewAgent, PostStatus),
 // learn which entries they serve (SyncAuthorizedEntries, GetAuthorizedEntries)
 // and whom to trust (GetBundle, GetFederatedBundle), and have SVIDs signed
-// (BatchNewX509SVID, NewJWTSVID). Every other RPC answers Unimplemented: what
-// an operator does goes through [Server]'s methods and [Server.Keysets].
+// (BatchNewX509SVID, NewJWTSVID). With a [Ledger] every SVID is recorded there
+// before it is handed out, and agents may report where they are in a rotation
+// (renewd's own Fleet service). Every other RPC answers Unimplemented: what an
+// operator does goes through [Server]'s methods and [Server.Keysets].
 //
 // The server proves itself as spiffe://<trust domain>/spire/server, with a
 // certificate from the active keyset. A client certificate is optional and,
@@ -34,6 +36,7 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
 
+	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -64,11 +67,13 @@ const (
 	maxHeaders = 16 << 10
 )
 
-// Observer is told of every signature that was asked for. Its method must be
-// fast and safe for concurrent use.
+// Observer is told of every workload's SVID that was asked for; the agents' own
+// are not among them. Its method must be fast and safe for concurrent use.
 type Observer interface {
 	// Minted reports one SVID of svidType "x509" or "jwt": the outcome, and
-	// how long checking and signing took.
+	// how long checking, signing and recording took. What was signed and could
+	// not be recorded is Unavailable. The SVIDs of a batch are recorded
+	// together, and each has taken all of that time.
 	Minted(svidType string, code codes.Code, took time.Duration)
 }
 
@@ -98,7 +103,10 @@ type Config struct {
 	// ConnectionAge is when a client is asked to connect anew: three minutes
 	// when zero, never when negative.
 	ConnectionAge time.Duration
-	// Observer is told of every signature; nobody when nil.
+	// Ledger records every SVID before it is handed out; nothing is recorded,
+	// and no reports are taken, when nil.
+	Ledger Ledger
+	// Observer is told of every SVID asked for; nobody when nil.
 	Observer Observer
 	// Log receives what the server does; nothing is logged when nil.
 	Log *slog.Logger
@@ -118,6 +126,7 @@ type Server struct {
 	log      *slog.Logger
 	now      func() time.Time
 	observer Observer
+	ledger   Ledger
 	tls      *tls.Config
 
 	entries  atomic.Pointer[entrySet]
@@ -139,7 +148,7 @@ type Server struct {
 func New(c Config) (*Server, error) {
 	s := &Server{
 		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
-		log: c.Log, now: c.Now, observer: c.Observer,
+		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
 		federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
@@ -153,6 +162,9 @@ func New(c Config) (*Server, error) {
 	}
 	if s.observer == nil {
 		s.observer = nobody{}
+	}
+	if s.ledger == nil {
+		s.ledger = noLedger{}
 	}
 	if s.config.ConnectionAge == 0 {
 		s.config.ConnectionAge = connectionAge
@@ -209,6 +221,9 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	bundlev1.RegisterBundleServer(gs, &bundleService{s: s})
 	entryv1.RegisterEntryServer(gs, &entryService{s: s})
 	svidv1.RegisterSVIDServer(gs, &svidService{s: s})
+	if s.config.Ledger != nil {
+		api.RegisterFleetServer(gs, &fleetService{s: s})
+	}
 
 	tracked := newConns(lis)
 	failed := make(chan struct{})

@@ -34,6 +34,13 @@ func (c *counts) Minted(svidType string, code codes.Code, _ time.Duration) {
 	c.by[fmt.Sprint(svidType, " ", code)]++
 }
 
+// total is how many were counted with a code.
+func (c *counts) total(code string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.by["x509 "+code] + c.by["jwt "+code]
+}
+
 func TestBatchNewX509SVID(t *testing.T) {
 	t.Parallel()
 	seen := &counts{by: make(map[string]int)}

@@ -37,7 +37,9 @@ func (s *Server) newTLSConfig() *tls.Config {
 }
 
 // certificate returns the serving certificate: a new one when another keyset
-// has become active, or half the life of the old one is over.
+// has become active, or half the life of the old one is over. It is not in the
+// ledger: nobody else holds it, and no handshake uses that of a keyset which is
+// not the active one.
 func (s *Server) certificate() (*tls.Certificate, error) {
 	s.servingM.Lock()
 	defer s.servingM.Unlock()
