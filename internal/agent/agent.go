@@ -16,6 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/attest/unix"
 	"github.com/renewd/renewd/internal/keep"
 	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/internal/upstream"
 	"github.com/renewd/renewd/internal/workload"
 	"github.com/renewd/renewd/metrics"
@@ -253,7 +254,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, a.close()) }()
 	listener := a.cfg.Listener
 	if listener == nil {
-		if listener, err = workload.Listen(a.cfg.SocketPath, a.cfg.SocketMode); err != nil {
+		if listener, err = socket.Listen(a.cfg.SocketPath, a.cfg.SocketMode); err != nil {
 			return fmt.Errorf("open the Workload API socket: %w", err)
 		}
 	}

@@ -22,6 +22,7 @@ import (
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/attest/unix"
+	"github.com/renewd/renewd/internal/socket"
 )
 
 // These tests use real sockets and real time: a bubble cannot wait for the
@@ -46,7 +47,7 @@ func serveSocket(t testing.TB, change func(*Config)) (s *system, path string, e 
 		t.Fatal(err)
 	}
 	path = filepath.Join(t.TempDir(), "run", "api.sock")
-	lis, err := Listen(path, 0)
+	lis, err := socket.Listen(path, 0o777)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +145,7 @@ func TestWithGoSPIFFEOverRestart(t *testing.T) {
 	if err := <-u.errs; !strings.Contains(err.Error(), "Unavailable") {
 		t.Errorf("the stream ended with %v, want Unavailable", err)
 	}
-	lis, err := Listen(path, 0)
+	lis, err := socket.Listen(path, 0o777)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -205,7 +206,7 @@ func TestListen(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "a", "b", "api.sock")
-	lis, err := Listen(path, 0)
+	lis, err := socket.Listen(path, 0o777)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -217,7 +218,7 @@ func TestListen(t *testing.T) {
 	}
 	refused := func(path, want string) {
 		t.Helper()
-		lis, err := Listen(path, 0)
+		lis, err := socket.Listen(path, 0o777)
 		if err == nil {
 			lis.Close()
 		}
@@ -233,7 +234,7 @@ func TestListen(t *testing.T) {
 	// What a killed process leaves behind.
 	lis.(*net.UnixListener).SetUnlinkOnClose(false)
 	lis.Close()
-	if lis, err = Listen(path, 0o770); err != nil {
+	if lis, err = socket.Listen(path, 0o770); err != nil {
 		t.Fatal(err)
 	}
 	if info, err := os.Stat(path); err != nil || info.Mode().Perm() != 0o770 {

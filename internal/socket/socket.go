@@ -1,4 +1,5 @@
-package workload
+// Package socket makes the Unix sockets that the programs listen on.
+package socket
 
 import (
 	"errors"
@@ -11,23 +12,19 @@ import (
 	"time"
 )
 
-// maxSocketPath is the room for a path in sockaddr_un, without the final NUL:
+// maxPath is the room for a path in sockaddr_un, without the final NUL:
 // unix(7).
-const maxSocketPath = 107
+const maxPath = 107
 
-// Listen makes the Unix socket at path with the given permissions; zero means
-// 0777, since every workload is to reach it and is attested anyway. The folder
+// Listen makes the Unix socket at path with the given permissions. The folder
 // is made when it is missing (0755). A socket that nobody listens on, left by
 // a process that was killed, is replaced. One that is listened on, or a file
 // that is not a socket, is an error. The socket file is removed when the
 // listener is closed.
 func Listen(path string, mode fs.FileMode) (net.Listener, error) {
-	if mode == 0 {
-		mode = 0o777
-	}
-	if len(path) > maxSocketPath {
+	if len(path) > maxPath {
 		return nil, fmt.Errorf("socket %s: the path has %d bytes, and no more than %d are possible: choose a shorter one",
-			path, len(path), maxSocketPath)
+			path, len(path), maxPath)
 	}
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return nil, fmt.Errorf("socket %s: make its folder: %w", path, err)
