@@ -118,7 +118,7 @@ func (s *Server) forget(ctx context.Context, e expiry) (again time.Time, err err
 	case err != nil:
 		return time.Time{}, fmt.Errorf("look up agent: %w", err)
 	case agent == nil || agent.Banned:
-		return time.Time{}, nil
+		return time.Time{}, nil // it need not be looked at again
 	case !agent.forgetAt().Before(s.now()):
 		return agent.forgetAt(), nil
 	}

@@ -70,7 +70,7 @@ func TestExpiredAgentsGo(t *testing.T) {
 			}
 			busy = newIdentity(t, resp.GetSvid(), key)
 			if agents, err := s.Agents(t.Context()); err != nil || len(agents) != 3 {
-				t.Fatalf("%v before its time: %v, %v", forgotten.Sub(time.Now()), agents, err)
+				t.Fatalf("%v before its time: %v, %v", time.Until(forgotten), agents, err)
 			}
 			time.Sleep(12 * time.Hour)
 			s.token(t)

@@ -69,7 +69,7 @@ func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) erro
 		}
 		return nil, nil
 	})
-	if err != nil && !(gone && errors.Is(err, ErrNotFound)) {
+	if err != nil && (!gone || !errors.Is(err, ErrNotFound)) {
 		return fmt.Errorf("evict agent %s: %w", id, err)
 	}
 	if gone {

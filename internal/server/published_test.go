@@ -98,9 +98,9 @@ func TestRequestsAreBounded(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
 		c := s.dial(t, nil)
-		_, err := c.attest(t.Context(), "join_token", strings.Repeat("x", 2<<20), []byte("x"))
+		_, err := c.attest(t.Context(), "join_token", strings.Repeat("x", 1<<20), []byte("x"))
 		wantCode(t, err, codes.ResourceExhausted)
-		_, err = c.attest(t.Context(), "join_token", strings.Repeat("x", 1<<20), []byte("x"))
+		_, err = c.attest(t.Context(), "join_token", strings.Repeat("x", 1<<20-100), []byte("x"))
 		wantCode(t, err, codes.InvalidArgument)
 		long := metadata.AppendToOutgoingContext(t.Context(), "x", strings.Repeat("x", 20<<10))
 		if _, err = c.GetBundle(long, &bundlev1.GetBundleRequest{}); err == nil {
@@ -116,7 +116,7 @@ func TestStreamsAreBounded(t *testing.T) {
 		who, c := s.join(t)
 		s.apply(t, many(501))
 		var streams []syncStream
-		for range 32 {
+		for range 128 {
 			stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{})
 			receive(t, stream)
 			streams = append(streams, stream)

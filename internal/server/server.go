@@ -58,12 +58,13 @@ const (
 	connectionAge = 3 * time.Minute
 	graceAge      = time.Minute
 	// maxRequest is the largest request in bytes. A batch of 500 CSRs of RSA
-	// keys of 8192 bits fits. maxStreams is how many calls of one connection
-	// are served at a time; the client waits with the rest. maxHeaders is the
-	// most bytes of a call's metadata. Together they bound what one connection
-	// can make the server hold: 64 MiB of requests.
-	maxRequest = 2 << 20
-	maxStreams = 32
+	// keys of 4096 bits fits. maxStreams is how many calls of one connection
+	// are served at a time; the client waits with the rest. An agent of renewd
+	// makes 80 when the server is slow. maxHeaders is the most bytes of a
+	// call's metadata. Together they bound what one connection can make the
+	// server hold: 128 MiB of requests.
+	maxRequest = 1 << 20
+	maxStreams = 128
 	maxHeaders = 16 << 10
 )
 
