@@ -31,16 +31,25 @@ func read(t *testing.T, name string) []byte {
 	return data
 }
 
-func TestUnit(t *testing.T) {
+func TestUnits(t *testing.T) {
 	t.Parallel()
+	for _, name := range []string{"renewd-agent", "renewd-server"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			checkUnit(t, name)
+		})
+	}
+}
+
+func checkUnit(t *testing.T, name string) {
 	analyze := tool(t, "systemd-analyze", "systemd")
-	// The agent is not installed here; any program that is will do.
+	// The program is not installed here; any that is will do.
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	unit := bytes.ReplaceAll(read(t, "renewd-agent.service"), []byte("/usr/local/bin/renewd-agent"), []byte(self))
-	file := filepath.Join(t.TempDir(), "renewd-agent.service")
+	unit := bytes.ReplaceAll(read(t, name+".service"), []byte("/usr/local/bin/"+name+" run"), []byte(self+" run"))
+	file := filepath.Join(t.TempDir(), name+".service")
 	if err := os.WriteFile(file, unit, 0o644); err != nil {
 		t.Fatal(err)
 	}

@@ -140,8 +140,8 @@ func (f *fetcher) x509(ctx context.Context) error {
 	now := time.Now()
 	return f.blocks(len(out), func(w io.Writer, i int) {
 		s := out[i]
-		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Valid from", when(s.NotBefore, now),
-			"Valid until", when(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
+		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Valid from", cli.When(s.NotBefore, now),
+			"Valid until", cli.When(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
 	})
 }
 
@@ -190,10 +190,10 @@ func (f *fetcher) jwt(ctx context.Context) error {
 		s := out[i]
 		issued := ""
 		if s.IssuedAt != nil {
-			issued = when(*s.IssuedAt, now)
+			issued = cli.When(*s.IssuedAt, now)
 		}
 		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Audience", strings.Join(s.Audience, ", "),
-			"Issued at", issued, "Valid until", when(s.ExpiresAt, now), "Authority", s.KeyID, "Token", s.Token)
+			"Issued at", issued, "Valid until", cli.When(s.ExpiresAt, now), "Authority", s.KeyID, "Token", s.Token)
 	})
 }
 

@@ -17,7 +17,6 @@ import (
 	"github.com/prometheus/common/model"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -176,10 +175,10 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 		row("Ready:", "no, "+s.NotReady)
 	}
 	if s.OwnExpiry != nil {
-		row("Agent SVID:", "expires "+when(*s.OwnExpiry, now))
+		row("Agent SVID:", "expires "+cli.When(*s.OwnExpiry, now))
 	}
 	if s.Bundle != nil {
-		row("Trust bundle:", fmt.Sprintf("sequence %d, applied %s", s.Bundle.Sequence, when(s.Bundle.AppliedAt, now)))
+		row("Trust bundle:", fmt.Sprintf("sequence %d, applied %s", s.Bundle.Sequence, cli.When(s.Bundle.AppliedAt, now)))
 	}
 	if err := head.Flush(); err != nil {
 		return fmt.Errorf("write output: %w", err)
@@ -195,7 +194,7 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 			safe = map[bool]string{true: "yes, here", false: "no"}[*a.Safe]
 		}
 		if a.LastJWT != nil {
-			last = when(*a.LastJWT, now)
+			last = cli.When(*a.LastJWT, now)
 		}
 		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n",
 			a.Type, a.ID, a.State, a.Held, count(a.Pending), count(a.Streams), safe, last)
@@ -211,17 +210,4 @@ func count(n *int) string {
 		return "-"
 	}
 	return strconv.Itoa(*n)
-}
-
-// when prints a moment and how far away it is.
-func when(t, now time.Time) string {
-	d := t.Sub(now).Truncate(time.Second)
-	text := t.UTC().Format("2006-01-02 15:04:05 UTC")
-	switch {
-	case d == 0:
-		return text + " (now)"
-	case d < 0:
-		return text + " (" + config.Short(-d) + " ago)"
-	}
-	return text + " (in " + config.Short(d) + ")"
 }

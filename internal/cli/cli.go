@@ -9,7 +9,11 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
+	"strings"
 	"text/tabwriter"
+	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/renewd/renewd/internal/config"
 )
@@ -130,6 +134,30 @@ func PrintJSON(w io.Writer, v any) error {
 
 // NewTable starts an aligned table; Flush it.
 func NewTable(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0) }
+
+// When prints a moment and how far away it is.
+func When(t, now time.Time) string {
+	d := t.Sub(now).Truncate(time.Second)
+	text := t.UTC().Format("2006-01-02 15:04:05 UTC")
+	switch {
+	case d == 0:
+		return text + " (now)"
+	case d < 0:
+		return text + " (" + config.Short(-d) + " ago)"
+	}
+	return text + " (in " + config.Short(d) + ")"
+}
+
+// Printable replaces what a terminal would take for a command in text that came
+// from elsewhere.
+func Printable(s string) string {
+	return strings.Map(func(r rune) rune {
+		if !unicode.IsPrint(r) {
+			return utf8.RuneError
+		}
+		return r
+	}, s)
+}
 
 // Version is the linker's version, else what the Go tool recorded.
 func Version(linked string) string {

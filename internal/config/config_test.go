@@ -93,7 +93,7 @@ func TestProblems(t *testing.T) {
 		{name: "an item of the environment", text: "who:\n  managers:\n  - a\n  - good", env: map[string]string{"X_WHO_MANAGERS": "a,bad"}, want: `X_WHO_MANAGERS: who.managers[1]: "bad" is bad; remove it`},
 		{name: "an empty item", env: map[string]string{"X_WHO_MANAGERS": "a,,b"}, want: `X_WHO_MANAGERS: who.managers: "a,,b" is not a list such as A,B`},
 		{name: "an item as a key", text: "who: {'managers[0]': a}", want: `x.yaml:1: "who.managers[0]" is not a field; did you mean who.managers?`},
-		{name: "misspelled under a name", text: "places:\n  east:\n    listen_addres: :1", want: `x.yaml:3: "places.east.listen_addres" is not a field; did you mean places.east.listen_address?`},
+		{name: "misspelled under a name", text: "places:\n  east:\n    listen_addr: :1", want: `x.yaml:3: "places.east.listen_addr" is not a field; did you mean places.east.listen_address?`},
 		{name: "left out of its section", text: "listen_address: :1", want: `x.yaml:1: "listen_address" is not a field; did you mean places.NAME.listen_address?`},
 		{name: "unknown", text: "zzzzzzzzzz: 1", want: `x.yaml:1: "zzzzzzzzzz" is not a field; remove it; "x help config" lists the fields`},
 		{name: "a name without fields", text: "places:\n  east: {}", want: `x.yaml:2: places.east has no fields; give one or remove it`},

@@ -5,26 +5,28 @@ import (
 	"strings"
 )
 
-// Usage lists every field for a terminal.
+// Usage lists every field for a terminal, with its flag and its variable.
 func (s *Schema[C]) Usage() string {
+	return "A flag wins over the environment, the environment over the file, the file over\nthe default. In the file a dot is a section.\n\n" +
+		s.fieldList(true)
+}
+
+// FieldList lists every field for a terminal, of what is only ever in a file.
+func (s *Schema[C]) FieldList() string { return s.fieldList(false) }
+
+func (s *Schema[C]) fieldList(names bool) string {
 	var b strings.Builder
-	b.WriteString("A flag wins over the environment, the environment over the file, the file over\nthe default. In the file a dot is a section.\n\n")
 	for i := range s.Fields {
 		f := &s.Fields[i]
-		var names []string
-		if flag := f.Flag(); flag != "" {
-			names = append(names, "-"+flag)
-		}
-		if variable := s.Variable(f); variable != "" {
-			names = append(names, variable)
-		}
 		def := ""
 		if f.Default != "" {
 			def = ", default " + f.Default
 		}
 		fmt.Fprintf(&b, "%s (%s%s)\n", f.Path, f.Kind(), def)
-		if len(names) > 0 {
-			fmt.Fprintf(&b, "    %s\n", strings.Join(names, ", "))
+		if flag := f.Flag(); names && flag != "" {
+			fmt.Fprintf(&b, "    -%s, %s\n", flag, s.Variable(f))
+		} else if variable := s.Variable(f); names && variable != "" {
+			fmt.Fprintf(&b, "    %s\n", variable)
 		}
 		fmt.Fprintf(&b, "    %s\n", f.Doc)
 	}
@@ -54,12 +56,21 @@ func (s *Schema[C]) Markdown() string {
 }
 
 // suggest names the field that was probably meant: the same last part in
-// another section, or the fewest letters away.
+// another section, or the fewest letters away. Below a name that the operator
+// chose, it is always one of the section.
 func (s *Schema[C]) suggest(path string) string {
-	last := path[strings.LastIndex(path, ".")+1:]
+	dot := strings.LastIndex(path, ".")
+	last, section := path[dot+1:], path[:max(dot, 0)]
+	_, chosen := s.section(section)
 	best, least := "", 4
+	if chosen {
+		least = len(path) + maxPath
+	}
 	for i := range s.Fields {
 		name := alike(s.Fields[i].Path, path)
+		if chosen && name[:strings.LastIndex(name, ".")+1] != section+"." {
+			continue
+		}
 		if name[strings.LastIndex(name, ".")+1:] == last {
 			return "did you mean " + name + "?"
 		}
@@ -72,6 +83,9 @@ func (s *Schema[C]) suggest(path string) string {
 	}
 	return "remove it; \"" + s.Help + "\" lists the fields"
 }
+
+// maxPath is more letters than a field's path has.
+const maxPath = 100
 
 // alike puts the name that path has into a pattern, where they agree before it.
 func alike(pattern, path string) string {

@@ -1,0 +1,145 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"strconv"
+	"time"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/cli"
+)
+
+// shownAgent is an agent as -o json prints it.
+type shownAgent struct {
+	ID              string     `json:"id"`
+	Type            string     `json:"attestation_type"`
+	State           string     `json:"state"` // attested, banned or expired
+	ExpiresAt       *time.Time `json:"expires_at,omitempty"`
+	Version         string     `json:"version,omitempty"`
+	AppliedSequence uint64     `json:"applied_sequence,omitempty"` // of the trust bundle
+	LastReport      *time.Time `json:"last_report,omitempty"`
+}
+
+func showAgent(a *api.Agent, now time.Time) shownAgent {
+	out := shownAgent{
+		ID: a.GetId(), Type: a.GetAttestationType(), State: "attested", ExpiresAt: moment(a.GetExpiresAt()),
+		Version: a.GetVersion(), AppliedSequence: a.GetAppliedSequence(), LastReport: moment(a.GetLastReport()),
+	}
+	switch {
+	case a.GetBanned():
+		out.State = "banned"
+	case out.ExpiresAt != nil && now.After(*out.ExpiresAt):
+		out.State = "expired"
+	}
+	return out
+}
+
+// agentsCommand is "agent list".
+func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("agent list", flag.ContinueOnError)
+	c := newClient(fset, e)
+	if _, err := parse(fset, args, agentUsage, e); err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		resp, err := operator.ListAgents(ctx, &api.ListAgentsRequest{Scope: c.scope()})
+		if err != nil {
+			return err
+		}
+		now := time.Now()
+		agents := make([]shownAgent, 0, len(resp.GetAgents()))
+		for _, a := range resp.GetAgents() {
+			agents = append(agents, showAgent(a, now))
+		}
+		if c.json() {
+			return cli.PrintJSON(c.Stdout, map[string]any{"agents": agents})
+		}
+		table := cli.NewTable(c.Stdout)
+		_, _ = fmt.Fprint(table, "ID\tSTATE\tVERSION\tBUNDLE\tLAST REPORT\tSVID ENDS\n")
+		for _, a := range agents {
+			sequence := "-"
+			if a.LastReport != nil {
+				sequence = strconv.FormatUint(a.AppliedSequence, 10)
+			}
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), a.State, text(a.Version), sequence,
+				when(a.LastReport, now), when(a.ExpiresAt, now))
+		}
+		return flushed(table)
+	})
+}
+
+// banCommand is "agent ban".
+func banCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("agent ban", flag.ContinueOnError)
+	c := newClient(fset, e)
+	id, err := parse(fset, args, agentUsage, e, "agent's ID")
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		if _, err := operator.BanAgent(ctx, &api.BanAgentRequest{Scope: c.scope(), AgentId: id[0]}); err != nil {
+			return err
+		}
+		return c.done("agent", id[0], "banned")
+	})
+}
+
+// evictCommand is "agent evict".
+func evictCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("agent evict", flag.ContinueOnError)
+	c := newClient(fset, e)
+	gone := fset.Bool("gone", false, "")
+	id, err := parse(fset, args, agentUsage, e, "agent's ID")
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		if _, err := operator.EvictAgent(ctx, &api.EvictAgentRequest{Scope: c.scope(), AgentId: id[0], Gone: *gone}); err != nil {
+			return err
+		}
+		return c.done("agent", id[0], "evicted")
+	})
+}
+
+// done says that something was done.
+func (c *client) done(what, id, how string) error {
+	if c.json() {
+		return cli.PrintJSON(c.Stdout, map[string]string{what: id, "result": how})
+	}
+	return cli.Printf(c.Stdout, "%s %s\n", cli.Printable(id), how)
+}
+
+// tokenCommand is "token create".
+func tokenCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("token create", flag.ContinueOnError)
+	c := newClient(fset, e)
+	ttl := fset.Duration("ttl", 10*time.Minute, "")
+	if _, err := parse(fset, args, tokenUsage, e); err != nil {
+		return err
+	}
+	if *ttl < time.Second {
+		return cli.Usagef("token create: -ttl %v is shorter than a second", *ttl)
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		resp, err := operator.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl)})
+		if err != nil {
+			return err
+		}
+		ends := moment(resp.GetExpiresAt())
+		if c.json() {
+			return cli.PrintJSON(c.Stdout, struct {
+				Token     string     `json:"token"`
+				ExpiresAt *time.Time `json:"expires_at"`
+			}{resp.GetToken(), ends})
+		}
+		// The token alone, so that it can be written into a file.
+		if err := cli.Printf(c.Stdout, "%s\n", resp.GetToken()); err != nil {
+			return err
+		}
+		return cli.Printf(c.Stderr, "It lets one agent in, until %s.\n", when(ends, time.Now()))
+	})
+}

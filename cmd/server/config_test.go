@@ -1,0 +1,161 @@
+package main
+
+import (
+	"errors"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/config"
+)
+
+var update = flag.Bool("update", false, "write deploy/SERVER-CONFIG.md anew")
+
+const minimal = "trust_domain: example.org\n"
+
+func loadText(text string, flags, env map[string]string) (*settings, error) {
+	return schema.Load("server.yaml", []byte(text), flags, func(k string) string { return env[k] })
+}
+
+// The tables and the structs describe the same fields.
+func TestFieldsCoverSettings(t *testing.T) {
+	t.Parallel()
+	covers(t, schema.Fields)
+	covers(t, entrySchema.Fields)
+}
+
+func covers[C any](t *testing.T, fields []config.Field[C]) {
+	t.Helper()
+	cfg := new(C)
+	rows := map[uintptr]string{}
+	for i := range fields {
+		f := &fields[i]
+		p := reflect.ValueOf(f.Value(cfg)).Pointer()
+		if other, dup := rows[p]; dup {
+			t.Errorf("%s and %s are the same field", f.Path, other)
+		}
+		rows[p] = f.Path
+		if !strings.HasSuffix(f.Doc, ".") {
+			t.Errorf("%s: documentation %q", f.Path, f.Doc)
+		}
+	}
+	v := reflect.ValueOf(cfg).Elem()
+	for i := range v.NumField() {
+		if _, ok := rows[v.Field(i).Addr().Pointer()]; !ok {
+			t.Errorf("%s has no row", v.Type().Field(i).Name)
+		}
+	}
+}
+
+func TestDefaults(t *testing.T) {
+	t.Parallel()
+	cfg, err := loadText(minimal, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if cfg.DataDir != "/var/lib/renewd-server" || cfg.AdminSocket != defaultSocket || cfg.AdminSocketMode != 0o660 ||
+		cfg.EndpointProfile != profileSPIFFE || cfg.RefreshHint != 5*time.Minute || cfg.MetricsAddress != "127.0.0.1:9091" ||
+		cfg.KeysetLifetime != 90*24*time.Hour || cfg.X509TTL != 24*time.Hour || cfg.JWTTTL != 24*time.Hour ||
+		cfg.RotationMode != "on" || len(cfg.Deployments)+len(cfg.Managers)+len(cfg.Readers) != 0 {
+		t.Errorf("defaults: %+v", *cfg)
+	}
+}
+
+// Each wrong configuration is answered with exactly this.
+func TestProblems(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, add  string
+		flags, env map[string]string
+		want       string
+	}{
+		{name: "unknown", add: "socket_path: /x", want: `server.yaml:2: "socket_path" is not a field; remove it; "server help config" lists the fields`},
+		{name: "field of a deployment", add: "deployments: {east: {address: ':1'}}", want: `server.yaml:2: "deployments.east.address" is not a field; did you mean deployments.east.listen_address?`},
+		{name: "deployment without fields", add: "deployments:\n  east: {}", want: `server.yaml:3: deployments.east has no fields; give one or remove it`},
+		{name: "name of a deployment", add: "deployments: {east/1: {listen_address: ':1'}}", want: `server.yaml:2: deployments.east/1.listen_address: ":1" is of a deployment that cannot have this name; use up to 63 letters, digits, - and _`},
+		{name: "address of a deployment", add: "deployments: {east: {listen_address: here}}", want: `server.yaml:2: deployments.east.listen_address: "here" is not host:port; write it as host:port, such as 0.0.0.0:8081`},
+		{name: "same address", add: "deployments:\n  east: {listen_address: ':1'}\n  west: {listen_address: ':1'}", want: `server.yaml:4: deployments.west.listen_address: ":1" is the address of deployments.east.listen_address; give each its own`},
+		{name: "address of the default deployment", add: "operators: {address: '0.0.0.0:8081'}", want: `server.yaml:2: operators.address: "0.0.0.0:8081" is the address of deployment default; give each its own`},
+		{name: "metrics", add: "metrics: {address: localhost}", want: `server.yaml:2: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9091`},
+		{name: "web config for nothing", add: `metrics: {address: "", web_config_file: w.yml}`, want: `server.yaml:2: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
+		{name: "socket", add: "admin_socket: /" + strings.Repeat("x", 107), want: `server.yaml:2: admin_socket: "/` + strings.Repeat("x", 107) + `" is longer than the 107 bytes that the kernel takes; choose a shorter path`},
+		{name: "no socket", add: `admin_socket: ""`, want: `server.yaml:2: admin_socket: "" is empty; remove it for the default, /run/renewd-server/admin.sock`},
+		{name: "socket for nobody", add: "admin_socket_mode: 0066", want: `server.yaml:2: admin_socket_mode: 0066 does not let its owner connect; set at least 0600`},
+		{name: "profile", add: "bundle_endpoint: {profile: http}", want: `server.yaml:2: bundle_endpoint.profile: "http" is not a profile; use https_spiffe or https_web`},
+		{name: "web profile without files", add: "bundle_endpoint: {profile: https_web, cert_file: /c}", want: `server.yaml: bundle_endpoint.key_file is not set and profile https_web needs it; give the PEM file`},
+		{name: "files without web profile", flags: map[string]string{"bundle_endpoint.cert_file": "/c"}, want: `flag -bundle-endpoint-cert-file: bundle_endpoint.cert_file: "/c" is of no use with profile https_spiffe; remove it or set bundle_endpoint.profile: https_web`},
+		{name: "refresh hint", add: "bundle_endpoint: {refresh_hint: 1500ms}", want: `server.yaml:2: bundle_endpoint.refresh_hint: 1.5s is not in whole seconds; 5m is usual`},
+		{name: "X.509 lifetime", env: map[string]string{"RENEWD_SERVER_KEYSETS_X509_TTL": "169h"}, want: `RENEWD_SERVER_KEYSETS_X509_TTL: keysets.x509_ttl: 169h is not from 1h to 168h; 24h is usual`},
+		{name: "JWT lifetime", add: "keysets: {jwt_ttl: 0s}", want: `server.yaml:2: keysets.jwt_ttl: 0s is shorter than a second; 24h is usual`},
+		{name: "mode", add: "rotation: {mode: manual}", want: `server.yaml:2: rotation.mode: "manual" is not a mode; use off, on or paused`},
+		{name: "mode as true", add: "rotation: {mode: true}", want: `server.yaml:2: rotation.mode: "true" is not text; put quotes around it`},
+		{name: "log", add: "log: {format: xml}", want: `server.yaml:2: log.format: "xml" is not a format; use auto, text or json`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			_, err := loadText(minimal+tt.add+"\n", tt.flags, tt.env)
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if err.Error() != tt.want {
+				t.Errorf("got  %s\nwant %s", err, tt.want)
+			}
+		})
+	}
+	want := "server.yaml: trust_domain is not set; give the trust domain to sign for, such as example.org"
+	if _, err := loadText("", nil, nil); err == nil || err.Error() != want {
+		t.Errorf("nothing: %v", err)
+	}
+}
+
+// The published table is the one in the code. After a change of a field:
+// go test ./cmd/server -run TestConfigTable -update
+func TestConfigTable(t *testing.T) {
+	t.Parallel()
+	want := "# Configuration of the server\n\n" +
+		"One YAML file, given with `-config`; [server.example.yaml](server.example.yaml) is a start. A flag wins over the\n" +
+		"environment, the environment over the file, the file over the default. In the file a dot is a section, and NAME a\n" +
+		"name of your choice. A list is written `[A, B]` in the file, and `A,B` in a flag or a variable. An empty variable is the\n" +
+		"same as none. `server config check -config FILE` says what is wrong, all of it at once.\n\n" + schema.Markdown()
+	file := filepath.Join("..", "..", "deploy", "SERVER-CONFIG.md")
+	if *update {
+		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	have, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if string(have) != want {
+		t.Errorf("%s is not what the code says; run this test with -update", file)
+	}
+}
+
+// FuzzEntries: no file makes the parser panic, every refusal says where and
+// what, and what is accepted has all that the server needs.
+func FuzzEntries(f *testing.F) {
+	f.Add("entries:\n- id: web\n  spiffe_id: spiffe://example.org/web\n  selectors: ['unix:uid:1']\n")
+	f.Add("entries: [{id: a, id: b}, &x {id: [c]}, *x, {x509_ttl: 1}]\n---\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		entries, err := parseEntries("entries.yaml", []byte(text))
+		var problems config.Error
+		if err != nil && !errors.As(err, &problems) {
+			t.Fatalf("%T: %v", err, err)
+		}
+		for _, p := range problems {
+			if p.What == "" || !strings.HasPrefix(p.Where, "entries.yaml") {
+				t.Errorf("problem without place or reason: %+v", p)
+			}
+		}
+		for _, e := range entries {
+			if e.GetId() == "" || e.GetSpiffeId() == "" || len(e.GetSelectors()) == 0 {
+				t.Errorf("incomplete: %v", e)
+			}
+		}
+	})
+}

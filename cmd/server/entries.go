@@ -1,0 +1,205 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
+)
+
+// shownEntry is an entry as -o json prints it, with the names of the file.
+type shownEntry struct {
+	ID            string   `json:"id"`
+	SPIFFEID      string   `json:"spiffe_id"`
+	ParentID      string   `json:"parent_id,omitempty"`
+	Selectors     []string `json:"selectors"`
+	Hint          string   `json:"hint,omitempty"`
+	FederatesWith []string `json:"federates_with,omitempty"`
+	X509TTL       string   `json:"x509_ttl,omitempty"`
+	JWTTTL        string   `json:"jwt_ttl,omitempty"`
+}
+
+func showEntry(e *api.Entry) *shownEntry {
+	if e == nil {
+		return nil
+	}
+	out := &shownEntry{
+		ID: e.GetId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Hint: e.GetHint(),
+		Selectors: []string{}, FederatesWith: e.GetFederatesWith(), X509TTL: lifetime(e.GetX509Ttl()), JWTTTL: lifetime(e.GetJwtTtl()),
+	}
+	for _, s := range e.GetSelectors() {
+		out.Selectors = append(out.Selectors, s.GetType()+":"+s.GetValue())
+	}
+	return out
+}
+
+func lifetime(d *durationpb.Duration) string {
+	if d.AsDuration() == 0 {
+		return ""
+	}
+	return config.Short(d.AsDuration())
+}
+
+// entriesCommand is "entries list".
+func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("entries list", flag.ContinueOnError)
+	c := newClient(fset, e)
+	if _, err := parse(fset, args, entriesUsage, e); err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		resp, err := operator.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope()})
+		if err != nil {
+			return err
+		}
+		entries := make([]*shownEntry, 0, len(resp.GetEntries()))
+		for _, e := range resp.GetEntries() {
+			entries = append(entries, showEntry(e))
+		}
+		if c.json() {
+			return cli.PrintJSON(c.Stdout, map[string]any{"entries": entries})
+		}
+		table := cli.NewTable(c.Stdout)
+		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tPARENT ID\tX.509 TTL\tJWT TTL\n")
+		for _, e := range entries {
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
+				text(e.ParentID), text(e.X509TTL), text(e.JWTTTL))
+		}
+		return flushed(table)
+	})
+}
+
+// applyCommand is "entries apply".
+func applyCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("entries apply", flag.ContinueOnError)
+	c := newClient(fset, e)
+	dryRun := fset.Bool("dry-run", false, "")
+	file, err := parse(fset, args, entriesUsage, e, "file")
+	if err != nil {
+		return err
+	}
+	entries, err := loadEntries(file[0])
+	if err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		resp, err := operator.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: c.scope(), Entries: entries, DryRun: *dryRun})
+		if err != nil {
+			return err
+		}
+		if c.json() {
+			return cli.PrintJSON(c.Stdout, showChanges(resp, *dryRun))
+		}
+		return printChanges(c.Stdout, resp, *dryRun)
+	})
+}
+
+// The kinds of changes.
+const (
+	added   = "added"
+	changed = "changed"
+	removed = "removed"
+)
+
+func kindOf(c *api.EntryChange) string {
+	switch {
+	case c.GetBefore() == nil:
+		return added
+	case c.GetAfter() == nil:
+		return removed
+	}
+	return changed
+}
+
+type shownChange struct {
+	Change string      `json:"change"`
+	Before *shownEntry `json:"before,omitempty"`
+	After  *shownEntry `json:"after,omitempty"`
+}
+
+type shownChanges struct {
+	Changes   []shownChange `json:"changes"`
+	Unchanged int64         `json:"unchanged"`
+	DryRun    bool          `json:"dry_run"`
+}
+
+func showChanges(resp *api.ApplyEntriesResponse, dryRun bool) shownChanges {
+	out := shownChanges{Changes: []shownChange{}, Unchanged: resp.GetUnchanged(), DryRun: dryRun}
+	for _, c := range resp.GetChanges() {
+		out.Changes = append(out.Changes, shownChange{kindOf(c), showEntry(c.GetBefore()), showEntry(c.GetAfter())})
+	}
+	return out
+}
+
+// printChanges prints each change with what it changes, and their numbers.
+func printChanges(w io.Writer, resp *api.ApplyEntriesResponse, dryRun bool) error {
+	var out strings.Builder
+	numbers := map[string]int{}
+	for _, c := range resp.GetChanges() {
+		kind, before, after := kindOf(c), showEntry(c.GetBefore()), showEntry(c.GetAfter())
+		numbers[kind]++
+		switch kind {
+		case added:
+			fmt.Fprintf(&out, "+ %s (%s)\n", text(after.ID), text(after.SPIFFEID))
+		case removed:
+			fmt.Fprintf(&out, "- %s (%s)\n", text(before.ID), text(before.SPIFFEID))
+		default:
+			fmt.Fprintf(&out, "~ %s\n", text(after.ID))
+			difference(&out, before, after)
+		}
+	}
+	note := ""
+	if dryRun {
+		note = " (dry run: nothing was changed)"
+	}
+	return cli.Printf(w, "%s%d added, %d changed, %d removed, %d unchanged%s\n", out.String(),
+		numbers[added], numbers[changed], numbers[removed], resp.GetUnchanged(), note)
+}
+
+// difference prints the fields that differ, with the names of the file.
+func difference(out *strings.Builder, before, after *shownEntry) {
+	for _, f := range []struct{ name, before, after string }{
+		{"spiffe_id", before.SPIFFEID, after.SPIFFEID},
+		{"parent_id", before.ParentID, after.ParentID},
+		{"hint", before.Hint, after.Hint},
+		{"x509_ttl", before.X509TTL, after.X509TTL},
+		{"jwt_ttl", before.JWTTTL, after.JWTTTL},
+	} {
+		if f.before != f.after {
+			fmt.Fprintf(out, "    %s: %s -> %s\n", f.name, orNone(f.before), orNone(f.after))
+		}
+	}
+	for _, f := range []struct {
+		name          string
+		before, after []string
+	}{
+		{"selectors", before.Selectors, after.Selectors},
+		{"federates_with", before.FederatesWith, after.FederatesWith},
+	} {
+		for _, item := range f.before {
+			if !slices.Contains(f.after, item) {
+				fmt.Fprintf(out, "    %s: - %s\n", f.name, text(item))
+			}
+		}
+		for _, item := range f.after {
+			if !slices.Contains(f.before, item) {
+				fmt.Fprintf(out, "    %s: + %s\n", f.name, text(item))
+			}
+		}
+	}
+}
+
+func orNone(s string) string {
+	if s == "" {
+		return "(none)"
+	}
+	return cli.Printable(s)
+}

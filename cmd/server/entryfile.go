@@ -1,0 +1,131 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// maxEntriesFile bounds an entries file, in bytes.
+const maxEntriesFile = 128 << 20
+
+// entry is a registration entry as it is written in an entries file.
+type entry struct {
+	ID            string
+	SPIFFEID      string
+	ParentID      string
+	Selectors     []string
+	Hint          string
+	FederatesWith []string
+	X509TTL       time.Duration
+	JWTTTL        time.Duration
+}
+
+// entrySchema is how one element of an entries file is written and checked. What
+// needs the server's knowledge, such as its trust domain, is checked there.
+var entrySchema = config.Schema[entry]{
+	Help: "server help entries", Check: validateEntry,
+	Fields: []config.Field[entry]{
+		{Path: "id", Value: func(e *entry) any { return &e.ID }, Doc: "Name of the entry, unique in the file. Required."},
+		{Path: "spiffe_id", Value: func(e *entry) any { return &e.SPIFFEID }, Doc: "SPIFFE ID of the workloads. Required."},
+		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "SPIFFE ID of the one agent that serves the entry. Every agent when not set."},
+		{Path: "selectors", Value: func(e *entry) any { return &e.Selectors }, Doc: "What a workload must have, all of it, such as unix:uid:1000. Required."},
+		{Path: "hint", Value: func(e *entry) any { return &e.Hint }, Doc: "Tells a workload with several identities them apart."},
+		{Path: "federates_with", Value: func(e *entry) any { return &e.FederatesWith }, Doc: "Foreign trust domains whose bundles the workloads get."},
+		{Path: "x509_ttl", Value: func(e *entry) any { return &e.X509TTL }, Doc: "Lifetime of X.509-SVIDs, 1h to 168h. The server's when not set."},
+		{Path: "jwt_ttl", Value: func(e *entry) any { return &e.JWTTTL }, Doc: "Lifetime of JWT-SVIDs. The server's when not set."},
+	},
+}
+
+func validateEntry(c *config.Checker[entry]) {
+	e := c.Config
+	if e.ID == "" {
+		c.Missing("id", "is not set", "give the entry a name of its own")
+	}
+	if e.SPIFFEID == "" {
+		c.Missing("spiffe_id", "is not set", "give the identity of the workloads, such as spiffe://example.org/web")
+	} else if _, err := spiffeid.FromString(e.SPIFFEID); err != nil {
+		c.Bad("spiffe_id", "is not a SPIFFE ID: "+err.Error(), "write it as spiffe://example.org/web")
+	}
+	if e.ParentID != "" {
+		if _, err := spiffeid.FromString(e.ParentID); err != nil {
+			c.Bad("parent_id", "is not a SPIFFE ID: "+err.Error(), "write it as \"server agent list\" shows it")
+		}
+	}
+	if len(e.Selectors) == 0 {
+		c.Missing("selectors", "is not set, and the entry would match every workload", "give at least one, such as unix:uid:1000")
+	}
+	for i, s := range e.Selectors {
+		if kind, value, ok := strings.Cut(s, ":"); !ok || kind == "" || value == "" {
+			c.Bad(fmt.Sprintf("selectors[%d]", i), "is not type:value", "write it as unix:uid:1000")
+		}
+	}
+	for i, name := range e.FederatesWith {
+		if td, err := spiffeid.TrustDomainFromString(name); err != nil || td.Name() != name {
+			c.Bad(fmt.Sprintf("federates_with[%d]", i), "is not the name of a trust domain", "write it as example.com")
+		}
+	}
+	if c.Origin("x509_ttl") != "" && (e.X509TTL < keyset.MinX509TTL || e.X509TTL > keyset.MaxX509TTL) {
+		c.Bad("x509_ttl", "is not from "+config.Short(keyset.MinX509TTL)+" to "+config.Short(keyset.MaxX509TTL), "leave it out for the server's")
+	}
+	if c.Origin("jwt_ttl") != "" && e.JWTTTL < time.Second {
+		c.Bad("jwt_ttl", "is shorter than a second", "leave it out for the server's")
+	}
+}
+
+// loadEntries reads an entries file. An error about its content is a
+// [config.Error] that names each place.
+func loadEntries(file string) ([]*api.Entry, error) {
+	data, err := config.ReadFile(file, maxEntriesFile)
+	if err != nil {
+		return nil, fmt.Errorf("read entries: %w", err)
+	}
+	return parseEntries(file, data)
+}
+
+func parseEntries(file string, data []byte) ([]*api.Entry, error) {
+	items, err := entrySchema.LoadList(file, data, "entries")
+	if err != nil {
+		return nil, err
+	}
+	var problems config.Error
+	lines := map[string]int{}
+	entries := make([]*api.Entry, len(items))
+	for i, item := range items {
+		entries[i] = item.Config.proto()
+		if first, dup := lines[item.Config.ID]; dup {
+			problems = append(problems, config.Problem{
+				Where: fmt.Sprintf("%s:%d", file, item.Line), Path: "id", Value: fmt.Sprintf("%q", item.Config.ID),
+				What: fmt.Sprintf("is that of the entry in line %d, too", first), Remedy: "give each entry a name of its own",
+			})
+			continue
+		}
+		lines[item.Config.ID] = item.Line
+	}
+	if len(problems) > 0 {
+		return nil, problems
+	}
+	return entries, nil
+}
+
+func (e *entry) proto() *api.Entry {
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Hint: e.Hint, FederatesWith: e.FederatesWith}
+	for _, s := range e.Selectors {
+		kind, value, _ := strings.Cut(s, ":")
+		out.Selectors = append(out.Selectors, &api.Selector{Type: kind, Value: value})
+	}
+	if e.X509TTL != 0 {
+		out.X509Ttl = durationpb.New(e.X509TTL)
+	}
+	if e.JWTTTL != 0 {
+		out.JwtTtl = durationpb.New(e.JWTTTL)
+	}
+	return out
+}

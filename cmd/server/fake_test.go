@@ -1,0 +1,165 @@
+package main
+
+import (
+	"context"
+	"maps"
+	"slices"
+	"sync"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/renewd/renewd/internal/api"
+)
+
+// fake is an Operator service in the middle of a rotation, with times that print
+// the same for centuries. The zero fake has one deployment and nothing in it.
+type fake struct {
+	api.UnimplementedOperatorServer
+	busy bool
+
+	mu      sync.Mutex
+	entries map[string]*api.Entry
+}
+
+var (
+	past   = time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)
+	future = time.Date(2999, 1, 2, 3, 4, 5, 0, time.UTC)
+)
+
+func newFake() *fake { return &fake{busy: true, entries: map[string]*api.Entry{}} }
+
+func (f *fake) ListDeployments(_ context.Context, r *api.ListDeploymentsRequest) (*api.ListDeploymentsResponse, error) {
+	if td := r.GetTrustDomain(); td != "" && td != "example.org" {
+		return nil, status.Errorf(codes.NotFound, "trust domain %q is not served here", td)
+	}
+	return &api.ListDeploymentsResponse{TrustDomain: "example.org", Deployments: []string{"east", "west"}}, nil
+}
+
+func (f *fake) ListKeysets(_ context.Context, r *api.ListKeysetsRequest) (*api.ListKeysetsResponse, error) {
+	if !f.busy {
+		return &api.ListKeysetsResponse{Keysets: []*api.Keyset{{Id: "ks_old", State: api.KeysetState_ACTIVE, ExpiresAt: timestamppb.New(past)}}}, nil
+	}
+	return &api.ListKeysetsResponse{Agents: 3, AgentsBehind: 1, Automatic: &api.Automatic{Mode: "paused"}, Keysets: []*api.Keyset{
+		{Id: "ks_a", State: api.KeysetState_TAINTED, ExpiresAt: timestamppb.New(past)},
+		{Id: "ks_" + r.GetScope().GetDeployment(), State: api.KeysetState_ACTIVE, ExpiresAt: timestamppb.New(future)},
+	}}, nil
+}
+
+// ReadAudit has three records and hands out two at a time.
+func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadAuditResponse, error) {
+	state := func(id string, s api.KeysetState) *api.AuditState { return &api.AuditState{KeysetId: id, State: s} }
+	all := []*api.AuditRecord{
+		{Number: 1, Actor: "server", Operation: "prepare", KeysetId: "ks_a", After: []*api.AuditState{state("ks_a", api.KeysetState_PREPARED)}},
+		{
+			Number: 2, Actor: "unix:uid:1000", Operation: "activate", KeysetId: "ks_b",
+			Before: []*api.AuditState{state("ks_a", api.KeysetState_ACTIVE), state("ks_b", api.KeysetState_PREPARED)},
+			After:  []*api.AuditState{state("ks_a", api.KeysetState_PREPARED), state("ks_b", api.KeysetState_ACTIVE)},
+		},
+		{
+			Number: 3, Actor: "spiffe://example.org/ops", Operation: "remove", KeysetId: "ks_a", Note: "forced: 2 agents",
+			Before: []*api.AuditState{state("ks_a", api.KeysetState_TAINTED), state("ks_b", api.KeysetState_ACTIVE)},
+			After:  []*api.AuditState{state("ks_b", api.KeysetState_ACTIVE)},
+		},
+	}
+	var out []*api.AuditRecord
+	for _, rec := range all {
+		rec.At = timestamppb.New(past)
+		if rec.GetNumber() > r.GetAfter() && len(out) < 2 {
+			out = append(out, rec)
+		}
+	}
+	return &api.ReadAuditResponse{Records: out}, nil
+}
+
+const agentID = "spiffe://example.org/spire/agent/join_token/T1"
+
+func (f *fake) ListAgents(context.Context, *api.ListAgentsRequest) (*api.ListAgentsResponse, error) {
+	if !f.busy {
+		return &api.ListAgentsResponse{}, nil
+	}
+	return &api.ListAgentsResponse{Agents: []*api.Agent{
+		{Id: agentID, AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Version: "v1.2.3\x1b[31m", AppliedSequence: 7, LastReport: timestamppb.New(past)},
+		{Id: agentID + "2", AttestationType: "join_token", ExpiresAt: timestamppb.New(past)},
+		{Id: agentID + "3", AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Banned: true},
+	}}, nil
+}
+
+func known(id string) error {
+	if id != agentID {
+		return status.Errorf(codes.NotFound, "agent %q is not attested", id)
+	}
+	return nil
+}
+
+func (f *fake) BanAgent(_ context.Context, r *api.BanAgentRequest) (*api.BanAgentResponse, error) {
+	return &api.BanAgentResponse{}, known(r.GetAgentId())
+}
+
+func (f *fake) EvictAgent(_ context.Context, r *api.EvictAgentRequest) (*api.EvictAgentResponse, error) {
+	if r.GetGone() {
+		return &api.EvictAgentResponse{}, nil
+	}
+	return &api.EvictAgentResponse{}, known(r.GetAgentId())
+}
+
+func (f *fake) CreateJoinToken(_ context.Context, r *api.CreateJoinTokenRequest) (*api.CreateJoinTokenResponse, error) {
+	return &api.CreateJoinTokenResponse{Token: "T-" + r.GetScope().GetDeployment() + "-" + r.GetTtl().AsDuration().String(), ExpiresAt: timestamppb.New(future)}, nil
+}
+
+func (f *fake) GetBundle(context.Context, *api.GetBundleRequest) (*api.GetBundleResponse, error) {
+	return &api.GetBundleResponse{Pem: []byte("-----BEGIN CERTIFICATE-----\n"), Sequence: 9}, nil
+}
+
+func (f *fake) ListEntries(context.Context, *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out := &api.ListEntriesResponse{}
+	for _, id := range slices.Sorted(maps.Keys(f.entries)) {
+		out.Entries = append(out.Entries, f.entries[id])
+	}
+	return out, nil
+}
+
+func (f *fake) ApplyEntries(_ context.Context, r *api.ApplyEntriesRequest) (*api.ApplyEntriesResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	out, next := &api.ApplyEntriesResponse{}, map[string]*api.Entry{}
+	for _, e := range r.GetEntries() {
+		next[e.GetId()] = e
+	}
+	ids := maps.Clone(next)
+	maps.Copy(ids, f.entries)
+	for _, id := range slices.Sorted(maps.Keys(ids)) {
+		if proto.Equal(f.entries[id], next[id]) {
+			out.Unchanged++
+			continue
+		}
+		out.Changes = append(out.Changes, &api.EntryChange{Before: f.entries[id], After: next[id]})
+	}
+	if !r.GetDryRun() {
+		f.entries = next
+	}
+	return out, nil
+}
+
+// strict refuses everything.
+type strict struct {
+	api.UnimplementedOperatorServer
+}
+
+func (strict) ListAgents(context.Context, *api.ListAgentsRequest) (*api.ListAgentsResponse, error) {
+	return nil, status.Error(codes.PermissionDenied, "unix:uid:1000 is no reader")
+}
+
+func (strict) ApplyEntries(ctx context.Context, _ *api.ApplyEntriesRequest) (*api.ApplyEntriesResponse, error) {
+	<-ctx.Done()
+	return nil, status.FromContextError(ctx.Err()).Err()
+}
+
+func (strict) CreateJoinToken(context.Context, *api.CreateJoinTokenRequest) (*api.CreateJoinTokenResponse, error) {
+	return nil, status.Error(codes.InvalidArgument, "there are several deployments: name one of east, west")
+}

@@ -1,0 +1,190 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"strings"
+	"time"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/cli"
+)
+
+// shownRecord is a record of the audit log as -o json prints it.
+type shownRecord struct {
+	Number    uint64            `json:"number"`
+	At        *time.Time        `json:"at"`
+	Actor     string            `json:"actor"`
+	Operation string            `json:"operation"`
+	Keyset    string            `json:"keyset_id"`
+	Before    map[string]string `json:"before"` // state by keyset ID
+	After     map[string]string `json:"after"`
+	Note      string            `json:"note,omitempty"`
+
+	changes []string // "ks_… Prepared -> Active", in the order of the log
+}
+
+func showRecord(r *api.AuditRecord) shownRecord {
+	out := shownRecord{
+		Number: r.GetNumber(), At: moment(r.GetAt()), Actor: r.GetActor(), Operation: r.GetOperation(), Keyset: r.GetKeysetId(),
+		Before: map[string]string{}, After: map[string]string{}, Note: r.GetNote(),
+	}
+	for _, s := range r.GetBefore() {
+		out.Before[s.GetKeysetId()] = s.GetState().String()
+	}
+	for _, s := range r.GetAfter() {
+		out.After[s.GetKeysetId()] = s.GetState().String()
+		if before := out.Before[s.GetKeysetId()]; before != s.GetState().String() {
+			out.changes = append(out.changes, s.GetKeysetId()+" "+title(before)+" -> "+title(s.GetState().String()))
+		}
+	}
+	for _, s := range r.GetBefore() {
+		if _, kept := out.After[s.GetKeysetId()]; !kept {
+			out.changes = append(out.changes, s.GetKeysetId()+" "+title(s.GetState().String())+" -> gone")
+		}
+	}
+	return out
+}
+
+// title prints a state as keysetctl does; none is that of a keyset that was not
+// there.
+func title(state string) string {
+	if state == "" {
+		return "none"
+	}
+	return state[:1] + strings.ToLower(state[1:])
+}
+
+// auditCommand is "audit".
+func auditCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("audit", flag.ContinueOnError)
+	c := newClient(fset, e)
+	after := fset.Uint64("after", 0, "")
+	if _, err := parse(fset, args, auditUsage, e); err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		records := []shownRecord{}
+		for last := *after; ; {
+			resp, err := operator.ReadAudit(ctx, &api.ReadAuditRequest{Scope: c.scope(), After: last})
+			if err != nil {
+				return err
+			}
+			for _, r := range resp.GetRecords() {
+				records = append(records, showRecord(r))
+			}
+			if len(resp.GetRecords()) == 0 {
+				break
+			}
+			last = records[len(records)-1].Number
+		}
+		if c.json() {
+			return cli.PrintJSON(c.Stdout, map[string]any{"records": records})
+		}
+		table := cli.NewTable(c.Stdout)
+		_, _ = fmt.Fprint(table, "NUMBER\tTIME\tACTOR\tOPERATION\tKEYSET\tCHANGES\tNOTE\n")
+		for _, r := range records {
+			_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Number, r.At.UTC().Format("2006-01-02 15:04:05 UTC"),
+				text(r.Actor), text(r.Operation), text(r.Keyset), text(strings.Join(r.changes, ", ")), text(r.Note))
+		}
+		return flushed(table)
+	})
+}
+
+// bundleCommand is "bundle".
+func bundleCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("bundle", flag.ContinueOnError)
+	c := newClient(fset, e)
+	if _, err := parse(fset, args, bundleUsage, e); err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		resp, err := operator.GetBundle(ctx, &api.GetBundleRequest{Scope: c.scope()})
+		if err != nil {
+			return err
+		}
+		if c.json() {
+			return cli.PrintJSON(c.Stdout, struct {
+				Sequence uint64 `json:"sequence"`
+				PEM      string `json:"pem"`
+			}{resp.GetSequence(), string(resp.GetPem())})
+		}
+		return cli.Printf(c.Stdout, "%s", resp.GetPem())
+	})
+}
+
+// deploymentHealth is what "health" says of one deployment.
+type deploymentHealth struct {
+	Deployment   string     `json:"deployment"`
+	Healthy      bool       `json:"healthy"`
+	Keyset       string     `json:"active_keyset,omitempty"`
+	ExpiresAt    *time.Time `json:"expires_at,omitempty"`
+	Agents       int64      `json:"agents"`
+	AgentsBehind int64      `json:"agents_behind"`
+	Rotation     string     `json:"rotation,omitempty"`
+}
+
+// healthCommand is "health".
+func healthCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("health", flag.ContinueOnError)
+	c := newClient(fset, e)
+	if _, err := parse(fset, args, healthUsage, e); err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+		names := []string{c.deployment}
+		if c.deployment == "" {
+			resp, err := operator.ListDeployments(ctx, &api.ListDeploymentsRequest{TrustDomain: c.trustDomain})
+			if err != nil {
+				return err
+			}
+			names = resp.GetDeployments()
+		}
+		now, healthy := time.Now(), true
+		all := make([]deploymentHealth, 0, len(names))
+		for _, name := range names {
+			resp, err := operator.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: &api.Scope{TrustDomain: c.trustDomain, Deployment: name}})
+			if err != nil {
+				return err
+			}
+			d := healthOf(name, resp, now)
+			all, healthy = append(all, d), healthy && d.Healthy
+		}
+		if err := c.printHealth(all, now); err != nil {
+			return err
+		}
+		if !healthy {
+			return errors.New("a deployment has no active keyset that can sign; look at \"keysetctl list\"")
+		}
+		return nil
+	})
+}
+
+func healthOf(name string, resp *api.ListKeysetsResponse, now time.Time) deploymentHealth {
+	d := deploymentHealth{
+		Deployment: name, Agents: resp.GetAgents(), AgentsBehind: resp.GetAgentsBehind(), Rotation: resp.GetAutomatic().GetMode(),
+	}
+	for _, k := range resp.GetKeysets() {
+		if k.GetState() == api.KeysetState_ACTIVE {
+			d.Keyset, d.ExpiresAt = k.GetId(), moment(k.GetExpiresAt())
+			d.Healthy = d.ExpiresAt != nil && now.Before(*d.ExpiresAt)
+		}
+	}
+	return d
+}
+
+func (c *client) printHealth(all []deploymentHealth, now time.Time) error {
+	if c.json() {
+		return cli.PrintJSON(c.Stdout, map[string]any{"deployments": all})
+	}
+	table := cli.NewTable(c.Stdout)
+	_, _ = fmt.Fprint(table, "DEPLOYMENT\tHEALTHY\tACTIVE KEYSET\tKEYSET ENDS\tAGENTS\tBEHIND\tROTATION\n")
+	for _, d := range all {
+		healthy := map[bool]string{true: "yes", false: "no"}[d.Healthy]
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n", text(d.Deployment), healthy, text(d.Keyset),
+			when(d.ExpiresAt, now), d.Agents, d.AgentsBehind, text(d.Rotation))
+	}
+	return flushed(table)
+}

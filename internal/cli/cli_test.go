@@ -1,0 +1,86 @@
+package cli_test
+
+import (
+	"bytes"
+	"errors"
+	"flag"
+	"fmt"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
+)
+
+// What ended a command decides the exit status and where the text goes.
+func TestReport(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name string
+		err  error
+		code int
+		want string
+	}{
+		{"success", nil, cli.ExitOK, ""},
+		{"help", fmt.Errorf("parse: %w", flag.ErrHelp), cli.ExitOK, ""},
+		{"failure", errors.New("no answer"), cli.ExitFailed, "prog: no answer\n"},
+		{"usage", fmt.Errorf("run: %w", cli.Usagef("no flag %q", "-x")), cli.ExitUsage, "prog: no flag \"-x\"\nRun \"prog help\" for the usage.\n"},
+		{"configuration", fmt.Errorf("run: %w", config.Error{{Where: "f:1", Path: "a", What: "is wrong"}, {What: "x"}}), cli.ExitUsage, "f:1: a is wrong\nx\n"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var stdout, stderr bytes.Buffer
+			code := cli.Report("prog", tt.err, cli.Env{Stdout: &stdout, Stderr: &stderr})
+			if code != tt.code || stderr.String() != tt.want || stdout.Len() > 0 {
+				t.Errorf("exit %d, stderr %q, stdout %q", code, stderr.String(), stdout.String())
+			}
+		})
+	}
+}
+
+func TestParseFlags(t *testing.T) {
+	t.Parallel()
+	parse := func(args ...string) (rest []string, stdout string, err error) {
+		var out bytes.Buffer
+		fset := flag.NewFlagSet("cmd", flag.ContinueOnError)
+		fset.Bool("x", false, "")
+		rest, err = cli.ParseFlags(fset, args, "the help\n", cli.Env{Stdout: &out})
+		return rest, out.String(), err
+	}
+	if rest, _, err := parse("-x", "a", "b"); err != nil || fmt.Sprint(rest) != "[a b]" {
+		t.Errorf("rest %v, error %v", rest, err)
+	}
+	if _, out, err := parse("-h"); !errors.Is(err, flag.ErrHelp) || out != "the help\n" {
+		t.Errorf("help: %q, error %v", out, err)
+	}
+	var usage cli.UsageError
+	if _, _, err := parse("-y"); !errors.As(err, &usage) || err.Error() != "cmd: flag provided but not defined: -y" {
+		t.Errorf("unknown flag: %v", err)
+	}
+}
+
+// What others say must not reach the terminal as a command.
+func TestPrintable(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]string{
+		"v1.2 größer": "v1.2 größer", "a\x1b[31mb": "a\uFFFD[31mb", "a\nb\tc": "a\uFFFDb\uFFFDc", "a\u202eb\xff": "a\uFFFDb\uFFFD",
+	} {
+		if got := cli.Printable(in); got != want {
+			t.Errorf("%q becomes %q, want %q", in, got, want)
+		}
+	}
+}
+
+func TestWhen(t *testing.T) {
+	t.Parallel()
+	now := time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)
+	for d, want := range map[time.Duration]string{
+		0:             "2020-01-02 03:04:05 UTC (now)",
+		-time.Minute:  "2020-01-02 03:03:05 UTC (1m ago)",
+		2 * time.Hour: "2020-01-02 05:04:05 UTC (in 2h)",
+	} {
+		if got := cli.When(now.Add(d).In(time.FixedZone("x", 3600)), now); got != want {
+			t.Errorf("%v: %q, want %q", d, got, want)
+		}
+	}
+}
