@@ -28,7 +28,7 @@ func (s *Server) newTLSConfig() *tls.Config {
 	return &tls.Config{
 		MinVersion:       tls.VersionTLS12,
 		Time:             s.now,
-		GetCertificate:   func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.certificate() },
+		GetCertificate:   func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.Certificate() },
 		ClientAuth:       tls.RequestClientCert, // verified below, as a SPIFFE ID
 		VerifyConnection: s.verifyClient,
 		// Every connection is verified against the bundle of its own time.
@@ -36,11 +36,11 @@ func (s *Server) newTLSConfig() *tls.Config {
 	}
 }
 
-// certificate returns the serving certificate: a new one when another keyset
+// Certificate returns the certificate that the server proves itself with: a new one when another keyset
 // has become active, or half the life of the old one is over. It is not in the
 // ledger: nobody else holds it, and no handshake uses that of a keyset which is
 // not the active one.
-func (s *Server) certificate() (*tls.Certificate, error) {
+func (s *Server) Certificate() (*tls.Certificate, error) {
 	s.servingM.Lock()
 	defer s.servingM.Unlock()
 	now := s.now()
