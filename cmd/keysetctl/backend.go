@@ -2,13 +2,14 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/spf13/pflag"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/spire"
@@ -89,17 +90,28 @@ func dial(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
 	return dialAdmin(ctx, t)
 }
 
-var errNotBuiltIn = errors.New("this build cannot connect to that kind of server")
-
 // dialAdmin connects to the admin socket of a renewd server on this machine.
-func dialAdmin(context.Context, target) (runbook.Backend, io.Closer, error) {
-	return nil, nil, errNotBuiltIn
+func dialAdmin(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
+	c, err := operator.DialSocket(t.AdminSocket)
+	if err != nil {
+		return nil, nil, err
+	}
+	return c.Backend(t.TrustDomain, t.Deployment), c, nil
 }
 
 // dialServer connects to a renewd server elsewhere, over mTLS.
-func dialServer(context.Context, target) (runbook.Backend, io.Closer, error) {
-	return nil, nil, errNotBuiltIn
+func dialServer(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
+	ctx, cancel := context.WithTimeout(ctx, svidTimeout)
+	defer cancel()
+	c, err := operator.DialServer(ctx, t.Server, t.WorkloadAPI)
+	if err != nil {
+		return nil, nil, err
+	}
+	return c.Backend(t.TrustDomain, t.Deployment), c, nil
 }
+
+// svidTimeout is how long the operator's own SVID is waited for.
+const svidTimeout = 30 * time.Second
 
 // dialSpire connects to the admin socket of a SPIRE server on this machine.
 func dialSpire(_ context.Context, t target) (runbook.Backend, io.Closer, error) {

@@ -1,0 +1,326 @@
+package domain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"os"
+	"path/filepath"
+	"slices"
+	"sync"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/renewd/renewd/internal/endpoint"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/socket"
+	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/metrics"
+)
+
+// FileName is the store's name in the data folder.
+const FileName = "renewd.db"
+
+// Domain is the signing side of one trust domain. Make it with [Open], run it
+// once with [Domain.Run].
+type Domain struct {
+	cfg         Config
+	store       *store.Store // nil in memory
+	deployments []*deployment
+	union       atomic.Pointer[union]
+	unionM      sync.Mutex // held by who makes a new one
+	metrics     *metrics.Server
+	operator    *operator.Service
+	endpoint    *endpoint.Server // nil without
+	running     atomic.Bool
+}
+
+// deployment is one deployment of the trust domain. Without a listener it is
+// one that was served once: its keysets are published for what they signed.
+type deployment struct {
+	DeploymentConfig
+	keysets *keyset.Deployment
+	ledger  *ledger.Ledger
+	server  *server.Server
+	kept    *store.Deployment // nil in memory
+}
+
+// Open checks the configuration, opens the store and loads what it holds. It
+// listens nowhere and starts nothing but the store. The Domain has to be
+// closed, or run.
+func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
+	if cfg, err = cfg.withDefaults(); err != nil {
+		return nil, err
+	}
+	d := &Domain{cfg: cfg}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, d.Close())
+		}
+	}()
+	names := cfg.Deployments
+	if cfg.DataDir != "" {
+		if names, err = d.openStore(ctx); err != nil {
+			return nil, err
+		}
+	}
+	d.metrics = metrics.NewServer(metrics.ServerConfig{
+		TrustDomain: cfg.TrustDomain.Name(), Deployments: served(cfg.Deployments), Version: cfg.Version,
+		Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
+	})
+	for _, c := range names {
+		dep, err := d.openDeployment(ctx, c)
+		if err != nil {
+			return nil, fmt.Errorf("deployment %s: %w", c.Name, err)
+		}
+		d.deployments = append(d.deployments, dep)
+	}
+	if err := d.openOperator(); err != nil {
+		return nil, err
+	}
+	if cfg.EndpointAddress != "" {
+		if d.endpoint, err = endpoint.New(d.endpointConfig()); err != nil {
+			return nil, fmt.Errorf("bundle_endpoint: %w", err)
+		}
+	}
+	return d, nil
+}
+
+// openStore opens the store and returns the deployments that are configured
+// and those that only the store knows.
+func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
+	key, err := seal.Find(d.cfg.KeyFile, os.Getenv)
+	if err != nil {
+		return nil, fmt.Errorf("key_file: %w", err)
+	}
+	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
+		return nil, fmt.Errorf("data_dir: %w", err)
+	}
+	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log})
+	if err != nil {
+		return nil, err
+	}
+	all := slices.Clone(d.cfg.Deployments)
+	known, err := d.store.Deployments(ctx)
+	if err != nil {
+		return nil, err
+	}
+	for _, name := range known {
+		if !slices.ContainsFunc(all, func(c DeploymentConfig) bool { return c.Name == name }) {
+			d.cfg.Log.Warn("deployment is not configured any more: it is not served, and its authorities stay in the trust bundle", "deployment", name)
+			all = append(all, DeploymentConfig{Name: name})
+		}
+	}
+	return all, nil
+}
+
+func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deployment, error) {
+	dep := &deployment{DeploymentConfig: c}
+	log := d.cfg.Log.With("deployment", c.Name)
+	keys := keyset.Config{TrustDomain: d.cfg.TrustDomain, Name: c.Name, Lifetime: d.cfg.KeysetLifetime, Now: d.cfg.Now}
+	rows := ledger.Config{Log: log, Now: d.cfg.Now}
+	config := server.Config{
+		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
+		RefreshHint: d.cfg.RefreshHint, Observer: d.metrics, Log: log, Now: d.cfg.Now,
+		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
+	}
+	if d.store != nil {
+		dep.kept = d.store.Deployment(c.Name)
+		keys.Storage, rows.Storage, config.Storage = dep.kept, dep.kept, dep.kept
+	}
+	var err error
+	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {
+		return nil, err
+	}
+	if dep.keysets, err = keyset.Open(ctx, keys); err != nil {
+		return nil, err
+	}
+	config.Keysets, config.Ledger = dep.keysets, dep.ledger
+	if dep.server, err = server.New(config); err != nil {
+		return nil, err
+	}
+	return dep, nil
+}
+
+func served(all []DeploymentConfig) []string {
+	var names []string
+	for _, c := range all {
+		names = append(names, c.Name)
+	}
+	return names
+}
+
+// Close closes what [Open] opened. [Domain.Run] does it by itself.
+func (d *Domain) Close() error {
+	if d.store == nil {
+		return nil
+	}
+	return d.store.Close()
+}
+
+// Server returns the services of a deployment that is configured, for running
+// inside another process; nil when there is none of that name.
+func (d *Domain) Server(name string) *server.Server {
+	for _, dep := range d.deployments {
+		if dep.Name == name {
+			return dep.server
+		}
+	}
+	return nil
+}
+
+// union is the bundle of several deployments.
+type union struct {
+	of     []*keyset.Bundle
+	bundle *keyset.Bundle
+}
+
+// Published returns the trust bundle: the authorities of all deployments. As
+// long as nothing changes it returns the same pointer.
+func (d *Domain) Published() *keyset.Bundle {
+	if len(d.deployments) == 1 {
+		return d.deployments[0].keysets.Bundle()
+	}
+	if u := d.union.Load(); u != nil && d.current(u) {
+		return u.bundle
+	}
+	// One at a time, so that nobody puts an older union in the place of a newer.
+	d.unionM.Lock()
+	defer d.unionM.Unlock()
+	if u := d.union.Load(); u != nil && d.current(u) {
+		return u.bundle
+	}
+	u := &union{}
+	for _, dep := range d.deployments {
+		u.of = append(u.of, dep.keysets.Bundle())
+	}
+	u.bundle = keyset.Union(u.of...)
+	d.union.Store(u)
+	return u.bundle
+}
+
+func (d *Domain) current(u *union) bool {
+	for i, dep := range d.deployments {
+		if u.of[i] != dep.keysets.Bundle() {
+			return false
+		}
+	}
+	return true
+}
+
+// Run serves until ctx is done, and returns nil then, or the error that made
+// going on useless, such as an address that is in use. When it returns,
+// everything has ended and the store is closed.
+func (d *Domain) Run(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, d.Close()) }()
+	group, ctx := errgroup.WithContext(ctx)
+	start, err := d.listen()
+	if err != nil {
+		return err
+	}
+	for _, serve := range start {
+		group.Go(func() error { return serve(ctx) })
+	}
+	for _, dep := range d.deployments {
+		group.Go(func() error { return dep.ledger.Run(ctx) })
+	}
+	d.running.Store(true)
+	defer d.running.Store(false)
+	d.cfg.Log.Info("server starts", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
+	err = group.Wait()
+	d.cfg.Log.Info("server stopped")
+	return err
+}
+
+// listen opens every listener before anything is served, so that an address
+// that is in use is an error of the start and not of the night after.
+func (d *Domain) listen() (_ []func(context.Context) error, err error) {
+	var open []net.Listener
+	var start []func(context.Context) error
+	defer func() {
+		if err != nil {
+			for _, lis := range open {
+				_ = lis.Close()
+			}
+		}
+	}()
+	add := func(field, address string, lis net.Listener, serve func(context.Context, net.Listener) error) error {
+		if lis == nil {
+			if lis, err = net.Listen("tcp", address); err != nil {
+				return fmt.Errorf("%s: %w", field, err)
+			}
+		}
+		open = append(open, lis)
+		d.cfg.Log.Info("listens", "for", field, "address", lis.Addr().String())
+		start = append(start, func(ctx context.Context) error {
+			if err := serve(ctx, lis); err != nil {
+				return fmt.Errorf("%s: %w", field, err)
+			}
+			return nil
+		})
+		return nil
+	}
+	for _, dep := range d.deployments {
+		if dep.ListenAddress == "" && dep.Listener == nil {
+			continue
+		}
+		if err := add("deployments."+dep.Name, dep.ListenAddress, dep.Listener, dep.server.Serve); err != nil {
+			return nil, err
+		}
+	}
+	if d.cfg.AdminSocket != "" {
+		lis, err := socket.Listen(d.cfg.AdminSocket, d.cfg.AdminSocketMode)
+		if err != nil {
+			return nil, fmt.Errorf("admin_socket: %w", err)
+		}
+		if err := add("admin_socket", "", lis, d.operator.ServeUnix); err != nil {
+			return nil, err
+		}
+	}
+	if d.cfg.OperatorAddress != "" {
+		if err := add("operators.address", d.cfg.OperatorAddress, nil, d.operator.ServeTLS); err != nil {
+			return nil, err
+		}
+	}
+	if d.endpoint != nil {
+		if err := add("bundle_endpoint", d.cfg.EndpointAddress, nil, d.endpoint.Serve); err != nil {
+			return nil, err
+		}
+	}
+	if d.cfg.MetricsAddress != "" {
+		if err := add("metrics", d.cfg.MetricsAddress, nil, d.serveMetrics); err != nil {
+			return nil, err
+		}
+	}
+	return start, nil
+}
+
+func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
+	return metrics.Serve(ctx, metrics.ServeConfig{
+		Listener: lis, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
+	})
+}
+
+// Ready is nil while agents and operators are answered and everything could be
+// signed.
+func (d *Domain) Ready() error {
+	if !d.running.Load() {
+		return errors.New("starting or ending")
+	}
+	for _, dep := range d.deployments {
+		if dep.serves() && !d.cfg.Now().Before(dep.keysets.Active().ExpiresAt) {
+			return fmt.Errorf("the active keyset of deployment %s has expired: nothing can be signed", dep.Name)
+		}
+	}
+	return nil
+}
+
+func (dep *deployment) serves() bool { return dep.ListenAddress != "" || dep.Listener != nil }
+
+func (dep *deployment) automatic() operator.Automatic { return operator.Automatic{Mode: "off"} }

@@ -1,0 +1,85 @@
+package domain
+
+import (
+	"context"
+	"crypto/tls"
+
+	"github.com/renewd/renewd/internal/endpoint"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/metrics"
+)
+
+// openOperator makes the operators' API over all deployments.
+func (d *Domain) openOperator() error {
+	rules, err := operator.ParseRules(d.cfg.TrustDomain, d.cfg.Managers, d.cfg.Readers)
+	if err != nil {
+		return err
+	}
+	c := operator.Config{
+		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: rules,
+		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Now: d.cfg.Now,
+	}
+	for _, dep := range d.deployments {
+		part := operator.Deployment{Name: dep.Name, Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
+		if dep.kept != nil {
+			part.Audit = dep.audit
+		}
+		c.Deployments = append(c.Deployments, part)
+	}
+	d.operator, err = operator.New(c)
+	return err
+}
+
+// certificate proves the server to remote operators and relying parties. The
+// first deployment's will do: all agree on the server's ID and trust all
+// authorities.
+func (d *Domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	return d.deployments[0].server.Certificate()
+}
+
+func (d *Domain) endpointConfig() endpoint.Config {
+	c := endpoint.Config{TrustDomain: d.cfg.TrustDomain, Bundle: d.Published, RefreshHint: d.cfg.RefreshHint, Log: d.cfg.Log}
+	if d.cfg.EndpointProfile == ProfileWeb {
+		c.CertFile, c.KeyFile = d.cfg.EndpointCertFile, d.cfg.EndpointKeyFile
+	} else {
+		c.Certificate = d.certificate
+	}
+	return c
+}
+
+func (dep *deployment) audit(ctx context.Context, after uint64, limit int) ([]operator.AuditRecord, error) {
+	records, err := dep.kept.Audit(ctx, after, limit)
+	out := make([]operator.AuditRecord, len(records))
+	for i, r := range records {
+		out[i] = operator.AuditRecord(r)
+	}
+	return out, err
+}
+
+var keysetStates = map[keyset.State]string{
+	keyset.Prepared: metrics.StatePrepared, keyset.Active: metrics.StateActive, keyset.Tainted: metrics.StateTainted,
+}
+
+// state is what the metrics show. What cannot be read is left out.
+func (d *Domain) state() metrics.ServerState {
+	var s metrics.ServerState
+	for _, dep := range d.deployments {
+		f, err := d.operator.Figures(context.Background(), dep.Name)
+		if err != nil {
+			d.cfg.Log.Warn("figures could not be read", "deployment", dep.Name, "error", err)
+			continue
+		}
+		out := metrics.Deployment{
+			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, Rotation: dep.automatic().Mode,
+		}
+		for _, k := range f.Keysets {
+			out.Keysets = append(out.Keysets, metrics.Keyset{
+				ID: k.ID, State: keysetStates[k.State], ExpiresAt: k.ExpiresAt, X509SVIDs: k.X509SVIDs, AgentsHolding: k.Agents,
+				JWTExpiry: k.JWTLatest, X509Safe: k.X509Safe, JWTSafe: k.JWTSafe,
+			})
+		}
+		s.Deployments = append(s.Deployments, out)
+	}
+	return s
+}

@@ -1,0 +1,243 @@
+package operator
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
+)
+
+func auditStates(of map[string]keyset.State) []*api.AuditState {
+	var out []*api.AuditState
+	for _, id := range slices.Sorted(maps.Keys(of)) {
+		out = append(out, &api.AuditState{KeysetId: id, State: states[of[id]]})
+	}
+	return out
+}
+
+// ListAgents implements the service.
+func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*api.ListAgentsResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	agents, err := d.Server.Agents(ctx)
+	if err != nil {
+		return nil, fail(err)
+	}
+	resp := &api.ListAgentsResponse{}
+	for _, a := range agents {
+		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: stamp(ends(a)), Banned: a.Banned, Version: a.Version}
+		if c, ok := d.Ledger.Contact(out.Id); ok {
+			out.AppliedSequence, out.LastReport = c.Sequence, stamp(c.At)
+		}
+		resp.Agents = append(resp.Agents, out)
+	}
+	return resp, nil
+}
+
+// The life of a join token that nobody gave one, and the longest.
+const (
+	defaultTokenTTL = 10 * time.Minute
+	maxTokenTTL     = 30 * 24 * time.Hour
+)
+
+// CreateJoinToken implements the service.
+func (s *Service) CreateJoinToken(ctx context.Context, req *api.CreateJoinTokenRequest) (*api.CreateJoinTokenResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	ttl := defaultTokenTTL
+	if req.GetTtl() != nil {
+		ttl = req.GetTtl().AsDuration()
+	}
+	if ttl <= 0 || ttl > maxTokenTTL {
+		return nil, status.Errorf(codes.InvalidArgument, "ttl: %v is not within a moment and %v", ttl, maxTokenTTL)
+	}
+	t, err := d.Server.CreateJoinToken(ctx, ttl)
+	if err != nil {
+		return nil, fail(err)
+	}
+	s.log.Info("join token made", "deployment", d.Name, "actor", keyset.Actor(ctx), "expires_at", t.ExpiresAt)
+	return &api.CreateJoinTokenResponse{Token: t.Value, ExpiresAt: stamp(t.ExpiresAt)}, nil
+}
+
+// BanAgent implements the service.
+func (s *Service) BanAgent(ctx context.Context, req *api.BanAgentRequest) (*api.BanAgentResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	id, err := s.agentID(req.GetAgentId())
+	if err != nil {
+		return nil, err
+	}
+	return &api.BanAgentResponse{}, fail(d.Server.BanAgent(ctx, id))
+}
+
+// EvictAgent implements the service.
+func (s *Service) EvictAgent(ctx context.Context, req *api.EvictAgentRequest) (*api.EvictAgentResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	id, err := s.agentID(req.GetAgentId())
+	if err != nil {
+		return nil, err
+	}
+	return &api.EvictAgentResponse{}, fail(d.Server.EvictAgent(ctx, id, req.GetGone()))
+}
+
+func (s *Service) agentID(text string) (spiffeid.ID, error) {
+	id, err := spiffeid.FromString(text)
+	if err != nil {
+		return id, status.Errorf(codes.InvalidArgument, "agent_id: %q is not a SPIFFE ID: %v", text, err)
+	}
+	return id, nil
+}
+
+// ListEntries implements the service.
+func (s *Service) ListEntries(_ context.Context, req *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	resp := &api.ListEntriesResponse{}
+	for _, e := range d.Server.Entries() {
+		resp.Entries = append(resp.Entries, protoEntry(&e.Entry))
+	}
+	return resp, nil
+}
+
+// ApplyEntries implements the service.
+func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest) (*api.ApplyEntriesResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	entries := make([]server.Entry, len(req.GetEntries()))
+	for i, e := range req.GetEntries() {
+		if entries[i], err = parseEntry(e); err != nil {
+			return nil, err
+		}
+	}
+	diff, err := d.Server.ApplyEntries(ctx, entries, req.GetDryRun())
+	if err != nil {
+		return nil, fail(err)
+	}
+	resp := &api.ApplyEntriesResponse{Unchanged: int64(diff.Unchanged)}
+	for _, c := range diff.Changes {
+		resp.Changes = append(resp.Changes, protoChange(c))
+	}
+	if !req.GetDryRun() && len(diff.Changes) > 0 {
+		s.log.Info("entries applied", "deployment", d.Name, "actor", keyset.Actor(ctx), "changed", len(diff.Changes), "unchanged", diff.Unchanged)
+	}
+	return resp, nil
+}
+
+// PutEntry implements the service.
+func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.PutEntryResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	e, err := parseEntry(req.GetEntry())
+	if err != nil {
+		return nil, err
+	}
+	c, err := d.Server.UpsertEntry(ctx, e)
+	if err != nil {
+		return nil, fail(err)
+	}
+	s.log.Info("entry stored", "deployment", d.Name, "actor", keyset.Actor(ctx), "entry", e.ID)
+	return &api.PutEntryResponse{Change: protoChange(c)}, nil
+}
+
+// DeleteEntry implements the service.
+func (s *Service) DeleteEntry(ctx context.Context, req *api.DeleteEntryRequest) (*api.DeleteEntryResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	if err := d.Server.DeleteEntry(ctx, req.GetId()); err != nil {
+		return nil, fail(err)
+	}
+	s.log.Info("entry deleted", "deployment", d.Name, "actor", keyset.Actor(ctx), "entry", req.GetId())
+	return &api.DeleteEntryResponse{}, nil
+}
+
+// GetBundle implements the service.
+func (s *Service) GetBundle(_ context.Context, req *api.GetBundleRequest) (*api.GetBundleResponse, error) {
+	if _, err := s.find(req); err != nil {
+		return nil, err
+	}
+	b := s.config.Published()
+	return &api.GetBundleResponse{Pem: b.PEM(), Sequence: b.Sequence}, nil
+}
+
+func protoChange(c server.EntryChange) *api.EntryChange {
+	return &api.EntryChange{Before: protoEntry(c.Before), After: protoEntry(c.After)}
+}
+
+func protoEntry(e *server.Entry) *api.Entry {
+	if e == nil {
+		return nil
+	}
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint}
+	if !e.ParentID.IsZero() {
+		out.ParentId = e.ParentID.String()
+	}
+	for _, sel := range e.Selectors {
+		out.Selectors = append(out.Selectors, &api.Selector{Type: sel.Type, Value: sel.Value})
+	}
+	for _, td := range e.FederatesWith {
+		out.FederatesWith = append(out.FederatesWith, td.Name())
+	}
+	if e.X509TTL != 0 {
+		out.X509Ttl = durationpb.New(e.X509TTL)
+	}
+	if e.JWTTTL != 0 {
+		out.JwtTtl = durationpb.New(e.JWTTTL)
+	}
+	return out
+}
+
+// parseEntry reads the texts of an entry; what they mean is the server's to
+// check.
+func parseEntry(p *api.Entry) (server.Entry, error) {
+	wrong := func(field string, value any, err error) (server.Entry, error) {
+		return server.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)
+	}
+	e := server.Entry{ID: p.GetId(), Hint: p.GetHint(), X509TTL: p.GetX509Ttl().AsDuration(), JWTTTL: p.GetJwtTtl().AsDuration()}
+	var err error
+	if e.SPIFFEID, err = spiffeid.FromString(p.GetSpiffeId()); err != nil {
+		return wrong("spiffe_id", p.GetSpiffeId(), err)
+	}
+	if p.GetParentId() != "" {
+		if e.ParentID, err = spiffeid.FromString(p.GetParentId()); err != nil {
+			return wrong("parent_id", p.GetParentId(), err)
+		}
+	}
+	for _, sel := range p.GetSelectors() {
+		e.Selectors = append(e.Selectors, server.Selector{Type: sel.GetType(), Value: sel.GetValue()})
+	}
+	for _, name := range p.GetFederatesWith() {
+		td, err := spiffeid.TrustDomainFromString(name)
+		if err != nil {
+			return wrong("federates_with", name, err)
+		}
+		e.FederatesWith = append(e.FederatesWith, td)
+	}
+	return e, nil
+}

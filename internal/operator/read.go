@@ -1,0 +1,201 @@
+package operator
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// Figures are what is known of a deployment's keysets and agents.
+type Figures struct {
+	Keysets []KeysetFigures
+	// Sequence is that of the published bundle. Agents are attested, not banned
+	// and not expired; AgentsBehind have not said that they apply that bundle.
+	Sequence             uint64
+	Agents, AgentsBehind int
+}
+
+// KeysetFigures are what hangs on a keyset.
+type KeysetFigures struct {
+	keyset.Keyset
+	X509SVIDs, Agents int
+	X509Latest        time.Time // when the last of the SVIDs ends
+	JWTLatest         time.Time // when the last JWT-SVID ends
+	X509Safe, JWTSafe bool      // tainted, and nothing hangs on it
+}
+
+// Figures reads one deployment; NotFound when there is none of that name.
+func (s *Service) Figures(ctx context.Context, deployment string) (Figures, error) {
+	d, err := s.find(&api.ListKeysetsRequest{Scope: &api.Scope{Deployment: deployment}})
+	if err != nil {
+		return Figures{}, err
+	}
+	return s.figures(ctx, d)
+}
+
+func (s *Service) figures(ctx context.Context, d *Deployment) (Figures, error) {
+	list, err := d.Keysets.List(ctx)
+	if err != nil {
+		return Figures{}, err
+	}
+	f := Figures{Sequence: s.config.Published().Sequence}
+	for _, k := range list {
+		f.Keysets = append(f.Keysets, d.figures(k))
+	}
+	agents, err := d.Server.Agents(ctx)
+	if err != nil {
+		return Figures{}, err
+	}
+	now := s.now()
+	for _, a := range agents {
+		if a.Banned || !now.Before(ends(a)) {
+			continue
+		}
+		f.Agents++
+		if c, ok := d.Ledger.Contact(a.ID.String()); !ok || c.Sequence < f.Sequence {
+			f.AgentsBehind++
+		}
+	}
+	return f, nil
+}
+
+// ends is when the last SVID of an agent does.
+func ends(a server.Agent) time.Time {
+	if a.NextExpiresAt.After(a.ExpiresAt) {
+		return a.NextExpiresAt
+	}
+	return a.ExpiresAt
+}
+
+func (d *Deployment) figures(k keyset.Keyset) KeysetFigures {
+	tainted := k.State == keyset.Tainted
+	x509 := d.Ledger.X509(k.X509AuthorityID, tainted)
+	jwt, jwtClear := d.Ledger.JWT(k.JWTKeyID, tainted)
+	return KeysetFigures{
+		Keyset: k, X509SVIDs: x509.SVIDs, Agents: x509.Agents, X509Latest: x509.Latest, JWTLatest: jwt,
+		X509Safe: tainted && x509.Clear, JWTSafe: tainted && jwtClear,
+	}
+}
+
+var states = map[keyset.State]api.KeysetState{
+	keyset.Prepared: api.KeysetState_PREPARED, keyset.Active: api.KeysetState_ACTIVE, keyset.Tainted: api.KeysetState_TAINTED,
+}
+
+// keyset renders a keyset with what hangs on it.
+func (d *Deployment) keyset(k keyset.Keyset) *api.Keyset {
+	f := d.figures(k)
+	return &api.Keyset{
+		Id: k.ID, State: states[k.State], IssuedAt: stamp(k.IssuedAt), ExpiresAt: stamp(k.ExpiresAt),
+		X509AuthorityId: k.X509AuthorityID, JwtKeyId: k.JWTKeyID, TaintedAt: stamp(k.TaintedAt), SteppedDownAt: stamp(k.SteppedDownAt),
+		LiveX509Svids: int64(f.X509SVIDs), AgentsHolding: int64(f.Agents), X509LatestExpiry: stamp(f.X509Latest),
+		JwtLatestExpiry: stamp(f.JWTLatest), X509Safe: f.X509Safe, JwtSafe: f.JWTSafe,
+	}
+}
+
+// stamp leaves out what is not known.
+func stamp(t time.Time) *timestamppb.Timestamp {
+	if t.IsZero() {
+		return nil
+	}
+	return timestamppb.New(t)
+}
+
+// ListKeysets implements the service.
+func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) (*api.ListKeysetsResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	f, err := s.figures(ctx, d)
+	if err != nil {
+		return nil, fail(err)
+	}
+	resp := &api.ListKeysetsResponse{
+		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
+		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind),
+	}
+	for _, k := range f.Keysets {
+		resp.Keysets = append(resp.Keysets, d.keyset(k.Keyset))
+	}
+	if d.Automatic != nil {
+		a := d.Automatic()
+		resp.Automatic = &api.Automatic{Mode: a.Mode, Next: a.Next, At: stamp(a.At), WaitsFor: a.WaitsFor}
+	}
+	return resp, nil
+}
+
+// ListHolders implements the service.
+func (s *Service) ListHolders(ctx context.Context, req *api.ListHoldersRequest) (*api.ListHoldersResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	list, err := d.Keysets.List(ctx)
+	if err != nil {
+		return nil, fail(err)
+	}
+	authority := ""
+	for _, k := range list {
+		if k.ID == req.GetKeysetId() {
+			authority = k.X509AuthorityID
+		}
+	}
+	if authority == "" {
+		return nil, fail(keyset.ErrNotFound)
+	}
+	agents, err := d.Server.Agents(ctx)
+	if err != nil {
+		return nil, fail(err)
+	}
+	versions := make(map[string]string, len(agents))
+	for _, a := range agents {
+		versions[a.ID.String()] = a.Version
+	}
+	resp := &api.ListHoldersResponse{}
+	for _, h := range d.Ledger.Holders(authority) {
+		resp.Holders = append(resp.Holders, &api.Holder{
+			AgentId: h.Agent, Version: versions[h.Agent], Svids: int64(h.SVIDs), Streams: int64(h.Streams),
+			LatestExpiry: stamp(h.Latest), LastReport: stamp(h.LastReport), AppliedSequence: h.Sequence,
+			Reason: h.Reason, BeginsAt: stamp(h.BeginsAt), Rate: h.Rate,
+		})
+	}
+	return resp, nil
+}
+
+// maxAudit is the most records in one answer.
+const maxAudit = 1000
+
+// ReadAudit implements the service.
+func (s *Service) ReadAudit(ctx context.Context, req *api.ReadAuditRequest) (*api.ReadAuditResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	if d.Audit == nil {
+		return nil, status.Error(codes.Unimplemented, "this server keeps no audit log: it has no data_dir")
+	}
+	limit := int(req.GetLimit())
+	if limit == 0 || limit > maxAudit {
+		limit = maxAudit
+	}
+	records, err := d.Audit(ctx, req.GetAfter(), limit)
+	if err != nil {
+		return nil, fail(fmt.Errorf("read the audit log: %w", err))
+	}
+	resp := &api.ReadAuditResponse{}
+	for _, r := range records {
+		resp.Records = append(resp.Records, &api.AuditRecord{
+			Number: r.Number, At: stamp(r.At), Actor: r.Actor, Operation: r.Operation, KeysetId: r.KeysetID,
+			Before: auditStates(r.Before), After: auditStates(r.After), Note: r.Note,
+		})
+	}
+	return resp, nil
+}

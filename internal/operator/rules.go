@@ -1,0 +1,162 @@
+package operator
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"os/user"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// Role is what a caller may do.
+type Role int
+
+// The roles; each may all that those before it may.
+const (
+	Nobody Role = iota
+	Reader
+	Manager
+)
+
+func (r Role) String() string { return [...]string{"nobody", "reader", "manager"}[r] }
+
+// Rules say who has which role. They are immutable.
+type Rules struct{ managers, readers list }
+
+// list is one role's rules by kind.
+type list struct {
+	uids, gids map[uint32]bool
+	ids        map[spiffeid.ID]bool
+}
+
+// ParseRules reads the texts of both roles:
+//
+//	unix:uid:1000    unix:user:alice    the user of a process at the admin socket
+//	unix:gid:1000    unix:group:ops     one of that user's groups
+//	spiffe://example.org/ops/alice      the SPIFFE ID of a remote operator, exactly
+//
+// Names are looked up now, once. When both are empty, root and the user that
+// this process runs as are managers. An error names the field, the value and
+// the remedy.
+func ParseRules(td spiffeid.TrustDomain, managers, readers []string) (Rules, error) {
+	if len(managers)+len(readers) == 0 {
+		managers = []string{"unix:uid:0", "unix:uid:" + strconv.Itoa(os.Getuid())}
+	}
+	m, err := parseList(td, "operators.managers", managers)
+	r, err2 := parseList(td, "operators.readers", readers)
+	return Rules{managers: m, readers: r}, errors.Join(err, err2)
+}
+
+func parseList(td spiffeid.TrustDomain, field string, texts []string) (list, error) {
+	l := list{uids: map[uint32]bool{}, gids: map[uint32]bool{}, ids: map[spiffeid.ID]bool{}}
+	var errs []error
+	for i, text := range texts {
+		if err := l.add(td, text); err != nil {
+			errs = append(errs, fmt.Errorf("%s[%d]: %q %w", field, i, text, err))
+		}
+	}
+	return l, errors.Join(errs...)
+}
+
+func (l *list) add(td spiffeid.TrustDomain, text string) error {
+	if strings.HasPrefix(text, "spiffe://") {
+		id, err := spiffeid.FromString(text)
+		switch {
+		case err != nil:
+			return fmt.Errorf("is not a SPIFFE ID: %w", err)
+		case !id.MemberOf(td):
+			return fmt.Errorf("is not of trust domain %s: operators need an SVID of it", td)
+		case id.Path() == "":
+			return errors.New("has no path: name one operator's ID")
+		}
+		l.ids[id] = true
+		return nil
+	}
+	kind, value, _ := strings.Cut(strings.TrimPrefix(text, "unix:"), ":")
+	if !strings.HasPrefix(text, "unix:") || value == "" {
+		return errors.New("is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID")
+	}
+	into, number := l.uids, value
+	switch kind {
+	case "uid":
+	case "user":
+		u, err := user.Lookup(value)
+		if err != nil {
+			return fmt.Errorf("names a user that this machine does not have: %w", err)
+		}
+		number = u.Uid
+	case "gid":
+		into = l.gids
+	case "group":
+		g, err := user.LookupGroup(value)
+		if err != nil {
+			return fmt.Errorf("names a group that this machine does not have: %w", err)
+		}
+		into, number = l.gids, g.Gid
+	default:
+		return errors.New("is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID")
+	}
+	n, err := strconv.ParseUint(number, 10, 32)
+	if err != nil {
+		return errors.New("has no number that could be an ID")
+	}
+	into[uint32(n)] = true
+	return nil
+}
+
+// process is a caller at the admin socket, by the kernel's word.
+type process struct{ uid, gid uint32 }
+
+func (p process) actor() string { return "unix:uid:" + strconv.FormatUint(uint64(p.uid), 10) }
+
+func (r Rules) ofProcess(p process) Role {
+	switch {
+	case r.managers.has(p):
+		return Manager
+	case r.readers.has(p):
+		return Reader
+	}
+	return Nobody
+}
+
+func (r Rules) ofID(id spiffeid.ID) Role {
+	switch {
+	case r.managers.ids[id]:
+		return Manager
+	case r.readers.ids[id]:
+		return Reader
+	}
+	return Nobody
+}
+
+func (l list) has(p process) bool {
+	if l.uids[p.uid] || l.gids[p.gid] {
+		return true
+	}
+	return len(l.gids) > 0 && slices.ContainsFunc(groups(p.uid), func(g uint32) bool { return l.gids[g] })
+}
+
+// groups are those that the machine's accounts say of a user. What the process
+// itself says of its groups could be of a process that has the number of one
+// that ended.
+func groups(uid uint32) []uint32 {
+	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
+	if err != nil {
+		return nil
+	}
+	texts, err := u.GroupIds()
+	if err != nil {
+		return nil
+	}
+	var out []uint32
+	for _, t := range texts {
+		if n, err := strconv.ParseUint(t, 10, 32); err == nil {
+			out = append(out, uint32(n))
+		}
+	}
+	return out
+}

@@ -1,0 +1,299 @@
+// Package operator is what operators do with the signing server, over the
+// wire: the Operator service of package api, who may call it, and its client.
+//
+// The service is reached at the admin socket, where the kernel says which user
+// calls, and over mTLS, where an X.509-SVID of the trust domain does. [Rules]
+// give users and SPIFFE IDs a role; each method takes one; a method that is
+// not in the table takes none and is refused. Who asked for a mutation is in the
+// audit log.
+package operator
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strconv"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// Deployment is one that operators may work on.
+type Deployment struct {
+	Name    string
+	Keysets *keyset.Deployment
+	Server  *server.Server
+	Ledger  *ledger.Ledger
+	// Audit returns the log of mutations with a number above after, at most
+	// limit; nil when none is kept.
+	Audit func(ctx context.Context, after uint64, limit int) ([]AuditRecord, error)
+	// Automatic says what automatic rotation is about to do; nil when there is
+	// none.
+	Automatic func() Automatic
+}
+
+// AuditRecord is one mutation, numbered from 1 without a gap.
+type AuditRecord struct {
+	Number uint64
+	keyset.Change
+}
+
+// Automatic is what automatic rotation is about to do.
+type Automatic struct {
+	Mode     string    // off, on or paused
+	Next     string    // such as "taint ks_…"; empty: nothing
+	At       time.Time // zero: now
+	WaitsFor string    // where time is not the reason
+}
+
+// Config is what a [Service] needs. TrustDomain, Deployments and Published are
+// required.
+type Config struct {
+	TrustDomain spiffeid.TrustDomain
+	Deployments []Deployment
+	// Published returns the trust bundle of all deployments.
+	Published func() *keyset.Bundle
+	// Certificate is what remote operators are shown; ServeTLS needs it.
+	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	Rules       Rules
+	// Options are added to every gRPC server.
+	Options []grpc.ServerOption
+	Log     *slog.Logger     // discards when nil
+	Now     func() time.Time // time.Now when nil
+}
+
+// Service answers operators. All methods may be called concurrently.
+type Service struct {
+	api.UnimplementedOperatorServer
+	config Config
+	rules  Rules
+	log    *slog.Logger
+	now    func() time.Time
+}
+
+// New makes a Service.
+func New(c Config) (*Service, error) {
+	if c.TrustDomain.IsZero() || len(c.Deployments) == 0 || c.Published == nil {
+		return nil, errors.New("new operator service: it needs a trust domain, deployments and the published bundle")
+	}
+	s := &Service{config: c, rules: c.Rules, log: c.Log, now: c.Now}
+	if s.log == nil {
+		s.log = slog.New(slog.DiscardHandler)
+	}
+	if s.now == nil {
+		s.now = time.Now
+	}
+	return s, nil
+}
+
+// scoped is a request that names a deployment.
+type scoped interface{ GetScope() *api.Scope }
+
+// find returns the deployment that a request means.
+func (s *Service) find(req scoped) (*Deployment, error) {
+	scope := req.GetScope()
+	if err := s.checkTrustDomain(scope.GetTrustDomain()); err != nil {
+		return nil, err
+	}
+	name := scope.GetDeployment()
+	if name == "" && len(s.config.Deployments) == 1 {
+		return &s.config.Deployments[0], nil
+	}
+	for i := range s.config.Deployments {
+		if s.config.Deployments[i].Name == name {
+			return &s.config.Deployments[i], nil
+		}
+	}
+	var names []string
+	for _, d := range s.config.Deployments {
+		names = append(names, d.Name)
+	}
+	if name == "" {
+		return nil, status.Errorf(codes.InvalidArgument, "there are several deployments, %q: name one of them", names)
+	}
+	return nil, status.Errorf(codes.NotFound, "there is no deployment %q, only %q", name, names)
+}
+
+func (s *Service) checkTrustDomain(name string) error {
+	if name != "" && name != s.config.TrustDomain.Name() {
+		return status.Errorf(codes.NotFound, "this is the server of trust domain %q, not of %q", s.config.TrustDomain.Name(), name)
+	}
+	return nil
+}
+
+// ListDeployments implements the service.
+func (s *Service) ListDeployments(_ context.Context, req *api.ListDeploymentsRequest) (*api.ListDeploymentsResponse, error) {
+	if err := s.checkTrustDomain(req.GetTrustDomain()); err != nil {
+		return nil, err
+	}
+	resp := &api.ListDeploymentsResponse{TrustDomain: s.config.TrustDomain.Name()}
+	for _, d := range s.config.Deployments {
+		resp.Deployments = append(resp.Deployments, d.Name)
+	}
+	return resp, nil
+}
+
+// PrepareKeyset implements the service.
+func (s *Service) PrepareKeyset(ctx context.Context, req *api.PrepareKeysetRequest) (*api.PrepareKeysetResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	resp := &api.PrepareKeysetResponse{}
+	err = s.mutate(ctx, d, "prepare", "", func(ctx context.Context) (string, error) {
+		k, err := d.Keysets.Prepare(ctx)
+		if err == nil {
+			resp.Keyset = d.keyset(k)
+		}
+		return k.ID, err
+	})
+	return resp, err
+}
+
+// ActivateKeyset implements the service.
+func (s *Service) ActivateKeyset(ctx context.Context, req *api.ActivateKeysetRequest) (*api.ActivateKeysetResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	id := req.GetKeysetId()
+	return &api.ActivateKeysetResponse{}, s.mutate(ctx, d, "activate", id, func(ctx context.Context) (string, error) {
+		return id, d.Keysets.Activate(ctx, id)
+	})
+}
+
+// TaintKeyset implements the service.
+func (s *Service) TaintKeyset(ctx context.Context, req *api.TaintKeysetRequest) (*api.TaintKeysetResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	id := req.GetKeysetId()
+	return &api.TaintKeysetResponse{}, s.mutate(ctx, d, "taint", id, func(ctx context.Context) (string, error) {
+		return id, d.Keysets.Taint(ctx, id)
+	})
+}
+
+// RemoveKeyset implements the service. What counts is X.509: agents replace
+// JWT-SVIDs only when their key is gone, so whether to wait for their end is the
+// operator's choice.
+func (s *Service) RemoveKeyset(ctx context.Context, req *api.RemoveKeysetRequest) (*api.RemoveKeysetResponse, error) {
+	d, err := s.find(req)
+	if err != nil {
+		return nil, err
+	}
+	id := req.GetKeysetId()
+	return &api.RemoveKeysetResponse{}, s.mutate(ctx, d, "remove", id, func(ctx context.Context) (string, error) {
+		if req.GetForce() {
+			ctx = keyset.WithNote(ctx, d.forced(id))
+		}
+		var k keyset.Keyset
+		err := d.Keysets.Remove(ctx, id, func(all []keyset.Keyset) error {
+			k = all[slices.IndexFunc(all, func(k keyset.Keyset) bool { return k.ID == id })]
+			if h := d.Ledger.X509(k.X509AuthorityID, true); !h.Clear && !req.GetForce() {
+				return notSafe(k, h)
+			}
+			return nil
+		})
+		if err != nil {
+			return id, err
+		}
+		if err := d.Ledger.Removed(ctx, k.X509AuthorityID, k.JWTKeyID); err != nil {
+			// The rows that stay expire by themselves, and nobody asks for them.
+			s.log.Warn("the ledger still has rows of a removed keyset", "deployment", d.Name, "keyset", id, "error", err)
+		}
+		return id, nil
+	})
+}
+
+// forced is the audit log's note of a removal by force; empty when it took
+// none.
+func (d *Deployment) forced(id string) string {
+	for _, k := range d.Keysets.Status().Keysets {
+		if h := d.Ledger.X509(k.X509AuthorityID, k.State == keyset.Tainted); k.ID == id && !h.Clear {
+			return fmt.Sprintf("forced: %d X.509-SVIDs of %d agents may still have been in use", h.SVIDs, h.Agents)
+		}
+	}
+	return ""
+}
+
+// mutate carries out one mutation, with a line in the log, and turns its error
+// into what the caller is told.
+func (s *Service) mutate(ctx context.Context, d *Deployment, operation, id string, do func(context.Context) (string, error)) error {
+	begin := s.now()
+	done, err := do(ctx)
+	if id == "" {
+		id = done
+	}
+	log := s.log.With("operation", operation, "deployment", d.Name, "keyset", id, "actor", keyset.Actor(ctx), "took", s.now().Sub(begin))
+	if err != nil {
+		log.Warn("keyset mutation failed", "error", err)
+		return fail(err)
+	}
+	log.Info("keyset mutation done")
+	return nil
+}
+
+// Reason and domain of the detail that marks a refusal as one for safety.
+const (
+	reasonNotSafe = "NOT_SAFE"
+	errorDomain   = "renewd"
+)
+
+func notSafe(k keyset.Keyset, h ledger.Holding) error {
+	text := fmt.Sprintf("%d X.509-SVIDs of %d agents may still be in use", h.SVIDs, h.Agents)
+	if !h.Latest.IsZero() {
+		text += ", the last until " + h.Latest.UTC().Format(time.DateTime) + " UTC"
+	}
+	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s", k.ID, text)
+	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: reasonNotSafe, Domain: errorDomain, Metadata: map[string]string{
+		"svids": strconv.Itoa(h.SVIDs), "agents": strconv.Itoa(h.Agents),
+	}}); err == nil {
+		st = detailed
+	}
+	return st.Err()
+}
+
+// fail turns an error into the status that the caller gets.
+func fail(err error) error {
+	if err == nil {
+		return nil
+	}
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	if refusal, ok := errors.AsType[keyset.Refusal](err); ok {
+		code := codes.FailedPrecondition
+		switch refusal {
+		case keyset.ErrNotFound:
+			code = codes.NotFound
+		case keyset.ErrBusy:
+			code = codes.Aborted
+		}
+		return status.Error(code, refusal.Error())
+	}
+	var entry *server.EntryError
+	switch {
+	case errors.Is(err, server.ErrNotFound):
+		return status.Error(codes.NotFound, err.Error())
+	case errors.As(err, &entry):
+		return status.Error(codes.InvalidArgument, entry.Error())
+	case errors.Is(err, context.DeadlineExceeded):
+		return status.Errorf(codes.DeadlineExceeded, "not done in time: %v", err)
+	case errors.Is(err, context.Canceled):
+		return status.Error(codes.Canceled, err.Error())
+	}
+	return status.Error(codes.Unknown, err.Error())
+}
