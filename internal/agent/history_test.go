@@ -179,7 +179,7 @@ func TestSafeWaitsForAnswersOnTheirWay(t *testing.T) {
 }
 
 // mutate applies op to one of the keysets that is in the given state.
-func (w *world) mutate(r *rand.Rand, known map[string]keyset.Keyset, state keyset.State, op func(ctx context.Context, id string) error) {
+func (w *world) mutate(r *rand.Rand, known map[string]keyset.Keyset, state keyset.State, op func(context.Context, string, ...keyset.Check) error) {
 	w.t.Helper()
 	list, err := w.server.Keysets().List(w.t.Context())
 	w.check(err)

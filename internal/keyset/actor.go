@@ -22,7 +22,8 @@ func WithNote(ctx context.Context, note string) context.Context {
 	return context.WithValue(ctx, noteKey{}, note)
 }
 
-func actor(ctx context.Context) string {
+// Actor returns who asks for the mutations that are called with ctx.
+func Actor(ctx context.Context) string {
 	if a, ok := ctx.Value(actorKey{}).(string); ok {
 		return a
 	}

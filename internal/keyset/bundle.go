@@ -33,6 +33,19 @@ type Bundle struct {
 	JWT      []JWTAuthority
 }
 
+// Union is the bundle of a trust domain with several deployments: the
+// authorities of all bundles, in the order given. Its sequence is the sum of
+// theirs, so it grows when one of them does.
+func Union(bundles ...*Bundle) *Bundle {
+	out := new(Bundle)
+	for _, b := range bundles {
+		out.Sequence += b.Sequence
+		out.X509 = append(out.X509, b.X509...)
+		out.JWT = append(out.JWT, b.JWT...)
+	}
+	return out
+}
+
 // Certificates returns the X.509 authorities' certificates in a new slice.
 func (b *Bundle) Certificates() []*x509.Certificate {
 	certs := make([]*x509.Certificate, len(b.X509))

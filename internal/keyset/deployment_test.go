@@ -94,7 +94,7 @@ func TestOpenRefuses(t *testing.T) {
 func TestEveryStepFromEveryState(t *testing.T) {
 	t.Parallel()
 	const gone = keyset.State(0)
-	type operation func(*keyset.Deployment, context.Context, string) error
+	type operation func(*keyset.Deployment, context.Context, string, ...keyset.Check) error
 	operations := map[string]operation{
 		"activate": (*keyset.Deployment).Activate,
 		"taint":    (*keyset.Deployment).Taint,

@@ -113,10 +113,12 @@ func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
 
 // snapshot is everything that follows from one Document. It is immutable.
 type snapshot struct {
-	version uint64
-	keysets []Keyset
-	active  *signer
-	bundle  *Bundle
+	version   uint64
+	keysets   []Keyset
+	rotatedAt time.Time
+	active    *signer
+	bundle    *Bundle
+	replaced  chan struct{} // closed when another is in force
 }
 
 // signer is the active keyset's private half.
@@ -130,7 +132,10 @@ type signer struct {
 // newSnapshot parses a Document and checks what must always hold: keysets of
 // this trust domain, IDs that differ, exactly one active.
 func newSnapshot(td spiffeid.TrustDomain, doc Document) (*snapshot, error) {
-	s := &snapshot{version: doc.Version, bundle: &Bundle{Sequence: doc.Sequence}}
+	s := &snapshot{
+		version: doc.Version, rotatedAt: doc.RotatedAt, bundle: &Bundle{Sequence: doc.Sequence},
+		replaced: make(chan struct{}),
+	}
 	seen := make(map[string]bool, len(doc.Records))
 	for _, r := range doc.Records {
 		if seen[r.ID] {

@@ -20,7 +20,7 @@ type Document struct {
 	// Sequence is the trust bundle's sequence number. It grows by one with
 	// each change of what is published, which activation is not.
 	Sequence uint64
-	// RotatedAt is when a keyset was last activated.
+	// RotatedAt is when a keyset was last activated, or the first one made.
 	RotatedAt time.Time
 	// Records are in order of issue.
 	Records []Record

@@ -203,8 +203,8 @@ func TestConcurrentUse(t *testing.T) {
 // fixed is a storage that always holds the same.
 type fixed struct{ doc keyset.Document }
 
-func (f fixed) Load(context.Context) (keyset.Document, error) { return f.doc, nil }
-func (f fixed) Save(context.Context, keyset.Document, keyset.Change) error   { return keyset.ErrConflict }
+func (f fixed) Load(context.Context) (keyset.Document, error)              { return f.doc, nil }
+func (f fixed) Save(context.Context, keyset.Document, keyset.Change) error { return keyset.ErrConflict }
 
 // failing is a storage whose calls can be made to fail.
 type failing struct {
