@@ -45,8 +45,8 @@ func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, agentUsage, e); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		resp, err := operator.ListAgents(ctx, &api.ListAgentsRequest{Scope: c.scope()})
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.ListAgents(ctx, &api.ListAgentsRequest{Scope: c.scope()}, large)
 		if err != nil {
 			return err
 		}
@@ -80,8 +80,8 @@ func banCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		if _, err := operator.BanAgent(ctx, &api.BanAgentRequest{Scope: c.scope(), AgentId: id[0]}); err != nil {
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		if _, err := o.BanAgent(ctx, &api.BanAgentRequest{Scope: c.scope(), AgentId: id[0]}); err != nil {
 			return err
 		}
 		return c.done("agent", id[0], "banned")
@@ -97,8 +97,8 @@ func evictCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		if _, err := operator.EvictAgent(ctx, &api.EvictAgentRequest{Scope: c.scope(), AgentId: id[0], Gone: *gone}); err != nil {
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		if _, err := o.EvictAgent(ctx, &api.EvictAgentRequest{Scope: c.scope(), AgentId: id[0], Gone: *gone}); err != nil {
 			return err
 		}
 		return c.done("agent", id[0], "evicted")
@@ -124,8 +124,8 @@ func tokenCommand(ctx context.Context, args []string, e cli.Env) error {
 	if *ttl < time.Second {
 		return cli.Usagef("token create: -ttl %v is shorter than a second", *ttl)
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		resp, err := operator.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl)})
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl)})
 		if err != nil {
 			return err
 		}

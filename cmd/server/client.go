@@ -7,17 +7,16 @@ import (
 	"flag"
 	"fmt"
 	"os"
-	"path/filepath"
 	"time"
 
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/operator"
 )
 
 // maxAnswer bounds an answer of the server, in bytes: 100,000 entries take
@@ -27,14 +26,15 @@ const maxAnswer = 256 << 20
 // client is how the operator's commands reach the running server.
 type client struct {
 	cli.Env
-	socket, trustDomain, deployment, output string
-	timeout                                 time.Duration
+	socket, server, trustDomain, deployment, output string
+	timeout                                         time.Duration
 }
 
 // newClient adds the flags of clientUsage to fset.
 func newClient(fset *flag.FlagSet, e cli.Env) *client {
 	c := &client{Env: e}
 	fset.StringVar(&c.socket, "admin-socket", cmp.Or(e.Getenv("RENEWD_ADMIN_SOCKET"), e.Getenv("RENEWD_SERVER_ADMIN_SOCKET"), defaultSocket), "")
+	fset.StringVar(&c.server, "server", "", "")
 	fset.StringVar(&c.trustDomain, "trust-domain", e.Getenv("TRUST_DOMAIN"), "")
 	fset.StringVar(&c.deployment, "deployment-name", e.Getenv("DEPLOYMENT_NAME"), "")
 	fset.DurationVar(&c.timeout, "timeout", time.Minute, "")
@@ -53,23 +53,28 @@ func (c *client) do(ctx context.Context, operation string, f func(context.Contex
 	if err := cli.CheckOutput(operation, c.output); err != nil {
 		return err
 	}
-	socket, err := filepath.Abs(c.socket)
-	if err != nil {
-		return fmt.Errorf("%s: %w", operation, err)
-	}
-	conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxAnswer), grpc.MaxCallSendMsgSize(maxAnswer)))
-	if err != nil {
-		return fmt.Errorf("%s: admin socket %s: %w", operation, socket, err)
-	}
-	defer func() { _ = conn.Close() }()
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	err = f(ctx, api.NewOperatorClient(conn))
-	if err == nil {
-		return nil
+	conn, err := c.dial(ctx, operation)
+	if err != nil {
+		return err
 	}
-	return fmt.Errorf("%s: %w", operation, c.explain(err))
+	defer func() { _ = conn.Close() }()
+	if err := f(ctx, conn.OperatorClient); err != nil {
+		return fmt.Errorf("%s: %w", operation, c.explain(err))
+	}
+	return nil
+}
+
+func (c *client) dial(ctx context.Context, operation string) (*operator.Client, error) {
+	if c.server == "" {
+		return operator.DialSocket(c.socket)
+	}
+	workloadAPI := c.Getenv("SPIFFE_ENDPOINT_SOCKET")
+	if workloadAPI == "" {
+		return nil, cli.Usagef("%s: -server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives this operator an SVID", operation, c.server)
+	}
+	return operator.DialServer(ctx, c.server, workloadAPI)
 }
 
 // explain says in people's words what a status of the server means.
@@ -80,17 +85,18 @@ func (c *client) explain(err error) error {
 	}
 	switch st.Code() {
 	case codes.Unavailable:
-		if _, statErr := os.Stat(c.socket); statErr != nil {
+		if _, statErr := os.Stat(c.socket); c.server == "" && statErr != nil {
 			return fmt.Errorf("no server: %w; start it, or give its socket with -admin-socket", statErr)
 		}
-		return fmt.Errorf("no answer on admin socket %s: %s", c.socket, st.Message())
-	case codes.PermissionDenied:
-		return fmt.Errorf("refused: %s; operators.managers and operators.readers in the server's configuration say who may", st.Message())
+		return fmt.Errorf("no answer from %s: %s", cmp.Or(c.server, c.socket), st.Message())
 	case codes.DeadlineExceeded:
 		return fmt.Errorf("no answer within %v; what was asked for may have happened", c.timeout)
 	}
 	return errors.New(st.Message())
 }
+
+// large lets an answer be larger than gRPC's usual 4 MB.
+var large = grpc.MaxCallRecvMsgSize(maxAnswer)
 
 // moment is a time of the server's; nil when it is not known.
 func moment(t *timestamppb.Timestamp) *time.Time {

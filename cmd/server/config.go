@@ -1,11 +1,14 @@
 package main
 
 import (
+	"fmt"
 	"io/fs"
 	"log/slog"
 	"maps"
 	"regexp"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -13,6 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/operator"
 )
 
 // settings is the server's whole configuration. Every field has one row in
@@ -106,6 +110,7 @@ func validate(shared *config.Checker[settings]) {
 	}
 	c.NotEmpty("data_dir", "admin_socket")
 	c.places()
+	c.operators()
 	c.endpoint()
 	c.lifetimes()
 	if !slices.Contains(cli.LogFormats, c.Config.LogFormat) {
@@ -125,7 +130,7 @@ func (c checker) places() {
 	listener := func(path, address, example string) {
 		if reason := config.BadAddress(address, false); reason != "" {
 			c.Bad(path, reason, "write it as host:port, such as "+example)
-		} else if other, dup := taken[address]; dup {
+		} else if other, dup := taken[address]; dup && !strings.HasSuffix(address, ":0") { // 0: a free one each
 			c.Bad(path, "is the address of "+other, "give each its own")
 		} else {
 			taken[address] = path
@@ -190,5 +195,21 @@ func (c checker) lifetimes() {
 	}
 	if !slices.Contains(modes, s.RotationMode) {
 		c.Bad("rotation.mode", "is not a mode", "use "+config.OneOf(modes))
+	}
+}
+
+// operators checks each rule of who may, as the server will read it.
+func (c checker) operators() {
+	if c.Config.TrustDomain.IsZero() {
+		return
+	}
+	for path, rules := range map[string][]string{"operators.managers": c.Config.Managers, "operators.readers": c.Config.Readers} {
+		for i, rule := range rules {
+			if _, err := operator.ParseRules(c.Config.TrustDomain, []string{rule}, nil); err != nil {
+				// The error begins with where it would be in a list of its own.
+				_, what, _ := strings.Cut(err.Error(), strconv.Quote(rule)+" ")
+				c.Bad(fmt.Sprintf("%s[%d]", path, i), what, "")
+			}
+		}
 	}
 }

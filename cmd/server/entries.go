@@ -55,8 +55,8 @@ func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, entriesUsage, e); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		resp, err := operator.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope()})
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope()}, large)
 		if err != nil {
 			return err
 		}
@@ -90,8 +90,8 @@ func applyCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		resp, err := operator.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: c.scope(), Entries: entries, DryRun: *dryRun})
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: c.scope(), Entries: entries, DryRun: *dryRun}, large)
 		if err != nil {
 			return err
 		}

@@ -65,10 +65,10 @@ func auditCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, auditUsage, e); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
 		records := []shownRecord{}
 		for last := *after; ; {
-			resp, err := operator.ReadAudit(ctx, &api.ReadAuditRequest{Scope: c.scope(), After: last})
+			resp, err := o.ReadAudit(ctx, &api.ReadAuditRequest{Scope: c.scope(), After: last})
 			if err != nil {
 				return err
 			}
@@ -100,8 +100,8 @@ func bundleCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, bundleUsage, e); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
-		resp, err := operator.GetBundle(ctx, &api.GetBundleRequest{Scope: c.scope()})
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.GetBundle(ctx, &api.GetBundleRequest{Scope: c.scope()})
 		if err != nil {
 			return err
 		}
@@ -133,10 +133,10 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, healthUsage, e); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, operator api.OperatorClient) error {
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
 		names := []string{c.deployment}
 		if c.deployment == "" {
-			resp, err := operator.ListDeployments(ctx, &api.ListDeploymentsRequest{TrustDomain: c.trustDomain})
+			resp, err := o.ListDeployments(ctx, &api.ListDeploymentsRequest{TrustDomain: c.trustDomain})
 			if err != nil {
 				return err
 			}
@@ -145,7 +145,7 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 		now, healthy := time.Now(), true
 		all := make([]deploymentHealth, 0, len(names))
 		for _, name := range names {
-			resp, err := operator.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: &api.Scope{TrustDomain: c.trustDomain, Deployment: name}})
+			resp, err := o.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: &api.Scope{TrustDomain: c.trustDomain, Deployment: name}})
 			if err != nil {
 				return err
 			}

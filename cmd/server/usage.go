@@ -21,7 +21,7 @@ Usage:
   server key new FILE                make the key that signing keys are encrypted under
   server key add FILE                add a new one to a key file, in order to rotate it
 
-Of the running server, over its admin socket:
+Of the running server, over its admin socket or, with -server, from elsewhere:
   server token create [-ttl 10m]     make a join token that lets one agent in
   server entries apply FILE          make the entries of a file all there are
   server entries list                list the registration entries
@@ -72,6 +72,8 @@ server encrypts everything under the new one; the older ones can go then.
 const clientUsage = `
   -admin-socket PATH      the server's admin socket (default /run/renewd-server/admin.sock, or what
                           RENEWD_ADMIN_SOCKET or RENEWD_SERVER_ADMIN_SOCKET says)
+  -server HOST:PORT       a server elsewhere (operators.address), with this operator's own SVID from
+                          the Workload API at SPIFFE_ENDPOINT_SOCKET
   -trust-domain NAME      the trust domain (default TRUST_DOMAIN, else the server's own)
   -deployment-name NAME   the deployment (default DEPLOYMENT_NAME, else the only one)
   -timeout DURATION       how long to wait (default 1m)
