@@ -43,6 +43,8 @@ type Agent struct {
 
 	// bootstrap is what the server is trusted by until the first snapshot.
 	bootstrap atomic.Pointer[bundle.Bundle]
+	again     bool                      // this node ran before
+	started   atomic.Pointer[time.Time] // when Run began
 	applied   atomic.Pointer[time.Time] // when the bundle in force was applied
 }
 
@@ -80,6 +82,7 @@ func (a *Agent) open() (err error) {
 	if err != nil {
 		return fmt.Errorf("load the node's identity: %w", err)
 	}
+	a.again = a.node.Identity() != nil
 	initial, err := a.initialTrust()
 	if err != nil {
 		return err
@@ -258,6 +261,8 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			return fmt.Errorf("open the Workload API socket: %w", err)
 		}
 	}
+	now := time.Now()
+	a.started.Store(&now)
 	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
 		"socket", listener.Addr().String(), "version", a.cfg.Version)
 	stopped := ctx

@@ -236,6 +236,10 @@ func TestDrillRestartInMidWave(t *testing.T) {
 			w.t.Errorf("the wave begins at %v after the restart, it was %v: the delay was drawn anew", again, begins)
 		}
 		w.until("settled", 2*time.Minute, func() bool { return settled(w.authority(old)) })
+		// The workloads of the process before may be on their way back.
+		if after := time.Since(restarted); after < 30*time.Second {
+			w.t.Errorf("settled %v after the restart, must not be before workloads are back", after)
+		}
 		repeated := 0
 		for _, m := range w.mintsSince(restarted) {
 			for _, id := range m.entries {

@@ -79,7 +79,7 @@ func (a *Agent) State() metrics.State {
 		}
 		// What is kept for a restart could be held again after it.
 		kept := a.keeper != nil && a.keeper.Holds(auth.ID)
-		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept
+		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && a.reunited()
 	}
 	held := a.cache.JWTCounts()
 	for _, k := range snapshot.Own.JWT() {
@@ -98,6 +98,17 @@ func (a *Agent) State() metrics.State {
 		return cmp.Or(-cmp.Compare(x.Type, y.Type), cmp.Compare(x.ID, y.ID))
 	})
 	return s
+}
+
+// reunion is how long the workloads of the process before are given to come
+// back: the reference client pauses at most half a minute between attempts.
+const reunion = 30 * time.Second
+
+// reunited reports whether workloads that this process has not met could not
+// still use what the one before sent them.
+func (a *Agent) reunited() bool {
+	started := a.started.Load()
+	return started != nil && (!a.again || time.Since(*started) >= reunion)
 }
 
 // authority finds the authority in s or adds it.
