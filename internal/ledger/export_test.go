@@ -1,0 +1,4 @@
+package ledger
+
+// Sweep is one round of Run.
+var Sweep = (*Ledger).sweep

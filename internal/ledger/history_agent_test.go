@@ -1,0 +1,501 @@
+package ledger_test
+
+import (
+	"fmt"
+	"maps"
+	"slices"
+	"time"
+
+	"github.com/renewd/renewd/internal/ledger"
+)
+
+const (
+	// reconnects is within what time the workloads are back after a restart of
+	// their agent; until a minute after its start the agent does not say that
+	// anything is settled.
+	reconnects = 30 * time.Second
+	settling   = time.Minute
+	timeout    = 30 * time.Second // of calls
+)
+
+// agent is a node with its workloads.
+type agent struct {
+	s    *sim
+	id   string
+	ttl  time.Duration // of what is signed for it
+	slow bool
+
+	partitioned, evicted, destroyed bool
+
+	up      bool
+	life    int // grows with each restart
+	started time.Time
+	disk    disk // what outlives the process, the cache a little late
+	cache   map[string]svid
+	bundle  *bundle
+	seen    map[string]time.Time // when the taint of an authority was
+	delays  map[string]time.Duration
+	calls   map[*call]struct{}
+	jwts    map[string]time.Time // what the workloads have, by key
+
+	workloads []*workload
+	entries   []string // the agent's own first
+
+	reporting    bool
+	reports      int // how many there were
+	last         ledger.Report
+	lastReported time.Time
+
+	saved *image
+	// rowless: it holds SVIDs that the server cannot know of before the agent
+	// says so; spoke: it has, last, to the process that runs.
+	rowless, spoke map[string]bool
+}
+
+type disk struct {
+	cache  map[string]svid
+	bundle *bundle
+	seen   map[string]time.Time
+}
+
+// workload is told SVIDs on a stream and holds what it was told last.
+type workload struct {
+	entries []string
+	holds   map[string]svid
+	open    bool
+	viewed  map[string]svid // what is being sent
+	sent    map[string]svid // by the process of the agent that runs; nil: nothing
+	pushing bool
+}
+
+func newAgent(s *sim, n int) *agent {
+	a := &agent{
+		s: s, id: fmt.Sprintf("agent-%02d", n), ttl: s.ttl(), entries: []string{""},
+		rowless: map[string]bool{}, spoke: map[string]bool{}, jwts: map[string]time.Time{}, delays: map[string]time.Duration{},
+	}
+	for i := range s.r.IntN(6) {
+		a.entries = append(a.entries, fmt.Sprint("entry-", i))
+	}
+	for range s.r.IntN(4) {
+		w := &workload{holds: map[string]svid{}}
+		for _, e := range a.entries[1:] {
+			if s.r.IntN(2) == 0 {
+				w.entries = append(w.entries, e)
+			}
+		}
+		a.workloads = append(a.workloads, w)
+	}
+	a.disk = disk{cache: map[string]svid{}, seen: map[string]time.Time{}}
+	a.begin()
+	s.after(s.between(0, 5*time.Second), a.tick)
+	return a
+}
+
+// begin starts a process of the agent with what is on disk.
+func (a *agent) begin() {
+	a.s.touched[a] = true
+	a.up, a.started = true, a.s.now
+	a.cache, a.bundle, a.seen = maps.Clone(a.disk.cache), a.disk.bundle, maps.Clone(a.disk.seen)
+	a.calls, a.reporting, a.lastReported = map[*call]struct{}{}, false, time.Time{}
+	life := a.life
+	for _, w := range a.workloads {
+		a.s.after(a.s.between(0, reconnects), func() {
+			if a.life == life {
+				w.open = true
+				a.push(w)
+			}
+		})
+	}
+}
+
+func (a *agent) end() {
+	a.up = false
+	a.life++
+	for c := range a.calls {
+		c.open = false
+	}
+	for _, w := range a.workloads {
+		w.open, w.viewed, w.sent, w.pushing = false, nil, nil, false
+	}
+}
+
+// restart ends the process and begins a new one, with what is on disk or with
+// nothing.
+func (a *agent) restart(lost bool) {
+	if !a.up || a.destroyed {
+		return
+	}
+	a.s.met[fmt.Sprint("agent restarted, state lost ", lost)]++
+	a.end()
+	if lost {
+		a.disk = disk{cache: map[string]svid{}, seen: map[string]time.Time{}}
+	}
+	life := a.life
+	a.s.after(a.s.between(0, 40*time.Second), func() {
+		if a.life == life && !a.destroyed {
+			a.begin()
+		}
+	})
+}
+
+func (a *agent) destroy() {
+	a.end()
+	a.destroyed = true
+}
+
+// image is all that a virtual machine held at a moment.
+type image struct {
+	disk  disk
+	cache map[string]svid
+	holds []map[string]svid
+}
+
+func (a *agent) snapshot() {
+	a.saved = &image{disk: a.disk, cache: maps.Clone(a.cache)}
+	a.saved.disk.cache = maps.Clone(a.disk.cache)
+	a.saved.disk.seen = maps.Clone(a.disk.seen)
+	for _, w := range a.workloads {
+		a.saved.holds = append(a.saved.holds, maps.Clone(w.holds))
+	}
+}
+
+// rollBack sets the machine back to its image: it holds again what was settled.
+func (a *agent) rollBack() {
+	if a.saved == nil || !a.up || a.destroyed {
+		return
+	}
+	a.end()
+	a.disk = a.saved.disk
+	for i, w := range a.workloads {
+		w.holds = maps.Clone(a.saved.holds[i])
+	}
+	a.begin()
+	a.cache = maps.Clone(a.saved.cache)
+	a.saved = nil
+	a.unknown()
+}
+
+// unknown notes that the server cannot know what the agent holds now.
+func (a *agent) unknown() {
+	for _, m := range a.hands() {
+		for _, v := range m {
+			a.rowless[v.authority] = true
+		}
+	}
+	for c := range a.s.server.calls {
+		if c.agent == a && c.signer != nil {
+			a.rowless[c.signer.authority] = true
+		}
+	}
+	clear(a.spoke)
+}
+
+// hands is where SVIDs are on the node.
+func (a *agent) hands() map[string]map[string]svid {
+	out := map[string]map[string]svid{"the cache": a.cache, "the disk": a.disk.cache}
+	if !a.up {
+		delete(out, "the cache")
+	}
+	for i, w := range a.workloads {
+		out[fmt.Sprint("the hands of workload ", i)] = w.holds
+		out[fmt.Sprint("an answer to workload ", i)] = w.viewed
+	}
+	return out
+}
+
+// has says who on the node has an unexpired SVID of the authority.
+func (a *agent) has(authority string) string {
+	look := func(m map[string]svid) bool {
+		for _, v := range m {
+			if v.authority == authority && v.notAfter.After(a.s.now) {
+				return true
+			}
+		}
+		return false
+	}
+	switch {
+	case a.up && look(a.cache):
+		return "its cache"
+	case look(a.disk.cache):
+		return "what it keeps"
+	}
+	for i, w := range a.workloads {
+		if look(w.holds) || look(w.viewed) {
+			return fmt.Sprint("workload ", i)
+		}
+	}
+	return ""
+}
+
+// tick is what the agent does every five seconds.
+func (a *agent) tick() {
+	s := a.s
+	if a.destroyed {
+		return
+	}
+	pace := s.between(4500*time.Millisecond, 5500*time.Millisecond)
+	if a.slow {
+		pace *= 10
+	}
+	s.after(pace, a.tick)
+	if !a.up {
+		return
+	}
+	if s.server.reaches(a) && !s.goes(20, "refresh lost") {
+		b, life := s.server.bundle, a.life
+		delay := s.between(0, time.Second)
+		if a.slow {
+			delay *= 60
+		}
+		s.after(delay, func() {
+			if a.life == life {
+				a.apply(b)
+			}
+		})
+	}
+	a.renew()
+	a.report()
+}
+
+func (a *agent) apply(b *bundle) {
+	if a.bundle != nil && b.sequence <= a.bundle.sequence {
+		return
+	}
+	a.bundle = b
+	for id, mark := range b.tainted {
+		if _, known := a.seen[id]; mark && !known {
+			a.seen[id] = a.s.now
+			if a.delays[id] == 0 {
+				a.delays[id] = a.s.between(1, time.Minute)
+			}
+		}
+	}
+	a.disk.bundle, a.disk.seen = b, maps.Clone(a.seen)
+}
+
+// renew asks for what is missing or old, and at a slow pace for what is
+// tainted.
+func (a *agent) renew() {
+	now := a.s.now
+	asked := map[string]bool{}
+	for c := range a.calls {
+		for _, e := range c.entries {
+			asked[e] = true
+		}
+	}
+	var due []string
+	wave := 2
+	for _, e := range a.entries {
+		v, held := a.cache[e]
+		if held && !v.notAfter.After(now) {
+			delete(a.cache, e)
+			held = false
+		}
+		if asked[e] {
+			continue
+		}
+		seen, marked := a.seen[v.authority]
+		_, trusted := a.bundleOrNone()[v.authority]
+		switch {
+		case !held, v.notAfter.Sub(now) < a.ttl/2, a.bundle != nil && !trusted:
+			due = append(due, e)
+		case marked && wave > 0 && !now.Before(seen.Add(a.delays[v.authority])):
+			wave--
+			a.call(&call{entries: []string{e}})
+		}
+	}
+	if len(due) > 0 {
+		a.call(&call{entries: due})
+	}
+	if a.s.r.IntN(50) == 0 {
+		a.call(&call{jwt: true})
+	}
+}
+
+func (a *agent) bundleOrNone() map[string]bool {
+	if a.bundle == nil {
+		return nil
+	}
+	return a.bundle.tainted
+}
+
+// call asks the server, and gives up after a while.
+func (a *agent) call(c *call) {
+	c.agent, c.began, c.open = a, a.s.now, true
+	a.calls[c] = struct{}{}
+	life := a.life
+	a.s.after(a.s.between(0, 200*time.Millisecond), func() { a.s.server.mint(c) })
+	a.s.after(timeout, func() {
+		if a.life == life {
+			c.open = false
+			delete(a.calls, c)
+		}
+	})
+}
+
+// take puts an answer in, unless what is held is better.
+func (a *agent) take(c *call) {
+	a.s.touched[a] = true
+	delete(a.calls, c)
+	c.open = false
+	if c.jwt {
+		k := c.signer.key
+		a.jwts[k] = later(a.jwts[k], c.expiry)
+		return
+	}
+	for e, v := range c.svids {
+		held, have := a.cache[e]
+		if a.bundleOrNone()[v.authority] && have && !a.bundleOrNone()[held.authority] {
+			continue
+		}
+		a.cache[e] = v
+	}
+	if _, own := c.svids[""]; own {
+		a.disk.cache[""] = a.cache[""]
+	}
+	life := a.life
+	a.s.after(a.s.between(0, 5*time.Second), func() {
+		if a.life == life {
+			a.s.touched[a] = true
+			a.disk.cache = maps.Clone(a.cache)
+		}
+	})
+	for _, w := range a.workloads {
+		a.push(w)
+	}
+}
+
+func later(x, y time.Time) time.Time {
+	if x.After(y) {
+		return x
+	}
+	return y
+}
+
+// push sends a workload what it is to have, as soon as there is all of it.
+func (a *agent) push(w *workload) {
+	if !w.open || w.pushing {
+		return
+	}
+	life := a.life
+	w.pushing = true
+	hold := a.s.between(0, time.Second)
+	if a.slow {
+		hold *= 30
+	}
+	a.s.after(hold, func() {
+		if a.life != life {
+			return
+		}
+		w.pushing = false
+		view := map[string]svid{}
+		for _, e := range w.entries {
+			v, ok := a.cache[e]
+			if !ok {
+				return // the stream waits
+			}
+			view[e] = v
+		}
+		a.s.touched[a] = true
+		w.pushing, w.viewed = true, view
+		a.s.after(a.s.between(0, 2*time.Second), func() {
+			if a.life != life {
+				return
+			}
+			w.pushing, w.holds, w.sent, w.viewed = false, view, view, nil
+			a.push2(w)
+		})
+	})
+}
+
+// push2 sends again when something has changed meanwhile.
+func (a *agent) push2(w *workload) {
+	for e, v := range w.sent {
+		if a.cache[e] != v {
+			a.push(w)
+			return
+		}
+	}
+}
+
+// report tells the server, when something has changed and once a minute. There
+// is one report on its way at a time, as far as the agent knows.
+func (a *agent) report() {
+	s := a.s
+	if a.bundle == nil || a.reporting {
+		return
+	}
+	r := a.newReport()
+	if r.Sequence == a.last.Sequence && slices.Equal(r.Authorities, a.last.Authorities) && s.now.Sub(a.lastReported) < time.Minute {
+		return
+	}
+	a.reporting = true
+	a.reports++
+	life, n := a.life, a.reports
+	delay := s.between(0, 300*time.Millisecond)
+	if s.goes(10, "report late") {
+		delay = s.between(0, time.Minute)
+	}
+	lost := s.goes(10, "report lost")
+	s.after(delay, func() {
+		// The connection ends with the process, and what it carried.
+		if lost || a.life != life || !s.server.reaches(a) || s.server.report(a, r) != nil {
+			return
+		}
+		if !s.goes(10, "report's answer lost") && a.reports == n && a.reporting {
+			a.reporting, a.last, a.lastReported = false, r, s.now
+		}
+	})
+	s.after(10*time.Second, func() {
+		if a.reports == n && a.life == life {
+			a.reporting = false
+		}
+	})
+}
+
+// newReport counts as an agent does; see State of the agent.
+func (a *agent) newReport() ledger.Report {
+	r := ledger.Report{Sequence: a.bundle.sequence, Rate: 0.4}
+	ids := slices.Collect(maps.Keys(a.bundle.tainted))
+	for _, v := range a.cache {
+		if _, ok := a.bundle.tainted[v.authority]; !ok {
+			ids = append(ids, v.authority)
+		}
+	}
+	slices.Sort(ids)
+	for _, id := range slices.Compact(ids) {
+		mark, trusted := a.bundle.tainted[id]
+		if trusted && !mark {
+			continue
+		}
+		of := func(m map[string]svid) bool {
+			for _, v := range m {
+				if v.authority == id {
+					return true
+				}
+			}
+			return false
+		}
+		x := ledger.AuthorityReport{Authority: id, Tainted: mark, BeginsAt: a.seen[id].Add(a.delays[id])}
+		for _, v := range a.cache {
+			if v.authority == id {
+				x.Pending++
+			}
+		}
+		for c := range a.calls {
+			if !c.began.After(a.seen[id]) {
+				x.Pending += len(c.entries)
+			}
+		}
+		waiting := false
+		for _, w := range a.workloads {
+			if w.open && (of(w.sent) || of(w.viewed)) {
+				x.Streams++
+			}
+			waiting = waiting || (w.open && w.sent == nil)
+		}
+		x.Settled = mark && x.Pending+x.Streams == 0 && !of(a.disk.cache) && !waiting && a.s.now.Sub(a.started) >= settling
+		r.Authorities = append(r.Authorities, x)
+	}
+	return r
+}

@@ -1,0 +1,293 @@
+package ledger_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/renewd/renewd/internal/ledger"
+)
+
+// The lives of SVIDs, shorter than real ones to see them expire.
+const (
+	minTTL = 10 * time.Minute
+	maxTTL = time.Hour
+)
+
+func (s *sim) ttl() time.Duration { return s.between(minTTL, maxTTL).Truncate(time.Second) }
+
+type state int
+
+const (
+	prepared state = iota
+	active
+	tainted
+	removed
+)
+
+// keyset is never lost: the keysets have a storage of their own.
+type keyset struct {
+	server         *server
+	authority, key string
+	state          state
+	safe, met      bool // said to be, last and ever
+}
+
+func (k *keyset) taint() {
+	if k.state == prepared {
+		k.state = tainted
+		k.server.publish()
+	}
+}
+
+// bundle is what was published at one moment.
+type bundle struct {
+	sequence uint64
+	tainted  map[string]bool // by authority
+}
+
+type server struct {
+	s       *sim
+	up      bool
+	life    int           // grows with each restart
+	offset  time.Duration // of its clock from the true time
+	slow    bool
+	trouble bool // of the storage
+
+	memory  *memory
+	ledger  *ledger.Ledger
+	keysets []*keyset
+	removed []*keyset // because they were safe
+	made    int
+	bundle  *bundle
+	calls   map[*call]struct{}
+}
+
+// call is a request for SVIDs, seen from both ends.
+type call struct {
+	agent   *agent
+	entries []string // of X.509-SVIDs
+	jwt     bool
+	began   time.Time
+	open    bool // the agent waits, and would take the answer
+	signer  *keyset
+	svids   map[string]svid
+	expiry  time.Time // of the JWT-SVID
+}
+
+type svid struct {
+	authority string
+	notAfter  time.Time
+}
+
+var (
+	errDisk    = errors.New("disk full")
+	errCrashed = errors.New("crashed")
+)
+
+func newServer(s *sim) *server {
+	v := &server{s: s, up: true, memory: newMemory(), calls: map[*call]struct{}{}}
+	v.memory.hook = v.save
+	v.rotate()
+	v.open()
+	s.after(0, v.sweep)
+	return v
+}
+
+func (v *server) now() time.Time { return v.s.now.Add(v.offset) }
+
+func (v *server) open() {
+	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Now: v.now})
+	check(v.s.t, err)
+	v.ledger = l
+}
+
+// save looks at the ledger while it waits for storage, and lets it fail or
+// crash on either side of the moment in which a change becomes durable.
+func (v *server) save(_ ledger.Change, stored bool) error {
+	if v.ledger == nil {
+		return nil
+	}
+	v.s.check()
+	switch {
+	case v.trouble && v.s.goes(4, fmt.Sprint("save failed, stored ", stored)):
+		return errDisk
+	case v.s.goes(1500, fmt.Sprint("crash in a save, stored ", stored)):
+		panic(errCrashed)
+	}
+	return nil
+}
+
+// survives runs f; the server may crash in it.
+func (v *server) survives(f func()) {
+	defer func() {
+		switch x := recover(); x {
+		case nil:
+		case errCrashed:
+			v.crash()
+		default:
+			panic(x)
+		}
+	}()
+	f()
+}
+
+// crash ends the process. It comes back after a while with what is in storage.
+func (v *server) crash() {
+	if !v.up {
+		return
+	}
+	v.s.met["server restarted"]++
+	v.up, v.ledger = false, nil
+	v.life++
+	for c := range v.calls {
+		// What was signed and not sent is lost.
+		delete(v.calls, c)
+	}
+	for _, a := range v.s.agents {
+		clear(a.spoke)
+	}
+	v.open()
+	v.s.after(v.s.between(0, time.Minute), func() { v.up = true })
+}
+
+func (v *server) heal() { v.trouble, v.slow, v.offset = false, false, 0 }
+
+func (v *server) sweep() {
+	v.s.after(time.Minute, v.sweep)
+	if v.up {
+		_, _ = ledger.Sweep(v.ledger, v.s.t.Context())
+	}
+}
+
+func (v *server) in(st state) (out []*keyset) {
+	for _, k := range v.keysets {
+		if k.state == st {
+			out = append(out, k)
+		}
+	}
+	return out
+}
+
+func (v *server) active() *keyset { return v.in(active)[0] }
+
+func (v *server) activate(k *keyset) {
+	for _, old := range v.in(active) {
+		old.state = prepared
+	}
+	k.state = active
+}
+
+// rotate prepares a keyset and activates it.
+func (v *server) rotate() {
+	v.made++
+	k := &keyset{server: v, authority: fmt.Sprint("A", v.made), key: fmt.Sprint("J", v.made)}
+	v.keysets = append(v.keysets, k)
+	v.activate(k)
+	v.publish()
+}
+
+func (v *server) remove(k *keyset) {
+	k.state = removed
+	for i := range v.keysets {
+		if v.keysets[i] == k {
+			v.keysets = append(v.keysets[:i:i], v.keysets[i+1:]...)
+			break
+		}
+	}
+	v.publish()
+	_ = v.ledger.Removed(v.s.t.Context(), k.authority, k.key)
+}
+
+func (v *server) publish() {
+	b := &bundle{tainted: map[string]bool{}}
+	if v.bundle != nil {
+		b.sequence = v.bundle.sequence + 1
+	}
+	for _, k := range v.keysets {
+		b.tainted[k.authority] = k.state == tainted
+	}
+	v.bundle = b
+}
+
+// reaches reports whether a request of the agent arrives and is let in.
+func (v *server) reaches(a *agent) bool {
+	return v.up && !a.partitioned && !a.evicted && !a.destroyed
+}
+
+// delay is how long one step of a call takes.
+func (v *server) delay() time.Duration {
+	if v.slow {
+		return v.s.between(0, 40*time.Second)
+	}
+	return v.s.between(0, 100*time.Millisecond)
+}
+
+// mint serves a call as the server does: step by step, and others in between.
+func (v *server) mint(c *call) {
+	s, life := v.s, v.life
+	if !v.reaches(c.agent) {
+		return
+	}
+	l := v.ledger
+	end := l.Begin()
+	v.calls[c] = struct{}{}
+	step := func(f func()) {
+		s.after(v.delay(), func() {
+			if v.life == life {
+				f()
+			}
+		})
+	}
+	step(func() {
+		c.signer = v.active()
+		step(func() {
+			defer end()
+			err := v.give(l, c)
+			if err != nil || c.agent.partitioned || s.goes(20, "answer lost") {
+				delete(v.calls, c)
+				return
+			}
+			s.after(v.delay(), func() {
+				delete(v.calls, c)
+				if c.open {
+					c.agent.take(c)
+				}
+			})
+		})
+	})
+}
+
+func (v *server) give(l *ledger.Ledger, c *call) error {
+	notAfter := v.now().Add(c.agent.ttl).Truncate(time.Second)
+	if c.jwt {
+		c.expiry = notAfter
+		return l.GiveJWT(v.s.t.Context(), c.signer.key, notAfter)
+	}
+	c.svids = map[string]svid{}
+	var rows []ledger.Row
+	for _, e := range c.entries {
+		c.svids[e] = svid{c.signer.authority, notAfter}
+		rows = append(rows, row(c.signer.authority, c.agent.id, e, notAfter))
+	}
+	return l.GiveX509(v.s.t.Context(), rows...)
+}
+
+// report takes in what an agent said.
+func (v *server) report(a *agent, r ledger.Report) error {
+	ctx, stop := context.WithCancel(v.s.t.Context())
+	defer stop()
+	if v.s.goes(20, "report given up on") {
+		stop()
+	}
+	err := v.ledger.Report(ctx, a.id, r)
+	if ctx.Err() == nil {
+		v.s.touched[a] = true
+		clear(a.spoke)
+		for _, x := range r.Authorities {
+			a.spoke[x.Authority] = x.Pending+x.Streams > 0
+		}
+	}
+	return err
+}
