@@ -46,6 +46,7 @@ type Report struct {
 	FirstRenewal *Seconds `json:"taint_to_first_renewal_seconds"`
 	InUse        *Seconds `json:"taint_to_in_use_seconds"`
 	Settled      *Seconds `json:"taint_to_settled_seconds"`
+	Agreed       *Seconds `json:"taint_to_agreed_seconds"`
 
 	Renewals      int `json:"renewals"`
 	MostPerSecond int `json:"most_renewals_per_second"`
@@ -99,6 +100,7 @@ func (d *demo) report() *Report {
 		FirstRenewal: between(d.tainted, d.firstRenewal),
 		InUse:        between(d.tainted, d.inUse),
 		Settled:      between(d.tainted, d.settled),
+		Agreed:       between(d.tainted, d.agreed),
 		Renewals:     len(d.renewals), MostPerSecond: most(d.renewals), Allowed: allowed(d.late),
 		JWT: JWT{
 			SameDuringTaint: !d.removed.IsZero() && d.atRemove.JWTChanges == d.atTaint.JWTChanges,
@@ -157,8 +159,8 @@ func (r *Report) judge() {
 		"drawn: %.1f s of at most %v s, waited: %.1f s", r.Delay, r.MaxDelay, r.waited.Seconds())
 	p("rate", fmt.Sprintf("at most %d renewals reached the server in any second", r.Allowed),
 		r.MostPerSecond <= r.Allowed && r.Renewals > 0, "most in one second: %d, in all: %d", r.MostPerSecond, r.Renewals)
-	p("safe", "when the agent called the old key safe to remove, it was",
-		r.believed, "the workloads and the server agree: %s", yes(r.believed))
+	p("safe", "when agent and server called the old key safe to remove, it was",
+		r.believed && r.Agreed != nil, "the workloads agree with the agent: %s, the server does: %s", yes(r.believed), yes(r.Agreed != nil))
 	p("jwt-kept", "the taint changed no JWT-SVID",
 		r.JWT.SameDuringTaint && r.JWT.FailedRequests == 0, "still the same: %s, failed requests: %d", yes(r.JWT.SameDuringTaint), r.JWT.FailedRequests)
 	p("jwt-replaced", "after the removal every workload got a JWT-SVID of the new key",

@@ -12,6 +12,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -26,7 +27,7 @@ type demo struct {
 	late     time.Duration // how much later than begun a renewal arrived, at worst
 
 	// When things happened; zero when they did not.
-	tainted, seen, firstRenewal, inUse, settled, removed, jwtReplaced time.Time
+	tainted, seen, firstRenewal, inUse, settled, agreed, removed, jwtReplaced time.Time
 
 	atTaint, atRemove condition // of all workloads together
 	renewals          []renewal // since the taint
@@ -109,12 +110,19 @@ func (d *demo) begin(ctx context.Context, log *slog.Logger) error {
 }
 
 // prepare publishes the new key.
-func (d *demo) prepare(ctx context.Context, _ *slog.Logger) (err error) {
-	if d.new, err = d.server.Keysets().Prepare(ctx); err != nil {
+func (d *demo) prepare(ctx context.Context, _ *slog.Logger) error {
+	done, err := runbook.Prepare(ctx, d.backend)
+	if err != nil {
 		return fmt.Errorf("prepare: %w", err)
+	}
+	for _, k := range d.server.Keysets().Status().Keysets {
+		if k.ID == done.Keyset {
+			d.new = k
+		}
 	}
 	d.screen.step(1, "PREPARE",
 		"A new key is published. Everyone learns to trust it; it signs nothing yet.")
+	d.event("operator", "keysetctl prepare\n%s", done)
 	if err := d.until(ctx, "the agent learns of the new key", d.refresh+patience, func() bool {
 		_, ok := d.published(d.new)
 		return ok
@@ -133,11 +141,13 @@ func (d *demo) prepare(ctx context.Context, _ *slog.Logger) (err error) {
 
 // activate has the new key sign.
 func (d *demo) activate(ctx context.Context, _ *slog.Logger) error {
-	if err := d.server.Keysets().Activate(ctx, d.new.ID); err != nil {
+	done, err := runbook.Activate(ctx, d.backend, d.new.ID)
+	if err != nil {
 		return fmt.Errorf("activate: %w", err)
 	}
 	d.screen.step(2, "ACTIVATE",
 		"The new key signs from now on. What the old one signed stays good and in use.")
+	d.event("operator", "keysetctl activate %s\n%s", d.new.ID, done)
 	return d.rest(ctx)
 }
 
@@ -151,15 +161,17 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	defer stop()
 
 	d.tainted = time.Now()
-	if err := d.server.Keysets().Taint(ctx, d.old.ID); err != nil {
+	done, err := runbook.Taint(ctx, d.backend, d.old.ID)
+	if err != nil {
 		return fmt.Errorf("taint: %w", err)
 	}
 	d.delay = d.agent.TaintDelay(d.old.X509AuthorityID)
 	d.screen.step(3, "TAINT",
 		"The old key is marked as one to be retired: what it signed is to be replaced, calmly,",
 		"and stays valid until its replacement is there.")
+	d.event("operator", "keysetctl taint %s\n%s", d.old.ID, done)
 	limit := d.refresh + d.maxDelay + time.Duration(d.svids)*75*time.Millisecond + patience
-	err := d.until(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
+	err = d.until(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
 	d.renewals = d.pace.since(d.tainted)
 	stop()
 	watch.Wait()
@@ -221,14 +233,26 @@ func (d *demo) waveEnded() bool {
 
 // remove deletes the old key for good.
 func (d *demo) remove(ctx context.Context, _ *slog.Logger) error {
+	// The server has its own answer, from what it gave and what the agent
+	// reports; without that it refuses to remove.
+	safe, err := runbook.Wait(ctx, d.backend, d.old.ID, runbook.WaitOptions{Timeout: patience, Interval: 100 * time.Millisecond})
+	if errors.As(err, new(*runbook.NotSafeError)) {
+		return &stuckError{step: "the server agrees that the old key is safe to remove", after: patience}
+	} else if err != nil {
+		return err
+	}
+	d.agreed = time.Now()
+	d.event("operator", "keysetctl wait %s\n%s", d.old.ID, safe)
 	d.atRemove = d.fleet.total()
-	if err := d.server.Keysets().Remove(ctx, d.old.ID); err != nil {
+	done, err := runbook.Remove(ctx, d.backend, d.old.ID, false, time.Now())
+	if err != nil {
 		return fmt.Errorf("remove: %w", err)
 	}
 	d.removed = time.Now()
 	d.screen.step(4, "REMOVE",
 		"The old key is gone for good. JWT-SVIDs that it signed are good for nothing now: an operator",
 		"who minds waits for their end. The demo does not, to show how the agent replaces them.")
+	d.event("operator", "keysetctl remove %s\n%s", d.old.ID, done)
 	if err := d.until(ctx, "the agent drops the old key", d.refresh+patience, func() bool {
 		_, ok := d.published(d.old)
 		return !ok

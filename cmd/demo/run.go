@@ -58,6 +58,7 @@ The fields of the JSON report (null: it did not come to that):
   taint_to_first_renewal_seconds  until the first renewal reached the server
   taint_to_in_use_seconds         until every workload had an SVID of the new key
   taint_to_settled_seconds        until nothing on the node depended on the old key
+  taint_to_agreed_seconds         until the server knew that from the agent
   renewals                        renewals that reached the server after the taint
   most_renewals_per_second        most of them in any one second
   allowed_renewals_per_second     how many would have been within the promise

@@ -18,6 +18,9 @@ import (
 
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server"
 )
 
@@ -26,7 +29,8 @@ var trustDomain = spiffeid.RequireTrustDomainFromString("example.org")
 // system is everything that runs: a signing server on the loopback interface,
 // an agent on a Unix socket in a temporary folder, and the workloads.
 type system struct {
-	server  *server.Server
+	server  *server.Server  // of the only deployment
+	backend runbook.Backend // the server, as keysetctl has it
 	agent   *agent.Agent
 	fleet   *fleet
 	pace    pace
@@ -47,23 +51,35 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 		return sys, fmt.Errorf("make a temporary folder: %w", err)
 	}
 	sys.socket = filepath.Join(sys.dir, "agent.sock")
-	sys.server, err = server.New(server.Config{
-		TrustDomain: trustDomain,
-		Log:         log.With("part", "server"),
-		Options:     []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.pace.intercept), grpc.StatsHandler(&sys.pace)},
-	})
-	if err != nil {
-		return sys, fmt.Errorf("make the server: %w", err)
-	}
-	if _, err := sys.server.ApplyEntries(ctx, entries(s), false); err != nil {
-		return sys, fmt.Errorf("enter the identities: %w", err)
-	}
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		return sys, fmt.Errorf("open the server's port: %w", err)
 	}
 	sys.address = lis.Addr().String()
-	sys.background("server", func(ctx context.Context) error { return sys.server.Serve(ctx, sys.pace.listen(lis)) })
+	admin := filepath.Join(sys.dir, "admin.sock")
+	side, err := domain.Open(ctx, domain.Config{
+		TrustDomain:   trustDomain,
+		Deployments:   []domain.DeploymentConfig{{Name: domain.DefaultDeployment, Listener: sys.pace.listen(lis)}},
+		AdminSocket:   admin,
+		Log:           log.With("part", "server"),
+		ServerOptions: []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.pace.intercept), grpc.StatsHandler(&sys.pace)},
+	})
+	if err != nil {
+		return sys, errors.Join(fmt.Errorf("make the server: %w", err), lis.Close())
+	}
+	sys.server = side.Server(domain.DefaultDeployment)
+	sys.background("server", side.Run)
+	if _, err := sys.server.ApplyEntries(ctx, entries(s), false); err != nil {
+		return sys, fmt.Errorf("enter the identities: %w", err)
+	}
+	operators, err := operator.DialSocket(admin)
+	if err != nil {
+		return sys, err
+	}
+	// Closed last: what is written to a connection whose other end is gone
+	// raises SIGPIPE, as a closed standard output does.
+	sys.stops = append([]func() error{operators.Close}, sys.stops...)
+	sys.backend = operators.Backend("", "")
 	return sys, nil
 }
 

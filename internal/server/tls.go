@@ -36,7 +36,7 @@ func (s *Server) newTLSConfig() *tls.Config {
 	}
 }
 
-// Certificate returns the certificate that the server proves itself with: a new one when another keyset
+// Certificate returns what the server proves itself with: a new one when another keyset
 // has become active, or half the life of the old one is over. It is not in the
 // ledger: nobody else holds it, and no handshake uses that of a keyset which is
 // not the active one.
