@@ -3,24 +3,22 @@ package operator
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
-	"net"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
-	"golang.org/x/sys/unix"
-	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
-// roles are what each method takes. One that is not here is for nobody.
+// roles are what each method takes: Manager wherever something is changed. A
+// method that is not here is for nobody.
 var roles = map[string]Role{
 	api.Operator_ListDeployments_FullMethodName: Reader,
 	api.Operator_ListKeysets_FullMethodName:     Reader,
@@ -42,26 +40,36 @@ var roles = map[string]Role{
 	api.Operator_DeleteEntry_FullMethodName:     Manager,
 }
 
-// authorize lets a call through whose caller has the method's role, and notes
-// who that is for the audit log.
-func (s *Service) authorize(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// admit lets a call in whose caller has the role that its method takes, and
+// notes who that is. It is asked before anything of the request is read, so
+// nobody else can make the server hold one, and for every call whatever its
+// kind. It must not block.
+func (s *Service) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	actor, role, err := s.caller(ctx)
 	if err != nil {
+		s.log.Warn("operator refused", "method", info.FullMethodName, "error", err)
 		return nil, err
 	}
-	need, known := roles[info.FullMethod]
-	if !known || role < need || role == Nobody {
-		s.log.Warn("operator refused", "actor", actor, "role", role.String(), "method", info.FullMethod)
-		return nil, status.Errorf(codes.PermissionDenied, "%s may not do this: it takes the role %s, which operators.managers and operators.readers give", actor, need)
+	need, known := roles[info.FullMethodName]
+	switch {
+	case !known:
+		err = status.Errorf(codes.PermissionDenied, "%s: there is no such method", info.FullMethodName)
+	case role >= need:
+		return keyset.WithActor(ctx, actor), nil
+	case need == Reader:
+		err = status.Errorf(codes.PermissionDenied, "%s is neither in operators.managers nor in operators.readers", actor)
+	default:
+		err = status.Errorf(codes.PermissionDenied, "%s is not in operators.managers", actor)
 	}
-	return handler(keyset.WithActor(ctx, actor), req)
+	s.log.Warn("operator refused", "actor", actor, "role", role.String(), "method", info.FullMethodName)
+	return nil, err
 }
 
 // caller says who calls, and what they may.
 func (s *Service) caller(ctx context.Context) (actor string, role Role, err error) {
-	p, ok := peer.FromContext(ctx)
-	if !ok {
-		return "", Nobody, status.Error(codes.Unauthenticated, "the caller is not known")
+	p, _ := peer.FromContext(ctx)
+	if p == nil {
+		p = new(peer.Peer)
 	}
 	switch info := p.AuthInfo.(type) {
 	case processInfo:
@@ -83,54 +91,6 @@ func (s *Service) caller(ctx context.Context) (actor string, role Role, err erro
 	}
 	return "", Nobody, status.Error(codes.Unauthenticated, "the caller is not known")
 }
-
-// processCredentials finds out which process has connected. There is no TLS on
-// the admin socket: the kernel vouches for the caller.
-type processCredentials struct{}
-
-// ServerHandshake reads the credentials that the process had when it connected
-// (SO_PEERCRED, unix(7)).
-func (processCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	c, ok := conn.(*net.UnixConn)
-	if !ok {
-		return nil, nil, fmt.Errorf("%T is no connection of a Unix socket", conn)
-	}
-	raw, err := c.SyscallConn()
-	if err != nil {
-		return nil, nil, fmt.Errorf("identify the caller: %w", err)
-	}
-	var cred *unix.Ucred
-	var failed error
-	err = raw.Control(func(fd uintptr) { cred, failed = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED) })
-	if err := errors.Join(err, failed); err != nil {
-		return nil, nil, fmt.Errorf("identify the caller: %w", err)
-	}
-	return conn, processInfo{process: process{uid: cred.Uid, gid: cred.Gid}}, nil
-}
-
-// ClientHandshake is for clients and never called.
-func (processCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
-	return nil, nil, errors.New("not a client")
-}
-
-// Info describes the protocol.
-func (processCredentials) Info() credentials.ProtocolInfo {
-	return credentials.ProtocolInfo{SecurityProtocol: "unix"}
-}
-
-// Clone returns c, which has no state.
-func (c processCredentials) Clone() credentials.TransportCredentials { return c }
-
-// OverrideServerName is for clients.
-func (processCredentials) OverrideServerName(string) error { return nil }
-
-type processInfo struct {
-	credentials.CommonAuthInfo
-	process process
-}
-
-// AuthType names the way of authentication.
-func (processInfo) AuthType() string { return "unix" }
 
 // tlsConfig takes callers that present an X.509-SVID of the trust domain.
 func (s *Service) tlsConfig() *tls.Config {

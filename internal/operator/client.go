@@ -5,36 +5,44 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
-	"google.golang.org/grpc/status"
-	"google.golang.org/protobuf/types/known/timestamppb"
-
-	"time"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/runbook"
 )
 
-// Client is a connection to the operators' API. Its calls are never retried.
+// Client is a connection to the operators' API. Nothing is ever sent again that
+// the server may have acted on.
 type Client struct {
 	api.OperatorClient
 	conn   *grpc.ClientConn
 	source io.Closer // nil at the admin socket
 }
 
-// noRetries: a mutation that may have happened is the operator's to judge.
-var noRetries = []grpc.DialOption{grpc.WithDisableRetry(), grpc.WithDisableServiceConfig()}
+// options: a mutation that may have happened is the operator's to judge. What
+// gRPC still repeats by itself is a call that has not left this process, or of
+// which the server says that it has not looked at it.
+func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []grpc.DialOption {
+	return append(more,
+		grpc.WithTransportCredentials(creds),
+		grpc.WithDisableRetry(),
+		grpc.WithDisableServiceConfig(),
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)))
+}
 
-// DialSocket connects to the admin socket at path.
+// DialSocket connects to the admin socket at path, with the first call.
 func DialSocket(path string) (*Client, error) {
-	conn, err := grpc.NewClient("unix:"+path, append(noRetries, grpc.WithTransportCredentials(insecure.NewCredentials()))...)
+	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
+	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", path)
+	}
+	conn, err := grpc.NewClient("passthrough:///admin-socket", options(insecure.NewCredentials(), grpc.WithContextDialer(dialer))...)
 	if err != nil {
 		return nil, fmt.Errorf("admin socket %s: %w", path, err)
 	}
@@ -61,7 +69,7 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 		return nil, errors.Join(err, source.Close())
 	}
 	creds := credentials.NewTLS(tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(id)))
-	conn, err := grpc.NewClient(address, append(noRetries, grpc.WithTransportCredentials(creds))...)
+	conn, err := grpc.NewClient(address, options(creds)...)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("server %s: %w", address, err), source.Close())
 	}
@@ -75,142 +83,4 @@ func (c *Client) Close() error {
 		err = errors.Join(err, c.source.Close())
 	}
 	return err
-}
-
-// Backend makes a deployment of the server what the runbook's commands work on.
-// Empty names mean the server's own trust domain and its only deployment.
-func (c *Client) Backend(trustDomain, deployment string) runbook.Backend {
-	return &backend{c: c.OperatorClient, scope: &api.Scope{TrustDomain: trustDomain, Deployment: deployment}}
-}
-
-type backend struct {
-	c     api.OperatorClient
-	scope *api.Scope
-}
-
-// Status implements runbook.Backend.
-func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
-	resp, err := b.c.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: b.scope})
-	if err != nil {
-		return runbook.Status{}, plain(err)
-	}
-	s := runbook.Status{
-		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
-		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()),
-		Automatic: automatic(resp.GetAutomatic()),
-	}
-	for _, k := range resp.GetKeysets() {
-		s.Keysets = append(s.Keysets, fromProto(k))
-	}
-	return s, nil
-}
-
-// automatic puts what automatic rotation is about to do into words; empty where
-// it does nothing.
-func automatic(a *api.Automatic) string {
-	switch {
-	case a == nil || a.GetMode() == "off" || a.GetMode() == "":
-		return ""
-	case a.GetNext() == "":
-		return a.GetMode() + ", nothing to do"
-	}
-	text := a.GetMode() + ", next: " + a.GetNext()
-	switch at := a.GetAt().AsTime(); {
-	case a.GetWaitsFor() != "":
-		text += ", waits for " + a.GetWaitsFor()
-	case a.GetAt() != nil:
-		text += " at " + at.UTC().Format(time.DateTime) + " UTC"
-	}
-	return text
-}
-
-var stateNames = map[api.KeysetState]runbook.State{
-	api.KeysetState_PREPARED: runbook.Prepared, api.KeysetState_ACTIVE: runbook.Active, api.KeysetState_TAINTED: runbook.Tainted,
-}
-
-func fromProto(k *api.Keyset) runbook.Keyset {
-	return runbook.Keyset{
-		ID: k.GetId(), State: stateNames[k.GetState()], IssuedAt: instant(k.GetIssuedAt()), ExpiresAt: instant(k.GetExpiresAt()),
-		X509AuthorityID: k.GetX509AuthorityId(), JWTKeyID: k.GetJwtKeyId(),
-		SteppedDown: k.GetSteppedDownAt() != nil, TaintedAt: instant(k.GetTaintedAt()),
-		X509SVIDs: int(k.GetLiveX509Svids()), JWTExpiry: instant(k.GetJwtLatestExpiry()),
-		X509Safe: k.GetX509Safe(), JWTSafe: k.GetJwtSafe(),
-	}
-}
-
-func instant(t *timestamppb.Timestamp) time.Time {
-	if t == nil {
-		return time.Time{}
-	}
-	return t.AsTime()
-}
-
-// Holders implements runbook.Backend.
-func (b *backend) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
-	resp, err := b.c.ListHolders(ctx, &api.ListHoldersRequest{Scope: b.scope, KeysetId: id})
-	if err != nil {
-		return nil, plain(err)
-	}
-	var out []runbook.Holder
-	for _, h := range resp.GetHolders() {
-		out = append(out, runbook.Holder{
-			Agent: h.GetAgentId(), Version: h.GetVersion(), SVIDs: int(h.GetSvids()), Streams: int(h.GetStreams()), Reason: h.GetReason(),
-			LatestExpiry: instant(h.GetLatestExpiry()), LastReport: instant(h.GetLastReport()), BeginsAt: instant(h.GetBeginsAt()), Rate: h.GetRate(),
-		})
-	}
-	return out, nil
-}
-
-// Prepare implements runbook.Backend.
-func (b *backend) Prepare(ctx context.Context) (runbook.Keyset, error) {
-	resp, err := b.c.PrepareKeyset(ctx, &api.PrepareKeysetRequest{Scope: b.scope})
-	if err != nil {
-		return runbook.Keyset{}, mutation("", err)
-	}
-	return fromProto(resp.GetKeyset()), nil
-}
-
-// Activate implements runbook.Backend.
-func (b *backend) Activate(ctx context.Context, id string) error {
-	_, err := b.c.ActivateKeyset(ctx, &api.ActivateKeysetRequest{Scope: b.scope, KeysetId: id})
-	return mutation(id, err)
-}
-
-// Taint implements runbook.Backend.
-func (b *backend) Taint(ctx context.Context, id string) error {
-	_, err := b.c.TaintKeyset(ctx, &api.TaintKeysetRequest{Scope: b.scope, KeysetId: id})
-	return mutation(id, err)
-}
-
-// Remove implements runbook.Backend.
-func (b *backend) Remove(ctx context.Context, id string, force bool) error {
-	_, err := b.c.RemoveKeyset(ctx, &api.RemoveKeysetRequest{Scope: b.scope, KeysetId: id, Force: force})
-	return mutation(id, err)
-}
-
-// plain is a server's error in its own words.
-func plain(err error) error { return errors.New(status.Convert(err).Message()) }
-
-// mutation says what an error means for a mutation: the codes of a refusal
-// that changed nothing are its own words; with any other it may have happened.
-func mutation(id string, err error) error {
-	if err == nil {
-		return nil
-	}
-	st := status.Convert(err)
-	switch st.Code() {
-	case codes.FailedPrecondition:
-		for _, d := range st.Details() {
-			if info, ok := d.(interface {
-				GetReason() string
-				GetDomain() string
-			}); ok && info.GetReason() == reasonNotSafe && info.GetDomain() == errorDomain {
-				return &runbook.NotSafeError{Keyset: id, Message: st.Message()}
-			}
-		}
-		return errors.New(st.Message())
-	case codes.NotFound, codes.Aborted, codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
-		return errors.New(st.Message())
-	}
-	return fmt.Errorf("%w: %s", runbook.ErrOutcomeUnknown, st.Message())
 }

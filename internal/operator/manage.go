@@ -69,7 +69,6 @@ func (s *Service) CreateJoinToken(ctx context.Context, req *api.CreateJoinTokenR
 	if err != nil {
 		return nil, fail(err)
 	}
-	s.log.Info("join token made", "deployment", d.Name, "actor", keyset.Actor(ctx), "expires_at", t.ExpiresAt)
 	return &api.CreateJoinTokenResponse{Token: t.Value, ExpiresAt: stamp(t.ExpiresAt)}, nil
 }
 
@@ -79,11 +78,14 @@ func (s *Service) BanAgent(ctx context.Context, req *api.BanAgentRequest) (*api.
 	if err != nil {
 		return nil, err
 	}
-	id, err := s.agentID(req.GetAgentId())
+	id, err := agentID(req.GetAgentId())
 	if err != nil {
 		return nil, err
 	}
-	return &api.BanAgentResponse{}, fail(d.Server.BanAgent(ctx, id))
+	if err := d.Server.BanAgent(ctx, id); err != nil {
+		return nil, fail(err)
+	}
+	return &api.BanAgentResponse{}, nil
 }
 
 // EvictAgent implements the service.
@@ -92,14 +94,17 @@ func (s *Service) EvictAgent(ctx context.Context, req *api.EvictAgentRequest) (*
 	if err != nil {
 		return nil, err
 	}
-	id, err := s.agentID(req.GetAgentId())
+	id, err := agentID(req.GetAgentId())
 	if err != nil {
 		return nil, err
 	}
-	return &api.EvictAgentResponse{}, fail(d.Server.EvictAgent(ctx, id, req.GetGone()))
+	if err := d.Server.EvictAgent(ctx, id, req.GetGone()); err != nil {
+		return nil, fail(err)
+	}
+	return &api.EvictAgentResponse{}, nil
 }
 
-func (s *Service) agentID(text string) (spiffeid.ID, error) {
+func agentID(text string) (spiffeid.ID, error) {
 	id, err := spiffeid.FromString(text)
 	if err != nil {
 		return id, status.Errorf(codes.InvalidArgument, "agent_id: %q is not a SPIFFE ID: %v", text, err)
@@ -140,9 +145,6 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 	for _, c := range diff.Changes {
 		resp.Changes = append(resp.Changes, protoChange(c))
 	}
-	if !req.GetDryRun() && len(diff.Changes) > 0 {
-		s.log.Info("entries applied", "deployment", d.Name, "actor", keyset.Actor(ctx), "changed", len(diff.Changes), "unchanged", diff.Unchanged)
-	}
 	return resp, nil
 }
 
@@ -160,7 +162,6 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	if err != nil {
 		return nil, fail(err)
 	}
-	s.log.Info("entry stored", "deployment", d.Name, "actor", keyset.Actor(ctx), "entry", e.ID)
 	return &api.PutEntryResponse{Change: protoChange(c)}, nil
 }
 
@@ -173,7 +174,6 @@ func (s *Service) DeleteEntry(ctx context.Context, req *api.DeleteEntryRequest) 
 	if err := d.Server.DeleteEntry(ctx, req.GetId()); err != nil {
 		return nil, fail(err)
 	}
-	s.log.Info("entry deleted", "deployment", d.Name, "actor", keyset.Actor(ctx), "entry", req.GetId())
 	return &api.DeleteEntryResponse{}, nil
 }
 

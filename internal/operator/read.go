@@ -3,6 +3,7 @@ package operator
 import (
 	"context"
 	"fmt"
+	"slices"
 	"time"
 
 	"google.golang.org/grpc/codes"
@@ -32,23 +33,20 @@ type KeysetFigures struct {
 	X509Safe, JWTSafe bool      // tainted, and nothing hangs on it
 }
 
-// Figures reads one deployment; NotFound when there is none of that name.
+// Figures returns what this process signs with and publishes at this moment, and
+// what hangs on it; NotFound when there is no deployment of that name.
 func (s *Service) Figures(ctx context.Context, deployment string) (Figures, error) {
 	d, err := s.find(&api.ListKeysetsRequest{Scope: &api.Scope{Deployment: deployment}})
 	if err != nil {
 		return Figures{}, err
 	}
-	return s.figures(ctx, d)
+	return s.figures(ctx, d, d.Keysets.Status().Keysets)
 }
 
-func (s *Service) figures(ctx context.Context, d *Deployment) (Figures, error) {
-	list, err := d.Keysets.List(ctx)
-	if err != nil {
-		return Figures{}, err
-	}
+func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keyset) (Figures, error) {
 	f := Figures{Sequence: s.config.Published().Sequence}
 	for _, k := range list {
-		f.Keysets = append(f.Keysets, d.figures(k))
+		f.Keysets = append(f.Keysets, d.hanging(k))
 	}
 	agents, err := d.Server.Agents(ctx)
 	if err != nil {
@@ -75,7 +73,8 @@ func ends(a server.Agent) time.Time {
 	return a.ExpiresAt
 }
 
-func (d *Deployment) figures(k keyset.Keyset) KeysetFigures {
+// hanging says what hangs on a keyset.
+func (d *Deployment) hanging(k keyset.Keyset) KeysetFigures {
 	tainted := k.State == keyset.Tainted
 	x509 := d.Ledger.X509(k.X509AuthorityID, tainted)
 	jwt, jwtClear := d.Ledger.JWT(k.JWTKeyID, tainted)
@@ -89,14 +88,12 @@ var states = map[keyset.State]api.KeysetState{
 	keyset.Prepared: api.KeysetState_PREPARED, keyset.Active: api.KeysetState_ACTIVE, keyset.Tainted: api.KeysetState_TAINTED,
 }
 
-// keyset renders a keyset with what hangs on it.
-func (d *Deployment) keyset(k keyset.Keyset) *api.Keyset {
-	f := d.figures(k)
+func protoKeyset(k KeysetFigures) *api.Keyset {
 	return &api.Keyset{
 		Id: k.ID, State: states[k.State], IssuedAt: stamp(k.IssuedAt), ExpiresAt: stamp(k.ExpiresAt),
 		X509AuthorityId: k.X509AuthorityID, JwtKeyId: k.JWTKeyID, TaintedAt: stamp(k.TaintedAt), SteppedDownAt: stamp(k.SteppedDownAt),
-		LiveX509Svids: int64(f.X509SVIDs), AgentsHolding: int64(f.Agents), X509LatestExpiry: stamp(f.X509Latest),
-		JwtLatestExpiry: stamp(f.JWTLatest), X509Safe: f.X509Safe, JwtSafe: f.JWTSafe,
+		LiveX509Svids: int64(k.X509SVIDs), AgentsHolding: int64(k.Agents), X509LatestExpiry: stamp(k.X509Latest),
+		JwtLatestExpiry: stamp(k.JWTLatest), X509Safe: k.X509Safe, JwtSafe: k.JWTSafe,
 	}
 }
 
@@ -108,13 +105,18 @@ func stamp(t time.Time) *timestamppb.Timestamp {
 	return timestamppb.New(t)
 }
 
-// ListKeysets implements the service.
+// ListKeysets implements the service. It reads the keysets from storage: after a
+// mutation whose outcome is not known, this tells.
 func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) (*api.ListKeysetsResponse, error) {
 	d, err := s.find(req)
 	if err != nil {
 		return nil, err
 	}
-	f, err := s.figures(ctx, d)
+	list, err := d.Keysets.List(ctx)
+	if err != nil {
+		return nil, fail(err)
+	}
+	f, err := s.figures(ctx, d, list)
 	if err != nil {
 		return nil, fail(err)
 	}
@@ -123,7 +125,7 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind),
 	}
 	for _, k := range f.Keysets {
-		resp.Keysets = append(resp.Keysets, d.keyset(k.Keyset))
+		resp.Keysets = append(resp.Keysets, protoKeyset(k))
 	}
 	if d.Automatic != nil {
 		a := d.Automatic()
@@ -142,13 +144,8 @@ func (s *Service) ListHolders(ctx context.Context, req *api.ListHoldersRequest) 
 	if err != nil {
 		return nil, fail(err)
 	}
-	authority := ""
-	for _, k := range list {
-		if k.ID == req.GetKeysetId() {
-			authority = k.X509AuthorityID
-		}
-	}
-	if authority == "" {
+	i := slices.IndexFunc(list, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })
+	if i < 0 {
 		return nil, fail(keyset.ErrNotFound)
 	}
 	agents, err := d.Server.Agents(ctx)
@@ -160,7 +157,9 @@ func (s *Service) ListHolders(ctx context.Context, req *api.ListHoldersRequest) 
 		versions[a.ID.String()] = a.Version
 	}
 	resp := &api.ListHoldersResponse{}
-	for _, h := range d.Ledger.Holders(authority) {
+	// The ledger learns of a taint from who asks what hangs on the keyset.
+	k := d.hanging(list[i])
+	for _, h := range d.Ledger.Holders(k.X509AuthorityID) {
 		resp.Holders = append(resp.Holders, &api.Holder{
 			AgentId: h.Agent, Version: versions[h.Agent], Svids: int64(h.SVIDs), Streams: int64(h.Streams),
 			LatestExpiry: stamp(h.Latest), LastReport: stamp(h.LastReport), AppliedSequence: h.Sequence,

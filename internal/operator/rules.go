@@ -36,7 +36,7 @@ type list struct {
 // ParseRules reads the texts of both roles:
 //
 //	unix:uid:1000    unix:user:alice    the user of a process at the admin socket
-//	unix:gid:1000    unix:group:ops     one of that user's groups
+//	unix:gid:1000    unix:group:ops     one of that process's groups
 //	spiffe://example.org/ops/alice      the SPIFFE ID of a remote operator, exactly
 //
 // Names are looked up now, once. When both are empty, root and the user that
@@ -44,7 +44,7 @@ type list struct {
 // the remedy.
 func ParseRules(td spiffeid.TrustDomain, managers, readers []string) (Rules, error) {
 	if len(managers)+len(readers) == 0 {
-		managers = []string{"unix:uid:0", "unix:uid:" + strconv.Itoa(os.Getuid())}
+		managers = []string{"unix:uid:0", "unix:uid:" + strconv.Itoa(os.Geteuid())}
 	}
 	m, err := parseList(td, "operators.managers", managers)
 	r, err2 := parseList(td, "operators.readers", readers)
@@ -108,11 +108,6 @@ func (l *list) add(td spiffeid.TrustDomain, text string) error {
 	return nil
 }
 
-// process is a caller at the admin socket, by the kernel's word.
-type process struct{ uid, gid uint32 }
-
-func (p process) actor() string { return "unix:uid:" + strconv.FormatUint(uint64(p.uid), 10) }
-
 func (r Rules) ofProcess(p process) Role {
 	switch {
 	case r.managers.has(p):
@@ -134,29 +129,5 @@ func (r Rules) ofID(id spiffeid.ID) Role {
 }
 
 func (l list) has(p process) bool {
-	if l.uids[p.uid] || l.gids[p.gid] {
-		return true
-	}
-	return len(l.gids) > 0 && slices.ContainsFunc(groups(p.uid), func(g uint32) bool { return l.gids[g] })
-}
-
-// groups are those that the machine's accounts say of a user. What the process
-// itself says of its groups could be of a process that has the number of one
-// that ended.
-func groups(uid uint32) []uint32 {
-	u, err := user.LookupId(strconv.FormatUint(uint64(uid), 10))
-	if err != nil {
-		return nil
-	}
-	texts, err := u.GroupIds()
-	if err != nil {
-		return nil
-	}
-	var out []uint32
-	for _, t := range texts {
-		if n, err := strconv.ParseUint(t, 10, 32); err == nil {
-			out = append(out, uint32(n))
-		}
-	}
-	return out
+	return l.uids[p.uid] || slices.ContainsFunc(p.gids, func(g uint32) bool { return l.gids[g] })
 }

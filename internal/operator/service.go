@@ -12,7 +12,6 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
-	"fmt"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -151,15 +150,11 @@ func (s *Service) PrepareKeyset(ctx context.Context, req *api.PrepareKeysetReque
 	if err != nil {
 		return nil, err
 	}
-	resp := &api.PrepareKeysetResponse{}
-	err = s.mutate(ctx, d, "prepare", "", func(ctx context.Context) (string, error) {
-		k, err := d.Keysets.Prepare(ctx)
-		if err == nil {
-			resp.Keyset = d.keyset(k)
-		}
-		return k.ID, err
-	})
-	return resp, err
+	k, err := d.Keysets.Prepare(ctx)
+	if err != nil {
+		return nil, fail(err)
+	}
+	return &api.PrepareKeysetResponse{Keyset: protoKeyset(d.hanging(k))}, nil
 }
 
 // ActivateKeyset implements the service.
@@ -168,10 +163,10 @@ func (s *Service) ActivateKeyset(ctx context.Context, req *api.ActivateKeysetReq
 	if err != nil {
 		return nil, err
 	}
-	id := req.GetKeysetId()
-	return &api.ActivateKeysetResponse{}, s.mutate(ctx, d, "activate", id, func(ctx context.Context) (string, error) {
-		return id, d.Keysets.Activate(ctx, id)
-	})
+	if err := d.Keysets.Activate(ctx, req.GetKeysetId()); err != nil {
+		return nil, fail(err)
+	}
+	return &api.ActivateKeysetResponse{}, nil
 }
 
 // TaintKeyset implements the service.
@@ -180,70 +175,77 @@ func (s *Service) TaintKeyset(ctx context.Context, req *api.TaintKeysetRequest) 
 	if err != nil {
 		return nil, err
 	}
-	id := req.GetKeysetId()
-	return &api.TaintKeysetResponse{}, s.mutate(ctx, d, "taint", id, func(ctx context.Context) (string, error) {
-		return id, d.Keysets.Taint(ctx, id)
-	})
+	if err := d.Keysets.Taint(ctx, req.GetKeysetId()); err != nil {
+		return nil, fail(err)
+	}
+	return &api.TaintKeysetResponse{}, nil
 }
 
-// RemoveKeyset implements the service. What counts is X.509: agents replace
-// JWT-SVIDs only when their key is gone, so whether to wait for their end is the
-// operator's choice.
+// RemoveKeyset implements the service. What is not safe is refused for the sake
+// of X.509-SVIDs only. Agents replace JWT-SVIDs when their key is gone and not
+// before, so there is nothing to wait for but their end: whether to do that is
+// the operator's choice, and ListKeysets says when it is.
 func (s *Service) RemoveKeyset(ctx context.Context, req *api.RemoveKeysetRequest) (*api.RemoveKeysetResponse, error) {
 	d, err := s.find(req)
 	if err != nil {
 		return nil, err
 	}
-	id := req.GetKeysetId()
-	return &api.RemoveKeysetResponse{}, s.mutate(ctx, d, "remove", id, func(ctx context.Context) (string, error) {
-		if req.GetForce() {
-			ctx = keyset.WithNote(ctx, d.forced(id))
+	if req.GetForce() {
+		ctx = keyset.WithNote(ctx, d.forced(req.GetKeysetId()))
+	}
+	var gone keyset.Keyset
+	err = d.Keysets.Remove(ctx, req.GetKeysetId(), func(all []keyset.Keyset) error {
+		gone = all[slices.IndexFunc(all, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })]
+		if h := d.Ledger.X509(gone.X509AuthorityID, true); !h.Clear && !req.GetForce() {
+			return notSafe(gone.ID, h)
 		}
-		var k keyset.Keyset
-		err := d.Keysets.Remove(ctx, id, func(all []keyset.Keyset) error {
-			k = all[slices.IndexFunc(all, func(k keyset.Keyset) bool { return k.ID == id })]
-			if h := d.Ledger.X509(k.X509AuthorityID, true); !h.Clear && !req.GetForce() {
-				return notSafe(k, h)
-			}
-			return nil
-		})
-		if err != nil {
-			return id, err
-		}
-		if err := d.Ledger.Removed(ctx, k.X509AuthorityID, k.JWTKeyID); err != nil {
-			// The rows that stay expire by themselves, and nobody asks for them.
-			s.log.Warn("the ledger still has rows of a removed keyset", "deployment", d.Name, "keyset", id, "error", err)
-		}
-		return id, nil
+		return nil
 	})
+	if err != nil {
+		return nil, fail(err)
+	}
+	// It is done: that the caller may be gone by now must not leave this undone.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tidyTime)
+	defer cancel()
+	if err := d.Ledger.Removed(ctx, gone.X509AuthorityID, gone.JWTKeyID); err != nil {
+		// The rows that stay expire by themselves, and nobody asks for them.
+		s.log.Warn("the ledger still has rows of a removed keyset", "deployment", d.Name, "keyset", gone.ID, "error", err)
+	}
+	return &api.RemoveKeysetResponse{}, nil
 }
 
-// forced is the audit log's note of a removal by force; empty when it took
-// none.
+// tidyTime is how long the answer to a removal waits for the ledger to forget
+// the keyset.
+const tidyTime = 5 * time.Second
+
+// forced is the audit log's note of a removal by force.
 func (d *Deployment) forced(id string) string {
 	for _, k := range d.Keysets.Status().Keysets {
 		if h := d.Ledger.X509(k.X509AuthorityID, k.State == keyset.Tainted); k.ID == id && !h.Clear {
-			return fmt.Sprintf("forced: %d X.509-SVIDs of %d agents may still have been in use", h.SVIDs, h.Agents)
+			return "forced: " + holds(h)
 		}
 	}
-	return ""
+	return "forced, though nothing hung on it"
 }
 
-// mutate carries out one mutation, with a line in the log, and turns its error
-// into what the caller is told.
-func (s *Service) mutate(ctx context.Context, d *Deployment, operation, id string, do func(context.Context) (string, error)) error {
-	begin := s.now()
-	done, err := do(ctx)
-	if id == "" {
-		id = done
+// holds says what is out of an authority.
+func holds(h ledger.Holding) string {
+	text := counted(h.SVIDs, "X.509-SVID")
+	if h.Agents > 0 {
+		text += " of " + counted(h.Agents, "agent")
 	}
-	log := s.log.With("operation", operation, "deployment", d.Name, "keyset", id, "actor", keyset.Actor(ctx), "took", s.now().Sub(begin))
-	if err != nil {
-		log.Warn("keyset mutation failed", "error", err)
-		return fail(err)
+	text += " may still be in use"
+	if !h.Latest.IsZero() {
+		text += ", the last of them until " + h.Latest.UTC().Format(time.DateTime) + " UTC"
 	}
-	log.Info("keyset mutation done")
-	return nil
+	return text
+}
+
+func counted(n int, noun string) string {
+	if n == 1 {
+		return "1 " + noun
+	}
+	return strconv.Itoa(n) + " " + noun + "s"
 }
 
 // Reason and domain of the detail that marks a refusal as one for safety.
@@ -252,12 +254,8 @@ const (
 	errorDomain   = "renewd"
 )
 
-func notSafe(k keyset.Keyset, h ledger.Holding) error {
-	text := fmt.Sprintf("%d X.509-SVIDs of %d agents may still be in use", h.SVIDs, h.Agents)
-	if !h.Latest.IsZero() {
-		text += ", the last until " + h.Latest.UTC().Format(time.DateTime) + " UTC"
-	}
-	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s", k.ID, text)
+func notSafe(id string, h ledger.Holding) error {
+	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s", id, holds(h))
 	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: reasonNotSafe, Domain: errorDomain, Metadata: map[string]string{
 		"svids": strconv.Itoa(h.SVIDs), "agents": strconv.Itoa(h.Agents),
 	}}); err == nil {
@@ -268,9 +266,6 @@ func notSafe(k keyset.Keyset, h ledger.Holding) error {
 
 // fail turns an error into the status that the caller gets.
 func fail(err error) error {
-	if err == nil {
-		return nil
-	}
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
@@ -284,16 +279,17 @@ func fail(err error) error {
 		}
 		return status.Error(code, refusal.Error())
 	}
-	var entry *server.EntryError
+	if entry, ok := errors.AsType[*server.EntryError](err); ok {
+		return status.Error(codes.InvalidArgument, entry.Error())
+	}
 	switch {
 	case errors.Is(err, server.ErrNotFound):
 		return status.Error(codes.NotFound, err.Error())
-	case errors.As(err, &entry):
-		return status.Error(codes.InvalidArgument, entry.Error())
 	case errors.Is(err, context.DeadlineExceeded):
-		return status.Errorf(codes.DeadlineExceeded, "not done in time: %v", err)
+		return status.Errorf(codes.DeadlineExceeded, "not known to be done in time: %v", err)
 	case errors.Is(err, context.Canceled):
 		return status.Error(codes.Canceled, err.Error())
 	}
-	return status.Error(codes.Unknown, err.Error())
+	// Whoever gets to see it may manage or read the server's state anyway.
+	return status.Error(codes.Internal, err.Error())
 }

@@ -1,0 +1,167 @@
+package operator
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/runbook"
+)
+
+// Backend makes a deployment of the server what the runbook's commands work on.
+// Empty names mean the server's own trust domain and its only deployment.
+func (c *Client) Backend(trustDomain, deployment string) runbook.Backend {
+	return &backend{c: c.OperatorClient, scope: &api.Scope{TrustDomain: trustDomain, Deployment: deployment}}
+}
+
+type backend struct {
+	c     api.OperatorClient
+	scope *api.Scope
+}
+
+// Status implements runbook.Backend.
+func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
+	resp, err := b.c.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: b.scope})
+	if err != nil {
+		return runbook.Status{}, plain(err)
+	}
+	s := runbook.Status{
+		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
+		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()),
+		Automatic: automatic(resp.GetAutomatic()),
+	}
+	for _, k := range resp.GetKeysets() {
+		s.Keysets = append(s.Keysets, fromProto(k))
+	}
+	return s, nil
+}
+
+// automatic puts what automatic rotation is about to do into words; empty where
+// it does nothing.
+func automatic(a *api.Automatic) string {
+	switch {
+	case a == nil || a.GetMode() == "off" || a.GetMode() == "":
+		return ""
+	case a.GetNext() == "":
+		return a.GetMode() + ", nothing to do"
+	}
+	text := a.GetMode() + ", next: " + a.GetNext()
+	switch at := a.GetAt().AsTime(); {
+	case a.GetWaitsFor() != "":
+		text += ", waits for " + a.GetWaitsFor()
+	case a.GetAt() != nil:
+		text += " at " + at.UTC().Format(time.DateTime) + " UTC"
+	}
+	return text
+}
+
+var stateNames = map[api.KeysetState]runbook.State{
+	api.KeysetState_PREPARED: runbook.Prepared, api.KeysetState_ACTIVE: runbook.Active, api.KeysetState_TAINTED: runbook.Tainted,
+}
+
+func fromProto(k *api.Keyset) runbook.Keyset {
+	return runbook.Keyset{
+		ID: k.GetId(), State: stateNames[k.GetState()], IssuedAt: instant(k.GetIssuedAt()), ExpiresAt: instant(k.GetExpiresAt()),
+		X509AuthorityID: k.GetX509AuthorityId(), JWTKeyID: k.GetJwtKeyId(),
+		SteppedDown: k.GetSteppedDownAt() != nil, TaintedAt: instant(k.GetTaintedAt()),
+		X509SVIDs: int(k.GetLiveX509Svids()), JWTExpiry: instant(k.GetJwtLatestExpiry()),
+		X509Safe: k.GetX509Safe(), JWTSafe: k.GetJwtSafe(),
+	}
+}
+
+func instant(t *timestamppb.Timestamp) time.Time {
+	if t == nil {
+		return time.Time{}
+	}
+	return t.AsTime()
+}
+
+// Holders implements runbook.Backend.
+func (b *backend) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
+	resp, err := b.c.ListHolders(ctx, &api.ListHoldersRequest{Scope: b.scope, KeysetId: id})
+	if err != nil {
+		return nil, plain(err)
+	}
+	var out []runbook.Holder
+	for _, h := range resp.GetHolders() {
+		out = append(out, runbook.Holder{
+			Agent: h.GetAgentId(), Version: h.GetVersion(), SVIDs: int(h.GetSvids()), Streams: int(h.GetStreams()), Reason: h.GetReason(),
+			LatestExpiry: instant(h.GetLatestExpiry()), LastReport: instant(h.GetLastReport()), BeginsAt: instant(h.GetBeginsAt()), Rate: h.GetRate(),
+		})
+	}
+	return out, nil
+}
+
+// Prepare implements runbook.Backend.
+func (b *backend) Prepare(ctx context.Context) (k runbook.Keyset, err error) {
+	return k, mutate("", func(opt grpc.CallOption) error {
+		resp, err := b.c.PrepareKeyset(ctx, &api.PrepareKeysetRequest{Scope: b.scope}, opt)
+		if err == nil {
+			k = fromProto(resp.GetKeyset())
+		}
+		return err
+	})
+}
+
+// Activate implements runbook.Backend.
+func (b *backend) Activate(ctx context.Context, id string) error {
+	return mutate(id, func(opt grpc.CallOption) error {
+		_, err := b.c.ActivateKeyset(ctx, &api.ActivateKeysetRequest{Scope: b.scope, KeysetId: id}, opt)
+		return err
+	})
+}
+
+// Taint implements runbook.Backend.
+func (b *backend) Taint(ctx context.Context, id string) error {
+	return mutate(id, func(opt grpc.CallOption) error {
+		_, err := b.c.TaintKeyset(ctx, &api.TaintKeysetRequest{Scope: b.scope, KeysetId: id}, opt)
+		return err
+	})
+}
+
+// Remove implements runbook.Backend.
+func (b *backend) Remove(ctx context.Context, id string, force bool) error {
+	return mutate(id, func(opt grpc.CallOption) error {
+		_, err := b.c.RemoveKeyset(ctx, &api.RemoveKeysetRequest{Scope: b.scope, KeysetId: id, Force: force}, opt)
+		return err
+	})
+}
+
+// plain is a server's error in its own words.
+func plain(err error) error { return errors.New(status.Convert(err).Message()) }
+
+// mutate makes a call that changes something, once, and says what its error
+// means. With the codes of a refusal, or when the call never reached a
+// connection, nothing was changed; with any other it may have happened.
+func mutate(id string, call func(grpc.CallOption) error) error {
+	var reached peer.Peer // stays empty when there was no connection to send on
+	err := call(grpc.Peer(&reached))
+	if err == nil {
+		return nil
+	}
+	st := status.Convert(err)
+	switch st.Code() {
+	case codes.FailedPrecondition:
+		for _, d := range st.Details() {
+			if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetReason() == reasonNotSafe && info.GetDomain() == errorDomain {
+				return &runbook.NotSafeError{Keyset: id, Message: st.Message()}
+			}
+		}
+		return plain(err)
+	case codes.NotFound, codes.Aborted, codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
+		return plain(err)
+	}
+	if reached.Addr == nil {
+		return fmt.Errorf("the server was not reached, nothing was changed: %s", st.Message())
+	}
+	return fmt.Errorf("%w: %s", runbook.ErrOutcomeUnknown, st.Message())
+}
