@@ -25,7 +25,7 @@ func perfect() Report {
 	return Report{
 		SVIDs: 10, Workloads: 5, Handshakes: 100, MaxDelay: 10, Delay: 2, waited: 2 * time.Second,
 		Renewals: 11, MostPerSecond: 11, Allowed: 21, believed: true,
-		Seen: &s, FirstRenewal: &s, InUse: &s, Settled: &s,
+		Seen: &s, FirstRenewal: &s, InUse: &s, Settled: &s, Agreed: &s,
 		JWT: JWT{SameDuringTaint: true, AfterRemoval: "replaced", Replaced: &s},
 	}
 }
@@ -45,6 +45,7 @@ func TestJudge(t *testing.T) {
 		{"rate", func(r *Report) { r.MostPerSecond = 22 }},
 		{"rate", func(r *Report) { r.Renewals = 0 }},
 		{"safe", func(r *Report) { r.believed = false }},
+		{"safe", func(r *Report) { r.Agreed = nil }},
 		{"jwt-kept", func(r *Report) { r.JWT.SameDuringTaint = false }},
 		{"jwt-kept", func(r *Report) { r.JWT.FailedRequests = 1 }},
 		{"jwt-replaced", func(r *Report) { r.JWT.Replaced = nil }},

@@ -20,6 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server"
 )
@@ -61,6 +62,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 		TrustDomain:   trustDomain,
 		Deployments:   []domain.DeploymentConfig{{Name: domain.DefaultDeployment, Listener: sys.pace.listen(lis)}},
 		AdminSocket:   admin,
+		Rotation:      rotation.Policy{Mode: rotation.Off},
 		Log:           log.With("part", "server"),
 		ServerOptions: []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.pace.intercept), grpc.StatsHandler(&sys.pace)},
 	})

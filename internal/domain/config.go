@@ -22,6 +22,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/rotation"
 )
 
 // Config is what a [Domain] needs. TrustDomain is required; everything else
@@ -66,10 +67,8 @@ type Config struct {
 	// zero.
 	KeysetLifetime, X509TTL, JWTTTL time.Duration
 
-	// RotationMode is off (the default), on or paused; the thresholds are those
-	// of package rotation, its defaults when zero.
-	RotationMode                                              string
-	PreparationThreshold, ActivationThreshold, TaintThreshold time.Duration
+	// Rotation says when keysets are rotated by themselves.
+	Rotation rotation.Policy
 
 	Version string
 	Log     *slog.Logger

@@ -17,6 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/socket"
@@ -45,10 +46,11 @@ type Domain struct {
 // one that was served once: its keysets are published for what they signed.
 type deployment struct {
 	DeploymentConfig
-	keysets *keyset.Deployment
-	ledger  *ledger.Ledger
-	server  *server.Server
-	kept    *store.Deployment // nil in memory
+	keysets   *keyset.Deployment
+	ledger    *ledger.Ledger
+	server    *server.Server
+	scheduler *rotation.Scheduler
+	kept      *store.Deployment // nil in memory
 }
 
 // Open checks the configuration, opens the store and loads what it holds. It
@@ -145,7 +147,10 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if dep.server, err = server.New(config); err != nil {
 		return nil, err
 	}
-	return dep, nil
+	dep.scheduler, err = rotation.New(rotation.Config{
+		Keysets: dep.keysets, Policy: d.cfg.Rotation, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log, Now: d.cfg.Now,
+	})
+	return dep, err
 }
 
 func served(all []DeploymentConfig) []string {
@@ -229,6 +234,8 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 	}
 	for _, dep := range d.deployments {
 		group.Go(func() error { return dep.ledger.Run(ctx) })
+		group.Go(func() error { return dep.scheduler.Run(ctx) })
+		group.Go(func() error { return dep.follow(ctx, d.cfg.Log) })
 	}
 	d.running.Store(true)
 	defer d.running.Store(false)
@@ -322,5 +329,3 @@ func (d *Domain) Ready() error {
 }
 
 func (dep *deployment) serves() bool { return dep.ListenAddress != "" || dep.Listener != nil }
-
-func (dep *deployment) automatic() operator.Automatic { return operator.Automatic{Mode: "off"} }
