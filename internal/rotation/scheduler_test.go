@@ -1,0 +1,362 @@
+package rotation_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/rotation"
+)
+
+// rig is a scheduler that runs in a bubble on keysets that live an hour: they
+// are prepared 560 s before the end, activated 40 s after that and tainted 40 s
+// later.
+type rig struct {
+	*testing.T
+	store     *store
+	keysets   *keyset.Deployment
+	scheduler *rotation.Scheduler
+	log       logs
+	begin     time.Time
+}
+
+func inRig(t *testing.T, p rotation.Policy, f facts, do func(*rig)) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		r := &rig{T: t, store: new(store), begin: time.Now()}
+		r.keysets = open(t, keyset.Config{Storage: r.store, Lifetime: time.Hour})
+		log := slog.New(slog.NewTextHandler(&r.log, &slog.HandlerOptions{ReplaceAttr: func(_ []string, a slog.Attr) slog.Attr {
+			if a.Key == slog.TimeKey {
+				return slog.Attr{}
+			}
+			return a
+		}}))
+		var err error
+		r.scheduler, err = rotation.New(rotation.Config{Keysets: r.keysets, Policy: p, Facts: f, Log: log})
+		check(t, err)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error)
+		go func() { done <- r.scheduler.Run(ctx) }()
+		defer func() {
+			cancel()
+			if err := <-done; err != nil {
+				t.Errorf("Run: %v", err)
+			}
+		}()
+		synctest.Wait()
+		do(r)
+	})
+}
+
+// until sleeps until so many seconds have passed, and a moment more.
+func (r *rig) until(seconds int) {
+	r.Helper()
+	time.Sleep(time.Until(r.begin.Add(time.Duration(seconds)*time.Second + time.Millisecond)))
+	synctest.Wait()
+}
+
+// expect compares the states of all keysets, and what comes next: its time in
+// seconds, and after a comma what it waits for.
+func (r *rig) expect(states, next, at string) {
+	r.Helper()
+	var got []string
+	ids := map[string]string{}
+	for i, k := range r.keysets.Status().Keysets {
+		got = append(got, strings.ToLower(k.State.String()))
+		ids[k.ID] = fmt.Sprint(i)
+	}
+	if s := strings.Join(got, " "); s != states {
+		r.Errorf("after %v: keysets are %q, want %q", time.Since(r.begin), s, states)
+	}
+	p := r.scheduler.Automatic()
+	for id, i := range ids {
+		p.Next = strings.ReplaceAll(p.Next, id, i)
+	}
+	when := fmt.Sprint(int(p.At.Sub(r.begin).Seconds()))
+	if p.WaitsFor != "" {
+		when += ", " + p.WaitsFor
+	}
+	if p.Next != next || when != at {
+		r.Errorf("after %v: next is %q at %q, want %q at %q", time.Since(r.begin), p.Next, when, next, at)
+	}
+}
+
+// logged compares the log's messages since the last time.
+func (r *rig) logged(want ...string) {
+	r.Helper()
+	lines := r.log.take()
+	if !slices.EqualFunc(lines, want, func(line, want string) bool { return strings.Contains(line, want) }) {
+		r.Errorf("after %v the log is\n%s\nwant\n%s", time.Since(r.begin), strings.Join(lines, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// logs collects lines.
+type logs struct {
+	mu    sync.Mutex
+	lines []string
+}
+
+func (l *logs) Write(line []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.lines = append(l.lines, strings.TrimSpace(string(line)))
+	return len(line), nil
+}
+
+func (l *logs) take() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	lines := l.lines
+	l.lines = nil
+	return lines
+}
+
+// store is a storage whose calls can be made to fail, and that counts.
+type store struct {
+	keyset.Memory
+	mu         sync.Mutex
+	load, save error
+	before     func() // before a save, once
+	saves      []keyset.Change
+}
+
+func (s *store) set(load, save error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.load, s.save = load, save
+}
+
+func (s *store) Load(ctx context.Context) (keyset.Document, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.load != nil {
+		return keyset.Document{}, s.load
+	}
+	return s.Memory.Load(ctx)
+}
+
+func (s *store) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+	s.mu.Lock()
+	before := s.before
+	s.before = nil
+	s.saves = append(s.saves, c)
+	err := s.save
+	s.mu.Unlock()
+	if before != nil {
+		before()
+	}
+	if err != nil {
+		return err
+	}
+	return s.Memory.Save(ctx, d, c)
+}
+
+func TestRotation(t *testing.T) {
+	settled := new(atomic.Bool)
+	f := facts{holding: func(keyset.Keyset) rotation.Holding {
+		return rotation.Holding{Agents: 2, X509Safe: settled.Load(), JWTSafe: true}
+	}}
+	inRig(t, rotation.Policy{}, f, func(r *rig) {
+		r.expect("active", "prepare", "3040")
+		r.until(3039)
+		r.expect("active", "prepare", "3040")
+		r.until(3040)
+		r.expect("active prepared", "activate 1", "3080")
+		r.until(3079)
+		r.expect("active prepared", "activate 1", "3080")
+		r.until(3080)
+		r.expect("prepared active", "taint 0", "3120")
+		r.until(3120)
+		r.expect("tainted active", "remove 0", "3900, X.509-SVIDs of 2 agents")
+		r.logged(
+			`msg="automatic rotation: keyset prepared" keyset=`+r.keysets.Active().ID+` reason="active keyset `,
+			`msg="automatic rotation: keyset activated" keyset=`+r.keysets.Active().ID,
+			`msg="automatic rotation: keyset tainted" keyset=`,
+		)
+		settled.Store(true)
+		r.until(3181) // a minute is the longest sleep
+		r.expect("active", "prepare", fmt.Sprint(6640-560))
+		r.logged(`msg="automatic rotation: keyset removed" keyset=`)
+		for _, c := range r.store.saves[1:] {
+			if c.Actor != "scheduler" || c.Note == "" {
+				r.Errorf("noted as %+v", c)
+			}
+		}
+	})
+}
+
+// TestForgotten lets a scheduler begin when everything is over.
+func TestForgotten(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d := open(t, keyset.Config{Lifetime: time.Hour})
+		time.Sleep(100 * day)
+		s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{behind: func() int { return 1 }}})
+		check(t, err)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() { _ = s.Run(ctx) })
+		synctest.Wait()
+		if k := d.Status().Keysets; len(k) != 1 || !d.Active().ExpiresAt.After(time.Now().Add(50*time.Minute)) {
+			t.Errorf("keysets are %v", k)
+		}
+		cancel()
+		wg.Wait()
+	})
+}
+
+func TestPaused(t *testing.T) {
+	inRig(t, rotation.Policy{Mode: rotation.Paused}, facts{}, func(r *rig) {
+		r.until(3000)
+		r.expect("active", "prepare", "3040")
+		r.logged()
+		r.until(7000)
+		r.expect("active", "prepare", "3040")
+		r.logged(`level=WARN msg="automatic rotation is paused and does not do what is due" step=prepare reason="active keyset `)
+		if p := r.scheduler.Automatic(); p.Mode != "paused" || len(r.store.saves) != 1 {
+			r.Errorf("%+v, %d changes", p, len(r.store.saves))
+		}
+	})
+}
+
+func TestOff(t *testing.T) {
+	f := facts{behind: func() int { panic("asked") }}
+	inRig(t, rotation.Policy{Mode: rotation.Off}, f, func(r *rig) {
+		r.store.set(errors.New("nobody reads"), nil)
+		r.until(7000)
+		r.logged()
+		if p := r.scheduler.Automatic(); p != (rotation.Preview{Mode: "off"}) || len(r.store.saves) != 1 {
+			r.Errorf("%+v, %d changes", p, len(r.store.saves))
+		}
+	})
+}
+
+// TestWakesAtOnce has an operator taint what automatic rotation replaced.
+func TestWakesAtOnce(t *testing.T) {
+	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
+		r.until(3085)
+		r.expect("prepared active", "taint 0", "3120")
+		old := r.keysets.Status().Keysets[0].ID
+		check(r, r.keysets.Taint(keyset.WithActor(r.Context(), "alice"), old))
+		synctest.Wait()
+		r.expect("active", "prepare", "6080")
+	})
+}
+
+func TestStorageFails(t *testing.T) {
+	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
+		r.until(3000)
+		r.store.set(nil, errors.New("disk is full"))
+		r.until(3160)
+		r.expect("active", "prepare", "3163, another attempt: prepare keyset: save: disk is full")
+		r.logged(`level=ERROR msg="automatic rotation failed and is tried again" step=prepare error="prepare keyset: save: disk is full"`)
+		// After 0, 1, 3, 7, 15, 31, 63 and 123 seconds.
+		if n := len(r.store.saves) - 1; n != 8-1 {
+			r.Errorf("%d attempts", n)
+		}
+		r.store.set(errors.New("disk is gone"), nil)
+		r.until(3400)
+		r.logged(`level=ERROR msg="automatic rotation failed and is tried again" step="" error="list keysets: load: disk is gone"`)
+		r.store.set(nil, nil)
+		r.until(3410)
+		r.expect("active prepared", "activate 1", "3443")
+		r.logged(`msg="automatic rotation: keyset prepared"`)
+		// The next failure is a new one.
+		r.store.set(nil, errors.New("disk is full"))
+		r.until(3443)
+		r.logged(`msg="automatic rotation failed and is tried again" step="activate `)
+	})
+}
+
+// TestLostRace has somebody else commit at the same moment.
+func TestLostRace(t *testing.T) {
+	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
+		other := open(r, keyset.Config{Storage: &r.store.Memory, Lifetime: time.Hour})
+		r.store.mu.Lock()
+		r.store.before = func() {
+			if _, err := other.Prepare(r.Context()); err != nil {
+				r.Error(err)
+			}
+		}
+		r.store.mu.Unlock()
+		r.until(3040)
+		r.expect("active", "prepare", "3041, another attempt: "+keyset.ErrBusy.Error())
+		r.logged(`level=INFO msg="automatic rotation: somebody else changes the keysets; they are looked at again" step=prepare`)
+		r.until(3041)
+		// What the winner prepared is used.
+		r.expect("active prepared", "activate 1", "3080")
+		r.until(3080)
+		r.expect("prepared active", "taint 0", "3120")
+	})
+}
+
+// TestOvertaken has somebody else commit after the scheduler has decided and
+// before its mutation begins.
+func TestOvertaken(t *testing.T) {
+	var r0 atomic.Pointer[rig]
+	var once sync.Once
+	asked := 0
+	f := facts{behind: func() int {
+		asked++
+		if asked == 1 {
+			r := r0.Load()
+			once.Do(func() {
+				if _, err := r.keysets.Prepare(r.Context()); err != nil {
+					r.Error(err)
+				}
+			})
+			return 0
+		}
+		return 5
+	}}
+	inRig(t, rotation.Policy{}, f, func(r *rig) {
+		r0.Store(r)
+		r.until(3081)
+		r.expect("active prepared prepared", "activate 1", "3340, 5 agents that have not applied the trust bundle")
+		r.logged(`keyset prepared`)
+	})
+}
+
+// TestPreviewWhileRunning is for the race detector.
+func TestPreviewWhileRunning(t *testing.T) {
+	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
+		var wg sync.WaitGroup
+		for range 4 {
+			wg.Go(func() {
+				for range 400 {
+					if p := r.scheduler.Automatic(); p.Mode != "on" || p.Next == "" {
+						r.Errorf("%+v", p)
+					}
+					time.Sleep(10 * time.Second)
+				}
+			})
+		}
+		wg.Wait()
+		if len(r.store.saves) != 5 {
+			r.Errorf("%d changes", len(r.store.saves))
+		}
+	})
+}
+
+func TestNewRefuses(t *testing.T) {
+	t.Parallel()
+	d := open(t, keyset.Config{Lifetime: time.Hour})
+	for name, c := range map[string]rotation.Config{
+		"no keysets": {Facts: facts{}},
+		"no facts":   {Keysets: d},
+		"thresholds": {Keysets: d, Facts: facts{}, Policy: rotation.Policy{PreparationThreshold: day}},
+	} {
+		if _, err := rotation.New(c); err == nil {
+			t.Errorf("%s: no error", name)
+		}
+	}
+}
