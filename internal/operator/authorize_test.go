@@ -1,0 +1,330 @@
+package operator_test
+
+import (
+	"context"
+	"net"
+	"reflect"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/emptypb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server"
+)
+
+const service = "/renewd.v1.Operator/"
+
+// changes reports whether a method changes something, by its name.
+func changes(method string) bool {
+	for _, verb := range []string{"List", "Get", "Read"} {
+		if strings.HasPrefix(method, verb) {
+			return false
+		}
+	}
+	return true
+}
+
+// TestEveryMethodHasARole: the table and the service have the same methods, and
+// a reader gets none of those that change something.
+func TestEveryMethodHasARole(t *testing.T) {
+	t.Parallel()
+	if n := len(api.Operator_ServiceDesc.Streams); n > 0 {
+		t.Errorf("%d streams: nothing bounds them and logs what they do", n)
+	}
+	for _, m := range api.Operator_ServiceDesc.Methods {
+		want := operator.Reader
+		if changes(m.MethodName) {
+			want = operator.Manager
+		}
+		if got := operator.Roles[service+m.MethodName]; got != want {
+			t.Errorf("%s takes %v, want %v", m.MethodName, got, want)
+		}
+	}
+	if got, want := len(operator.Roles), len(api.Operator_ServiceDesc.Methods); got != want {
+		t.Errorf("the table has %d methods, the service %d", got, want)
+	}
+}
+
+// requests are one of each method, that would do something if they could.
+func requests(w *world) map[string]proto.Message {
+	list := w.only().keysets.Status().Keysets
+	return map[string]proto.Message{
+		"ListDeployments": &api.ListDeploymentsRequest{}, "ListKeysets": &api.ListKeysetsRequest{},
+		"ListHolders": &api.ListHoldersRequest{KeysetId: list[0].ID}, "ReadAudit": &api.ReadAuditRequest{},
+		"ListAgents": &api.ListAgentsRequest{}, "ListEntries": &api.ListEntriesRequest{}, "GetBundle": &api.GetBundleRequest{},
+
+		"RemoveKeyset":    &api.RemoveKeysetRequest{KeysetId: list[0].ID, Force: true},
+		"ActivateKeyset":  &api.ActivateKeysetRequest{KeysetId: list[2].ID},
+		"TaintKeyset":     &api.TaintKeysetRequest{KeysetId: list[3].ID},
+		"PrepareKeyset":   &api.PrepareKeysetRequest{},
+		"CreateJoinToken": &api.CreateJoinTokenRequest{Ttl: durationpb.New(time.Minute)},
+		"BanAgent":        &api.BanAgentRequest{AgentId: agent("a").String()},
+		"EvictAgent":      &api.EvictAgentRequest{AgentId: agent("a").String(), Gone: true},
+		"ApplyEntries":    &api.ApplyEntriesRequest{},
+		"PutEntry": &api.PutEntryRequest{Entry: &api.Entry{
+			Id: "new", SpiffeId: workload.String(), Selectors: []*api.Selector{{Type: "unix", Value: "uid:1"}},
+		}},
+		"DeleteEntry": &api.DeleteEntryRequest{Id: "web"},
+	}
+}
+
+// populated is a world in which each of requests would change something: a
+// tainted keyset, an active one, two prepared ones; an agent, an entry.
+func populated(t testing.TB) *world {
+	t.Helper()
+	return populate(t, newWorld(t))
+}
+
+func populate(t testing.TB, w *world) *world {
+	t.Helper()
+	d := w.only()
+	d.tainted(t)
+	for range 2 {
+		_, err := d.keysets.Prepare(t.Context())
+		check(t, err)
+	}
+	d.attest(t, server.Agent{ID: agent("a"), Type: "join_token", Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
+	_, err := d.server.ApplyEntries(t.Context(), []server.Entry{{
+		ID: "web", SPIFFEID: workload, Selectors: []server.Selector{{Type: "unix", Value: "uid:1000"}},
+	}}, false)
+	check(t, err)
+	return w
+}
+
+// state is all that operators could change.
+type state struct {
+	keysets []string
+	agents  []server.Agent
+	tokens  int
+	entries []server.StoredEntry
+	rows    int
+	audit   int
+}
+
+func (w *world) state(t testing.TB) state {
+	t.Helper()
+	d := w.only()
+	agents, err := d.server.Agents(t.Context())
+	check(t, err)
+	tokens, err := d.kept.Tokens(t.Context())
+	check(t, err)
+	return state{d.states(t), agents, len(tokens), d.server.Entries(), d.rows.count(), len(d.storage.records())}
+}
+
+// everything calls each method once and returns the codes.
+func everything(t testing.TB, w *world, conn grpc.ClientConnInterface) map[string]codes.Code {
+	t.Helper()
+	out := make(map[string]codes.Code)
+	reqs := requests(w)
+	for _, m := range api.Operator_ServiceDesc.Methods {
+		if reqs[m.MethodName] == nil {
+			t.Fatalf("no request of %s", m.MethodName)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		err := conn.Invoke(ctx, service+m.MethodName, reqs[m.MethodName], new(emptypb.Empty))
+		cancel()
+		out[m.MethodName] = status.Code(err)
+		if err != nil && status.Convert(err).Message() == "" {
+			t.Errorf("%s: an error without a message: %v", m.MethodName, err)
+		}
+	}
+	return out
+}
+
+// TestWhoMay calls every method as everybody, over mTLS.
+func TestWhoMay(t *testing.T) {
+	t.Parallel()
+	foreign := spiffeid.RequireTrustDomainFromString("elsewhere.example")
+	for name, c := range map[string]struct {
+		connect          func(t *testing.T, w *world, r *remote) *grpc.ClientConn
+		reading, writing codes.Code
+	}{
+		"manager": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			return r.dial(t, w, w.only().sign(t, boss, time.Hour))
+		}, codes.OK, codes.OK},
+		"reader": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			return r.dial(t, w, w.only().sign(t, looker, time.Hour))
+		}, codes.OK, codes.PermissionDenied},
+		"nobody": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			return r.dial(t, w, w.only().sign(t, workload, time.Hour))
+		}, codes.PermissionDenied, codes.PermissionDenied},
+		"one below a manager": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			return r.dial(t, w, w.only().sign(t, spiffeid.RequireFromPath(td, "/ops/boss/x"), time.Hour))
+		}, codes.PermissionDenied, codes.PermissionDenied},
+		"agent": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			return r.dial(t, w, w.only().sign(t, agent("a"), time.Hour))
+		}, codes.PermissionDenied, codes.PermissionDenied},
+		"without SVID": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			return r.dial(t, w, nil)
+		}, codes.Unavailable, codes.Unavailable},
+		"manager's path in another trust domain": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: foreign})
+			check(t, err)
+			return r.dial(t, w, sign(t, other, spiffeid.RequireFromPath(foreign, boss.Path()), time.Hour))
+		}, codes.Unavailable, codes.Unavailable},
+		"manager's ID by another authority": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+			check(t, err)
+			return r.dial(t, w, sign(t, other, boss, time.Hour))
+		}, codes.Unavailable, codes.Unavailable},
+		"manager whose SVID has expired": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			svid := w.only().sign(t, boss, time.Minute)
+			time.Sleep(2 * time.Minute)
+			return r.dial(t, w, svid)
+		}, codes.Unavailable, codes.Unavailable},
+		"manager whose SVID expires on the connection": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
+			conn := r.dial(t, w, w.only().sign(t, boss, time.Minute))
+			check(t, conn.Invoke(t.Context(), service+"ListKeysets", &api.ListKeysetsRequest{}, new(emptypb.Empty)))
+			time.Sleep(time.Minute + time.Second)
+			return conn
+		}, codes.Unauthenticated, codes.Unauthenticated},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := populated(t)
+				r := w.serveTLS(t)
+				conn := c.connect(t, w, r)
+				before := w.state(t)
+				for method, got := range everything(t, w, conn) {
+					want := c.reading
+					if changes(method) {
+						want = c.writing
+					}
+					// A manager's calls may be refused for what the one before has done.
+					allowed := want == codes.OK && (got == codes.FailedPrecondition || got == codes.NotFound)
+					if got != want && !allowed {
+						t.Errorf("%s: %v, want %v", method, got, want)
+					}
+				}
+				if after := w.state(t); c.writing != codes.OK && !reflect.DeepEqual(before, after) {
+					t.Errorf("the state was\n%+v\nand is\n%+v", before, after)
+				} else if c.writing == codes.OK && after.audit < before.audit+4 {
+					t.Errorf("a manager made %d changes of keysets", after.audit-before.audit)
+				}
+			})
+		})
+	}
+}
+
+// TestNothingElseIsServed: what the service does not have is refused to a
+// manager too, calls of whatever kind.
+func TestNothingElseIsServed(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		conn := w.serveTLS(t).dial(t, w, w.only().sign(t, boss, time.Hour))
+		for _, method := range []string{
+			service + "Other", "/renewd.v1.Fleet/Report", "/spire.api.server.agent.v1.Agent/AttestAgent", "/grpc.health.v1.Health/Check",
+		} {
+			if err := conn.Invoke(t.Context(), method, &emptypb.Empty{}, new(emptypb.Empty)); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("%s: %v", method, err)
+			}
+			stream, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true, ServerStreams: true}, method)
+			check(t, err)
+			if err := stream.RecvMsg(new(emptypb.Empty)); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("stream %s: %v", method, err)
+			}
+		}
+	})
+}
+
+// TestRefusedBeforeTheRequestIsRead: who has no role cannot make the server
+// hold a request, which may be large. The client here never sends one.
+func TestRefusedBeforeTheRequestIsRead(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		conn := w.serveTLS(t).dial(t, w, w.only().sign(t, workload, time.Hour))
+		stream, err := conn.NewStream(t.Context(), &grpc.StreamDesc{ClientStreams: true}, service+"ApplyEntries")
+		check(t, err)
+		err = stream.RecvMsg(new(emptypb.Empty))
+		if want := workload.String() + " is not in operators.managers"; status.Code(err) != codes.PermissionDenied || status.Convert(err).Message() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+		got := w.log.lines(t, "operator refused")
+		if len(got) != 1 || got[0]["actor"] != workload.String() || got[0]["method"] != service+"ApplyEntries" {
+			t.Errorf("the log says %v", got)
+		}
+	})
+}
+
+// TestBundleOfTheConnection: an authority that was removed lets nobody connect
+// any more, and no connection of before lives on for more than minutes.
+func TestBundleOfTheConnection(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		r := w.serveTLS(t)
+		svid := w.only().sign(t, boss, 24*time.Hour)
+		c := operator.ClientOf(r.dial(t, w, svid))
+		old := w.only().keysets.Active()
+		b := c.Backend("", "")
+		next, err := b.Prepare(t.Context())
+		check(t, err)
+		check(t, b.Activate(t.Context(), next.ID))
+		again := r.dial(t, w, svid) // knows both authorities
+		check(t, b.Taint(t.Context(), old.ID))
+		check(t, b.Remove(t.Context(), old.ID, false))
+
+		err = again.Invoke(t.Context(), service+"ListKeysets", &api.ListKeysetsRequest{}, new(emptypb.Empty))
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("a new connection: %v", err)
+		}
+		if _, err := b.Status(t.Context()); err != nil {
+			t.Errorf("the connection of before: %v", err)
+		}
+		time.Sleep(4 * time.Minute)
+		if _, err := b.Status(t.Context()); err == nil {
+			t.Error("the connection of before still serves")
+		}
+	})
+}
+
+// TestSilentConnections: who connects and says nothing does not hold up the end.
+func TestSilentConnections(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		r := w.serveTLS(t)
+		silent, err := r.lis.DialContext(t.Context())
+		check(t, err)
+		defer silent.Close()
+		synctest.Wait()
+		begin := time.Now()
+		check(t, r.stop())
+		if took := time.Since(begin); took > 2*time.Second {
+			t.Errorf("the end took %v", took)
+		}
+	})
+}
+
+// TestNotAUnixSocket: the kernel has nothing to say about a caller elsewhere.
+func TestNotAUnixSocket(t *testing.T) {
+	t.Parallel()
+	w := newWorldFor(t, nil, nil)
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	address := lis.Addr().String()
+	serveUnix(t, w, lis)
+	conn, err := grpc.NewClient(address, operator.ClientOptions(insecure.NewCredentials())...)
+	check(t, err)
+	defer conn.Close()
+	for method, code := range everything(t, populate(t, w), conn) {
+		if code != codes.Unavailable {
+			t.Errorf("%s: %v", method, code)
+		}
+	}
+}

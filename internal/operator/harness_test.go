@@ -1,0 +1,331 @@
+package operator_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"log/slog"
+	"net"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server"
+)
+
+var (
+	td       = spiffeid.RequireTrustDomainFromString("example.org")
+	serverID = spiffeid.RequireFromPath(td, "/spire/server")
+	boss     = spiffeid.RequireFromPath(td, "/ops/boss")
+	looker   = spiffeid.RequireFromPath(td, "/ops/looker")
+	workload = spiffeid.RequireFromPath(td, "/web")
+)
+
+// world is the signing side of a trust domain, without a listener.
+type world struct {
+	*operator.Service
+	deployments map[string]*deployment
+	names       []string
+	log         *records
+}
+
+type deployment struct {
+	keysets *keyset.Deployment
+	server  *server.Server
+	ledger  *ledger.Ledger
+	kept    *server.Memory
+	storage *storage
+	rows    *rows
+}
+
+// newWorld makes a trust domain with deployments of these names, whose rules
+// make boss a manager and looker a reader.
+func newWorld(t testing.TB, names ...string) *world {
+	t.Helper()
+	return newWorldFor(t, []string{boss.String()}, []string{looker.String()}, names...)
+}
+
+func newWorldFor(t testing.TB, managers, readers []string, names ...string) *world {
+	t.Helper()
+	w := &world{deployments: make(map[string]*deployment), names: names, log: new(records)}
+	if len(names) == 0 {
+		w.names = []string{"default"}
+	}
+	rules, err := operator.ParseRules(td, managers, readers)
+	check(t, err)
+	c := operator.Config{
+		TrustDomain: td, Rules: rules, Published: w.published, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
+		Certificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return w.deployments[w.names[0]].server.Certificate()
+		},
+	}
+	for _, name := range w.names {
+		d := &deployment{kept: server.NewMemory(), storage: new(storage), rows: new(rows)}
+		d.keysets, err = keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Name: name, Storage: d.storage})
+		check(t, err)
+		d.ledger, err = ledger.Open(t.Context(), ledger.Config{Storage: d.rows})
+		check(t, err)
+		d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Published: w.published, Storage: d.kept})
+		check(t, err)
+		w.deployments[name] = d
+		c.Deployments = append(c.Deployments, operator.Deployment{
+			Name: name, Keysets: d.keysets, Server: d.server, Ledger: d.ledger, Audit: d.storage.audit,
+		})
+	}
+	w.Service, err = operator.New(c)
+	check(t, err)
+	return w
+}
+
+func (w *world) published() *keyset.Bundle {
+	var all []*keyset.Bundle
+	for _, name := range w.names {
+		all = append(all, w.deployments[name].keysets.Bundle())
+	}
+	return keyset.Union(all...)
+}
+
+// only is the deployment of a world that has one.
+func (w *world) only() *deployment { return w.deployments[w.names[0]] }
+
+// storage keeps keysets in memory, with an audit log, and can be made to hang
+// or to fail.
+type storage struct {
+	keyset.Memory
+	mu  sync.Mutex
+	log []operator.AuditRecord
+	// before is called before a change is stored, and after when it is.
+	before, after func(context.Context) error
+}
+
+func (s *storage) hooks(before, after func(context.Context) error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.before, s.after = before, after
+}
+
+func (s *storage) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+	s.mu.Lock()
+	before, after := s.before, s.after
+	s.mu.Unlock()
+	if before != nil {
+		if err := before(ctx); err != nil {
+			return err
+		}
+	}
+	if err := s.Memory.Save(ctx, d, c); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.log = append(s.log, operator.AuditRecord{Number: d.Version, Change: c})
+	s.mu.Unlock()
+	if after != nil {
+		return after(ctx)
+	}
+	return nil
+}
+
+func (s *storage) audit(_ context.Context, after uint64, limit int) ([]operator.AuditRecord, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := s.log[min(after, uint64(len(s.log))):]
+	return slices.Clone(all[:min(limit, len(all))]), nil
+}
+
+func (s *storage) records() []operator.AuditRecord {
+	all, _ := s.audit(context.Background(), 0, 1e6) // it never fails
+	return all
+}
+
+// rows is a ledger's storage that counts what it holds.
+type rows struct {
+	mu  sync.Mutex
+	all map[[3]string]bool
+}
+
+func (*rows) LoadLedger(context.Context, func(ledger.Row)) (map[string]time.Time, error) {
+	return nil, nil
+}
+
+func (r *rows) SaveLedger(ctx context.Context, c ledger.Change) error {
+	if err := ctx.Err(); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.all == nil {
+		r.all = make(map[[3]string]bool)
+	}
+	for _, p := range c.Put {
+		r.all[[3]string{p.Authority, p.Agent, p.Entry}] = true
+	}
+	for _, g := range c.Gone {
+		delete(r.all, [3]string{g.Authority, g.Agent, g.Entry})
+	}
+	return nil
+}
+
+func (r *rows) count() int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return len(r.all)
+}
+
+// records is a log that can be read, a JSON object a line.
+type records struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (r *records) Write(p []byte) (int, error) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.buf.Write(p)
+}
+
+// lines returns the records whose message begins so, and forgets all.
+func (r *records) lines(t testing.TB, begin string) (out []map[string]any) {
+	t.Helper()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for line := range strings.Lines(r.buf.String()) {
+		var rec map[string]any
+		check(t, json.Unmarshal([]byte(line), &rec))
+		if strings.HasPrefix(rec["msg"].(string), begin) {
+			out = append(out, rec)
+		}
+	}
+	r.buf.Reset()
+	return out
+}
+
+// remote serves operators over mTLS, inside a bubble too.
+type remote struct {
+	lis  *bufconn.Listener
+	stop func() error // ends it and waits for it
+}
+
+func (w *world) serveTLS(t testing.TB) *remote {
+	t.Helper()
+	r := &remote{lis: bufconn.Listen(1 << 20)}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- w.ServeTLS(ctx, r.lis) }()
+	r.stop = sync.OnceValue(func() error {
+		cancel()
+		return <-done
+	})
+	t.Cleanup(func() { check(t, r.stop()) })
+	return r
+}
+
+// sign makes an SVID that ends after ttl.
+func (d *deployment) sign(t testing.TB, id spiffeid.ID, ttl time.Duration) *x509svid.SVID {
+	t.Helper()
+	return sign(t, d.keysets, id, ttl)
+}
+
+func sign(t testing.TB, k *keyset.Deployment, id spiffeid.ID, ttl time.Duration) *x509svid.SVID {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(t, err)
+	svid, err := k.SignX509(id, key.Public(), ttl)
+	check(t, err)
+	leaf, err := x509.ParseCertificate(svid.DER)
+	check(t, err)
+	return &x509svid.SVID{ID: id, Certificates: []*x509.Certificate{leaf}, PrivateKey: key}
+}
+
+// dial connects as svid, which may be nil; the server must be that of w's trust
+// domain.
+func (r *remote) dial(t testing.TB, w *world, svid *x509svid.SVID) *grpc.ClientConn {
+	t.Helper()
+	authorities := x509bundle.FromX509Authorities(td, w.published().Certificates())
+	config := tlsconfig.TLSClientConfig(authorities, tlsconfig.AuthorizeID(serverID))
+	if svid != nil {
+		config = tlsconfig.MTLSClientConfig(svid, authorities, tlsconfig.AuthorizeID(serverID))
+	}
+	conn, err := grpc.NewClient("passthrough:///server", operator.ClientOptions(credentials.NewTLS(config),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return r.lis.DialContext(ctx) }))...)
+	check(t, err)
+	t.Cleanup(func() { _ = conn.Close() })
+	return conn
+}
+
+// as connects as somebody with an SVID of the first deployment.
+func (r *remote) as(t testing.TB, w *world, id spiffeid.ID) *operator.Client {
+	t.Helper()
+	return operator.ClientOf(r.dial(t, w, w.only().sign(t, id, time.Hour)))
+}
+
+// attest puts an agent into a deployment's storage.
+func (d *deployment) attest(t testing.TB, a server.Agent) {
+	t.Helper()
+	_, err := d.kept.UpdateAgent(t.Context(), a.ID, func(*server.Agent) (*server.Agent, error) { return &a, nil })
+	check(t, err)
+}
+
+// agent is the SPIFFE ID of an agent.
+func agent(name string) spiffeid.ID { return spiffeid.RequireFromSegments(td, "spire", "agent", name) }
+
+// tainted carries a deployment on to a new keyset and taints the old one, of
+// which agent "a" was given two SVIDs before. It returns the old one.
+func (d *deployment) tainted(t testing.TB) keyset.Keyset {
+	t.Helper()
+	old := d.keysets.Active()
+	for _, entry := range []string{"", "web"} {
+		check(t, d.ledger.GiveX509(t.Context(), ledger.Row{
+			Authority: old.X509AuthorityID, Agent: agent("a").String(), Entry: entry, NotAfter: time.Now().Add(time.Hour),
+		}))
+	}
+	next, err := d.keysets.Prepare(t.Context())
+	check(t, err)
+	check(t, d.keysets.Activate(t.Context(), next.ID))
+	check(t, d.keysets.Taint(t.Context(), old.ID))
+	return old
+}
+
+// settle is agent "a" saying that it has replaced everything.
+func (d *deployment) settle(t testing.TB, k keyset.Keyset) {
+	t.Helper()
+	check(t, d.ledger.Report(t.Context(), agent("a").String(), ledger.Report{
+		Sequence:    d.keysets.Bundle().Sequence,
+		Authorities: []ledger.AuthorityReport{{Authority: k.X509AuthorityID, Tainted: true, Settled: true}},
+	}))
+}
+
+// states are the keysets as "ID STATE", in order of issue, by storage's word.
+func (d *deployment) states(t testing.TB) (out []string) {
+	t.Helper()
+	list, err := d.keysets.List(context.Background())
+	check(t, err)
+	for _, k := range list {
+		out = append(out, k.ID+" "+k.State.String())
+	}
+	return out
+}
+
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

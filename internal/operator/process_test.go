@@ -1,0 +1,168 @@
+package operator_test
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/socket"
+)
+
+// TestMain lets the test binary be an operator at the socket in
+// RENEWD_TEST_SOCKET, who prints what comes of a look and of a change.
+func TestMain(m *testing.M) {
+	path := os.Getenv("RENEWD_TEST_SOCKET")
+	if path == "" {
+		os.Exit(m.Run())
+	}
+	look, change := try(path)
+	fmt.Printf("%v %v", look, change)
+}
+
+// try looks and changes something as this process.
+func try(path string) (look, change codes.Code) {
+	c, err := operator.DialSocket(path)
+	if err != nil {
+		panic(err)
+	}
+	defer c.Close()
+	_, err = c.ListKeysets(context.Background(), &api.ListKeysetsRequest{})
+	_, err2 := c.PrepareKeyset(context.Background(), &api.PrepareKeysetRequest{})
+	return status.Code(err), status.Code(err2)
+}
+
+// serveUnix answers on a listener until the test ends.
+func serveUnix(t testing.TB, w *world, lis net.Listener) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- w.ServeUnix(ctx, lis) }()
+	t.Cleanup(func() {
+		cancel()
+		check(t, <-done)
+	})
+}
+
+func adminSocket(t testing.TB, w *world) (path string) {
+	t.Helper()
+	path = filepath.Join(t.TempDir(), "admin.sock")
+	lis, err := socket.Listen(path, 0o660)
+	check(t, err)
+	serveUnix(t, w, lis)
+	return path
+}
+
+// TestProcesses: what rules give a process that connects to the admin socket.
+func TestProcesses(t *testing.T) {
+	t.Parallel()
+	me, err := user.Current()
+	check(t, err)
+	group, err := user.LookupGroupId(strconv.Itoa(os.Getegid()))
+	check(t, err)
+	uid, gid := fmt.Sprintf("unix:uid:%d", os.Geteuid()), fmt.Sprintf("unix:gid:%d", os.Getegid())
+	const other = "unix:uid:4242"
+	for name, c := range map[string]struct {
+		managers, readers []string
+		look, change      codes.Code
+	}{
+		"nothing is said":      {nil, nil, codes.OK, codes.OK},
+		"others only":          {[]string{other, "unix:gid:4242", boss.String()}, []string{other}, codes.PermissionDenied, codes.PermissionDenied},
+		"managers by uid":      {[]string{other, uid}, nil, codes.OK, codes.OK},
+		"managers by user":     {[]string{"unix:user:" + me.Username}, nil, codes.OK, codes.OK},
+		"managers by gid":      {[]string{gid}, nil, codes.OK, codes.OK},
+		"managers by group":    {[]string{"unix:group:" + group.Name}, nil, codes.OK, codes.OK},
+		"readers by uid":       {[]string{other}, []string{uid}, codes.OK, codes.PermissionDenied},
+		"readers by group":     {nil, []string{"unix:group:" + group.Name}, codes.OK, codes.PermissionDenied},
+		"both":                 {[]string{uid}, []string{uid}, codes.OK, codes.OK},
+		"readers, no managers": {nil, []string{uid}, codes.OK, codes.PermissionDenied},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			w := newWorldFor(t, c.managers, c.readers)
+			if look, change := try(adminSocket(t, w)); look != c.look || change != c.change {
+				t.Errorf("look %v, change %v, want %v and %v", look, change, c.look, c.change)
+			}
+			want := 1 // the first keyset
+			if c.change == codes.OK {
+				want = 2
+			}
+			log := w.only().storage.records()
+			if len(log) != want {
+				t.Fatalf("the audit log has %d records, want %d", len(log), want)
+			}
+			if actor := log[want-1].Actor; want == 2 && actor != uid {
+				t.Errorf("the audit log says %q", actor)
+			}
+		})
+	}
+}
+
+// TestSupplementaryGroups: a process has the groups that the kernel says, not
+// those of its user's account.
+func TestSupplementaryGroups(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root, to be in a group of choice")
+	}
+	w := newWorldFor(t, []string{"unix:gid:4711"}, []string{"unix:gid:4712"})
+	path := adminSocket(t, w)
+	many := []uint32{4711}
+	for gid := range uint32(200) {
+		many = append(many, 5000+gid)
+	}
+	for name, c := range map[string]struct {
+		gid    uint32
+		groups []uint32
+		want   string
+	}{
+		"none":                     {0, nil, "PermissionDenied PermissionDenied"},
+		"a manager's":              {0, []uint32{7, 4711, 9}, "OK OK"},
+		"a reader's":               {0, []uint32{4712}, "OK PermissionDenied"},
+		"more than usual":          {0, many, "OK OK"},
+		"more, and another":        {0, many[1:], "PermissionDenied PermissionDenied"},
+		"the primary":              {4711, nil, "OK OK"},
+		"the primary, of a reader": {4712, []uint32{1}, "OK PermissionDenied"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := exec.Command(os.Args[0])
+			cmd.Env = append(os.Environ(), "RENEWD_TEST_SOCKET="+path, "GORACE=atexit_sleep_ms=0")
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 0, Gid: c.gid, Groups: c.groups}}
+			out, err := cmd.CombinedOutput()
+			if err != nil || string(out) != c.want {
+				t.Errorf("got %s, %v; want %s", out, err, c.want)
+			}
+		})
+	}
+}
+
+// TestSocketInAnOpenFolder: where anybody could put another socket in the place
+// of this one, nothing is served.
+func TestSocketInAnOpenFolder(t *testing.T) {
+	t.Parallel()
+	w := newWorldFor(t, nil, nil)
+	dir := filepath.Join(t.TempDir(), "open")
+	check(t, os.Mkdir(dir, 0o755))
+	check(t, os.Chmod(dir, 0o777|os.ModeSticky))
+	lis, err := socket.Listen(filepath.Join(dir, "s"), 0o660)
+	check(t, err)
+	err = w.ServeUnix(t.Context(), lis)
+	if err == nil || !strings.Contains(err.Error(), "chmod o-w "+dir) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := net.Dial("unix", filepath.Join(dir, "s")); err == nil {
+		t.Error("it is listened on")
+	}
+}
