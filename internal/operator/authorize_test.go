@@ -275,7 +275,7 @@ func TestBundleOfTheConnection(t *testing.T) {
 		next, err := b.Prepare(t.Context())
 		check(t, err)
 		check(t, b.Activate(t.Context(), next.ID))
-		again := r.dial(t, w, svid) // knows both authorities
+		again := r.dial(t, w, svid)
 		check(t, b.Taint(t.Context(), old.ID))
 		check(t, b.Remove(t.Context(), old.ID, false))
 

@@ -73,9 +73,7 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 	check(t, err)
 	c := operator.Config{
 		TrustDomain: td, Rules: rules, Published: w.published, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
-		Certificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			return w.deployments[w.names[0]].server.Certificate()
-		},
+		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
 	}
 	for _, name := range w.names {
 		d := &deployment{kept: server.NewMemory(), storage: new(storage), rows: new(rows)}
@@ -103,8 +101,18 @@ func (w *world) published() *keyset.Bundle {
 	return keyset.Union(all...)
 }
 
-// only is the deployment of a world that has one.
+// GetX509BundleForTrustDomain makes a world a source of the authorities that it
+// publishes at the moment.
+func (w *world) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	return x509bundle.FromX509Authorities(td, w.published().Certificates()), nil
+}
+
+// only is the deployment of a world that has one, the first of others.
 func (w *world) only() *deployment { return w.deployments[w.names[0]] }
+
+func (d *deployment) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	return d.server.Certificate()
+}
 
 // storage keeps keysets in memory, with an audit log, and can be made to hang
 // or to fail.
@@ -258,10 +266,9 @@ func sign(t testing.TB, k *keyset.Deployment, id spiffeid.ID, ttl time.Duration)
 // domain.
 func (r *remote) dial(t testing.TB, w *world, svid *x509svid.SVID) *grpc.ClientConn {
 	t.Helper()
-	authorities := x509bundle.FromX509Authorities(td, w.published().Certificates())
-	config := tlsconfig.TLSClientConfig(authorities, tlsconfig.AuthorizeID(serverID))
+	config := tlsconfig.TLSClientConfig(w, tlsconfig.AuthorizeID(serverID))
 	if svid != nil {
-		config = tlsconfig.MTLSClientConfig(svid, authorities, tlsconfig.AuthorizeID(serverID))
+		config = tlsconfig.MTLSClientConfig(svid, w, tlsconfig.AuthorizeID(serverID))
 	}
 	conn, err := grpc.NewClient("passthrough:///server", operator.ClientOptions(credentials.NewTLS(config),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return r.lis.DialContext(ctx) }))...)
