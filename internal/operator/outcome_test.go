@@ -1,0 +1,258 @@
+package operator_test
+
+import (
+	"context"
+	"errors"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// hang waits until the caller has given up.
+func hang(ctx context.Context) error {
+	<-ctx.Done()
+	return ctx.Err()
+}
+
+// TestSecondMutation: while one is in flight every other of the same deployment
+// fails at once, and nothing else waits.
+func TestSecondMutation(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, "east", "west")
+		r := w.serveTLS(t)
+		c := r.as(t, w, boss)
+		east, d := c.Backend("", "east"), w.deployments["east"]
+		old := d.tainted(t)
+		next, err := d.keysets.Prepare(t.Context())
+		check(t, err)
+		release := make(chan struct{})
+		d.storage.hooks(func(context.Context) error { <-release; return nil }, nil)
+		first := make(chan error, 1)
+		go func() {
+			_, err := east.Prepare(t.Context())
+			first <- err
+		}()
+		synctest.Wait()
+		begin := time.Now()
+		other := r.as(t, w, boss)
+		_, prepare := other.Backend("", "east").Prepare(t.Context())
+		for name, err := range map[string]error{
+			"prepare": prepare, "activate": east.Activate(t.Context(), next.ID), "taint": east.Taint(t.Context(), next.ID),
+			"remove": east.Remove(t.Context(), old.ID, true), "automatic": d.keysets.Taint(t.Context(), next.ID),
+		} {
+			if want := "The request failed due to an internal error, please try again."; err == nil || err.Error() != want {
+				t.Errorf("%s: %v, want %s", name, err, want)
+			}
+		}
+		if _, err := c.TaintKeyset(t.Context(), &api.TaintKeysetRequest{Scope: &api.Scope{Deployment: "east"}, KeysetId: next.ID}); status.Code(err) != codes.Aborted {
+			t.Errorf("got %v", err)
+		}
+		if s, err := east.Status(t.Context()); err != nil || len(s.Keysets) != 3 {
+			t.Errorf("a look: %+v, %v", s, err)
+		}
+		if _, err := c.Backend("", "west").Prepare(t.Context()); err != nil {
+			t.Errorf("another deployment: %v", err)
+		}
+		if took := time.Since(begin); took > 0 {
+			t.Errorf("all that took %v", took)
+		}
+		close(release)
+		check(t, <-first)
+		if n := len(d.states(t)); n != 4 {
+			t.Errorf("%d keysets", n)
+		}
+	})
+}
+
+// TestRaceAgainstAutomatic: the loser of a race for the store changes nothing.
+func TestRaceAgainstAutomatic(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+		d := w.only()
+		d.storage.hooks(func(ctx context.Context) error {
+			d.storage.hooks(nil, nil)
+			// Another process with the same storage.
+			other, err := keyset.Open(ctx, keyset.Config{TrustDomain: td, Storage: d.storage})
+			if err == nil {
+				_, err = other.Prepare(keyset.WithActor(ctx, "scheduler"))
+			}
+			return err
+		}, nil)
+		_, err := c.Backend("", "").Prepare(t.Context())
+		if err == nil || err.Error() != keyset.ErrBusy.Error() {
+			t.Errorf("got %v", err)
+		}
+		if n := len(d.states(t)); n != 2 {
+			t.Errorf("%d keysets", n)
+		}
+	})
+}
+
+// lost are the ways in which an operator does not learn the outcome.
+var lost = map[string]func(t *testing.T, r *remote, c *operator.Client, cancel func()){
+	"the time is over": func(*testing.T, *remote, *operator.Client, func()) {},
+	"connection lost":  func(_ *testing.T, _ *remote, c *operator.Client, _ func()) { c.Close() },
+	"interrupted":      func(_ *testing.T, _ *remote, _ *operator.Client, cancel func()) { cancel() },
+	"server ends": func(t *testing.T, r *remote, _ *operator.Client, _ func()) {
+		begin := time.Now()
+		check(t, r.stop())
+		if took := time.Since(begin); took > 3*time.Second {
+			t.Errorf("the end took %v", took)
+		}
+	},
+}
+
+// TestOutcomeUnknown loses the answer to every step, before the change is
+// stored and after. The state is one of the two sides, the one that storage
+// has, with its record in the audit log; the operator is told that it may have
+// happened; and the next step is not in the way of anything.
+func TestOutcomeUnknown(t *testing.T) {
+	t.Parallel()
+	for name, lose := range lost {
+		for _, stored := range []bool{false, true} {
+			for step, n := range map[string]int{"prepare": 4, "activate": 3, "taint": 3, "remove": 2} {
+				when := map[bool]string{false: "before", true: "after"}[stored]
+				t.Run(name+"/"+when+"/"+step, func(t *testing.T) {
+					t.Parallel()
+					bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+						d, b := w.only(), c.Backend("", "")
+						old := d.tainted(t).ID
+						next, err := d.keysets.Prepare(t.Context())
+						check(t, err)
+						records := len(d.storage.records())
+						before := d.states(t)
+						if stored {
+							d.storage.hooks(nil, hang)
+						} else {
+							d.storage.hooks(hang, nil)
+						}
+						ctx, cancel := context.WithCancel(t.Context())
+						defer cancel()
+						begin, answer := time.Now(), make(chan error, 1)
+						go func() {
+							switch step {
+							case "prepare":
+								_, err := b.Prepare(ctx)
+								answer <- err
+							case "activate":
+								answer <- b.Activate(ctx, next.ID)
+							case "taint":
+								answer <- b.Taint(ctx, next.ID)
+							case "remove":
+								answer <- b.Remove(ctx, old, true)
+							}
+						}()
+						synctest.Wait() // it is in storage now
+						lose(t, r, c, cancel)
+						err = <-answer
+						if !errors.Is(err, runbook.ErrOutcomeUnknown) {
+							t.Errorf("got %v", err)
+						}
+						if took := time.Since(begin); name == "the time is over" && took != 2*time.Minute {
+							t.Errorf("the answer took %v", took)
+						}
+						synctest.Wait()
+
+						after, records2 := d.states(t), len(d.storage.records())
+						changed := !slices.Equal(before, after)
+						if changed != stored || records2-records != map[bool]int{true: 1}[stored] || (stored && len(after) != n) {
+							t.Errorf("before %v\nafter  %v, %d records", before, after, records2-records)
+						}
+						if log := w.log.lines(t, "operator's change"); len(log) != 1 || log[0]["level"] != "WARN" {
+							t.Errorf("the log says %v", log)
+						}
+						d.storage.hooks(nil, nil)
+						if _, err := d.keysets.Prepare(t.Context()); err != nil {
+							t.Errorf("the next step: %v", err)
+						}
+					})
+				})
+			}
+		}
+	}
+}
+
+// TestTimeIsOverForTheRest: what is not about keysets is bounded as well.
+func TestTimeIsOverForTheRest(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		d := w.only()
+		var err error
+		d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Storage: hanging{d.kept}})
+		check(t, err)
+		rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
+		check(t, err)
+		w.Service, err = operator.New(operator.Config{
+			TrustDomain: td, Rules: rules, Published: w.published, Certificate: d.certificate,
+			Deployments: []operator.Deployment{{Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger}},
+		})
+		check(t, err)
+		c := w.serveTLS(t).as(t, w, boss)
+		begin := time.Now()
+		_, err = c.CreateJoinToken(t.Context(), &api.CreateJoinTokenRequest{})
+		if took := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || took != 2*time.Minute {
+			t.Errorf("after %v: %v", took, err)
+		}
+	})
+}
+
+// hanging is a server's storage that takes no tokens.
+type hanging struct{ *server.Memory }
+
+func (hanging) PutToken(ctx context.Context, _ server.Token) error { return hang(ctx) }
+
+// TestForgottenThoughTheCallerIsGone: a removal that has happened is followed
+// by the ledger whether or not anybody waits for the answer.
+func TestForgottenThoughTheCallerIsGone(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+		d := w.only()
+		old := d.tainted(t)
+		ctx, cancel := context.WithCancel(t.Context())
+		d.storage.hooks(nil, func(served context.Context) error {
+			cancel()
+			<-served.Done() // the server knows
+			return nil
+		})
+		if err := c.Backend("", "").Remove(ctx, old.ID, true); !errors.Is(err, runbook.ErrOutcomeUnknown) {
+			t.Errorf("got %v", err)
+		}
+		synctest.Wait()
+		if got := d.states(t); len(got) != 1 || d.rows.count() != 0 {
+			t.Errorf("keysets %v, %d rows", got, d.rows.count())
+		}
+		if log := w.log.lines(t, "the ledger"); len(log) != 0 {
+			t.Errorf("the log says %v", log)
+		}
+	})
+}
+
+// TestStorageFails: an error of storage reaches the operator, who is told that
+// the outcome is open.
+func TestStorageFails(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+		d := w.only()
+		full := errors.New("no space left on device")
+		d.storage.hooks(func(context.Context) error { return full }, nil)
+		_, err := c.Backend("", "").Prepare(t.Context())
+		if want := "the outcome is not known: prepare keyset: save: no space left on device"; err == nil || err.Error() != want {
+			t.Errorf("got %v, want %s", err, want)
+		}
+		if n := len(d.states(t)); n != 1 {
+			t.Errorf("%d keysets", n)
+		}
+	})
+}
