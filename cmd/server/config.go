@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
@@ -15,8 +16,10 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/rotation"
 )
 
 // settings is the server's whole configuration. Every field has one row in
@@ -53,9 +56,8 @@ type settings struct {
 var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Check: validate}
 
 const (
-	defaultDeployment = "default"
-	defaultAddress    = "0.0.0.0:8081"
-	defaultSocket     = "/run/renewd-server/admin.sock"
+	defaultAddress = "0.0.0.0:8081"
+	defaultSocket  = "/run/renewd-server/admin.sock"
 )
 
 // fields is the whole configuration, in the order in which it is documented.
@@ -70,7 +72,7 @@ var fields = []config.Field[settings]{
 	{Path: "operators.managers", Value: func(c *settings) any { return &c.Managers }, Doc: "Who may change things: unix:uid:0, unix:user:NAME, unix:gid:N or unix:group:NAME on the socket, spiffe://… over the network. Root and the server's own user when both lists are empty."},
 	{Path: "operators.readers", Value: func(c *settings) any { return &c.Readers }, Doc: "Who may look, written in the same way. Managers may, too."},
 	{Path: "bundle_endpoint.address", Value: func(c *settings) any { return &c.EndpointAddress }, Doc: "Host and port where relying parties get the trust bundle (/bundle) and the keys of JWT-SVIDs (/keys) over HTTPS. Empty: nowhere."},
-	{Path: "bundle_endpoint.profile", Value: func(c *settings) any { return &c.EndpointProfile }, Default: profileSPIFFE, Doc: "https_spiffe: the server's own SVID is the certificate. https_web: it is in files."},
+	{Path: "bundle_endpoint.profile", Value: func(c *settings) any { return &c.EndpointProfile }, Default: domain.ProfileSPIFFE, Doc: "https_spiffe: the server's own SVID is the certificate. https_web: it is in files."},
 	{Path: "bundle_endpoint.cert_file", Value: func(c *settings) any { return &c.EndpointCertFile }, Doc: "Certificate chain (PEM) for https_web, read again when it changes."},
 	{Path: "bundle_endpoint.key_file", Value: func(c *settings) any { return &c.EndpointKeyFile }, Doc: "Its private key (PEM)."},
 	{Path: "bundle_endpoint.refresh_hint", Value: func(c *settings) any { return &c.RefreshHint }, Default: "5m", Doc: "How often relying parties are told to ask for the bundle, in whole seconds. 0s: they are not told."},
@@ -80,22 +82,16 @@ var fields = []config.Field[settings]{
 	{Path: "keysets.x509_ttl", Value: func(c *settings) any { return &c.X509TTL }, Default: "24h", Doc: "Lifetime of X.509-SVIDs whose entry names none, 1h to 168h."},
 	{Path: "keysets.jwt_ttl", Value: func(c *settings) any { return &c.JWTTTL }, Default: "24h", Doc: "Lifetime of JWT-SVIDs whose entry names none."},
 	{Path: "rotation.mode", Value: func(c *settings) any { return &c.RotationMode }, Default: "on", Doc: "Automatic rotation: off, on, or paused: it says what it would do and does nothing."},
-	{Path: "rotation.preparation_threshold", Value: func(c *settings) any { return &c.PreparationThreshold }, Default: "336h", Doc: "How long before the active keyset's end its successor is prepared."},
-	{Path: "rotation.activation_threshold", Value: func(c *settings) any { return &c.ActivationThreshold }, Default: "24h", Doc: "How long a keyset has been prepared, so that every relying party knows it, before it is activated."},
-	{Path: "rotation.taint_threshold", Value: func(c *settings) any { return &c.TaintThreshold }, Default: "24h", Doc: "How long after its successor was activated a keyset is tainted. What was replaced is removed once that is safe."},
+	{Path: "rotation.preparation_threshold", Value: func(c *settings) any { return &c.PreparationThreshold }, Doc: "How long before the active keyset's end its successor is prepared, at most half of keysets.lifetime. 14 days of a life of 90 when not set, and as much in proportion of another."},
+	{Path: "rotation.activation_threshold", Value: func(c *settings) any { return &c.ActivationThreshold }, Doc: "Least age of a keyset that takes over, so that everybody who verifies knows it by then. One ninetieth of the life when not set: a day of 90."},
+	{Path: "rotation.taint_threshold", Value: func(c *settings) any { return &c.TaintThreshold }, Doc: "How long after it was replaced a keyset is tainted. It is removed once that is safe. One ninetieth of the life when not set."},
 	{Path: "log.level", Value: func(c *settings) any { return &c.LogLevel }, Default: "info", Doc: "debug, info, warn or error."},
 	{Path: "log.format", Value: func(c *settings) any { return &c.LogFormat }, Default: "auto", Doc: "text, json, or auto: text on a terminal and JSON otherwise."},
 }
 
-// The profiles of the bundle endpoint (SPIFFE Federation, 5.2).
-const (
-	profileSPIFFE = "https_spiffe"
-	profileWeb    = "https_web"
-)
-
 var (
-	profiles  = []string{profileSPIFFE, profileWeb}
-	modes     = []string{"off", "on", "paused"}
+	profiles  = []string{domain.ProfileSPIFFE, domain.ProfileWeb}
+	modes     = []string{string(rotation.Off), string(rotation.On), string(rotation.Paused)}
 	plainName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,63}$`)
 )
 
@@ -145,7 +141,7 @@ func (c checker) places() {
 		listener(path, c.Config.Deployments[name], defaultAddress)
 	}
 	if len(c.Config.Deployments) == 0 {
-		taken[defaultAddress] = "deployment " + defaultDeployment
+		taken[defaultAddress] = "deployment " + domain.DefaultDeployment
 	}
 	for _, l := range []struct{ path, address, example string }{
 		{"operators.address", c.Config.OperatorAddress, "0.0.0.0:8082"},
@@ -163,7 +159,7 @@ func (c checker) places() {
 
 // endpoint checks the bundle endpoint.
 func (c checker) endpoint() {
-	web := c.Config.EndpointProfile == profileWeb
+	web := c.Config.EndpointProfile == domain.ProfileWeb
 	if !slices.Contains(profiles, c.Config.EndpointProfile) {
 		c.Bad("bundle_endpoint.profile", "is not a profile", "use "+config.OneOf(profiles))
 		return
@@ -171,9 +167,9 @@ func (c checker) endpoint() {
 	for path, file := range map[string]string{"bundle_endpoint.cert_file": c.Config.EndpointCertFile, "bundle_endpoint.key_file": c.Config.EndpointKeyFile} {
 		switch {
 		case web && file == "":
-			c.Missing(path, "is not set and profile "+profileWeb+" needs it", "give the PEM file")
+			c.Missing(path, "is not set and profile "+domain.ProfileWeb+" needs it", "give the PEM file")
 		case !web && file != "":
-			c.Bad(path, "is of no use with profile "+profileSPIFFE, "remove it or set bundle_endpoint.profile: "+profileWeb)
+			c.Bad(path, "is of no use with profile "+domain.ProfileSPIFFE, "remove it or set bundle_endpoint.profile: "+domain.ProfileWeb)
 		}
 	}
 	if c.Config.RefreshHint < 0 || c.Config.RefreshHint%time.Second != 0 {
@@ -195,6 +191,28 @@ func (c checker) lifetimes() {
 	}
 	if !slices.Contains(modes, s.RotationMode) {
 		c.Bad("rotation.mode", "is not a mode", "use "+config.OneOf(modes))
+	} else if _, err := s.policy().For(s.KeysetLifetime); err != nil {
+		c.rotation(err)
+	}
+}
+
+func (s *settings) policy() rotation.Policy {
+	return rotation.Policy{
+		Mode: rotation.Mode(s.RotationMode), PreparationThreshold: s.PreparationThreshold,
+		ActivationThreshold: s.ActivationThreshold, TaintThreshold: s.TaintThreshold,
+	}
+}
+
+// rotation reports the thresholds that do not fit.
+func (c checker) rotation(err error) {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, err := range all.Unwrap() {
+			c.rotation(err)
+		}
+		return
+	}
+	if p, ok := errors.AsType[*rotation.PolicyError](err); ok {
+		c.Bad("rotation."+p.Field, p.Problem, p.Remedy)
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/domain"
 )
 
 var update = flag.Bool("update", false, "write deploy/SERVER-CONFIG.md anew")
@@ -58,7 +59,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if cfg.DataDir != "/var/lib/renewd-server" || cfg.AdminSocket != defaultSocket || cfg.AdminSocketMode != 0o660 ||
-		cfg.EndpointProfile != profileSPIFFE || cfg.RefreshHint != 5*time.Minute || cfg.MetricsAddress != "127.0.0.1:9091" ||
+		cfg.EndpointProfile != domain.ProfileSPIFFE || cfg.RefreshHint != 5*time.Minute || cfg.MetricsAddress != "127.0.0.1:9091" ||
 		cfg.KeysetLifetime != 90*24*time.Hour || cfg.X509TTL != 24*time.Hour || cfg.JWTTTL != 24*time.Hour ||
 		cfg.RotationMode != "on" || len(cfg.Deployments)+len(cfg.Managers)+len(cfg.Readers) != 0 {
 		t.Errorf("defaults: %+v", *cfg)
@@ -96,6 +97,8 @@ func TestProblems(t *testing.T) {
 		{name: "JWT lifetime", add: "keysets: {jwt_ttl: 0s}", want: `server.yaml:2: keysets.jwt_ttl: 0s is shorter than a second; 24h is usual`},
 		{name: "mode", add: "rotation: {mode: manual}", want: `server.yaml:2: rotation.mode: "manual" is not a mode; use off, on or paused`},
 		{name: "mode as true", add: "rotation: {mode: true}", want: `server.yaml:2: rotation.mode: "true" is not text; put quotes around it`},
+		{name: "thresholds", add: "rotation:\n  preparation_threshold: 1081h\n  taint_threshold: 1500ms", want: "server.yaml:3: rotation.preparation_threshold: 1081h is 1081h0m0s, more than half of a keyset's lifetime, 2160h0m0s; give at most 1080h0m0s\n" +
+			`server.yaml:4: rotation.taint_threshold: 1.5s is 1.5s; give whole seconds, at least one`},
 		{name: "log", add: "log: {format: xml}", want: `server.yaml:2: log.format: "xml" is not a format; use auto, text or json`},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

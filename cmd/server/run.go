@@ -1,10 +1,18 @@
 package main
 
 import (
+	"context"
 	"errors"
+	"flag"
+	"maps"
+	"slices"
 
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/metrics"
 )
 
 // exitStore is the exit status of a server whose store is damaged or was sealed
@@ -13,4 +21,59 @@ const exitStore = 3
 
 func hopeless(err error) bool {
 	return errors.Is(err, store.ErrDamaged) || errors.Is(err, seal.ErrWrongKey)
+}
+
+// runCommand runs the server until ctx ends.
+func runCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("run", flag.ContinueOnError)
+	load := schema.Flags(fset, e.Getenv)
+	if err := cli.ParseOnlyFlags(fset, args, runUsage, e); err != nil {
+		return err
+	}
+	s, err := load()
+	if err != nil {
+		return err
+	}
+	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
+		return err
+	}
+	d, err := domain.Open(ctx, domainConfig(s, e))
+	if err != nil {
+		return err
+	}
+	return d.Run(ctx)
+}
+
+// domainConfig hands the configuration to the assembly.
+func domainConfig(s *settings, e cli.Env) domain.Config {
+	c := domain.Config{
+		TrustDomain:      s.TrustDomain,
+		DataDir:          s.DataDir,
+		KeyFile:          s.KeyFile,
+		AdminSocket:      s.AdminSocket,
+		AdminSocketMode:  s.AdminSocketMode,
+		OperatorAddress:  s.OperatorAddress,
+		Managers:         s.Managers,
+		Readers:          s.Readers,
+		EndpointAddress:  s.EndpointAddress,
+		EndpointProfile:  s.EndpointProfile,
+		EndpointCertFile: s.EndpointCertFile,
+		EndpointKeyFile:  s.EndpointKeyFile,
+		RefreshHint:      s.RefreshHint,
+		MetricsAddress:   s.MetricsAddress,
+		WebConfigFile:    s.WebConfigFile,
+		KeysetLifetime:   s.KeysetLifetime,
+		X509TTL:          s.X509TTL,
+		JWTTTL:           s.JWTTTL,
+		Rotation: rotation.Policy{
+			Mode: rotation.Mode(s.RotationMode), PreparationThreshold: s.PreparationThreshold,
+			ActivationThreshold: s.ActivationThreshold, TaintThreshold: s.TaintThreshold,
+		},
+		Version: cli.Version(version),
+		Log:     cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
+	}
+	for _, name := range slices.Sorted(maps.Keys(s.Deployments)) {
+		c.Deployments = append(c.Deployments, domain.DeploymentConfig{Name: name, ListenAddress: s.Deployments[name]})
+	}
+	return c
 }

@@ -143,6 +143,8 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 		sub, rest = args[0], args[1:]
 	}
 	switch name {
+	case "run":
+		return runCommand(ctx, args, e)
 	case "config":
 		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
 	case "audit":
