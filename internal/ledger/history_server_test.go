@@ -260,7 +260,11 @@ func (v *server) mint(c *call) {
 }
 
 func (v *server) give(l *ledger.Ledger, c *call) error {
-	notAfter := v.now().Add(c.agent.ttl).Truncate(time.Second)
+	ttl := c.agent.ttl
+	if v.s.goes(4, "short life") {
+		ttl = minTTL // the entry was changed
+	}
+	notAfter := v.now().Add(ttl).Truncate(time.Second)
 	if c.jwt {
 		c.expiry = notAfter
 		return l.GiveJWT(v.s.t.Context(), c.signer.key, notAfter)

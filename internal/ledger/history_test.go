@@ -106,8 +106,6 @@ func history(t *testing.T, seed uint64) *sim {
 		}
 		s.run(maxTTL + 10*time.Minute)
 		for _, k := range s.server.in(tainted) {
-			// An agent that has come back and cannot be replaced anything may say
-			// for ever that it has to.
 			if h := s.server.ledger.X509(k.authority, true); !h.Clear {
 				t.Errorf("%s is held, after everything has expired: %+v, by %+v", k.authority, h, s.server.ledger.Holders(k.authority))
 			}
@@ -276,9 +274,9 @@ func (s *sim) trouble() {
 	if s.calm {
 		return
 	}
-	s.after(s.between(0, 20*time.Second), s.trouble)
-	a := s.agents[s.r.IntN(len(s.agents))]
-	switch v := s.server; s.r.IntN(24) {
+	s.after(s.between(0, 15*time.Second), s.trouble)
+	a := s.victim()
+	switch v := s.server; s.r.IntN(21) {
 	case 0, 1, 2:
 		a.restart(s.r.IntN(2) == 0)
 	case 3, 4:
@@ -321,9 +319,21 @@ func (s *sim) trouble() {
 		if s.goes(2, "rolled back") {
 			a.rollBack()
 		}
-	case 21:
-		a.ttl = s.ttl()
 	}
+}
+
+// victim picks an agent, most often one that is in the middle of a wave.
+func (s *sim) victim() *agent {
+	a := s.agents[s.r.IntN(len(s.agents))]
+	for range 10 {
+		for _, k := range s.server.in(tainted) {
+			if s.r.IntN(4) > 0 && a.has(k.authority) != "" {
+				return a
+			}
+		}
+		a = s.agents[s.r.IntN(len(s.agents))]
+	}
+	return a
 }
 
 // operator rotates, at all speeds, and removes what is safe.

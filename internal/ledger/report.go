@@ -118,12 +118,12 @@ func (l *Ledger) heard(reports []AuthorityReport) map[string]word {
 					made: true, pending: min(max(0, r.Pending), maxCount), streams: min(max(0, r.Streams), maxCount),
 					beginsAt: r.BeginsAt,
 				},
-				settled: r.Tainted && r.Settled && r.Pending == 0 && r.Streams == 0,
+				settled: r.Settled && r.Pending == 0 && r.Streams == 0,
 			}
 			before, twice := heard[r.Authority]
 			switch {
 			case !r.Tainted && !w.holds():
-				continue
+				continue // it has not seen the taint, so it cannot have settled it
 			case twice:
 				w.pending, w.streams = max(w.pending, before.pending), max(w.streams, before.streams)
 				w.settled = w.settled && before.settled
