@@ -81,7 +81,7 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 		check(t, err)
 		d.ledger, err = ledger.Open(t.Context(), ledger.Config{Storage: d.rows})
 		check(t, err)
-		d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Published: w.published, Storage: d.kept})
+		d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Published: w.published, Storage: d.kept, Ledger: d.ledger})
 		check(t, err)
 		w.deployments[name] = d
 		c.Deployments = append(c.Deployments, operator.Deployment{

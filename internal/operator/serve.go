@@ -29,8 +29,9 @@ const (
 	// mutation that is cut off has happened or has not.
 	drainTime = 2 * time.Second
 	// maxMessage bounds a request, and at the client an answer, in bytes:
-	// 100,000 entries take about 30 MB. Nobody without a role gets to send one.
-	maxMessage = 64 << 20
+	// 100,000 entries take about 30 MB, and twice that when all have changed.
+	// Nobody without a role gets to send one.
+	maxMessage = 128 << 20
 	// maxStreams is how many calls of one connection are served at a time.
 	maxStreams = 16
 	// maxHeaders is the most bytes of a call's metadata.

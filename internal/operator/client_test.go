@@ -1,0 +1,292 @@
+package operator_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	"google.golang.org/genproto/googleapis/rpc/errdetails"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/socket"
+)
+
+// failing answers with an error to everything.
+type failing struct {
+	api.UnimplementedOperatorServer
+	err   error
+	calls atomic.Int64
+}
+
+func (f *failing) fail() error { f.calls.Add(1); return f.err }
+
+func (f *failing) ListKeysets(context.Context, *api.ListKeysetsRequest) (*api.ListKeysetsResponse, error) {
+	return nil, f.fail()
+}
+
+func (f *failing) ListHolders(context.Context, *api.ListHoldersRequest) (*api.ListHoldersResponse, error) {
+	return nil, f.fail()
+}
+
+func (f *failing) PrepareKeyset(context.Context, *api.PrepareKeysetRequest) (*api.PrepareKeysetResponse, error) {
+	return nil, f.fail()
+}
+
+func (f *failing) ActivateKeyset(context.Context, *api.ActivateKeysetRequest) (*api.ActivateKeysetResponse, error) {
+	return nil, f.fail()
+}
+
+func (f *failing) TaintKeyset(context.Context, *api.TaintKeysetRequest) (*api.TaintKeysetResponse, error) {
+	return nil, f.fail()
+}
+
+func (f *failing) RemoveKeyset(context.Context, *api.RemoveKeysetRequest) (*api.RemoveKeysetResponse, error) {
+	return nil, f.fail()
+}
+
+// dialFailing connects to a server that does nothing but fail. The connection
+// is told to retry, by the one that asks for it.
+func dialFailing(t *testing.T, f *failing) *operator.Client {
+	t.Helper()
+	lis := bufconn.Listen(1 << 16)
+	gs := grpc.NewServer()
+	api.RegisterOperatorServer(gs, f)
+	done := make(chan error, 1)
+	go func() { done <- gs.Serve(lis) }()
+	t.Cleanup(func() { gs.Stop(); check(t, <-done) })
+	const retry = `{"methodConfig": [{"name": [{}], "retryPolicy": {"maxAttempts": 4, "initialBackoff": "0.001s",
+		"maxBackoff": "0.001s", "backoffMultiplier": 1, "retryableStatusCodes": ["UNAVAILABLE", "INTERNAL", "ABORTED"]}}]}`
+	conn, err := grpc.NewClient("passthrough:///server", operator.ClientOptions(insecure.NewCredentials(), grpc.WithDefaultServiceConfig(retry),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))...)
+	check(t, err)
+	t.Cleanup(func() { conn.Close() })
+	return operator.ClientOf(conn)
+}
+
+// TestErrors: what an operator is told, by the server's code: its own words when
+// nothing was changed, that nobody knows otherwise; and no call is made twice.
+func TestErrors(t *testing.T) {
+	t.Parallel()
+	detailed := func(reason, domain string) error {
+		st, err := status.New(codes.FailedPrecondition, "The text.").WithDetails(&errdetails.ErrorInfo{Reason: reason, Domain: domain})
+		check(t, err)
+		return st.Err()
+	}
+	plain := func(c codes.Code) error { return status.Error(c, "The text.") }
+	for name, c := range map[string]struct {
+		err              error
+		unknown, notSafe bool
+	}{
+		"refused":           {err: plain(codes.FailedPrecondition)},
+		"not found":         {err: plain(codes.NotFound)},
+		"busy":              {err: plain(codes.Aborted)},
+		"wrong request":     {err: plain(codes.InvalidArgument)},
+		"may not":           {err: plain(codes.PermissionDenied)},
+		"who":               {err: plain(codes.Unauthenticated)},
+		"older server":      {err: plain(codes.Unimplemented)},
+		"not safe":          {err: detailed("NOT_SAFE", "renewd"), notSafe: true},
+		"another detail":    {err: detailed("NOT_SAFE", "elsewhere")},
+		"another reason":    {err: detailed("TOO_EARLY", "renewd")},
+		"unavailable":       {err: plain(codes.Unavailable), unknown: true},
+		"deadline":          {err: plain(codes.DeadlineExceeded), unknown: true},
+		"canceled":          {err: plain(codes.Canceled), unknown: true},
+		"internal":          {err: plain(codes.Internal), unknown: true},
+		"unknown":           {err: plain(codes.Unknown), unknown: true},
+		"exhausted":         {err: plain(codes.ResourceExhausted), unknown: true},
+		"data loss":         {err: plain(codes.DataLoss), unknown: true},
+		"not a status":      {err: errors.New("The text."), unknown: true},
+		"a code of its own": {err: plain(codes.Code(99)), unknown: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			f := &failing{err: c.err}
+			b := dialFailing(t, f).Backend("", "")
+			_, prepare := b.Prepare(t.Context())
+			for step, err := range map[string]error{
+				"prepare": prepare, "activate": b.Activate(t.Context(), "ks_x"), "taint": b.Taint(t.Context(), "ks_x"), "remove": b.Remove(t.Context(), "ks_x", false),
+			} {
+				want := "The text."
+				if c.unknown {
+					want = "the outcome is not known: The text."
+				}
+				if err == nil || err.Error() != want || errors.Is(err, runbook.ErrOutcomeUnknown) != c.unknown {
+					t.Errorf("%s: %v, want %s", step, err, want)
+				}
+				notSafe, ok := errors.AsType[*runbook.NotSafeError](err)
+				if ok != c.notSafe || (ok && step == "remove" && notSafe.Keyset != "ks_x") {
+					t.Errorf("%s: %#v", step, err)
+				}
+			}
+			if n := f.calls.Load(); n != 4 {
+				t.Errorf("4 steps made %d calls", n)
+			}
+			_, status := b.Status(t.Context())
+			_, holders := b.Holders(t.Context(), "ks_x")
+			for what, err := range map[string]error{"status": status, "holders": holders} {
+				if err == nil || err.Error() != "The text." {
+					t.Errorf("%s: %v", what, err)
+				}
+			}
+		})
+	}
+}
+
+// TestNotReached: when no connection comes about, nothing was changed, and that
+// is said.
+func TestNotReached(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "none.sock")
+	c, err := operator.DialSocket(path)
+	check(t, err)
+	defer c.Close()
+	b := c.Backend("", "")
+	_, err = b.Prepare(t.Context())
+	if err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.HasPrefix(err.Error(), "the server was not reached, nothing was changed: ") || !strings.Contains(err.Error(), path) {
+		t.Errorf("got %v", err)
+	}
+	if _, err := b.Status(t.Context()); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("got %v", err)
+	}
+	canceled, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := b.Taint(canceled, "ks_x"); err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) {
+		t.Errorf("given up before it began: %v", err)
+	}
+}
+
+// TestSocketPath: a path is a path, whatever is in it.
+func TestSocketPath(t *testing.T) {
+	t.Parallel()
+	w := newWorldFor(t, nil, nil)
+	path := filepath.Join(t.TempDir(), "a %41?b#c", "s:1.sock")
+	lis, err := socket.Listen(path, 0o600)
+	check(t, err)
+	serveUnix(t, w, lis)
+	c, err := operator.DialSocket(path)
+	check(t, err)
+	defer c.Close()
+	if _, err := c.Backend("", "").Prepare(t.Context()); err != nil {
+		t.Error(err)
+	}
+}
+
+// workloadAPI gives one identity to everybody.
+type workloadAPI struct {
+	workloadpb.UnimplementedSpiffeWorkloadAPIServer
+	id     spiffeid.ID
+	svid   *x509svid.SVID
+	bundle []byte
+}
+
+func (a *workloadAPI) FetchX509SVID(_ *workloadpb.X509SVIDRequest, s grpc.ServerStreamingServer[workloadpb.X509SVIDResponse]) error {
+	if a.svid == nil {
+		return status.Error(codes.PermissionDenied, "no identity issued")
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(a.svid.PrivateKey)
+	if err != nil {
+		return err
+	}
+	if err := s.Send(&workloadpb.X509SVIDResponse{Svids: []*workloadpb.X509SVID{{
+		SpiffeId: a.id.String(), X509Svid: a.svid.Certificates[0].Raw, X509SvidKey: key, Bundle: a.bundle,
+	}}}); err != nil {
+		return err
+	}
+	<-s.Context().Done()
+	return nil
+}
+
+func serveWorkloadAPI(t *testing.T, w *world, id spiffeid.ID, svid *x509svid.SVID) (address string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "api.sock")
+	lis, err := net.Listen("unix", path)
+	check(t, err)
+	gs := grpc.NewServer()
+	var bundle []byte
+	for _, c := range w.published().Certificates() {
+		bundle = append(bundle, c.Raw...)
+	}
+	workloadpb.RegisterSpiffeWorkloadAPIServer(gs, &workloadAPI{id: id, svid: svid, bundle: bundle})
+	done := make(chan error, 1)
+	go func() { done <- gs.Serve(lis) }()
+	t.Cleanup(func() { gs.Stop(); check(t, <-done) })
+	return "unix://" + path
+}
+
+// TestDialServer: an operator elsewhere, with an SVID from the Workload API.
+func TestDialServer(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	listen := func(w *world) string {
+		lis, err := net.Listen("tcp", "127.0.0.1:0")
+		check(t, err)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- w.ServeTLS(ctx, lis) }()
+		t.Cleanup(func() { cancel(); check(t, <-done) })
+		return lis.Addr().String()
+	}
+	address := listen(w)
+	api := serveWorkloadAPI(t, w, boss, w.only().sign(t, boss, time.Hour))
+	dial := func(address, api string) *operator.Client {
+		c, err := operator.DialServer(t.Context(), address, api)
+		check(t, err)
+		t.Cleanup(func() { check(t, c.Close()) })
+		return c
+	}
+	b := dial(address, api).Backend("example.org", "default")
+	k, err := b.Prepare(t.Context())
+	check(t, err)
+	s, err := b.Status(t.Context())
+	check(t, err)
+	if len(s.Keysets) != 2 || s.Keysets[1].ID != k.ID {
+		t.Errorf("status %+v", s)
+	}
+
+	// A server of the trust domain that is not the signing server, and one that
+	// has the right name by another authority.
+	for name, w2 := range map[string]*world{"a workload as server": impostor(t, w), "another authority": newWorld(t)} {
+		err := dial(listen(w2), api).Backend("", "").Activate(t.Context(), k.ID)
+		if err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.Contains(err.Error(), "authentication handshake failed") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := operator.DialServer(ctx, address, serveWorkloadAPI(t, w, boss, nil)); err == nil || !strings.Contains(err.Error(), "get an SVID from the Workload API at unix://") {
+		t.Errorf("without an SVID: %v", err)
+	}
+}
+
+// impostor serves what w does with the SVID of a workload.
+func impostor(t *testing.T, w *world) *world {
+	t.Helper()
+	svid := w.only().sign(t, workload, time.Hour)
+	rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
+	check(t, err)
+	s, err := operator.New(operator.Config{
+		TrustDomain: td, Published: w.published, Rules: rules, Deployments: []operator.Deployment{{Name: "default", Keysets: w.only().keysets}},
+		Certificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+			return &tls.Certificate{Certificate: [][]byte{svid.Certificates[0].Raw}, PrivateKey: svid.PrivateKey}, nil
+		},
+	})
+	check(t, err)
+	return &world{Service: s}
+}

@@ -1,0 +1,342 @@
+package operator_test
+
+import (
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server"
+)
+
+func entry(id, path string) *api.Entry {
+	return &api.Entry{Id: id, SpiffeId: "spiffe://example.org" + path, Selectors: []*api.Selector{{Type: "unix", Value: "uid:1000"}}}
+}
+
+// TestEntries puts entries in, reads them and takes them out, and says each time
+// what that changed.
+func TestEntries(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		full := entry("full", "/full")
+		full.ParentId, full.Hint, full.FederatesWith = agent("a").String(), "main", []string{"other.example"}
+		full.X509Ttl, full.JwtTtl = durationpb.New(2*time.Hour), durationpb.New(time.Minute)
+		full.Selectors = append(full.Selectors, &api.Selector{Type: "unix", Value: "user:www"})
+		changes := func(of []*api.EntryChange) (out []string) {
+			for _, c := range of {
+				out = append(out, fmt.Sprint(c.GetBefore().GetSpiffeId(), "->", c.GetAfter().GetSpiffeId()))
+			}
+			return out
+		}
+		apply := func(dry bool, entries ...*api.Entry) (*api.ApplyEntriesResponse, error) {
+			return c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: entries, DryRun: dry})
+		}
+		list := func() []*api.Entry {
+			resp, err := c.ListEntries(t.Context(), &api.ListEntriesRequest{})
+			check(t, err)
+			return resp.GetEntries()
+		}
+		for _, dry := range []bool{true, false} {
+			resp, err := apply(dry, entry("a", "/a"), full)
+			check(t, err)
+			if got, want := changes(resp.GetChanges()), []string{"->spiffe://example.org/a", "->spiffe://example.org/full"}; !slices.Equal(got, want) || resp.GetUnchanged() != 0 {
+				t.Errorf("dry %v: %v", dry, resp)
+			}
+			if n := len(list()); n != map[bool]int{false: 2}[dry] {
+				t.Errorf("dry %v: %d entries", dry, n)
+			}
+		}
+		if got := list()[1]; !proto.Equal(got, full) {
+			t.Errorf("got  %v\nwant %v", got, full)
+		}
+		put, err := c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry("a", "/b")})
+		check(t, err)
+		if got := changes([]*api.EntryChange{put.GetChange()}); got[0] != "spiffe://example.org/a->spiffe://example.org/b" {
+			t.Errorf("put: %v", got)
+		}
+		_, err = c.DeleteEntry(t.Context(), &api.DeleteEntryRequest{Id: "a"})
+		check(t, err)
+		_, err = c.DeleteEntry(t.Context(), &api.DeleteEntryRequest{Id: "a"})
+		if status.Code(err) != codes.NotFound {
+			t.Errorf("deleted twice: %v", err)
+		}
+		resp, err := apply(false, full, entry("c", "/c"))
+		check(t, err)
+		if resp.GetUnchanged() != 1 || len(resp.GetChanges()) != 1 {
+			t.Errorf("apply: %v", resp)
+		}
+
+		// One wrong entry, and nothing is changed; the error names the field.
+		wrong := func(change func(*api.Entry)) *api.Entry {
+			e := entry("x", "/x")
+			change(e)
+			return e
+		}
+		for want, e := range map[string]*api.Entry{
+			`entry "x": spiffe_id: `:      wrong(func(e *api.Entry) { e.SpiffeId = "x" }),
+			`entry "x": parent_id: `:      wrong(func(e *api.Entry) { e.ParentId = "x" }),
+			`entry "x": federates_with: `: wrong(func(e *api.Entry) { e.FederatesWith = []string{"no such"} }),
+			`entry "x": selectors: `:      wrong(func(e *api.Entry) { e.Selectors = nil }),
+			`entry "x": x509_ttl: `:       wrong(func(e *api.Entry) { e.X509Ttl = durationpb.New(time.Minute) }),
+			`entry "": id: `:              wrong(func(e *api.Entry) { e.Id = "" }),
+		} {
+			_, put := c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: e})
+			_, apply := apply(false, entry("new", "/new"), e)
+			for _, err := range []error{put, apply} {
+				if status.Code(err) != codes.InvalidArgument || !strings.HasPrefix(status.Convert(err).Message(), want) {
+					t.Errorf("got %v, want %s", err, want)
+				}
+			}
+		}
+		if _, err := c.PutEntry(t.Context(), &api.PutEntryRequest{}); status.Code(err) != codes.InvalidArgument {
+			t.Errorf("no entry: %v", err)
+		}
+		if n := len(list()); n != 2 {
+			t.Errorf("%d entries", n)
+		}
+	})
+}
+
+// TestManyEntries: as much as a server is meant for, 30 MB, fits into one request,
+// and all of it changed into one answer. A few large entries are as good as many.
+func TestManyEntries(t *testing.T) {
+	t.Parallel()
+	const n, size = 100, 300_000
+	w := newWorldFor(t, nil, nil)
+	c, err := operator.DialSocket(adminSocket(t, w))
+	check(t, err)
+	defer c.Close()
+	for _, hint := range []string{"a", "b"} {
+		req := &api.ApplyEntriesRequest{Entries: make([]*api.Entry, n)}
+		for i := range req.Entries {
+			req.Entries[i] = entry(fmt.Sprintf("e%d", i), "/many")
+			req.Entries[i].Hint = strings.Repeat(hint, size)
+		}
+		resp, err := c.ApplyEntries(t.Context(), req)
+		check(t, err)
+		if len(resp.GetChanges()) != n {
+			t.Errorf("%d changes", len(resp.GetChanges()))
+		}
+	}
+	list, err := c.ListEntries(t.Context(), &api.ListEntriesRequest{})
+	check(t, err)
+	if len(list.GetEntries()) != n {
+		t.Errorf("%d entries", len(list.GetEntries()))
+	}
+}
+
+// TestAgents makes a token, and lists, bans and evicts agents.
+func TestAgents(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		d := w.only()
+		for _, ttl := range []time.Duration{0, time.Hour} {
+			req := &api.CreateJoinTokenRequest{}
+			want := 10 * time.Minute
+			if ttl > 0 {
+				req.Ttl, want = durationpb.New(ttl), ttl
+			}
+			token, err := c.CreateJoinToken(t.Context(), req)
+			check(t, err)
+			kept, err := d.kept.TakeToken(t.Context(), token.GetToken())
+			check(t, err)
+			if end := time.Now().Add(want); !kept.ExpiresAt.Equal(end) || !token.GetExpiresAt().AsTime().Equal(end) {
+				t.Errorf("ttl %v: ends %v, kept until %v", ttl, token.GetExpiresAt().AsTime(), kept.ExpiresAt)
+			}
+		}
+		for _, ttl := range []time.Duration{-1, 24 * 365 * time.Hour} {
+			if _, err := c.CreateJoinToken(t.Context(), &api.CreateJoinTokenRequest{Ttl: durationpb.New(ttl)}); status.Code(err) != codes.InvalidArgument {
+				t.Errorf("ttl %v: %v", ttl, err)
+			}
+		}
+
+		end := time.Now().Add(time.Hour)
+		d.attest(t, server.Agent{ID: agent("a"), Type: "join_token", ExpiresAt: end, Version: "v1"})
+		d.attest(t, server.Agent{ID: agent("b"), Type: "join_token", ExpiresAt: end})
+		d.attest(t, server.Agent{ID: agent("c"), Type: "join_token", ExpiresAt: end})
+		d.ledger.Applied(agent("a").String(), 7)
+		_, err := c.BanAgent(t.Context(), &api.BanAgentRequest{AgentId: agent("b").String()})
+		check(t, err)
+		_, err = c.EvictAgent(t.Context(), &api.EvictAgentRequest{AgentId: agent("c").String()})
+		check(t, err)
+		resp, err := c.ListAgents(t.Context(), &api.ListAgentsRequest{})
+		check(t, err)
+		type row struct {
+			id, version string
+			banned      bool
+			sequence    uint64
+			heard       bool
+		}
+		var got []row
+		for _, a := range resp.GetAgents() {
+			if a.GetAttestationType() != "join_token" || !a.GetExpiresAt().AsTime().Equal(end) {
+				t.Errorf("agent %v", a)
+			}
+			got = append(got, row{a.GetId(), a.GetVersion(), a.GetBanned(), a.GetAppliedSequence(), a.GetLastReport() != nil})
+		}
+		if want := []row{{agent("a").String(), "v1", false, 7, true}, {agent("b").String(), "", true, 0, false}}; !reflect.DeepEqual(got, want) {
+			t.Errorf("agents %+v, want %+v", got, want)
+		}
+
+		// Only with gone does it not count any more.
+		k := d.keysets.Active()
+		check(t, d.ledger.GiveX509(t.Context(), ledger.Row{Authority: k.X509AuthorityID, Agent: agent("a").String(), NotAfter: end}))
+		for i, c2 := range []struct {
+			gone bool
+			left int
+		}{{false, 1}, {true, 0}} {
+			_, err = c.EvictAgent(t.Context(), &api.EvictAgentRequest{AgentId: agent("a").String(), Gone: c2.gone})
+			check(t, err)
+			if n := d.ledger.X509(k.X509AuthorityID, false).SVIDs; n != c2.left {
+				t.Errorf("evicted %d times: %d SVIDs count, want %d", i+1, n, c2.left)
+			}
+		}
+		for text, code := range map[string]codes.Code{agent("z").String(): codes.NotFound, "a": codes.InvalidArgument, "": codes.InvalidArgument} {
+			_, ban := c.BanAgent(t.Context(), &api.BanAgentRequest{AgentId: text})
+			_, evict := c.EvictAgent(t.Context(), &api.EvictAgentRequest{AgentId: text})
+			if status.Code(ban) != code || status.Code(evict) != code {
+				t.Errorf("%q: %v, %v; want %v", text, ban, evict, code)
+			}
+		}
+	})
+}
+
+// TestAudit pages through the log.
+func TestAudit(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, r *remote, _ *operator.Client) {
+		d := w.only()
+		old := d.tainted(t)
+		next := d.keysets.Active()
+		c := r.as(t, w, looker)
+		var got []string
+		for after := uint64(0); ; {
+			resp, err := c.ReadAudit(t.Context(), &api.ReadAuditRequest{After: after, Limit: 3})
+			check(t, err)
+			if len(resp.GetRecords()) == 0 {
+				break
+			}
+			for _, rec := range resp.GetRecords() {
+				got = append(got, fmt.Sprintf("%d %s %s %s %v", rec.GetNumber(), rec.GetActor(), rec.GetOperation(), rec.GetKeysetId(), rec.GetAt().AsTime().Equal(time.Now())))
+				after = rec.GetNumber()
+			}
+		}
+		if want := []string{
+			"1 server create " + old.ID + " true", "2 server prepare " + next.ID + " true",
+			"3 server activate " + next.ID + " true", "4 server taint " + old.ID + " true",
+		}; !slices.Equal(got, want) {
+			t.Errorf("got  %q\nwant %q", got, want)
+		}
+		resp, err := c.ReadAudit(t.Context(), &api.ReadAuditRequest{After: 2})
+		check(t, err)
+		states := func(of []*api.AuditState) map[string]api.KeysetState {
+			out := make(map[string]api.KeysetState)
+			for _, s := range of {
+				out[s.GetKeysetId()] = s.GetState()
+			}
+			return out
+		}
+		taint := resp.GetRecords()[1]
+		if before := states(taint.GetBefore()); before[old.ID] != api.KeysetState_PREPARED || before[next.ID] != api.KeysetState_ACTIVE || len(before) != 2 {
+			t.Errorf("before %v", before)
+		}
+		if after := states(taint.GetAfter()); after[old.ID] != api.KeysetState_TAINTED || after[next.ID] != api.KeysetState_ACTIVE || len(after) != 2 {
+			t.Errorf("after %v", after)
+		}
+	})
+}
+
+// TestAuditLimit: an answer has a thousand records at most.
+func TestAuditLimit(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		for n := range 1500 {
+			w.only().storage.log = append(w.only().storage.log, operator.AuditRecord{Number: uint64(n), Change: keyset.Change{At: time.Now()}})
+		}
+		for limit, want := range map[uint32]int{0: 1000, 5: 5, 1000: 1000, 1001: 1000, 1 << 31: 1000} {
+			resp, err := c.ReadAudit(t.Context(), &api.ReadAuditRequest{Limit: limit})
+			check(t, err)
+			if got := len(resp.GetRecords()); got != want {
+				t.Errorf("limit %d: %d records", limit, got)
+			}
+		}
+	})
+}
+
+// TestBundle: what an agent's bootstrap bundle file holds.
+func TestBundle(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		w.only().tainted(t)
+		resp, err := c.GetBundle(t.Context(), &api.GetBundleRequest{})
+		check(t, err)
+		if want := w.published(); string(resp.GetPem()) != string(want.PEM()) || resp.GetSequence() != want.Sequence || want.Sequence != 3 {
+			t.Errorf("got %v", resp)
+		}
+	})
+}
+
+// TestLog: one line for each change, done or not, with who, what and how it
+// went; none for a look.
+func TestLog(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		d, b := w.only(), c.Backend("", "")
+		line := func() string {
+			t.Helper()
+			all := w.log.lines(t, "operator's change")
+			if len(all) != 1 {
+				t.Fatalf("the log says %v", all)
+			}
+			var out []string
+			for k, v := range all[0] {
+				if k != "time" && k != "took" && k != "msg" {
+					out = append(out, fmt.Sprint(k, "=", v))
+				}
+			}
+			if _, ok := all[0]["took"]; !ok {
+				t.Error("the line does not say how long it took")
+			}
+			slices.Sort(out)
+			return strings.Join(out, " ")
+		}
+		by := "actor=" + boss.String() + " "
+		_, err := b.Status(t.Context())
+		check(t, err)
+		k, err := b.Prepare(t.Context())
+		check(t, err)
+		if got, want := line(), by+"deployment=default keyset="+k.ID+" level=INFO operation=PrepareKeyset outcome=OK"; got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+		active := d.keysets.Active().ID
+		if err := b.Taint(t.Context(), active); err == nil {
+			t.Fatal("no error")
+		}
+		if got, want := line(), by+"deployment=default error=cannot taint active key set keyset="+active+" level=WARN operation=TaintKeyset outcome=FailedPrecondition"; got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+		_, err = c.BanAgent(t.Context(), &api.BanAgentRequest{AgentId: agent("z").String()})
+		if err == nil {
+			t.Fatal("no error")
+		}
+		if got := line(); !strings.HasPrefix(got, by+"agent="+agent("z").String()+" deployment=default error=") {
+			t.Errorf("got %s", got)
+		}
+		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: []*api.Entry{entry("a", "/a")}, DryRun: true})
+		check(t, err)
+		if got, want := line(), by+"changed=1 deployment=default dry_run=true entries=1 level=INFO operation=ApplyEntries outcome=OK"; got != want {
+			t.Errorf("got  %s\nwant %s", got, want)
+		}
+	})
+}
