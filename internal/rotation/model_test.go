@@ -1,0 +1,217 @@
+package rotation_test
+
+import (
+	"slices"
+	"time"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// This file is a model of the keysets of a deployment and of those who change
+// them: how it ought to be, written down a second time and in small. It takes
+// each mutation apart at the points where others may come between. interleave_test.go compares the real code with it.
+
+// modelKeyset is a keyset. Keysets are named by numbers, in order of issue.
+type modelKeyset struct {
+	name    int
+	state   keyset.State
+	signed  bool // and has stepped down
+	ours    bool // stepped down because of automatic rotation
+	recent  bool // issued or stepped down in this run, and so not yet due for anything
+	expires bool // soon, so that a successor is due
+}
+
+// modelDoc is what is stored.
+type modelDoc struct {
+	version, sequence uint64
+	keysets           []modelKeyset
+}
+
+func (d modelDoc) find(name int) *modelKeyset {
+	for i := range d.keysets {
+		if d.keysets[i].name == name {
+			return &d.keysets[i]
+		}
+	}
+	return nil
+}
+
+func (d modelDoc) active() *modelKeyset {
+	i := slices.IndexFunc(d.keysets, func(k modelKeyset) bool { return k.state == keyset.Active })
+	return &d.keysets[i]
+}
+
+// op is an operation; name is that of the keyset, 0 for none.
+type op struct {
+	verb string // prepare, activate, taint, remove; empty: nothing
+	name int
+}
+
+// apply returns the document after an operation, or why it is refused.
+func (d modelDoc) apply(o op, ours bool, fresh int) (modelDoc, error) {
+	next := modelDoc{d.version + 1, d.sequence + 1, slices.Clone(d.keysets)}
+	if o.verb == "prepare" {
+		next.keysets = append(next.keysets, modelKeyset{name: fresh, state: keyset.Prepared, recent: true})
+		return next, nil
+	}
+	k := next.find(o.name)
+	if k == nil {
+		return d, keyset.ErrNotFound
+	}
+	refused := map[string]map[keyset.State]error{
+		"activate": {keyset.Active: keyset.ErrActivateActive, keyset.Tainted: keyset.ErrActivateTainted},
+		"taint":    {keyset.Active: keyset.ErrTaintActive, keyset.Tainted: keyset.ErrTaintTainted},
+		"remove":   {keyset.Active: keyset.ErrRemoveActive, keyset.Prepared: keyset.ErrRemovePrepared},
+	}
+	if err := refused[o.verb][k.state]; err != nil {
+		return d, err
+	}
+	switch o.verb {
+	case "activate":
+		old := next.active()
+		old.state, old.signed, old.ours, old.recent = keyset.Prepared, true, ours, true
+		k.state, k.signed, k.ours = keyset.Active, false, false
+		next.sequence--
+	case "taint":
+		k.state = keyset.Tainted
+	case "remove":
+		next.keysets = slices.DeleteFunc(next.keysets, func(k modelKeyset) bool { return k.name == o.name })
+	}
+	return next, nil
+}
+
+// decide is what automatic rotation does when everything that is waited for has
+// come to be and only what is recent has to wait.
+func (d modelDoc) decide() op {
+	if d.active().expires {
+		i := slices.IndexFunc(d.keysets, func(k modelKeyset) bool {
+			return k.state == keyset.Prepared && !k.signed && !k.expires
+		})
+		switch {
+		case i < 0:
+			return op{verb: "prepare"}
+		case !d.keysets[i].recent:
+			return op{"activate", d.keysets[i].name}
+		}
+	}
+	for _, k := range d.keysets {
+		if k.state == keyset.Prepared && k.ours && !k.recent {
+			return op{"taint", k.name}
+		}
+	}
+	for _, k := range d.keysets {
+		if k.state == keyset.Tainted && k.ours {
+			return op{"remove", k.name}
+		}
+	}
+	return op{}
+}
+
+// Where a thread stands: what it does when it goes on. Between two points
+// nothing happens that others could come between with another result: while a
+// mutation has begun and has not loaded, only another process can store
+// something, which then might as well have been first.
+type point int
+
+const (
+	atLook  point = iota // read the keysets, decide and begin; automatic rotation only
+	atBegin              // begin a mutation and load
+	atSave
+	atPublish
+	atEnd
+)
+
+// modelThread is an operator with an operation, or automatic rotation.
+type modelThread struct {
+	on      int // its deployment: 0 or 1
+	auto    bool
+	op      op
+	at      point
+	loaded  modelDoc
+	next    modelDoc
+	outcome error
+}
+
+// model is everything there is. A deployment is a process: it has in force what
+// it read or committed last, and carries out one mutation at a time.
+type model struct {
+	stored  modelDoc
+	inForce [2]modelDoc
+	busy    [2]bool
+	threads []modelThread
+	names   int
+}
+
+func (m model) clone() model {
+	m.threads = slices.Clone(m.threads)
+	return m
+}
+
+func (m *model) learn(on int, d modelDoc) {
+	if d.version > m.inForce[on].version {
+		m.inForce[on] = d
+	}
+}
+
+// step lets a thread go on to its next point.
+func (m *model) step(i int) {
+	t := &m.threads[i]
+	end := func(err error) {
+		t.outcome, t.at = err, atEnd
+		t.loaded, t.next = modelDoc{}, modelDoc{}
+		m.busy[t.on] = false
+	}
+	switch t.at {
+	case atLook:
+		m.learn(t.on, m.stored)
+		if t.op = m.stored.decide(); t.op.verb == "" {
+			t.at = atEnd
+			return
+		}
+		t.at = atBegin
+		m.step(i) // nothing comes between
+	case atBegin:
+		if m.busy[t.on] {
+			t.outcome, t.at = keyset.ErrBusy, atEnd
+			return
+		}
+		m.busy[t.on] = true
+		m.learn(t.on, m.stored)
+		fresh := 10 + i
+		next, err := m.stored.apply(t.op, t.auto, fresh)
+		switch {
+		case err != nil:
+			end(err)
+		case t.auto && m.stored.decide() != t.op:
+			end(errOvertaken)
+		default:
+			t.loaded, t.next, t.at = m.stored, next, atSave
+		}
+	case atSave:
+		if m.stored.version != t.loaded.version {
+			end(keyset.ErrBusy)
+			return
+		}
+		m.stored, t.at = t.next, atPublish
+	case atPublish:
+		m.learn(t.on, t.next)
+		end(nil)
+	}
+}
+
+// modelTimes gives a keyset the times that make its marks true at now.
+func modelTimes(r *keyset.Record, k modelKeyset, now time.Time) {
+	r.State, r.IssuedAt, r.ExpiresAt = k.state, now.Add(-30*day), now.Add(80*day)
+	if k.expires {
+		r.ExpiresAt = now.Add(5 * day)
+	}
+	if k.signed {
+		r.SteppedDownAt, r.SteppedDownBy = now.Add(-5*day), "alice"
+		if k.ours {
+			r.SteppedDownBy = "scheduler"
+		}
+	}
+	if k.state == keyset.Tainted {
+		r.TaintedAt = now.Add(-4 * day)
+	}
+}
