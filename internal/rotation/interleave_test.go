@@ -56,7 +56,7 @@ func initialStates() (all []modelDoc) {
 	add = func(keysets []modelKeyset, active bool) {
 		if active {
 			for _, pressing := range []bool{true, false} {
-				d := modelDoc{version: 1, sequence: 4, keysets: slices.Clone(keysets)}
+				d := modelDoc{version: 1, sequence: 4, made: len(keysets), keysets: slices.Clone(keysets)}
 				for i := range d.keysets {
 					k := &d.keysets[i]
 					k.expires = pressing && k.state == keyset.Active
@@ -112,7 +112,9 @@ func (d modelDoc) sets() (sets [][]modelThread) {
 			second := modelThread{op: b, at: atBegin}
 			other := second
 			other.on = 1
-			sets = append(sets, []modelThread{first, other})
+			if !d.active().expires { // which does not matter to operators
+				sets = append(sets, []modelThread{first, other})
+			}
 			if d.possible(a) && d.possible(b) {
 				sets = append(sets, []modelThread{first, second, auto})
 			}
@@ -121,15 +123,19 @@ func (d modelDoc) sets() (sets [][]modelThread) {
 	return sets
 }
 
-// possible reports whether an operation can come to be allowed while others act.
+// possible reports whether an operation can come to be allowed while two others
+// act.
 func (d modelDoc) possible(o op) bool {
+	if o.verb == "prepare" {
+		return true
+	}
 	k := d.find(o.name)
-	return o.verb == "prepare" || k != nil && (k.state != keyset.Tainted || o.verb == "remove")
+	return k != nil && (k.state == keyset.Prepared || (k.state == keyset.Tainted) == (o.verb == "remove"))
 }
 
 // operations are all on each keyset, and one on none.
 func (d modelDoc) operations() []op {
-	ops := []op{{verb: "prepare"}, {"activate", 9}}
+	ops := []op{{verb: "prepare"}, {"activate", 99}}
 	for _, k := range d.keysets {
 		ops = append(ops, op{"activate", k.name}, op{"taint", k.name}, op{"remove", k.name})
 	}
@@ -285,19 +291,30 @@ func (f *fixture) start(t *testing.T, m model) *real {
 		if i > 0 && !slices.ContainsFunc(m.threads, func(t modelThread) bool { return t.on == i }) {
 			break
 		}
-		r.deployments[i] = open(t, keyset.Config{Storage: r.store, Now: func() time.Time { return start }})
+		r.reopen(i)
 	}
-	for i, mt := range m.threads {
+	r.begin(m.threads)
+	return r
+}
+
+// reopen starts a process.
+func (r *real) reopen(on int) {
+	r.deployments[on] = open(r.t, keyset.Config{Storage: r.store, Now: func() time.Time { return start }})
+}
+
+// begin has threads wait to be told to go on.
+func (r *real) begin(threads []modelThread) {
+	r.threads = nil
+	for _, mt := range threads {
 		th := &thread{goOn: make(chan struct{}), paused: make(chan bool)}
 		r.threads = append(r.threads, th)
 		go func() {
 			<-th.goOn
-			th.err = r.do(context.WithValue(context.Background(), threadKey{}, th), mt, 10+i)
+			th.err = r.do(context.WithValue(context.Background(), threadKey{}, th), mt)
 			th.ended = true
 			th.paused <- false
 		}()
 	}
-	return r
 }
 
 // document is one with the states of the model.
@@ -312,7 +329,7 @@ func (f *fixture) document(m modelDoc, now time.Time) keyset.Document {
 }
 
 // do is what a thread does.
-func (r *real) do(ctx context.Context, t modelThread, fresh int) error {
+func (r *real) do(ctx context.Context, t modelThread) error {
 	d := r.deployments[t.on]
 	if t.auto {
 		s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Now: func() time.Time { return start }})
@@ -355,7 +372,7 @@ func (r *real) step(i int) {
 	}
 	if len(r.store.saves) > known {
 		if c := r.store.saves[known]; c.Operation == "prepare" {
-			r.names[c.KeysetID] = 10 + i
+			r.names[c.KeysetID] = len(r.names) + 1
 		}
 	}
 }

@@ -24,6 +24,7 @@ type modelKeyset struct {
 // modelDoc is what is stored.
 type modelDoc struct {
 	version, sequence uint64
+	made              int // keysets, ever
 	keysets           []modelKeyset
 }
 
@@ -48,10 +49,11 @@ type op struct {
 }
 
 // apply returns the document after an operation, or why it is refused.
-func (d modelDoc) apply(o op, ours bool, fresh int) (modelDoc, error) {
-	next := modelDoc{d.version + 1, d.sequence + 1, slices.Clone(d.keysets)}
+func (d modelDoc) apply(o op, ours bool) (modelDoc, error) {
+	next := modelDoc{d.version + 1, d.sequence + 1, d.made, slices.Clone(d.keysets)}
 	if o.verb == "prepare" {
-		next.keysets = append(next.keysets, modelKeyset{name: fresh, state: keyset.Prepared, recent: true})
+		next.made++
+		next.keysets = append(next.keysets, modelKeyset{name: next.made, state: keyset.Prepared, recent: true})
 		return next, nil
 	}
 	k := next.find(o.name)
@@ -139,7 +141,6 @@ type model struct {
 	inForce [2]modelDoc
 	busy    [2]bool
 	threads []modelThread
-	names   int
 }
 
 func (m model) clone() model {
@@ -177,8 +178,7 @@ func (m *model) step(i int) {
 		}
 		m.busy[t.on] = true
 		m.learn(t.on, m.stored)
-		fresh := 10 + i
-		next, err := m.stored.apply(t.op, t.auto, fresh)
+		next, err := m.stored.apply(t.op, t.auto)
 		switch {
 		case err != nil:
 			end(err)
