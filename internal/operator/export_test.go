@@ -1,6 +1,8 @@
 package operator
 
 import (
+	"net"
+
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/api"
@@ -15,4 +17,10 @@ var ClientOptions = options
 // ClientOf makes a Client of a connection.
 func ClientOf(conn *grpc.ClientConn) *Client {
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn}
+}
+
+// Identify is whether the kernel says who is at the other end.
+func Identify(c net.Conn) error {
+	_, err := identify(c)
+	return err
 }

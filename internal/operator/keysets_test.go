@@ -57,6 +57,7 @@ func TestRotation(t *testing.T) {
 			t.Errorf("prepared is %+v", next)
 		}
 		d.ledger.Applied(agent("b").String(), d.keysets.Bundle().Sequence)
+		d.ledger.Applied(agent("renewed").String(), d.keysets.Bundle().Sequence-1)
 		s, err := b.Status(t.Context())
 		check(t, err)
 		if want := (runbook.Status{TrustDomain: "example.org", Deployment: "default", Sequence: 2, Agents: 3, AgentsBehind: 2, Keysets: s.Keysets}); !reflect.DeepEqual(s, want) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -164,7 +165,14 @@ func TestOutcomeUnknown(t *testing.T) {
 						}
 						synctest.Wait()
 
-						after, records2 := d.states(t), len(d.storage.records())
+						// By the server's word, as the runbook has it: run list.
+						status, err := w.serveTLS(t).as(t, w, looker).Backend("", "").Status(t.Context())
+						check(t, err)
+						var after []string
+						for _, k := range status.Keysets {
+							after = append(after, k.ID+" "+strings.ToUpper(string(k.State)))
+						}
+						records2 := len(d.storage.records())
 						changed := !slices.Equal(before, after)
 						if changed != stored || records2-records != map[bool]int{true: 1}[stored] || (stored && len(after) != n) {
 							t.Errorf("before %v\nafter  %v, %d records", before, after, records2-records)
@@ -181,6 +189,22 @@ func TestOutcomeUnknown(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestConnectionAges: a step in flight outlives the time after which its
+// connection is to be made anew.
+func TestConnectionAges(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		b := c.Backend("", "")
+		_, err := b.Status(t.Context())
+		check(t, err)
+		time.Sleep(160 * time.Second)
+		w.only().storage.hooks(func(context.Context) error { time.Sleep(115 * time.Second); return nil }, nil)
+		if _, err := b.Prepare(t.Context()); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestTimeIsOverForTheRest: what is not about keysets is bounded as well.
@@ -217,26 +241,31 @@ func (hanging) PutToken(ctx context.Context, _ server.Token) error { return hang
 // by the ledger whether or not anybody waits for the answer.
 func TestForgottenThoughTheCallerIsGone(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
-		d := w.only()
-		old := d.tainted(t)
-		ctx, cancel := context.WithCancel(t.Context())
-		d.storage.hooks(nil, func(served context.Context) error {
-			cancel()
-			<-served.Done() // the server knows
-			return nil
-		})
-		if err := c.Backend("", "").Remove(ctx, old.ID, true); !errors.Is(err, runbook.ErrOutcomeUnknown) {
-			t.Errorf("got %v", err)
-		}
-		synctest.Wait()
-		if got := d.states(t); len(got) != 1 || d.rows.count() != 0 {
-			t.Errorf("keysets %v, %d rows", got, d.rows.count())
-		}
-		if log := w.log.lines(t, "the ledger"); len(log) != 0 {
-			t.Errorf("the log says %v", log)
-		}
+	// Whether a ledger looks at a context that is done is up to chance.
+	for range 8 {
+		bubble(t, forgottenThoughTheCallerIsGone)
+	}
+}
+
+func forgottenThoughTheCallerIsGone(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	d := w.only()
+	old := d.tainted(t)
+	ctx, cancel := context.WithCancel(t.Context())
+	d.storage.hooks(nil, func(served context.Context) error {
+		cancel()
+		<-served.Done() // the server knows
+		return nil
 	})
+	if err := c.Backend("", "").Remove(ctx, old.ID, true); !errors.Is(err, runbook.ErrOutcomeUnknown) {
+		t.Errorf("got %v", err)
+	}
+	synctest.Wait()
+	if got := d.states(t); len(got) != 1 || d.rows.count() != 0 {
+		t.Errorf("keysets %v, %d rows", got, d.rows.count())
+	}
+	if log := w.log.lines(t, "the ledger"); len(log) != 0 {
+		t.Errorf("the log says %v", log)
+	}
 }
 
 // TestStorageFails: an error of storage reaches the operator, who is told that

@@ -12,6 +12,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -110,41 +111,92 @@ func TestProcesses(t *testing.T) {
 	}
 }
 
-// TestSupplementaryGroups: a process has the groups that the kernel says, not
-// those of its user's account.
-func TestSupplementaryGroups(t *testing.T) {
+// TestOtherProcesses: a process has the user and the groups that the kernel
+// says, not those of an account.
+func TestOtherProcesses(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
-		t.Skip("needs root, to be in a group of choice")
+		t.Skip("needs root, to be the user and in the groups of choice")
 	}
-	w := newWorldFor(t, []string{"unix:gid:4711"}, []string{"unix:gid:4712"})
-	path := adminSocket(t, w)
+	listen := func(managers, readers []string) (*world, string) {
+		w := newWorldFor(t, managers, readers)
+		dir := t.TempDir()
+		check(t, os.Chmod(dir, 0o755))
+		check(t, os.Chmod(filepath.Dir(dir), 0o755))
+		path := filepath.Join(dir, "admin.sock")
+		lis, err := socket.Listen(path, 0o666)
+		check(t, err)
+		serveUnix(t, w, lis)
+		return w, path
+	}
+	silent, unconfigured := listen(nil, nil)
+	w, path := listen([]string{"unix:gid:4711", "unix:uid:4242"}, []string{"unix:gid:4712", "unix:uid:4243"})
 	many := []uint32{4711}
 	for gid := range uint32(200) {
 		many = append(many, 5000+gid)
 	}
-	for name, c := range map[string]struct {
-		gid    uint32
-		groups []uint32
-		want   string
+	const nothing, look, all = "PermissionDenied PermissionDenied", "OK PermissionDenied", "OK OK"
+	for _, c := range []struct {
+		name     string
+		uid, gid uint32
+		groups   []uint32
+		want     string
 	}{
-		"none":                     {0, nil, "PermissionDenied PermissionDenied"},
-		"a manager's":              {0, []uint32{7, 4711, 9}, "OK OK"},
-		"a reader's":               {0, []uint32{4712}, "OK PermissionDenied"},
-		"more than usual":          {0, many, "OK OK"},
-		"more, and another":        {0, many[1:], "PermissionDenied PermissionDenied"},
-		"the primary":              {4711, nil, "OK OK"},
-		"the primary, of a reader": {4712, []uint32{1}, "OK PermissionDenied"},
+		{"root", 0, 0, nil, nothing},
+		{"a manager", 4242, 1, nil, all},
+		{"a reader", 4243, 1, nil, look},
+		{"a user whose number is a manager group's", 4711, 1, nil, nothing},
+		{"a manager's group", 0, 0, []uint32{7, 4711, 9}, all},
+		{"a reader's group", 0, 0, []uint32{4712}, look},
+		{"a reader in a manager's group", 4243, 1, []uint32{4711}, all},
+		{"more groups than usual", 0, 0, many, all},
+		{"more groups, and not that one", 0, 0, many[1:], nothing},
+		{"the primary group", 0, 4711, nil, all},
+		{"the primary group, of a reader", 0, 4712, []uint32{1}, look},
 	} {
-		t.Run(name, func(t *testing.T) {
-			cmd := exec.Command(os.Args[0])
-			cmd.Env = append(os.Environ(), "RENEWD_TEST_SOCKET="+path, "GORACE=atexit_sleep_ms=0")
-			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 0, Gid: c.gid, Groups: c.groups}}
-			out, err := cmd.CombinedOutput()
-			if err != nil || string(out) != c.want {
-				t.Errorf("got %s, %v; want %s", out, err, c.want)
+		t.Run(c.name, func(t *testing.T) {
+			who := &syscall.Credential{Uid: c.uid, Gid: c.gid, Groups: c.groups}
+			if got := runAs(t, path, who); got != c.want {
+				t.Errorf("got %s, want %s", got, c.want)
+			}
+			log := w.only().storage.records()
+			if got, want := log[len(log)-1].Actor, fmt.Sprintf("unix:uid:%d", c.uid); c.want == all && got != want {
+				t.Errorf("the audit log says %q, want %q", got, want)
 			}
 		})
+	}
+	if got := runAs(t, unconfigured, &syscall.Credential{Uid: 4242}); got != nothing || len(silent.only().storage.records()) != 1 {
+		t.Errorf("without any rule user 4242 got %s", got)
+	}
+}
+
+// runAs is what comes of a look and of a change by another process.
+func runAs(t *testing.T, path string, who *syscall.Credential) string {
+	t.Helper()
+	// By its own link: the folder of the test binary is closed to others.
+	cmd := exec.Command("/proc/self/exe")
+	cmd.Env = append(os.Environ(), "RENEWD_TEST_SOCKET="+path, "GORACE=atexit_sleep_ms=0")
+	cmd.Dir = "/"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Credential: who}
+	out, err := cmd.CombinedOutput()
+	if err != nil {
+		t.Errorf("%v: %s", err, out)
+	}
+	return string(out)
+}
+
+// TestCallerThatCannotBeIdentified is refused, and not taken for
+// user 0.
+func TestCallerThatCannotBeIdentified(t *testing.T) {
+	t.Parallel()
+	lis, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	check(t, err)
+	defer lis.Close()
+	conn, err := net.Dial("unix", lis.Addr().String())
+	check(t, err)
+	check(t, conn.Close())
+	if err := operator.Identify(conn); err == nil {
+		t.Error("no error")
 	}
 }
 
@@ -158,7 +210,9 @@ func TestSocketInAnOpenFolder(t *testing.T) {
 	check(t, os.Chmod(dir, 0o777|os.ModeSticky))
 	lis, err := socket.Listen(filepath.Join(dir, "s"), 0o660)
 	check(t, err)
-	err = w.ServeUnix(t.Context(), lis)
+	ctx, cancel := context.WithTimeout(t.Context(), 5*time.Second)
+	defer cancel()
+	err = w.ServeUnix(ctx, lis)
 	if err == nil || !strings.Contains(err.Error(), "chmod o-w "+dir) {
 		t.Errorf("got %v", err)
 	}
