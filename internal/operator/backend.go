@@ -54,12 +54,12 @@ func automatic(a *api.Automatic) string {
 	case a.GetNext() == "":
 		return a.GetMode() + ", nothing to do"
 	}
-	text := a.GetMode() + ", next: " + a.GetNext()
-	switch at := a.GetAt().AsTime(); {
-	case a.GetWaitsFor() != "":
-		text += ", waits for " + a.GetWaitsFor()
-	case a.GetAt() != nil:
-		text += " at " + at.UTC().Format(time.DateTime) + " UTC"
+	text, at := a.GetMode()+", next: "+a.GetNext(), " at "
+	if a.GetWaitsFor() != "" {
+		text, at = text+", waits for "+a.GetWaitsFor(), ", at the latest on "
+	}
+	if a.GetAt() != nil {
+		text += at + a.GetAt().AsTime().Format(time.DateTime) + " UTC"
 	}
 	return text
 }

@@ -329,8 +329,9 @@ func TestAutomatic(t *testing.T) {
 		{operator.Automatic{Mode: "off"}, ""},
 		{operator.Automatic{Mode: "on"}, "on, nothing to do"},
 		{operator.Automatic{Mode: "paused", Next: "prepare", At: at}, "paused, next: prepare at 2026-11-23 05:06:07 UTC"},
-		{operator.Automatic{Mode: "on", Next: "remove ks_x", At: at, WaitsFor: "3 agents"}, "on, next: remove ks_x, waits for 3 agents"},
+		{operator.Automatic{Mode: "on", Next: "remove ks_x", At: at, WaitsFor: "3 agents"}, "on, next: remove ks_x, waits for 3 agents, at the latest on 2026-11-23 05:06:07 UTC"},
 		{operator.Automatic{Mode: "on", Next: "taint ks_x"}, "on, next: taint ks_x"},
+		{operator.Automatic{Mode: "on", Next: "taint ks_x", WaitsFor: "a"}, "on, next: taint ks_x, waits for a"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)

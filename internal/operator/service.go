@@ -53,8 +53,8 @@ type AuditRecord struct {
 type Automatic struct {
 	Mode     string    // off, on or paused
 	Next     string    // such as "taint ks_…"; empty: nothing
-	At       time.Time // zero: now
-	WaitsFor string    // where time is not the reason
+	At       time.Time // where WaitsFor is set: at the latest
+	WaitsFor string    // why it is not done yet, where time is not the reason
 }
 
 // Config is what a [Service] needs. TrustDomain, Deployments and Published are
