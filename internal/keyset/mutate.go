@@ -44,9 +44,9 @@ func (d *Deployment) mutate(ctx context.Context, operation string, checks []Chec
 			return nil, failed("", err)
 		}
 	}
-	// Round drops the reading of the monotonic clock, which would not be
-	// stored, so that what is stored is what is published.
-	c := Change{At: d.now().UTC().Round(0), Actor: Actor(ctx), Operation: operation, Before: states(doc), Note: note(ctx)}
+	// UTC also drops the reading of the monotonic clock, which would not be
+	// stored.
+	c := Change{At: d.now().UTC(), Actor: Actor(ctx), Operation: operation, Before: states(doc), Note: note(ctx)}
 	if err := change(&doc, &c); err != nil {
 		if _, ok := errors.AsType[Refusal](err); ok {
 			return nil, err // the operator is to see its text as it is

@@ -163,6 +163,29 @@ func TestReopen(t *testing.T) {
 	}
 }
 
+// TestParsesWhatChanged reads a version that is in force already, which is not
+// worth a second look at its keys.
+func TestParsesWhatChanged(t *testing.T) {
+	t.Parallel()
+	store := &failing{Storage: new(keyset.Memory)}
+	d := open(t, keyset.Config{Storage: store})
+	doc, err := store.Load(t.Context())
+	check(t, err)
+	doc.Records[0].CA = nil
+	store.Storage = fixed{doc}
+	if _, err := d.List(t.Context()); err != nil {
+		t.Errorf("the version in force was parsed again: %v", err)
+	}
+	doc.Version++
+	store.Storage = fixed{doc}
+	if _, err := d.List(t.Context()); err == nil {
+		t.Error("a new version was not parsed")
+	}
+	if err := d.Taint(t.Context(), "x"); err == nil || err.Error() == "key set not found" {
+		t.Errorf("taint: %v", err)
+	}
+}
+
 // TestConcurrentUse lets everything happen at once; the race detector judges.
 func TestConcurrentUse(t *testing.T) {
 	t.Parallel()

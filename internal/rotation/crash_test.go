@@ -18,7 +18,7 @@ func TestEveryCrash(t *testing.T) {
 			threads = append(threads, modelThread{op: o, at: atBegin})
 		}
 		for _, thread := range threads {
-			for points := range 4 {
+			for points := range 5 {
 				m := model{stored: initial, inForce: [2]modelDoc{initial}, threads: []modelThread{thread}}
 				r := f.start(t, m)
 				m = m.clone()

@@ -233,6 +233,8 @@ type real struct {
 
 // thread is a goroutine that waits at a point until it is told to go on.
 type thread struct {
+	auto   bool
+	loads  int
 	goOn   chan struct{}
 	paused chan bool // here and whether the model has no such point, or at the end
 	ended  bool
@@ -242,11 +244,17 @@ type thread struct {
 type threadKey struct{}
 
 // pause waits at a point. Calls of nobody's thread do not wait.
-func pause(ctx context.Context, passing bool) {
-	if t, ok := ctx.Value(threadKey{}).(*thread); ok {
-		t.paused <- passing
-		<-t.goOn
+func pause(ctx context.Context, load bool) {
+	t, ok := ctx.Value(threadKey{}).(*thread)
+	if !ok {
+		return
 	}
+	if load {
+		t.loads++
+	}
+	// Only automatic rotation, which loads twice, has a point before a load.
+	t.paused <- load && (t.loads == 1 || !t.auto)
+	<-t.goOn
 }
 
 // steps is a storage that pauses before it loads and before and after it saves.
@@ -306,7 +314,7 @@ func (r *real) reopen(on int) {
 func (r *real) begin(threads []modelThread) {
 	r.threads = nil
 	for _, mt := range threads {
-		th := &thread{goOn: make(chan struct{}), paused: make(chan bool)}
+		th := &thread{goOn: make(chan struct{}), paused: make(chan bool), auto: mt.auto}
 		r.threads = append(r.threads, th)
 		go func() {
 			<-th.goOn

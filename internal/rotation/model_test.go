@@ -117,7 +117,8 @@ type point int
 
 const (
 	atLook  point = iota // read the keysets, decide and begin; automatic rotation only
-	atBegin              // begin a mutation and load
+	atBegin              // begin a mutation and load; operators only
+	atLoad
 	atSave
 	atPublish
 	atEnd
@@ -169,14 +170,19 @@ func (m *model) step(i int) {
 			t.at = atEnd
 			return
 		}
-		t.at = atBegin
-		m.step(i) // nothing comes between
+		fallthrough
 	case atBegin:
 		if m.busy[t.on] {
 			t.outcome, t.at = keyset.ErrBusy, atEnd
 			return
 		}
 		m.busy[t.on] = true
+		if t.auto {
+			t.at = atLoad // what it has decided can be overtaken
+			return
+		}
+		fallthrough
+	case atLoad:
 		m.learn(t.on, m.stored)
 		next, err := m.stored.apply(t.op, t.auto)
 		switch {

@@ -126,6 +126,7 @@ type store struct {
 	mu         sync.Mutex
 	load, save error
 	before     func() // before a save, once
+	beforeLoad func()
 	saves      []keyset.Change
 }
 
@@ -138,6 +139,9 @@ func (s *store) set(load, save error) {
 func (s *store) Load(ctx context.Context) (keyset.Document, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.beforeLoad != nil {
+		s.beforeLoad()
+	}
 	if s.load != nil {
 		return keyset.Document{}, s.load
 	}
@@ -271,9 +275,9 @@ func TestStorageFails(t *testing.T) {
 		r.expect("active prepared", "activate 1", "3443")
 		r.logged(`msg="automatic rotation: keyset prepared"`)
 		// The next failure is a new one.
-		r.store.set(nil, errors.New("disk is full"))
+		r.store.set(errors.New("disk is gone"), nil)
 		r.until(3443)
-		r.logged(`msg="automatic rotation failed and is tried again" step="activate `)
+		r.logged(`msg="automatic rotation failed and is tried again" step="" error="list keysets: load: disk is gone"`)
 	})
 }
 
@@ -299,31 +303,105 @@ func TestLostRace(t *testing.T) {
 	})
 }
 
-// TestOvertaken has somebody else commit after the scheduler has decided and
-// before its mutation begins.
+// TestOvertaken lets something happen after automatic rotation has decided on a
+// step, and before its mutation begins: the states of the keysets still allow the
+// step, and it is not to be done.
 func TestOvertaken(t *testing.T) {
-	var r0 atomic.Pointer[rig]
-	var once sync.Once
-	asked := 0
-	f := facts{behind: func() int {
-		asked++
-		if asked == 1 {
-			r := r0.Load()
-			once.Do(func() {
-				if _, err := r.keysets.Prepare(r.Context()); err != nil {
-					r.Error(err)
+	t.Parallel()
+	alice := keyset.WithActor(t.Context(), "alice")
+	for name, c := range map[string]struct {
+		steps int // done before
+		then  func(t *testing.T, other *keyset.Deployment, unsafe, behind *atomic.Bool)
+	}{
+		"prepare": {0, func(t *testing.T, other *keyset.Deployment, _, _ *atomic.Bool) {
+			_, err := other.Prepare(alice)
+			check(t, err)
+		}},
+		"activate": {1, func(_ *testing.T, _ *keyset.Deployment, _, behind *atomic.Bool) { behind.Store(true) }},
+		"taint": {2, func(t *testing.T, other *keyset.Deployment, _, _ *atomic.Bool) {
+			old, now := other.Status().Keysets[0].ID, other.Active().ID
+			check(t, other.Activate(alice, old))
+			check(t, other.Activate(alice, now)) // and so it is alice who has replaced it
+		}},
+		"remove": {3, func(_ *testing.T, _ *keyset.Deployment, unsafe, _ *atomic.Bool) { unsafe.Store(true) }},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			now := start
+			clock := func() time.Time { return now }
+			var unsafe, behind atomic.Bool
+			f := facts{
+				behind: func() int {
+					if behind.Load() {
+						return 1
+					}
+					return 0
+				},
+				holding: func(keyset.Keyset) rotation.Holding {
+					return rotation.Holding{X509Safe: !unsafe.Load(), JWTSafe: true}
+				},
+			}
+			st := new(store)
+			d := open(t, keyset.Config{Storage: st, Now: clock})
+			var log logs
+			s, err := rotation.New(rotation.Config{Keysets: d, Facts: f, Now: clock, Log: slog.New(slog.NewTextHandler(&log, nil))})
+			check(t, err)
+			for _, to := range []int{76, 77, 78, 78}[:c.steps+1] {
+				now = start.Add(time.Duration(to) * day)
+				if len(st.saves)-1 < c.steps {
+					s.Look(t.Context())
 				}
-			})
-			return 0
-		}
-		return 5
-	}}
-	inRig(t, rotation.Policy{}, f, func(r *rig) {
-		r0.Store(r)
-		r.until(3081)
-		r.expect("active prepared prepared", "activate 1", "3340, 5 agents that have not applied the trust bundle")
-		r.logged(`keyset prepared`)
-	})
+			}
+			if p := s.Automatic(); len(st.saves)-1 != c.steps || !strings.HasPrefix(p.Next, name) || p.At.After(now) {
+				t.Fatalf("after %d steps comes %+v", len(st.saves)-1, p)
+			}
+			log.take()
+			other := open(t, keyset.Config{Storage: &st.Memory, Now: clock})
+			loads := 0
+			st.mu.Lock()
+			st.beforeLoad = func() {
+				if loads++; loads == 2 {
+					c.then(t, other, &unsafe, &behind)
+				}
+			}
+			st.mu.Unlock()
+			s.Look(t.Context())
+			if !errors.Is(s.Failed(), rotation.ErrOvertaken) || len(st.saves)-1 != c.steps {
+				t.Errorf("%v, %d changes", s.Failed(), len(st.saves)-1)
+			}
+			if lines := log.take(); len(lines) > 0 {
+				t.Errorf("logged %v", lines)
+			}
+			now = now.Add(time.Second)
+			if s.Look(t.Context()); s.Failed() != nil || len(st.saves)-1 != c.steps {
+				t.Errorf("then %v, %d changes", s.Failed(), len(st.saves)-1)
+			}
+		})
+	}
+}
+
+// TestClockSetBack fails, and then the clock is set back: the pause after the
+// failure does not become longer.
+func TestClockSetBack(t *testing.T) {
+	t.Parallel()
+	now := start.Add(100 * day)
+	clock := func() time.Time { return now }
+	st := new(store)
+	d := open(t, keyset.Config{Storage: st, Now: func() time.Time { return start }})
+	s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Now: clock})
+	check(t, err)
+	st.set(errors.New("disk is gone"), nil)
+	if pause := s.Look(t.Context()); pause != time.Second || s.Failed() == nil {
+		t.Errorf("pause is %v after %v", pause, s.Failed())
+	}
+	st.set(nil, nil)
+	if pause := s.Look(t.Context()); pause != time.Second || s.Failed() == nil {
+		t.Errorf("pause is %v after %v", pause, s.Failed())
+	}
+	now = start.Add(99 * day)
+	if s.Look(t.Context()); s.Failed() != nil || len(d.Status().Keysets) != 2 {
+		t.Errorf("still pausing: %v", s.Failed())
+	}
 }
 
 // TestPreviewWhileRunning is for the race detector.
