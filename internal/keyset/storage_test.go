@@ -68,7 +68,67 @@ func TestMutationIsBounded(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
 			t.Errorf("after %v: %v", time.Since(begin), err)
 		}
+		d = open(t, keyset.Config{Storage: &hanging{}})
+		begin = time.Now()
+		if err := d.Taint(t.Context(), "x"); !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
+			t.Errorf("a load that hangs, after %v: %v", time.Since(begin), err)
+		}
 	})
+}
+
+// hanging is a storage that answers only while nothing is stored.
+type hanging struct {
+	keyset.Memory
+	stored bool
+}
+
+func (h *hanging) Load(ctx context.Context) (keyset.Document, error) {
+	if h.stored {
+		<-ctx.Done()
+		return keyset.Document{}, ctx.Err()
+	}
+	return h.Memory.Load(ctx)
+}
+
+func (h *hanging) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+	h.stored = true
+	return h.Memory.Save(ctx, d, c)
+}
+
+// TestNewsOnce reads what a mutation has stored before the mutation has ended:
+// that is in force then, and the end of the mutation is no news.
+func TestNewsOnce(t *testing.T) {
+	t.Parallel()
+	store := &failing{Storage: new(keyset.Memory)}
+	d := open(t, keyset.Config{Storage: store})
+	var read keyset.Status
+	store.Storage = then{store.Storage, func() {
+		if got := list(t, d); len(got) != 2 {
+			t.Errorf("read %v", got)
+		}
+		read = d.Status()
+	}}
+	check(t, second(d.Prepare(t.Context())))
+	select {
+	case <-read.Changed:
+		t.Error("what was in force has been replaced by the same")
+	default:
+	}
+	if d.Bundle() != read.Bundle {
+		t.Error("another bundle")
+	}
+}
+
+// then is a storage that does something after a save.
+type then struct {
+	keyset.Storage
+	do func()
+}
+
+func (s then) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+	err := s.Storage.Save(ctx, d, c)
+	s.do()
+	return err
 }
 
 // TestLostRace has two deployments over one storage, as two servers would be.

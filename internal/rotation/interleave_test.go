@@ -260,7 +260,6 @@ func pause(ctx context.Context, load bool) {
 // steps is a storage that pauses before it loads and before and after it saves.
 type steps struct {
 	keyset.Memory
-	now   time.Time
 	saves []keyset.Change
 	over  bool // every call fails
 }
@@ -289,7 +288,7 @@ func (s *steps) Save(ctx context.Context, d keyset.Document, c keyset.Change) er
 }
 
 func (f *fixture) start(t *testing.T, m model) *real {
-	r := &real{t: t, store: &steps{now: start}, names: map[string]int{}}
+	r := &real{t: t, store: new(steps), names: map[string]int{}}
 	doc := f.document(m.stored, start)
 	for i, k := range m.stored.keysets {
 		r.names[doc.Records[i].ID] = k.name

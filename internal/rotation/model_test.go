@@ -117,8 +117,8 @@ type point int
 
 const (
 	atLook  point = iota // read the keysets, decide and begin; automatic rotation only
-	atBegin              // begin a mutation and load; operators only
-	atLoad
+	atBegin              // begin a mutation and load
+	atLoad               // automatic rotation only: what it has decided can be overtaken
 	atSave
 	atPublish
 	atEnd
@@ -178,7 +178,7 @@ func (m *model) step(i int) {
 		}
 		m.busy[t.on] = true
 		if t.auto {
-			t.at = atLoad // what it has decided can be overtaken
+			t.at = atLoad
 			return
 		}
 		fallthrough

@@ -55,11 +55,11 @@ func (p Policy) For(lifetime time.Duration) (Policy, error) {
 	if p.Mode == "" {
 		p.Mode = On
 	}
-	for field, ninetieths := range map[*time.Duration]time.Duration{
+	for field, days := range map[*time.Duration]int64{
 		&p.PreparationThreshold: 14, &p.ActivationThreshold: 1, &p.TaintThreshold: 1,
 	} {
 		if *field == 0 {
-			*field = (lifetime / 90 * ninetieths).Truncate(time.Second)
+			*field = time.Duration(int64(lifetime) / 90 * days).Truncate(time.Second)
 		}
 	}
 	var errs []error
