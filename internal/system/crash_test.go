@@ -1,0 +1,515 @@
+package system_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/hex"
+	"fmt"
+	"log/slog"
+	"maps"
+	mathrand "math/rand/v2"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/upstream"
+)
+
+var td = spiffeid.RequireTrustDomainFromString("example.org")
+
+// crashes is how often the server is killed.
+const crashes = 200
+
+// The server is killed with SIGKILL at random instants, in the middle of
+// keyset mutations and of issuance, again and again on the same store. After
+// each time: the state is one of the two sides of the step that was under way,
+// exactly one keyset is active, its keys are there and sign, the audit log has
+// every change, and the ledger knows of every SVID that was handed out.
+//
+// RENEWD_SEED replays the instants and steps of one run, as far as processes
+// can be replayed.
+func TestServerKilledAtAnyInstant(t *testing.T) {
+	t.Parallel()
+	seed := uint64(time.Now().UnixNano())
+	if s, err := strconv.ParseUint(os.Getenv("RENEWD_SEED"), 10, 64); err == nil {
+		seed = s
+	}
+	t.Logf("RENEWD_SEED=%d", seed)
+	w := newCrashWorld(t, seed)
+	for range crashes {
+		w.round()
+		if t.Failed() {
+			return
+		}
+	}
+	t.Logf("%d crashes: %d mutations confirmed, %d under way when it was killed (%d of them had happened), %d X.509-SVIDs and %d JWT-SVIDs handed out",
+		crashes, w.confirmed, w.inFlight, w.happened, w.given, w.tokens)
+	// A run in which nothing was under way has shown nothing.
+	if w.inFlight < crashes/4 || w.given < crashes || w.tokens < crashes {
+		t.Error("too little was going on")
+	}
+}
+
+// crashWorld is a store and what is known to have been promised about it.
+type crashWorld struct {
+	t    *testing.T
+	rand *mathrand.Rand
+	dir  string
+
+	address string
+	conn    *grpc.ClientConn
+
+	// states is what a mutation confirmed last; while one is under way, step
+	// names it. Both belong to the operator of a round.
+	states map[string]keyset.State
+	step   step
+
+	mu       sync.Mutex
+	handed   []ledger.Row         // X.509-SVIDs that have arrived
+	handedJW map[string]time.Time // latest expiry of tokens that have arrived, by key ID
+
+	confirmed, inFlight, happened, given, tokens int
+}
+
+// step is one mutation.
+type step struct{ operation, id string }
+
+func newCrashWorld(t *testing.T, seed uint64) *crashWorld {
+	dir, err := os.MkdirTemp("", "rn")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	free, err := ports(1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := &crashWorld{t: t, rand: mathrand.New(mathrand.NewPCG(seed, 0)), dir: dir, address: "127.0.0.1:" + free[0], handedJW: map[string]time.Time{}}
+	if err := seal.NewFile(dir + "/key.json"); err != nil {
+		t.Fatal(err)
+	}
+	config := fmt.Sprintf(`
+trust_domain: example.org
+data_dir: %[1]s/data
+key_file: %[1]s/key.json
+admin_socket: %[1]s/admin.sock
+deployments: {default: {listen_address: "%[2]s"}}
+metrics: {address: ""}
+rotation: {mode: "off"}
+`, dir, w.address)
+	if err := os.WriteFile(dir+"/server.yaml", []byte(config), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if w.conn, err = grpc.NewClient("unix://"+dir+"/admin.sock", grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry()); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.conn.Close() })
+	w.prepare()
+	return w
+}
+
+// start runs the server. The returned function kills it and waits for its end.
+func (w *crashWorld) start() (kill func()) {
+	w.t.Helper()
+	var out bytes.Buffer
+	cmd := exec.Command(filepath.Join(bin, "server"), "run", "-config", w.dir+"/server.yaml")
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		w.t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() { ended <- cmd.Wait() }()
+	ctx, cancel := context.WithTimeout(w.t.Context(), 30*time.Second)
+	defer cancel()
+	for {
+		_, err := api.NewOperatorClient(w.conn).ListKeysets(ctx, &api.ListKeysetsRequest{})
+		if err == nil {
+			break
+		}
+		w.conn.ResetConnectBackoff()
+		select {
+		case <-ended:
+			w.t.Fatalf("the server ended at its start:\n%s", out.String())
+		case <-ctx.Done():
+			w.t.Fatalf("the server does not answer: %v\n%s", err, out.String())
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
+	return func() {
+		cmd.Process.Kill()
+		<-ended
+	}
+}
+
+// prepare enters the identities and learns the first state.
+func (w *crashWorld) prepare() {
+	defer w.start()()
+	operator := api.NewOperatorClient(w.conn)
+	var entries []*api.Entry
+	for i := range 20 {
+		entries = append(entries, &api.Entry{Id: entryID(i), SpiffeId: fmt.Sprintf("spiffe://example.org/w%d", i), Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}})
+	}
+	if _, err := operator.ApplyEntries(w.t.Context(), &api.ApplyEntriesRequest{Entries: entries}); err != nil {
+		w.t.Fatal(err)
+	}
+	w.states = w.list(operator)
+}
+
+// join makes an agent and attests it. What fails fails because the server was
+// killed.
+func (w *crashWorld) join(ctx context.Context) (_ *upstream.Client, agent string, end func()) {
+	token, err := api.NewOperatorClient(w.conn).CreateJoinToken(ctx, &api.CreateJoinTokenRequest{})
+	if err != nil {
+		return nil, "", func() {}
+	}
+	dir, err := os.MkdirTemp(w.dir, "agent")
+	if err != nil {
+		w.t.Error(err)
+		return nil, "", func() {}
+	}
+	nodes, err := node.OpenStore(dir)
+	if err != nil {
+		w.t.Error(err)
+		return nil, "", func() {}
+	}
+	var trust atomic.Pointer[bundle.Bundle]
+	n, err := node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(token.GetToken(), ""), Store: nodes, Bundle: trust.Load})
+	if err != nil {
+		w.t.Error(err)
+		return nil, "", func() { nodes.Close() }
+	}
+	client, err := upstream.New(upstream.Config{
+		ServerAddress: w.address, TrustDomain: td, Node: n, Bundle: trust.Load, Insecure: true, Log: slog.New(slog.DiscardHandler),
+	})
+	if err != nil {
+		w.t.Error(err)
+		return nil, "", func() { nodes.Close() }
+	}
+	end = func() {
+		client.Close()
+		nodes.Close()
+	}
+	b, err := client.Bootstrap(ctx)
+	if err != nil {
+		return nil, "", end
+	}
+	trust.Store(b)
+	if client.Attest(ctx) != nil {
+		return nil, "", end
+	}
+	id := n.Identity()
+	w.mu.Lock()
+	w.handed = append(w.handed, ledger.Row{Authority: hex.EncodeToString(id.Chain[0].AuthorityKeyId), Agent: id.ID().String(), NotAfter: id.Chain[0].NotAfter})
+	w.mu.Unlock()
+	return client, id.ID().String(), end
+}
+
+func entryID(i int) string { return fmt.Sprintf("e%02d", i) }
+
+// round starts the server, has an operator and an agent at work, kills it
+// somewhere in the middle, and looks at what is left.
+func (w *crashWorld) round() {
+	kill := w.start()
+	ctx, cancel := context.WithCancel(w.t.Context())
+	w.step = step{}
+	var work sync.WaitGroup
+	work.Go(func() { w.operate(ctx) })
+	work.Go(func() {
+		client, agent, end := w.join(ctx)
+		defer end()
+		if client == nil {
+			return
+		}
+		var minting sync.WaitGroup
+		defer minting.Wait()
+		for range 2 {
+			minting.Go(func() { w.mint(ctx, client, agent) })
+		}
+		minting.Go(func() { w.mintJWT(ctx, client) })
+	})
+	time.Sleep(time.Duration(w.rand.Int64N(int64(60 * time.Millisecond))))
+	kill()
+	cancel()
+	work.Wait()
+	w.inspect()
+}
+
+// operate mutates until something fails. The step whose outcome is not known
+// stays in w.step.
+func (w *crashWorld) operate(ctx context.Context) {
+	operator := api.NewOperatorClient(w.conn)
+	for ctx.Err() == nil {
+		w.step = w.choose()
+		var err error
+		switch w.step.operation {
+		case "prepare":
+			var answer *api.PrepareKeysetResponse
+			if answer, err = operator.PrepareKeyset(ctx, &api.PrepareKeysetRequest{}); err == nil {
+				w.step.id = answer.GetKeyset().GetId()
+			}
+		case "activate":
+			_, err = operator.ActivateKeyset(ctx, &api.ActivateKeysetRequest{KeysetId: w.step.id})
+		case "taint":
+			_, err = operator.TaintKeyset(ctx, &api.TaintKeysetRequest{KeysetId: w.step.id})
+		case "remove":
+			_, err = operator.RemoveKeyset(ctx, &api.RemoveKeysetRequest{KeysetId: w.step.id, Force: true})
+		}
+		if err != nil {
+			return
+		}
+		w.states = w.step.applied(w.states)
+		w.step = step{}
+		w.confirmed++
+	}
+}
+
+// choose picks a legal step at random.
+func (w *crashWorld) choose() step {
+	var steps []step
+	for id, s := range w.states {
+		switch s {
+		case keyset.Prepared:
+			steps = append(steps, step{"activate", id}, step{"taint", id})
+		case keyset.Tainted:
+			steps = append(steps, step{"remove", id})
+		}
+	}
+	if len(w.states) < 4 {
+		steps = append(steps, step{"prepare", ""})
+	}
+	return steps[mathrand.IntN(len(steps))]
+}
+
+// applied is what the states are after a step.
+func (s step) applied(states map[string]keyset.State) map[string]keyset.State {
+	out := maps.Clone(states)
+	switch s.operation {
+	case "prepare":
+		out[s.id] = keyset.Prepared
+	case "activate":
+		for id, state := range out {
+			if state == keyset.Active {
+				out[id] = keyset.Prepared
+			}
+		}
+		out[s.id] = keyset.Active
+	case "taint":
+		out[s.id] = keyset.Tainted
+	case "remove":
+		delete(out, s.id)
+	}
+	return out
+}
+
+func (w *crashWorld) list(operator api.OperatorClient) map[string]keyset.State {
+	answer, err := operator.ListKeysets(w.t.Context(), &api.ListKeysetsRequest{})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	out := map[string]keyset.State{}
+	for _, k := range answer.GetKeysets() {
+		out[k.GetId()] = keyset.State(k.GetState())
+	}
+	return out
+}
+
+// mint asks for X.509-SVIDs until the server is gone, and writes down each that
+// arrives.
+func (w *crashWorld) mint(ctx context.Context, client *upstream.Client, agent string) {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		w.t.Error(err)
+		return
+	}
+	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
+	if err != nil {
+		w.t.Error(err)
+		return
+	}
+	for n := 0; ctx.Err() == nil; n++ {
+		requests := make([]upstream.CSR, 1+n%3)
+		for i := range requests {
+			requests[i] = upstream.CSR{EntryID: entryID((n + i) % 20), DER: csr}
+		}
+		answers, err := client.MintX509(ctx, requests)
+		if err != nil {
+			return
+		}
+		for i, a := range answers {
+			if a.Err != nil {
+				continue
+			}
+			leaf, err := x509.ParseCertificate(a.Chain[0])
+			if err != nil {
+				w.t.Error(err)
+				return
+			}
+			w.mu.Lock()
+			w.given++
+			w.handed = append(w.handed, ledger.Row{Authority: hex.EncodeToString(leaf.AuthorityKeyId), Agent: agent, Entry: requests[i].EntryID, NotAfter: leaf.NotAfter})
+			w.mu.Unlock()
+		}
+	}
+}
+
+func (w *crashWorld) mintJWT(ctx context.Context, client *upstream.Client) {
+	for n := 0; ctx.Err() == nil; n++ {
+		token, err := client.MintJWT(ctx, entryID(n%20), []string{"a"})
+		if err != nil {
+			return
+		}
+		svid, err := jwtsvid.ParseInsecure(token, []string{"a"})
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		parsed, err := jwt.ParseSigned(token, []jose.SignatureAlgorithm{jose.ES256})
+		if err != nil {
+			w.t.Error(err)
+			return
+		}
+		kid := parsed.Headers[0].KeyID
+		w.mu.Lock()
+		w.tokens++
+		if svid.Expiry.After(w.handedJW[kid]) {
+			w.handedJW[kid] = svid.Expiry
+		}
+		w.mu.Unlock()
+	}
+}
+
+// inspect reads the store of the killed server.
+func (w *crashWorld) inspect() {
+	t := w.t
+	t.Helper()
+	ctx := t.Context()
+	key, err := seal.File(w.dir + "/key.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := store.Open(filepath.Join(w.dir, "data", domain.FileName), store.Options{TrustDomain: td, Seal: key, ReadOnly: true})
+	if err != nil {
+		t.Fatalf("after %+v: %v", w.step, err)
+	}
+	defer s.Close()
+	kept := s.Deployment("default")
+
+	doc, err := kept.Load(ctx)
+	if err != nil {
+		t.Fatal(err)
+	}
+	states := map[string]keyset.State{}
+	x509IDs, jwtIDs := map[string]bool{}, map[string]bool{}
+	for _, r := range doc.Records {
+		states[r.ID] = r.State
+		ca, err := x509.ParseCertificate(r.CA)
+		if err != nil {
+			t.Fatal(err)
+		}
+		x509IDs[hex.EncodeToString(ca.SubjectKeyId)], jwtIDs[r.JWTKeyID] = true, true
+		for _, der := range [][]byte{r.CAKey, r.JWTKey} {
+			if _, err := x509.ParsePKCS8PrivateKey(der); err != nil {
+				t.Errorf("keyset %s has lost a key", r.ID)
+			}
+		}
+	}
+	w.settle(states)
+
+	// Exactly one is active, and it signs: keyset.Open checks it all.
+	d, err := keyset.Open(ctx, keyset.Config{TrustDomain: td, Storage: kept})
+	if err != nil {
+		t.Fatalf("after %+v: %v", w.step, err)
+	}
+	probe, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.SignX509(spiffeid.RequireFromPath(td, "/probe"), probe.Public(), 0); err != nil {
+		t.Errorf("after %+v the active keyset does not sign: %v", w.step, err)
+	}
+
+	records, err := kept.Audit(ctx, 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if uint64(len(records)) != doc.Version {
+		t.Errorf("the audit log has %d records of %d changes", len(records), doc.Version)
+	}
+	if last := records[len(records)-1]; !maps.Equal(last.After, states) {
+		t.Errorf("the audit log ends with %v, the state is %v", last.After, states)
+	}
+
+	known := map[string]time.Time{}
+	jwtKnown, err := kept.LoadLedger(ctx, func(r ledger.Row) { known[r.Authority+" "+r.Agent+" "+r.Entry] = r.NotAfter })
+	if err != nil {
+		t.Fatal(err)
+	}
+	var still []ledger.Row
+	for _, r := range w.handed {
+		if !x509IDs[r.Authority] {
+			continue // removed: nothing it signed is good for anything
+		}
+		still = append(still, r)
+		if known[r.Authority+" "+r.Agent+" "+r.Entry].Before(r.NotAfter) {
+			t.Errorf("an X.509-SVID for %s, valid until %v, was handed out and the ledger has %v", r.Entry, r.NotAfter, known[r.Authority+" "+r.Agent+" "+r.Entry])
+		}
+	}
+	w.handed = still
+	for kid, expiry := range w.handedJW {
+		if jwtIDs[kid] && jwtKnown[kid].Before(expiry) {
+			t.Errorf("a JWT-SVID valid until %v was handed out and the ledger has %v", expiry, jwtKnown[kid])
+		}
+	}
+}
+
+// settle checks that the states are one of the two sides of the step under
+// way, and goes on from there.
+func (w *crashWorld) settle(states map[string]keyset.State) {
+	w.t.Helper()
+	if w.step.operation == "" {
+		if !maps.Equal(states, w.states) {
+			w.t.Fatalf("nothing was under way, and the state is %v instead of %v", states, w.states)
+		}
+		return
+	}
+	w.inFlight++
+	if maps.Equal(states, w.states) {
+		return
+	}
+	if w.step.operation == "prepare" && w.step.id == "" {
+		for id := range states {
+			if _, old := w.states[id]; !old {
+				w.step.id = id
+			}
+		}
+	}
+	if want := w.step.applied(w.states); !maps.Equal(states, want) {
+		w.t.Fatalf("%+v was under way: the state is %v, must be %v or %v", w.step, states, w.states, want)
+	}
+	w.happened++
+	w.states = states
+}

@@ -1,0 +1,239 @@
+package system_test
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// bin is the folder with the commands, built anew for these tests.
+var bin string
+
+func TestMain(m *testing.M) {
+	flag.Parse()
+	os.Exit(func() int {
+		dir, err := os.MkdirTemp("", "renewd-bin-")
+		if err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			return 1
+		}
+		defer os.RemoveAll(dir)
+		build := exec.Command("go", "build", "-o", dir, "../../cmd/server", "../../cmd/agent", "../../cmd/keysetctl")
+		if out, err := build.CombinedOutput(); err != nil {
+			fmt.Fprintf(os.Stderr, "build the commands: %v\n%s", err, out)
+			return 1
+		}
+		bin = dir
+		return m.Run()
+	}())
+}
+
+// ports returns n TCP ports of the loopback interface that are free now.
+func ports(n int) ([]string, error) {
+	var out []string
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return nil, err
+		}
+		defer l.Close()
+		_, port, _ := net.SplitHostPort(l.Addr().String())
+		out = append(out, port)
+	}
+	return out, nil
+}
+
+// run runs the scripts that match a pattern. In a script $R is a short path to
+// its own folder, because a Unix socket's path has at most 107 bytes; $P1 to $P9
+// are free ports.
+func run(t *testing.T, pattern string, extra map[string]string) {
+	testscript.Run(t, testscript.Params{
+		Files:               files(t, pattern),
+		RequireExplicitExec: true,
+		Setup: func(env *testscript.Env) error {
+			short, err := os.MkdirTemp("", "rn")
+			if err != nil {
+				return err
+			}
+			env.Defer(func() { os.RemoveAll(short) })
+			r := filepath.Join(short, "r")
+			if err := os.Symlink(env.WorkDir, r); err != nil {
+				return err
+			}
+			free, err := ports(9)
+			if err != nil {
+				return err
+			}
+			env.Setenv("R", r)
+			env.Setenv("PATH", bin+string(os.PathListSeparator)+os.Getenv("PATH"))
+			env.Setenv("RENEWD_ADMIN_SOCKET", r+"/admin.sock")
+			for i, p := range free {
+				env.Setenv("P"+strconv.Itoa(i+1), p)
+			}
+			for k, v := range extra {
+				env.Setenv(k, v)
+			}
+			env.Values[fleetKey{}] = &fleet{}
+			env.Defer(func() { env.Values[fleetKey{}].(*fleet).stop() })
+			return nil
+		},
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"expand":    expand,
+			"until":     until,
+			"keyset":    keysetVar,
+			"capture":   capture,
+			"workloads": workloads,
+			"pause":     signal(syscall.SIGSTOP),
+			"resume":    signal(syscall.SIGCONT),
+		},
+	})
+}
+
+func files(t *testing.T, pattern string) []string {
+	t.Helper()
+	found, err := filepath.Glob(filepath.Join("testdata", pattern))
+	if err != nil || len(found) == 0 {
+		t.Fatalf("no script matches %s (%v)", pattern, err)
+	}
+	return found
+}
+
+// expand FILE... replaces $NAME in files by the script's variables.
+func expand(ts *testscript.TestScript, neg bool, args []string) {
+	for _, name := range args {
+		path := ts.MkAbs(name)
+		text := os.Expand(ts.ReadFile(path), ts.Getenv)
+		ts.Check(os.WriteFile(path, []byte(text), 0o600))
+	}
+}
+
+// capture NAME sets a variable to the last command's output, without the
+// white space around it.
+func capture(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 1 {
+		ts.Fatalf("usage: capture NAME")
+	}
+	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
+}
+
+// until COMMAND... runs a command again and again until it succeeds, or with !
+// until it fails, for at most a minute.
+func until(ts *testscript.TestScript, neg bool, args []string) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	for {
+		err := ts.Exec(args[0], args[1:]...)
+		if (err == nil) != neg {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			ts.Fatalf("%s: not within a minute: %v", strings.Join(args, " "), err)
+		case <-time.After(50 * time.Millisecond):
+		}
+	}
+}
+
+// keyset NAME STATE sets a variable to the ID of the only keyset in a state.
+func keysetVar(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) < 2 {
+		ts.Fatalf("usage: keyset NAME STATE [keysetctl flags]")
+	}
+	ts.Check(ts.Exec("keysetctl", append([]string{"list", "-o", "json"}, args[2:]...)...))
+	var list struct {
+		Keysets []struct{ ID, State string }
+	}
+	ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &list))
+	var ids []string
+	for _, k := range list.Keysets {
+		if k.State == args[1] {
+			ids = append(ids, k.ID)
+		}
+	}
+	if len(ids) != 1 {
+		ts.Fatalf("keysets in state %s: %v, want one", args[1], ids)
+	}
+	ts.Setenv(args[0], ids[0])
+}
+
+// signal returns a command that sends a signal to the background processes whose
+// command line ends with its argument.
+func signal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
+	return func(ts *testscript.TestScript, neg bool, args []string) {
+		if len(args) != 1 {
+			ts.Fatalf("usage: pause|resume END-OF-COMMAND-LINE")
+		}
+		sent := 0
+		for _, cmd := range ts.BackgroundCmds() {
+			if line := strings.Join(cmd.Args, " "); strings.HasSuffix(line, args[0]) {
+				ts.Check(cmd.Process.Signal(sig))
+				sent++
+				if sig == syscall.SIGSTOP {
+					// A process that stays stopped cannot be ended either.
+					time.AfterFunc(time.Minute, func() { cmd.Process.Signal(syscall.SIGCONT) })
+				}
+			}
+		}
+		if sent == 0 {
+			ts.Fatalf("no background process ends with %q", args[0])
+		}
+	}
+}
+
+// workloads start SOCKET... starts a workload at each agent's socket; each calls
+// the next over mutual TLS all the time. After it
+//
+//	workloads fine      there were calls since the last look, and none failed
+//	workloads failing   wait until calls fail
+//	workloads recover   wait until there are calls for a second and none fails
+func workloads(ts *testscript.TestScript, neg bool, args []string) {
+	f := ts.Value(fleetKey{}).(*fleet)
+	switch {
+	case len(args) > 1 && args[0] == "start":
+		ts.Check(f.start(args[1:]))
+	case len(args) == 1 && args[0] == "fine":
+		calls, err := f.look()
+		if err != nil || calls == 0 {
+			ts.Fatalf("%d calls: %v", calls, err)
+		}
+		ts.Logf("%d calls, none failed", calls)
+	case len(args) == 1 && (args[0] == "failing" || args[0] == "recover"):
+		deadline := time.Now().Add(time.Minute)
+		for {
+			time.Sleep(time.Second)
+			calls, err := f.look()
+			if (args[0] == "failing" && err != nil) || (args[0] == "recover" && err == nil && calls > 0) {
+				return
+			}
+			if time.Now().After(deadline) {
+				ts.Fatalf("%s: not within a minute: %d calls, %v", args[0], calls, err)
+			}
+		}
+	default:
+		ts.Fatalf("usage: workloads start SOCKET... | fine | failing | recover")
+	}
+}
+
+// The runbook, step by step, under renewd's own server.
+func TestRunbook(t *testing.T) {
+	t.Parallel()
+	run(t, "runbook.txtar", nil)
+}
+
+// What the runbook says about trouble, each case brought about.
+func TestTroubleshooting(t *testing.T) {
+	t.Parallel()
+	run(t, "trouble.txtar", nil)
+}
