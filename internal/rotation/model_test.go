@@ -9,7 +9,7 @@ import (
 
 // This file is a model of the keysets of a deployment and of those who change
 // them: how it ought to be, written down a second time and in small. It takes
-// each mutation apart at the points where others may come between. interleave_test.go compares the real code with it.
+// each mutation apart at the points where others may come between. real_test.go compares the real code with it.
 
 // modelKeyset is a keyset. Keysets are named by numbers, in order of issue.
 type modelKeyset struct {
