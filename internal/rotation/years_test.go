@@ -18,7 +18,7 @@ import (
 // fails, and checks after each step what must always hold.
 func TestYears(t *testing.T) {
 	t.Parallel()
-	const histories, years = 80, 3
+	const histories, years = 40, 3
 	steps, done := 0, map[string]int{}
 	for seed := range uint64(histories) {
 		w := newWorld(t, seed)
