@@ -125,6 +125,9 @@ func (v *server) survives(f func()) {
 		switch x := recover(); x {
 		case nil:
 		case errCrashed:
+			if !v.up {
+				v.s.t.Fatal("a server that is down was asked to store something")
+			}
 			v.crash()
 		default:
 			panic(x)

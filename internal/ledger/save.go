@@ -2,6 +2,7 @@ package ledger
 
 import (
 	"context"
+	"errors"
 	"time"
 )
 
@@ -45,6 +46,7 @@ func (b *batch) change() Change {
 func (l *Ledger) save(ctx context.Context, b *batch) error {
 	select {
 	case l.saving <- struct{}{}:
+		defer func() { <-l.saving }()
 	case <-b.done:
 		return b.err
 	case <-ctx.Done():
@@ -57,11 +59,15 @@ func (l *Ledger) save(ctx context.Context, b *batch) error {
 	}
 	l.mu.Unlock()
 	if mine {
+		defer close(b.done)
+		b.err = errUnfinished // unless storage returns
 		// The others in the batch do not give up with this caller.
 		b.err = l.storage.SaveLedger(context.WithoutCancel(ctx), b.change())
-		close(b.done)
 	}
-	<-l.saving
 	// A batch that is pending no more was done before saving was free.
 	return b.err
 }
+
+// errUnfinished is what those learn who shared a batch with a caller in whose
+// hands storage panicked.
+var errUnfinished = errors.New("storage did not finish")

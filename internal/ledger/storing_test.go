@@ -147,6 +147,52 @@ func TestStorageFails(t *testing.T) {
 	})
 }
 
+// A storage that panics takes its caller with it, and nobody else.
+func TestStoragePanics(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		release := held(m)
+		l := open(t, m, nil)
+		in := time.Now().Add(day)
+		give := func(agent string) func() error {
+			return func() (err error) {
+				defer func() {
+					if x := recover(); x != nil {
+						err = errCrashed
+					}
+				}()
+				return l.GiveX509(t.Context(), row("A", agent, "", in))
+			}
+		}
+		first, second, third := async(give("one")), async(give("two")), async(give("three"))
+		wait := m.hook
+		m.hook = func(c ledger.Change, stored bool) error {
+			if err := wait(c, stored); err != nil {
+				panic(err)
+			}
+			return nil
+		}
+		release <- nil
+		check(t, <-first)
+		release <- errCrashed
+		crashed := 0
+		for _, d := range []chan error{second, third} {
+			if err := <-d; err == nil {
+				t.Error("no error, and nothing was stored")
+			} else if errors.Is(err, errCrashed) {
+				crashed++
+			}
+		}
+		again := async(give("four"))
+		release <- nil
+		check(t, <-again)
+		if crashed != 1 || !m.has("A", "four", "") {
+			t.Errorf("%d callers of two crashed", crashed)
+		}
+	})
+}
+
 // What comes while rows are being deleted is not lost, neither in memory nor in
 // storage.
 func TestDeletingMeetsGiving(t *testing.T) {
