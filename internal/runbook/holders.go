@@ -66,7 +66,7 @@ func estimated(holders []Holder, now time.Time) string {
 	case len(holders) == 0:
 		return ""
 	case end.IsZero():
-		return "when it ends is not known: an agent is silent"
+		return "has no known end: an agent is silent"
 	case silent:
 		return "ends at the latest " + when(end, now) + ", when what silent agents hold expires"
 	}

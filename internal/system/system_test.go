@@ -90,13 +90,15 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"expand":    expand,
-			"until":     until,
-			"keyset":    keysetVar,
-			"capture":   capture,
-			"workloads": workloads,
-			"pause":     signal(syscall.SIGSTOP),
-			"resume":    signal(syscall.SIGCONT),
+			"applied":     applied,
+			"expand":      expand,
+			"until":       until,
+			"keyset":      keysetVar,
+			"capture":     capture,
+			"spire-token": spireToken,
+			"workloads":   workloads,
+			"pause":       signal(syscall.SIGSTOP),
+			"resume":      signal(syscall.SIGCONT),
 		},
 	})
 }
@@ -119,6 +121,27 @@ func expand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
+// applied [keysetctl flags] waits until every agent has applied the trust bundle:
+// one that has not cannot verify what a new keyset signs.
+func applied(ts *testscript.TestScript, neg bool, args []string) {
+	deadline := time.Now().Add(time.Minute)
+	for {
+		ts.Check(ts.Exec("keysetctl", append([]string{"list", "-o", "json"}, args...)...))
+		var list struct {
+			Agents int
+			Behind int `json:"agents_behind"`
+		}
+		ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &list))
+		if list.Agents > 0 && list.Behind == 0 {
+			return
+		}
+		if time.Now().After(deadline) {
+			ts.Fatalf("after a minute %d of %d agents are behind", list.Behind, list.Agents)
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+}
+
 // capture NAME sets a variable to the last command's output, without the
 // white space around it.
 func capture(ts *testscript.TestScript, neg bool, args []string) {
@@ -126,6 +149,15 @@ func capture(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: capture NAME")
 	}
 	ts.Setenv(args[0], strings.TrimSpace(ts.ReadFile("stdout")))
+}
+
+// spire-token FILE writes the join token that spire-server has just printed.
+func spireToken(ts *testscript.TestScript, neg bool, args []string) {
+	_, token, ok := strings.Cut(ts.ReadFile("stdout"), "Token: ")
+	if !ok || len(args) != 1 {
+		ts.Fatalf("usage: spire-token FILE, after spire-server token generate")
+	}
+	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.TrimSpace(token)), 0o600))
 }
 
 // until COMMAND... runs a command again and again until it succeeds, or with !
@@ -236,4 +268,18 @@ func TestRunbook(t *testing.T) {
 func TestTroubleshooting(t *testing.T) {
 	t.Parallel()
 	run(t, "trouble.txtar", nil)
+}
+
+// The runbook under a real SPIRE server, with the agents' figures from a real
+// Prometheus.
+func TestRunbookUnderSPIRE(t *testing.T) {
+	t.Parallel()
+	dir := os.Getenv("SPIRE_BIN_DIR")
+	if dir == "" {
+		t.Skip("set SPIRE_BIN_DIR to a folder with spire-server and spire-agent to run this test under a real SPIRE server")
+	}
+	if _, err := exec.LookPath("prometheus"); err != nil {
+		t.Skip("install prometheus (Debian package prometheus) to run this test with a real one")
+	}
+	run(t, "spire.txtar", map[string]string{"PATH": strings.Join([]string{bin, dir, os.Getenv("PATH")}, string(os.PathListSeparator))})
 }
