@@ -32,6 +32,7 @@ import (
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/metrics"
 )
@@ -45,6 +46,7 @@ type world struct {
 	storage  *keyset.Memory
 	stranger keyset.Memory
 	server   *server.Server
+	ledger   *ledger.Ledger // of the server
 	cfg      agent.Config
 	logs     *slog.Logger
 
@@ -64,6 +66,8 @@ type world struct {
 	// unchecked says that streams do not verify what they are sent: with a
 	// server that signs by authorities it has removed, that is not to be had.
 	unchecked bool
+	lags      bool            // a replica may sign with an old keyset, behind the server's back
+	cleared   map[string]bool // keysets that the server called safe to remove
 
 	mu     sync.Mutex
 	faults faults
@@ -95,8 +99,10 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w := &world{t: t, storage: &keyset.Memory{}, logs: testLog(t)}
 		deployment, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})
 		w.check(err)
+		w.ledger, err = ledger.Open(t.Context(), ledger.Config{})
+		w.check(err)
 		w.server, err = server.New(server.Config{
-			TrustDomain: td, Keysets: deployment, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+			TrustDomain: td, Keysets: deployment, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 		})
 		w.check(err)
 		w.enter(entriesFor(n))
