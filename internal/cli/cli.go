@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"runtime/debug"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -143,9 +144,17 @@ func When(t, now time.Time) string {
 	case d == 0:
 		return text + " (now)"
 	case d < 0:
-		return text + " (" + config.Short(-d) + " ago)"
+		return text + " (" + span(-d) + " ago)"
 	}
-	return text + " (in " + config.Short(d) + ")"
+	return text + " (in " + span(d) + ")"
+}
+
+// span is a duration as a person would say it.
+func span(d time.Duration) string {
+	if days := int(d.Round(time.Hour) / (24 * time.Hour)); days >= 2 {
+		return strconv.Itoa(days) + " days"
+	}
+	return config.Short(d)
 }
 
 // Printable replaces what a terminal would take for a command in text that came
