@@ -21,8 +21,9 @@ const (
 )
 
 // report tells the server, until ctx is done, which bundle is in force and how
-// far this node is with what a taint made necessary. It looks at each refresh
-// interval and calls when something has changed, and once a minute.
+// far this node is with what a taint made necessary. It looks when another
+// bundle is in force and at each refresh interval, and calls when something has
+// changed, and once a minute.
 func (a *Agent) report(ctx context.Context) error {
 	var (
 		posted, reported time.Time // by the clock that is never set
@@ -31,6 +32,8 @@ func (a *Agent) report(ctx context.Context) error {
 		last             upstream.Report
 		wait             = reportAgain
 	)
+	watch := a.cache.Watch()
+	defer watch.Close()
 	for {
 		attested := a.client.Attested()
 		if s := a.cache.Bundle(); s != nil {
@@ -54,6 +57,7 @@ func (a *Agent) report(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-watch.C():
 		case <-time.After(bundle.Jitter(a.cfg.RefreshInterval)):
 		}
 	}

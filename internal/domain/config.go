@@ -34,7 +34,8 @@ type Config struct {
 	// with the process.
 	DataDir string
 	// KeyFile holds the key that signing keys are encrypted under; empty means
-	// the systemd credential renewd-key. Not used without DataDir.
+	// the systemd credential renewd-store-key ([seal.CredentialName]). Not used
+	// without DataDir.
 	KeyFile string
 
 	// Deployments are those that are served; one, named default, when empty.
@@ -82,10 +83,15 @@ type Config struct {
 // DeploymentConfig is a deployment that is served.
 type DeploymentConfig struct {
 	Name string
-	// ListenAddress is host:port for agents; ignored when Listener is set.
+	// ListenAddress is host:port for agents; ignored when Listener is set. A
+	// listener belongs to the Domain from a successful [Open] on.
 	ListenAddress string
 	Listener      net.Listener
 }
+
+// serves reports whether the deployment has agents. One that only the store
+// knows has none.
+func (c DeploymentConfig) serves() bool { return c.ListenAddress != "" || c.Listener != nil }
 
 // The profiles of the bundle endpoint (SPIFFE Federation, section 5.2).
 const (
@@ -109,10 +115,10 @@ func (c Config) withDefaults() (Config, error) {
 	for i, d := range c.Deployments {
 		switch {
 		case d.Name == "":
-			fail("deployments[%d] has no name", i)
+			fail("deployments[%d] has no name: give one", i)
 		case seen[d.Name]:
-			fail("deployments.%s is given twice", d.Name)
-		case d.ListenAddress == "" && d.Listener == nil:
+			fail("deployments.%s is given twice: give each deployment a name of its own", d.Name)
+		case !d.serves():
 			fail("deployments.%s.listen_address is not set: give host:port for its agents", d.Name)
 		}
 		seen[d.Name] = true
@@ -129,7 +135,7 @@ func (c Config) withDefaults() (Config, error) {
 	switch c.EndpointProfile {
 	case ProfileSPIFFE:
 		if c.EndpointCertFile != "" || c.EndpointKeyFile != "" {
-			fail("bundle_endpoint.cert_file and key_file belong to profile %s", ProfileWeb)
+			fail("bundle_endpoint.cert_file and key_file are of no use with profile %s: remove them or use %s", ProfileSPIFFE, ProfileWeb)
 		}
 	case ProfileWeb:
 		if c.EndpointCertFile == "" || c.EndpointKeyFile == "" {

@@ -40,10 +40,11 @@ type Domain struct {
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without
 	running     atomic.Bool
+	close       func() error // closes the store, once
 }
 
-// deployment is one deployment of the trust domain. Without a listener it is
-// one that was served once: its keysets are published for what they signed.
+// deployment is one deployment of the trust domain. One that serves nobody was
+// served once: its keysets are published for what they signed.
 type deployment struct {
 	DeploymentConfig
 	keysets   *keyset.Deployment
@@ -61,9 +62,10 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		return nil, err
 	}
 	d := &Domain{cfg: cfg}
+	d.close = sync.OnceValue(d.closeStore)
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, d.Close())
+			err = errors.Join(err, d.close())
 		}
 	}()
 	names := cfg.Deployments
@@ -76,6 +78,7 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		TrustDomain: cfg.TrustDomain.Name(), Deployments: served(cfg.Deployments), Version: cfg.Version,
 		Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
 	})
+	initMetrics(d.metrics)
 	for _, c := range names {
 		dep, err := d.openDeployment(ctx, c)
 		if err != nil {
@@ -147,8 +150,13 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if dep.server, err = server.New(config); err != nil {
 		return nil, err
 	}
+	policy := d.cfg.Rotation
+	if !c.serves() {
+		// It signs nothing that a new keyset would be for.
+		policy.Mode = rotation.Off
+	}
 	dep.scheduler, err = rotation.New(rotation.Config{
-		Keysets: dep.keysets, Policy: d.cfg.Rotation, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log, Now: d.cfg.Now,
+		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log, Now: d.cfg.Now,
 	})
 	return dep, err
 }
@@ -161,19 +169,34 @@ func served(all []DeploymentConfig) []string {
 	return names
 }
 
-// Close closes what [Open] opened. [Domain.Run] does it by itself.
+// Close closes the store and the listeners of a Domain that is not to be run.
+// [Domain.Run] does it by itself; after it Close does nothing.
 func (d *Domain) Close() error {
+	d.closeListeners()
+	return d.close()
+}
+
+func (d *Domain) closeStore() error {
 	if d.store == nil {
 		return nil
 	}
 	return d.store.Close()
 }
 
+// closeListeners closes those that came with the configuration.
+func (d *Domain) closeListeners() {
+	for _, c := range d.cfg.Deployments {
+		if c.Listener != nil {
+			_ = c.Listener.Close()
+		}
+	}
+}
+
 // Server returns the services of a deployment that is configured, for running
 // inside another process; nil when there is none of that name.
 func (d *Domain) Server(name string) *server.Server {
 	for _, dep := range d.deployments {
-		if dep.Name == name {
+		if dep.Name == name && dep.serves() {
 			return dep.server
 		}
 	}
@@ -219,113 +242,3 @@ func (d *Domain) current(u *union) bool {
 	return true
 }
 
-// Run serves until ctx is done, and returns nil then, or the error that made
-// going on useless, such as an address that is in use. When it returns,
-// everything has ended and the store is closed.
-func (d *Domain) Run(ctx context.Context) (err error) {
-	defer func() { err = errors.Join(err, d.Close()) }()
-	group, ctx := errgroup.WithContext(ctx)
-	start, err := d.listen()
-	if err != nil {
-		return err
-	}
-	for _, serve := range start {
-		group.Go(func() error { return serve(ctx) })
-	}
-	for _, dep := range d.deployments {
-		group.Go(func() error { return dep.ledger.Run(ctx) })
-		group.Go(func() error { return dep.scheduler.Run(ctx) })
-		group.Go(func() error { return dep.follow(ctx, d.cfg.Log) })
-	}
-	d.running.Store(true)
-	defer d.running.Store(false)
-	d.cfg.Log.Info("server starts", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
-	err = group.Wait()
-	d.cfg.Log.Info("server stopped")
-	return err
-}
-
-// listen opens every listener before anything is served, so that an address
-// that is in use is an error of the start and not of the night after.
-func (d *Domain) listen() (_ []func(context.Context) error, err error) {
-	var open []net.Listener
-	var start []func(context.Context) error
-	defer func() {
-		if err != nil {
-			for _, lis := range open {
-				_ = lis.Close()
-			}
-		}
-	}()
-	add := func(field, address string, lis net.Listener, serve func(context.Context, net.Listener) error) error {
-		if lis == nil {
-			if lis, err = net.Listen("tcp", address); err != nil {
-				return fmt.Errorf("%s: %w", field, err)
-			}
-		}
-		open = append(open, lis)
-		d.cfg.Log.Info("listens", "for", field, "address", lis.Addr().String())
-		start = append(start, func(ctx context.Context) error {
-			if err := serve(ctx, lis); err != nil {
-				return fmt.Errorf("%s: %w", field, err)
-			}
-			return nil
-		})
-		return nil
-	}
-	for _, dep := range d.deployments {
-		if dep.ListenAddress == "" && dep.Listener == nil {
-			continue
-		}
-		if err := add("deployments."+dep.Name, dep.ListenAddress, dep.Listener, dep.server.Serve); err != nil {
-			return nil, err
-		}
-	}
-	if d.cfg.AdminSocket != "" {
-		lis, err := socket.Listen(d.cfg.AdminSocket, d.cfg.AdminSocketMode)
-		if err != nil {
-			return nil, fmt.Errorf("admin_socket: %w", err)
-		}
-		if err := add("admin_socket", "", lis, d.operator.ServeUnix); err != nil {
-			return nil, err
-		}
-	}
-	if d.cfg.OperatorAddress != "" {
-		if err := add("operators.address", d.cfg.OperatorAddress, nil, d.operator.ServeTLS); err != nil {
-			return nil, err
-		}
-	}
-	if d.endpoint != nil {
-		if err := add("bundle_endpoint", d.cfg.EndpointAddress, nil, d.endpoint.Serve); err != nil {
-			return nil, err
-		}
-	}
-	if d.cfg.MetricsAddress != "" {
-		if err := add("metrics", d.cfg.MetricsAddress, nil, d.serveMetrics); err != nil {
-			return nil, err
-		}
-	}
-	return start, nil
-}
-
-func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
-	return metrics.Serve(ctx, metrics.ServeConfig{
-		Listener: lis, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
-	})
-}
-
-// Ready is nil while agents and operators are answered and everything could be
-// signed.
-func (d *Domain) Ready() error {
-	if !d.running.Load() {
-		return errors.New("starting or ending")
-	}
-	for _, dep := range d.deployments {
-		if dep.serves() && !d.cfg.Now().Before(dep.keysets.Active().ExpiresAt) {
-			return fmt.Errorf("the active keyset of deployment %s has expired: nothing can be signed", dep.Name)
-		}
-	}
-	return nil
-}
-
-func (dep *deployment) serves() bool { return dep.ListenAddress != "" || dep.Listener != nil }

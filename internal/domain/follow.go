@@ -52,21 +52,32 @@ type facts struct {
 	since time.Time // when the server was started
 }
 
-// Behind implements rotation.Facts.
+// Behind implements rotation.Facts. It counts the agents of all deployments:
+// the workloads of each verify what the keyset is about to sign.
 func (f *facts) Behind() int {
-	agents, err := f.dep.server.Agents(context.Background())
+	behind := 0
+	for _, dep := range f.d.deployments {
+		behind += f.behind(dep)
+	}
+	return behind
+}
+
+func (f *facts) behind(dep *deployment) int {
+	// Before the agents, so that none is taken for up to date with a later one.
+	sequence := f.d.Published().Sequence
+	agents, err := dep.server.Agents(context.Background())
 	if err != nil {
-		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "deployment", f.dep.Name, "error", err)
+		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "deployment", dep.Name, "error", err)
 		return 1
 	}
-	now, sequence := f.d.cfg.Now(), f.d.Published().Sequence
+	now := f.d.cfg.Now()
 	early := now.Sub(f.since) < contactTime
 	behind := 0
 	for _, a := range agents {
 		if a.Banned || !now.Before(a.ExpiresAt) && !now.Before(a.NextExpiresAt) {
 			continue
 		}
-		c, ok := f.dep.ledger.Contact(a.ID.String())
+		c, ok := dep.ledger.Contact(a.ID.String())
 		says := ok && (c.Reports || c.Sequence > 0)
 		if says && c.Sequence < sequence || !says && early {
 			behind++

@@ -4,6 +4,13 @@ import (
 	"context"
 	"crypto/tls"
 
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc"
+
+	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
@@ -82,4 +89,16 @@ func (d *Domain) state() metrics.ServerState {
 		s.Deployments = append(s.Deployments, out)
 	}
 	return s
+}
+
+// initMetrics has the series of every RPC exist before the first call.
+func initMetrics(m *metrics.Server) {
+	s := grpc.NewServer()
+	agentv1.RegisterAgentServer(s, agentv1.UnimplementedAgentServer{})
+	bundlev1.RegisterBundleServer(s, bundlev1.UnimplementedBundleServer{})
+	entryv1.RegisterEntryServer(s, entryv1.UnimplementedEntryServer{})
+	svidv1.RegisterSVIDServer(s, svidv1.UnimplementedSVIDServer{})
+	api.RegisterFleetServer(s, api.UnimplementedFleetServer{})
+	api.RegisterOperatorServer(s, api.UnimplementedOperatorServer{})
+	m.InitServer(s)
 }
