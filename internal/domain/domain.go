@@ -4,14 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
 	"sync/atomic"
-
-	"golang.org/x/sync/errgroup"
 
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/keyset"
@@ -20,7 +17,6 @@ import (
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
-	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/internal/store"
 	"github.com/renewd/renewd/metrics"
 )
@@ -241,4 +237,3 @@ func (d *Domain) current(u *union) bool {
 	}
 	return true
 }
-

@@ -57,20 +57,20 @@ type facts struct {
 func (f *facts) Behind() int {
 	behind := 0
 	for _, dep := range f.d.deployments {
-		behind += f.behind(dep)
+		if dep.serves() {
+			behind += f.behind(dep)
+		}
 	}
 	return behind
 }
 
 func (f *facts) behind(dep *deployment) int {
-	// Before the agents, so that none is taken for up to date with a later one.
-	sequence := f.d.Published().Sequence
 	agents, err := dep.server.Agents(context.Background())
 	if err != nil {
 		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "deployment", dep.Name, "error", err)
 		return 1
 	}
-	now := f.d.cfg.Now()
+	now, sequence := f.d.cfg.Now(), f.d.Published().Sequence
 	early := now.Sub(f.since) < contactTime
 	behind := 0
 	for _, a := range agents {

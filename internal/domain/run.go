@@ -1,0 +1,142 @@
+package domain
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/renewd/renewd/internal/socket"
+	"github.com/renewd/renewd/metrics"
+)
+
+// Run serves until ctx is done, and returns nil then, or the error that made
+// going on useless, such as an address that is in use. When it returns,
+// everything has ended and the store is closed.
+func (d *Domain) Run(ctx context.Context) (err error) {
+	defer func() { err = errors.Join(err, d.Close()) }()
+	start, err := d.listen()
+	if err != nil {
+		return err
+	}
+	group, ctx := errgroup.WithContext(ctx)
+	for _, serve := range start {
+		group.Go(func() error { return serve(ctx) })
+	}
+	for _, dep := range d.deployments {
+		group.Go(func() error { return dep.ledger.Run(ctx) })
+		group.Go(func() error { return dep.scheduler.Run(ctx) })
+		group.Go(func() error { return dep.follow(ctx, d.cfg.Log) })
+	}
+	d.running.Store(true)
+	group.Go(func() error {
+		// From here on calls in flight end, and no new ones are answered.
+		<-ctx.Done()
+		d.running.Store(false)
+		return nil
+	})
+	d.cfg.Log.Info("server starts", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
+	err = group.Wait()
+	d.cfg.Log.Info("server stopped")
+	return err
+}
+
+// listening are the listeners that are open, and what serves each of them.
+type listening struct {
+	d     *Domain
+	open  []net.Listener
+	start []func(context.Context) error
+}
+
+// listen opens every listener before anything is served, so that an address
+// that is in use is an error of the start and not of the night after.
+func (d *Domain) listen() ([]func(context.Context) error, error) {
+	l := &listening{d: d}
+	if err := l.all(); err != nil {
+		for _, lis := range l.open {
+			_ = lis.Close()
+		}
+		return nil, err
+	}
+	return l.start, nil
+}
+
+func (l *listening) all() error {
+	d := l.d
+	for _, dep := range d.deployments {
+		field := "deployments." + dep.Name + ".listen_address"
+		if dep.Listener != nil {
+			l.add(field, dep.Listener, dep.server.Serve)
+		} else if err := l.tcp(field, dep.ListenAddress, dep.server.Serve); err != nil {
+			return err
+		}
+	}
+	if d.cfg.AdminSocket != "" {
+		lis, err := socket.Listen(d.cfg.AdminSocket, d.cfg.AdminSocketMode)
+		if err != nil {
+			return fmt.Errorf("admin_socket: %w", err)
+		}
+		l.add("admin_socket", lis, d.operator.ServeUnix)
+	}
+	if err := l.tcp("operators.address", d.cfg.OperatorAddress, d.operator.ServeTLS); err != nil {
+		return err
+	}
+	if d.endpoint != nil {
+		if err := l.tcp("bundle_endpoint.address", d.cfg.EndpointAddress, d.endpoint.Serve); err != nil {
+			return err
+		}
+	}
+	return l.tcp("metrics.address", d.cfg.MetricsAddress, d.serveMetrics)
+}
+
+type serve = func(context.Context, net.Listener) error
+
+// tcp listens on an address; on none when it is empty.
+func (l *listening) tcp(field, address string, serve serve) error {
+	if address == "" {
+		return nil
+	}
+	lis, err := net.Listen("tcp", address)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return fmt.Errorf("%s: %w: stop who listens there (ss -ltnp shows it) or choose another address", field, err)
+	case err != nil:
+		return fmt.Errorf("%s: %w: give host:port of this machine", field, err)
+	}
+	l.add(field, lis, serve)
+	return nil
+}
+
+func (l *listening) add(field string, lis net.Listener, serve serve) {
+	l.open = append(l.open, lis)
+	l.d.cfg.Log.Info("listens", "for", field, "address", lis.Addr().String())
+	l.start = append(l.start, func(ctx context.Context) error {
+		if err := serve(ctx, lis); err != nil {
+			return fmt.Errorf("%s: %w", field, err)
+		}
+		return nil
+	})
+}
+
+func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
+	return metrics.Serve(ctx, metrics.ServeConfig{
+		Listener: lis, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
+	})
+}
+
+// Ready is nil while agents and operators are answered and everything could be
+// signed.
+func (d *Domain) Ready() error {
+	if !d.running.Load() {
+		return errors.New("starting or ending")
+	}
+	for _, dep := range d.deployments {
+		if dep.serves() && !d.cfg.Now().Before(dep.keysets.Active().ExpiresAt) {
+			return fmt.Errorf("the active keyset of deployment %s has expired: nothing can be signed", dep.Name)
+		}
+	}
+	return nil
+}
