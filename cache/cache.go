@@ -78,6 +78,7 @@ type Cache struct {
 	authorities map[string]*authority                   // by authority ID
 	subscribers map[Selector]map[*Subscription]struct{} // under each of their selectors
 	watches     map[chan struct{}]struct{}              // see Watch
+	unanswered  int                                     // see Unanswered
 	followers   map[*Follower]struct{}                  //
 	wanted      int                                     // records with wanted set
 	idle        *list.List                              // wanted records without a stream, least recently used first

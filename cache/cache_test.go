@@ -495,3 +495,26 @@ func TestAgainstModel(t *testing.T) {
 		})
 	})
 }
+
+// A stream that nothing was sent on counts until it is answered or closed.
+func TestUnanswered(t *testing.T) {
+	t.Parallel()
+	c := cache.New(cache.Config{})
+	want := func(n int) {
+		t.Helper()
+		if got := c.Unanswered(); got != n {
+			t.Errorf("%d unanswered, want %d", got, n)
+		}
+	}
+	a, b := c.Subscribe(nil), c.Subscribe(nil)
+	want(2)
+	a.Sent()
+	a.Sent()
+	want(1)
+	b.Close()
+	b.Close()
+	want(0)
+	a.Close()
+	a.Sent()
+	want(0)
+}

@@ -139,6 +139,8 @@ type Subscription struct {
 	matched []*record // by entry ID
 	viewed  []string  // authorities in the last View
 	sent    []string  // authorities in the last View that was sent
+	// answered: something was sent, so what the workload has is known.
+	answered, closed bool
 }
 
 // Subscribe opens a subscription for a caller with these selectors.
@@ -156,9 +158,18 @@ func (c *Cache) Subscribe(selectors []Selector) *Subscription {
 	for _, r := range s.matched {
 		c.watch(r, s)
 	}
+	c.unanswered++
 	c.fill()
 	notify(s.c)
 	return s
+}
+
+// Unanswered counts the open subscriptions that nothing was sent on yet. Their
+// workloads may still use what they got from an earlier one.
+func (c *Cache) Unanswered() int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.unanswered
 }
 
 // C receives when the next View may differ from the last. It has capacity one
@@ -188,6 +199,10 @@ func (s *Subscription) View() View {
 func (s *Subscription) Sent() {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
+	if !s.answered && !s.closed {
+		s.answered = true
+		s.cache.unanswered--
+	}
 	s.hang(s.viewed, s.viewed)
 }
 
@@ -224,6 +239,10 @@ func (s *Subscription) Close() {
 	c := s.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	if !s.answered && !s.closed {
+		c.unanswered--
+	}
+	s.closed = true
 	s.hang(nil, nil)
 	for _, sel := range s.selectors {
 		if delete(c.subscribers[sel], s); len(c.subscribers[sel]) == 0 {

@@ -84,8 +84,8 @@ func New(cfg Config) *Renewer {
 	}
 }
 
-// InFlightSince counts the SVIDs being minted by calls that began at t or
-// before: answers that were perhaps signed before the server learned at t of
+// InFlightSince counts the SVIDs, the node's own among them, that are being
+// minted by calls that began at t or before: answers that were perhaps signed before the server learned at t of
 // a taint. Read it before the cache, so that an answer is seen in one of the
 // two.
 func (r *Renewer) InFlightSince(t time.Time) int {
@@ -94,7 +94,7 @@ func (r *Renewer) InFlightSince(t time.Time) int {
 	n := 0
 	for c := range r.inFlight {
 		if !c.began.After(t) {
-			n += len(c.attempts)
+			n += max(len(c.attempts), 1)
 		}
 	}
 	return n

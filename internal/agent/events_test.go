@@ -248,8 +248,9 @@ func TestDrillRestartInMidWave(t *testing.T) {
 				}
 			}
 		}
-		// The one that was on its way at the stop may be asked for again.
-		if repeated > 1 || len(done) < 80 {
+		// The one that was on its way at the stop, and the one that had just
+		// arrived and was not kept yet, may be asked for again.
+		if repeated > 2 || len(done) < 80 {
 			w.t.Errorf("%d of %d SVIDs that were renewed before the restart were renewed again", repeated, len(done))
 		}
 		w.paced(w.mintsSince(restarted))

@@ -33,6 +33,7 @@ func (a *Agent) State() metrics.State {
 	}
 	own := a.own.Held()
 	usages := a.cache.Authorities()
+	unanswered := a.cache.Unanswered()
 	_, _, late := a.cache.Counts(overdue)
 
 	s := metrics.State{
@@ -74,6 +75,9 @@ func (a *Agent) State() metrics.State {
 		// Everything held of such an authority is due, and so is an answer that
 		// the server may have signed before it knew.
 		auth.Pending = auth.Held + inFlight[auth.ID]
+		// A workload that has come back and was not answered yet has what an
+		// earlier stream sent it, of this process or of the one before.
+		auth.Streams += unanswered
 		if own != nil && own.Authority == auth.ID {
 			auth.Pending++
 		}
