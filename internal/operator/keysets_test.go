@@ -307,6 +307,14 @@ func TestScope(t *testing.T) {
 			if err == nil && (resp.GetScope().GetTrustDomain() != "example.org" || resp.GetScope().GetDeployment() != test.name || resp.GetSequence() != 3) {
 				t.Errorf("%q %q: %v", test.td, test.name, resp)
 			}
+			wantBundle := test.code
+			if test.td+test.name == "" {
+				wantBundle = codes.OK // it is one for all
+			}
+			b, err := c.GetBundle(t.Context(), &api.GetBundleRequest{Scope: &api.Scope{TrustDomain: test.td, Deployment: test.name}})
+			if status.Code(err) != wantBundle || err == nil && (b.GetSequence() != 3 || string(b.GetPem()) != string(w.published().PEM())) {
+				t.Errorf("bundle for %q %q: %v, %v", test.td, test.name, b, err)
+			}
 			if _, err := c.Backend(test.td, test.name).Status(t.Context()); test.code != codes.OK && (err == nil || err.Error() != test.text) {
 				t.Errorf("%q %q: %v", test.td, test.name, err)
 			}

@@ -177,9 +177,14 @@ func (s *Service) DeleteEntry(ctx context.Context, req *api.DeleteEntryRequest) 
 	return &api.DeleteEntryResponse{}, nil
 }
 
-// GetBundle implements the service.
+// GetBundle implements the service. All deployments publish the same bundle, so
+// none need be named.
 func (s *Service) GetBundle(_ context.Context, req *api.GetBundleRequest) (*api.GetBundleResponse, error) {
-	if _, err := s.find(req); err != nil {
+	if scope := req.GetScope(); scope.GetDeployment() == "" {
+		if err := s.checkTrustDomain(scope.GetTrustDomain()); err != nil {
+			return nil, err
+		}
+	} else if _, err := s.find(req); err != nil {
 		return nil, err
 	}
 	b := s.config.Published()

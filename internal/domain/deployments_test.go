@@ -1,0 +1,212 @@
+package domain_test
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/encoding/prototext"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/renewd/renewd/internal/api"
+)
+
+func verifies(who *identity, b *spiffebundle.Bundle) error {
+	_, _, err := x509svid.Verify(who.chain, b)
+	return err
+}
+
+func (a *agent) token(entry string) string {
+	a.t.Helper()
+	resp, err := a.NewJWTSVID(a.t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: entry, Audience: []string{"a"}})
+	check(a.t, err)
+	return resp.GetSvid().GetToken()
+}
+
+// TestDeploymentsTrustEachOther: two deployments sign with keysets of their own,
+// and the agents of each are told the authorities of both.
+func TestDeploymentsTrustEachOther(t *testing.T) {
+	t.Parallel()
+	r := run(t, newConfig(t, "east", "west"))
+	agents := map[string]*agent{}
+	for _, name := range []string{"east", "west"} {
+		r.put(name, "web", "/"+name)
+		agents[name] = r.join(name)
+	}
+	both := func() *spiffebundle.Bundle {
+		t.Helper()
+		b, east := agents["east"].bundle()
+		if w, _ := agents["west"].bundle(); !proto.Equal(b, w) {
+			t.Fatalf("the bundles differ: %v, %v", b, w)
+		}
+		return east
+	}
+	trust := both()
+	if x, j := len(trust.X509Authorities()), len(trust.JWTAuthorities()); x != 2 || j != 2 {
+		t.Fatalf("%d and %d authorities", x, j)
+	}
+	workloads := map[string]*identity{}
+	for name, a := range agents {
+		workloads[name] = a.workload("web")
+		if want := "/" + name; workloads[name].id.Path() != want {
+			t.Errorf("%s: got %v", name, workloads[name].id)
+		}
+		check(t, verifies(workloads[name], trust))
+		if _, err := jwtsvid.ParseAndValidate(a.token("web"), trust, []string{"a"}); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// What is trusted is not let in everywhere: entries are a deployment's own.
+	stranger := r.dial("west", agents["east"].identity)
+	if _, err := stranger.PostStatus(t.Context(), &agentv1.PostStatusRequest{}); status.Code(err) != codes.PermissionDenied {
+		t.Errorf("an agent of east at west: %v", err)
+	}
+
+	before, _ := agents["west"].bundle()
+	west := r.keysets("west").GetKeysets()
+	old := r.rotate("east")
+	both()
+	after, _ := agents["west"].bundle()
+	var tainted []string
+	for _, a := range after.GetJwtAuthorities() {
+		if a.GetTainted() {
+			tainted = append(tainted, a.GetKeyId())
+		}
+	}
+	var want string
+	for _, k := range r.keysets("east").GetKeysets() {
+		if k.GetId() == old {
+			want = k.GetJwtKeyId()
+		}
+	}
+	if len(after.GetX509Authorities()) != 3 || after.GetSequenceNumber() != before.GetSequenceNumber()+2 || !slices.Equal(tainted, []string{want}) {
+		t.Errorf("after a taint of %s at east, west's agents get %v", want, after)
+	}
+	if now := r.keysets("west").GetKeysets(); len(now) != 1 || now[0].GetId() != west[0].GetId() || now[0].GetState() != api.KeysetState_ACTIVE {
+		t.Errorf("keysets of west: %v", now)
+	}
+	all, err := r.api.GetBundle(t.Context(), &api.GetBundleRequest{})
+	check(t, err)
+	if n := strings.Count(string(all.GetPem()), "BEGIN"); n != 3 || all.GetSequence() != after.GetSequenceNumber() {
+		t.Errorf("operators get %d authorities, sequence %d", n, all.GetSequence())
+	}
+
+	trust = both()
+	check(t, verifies(workloads["east"], trust))
+	check(t, verifies(agents["east"].workload("web"), trust))
+	_, err = r.api.RemoveKeyset(t.Context(), &api.RemoveKeysetRequest{Scope: scope("east"), KeysetId: old, Force: true})
+	check(t, err)
+	trust = both()
+	if verifies(workloads["east"], trust) == nil {
+		t.Error("west's workloads trust a keyset that was removed at east")
+	}
+	check(t, verifies(workloads["west"], trust))
+}
+
+// kept is all that a restart must not change, as text.
+func (r *running) kept() string {
+	r.t.Helper()
+	var out strings.Builder
+	ctx := r.t.Context()
+	for _, name := range []string{"east", "west"} {
+		s := scope(name)
+		keysets := r.keysets(name)
+		keysets.AgentsBehind, keysets.Automatic = 0, nil // known again after a minute
+		entries, err := r.api.ListEntries(ctx, &api.ListEntriesRequest{Scope: s})
+		check(r.t, err)
+		agents, err := r.api.ListAgents(ctx, &api.ListAgentsRequest{Scope: s})
+		check(r.t, err)
+		for _, a := range agents.GetAgents() {
+			a.AppliedSequence, a.LastReport = 0, nil
+		}
+		audit, err := r.api.ReadAudit(ctx, &api.ReadAuditRequest{Scope: s})
+		check(r.t, err)
+		for _, m := range []proto.Message{keysets, entries, agents, audit} {
+			fmt.Fprintf(&out, "%s %T: %s\n", name, m, canonical(m))
+		}
+	}
+	return out.String()
+}
+
+// canonical is a message as text, without prototext's deliberate noise.
+func canonical(m proto.Message) string {
+	return strings.Join(strings.Fields(prototext.Format(m)), " ")
+}
+
+// TestRestart stops the server and starts it on the same store, with one of the
+// deployments no longer configured, and with it again.
+func TestRestart(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "east", "west")
+	r := run(t, c)
+	who := map[string]*identity{}
+	tokens := map[string]string{}
+	for i, name := range []string{"east", "west"} {
+		r.put(name, "web", "/"+name)
+		a := r.join(name)
+		who[name], tokens[name] = a.identity, r.token(name)
+		for range i + 1 {
+			a.workload("web")
+			a.token("web")
+			r.rotate(name)
+		}
+		_, err := a.PostStatus(t.Context(), &agentv1.PostStatusRequest{AgentVersion: "7." + name, CurrentBundleSerial: 3})
+		check(t, err)
+	}
+	want, sequence, pem := r.kept(), r.Published().Sequence, string(r.Published().PEM())
+	if !strings.Contains(want, "live_x509_svids: 2") || !strings.Contains(want, "7.west") || !strings.Contains(want, "unix:uid:") {
+		t.Fatalf("too little to be kept:\n%s", want)
+	}
+	same := func() {
+		t.Helper()
+		got := strings.Split(r.kept(), "\n")
+		for i, line := range strings.Split(want, "\n") {
+			if got[i] != line {
+				t.Errorf("after a restart\n%s\nbefore it\n%s", got[i], line)
+			}
+		}
+		if got := r.Published(); got.Sequence != sequence || string(got.PEM()) != pem {
+			t.Errorf("published: %v", got)
+		}
+		check(t, r.Ready())
+	}
+
+	r.stop()
+	r = run(t, c)
+	same()
+	for name := range who {
+		r.dial(name, who[name]).workload("web")
+	}
+	want = r.kept()
+
+	// West is not configured: nobody is served, and everybody trusts it still.
+	r.stop()
+	c.Rotation.Mode = "on"
+	r = run(t, served(c, "east"))
+	same()
+	if r.Server("west") != nil || r.start.addresses["deployments.west.listen_address"] != "" {
+		t.Error("west is served")
+	}
+	if mode := r.keysets("east").GetAutomatic().GetMode(); mode != "on" {
+		t.Errorf("automatic rotation of east is %q", mode)
+	}
+	if a := r.keysets("west").GetAutomatic(); a.GetMode() != "off" || a.GetNext() != "" {
+		t.Errorf("automatic rotation of west: %v", a)
+	}
+	r.stop()
+	c.Rotation.Mode = "off"
+	r = run(t, c)
+	same()
+	for name := range who {
+		r.dial(name, who[name]).workload("web")
+		r.attest(name, tokens[name])
+	}
+}
