@@ -1,0 +1,231 @@
+package domain_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net/http"
+	"os/exec"
+	"slices"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/federation"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
+)
+
+// TestEndpointFollows: a relying party that has a bundle gets every later one
+// from the endpoint, through a whole rotation.
+func TestEndpointFollows(t *testing.T) {
+	t.Parallel()
+	r := run(t, newConfig(t, "east", "west"))
+	_, trust := r.dial("west", nil).bundle()
+	url := "https://" + r.address("bundle_endpoint.address")
+	follow := func(sequence uint64, authorities int) {
+		t.Helper()
+		next, err := federation.FetchBundle(t.Context(), td, url, federation.WithSPIFFEAuth(trust, serverID))
+		check(t, err)
+		got, _ := next.SequenceNumber()
+		hint, _ := next.RefreshHint()
+		if got != sequence || len(next.X509Authorities()) != authorities || len(next.JWTAuthorities()) != authorities || hint != time.Minute {
+			t.Errorf("sequence %d, %d and %d authorities, hint %v", got, len(next.X509Authorities()), len(next.JWTAuthorities()), hint)
+		}
+		if n := len(r.keys(trust)); n != authorities {
+			t.Errorf("%d keys", n)
+		}
+		trust = next
+	}
+	ctx, s := t.Context(), scope("east")
+	old := r.keysets("east").GetKeysets()[0].GetId()
+	follow(2, 2)
+	p, err := r.api.PrepareKeyset(ctx, &api.PrepareKeysetRequest{Scope: s})
+	check(t, err)
+	follow(3, 3)
+	_, err = r.api.ActivateKeyset(ctx, &api.ActivateKeysetRequest{Scope: s, KeysetId: p.GetKeyset().GetId()})
+	check(t, err)
+	follow(3, 3)
+	_, err = r.api.TaintKeyset(ctx, &api.TaintKeysetRequest{Scope: s, KeysetId: old})
+	check(t, err)
+	follow(4, 3)
+	_, err = r.api.RemoveKeyset(ctx, &api.RemoveKeysetRequest{Scope: s, KeysetId: old})
+	check(t, err)
+	follow(5, 2)
+}
+
+// keys is the plain JWK set of the endpoint.
+func (r *running) keys(trust *spiffebundle.Bundle) []any {
+	r.t.Helper()
+	client := http.Client{Transport: &http.Transport{TLSClientConfig: tlsconfig.TLSClientConfig(trust, tlsconfig.AuthorizeID(serverID)), DisableKeepAlives: true}}
+	var set struct{ Keys []any }
+	check(r.t, json.Unmarshal(get(r.t, &client, "https://"+r.address("bundle_endpoint.address")+"/keys", http.StatusOK), &set))
+	return set.Keys
+}
+
+func get(t testing.TB, client *http.Client, url string, code int) []byte {
+	t.Helper()
+	req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	check(t, err)
+	resp, err := client.Do(req)
+	check(t, err)
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	check(t, err)
+	if resp.StatusCode != code {
+		t.Fatalf("%s: %s: %s", url, resp.Status, body)
+	}
+	return body
+}
+
+// TestRemoteOperators manage a deployment with an SVID that another deployment
+// has signed for them, also one of a new keyset.
+func TestRemoteOperators(t *testing.T) {
+	t.Parallel()
+	r := run(t, newConfig(t, "east", "west"))
+	for _, name := range []string{"alice", "bob", "carol"} {
+		r.put("west", name, "/ops/"+name)
+	}
+	a := r.join("west")
+	as := func(name string) api.OperatorClient {
+		t.Helper()
+		return api.NewOperatorClient(r.connect(a.workload(name), r.address("operators.address")).ClientConn)
+	}
+	ctx := t.Context()
+	for range 2 {
+		_, err := as("alice").PrepareKeyset(ctx, &api.PrepareKeysetRequest{Scope: scope("east")})
+		check(t, err)
+		_, err = as("bob").ListKeysets(ctx, &api.ListKeysetsRequest{Scope: scope("east")})
+		check(t, err)
+		_, err = as("bob").PrepareKeyset(ctx, &api.PrepareKeysetRequest{Scope: scope("east")})
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("a reader prepares: %v", err)
+		}
+		_, err = as("carol").ListKeysets(ctx, &api.ListKeysetsRequest{Scope: scope("east")})
+		if status.Code(err) != codes.PermissionDenied {
+			t.Errorf("a stranger looks: %v", err)
+		}
+		_, err = api.NewOperatorClient(r.connect(nil, r.address("operators.address")).ClientConn).ListKeysets(ctx, &api.ListKeysetsRequest{Scope: scope("east")})
+		if err == nil {
+			t.Error("somebody without an SVID looks")
+		}
+		r.rotate("west")
+	}
+	audit, err := r.api.ReadAudit(ctx, &api.ReadAuditRequest{Scope: scope("east")})
+	check(t, err)
+	var actors []string
+	for _, rec := range audit.GetRecords() {
+		actors = append(actors, rec.GetActor()+" "+rec.GetOperation())
+	}
+	if want := []string{"server create", "spiffe://example.org/ops/alice prepare", "spiffe://example.org/ops/alice prepare"}; !slices.Equal(actors, want) {
+		t.Errorf("the audit log has %q", actors)
+	}
+}
+
+// TestMetrics: the series of every call exist before the first one, and those of
+// keysets follow a rotation.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	r := run(t, newConfig(t, "east", "west"))
+	scrape := func() string {
+		t.Helper()
+		return string(get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK))
+	}
+	has := func(lines ...string) {
+		t.Helper()
+		all := strings.Split(scrape(), "\n")
+		for _, want := range lines {
+			if !slices.Contains(all, want) {
+				series, _, _ := strings.Cut(want, " ")
+				i := slices.IndexFunc(all, func(l string) bool { return strings.HasPrefix(l, series) })
+				t.Errorf("no %s, but %q", want, all[max(i, 0)])
+			}
+		}
+	}
+	for _, call := range []string{
+		`grpc_method="AttestAgent",grpc_service="spire.api.server.agent.v1.Agent",grpc_type="bidi_stream"`,
+		`grpc_method="GetBundle",grpc_service="spire.api.server.bundle.v1.Bundle",grpc_type="unary"`,
+		`grpc_method="SyncAuthorizedEntries",grpc_service="spire.api.server.entry.v1.Entry",grpc_type="bidi_stream"`,
+		`grpc_method="BatchNewX509SVID",grpc_service="spire.api.server.svid.v1.SVID",grpc_type="unary"`,
+		`grpc_method="Report",grpc_service="` + api.Fleet_ServiceDesc.ServiceName + `",grpc_type="unary"`,
+		`grpc_method="RemoveKeyset",grpc_service="` + api.Operator_ServiceDesc.ServiceName + `",grpc_type="unary"`,
+	} {
+		has("grpc_server_started_total{" + call + "} 0")
+	}
+	has(`spirl_application_info{spirl_app_version="1.2.3",spirl_component="server",spirl_trust_domain="example.org",spirl_trust_domain_deployment="east"} 1`)
+
+	for _, name := range []string{"east", "west"} {
+		r.put(name, "web", "/"+name)
+	}
+	a := r.join("east")
+	a.workload("web")
+	a.token("web")
+	old := r.keysets("east").GetKeysets()[0].GetId()
+	state := func(keyset, state string, is int) string {
+		return fmt.Sprintf(`renewd_server_keyset_state{deployment="east",keyset="%s",state="%s"} %d`, keyset, state, is)
+	}
+	gauge := func(name, keyset string, is int) string {
+		return fmt.Sprintf(`renewd_server_keyset_%s{deployment="east",keyset="%s"} %d`, name, keyset, is)
+	}
+	safe := func(kind string, is int) string {
+		return fmt.Sprintf(`renewd_server_keyset_safe{deployment="east",keyset="%s",svid_type="%s"} %d`, old, kind, is)
+	}
+	has(state(old, "active", 1), state(old, "prepared", 0), gauge("x509_svids", old, 2), gauge("agents_holding", old, 1),
+		`renewd_server_bundle_sequence_number{deployment="east"} 2`, `renewd_server_bundle_sequence_number{deployment="west"} 2`,
+		`renewd_server_agents{deployment="east"} 1`, `renewd_server_agents_behind{deployment="east"} 1`, `renewd_server_agents{deployment="west"} 0`,
+		`renewd_server_rotation_mode{deployment="west",mode="off"} 1`,
+		`spirl_server_mint_svid_total{status_code="OK",svid_type="x509"} 1`, `spirl_server_mint_svid_total{status_code="OK",svid_type="jwt"} 1`)
+
+	r.rotate("east")
+	next := r.keysets("east").GetKeysets()[1].GetId()
+	has(state(old, "tainted", 1), state(old, "active", 0), state(next, "active", 1), gauge("x509_svids", old, 2), gauge("agents_holding", old, 1),
+		gauge("x509_svids", next, 0), safe("x509", 0), safe("jwt", 0), `renewd_server_bundle_sequence_number{deployment="west"} 4`)
+	_, err := a.Report(t.Context(), &api.ReportRequest{BundleSequence: 4, Authorities: []*api.AuthorityReport{{
+		AuthorityId: r.keysets("east").GetKeysets()[0].GetX509AuthorityId(), Tainted: true, Settled: true,
+	}}})
+	check(t, err)
+	a.workload("web")
+	has(gauge("x509_svids", old, 0), gauge("agents_holding", old, 0), gauge("x509_svids", next, 1), safe("x509", 1), safe("jwt", 0),
+		`renewd_server_agents_behind{deployment="east"} 0`, `spirl_server_mint_svid_total{status_code="OK",svid_type="x509"} 2`)
+	_, err = r.api.RemoveKeyset(t.Context(), &api.RemoveKeysetRequest{Scope: scope("east"), KeysetId: old})
+	check(t, err)
+	if text := scrape(); strings.Contains(text, old) {
+		t.Error("the removed keyset is still there")
+	} else if promtool, err := exec.LookPath("promtool"); err == nil {
+		cmd := exec.CommandContext(t.Context(), promtool, "check", "metrics")
+		cmd.Stdin = bytes.NewReader([]byte(text))
+		if out, err := cmd.CombinedOutput(); err != nil || len(out) > 0 {
+			t.Errorf("promtool: %v: %s", err, out)
+		}
+	}
+}
+
+// TestReady: the server is not ready when it can sign nothing, and says why.
+func TestReady(t *testing.T) {
+	t.Parallel()
+	var passed atomic.Int64
+	c := newConfig(t, "east", "west")
+	c.Now = func() time.Time { return time.Now().Add(time.Duration(passed.Load())) }
+	r := run(t, c)
+	ready := "http://" + r.address("metrics.address") + "/ready"
+	get(t, http.DefaultClient, ready, http.StatusOK)
+	passed.Store(int64(91 * 24 * time.Hour))
+	body := get(t, http.DefaultClient, ready, http.StatusServiceUnavailable)
+	if !strings.Contains(string(body), "deployment east has expired") {
+		t.Errorf("%s", body)
+	}
+	r.stop()
+	if r.Ready() == nil {
+		t.Error("ready at the end")
+	}
+
+	// What is not served any more need not sign.
+	r = run(t, served(c, "north"))
+	check(t, r.Ready())
+}

@@ -1,0 +1,239 @@
+package domain_test
+
+import (
+	"errors"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// TestErrors: what keeps a server from its start names the field, the value and
+// the remedy, and leaves nothing open: the same store, socket and addresses
+// work at once when it is put right.
+func TestErrors(t *testing.T) {
+	t.Parallel()
+	for name, test := range map[string]struct {
+		spoil func(t *testing.T, c *domain.Config)
+		is    error
+		want  []string
+	}{
+		"no trust domain": {
+			func(_ *testing.T, c *domain.Config) { c.TrustDomain = spiffeid.TrustDomain{} },
+			nil, []string{"trust_domain", "give the name"},
+		},
+		"two of a name": {
+			func(_ *testing.T, c *domain.Config) { c.Deployments[1].Name = "east" },
+			nil, []string{"deployments.east", "given twice", "name of its own"},
+		},
+		"no address": {
+			func(_ *testing.T, c *domain.Config) { c.Deployments[1] = domain.DeploymentConfig{Name: "west"} },
+			nil, []string{"deployments.west.listen_address", "give host:port"},
+		},
+		"no name": {
+			func(_ *testing.T, c *domain.Config) { c.Deployments[1].Name = "" },
+			nil, []string{"deployments[1]", "give one"},
+		},
+		"profile": {
+			func(_ *testing.T, c *domain.Config) { c.EndpointProfile = "https" },
+			nil, []string{"bundle_endpoint.profile", `"https"`, "use https_spiffe or https_web"},
+		},
+		"profile without files": {
+			func(_ *testing.T, c *domain.Config) { c.EndpointProfile = domain.ProfileWeb },
+			nil, []string{"bundle_endpoint.profile", "give cert_file and key_file"},
+		},
+		"files without profile": {
+			func(_ *testing.T, c *domain.Config) { c.EndpointCertFile = "/cert" },
+			nil, []string{"bundle_endpoint.cert_file", "https_web"},
+		},
+		"certificate that is not there": {
+			func(_ *testing.T, c *domain.Config) {
+				c.EndpointProfile, c.EndpointCertFile, c.EndpointKeyFile = domain.ProfileWeb, "/nowhere/cert", "/nowhere/key"
+			},
+			os.ErrNotExist, []string{"bundle_endpoint", "/nowhere/cert"},
+		},
+		"refresh hint": {
+			func(_ *testing.T, c *domain.Config) { c.RefreshHint = time.Millisecond },
+			nil, []string{"bundle_endpoint.refresh_hint", "1ms", "whole seconds"},
+		},
+		"rule": {
+			func(_ *testing.T, c *domain.Config) { c.Readers = []string{"spiffe://example.com/bob"} },
+			nil, []string{"operators.readers[0]", "spiffe://example.com/bob", "operators need an SVID of it"},
+		},
+		"rotation": {
+			func(_ *testing.T, c *domain.Config) {
+				c.Rotation = rotation.Policy{PreparationThreshold: 80 * 24 * time.Hour}
+			},
+			nil, []string{"preparation_threshold", "1920h0m0s", "give at most"},
+		},
+		"key that is not there": {
+			func(_ *testing.T, c *domain.Config) { c.KeyFile = "/nowhere/key" },
+			os.ErrNotExist, []string{"key_file", "/nowhere/key", "server key new"},
+		},
+		"no key": {
+			func(_ *testing.T, c *domain.Config) { c.KeyFile = "" },
+			nil, []string{"key_file", seal.CredentialName},
+		},
+		"another key": {
+			func(t *testing.T, c *domain.Config) {
+				c.KeyFile = filepath.Join(t.TempDir(), "key.json")
+				check(t, seal.NewFile(c.KeyFile))
+			},
+			seal.ErrWrongKey, []string{domain.FileName, "deployment"},
+		},
+		"another trust domain": {
+			func(_ *testing.T, c *domain.Config) {
+				c.TrustDomain, c.Managers, c.Readers = spiffeid.RequireTrustDomainFromString("example.com"), nil, nil
+			},
+			nil, []string{"belongs to trust domain example.org", "example.com", "correct the trust domain or the path"},
+		},
+		"folder that is a file": {
+			func(_ *testing.T, c *domain.Config) { c.DataDir = c.KeyFile },
+			nil, []string{"data_dir", "key.json"},
+		},
+		"damaged": {
+			func(t *testing.T, c *domain.Config) {
+				// A copy: nobody repairs a damaged file.
+				from := filepath.Join(c.DataDir, domain.FileName)
+				c.DataDir = t.TempDir()
+				data, err := os.ReadFile(from)
+				check(t, err)
+				for i := range data[8192:] {
+					data[8192+i] ^= 0xff
+				}
+				check(t, os.WriteFile(filepath.Join(c.DataDir, domain.FileName), data, 0o600))
+			},
+			store.ErrDamaged, []string{domain.FileName, "put a backup of it in its place"},
+		},
+		"store in use": {
+			func(t *testing.T, c *domain.Config) {
+				d, err := domain.Open(t.Context(), *c)
+				check(t, err)
+				t.Cleanup(func() { check(t, d.Close()) })
+			},
+			store.ErrInUse, []string{domain.FileName, "end that process first"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			good := newConfig(t, "east", "west")
+			run(t, good).stop()
+			bad := good
+			bad.Deployments = append([]domain.DeploymentConfig(nil), good.Deployments...)
+			t.Run("start", func(t *testing.T) {
+				test.spoil(t, &bad)
+				d, err := domain.Open(t.Context(), bad)
+				if err == nil {
+					check(t, d.Close())
+				}
+				mustSay(t, err, test.is, test.want)
+			})
+			run(t, good)
+		})
+	}
+}
+
+func mustSay(t *testing.T, err, is error, want []string) {
+	t.Helper()
+	if err == nil {
+		t.Fatal("no error")
+	}
+	if is != nil && !errors.Is(err, is) {
+		t.Errorf("%v: is not %v", err, is)
+	}
+	for _, w := range want {
+		if !strings.Contains(err.Error(), w) {
+			t.Errorf("%v: does not say %q", err, w)
+		}
+	}
+}
+
+// TestAddressInUse: so is every listener opened before anything is served, and
+// none is left open when one cannot be.
+func TestAddressInUse(t *testing.T) {
+	t.Parallel()
+	for field, spoil := range map[string]func(t *testing.T, c *domain.Config){
+		"deployments.east.listen_address": func(t *testing.T, c *domain.Config) { c.Deployments[0].ListenAddress = occupied(t) },
+		"operators.address":               func(t *testing.T, c *domain.Config) { c.OperatorAddress = occupied(t) },
+		"bundle_endpoint.address":         func(t *testing.T, c *domain.Config) { c.EndpointAddress = occupied(t) },
+		"metrics.address":                 func(t *testing.T, c *domain.Config) { c.MetricsAddress = occupied(t) },
+		"admin_socket": func(t *testing.T, c *domain.Config) {
+			lis, err := net.Listen("unix", c.AdminSocket)
+			check(t, err)
+			t.Cleanup(func() { lis.Close() })
+		},
+	} {
+		t.Run(field, func(t *testing.T) {
+			t.Parallel()
+			good := newConfig(t, "east", "west")
+			bad := served(good, "east", "west")
+			given, err := net.Listen("tcp", "127.0.0.1:0")
+			check(t, err)
+			bad.Deployments[1].Listener = given
+			t.Run("start", func(t *testing.T) {
+				spoil(t, &bad)
+				d, err := domain.Open(t.Context(), bad)
+				check(t, err)
+				err = d.Run(t.Context())
+				mustSay(t, err, nil, []string{field, "listens", "choose another"})
+				if _, err := given.Accept(); !errors.Is(err, net.ErrClosed) {
+					t.Errorf("a listener is open: %v", err)
+				}
+				if d.Ready() == nil {
+					t.Error("ready")
+				}
+				check(t, d.Close()) // again
+			})
+			if _, err := os.Lstat(good.AdminSocket); !errors.Is(err, os.ErrNotExist) {
+				t.Errorf("the admin socket: %v", err)
+			}
+			run(t, good)
+		})
+	}
+}
+
+// TestServingFails: what turns out only while serving ends everything else.
+func TestServingFails(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "east")
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	c.Deployments[0].Listener = lis
+	c.WebConfigFile = "/nowhere/web.yaml"
+	d, err := domain.Open(t.Context(), c)
+	check(t, err)
+	mustSay(t, d.Run(t.Context()), os.ErrNotExist, []string{"metrics", "/nowhere/web.yaml"})
+	if _, err := lis.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a listener is open: %v", err)
+	}
+	c.Deployments[0].Listener, c.WebConfigFile = nil, ""
+	run(t, c)
+}
+
+// TestClose closes a domain that is never run.
+func TestClose(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "east")
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	check(t, err)
+	c.Deployments[0].Listener = lis
+	d, err := domain.Open(t.Context(), c)
+	check(t, err)
+	if d.Ready() == nil {
+		t.Error("ready before it runs")
+	}
+	check(t, d.Close())
+	check(t, d.Close())
+	if _, err := lis.Accept(); !errors.Is(err, net.ErrClosed) {
+		t.Errorf("a listener is open: %v", err)
+	}
+}
