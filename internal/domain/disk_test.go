@@ -68,9 +68,6 @@ func TestFullDisk(t *testing.T) {
 	check(t, err)
 	a := r.join("east")
 	a.workload(ids[0])
-	// Of a life of its own, to be recorded at once.
-	_, err = r.api.PutEntry(ctx, &api.PutEntryRequest{Scope: s, Entry: entries[0]})
-	check(t, err)
 
 	before, published := r.keysets("east"), r.Published()
 	filler := fillUp(t, dir)

@@ -1,0 +1,172 @@
+package domain_test
+
+import (
+	"context"
+	"crypto/x509"
+	"encoding/hex"
+	"math/rand/v2"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
+)
+
+const day = 24 * time.Hour
+
+// TestYears lets two deployments rotate by themselves for many lives of a keyset,
+// under agents that come by every few hours and sometimes stay away for days.
+// Their workloads trust each other all the time, with the bundles and SVIDs
+// that they have at that moment.
+func TestYears(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, years)
+}
+
+func years(t *testing.T) {
+	const lifetime, length = 45 * day, 365 * day
+	w := &yearsWorld{t: t, rand: rand.New(rand.NewPCG(1, 2)), seen: map[string]bool{}}
+	c := domain.Config{TrustDomain: td, KeysetLifetime: lifetime, X509TTL: 168 * time.Hour}
+	names := []string{"east", "west"}
+	for _, name := range names {
+		lis := bufconn.Listen(1 << 16)
+		w.nodes = append(w.nodes, &node{name: name, lis: lis})
+		c.Deployments = append(c.Deployments, domain.DeploymentConfig{Name: name, Listener: lis})
+	}
+	w.running = run(t, c)
+	for _, n := range w.nodes {
+		s := w.Server(n.name)
+		_, err := s.ApplyEntries(t.Context(), []server.Entry{{
+			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/"+n.name), Selectors: []server.Selector{{Type: "unix", Value: "uid:0"}},
+		}}, false)
+		check(t, err)
+		token, err := s.CreateJoinToken(t.Context(), time.Hour)
+		check(t, err)
+		first := w.reach(n)
+		n.own = first.attest(token.Value)
+		check(t, first.ClientConn.Close())
+		w.visit(n)
+	}
+	for begin := time.Now(); time.Since(begin) < length; {
+		next := w.nodes[0]
+		if w.nodes[1].comes.Before(next.comes) {
+			next = w.nodes[1]
+		}
+		time.Sleep(time.Until(next.comes))
+		w.visit(next)
+		w.trusted()
+		for _, name := range names {
+			w.look(w.Server(name).Keysets())
+		}
+	}
+	if got, least := len(w.seen), 2*int(length/lifetime); got < least || w.away < 20 {
+		t.Errorf("%d keysets, and agents were away for days %d times: at least %d and 20 are to be expected", got, w.away, least)
+	}
+	w.stop()
+}
+
+type yearsWorld struct {
+	*running
+	t     *testing.T
+	rand  *rand.Rand
+	nodes []*node
+	seen  map[string]bool // keysets
+	away  int
+}
+
+// node is an agent and its workload.
+type node struct {
+	name      string
+	lis       *bufconn.Listener
+	own, svid *identity
+	trust     *spiffebundle.Bundle
+	comes     time.Time
+}
+
+// reach connects to the node's deployment.
+func (w *yearsWorld) reach(n *node) *agent {
+	return w.connect(n.own, "server", grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return n.lis.DialContext(ctx) }))
+}
+
+// visit does what an agent does in time, and says so.
+func (w *yearsWorld) visit(n *node) {
+	w.t.Helper()
+	ctx := w.t.Context()
+	a := w.reach(n)
+	defer a.ClientConn.Close()
+	b, trust := a.bundle()
+	n.trust = trust
+	report := &api.ReportRequest{BundleSequence: b.GetSequenceNumber()}
+	tainted := map[string]bool{}
+	for _, x := range b.GetX509Authorities() {
+		cert, err := x509.ParseCertificate(x.GetAsn1())
+		check(w.t, err)
+		id := hex.EncodeToString(cert.SubjectKeyId)
+		if tainted[id] = x.GetTainted(); x.GetTainted() {
+			report.Authorities = append(report.Authorities, &api.AuthorityReport{AuthorityId: id, Tainted: true, Settled: true})
+		}
+	}
+	due := func(who *identity) bool {
+		if who == nil {
+			return true
+		}
+		leaf := who.chain[0]
+		return tainted[hex.EncodeToString(leaf.AuthorityKeyId)] || time.Now().After(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore)/4))
+	}
+	if due(n.own) {
+		key, csr := newKey(w.t)
+		resp, err := a.RenewAgent(ctx, &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
+		check(w.t, err)
+		n.own = parse(w.t, resp.GetSvid(), key)
+	}
+	if due(n.svid) {
+		n.svid = a.workload("web")
+	}
+	_, err := a.Report(ctx, report)
+	check(w.t, err)
+	stay := time.Duration(3+w.rand.IntN(12)) * time.Hour
+	if w.rand.IntN(20) == 0 {
+		stay = time.Duration(24+w.rand.IntN(48)) * time.Hour
+		w.away++
+	}
+	n.comes = time.Now().Add(stay)
+}
+
+// trusted checks that every workload takes every other for who it is.
+func (w *yearsWorld) trusted() {
+	for _, n := range w.nodes {
+		for _, other := range w.nodes {
+			if err := verifies(other.svid, n.trust); err != nil {
+				w.t.Fatalf("%v: %s does not trust %s: %v", time.Now(), n.name, other.name, err)
+			}
+		}
+	}
+}
+
+// look checks what holds of keysets at every moment.
+func (w *yearsWorld) look(d *keyset.Deployment) {
+	active := 0
+	list := d.Status().Keysets
+	for _, k := range list {
+		w.seen[k.ID] = true
+		if k.State == keyset.Active {
+			active++
+		}
+		if time.Now().After(k.ExpiresAt.Add(time.Hour)) {
+			w.t.Fatalf("%v: expired, and still there: %v", time.Now(), k)
+		}
+	}
+	if active != 1 || len(list) > 3 {
+		w.t.Fatalf("%v: keysets of %s: %v", time.Now(), d.Name(), list)
+	}
+}
