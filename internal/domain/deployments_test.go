@@ -70,6 +70,13 @@ func TestDeploymentsTrustEachOther(t *testing.T) {
 		t.Errorf("an agent of east at west: %v", err)
 	}
 
+	// The agents of both verify what either signs: an operator waits for all.
+	for _, name := range []string{"east", "west"} {
+		if list := r.keysets(name); list.GetAgents() != 2 || list.GetAgentsBehind() != 2 {
+			t.Errorf("%s: %d agents, %d behind; want 2 and 2", name, list.GetAgents(), list.GetAgentsBehind())
+		}
+	}
+
 	before, _ := agents["west"].bundle()
 	west := r.keysets("west").GetKeysets()
 	old := r.rotate("east")

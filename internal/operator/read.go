@@ -124,6 +124,19 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
 		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind),
 	}
+	// The agents of other deployments verify what this one signs, too.
+	for i := range s.config.Deployments {
+		other := &s.config.Deployments[i]
+		if other == d {
+			continue
+		}
+		agents, err := s.figures(ctx, other, nil)
+		if err != nil {
+			return nil, fail(err)
+		}
+		resp.Agents += int64(agents.Agents)
+		resp.AgentsBehind += int64(agents.AgentsBehind)
+	}
 	for _, k := range f.Keysets {
 		resp.Keysets = append(resp.Keysets, protoKeyset(k))
 	}
