@@ -72,14 +72,12 @@ func TestFullDisk(t *testing.T) {
 	before, published := r.keysets("east"), r.Published()
 	filler := fillUp(t, dir)
 	// Pages that are free within the store are used up first.
-	given := 1
-	for ; err == nil; given++ {
-		if given == n {
+	for i := 1; err == nil; i++ {
+		if i == n {
 			t.Fatal("the disk is not full")
 		}
-		_, err = a.mint(ids[given])
+		_, err = a.mint(ids[i])
 	}
-	given--
 	unavailable := func(err error) {
 		t.Helper()
 		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "failed to record") {

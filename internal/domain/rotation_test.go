@@ -54,7 +54,7 @@ func years(t *testing.T) {
 		check(t, err)
 		first := w.reach(n)
 		n.own = first.attest(token.Value)
-		check(t, first.ClientConn.Close())
+		check(t, first.Close())
 		w.visit(n)
 	}
 	for begin := time.Now(); time.Since(begin) < length; {
@@ -104,7 +104,7 @@ func (w *yearsWorld) visit(n *node) {
 	w.t.Helper()
 	ctx := w.t.Context()
 	a := w.reach(n)
-	defer a.ClientConn.Close()
+	defer a.Close()
 	b, trust := a.bundle()
 	n.trust = trust
 	report := &api.ReportRequest{BundleSequence: b.GetSequenceNumber()}
