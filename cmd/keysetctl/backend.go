@@ -15,7 +15,10 @@ import (
 	"github.com/renewd/renewd/internal/spire"
 )
 
-const defaultAdminSocket = "/run/renewd-server/admin.sock"
+const (
+	defaultAdminSocket = "/run/renewd-server/admin.sock"
+	defaultSVIDLife    = 24 * time.Hour // of a SPIRE server's SVIDs, unless they are configured to live longer
+)
 
 // target is which deployment is meant and where its signing server is. At most
 // one of Server and SpireSocket is set; else it is the admin socket.
@@ -32,6 +35,9 @@ type target struct {
 	Prometheus string // URL
 	Job        string
 	Agents     int // how many there must be; zero: as many as the server knows
+	// SVIDLife is the longest life of an SVID there: so long an agent that ended
+	// may matter, and so far back its figures count.
+	SVIDLife time.Duration
 }
 
 func (p *program) flags(f *pflag.FlagSet) {
@@ -48,6 +54,7 @@ func (p *program) flags(f *pflag.FlagSet) {
 	f.StringVar(&t.Prometheus, "prometheus", "", "with --spire-socket: `URL` of the Prometheus that scrapes the agents")
 	f.StringVar(&t.Job, "prometheus-job", prom.DefaultJob, "with --prometheus: `NAME` of the agents' scrape job")
 	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: there must be `N` agents, else as many as\nthe SPIRE server knows")
+	f.DurationVar(&t.SVIDLife, "svid-life", defaultSVIDLife, "with --spire-socket: no SVID lives longer than this `DURATION`")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 }
 
@@ -73,6 +80,10 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; leave it out, or give --spire-socket", t.Prometheus)
 	case t.Prometheus == "" && (f.Changed("prometheus-job") || t.Agents != 0):
 		return cli.Usagef("--prometheus-job and --agents are about Prometheus: give --prometheus URL with them")
+	case f.Changed("svid-life") && t.SpireSocket == "":
+		return cli.Usagef("--svid-life is about a SPIRE server: a renewd server knows it; leave it out, or give --spire-socket")
+	case t.SVIDLife < time.Minute:
+		return cli.Usagef("--svid-life must be at least a minute, and is %v", t.SVIDLife)
 	case t.Agents < 0:
 		return cli.Usagef("--agents must not be negative, and is %d", t.Agents)
 	}
@@ -115,9 +126,9 @@ const svidTimeout = 30 * time.Second
 
 // dialSpire connects to the admin socket of a SPIRE server on this machine.
 func dialSpire(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
-	c := spire.Config{Socket: t.SpireSocket, TrustDomain: t.TrustDomain, Deployment: t.Deployment}
+	c := spire.Config{Socket: t.SpireSocket, TrustDomain: t.TrustDomain, Deployment: t.Deployment, X509Life: t.SVIDLife}
 	if t.Prometheus != "" {
-		figures, err := prom.New(prom.Config{URL: t.Prometheus, Job: t.Job, TrustDomain: t.TrustDomain, Expected: t.Agents})
+		figures, err := prom.New(prom.Config{URL: t.Prometheus, Job: t.Job, TrustDomain: t.TrustDomain, Expected: t.Agents, JWTLife: t.SVIDLife + time.Hour})
 		if err != nil {
 			return nil, nil, fmt.Errorf("--prometheus: %w", err)
 		}

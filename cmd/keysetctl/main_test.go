@@ -229,36 +229,38 @@ Run wait ks_abc1234xyz again, and look after the agents that are silent or behin
 func TestUsageErrors(t *testing.T) {
 	t.Parallel()
 	for line, want := range map[string]string{
-		"":                                    "no command: the commands are list, prepare, activate, taint, wait, remove, rotate, plan, version, trust-domain",
-		"lst":                                 `unknown command "lst": the commands are list, prepare`,
-		"trust-domain":                        "no command: the commands are deployment",
-		"trust-domain deployment keyset":      "no command: the commands are list, prepare, activate, taint, wait, remove, rotate",
-		"trust-domain deployment keyset plan": `unknown command "plan"`,
-		"list ks_a":                           `list: takes no argument, and got "ks_a"`,
-		"activate":                            `activate: give the keyset's ID, as in "keysetctl activate ks_abc1234xyz"`,
-		"taint ks_a ks_b":                     `taint: takes one keyset ID, and got "ks_b" too`,
-		"list --nosuch":                       "list: there is no flag --nosuch",
-		"list -x":                             "list: there is no flag -x",
-		"taint ks_a --force":                  "taint: there is no flag --force",
-		"list --output":                       "list: --output needs a value",
-		"list -o yaml":                        `--output takes text or json, and is "yaml"`,
-		"wait ks_a --timeout 5":               `wait: --timeout does not take "5": give a duration such as 90s or 5m`,
-		"wait ks_a --timeout -5s":             "--timeout must not be negative, and is -5s",
-		"wait ks_a --interval 0s":             "--interval must be above 0, and is 0s",
-		"wait ks_a --for x510":                `--for takes one of x509, jwt, all, and is "x510"`,
-		"rotate --for jwt --yes":              `--for takes one of x509, all, and is "jwt"`,
-		"rotate":                              "rotate: asks before each step, and this is no terminal: give --yes",
-		"list --server a:1 --spire-socket /s": "--server and --spire-socket name two servers: give one of them",
-		"list --server a:1":                   "--server a:1: SPIFFE_ENDPOINT_SOCKET is not set",
-		"list --prometheus http://p":          "--prometheus http://p: a renewd server knows the figures itself",
-		"list --agents 3":                     "--prometheus-job and --agents are about Prometheus: give --prometheus URL with them",
-		"list --spire-socket=":                "--spire-socket is empty: give where the server is, or leave the flag out",
-		"plan --agents 3":                     `plan: give --agents N and --svids M, as in "keysetctl plan --agents 200 --svids 50"`,
-		"plan --agents 0 --svids 1":           "plan: --agents must be from 1 to 100000, and is 0",
-		"plan --agents 1 --svids 1 --rate 0":  "plan: --rate must be above 0",
-		"plan --agents many --svids 1":        `plan: --agents does not take "many": give a number`,
-		"help nosuch":                         `no help for "nosuch"`,
-		"version 2":                           `version: takes no argument, and got "2"`,
+		"":                                      "no command: the commands are list, prepare, activate, taint, wait, remove, rotate, plan, version, trust-domain",
+		"lst":                                   `unknown command "lst": the commands are list, prepare`,
+		"trust-domain":                          "no command: the commands are deployment",
+		"trust-domain deployment keyset":        "no command: the commands are list, prepare, activate, taint, wait, remove, rotate",
+		"trust-domain deployment keyset plan":   `unknown command "plan"`,
+		"list ks_a":                             `list: takes no argument, and got "ks_a"`,
+		"activate":                              `activate: give the keyset's ID, as in "keysetctl activate ks_abc1234xyz"`,
+		"taint ks_a ks_b":                       `taint: takes one keyset ID, and got "ks_b" too`,
+		"list --nosuch":                         "list: there is no flag --nosuch",
+		"list -x":                               "list: there is no flag -x",
+		"taint ks_a --force":                    "taint: there is no flag --force",
+		"list --output":                         "list: --output needs a value",
+		"list -o yaml":                          `--output takes text or json, and is "yaml"`,
+		"wait ks_a --timeout 5":                 `wait: --timeout does not take "5": give a duration such as 90s or 5m`,
+		"wait ks_a --timeout -5s":               "--timeout must not be negative, and is -5s",
+		"wait ks_a --interval 0s":               "--interval must be above 0, and is 0s",
+		"wait ks_a --for x510":                  `--for takes one of x509, jwt, all, and is "x510"`,
+		"rotate --for jwt --yes":                `--for takes one of x509, all, and is "jwt"`,
+		"rotate":                                "rotate: asks before each step, and this is no terminal: give --yes",
+		"list --server a:1 --spire-socket /s":   "--server and --spire-socket name two servers: give one of them",
+		"list --server a:1":                     "--server a:1: SPIFFE_ENDPOINT_SOCKET is not set",
+		"list --prometheus http://p":            "--prometheus http://p: a renewd server knows the figures itself",
+		"list --agents 3":                       "--prometheus-job and --agents are about Prometheus: give --prometheus URL with them",
+		"list --spire-socket=":                  "--spire-socket is empty: give where the server is, or leave the flag out",
+		"list --svid-life 48h":                  "--svid-life is about a SPIRE server: a renewd server knows it; leave it out, or give --spire-socket",
+		"list --spire-socket /s --svid-life 1s": "--svid-life must be at least a minute, and is 1s",
+		"plan --agents 3":                       `plan: give --agents N and --svids M, as in "keysetctl plan --agents 200 --svids 50"`,
+		"plan --agents 0 --svids 1":             "plan: --agents must be from 1 to 100000, and is 0",
+		"plan --agents 1 --svids 1 --rate 0":    "plan: --rate must be above 0",
+		"plan --agents many --svids 1":          `plan: --agents does not take "many": give a number`,
+		"help nosuch":                           `no help for "nosuch"`,
+		"version 2":                             `version: takes no argument, and got "2"`,
 	} {
 		d := newDesk(t)
 		d.server.Before = func(call, _ string) error {
@@ -280,14 +282,14 @@ func TestTarget(t *testing.T) {
 		"list --trust-domain a.org --deployment-name b --admin-socket /c": {TrustDomain: "a.org", Deployment: "b", AdminSocket: "/c"},
 		"--deployment-name b list":                                        {TrustDomain: "env.org", Deployment: "b", AdminSocket: "/env.sock"},
 		"prepare --server h:1":                                            {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock", Server: "h:1"},
-		"list --spire-socket /s --prometheus http://p --prometheus-job j --agents 4": {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock",
-			SpireSocket: "/s", Prometheus: "http://p", Job: "j", Agents: 4},
+		"list --spire-socket /s --prometheus http://p --prometheus-job j --agents 4 --svid-life 48h": {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock",
+			SpireSocket: "/s", Prometheus: "http://p", Job: "j", Agents: 4, SVIDLife: 48 * time.Hour},
 	} {
 		d := newDesk(t)
 		d.env = map[string]string{"TRUST_DOMAIN": "env.org", "DEPLOYMENT_NAME": "env", "RENEWD_ADMIN_SOCKET": "/env.sock", "SPIFFE_ENDPOINT_SOCKET": "unix:///w"}
 		want.WorkloadAPI = "unix:///w"
 		if want.Job == "" {
-			want.Job = "renewd-agent"
+			want.Job, want.SVIDLife = "renewd-agent", 24*time.Hour
 		}
 		if code, _, errs := d.run(line); code != 0 || d.target != want {
 			t.Errorf("%s: exit %d %s\ngot  %+v\nwant %+v", line, code, errs, d.target, want)
