@@ -127,6 +127,7 @@ func (r *running) kept() string {
 		s := scope(name)
 		keysets := r.keysets(name)
 		keysets.AgentsBehind, keysets.Automatic = 0, nil // known again after a minute
+		keysets.Agents = 0                               // of all deployments that are served; the list below has each one's own
 		entries, err := r.api.ListEntries(ctx, &api.ListEntriesRequest{Scope: s})
 		check(r.t, err)
 		agents, err := r.api.ListAgents(ctx, &api.ListAgentsRequest{Scope: s})
@@ -201,6 +202,9 @@ func TestRestart(t *testing.T) {
 	same()
 	if r.Server("west") != nil || r.start.addresses["deployments.west.listen_address"] != "" {
 		t.Error("west is served")
+	}
+	if n := r.keysets("east").GetAgents(); n != 1 {
+		t.Errorf("%d agents are waited for at east, want its own alone: nobody can reach west", n)
 	}
 	if mode := r.keysets("east").GetAutomatic().GetMode(); mode != "on" {
 		t.Errorf("automatic rotation of east is %q", mode)

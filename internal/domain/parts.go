@@ -28,7 +28,7 @@ func (d *Domain) openOperator() error {
 		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Now: d.cfg.Now,
 	}
 	for _, dep := range d.deployments {
-		part := operator.Deployment{Name: dep.Name, Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
+		part := operator.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
 		if dep.kept != nil {
 			part.Audit = dep.audit
 		}

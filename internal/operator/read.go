@@ -127,7 +127,7 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	// The agents of other deployments verify what this one signs, too.
 	for i := range s.config.Deployments {
 		other := &s.config.Deployments[i]
-		if other == d {
+		if other == d || other.Retired {
 			continue
 		}
 		agents, err := s.figures(ctx, other, nil)

@@ -31,7 +31,9 @@ import (
 
 // Deployment is one that operators may work on.
 type Deployment struct {
-	Name    string
+	Name string
+	// Retired: agents cannot reach it any more, so none of them is waited for.
+	Retired bool
 	Keysets *keyset.Deployment
 	Server  *server.Server
 	Ledger  *ledger.Ledger
