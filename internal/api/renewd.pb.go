@@ -1953,6 +1953,7 @@ type Entry struct {
 	FederatesWith []string               `protobuf:"bytes,6,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
 	X509Ttl       *durationpb.Duration   `protobuf:"bytes,7,opt,name=x509_ttl,json=x509Ttl,proto3" json:"x509_ttl,omitempty"`
 	JwtTtl        *durationpb.Duration   `protobuf:"bytes,8,opt,name=jwt_ttl,json=jwtTtl,proto3" json:"jwt_ttl,omitempty"`
+	DnsNames      []string               `protobuf:"bytes,9,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"` // of the X.509-SVID, beside the SPIFFE ID
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2039,6 +2040,13 @@ func (x *Entry) GetX509Ttl() *durationpb.Duration {
 func (x *Entry) GetJwtTtl() *durationpb.Duration {
 	if x != nil {
 		return x.JwtTtl
+	}
+	return nil
+}
+
+func (x *Entry) GetDnsNames() []string {
+	if x != nil {
+		return x.DnsNames
 	}
 	return nil
 }
@@ -2575,6 +2583,96 @@ func (x *GetBundleResponse) GetSequence() uint64 {
 	return 0
 }
 
+type BackupRequest struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupRequest) Reset() {
+	*x = BackupRequest{}
+	mi := &file_renewd_proto_msgTypes[44]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupRequest) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupRequest) ProtoMessage() {}
+
+func (x *BackupRequest) ProtoReflect() protoreflect.Message {
+	mi := &file_renewd_proto_msgTypes[44]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
+func (*BackupRequest) Descriptor() ([]byte, []int) {
+	return file_renewd_proto_rawDescGZIP(), []int{44}
+}
+
+// BackupResponse is the next part of the file. The last part has only size, that
+// of the whole file in bytes: without it the copy is not complete.
+type BackupResponse struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Data          []byte                 `protobuf:"bytes,1,opt,name=data,proto3" json:"data,omitempty"`
+	Size          int64                  `protobuf:"varint,2,opt,name=size,proto3" json:"size,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *BackupResponse) Reset() {
+	*x = BackupResponse{}
+	mi := &file_renewd_proto_msgTypes[45]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *BackupResponse) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*BackupResponse) ProtoMessage() {}
+
+func (x *BackupResponse) ProtoReflect() protoreflect.Message {
+	mi := &file_renewd_proto_msgTypes[45]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
+func (*BackupResponse) Descriptor() ([]byte, []int) {
+	return file_renewd_proto_rawDescGZIP(), []int{45}
+}
+
+func (x *BackupResponse) GetData() []byte {
+	if x != nil {
+		return x.Data
+	}
+	return nil
+}
+
+func (x *BackupResponse) GetSize() int64 {
+	if x != nil {
+		return x.Size
+	}
+	return 0
+}
+
 type ReportRequest struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
 	// Of the bundle in force.
@@ -2588,7 +2686,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_renewd_proto_msgTypes[44]
+	mi := &file_renewd_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2600,7 +2698,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[44]
+	mi := &file_renewd_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2613,7 +2711,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{44}
+	return file_renewd_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *ReportRequest) GetBundleSequence() uint64 {
@@ -2655,7 +2753,7 @@ type AuthorityReport struct {
 
 func (x *AuthorityReport) Reset() {
 	*x = AuthorityReport{}
-	mi := &file_renewd_proto_msgTypes[45]
+	mi := &file_renewd_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2667,7 +2765,7 @@ func (x *AuthorityReport) String() string {
 func (*AuthorityReport) ProtoMessage() {}
 
 func (x *AuthorityReport) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[45]
+	mi := &file_renewd_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2680,7 +2778,7 @@ func (x *AuthorityReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReport.ProtoReflect.Descriptor instead.
 func (*AuthorityReport) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{45}
+	return file_renewd_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *AuthorityReport) GetAuthorityId() string {
@@ -2733,7 +2831,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_renewd_proto_msgTypes[46]
+	mi := &file_renewd_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2745,7 +2843,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[46]
+	mi := &file_renewd_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2758,7 +2856,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{46}
+	return file_renewd_proto_rawDescGZIP(), []int{48}
 }
 
 var File_renewd_proto protoreflect.FileDescriptor
@@ -2895,7 +2993,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\x12EvictAgentResponse\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\xa9\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\xc6\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -2904,7 +3002,8 @@ const file_renewd_proto_rawDesc = "" +
 	"\x04hint\x18\x05 \x01(\tR\x04hint\x12%\n" +
 	"\x0efederates_with\x18\x06 \x03(\tR\rfederatesWith\x124\n" +
 	"\bx509_ttl\x18\a \x01(\v2\x19.google.protobuf.DurationR\ax509Ttl\x122\n" +
-	"\ajwt_ttl\x18\b \x01(\v2\x19.google.protobuf.DurationR\x06jwtTtl\"<\n" +
+	"\ajwt_ttl\x18\b \x01(\v2\x19.google.protobuf.DurationR\x06jwtTtl\x12\x1b\n" +
+	"\tdns_names\x18\t \x03(\tR\bdnsNames\"<\n" +
 	"\x12ListEntriesRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"A\n" +
 	"\x13ListEntriesResponse\x12*\n" +
@@ -2932,7 +3031,11 @@ const file_renewd_proto_rawDesc = "" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"A\n" +
 	"\x11GetBundleResponse\x12\x10\n" +
 	"\x03pem\x18\x01 \x01(\fR\x03pem\x12\x1a\n" +
-	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x95\x01\n" +
+	"\bsequence\x18\x02 \x01(\x04R\bsequence\"\x0f\n" +
+	"\rBackupRequest\"8\n" +
+	"\x0eBackupResponse\x12\x12\n" +
+	"\x04data\x18\x01 \x01(\fR\x04data\x12\x12\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\x95\x01\n" +
 	"\rReportRequest\x12'\n" +
 	"\x0fbundle_sequence\x18\x01 \x01(\x04R\x0ebundleSequence\x12<\n" +
 	"\vauthorities\x18\x02 \x03(\v2\x1a.renewd.v1.AuthorityReportR\vauthorities\x12\x1d\n" +
@@ -2951,8 +3054,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\bPREPARED\x10\x01\x12\n" +
 	"\n" +
 	"\x06ACTIVE\x10\x02\x12\v\n" +
-	"\aTAINTED\x10\x032\xc1\n" +
-	"\n" +
+	"\aTAINTED\x10\x032\x82\v\n" +
 	"\bOperator\x12X\n" +
 	"\x0fListDeployments\x12!.renewd.v1.ListDeploymentsRequest\x1a\".renewd.v1.ListDeploymentsResponse\x12L\n" +
 	"\vListKeysets\x12\x1d.renewd.v1.ListKeysetsRequest\x1a\x1e.renewd.v1.ListKeysetsResponse\x12L\n" +
@@ -2972,7 +3074,8 @@ const file_renewd_proto_rawDesc = "" +
 	"\fApplyEntries\x12\x1e.renewd.v1.ApplyEntriesRequest\x1a\x1f.renewd.v1.ApplyEntriesResponse\x12C\n" +
 	"\bPutEntry\x12\x1a.renewd.v1.PutEntryRequest\x1a\x1b.renewd.v1.PutEntryResponse\x12L\n" +
 	"\vDeleteEntry\x12\x1d.renewd.v1.DeleteEntryRequest\x1a\x1e.renewd.v1.DeleteEntryResponse\x12F\n" +
-	"\tGetBundle\x12\x1b.renewd.v1.GetBundleRequest\x1a\x1c.renewd.v1.GetBundleResponse2F\n" +
+	"\tGetBundle\x12\x1b.renewd.v1.GetBundleRequest\x1a\x1c.renewd.v1.GetBundleResponse\x12?\n" +
+	"\x06Backup\x12\x18.renewd.v1.BackupRequest\x1a\x19.renewd.v1.BackupResponse0\x012F\n" +
 	"\x05Fleet\x12=\n" +
 	"\x06Report\x12\x18.renewd.v1.ReportRequest\x1a\x19.renewd.v1.ReportResponseB'Z%github.com/renewd/renewd/internal/apib\x06proto3"
 
@@ -2989,7 +3092,7 @@ func file_renewd_proto_rawDescGZIP() []byte {
 }
 
 var file_renewd_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_renewd_proto_msgTypes = make([]protoimpl.MessageInfo, 47)
+var file_renewd_proto_msgTypes = make([]protoimpl.MessageInfo, 49)
 var file_renewd_proto_goTypes = []any{
 	(KeysetState)(0),                // 0: renewd.v1.KeysetState
 	(*Scope)(nil),                   // 1: renewd.v1.Scope
@@ -3036,30 +3139,32 @@ var file_renewd_proto_goTypes = []any{
 	(*DeleteEntryResponse)(nil),     // 42: renewd.v1.DeleteEntryResponse
 	(*GetBundleRequest)(nil),        // 43: renewd.v1.GetBundleRequest
 	(*GetBundleResponse)(nil),       // 44: renewd.v1.GetBundleResponse
-	(*ReportRequest)(nil),           // 45: renewd.v1.ReportRequest
-	(*AuthorityReport)(nil),         // 46: renewd.v1.AuthorityReport
-	(*ReportResponse)(nil),          // 47: renewd.v1.ReportResponse
-	(*timestamppb.Timestamp)(nil),   // 48: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 49: google.protobuf.Duration
+	(*BackupRequest)(nil),           // 45: renewd.v1.BackupRequest
+	(*BackupResponse)(nil),          // 46: renewd.v1.BackupResponse
+	(*ReportRequest)(nil),           // 47: renewd.v1.ReportRequest
+	(*AuthorityReport)(nil),         // 48: renewd.v1.AuthorityReport
+	(*ReportResponse)(nil),          // 49: renewd.v1.ReportResponse
+	(*timestamppb.Timestamp)(nil),   // 50: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 51: google.protobuf.Duration
 }
 var file_renewd_proto_depIdxs = []int32{
 	0,  // 0: renewd.v1.Keyset.state:type_name -> renewd.v1.KeysetState
-	48, // 1: renewd.v1.Keyset.issued_at:type_name -> google.protobuf.Timestamp
-	48, // 2: renewd.v1.Keyset.expires_at:type_name -> google.protobuf.Timestamp
-	48, // 3: renewd.v1.Keyset.tainted_at:type_name -> google.protobuf.Timestamp
-	48, // 4: renewd.v1.Keyset.stepped_down_at:type_name -> google.protobuf.Timestamp
-	48, // 5: renewd.v1.Keyset.x509_latest_expiry:type_name -> google.protobuf.Timestamp
-	48, // 6: renewd.v1.Keyset.jwt_latest_expiry:type_name -> google.protobuf.Timestamp
+	50, // 1: renewd.v1.Keyset.issued_at:type_name -> google.protobuf.Timestamp
+	50, // 2: renewd.v1.Keyset.expires_at:type_name -> google.protobuf.Timestamp
+	50, // 3: renewd.v1.Keyset.tainted_at:type_name -> google.protobuf.Timestamp
+	50, // 4: renewd.v1.Keyset.stepped_down_at:type_name -> google.protobuf.Timestamp
+	50, // 5: renewd.v1.Keyset.x509_latest_expiry:type_name -> google.protobuf.Timestamp
+	50, // 6: renewd.v1.Keyset.jwt_latest_expiry:type_name -> google.protobuf.Timestamp
 	1,  // 7: renewd.v1.ListKeysetsRequest.scope:type_name -> renewd.v1.Scope
 	1,  // 8: renewd.v1.ListKeysetsResponse.scope:type_name -> renewd.v1.Scope
 	2,  // 9: renewd.v1.ListKeysetsResponse.keysets:type_name -> renewd.v1.Keyset
 	7,  // 10: renewd.v1.ListKeysetsResponse.automatic:type_name -> renewd.v1.Automatic
-	48, // 11: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
+	50, // 11: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
 	1,  // 12: renewd.v1.ListHoldersRequest.scope:type_name -> renewd.v1.Scope
 	10, // 13: renewd.v1.ListHoldersResponse.holders:type_name -> renewd.v1.Holder
-	48, // 14: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
-	48, // 15: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
-	48, // 16: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
+	50, // 14: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
+	50, // 15: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
+	50, // 16: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
 	1,  // 17: renewd.v1.PrepareKeysetRequest.scope:type_name -> renewd.v1.Scope
 	2,  // 18: renewd.v1.PrepareKeysetResponse.keyset:type_name -> renewd.v1.Keyset
 	1,  // 19: renewd.v1.ActivateKeysetRequest.scope:type_name -> renewd.v1.Scope
@@ -3067,22 +3172,22 @@ var file_renewd_proto_depIdxs = []int32{
 	1,  // 21: renewd.v1.RemoveKeysetRequest.scope:type_name -> renewd.v1.Scope
 	1,  // 22: renewd.v1.ReadAuditRequest.scope:type_name -> renewd.v1.Scope
 	21, // 23: renewd.v1.ReadAuditResponse.records:type_name -> renewd.v1.AuditRecord
-	48, // 24: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
+	50, // 24: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
 	22, // 25: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
 	22, // 26: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
 	0,  // 27: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
-	48, // 28: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
-	48, // 29: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
+	50, // 28: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
+	50, // 29: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
 	1,  // 30: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
 	23, // 31: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
 	1,  // 32: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
-	49, // 33: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	48, // 34: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	51, // 33: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	50, // 34: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
 	1,  // 35: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
 	1,  // 36: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
 	32, // 37: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
-	49, // 38: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
-	49, // 39: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
+	51, // 38: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
+	51, // 39: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
 	1,  // 40: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
 	33, // 41: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
 	1,  // 42: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
@@ -3095,8 +3200,8 @@ var file_renewd_proto_depIdxs = []int32{
 	38, // 49: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
 	1,  // 50: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
 	1,  // 51: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
-	46, // 52: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
-	48, // 53: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
+	48, // 52: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
+	50, // 53: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
 	3,  // 54: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
 	5,  // 55: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
 	8,  // 56: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
@@ -3114,27 +3219,29 @@ var file_renewd_proto_depIdxs = []int32{
 	39, // 68: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
 	41, // 69: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
 	43, // 70: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
-	45, // 71: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
-	4,  // 72: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
-	6,  // 73: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
-	9,  // 74: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
-	12, // 75: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
-	14, // 76: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
-	16, // 77: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
-	18, // 78: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
-	20, // 79: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
-	25, // 80: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
-	27, // 81: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
-	29, // 82: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
-	31, // 83: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
-	35, // 84: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
-	37, // 85: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
-	40, // 86: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
-	42, // 87: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
-	44, // 88: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
-	47, // 89: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
-	72, // [72:90] is the sub-list for method output_type
-	54, // [54:72] is the sub-list for method input_type
+	45, // 71: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
+	47, // 72: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
+	4,  // 73: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
+	6,  // 74: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
+	9,  // 75: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
+	12, // 76: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
+	14, // 77: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
+	16, // 78: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
+	18, // 79: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
+	20, // 80: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
+	25, // 81: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
+	27, // 82: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
+	29, // 83: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
+	31, // 84: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
+	35, // 85: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
+	37, // 86: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
+	40, // 87: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
+	42, // 88: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
+	44, // 89: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
+	46, // 90: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
+	49, // 91: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
+	73, // [73:92] is the sub-list for method output_type
+	54, // [54:73] is the sub-list for method input_type
 	54, // [54:54] is the sub-list for extension type_name
 	54, // [54:54] is the sub-list for extension extendee
 	0,  // [0:54] is the sub-list for field type_name
@@ -3151,7 +3258,7 @@ func file_renewd_proto_init() {
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_renewd_proto_rawDesc), len(file_renewd_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   47,
+			NumMessages:   49,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

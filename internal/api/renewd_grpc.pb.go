@@ -43,6 +43,7 @@ const (
 	Operator_PutEntry_FullMethodName        = "/renewd.v1.Operator/PutEntry"
 	Operator_DeleteEntry_FullMethodName     = "/renewd.v1.Operator/DeleteEntry"
 	Operator_GetBundle_FullMethodName       = "/renewd.v1.Operator/GetBundle"
+	Operator_Backup_FullMethodName          = "/renewd.v1.Operator/Backup"
 )
 
 // OperatorClient is the client API for Operator service.
@@ -84,6 +85,9 @@ type OperatorClient interface {
 	DeleteEntry(ctx context.Context, in *DeleteEntryRequest, opts ...grpc.CallOption) (*DeleteEntryResponse, error)
 	// GetBundle returns what an agent's bootstrap bundle file holds.
 	GetBundle(ctx context.Context, in *GetBundleRequest, opts ...grpc.CallOption) (*GetBundleResponse, error)
+	// Backup sends the whole store, of all deployments, as it is at one moment,
+	// while the server goes on. Managers only: signing keys are in it, encrypted.
+	Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error)
 }
 
 type operatorClient struct {
@@ -264,6 +268,25 @@ func (c *operatorClient) GetBundle(ctx context.Context, in *GetBundleRequest, op
 	return out, nil
 }
 
+func (c *operatorClient) Backup(ctx context.Context, in *BackupRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[BackupResponse], error) {
+	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
+	stream, err := c.cc.NewStream(ctx, &Operator_ServiceDesc.Streams[0], Operator_Backup_FullMethodName, cOpts...)
+	if err != nil {
+		return nil, err
+	}
+	x := &grpc.GenericClientStream[BackupRequest, BackupResponse]{ClientStream: stream}
+	if err := x.ClientStream.SendMsg(in); err != nil {
+		return nil, err
+	}
+	if err := x.ClientStream.CloseSend(); err != nil {
+		return nil, err
+	}
+	return x, nil
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operator_BackupClient = grpc.ServerStreamingClient[BackupResponse]
+
 // OperatorServer is the server API for Operator service.
 // All implementations must embed UnimplementedOperatorServer
 // for forward compatibility.
@@ -303,6 +326,9 @@ type OperatorServer interface {
 	DeleteEntry(context.Context, *DeleteEntryRequest) (*DeleteEntryResponse, error)
 	// GetBundle returns what an agent's bootstrap bundle file holds.
 	GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error)
+	// Backup sends the whole store, of all deployments, as it is at one moment,
+	// while the server goes on. Managers only: signing keys are in it, encrypted.
+	Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error
 	mustEmbedUnimplementedOperatorServer()
 }
 
@@ -363,6 +389,9 @@ func (UnimplementedOperatorServer) DeleteEntry(context.Context, *DeleteEntryRequ
 }
 func (UnimplementedOperatorServer) GetBundle(context.Context, *GetBundleRequest) (*GetBundleResponse, error) {
 	return nil, status.Error(codes.Unimplemented, "method GetBundle not implemented")
+}
+func (UnimplementedOperatorServer) Backup(*BackupRequest, grpc.ServerStreamingServer[BackupResponse]) error {
+	return status.Error(codes.Unimplemented, "method Backup not implemented")
 }
 func (UnimplementedOperatorServer) mustEmbedUnimplementedOperatorServer() {}
 func (UnimplementedOperatorServer) testEmbeddedByValue()                  {}
@@ -691,6 +720,17 @@ func _Operator_GetBundle_Handler(srv interface{}, ctx context.Context, dec func(
 	return interceptor(ctx, in, info, handler)
 }
 
+func _Operator_Backup_Handler(srv interface{}, stream grpc.ServerStream) error {
+	m := new(BackupRequest)
+	if err := stream.RecvMsg(m); err != nil {
+		return err
+	}
+	return srv.(OperatorServer).Backup(m, &grpc.GenericServerStream[BackupRequest, BackupResponse]{ServerStream: stream})
+}
+
+// This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
+type Operator_BackupServer = grpc.ServerStreamingServer[BackupResponse]
+
 // Operator_ServiceDesc is the grpc.ServiceDesc for Operator service.
 // It's only intended for direct use with grpc.RegisterService,
 // and not to be introspected or modified (even as a copy)
@@ -767,7 +807,13 @@ var Operator_ServiceDesc = grpc.ServiceDesc{
 			Handler:    _Operator_GetBundle_Handler,
 		},
 	},
-	Streams:  []grpc.StreamDesc{},
+	Streams: []grpc.StreamDesc{
+		{
+			StreamName:    "Backup",
+			Handler:       _Operator_Backup_Handler,
+			ServerStreams: true,
+		},
+	},
 	Metadata: "renewd.proto",
 }
 
