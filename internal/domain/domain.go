@@ -176,7 +176,11 @@ func (d *Domain) closeStore() error {
 	if d.store == nil {
 		return nil
 	}
-	return d.store.Close()
+	err := d.store.Close()
+	for _, dep := range d.deployments {
+		dep.keysets.Wait()
+	}
+	return err
 }
 
 // closeListeners closes those that came with the configuration.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -38,7 +39,8 @@ type Deployment struct {
 	lifetime time.Duration
 	now      func() time.Time
 
-	mutating atomic.Bool
+	mutating atomic.Bool    // a mutation is in flight
+	saves    sync.WaitGroup // see save
 	current  atomic.Pointer[snapshot]
 }
 

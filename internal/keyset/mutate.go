@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// mutationTimeout bounds a mutation together with its commit, so that one that
-// its caller has given up on does not keep others out for ever.
+// mutationTimeout is when a mutation returns at the latest, whatever its checks
+// and its storage do.
 const mutationTimeout = 120 * time.Second
 
 // Check has the last word on a mutation that its state allows. It is called
@@ -28,7 +28,12 @@ func (d *Deployment) mutate(ctx context.Context, operation string, checks []Chec
 	if !d.mutating.CompareAndSwap(false, true) {
 		return nil, ErrBusy
 	}
-	defer d.mutating.Store(false)
+	handedOver := false
+	defer func() {
+		if !handedOver {
+			d.mutating.Store(false)
+		}
+	}()
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
 
@@ -64,15 +69,45 @@ func (d *Deployment) mutate(ctx context.Context, operation string, checks []Chec
 	if then, err = newSnapshot(d.td, doc); err != nil {
 		return nil, failed("", err)
 	}
-	switch err := d.storage.Save(ctx, doc, c); {
+	handedOver = true
+	switch err := d.save(ctx, doc, c, then); {
 	case errors.Is(err, ErrConflict):
 		return nil, ErrBusy
 	case err != nil:
 		return nil, failed("save: ", err)
 	}
-	d.advance(then)
 	return then, nil
 }
+
+// save commits a change and publishes what follows from it, at the latest when
+// the time of ctx is up. A disk can be stuck for longer. The mutation is still
+// in flight then and keeps others out; what it leads to is published when the
+// commit is done. A caller who is gone before that does not end the wait: how
+// it ended is worth its line in the log.
+func (d *Deployment) save(ctx context.Context, doc Document, c Change, then *snapshot) error {
+	done := make(chan error, 1)
+	d.saves.Go(func() {
+		err := d.storage.Save(ctx, doc, c)
+		if err == nil {
+			d.advance(then)
+		}
+		d.mutating.Store(false)
+		done <- err
+	})
+	deadline, _ := ctx.Deadline() // mutate sets one
+	late := time.NewTimer(time.Until(deadline))
+	defer late.Stop()
+	select {
+	case err := <-done:
+		return err
+	case <-late.C:
+		return context.DeadlineExceeded
+	}
+}
+
+// Wait returns when no mutation waits for its storage any more. It is for who
+// has closed that.
+func (d *Deployment) Wait() { d.saves.Wait() }
 
 func states(doc Document) map[string]State {
 	out := make(map[string]State, len(doc.Records))

@@ -76,6 +76,51 @@ func TestMutationIsBounded(t *testing.T) {
 	})
 }
 
+// TestStuckCommit has a disk that does not let go of a commit, and takes no
+// notice of the caller's time. The mutation ends in time and is in flight all the
+// same; what it did is in force when the disk is done.
+func TestStuckCommit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		store := &stuck{gate: make(chan struct{})}
+		close(store.gate)
+		d := open(t, keyset.Config{Storage: store})
+		store.gate = make(chan struct{})
+		begin := time.Now()
+		_, err := d.Prepare(t.Context())
+		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
+			t.Errorf("after %v: %v", time.Since(begin), err)
+		}
+		if _, err := d.Prepare(t.Context()); !errors.Is(err, keyset.ErrBusy) {
+			t.Errorf("another one meanwhile: %v", err)
+		}
+		status := d.Status()
+		if len(status.Keysets) != 1 {
+			t.Fatalf("before the commit is done: %v", status.Keysets)
+		}
+		close(store.gate)
+		<-status.Changed
+		if got := d.Status().Keysets; len(got) != 2 {
+			t.Errorf("after the commit: %v", got)
+		}
+		d.Wait()
+		if _, err := d.Prepare(t.Context()); err != nil {
+			t.Errorf("another one after it: %v", err)
+		}
+	})
+}
+
+// stuck is a storage whose Save waits for the gate alone.
+type stuck struct {
+	keyset.Memory
+	gate chan struct{}
+}
+
+func (s *stuck) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+	<-s.gate
+	return s.Memory.Save(ctx, d, c)
+}
+
 // hanging is a storage that answers only while nothing is stored.
 type hanging struct {
 	keyset.Memory
