@@ -40,6 +40,7 @@ func wave() metrics.State {
 			{Type: metrics.TypeX509, ID: "ee", State: metrics.StateRemoved, Held: 1, Pending: 1},
 			{Type: metrics.TypeJWT, ID: "k1", State: metrics.StateTainted, Held: 4},
 		},
+		OwnID:          "spiffe://example.org/spire/agent/join_token/1",
 		OwnExpiry:      at.Add(time.Hour),
 		BundleApplied:  at,
 		BundleSequence: 42,
@@ -62,7 +63,7 @@ func TestState(t *testing.T) {
 	want := `
 # HELP renewd_agent_svid_expiry_timestamp_seconds When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.
 # TYPE renewd_agent_svid_expiry_timestamp_seconds gauge
-renewd_agent_svid_expiry_timestamp_seconds 1.7000036005e+09
+renewd_agent_svid_expiry_timestamp_seconds{spiffe_id="spiffe://example.org/spire/agent/join_token/1"} 1.7000036005e+09
 # HELP renewd_bundle_applied_timestamp_seconds When the trust bundle in force was applied, as Unix time.
 # TYPE renewd_bundle_applied_timestamp_seconds gauge
 renewd_bundle_applied_timestamp_seconds 1.7000000005e+09

@@ -42,7 +42,9 @@ type State struct {
 	// those that left it while something held was signed by them. The pair of
 	// Type and ID is unique.
 	Authorities []Authority
-	// OwnExpiry is when the agent's own SVID ends.
+	// OwnID and OwnExpiry are the SPIFFE ID of the agent's own SVID, and when
+	// that ends.
+	OwnID     string
 	OwnExpiry time.Time
 	// BundleApplied is when the bundle in force was applied.
 	BundleApplied time.Time
@@ -98,7 +100,7 @@ var (
 	descJWTExpiry = desc("renewd_jwt_svid_latest_expiry_timestamp_seconds",
 		"When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.", "key_id")
 	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
-		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.")
+		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.", "spiffe_id")
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
@@ -142,7 +144,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)
 	}
-	stamp(descOwnExpiry, s.OwnExpiry)
+	stamp(descOwnExpiry, s.OwnExpiry, s.OwnID)
 	stamp(descApplied, s.BundleApplied)
 	if !s.BundleApplied.IsZero() {
 		gauge(descSequence, float64(s.BundleSequence))

@@ -66,7 +66,7 @@ func rotation() metrics.State {
 			{Type: metrics.TypeX509, ID: "cc33", State: metrics.StateTainted, Settled: true},
 			{Type: metrics.TypeJWT, ID: "k1", State: metrics.StateActive, Held: 4},
 		},
-		OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
+		OwnID: "spiffe://example.org/spire/agent/join_token/1", OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
 		JWTExpiry: map[string]time.Time{"k1": at.Add(2 * time.Hour)},
 	}
 }

@@ -28,6 +28,7 @@ type agentStatus struct {
 	Deployment  string            `json:"deployment,omitempty"`
 	Ready       bool              `json:"ready"`
 	NotReady    string            `json:"not_ready_because,omitempty"`
+	OwnID       string            `json:"agent_id,omitempty"`
 	OwnExpiry   *time.Time        `json:"agent_svid_expires_at,omitempty"`
 	Bundle      *bundleStatus     `json:"bundle,omitempty"`
 	Authorities []authorityStatus `json:"authorities"`
@@ -104,7 +105,9 @@ func readStatus(scrape []byte) (*agentStatus, error) {
 	if !found {
 		return nil, fmt.Errorf("not the metrics of a renewd agent: spirl_application_info is missing")
 	}
-	each(families, "renewd_agent_svid_expiry_timestamp_seconds", func(_ map[string]string, v float64) { s.OwnExpiry = unixTime(v) })
+	each(families, "renewd_agent_svid_expiry_timestamp_seconds", func(label map[string]string, v float64) {
+		s.OwnID, s.OwnExpiry = label["spiffe_id"], unixTime(v)
+	})
 	each(families, "renewd_bundle_applied_timestamp_seconds", func(_ map[string]string, v float64) {
 		s.Bundle = &bundleStatus{AppliedAt: *unixTime(v)}
 	})
@@ -175,6 +178,7 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 		row("Ready:", "no, "+s.NotReady)
 	}
 	if s.OwnExpiry != nil {
+		row("Agent:", s.OwnID)
 		row("Agent SVID:", "expires "+cli.When(*s.OwnExpiry, now))
 	}
 	if s.Bundle != nil {

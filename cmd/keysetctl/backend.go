@@ -53,7 +53,7 @@ func (p *program) flags(f *pflag.FlagSet) {
 	f.StringVar(&t.SpireSocket, "spire-socket", "", "`PATH` of a SPIRE server's admin socket")
 	f.StringVar(&t.Prometheus, "prometheus", "", "with --spire-socket: `URL` of the Prometheus that scrapes the agents")
 	f.StringVar(&t.Job, "prometheus-job", prom.DefaultJob, "with --prometheus: `NAME` of the agents' scrape job")
-	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: there must be `N` agents, else as many as\nthe SPIRE server knows")
+	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: there must be `N` agents, whichever; else those\nthat the SPIRE server knows")
 	f.DurationVar(&t.SVIDLife, "svid-life", defaultSVIDLife, "with --spire-socket: no SVID lives longer than this `DURATION`")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 }

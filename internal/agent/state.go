@@ -42,7 +42,7 @@ func (a *Agent) State() metrics.State {
 		Streams:   a.streams.counts(),
 	}
 	if own != nil {
-		s.OwnExpiry = own.NotAfter
+		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter
 	}
 	if snapshot == nil {
 		return s

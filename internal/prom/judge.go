@@ -23,7 +23,7 @@ const (
 const component = "agent"
 
 // judge says what follows from the targets and their scrapes.
-func judge(at time.Time, trustDomain string, targets []*target, expected int, jwtExpiry time.Time) Figures {
+func judge(at time.Time, trustDomain string, targets []*target, jwtExpiry time.Time) Figures {
 	f := Figures{At: at, JWTExpiry: jwtExpiry}
 	scraped := make(map[identity]int, len(targets))
 	for _, t := range targets {
@@ -44,31 +44,53 @@ func judge(at time.Time, trustDomain string, targets []*target, expected int, jw
 	}
 	slices.SortStableFunc(f.Agents, func(a, b Agent) int { return cmp.Compare(a.Instance, b.Instance) })
 
-	f.Expected = cmp.Or(expected, len(f.Agents))
-	f.Missing = max(0, f.Expected-len(f.Agents))
-	silent := f.Missing > 0
+	f.Expected = len(f.Agents)
+	f.JWTSafe = !jwtExpiry.After(at)
 	for _, a := range f.Agents {
 		f.X509SVIDs += a.SVIDs
-		silent = silent || !a.Up
+		f.JWTSafe = f.JWTSafe && a.Up
 		if reason := a.reason(); reason != "" {
+			f.Holding++
 			f.Holders = append(f.Holders, runbook.Holder{
 				Agent: a.Instance, Version: a.Version, SVIDs: a.SVIDs, Streams: a.Streams, Reason: reason, LastReport: a.LastScrape,
 			})
 		}
 	}
-	if f.Missing > 0 {
-		f.Holders = append(f.Holders, runbook.Holder{
-			Agent: fmt.Sprintf("%d of %d agents that Prometheus does not scrape", f.Missing, f.Expected), Reason: reasonSilent,
-		})
-	}
 	f.X509Safe = len(f.Holders) == 0
-	f.JWTSafe = !silent && !jwtExpiry.After(at)
 	return f
+}
+
+// missNumber adds that there must be so many agents.
+func (f *Figures) missNumber(expected int) {
+	if n := expected - len(f.Agents); n > 0 {
+		f.miss(n, fmt.Sprintf("%d of %d agents that Prometheus does not scrape", n, expected))
+	}
+}
+
+// missNamed adds that there must be these agents.
+func (f *Figures) missNamed(expected []string, targets []*target) {
+	there := make(map[string]bool, len(targets))
+	for _, t := range targets {
+		for id := range t.ids {
+			there[id] = true
+		}
+	}
+	for _, id := range slices.Sorted(slices.Values(expected)) {
+		if !there[id] {
+			f.miss(1, id)
+		}
+	}
+}
+
+func (f *Figures) miss(n int, who string) {
+	f.Expected, f.Missing, f.Holding = f.Expected+n, f.Missing+n, f.Holding+n
+	f.X509Safe, f.JWTSafe = false, false
+	f.Holders = append(f.Holders, runbook.Holder{Agent: who, Reason: reasonSilent})
 }
 
 // agent is what the target's newest scrape says, if that is recent.
 func (t *target) agent(at time.Time) (a Agent, known bool) {
-	a = Agent{Instance: t.instance(), LastScrape: t.answered, SVIDs: int(t.held)}
+	a = Agent{Instance: t.instance(), ID: t.id(), LastScrape: t.answered, SVIDs: int(t.held)}
 	// A program that does not say what it is may be anything; its figures are
 	// not taken for an agent's.
 	if !t.recent(at) || t.info == nil {
@@ -76,7 +98,7 @@ func (t *target) agent(at time.Time) (a Agent, known bool) {
 	}
 	settled, seen := t.values[seriesSettled]
 	return Agent{
-		Instance: a.Instance, Up: true, LastScrape: t.scrape,
+		Instance: a.Instance, ID: a.ID, Up: true, LastScrape: t.scrape,
 		Version:  string(t.info["spirl_app_version"]),
 		Sequence: uint64(max(0, t.values[seriesSequence])),
 		SVIDs:    int(t.values[seriesHeld]), Pending: int(t.values[seriesPending]), Streams: int(t.values[seriesStreams]),

@@ -15,10 +15,10 @@
 //
 // Ask the Prometheus that scrapes the agents, not one that federates from it:
 // only the first has the targets. Answers that replicas of it have been merged
-// into are understood. The job must hold every agent, each once. One that is
-// scraped twice is found out when both scrapes show the same start, SVID
-// and bundle; an agent that is no target is found out only through the number
-// of agents that there must be.
+// into are understood. The job must hold every agent. One that is scraped twice
+// is found out when both scrapes show the same start, SVID and bundle. One that is
+// no target is found out by its SPIFFE ID, which agents export: the caller of
+// [Client.Figures] knows which there must be.
 package prom
 
 import (
@@ -59,8 +59,8 @@ type Config struct {
 	// TrustDomain leaves out agents that say they serve another one; with or
 	// without spiffe://. When empty all agents of the job count.
 	TrustDomain string
-	// Expected is the number of agents there must be. When 0 it is what the
-	// caller of Figures says.
+	// Expected is the number of agents there must be. It stands in the place of
+	// the SPIFFE IDs that the caller of Figures gives, unless it is 0.
 	Expected int
 	// JWTLife is how long a JWT-SVID lives at the most; 25 hours when 0. An
 	// agent that starts again forgets until when its tokens last, so that is how
@@ -110,6 +110,7 @@ func New(c Config) (*Client, error) {
 // its Instance is known, and from before its last answer and what it held then.
 type Agent struct {
 	Instance   string    // the instance label
+	ID         string    // SPIFFE ID; empty: it has not said
 	Up         bool      // it answered the newest scrape, and that is recent
 	LastScrape time.Time // that it answered; zero: none within a day
 	Version    string
@@ -125,17 +126,20 @@ type Agent struct {
 type Figures struct {
 	At     time.Time // by Prometheus' clock
 	Agents []Agent   // by instance; each agent once
-	// Expected is the number of agents there must be, Missing how many of them
-	// are no targets.
+	// Expected is the number of agents there must be: those that were expected
+	// and those that are there all the same. Missing is how many of them are
+	// no targets.
 	Expected, Missing int
 	X509SVIDs         int // held by the agents, as far as is known
 	// JWTExpiry is when the last JWT-SVID of the key ends that any agent has
 	// reported; zero when none has.
 	JWTExpiry time.Time
 	// Holders are the agents that could still hold an SVID of the X.509
-	// authority, with the reason silent, behind, renewing or streams. Those that
-	// are missing are one holder together.
+	// authority, with the reason silent, behind, renewing or streams: first the
+	// targets, by instance, then those that are missing, by SPIFFE ID. Where only
+	// their number is known they are one holder together.
 	Holders []runbook.Holder
+	Holding int // how many agents that is
 	// X509Safe is true when there are no holders, JWTSafe when the last
 	// JWT-SVID has ended and no agent is silent or missing.
 	X509Safe, JWTSafe bool
@@ -154,16 +158,13 @@ func (f Figures) Behind(sequence uint64) int {
 }
 
 // Figures asks for the figures of the X.509 authority and the JWT key with
-// these IDs. expected is the number of agents there must be unless the Config
-// says it; with neither it is as many as Prometheus has targets. Without any
-// target, and when Prometheus answers in part only, there are no figures but an
-// error.
-func (c *Client) Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected int) (Figures, error) {
+// these IDs. expected are the SPIFFE IDs of the agents there must be; with none,
+// and no number in the Config, the agents are those that Prometheus has as
+// targets. Without any target, and when Prometheus answers in part only, there
+// are no figures but an error.
+func (c *Client) Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected []string) (Figures, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 	defer cancel()
-	if c.cfg.Expected > 0 {
-		expected = c.cfg.Expected
-	}
 	f, err := c.figures(ctx, x509AuthorityID, jwtKeyID, expected)
 	if err != nil {
 		return Figures{}, fmt.Errorf("figures from Prometheus: %w", err)
@@ -171,7 +172,7 @@ func (c *Client) Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, 
 	return f, nil
 }
 
-func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected int) (Figures, error) {
+func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected []string) (Figures, error) {
 	// The targets come first: one that is added later is not asked for, but one
 	// that goes away is still missed.
 	targets, err := c.targets(ctx)
@@ -192,10 +193,15 @@ func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, 
 	if err != nil {
 		return Figures{}, err
 	}
-	f := judge(at, c.cfg.TrustDomain, targets, expected, expiry)
+	f := judge(at, c.cfg.TrustDomain, targets, expiry)
 	// A fleet without agents is one that was looked for in the wrong place.
 	if len(f.Agents) == 0 {
 		return Figures{}, fmt.Errorf("no target of the job %q is an agent of %s", c.cfg.Job, cmp.Or(c.cfg.TrustDomain, "any trust domain"))
+	}
+	if c.cfg.Expected > 0 {
+		f.missNumber(c.cfg.Expected)
+	} else {
+		f.missNamed(expected, targets)
 	}
 	return f, nil
 }

@@ -108,8 +108,15 @@ func holding(n, held, pending, streams int) metrics.State {
 	}
 	return metrics.State{
 		Authorities: []metrics.Authority{old, {Type: metrics.TypeX509, ID: "new", State: metrics.StateActive, Held: 10}},
-		OwnExpiry:   at.Add(2 * time.Hour), BundleApplied: at, BundleSequence: 7,
+		OwnID:       id(n), OwnExpiry: at.Add(2 * time.Hour), BundleApplied: at, BundleSequence: 7,
 	}
+}
+
+func ids(of []int) (list []string) {
+	for _, n := range of {
+		list = append(list, id(n))
+	}
+	return list
 }
 
 func TestUnderPrometheus(t *testing.T) {
@@ -124,21 +131,22 @@ func TestUnderPrometheus(t *testing.T) {
 		t.Fatal(err)
 	}
 	var f prom.Figures
-	ask := func(expected int) bool {
+	ask := func(expected ...int) bool {
 		var err error
-		if f, err = c.Figures(t.Context(), "old", `kid"\ü`, expected); err != nil {
+		if f, err = c.Figures(t.Context(), "old", `kid"\ü`, ids(expected)); err != nil {
 			f = prom.Figures{}
 		}
 		return err == nil
 	}
 	// becomes waits for the holders, given as "index of the node: reason".
-	becomes := func(what string, expected int, want ...string) {
+	expected := []int{3, 1, 2}
+	becomes := func(what string, want ...string) {
 		t.Helper()
 		var got []string
 		deadline := time.Now().Add(20 * time.Second)
 		for {
 			got = nil
-			if ask(expected) {
+			if ask(expected...) {
 				for _, h := range f.Holders {
 					i := slices.IndexFunc(nodes, func(n *node) bool { return n.instance() == h.Agent })
 					if h.Agent == twin.instance() {
@@ -161,7 +169,7 @@ func TestUnderPrometheus(t *testing.T) {
 		}
 	}
 
-	becomes("not seen yet", 3, "2: behind")
+	becomes("not seen yet", "2: behind")
 	if len(f.Agents) != 3 || f.X509SVIDs != 4 || f.Expected != 3 || f.Missing != 0 || f.Holders[0].SVIDs != 4 || f.Holders[0].Version != "1.2.3" {
 		t.Errorf("figures %+v", f)
 	}
@@ -172,35 +180,38 @@ func TestUnderPrometheus(t *testing.T) {
 		t.Errorf("%d agents behind 7, %d behind 8", f.Behind(7), f.Behind(8))
 	}
 	nodes[2].set(holding(3, 4, 4, 2))
-	becomes("seen", 3, "2: renewing")
+	becomes("seen", "2: renewing")
 	nodes[2].set(holding(3, 0, 0, 2))
-	becomes("renewed", 3, "2: streams")
+	becomes("renewed", "2: streams")
 	if f.Holders[0].Streams != 2 {
 		t.Errorf("holder %+v", f.Holders[0])
 	}
 	nodes[2].set(holding(3, 0, 0, 0))
-	becomes("settled", 3)
+	becomes("settled")
 	if !f.JWTSafe || !f.JWTExpiry.IsZero() || f.X509SVIDs != 0 {
 		t.Errorf("figures without a JWT-SVID: %+v", f)
 	}
-	becomes("one more expected", 4, "-1: silent")
-	if f.Missing != 1 || f.JWTSafe || !strings.HasPrefix(f.Holders[0].Agent, "1 of 4 agents") {
+	expected = append(expected, 4)
+	becomes("one more expected", "-1: silent")
+	if f.Missing != 1 || f.Expected != 4 || f.JWTSafe || f.Holders[0].Agent != id(4) {
 		t.Errorf("figures with one missing: %+v", f)
 	}
+
+	expected = expected[:3]
 
 	// A token that an agent hands out stays known when the agent starts again.
 	expiry := time.Now().Add(time.Hour)
 	s := holding(1, 0, 0, 0)
 	s.JWTExpiry = map[string]time.Time{`kid"\ü`: expiry, "other": expiry.Add(time.Hour)}
 	nodes[0].set(s)
-	eventually(t, "JWT expiry", func() bool { return ask(3) && !f.JWTExpiry.IsZero() })
+	eventually(t, "JWT expiry", func() bool { return ask(expected...) && !f.JWTExpiry.IsZero() })
 	nodes[0].set(holding(1, 9, 9, 0))
-	becomes("the agent started again", 3, "0: renewing")
+	becomes("the agent started again", "0: renewing")
 	if d := f.JWTExpiry.Sub(expiry); f.JWTSafe || d < 0 || d > time.Second {
 		t.Errorf("JWT safe %v, expiry %v off %v", f.JWTSafe, f.JWTExpiry, d)
 	}
 	nodes[0].set(holding(1, 0, 0, 0))
-	becomes("settled again", 3)
+	becomes("settled again")
 	if f.JWTSafe {
 		t.Error("safe while a token lives")
 	}
@@ -208,12 +219,12 @@ func TestUnderPrometheus(t *testing.T) {
 	// Dead: what it last said stays within Prometheus' lookback and must not count.
 	nodes[1].CloseClientConnections()
 	nodes[1].Listener.Close()
-	becomes("down", 3, "1: silent")
+	becomes("down", "1: silent")
 	if h := f.Holders[0]; h.LastReport.IsZero() || time.Since(h.LastReport) > 5*time.Second {
 		t.Errorf("silent holder %+v", h)
 	}
 	for range 20 {
-		if !ask(3) || f.X509Safe || f.JWTSafe || f.Behind(7) != 1 {
+		if !ask(expected...) || f.X509Safe || f.JWTSafe || f.Behind(7) != 1 {
 			t.Fatalf("figures with one down: %+v", f)
 		}
 		time.Sleep(50 * time.Millisecond)

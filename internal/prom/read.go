@@ -29,6 +29,9 @@ const (
 	seriesJWT      = "renewd_jwt_svid_latest_expiry_timestamp_seconds"
 )
 
+// labelID is the label of seriesOwn with the agent's SPIFFE ID.
+const labelID = "spiffe_id"
+
 var seriesOfScrape = strings.Join([]string{seriesUp, seriesInfo, seriesHeld, seriesPending, seriesStreams,
 	seriesSettled, seriesSequence, seriesApplied, seriesOwn, seriesStart}, "|")
 
@@ -47,10 +50,32 @@ type target struct {
 	// What the newest scrape says, by series. Of settled it is the lowest, of
 	// what is counted the sum.
 	values map[string]float64
+	// The SPIFFE ID that the newest scrape says, and those that one that is
+	// silent has had within a day: under any of them it is not missing.
+	ids map[string]bool
 	// Its last answer within a day, and, for one that is silent, what it held
 	// then.
 	answered time.Time
 	held     float64
+}
+
+func (t *target) isAlso(id model.LabelValue) {
+	if id != "" {
+		if t.ids == nil {
+			t.ids = make(map[string]bool)
+		}
+		t.ids[string(id)] = true
+	}
+}
+
+// id is the target's SPIFFE ID, when it has said one and no other.
+func (t *target) id() string {
+	if len(t.ids) == 1 {
+		for id := range t.ids {
+			return id
+		}
+	}
+	return ""
 }
 
 func (t *target) instance() string { return string(t.labels[model.InstanceLabel]) }
@@ -159,6 +184,9 @@ func (t *target) take(m model.Metric, s model.SamplePair) {
 	if t.values == nil {
 		t.values = make(map[string]float64)
 	}
+	if name == seriesOwn {
+		t.isAlso(m[labelID])
+	}
 	old, again := t.values[name]
 	switch {
 	case name == seriesInfo:
@@ -175,8 +203,9 @@ func (t *target) recent(at time.Time) bool {
 	return t.healthy && t.up && !t.scrape.Before(at.Add(-2*t.interval))
 }
 
-// lastAnswers fills in when those that are silent answered last, and what they
-// held then; the time to the minute. It changes nothing but what an operator is told of them.
+// lastAnswers fills in when those that are silent answered last, the time to the
+// minute, and who they were and what they held then. It changes nothing but what
+// an operator is told of them.
 func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string, targets []*target) error {
 	byInstance := make(map[string][]*target)
 	var names []string
@@ -190,7 +219,7 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 		return nil
 	}
 	silent := fmt.Sprintf(`job=%s,instance=~%s`, label(c.cfg.Job), strconv.Quote(strings.Join(names, "|")))
-	read := func(query string, take func(*target, float64)) error {
+	read := func(query string, take func(*target, model.Metric, float64)) error {
 		v, _, _, err := c.api.Query(ctx, query, at)
 		if err != nil {
 			return fmt.Errorf("query the silent agents: %w", err)
@@ -202,13 +231,13 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 		for _, s := range vector {
 			for _, t := range byInstance[string(s.Metric[model.InstanceLabel])] {
 				if t.owns(s.Metric) && !math.IsNaN(float64(s.Value)) {
-					take(t, float64(s.Value))
+					take(t, s.Metric, float64(s.Value))
 				}
 			}
 		}
 		return nil
 	}
-	err := read(fmt.Sprintf(`max_over_time(timestamp(%s{%s})[1d:1m])`, seriesInfo, silent), func(t *target, v float64) {
+	err := read(fmt.Sprintf(`max_over_time(timestamp(%s{%s})[1d:1m])`, seriesInfo, silent), func(t *target, _ model.Metric, v float64) {
 		if last := model.TimeFromUnixNano(int64(v * 1e9)).Time(); last.After(t.answered) {
 			t.answered = last
 		}
@@ -216,8 +245,14 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 	if err != nil {
 		return err
 	}
+	err = read(fmt.Sprintf(`last_over_time(%s{%s}[1d])`, seriesOwn, silent), func(t *target, m model.Metric, _ float64) {
+		t.isAlso(m[labelID])
+	})
+	if err != nil {
+		return err
+	}
 	// The same SVIDs were counted under one state of the authority, then another.
-	return read(fmt.Sprintf(`last_over_time(%s{%s,authority=%s}[1d])`, seriesHeld, silent, label(exported(authority))), func(t *target, v float64) {
+	return read(fmt.Sprintf(`last_over_time(%s{%s,authority=%s}[1d])`, seriesHeld, silent, label(exported(authority))), func(t *target, _ model.Metric, v float64) {
 		t.held = max(t.held, v)
 	})
 }

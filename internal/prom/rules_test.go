@@ -31,6 +31,9 @@ type fakeTarget struct {
 	series                          []series
 }
 
+// id is the SPIFFE ID of an agent.
+func id(n int) string { return fmt.Sprintf("spiffe://example.org/spire/agent/%d", n) }
+
 // agent is one that has nothing to do with the authority any more.
 func agent(n int) *fakeTarget {
 	none := map[string]string{"authority": "old"}
@@ -46,7 +49,7 @@ func agent(n int) *fakeTarget {
 			{name: "renewd_taint_settled", value: 1, labels: none},
 			{name: "renewd_bundle_sequence_number", value: 7},
 			{name: "renewd_bundle_applied_timestamp_seconds", value: now - 100.123 - float64(n)},
-			{name: "renewd_agent_svid_expiry_timestamp_seconds", value: now + 1000 + float64(n)},
+			{name: "renewd_agent_svid_expiry_timestamp_seconds", value: now + 1000 + float64(n), labels: map[string]string{"spiffe_id": id(n)}},
 			{name: "process_start_time_seconds", value: now - 5000},
 		},
 	}
@@ -65,7 +68,7 @@ func (f *fakeTarget) drop(name string) {
 type fake struct {
 	targets  []*fakeTarget
 	jwt      any               // result of the JWT query
-	override map[string]string // body by what the request is about: targets, time, agents, answered, held, jwt
+	override map[string]string // body by what the request is about: targets, time, agents, answered, ids, held, jwt
 	queries  map[string]string
 	slow     chan struct{}
 }
@@ -95,6 +98,8 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		about, data = "jwt", map[string]any{"resultType": "vector", "result": f.jwt}
 	case strings.HasPrefix(query, "max_over_time(timestamp("):
 		about, data = "answered", f.silent(now-3600.5, now-7200)
+	case strings.HasPrefix(query, "last_over_time(renewd_agent_svid"):
+		about, data = "ids", f.ids()
 	case strings.HasPrefix(query, "last_over_time("):
 		about, data = "held", f.silent(12, 11)
 	default:
@@ -129,6 +134,18 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data})
 }
 
+// ids answers with the SPIFFE ID of each target.
+func (f *fake) ids() any {
+	vector := []any{}
+	for _, t := range f.targets {
+		var n int
+		fmt.Sscanf(t.instance, "node-%d", &n)
+		labels := map[string]string{"job": t.job, "instance": t.instance, "spiffe_id": id(n)}
+		vector = append(vector, map[string]any{"metric": labels, "value": []any{now, "1"}})
+	}
+	return map[string]any{"resultType": "vector", "result": vector}
+}
+
 // silent answers with two series for each target, whether it is silent or not.
 func (f *fake) silent(values ...float64) any {
 	vector := []any{}
@@ -151,7 +168,7 @@ func TestRules(t *testing.T) {
 	type world struct {
 		*fake
 		cfg      prom.Config
-		expected int
+		expected []string
 	}
 	for name, tt := range map[string]struct {
 		change  func(w *world)
@@ -159,20 +176,27 @@ func TestRules(t *testing.T) {
 		jwt     bool   // not safe
 		err     string
 	}{
-		"all is well":              {},
-		"expected by the config":   {change: func(w *world) { w.cfg.Expected, w.expected = 3, 9 }},
-		"trust domain as URI":      {change: func(w *world) { w.cfg.TrustDomain = "spiffe://example.org" }},
-		"nothing expected":         {change: func(w *world) { w.expected = 0 }},
-		"down":                     {func(w *world) { w.targets[1].health = "down" }, "node-1:9090: silent", true, ""},
-		"not scraped yet":          {func(w *world) { w.targets[1].health = "unknown" }, "node-1:9090: silent", true, ""},
-		"newest scrape failed":     {func(w *world) { w.targets[1].of("up").value = 0 }, "node-1:9090: silent", true, ""},
-		"no scrape":                {func(w *world) { w.targets[1].series = nil }, "node-1:9090: silent", true, ""},
-		"two intervals":            {change: func(w *world) { w.targets[1].scrape = now - 30 }},
-		"more than two intervals":  {func(w *world) { w.targets[1].scrape = now - 31 }, "node-1:9090: silent", true, ""},
-		"interval not said":        {change: func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-119 }},
-		"stale without interval":   {func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-121 }, "node-1:9090: silent", true, ""},
-		"not what it seems":        {func(w *world) { w.targets[1].drop("spirl_application_info") }, "node-1:9090: silent", true, ""},
-		"one is missing":           {func(w *world) { w.targets = w.targets[1:] }, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		"all is well":             {},
+		"expected by the config":  {change: func(w *world) { w.cfg.Expected, w.expected = 3, []string{"another"} }},
+		"trust domain as URI":     {change: func(w *world) { w.cfg.TrustDomain = "spiffe://example.org" }},
+		"nothing expected":        {change: func(w *world) { w.expected = nil }},
+		"down":                    {func(w *world) { w.targets[1].health = "down" }, "node-1:9090: silent", true, ""},
+		"not scraped yet":         {func(w *world) { w.targets[1].health = "unknown" }, "node-1:9090: silent", true, ""},
+		"newest scrape failed":    {func(w *world) { w.targets[1].of("up").value = 0 }, "node-1:9090: silent", true, ""},
+		"no scrape":               {func(w *world) { w.targets[1].series = nil }, "node-1:9090: silent", true, ""},
+		"two intervals":           {change: func(w *world) { w.targets[1].scrape = now - 30 }},
+		"more than two intervals": {func(w *world) { w.targets[1].scrape = now - 31 }, "node-1:9090: silent", true, ""},
+		"interval not said":       {change: func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-119 }},
+		"stale without interval":  {func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-121 }, "node-1:9090: silent", true, ""},
+		"not what it seems":       {func(w *world) { w.targets[1].drop("spirl_application_info") }, "node-1:9090: silent", true, ""},
+		"one is missing":          {func(w *world) { w.targets = w.targets[1:] }, id(0) + ": silent", true, ""},
+		"one is missing, a stranger is there": {func(w *world) {
+			w.targets[0] = agent(7)
+		}, id(0) + ": silent", true, ""},
+		"one more is there": {change: func(w *world) { w.targets = append(w.targets, agent(7)) }},
+		"the ID is of an old scrape": {func(w *world) {
+			w.targets[1].of("renewd_agent_svid_expiry_timestamp_seconds").at = now - 29
+		}, id(1) + ": silent", true, ""},
 		"more than config says":    {func(w *world) { w.cfg.Expected = 5 }, "2 of 5 agents that Prometheus does not scrape: silent", true, ""},
 		"taint not seen":           {func(w *world) { w.targets[2].drop("renewd_taint_settled") }, "node-2:9090: behind", false, ""},
 		"settled before":           {func(w *world) { w.targets[2].of("renewd_taint_settled").at = now - 29 }, "node-2:9090: behind", false, ""},
@@ -193,7 +217,7 @@ func TestRules(t *testing.T) {
 		"scraped twice": {func(w *world) {
 			twin := agent(1)
 			twin.instance, w.targets[2] = "10.0.0.1:9090", twin
-		}, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		}, id(2) + ": silent", true, ""},
 		"scraped twice, newest counts": {func(w *world) {
 			twin := agent(1)
 			twin.instance, twin.scrape, twin.of("renewd_taint_settled").value = "10.0.0.1:9090", now-1, 0
@@ -206,8 +230,9 @@ func TestRules(t *testing.T) {
 			w.targets = append(w.targets, s)
 		}},
 		"a server does not count": {func(w *world) {
+			w.targets[0] = agent(9)
 			w.targets[0].of("spirl_application_info").labels["spirl_component"] = "server"
-		}, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		}, id(0) + ": silent", true, ""},
 		"a server that is down": {func(w *world) {
 			w.targets[0].of("spirl_application_info").labels["spirl_component"] = "server"
 			w.targets[0].health = "down"
@@ -223,7 +248,7 @@ func TestRules(t *testing.T) {
 			w.targets[2].of("spirl_application_info").labels["spirl_trust_domain"] = "other.org"
 			w.targets[2].drop("renewd_taint_settled")
 		}, "node-2:9090: behind", false, ""},
-		"another job": {func(w *world) { w.targets[0].job = "other" }, "1 of 3 agents that Prometheus does not scrape: silent", true, ""},
+		"another job": {func(w *world) { w.targets[0].job = "other" }, id(0) + ": silent", true, ""},
 		"own job name": {change: func(w *world) {
 			w.cfg.Job = "mine"
 			for _, t := range w.targets {
@@ -248,6 +273,7 @@ func TestRules(t *testing.T) {
 		"agents are a vector":  {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
 		"JWT fails":            {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
 		"silence fails":        {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
+		"identities fail":      {change: func(w *world) { w.targets[0].health, w.override["ids"] = "down", "" }, err: "query the silent agents: server_error"},
 		"silence is something else": {change: func(w *world) {
 			w.targets[0].health, w.override["answered"] = "down", `{"status":"success","data":{"resultType":"matrix","result":[]}}`
 		}, err: "no vector"},
@@ -260,7 +286,7 @@ func TestRules(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := &world{fake: &fake{targets: []*fakeTarget{agent(0), agent(1), agent(2)}, jwt: []any{}, override: map[string]string{}},
-				cfg: prom.Config{TrustDomain: "example.org"}, expected: 3}
+				cfg: prom.Config{TrustDomain: "example.org"}, expected: []string{id(2), id(0), id(1)}}
 			if tt.change != nil {
 				tt.change(w)
 			}
@@ -331,19 +357,19 @@ func TestAgentsAndQueries(t *testing.T) {
 	for _, target := range w.targets {
 		target.job = `a"b\`
 	}
-	f, err := c.Figures(t.Context(), "o.d|\xff", `k"\`, 4)
+	f, err := c.Figures(t.Context(), "o.d|\xff", `k"\`, []string{id(0), id(1), id(2), id(3)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	want := []prom.Agent{
-		{Instance: "node-0:9090", LastScrape: time.UnixMilli(now*1000 - 3_600_500), SVIDs: 12},
-		{Instance: "node-1:9090", LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
+		{Instance: "node-0:9090", ID: id(0), LastScrape: time.UnixMilli(now*1000 - 3_600_500), SVIDs: 12},
+		{Instance: "node-1:9090", ID: id(1), LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
 			SVIDs: 5, Pending: 5, Streams: 4, Seen: true},
 	}
 	if !slices.Equal(f.Agents, want) {
 		t.Errorf("agents\n%+v, want\n%+v", f.Agents, want)
 	}
-	if f.X509SVIDs != 17 || f.Expected != 4 || f.Missing != 2 || !f.JWTExpiry.Equal(time.Unix(now+60, 0)) {
+	if f.X509SVIDs != 17 || f.Expected != 4 || f.Missing != 2 || f.Holding != 4 || !f.JWTExpiry.Equal(time.Unix(now+60, 0)) {
 		t.Errorf("figures %+v", f)
 	}
 	if f.Behind(7) != 3 || f.Behind(8) != 4 {
@@ -353,13 +379,14 @@ func TestAgentsAndQueries(t *testing.T) {
 		"agents":   `,job="a\"b\\",authority=~"o\\.d\\|�|"}[30000ms] at 1800000000`,
 		"answered": `max_over_time(timestamp(spirl_application_info{job="a\"b\\",instance=~"node-0:9090"})[1d:1m]) at 1800000000`,
 		"held":     `last_over_time(renewd_svids_held{job="a\"b\\",instance=~"node-0:9090",authority="o.d|�"}[1d]) at 1800000000`,
+		"ids":      `last_over_time(renewd_agent_svid_expiry_timestamp_seconds{job="a\"b\\",instance=~"node-0:9090"}[1d]) at 1800000000`,
 		"jwt":      `max(max_over_time(renewd_jwt_svid_latest_expiry_timestamp_seconds{job="a\"b\\",key_id="k\"\\"}[3600000ms])) at 1800000000`,
 	} {
 		if !strings.HasSuffix(w.queries[about], want) {
 			t.Errorf("query of %s is\n%s, want\n%s", about, w.queries[about], want)
 		}
 	}
-	if f, err := c.Figures(t.Context(), "old", "", 0); err != nil || !f.JWTExpiry.IsZero() {
+	if f, err := c.Figures(t.Context(), "old", "", nil); err != nil || !f.JWTExpiry.IsZero() {
 		t.Errorf("without a JWT key: expiry %v, %v", f.JWTExpiry, err)
 	}
 }
@@ -390,11 +417,11 @@ func TestBasicAuth(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if f, err := c.Figures(t.Context(), "old", "key", 1); err != nil || !f.X509Safe {
+	if f, err := c.Figures(t.Context(), "old", "key", []string{id(0)}); err != nil || !f.X509Safe {
 		t.Errorf("safe %v, %v", f.X509Safe, err)
 	}
 	s.Close()
-	if _, err := c.Figures(t.Context(), "old", "key", 1); err == nil || strings.Contains(err.Error(), "secret") {
+	if _, err := c.Figures(t.Context(), "old", "key", []string{id(0)}); err == nil || strings.Contains(err.Error(), "secret") {
 		t.Errorf("Prometheus is gone: %v", err)
 	}
 }

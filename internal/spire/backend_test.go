@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -467,7 +468,7 @@ func TestUpstreamAuthority(t *testing.T) {
 	f := newFake(t)
 	f.x.bundle, f.upstream = map[string]*authority{}, "abcdef"
 	f.x.active = f.create("X509")
-	b := f.serve(spire.Config{Figures: known(func(x509ID, _ string, _ int) (prom.Figures, error) {
+	b := f.serve(spire.Config{Figures: known(func(x509ID, _ string, _ []string) (prom.Figures, error) {
 		if x509ID != "" {
 			t.Errorf("asked for the figures of %s", x509ID)
 		}
@@ -516,30 +517,31 @@ func TestJWTDisabled(t *testing.T) {
 	}
 }
 
-var safeFigures = known(func(_, _ string, expected int) (prom.Figures, error) {
-	return prom.Figures{X509Safe: true, JWTSafe: true, Expected: expected}, nil
+var safeFigures = known(func(_, _ string, expected []string) (prom.Figures, error) {
+	return prom.Figures{X509Safe: true, JWTSafe: true, Expected: len(expected)}, nil
 })
 
 func TestFigures(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	now := time.Now()
-	for _, a := range []struct {
+	for name, a := range map[string]struct {
 		expires time.Duration
 		banned  bool
-	}{{time.Hour, false}, {-time.Hour, false}, {-3 * time.Hour, false}, {time.Hour, true}, {time.Minute, false}} {
-		f.agents = append(f.agents, &types.Agent{X509SvidExpiresAt: now.Add(a.expires).Unix(), Banned: a.banned})
+	}{"a": {time.Hour, false}, "b": {-time.Hour, false}, "over": {-3 * time.Hour, false}, "banned": {time.Hour, true}, "c": {time.Minute, false}} {
+		f.agents = append(f.agents, &types.Agent{Id: &types.SPIFFEID{TrustDomain: "example.org", Path: "/spire/agent/" + name}, X509SvidExpiresAt: now.Add(a.expires).Unix(), Banned: a.banned})
 	}
 	figures, broken := prom.Figures{}, error(nil)
 	var asked []string
-	b := f.serve(spire.Config{X509Life: 2 * time.Hour, Figures: known(func(x509ID, jwtID string, expected int) (prom.Figures, error) {
-		asked = append(asked, fmt.Sprintf("%s %s %d", x509ID, jwtID, expected))
+	b := f.serve(spire.Config{X509Life: 2 * time.Hour, Figures: known(func(x509ID, jwtID string, expected []string) (prom.Figures, error) {
+		slices.Sort(expected)
+		asked = append(asked, fmt.Sprintf("%s %s %s", x509ID, jwtID, expected))
 		return figures, broken
 	})})
 	active, old := at(t, f, b, "tainted")
 	asked = nil
 	figures = prom.Figures{
-		Expected: 5, Missing: 2, X509SVIDs: 7, JWTExpiry: now.Add(time.Hour),
+		Expected: 5, Missing: 2, Holding: 4, X509SVIDs: 7, JWTExpiry: now.Add(time.Hour),
 		Agents: []prom.Agent{{Up: true, Sequence: f.sequence}, {Up: true, Sequence: f.sequence - 1}, {}},
 		Holders: []runbook.Holder{{Agent: "a", SVIDs: 7, Reason: "renewing"}, {Agent: "b", Reason: "silent"},
 			{Agent: "2 of 5", Reason: "silent"}},
@@ -552,7 +554,7 @@ func TestFigures(t *testing.T) {
 	if k.X509SVIDs != 7 || k.X509Safe || k.JWTSafe || k.Unknown != "" || !k.JWTExpiry.Equal(figures.JWTExpiry) {
 		t.Errorf("keyset %+v", k)
 	}
-	if want := fmt.Sprintf("%s %s 3", k.X509AuthorityID, k.JWTKeyID); asked[0] != want {
+	if want := fmt.Sprintf("%s %s [spiffe://example.org/spire/agent/a spiffe://example.org/spire/agent/b spiffe://example.org/spire/agent/c]", k.X509AuthorityID, k.JWTKeyID); asked[0] != want {
 		t.Errorf("asked for %q, want %q", asked[0], want)
 	}
 	if h, err := b.Holders(t.Context(), old); err != nil || len(h) != 3 {

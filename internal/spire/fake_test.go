@@ -394,8 +394,8 @@ func wantRows(t *testing.T, b *spire.Backend, want string) runbook.Status {
 }
 
 // known are figures that a test makes up.
-type known func(x509ID, jwtID string, expected int) (prom.Figures, error)
+type known func(x509ID, jwtID string, expected []string) (prom.Figures, error)
 
-func (k known) Figures(_ context.Context, x509ID, jwtID string, expected int) (prom.Figures, error) {
+func (k known) Figures(_ context.Context, x509ID, jwtID string, expected []string) (prom.Figures, error) {
 	return k(x509ID, jwtID, expected)
 }

@@ -149,7 +149,7 @@ func TestRotationOfSPIRE(t *testing.T) {
 	r := newReal(t, "disk", "")
 	r.start()
 	safe := false
-	b := r.backend(spire.Config{TrustDomain: "example.org", Figures: known(func(string, string, int) (prom.Figures, error) {
+	b := r.backend(spire.Config{TrustDomain: "example.org", Figures: known(func(string, string, []string) (prom.Figures, error) {
 		return prom.Figures{X509Safe: safe, JWTSafe: safe}, nil
 	})})
 	ctx := t.Context()

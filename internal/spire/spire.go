@@ -54,7 +54,7 @@ const defaultX509Life = 24 * time.Hour
 
 // Figures say what the fleet's agents hold; *[prom.Client] is one.
 type Figures interface {
-	Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expectedAgents int) (prom.Figures, error)
+	Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expectedAgents []string) (prom.Figures, error)
 }
 
 // Config says which SPIRE server to work on. Only Socket is required.
@@ -136,26 +136,27 @@ func (b *Backend) Close() error {
 	return nil
 }
 
-// countAgents counts the agents that could hold SVIDs: those that are not
-// banned and whose own SVID is valid, or ended so recently that SVIDs which it
-// had for its workloads may be valid still.
-func (b *Backend) countAgents(ctx context.Context) (int, error) {
+// expected returns the SPIFFE IDs of the agents that could hold SVIDs: those that
+// are not banned and whose own SVID is valid, or ended so recently that SVIDs
+// which it had for its workloads may be valid still.
+func (b *Backend) expected(ctx context.Context) ([]string, error) {
 	limit := b.cfg.Now().Add(-b.cfg.X509Life).Unix()
-	n, token := 0, ""
+	var ids []string
+	token := ""
 	for {
 		res, err := b.agents.ListAgents(ctx, &agentv1.ListAgentsRequest{
 			OutputMask: &types.AgentMask{X509SvidExpiresAt: true, Banned: true}, PageSize: 1000, PageToken: token,
 		})
 		if err != nil {
-			return 0, fmt.Errorf("list agents of the SPIRE server: %w", err)
+			return nil, fmt.Errorf("list agents of the SPIRE server: %w", err)
 		}
 		for _, a := range res.Agents {
 			if !a.Banned && a.X509SvidExpiresAt > limit {
-				n++
+				ids = append(ids, "spiffe://"+a.Id.GetTrustDomain()+a.Id.GetPath())
 			}
 		}
 		if token = res.NextPageToken; token == "" {
-			return n, nil
+			return ids, nil
 		}
 	}
 }

@@ -27,13 +27,13 @@ func (b *Backend) Status(ctx context.Context) (runbook.Status, error) {
 	if err != nil {
 		return runbook.Status{}, err
 	}
-	agents, err := b.countAgents(ctx)
+	agents, err := b.expected(ctx)
 	if err != nil {
 		return runbook.Status{}, err
 	}
 	out := runbook.Status{
 		TrustDomain: s.trustDomain, Deployment: b.cfg.Deployment, Sequence: s.sequence,
-		Agents: agents, AgentsBehind: -1, Automatic: automatic,
+		Agents: len(agents), AgentsBehind: -1, Automatic: automatic,
 	}
 	for _, p := range s.pairs {
 		k := p.keyset()
@@ -81,7 +81,7 @@ func judge(k *runbook.Keyset, p pair, s server, f prom.Figures) {
 }
 
 // figures asks for a keyset's figures, if there is anybody to ask.
-func (b *Backend) figures(ctx context.Context, s server, p pair, agents int) (prom.Figures, error) {
+func (b *Backend) figures(ctx context.Context, s server, p pair, agents []string) (prom.Figures, error) {
 	if b.cfg.Figures == nil {
 		return prom.Figures{}, errors.New(noFigures)
 	}
@@ -108,7 +108,7 @@ func (b *Backend) Holders(ctx context.Context, id string) ([]runbook.Holder, err
 	if !p.x509.here() {
 		return nil, nil
 	}
-	agents, err := b.countAgents(ctx)
+	agents, err := b.expected(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +135,7 @@ func (b *Backend) safe(ctx context.Context, s server, p pair) error {
 	if !p.x509.here() {
 		return nil
 	}
-	agents, err := b.countAgents(ctx)
+	agents, err := b.expected(ctx)
 	if err != nil {
 		return err
 	}
@@ -147,14 +147,5 @@ func (b *Backend) safe(ctx context.Context, s server, p pair) error {
 		return nil
 	}
 	return &runbook.NotSafeError{Keyset: p.id(), Message: fmt.Sprintf(
-		"%d of %d agents could still hold X.509-SVIDs of %s", holding(f), f.Expected, p.id())}
-}
-
-// holding counts the agents that are holders; those that are missing are one
-// holder together.
-func holding(f prom.Figures) int {
-	if f.Missing > 0 {
-		return len(f.Holders) - 1 + f.Missing
-	}
-	return len(f.Holders)
+		"%d of %d agents could still hold X.509-SVIDs of %s", f.Holding, f.Expected, p.id())}
 }
