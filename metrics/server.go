@@ -29,15 +29,31 @@ type ServerConfig struct {
 
 // Server is the signing server's one registry and all that is in it. Its
 // methods are safe for concurrent use.
-type Server struct{ common }
+type Server struct {
+	common
+	limited *prometheus.CounterVec
+}
+
+// limitedMethods are what a server limits by client address.
+var limitedMethods = []string{"AttestAgent", "RenewAgent", "BatchNewX509SVID", "NewJWTSVID", "PostStatus", "Report", "connect"}
 
 // NewServer makes the metrics of the signing server and registers them.
 func NewServer(cfg ServerConfig) *Server {
-	s := &Server{newCommon(cfg.Log, "spirl_server_mint_svid_total", prometheus.HistogramOpts{
-		Name:    "spirl_server_mint_svid_duration_seconds",
-		Help:    "Time to check, sign and record one SVID, by type and gRPC status.",
-		Buckets: []float64{.00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-	}, "SVIDs this server was asked to sign, by type and gRPC status of the attempt. Failed attempts count too.")}
+	s := &Server{
+		common: newCommon(cfg.Log, "spirl_server_mint_svid_total", prometheus.HistogramOpts{
+			Name:    "spirl_server_mint_svid_duration_seconds",
+			Help:    "Time to check, sign and record one SVID, by type and gRPC status.",
+			Buckets: []float64{.00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
+		}, "SVIDs this server was asked to sign, by type and gRPC status of the attempt. Failed attempts count too."),
+		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "renewd_server_limited_total",
+			Help: "Calls that had to wait, or were refused, because their client address made more than it may, by method; connect: connections that were refused.",
+		}, []string{"method"}),
+	}
+	s.registry.MustRegister(s.limited)
+	for _, method := range limitedMethods {
+		s.limited.WithLabelValues(method)
+	}
 	s.info("server", cfg.TrustDomain, cfg.Version, cfg.Deployments...)
 	if cfg.Source != nil {
 		s.registry.MustRegister(serverCollector{cfg.Source})
@@ -51,6 +67,11 @@ func NewServer(cfg ServerConfig) *Server {
 func (s *Server) Minted(svidType string, code codes.Code, took time.Duration) {
 	s.minted(svidType, code.String(), took)
 }
+
+// Limited counts one call that had to wait or was refused because its client
+// made more than it may. method has no package or service; it is "connect" for
+// a connection that was refused.
+func (s *Server) Limited(method string) { s.limited.WithLabelValues(method).Inc() }
 
 // The modes of automatic rotation.
 const (

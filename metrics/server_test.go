@@ -145,6 +145,8 @@ func TestServerNames(t *testing.T) {
 		{"spirl_server_mint_svid_duration_seconds", []string{"svid_type=jwt", "status_code=OK"}},
 		{"spirl_application_info", []string{"spirl_trust_domain=example.org", "spirl_trust_domain_deployment=east", "spirl_app_version=v1.2.3", "spirl_component=server"}},
 		{"spirl_application_info", []string{"spirl_trust_domain=example.org", "spirl_trust_domain_deployment=west", "spirl_app_version=v1.2.3", "spirl_component=server"}},
+		{"renewd_server_limited_total", []string{"method=AttestAgent"}},
+		{"renewd_server_limited_total", []string{"method=connect"}},
 		{"go_goroutines", nil},
 		{"process_start_time_seconds", nil},
 	} {
@@ -162,6 +164,10 @@ func TestServerEvents(t *testing.T) {
 	s := newServer(rotation)
 	s.Minted(metrics.TypeX509, codes.OK, 40*time.Millisecond)
 	s.Minted(metrics.TypeX509, codes.Unavailable, time.Second)
+	s.Limited("PostStatus")
+	if got := series(t, s, "renewd_server_limited_total", "method=PostStatus").GetCounter().GetValue(); got != 1 {
+		t.Errorf("limited = %v, want 1", got)
+	}
 	if got := series(t, s, "spirl_server_mint_svid_total", "svid_type=x509", "status_code=Unavailable").GetCounter().GetValue(); got != 1 {
 		t.Errorf("minted = %v, want 1", got)
 	}

@@ -125,6 +125,9 @@ func (w *world) Minted(kind string, code codes.Code, _ time.Duration) {
 	w.frozen.wait()
 }
 
+// Limited implements server.Observer.
+func (w *world) Limited(string) {}
+
 func (w *world) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	refusing := w.refuse.Load()
 	if refusing && (strings.HasSuffix(info.FullMethod, "/BatchNewX509SVID") || strings.HasSuffix(info.FullMethod, "/RenewAgent")) {

@@ -45,7 +45,11 @@ func caller(ctx context.Context) (spiffeid.ID, error) {
 }
 
 func (s *Server) authorizeUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
-	ctx, err := s.authorize(ctx, info.FullMethod)
+	items := 1
+	if batch, ok := req.(*svidv1.BatchNewX509SVIDRequest); ok {
+		items = len(batch.GetParams())
+	}
+	ctx, err := s.enter(ctx, info.FullMethod, items)
 	if err != nil {
 		return nil, err
 	}
@@ -53,7 +57,7 @@ func (s *Server) authorizeUnary(ctx context.Context, req any, info *grpc.UnarySe
 }
 
 func (s *Server) authorizeStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
-	ctx, err := s.authorize(stream.Context(), info.FullMethod)
+	ctx, err := s.enter(stream.Context(), info.FullMethod, 1)
 	if err != nil {
 		return err
 	}
@@ -66,6 +70,25 @@ type authorizedStream struct {
 }
 
 func (s *authorizedStream) Context() context.Context { return s.ctx }
+
+// enter returns when a call may be served. Who it is comes first, so that what
+// belongs to agents is not used up by others at their address. Until it returns
+// the call has done nothing: it holds no lock, has begun nothing in the ledger
+// and spent no token.
+func (s *Server) enter(ctx context.Context, method string, items int) (context.Context, error) {
+	allowed, err := s.authorize(ctx, method)
+	if err != nil {
+		return nil, err
+	}
+	waited, err := s.limits.wait(ctx, method, items)
+	switch {
+	case err != nil:
+		return nil, err
+	case waited: // and may have been banned meanwhile
+		return s.authorize(ctx, method)
+	}
+	return allowed, nil
+}
 
 // authorize lets an agent-only call through when its SVID is the agent's
 // current one, or the one that it was given last and now uses for the first

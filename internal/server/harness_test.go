@@ -50,16 +50,29 @@ type running struct {
 // listener counts the connections that it accepts.
 type listener struct {
 	*bufconn.Listener
+	from     net.Addr // where they come from; nowhere in particular when nil
 	accepted atomic.Int64
 }
 
 func (l *listener) Accept() (net.Conn, error) {
 	conn, err := l.Listener.Accept()
-	if err == nil {
-		l.accepted.Add(1)
+	if err != nil {
+		return nil, err
 	}
-	return conn, err
+	l.accepted.Add(1)
+	if l.from != nil {
+		conn = &connFrom{conn, l.from}
+	}
+	return conn, nil
 }
+
+// connFrom is a connection that comes from an address.
+type connFrom struct {
+	net.Conn
+	from net.Addr
+}
+
+func (c *connFrom) RemoteAddr() net.Addr { return c.from }
 
 // bubble runs f with a server in a bubble of its own, where time is simulated
 // and a goroutine that is left over fails the test.
@@ -80,8 +93,12 @@ func start(t testing.TB, c server.Config) *running {
 
 func serve(t testing.TB, s *server.Server) *running {
 	t.Helper()
+	return serveOn(t, s, &listener{Listener: bufconn.Listen(1 << 20)})
+}
+
+func serveOn(t testing.TB, s *server.Server, lis *listener) *running {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
-	lis := &listener{Listener: bufconn.Listen(1 << 20)}
 	done := make(chan error, 1)
 	go func() { done <- s.Serve(ctx, lis) }()
 	r := &running{Server: s, lis: lis, stop: sync.OnceFunc(func() {

@@ -12,6 +12,12 @@
 // The server proves itself as spiffe://<trust domain>/spire/server, with a
 // certificate from the active keyset. A client certificate is optional and,
 // where there is one, verified as an X.509-SVID against the bundle.
+//
+// What each client address may ask for is limited as by a SPIRE server: one
+// attestation a second, 500 X.509-SVIDs (the agents' own included) and 500
+// JWT-SVIDs, 10 statuses and 10 reports; of X.509-SVIDs each item of a batch counts. What
+// is more than that waits, for half a minute at most, and fails with
+// ResourceExhausted when it would have to wait for longer.
 package server
 
 import (
@@ -62,20 +68,26 @@ const (
 	// are served at a time; the client waits with the rest. An agent of renewd
 	// makes 80 when the server is slow. maxHeaders is the most bytes of a
 	// call's metadata. Together they bound what one connection can make the
-	// server hold: 128 MiB of requests.
+	// server hold: 128 MiB of requests. How many connections one client may have
+	// is maxConnections.
 	maxRequest = 1 << 20
 	maxStreams = 128
 	maxHeaders = 16 << 10
 )
 
-// Observer is told of every workload's SVID that was asked for; the agents' own
-// are not among them. Its method must be fast and safe for concurrent use.
+// Observer is told of every workload's SVID that was asked for, the agents' own
+// are not among them, and of what was limited. Its methods must be fast and safe
+// for concurrent use.
 type Observer interface {
 	// Minted reports one SVID of svidType "x509" or "jwt": the outcome, and
 	// how long checking, signing and recording took. What was signed and could
 	// not be recorded is Unavailable. The SVIDs of a batch are recorded
 	// together, and each has taken all of that time.
 	Minted(svidType string, code codes.Code, took time.Duration)
+	// Limited reports a call that had to wait, or was refused, because its
+	// client did more than it may. The method has no package or service, and is
+	// "connect" for a connection that was refused.
+	Limited(method string)
 }
 
 // Config says what to serve. Only TrustDomain is required.
@@ -128,6 +140,7 @@ type Server struct {
 	now      func() time.Time
 	observer Observer
 	ledger   Ledger
+	limits   *limits
 	tls      *tls.Config
 
 	entries  atomic.Pointer[entrySet]
@@ -200,6 +213,7 @@ func New(c Config) (*Server, error) {
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
+	s.limits = newLimits(s.observer, s.log)
 	s.tls = s.newTLSConfig()
 	return s, nil
 }
@@ -215,7 +229,8 @@ func (s *Server) BundlePEM() []byte { return s.config.Published().PEM() }
 // ends, calls in flight have two seconds to finish; then they are canceled.
 // It returns when all its connections are closed and all its goroutines have
 // ended: nil when ctx ended. Several may run at a time, on different
-// listeners, and a later one serves the same state.
+// listeners, and a later one serves the same state. They share the limits of
+// calls; connections are limited for each listener.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	gs := grpc.NewServer(s.options()...)
 	agentv1.RegisterAgentServer(gs, &agentService{s: s})
@@ -226,7 +241,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		api.RegisterFleetServer(gs, &fleetService{s: s})
 	}
 
-	tracked := newConns(lis)
+	tracked := newConns(lis, s.limits.refuse)
 	failed := make(chan struct{})
 	drained := make(chan struct{})
 	go func() {
@@ -290,3 +305,4 @@ func (s *Server) options() []grpc.ServerOption {
 type nobody struct{}
 
 func (nobody) Minted(string, codes.Code, time.Duration) {}
+func (nobody) Limited(string)                           {}

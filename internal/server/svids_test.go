@@ -34,6 +34,19 @@ func (c *counts) Minted(svidType string, code codes.Code, _ time.Duration) {
 	c.by[fmt.Sprint(svidType, " ", code)]++
 }
 
+func (c *counts) Limited(method string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.by["limited "+method]++
+}
+
+// limited is how many calls of a method were limited.
+func (c *counts) limited(method string) int {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.by["limited "+method]
+}
+
 // total is how many were counted with a code.
 func (c *counts) total(code string) int {
 	c.mu.Lock()
