@@ -153,7 +153,7 @@ func clientOf(address net.Addr) netip.Prefix {
 // ResourceExhausted, and has used up nothing.
 func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, err error) {
 	kind, ok := limited[method]
-	if !ok || n < 1 || n > perSecond[kind] { // what is too much is refused by who would do it
+	if !ok || n > perSecond[kind] { // such a batch is refused whenever it comes
 		return false, nil
 	}
 	p, ok := peer.FromContext(ctx)

@@ -113,8 +113,8 @@ func TestLimits(t *testing.T) {
 		},
 		{
 			"Report", 10,
-			func(t *testing.T, c *client) error {
-				return times(10, func() error { return c.report(t.Context(), &api.ReportRequest{}) })
+			func(t *testing.T, c *client) error { // not together with PostStatus
+				return times(10, func() error { return errors.Join(c.report(t.Context(), &api.ReportRequest{}), c.ping(t.Context())) })
 			},
 			func(t *testing.T, c *client) error { return c.report(t.Context(), &api.ReportRequest{}) },
 		},
@@ -200,7 +200,8 @@ func TestWhoIsOneClient(t *testing.T) {
 // waits for its turn.
 func TestThousandAtOnce(t *testing.T) {
 	t.Parallel()
-	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+	seen := &counts{by: make(map[string]int)}
+	bubble(t, server.Config{Observer: seen}, func(t *testing.T, s *running) {
 		who, _ := s.join(t)
 		s.apply(t, []server.Entry{entry("a")})
 		c := s.from(t, "10.0.0.1").dial(t, who)
@@ -221,6 +222,9 @@ func TestThousandAtOnce(t *testing.T) {
 		wantCode(t, c.items(ctx, t, 0), codes.InvalidArgument)
 		if d := took(t, func() error { return c.items(ctx, t, 500) }); d != 0 {
 			t.Errorf("the next batch waits for %v", d)
+		}
+		if n := seen.limited("BatchNewX509SVID"); n != 1 {
+			t.Errorf("%d calls are counted as limited, want 1", n)
 		}
 	})
 }
@@ -360,9 +364,15 @@ func TestWaitingIsBounded(t *testing.T) {
 		if err := times(500, func() error { return conns[0].jwt(t.Context()) }); err != nil {
 			t.Fatal(err)
 		}
-		n := flood(400, func(i int) error { return conns[i%4].jwt(t.Context()) })
-		if n[codes.OK] != 256 || n[codes.ResourceExhausted] != 144 {
-			t.Errorf("outcomes %v", n)
+		for range 2 {
+			begin := time.Now()
+			n := flood(400, func(i int) error { return conns[i%4].jwt(t.Context()) })
+			if n[codes.OK] != 256 || n[codes.ResourceExhausted] != 144 {
+				t.Errorf("outcomes %v", n)
+			}
+			if d := time.Since(begin); d != 256*time.Second/500 {
+				t.Errorf("256 turns take %v", d)
+			}
 		}
 		// Who waits for something else has room of its own.
 		done := make(chan map[codes.Code]int, 1)
