@@ -3,6 +3,7 @@ package domain_test
 import (
 	"context"
 	"fmt"
+	"net"
 	"path/filepath"
 	"runtime"
 	"sync/atomic"
@@ -26,12 +27,15 @@ import (
 // a signature.
 func BenchmarkMint(b *testing.B) {
 	c := newConfig(b, "default")
+	lis, err := net.Listen("tcp", "127.0.0.1:0")
+	check(b, err)
+	c.Deployments[0].Listener = unlimited{lis}
 	r := run(b, c)
 	entries := make([]server.Entry, 500)
 	for i := range entries {
 		entries[i] = entry(i, spiffeid.ID{})
 	}
-	_, err := r.Server("default").ApplyEntries(b.Context(), entries, false)
+	_, err = r.Server("default").ApplyEntries(b.Context(), entries, false)
 	check(b, err)
 	a := r.join("default")
 	key, csr := newKey(b)
@@ -86,6 +90,19 @@ func BenchmarkMint(b *testing.B) {
 		perSecond(b, 500)
 	})
 }
+
+// unlimited has nobody come from an IP address, whose calls would be limited to
+// less than the server can do.
+type unlimited struct{ net.Listener }
+
+func (l unlimited) Accept() (net.Conn, error) {
+	conn, err := l.Listener.Accept()
+	return fromNowhere{conn}, err
+}
+
+type fromNowhere struct{ net.Conn }
+
+func (fromNowhere) RemoteAddr() net.Addr { return &net.UnixAddr{} }
 
 // BenchmarkHeld is the memory of a server of 1,000 agents with 100 entries each,
 // all of whose SVIDs are out, and the time to open its store.
