@@ -68,3 +68,24 @@ func TestDrillRotation(t *testing.T) {
 		}
 	})
 }
+
+// An agent that starts with more SVIDs than the server signs for one node at
+// once waits for them, and asks for each only once.
+func TestDrillMoreThanTheServerSignsAtOnce(t *testing.T) {
+	const svids = 3000
+	inWorld(t, svids, nil, func(w *world) {
+		begin := time.Now()
+		w.fill(svids)
+		asked := 0
+		for _, m := range w.mintsSince(begin) {
+			asked += len(m.entries)
+		}
+		if asked != svids {
+			w.t.Errorf("%d SVIDs were asked for, want each of %d once", asked, svids)
+		}
+		// 500 at once, then 500 a second; fill waits for a second more.
+		if took := time.Since(begin); took < 6*time.Second || took > 10*time.Second {
+			w.t.Errorf("it took %v", took)
+		}
+	})
+}
