@@ -59,7 +59,7 @@ const (
 	// far above what the other limits can serve, and keeps one machine from
 	// taking every file descriptor of the server.
 	maxConnections = 2048
-	// maxClients is how many clients are told apart: 40 MB at most. They are
+	// maxClients is how many clients are told apart: 50 MB at most. They are
 	// found by their own handshakes, which nobody can make in another's name.
 	maxClients = 1 << 16
 	// generation is how long a client is remembered at least. It is more than
