@@ -7,6 +7,7 @@ import (
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"errors"
 	"fmt"
 	"net/url"
@@ -75,8 +76,10 @@ func ParseCSR(der []byte) (crypto.PublicKey, error) {
 
 // SignX509 signs an X.509-SVID for a key with the active keyset. It begins ten
 // seconds ago and ends after ttl (DefaultX509TTL when zero) or with the
-// keyset, whichever is first.
-func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Duration) (X509SVID, error) {
+// keyset, whichever is first. dnsNames, in lower case and as [CheckDNSNames]
+// wants them, are signed beside the ID; the first is the common name, too, when
+// it is not too long for one.
+func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Duration, dnsNames ...string) (X509SVID, error) {
 	s := d.current.Load().active
 	now := d.now()
 	if err := d.signable(s, id, now); err != nil {
@@ -90,10 +93,12 @@ func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Dur
 	if err != nil {
 		return X509SVID{}, fmt.Errorf("sign X.509-SVID: %w", err)
 	}
-	// SPIFFE X.509-SVID, sections 2, 4.3 and 4.4: one URI SAN, critical
-	// because the subject is empty (RFC 5280, 4.2.1.6), no CA, both TLS uses.
+	// SPIFFE X.509-SVID, sections 2, 4.3 and 4.4: one URI SAN and any DNS SANs,
+	// critical where the subject is empty (RFC 5280, 4.2.1.6), no CA, both TLS
+	// uses.
 	template := &x509.Certificate{
 		SerialNumber:          newSerial(),
+		Subject:               pkix.Name{CommonName: commonName(dnsNames)},
 		NotBefore:             now.Add(-backdate).UTC().Truncate(time.Second),
 		NotAfter:              notAfter,
 		KeyUsage:              x509.KeyUsageDigitalSignature | x509.KeyUsageKeyEncipherment | x509.KeyUsageKeyAgreement,
@@ -102,6 +107,7 @@ func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Dur
 		SubjectKeyId:          ski,
 		AuthorityKeyId:        s.ca.SubjectKeyId,
 		URIs:                  []*url.URL{id.URL()},
+		DNSNames:              dnsNames,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, s.ca, key, s.caKey)
 	if err != nil {
