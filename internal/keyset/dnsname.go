@@ -72,7 +72,7 @@ func checkDNSName(name string) (problem, remedy string) {
 		return fmt.Sprintf("has %d characters", len(name)), fmt.Sprintf("a DNS name has %d at most", maxDNSName)
 	case strings.ContainsFunc(name, func(r rune) bool { return r > 0x7F }): // utf8.RuneError for what is not UTF-8
 		ascii, err := idna.Lookup.ToASCII(name)
-		if err != nil || !utf8.ValidString(name) {
+		if err != nil || ascii == "" || !utf8.ValidString(name) {
 			ascii = "xn--..."
 		}
 		return "is not ASCII", fmt.Sprintf("write an international name in ASCII, as %q", ascii)

@@ -31,6 +31,7 @@ func TestEntries(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
 		full := entry("full", "/full")
 		full.ParentId, full.Hint, full.FederatesWith = agent("a").String(), "main", []string{"other.example"}
+		full.DnsNames = []string{"web.example.org", "a.example.org"}
 		full.X509Ttl, full.JwtTtl = durationpb.New(2*time.Hour), durationpb.New(time.Minute)
 		full.Selectors = append(full.Selectors, &api.Selector{Type: "unix", Value: "user:www"})
 		changes := func(of []*api.EntryChange) (out []string) {
@@ -87,6 +88,7 @@ func TestEntries(t *testing.T) {
 			`entry "x": spiffe_id: `:      wrong(func(e *api.Entry) { e.SpiffeId = "x" }),
 			`entry "x": parent_id: `:      wrong(func(e *api.Entry) { e.ParentId = "x" }),
 			`entry "x": federates_with: `: wrong(func(e *api.Entry) { e.FederatesWith = []string{"no such"} }),
+			`entry "x": dns_names: "*" `:  wrong(func(e *api.Entry) { e.DnsNames = []string{"*"} }),
 			`entry "x": selectors: `:      wrong(func(e *api.Entry) { e.Selectors = nil }),
 			`entry "x": x509_ttl: `:       wrong(func(e *api.Entry) { e.X509Ttl = durationpb.New(time.Minute) }),
 			`entry "": id: `:              wrong(func(e *api.Entry) { e.Id = "" }),

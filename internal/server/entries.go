@@ -24,7 +24,10 @@ type Entry struct {
 	// Hint tells a workload with several identities them apart.
 	Hint          string
 	FederatesWith []spiffeid.TrustDomain
-	// X509TTL is 1 to 168 hours, JWTTTL anything positive; the server's
+	// DNSNames are in X.509-SVIDs beside the SPIFFE ID, in this order and in
+	// lower case; see [keyset.CheckDNSNames]. The first is the common name.
+	DNSNames []string
+	// X509TTL is 1 to 168 hours, JWTTTL a second or more; the server's
 	// defaults when zero.
 	X509TTL, JWTTTL time.Duration
 }

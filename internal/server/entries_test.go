@@ -38,6 +38,7 @@ func TestEntryFieldsAndMask(t *testing.T) {
 			e.ParentID, e.Hint, e.X509TTL, e.JWTTTL = who.id, "main", 2*time.Hour, 5*time.Minute
 			e.Selectors = []server.Selector{{"unix", "uid:2"}, {"unix", "gid:1"}}
 			e.FederatesWith = []spiffeid.TrustDomain{partner}
+			e.DNSNames = []string{"web.example.org", "*.Apps.Example.org", "a.example.org"}
 		})
 		s.apply(t, []server.Entry{full})
 		want := &types.Entry{
@@ -45,6 +46,7 @@ func TestEntryFieldsAndMask(t *testing.T) {
 			ParentId:    &types.SPIFFEID{TrustDomain: "example.org", Path: who.id.Path()},
 			Selectors:   []*types.Selector{{Type: "unix", Value: "gid:1"}, {Type: "unix", Value: "uid:2"}},
 			X509SvidTtl: 7200, JwtSvidTtl: 300, FederatesWith: []string{"partner.org"}, Hint: "main",
+			DnsNames:       []string{"web.example.org", "*.apps.example.org", "a.example.org"},
 			RevisionNumber: s.Entries()[0].Revision, CreatedAt: time.Now().Unix(),
 		}
 		if got := s.fetch(t, who)["a"]; !proto.Equal(got, want) {
@@ -59,6 +61,11 @@ func TestEntryFieldsAndMask(t *testing.T) {
 		masked := &types.Entry{Id: want.Id, SpiffeId: want.SpiffeId, Hint: want.Hint}
 		if got := resp.GetEntries()[0]; !proto.Equal(got, masked) {
 			t.Errorf("masked entry %v, want %v", got, masked)
+		}
+		_, entries, _ := receive(t, openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: &types.EntryMask{DnsNames: true, RevisionNumber: true}}))
+		masked = &types.Entry{Id: want.Id, DnsNames: want.DnsNames, RevisionNumber: want.RevisionNumber}
+		if !proto.Equal(entries[0], masked) {
+			t.Errorf("masked entry %v, want %v", entries[0], masked)
 		}
 	})
 }
@@ -156,6 +163,36 @@ func TestRevisions(t *testing.T) {
 		}
 		if got := s.fetch(t, who)["a"]; got.GetRevisionNumber() <= ra || got.GetCreatedAt() == created {
 			t.Errorf("an ID that is used again: %v, the old revision was %d", got, ra)
+		}
+	})
+}
+
+// TestRevisionsOfDNSNames: their order counts, upper and lower case do not.
+func TestRevisionsOfDNSNames(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		last := int64(0)
+		for i, tt := range []struct {
+			names   []string
+			changes bool
+		}{
+			{nil, true},
+			{[]string{}, false},
+			{[]string{"a.example.org", "b.example.org"}, true},
+			{[]string{"A.example.org", "b.EXAMPLE.org"}, false},
+			{[]string{"b.example.org", "a.example.org"}, true},
+			{[]string{"b.example.org"}, true},
+			{nil, true},
+		} {
+			given := slices.Clone(tt.names)
+			diff := s.apply(t, []server.Entry{entry("a", func(e *server.Entry) { e.DNSNames = given })})
+			if got := s.Entries()[0].Revision; (got > last) != tt.changes || (len(diff.Changes) == 1) != tt.changes {
+				t.Errorf("step %d, %q: revision %d after %d, %d changes", i, tt.names, got, last, len(diff.Changes))
+			}
+			last = s.Entries()[0].Revision
+			if !slices.Equal(given, tt.names) {
+				t.Errorf("step %d: the caller's names became %q", i, given)
+			}
 		}
 	})
 }
@@ -270,6 +307,7 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 			"short X.509 TTL":     {"x509_ttl", func(e *server.Entry) { e.X509TTL = time.Minute }},
 			"long X.509 TTL":      {"x509_ttl", func(e *server.Entry) { e.X509TTL = 169 * time.Hour }},
 			"negative JWT TTL":    {"jwt_ttl", func(e *server.Entry) { e.JWTTTL = -1 }},
+			"wrong DNS name":      {"dns_names", func(e *server.Entry) { e.DNSNames = []string{"web.example.org", "a_b"} }},
 			"federates with self": {"federates_with", func(e *server.Entry) { e.FederatesWith = []spiffeid.TrustDomain{td} }},
 		} {
 			wrong(name, "c", tt.field, entry("b"), entry("c", tt.change))

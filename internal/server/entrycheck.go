@@ -56,6 +56,9 @@ func (s *Server) checkEntry(e Entry) error {
 			return wrong("selectors", "%q is not of the form type:value", sel.Type+":"+sel.Value)
 		}
 	}
+	if err := keyset.CheckDNSNames(e.DNSNames); err != nil {
+		return wrong("dns_names", "%v", err)
+	}
 	if err := checkX509TTL(e.X509TTL); err != nil {
 		return wrong("x509_ttl", "%v", err)
 	}
@@ -69,8 +72,8 @@ func checkX509TTL(ttl time.Duration) error {
 	return nil
 }
 
-// canonical copies an entry and orders what has no order, so that equal
-// entries compare equal.
+// canonical copies an entry that was checked, and orders what has no order, so
+// that equal entries compare equal.
 func canonical(e Entry) Entry {
 	e.Selectors = slices.Clone(e.Selectors)
 	slices.SortFunc(e.Selectors, func(a, b Selector) int {
@@ -80,11 +83,16 @@ func canonical(e Entry) Entry {
 	e.FederatesWith = slices.Clone(e.FederatesWith)
 	slices.SortFunc(e.FederatesWith, spiffeid.TrustDomain.Compare)
 	e.FederatesWith = slices.Compact(e.FederatesWith)
+	e.DNSNames = slices.Clone(e.DNSNames)
+	for i, name := range e.DNSNames {
+		e.DNSNames[i] = strings.ToLower(name)
+	}
 	return e
 }
 
 func equalEntry(a, b Entry) bool {
 	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Hint == b.Hint &&
 		a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
-		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith)
+		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith) &&
+		slices.Equal(a.DNSNames, b.DNSNames)
 }

@@ -80,6 +80,9 @@ func (e *StoredEntry) proto(agent spiffeid.ID, mask *types.EntryMask) *types.Ent
 			out.FederatesWith = append(out.FederatesWith, td.Name())
 		}
 	}
+	if all || mask.DnsNames {
+		out.DnsNames = e.DNSNames
+	}
 	if all || mask.X509SvidTtl {
 		out.X509SvidTtl = int32(e.X509TTL / time.Second)
 	}

@@ -98,7 +98,7 @@ func (v *svidService) x509(agent spiffeid.ID, p *svidv1.NewX509SVIDParams) (*typ
 	if err != nil {
 		return refused(status.Error(codes.InvalidArgument, err.Error()))
 	}
-	svid, err := v.s.keysets.SignX509(entry.SPIFFEID, key, cmp.Or(entry.X509TTL, v.s.config.X509TTL))
+	svid, err := v.s.keysets.SignX509(entry.SPIFFEID, key, cmp.Or(entry.X509TTL, v.s.config.X509TTL), entry.DNSNames...)
 	if err != nil {
 		return refused(v.s.internal("sign X.509-SVID", err))
 	}

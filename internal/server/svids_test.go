@@ -1,9 +1,13 @@
 package server_test
 
 import (
+	"crypto/rand"
 	"crypto/x509"
+	"crypto/x509/pkix"
 	"fmt"
+	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -63,22 +67,32 @@ func TestBatchNewX509SVID(t *testing.T) {
 		s.apply(t, []server.Entry{
 			entry("plain"),
 			entry("short", func(e *server.Entry) { e.X509TTL = time.Hour }),
+			entry("named", func(e *server.Entry) { e.DNSNames = []string{"Web.example.org", "*.example.org"} }),
 			entry("foreign", func(e *server.Entry) { e.ParentID = other.id }),
 		})
-		_, csr := newKey(t)
+		key, _ := newKey(t)
+		// Of the CSR only the key counts.
+		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
+			Subject: pkix.Name{CommonName: "forged"}, DNSNames: []string{"forged.example.org"}, IPAddresses: []net.IP{net.IPv4(192, 0, 2, 1)},
+		}, key)
+		if err != nil {
+			t.Fatal(err)
+		}
 		items := []struct {
 			entry string
 			csr   []byte
 			code  codes.Code
 			ttl   time.Duration
+			names []string
 		}{
-			{"plain", csr, codes.OK, 3 * time.Hour},
-			{"unknown", csr, codes.NotFound, 0},
-			{"foreign", csr, codes.NotFound, 0},
-			{"plain", []byte("x"), codes.InvalidArgument, 0},
-			{"plain", nil, codes.InvalidArgument, 0},
-			{"", csr, codes.InvalidArgument, 0},
-			{"short", csr, codes.OK, time.Hour},
+			{"plain", csr, codes.OK, 3 * time.Hour, nil},
+			{"unknown", csr, codes.NotFound, 0, nil},
+			{"foreign", csr, codes.NotFound, 0, nil},
+			{"plain", []byte("x"), codes.InvalidArgument, 0, nil},
+			{"plain", nil, codes.InvalidArgument, 0, nil},
+			{"", csr, codes.InvalidArgument, 0, nil},
+			{"short", csr, codes.OK, time.Hour, nil},
+			{"named", csr, codes.OK, 3 * time.Hour, []string{"web.example.org", "*.example.org"}},
 		}
 		req := &svidv1.BatchNewX509SVIDRequest{}
 		for _, item := range items {
@@ -104,11 +118,15 @@ func TestBatchNewX509SVID(t *testing.T) {
 			if err != nil || id.Path() != "/workload/"+item.entry || r.GetSvid().GetId().GetPath() != id.Path() {
 				t.Errorf("item %d: %v, %v", i, id, err)
 			}
+			leaf, err := x509.ParseCertificate(r.GetSvid().GetCertChain()[0])
+			if err != nil || !slices.Equal(leaf.DNSNames, item.names) || len(leaf.IPAddresses) > 0 || leaf.Subject.CommonName != strings.Join(item.names[:min(len(item.names), 1)], "") {
+				t.Errorf("item %d: DNS names %q, addresses %v, subject %v, %v", i, leaf.DNSNames, leaf.IPAddresses, leaf.Subject, err)
+			}
 			if got := r.GetSvid().GetExpiresAt(); got != time.Now().Add(item.ttl).Unix() {
 				t.Errorf("item %d expires at %d", i, got)
 			}
 		}
-		if got, want := fmt.Sprint(seen.by), "map[x509 InvalidArgument:3 x509 NotFound:2 x509 OK:2]"; got != want {
+		if got, want := fmt.Sprint(seen.by), "map[x509 InvalidArgument:3 x509 NotFound:2 x509 OK:3]"; got != want {
 			t.Errorf("observed %s, want %s", got, want)
 		}
 	})
