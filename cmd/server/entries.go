@@ -23,6 +23,7 @@ type shownEntry struct {
 	Selectors     []string `json:"selectors"`
 	Hint          string   `json:"hint,omitempty"`
 	FederatesWith []string `json:"federates_with,omitempty"`
+	DNSNames      []string `json:"dns_names,omitempty"`
 	X509TTL       string   `json:"x509_ttl,omitempty"`
 	JWTTTL        string   `json:"jwt_ttl,omitempty"`
 }
@@ -33,7 +34,8 @@ func showEntry(e *api.Entry) *shownEntry {
 	}
 	out := &shownEntry{
 		ID: e.GetId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Hint: e.GetHint(),
-		Selectors: []string{}, FederatesWith: e.GetFederatesWith(), X509TTL: lifetime(e.GetX509Ttl()), JWTTTL: lifetime(e.GetJwtTtl()),
+		Selectors: []string{}, FederatesWith: e.GetFederatesWith(), DNSNames: e.GetDnsNames(),
+		X509TTL: lifetime(e.GetX509Ttl()), JWTTTL: lifetime(e.GetJwtTtl()),
 	}
 	for _, s := range e.GetSelectors() {
 		out.Selectors = append(out.Selectors, s.GetType()+":"+s.GetValue())
@@ -68,10 +70,10 @@ func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
 			return cli.PrintJSON(c.Stdout, map[string]any{"entries": entries})
 		}
 		table := cli.NewTable(c.Stdout)
-		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tPARENT ID\tX.509 TTL\tJWT TTL\n")
+		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tDNS NAMES\tPARENT ID\tX.509 TTL\tJWT TTL\n")
 		for _, e := range entries {
-			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
-				text(e.ParentID), text(e.X509TTL), text(e.JWTTTL))
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
+				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL))
 		}
 		return flushed(table)
 	})
@@ -170,6 +172,7 @@ func difference(out *strings.Builder, before, after *shownEntry) {
 		{"spiffe_id", before.SPIFFEID, after.SPIFFEID},
 		{"parent_id", before.ParentID, after.ParentID},
 		{"hint", before.Hint, after.Hint},
+		{"dns_names", strings.Join(before.DNSNames, " "), strings.Join(after.DNSNames, " ")}, // the order counts
 		{"x509_ttl", before.X509TTL, after.X509TTL},
 		{"jwt_ttl", before.JWTTTL, after.JWTTTL},
 	} {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"strings"
 	"time"
@@ -24,6 +25,7 @@ type entry struct {
 	Selectors     []string
 	Hint          string
 	FederatesWith []string
+	DNSNames      []string
 	X509TTL       time.Duration
 	JWTTTL        time.Duration
 }
@@ -39,6 +41,7 @@ var entrySchema = config.Schema[entry]{
 		{Path: "selectors", Value: func(e *entry) any { return &e.Selectors }, Doc: "What a workload must have, all of it, such as unix:uid:1000. Required."},
 		{Path: "hint", Value: func(e *entry) any { return &e.Hint }, Doc: "Tells a workload with several identities them apart."},
 		{Path: "federates_with", Value: func(e *entry) any { return &e.FederatesWith }, Doc: "Foreign trust domains whose bundles the workloads get."},
+		{Path: "dns_names", Value: func(e *entry) any { return &e.DNSNames }, Doc: "DNS names in X.509-SVIDs beside the SPIFFE ID, for clients that do not know it. The first is also the common name. At most 100; the first label may be *."},
 		{Path: "x509_ttl", Value: func(e *entry) any { return &e.X509TTL }, Doc: "Lifetime of X.509-SVIDs, 1h to 168h. The server's when not set."},
 		{Path: "jwt_ttl", Value: func(e *entry) any { return &e.JWTTTL }, Doc: "Lifetime of JWT-SVIDs. The server's when not set."},
 	},
@@ -71,6 +74,9 @@ func validateEntry(c *config.Checker[entry]) {
 		if td, err := spiffeid.TrustDomainFromString(name); err != nil || td.Name() != name {
 			c.Bad(fmt.Sprintf("federates_with[%d]", i), "is not the name of a trust domain", "write it as example.com")
 		}
+	}
+	if wrong, ok := errors.AsType[*keyset.DNSNameError](keyset.CheckDNSNames(e.DNSNames)); ok {
+		c.Bad(fmt.Sprintf("dns_names[%d]", wrong.Index), wrong.Problem, wrong.Remedy)
 	}
 	if c.Origin("x509_ttl") != "" && (e.X509TTL < keyset.MinX509TTL || e.X509TTL > keyset.MaxX509TTL) {
 		c.Bad("x509_ttl", "is not from "+config.Short(keyset.MinX509TTL)+" to "+config.Short(keyset.MaxX509TTL), "leave it out for the server's")
@@ -116,7 +122,7 @@ func parseEntries(file string, data []byte) ([]*api.Entry, error) {
 }
 
 func (e *entry) proto() *api.Entry {
-	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Hint: e.Hint, FederatesWith: e.FederatesWith}
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Hint: e.Hint, FederatesWith: e.FederatesWith, DnsNames: e.DNSNames}
 	for _, s := range e.Selectors {
 		kind, value, _ := strings.Cut(s, ":")
 		out.Selectors = append(out.Selectors, &api.Selector{Type: kind, Value: value})
