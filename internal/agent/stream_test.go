@@ -32,6 +32,7 @@ type update struct {
 	authorities []string  // that signed its SVIDs
 	expiry      time.Time // of the first to end
 	identities  int
+	names       []string // DNS names of the first identity
 }
 
 func (w *world) open(selectors ...int) *stream { return w.follow(w.connect(selectors...)) }
@@ -97,6 +98,9 @@ func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 		}
 		if _, err := tls.X509KeyPair(pemCert(s.X509Svid), pemKey(s.X509SvidKey)); err != nil {
 			w.t.Errorf("%s: %v", s.SpiffeId, err)
+		}
+		if i == 0 {
+			u.names = chain[0].DNSNames
 		}
 		if u.expiry.IsZero() || chain[0].NotAfter.Before(u.expiry) {
 			u.expiry = chain[0].NotAfter
