@@ -28,6 +28,7 @@ const defaultSocket = "/run/renewd/agent.sock"
 type fetchedX509 struct {
 	SPIFFEID  string    `json:"spiffe_id"`
 	Hint      string    `json:"hint,omitempty"`
+	DNSNames  []string  `json:"dns_names,omitempty"`
 	NotBefore time.Time `json:"not_before"`
 	NotAfter  time.Time `json:"not_after"`
 	Authority string    `json:"authority"`
@@ -110,7 +111,7 @@ func (f *fetcher) x509(ctx context.Context) error {
 	for i, svid := range got.SVIDs {
 		leaf := svid.Certificates[0]
 		out = append(out, fetchedX509{
-			SPIFFEID: svid.ID.String(), Hint: svid.Hint,
+			SPIFFEID: svid.ID.String(), Hint: svid.Hint, DNSNames: leaf.DNSNames,
 			NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter,
 			Authority: signer(svid.Certificates), Serial: leaf.SerialNumber.String(),
 		})
@@ -140,8 +141,8 @@ func (f *fetcher) x509(ctx context.Context) error {
 	now := time.Now()
 	return f.blocks(len(out), func(w io.Writer, i int) {
 		s := out[i]
-		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Valid from", cli.When(s.NotBefore, now),
-			"Valid until", cli.When(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
+		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "DNS names", strings.Join(s.DNSNames, " "),
+			"Valid from", cli.When(s.NotBefore, now), "Valid until", cli.When(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
 	})
 }
 
@@ -263,7 +264,7 @@ func (f *fetcher) blocks(n int, block func(w io.Writer, i int)) error {
 func pairs(w io.Writer, namesAndValues ...string) {
 	for i := 0; i+1 < len(namesAndValues); i += 2 {
 		if namesAndValues[i+1] != "" {
-			_, _ = fmt.Fprintf(w, "%s:\t%s\n", namesAndValues[i], namesAndValues[i+1])
+			_, _ = fmt.Fprintf(w, "%s:\t%s\n", namesAndValues[i], cli.Printable(namesAndValues[i+1]))
 		}
 	}
 }

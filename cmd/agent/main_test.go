@@ -163,6 +163,7 @@ func newIdentity(t *testing.T) *identity {
 	}
 	leafKey, leaf := newKey(t), &x509.Certificate{
 		SerialNumber: big.NewInt(4711), URIs: []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: "/web"}},
+		DNSNames:  []string{"web.example.org", "a\x1b[31m.example.org"},
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), KeyUsage: x509.KeyUsageDigitalSignature,
 	}
 	id := &identity{spiffeID: "spiffe://example.org/web"}
