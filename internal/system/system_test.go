@@ -264,6 +264,12 @@ func TestRunbook(t *testing.T) {
 	run(t, "runbook.txtar", nil)
 }
 
+// An entry's DNS names, from the file to the workload.
+func TestDNSNames(t *testing.T) {
+	t.Parallel()
+	run(t, "names.txtar", nil)
+}
+
 // What the runbook says about trouble, each case brought about.
 func TestTroubleshooting(t *testing.T) {
 	t.Parallel()
