@@ -47,8 +47,11 @@ import (
 )
 
 const (
-	// pageSize is the most entries in one message of SyncAuthorizedEntries.
-	pageSize = 500
+	// pageSize is the most entries in one message of SyncAuthorizedEntries, and
+	// pageBytes the most bytes of two and more: a gRPC client that was told
+	// nothing else, such as a stock spire-agent, takes 4 MiB.
+	pageSize  = 500
+	pageBytes = 1 << 20
 	// maxBatch is the most X.509-SVIDs in one BatchNewX509SVID.
 	maxBatch = 500
 	// maxVersion is the most characters of an agent's version.

@@ -10,6 +10,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
 )
 
 type entryService struct {
@@ -31,9 +32,10 @@ func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.Ge
 }
 
 // SyncAuthorizedEntries answers a first request, which has an output mask
-// only, with all entries or, where they do not fit one page, with their
-// revisions. Then it answers each request with the entries it names, until
-// the agent closes the stream. All answers are of the moment of the first.
+// only, with all entries or, where they do not fit one page (of pageSize entries
+// and pageBytes), with their revisions. Then it answers each request with the
+// entries it names, until the agent closes the stream. All answers are of the
+// moment of the first.
 func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse]) error {
 	id, err := caller(stream.Context())
 	if err != nil {
@@ -53,57 +55,71 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 	set := e.s.entries.Load()
 	entries := set.authorized(id)
 	if len(entries) <= pageSize {
-		resp := &entryv1.SyncAuthorizedEntriesResponse{Entries: make([]*types.Entry, len(entries))}
-		for i, entry := range entries {
-			resp.Entries[i] = entry.proto(id, mask)
+		p := newPage(len(entries))
+		for _, entry := range entries {
+			p.add(entry.proto(id, mask))
 		}
-		return stream.Send(resp)
+		if p.bytes <= pageBytes {
+			return stream.Send(p.resp)
+		}
 	}
 	revisions := make([]*entryv1.EntryRevision, len(entries))
 	for i, entry := range entries {
 		revisions[i] = &entryv1.EntryRevision{Id: entry.ID, RevisionNumber: entry.Revision, CreatedAt: entry.CreatedAt.Unix()}
 	}
-	err = pages(revisions, func(page []*entryv1.EntryRevision, more bool) error {
-		return stream.Send(&entryv1.SyncAuthorizedEntriesResponse{EntryRevisions: page, More: more})
-	})
-	if err != nil {
-		return err
+	for from := 0; from < len(revisions); from += pageSize {
+		to := min(from+pageSize, len(revisions))
+		err := stream.Send(&entryv1.SyncAuthorizedEntriesResponse{EntryRevisions: revisions[from:to], More: to < len(revisions)})
+		if err != nil {
+			return err
+		}
 	}
 	for {
 		req, err := stream.Recv()
 		if err != nil {
 			return ended(err)
 		}
-		// An entry that is not there, or not for this agent, is left out.
-		wanted := make([]*StoredEntry, 0, len(req.GetIds()))
+		p := newPage(min(len(req.GetIds()), pageSize))
 		for _, entryID := range req.GetIds() {
-			if entry := set.find(id, entryID); entry != nil {
-				wanted = append(wanted, entry)
+			entry := set.find(id, entryID)
+			if entry == nil {
+				continue // not there, or not for this agent
 			}
+			out := entry.proto(id, mask)
+			if !p.fits(out) {
+				p.resp.More = true
+				if err := stream.Send(p.resp); err != nil {
+					return err
+				}
+				p = newPage(pageSize)
+			}
+			p.add(out)
 		}
-		err = pages(wanted, func(page []*StoredEntry, more bool) error {
-			resp := &entryv1.SyncAuthorizedEntriesResponse{Entries: make([]*types.Entry, len(page)), More: more}
-			for i, entry := range page {
-				resp.Entries[i] = entry.proto(id, mask)
-			}
-			return stream.Send(resp)
-		})
-		if err != nil {
+		if err := stream.Send(p.resp); err != nil {
 			return err
 		}
 	}
 }
 
-// pages calls send for each page of items, and once when there are none.
-func pages[T any](items []T, send func(page []T, more bool) error) error {
-	for {
-		n := min(len(items), pageSize)
-		more := len(items) > n
-		if err := send(items[:n], more); err != nil || !more {
-			return err
-		}
-		items = items[n:]
-	}
+// page is one message of entries.
+type page struct {
+	resp  *entryv1.SyncAuthorizedEntriesResponse
+	bytes int
+}
+
+func newPage(capacity int) *page {
+	return &page{resp: &entryv1.SyncAuthorizedEntriesResponse{Entries: make([]*types.Entry, 0, capacity)}}
+}
+
+// fits reports whether the page has room for an entry. An empty one has room for
+// any.
+func (p *page) fits(e *types.Entry) bool {
+	n := len(p.resp.Entries)
+	return n == 0 || n < pageSize && p.bytes+proto.Size(e) <= pageBytes
+}
+
+func (p *page) add(e *types.Entry) {
+	p.resp.Entries, p.bytes = append(p.resp.Entries, e), p.bytes+proto.Size(e)
 }
 
 // ended turns the regular ends of a stream into success.

@@ -2,8 +2,10 @@ package server_test
 
 import (
 	"errors"
+	"fmt"
 	"io"
 	"slices"
+	"strings"
 	"testing"
 
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -112,6 +114,49 @@ func TestSyncOfManyPages(t *testing.T) {
 		}
 		if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
 			t.Errorf("after the end: %v", err)
+		}
+	})
+}
+
+// TestSyncOfLargeEntries: however large entries are, a client with gRPC's default
+// limit of 4 MiB gets them, as many in one message as fit.
+func TestSyncOfLargeEntries(t *testing.T) {
+	t.Parallel()
+	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+		_, c := s.join(t)
+		large := func(bytes int) func(*server.Entry) {
+			return func(e *server.Entry) {
+				e.Selectors = append(e.Selectors, server.Selector{Type: "k8s", Value: strings.Repeat("x", bytes)})
+			}
+		}
+		entries := make([]server.Entry, 400)
+		for i := range entries {
+			entries[i] = entry(fmt.Sprintf("e%05d", i), large(20_000))
+		}
+		entries[7] = entry("e00007", large(2_000_000))
+		s.apply(t, entries)
+		mask := &types.EntryMask{Selectors: true, RevisionNumber: true}
+		stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: mask})
+		revisions, full, pages := receive(t, stream)
+		if len(revisions) != 400 || len(full) > 0 {
+			t.Fatalf("%d revisions and %d entries in pages of %v, want revisions", len(revisions), len(full), pages)
+		}
+		ids := make([]string, len(revisions))
+		for i, r := range revisions {
+			ids[i] = r.GetId()
+		}
+		if err := stream.Send(&entryv1.SyncAuthorizedEntriesRequest{Ids: ids}); err != nil {
+			t.Fatal(err)
+		}
+		// 52 entries of 20 KB are a MiB.
+		if _, full, pages = receive(t, stream); len(full) != 400 || !slices.Equal(pages, []int{7, 1, 52, 52, 52, 52, 52, 52, 52, 28}) {
+			t.Errorf("%d entries in pages of %v", len(full), pages)
+		}
+
+		// Without what is large in them they are one page.
+		revisions, full, pages = receive(t, openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: syncMask}))
+		if len(revisions) > 0 || len(full) != 400 || len(pages) != 1 {
+			t.Errorf("%d revisions and %d entries in pages of %v, want one page", len(revisions), len(full), pages)
 		}
 	})
 }
