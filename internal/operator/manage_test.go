@@ -119,11 +119,11 @@ func TestManyEntries(t *testing.T) {
 	c, err := operator.DialSocket(adminSocket(t, w))
 	check(t, err)
 	defer c.Close()
-	for _, hint := range []string{"a", "b"} {
+	for _, value := range []string{"a", "b"} {
 		req := &api.ApplyEntriesRequest{Entries: make([]*api.Entry, n)}
 		for i := range req.Entries {
 			req.Entries[i] = entry(fmt.Sprintf("e%d", i), "/many")
-			req.Entries[i].Hint = strings.Repeat(hint, size)
+			req.Entries[i].Selectors[0].Value = strings.Repeat(value, size)
 		}
 		resp, err := c.ApplyEntries(t.Context(), req)
 		check(t, err)

@@ -18,6 +18,9 @@ import (
 // joinToken names the one way of attestation that the server knows.
 const joinToken = "join_token"
 
+// agentPath is what the path of every agent's SPIFFE ID begins with.
+const agentPath = "/spire/agent/"
+
 type agentService struct {
 	agentv1.UnimplementedAgentServer
 	s *Server

@@ -297,16 +297,23 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 			field  string
 			change func(*server.Entry)
 		}{
-			"no SPIFFE ID":        {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = spiffeid.ID{} }},
-			"foreign SPIFFE ID":   {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = foreign }},
-			"no path":             {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = td.ID() }},
-			"reserved path":       {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = serverID }},
-			"foreign parent":      {"parent_id", func(e *server.Entry) { e.ParentID = foreign }},
-			"no selectors":        {"selectors", func(e *server.Entry) { e.Selectors = nil }},
-			"malformed selector":  {"selectors", func(e *server.Entry) { e.Selectors = []server.Selector{{Type: "unix"}} }},
-			"short X.509 TTL":     {"x509_ttl", func(e *server.Entry) { e.X509TTL = time.Minute }},
-			"long X.509 TTL":      {"x509_ttl", func(e *server.Entry) { e.X509TTL = 169 * time.Hour }},
-			"negative JWT TTL":    {"jwt_ttl", func(e *server.Entry) { e.JWTTTL = -1 }},
+			"no SPIFFE ID":       {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = spiffeid.ID{} }},
+			"foreign SPIFFE ID":  {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = foreign }},
+			"no path":            {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = td.ID() }},
+			"reserved path":      {"spiffe_id", func(e *server.Entry) { e.SPIFFEID = serverID }},
+			"foreign parent":     {"parent_id", func(e *server.Entry) { e.ParentID = foreign }},
+			"no selectors":       {"selectors", func(e *server.Entry) { e.Selectors = nil }},
+			"malformed selector": {"selectors", func(e *server.Entry) { e.Selectors = []server.Selector{{Type: "unix"}} }},
+			"short X.509 TTL":    {"x509_ttl", func(e *server.Entry) { e.X509TTL = time.Minute }},
+			"long X.509 TTL":     {"x509_ttl", func(e *server.Entry) { e.X509TTL = 169 * time.Hour }},
+			"negative JWT TTL":   {"jwt_ttl", func(e *server.Entry) { e.JWTTTL = -1 }},
+			"fleeting JWT TTL":   {"jwt_ttl", func(e *server.Entry) { e.JWTTTL = time.Second - 1 }},
+			"parent is no agent": {"parent_id", func(e *server.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/node/1") }},
+			"parent is a domain": {"parent_id", func(e *server.Entry) { e.ParentID = td.ID() }},
+			"long hint":          {"hint", func(e *server.Entry) { e.Hint = strings.Repeat("x", 1025) }},
+			"long SPIFFE ID": {"spiffe_id", func(e *server.Entry) {
+				e.SPIFFEID = spiffeid.RequireFromPath(td, "/"+strings.Repeat("x", 2048-len("spiffe://example.org")))
+			}},
 			"wrong DNS name":      {"dns_names", func(e *server.Entry) { e.DNSNames = []string{"web.example.org", "a_b"} }},
 			"federates with self": {"federates_with", func(e *server.Entry) { e.FederatesWith = []spiffeid.TrustDomain{td} }},
 		} {
@@ -316,9 +323,19 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 		nameless.ID, long.ID = "", strings.Repeat("x", 256)
 		wrong("no ID", "", "id", entry("b"), nameless)
 		wrong("long ID", long.ID, "id", entry("b"), long)
+		huge := entry("x")
+		huge.ID = strings.Repeat("\xff", 10_000)
+		if _, err := s.UpsertEntry(t.Context(), huge); err == nil || len(err.Error()) > 2000 {
+			t.Errorf("the error about an ID of 10,000 bytes: %v", err)
+		}
 		wrong("twice the same ID", "b", "id", entry("b"), entry("b"))
 		if got := s.fetch(t, who); len(got) != 1 || got["a"] == nil {
 			t.Errorf("entries are %v", got)
 		}
+		// As much as there may be is right.
+		s.apply(t, []server.Entry{entry("most", func(e *server.Entry) {
+			e.ID, e.Hint, e.JWTTTL = strings.Repeat("x", 255), strings.Repeat("x", 1024), time.Second
+			e.SPIFFEID = spiffeid.RequireFromPath(td, "/"+strings.Repeat("x", 2047-len("spiffe://example.org")))
+		})})
 	})
 }

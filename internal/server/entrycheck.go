@@ -12,8 +12,13 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 )
 
-// maxEntryID is the most bytes of an entry's ID.
-const maxEntryID = 255
+// The most bytes of an entry's ID, of a SPIFFE ID (SPIFFE-ID, section 2.3) and
+// of a hint, which is in every answer to a workload.
+const (
+	maxEntryID  = 255
+	maxSPIFFEID = 2048
+	maxHint     = 1024 // as under a SPIRE server
+)
 
 // EntryError says which field of which entry is wrong, and why.
 type EntryError struct {
@@ -24,7 +29,7 @@ type EntryError struct {
 
 // Error implements error.
 func (e *EntryError) Error() string {
-	return fmt.Sprintf("entry %q: %s: %s", e.Entry, e.Field, e.Problem)
+	return fmt.Sprintf("entry %.*q: %s: %s", maxEntryID, e.Entry, e.Field, e.Problem)
 }
 
 func (s *Server) checkEntry(e Entry) error {
@@ -40,14 +45,20 @@ func (s *Server) checkEntry(e Entry) error {
 		return wrong("spiffe_id", "%q is not of trust domain %q", e.SPIFFEID, s.td.Name())
 	case e.SPIFFEID.Path() == "":
 		return wrong("spiffe_id", "%q has no path", e.SPIFFEID)
+	case len(e.SPIFFEID.String()) > maxSPIFFEID:
+		return wrong("spiffe_id", "is longer than %d bytes", maxSPIFFEID)
 	case e.SPIFFEID.Path() == "/spire" || strings.HasPrefix(e.SPIFFEID.Path(), "/spire/"):
 		return wrong("spiffe_id", "%q is reserved for servers and agents", e.SPIFFEID)
 	case !e.ParentID.IsZero() && !e.ParentID.MemberOf(s.td):
 		return wrong("parent_id", "%q is not of trust domain %q", e.ParentID, s.td.Name())
+	case !e.ParentID.IsZero() && !strings.HasPrefix(e.ParentID.Path(), agentPath):
+		return wrong("parent_id", "%q is no agent's, nobody would serve the entry: leave it out for all agents", e.ParentID)
 	case len(e.Selectors) == 0:
 		return wrong("selectors", "there are none: it would match every workload")
-	case e.JWTTTL < 0:
-		return wrong("jwt_ttl", "%v is negative", e.JWTTTL)
+	case len(e.Hint) > maxHint:
+		return wrong("hint", "is longer than %d bytes", maxHint)
+	case e.JWTTTL != 0 && e.JWTTTL < time.Second:
+		return wrong("jwt_ttl", "%v is shorter than a second", e.JWTTTL)
 	case slices.Contains(e.FederatesWith, s.td):
 		return wrong("federates_with", "%q is the entry's own trust domain", s.td.Name())
 	}
