@@ -73,7 +73,8 @@ func (s *Server) Entries() []StoredEntry {
 // ApplyEntries makes entries all there are, in one atomic step, and returns
 // what that changes. An entry that is the same as before keeps its revision,
 // one that has changed gets a new one. Nothing changes when dryRun is set, when
-// any of the entries is wrong (an [EntryError]) or when storage fails.
+// any of the entries is wrong (an [EntryError]) or, as a rule, when storage fails:
+// where that leaves open what it has stored, [Server.Entries] says what it has.
 func (s *Server) ApplyEntries(ctx context.Context, entries []Entry, dryRun bool) (Diff, error) {
 	keep := make(map[string]bool, len(entries))
 	for _, e := range entries {
@@ -170,6 +171,10 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 		return d, nil
 	}
 	if err := s.storage.PutEntries(ctx, put, drop); err != nil {
+		// Stored or not, what is served and compared with is what storage has.
+		if again := s.loadEntries(context.WithoutCancel(ctx)); again != nil {
+			s.log.Error("entries could neither be stored nor read again", "error", again)
+		}
 		return Diff{}, err
 	}
 	next := maps.Clone(cur.byID)
@@ -184,6 +189,7 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 	return d, nil
 }
 
+// loadEntries makes what storage has the entries that are served.
 func (s *Server) loadEntries(ctx context.Context) error {
 	stored, err := s.storage.Entries(ctx)
 	if err != nil {
@@ -191,6 +197,9 @@ func (s *Server) loadEntries(ctx context.Context) error {
 	}
 	entries := make(map[string]*StoredEntry, len(stored))
 	var revision int64
+	if cur := s.entries.Load(); cur != nil {
+		revision = cur.revision
+	}
 	for i := range stored {
 		entries[stored[i].ID] = &stored[i]
 		revision = max(revision, stored[i].Revision)

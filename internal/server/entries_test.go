@@ -1,7 +1,6 @@
 package server_test
 
 import (
-	"context"
 	"errors"
 	"fmt"
 	"reflect"
@@ -258,24 +257,6 @@ func TestDiff(t *testing.T) {
 		}
 		if !slices.Equal(ids, []string{"b", "c", "e", "f"}) {
 			t.Errorf("entries are %v", ids)
-		}
-	})
-}
-
-// brokenEntries is a storage that cannot store entries.
-type brokenEntries struct{ *server.Memory }
-
-func (brokenEntries) PutEntries(context.Context, []server.StoredEntry, []string) error {
-	return errors.New("disk full")
-}
-
-func TestEntriesThatAreNotStoredDoNotCount(t *testing.T) {
-	t.Parallel()
-	bubble(t, server.Config{Storage: brokenEntries{server.NewMemory()}}, func(t *testing.T, s *running) {
-		_, applied := s.ApplyEntries(t.Context(), []server.Entry{entry("a")}, false)
-		_, upserted := s.UpsertEntry(t.Context(), entry("a"))
-		if applied == nil || upserted == nil || len(s.Entries()) > 0 {
-			t.Errorf("%v, %v; entries are %v", applied, upserted, s.Entries())
 		}
 	})
 }

@@ -59,7 +59,9 @@ type Storage interface {
 
 	// Entries returns all entries, in any order.
 	Entries(ctx context.Context) ([]StoredEntry, error)
-	// PutEntries stores and deletes entries in one atomic step.
+	// PutEntries stores and deletes entries in one atomic step. When it fails the
+	// step may have happened all the same, as after the last sync of a disk
+	// failed: Entries tells.
 	PutEntries(ctx context.Context, put []StoredEntry, gone []string) error
 }
 
