@@ -6,13 +6,18 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"sync/atomic"
+	"time"
 
+	"github.com/spiffe/go-spiffe/v2/logger"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
 )
@@ -33,6 +38,12 @@ func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
+		// A long wait looks every few seconds; gRPC's own pause after a server
+		// that was away grows to two minutes.
+		grpc.WithConnectParams(grpc.ConnectParams{
+			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
+			MinConnectTimeout: 20 * time.Second,
+		}),
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)))
 }
 
@@ -56,8 +67,12 @@ const serverPath = "/spire/server"
 // API at socket gives this process. The server must be that of the SVID's trust
 // domain. It waits for the SVID until ctx is done.
 func DialServer(ctx context.Context, address, socket string) (*Client, error) {
-	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket)))
+	why := &reason{Logger: logger.Null, ctx: ctx}
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket), workloadapi.WithLogger(why)))
 	if err != nil {
+		if last := why.last.Load(); last != nil {
+			err = fmt.Errorf("%s: %w", *last, err)
+		}
 		return nil, fmt.Errorf("get an SVID from the Workload API at %s: %w", socket, err)
 	}
 	own, err := source.GetX509SVID()
@@ -74,6 +89,24 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 		return nil, errors.Join(fmt.Errorf("server %s: %w", address, err), source.Close())
 	}
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn, source: source}, nil
+}
+
+// reason remembers why the Workload API gave no SVID before ctx ended. Whatever
+// that is, go-spiffe tries again, and in the end says only that the time was over.
+type reason struct {
+	logger.Logger
+	ctx  context.Context
+	last atomic.Pointer[string]
+}
+
+// Errorf is told of every attempt that failed.
+func (r *reason) Errorf(_ string, args ...any) {
+	for _, arg := range args {
+		if err, ok := arg.(error); ok && r.ctx.Err() == nil {
+			text := status.Convert(err).Message()
+			r.last.Store(&text)
+		}
+	}
 }
 
 // Close ends the connection.

@@ -9,15 +9,19 @@ import (
 	"path/filepath"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/genproto/googleapis/rpc/errdetails"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
@@ -268,10 +272,28 @@ func TestDialServer(t *testing.T) {
 		}
 	}
 
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	if _, err := operator.DialServer(ctx, address, serveWorkloadAPI(t, w, boss, nil)); err == nil || !strings.Contains(err.Error(), "get an SVID from the Workload API at unix://") {
-		t.Errorf("without an SVID: %v", err)
+}
+
+// TestNoSVID: an operator who gets no SVID is told why, and not only that the
+// time is over.
+func TestNoSVID(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	none := "unix://" + filepath.Join(t.TempDir(), "none.sock")
+	for api, want := range map[string]string{
+		serveWorkloadAPI(t, w, boss, nil): "no identity issued",
+		none:                              "no such file or directory",
+		"/no/scheme":                      `must have a "tcp" or "unix" scheme`,
+	} {
+		t.Run(want, func(t *testing.T) {
+			t.Parallel()
+			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			defer cancel()
+			_, err := operator.DialServer(ctx, "127.0.0.1:1", api)
+			if err == nil || !strings.HasPrefix(err.Error(), "get an SVID from the Workload API at "+api+": ") || !strings.Contains(err.Error(), want) {
+				t.Errorf("got %v, want %s", err, want)
+			}
+		})
 	}
 }
 
@@ -289,4 +311,43 @@ func impostor(t *testing.T, w *world) *world {
 	})
 	check(t, err)
 	return &world{Service: s}
+}
+
+// TestServerComesBack: who looks every few seconds, as a long wait does, sees it
+// as soon as the server is back, however long it was away.
+func TestServerComesBack(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		var r atomic.Pointer[remote] // nil: nobody listens
+		svid := w.only().sign(t, boss, time.Hour)
+		creds := credentials.NewTLS(tlsconfig.MTLSClientConfig(svid, w, tlsconfig.AuthorizeID(serverID)))
+		conn, err := grpc.NewClient("passthrough:///server", operator.ClientOptions(creds,
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				if r := r.Load(); r != nil {
+					return r.lis.DialContext(ctx)
+				}
+				return nil, syscall.ECONNREFUSED
+			}))...)
+		check(t, err)
+		defer conn.Close()
+		b := operator.ClientOf(conn).Backend("", "")
+		for range 300 {
+			if _, err := b.Status(t.Context()); err == nil {
+				t.Fatal("an answer of nobody")
+			}
+			time.Sleep(runbook.DefaultInterval)
+		}
+		r.Store(w.serveTLS(t))
+		back := time.Now()
+		for {
+			if _, err := b.Status(t.Context()); err == nil {
+				break
+			}
+			time.Sleep(runbook.DefaultInterval)
+		}
+		if late := time.Since(back); late > 2*runbook.DefaultInterval {
+			t.Errorf("seen %v after the server came back", late)
+		}
+	})
 }
