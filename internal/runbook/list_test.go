@@ -165,6 +165,39 @@ func (h *halfGone) Status(ctx context.Context) (runbook.Status, error) {
 	return s, err
 }
 
+// A server that hangs while it is looked at does not hang a removal: before it,
+// nothing was changed, and a refusal goes without the agents' names.
+func TestRemoveServerHangs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		const soon = 30 * time.Second
+		_, err := runbook.Remove(t.Context(), &hanging{Server: s, since: time.Now().Add(-1)}, old, true, time.Now())
+		if err == nil || !strings.Contains(err.Error(), "nothing was changed") || errors.Is(err, runbook.ErrOutcomeUnknown) {
+			t.Errorf("got %v", err)
+		}
+		if len(s.Calls()) != 0 {
+			t.Errorf("called %v", s.Calls())
+		}
+		s.HoldersAt = fleet(time.Now())
+		_, err = runbook.Remove(t.Context(), silentHolders{s}, old, false, time.Now())
+		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !strings.Contains(err.Error(), "Which agents hold them is not known") {
+			t.Errorf("got %v", err)
+		}
+		if took := time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)); took > 2*soon {
+			t.Errorf("the two took %v", took)
+		}
+	})
+}
+
+// silentHolders never says which agents hold anything.
+type silentHolders struct{ *runbooktest.Server }
+
+func (silentHolders) Holders(ctx context.Context, _ string) ([]runbook.Holder, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
+}
+
 // An answer that never came is an unknown outcome, however the Backend says so.
 func TestOutcomeUnknown(t *testing.T) {
 	t.Parallel()

@@ -51,9 +51,9 @@ func Taint(ctx context.Context, b Backend, id string) (Done, error) {
 // message says what hangs on the keyset and what to do. JWT-SVIDs that are
 // still valid do not make it unsafe; the remarks tell of them.
 func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time) (Done, error) {
-	s, err := b.Status(ctx)
+	s, err := status(ctx, b)
 	if err != nil {
-		return Done{}, fmt.Errorf("read the state before removing, nothing was changed: %w", err)
+		return Done{}, fmt.Errorf("nothing was changed: %w", err)
 	}
 	k, found := find(s, id)
 	// A server is not even asked to do what it has just called unsafe. What
@@ -88,6 +88,8 @@ func refuse(ctx context.Context, b Backend, k Keyset, reason string, now time.Ti
 	if reason != "" {
 		text += " (" + reason + ")"
 	}
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
+	defer cancel()
 	holders, err := b.Holders(ctx, k.ID)
 	text += "\n" + hanging(k, holders, err, now)
 	if jwt := k.jwtRemark(now); jwt != "" {
