@@ -15,6 +15,9 @@
 // What is true of an authority follows from the rows and the last reports at
 // every moment; there is no list of waves that are over.
 //
+// A server whose storage was put back from a copy does not know what was signed
+// since the copy; see [Restored].
+//
 // # Order
 //
 // All changes are stored in the order in which they were made in memory. A row
@@ -77,9 +80,22 @@ type Storage interface {
 	SaveLedger(ctx context.Context, c Change) error
 }
 
+// Restored says what storage that was put back from a copy cannot know: what the
+// keys that it had were used for between the copy and the restore. Nobody can
+// say who was given that, so no report takes it back; it is over when it has
+// expired.
+type Restored struct {
+	CopiedAt time.Time
+	// Until when an SVID that was signed in that time can be valid, by X.509
+	// authority ID and by JWT key ID.
+	X509, JWT map[string]time.Time
+}
+
 // Config says how to open a ledger. The zero value works.
 type Config struct {
 	Storage Storage // memory when nil
+	// Restored is what Storage cannot know; it must not be modified.
+	Restored Restored
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
 	Log *slog.Logger // discarded when nil
@@ -88,10 +104,11 @@ type Config struct {
 // Ledger is the ledger of one deployment. All methods may be called
 // concurrently.
 type Ledger struct {
-	storage Storage
-	now     func() time.Time
-	log     *slog.Logger
-	saving  chan struct{} // held by who is in SaveLedger
+	storage  Storage
+	restored Restored
+	now      func() time.Time
+	log      *slog.Logger
+	saving   chan struct{} // held by who is in SaveLedger
 
 	mu          sync.Mutex // never held over storage
 	authorities map[string]*authority
@@ -126,7 +143,7 @@ type taint struct {
 // [Ledger.Run].
 func Open(ctx context.Context, c Config) (*Ledger, error) {
 	l := &Ledger{
-		storage: c.Storage, now: c.Now, log: c.Log,
+		storage: c.Storage, restored: c.Restored, now: c.Now, log: c.Log,
 		saving:      make(chan struct{}, 1),
 		authorities: make(map[string]*authority),
 		agents:      make(map[string]*agent),

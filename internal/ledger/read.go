@@ -8,12 +8,16 @@ import (
 
 // Holding is what is out of one X.509 authority.
 type Holding struct {
-	// SVIDs counts what could still be held: an agent's rows or, where it has
+	// SVIDs counts what is known to be out still: an agent's rows or, where it has
 	// reported about the authority, what it says that it has to replace, and at
 	// least one for each of the Agents and for each call on its way that may be
 	// signing still.
 	SVIDs, Agents int
 	Latest        time.Time // expiry of the last row; zero when there is none
+	// UnknownUntil is not zero while SVIDs that nothing is known of could be valid:
+	// they were signed after UnknownSince, when the copy was taken that the server
+	// was restored from.
+	UnknownSince, UnknownUntil time.Time
 	// Clear: the authority is tainted, and nobody could still hold an SVID of it
 	// or be about to get one.
 	Clear bool
@@ -25,39 +29,52 @@ type Holding struct {
 func (l *Ledger) X509(authority string, tainted bool) Holding {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.expire()
+	now := l.expire()
 	if tainted {
 		l.learn(&l.authority(authority).taint)
 	}
+	var h Holding
+	if until := unknown(l.restored.X509[authority], now); !until.IsZero() {
+		h.UnknownSince, h.UnknownUntil = l.restored.CopiedAt, until
+	}
 	a := l.authorities[authority]
 	if a == nil {
-		return Holding{}
+		return h
 	}
 	calls := l.onTheirWay(a.taint)
-	return Holding{
-		SVIDs: a.svids + calls, Agents: a.agents, Latest: at(a.latestOf()),
-		Clear: tainted && a.agents == 0 && calls == 0,
+	h.SVIDs, h.Agents, h.Latest = a.svids+calls, a.agents, at(a.latestOf())
+	h.Clear = tainted && a.agents == 0 && calls == 0 && h.UnknownUntil.IsZero()
+	return h
+}
+
+// unknown returns the end of what is not known, zero when it is over.
+func unknown(until, now time.Time) time.Time {
+	if until.IsZero() || over(until.Unix(), now) {
+		return time.Time{}
 	}
+	return until
 }
 
 // JWT returns the expiry of the last JWT-SVID of a key, zero when all have
 // expired, and whether the key is clear: tainted, nothing unexpired, and no
-// call on its way that may be signing with it still. tainted is as for
-// [Ledger.X509].
+// call on its way that may be signing with it still. What is not known of is
+// taken to expire as late as it can. tainted is as for [Ledger.X509].
 func (l *Ledger) JWT(keyID string, tainted bool) (latest time.Time, clear bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	now := l.now()
 	if tainted {
 		l.learn(&l.jwtKey(keyID).taint)
 	}
+	latest = unknown(l.restored.JWT[keyID], now)
 	k := l.jwt[keyID]
 	if k == nil {
-		return time.Time{}, false
+		return latest, false
 	}
-	if !over(k.latest, l.now()) {
-		return at(k.latest), false
+	if known := at(k.latest); !over(k.latest, now) && known.After(latest) {
+		latest = known
 	}
-	return time.Time{}, tainted && l.onTheirWay(k.taint) == 0
+	return latest, tainted && latest.IsZero() && l.onTheirWay(k.taint) == 0
 }
 
 // Why an agent is counted.
@@ -68,18 +85,20 @@ const (
 	ReasonRenewing = "renewing" // or about to say that it is done
 	ReasonStreams  = "streams"  // all is replaced and not yet sent to all workloads
 	ReasonSigning  = "signing"  // an answer is on its way
+	ReasonRestored = "restored" // the server was, and it is not known who was given what
 )
 
 // silence is how long an agent that reports once a minute may be quiet before
 // it is called silent.
 const silence = 3 * time.Minute
 
-// Holder is an agent that could still hold SVIDs of an authority. That of
-// ReasonSigning has no Agent: it stands for the calls on their way, whose agents
-// are not known.
+// Holder is an agent that could still hold SVIDs of an authority. Two have no
+// Agent, because it is not known: that of ReasonSigning stands for the calls on
+// their way, that of ReasonRestored for what was signed after LastReport, when
+// the copy was taken that the server was restored from.
 type Holder struct {
 	Agent          string
-	SVIDs, Streams int
+	SVIDs, Streams int       // none of ReasonRestored
 	Latest         time.Time // expiry of its last row; zero when there is none
 	LastReport     time.Time // zero: none since the server started
 	BeginsAt       time.Time // of its wave
@@ -93,11 +112,15 @@ func (l *Ledger) Holders(authority string) []Holder {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := l.expire()
+	var holders []Holder
+	if until := unknown(l.restored.X509[authority], now); !until.IsZero() {
+		holders = append(holders, Holder{Latest: until, LastReport: l.restored.CopiedAt, Reason: ReasonRestored})
+	}
 	a := l.authorities[authority]
 	if a == nil {
-		return nil
+		return holders
 	}
-	holders := make([]Holder, 0, len(a.holdings)+1)
+	holders = slices.Grow(holders, len(a.holdings)+1)
 	if calls := l.onTheirWay(a.taint); calls > 0 {
 		holders = append(holders, Holder{SVIDs: calls, Reason: ReasonSigning})
 	}
@@ -108,7 +131,7 @@ func (l *Ledger) Holders(authority string) []Holder {
 			Sequence: h.agent.contact.Sequence, Rate: h.agent.rate, Reason: h.reason(now),
 		})
 	}
-	slices.SortFunc(holders, func(x, y Holder) int { return cmp.Compare(x.Agent, y.Agent) })
+	slices.SortStableFunc(holders, func(x, y Holder) int { return cmp.Compare(x.Agent, y.Agent) })
 	return holders
 }
 

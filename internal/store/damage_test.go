@@ -19,7 +19,8 @@ import (
 const pageSize = 4096
 
 // sample is the file of a store with something of everything, free pages, and
-// pages with overflow, without the part at the end that was never used.
+// pages with overflow, without the part at the end that was never used. It was
+// put back from a copy.
 func sample(t testing.TB) (data []byte, want string) {
 	t.Helper()
 	path := newPath(t)
@@ -35,6 +36,9 @@ func sample(t testing.TB) (data []byte, want string) {
 	if err := update(t.Context(), d, 1, strings.Repeat("long", 3000)); err != nil {
 		t.Fatal(err)
 	}
+	path = copyOf(t, s)
+	closed(t, s)
+	s = open(t, path)
 	if err := s.Deployment("small").PutToken(t.Context(), server.Token{Value: "token"}); err != nil {
 		t.Fatal(err)
 	}

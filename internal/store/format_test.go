@@ -49,7 +49,8 @@ func TestFormat(t *testing.T) {
 				return err
 			}
 		}
-		return nil
+		return tx.Bucket([]byte("about")).Put([]byte("restored"), store.Pack([]byte("restored"), []byte(
+			`{"At":"2026-01-02T03:04:06Z","CopiedAt":"2026-01-02T03:04:05.000000678Z","Deployments":{"default":{"CopiedAt":"2026-01-02T03:04:05.000000678Z","X509":{"auth":"2026-01-09T03:04:06Z"},"JWT":{"kid":"2026-01-02T03:04:05.000000678Z"}}}}`)))
 	})
 	d := opened(t, path).Deployment("default")
 	check := func(want any, got any, err error) {
@@ -83,4 +84,7 @@ func TestFormat(t *testing.T) {
 	jwt, err := d.LoadLedger(t.Context(), func(r ledger.Row) { got = append(got, r) })
 	check([]ledger.Row{{Authority: "auth", Agent: a.String(), Entry: "e", NotAfter: start}}, got, err)
 	check(map[string]time.Time{"kid": start}, jwt, err)
+	check(ledger.Restored{
+		CopiedAt: start, X509: map[string]time.Time{"auth": time.Date(2026, 1, 9, 3, 4, 6, 0, time.UTC)}, JWT: map[string]time.Time{"kid": start},
+	}, d.Restored(), nil)
 }

@@ -134,6 +134,7 @@ func contents(s *store.Store) (text string, err error) {
 		add(entries, e)
 		jwt, e := d.LoadLedger(ctx, func(r ledger.Row) { fmt.Fprintln(&out, r) })
 		add(jwt, e)
+		add(d.Restored(), nil)
 	}
 	return out.String(), err
 }

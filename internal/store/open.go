@@ -21,8 +21,17 @@ import (
 const lockWait = time.Second
 
 // Open opens a store and looks at everything in it. Where there is no file it
-// makes one, of mode 0600, complete or not at all.
+// makes one, of mode 0600, complete or not at all. A copy that [Store.Backup] has
+// made becomes a store when it is opened for writing; see [Deployment.Restored].
 func Open(path string, o Options) (*Store, error) {
+	if o.TrustDomain.IsZero() || o.Seal == nil {
+		return nil, fmt.Errorf("open store %s: it needs a trust domain and an encryption key", path)
+	}
+	return openAny(path, o)
+}
+
+// openAny is Open, with what is sealed left unopened where there is no Seal.
+func openAny(path string, o Options) (*Store, error) {
 	s, err := open(path, o)
 	if errors.Is(err, ErrDamaged) {
 		err = fmt.Errorf("%w; %s", err, restore)
@@ -34,16 +43,17 @@ func Open(path string, o Options) (*Store, error) {
 }
 
 func open(path string, o Options) (*Store, error) {
-	if o.TrustDomain.IsZero() || o.Seal == nil {
-		return nil, errors.New("it needs a trust domain and an encryption key")
-	}
 	f, err := openFile(path, o)
 	if err != nil {
 		return nil, err
 	}
 	s := &Store{
-		path: path, td: o.TrustDomain, seal: o.Seal, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), file: f,
+		path: path, td: o.TrustDomain, seal: o.Seal, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), now: o.Now, file: f,
+		copying: make(chan struct{}, 1),
 		changes: make(chan *change), stop: make(chan struct{}), stopped: make(chan struct{}),
+	}
+	if s.now == nil {
+		s.now = time.Now
 	}
 	// Under the file's lock, and before bbolt, which trusts what it maps.
 	if err := checkStructure(f); err != nil {
@@ -67,6 +77,11 @@ func open(path string, o Options) (*Store, error) {
 	})
 	if err != nil {
 		return nil, errors.Join(err, s.db.Close())
+	}
+	if !o.ReadOnly {
+		if err := s.takeOver(); err != nil {
+			return nil, errors.Join(err, s.db.Close())
+		}
 	}
 	go s.run()
 	if o.ReadOnly {
@@ -216,6 +231,9 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 		return nil, fmt.Errorf("%w: format %d", ErrDamaged, a.Format)
 	case a.TrustDomain != s.td.Name():
 		return nil, fmt.Errorf("it belongs to trust domain %s, the configuration has %s: correct the trust domain or the path", a.TrustDomain, s.td)
+	}
+	if err := s.checkAbout(b); err != nil {
+		return nil, err
 	}
 	if err := exactly(tx.Cursor(), bucketAbout, bucketDeployments); err != nil {
 		return nil, err

@@ -349,24 +349,28 @@ func TestNoPermission(t *testing.T) {
 	}
 }
 
+// fillUp makes a file of all that is left of a file system.
+func fillUp(t *testing.T, path string) {
+	t.Helper()
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for err == nil {
+		_, err = f.Write(make([]byte, 4096))
+	}
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestFullFileSystem fills a real one, writes on, and frees it.
 func TestFullFileSystem(t *testing.T) {
 	t.Parallel()
 	dir, _ := tmpfs(t, "size=600k")
 	path := filepath.Join(dir, "server.db")
 	ballast := filepath.Join(dir, "ballast")
-	fillUp := func() {
-		f, err := os.Create(ballast)
-		if err != nil {
-			t.Fatal(err)
-		}
-		for err == nil {
-			_, err = f.Write(make([]byte, 4096))
-		}
-		if err := f.Close(); err != nil {
-			t.Fatal(err)
-		}
-	}
+	fillUp := func() { fillUp(t, ballast) }
 	fillUp()
 	refuses(t, path, options(), "no space left")
 	if names, _ := os.ReadDir(dir); len(names) != 1 {

@@ -48,7 +48,7 @@ func (d *Deployment) unseal(doc keyset.Document) (keyset.Document, error) {
 // sealed with the key that is current.
 func (d *Deployment) checkSealed(b *bbolt.Bucket) (stale bool, err error) {
 	doc, err := decodeDocument(b)
-	if err != nil {
+	if err != nil || d.s.seal == nil {
 		return false, err
 	}
 	stale = slices.ContainsFunc(doc.Records, func(r keyset.Record) bool {

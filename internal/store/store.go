@@ -11,6 +11,8 @@
 // an SQL engine.
 //
 //	about                 store: format version and trust domain
+//	                      copied_at: of a copy, when it was taken
+//	                      restored: of what was a copy, what is not known of it
 //	deployments
 //	  NAME                name: NAME again
 //	    keysets           document: all keysets; private keys are sealed
@@ -41,6 +43,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
@@ -70,6 +73,8 @@ type Options struct {
 	ReadOnly bool
 	// Log is slog's discard handler when nil.
 	Log *slog.Logger
+	// Now is the clock; time.Now when nil.
+	Now func() time.Time
 }
 
 // Store is an open file. All methods may be called concurrently.
@@ -78,8 +83,13 @@ type Store struct {
 	td   spiffeid.TrustDomain
 	seal seal.Manager
 	log  *slog.Logger
+	now  func() time.Time
 	file *os.File
 	db   *bbolt.DB
+
+	copied   time.Time     // when this copy was taken; zero of a store in use
+	restored restored      // what is not known of it
+	copying  chan struct{} // held by who is in Backup
 
 	changes chan *change
 	stop    chan struct{}

@@ -1,0 +1,335 @@
+package store_test
+
+import (
+	"bytes"
+	"crypto/x509"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"math/rand/v2"
+	"os"
+	"reflect"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// at opens a store by a clock that stands still.
+func at(t testing.TB, path string, now time.Time, log *bytes.Buffer) *store.Store {
+	t.Helper()
+	o := options()
+	o.Now = func() time.Time { return now }
+	if log != nil {
+		o.Log = slog.New(slog.NewTextHandler(log, nil))
+	}
+	s, err := store.Open(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+// keysetsAt makes the keysets of a deployment at a time.
+func keysetsAt(t testing.TB, d *store.Deployment, now time.Time, lifetime time.Duration) *keyset.Deployment {
+	t.Helper()
+	k, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: d, Lifetime: lifetime, Now: func() time.Time { return now }})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return k
+}
+
+func load(t testing.TB, d *store.Deployment) keyset.Document {
+	t.Helper()
+	doc, err := d.Load(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return doc
+}
+
+// unknownOf is what a restore must say of keysets.
+func unknownOf(t testing.TB, doc keyset.Document, copied, restored time.Time) ledger.Restored {
+	t.Helper()
+	out := ledger.Restored{CopiedAt: copied, X509: map[string]time.Time{}, JWT: map[string]time.Time{}}
+	for _, r := range doc.Records {
+		ca, err := x509.ParseCertificate(r.CA)
+		if err != nil {
+			t.Fatal(err)
+		}
+		end := restored.Add(168 * time.Hour)
+		if end.After(r.ExpiresAt) {
+			end = r.ExpiresAt
+		}
+		out.X509[hex.EncodeToString(ca.SubjectKeyId)], out.JWT[r.JWTKeyID] = end, r.ExpiresAt
+	}
+	return out
+}
+
+// TestRestore puts a copy in the place of a store that went on after it.
+func TestRestore(t *testing.T) {
+	t.Parallel()
+	const day = 24 * time.Hour
+	copied, restoredAt := start.Add(time.Hour).UTC(), start.Add(30*time.Hour).UTC()
+	s := at(t, newPath(t), copied, nil)
+	long, short, bare := s.Deployment("long"), s.Deployment("short"), s.Deployment("bare")
+	ks := keysetsAt(t, long, start, 90*day)
+	next, err := ks.Prepare(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	keysetsAt(t, short, start, 3*day)
+	row := ledger.Row{Authority: "a", Agent: "b", NotAfter: start}
+	for _, err := range []error{
+		bare.PutToken(t.Context(), server.Token{Value: "one"}), long.PutToken(t.Context(), server.Token{Value: "two"}),
+		long.PutToken(t.Context(), server.Token{Value: "spent"}), update(t.Context(), long, 1, "1"), long.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{row}}),
+	} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := map[string]keyset.Document{"long": load(t, long), "short": load(t, short)}
+	path := copyOf(t, s)
+	if got := long.Restored(); !reflect.DeepEqual(got, ledger.Restored{}) {
+		t.Errorf("of the original: %+v", got)
+	}
+	// What the copy cannot know of.
+	if err := ks.Activate(t.Context(), next.ID); err != nil {
+		t.Fatal(err)
+	}
+	lost := load(t, long)
+	closed(t, s)
+
+	// Looking at it leaves it a copy.
+	o := options()
+	o.ReadOnly = true
+	reader, err := store.Open(path, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := reader.Deployment("long").Restored(); got.X509 != nil || load(t, reader.Deployment("long")).Version != 2 {
+		t.Errorf("read only: %+v", got)
+	}
+	closed(t, reader)
+
+	var log bytes.Buffer
+	s = at(t, path, restoredAt, &log)
+	if text := log.String(); strings.Count(text, "level=WARN") != 1 || !strings.Contains(text, "not known") || !strings.Contains(text, "copied_at=2026-01-02T04:04:05") ||
+		!strings.Contains(text, "join_tokens_dropped=3") || !strings.Contains(text, "x509_safe_at_the_latest=2026-01-10T09:04:05") {
+		t.Errorf("the log says %s", text)
+	}
+	for name, was := range before {
+		d := s.Deployment(name)
+		want := unknownOf(t, was, copied, restoredAt)
+		if got := d.Restored(); !reflect.DeepEqual(got, want) {
+			t.Errorf("%s: %+v\nwant %+v", name, got, want)
+		}
+		doc := load(t, d)
+		if doc.Sequence <= lost.Sequence+1000 {
+			t.Errorf("%s: the sequence is %d, was %d", name, doc.Sequence, was.Sequence)
+		}
+		was.Version, was.Sequence = was.Version+1, doc.Sequence
+		if !reflect.DeepEqual(doc, was) {
+			t.Errorf("%s: %+v\nwant %+v", name, doc, was)
+		}
+		records, err := d.Audit(t.Context(), doc.Version-1, 0)
+		states := map[string]keyset.State{}
+		for _, r := range was.Records {
+			states[r.ID] = r.State
+		}
+		if err != nil || len(records) != 1 || records[0].Number != doc.Version || records[0].Operation != "restore" || records[0].Actor != "server" ||
+			!records[0].At.Equal(restoredAt) || !reflect.DeepEqual(records[0].Before, states) || !reflect.DeepEqual(records[0].After, states) ||
+			!strings.Contains(records[0].Note, "2026-01-02 04:04:05 UTC") {
+			t.Errorf("%s: the audit log says %+v, %v", name, records, err)
+		}
+	}
+	for _, name := range []string{"long", "short", "bare"} {
+		if left, err := s.Deployment(name).Tokens(t.Context()); err != nil || len(left) > 0 {
+			t.Errorf("%s: tokens %+v, %v", name, left, err)
+		}
+	}
+	if got := s.Deployment("bare").Restored(); got.X509 != nil || load(t, s.Deployment("bare")).Version != 0 {
+		t.Errorf("without keysets: %+v", got)
+	}
+	if a, err := s.Deployment("long").Agent(t.Context(), agentID(1)); err != nil || a == nil {
+		t.Errorf("the agent: %v, %v", a, err)
+	}
+	// It is written to as ever, and a keyset that is made now is not concerned.
+	long = s.Deployment("long")
+	if _, err := keysetsAt(t, long, restoredAt, 90*day).Prepare(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := long.PutToken(t.Context(), server.Token{Value: "new"}); err != nil {
+		t.Fatal(err)
+	}
+	text := mustContents(t, s)
+	closed(t, s)
+
+	// Once is enough.
+	log.Reset()
+	s = at(t, path, restoredAt.Add(day), &log)
+	if got := mustContents(t, s); got != text || log.Len() > 0 {
+		t.Errorf("opened again:\n%s\nwant\n%s\n%s", got, text, log.String())
+	}
+	if left, err := s.Deployment("long").Tokens(t.Context()); err != nil || len(left) != 1 {
+		t.Errorf("tokens %+v, %v", left, err)
+	}
+	// A copy of it, put back in turn.
+	path = copyOf(t, s)
+	doc := load(t, s.Deployment("long"))
+	closed(t, s)
+	s = at(t, path, restoredAt.Add(2*day), nil)
+	defer closed(t, s)
+	if got, want := s.Deployment("long").Restored(), unknownOf(t, doc, restoredAt.Add(day), restoredAt.Add(2*day)); len(want.X509) != 3 || !reflect.DeepEqual(got, want) {
+		t.Errorf("the second time: %+v\nwant %+v", got, want)
+	}
+}
+
+// TestRestoreTwice: what is published after the second restore of a copy is above
+// all that was published after the first.
+func TestRestoreTwice(t *testing.T) {
+	t.Parallel()
+	s := at(t, newPath(t), start, nil)
+	keysetsAt(t, s.Deployment("default"), start, 0)
+	data := readFile(t, copyOf(t, s))
+	closed(t, s)
+	var last uint64
+	for n := range time.Duration(4) {
+		path := newPath(t)
+		writeFile(t, path, data)
+		s := at(t, path, start.Add(n*time.Second), nil)
+		d := s.Deployment("default")
+		if got := load(t, d).Sequence; got <= last {
+			t.Errorf("restore %d begins with %d, the one before had come to %d", n, got, last)
+		}
+		ks := keysetsAt(t, d, start, 0)
+		for range 3 {
+			if _, err := ks.Prepare(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		last = load(t, d).Sequence
+		closed(t, s)
+	}
+}
+
+// TestRestoreByAWrongClock: one that is behind makes nothing safe the sooner.
+func TestRestoreByAWrongClock(t *testing.T) {
+	t.Parallel()
+	s := at(t, newPath(t), start, nil)
+	keysetsAt(t, s.Deployment("default"), start, 0)
+	path := copyOf(t, s)
+	doc := load(t, s.Deployment("default"))
+	closed(t, s)
+	s = at(t, path, start.Add(-time.Hour), nil)
+	defer closed(t, s)
+	d := s.Deployment("default")
+	if got, want := d.Restored(), unknownOf(t, doc, start, start); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v\nwant %+v", got, want)
+	}
+	if got := load(t, d).Sequence; got < doc.Sequence+1<<20 {
+		t.Errorf("sequence %d", got)
+	}
+}
+
+// TestCrashInRestore stops the one commit of a restore at each moment: the file is
+// a copy still, or a store that knows it was one.
+func TestCrashInRestore(t *testing.T) {
+	t.Parallel()
+	s := at(t, newPath(t), start, nil)
+	for _, name := range []string{"one", "two"} {
+		fill(t, s.Deployment(name))
+	}
+	path := copyOf(t, s)
+	closed(t, s)
+	before := readFile(t, path)
+	closed(t, at(t, path, start.Add(time.Hour), nil))
+	after := readFile(t, path)
+	crashed := newPath(t)
+	state := func() string {
+		t.Helper()
+		o := options()
+		o.ReadOnly = true
+		s, err := store.Open(crashed, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer closed(t, s)
+		text := mustContents(t, s)
+		for _, name := range []string{"one", "two"} {
+			left, err := s.Deployment(name).Tokens(t.Context())
+			text += fmt.Sprintln(len(left), err)
+		}
+		return text
+	}
+	sum := func(data []byte) string {
+		t.Helper()
+		writeFile(t, crashed, data)
+		return state()
+	}
+	asCopy, asStore := sum(before), sum(after)
+	if asCopy == asStore || !strings.Contains(asCopy, "1 <nil>") || strings.Contains(asStore, "1 <nil>") {
+		t.Fatalf("%s\n%s", asCopy, asStore)
+	}
+	header := 0
+	if bytes.Equal(before[:pageSize], after[:pageSize]) {
+		header = pageSize
+	}
+	random := rand.New(rand.NewPCG(7, 8))
+	for n := range 12 {
+		torn := append(bytes.Clone(before), make([]byte, max(0, len(after)-len(before)))...)
+		for page := 2 * pageSize; page < len(after); page += pageSize {
+			if n == 0 || random.IntN(2) == 0 {
+				copy(torn[page:page+pageSize], after[page:])
+			}
+		}
+		if got := sum(torn); got != asCopy {
+			t.Errorf("some pages: %s\nwant %s", got, asCopy)
+		}
+		// The next start does it.
+		closed(t, at(t, crashed, start.Add(time.Hour), nil))
+		if got := state(); got != asStore {
+			t.Errorf("afterwards: %s\nwant %s", got, asStore)
+		}
+		if n == 0 {
+			copy(torn[header:header+pageSize], after[header:])
+			if got := sum(torn); got != asStore {
+				t.Errorf("with the header: %s\nwant %s", got, asStore)
+			}
+		}
+	}
+}
+
+// TestRestoreFails on a full disk: it is no store before it knows that it was a
+// copy.
+func TestRestoreFails(t *testing.T) {
+	t.Parallel()
+	dir, _ := tmpfs(t, "size=600k")
+	s := open(t, newPath(t))
+	fill(t, s.Deployment("default"))
+	path := dir + "/server.db"
+	writeFile(t, path, readFile(t, copyOf(t, s)))
+	closed(t, s)
+	fillUp(t, dir+"/ballast")
+	if s, err := store.Open(path, options()); !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "put back") {
+		t.Errorf("%v, %v", s, err)
+	}
+	if c, err := store.Inspect(t.Context(), path, options()); err != nil || c.CopiedAt.IsZero() {
+		t.Errorf("%+v, %v", c, err)
+	}
+	if err := os.Remove(dir + "/ballast"); err != nil {
+		t.Fatal(err)
+	}
+	s = open(t, path)
+	if s.Deployment("default").Restored().CopiedAt.IsZero() {
+		t.Error("it does not know that it was a copy")
+	}
+	closed(t, s)
+}
