@@ -696,7 +696,9 @@ type Holder struct {
 	AppliedSequence uint64                 `protobuf:"varint,7,opt,name=applied_sequence,json=appliedSequence,proto3" json:"applied_sequence,omitempty"`
 	// Why it is counted: "silent" (it has not reported lately or ever), "behind" (it has
 	// not seen the taint), "waiting" (for its random delay), "renewing", "streams" (all
-	// is replaced and not yet sent to all workloads), "signing" (an answer is on its way).
+	// is replaced and not yet sent to all workloads), "signing" (an answer is on its way),
+	// "restored" (the server was, from a copy of last_report: who was given what since is
+	// not known). Nobody is known of the last two: agent_id is empty.
 	Reason string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
 	// When the agent begins, and how many it renews a second, by its own word.
 	BeginsAt      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=begins_at,json=beginsAt,proto3" json:"begins_at,omitempty"`

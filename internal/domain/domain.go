@@ -103,7 +103,7 @@ func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
 	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("data_dir: %w", err)
 	}
-	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log})
+	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log, Now: d.cfg.Now})
 	if err != nil {
 		return nil, err
 	}
@@ -134,6 +134,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if d.store != nil {
 		dep.kept = d.store.Deployment(c.Name)
 		keys.Storage, rows.Storage, config.Storage = dep.kept, dep.kept, dep.kept
+		rows.Restored = dep.kept.Restored()
 	}
 	var err error
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {

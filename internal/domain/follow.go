@@ -91,5 +91,5 @@ func (f *facts) Holding(k keyset.Keyset) rotation.Holding {
 	tainted := k.State == keyset.Tainted
 	x509 := f.dep.ledger.X509(k.X509AuthorityID, tainted)
 	jwt, clear := f.dep.ledger.JWT(k.JWTKeyID, tainted)
-	return rotation.Holding{Agents: x509.Agents, X509Safe: x509.Clear, JWTSafe: clear, JWTExpiry: jwt}
+	return rotation.Holding{Agents: x509.Agents, UnknownSince: x509.UnknownSince, X509Safe: x509.Clear, JWTSafe: clear, JWTExpiry: jwt}
 }

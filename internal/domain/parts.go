@@ -27,6 +27,9 @@ func (d *Domain) openOperator() error {
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: rules,
 		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Now: d.cfg.Now,
 	}
+	if d.store != nil {
+		c.Backup = d.store.Backup
+	}
 	for _, dep := range d.deployments {
 		part := operator.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
 		if dep.kept != nil {

@@ -12,7 +12,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 )
 
-// mutationTime bounds whatever a manager asks for. Package keyset bounds its
+// mutationTime bounds whatever a manager asks for, a backup included. Package keyset bounds its
 // steps likewise, for those who do not come this way.
 const mutationTime = 120 * time.Second
 

@@ -85,6 +85,7 @@ func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: connectionAge, MaxConnectionAgeGrace: graceAge}),
 		grpc.InTapHandle(s.admit),
 		grpc.ChainUnaryInterceptor(s.carryOut),
+		grpc.ChainStreamInterceptor(s.carryOutBackup),
 	)...)
 	api.RegisterOperatorServer(gs, s)
 

@@ -12,6 +12,8 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
+	"io"
 	"log/slog"
 	"slices"
 	"strconv"
@@ -66,6 +68,9 @@ type Config struct {
 	Deployments []Deployment
 	// Published returns the trust bundle of all deployments.
 	Published func() *keyset.Bundle
+	// Backup writes a copy of what all deployments keep to w and returns its size
+	// in bytes; nil when nothing is kept.
+	Backup func(ctx context.Context, w io.Writer) (size int64, err error)
 	// Certificate is what remote operators are shown; ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	Rules       Rules
@@ -232,6 +237,14 @@ func (d *Deployment) forced(id string) string {
 
 // holds says what is out of an authority.
 func holds(h ledger.Holding) string {
+	if !h.UnknownUntil.IsZero() {
+		text := fmt.Sprintf("the server was restored from a copy of %s UTC; what was signed since is not known and may be in use until %s UTC",
+			h.UnknownSince.UTC().Format(time.DateTime), h.UnknownUntil.UTC().Format(time.DateTime))
+		if h.SVIDs > 0 {
+			text += "; " + counted(h.SVIDs, "X.509-SVID") + " that it knows of may be, too"
+		}
+		return text
+	}
 	text := counted(h.SVIDs, "X.509-SVID")
 	if h.Agents > 0 {
 		text += " of " + counted(h.Agents, "agent")

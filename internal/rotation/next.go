@@ -70,7 +70,8 @@ type Facts interface {
 
 // Holding is what hangs on a tainted keyset. What is not known is not safe.
 type Holding struct {
-	Agents            int // that could still hold X.509-SVIDs of it
+	Agents            int       // that could still hold X.509-SVIDs of it
+	UnknownSince      time.Time // what was signed then and later may be valid, and is not known; mostly zero
 	X509Safe, JWTSafe bool
 	JWTExpiry         time.Time // of the last JWT-SVID; zero when not known
 }
@@ -191,6 +192,8 @@ func removal(now time.Time, k keyset.Keyset, f Facts) Step {
 		return s
 	}
 	switch h := f.Holding(k); {
+	case !h.X509Safe && !h.UnknownSince.IsZero():
+		s.WaitsFor = "X.509-SVIDs that were signed after " + text(h.UnknownSince) + " and are not known since a restore"
 	case !h.X509Safe:
 		s.WaitsFor = fmt.Sprintf("X.509-SVIDs of %d agents", h.Agents)
 	case !h.JWTSafe && h.JWTExpiry.IsZero():

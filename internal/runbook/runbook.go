@@ -62,13 +62,13 @@ type Keyset struct {
 
 // Holder is an agent that could still hold X.509-SVIDs of a keyset.
 type Holder struct {
-	Agent        string    `json:"agent"` // SPIFFE ID, or what else names it
+	Agent        string    `json:"agent"` // SPIFFE ID, or what else names it; empty where it is not known
 	Version      string    `json:"version,omitempty"`
 	SVIDs        int       `json:"svids"`
 	Streams      int       `json:"streams"`
-	Reason       string    `json:"reason"` // silent, behind, waiting, renewing, streams, signing
+	Reason       string    `json:"reason"` // silent, behind, waiting, renewing, streams, signing, restored
 	LatestExpiry time.Time `json:"latest_expiry,omitzero"`
-	LastReport   time.Time `json:"last_report,omitzero"`
+	LastReport   time.Time `json:"last_report,omitzero"` // of "restored": when the copy was taken
 	BeginsAt     time.Time `json:"begins_at,omitzero"`
 	Rate         float64   `json:"rate,omitempty"`
 }
