@@ -191,11 +191,11 @@ Run wait ks_abc1234xyz, which ends when it is safe, and then remove it. With --f
 			d.server.HoldersAt = func(_ string, now time.Time) []runbook.Holder {
 				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 3, Reason: "silent", LatestExpiry: time.Date(2000, 1, 1, 12, 0, 0, 0, time.UTC)}}
 			}
-		}, "wait ks_abc1234xyz --timeout 5m", 3, `ks_abc1234xyz: 3 X.509-SVIDs of 1 agent left, done in 12h at the latest; /agent/a silent
+		}, "wait ks_abc1234xyz --timeout 5m", 3, `ks_abc1234xyz: 3 X.509-SVIDs of 1 agent left, done in 12h5m at the latest; /agent/a silent
 Error: keyset ks_abc1234xyz is not safe to remove after 5m
 3 X.509-SVIDs of 1 agent hang on it.
   spiffe://example.org/agent/a: 3 SVIDs, silent: it has never reported, the last expires 2000-01-01 12:00:00 +0000 UTC (in 11h55m)
-It ends at the latest 2000-01-01 12:00:00 +0000 UTC (in 11h55m), when what silent agents hold expires.
+It ends at the latest 2000-01-01 12:05:00 +0000 UTC (in 12h), when what silent agents hold has expired by all clocks.
 Run wait ks_abc1234xyz again, and look after the agents that are silent or behind.
 `},
 		"waiting for what was never tainted": {prepared, "wait ks_def5678uvw", 1,

@@ -19,12 +19,25 @@ const (
 	reasonBehind = "behind"
 )
 
+// clocks is how long after its expiry a server counts an SVID, because clocks
+// differ.
+const clocks = 5 * time.Minute
+
+// over is when what the agent holds has expired for everybody; zero when nobody
+// can say.
+func (h Holder) over() time.Time {
+	if h.LatestExpiry.IsZero() {
+		return time.Time{}
+	}
+	return h.LatestExpiry.Add(clocks)
+}
+
 // end is when the agent is expected to hold nothing of the keyset any more;
 // zero when nobody can say. Silent agents are expected nothing of: theirs ends
-// when it expires.
+// when it has expired.
 func (h Holder) end(now time.Time) time.Time {
 	if h.Reason == reasonSilent {
-		return h.LatestExpiry
+		return h.over()
 	}
 	begins := now
 	switch {
@@ -38,8 +51,8 @@ func (h Holder) end(now time.Time) time.Time {
 		rate = wave.DefaultRate
 	}
 	end := begins.Add(time.Duration(float64(h.SVIDs) / rate * float64(time.Second)))
-	if !h.LatestExpiry.IsZero() && h.LatestExpiry.Before(end) {
-		return h.LatestExpiry
+	if over := h.over(); !over.IsZero() && over.Before(end) {
+		return over
 	}
 	return end
 }
@@ -68,7 +81,7 @@ func estimated(holders []Holder, now time.Time) string {
 	case end.IsZero():
 		return "has no known end: an agent is silent"
 	case silent:
-		return "ends at the latest " + when(end, now) + ", when what silent agents hold expires"
+		return "ends at the latest " + when(end, now) + ", when what silent agents hold has expired by all clocks"
 	}
 	return "ends about " + when(end, now)
 }
@@ -97,8 +110,12 @@ func (h Holder) says(now time.Time) string {
 		} else {
 			text += " since " + when(h.LastReport, now)
 		}
-		if !h.LatestExpiry.IsZero() {
+		switch {
+		case h.LatestExpiry.IsZero():
+		case h.LatestExpiry.After(now):
 			text += ", the last expires " + when(h.LatestExpiry, now)
+		default:
+			text += ", the last expired " + when(h.LatestExpiry, now)
 		}
 	case reasonBehind:
 		text += ", behind: it has not seen the taint yet"
@@ -122,6 +139,28 @@ func (h Holder) says(now time.Time) string {
 	return text
 }
 
+// line is what is said of an agent in a list. Where signatures are on their way
+// it is not known yet to whom, and there is no agent.
+func (h Holder) line(now time.Time) string {
+	if h.Agent == "" {
+		return h.name() + ": for whom is not known yet"
+	}
+	return h.Agent + ": " + h.says(now)
+}
+
+// name is a few words on an agent. All agents are of one trust domain; what tells
+// them apart is the path.
+func (h Holder) name() string {
+	if h.Agent == "" {
+		return counted(h.SVIDs, "SVID") + " being signed"
+	}
+	name, ofSPIFFE := strings.CutPrefix(h.Agent, "spiffe://")
+	if _, path, ok := strings.Cut(name, "/"); ok && ofSPIFFE {
+		name = "/" + path
+	}
+	return name + " " + h.Reason
+}
+
 // hanging says on lines of its own what hangs on a keyset's X.509 key: how
 // much, who and why, and until when.
 func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
@@ -142,7 +181,7 @@ func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
 			lines = append(lines, fmt.Sprintf("  and %d more", len(holders)-i))
 			break
 		}
-		lines = append(lines, fmt.Sprintf("  %s: %s", h.Agent, h.says(now)))
+		lines = append(lines, "  "+h.line(now))
 	}
 	if text := estimated(holders, now); text != "" {
 		lines = append(lines, "It "+text+".")
@@ -153,8 +192,14 @@ func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
 // left counts what is left: "12 X.509-SVIDs of 3 agents hang".
 func left(k Keyset, holders []Holder, verb string) string {
 	text := counted(k.X509SVIDs, "X.509-SVID")
-	if len(holders) > 0 {
-		text += " of " + counted(len(holders), "agent")
+	agents := 0
+	for _, h := range holders {
+		if h.Agent != "" {
+			agents++
+		}
+	}
+	if agents > 0 {
+		text += " of " + counted(agents, "agent")
 	}
 	if k.X509SVIDs == 1 && verb == "hang" {
 		verb = "hangs"

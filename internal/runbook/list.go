@@ -151,10 +151,18 @@ func (k Keyset) jwtRemark(now time.Time) string {
 	case k.JWTExpiry.After(now):
 		return fmt.Sprintf("JWT-SVIDs that %s signed are valid until %s; relying parties reject them as soon as they fetch the trust bundle without it.",
 			k.ID, when(k.JWTExpiry, now))
+	case k.jwtJustExpired(now) && !k.JWTSafe:
+		return fmt.Sprintf("JWT-SVIDs that %s signed expired %s; relying parties whose clocks are late may take them for valid.", k.ID, when(k.JWTExpiry, now))
 	case k.JWTKeyID != "" && (k.Unknown != "" || !k.JWTSafe):
 		return fmt.Sprintf("Whether JWT-SVIDs that %s signed are still valid is not known; relying parties reject them as soon as they fetch the trust bundle without it.", k.ID)
 	}
 	return ""
+}
+
+// jwtJustExpired reports whether the last known JWT-SVID of the keyset has expired,
+// but not by all clocks.
+func (k Keyset) jwtJustExpired(now time.Time) bool {
+	return !k.JWTExpiry.After(now) && k.JWTExpiry.Add(clocks).After(now)
 }
 
 func find(s Status, id string) (Keyset, bool) {

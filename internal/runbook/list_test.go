@@ -102,7 +102,7 @@ func TestRemoveRefuses(t *testing.T) {
   spiffe://example.org/agent/d0: 1 SVID, replaced but not yet sent on 2 streams
   spiffe://example.org/agent/d1: 1 SVID, replaced but not yet sent on 2 streams
   and 2 more
-It ends at the latest 2000-01-01 00:01:10 +0000 UTC (in 1m10s), when what silent agents hold expires.
+It ends at the latest 2000-01-01 00:06:10 +0000 UTC (in 6m10s), when what silent agents hold has expired by all clocks.
 JWT-SVIDs that ` + old + ` signed are valid until 2000-01-02 00:00:00 +0000 UTC (in 1d); relying parties reject them as soon as they fetch the trust bundle without it.
 Run wait ` + old + `, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.`
 		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || err.Error() != want {

@@ -182,9 +182,12 @@ func (k Keyset) progress(f For, holders []Holder, now time.Time) string {
 		}
 	}
 	if f != X509 && !k.safe(JWT) {
-		if k.JWTExpiry.After(now) {
+		switch {
+		case k.JWTExpiry.After(now):
 			parts = append(parts, "JWT-SVIDs valid until "+when(k.JWTExpiry, now))
-		} else {
+		case k.jwtJustExpired(now):
+			parts = append(parts, "JWT-SVIDs expired "+when(k.JWTExpiry, now)+", but not by all clocks")
+		default:
 			parts = append(parts, "end of JWT-SVIDs not known")
 		}
 	}
@@ -200,12 +203,7 @@ func names(holders []Holder, now time.Time) string {
 			list = append(list, fmt.Sprintf("and %d more", len(holders)-i))
 			break
 		}
-		// All agents are of one trust domain; what tells them apart is the path.
-		name := h.Agent
-		if _, path, ok := strings.Cut(strings.TrimPrefix(name, "spiffe://"), "/"); ok && strings.HasPrefix(name, "spiffe://") {
-			name = "/" + path
-		}
-		list = append(list, name+" "+h.Reason)
+		list = append(list, h.name())
 	}
 	return strings.Join(list, ", ")
 }

@@ -80,13 +80,13 @@ func TestWaitFollowsTheWave(t *testing.T) {
 		if len(r.Remarks) != 1 || !strings.Contains(r.Remarks[0], "valid until 2000-01-02 00:00:00 +0000 UTC (in 23h59m)") {
 			t.Errorf("nothing is said about JWT-SVIDs: %q", r.Remarks)
 		}
-		want := strings.ReplaceAll(`ID: 103 X.509-SVIDs of 3 agents left, done in 1m10s at the latest; /agent/c silent, /agent/b behind, /agent/a waiting
-ID: 103 X.509-SVIDs of 3 agents left, done in 1m at the latest; /agent/c silent, /agent/a waiting, /agent/b waiting
-ID: 102 X.509-SVIDs of 2 agents left, done in 50s at the latest; /agent/c silent, /agent/a renewing
-ID: 2 X.509-SVIDs of 1 agent left, done in 40s at the latest; /agent/c silent
-ID: 2 X.509-SVIDs of 1 agent left, done in 30s at the latest; /agent/c silent
-ID: 2 X.509-SVIDs of 1 agent left, done in 20s at the latest; /agent/c silent
-ID: 2 X.509-SVIDs of 1 agent left, done in 10s at the latest; /agent/c silent
+		want := strings.ReplaceAll(`ID: 103 X.509-SVIDs of 3 agents left, done in 6m10s at the latest; /agent/c silent, /agent/b behind, /agent/a waiting
+ID: 103 X.509-SVIDs of 3 agents left, done in 6m at the latest; /agent/c silent, /agent/a waiting, /agent/b waiting
+ID: 102 X.509-SVIDs of 2 agents left, done in 5m50s at the latest; /agent/c silent, /agent/a renewing
+ID: 2 X.509-SVIDs of 1 agent left, done in 5m40s at the latest; /agent/c silent
+ID: 2 X.509-SVIDs of 1 agent left, done in 5m30s at the latest; /agent/c silent
+ID: 2 X.509-SVIDs of 1 agent left, done in 5m20s at the latest; /agent/c silent
+ID: 2 X.509-SVIDs of 1 agent left, done in 5m10s at the latest; /agent/c silent
 `, "ID:", old+":")
 		if out.String() != want {
 			t.Errorf("progress\n%s\nwant\n%s", out.String(), want)
@@ -107,8 +107,9 @@ func TestWaitEstimates(t *testing.T) {
 		"renewing":                  {[]runbook.Holder{{SVIDs: 40, Reason: "renewing", BeginsAt: in(-20), Rate: 10}}, in(4)},
 		"rate not told":             {[]runbook.Holder{{SVIDs: 40, Reason: "renewing"}}, in(2)},
 		"behind":                    {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20}}, in(62)},
-		"expires before its turn":   {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30)}}, in(30)},
-		"silent":                    {[]runbook.Holder{{SVIDs: 40, Reason: "silent", Rate: 20, LatestExpiry: in(300)}}, in(300)},
+		"expires before its turn":   {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30 - 300)}}, in(30)},
+		"expires, not for all":      {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30)}}, in(62)},
+		"silent":                    {[]runbook.Holder{{SVIDs: 40, Reason: "silent", Rate: 20, LatestExpiry: in(300)}}, in(600)},
 		"the slowest of several":    {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 200, Reason: "renewing"}, {SVIDs: 2, Reason: "streams"}}, in(10)},
 		"one of them nobody knows":  {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 2, Reason: "silent"}}, time.Time{}},
 		"all that is left: streams": {[]runbook.Holder{{Streams: 3, Reason: "streams"}}, in(0)},
@@ -125,6 +126,27 @@ func TestWaitEstimates(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What is on its way to an agent has no name, and is spoken of all the same.
+func TestSignatureOnItsWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		s.HoldersAt = func(string, time.Time) []runbook.Holder {
+			return []runbook.Holder{{SVIDs: 2, Reason: "signing"}, {Agent: "spiffe://example.org/agent/a", SVIDs: 1, Reason: "renewing", Rate: 0.5}}
+		}
+		var out bytes.Buffer
+		_, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: time.Second, Progress: &runbook.Screen{W: &out}})
+		want := old + ": 3 X.509-SVIDs of 1 agent left, done in about 2s; /agent/a renewing, 2 SVIDs being signed\n"
+		if out.String() != want {
+			t.Errorf("progress %q, want %q", out.String(), want)
+		}
+		want = "3 X.509-SVIDs of 1 agent hang on it.\n  spiffe://example.org/agent/a: 1 SVID, renewing\n  2 SVIDs being signed: for whom is not known yet\n"
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("got %v, want %s", err, want)
+		}
+	})
 }
 
 // On a terminal one line is redrawn, cut to the width, and taken away at the end.

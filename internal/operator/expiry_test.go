@@ -1,0 +1,42 @@
+package operator_test
+
+import (
+	"bytes"
+	"errors"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/runbook"
+)
+
+// TestWaitForExpiry: a wait for an agent that is silent and for JWT-SVIDs says
+// beforehand when it ends, and never that it should have ended already.
+func TestWaitForExpiry(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+		d := w.only()
+		check(t, d.ledger.GiveJWT(t.Context(), d.keysets.Active().JWTKeyID, time.Now().Add(10*time.Minute)))
+		old := d.tainted(t)
+		for _, what := range []runbook.For{runbook.JWT, runbook.X509} {
+			b := r.as(t, w, boss).Backend("", "")
+			first, err := runbook.Wait(t.Context(), b, old.ID, runbook.WaitOptions{For: what, Timeout: time.Second})
+			if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok {
+				t.Fatalf("%s: %v", what, err)
+			}
+			var out bytes.Buffer
+			_, err = runbook.Wait(t.Context(), b, old.ID, runbook.WaitOptions{For: what, Progress: &runbook.Screen{W: &out}})
+			check(t, err)
+			for line := range strings.Lines(out.String()) {
+				if strings.Contains(line, " in 0s") || strings.Contains(line, "not known") {
+					t.Errorf("%s: %s", what, line)
+					break
+				}
+			}
+			if end := time.Now(); what == runbook.X509 && first.Estimated.Before(end) {
+				t.Errorf("it said %v and took until %v", first.Estimated, end)
+			}
+		}
+	})
+}
