@@ -40,8 +40,9 @@ type Schema[C any] struct {
 // Field is one row of a configuration: one place where its names, its default
 // and its meaning are written.
 type Field[C any] struct {
-	// Path names the field in the file; a dot is a section. A part in capitals
-	// stands for a name that the operator chooses: deployments.NAME.address.
+	// Path names the field in the file; a dot is a section. One part in capitals
+	// may stand for a name that the operator chooses, which may have dots:
+	// deployments.NAME.address.
 	Path string
 	// Value returns a pointer to the field, of type *string, *[]string, *bool,
 	// *int, *int64, *time.Duration, *fs.FileMode, *slog.Level,
@@ -227,19 +228,16 @@ func (s *Schema[C]) index(path string) (i int, name string) {
 // was chosen.
 func match(pattern, path string) (name string, ok bool) {
 	want, have := strings.Split(pattern, "."), strings.Split(path, ".")
-	if len(want) != len(have) {
-		return "", false
-	}
-	for i := range want {
-		switch {
-		case want[i] == have[i]:
-		case isChosen(want[i]) && have[i] != "":
-			name = have[i]
-		default:
+	if i := slices.IndexFunc(want, isChosen); i >= 0 && len(have) >= len(want) {
+		// What is between the parts before and behind it.
+		end := i + 1 + len(have) - len(want)
+		name = strings.Join(have[i:end], ".")
+		if strings.Contains("."+name+".", "..") {
 			return "", false
 		}
+		have = slices.Replace(have, i, end, want[i])
 	}
-	return name, true
+	return name, slices.Equal(want, have)
 }
 
 func (s *Schema[C]) field(path string) (f *Field[C], name string) {
@@ -250,10 +248,9 @@ func (s *Schema[C]) field(path string) (f *Field[C], name string) {
 	return &s.Fields[i], name
 }
 
-// section reports whether fields lie below path, and whether the operator chose
-// its name.
-func (s *Schema[C]) section(path string) (ok, chosen bool) {
-	depth := strings.Count(path, ".") + 1
+// section reports whether fields lie below path, which is nested so deep in the
+// file, and whether the operator chose its name.
+func (s *Schema[C]) section(path string, depth int) (ok, chosen bool) {
 	for i := range s.Fields {
 		parts := strings.Split(s.Fields[i].Path, ".")
 		if depth >= len(parts) {

@@ -55,21 +55,26 @@ func (s *Schema[C]) Markdown() string {
 	return b.String()
 }
 
-// suggest names the field that was probably meant: the same last part in
-// another section, or the fewest letters away. Below a name that the operator
-// chose, it is always one of the section.
-func (s *Schema[C]) suggest(path string) string {
-	dot := strings.LastIndex(path, ".")
-	last, section := path[dot+1:], path[:max(dot, 0)]
-	_, chosen := s.section(section)
+// suggest names the field that was probably meant by a key at this depth of a
+// section: the same last part in another section, or the fewest letters away. Below
+// a name that the operator chose, it is always one of the section.
+func (s *Schema[C]) suggest(path, section string, depth int) string {
+	last, chosen := path[strings.LastIndex(path, ".")+1:], false
+	if depth > 1 {
+		_, chosen = s.section(section, depth-1)
+	}
 	best, least := "", 4
 	if chosen {
 		least = len(path) + maxPath
 	}
 	for i := range s.Fields {
-		name := alike(s.Fields[i].Path, path)
-		if chosen && name[:strings.LastIndex(name, ".")+1] != section+"." {
-			continue
+		name := s.Fields[i].Path
+		if chosen {
+			parts := strings.Split(name, ".")
+			if _, ok := match(strings.Join(parts[:min(depth-1, len(parts))], "."), section); !ok {
+				continue
+			}
+			name = section + "." + strings.Join(parts[depth-1:], ".")
 		}
 		if name[strings.LastIndex(name, ".")+1:] == last {
 			return "did you mean " + name + "?"
@@ -86,22 +91,6 @@ func (s *Schema[C]) suggest(path string) string {
 
 // maxPath is more letters than a field's path has.
 const maxPath = 100
-
-// alike puts the name that path has into a pattern, where they agree before it.
-func alike(pattern, path string) string {
-	parts, have := strings.Split(pattern, "."), strings.Split(path, ".")
-	for i := range parts {
-		if i >= len(have) {
-			break
-		}
-		if isChosen(parts[i]) && have[i] != "" {
-			parts[i] = have[i]
-		} else if parts[i] != have[i] {
-			break
-		}
-	}
-	return strings.Join(parts, ".")
-}
 
 // distance is the number of letters to insert, remove or change (Levenshtein).
 func distance(a, b string) int {

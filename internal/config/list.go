@@ -42,7 +42,7 @@ func (s *Schema[C]) items(r *reader, key string, k, v *yaml.Node) []Item[C] {
 	for _, n := range v.Content {
 		l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: r.file}, origins: map[string]string{}}
 		if n.Kind == yaml.MappingNode {
-			l.section("", n, n.Line)
+			l.section("", n, n.Line, 1)
 		} else {
 			l.at(n.Line, key, "has an element that is no section", "write it as \"- name: value\" and its further fields below")
 		}

@@ -50,7 +50,7 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, getenv func(string) string) (*C, error) {
 	l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: file}, origins: map[string]string{}}
 	if root := l.document(data); root != nil {
-		l.section("", root, 0)
+		l.section("", root, 0, 1)
 	}
 	for i := range s.Fields {
 		f := &s.Fields[i]
@@ -205,21 +205,21 @@ func (r *reader) pairs(prefix string, n *yaml.Node, line int, each func(path str
 	}
 }
 
-// section reads one mapping whose keys are below prefix.
-func (l *loader[C]) section(prefix string, n *yaml.Node, line int) {
+// section reads one mapping whose keys are below prefix, at this depth.
+func (l *loader[C]) section(prefix string, n *yaml.Node, line, depth int) {
 	l.pairs(prefix, n, line, func(path string, key, value *yaml.Node) {
 		f, name := l.schema.field(path)
-		section, chosen := l.schema.section(path)
+		section, chosen := l.schema.section(path, depth)
 		switch {
 		case key.Kind == yaml.ScalarNode && f != nil:
 			l.value(f, name, path, key, value)
 		case key.Kind == yaml.ScalarNode && section:
-			l.section(path+".", value, key.Line)
+			l.section(path+".", value, key.Line, depth+1)
 			if chosen && value.Kind == yaml.MappingNode && len(value.Content) == 0 {
 				l.at(key.Line, path, "has no fields", "give one or remove it")
 			}
 		default:
-			l.at(key.Line, strconv.Quote(path), "is not a field", l.schema.suggest(path))
+			l.at(key.Line, strconv.Quote(path), "is not a field", l.schema.suggest(path, strings.TrimSuffix(prefix, "."), depth))
 		}
 	})
 }
