@@ -9,6 +9,7 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"io"
 	"log/slog"
 	"net"
 	"slices"
@@ -45,6 +46,15 @@ type world struct {
 	deployments map[string]*deployment
 	names       []string
 	log         *records
+	copied      func(ctx context.Context, w io.Writer) (int64, error) // of Backup; a few bytes when nil
+}
+
+func (w *world) backup(ctx context.Context, to io.Writer) (int64, error) {
+	if w.copied != nil {
+		return w.copied(ctx, to)
+	}
+	n, err := to.Write([]byte("a few bytes"))
+	return int64(n), err
 }
 
 type deployment struct {
@@ -72,7 +82,7 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 	rules, err := operator.ParseRules(td, managers, readers)
 	check(t, err)
 	c := operator.Config{
-		TrustDomain: td, Rules: rules, Published: w.published, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
+		TrustDomain: td, Rules: rules, Published: w.published, Backup: w.backup, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
 	}
 	for _, name := range w.names {
