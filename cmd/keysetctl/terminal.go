@@ -3,6 +3,7 @@ package main
 import (
 	"os"
 
+	"golang.org/x/sys/unix"
 	"golang.org/x/term"
 )
 
@@ -37,5 +38,13 @@ func terminalWidth(stream any, getenv func(string) string) func() int {
 			return 0
 		}
 		return width
+	}
+}
+
+// dropTyped forgets what was typed on a terminal and not read yet.
+func dropTyped(stream any) {
+	if f, ok := stream.(*os.File); ok && isTerminal(f) {
+		// Without it the question is no worse than with a pipe.
+		_ = unix.IoctlSetInt(int(f.Fd()), unix.TCFLSH, unix.TCIFLUSH)
 	}
 }

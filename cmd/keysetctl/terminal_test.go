@@ -7,8 +7,10 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"runtime"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -16,34 +18,77 @@ import (
 	"github.com/renewd/renewd/internal/runbook/runbooktest"
 )
 
-// On a terminal a rotation asks before each step, and Error is red there.
+// On a terminal a rotation asks before each step, and Error is red there. An
+// answer is one to a question that was shown: what was typed before it, while a
+// wait went on perhaps, is none.
 func TestRotateOnATerminal(t *testing.T) {
 	t.Parallel()
-	for answers, want := range map[string]struct {
-		code  int
-		steps int
-		shown []string
+	for name, tt := range map[string]struct {
+		before  string // typed before the first question
+		answers []string
+		code    int
+		steps   int
+		shown   []string
 	}{
-		"y\ny\nyes\ny\n": {0, 4, []string{"Prepare a new keyset? It is published and does not sign yet. [y/N] ", "This is permanent. [y/N] "}},
-		"y\nn\n":         {1, 1, []string{"and ks_", " steps down. [y/N] ", "\x1b[31mError:\x1b[0m stopped as asked"}},
+		"yes": {"", []string{"y\n", "y\n", "yes\n", "y\n"}, 0, 4,
+			[]string{"Prepare a new keyset? It is published and does not sign yet. [y/N] ", "This is permanent. [y/N] "}},
+		"no":             {"", []string{"y\n", "n\n"}, 1, 1, []string{"and ks_", " steps down. [y/N] ", "\x1b[31mError:\x1b[0m stopped as asked"}},
+		"yes too early":  {"y\ny\ny\ny\n", []string{"n\n"}, 1, 0, nil},
+		"no, and thrice": {"n\n", []string{"y\n", "n\nn\nn\n"}, 1, 1, nil},
 	} {
-		master, slave := openTerminal(t)
-		if _, err := io.WriteString(master, answers); err != nil {
-			t.Fatal(err)
-		}
-		s := runbooktest.NewServer(t)
-		var out bytes.Buffer
-		code := run(t.Context(), []string{"rotate"}, func(string) string { return "" }, slave, &out, slave,
-			func(context.Context, target) (runbook.Backend, io.Closer, error) { return s, io.NopCloser(nil), nil })
-		_ = slave.Close()
-		shown, _ := io.ReadAll(master) // ends with EIO when nobody has the terminal open
-		if code != want.code || len(s.Calls()) != want.steps {
-			t.Errorf("%q: exit %d after %v\n%s", answers, code, s.Calls(), shown)
-		}
-		for _, text := range want.shown {
-			if !strings.Contains(string(shown), text) {
-				t.Errorf("%q: %q is not shown in\n%s", answers, text, shown)
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			master, slave := openTerminal(t)
+			if _, err := io.WriteString(master, tt.before); err != nil {
+				t.Fatal(err)
 			}
+			arrived(t, slave, tt.before)
+			s := runbooktest.NewServer(t)
+			var out bytes.Buffer
+			code := make(chan int, 1)
+			go func() {
+				code <- run(t.Context(), []string{"rotate"}, func(string) string { return "" }, slave, &out, slave,
+					func(context.Context, target) (runbook.Backend, io.Closer, error) { return s, io.NopCloser(nil), nil })
+				_ = slave.Close() // reading its master ends with EIO then
+			}()
+			var shown strings.Builder
+			for part := make([]byte, 256); ; {
+				n, err := master.Read(part)
+				shown.Write(part[:n])
+				if asked := strings.Count(shown.String(), "[y/N] "); asked > len(tt.answers) {
+					t.Fatalf("asked %d times\n%s", asked, shown.String())
+				} else if asked > 0 && strings.HasSuffix(shown.String(), "[y/N] ") {
+					if _, err := io.WriteString(master, tt.answers[asked-1]); err != nil {
+						t.Fatal(err)
+					}
+				}
+				if err != nil {
+					break
+				}
+			}
+			if got := <-code; got != tt.code || len(s.Calls()) != tt.steps {
+				t.Errorf("exit %d after %v\n%s", got, s.Calls(), shown.String())
+			}
+			for _, text := range tt.shown {
+				if !strings.Contains(shown.String(), text) {
+					t.Errorf("%q is not shown in\n%s", text, shown.String())
+				}
+			}
+		})
+	}
+}
+
+// arrived returns when the whole lines that were typed can be read.
+func arrived(t *testing.T, slave *os.File, typed string) {
+	t.Helper()
+	want := strings.LastIndex(typed, "\n") + 1
+	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+		n, err := unix.IoctlGetInt(int(slave.Fd()), unix.TIOCINQ)
+		if err != nil || time.Now().After(deadline) {
+			t.Fatalf("%d bytes of %q have arrived, %v", n, typed, err)
+		}
+		if n >= want {
+			return
 		}
 	}
 }

@@ -124,7 +124,8 @@ func (p *program) rotate() *cobra.Command {
 	return c
 }
 
-// asker asks on the terminal. Only y or yes is a yes.
+// asker asks on the terminal. Only y or yes is a yes, and only when it is typed
+// after the question is there.
 func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bool, error) {
 	type answer struct {
 		text string
@@ -133,6 +134,7 @@ func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bo
 	lines := bufio.NewReader(p.stdin)
 	return func(question string) (bool, error) {
 		s.Clear()
+		dropTyped(p.stdin)
 		_, _ = fmt.Fprintf(p.stderr, "%s [y/N] ", question)
 		got := make(chan answer, 1)
 		// A terminal cannot be read with a deadline: after an interrupt this
