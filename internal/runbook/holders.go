@@ -15,8 +15,9 @@ const namedHolders = 5
 
 // The reasons of a [Holder] that the estimate depends on.
 const (
-	reasonSilent = "silent"
-	reasonBehind = "behind"
+	reasonSilent   = "silent"
+	reasonBehind   = "behind"
+	reasonRestored = "restored"
 )
 
 // clocks is how long after its expiry a server counts an SVID, because clocks
@@ -33,10 +34,10 @@ func (h Holder) over() time.Time {
 }
 
 // end is when the agent is expected to hold nothing of the keyset any more;
-// zero when nobody can say. Silent agents are expected nothing of: theirs ends
-// when it has expired.
+// zero when nobody can say. Silent agents, and whoever is not known of since a
+// restore, are expected nothing of: theirs ends when it has expired.
 func (h Holder) end(now time.Time) time.Time {
-	if h.Reason == reasonSilent {
+	if h.Reason == reasonSilent || h.Reason == reasonRestored {
 		return h.over()
 	}
 	begins := now
@@ -57,30 +58,32 @@ func (h Holder) end(now time.Time) time.Time {
 	return end
 }
 
-// estimate is when the last of the agents is done. silent says that it is one
-// that may come back earlier. The zero time means that nobody can say.
-func estimate(holders []Holder, now time.Time) (end time.Time, silent bool) {
+// estimate is when the last of the agents is done, and why that one is counted.
+// The zero time means that nobody can say.
+func estimate(holders []Holder, now time.Time) (end time.Time, reason string) {
 	for _, h := range holders {
 		e := h.end(now)
 		if e.IsZero() {
-			return time.Time{}, true
+			return time.Time{}, h.Reason
 		}
 		if e.After(end) {
-			end, silent = e, h.Reason == reasonSilent
+			end, reason = e, h.Reason
 		}
 	}
-	return end, silent
+	return end, reason
 }
 
 // estimated puts the estimate into words; empty when there is none.
 func estimated(holders []Holder, now time.Time) string {
-	end, silent := estimate(holders, now)
+	end, reason := estimate(holders, now)
 	switch {
 	case len(holders) == 0:
 		return ""
 	case end.IsZero():
 		return "has no known end: an agent is silent"
-	case silent:
+	case reason == reasonRestored:
+		return "ends at the latest " + when(end, now) + ", when what is not known has expired by all clocks"
+	case reason == reasonSilent:
 		return "ends at the latest " + when(end, now) + ", when what silent agents hold has expired by all clocks"
 	}
 	return "ends about " + when(end, now)
@@ -142,6 +145,9 @@ func (h Holder) says(now time.Time) string {
 // line is what is said of an agent in a list. Where signatures are on their way
 // it is not known yet to whom, and there is no agent.
 func (h Holder) line(now time.Time) string {
+	if h.Reason == reasonRestored {
+		return h.name()
+	}
 	if h.Agent == "" {
 		return h.name() + ": for whom is not known yet"
 	}
@@ -151,6 +157,9 @@ func (h Holder) line(now time.Time) string {
 // name is a few words on an agent. All agents are of one trust domain; what tells
 // them apart is the path.
 func (h Holder) name() string {
+	if h.Reason == reasonRestored {
+		return "restored from a copy of " + stamp(h.LastReport) + "; what was signed since is not known"
+	}
 	if h.Agent == "" {
 		return counted(h.SVIDs, "SVID") + " being signed"
 	}
@@ -191,13 +200,16 @@ func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
 
 // left counts what is left: "12 X.509-SVIDs of 3 agents hang".
 func left(k Keyset, holders []Holder, verb string) string {
-	text := counted(k.X509SVIDs, "X.509-SVID")
-	agents := 0
+	what, agents := "X.509-SVID", 0
 	for _, h := range holders {
+		if h.Reason == reasonRestored {
+			what = "known X.509-SVID"
+		}
 		if h.Agent != "" {
 			agents++
 		}
 	}
+	text := counted(k.X509SVIDs, what)
 	if agents > 0 {
 		text += " of " + counted(agents, "agent")
 	}

@@ -170,9 +170,9 @@ func (k Keyset) progress(f For, holders []Holder, now time.Time) string {
 		default:
 			parts = append(parts, left(k, holders, "left"))
 		}
-		switch end, silent := estimate(holders, now); {
+		switch end, reason := estimate(holders, now); {
 		case end.IsZero():
-		case silent:
+		case reason == reasonSilent || reason == reasonRestored:
 			parts[0] += ", done in " + short(end.Sub(now)) + " at the latest"
 		default:
 			parts[0] += ", done in about " + short(end.Sub(now))

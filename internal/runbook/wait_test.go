@@ -149,6 +149,42 @@ func TestSignatureOnItsWay(t *testing.T) {
 	})
 }
 
+// After a restore it is said what is not known, and until when; an agent that has
+// replaced everything does not change that.
+func TestWaitAfterARestore(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		copied, end := time.Now().Add(-time.Hour), time.Now().Add(6*24*time.Hour)
+		unknown := runbook.Holder{Reason: "restored", LastReport: copied, LatestExpiry: end}
+		s.HoldersAt = func(_ string, now time.Time) []runbook.Holder {
+			switch {
+			case !now.Before(end.Add(5 * time.Minute)):
+				return nil
+			case now.Before(time.Date(2000, 1, 1, 0, 0, 10, 0, time.UTC)):
+				return []runbook.Holder{unknown, {Agent: "spiffe://example.org/agent/a", SVIDs: 3, Reason: "renewing"}}
+			}
+			return []runbook.Holder{unknown}
+		}
+		var out bytes.Buffer
+		o := runbook.WaitOptions{Timeout: 15 * time.Second, Interval: 10 * time.Second, Progress: &runbook.Screen{W: &out}}
+		r, err := runbook.Wait(t.Context(), s, old, o)
+		want := old + ": 3 known X.509-SVIDs of 1 agent left, done in 6d1h at the latest; restored from a copy of 1999-12-31 23:00:00 +0000 UTC; what was signed since is not known, /agent/a renewing\n" +
+			old + ": 0 known X.509-SVIDs left, done in 6d1h at the latest; restored from a copy of 1999-12-31 23:00:00 +0000 UTC; what was signed since is not known\n"
+		if out.String() != want {
+			t.Errorf("progress %q\nwant %q", out.String(), want)
+		}
+		want = "0 known X.509-SVIDs hang on it.\n  restored from a copy of 1999-12-31 23:00:00 +0000 UTC; what was signed since is not known\n" +
+			"It ends at the latest 2000-01-07 00:05:00 +0000 UTC (in 6d1h), when what is not known has expired by all clocks.\n"
+		if err == nil || !strings.Contains(err.Error(), want) || r.Safe {
+			t.Errorf("got %v\nwant %s", err, want)
+		}
+		if r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Interval: time.Minute}); err != nil || !r.Safe || time.Now().Before(end) {
+			t.Errorf("%+v, %v at %v", r, err, time.Now())
+		}
+	})
+}
+
 // On a terminal one line is redrawn, cut to the width, and taken away at the end.
 func TestWaitOnATerminal(t *testing.T) {
 	t.Parallel()
