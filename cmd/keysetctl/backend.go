@@ -2,13 +2,13 @@ package main
 
 import (
 	"context"
-	"fmt"
 	"io"
 	"time"
 
 	"github.com/spf13/pflag"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/runbook"
@@ -71,9 +71,16 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 			}
 		}
 	}
+	address := ""
+	if t.Server != "" {
+		// gRPC takes more than this, and 443 where there is no port.
+		address = config.BadAddress(t.Server, true)
+	}
 	switch {
 	case len(where) > 1:
 		return cli.Usagef("%s and %s name two servers: give one of them", where[0], where[1])
+	case address != "":
+		return cli.Usagef("--server %s %s: give it with its port, such as server.example.org:8082", t.Server, address)
 	case t.Server != "" && t.WorkloadAPI == "":
 		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives this operator an SVID", t.Server)
 	case t.Prometheus != "" && t.SpireSocket == "":
@@ -130,7 +137,7 @@ func dialSpire(_ context.Context, t target) (runbook.Backend, io.Closer, error) 
 	if t.Prometheus != "" {
 		figures, err := prom.New(prom.Config{URL: t.Prometheus, Job: t.Job, TrustDomain: t.TrustDomain, Expected: t.Agents, JWTLife: t.SVIDLife + time.Hour})
 		if err != nil {
-			return nil, nil, fmt.Errorf("--prometheus: %w", err)
+			return nil, nil, cli.Usagef("--prometheus: %v", err)
 		}
 		c.Figures = figures
 	}

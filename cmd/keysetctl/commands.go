@@ -21,6 +21,9 @@ func (p *program) with(c *cobra.Command, f func(ctx context.Context, b runbook.B
 		return err
 	}
 	b, closer, err := p.connect(c.Context(), p.target)
+	if _, ok := errors.AsType[cli.UsageError](err); ok {
+		return err
+	}
 	if err != nil {
 		return fmt.Errorf("connect to the server: %w", err)
 	}

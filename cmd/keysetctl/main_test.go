@@ -250,6 +250,8 @@ func TestUsageErrors(t *testing.T) {
 		"rotate":                                "rotate: asks before each step, and this is no terminal: give --yes",
 		"list --server a:1 --spire-socket /s":   "--server and --spire-socket name two servers: give one of them",
 		"list --server a:1":                     "--server a:1: SPIFFE_ENDPOINT_SOCKET is not set",
+		"prepare --server localhost":            "--server localhost is not host:port: give it with its port, such as server.example.org:8082",
+		"list --server :8082":                   "--server :8082 has no host: give it with its port",
 		"list --prometheus http://p":            "--prometheus http://p: a renewd server knows the figures itself",
 		"list --agents 3":                       "--prometheus-job and --agents are about Prometheus: give --prometheus URL with them",
 		"list --spire-socket=":                  "--spire-socket is empty: give where the server is, or leave the flag out",
@@ -454,6 +456,18 @@ func TestNoServer(t *testing.T) {
 	code := run(t.Context(), []string{"list", "--spire-socket", "/nonexistent/api.sock"}, none, strings.NewReader(""), &out, &errs, dial)
 	if code != 1 || !strings.Contains(errs.String(), "/nonexistent/api.sock") || out.String() != "" {
 		t.Errorf("exit %d\n%s%s", code, out.String(), errs.String())
+	}
+}
+
+// A wrong address of Prometheus is a wrong command line, found before anything
+// is asked; a password in it is not repeated.
+func TestWrongPrometheus(t *testing.T) {
+	t.Parallel()
+	var out, errs bytes.Buffer
+	none := func(string) string { return "" }
+	code := run(t.Context(), []string{"prepare", "--spire-socket", "/nonexistent/api.sock", "--prometheus", "me:secret@host:9090"}, none, strings.NewReader(""), &out, &errs, dial)
+	if want := "Error: --prometheus: prometheus: the URL must be like https://prometheus.example.org:9090\n"; code != 2 || !strings.HasPrefix(errs.String(), want) || strings.Contains(errs.String(), "secret") {
+		t.Errorf("exit %d\n%swant\n%s", code, errs.String(), want)
 	}
 }
 

@@ -16,6 +16,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator"
 )
 
@@ -69,6 +70,10 @@ func (c *client) do(ctx context.Context, operation string, f func(context.Contex
 func (c *client) dial(ctx context.Context, operation string) (*operator.Client, error) {
 	if c.server == "" {
 		return operator.DialSocket(c.socket)
+	}
+	if wrong := config.BadAddress(c.server, true); wrong != "" {
+		// gRPC takes more than this, and 443 where there is no port.
+		return nil, cli.Usagef("%s: -server %s %s: give it with its port, such as server.example.org:8082", operation, c.server, wrong)
 	}
 	workloadAPI := c.Getenv("SPIFFE_ENDPOINT_SOCKET")
 	if workloadAPI == "" {
