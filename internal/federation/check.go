@@ -1,0 +1,101 @@
+package federation
+
+import (
+	"errors"
+	"fmt"
+	"net/url"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+)
+
+// EndpointError says what is wrong with an endpoint. Field is as operators write
+// it, below federation.TRUSTDOMAIN.
+type EndpointError struct {
+	TrustDomain            spiffeid.TrustDomain
+	Field, Problem, Remedy string
+}
+
+// Error implements error.
+func (e *EndpointError) Error() string {
+	return fmt.Sprintf("federation.%s.%s %s: %s", e.TrustDomain.Name(), e.Field, e.Problem, e.Remedy)
+}
+
+// Check reports everything about endpoints that cannot work for a server of the
+// trust domain own, each as an [EndpointError].
+func Check(own spiffeid.TrustDomain, endpoints []Endpoint) error {
+	var errs []error
+	byName := make(map[spiffeid.TrustDomain]Endpoint)
+	for _, e := range endpoints {
+		if _, dup := byName[e.TrustDomain]; dup {
+			errs = append(errs, &EndpointError{e.TrustDomain, "endpoint_url", "is given twice", "keep one of the two"})
+		}
+		byName[e.TrustDomain] = e
+	}
+	for _, e := range endpoints {
+		bad := func(field, problem, remedy string) {
+			errs = append(errs, &EndpointError{e.TrustDomain, field, problem, remedy})
+		}
+		if e.TrustDomain == own {
+			bad("endpoint_url", "is of the server's own trust domain", "remove it: its bundle is the server's own")
+			continue
+		}
+		if e.URL == "" {
+			bad("endpoint_url", "is not set", "give the https URL of its bundle endpoint")
+		} else if problem := badURL(e.URL); problem != "" {
+			bad("endpoint_url", problem, "write it as https://host:port/path")
+		}
+		self := e.ID.TrustDomain() == e.TrustDomain
+		switch {
+		case e.Profile == "":
+			bad("profile", "is not set", "ask who runs the endpoint and use "+ProfileSPIFFE+" or "+ProfileWeb)
+		case e.Profile == ProfileWeb && !e.ID.IsZero():
+			bad("endpoint_spiffe_id", "is of no use with profile "+ProfileWeb, "remove it or set profile: "+ProfileSPIFFE)
+		case e.Profile == ProfileWeb:
+		case e.Profile != ProfileSPIFFE:
+			bad("profile", "is not a profile", "use "+ProfileSPIFFE+" or "+ProfileWeb)
+		case e.ID.IsZero():
+			bad("endpoint_spiffe_id", "is not set and profile "+ProfileSPIFFE+" needs it", "give the SPIFFE ID of the endpoint, such as spiffe://"+e.TrustDomain.Name()+"/spire/server")
+		case self && e.BundleFile == "":
+			bad("bundle_file", "is not set, and the endpoint is of this trust domain itself", "give a file with its bundle, which the first connection is verified with")
+		case !self && !begins(own, e, byName):
+			bad("endpoint_spiffe_id", "is of a trust domain whose bundle nothing leads to", "follow "+e.ID.TrustDomain().Name()+", too, under federation, or give a bundle_file there")
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// badURL says why a URL cannot be that of a bundle endpoint (SPIFFE Federation,
+// sections 5.2.1.1 and 5.2.2.1); empty when it can.
+func badURL(text string) string {
+	u, err := url.Parse(text)
+	switch {
+	case err != nil:
+		return "is not a URL"
+	case u.Scheme != "https":
+		return "is not an https URL"
+	case u.User != nil:
+		return "has a user in it"
+	case u.Hostname() == "":
+		return "has no host"
+	}
+	return ""
+}
+
+// begins reports whether the way from an endpoint to that of its own trust domain,
+// and on from there, ends at one that can be verified.
+func begins(own spiffeid.TrustDomain, e Endpoint, byName map[spiffeid.TrustDomain]Endpoint) bool {
+	for range len(byName) + 1 {
+		td := e.ID.TrustDomain()
+		next, ok := byName[td]
+		switch {
+		case td == own:
+			return true
+		case !ok:
+			return false
+		case next.BundleFile != "" || next.Profile == ProfileWeb:
+			return true
+		}
+		e = next
+	}
+	return false // it leads in a circle
+}

@@ -1,0 +1,114 @@
+package federation
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+)
+
+const (
+	// fetchTimeout is for everything, from the connection to the last byte.
+	fetchTimeout = 30 * time.Second
+	// maxHeader bounds an answer's header, in bytes.
+	maxHeader = 64 << 10
+	// maxRedirects is how many an answer may be away.
+	maxRedirects = 3
+)
+
+// newClient makes the client for an endpoint. The library's FetchBundle reads an
+// answer of any size and any status, and leaves its connection open.
+//
+// Each fetch has a connection of its own, so that the endpoint is verified with
+// what is held then.
+func (f *Follower) newClient(e Endpoint) *http.Client {
+	config := &tls.Config{RootCAs: f.cfg.Roots, MinVersion: tls.VersionTLS12}
+	if e.Profile == ProfileSPIFFE {
+		config = tlsconfig.TLSClientConfig(newest{f}, tlsconfig.AuthorizeID(e.ID))
+	}
+	transport := &http.Transport{
+		DialContext: f.cfg.Dial, TLSClientConfig: config,
+		DisableKeepAlives: true, DisableCompression: true, MaxResponseHeaderBytes: maxHeader,
+	}
+	if f.cfg.Dial == nil {
+		transport.Proxy = http.ProxyFromEnvironment
+	}
+	return &http.Client{
+		Transport: transport,
+		// They are followed to URLs that an endpoint may have, where it proves
+		// itself in the same way, and for this time only (SPIFFE Federation,
+		// sections 5.2.1.4, 5.2.2.4 and 7.5.1).
+		CheckRedirect: func(req *http.Request, via []*http.Request) error {
+			if len(via) > maxRedirects {
+				return fmt.Errorf("more than %d redirects", maxRedirects)
+			}
+			if problem := badURL(req.URL.String()); problem != "" {
+				return errors.New("the URL that it redirects to " + problem)
+			}
+			return nil
+		},
+		Timeout: fetchTimeout,
+	}
+}
+
+// newest verifies with the newest bundle that is held.
+type newest struct{ *Follower }
+
+// GetX509BundleForTrustDomain implements x509bundle.Source.
+func (f newest) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
+	certs, err := f.authorities(td)
+	if err != nil {
+		return nil, err
+	}
+	return x509bundle.FromX509Authorities(td, certs), nil
+}
+
+// fetch asks an endpoint for its bundle.
+func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.URL, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := p.client.Do(req)
+	if err != nil {
+		if id := spiffeIDOf(err); id != "" && p.Profile == ProfileWeb {
+			return nil, fmt.Errorf("%w (it proves itself as %s: is its profile %s?)", err, id, ProfileSPIFFE)
+		}
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("the endpoint answered with status %d", resp.StatusCode)
+	}
+	data, err := io.ReadAll(io.LimitReader(resp.Body, maxBytes+1))
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("read the answer: %w", err)
+	case len(data) > maxBytes:
+		return nil, fmt.Errorf("the answer is larger than %d bytes", maxBytes)
+	}
+	return parse(p.TrustDomain, data)
+}
+
+// spiffeIDOf returns the SPIFFE ID of a certificate that could not be verified,
+// empty when it has none.
+func spiffeIDOf(err error) string {
+	failed, ok := errors.AsType[*tls.CertificateVerificationError](err)
+	if !ok || len(failed.UnverifiedCertificates) == 0 {
+		return ""
+	}
+	id, err := x509svid.IDFromCert(failed.UnverifiedCertificates[0])
+	if err != nil {
+		return ""
+	}
+	return id.String()
+}

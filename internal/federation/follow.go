@@ -1,0 +1,236 @@
+package federation
+
+import (
+	"context"
+	"log/slog"
+	"math/rand/v2"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+)
+
+const (
+	// minInterval and maxInterval are the limits of what a refresh hint can ask
+	// for, and defaultInterval is for bundles without (SPIFFE Federation, section
+	// 4.1).
+	minInterval, maxInterval = time.Minute, 24 * time.Hour
+	defaultInterval          = 5 * time.Minute
+	// firstRetry is the pause after a first failure. It doubles up to the
+	// interval, and to at most defaultInterval.
+	firstRetry = 10 * time.Second
+	// staleLimit is how long answers older than the one held are taken for those
+	// of a replica that lags behind. Bundles that stay older are of a server whose
+	// data was restored.
+	staleLimit = 10 * time.Minute
+)
+
+// peer is a trust domain that is followed.
+type peer struct {
+	Endpoint
+	client  *http.Client
+	publish func(*spiffebundle.Bundle)
+	held    atomic.Pointer[held] // nil: nothing yet
+	kick    chan struct{}        // what the endpoint is verified with has changed
+
+	// Of New, and then of the goroutine that follows.
+	file       string // see Record
+	pace       *backoff.ExponentialBackOff
+	failing    bool
+	unkept     bool // the storage failed
+	staleSince time.Time
+}
+
+// held is a bundle that is held. It is immutable.
+type held struct {
+	bundle    *spiffebundle.Bundle
+	fetchedAt time.Time // zero: from the file
+	kept      bool      // in the storage
+}
+
+func (f *Follower) newPeer(e Endpoint) *peer {
+	p := &peer{Endpoint: e, client: f.newClient(e), kick: make(chan struct{}, 1), pace: backoff.NewExponentialBackOff()}
+	p.publish = func(b *spiffebundle.Bundle) { f.cfg.Publish(e.TrustDomain, b) }
+	p.pace.InitialInterval, p.pace.Multiplier = firstRetry, 2
+	p.pace.Reset()
+	return p
+}
+
+// hold makes a bundle the one that is held and published.
+func (p *peer) hold(h *held) {
+	p.held.Store(h)
+	if len(h.bundle.X509Authorities()) == 0 {
+		p.publish(nil)
+		return
+	}
+	p.publish(h.bundle)
+}
+
+// follow refreshes until ctx is done.
+func (f *Follower) follow(ctx context.Context, p *peer) {
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+		case <-p.kick:
+		}
+		outcome := f.refresh(ctx, p)
+		if ctx.Err() != nil {
+			return
+		}
+		f.cfg.Observe(p.TrustDomain, outcome)
+		interval := p.interval()
+		if outcome == OutcomeApplied || outcome == OutcomeUnchanged {
+			p.pace.Reset()
+			timer.Reset(time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))) // not in step with others
+		} else {
+			p.pace.MaxInterval = min(interval, defaultInterval)
+			timer.Reset(p.pace.NextBackOff())
+		}
+	}
+}
+
+// interval is how often the bundle that is held wants to be refreshed.
+func (p *peer) interval() time.Duration {
+	if h := p.held.Load(); h != nil {
+		if hint, ok := h.bundle.RefreshHint(); ok && hint > 0 {
+			return min(max(hint, minInterval), maxInterval)
+		}
+	}
+	return defaultInterval
+}
+
+func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
+	b, err := p.fetch(ctx)
+	if ctx.Err() != nil {
+		return OutcomeFailed
+	}
+	before := p.held.Load()
+	if err != nil {
+		f.failed(p, before, err)
+		return OutcomeFailed
+	}
+	now := f.cfg.Now()
+	if p.failing {
+		p.failing = false
+		f.cfg.Log.Info("federated bundle refresh works again", "trust_domain", p.TrustDomain.Name())
+	}
+	if f.stale(p, before, b, now) {
+		return OutcomeRejected
+	}
+	if before != nil && !before.fetchedAt.IsZero() && b.Equal(before.bundle) {
+		p.held.Store(&held{bundle: before.bundle, fetchedAt: now, kept: before.kept})
+		f.keepAgain(ctx, p)
+		return OutcomeUnchanged
+	}
+	f.logChange(p, before, b)
+	p.hold(&held{bundle: b, fetchedAt: now})
+	f.keepAgain(ctx, p)
+	for _, other := range f.peers {
+		if other != p && other.ID.TrustDomain() == p.TrustDomain {
+			select {
+			case other.kick <- struct{}{}:
+			default:
+			}
+		}
+	}
+	return OutcomeApplied
+}
+
+// failed logs the first of a row of failures as a warning and the rest as debug
+// lines.
+func (f *Follower) failed(p *peer, before *held, err error) {
+	level := slog.LevelDebug
+	if !p.failing {
+		p.failing, level = true, slog.LevelWarn
+	}
+	what := "federated bundle refresh failed, keeping the bundle held"
+	if before == nil {
+		what = "federated bundle refresh failed, and none is held yet: workloads cannot verify who comes from there"
+	}
+	f.cfg.Log.Log(context.Background(), level, what, "trust_domain", p.TrustDomain.Name(), "error", err)
+}
+
+// stale reports whether an answer is older than what is held and not to be
+// followed yet. A bundle from the file is older than any answer.
+func (f *Follower) stale(p *peer, before *held, b *spiffebundle.Bundle, now time.Time) bool {
+	older := false
+	var was, is uint64
+	if before != nil && !before.fetchedAt.IsZero() {
+		var had, has bool
+		was, had = before.bundle.SequenceNumber()
+		is, has = b.SequenceNumber()
+		older = had && has && is < was
+	}
+	if !older {
+		p.staleSince = time.Time{}
+		return false
+	}
+	args := []any{"trust_domain", p.TrustDomain.Name(), "sequence", is, "held", was}
+	if p.staleSince.IsZero() {
+		p.staleSince = now
+		f.cfg.Log.Warn("bundle endpoint answered with an older bundle, keeping the newer one", args...)
+	}
+	if now.Sub(p.staleSince) < staleLimit {
+		return true
+	}
+	f.cfg.Log.Warn("bundle endpoint keeps answering with an older bundle, following it", args...)
+	p.staleSince = time.Time{}
+	return false
+}
+
+// about says in a log line which bundle it is about.
+func (p *peer) about(b *spiffebundle.Bundle) []any {
+	sequence, _ := b.SequenceNumber()
+	return []any{"trust_domain", p.TrustDomain.Name(), "sequence", sequence, "x509_authorities", len(b.X509Authorities()), "jwt_authorities", len(b.JWTAuthorities())}
+}
+
+func (f *Follower) logChange(p *peer, before *held, b *spiffebundle.Bundle) {
+	var old []string
+	if before != nil {
+		old = names(before.bundle)
+	}
+	args := append(p.about(b), "added", without(names(b), old), "removed", without(old, names(b)))
+	if len(b.X509Authorities()) == 0 {
+		f.cfg.Log.Warn("federated bundle has no X.509 authority any more: workloads do not get it, and trust nobody from there", args...)
+		return
+	}
+	f.cfg.Log.Info("federated bundle changed", args...)
+}
+
+// keepAgain keeps what is held unless it is kept already. A storage that fails
+// does not keep workloads from what is newest.
+func (f *Follower) keepAgain(ctx context.Context, p *peer) {
+	if p.held.Load().kept {
+		return
+	}
+	err := f.keep(ctx, p)
+	switch {
+	case err != nil && !p.unkept && ctx.Err() == nil:
+		f.cfg.Log.Warn("federated bundle could not be stored: until it is, a restart brings back the one before", "trust_domain", p.TrustDomain.Name(), "error", err)
+	case err == nil && p.unkept:
+		f.cfg.Log.Info("federated bundle is stored again", "trust_domain", p.TrustDomain.Name())
+	}
+	p.unkept = err != nil
+}
+
+// keep stores what is held.
+func (f *Follower) keep(ctx context.Context, p *peer) error {
+	h := p.held.Load()
+	if f.cfg.Storage != nil {
+		data, err := h.bundle.Marshal()
+		if err != nil {
+			return err
+		}
+		if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: h.fetchedAt, File: p.file}); err != nil {
+			return err
+		}
+	}
+	p.held.Store(&held{bundle: h.bundle, fetchedAt: h.fetchedAt, kept: true})
+	return nil
+}
