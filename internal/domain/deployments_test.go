@@ -1,10 +1,12 @@
 package domain_test
 
 import (
+	"crypto/tls"
 	"fmt"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
@@ -17,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/rotation"
 )
 
 func verifies(who *identity, b *spiffebundle.Bundle) error {
@@ -219,5 +222,54 @@ func TestRestart(t *testing.T) {
 	for name := range who {
 		r.dial(name, who[name]).workload("web")
 		r.attest(name, tokens[name])
+	}
+}
+
+// shifted is the real clock, so much later.
+func shifted(by time.Duration) func() time.Time {
+	return func() time.Time { return time.Now().Add(by) }
+}
+
+// TestNotServedAnyMore: a deployment that is not served needs no keyset that
+// signs, and none is asked for: it is not among those that operators are told of.
+func TestNotServedAnyMore(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "east", "west")
+	r := run(t, c)
+	r.stop()
+	c = served(c, "east")
+	c.Now, c.Rotation.Mode = shifted(91*day), rotation.On
+	r = run(t, c)
+	resp, err := r.api.ListDeployments(t.Context(), &api.ListDeploymentsRequest{})
+	check(t, err)
+	if got := resp.GetDeployments(); !slices.Equal(got, []string{"east"}) {
+		t.Errorf("deployments %q", got)
+	}
+	// By its name it is shown all the same.
+	if n := len(r.keysets("west").GetKeysets()); n != 1 {
+		t.Errorf("%d keysets of west", n)
+	}
+}
+
+// TestExpiredBesideAnother: where one deployment cannot sign, another one proves
+// the server to relying parties and remote operators.
+func TestExpiredBesideAnother(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "east")
+	r := run(t, c)
+	r.stop()
+	c = served(c, "east", "west")
+	c.Now = shifted(91 * day)
+	r = run(t, c)
+	if err := r.Ready(); err == nil {
+		t.Error("east has not expired")
+	}
+	for _, field := range []string{"bundle_endpoint.address", "operators.address"} {
+		conn, err := tls.Dial("tcp", r.address(field), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+		if err != nil {
+			t.Errorf("%s: %v", field, err)
+			continue
+		}
+		conn.Close()
 	}
 }

@@ -41,11 +41,17 @@ func (d *Domain) openOperator() error {
 	return err
 }
 
-// certificate proves the server to remote operators and relying parties. The
-// first deployment's will do: all agree on the server's ID and trust all
-// authorities.
+// certificate proves the server to remote operators and relying parties. That of
+// any deployment will do, since all agree on the server's ID and trust all
+// authorities: it is of the first whose keyset has not expired.
 func (d *Domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	return d.deployments[0].server.Certificate()
+	now := d.cfg.Now()
+	for _, dep := range d.deployments {
+		if now.Before(dep.keysets.Active().ExpiresAt) {
+			return dep.server.Certificate()
+		}
+	}
+	return d.deployments[0].server.Certificate() // the error says it
 }
 
 func (d *Domain) endpointConfig() endpoint.Config {

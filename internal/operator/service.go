@@ -139,14 +139,17 @@ func (s *Service) checkTrustDomain(name string) error {
 	return nil
 }
 
-// ListDeployments implements the service.
+// ListDeployments implements the service. One that is not served any more is left
+// out: it needs no keyset that signs, and by its name it is found all the same.
 func (s *Service) ListDeployments(_ context.Context, req *api.ListDeploymentsRequest) (*api.ListDeploymentsResponse, error) {
 	if err := s.checkTrustDomain(req.GetTrustDomain()); err != nil {
 		return nil, err
 	}
 	resp := &api.ListDeploymentsResponse{TrustDomain: s.config.TrustDomain.Name()}
 	for _, d := range s.config.Deployments {
-		resp.Deployments = append(resp.Deployments, d.Name)
+		if !d.Retired {
+			resp.Deployments = append(resp.Deployments, d.Name)
+		}
 	}
 	return resp, nil
 }
