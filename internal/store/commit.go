@@ -23,8 +23,8 @@ type op struct {
 
 // change is what one caller wants to have written.
 type change struct {
-	deployment string
-	size       int // about how many operations it makes
+	deployment string // empty: what belongs to none
+	size       int    // about how many operations it makes
 	// plan looks at the state that the change is to be applied to and returns
 	// the operations. It cannot write, so that a change that is refused leaves
 	// nothing in the transaction that it shares with others.
@@ -36,7 +36,7 @@ type change struct {
 	done     chan struct{}
 }
 
-// state is a deployment as a change finds it.
+// state is a deployment, or what belongs to none, as a change finds it.
 type state struct{ bucket *bbolt.Bucket } // nil when it is not there yet
 
 // get returns the payload under a key, nil when there is none.
@@ -57,19 +57,22 @@ func (d *Deployment) write(ctx context.Context, size int, plan func(v state) ([]
 	if d.name == "" {
 		return errors.New("the deployment has no name")
 	}
-	if d.s.db.IsReadOnly() {
-		return fmt.Errorf("write store %s: %w", d.s.path, ErrReadOnly)
+	return d.s.write(ctx, &change{deployment: d.name, size: size, plan: plan, done: make(chan struct{})})
+}
+
+func (s *Store) write(ctx context.Context, c *change) error {
+	if s.db.IsReadOnly() {
+		return fmt.Errorf("write store %s: %w", s.path, ErrReadOnly)
 	}
 	if err := ctx.Err(); err != nil {
 		return err
 	}
-	c := &change{deployment: d.name, size: size, plan: plan, done: make(chan struct{})}
 	select {
-	case d.s.changes <- c:
+	case s.changes <- c:
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-d.s.stop:
-		return fmt.Errorf("write store %s: %w", d.s.path, ErrClosed)
+	case <-s.stop:
+		return fmt.Errorf("write store %s: %w", s.path, ErrClosed)
 	}
 	<-c.done
 	if c.panicked != nil {
@@ -153,7 +156,10 @@ func apply(tx *bbolt.Tx, batch []*change) error {
 	deployments := tx.Bucket(bucketDeployments)
 	wrote := false
 	for _, c := range batch {
-		b := deployments.Bucket([]byte(c.deployment))
+		b := tx.Bucket(bucketFederation)
+		if c.deployment != "" {
+			b = deployments.Bucket([]byte(c.deployment))
+		}
 		ops := c.run(state{b})
 		if len(ops) == 0 {
 			continue
@@ -161,7 +167,12 @@ func apply(tx *bbolt.Tx, batch []*change) error {
 		wrote = true
 		if b == nil {
 			var err error
-			if b, err = newDeployment(deployments, c.deployment); err != nil {
+			if c.deployment == "" {
+				b, err = newFederation(tx)
+			} else {
+				b, err = newDeployment(deployments, c.deployment)
+			}
+			if err != nil {
 				return err
 			}
 		}

@@ -36,6 +36,9 @@ func sample(t testing.TB) (data []byte, want string) {
 	if err := update(t.Context(), d, 1, strings.Repeat("long", 3000)); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.SaveFederated(t.Context(), record("partner.example", strings.Repeat("bundle", 1000))); err != nil {
+		t.Fatal(err)
+	}
 	path = copyOf(t, s)
 	closed(t, s)
 	s = open(t, path)

@@ -136,7 +136,9 @@ func contents(s *store.Store) (text string, err error) {
 		add(jwt, e)
 		add(d.Restored(), nil)
 	}
-	return out.String(), err
+	federated, e := s.Federated(ctx)
+	fmt.Fprintf(&out, "%+v\n", federated)
+	return out.String(), errors.Join(err, e)
 }
 
 func mustContents(t testing.TB, s *store.Store) string {

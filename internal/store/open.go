@@ -235,7 +235,14 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 	if err := s.checkAbout(b); err != nil {
 		return nil, err
 	}
-	if err := exactly(tx.Cursor(), bucketAbout, bucketDeployments); err != nil {
+	top := [][]byte{bucketAbout, bucketDeployments}
+	if f := tx.Bucket(bucketFederation); f != nil {
+		top = append(top, bucketFederation)
+		if err := checkFederation(f); err != nil {
+			return nil, fmt.Errorf("federation: %w", err)
+		}
+	}
+	if err := exactly(tx.Cursor(), top...); err != nil {
 		return nil, err
 	}
 	deployments := tx.Bucket(bucketDeployments)

@@ -22,6 +22,8 @@
 //	    entries           entry ID -> entry
 //	    ledger            authority, agent, entry -> not after
 //	    jwt               key ID -> latest expiry
+//	federation            of a server that follows other trust domains
+//	  bundles             trust domain -> its bundle
 //
 // Each value ends with a checksum over its key and itself. [Open] looks at
 // everything before anything is used: the structure of the file, each checksum,
