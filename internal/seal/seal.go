@@ -17,6 +17,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/tink-crypto/tink-go/v2/aead"
 	"github.com/tink-crypto/tink-go/v2/core/cryptofmt"
@@ -215,7 +216,30 @@ func AddKey(path string) error {
 	if h, err = m.Handle(); err != nil {
 		return fmt.Errorf("add an encryption key: %w", err)
 	}
-	return place(path, h, os.Rename)
+	// The file itself is replaced, not a link to it.
+	if path, err = filepath.EvalSymlinks(path); err != nil {
+		return fmt.Errorf("key file: %w", err)
+	}
+	return place(path, h, func(from, to string) error {
+		if err := giveAs(from, to); err != nil {
+			return err
+		}
+		return os.Rename(from, to)
+	})
+}
+
+// giveAs makes a file that of another's owner. Root may add a key for a server
+// that is another user's and could not read it at its next start.
+func giveAs(path, other string) error {
+	info, err := os.Stat(other)
+	if err != nil {
+		return err
+	}
+	is, ok := info.Sys().(*syscall.Stat_t)
+	if !ok || int(is.Uid) == os.Geteuid() {
+		return nil
+	}
+	return os.Chown(path, int(is.Uid), int(is.Gid))
 }
 
 // place writes a complete file beside path and lets put bring it there.

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/tink-crypto/tink-go/v2/insecurecleartextkeyset"
@@ -139,6 +140,44 @@ func TestAddKey(t *testing.T) {
 	}
 	if err := seal.AddKey(path + "x"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("to no file: %v", err)
+	}
+}
+
+// The file stays where it is, and its owner's: root may add a key for a server
+// that is another user's.
+func TestAddKeyInPlace(t *testing.T) {
+	t.Parallel()
+	path := newFile(t)
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	const owner, group = 4242, 4343
+	root := os.Geteuid() == 0 // who else cannot give a file away
+	if root {
+		if err := os.Chown(path, owner, group); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := seal.AddKey(link); err != nil {
+		t.Fatal(err)
+	}
+	if to, err := os.Readlink(link); err != nil || to != path {
+		t.Errorf("the link leads to %q, %v", to, err)
+	}
+	if after, err := os.ReadFile(path); err != nil || bytes.Equal(before, after) {
+		t.Errorf("the file has no other key, %v", err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if is := info.Sys().(*syscall.Stat_t); root && (is.Uid != owner || is.Gid != group) || info.Mode() != 0o600 {
+		t.Errorf("it is of user %d, group %d, mode %v", is.Uid, is.Gid, info.Mode())
 	}
 }
 
