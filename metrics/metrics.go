@@ -42,7 +42,8 @@ const (
 	RenewalDropped      = "dropped"       // its entry changed meanwhile, so it is not used
 )
 
-// The values of the outcome label of renewd_bundle_refreshes_total.
+// The values of the outcome label of renewd_bundle_refreshes_total and
+// renewd_server_federated_bundle_refreshes_total.
 const (
 	RefreshApplied   = "applied"   // the answer differs and is now in force
 	RefreshUnchanged = "unchanged" // the answer is what is held

@@ -18,6 +18,8 @@ type ServerConfig struct {
 	TrustDomain string
 	Deployments []string
 	Version     string
+	// Federated are the trust domains whose bundles the server follows.
+	Federated []string
 
 	// Source gives the gauges of state. It is called at each scrape, possibly
 	// from several goroutines at once.
@@ -31,7 +33,8 @@ type ServerConfig struct {
 // methods are safe for concurrent use.
 type Server struct {
 	common
-	limited *prometheus.CounterVec
+	limited   *prometheus.CounterVec
+	refreshes *prometheus.CounterVec
 }
 
 // limitedMethods are what a server limits by client address.
@@ -49,8 +52,17 @@ func NewServer(cfg ServerConfig) *Server {
 			Name: "renewd_server_limited_total",
 			Help: "Calls that had to wait, or were refused, because their client address made more than it may, by method; connect: connections that were refused.",
 		}, []string{"method"}),
+		refreshes: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "renewd_server_federated_bundle_refreshes_total",
+			Help: "Times that the bundle of another trust domain was asked for at its endpoint, by outcome. Rejected: the answer could not be right, or was older than what is held.",
+		}, []string{"trust_domain", "outcome"}),
 	}
-	s.registry.MustRegister(s.limited)
+	s.registry.MustRegister(s.limited, s.refreshes)
+	for _, td := range cfg.Federated {
+		for _, outcome := range []string{RefreshApplied, RefreshUnchanged, RefreshRejected, RefreshFailed} {
+			s.refreshes.WithLabelValues(td, outcome)
+		}
+	}
 	for _, method := range limitedMethods {
 		s.limited.WithLabelValues(method)
 	}
@@ -72,6 +84,12 @@ func (s *Server) Minted(svidType string, code codes.Code, took time.Duration) {
 // made more than it may. method has no package or service; it is "connect" for
 // a connection that was refused.
 func (s *Server) Limited(method string) { s.limited.WithLabelValues(method).Inc() }
+
+// FederatedBundleRefreshed counts one time that the bundle of another trust domain
+// was asked for by its outcome (the Refresh constants).
+func (s *Server) FederatedBundleRefreshed(td, outcome string) {
+	s.refreshes.WithLabelValues(td, outcome).Inc()
+}
 
 // The modes of automatic rotation.
 const (
@@ -96,6 +114,9 @@ func (f ServerSourceFunc) Snapshot() ServerState { return f() }
 // ServerState is what the server knows at one moment.
 type ServerState struct {
 	Deployments []Deployment
+	// Federated are when the bundle of each trust domain that the server follows
+	// last came from its endpoint. Those with a zero time are left out.
+	Federated map[string]time.Time
 }
 
 // Deployment is the state of one deployment.
@@ -152,9 +173,11 @@ var (
 		"Sequence number of the trust bundle that the deployment's agents get.", "deployment")
 	descRotation = desc("renewd_server_rotation_mode",
 		"1 for the mode that automatic rotation is in, 0 for the others.", "deployment", "mode")
+	descFederated = desc("renewd_server_federated_bundle_refreshed_timestamp_seconds",
+		"When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.", "trust_domain")
 
 	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
-		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation}
+		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation, descFederated}
 )
 
 // serverCollector exports one snapshot for each scrape.
@@ -168,7 +191,11 @@ func (c serverCollector) Describe(ch chan<- *prometheus.Desc) {
 
 func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge, stamp := exporters(ch)
-	for _, d := range c.source.Snapshot().Deployments {
+	state := c.source.Snapshot()
+	for td, at := range state.Federated {
+		stamp(descFederated, at, td)
+	}
+	for _, d := range state.Deployments {
 		gauge(descAgents, float64(d.Agents), d.Name)
 		gauge(descBehind, float64(d.AgentsBehind), d.Name)
 		gauge(descServerSequence, float64(d.Sequence), d.Name)

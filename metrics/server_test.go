@@ -27,12 +27,13 @@ func rotation() metrics.ServerState {
 			},
 		},
 		{Name: "west", Sequence: 2, Rotation: metrics.RotationOn},
-	}}
+	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}}
 }
 
 func newServer(state metrics.ServerSourceFunc) *metrics.Server {
 	return metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: "example.org", Deployments: []string{"east", "west"}, Version: "v1.2.3", Source: state,
+		Federated: []string{"partner.example"},
 	})
 }
 
@@ -51,6 +52,9 @@ renewd_server_agents_behind{deployment="west"} 0
 # TYPE renewd_server_bundle_sequence_number gauge
 renewd_server_bundle_sequence_number{deployment="east"} 9
 renewd_server_bundle_sequence_number{deployment="west"} 2
+# HELP renewd_server_federated_bundle_refreshed_timestamp_seconds When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.
+# TYPE renewd_server_federated_bundle_refreshed_timestamp_seconds gauge
+renewd_server_federated_bundle_refreshed_timestamp_seconds{trust_domain="partner.example"} 1.7000000005e+09
 # HELP renewd_server_keyset_agents_holding Agents that could hold an X.509-SVID signed by the keyset. An agent that does not report counts until its SVIDs expire.
 # TYPE renewd_server_keyset_agents_holding gauge
 renewd_server_keyset_agents_holding{deployment="east",keyset="ks_a"} 2
@@ -147,6 +151,8 @@ func TestServerNames(t *testing.T) {
 		{"spirl_application_info", []string{"spirl_trust_domain=example.org", "spirl_trust_domain_deployment=west", "spirl_app_version=v1.2.3", "spirl_component=server"}},
 		{"renewd_server_limited_total", []string{"method=AttestAgent"}},
 		{"renewd_server_limited_total", []string{"method=connect"}},
+		{"renewd_server_federated_bundle_refreshes_total", []string{"trust_domain=partner.example", "outcome=applied"}},
+		{"renewd_server_federated_bundle_refreshes_total", []string{"trust_domain=partner.example", "outcome=rejected"}},
 		{"go_goroutines", nil},
 		{"process_start_time_seconds", nil},
 	} {
@@ -165,6 +171,10 @@ func TestServerEvents(t *testing.T) {
 	s.Minted(metrics.TypeX509, codes.OK, 40*time.Millisecond)
 	s.Minted(metrics.TypeX509, codes.Unavailable, time.Second)
 	s.Limited("PostStatus")
+	s.FederatedBundleRefreshed("partner.example", metrics.RefreshFailed)
+	if got := series(t, s, "renewd_server_federated_bundle_refreshes_total", "trust_domain=partner.example", "outcome=failed").GetCounter().GetValue(); got != 1 {
+		t.Errorf("refreshes = %v, want 1", got)
+	}
 	if got := series(t, s, "renewd_server_limited_total", "method=PostStatus").GetCounter().GetValue(); got != 1 {
 		t.Errorf("limited = %v, want 1", got)
 	}
