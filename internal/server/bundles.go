@@ -40,7 +40,8 @@ func (s *Server) published() *published {
 }
 
 // SetFederatedBundle sets the bundle of another trust domain, with the refresh
-// hint that goes with it; a nil bundle removes it. It is held in memory.
+// hint that goes with it; a nil bundle removes it. It is held in memory. Its JWT
+// authorities may have no expiry.
 func (s *Server) SetFederatedBundle(td spiffeid.TrustDomain, b *keyset.Bundle, hint time.Duration) error {
 	switch {
 	case td.IsZero():
@@ -90,9 +91,11 @@ func protoBundle(td spiffeid.TrustDomain, b *keyset.Bundle, hint time.Duration) 
 		out.X509Authorities = append(out.X509Authorities, &types.X509Certificate{Asn1: a.Certificate.Raw, Tainted: a.Tainted})
 	}
 	for _, a := range b.JWT {
-		out.JwtAuthorities = append(out.JwtAuthorities, &types.JWTKey{
-			PublicKey: a.PKIX, KeyId: a.KeyID, ExpiresAt: a.ExpiresAt.Unix(), Tainted: a.Tainted,
-		})
+		key := &types.JWTKey{PublicKey: a.PKIX, KeyId: a.KeyID, Tainted: a.Tainted}
+		if !a.ExpiresAt.IsZero() {
+			key.ExpiresAt = a.ExpiresAt.Unix()
+		}
+		out.JwtAuthorities = append(out.JwtAuthorities, key)
 	}
 	return out
 }

@@ -276,6 +276,16 @@ func TestFederatedBundle(t *testing.T) {
 		if err != nil || b.GetTrustDomain() != "partner.org" || b.GetRefreshHint() != 60 || len(b.GetX509Authorities()) != 1 {
 			t.Errorf("bundle %v, %v", b, err)
 		}
+		// SPIFFE's format of bundles says of no key when it ends.
+		endless := *theirs.Bundle()
+		endless.JWT = slices.Clone(endless.JWT)
+		endless.JWT[0].ExpiresAt = time.Time{}
+		if err := s.SetFederatedBundle(partner, &endless, 0); err != nil {
+			t.Fatal(err)
+		}
+		if b, err := get("partner.org"); err != nil || len(b.GetJwtAuthorities()) != 1 || b.GetJwtAuthorities()[0].GetExpiresAt() != 0 {
+			t.Errorf("bundle %v, %v", b, err)
+		}
 		if err := s.SetFederatedBundle(partner, nil, 0); err != nil {
 			t.Fatal(err)
 		}
