@@ -39,10 +39,10 @@ func parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
 		RefreshHint *int64             `json:"spiffe_refresh_hint"`
 	}
 	if err := json.Unmarshal(data, &doc); err != nil {
-		return nil, fmt.Errorf("it is not a SPIFFE bundle: %w", err)
+		return nil, err
 	}
 	if doc.Keys == nil {
-		return nil, errors.New(`it is not a SPIFFE bundle: it has no "keys"`)
+		return nil, errors.New(`it has no "keys"`)
 	}
 	b := spiffebundle.New(td)
 	if doc.Sequence != nil {
@@ -53,7 +53,7 @@ func parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, error) {
 	}
 	for i, raw := range *doc.Keys {
 		if err := add(b, raw); err != nil {
-			return nil, fmt.Errorf("key %d of the bundle: %w", i+1, err)
+			return nil, fmt.Errorf("key %d: %w", i+1, err)
 		}
 	}
 	return b, nil
@@ -105,7 +105,9 @@ func ReadFile(td spiffeid.TrustDomain, path string) (*spiffebundle.Bundle, error
 	data = bytes.TrimSpace(data)
 	var b *spiffebundle.Bundle
 	if bytes.HasPrefix(data, []byte("{")) {
-		b, err = parse(td, data)
+		if b, err = parse(td, data); err != nil {
+			err = fmt.Errorf("it is not a bundle in SPIFFE's format: %w", err)
+		}
 	} else {
 		b, err = parsePEM(td, data)
 	}

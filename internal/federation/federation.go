@@ -75,8 +75,8 @@ type Storage interface {
 const (
 	OutcomeApplied   = "applied"   // the bundle is another one
 	OutcomeUnchanged = "unchanged" // it is the one held
-	OutcomeFailed    = "failed"    // no answer, or none that can be right
-	OutcomeRejected  = "rejected"  // an older bundle than the one held
+	OutcomeRejected  = "rejected"  // the answer cannot be right, or is older
+	OutcomeFailed    = "failed"    // there was no answer
 )
 
 // Config is what a [Follower] needs. TrustDomain and Publish are required.

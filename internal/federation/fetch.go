@@ -72,6 +72,9 @@ func (f newest) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundl
 	return x509bundle.FromX509Authorities(td, certs), nil
 }
 
+// errAnswer is of an answer that came and cannot be right.
+var errAnswer = errors.New("the answer is not a bundle")
+
 // fetch asks an endpoint for its bundle.
 func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.URL, nil)
@@ -94,9 +97,13 @@ func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, error) {
 	case err != nil:
 		return nil, fmt.Errorf("read the answer: %w", err)
 	case len(data) > maxBytes:
-		return nil, fmt.Errorf("the answer is larger than %d bytes", maxBytes)
+		return nil, fmt.Errorf("%w: it is larger than %d bytes", errAnswer, maxBytes)
 	}
-	return parse(p.TrustDomain, data)
+	b, err := parse(p.TrustDomain, data)
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errAnswer, err)
+	}
+	return b, nil
 }
 
 // spiffeIDOf returns the SPIFFE ID of a certificate that could not be verified,

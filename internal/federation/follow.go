@@ -2,6 +2,7 @@ package federation
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
@@ -113,6 +114,9 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	before := p.held.Load()
 	if err != nil {
 		f.failed(p, before, err)
+		if errors.Is(err, errAnswer) {
+			return OutcomeRejected
+		}
 		return OutcomeFailed
 	}
 	now := f.cfg.Now()
