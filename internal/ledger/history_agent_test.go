@@ -252,6 +252,9 @@ func (a *agent) apply(b *bundle) {
 	}
 	a.bundle = b
 	for id, mark := range b.tainted {
+		if !mark {
+			delete(a.seen, id) // a restore has taken it back
+		}
 		if _, known := a.seen[id]; mark && !known {
 			a.seen[id] = a.s.now
 			if a.delays[id] == 0 {

@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"time"
 
 	"github.com/renewd/renewd/internal/ledger"
@@ -62,6 +64,19 @@ type server struct {
 	made    int
 	bundle  *bundle
 	calls   map[*call]struct{}
+
+	restored ledger.Restored // is stored, too
+	copied   *copied         // the last one
+}
+
+// copied is all that was stored at a moment.
+type copied struct {
+	at       time.Time
+	rows     map[key]time.Time
+	jwt      map[string]time.Time
+	keysets  []*keyset
+	states   []state
+	restored ledger.Restored
 }
 
 // call is a request for SVIDs, seen from both ends.
@@ -98,7 +113,7 @@ func newServer(s *sim) *server {
 func (v *server) now() time.Time { return v.s.now.Add(v.offset) }
 
 func (v *server) open() {
-	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Now: v.now})
+	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Restored: v.restored, Now: v.now})
 	check(v.s.t, err)
 	v.ledger = l
 }
@@ -153,6 +168,36 @@ func (v *server) crash() {
 	}
 	v.open()
 	v.s.after(v.s.between(0, time.Minute), func() { v.up = true })
+}
+
+func (v *server) copy() {
+	c := &copied{at: v.now(), rows: maps.Clone(v.memory.rows), jwt: maps.Clone(v.memory.jwt), keysets: slices.Clone(v.keysets), restored: v.restored}
+	for _, k := range v.keysets {
+		c.states = append(c.states, k.state)
+	}
+	v.copied = c
+}
+
+// restore loses the process and all that was stored since the copy: keysets that
+// were made are gone, those that were tainted or removed are what they were, and
+// what they signed is not known.
+func (v *server) restore() {
+	c := v.copied
+	if c == nil || !v.up {
+		return
+	}
+	v.memory.rows, v.memory.jwt = maps.Clone(c.rows), maps.Clone(c.jwt)
+	v.restored = ledger.Restored{CopiedAt: c.at, X509: map[string]time.Time{}, JWT: map[string]time.Time{}}
+	v.keysets = slices.Clone(c.keysets)
+	for i, k := range v.keysets {
+		k.state, k.safe = c.states[i], false
+		v.removed = slices.DeleteFunc(v.removed, func(r *keyset) bool { return r == k })
+		end := v.now().Add(maxTTL)
+		v.restored.X509[k.authority] = later(end, c.restored.X509[k.authority])
+		v.restored.JWT[k.key] = later(end, c.restored.JWT[k.key])
+	}
+	v.publish()
+	v.crash()
 }
 
 func (v *server) heal() { v.trouble, v.slow, v.offset = false, false, 0 }

@@ -10,11 +10,13 @@ import (
 	"strconv"
 	"testing"
 	"time"
+
+	"github.com/renewd/renewd/internal/ledger"
 )
 
 // "Safe" is never true too early: random histories of a signing server with
 // several keysets and 50 agents, some of them silent, slow, restarted or
-// lagging. The truth is what the agents and the workloads hold in their hands,
+// lagging; and the server's storage is put back from a copy. The truth is what the agents and the workloads hold in their hands,
 // and what is on its way to somebody who would take it. It is compared after
 // each step, and in the middle of each save.
 //
@@ -99,6 +101,9 @@ func history(t *testing.T, seed uint64) *sim {
 		for _, k := range s.server.in(tainted) {
 			for _, h := range s.server.ledger.Holders(k.authority) {
 				a := s.byID[h.Agent]
+				if h.Reason == ledger.ReasonRestored {
+					continue
+				}
 				if a == nil || (!a.partitioned && !a.evicted && !a.destroyed) {
 					t.Errorf("%s is held, in calm days, by %+v", k.authority, h)
 				}
@@ -220,7 +225,7 @@ func (s *sim) check() {
 			continue
 		}
 		h := s.server.ledger.X509(k.authority, true)
-		if !h.Clear && h.SVIDs < 1 {
+		if !h.Clear && h.SVIDs < 1 && h.UnknownUntil.IsZero() {
 			s.t.Fatalf("%v: %s is not safe, and nothing is shown: %+v", s.at(), k.authority, h)
 		}
 		if h.Clear {
@@ -281,7 +286,7 @@ func (s *sim) trouble() {
 	}
 	s.after(s.between(0, 15*time.Second), s.trouble)
 	a := s.victim()
-	switch v := s.server; s.r.IntN(21) {
+	switch v := s.server; s.r.IntN(23) {
 	case 0, 1, 2:
 		a.restart(s.r.IntN(2) == 0)
 	case 3, 4:
@@ -327,6 +332,14 @@ func (s *sim) trouble() {
 	case 20:
 		if s.goes(2, "rolled back") {
 			a.rollBack()
+		}
+	case 21:
+		if v.copied == nil || s.goes(6, "copied") {
+			v.copy()
+		}
+	case 22:
+		if s.goes(6, "restored") {
+			v.restore()
 		}
 	}
 }

@@ -1,0 +1,110 @@
+package ledger_test
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/ledger"
+)
+
+// restoredLedger is one that knows of no row of A, and not what A signed in the
+// hour before now: for its own day X.509-SVIDs, and JWT-SVIDs for ten.
+func restoredLedger(t *testing.T, m *memory) (l *ledger.Ledger, copied, until time.Time) {
+	t.Helper()
+	copied, until = time.Now().Add(-time.Hour).UTC(), time.Now().Add(day).UTC()
+	l, err := ledger.Open(t.Context(), ledger.Config{Storage: m, Restored: ledger.Restored{
+		CopiedAt: copied, X509: map[string]time.Time{"A": until}, JWT: map[string]time.Time{"a": until.Add(9 * day)},
+	}})
+	check(t, err)
+	return l, copied, until
+}
+
+// TestRestored: what was signed after the copy is nowhere, and counts until it has
+// expired, whatever anybody says.
+func TestRestored(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l, copied, until := restoredLedger(t, newMemory())
+		ctx := t.Context()
+		unknown := func(what string) {
+			t.Helper()
+			h := l.X509("A", true)
+			if h.Clear || !h.UnknownSince.Equal(copied) || !h.UnknownUntil.Equal(until) || h.SVIDs != 0 || h.Agents != 0 {
+				t.Errorf("%s: %+v", what, h)
+			}
+			if got := l.Holders("A"); len(got) != 1 || got[0] != (ledger.Holder{Latest: until, LastReport: copied, Reason: ledger.ReasonRestored}) {
+				t.Errorf("%s: holders %+v", what, got)
+			}
+		}
+		unknown("at first")
+		// An agent that was there all the time, and one that was let in after the
+		// copy and comes back.
+		for _, agent := range []string{"one", "two"} {
+			check(t, l.Report(ctx, agent, says("A", 2, 0, false)))
+			if h := l.X509("A", true); h.Clear || h.SVIDs != 2 || h.Agents != 1 || h.UnknownUntil.IsZero() || len(l.Holders("A")) != 2 {
+				t.Errorf("%s holds: %+v", agent, h)
+			}
+			check(t, l.Report(ctx, agent, says("A", 0, 0, true)))
+			unknown(agent + " has settled")
+		}
+		check(t, l.Gone(ctx, "one"))
+		check(t, l.Gone(ctx, ""))
+		unknown("all are gone")
+		time.Sleep(day + 4*time.Minute)
+		unknown("expired, by this clock")
+		time.Sleep(time.Minute)
+		if h := l.X509("A", true); h != (ledger.Holding{Clear: true}) || len(l.Holders("A")) != 0 {
+			t.Errorf("expired: %+v, %+v", h, l.Holders("A"))
+		}
+		if h := l.X509("A", false); h.Clear {
+			t.Errorf("not tainted: %+v", h)
+		}
+	})
+}
+
+// TestNotConcernedByARestore: a keyset that was made after it, or is not tainted.
+func TestNotConcernedByARestore(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l, copied, until := restoredLedger(t, newMemory())
+		if h := l.X509("B", true); h != (ledger.Holding{Clear: true}) || len(l.Holders("B")) != 0 {
+			t.Errorf("another: %+v", h)
+		}
+		if latest, clear := l.JWT("b", true); !latest.IsZero() || !clear {
+			t.Errorf("another's JWT-SVIDs: %v, %v", latest, clear)
+		}
+		// It is said of one that signs, too: it will matter.
+		if h := l.X509("A", false); h != (ledger.Holding{UnknownSince: copied, UnknownUntil: until}) {
+			t.Errorf("active: %+v", h)
+		}
+		if latest, clear := l.JWT("a", false); !latest.Equal(until.Add(9*day)) || clear {
+			t.Errorf("its JWT-SVIDs: %v, %v", latest, clear)
+		}
+	})
+}
+
+// TestRestoredJWT: those that are known and those that are not, whichever ends
+// later.
+func TestRestoredJWT(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		m.jwt["a"] = time.Now().Add(day)
+		l, _, until := restoredLedger(t, m)
+		want := func(latest time.Time, clear bool) {
+			t.Helper()
+			if got, c := l.JWT("a", true); !got.Equal(latest) || c != clear {
+				t.Errorf("%v, %v, want %v, %v", got, c, latest, clear)
+			}
+		}
+		want(until.Add(9*day), false)
+		check(t, l.GiveJWT(t.Context(), "a", until.Add(10*day)))
+		want(until.Add(10*day), false)
+		time.Sleep(11*day + 5*time.Minute)
+		want(time.Time{}, true)
+
+		l, _, until = restoredLedger(t, newMemory())
+		want(until.Add(9*day), false)
+	})
+}
