@@ -141,7 +141,8 @@ type Figures struct {
 	Holders []runbook.Holder
 	Holding int // how many agents that is
 	// X509Safe is true when there are no holders, JWTSafe when the last
-	// JWT-SVID has ended and no agent is silent or missing.
+	// JWT-SVID has ended, no agent is silent or missing, and Prometheus has
+	// scraped the job for as long as a JWT-SVID lives.
 	X509Safe, JWTSafe bool
 }
 
@@ -193,7 +194,12 @@ func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, 
 	if err != nil {
 		return Figures{}, err
 	}
+	remembers, err := c.remembers(ctx, at)
+	if err != nil {
+		return Figures{}, err
+	}
 	f := judge(at, c.cfg.TrustDomain, targets, expiry)
+	f.JWTSafe = f.JWTSafe && remembers
 	// A fleet without agents is one that was looked for in the wrong place.
 	if len(f.Agents) == 0 {
 		return Figures{}, fmt.Errorf("no target of the job %q is an agent of %s", c.cfg.Job, cmp.Or(c.cfg.TrustDomain, "any trust domain"))

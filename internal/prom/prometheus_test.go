@@ -41,14 +41,35 @@ func (n *node) set(s metrics.State) { n.state.Store(&s) }
 func (n *node) instance() string { return strings.TrimPrefix(n.URL, "http://") }
 
 // startPrometheus runs Debian's Prometheus, which scrapes the targets every
-// second.
+// second, and has done so 25 hours ago.
 func startPrometheus(t *testing.T, targets ...string) (url string) {
+	t.Helper()
+	dir := t.TempDir()
+	tool, err := exec.LookPath("promtool")
+	if err != nil {
+		t.Skip("install prometheus (apt-get install prometheus) to run this test under a real one")
+	}
+	var past strings.Builder
+	for at := time.Now().Add(-25*time.Hour - 10*time.Minute); at.Before(time.Now().Add(-24 * time.Hour)); at = at.Add(time.Minute) {
+		fmt.Fprintf(&past, "up{job=\"renewd-agent\",instance=\"gone\"} 1 %d\n", at.Unix())
+	}
+	past.WriteString("# EOF\n")
+	if err := os.WriteFile(dir+"/past", []byte(past.String()), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(tool, "tsdb", "create-blocks-from", "openmetrics", dir+"/past", dir+"/data").CombinedOutput(); err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	return newPrometheus(t, dir, targets...)
+}
+
+// newPrometheus is one with the data in dir.
+func newPrometheus(t *testing.T, dir string, targets ...string) (url string) {
 	t.Helper()
 	bin, err := exec.LookPath("prometheus")
 	if err != nil {
 		t.Skip("install prometheus (apt-get install prometheus) to run this test under a real one")
 	}
-	dir := t.TempDir()
 	config := fmt.Sprintf(`
 global: {scrape_interval: 1s}
 scrape_configs:
@@ -228,5 +249,26 @@ func TestUnderPrometheus(t *testing.T) {
 			t.Fatalf("figures with one down: %+v", f)
 		}
 		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// TestYoungPrometheus: one that has lost its data does not know of the JWT-SVIDs
+// of an agent that was started again.
+func TestYoungPrometheus(t *testing.T) {
+	t.Parallel()
+	url := newPrometheus(t, t.TempDir(), startNode(t, holding(1, 0, 0, 0)).instance())
+	figures := func(life time.Duration) (f prom.Figures, err error) {
+		c, err := prom.New(prom.Config{URL: url, JWTLife: life})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c.Figures(t.Context(), "old", "key", ids([]int{1}))
+	}
+	eventually(t, "JWT-SVIDs that live for a second have ended", func() bool {
+		f, err := figures(time.Second)
+		return err == nil && f.X509Safe && f.JWTSafe
+	})
+	if f, err := figures(0); err != nil || !f.X509Safe || f.JWTSafe || !f.JWTExpiry.IsZero() {
+		t.Errorf("%+v, %v", f, err)
 	}
 }

@@ -280,6 +280,21 @@ func (c *Client) jwtExpiry(ctx context.Context, at time.Time, keyID string) (tim
 	return time.Unix(int64(math.Ceil(float64(vector[0].Value))), 0), nil
 }
 
+// remembers reports whether Prometheus goes back by the life of a JWT-SVID: whether
+// it has seen agents then. One that has lost its data, or has scraped them for less
+// long, cannot know what an agent forgot that was started again since.
+func (c *Client) remembers(ctx context.Context, at time.Time) (bool, error) {
+	v, _, _, err := c.api.Query(ctx, fmt.Sprintf(`count(%s{job=%s})`, seriesUp, label(c.cfg.Job)), at.Add(-c.cfg.JWTLife))
+	if err != nil {
+		return false, fmt.Errorf("query the JWT-SVIDs: %w", err)
+	}
+	vector, ok := v.(model.Vector)
+	if !ok {
+		return false, errors.New("query the JWT-SVIDs: the answer is no vector")
+	}
+	return len(vector) > 0, nil
+}
+
 // exported is the label value that the agents export for an ID.
 func exported(id string) string { return strings.ToValidUTF8(id, "\uFFFD") }
 

@@ -68,7 +68,8 @@ func (f *fakeTarget) drop(name string) {
 type fake struct {
 	targets  []*fakeTarget
 	jwt      any               // result of the JWT query
-	override map[string]string // body by what the request is about: targets, time, agents, answered, ids, held, jwt
+	young    bool              // it has not scraped the agents for long
+	override map[string]string // body by what the request is about: targets, time, agents, answered, ids, held, jwt, back
 	queries  map[string]string
 	slow     chan struct{}
 }
@@ -96,6 +97,12 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		about, data = "time", map[string]any{"resultType": "scalar", "result": []any{now, fmt.Sprint(now)}}
 	case strings.HasPrefix(query, "max("):
 		about, data = "jwt", map[string]any{"resultType": "vector", "result": f.jwt}
+	case strings.HasPrefix(query, "count(up"):
+		result := []any{}
+		if !f.young {
+			result = []any{map[string]any{"metric": map[string]string{}, "value": []any{now, "3"}}}
+		}
+		about, data = "back", map[string]any{"resultType": "vector", "result": result}
 	case strings.HasPrefix(query, "max_over_time(timestamp("):
 		about, data = "answered", f.silent(now-3600.5, now-7200)
 	case strings.HasPrefix(query, "last_over_time(renewd_agent_svid"):
@@ -262,23 +269,29 @@ func TestRules(t *testing.T) {
 		}, "node-1:9090: renewing, node-1:9090: silent", true, ""},
 		"JWT-SVIDs have ended": {change: func(w *world) { w.jwt = ends(-1) }},
 		"a JWT-SVID lives":     {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
-		"no target":            {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
-		"no agent":             {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
-		"targets fail":         {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
-		"targets are half":     {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
-		"time fails":           {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
-		"time is a vector":     {change: func(w *world) { w.override["time"] = vector }, err: "no scalar"},
-		"agents fail":          {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
-		"agents are half":      {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
-		"agents are a vector":  {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
-		"JWT fails":            {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
-		"silence fails":        {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
-		"identities fail":      {change: func(w *world) { w.targets[0].health, w.override["ids"] = "down", "" }, err: "query the silent agents: server_error"},
+		// An agent that was started again since has forgotten its JWT-SVIDs, and so
+		// has a Prometheus that has lost its data or scrapes for less long.
+		"Prometheus is young": {change: func(w *world) { w.young = true }, jwt: true},
+		"no target":           {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
+		"no agent":            {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
+		"targets fail":        {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
+		"targets are half":    {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
+		"time fails":          {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
+		"time is a vector":    {change: func(w *world) { w.override["time"] = vector }, err: "no scalar"},
+		"agents fail":         {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
+		"agents are half":     {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
+		"agents are a vector": {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
+		"JWT fails":           {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"silence fails":       {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
+		"identities fail":     {change: func(w *world) { w.targets[0].health, w.override["ids"] = "down", "" }, err: "query the silent agents: server_error"},
 		"silence is something else": {change: func(w *world) {
 			w.targets[0].health, w.override["answered"] = "down", `{"status":"success","data":{"resultType":"matrix","result":[]}}`
 		}, err: "no vector"},
 		"JWT is half":             {change: func(w *world) { w.override["jwt"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
 		"JWT is something else":   {change: func(w *world) { w.override["jwt"] = `{"status":"success","data":{"resultType":"matrix","result":[]}}` }, err: "no single value"},
+		"history fails":           {change: func(w *world) { w.override["back"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"history is half":         {change: func(w *world) { w.override["back"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"history is something":    {change: func(w *world) { w.override["back"] = `{"status":"success","data":{"resultType":"matrix","result":[]}}` }, err: "no vector"},
 		"no Prometheus":           {change: func(w *world) { w.override["targets"] = "<html>" }, err: "targets: bad_response"},
 		"Prometheus is too slow":  {change: func(w *world) { w.slow, w.cfg.Timeout = make(chan struct{}), 20*time.Millisecond }, err: "deadline exceeded"},
 		"no label at all matches": {func(w *world) { w.targets[0].of("up").labels = map[string]string{"job": "relabeled"} }, "node-0:9090: silent", true, ""},
@@ -381,6 +394,7 @@ func TestAgentsAndQueries(t *testing.T) {
 		"held":     `last_over_time(renewd_svids_held{job="a\"b\\",instance=~"node-0:9090",authority="o.d|�"}[1d]) at 1800000000`,
 		"ids":      `last_over_time(renewd_agent_svid_expiry_timestamp_seconds{job="a\"b\\",instance=~"node-0:9090"}[1d]) at 1800000000`,
 		"jwt":      `max(max_over_time(renewd_jwt_svid_latest_expiry_timestamp_seconds{job="a\"b\\",key_id="k\"\\"}[3600000ms])) at 1800000000`,
+		"back":     `count(up{job="a\"b\\"}) at 1799996400`,
 	} {
 		if !strings.HasSuffix(w.queries[about], want) {
 			t.Errorf("query of %s is\n%s, want\n%s", about, w.queries[about], want)
