@@ -24,3 +24,6 @@ func Identify(c net.Conn) error {
 	_, err := identify(c)
 	return err
 }
+
+// ManagesAs is whether a process of a user, in no group, is a manager.
+func ManagesAs(r Rules, uid uint32) bool { return r.ofProcess(process{uid: uid}) == Manager }

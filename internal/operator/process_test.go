@@ -23,8 +23,13 @@ import (
 )
 
 // TestMain lets the test binary be an operator at the socket in
-// RENEWD_TEST_SOCKET, who prints what comes of a look and of a change.
+// RENEWD_TEST_SOCKET, who prints what comes of a look and of a change, or a server
+// that reads the rule in RENEWD_TEST_RULE.
 func TestMain(m *testing.M) {
+	if rule, ok := os.LookupEnv("RENEWD_TEST_RULE"); ok {
+		tryRule(rule)
+		return
+	}
 	path := os.Getenv("RENEWD_TEST_SOCKET")
 	if path == "" {
 		os.Exit(m.Run())

@@ -40,11 +40,14 @@ type list struct {
 //	spiffe://example.org/ops/alice      the SPIFFE ID of a remote operator, exactly
 //
 // Names are looked up now, once. When both are empty, root and the user that
-// this process runs as are managers. An error names the field, the value and
-// the remedy.
+// this process runs as are managers; root alone where other users cannot be told
+// from that one. An error names the field, the value and the remedy.
 func ParseRules(td spiffeid.TrustDomain, managers, readers []string) (Rules, error) {
 	if len(managers)+len(readers) == 0 {
-		managers = []string{"unix:uid:0", "unix:uid:" + strconv.Itoa(os.Geteuid())}
+		managers = []string{"unix:uid:0"}
+		if own := os.Geteuid(); !ofStrangers("uid", uint32(own)) {
+			managers = append(managers, "unix:uid:"+strconv.Itoa(own))
+		}
 	}
 	m, err := parseList(td, "operators.managers", managers)
 	r, err2 := parseList(td, "operators.readers", readers)
@@ -80,7 +83,7 @@ func (l *list) add(td spiffeid.TrustDomain, text string) error {
 	if !strings.HasPrefix(text, "unix:") || value == "" {
 		return errors.New("is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID")
 	}
-	into, number := l.uids, value
+	into, number, numbers := l.uids, value, "uid"
 	switch kind {
 	case "uid":
 	case "user":
@@ -90,13 +93,13 @@ func (l *list) add(td spiffeid.TrustDomain, text string) error {
 		}
 		number = u.Uid
 	case "gid":
-		into = l.gids
+		into, numbers = l.gids, "gid"
 	case "group":
 		g, err := user.LookupGroup(value)
 		if err != nil {
 			return fmt.Errorf("names a group that this machine does not have: %w", err)
 		}
-		into, number = l.gids, g.Gid
+		into, number, numbers = l.gids, g.Gid, "gid"
 	default:
 		return errors.New("is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID")
 	}
@@ -104,8 +107,26 @@ func (l *list) add(td spiffeid.TrustDomain, text string) error {
 	if err != nil {
 		return errors.New("has no number that could be an ID")
 	}
+	if ofStrangers(numbers, uint32(n)) {
+		return errors.New("is how everybody looks who has no number in this user namespace: name another, or give the server a namespace with all numbers")
+	}
 	into[uint32(n)] = true
 	return nil
+}
+
+// ofStrangers reports whether the kernel shows a user or group ("uid", "gid") of
+// this number in the place of all those that have none in the process's user
+// namespace: user_namespaces(7), "Unmapped user and group IDs".
+func ofStrangers(kind string, id uint32) bool {
+	mapped, err := os.ReadFile("/proc/self/" + kind + "_map")
+	if err == nil && slices.Equal(strings.Fields(string(mapped)), []string{"0", "0", "4294967295"}) {
+		return false // all have one
+	}
+	overflow := "65534"
+	if text, err := os.ReadFile("/proc/sys/kernel/overflow" + kind); err == nil {
+		overflow = strings.TrimSpace(string(text))
+	}
+	return strconv.FormatUint(uint64(id), 10) == overflow
 }
 
 func (r Rules) ofProcess(p process) Role {

@@ -1,7 +1,11 @@
 package operator_test
 
 import (
+	"fmt"
+	"os"
+	"os/exec"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/renewd/renewd/internal/operator"
@@ -44,4 +48,57 @@ func TestParseRules(t *testing.T) {
 	if err == nil || strings.Count(err.Error(), "\n") != 2 {
 		t.Errorf("three wrong rules: %v", err)
 	}
+}
+
+// TestUserNamespace: in a user namespace that does not have all numbers, everybody
+// who has none there looks like one user and one group, nobody's. No rule can be
+// about those: it would be about all of them.
+func TestUserNamespace(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		inside int // the process's own user and group, in a namespace that has just them
+		rule   string
+		want   string // begins so
+	}{
+		{0, "unix:uid:0", "<nil>"},
+		{0, "unix:gid:65533", "<nil>"},
+		{0, "unix:uid:65534", `operators.managers[0]: "unix:uid:65534" is how everybody looks who has no number in this user namespace: `},
+		{0, "unix:gid:65534", `operators.managers[0]: "unix:gid:65534" is how everybody looks who has no number in this user namespace: `},
+		{65534, "", "manager: false"},
+		{65533, "", "manager: true"},
+	} {
+		// By its own link: the folder of the test binary is closed to others.
+		cmd := exec.Command("/proc/self/exe")
+		cmd.Env = append(os.Environ(), "RENEWD_TEST_RULE="+tt.rule, "GORACE=atexit_sleep_ms=0")
+		cmd.SysProcAttr = &syscall.SysProcAttr{
+			Cloneflags:  syscall.CLONE_NEWUSER,
+			UidMappings: []syscall.SysProcIDMap{{ContainerID: tt.inside, HostID: os.Geteuid(), Size: 1}},
+			GidMappings: []syscall.SysProcIDMap{{ContainerID: tt.inside, HostID: os.Getegid(), Size: 1}},
+		}
+		out, err := cmd.CombinedOutput()
+		if err != nil && len(out) == 0 {
+			t.Skipf("no user namespace here: %v", err)
+		}
+		if !strings.HasPrefix(string(out), tt.want) {
+			t.Errorf("%q as user %d: %s%v, want %s", tt.rule, tt.inside, out, err, tt.want)
+		}
+	}
+	if _, err := operator.ParseRules(td, []string{"unix:uid:65534", "unix:gid:65534"}, nil); err != nil {
+		t.Errorf("where all users have a number: %v", err)
+	}
+}
+
+// tryRule says what comes of a rule or, without one, whether this process's own user is a
+// manager.
+func tryRule(rule string) {
+	if rule != "" {
+		_, err := operator.ParseRules(td, []string{rule}, nil)
+		fmt.Println(err)
+		return
+	}
+	rules, err := operator.ParseRules(td, nil, nil)
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println("manager:", operator.ManagesAs(rules, uint32(os.Geteuid())))
 }
