@@ -171,8 +171,19 @@ func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 		r.lag(a, now)
 		return OutcomeTainted
 	}
+	if old(a.svid, now) {
+		r.pause(a.item, a.svid.NotAfter, now)
+		return OutcomeRenewed
+	}
 	a.item.retry, a.item.backoff = time.Time{}, nil
 	return OutcomeRenewed
+}
+
+// old reports whether an SVID that has just been minted is due again too soon:
+// this node's clock is far ahead of the server's, or the authority is about to
+// end. The next would be no better, so it is asked for with pauses.
+func old(s *cache.SVID, now time.Time) bool {
+	return s.RenewAt.Sub(now) < s.NotAfter.Sub(now)/4
 }
 
 // better reports whether got is no worse than held. An SVID of a tainted
@@ -246,15 +257,14 @@ func (r *Renewer) finishOwn(c *call, now time.Time) {
 		r.cfg.Log.Warn("node's own SVID not renewed, trying again later", "reason", reason, "error", c.err)
 		return
 	}
+	if held := r.cfg.Own.Held(); held != nil {
+		if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted || old(held, now) {
+			r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), retryBase))
+			return
+		}
+	}
 	r.own.retry = time.Time{}
 	r.own.backoff.Reset()
-	held := r.cfg.Own.Held()
-	if held == nil {
-		return
-	}
-	if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted {
-		r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), retryBase))
-	}
 }
 
 // settled says once for each tainted authority that nothing held hangs on it.

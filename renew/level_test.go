@@ -1,0 +1,111 @@
+package renew_test
+
+import (
+	"context"
+	"crypto"
+	"crypto/x509"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/renew"
+)
+
+// SVIDs that are past half of their life when they arrive, because this node's
+// clock is ahead of the server's or because their authority is about to end,
+// are renewed with pauses and not as fast as the server answers.
+func TestSVIDsThatArriveOldAreNotSpunOn(t *testing.T) {
+	const n = 2
+	for name, life := range map[string]struct{ from, to time.Duration }{
+		"clock ahead":            {-40 * time.Minute, 20 * time.Minute},
+		"clock a little ahead":   {-30 * time.Minute, 30 * time.Minute},
+		"authority about to end": {-10 * time.Second, 5 * time.Second},
+	} {
+		t.Run(name, func(t *testing.T) {
+			drill(t, n, func(r *rig) {
+				r.server.latency = 50 * time.Millisecond
+				r.server.item = func(id string, public crypto.PublicKey) (renew.Result, bool) {
+					der, err := r.ca.leaf(r.server.ids[id], public, 0, func(c *x509.Certificate) {
+						c.NotBefore, c.NotAfter = time.Now().Add(life.from), time.Now().Add(life.to)
+					})
+					return renew.Result{Chain: [][]byte{der}, Err: err}, true
+				}
+			}, func(r *rig) {
+				from := time.Now()
+				r.sleepUntil(from.Add(2 * time.Minute))
+				attempts := 0
+				for _, c := range r.server.since(from) {
+					attempts += len(c.ids)
+				}
+				if attempts > n*130 {
+					t.Errorf("%d renewals of %d SVIDs in two minutes, want no more than one a second each", attempts, n)
+				}
+				if held := r.cache.Held(r.ca.id); held != n {
+					t.Errorf("%d SVIDs held, want %d", held, n)
+				}
+			})
+		})
+	}
+}
+
+// ownSVID is a node's own SVID whose server answers with what next says.
+type ownSVID struct {
+	held     atomic.Pointer[cache.SVID]
+	next     func() *cache.SVID
+	renewals atomic.Int64
+	fail     atomic.Bool
+}
+
+func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
+
+func (o *ownSVID) Renew(context.Context) error {
+	o.renewals.Add(1)
+	time.Sleep(100 * time.Millisecond)
+	if o.fail.Load() {
+		return errors.New("server is unreachable")
+	}
+	o.held.Store(o.next())
+	return nil
+}
+
+// The node's own SVID is not spun on either: not when the server still signs
+// it with a tainted authority, and not when it arrives past half of its life.
+func TestOwnSVIDIsNotSpunOn(t *testing.T) {
+	for name, spoil := range map[string]func(*rig, *cache.SVID){
+		"lagging server": func(r *rig, s *cache.SVID) { s.Authority = r.ca.id },
+		"clock ahead": func(_ *rig, s *cache.SVID) {
+			s.NotBefore, s.NotAfter, s.RenewAt = time.Now().Add(-40*time.Minute), time.Now().Add(20*time.Minute), time.Now().Add(-10*time.Minute)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			own := &ownSVID{}
+			fresh := func(r *rig) *cache.SVID {
+				now := time.Now()
+				return &cache.SVID{Authority: r.next.id, NotBefore: now, NotAfter: now.Add(time.Hour), RenewAt: now.Add(30 * time.Minute)}
+			}
+			drill(t, 0, func(r *rig) {
+				own.next = func() *cache.SVID { s := fresh(r); spoil(r, s); return s }
+				first := fresh(r)
+				first.Authority = r.ca.id
+				own.held.Store(first)
+				r.cfg.Own = own
+			}, func(r *rig) {
+				begin := r.taint()
+				r.sleepUntil(begin.Add(5 * time.Minute))
+				// From 2 s doubling to 60 s with full jitter, as for any other SVID.
+				if n := own.renewals.Load(); n < 5 || n > 40 {
+					t.Errorf("%d renewals in five minutes, want some with growing pauses", n)
+				}
+				own.next = func() *cache.SVID { return fresh(r) }
+				time.Sleep(2 * time.Minute)
+				synctest.Wait()
+				if s := own.Held(); s.Authority != r.next.id || !s.RenewAt.After(time.Now()) {
+					t.Error("not renewed after the server was right again")
+				}
+			})
+		})
+	}
+}
