@@ -186,9 +186,11 @@ func old(s *cache.SVID, now time.Time) bool {
 	return s.RenewAt.Sub(now) < s.NotAfter.Sub(now)/4
 }
 
-// better reports whether got is no worse than held. An SVID of a tainted
-// authority does not replace one of a trusted authority, unless that one has
-// less than a tenth of its life left: a tainted SVID is better than none.
+// better reports whether got is no worse than held. One of a trusted authority
+// never is, also where it ends sooner: how long SVIDs live is the server's to
+// say. One of a tainted authority does not replace one of a trusted authority,
+// unless that one has less than a tenth of its life left: a tainted SVID is
+// better than none.
 func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
 	if held == nil || held.Revision != got.Revision || !held.NotAfter.After(now) {
 		return true
@@ -197,7 +199,7 @@ func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
 	heldState, _ := r.snapshot.State(held.Authority)
 	rank := map[bundle.State]int{bundle.Removed: 0, bundle.Tainted: 1, bundle.Trusted: 2}
 	switch {
-	case rank[gotState] > rank[heldState]:
+	case gotState == bundle.Trusted, rank[gotState] > rank[heldState]:
 		return true
 	case rank[gotState] == rank[heldState]:
 		return !got.NotAfter.Before(held.NotAfter)

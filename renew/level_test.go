@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/x509"
 	"errors"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -108,4 +109,50 @@ func TestOwnSVIDIsNotSpunOn(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A server that has come to give shorter lives is followed at half-life: its
+// answers end before what is held does, and are not worse for it.
+func TestShorterLivesAreFollowed(t *testing.T) {
+	var log strings.Builder
+	drill(t, 3, func(r *rig) { r.cfg.Log = logTo(&log) }, func(r *rig) {
+		r.server.set(func() { r.server.life = time.Hour })
+		from := time.Now()
+		r.sleepUntil(from.Add(13*time.Hour + 30*time.Minute)) // half-life is at 10.8 to 13.2 h
+		for _, id := range r.cache.SignedBy(r.ca.id) {
+			if s := mustItem(t, r.cache, id).SVID; s.NotAfter.After(time.Now().Add(time.Hour)) {
+				t.Errorf("the SVID of %s still ends in %v", id, time.Until(s.NotAfter))
+			}
+		}
+		attempts := 0
+		for _, c := range r.server.since(from) {
+			attempts += len(c.ids)
+		}
+		if attempts < 3 || attempts > 3*8 {
+			t.Errorf("%d renewals of 3 SVIDs, want each at its half-life", attempts)
+		}
+		if strings.Contains(log.String(), "tainted") {
+			t.Errorf("the log speaks of a taint:\n%s", log.String())
+		}
+	})
+}
+
+// A failure is about the entry as it was: one that was put right is minted at
+// once.
+func TestMendedEntryDoesNotWait(t *testing.T) {
+	drill(t, 1, func(r *rig) {
+		r.server.item = func(string, crypto.PublicKey) (renew.Result, bool) {
+			return renew.Result{Err: errors.New("DNS name is not valid")}, true
+		}
+	}, func(r *rig) {
+		time.Sleep(10 * time.Minute) // the pauses are long by now
+		r.server.set(func() { r.server.item = nil })
+		mended := *mustItem(t, r.cache, "entry-0000").Entry
+		mended.Revision++
+		r.cache.Update([]*cache.Entry{&mended}, nil)
+		synctest.Wait()
+		if r.cache.Held(r.ca.id) != 1 {
+			t.Error("the entry that was put right still waits")
+		}
+	})
 }

@@ -5,11 +5,14 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+
+	"github.com/renewd/renewd/cache"
 )
 
 // item is one entry in the Renewer's hands. It is owned by Run.
 type item struct {
 	entryID  string
+	entry    *cache.Entry // as it was when looked at last
 	reason   Reason
 	streams  bool
 	expiry   time.Time // zero when none is held

@@ -232,10 +232,10 @@ func (r *Renewer) look(id string, now time.Time) {
 	if state.SVID != nil {
 		it.expiry = state.SVID.NotAfter
 	}
-	if reason != it.reason && (reason == ReasonRemoved || reason == ReasonEntry) {
+	if it.entry != state.Entry || (reason != it.reason && reason == ReasonRemoved) {
 		it.retry = time.Time{} // the failures so far were about something else
 	}
-	it.reason = reason
+	it.entry, it.reason = state.Entry, reason
 	if it.retry.After(due) {
 		due = it.retry
 	}
