@@ -95,6 +95,16 @@ func add(b *spiffebundle.Bundle, raw json.RawMessage) error {
 	return b.AddJWTAuthority(key.KeyID, key.Key)
 }
 
+// marshal is the reverse of parse. The library writes "keys":null where there are
+// none.
+func marshal(b *spiffebundle.Bundle) ([]byte, error) {
+	data, err := b.Marshal()
+	if b.Empty() {
+		data = bytes.Replace(data, []byte("null"), []byte("[]"), 1)
+	}
+	return data, err
+}
+
 // ReadFile reads the bundle of a trust domain from a file, in SPIFFE's format or as
 // PEM certificates.
 func ReadFile(td spiffeid.TrustDomain, path string) (*spiffebundle.Bundle, error) {

@@ -176,38 +176,38 @@ func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, 
 	return kept, nil
 }
 
-// begin decides what is held at first. A file with another content than the one
-// that all began with is the operator's word and counts for more than what was
-// fetched (SPIFFE Federation, section 4.2).
+// begin decides what is held at first: what was fetched, or what the file has. A
+// file with another content than the one that all began with is the operator's word
+// and counts for more (SPIFFE Federation, section 4.2).
 func (f *Follower) begin(ctx context.Context, p *peer, kept *Record) error {
 	name := p.TrustDomain.Name()
-	if kept != nil {
-		p.file = kept.File
-	}
+	var first *spiffebundle.Bundle
+	file := ""
 	if p.BundleFile != "" {
-		b, err := ReadFile(p.TrustDomain, p.BundleFile)
-		if err != nil {
+		var err error
+		if first, err = ReadFile(p.TrustDomain, p.BundleFile); err != nil {
 			return &EndpointError{p.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + name + " to it, in SPIFFE's format or as PEM"}
 		}
-		if file := digest(b); file != p.file {
-			p.file = file
-			f.cfg.Log.Info("federated bundle is taken from its file", append(p.about(b), "file", p.BundleFile)...)
-			p.hold(&held{bundle: b})
-			return f.keep(ctx, p)
+		file = digest(first)
+	}
+	if kept != nil && (first == nil || file == kept.File) {
+		b, err := parse(p.TrustDomain, kept.Bundle)
+		if err == nil {
+			p.file = kept.File
+			p.hold(&held{bundle: b, fetchedAt: kept.FetchedAt, kept: true})
+			return nil
 		}
-	}
-	if kept == nil {
-		return nil
-	}
-	b, err := parse(p.TrustDomain, kept.Bundle)
-	if err != nil {
 		// It could be read when it was kept. To serve nobody because of it would
 		// be worse than to fetch it again.
 		f.cfg.Log.Warn("federated bundle that was kept cannot be used", "trust_domain", name, "error", err)
+	}
+	if first == nil {
 		return nil
 	}
-	p.hold(&held{bundle: b, fetchedAt: kept.FetchedAt, kept: true})
-	return nil
+	f.cfg.Log.Info("federated bundle is taken from its file", append(p.about(first), "file", p.BundleFile)...)
+	p.file = file
+	p.hold(&held{bundle: first})
+	return f.keep(ctx, p)
 }
 
 // Run follows all endpoints until ctx is done and returns nil then. It is to be

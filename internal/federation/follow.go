@@ -227,7 +227,7 @@ func (f *Follower) keepAgain(ctx context.Context, p *peer) {
 func (f *Follower) keep(ctx context.Context, p *peer) error {
 	h := p.held.Load()
 	if f.cfg.Storage != nil {
-		data, err := h.bundle.Marshal()
+		data, err := marshal(h.bundle)
 		if err != nil {
 			return err
 		}

@@ -1,0 +1,401 @@
+package federation_test
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+func writeFile(path string, data []byte) error { return os.WriteFile(path, data, 0o600) }
+
+// The other side replaces its keys, twice. Each time its endpoint proves itself
+// with the new one from the activation on, and is followed to the end, where what
+// was in the file verifies nothing any more.
+func TestRotation(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p := w.domain(partner)
+		p.up()
+		first := p.certificates()
+		w.start(p.follow())
+		w.holds(partner, first...)
+		w.said("federated bundle is taken from its file|trust_domain=partner.example", "federated bundle changed|sequence=1|jwt_authorities=1|added=|jwt:")
+		for range 2 {
+			old := p.Active()
+			step := func(mutate func() error) {
+				w.t.Helper()
+				w.check(mutate())
+				time.Sleep(minInterval)
+				synctest.Wait()
+				w.holds(partner, p.certificates()...)
+				if got, want := len(w.held(partner).JWTAuthorities()), len(p.Bundle().JWT); got != want {
+					w.t.Errorf("%d JWT authorities, want %d", got, want)
+				}
+			}
+			var next keyset.Keyset
+			step(func() (err error) { next, err = p.Prepare(w.t.Context()); return err })
+			w.said("federated bundle changed|sequence=|x509_authorities=2|added=|x509:" + next.X509AuthorityID + "|removed=[]")
+			step(func() error { return p.Activate(w.t.Context(), next.ID) })
+			w.said() // the bundle is the same
+			step(func() error { return p.Taint(w.t.Context(), old.ID) })
+			w.said("federated bundle changed|added=[]|removed=[]") // its number is another
+			step(func() error { return p.Remove(w.t.Context(), old.ID) })
+			w.said("federated bundle changed|x509_authorities=1|added=[]|removed=|x509:" + old.X509AuthorityID)
+		}
+		if w.held(partner).HasX509Authority(first[0]) {
+			w.t.Error("the first authority is still trusted")
+		}
+		if got := w.counted(); strings.Contains(got, "failed") || strings.Contains(got, "rejected") {
+			w.t.Errorf("outcomes %s", got)
+		}
+		// The file, which has not changed, does not bring back what was removed.
+		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileSPIFFE, ID: p.id(), BundleFile: firstFile(w, first)})
+		w.holds(partner, p.certificates()...)
+		w.said()
+	})
+}
+
+// firstFile has the same certificates in the other format.
+func firstFile(w *world, certs []*x509.Certificate) string {
+	path := w.t.TempDir() + "/bundle.json"
+	w.check(writeFile(path, document(partner, 0, certs...)))
+	return path
+}
+
+// A rotation that was missed as a whole cannot be followed: the endpoint proves
+// itself with a key that nobody vouches for. A new file leads on from there.
+func TestMissedRotation(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p := w.domain(partner)
+		p.up()
+		first, follow := p.certificates(), p.follow()
+		w.start(follow)
+		w.stop()
+		old := p.Active()
+		next, err := p.Prepare(w.t.Context())
+		w.check(err)
+		w.check(p.Activate(w.t.Context(), next.ID))
+		w.check(p.Taint(w.t.Context(), old.ID))
+		w.check(p.Remove(w.t.Context(), old.ID))
+		w.said("taken from its file", "changed")
+		w.start(follow)
+		time.Sleep(time.Hour)
+		w.holds(partner, first...)
+		w.said("federated bundle refresh failed, keeping the bundle held|certificate signed by unknown authority")
+		follow.BundleFile = p.file()
+		w.start(follow)
+		w.holds(partner, p.certificates()...)
+		w.said("taken from its file", "federated bundle changed")
+	})
+}
+
+// While the other side is down its bundle stays, over a restart, too. It is asked
+// with growing pauses, and the log has one line when that begins and one when it
+// ends.
+func TestOutage(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p := w.domain(partner)
+		p.hint = 10 * time.Minute
+		p.up()
+		w.start(p.follow())
+		at := time.Now()
+		p.down()
+		w.said("file", "changed")
+		w.mu.Lock()
+		w.dials = nil
+		w.mu.Unlock()
+		time.Sleep(3 * time.Hour)
+		w.holds(partner, p.certificates()...)
+		w.said("level=WARN|federated bundle refresh failed, keeping the bundle held|trust_domain=partner.example|connection refused")
+		if got := w.follower.Refreshed()[partner]; !got.Equal(at) {
+			w.t.Errorf("refreshed at %v, want %v", got, at)
+		}
+		w.mu.Lock()
+		dials := w.dials
+		w.mu.Unlock()
+		// 10 s, 20 s, ..., each half as much more or less, to 5 min. The hint says
+		// 10 min.
+		if n := len(dials); n < 25 || n > 75 {
+			w.t.Errorf("asked %d times in 3 h", n)
+		}
+		if first := dials[1].at.Sub(dials[0].at); first < 5*time.Second || first > 15*time.Second {
+			w.t.Errorf("the first pause was %v", first)
+		}
+		for i := 8; i < len(dials); i++ {
+			if pause := dials[i].at.Sub(dials[i-1].at); pause < 150*time.Second || pause > 450*time.Second {
+				w.t.Errorf("pause %d was %v", i, pause)
+			}
+		}
+		w.start(p.follow())
+		w.holds(partner, p.certificates()...)
+		if got := w.follower.Refreshed()[partner]; !got.Equal(at) {
+			w.t.Errorf("after a restart refreshed at %v, want %v", got, at)
+		}
+		w.said("refresh failed")
+		p.up()
+		time.Sleep(10 * time.Minute)
+		synctest.Wait()
+		w.said("level=INFO|federated bundle refresh works again|partner.example")
+		if got := w.counted(); !strings.HasPrefix(got, "applied failed failed") || !strings.Contains(got, "failed unchanged") {
+			w.t.Errorf("outcomes %s", got)
+		}
+	})
+}
+
+// The bundle's own hint says how often it is asked for, within limits.
+func TestInterval(t *testing.T) {
+	for _, tt := range []struct {
+		hint string
+		want time.Duration
+	}{
+		{`,"spiffe_refresh_hint":600`, 10 * time.Minute},
+		{`,"spiffe_refresh_hint":1`, time.Minute},
+		{`,"spiffe_refresh_hint":-7`, 5 * time.Minute},
+		{`,"spiffe_refresh_hint":0`, 5 * time.Minute},
+		{``, 5 * time.Minute},
+		{`,"spiffe_refresh_hint":9223372036854775807`, 24 * time.Hour},
+	} {
+		t.Run(tt.hint, func(t *testing.T) {
+			inWorld(t, func(w *world) {
+				w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+					fmt.Fprintf(rw, `%s%s}`, strings.TrimSuffix(string(document(partner, 1, w.web.cert)), "}"), tt.hint)
+				})
+				w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
+				w.holds(partner, w.web.cert)
+				time.Sleep(20 * tt.want)
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				if len(w.dials) < 18 {
+					w.t.Fatalf("asked %d times in %v", len(w.dials), 20*tt.want)
+				}
+				different := false
+				for i := 1; i < len(w.dials); i++ {
+					pause := w.dials[i].at.Sub(w.dials[i-1].at)
+					if pause < tt.want*9/10 || pause > tt.want*11/10 {
+						w.t.Errorf("pause %v, want about %v", pause, tt.want)
+					}
+					different = different || i > 1 && pause != w.dials[i-1].at.Sub(w.dials[i-2].at)
+				}
+				if !different {
+					w.t.Error("all pauses are the same")
+				}
+			})
+		})
+	}
+}
+
+// An answer with a lower number is a replica that lags behind, and is followed
+// only when it stays. One without a number is as new as it can be.
+func TestOlderBundle(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := newAuthority(w.t).cert, newAuthority(w.t).cert
+		var answer atomic.Pointer[[]byte]
+		set := func(doc []byte) {
+			doc = append(doc[:len(doc)-1], `,"spiffe_refresh_hint":60}`...)
+			answer.Store(&doc)
+		}
+		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) { rw.Write(*answer.Load()) })
+		set(document(partner, 5, a, b))
+		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
+		w.holds(partner, a, b)
+		w.said("changed")
+		pass := func(d time.Duration) {
+			time.Sleep(d)
+			synctest.Wait()
+		}
+		set(document(partner, 4, a))
+		pass(9 * time.Minute)
+		w.holds(partner, a, b)
+		w.said("level=WARN|answered with an older bundle, keeping the newer one|sequence=4 held=5")
+		set(document(partner, 6, b))
+		pass(2 * time.Minute)
+		w.holds(partner, b)
+		w.said("federated bundle changed|sequence=6")
+		set(document(partner, 3, a)) // the clock begins anew
+		pass(9 * time.Minute)
+		w.holds(partner, b)
+		w.said("keeping the newer one")
+		pass(5 * time.Minute)
+		w.holds(partner, a)
+		w.said("level=WARN|following it|sequence=3 held=6", "changed")
+		noNumber := strings.Replace(string(document(partner, 3, b)), `,"spiffe_sequence":3`, "", 1)
+		set([]byte(noNumber))
+		pass(minInterval)
+		w.holds(partner, b)
+		if got := w.counted(); !strings.Contains(got, "rejected rejected") {
+			w.t.Errorf("outcomes %s", got)
+		}
+	})
+}
+
+// A trust domain that publishes no keys has withdrawn them (SPIFFE Trust Domain and
+// Bundle, section 4.1.3): nobody gets its bundle any more, after a restart neither.
+func TestWithdrawn(t *testing.T) {
+	inWorld(t, func(w *world) {
+		var empty atomic.Bool
+		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+			if empty.Load() {
+				fmt.Fprint(rw, `{"keys":[]}`)
+			} else {
+				rw.Write(document(partner, 1, w.web.cert))
+			}
+		})
+		follow := federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb, BundleFile: firstFile(w, []*x509.Certificate{w.web.cert})}
+		w.start(follow)
+		w.holds(partner, w.web.cert)
+		w.said("file", "changed")
+		empty.Store(true)
+		time.Sleep(6 * time.Minute)
+		synctest.Wait()
+		w.holds(partner)
+		w.said("level=WARN|no X.509 authority any more|removed=|" + authorityID(w.web.cert))
+		w.start(follow)
+		w.holds(partner)
+		w.said()
+		empty.Store(false)
+		time.Sleep(6 * time.Minute)
+		synctest.Wait()
+		w.holds(partner, w.web.cert)
+	})
+}
+
+// The endpoint of one trust domain belongs to another, which is followed, too, and
+// replaces its keys; and one belongs to the server's own.
+func TestEndpointsOfOthers(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p, o, self := w.domain(partner), w.domain(other), w.domain(own)
+		p.up()
+		p.serve(other, o.Bundle, p.certificate)
+		follow := []federation.Endpoint{
+			{TrustDomain: other, URL: "https://other.example", Profile: federation.ProfileSPIFFE, ID: p.id()},
+			p.follow(),
+		}
+		w.start(follow...)
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.holds(partner, p.certificates()...)
+		w.holds(other, o.certificates()...)
+		old := p.Active()
+		next, err := p.Prepare(w.t.Context())
+		w.check(err)
+		time.Sleep(minInterval)
+		w.check(p.Activate(w.t.Context(), next.ID))
+		w.check(p.Taint(w.t.Context(), old.ID))
+		w.check(p.Remove(w.t.Context(), old.ID))
+		_, err = o.Prepare(w.t.Context())
+		w.check(err)
+		time.Sleep(minInterval)
+		synctest.Wait()
+		w.holds(partner, p.certificates()...)
+		w.holds(other, o.certificates()...)
+		p.down()
+
+		w.stop()
+		self.serve(other, o.Bundle, self.certificate)
+		follower, err := federation.New(w.t.Context(), federation.Config{
+			TrustDomain: own, Own: self.certificates, Publish: w.publish, Dial: w.dial,
+			Endpoints: []federation.Endpoint{{TrustDomain: other, URL: "https://other.example", Profile: federation.ProfileSPIFFE, ID: self.id()}},
+		})
+		w.check(err)
+		w.bundles = map[spiffeid.TrustDomain]*spiffebundle.Bundle{}
+		ctx, stop := context.WithCancel(w.t.Context())
+		done := make(chan error, 1)
+		go func() { done <- follower.Run(ctx) }()
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.holds(other, o.certificates()...)
+		stop()
+		w.check(<-done)
+	})
+}
+
+// What is kept of a trust domain that is not configured any more is forgotten.
+func TestForgotten(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p := w.domain(partner)
+		w.start(p.follow()) // from the file: its endpoint is down
+		w.holds(partner, p.certificates()...)
+		w.said("file", "refresh failed")
+		if !w.follower.Follows(partner) || w.follower.Follows(other) || !w.follower.Refreshed()[partner].IsZero() {
+			w.t.Error("what is followed, or when it was refreshed")
+		}
+		w.start()
+		w.holds(partner)
+		w.said("level=WARN|trust domain is not followed any more|trust_domain=partner.example")
+		if len(w.storage.records) != 0 {
+			w.t.Error("its bundle is still kept")
+		}
+		w.start()
+		w.said()
+	})
+}
+
+// A storage that fails keeps nobody from what is newest, and gets it when it works
+// again. What it holds and cannot be read is fetched anew.
+func TestStorageFails(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p := w.domain(partner)
+		p.up()
+		w.start(p.follow())
+		w.said("file", "changed")
+		saved := w.storage.saved
+		w.storage.fail(errors.New("disk full"))
+		_, err := p.Prepare(w.t.Context())
+		w.check(err)
+		time.Sleep(10 * time.Minute)
+		w.holds(partner, p.certificates()...)
+		w.said("changed", "level=WARN|could not be stored|disk full")
+		w.storage.fail(nil)
+		time.Sleep(10 * time.Minute)
+		w.said("is stored again")
+		if n := w.storage.saved - saved; n != 1 {
+			w.t.Errorf("stored %d times", n)
+		}
+		p.down()
+		w.start(p.follow())
+		w.said("file", "refresh failed") // this file has both keys
+		w.stop()
+
+		w.storage.records[0].Bundle = []byte("{")
+		p.up()
+		follow := p.follow()
+		w.start(follow)
+		w.holds(partner, p.certificates()...)
+		w.said("that was kept cannot be used", "taken from its file", "changed")
+		w.stop()
+		w.storage.fail(errors.New("damaged"))
+		if err := w.open(follow); err == nil || !strings.Contains(err.Error(), "damaged") {
+			w.t.Errorf("opened: %v", err)
+		}
+	})
+}
+
+// certificateOf is that of another keyset of the same name.
+func certificateOf(w *world, td spiffeid.TrustDomain, path string) func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
+	d := w.domain(td)
+	return func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return d.as(path) }
+}
+
+// as is a certificate for another path.
+func (d *domain) as(path string) (*tls.Certificate, error) {
+	key := newKey(d.w.t)
+	svid, err := d.SignX509(spiffeid.RequireFromPath(d.td, path), key.Public(), time.Hour)
+	if err != nil {
+		return nil, err
+	}
+	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
+}

@@ -1,0 +1,337 @@
+package federation_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/tls"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/go-jose/go-jose/v4"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/federation"
+)
+
+// Whatever an endpoint answers, the bundle that was held stays, it takes no
+// more than half a minute and a mebibyte, and once it answers again it is followed.
+func TestBadAnswers(t *testing.T) {
+	text := func(s string) http.HandlerFunc {
+		return func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, s) }
+	}
+	drip := func(rw http.ResponseWriter, r *http.Request, part string, pause time.Duration) {
+		for r.Context().Err() == nil {
+			if _, err := rw.Write([]byte(part)); err != nil {
+				return
+			}
+			rw.(http.Flusher).Flush()
+			if pause > 0 {
+				time.Sleep(pause)
+			}
+		}
+	}
+	key := func(fields string) string { return `{"keys":[{` + fields + `}]}` }
+	for _, tt := range []struct {
+		name    string
+		answer  http.HandlerFunc
+		outcome string
+		why     string
+	}{
+		{"endless", func(rw http.ResponseWriter, r *http.Request) { drip(rw, r, strings.Repeat(" ", 1<<16), 0) }, "rejected", "larger than 1048576 bytes"},
+		{"as long as it says", func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set("Content-Length", "1000000000000")
+			drip(rw, r, strings.Repeat("[", 1<<16), 0)
+		}, "rejected", "larger than"},
+		{"slow", func(rw http.ResponseWriter, r *http.Request) { drip(rw, r, " ", time.Second) }, "failed", "read the answer: context deadline exceeded"},
+		{"silent", func(rw http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "failed", "deadline exceeded"},
+		{"a long header", func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set("X-Long", strings.Repeat("x", 1<<17))
+			rw.Write([]byte("{}"))
+		}, "failed", "header"},
+		{"cut off", func(rw http.ResponseWriter, _ *http.Request) {
+			rw.Header().Set("Content-Length", "1000")
+			fmt.Fprint(rw, `{"keys":[]`)
+			rw.(http.Flusher).Flush()
+			panic(http.ErrAbortHandler)
+		}, "failed", "unexpected EOF"},
+		{"not found", http.NotFound, "failed", "status 404"},
+		{"an error with a bundle", func(rw http.ResponseWriter, _ *http.Request) {
+			rw.WriteHeader(500)
+			rw.Write([]byte(`{"keys":[]}`))
+		}, "failed", "status 500"},
+		{"a part", func(rw http.ResponseWriter, _ *http.Request) {
+			rw.WriteHeader(http.StatusPartialContent)
+			rw.Write([]byte(`{"keys":[]}`))
+		}, "failed", "status 206"},
+		{"empty", text(""), "rejected", "not a bundle"},
+		{"HTML", text("<html>captive portal</html>"), "rejected", "not a bundle"},
+		{"JSON of another kind", text(`{"status":"ok"}`), "rejected", `no \"keys\"`},
+		{"null", text(`null`), "rejected", `no \"keys\"`},
+		{"no list", text(`{"keys":{}}`), "rejected", "not a bundle"},
+		{"keys that are none", text(`{"keys":[1]}`), "rejected", "key 1"},
+		{"a number that is none", text(`{"keys":[],"spiffe_sequence":-1}`), "rejected", "sequence"},
+		{"no certificate", text(key(`"use":"x509-svid","kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"`)), "rejected", "0 certificates"},
+		{"a certificate that is none", text(key(`"use":"x509-svid","kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM","x5c":["AAAA"]`)), "rejected", "x5c"},
+		{"a key without a name", text(key(`"use":"jwt-svid","kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"`)), "rejected", "keyID"},
+		{"a secret", text(key(`"use":"jwt-svid","kid":"a","kty":"oct","k":"AAAA"`)), "rejected", "not a public key"},
+		{"a private key", text(privateKey(t)), "rejected", "not a public key"},
+		{"two keys of one name", text(twice(t)), "rejected", "two JWT keys"},
+		{"a redirect to http", redirect("http://partner.example/"), "failed", "not an https URL"},
+		{"a redirect with a user", redirect("https://me:secret@partner.example/"), "failed", "has a user"},
+		{"a redirect to itself", redirect("https://partner.example/"), "failed", "more than 3 redirects"},
+		{"a redirect elsewhere", redirect("https://elsewhere.example/"), "failed", "elsewhere.example"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inWorld(t, func(w *world) {
+				answer := http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { rw.Write(document(partner, 1, w.web.cert)) })
+				good := answer
+				cert := w.web.certificate("partner.example")
+				down := w.hand("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) { answer(rw, r) })
+				// Somebody with a certificate, but not one of this host.
+				w.hand("elsewhere.example:443", cert, good)
+				follow := federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb}
+				w.start(follow)
+				w.holds(partner, w.web.cert)
+				w.said("changed")
+				w.counted()
+				down()
+
+				answer = tt.answer
+				down = w.hand("partner.example:443", cert, answer)
+				// The next refresh begins within 5.5 min, and ends in 30 s more.
+				time.Sleep(6 * time.Minute)
+				synctest.Wait()
+				if got := w.counted(); !strings.HasPrefix(got, tt.outcome) || strings.Contains(got, "applied") || strings.Contains(got, "unchanged") {
+					t.Errorf("outcomes %q, want %s", got, tt.outcome)
+				}
+				w.holds(partner, w.web.cert)
+				w.said("level=WARN|federated bundle refresh failed, keeping the bundle held|" + tt.why)
+				down()
+
+				w.hand("partner.example:443", cert, good)
+				time.Sleep(10 * time.Minute)
+				synctest.Wait()
+				w.holds(partner, w.web.cert)
+				w.said("federated bundle refresh works again")
+			})
+		})
+	}
+}
+
+func redirect(to string) http.HandlerFunc {
+	return func(rw http.ResponseWriter, r *http.Request) { http.Redirect(rw, r, to, http.StatusTemporaryRedirect) }
+}
+
+func privateKey(t *testing.T) string { return jwks(t, newKey(t)) }
+
+func twice(t *testing.T) string { return jwks(t, newKey(t).Public(), newKey(t).Public()) }
+
+func jwks(t *testing.T, keys ...any) string {
+	var set jose.JSONWebKeySet
+	for _, k := range keys {
+		set.Keys = append(set.Keys, jose.JSONWebKey{Key: k, KeyID: "kid", Use: "jwt-svid"})
+	}
+	data, err := json.Marshal(set)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
+}
+
+// Who is not the endpoint is not believed.
+func TestWrongCertificate(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name  string
+		serve func(w *world, p *domain)
+		web   bool
+		why   string
+	}{
+		{name: "of another authority of the same name", serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", w.domain(partner).certificate, nil)
+		}, why: "unknown authority"},
+		{name: "of another SPIFFE ID", serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.as("/workload") }, nil)
+		}, why: "unexpected ID"},
+		{name: "of the web", serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", w.web.certificate("partner.example"), nil)
+		}, why: "certificate contains no URI"},
+		{name: "redirect to another SPIFFE ID", serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", p.certificate, redirect("https://cdn.example"))
+			w.hand("cdn.example:443", func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.as("/cdn") }, nil)
+		}, why: "unexpected ID"},
+		{name: "of another host", web: true, serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", w.web.certificate("other.example"), nil)
+		}, why: "is valid for other.example"},
+		{name: "of another authority of the web", web: true, serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", newAuthority(w.t).certificate("partner.example"), nil)
+		}, why: "unknown authority"},
+		{name: "an SVID on the web", web: true, serve: func(w *world, p *domain) {
+			w.hand("partner.example:443", p.certificate, nil)
+		}, why: "it proves itself as spiffe://partner.example/spire/server: is its profile https_spiffe?"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			inWorld(t, func(w *world) {
+				p := w.domain(partner)
+				tt.serve(w, p)
+				follow := p.follow()
+				first := p.certificates()
+				if tt.web {
+					follow.Profile, follow.ID = federation.ProfileWeb, spiffeid.ID{}
+				}
+				w.start(follow)
+				time.Sleep(time.Minute)
+				synctest.Wait()
+				w.holds(partner, first...)
+				w.said("taken from its file", "refresh failed|"+tt.why)
+				if got := w.counted(); !strings.HasPrefix(got, "failed failed") {
+					t.Errorf("outcomes %s", got)
+				}
+			})
+		})
+	}
+}
+
+// A redirect is followed where the new place proves itself as the endpoint, and the
+// next time the old one is asked again.
+func TestRedirect(t *testing.T) {
+	t.Parallel()
+	for _, profile := range []string{federation.ProfileWeb, federation.ProfileSPIFFE} {
+		t.Run(profile, func(t *testing.T) {
+			inWorld(t, func(w *world) {
+				p := w.domain(partner)
+				follow := p.follow()
+				cert, cdn := p.certificate, p.certificate
+				if profile == federation.ProfileWeb {
+					cert, cdn = w.web.certificate("partner.example"), w.web.certificate("cdn.example")
+					follow.Profile, follow.ID, follow.BundleFile = profile, spiffeid.ID{}, ""
+				}
+				w.hand("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) {
+					http.Redirect(rw, r, "https://cdn.example/b", http.StatusMovedPermanently)
+				})
+				w.hand("cdn.example:443", cdn, func(rw http.ResponseWriter, r *http.Request) { rw.Write(document(partner, 7, p.certificates()...)) })
+				w.start(follow)
+				w.holds(partner, p.certificates()...)
+				time.Sleep(6 * time.Minute)
+				synctest.Wait()
+				if got := w.counted(); got != "applied unchanged" {
+					t.Errorf("outcomes %s", got)
+				}
+				var asked []string
+				for _, d := range w.dials {
+					asked = append(asked, d.address)
+				}
+				if got := strings.Join(asked, " "); got != "partner.example:443 cdn.example:443 partner.example:443 cdn.example:443" {
+					t.Errorf("asked %s", got)
+				}
+			})
+		})
+	}
+}
+
+// Authorities of kinds that are not known are left out (SPIFFE Trust Domain and
+// Bundle, section 4.2), and the others count.
+func TestUnknownKinds(t *testing.T) {
+	inWorld(t, func(w *world) {
+		known := strings.TrimSuffix(strings.TrimPrefix(string(document(partner, 3, w.web.cert)), `{"keys":[`), `],"spiffe_sequence":3}`)
+		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+			fmt.Fprintf(rw, `{"more":true,"spiffe_sequence":3,"keys":[{"use":"x509-svid","kty":"XYZ"},{"use":"jwt-svid","kid":"a","kty":"OKP","crv":"X448","x":"AAAA"},{"use":"wit-svid","kty":"XYZ"},{"kty":"EC"},%s]}`, known)
+		})
+		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
+		w.holds(partner, w.web.cert)
+		if n := len(w.held(partner).JWTAuthorities()); n != 0 {
+			t.Errorf("%d JWT authorities", n)
+		}
+	})
+}
+
+func TestCheck(t *testing.T) {
+	t.Parallel()
+	id := func(td spiffeid.TrustDomain) spiffeid.ID { return spiffeid.RequireFromPath(td, "/endpoint") }
+	web := func(td spiffeid.TrustDomain) federation.Endpoint {
+		return federation.Endpoint{TrustDomain: td, URL: "https://h:8443/x?y#z", Profile: federation.ProfileWeb}
+	}
+	by := func(td, of spiffeid.TrustDomain, file string) federation.Endpoint {
+		return federation.Endpoint{TrustDomain: td, URL: "https://h", Profile: federation.ProfileSPIFFE, ID: id(of), BundleFile: file}
+	}
+	third := spiffeid.RequireTrustDomainFromString("third.example")
+	for _, tt := range []struct {
+		name      string
+		endpoints []federation.Endpoint
+		want      string // field of the only error
+	}{
+		{"none", nil, ""},
+		{"web", []federation.Endpoint{web(partner), web(other)}, ""},
+		{"its own endpoint", []federation.Endpoint{by(partner, partner, "f")}, ""},
+		{"the server's", []federation.Endpoint{by(partner, own, "")}, ""},
+		{"by one on the web", []federation.Endpoint{by(partner, other, ""), web(other)}, ""},
+		{"by one by one with a file", []federation.Endpoint{by(partner, other, ""), by(other, third, ""), by(third, third, "f")}, ""},
+		{"a circle with a file", []federation.Endpoint{by(partner, other, ""), by(other, partner, "f")}, ""},
+		{"no file", []federation.Endpoint{by(partner, partner, "")}, "bundle_file"},
+		{"by one that is not followed", []federation.Endpoint{by(partner, other, "f")}, "endpoint_spiffe_id"},
+		{"twice", []federation.Endpoint{web(partner), web(partner)}, "endpoint_url"},
+		{"the server itself", []federation.Endpoint{web(own)}, "endpoint_url"},
+	} {
+		err := federation.Check(own, tt.endpoints)
+		wrong, ok := errors.AsType[*federation.EndpointError](err)
+		if tt.want == "" && err != nil || tt.want != "" && (!ok || wrong.Field != tt.want || wrong.TrustDomain != tt.endpoints[0].TrustDomain) {
+			t.Errorf("%s: %v", tt.name, err)
+		}
+	}
+	err := federation.Check(own, []federation.Endpoint{by(partner, other, ""), by(other, partner, "")})
+	if err == nil || strings.Count(err.Error(), "nothing leads to") != 2 {
+		t.Errorf("a circle: %v", err)
+	}
+}
+
+// FuzzAnswer: no answer makes the follower panic, and what it takes can be kept,
+// read again and told to agents.
+func FuzzAnswer(f *testing.F) {
+	cert := newAuthority(&testing.T{}).cert
+	f.Add(string(document(partner, 7, cert)))
+	f.Add(`{"keys":[{"use":"x509-svid","kty":"XYZ"}],"spiffe_sequence":18446744073709551615,"spiffe_refresh_hint":-1}`)
+	f.Add(`{"keys":[]}`)
+	f.Add(`{"keys":[{"use":"jwt-svid","kid":"a","kty":"RSA","n":"AQAB","e":"AQAB"}]}`)
+	f.Fuzz(func(t *testing.T, text string) {
+		b, err := federation.Parse(partner, []byte(text))
+		if err != nil {
+			return
+		}
+		if hint, _ := b.RefreshHint(); hint < 0 || hint > 366*24*time.Hour {
+			t.Errorf("refresh hint %v", hint)
+		}
+		data, err := federation.Marshal(b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		again, err := federation.Parse(partner, data)
+		if err != nil || !again.Equal(b) || federation.Digest(again) != federation.Digest(b) {
+			t.Fatalf("kept as %s: %v", data, err)
+		}
+		told(t, b)
+	})
+}
+
+// told makes of a bundle what agents make of it.
+func told(t *testing.T, b *spiffebundle.Bundle) {
+	var c bundle.Content
+	for _, cert := range b.X509Authorities() {
+		c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert})
+	}
+	for id, key := range b.JWTAuthorities() {
+		if _, private := key.(*ecdsa.PrivateKey); private {
+			t.Error("a private key")
+		}
+		c.JWT = append(c.JWT, bundle.JWTAuthority{KeyID: id, PublicKey: key})
+	}
+	if _, err := bundle.New(partner, c); err != nil && len(c.X509) > 0 {
+		t.Errorf("agents: %v", err)
+	}
+}
