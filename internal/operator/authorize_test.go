@@ -5,6 +5,7 @@ import (
 	"net"
 	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -14,6 +15,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
@@ -321,6 +323,47 @@ func TestSilentConnections(t *testing.T) {
 			t.Errorf("the end took %v", took)
 		}
 	})
+}
+
+// TestManyConnections: strangers at the operators' port cannot use up the file
+// descriptors that agents are answered with.
+func TestManyConnections(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const all, most = 1100, 1000
+		w := newWorld(t)
+		c := &crowd{Listener: bufconn.Listen(1), size: all}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- w.ServeTLS(ctx, c) }()
+		synctest.Wait()
+		if n := c.in.Load(); n != most {
+			t.Errorf("%d connections were accepted, want %d", n, most)
+		}
+		time.Sleep(time.Minute) // their handshakes end
+		synctest.Wait()
+		if n := c.in.Load(); n != all {
+			t.Errorf("%d of %d were accepted in the end", n, all)
+		}
+		cancel()
+		check(t, <-done)
+	})
+}
+
+// crowd is a listener at which that many connect at once and say nothing.
+type crowd struct {
+	net.Listener
+	size int64
+	in   atomic.Int64
+}
+
+func (c *crowd) Accept() (net.Conn, error) {
+	if c.in.Load() == c.size {
+		return c.Listener.Accept() // nobody else comes
+	}
+	c.in.Add(1)
+	conn, _ := net.Pipe()
+	return conn, nil
 }
 
 // TestNotAUnixSocket: the kernel has nothing to say about a caller elsewhere.

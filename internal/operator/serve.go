@@ -10,6 +10,7 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/net/netutil"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/keepalive"
@@ -32,6 +33,9 @@ const (
 	// 100,000 entries take about 30 MB, and twice that when all have changed.
 	// Nobody without a role gets to send one.
 	maxMessage = 128 << 20
+	// maxConnections bounds what strangers can make the server hold. It shares its
+	// file descriptors with what signs for agents.
+	maxConnections = 1000
 	// maxStreams is how many calls of one connection are served at a time.
 	maxStreams = 16
 	// maxHeaders is the most bytes of a call's metadata.
@@ -69,9 +73,10 @@ func checkFolder(socket net.Addr) error {
 	return nil
 }
 
-// ServeTLS answers remote operators likewise.
+// ServeTLS answers remote operators likewise, on at most a thousand connections:
+// more wait to be accepted.
 func (s *Service) ServeTLS(ctx context.Context, lis net.Listener) error {
-	return s.serve(ctx, lis, credentials.NewTLS(s.tlsConfig()))
+	return s.serve(ctx, netutil.LimitListener(lis, maxConnections), credentials.NewTLS(s.tlsConfig()))
 }
 
 func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials.TransportCredentials) error {
