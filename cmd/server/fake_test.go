@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
@@ -73,6 +74,14 @@ func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadA
 		}
 	}
 	return &api.ReadAuditResponse{Records: out}, nil
+}
+
+// Backup sends something that is no store, all of it where the fake is busy.
+func (f *fake) Backup(_ *api.BackupRequest, stream grpc.ServerStreamingServer[api.BackupResponse]) error {
+	if err := stream.Send(&api.BackupResponse{Data: make([]byte, 9000)}); err != nil || !f.busy {
+		return err
+	}
+	return stream.Send(&api.BackupResponse{Size: 9000})
 }
 
 const agentID = "spiffe://example.org/spire/agent/join_token/T1"
@@ -158,6 +167,14 @@ func (strict) ListAgents(context.Context, *api.ListAgentsRequest) (*api.ListAgen
 func (strict) ApplyEntries(ctx context.Context, _ *api.ApplyEntriesRequest) (*api.ApplyEntriesResponse, error) {
 	<-ctx.Done()
 	return nil, status.FromContextError(ctx.Err()).Err()
+}
+
+func (strict) ListDeployments(context.Context, *api.ListDeploymentsRequest) (*api.ListDeploymentsResponse, error) {
+	return &api.ListDeploymentsResponse{TrustDomain: "example.org"}, nil
+}
+
+func (strict) Backup(*api.BackupRequest, grpc.ServerStreamingServer[api.BackupResponse]) error {
+	return status.Error(codes.PermissionDenied, "unix:uid:1000 is not in operators.managers")
 }
 
 func (strict) CreateJoinToken(context.Context, *api.CreateJoinTokenRequest) (*api.CreateJoinTokenResponse, error) {

@@ -28,6 +28,7 @@ Of the running server, over its admin socket or, with -server, from elsewhere:
   server agent list                  list the agents
   server agent ban ID                refuse an agent from now on
   server agent evict ID              forget an agent, so that it has to attest again
+  server backup FILE                 a copy of the store, checked, while the server goes on
   server audit                       what was done to the keysets, and by whom
   server bundle                      the trust bundle (PEM) that agents start from
   server health                      exit 0 when the server can sign
@@ -111,6 +112,24 @@ Prints every mutation of the keysets, oldest first: who did what, when, and what
 it changed. With -after only the records after that number.
 ` + clientUsage
 
+const backupUsage = `Usage: server backup FILE [-key-file KEY] [-force]
+
+Makes a copy of the running server's store, of all deployments, as it is at one
+moment. It is written beside FILE, checked completely and then named FILE: a file
+of that name is whole. One that exists is replaced with -force only. Who does it
+must be in operators.managers. It may take two minutes (-timeout is 2m10s when not
+given), and data_dir must have room for two of it.
+
+The signing keys in it are encrypted, as in the store; the key that opens them is
+not in it. With -key-file, that key, it is also checked that it does open them.
+
+To restore, stop the server, put the file in the place of renewd.db in data_dir,
+for the server's user, and start it. The server knows then that it does not know
+what was signed since the copy was taken: no keyset in it is safe to remove before
+all of that has expired, a week later at the latest for X.509-SVIDs. Join tokens
+are gone. A file that was copied in another way tells the server nothing of this.
+` + clientUsage
+
 const bundleUsage = `Usage: server bundle
 
 Prints the trust bundle as PEM certificates: what an agent's trust_bundle_file holds.
@@ -149,6 +168,8 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
 	case "audit":
 		return auditCommand(ctx, args, e)
+	case "backup":
+		return backupCommand(ctx, args, e)
 	case "bundle":
 		return bundleCommand(ctx, args, e)
 	case "health":
@@ -194,7 +215,7 @@ func help(args []string, e cli.Env) error {
 	texts := map[string]string{
 		"": usage, "run": runUsage, "config": checkUsage + "\n" + schema.Usage(), "key": keyUsage, "token": tokenUsage,
 		"entries": entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList(),
-		"agent":   agentUsage, "audit": auditUsage, "bundle": bundleUsage, "health": healthUsage,
+		"agent":   agentUsage, "audit": auditUsage, "backup": backupUsage, "bundle": bundleUsage, "health": healthUsage,
 		"version": "Usage: server version\n",
 	}
 	topic := ""

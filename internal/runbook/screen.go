@@ -41,9 +41,9 @@ func (s *Screen) Clear() {
 	}
 }
 
-// progress says how far things are. A line of another kind than the last, such
+// Progress says how far things are. A line of another kind than the last, such
 // as a failure, is said at once.
-func (s *Screen) progress(kind, text string, now time.Time) {
+func (s *Screen) Progress(kind, text string, now time.Time) {
 	if s == nil || s.W == nil {
 		return
 	}

@@ -258,9 +258,9 @@ func await(ctx context.Context, o WaitOptions, what string, look func(context.Co
 			return err
 		}
 		if err != nil {
-			o.Progress.progress("failed", fmt.Sprintf("%s: no answer, trying again: %v", what, err), o.Now())
+			o.Progress.Progress("failed", fmt.Sprintf("%s: no answer, trying again: %v", what, err), o.Now())
 		} else {
-			o.Progress.progress("left", line, o.Now())
+			o.Progress.Progress("left", line, o.Now())
 		}
 		timer := time.NewTimer(o.Interval)
 		select {

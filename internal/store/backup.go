@@ -140,9 +140,9 @@ type DeploymentSummary struct {
 // they can be opened is not looked at, all else is.
 func Inspect(ctx context.Context, path string, o Options) (Summary, error) {
 	o.ReadOnly = true
-	s, err := openAny(path, o)
+	s, err := open(path, o)
 	if err != nil {
-		return Summary{}, err
+		return Summary{}, fmt.Errorf("check %s: %w", path, err)
 	}
 	defer s.Close()
 	sum := Summary{CopiedAt: s.copied}

@@ -27,11 +27,6 @@ func Open(path string, o Options) (*Store, error) {
 	if o.TrustDomain.IsZero() || o.Seal == nil {
 		return nil, fmt.Errorf("open store %s: it needs a trust domain and an encryption key", path)
 	}
-	return openAny(path, o)
-}
-
-// openAny is Open, with what is sealed left unopened where there is no Seal.
-func openAny(path string, o Options) (*Store, error) {
 	s, err := open(path, o)
 	if errors.Is(err, ErrDamaged) {
 		err = fmt.Errorf("%w; %s", err, restore)
@@ -42,6 +37,7 @@ func openAny(path string, o Options) (*Store, error) {
 	return s, nil
 }
 
+// open opens a store, with what is sealed left unopened where there is no Seal.
 func open(path string, o Options) (*Store, error) {
 	f, err := openFile(path, o)
 	if err != nil {

@@ -147,7 +147,7 @@ func (r *restored) apply(b *bbolt.Bucket, name string, before ledger.Restored) (
 	}
 	note, err := put(audit, auditKey(doc.Version), AuditRecord{Number: doc.Version, Change: keyset.Change{
 		At: r.At, Actor: keyset.Server, Operation: "restore", Before: states, After: states,
-		Note: fmt.Sprintf("from a copy of %s UTC; what was signed since is not known; %d join tokens dropped", r.CopiedAt.Format(time.DateTime), tokensDropped),
+		Note: fmt.Sprintf("from a copy of %s UTC; what was signed since is not known; join tokens dropped: %d", r.CopiedAt.Format(time.DateTime), tokensDropped),
 	}})
 	if err != nil {
 		return 0, err
