@@ -233,15 +233,19 @@ func (a *agent) attest(token string) *identity {
 	key, csr := newKey(a.t)
 	stream, err := a.AttestAgent(a.t.Context())
 	check(a.t, err)
-	check(a.t, stream.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{
+	check(a.t, stream.Send(attestation(token, csr)))
+	resp, err := stream.Recv()
+	check(a.t, err)
+	return parse(a.t, resp.GetResult().GetSvid(), key)
+}
+
+func attestation(token string, csr []byte) *agentv1.AttestAgentRequest {
+	return &agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{
 		Params: &agentv1.AttestAgentRequest_Params{
 			Data:   &types.AttestationData{Type: "join_token", Payload: []byte(token)},
 			Params: &agentv1.AgentX509SVIDParams{Csr: csr},
 		},
-	}}))
-	resp, err := stream.Recv()
-	check(a.t, err)
-	return parse(a.t, resp.GetResult().GetSvid(), key)
+	}}
 }
 
 func newKey(t testing.TB) (crypto.Signer, []byte) {
