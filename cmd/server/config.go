@@ -17,6 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
@@ -39,6 +40,10 @@ type settings struct {
 	EndpointCertFile     string
 	EndpointKeyFile      string
 	RefreshHint          time.Duration
+	FederatedURL         map[string]string // by trust domain
+	FederatedProfile     map[string]string
+	FederatedID          map[string]string
+	FederatedFile        map[string]string
 	MetricsAddress       string
 	WebConfigFile        string
 	KeysetLifetime       time.Duration
@@ -76,6 +81,10 @@ var fields = []config.Field[settings]{
 	{Path: "bundle_endpoint.cert_file", Value: func(c *settings) any { return &c.EndpointCertFile }, Doc: "Certificate chain (PEM) for https_web, read again when it changes."},
 	{Path: "bundle_endpoint.key_file", Value: func(c *settings) any { return &c.EndpointKeyFile }, Doc: "Its private key (PEM)."},
 	{Path: "bundle_endpoint.refresh_hint", Value: func(c *settings) any { return &c.RefreshHint }, Default: "5m", Doc: "How often relying parties are told to ask for the bundle, in whole seconds. 0s: they are not told."},
+	{Path: "federation.TRUSTDOMAIN.endpoint_url", Value: func(c *settings) any { return &c.FederatedURL }, Doc: "Where the bundle of the trust domain TRUSTDOMAIN is: the https URL of its bundle endpoint. It is followed, and workloads whose entries federate with TRUSTDOMAIN get it. Without it what was held is forgotten."},
+	{Path: "federation.TRUSTDOMAIN.profile", Value: func(c *settings) any { return &c.FederatedProfile }, Doc: "https_web: the endpoint is verified as a web server is, with the roots of this machine. https_spiffe: it proves itself with an X.509-SVID."},
+	{Path: "federation.TRUSTDOMAIN.endpoint_spiffe_id", Value: func(c *settings) any { return &c.FederatedID }, Doc: "SPIFFE ID that an endpoint with https_spiffe has, of TRUSTDOMAIN itself, of trust_domain or of another trust domain that is followed."},
+	{Path: "federation.TRUSTDOMAIN.bundle_file", Value: func(c *settings) any { return &c.FederatedFile }, Doc: "File with the bundle to begin with, in SPIFFE's format or PEM; an endpoint of TRUSTDOMAIN itself needs it for its first proof. What was fetched since counts for more, until the file has other authorities."},
 	{Path: "metrics.address", Value: func(c *settings) any { return &c.MetricsAddress }, Default: "127.0.0.1:9091", Doc: "Where /metrics, /live and /ready are served. Empty: nowhere."},
 	{Path: "metrics.web_config_file", Value: func(c *settings) any { return &c.WebConfigFile }, Doc: "Prometheus exporter web configuration file that turns on TLS and basic auth there."},
 	{Path: "keysets.lifetime", Value: func(c *settings) any { return &c.KeysetLifetime }, Default: "2160h", Doc: "How long a new keyset lives: 90 days."},
@@ -108,6 +117,7 @@ func validate(shared *config.Checker[settings]) {
 	c.places()
 	c.operators()
 	c.endpoint()
+	c.federation()
 	c.lifetimes()
 	if !slices.Contains(cli.LogFormats, c.Config.LogFormat) {
 		c.Bad("log.format", "is not a format", "use "+config.OneOf(cli.LogFormats))
@@ -175,6 +185,78 @@ func (c checker) endpoint() {
 	if c.Config.RefreshHint < 0 || c.Config.RefreshHint%time.Second != 0 {
 		c.Bad("bundle_endpoint.refresh_hint", "is not in whole seconds", "5m is usual")
 	}
+}
+
+// federation checks the endpoints of other trust domains.
+func (c checker) federation() {
+	readable := true
+	bad := func(name, field, what, remedy string) {
+		c.Bad("federation."+name+"."+field, what, remedy)
+		readable = false
+	}
+	for _, field := range c.Config.federated() {
+		for _, name := range slices.Sorted(maps.Keys(field.values)) {
+			if _, err := spiffeid.TrustDomainFromString(name); err != nil {
+				bad(name, field.name, "is of a name that is no trust domain", "write it as federation: {partner.example: {…}}")
+			} else if field.values[name] == "" {
+				bad(name, field.name, "is empty", "give a value or remove it")
+			} else if _, err := spiffeid.FromString(field.values[name]); field.name == "endpoint_spiffe_id" && err != nil {
+				bad(name, field.name, "is not a SPIFFE ID", "write it as spiffe://"+name+"/spire/server")
+			}
+		}
+	}
+	if readable {
+		c.endpoints(federation.Check(c.Config.TrustDomain, c.Config.endpoints()))
+	}
+}
+
+// endpoints reports each endpoint that cannot work.
+func (c checker) endpoints(err error) {
+	if all, ok := err.(interface{ Unwrap() []error }); ok {
+		for _, err := range all.Unwrap() {
+			c.endpoints(err)
+		}
+		return
+	}
+	if p, ok := errors.AsType[*federation.EndpointError](err); ok {
+		path := "federation." + p.TrustDomain.Name() + "." + p.Field
+		if c.Origin(path) == "" {
+			c.Missing(path, p.Problem, p.Remedy)
+		} else {
+			c.Bad(path, p.Problem, p.Remedy)
+		}
+	}
+}
+
+// federatedField is a field of all trust domains that are followed.
+type federatedField struct {
+	name   string
+	values map[string]string
+}
+
+func (s *settings) federated() []federatedField {
+	return []federatedField{
+		{"endpoint_url", s.FederatedURL}, {"profile", s.FederatedProfile},
+		{"endpoint_spiffe_id", s.FederatedID}, {"bundle_file", s.FederatedFile},
+	}
+}
+
+// endpoints are those of the trust domains that are followed.
+func (s *settings) endpoints() []federation.Endpoint {
+	all := make(map[string]bool)
+	for _, field := range s.federated() {
+		for name := range field.values {
+			all[name] = true
+		}
+	}
+	var out []federation.Endpoint
+	for _, name := range slices.Sorted(maps.Keys(all)) {
+		e := federation.Endpoint{URL: s.FederatedURL[name], Profile: s.FederatedProfile[name], BundleFile: s.FederatedFile[name]}
+		e.TrustDomain, _ = spiffeid.TrustDomainFromString(name)
+		e.ID, _ = spiffeid.FromString(s.FederatedID[name])
+		out = append(out, e)
+	}
+	return out
 }
 
 // lifetimes checks the durations of keysets, SVIDs and automatic rotation.

@@ -6,12 +6,16 @@ import (
 	"os"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/federation"
 )
 
 var update = flag.Bool("update", false, "write deploy/SERVER-CONFIG.md anew")
@@ -93,6 +97,23 @@ func TestProblems(t *testing.T) {
 		{name: "web profile without files", add: "bundle_endpoint: {profile: https_web, cert_file: /c}", want: `server.yaml: bundle_endpoint.key_file is not set and profile https_web needs it; give the PEM file`},
 		{name: "files without web profile", flags: map[string]string{"bundle_endpoint.cert_file": "/c"}, want: `flag -bundle-endpoint-cert-file: bundle_endpoint.cert_file: "/c" is of no use with profile https_spiffe; remove it or set bundle_endpoint.profile: https_web`},
 		{name: "refresh hint", add: "bundle_endpoint: {refresh_hint: 1500ms}", want: `server.yaml:2: bundle_endpoint.refresh_hint: 1.5s is not in whole seconds; 5m is usual`},
+		{name: "federation without anything", add: "federation:\n  partner.example: {}", want: `server.yaml:3: federation.partner.example has no fields; give one or remove it`},
+		{name: "federation, misspelled", add: "federation:\n  partner.example:\n    url: https://p", want: `server.yaml:4: "federation.partner.example.url" is not a field; did you mean federation.partner.example.profile?`},
+		{name: "federation without a trust domain", add: "federation: {endpoint_url: https://p}", want: `server.yaml:2: federation.endpoint_url is not a list of fields; write one "name: value" a line`},
+		{name: "federation with a name that is none", add: "federation: {Partner: {endpoint_url: https://p}}", want: `server.yaml:2: federation.Partner.endpoint_url: "https://p" is of a name that is no trust domain; write it as federation: {partner.example: {…}}`},
+		{name: "federation with itself", add: "federation: {example.org: {endpoint_url: https://p}}", want: `server.yaml:2: federation.example.org.endpoint_url: "https://p" is of the server's own trust domain; remove it: its bundle is the server's own`},
+		{name: "federation without URL", add: "federation: {partner.example: {profile: https_web}}", want: `server.yaml: federation.partner.example.endpoint_url is not set; give the https URL of its bundle endpoint`},
+		{name: "federation over http", add: "federation:\n  b.example: {endpoint_url: 'http://p', profile: https_web}\n  a.example: {endpoint_url: 'https://me@p', profile: https_web}\n  c.example: {endpoint_url: 'https:///x', profile: https_web}", want: "server.yaml:4: federation.a.example.endpoint_url: \"https://me@p\" has a user in it; write it as https://host:port/path\n" +
+			"server.yaml:3: federation.b.example.endpoint_url: \"http://p\" is not an https URL; write it as https://host:port/path\n" +
+			`server.yaml:5: federation.c.example.endpoint_url: "https:///x" has no host; write it as https://host:port/path`},
+		{name: "federation without profile", add: "federation: {partner.example: {endpoint_url: 'https://p'}}", want: `server.yaml: federation.partner.example.profile is not set; ask who runs the endpoint and use https_spiffe or https_web`},
+		{name: "federation with another profile", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https}}", want: `server.yaml:2: federation.partner.example.profile: "https" is not a profile; use https_spiffe or https_web`},
+		{name: "federation by whom", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe}}", want: `server.yaml: federation.partner.example.endpoint_spiffe_id is not set and profile https_spiffe needs it; give the SPIFFE ID of the endpoint, such as spiffe://partner.example/spire/server`},
+		{name: "federation by nobody", add: "federation:\n  partner.example:\n    endpoint_url: https://p\n    profile: https_spiffe\n    endpoint_spiffe_id: p", want: `server.yaml:6: federation.partner.example.endpoint_spiffe_id: "p" is not a SPIFFE ID; write it as spiffe://partner.example/spire/server`},
+		{name: "federation by an ID on the web", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_web, endpoint_spiffe_id: 'spiffe://partner.example/x'}}", want: `server.yaml:2: federation.partner.example.endpoint_spiffe_id: "spiffe://partner.example/x" is of no use with profile https_web; remove it or set profile: https_spiffe`},
+		{name: "federation without a beginning", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://partner.example/x'}}", want: `server.yaml: federation.partner.example.bundle_file is not set, and the endpoint is of this trust domain itself; give a file with its bundle, which the first connection is verified with`},
+		{name: "federation by a stranger", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://x.example/x'}}", want: `server.yaml:2: federation.partner.example.endpoint_spiffe_id: "spiffe://x.example/x" is of a trust domain whose bundle nothing leads to; follow x.example, too, under federation, or give a bundle_file there`},
+		{name: "federation with an empty file", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_web, bundle_file: ''}}", want: `server.yaml:2: federation.partner.example.bundle_file: "" is empty; give a value or remove it`},
 		{name: "X.509 lifetime", env: map[string]string{"RENEWD_SERVER_KEYSETS_X509_TTL": "169h"}, want: `RENEWD_SERVER_KEYSETS_X509_TTL: keysets.x509_ttl: 169h is not from 1h to 168h; 24h is usual`},
 		{name: "JWT lifetime", add: "keysets: {jwt_ttl: 0s}", want: `server.yaml:2: keysets.jwt_ttl: 0s is shorter than a second; 24h is usual`},
 		{name: "mode", add: "rotation: {mode: manual}", want: `server.yaml:2: rotation.mode: "manual" is not a mode; use off, on or paused`},
@@ -112,6 +133,18 @@ func TestProblems(t *testing.T) {
 			}
 		})
 	}
+	cfg, err := loadText(minimal+"federation:\n  partner.example: {endpoint_url: 'https://p/b', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://other/x', bundle_file: f}\n  other: {endpoint_url: 'https://o', profile: https_web}\n", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	partner, other := spiffeid.RequireTrustDomainFromString("partner.example"), spiffeid.RequireTrustDomainFromString("other")
+	endpoints := []federation.Endpoint{
+		{TrustDomain: other, URL: "https://o", Profile: federation.ProfileWeb},
+		{TrustDomain: partner, URL: "https://p/b", Profile: federation.ProfileSPIFFE, ID: spiffeid.RequireFromPath(other, "/x"), BundleFile: "f"},
+	}
+	if got := cfg.endpoints(); !slices.Equal(got, endpoints) {
+		t.Errorf("endpoints %+v", got)
+	}
 	want := "server.yaml: trust_domain is not set; give the trust domain to sign for, such as example.org"
 	if _, err := loadText("", nil, nil); err == nil || err.Error() != want {
 		t.Errorf("nothing: %v", err)
@@ -124,8 +157,8 @@ func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	want := "# Configuration of the server\n\n" +
 		"One YAML file, given with `-config`; [server.example.yaml](server.example.yaml) is a start. A flag wins over the\n" +
-		"environment, the environment over the file, the file over the default. In the file a dot is a section, and NAME a\n" +
-		"name of your choice. A list is written `[A, B]` in the file, and `A,B` in a flag or a variable. An empty variable is the\n" +
+		"environment, the environment over the file, the file over the default. In the file a dot is a section, and NAME or\n" +
+		"TRUSTDOMAIN a name of your choice. A list is written `[A, B]` in the file, and `A,B` in a flag or a variable. An empty variable is the\n" +
 		"same as none. `server config check -config FILE` says what is wrong, all of it at once.\n\n" + schema.Markdown()
 	file := filepath.Join("..", "..", "deploy", "SERVER-CONFIG.md")
 	if *update {

@@ -60,6 +60,7 @@ func domainConfig(s *settings, e cli.Env) domain.Config {
 		EndpointCertFile: s.EndpointCertFile,
 		EndpointKeyFile:  s.EndpointKeyFile,
 		RefreshHint:      s.RefreshHint,
+		Federation:       s.endpoints(),
 		MetricsAddress:   s.MetricsAddress,
 		WebConfigFile:    s.WebConfigFile,
 		KeysetLifetime:   s.KeysetLifetime,

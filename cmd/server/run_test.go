@@ -24,6 +24,7 @@ admin_socket: /admin.sock
 admin_socket_mode: 0600
 operators: {address: ':3', managers: ['unix:uid:1'], readers: ['unix:uid:2']}
 bundle_endpoint: {address: ':4', profile: https_web, cert_file: /cert, key_file: /cert.key, refresh_hint: 3s}
+federation: {partner.example: {endpoint_url: 'https://p', profile: https_web, bundle_file: /bundle}}
 metrics: {address: ':5', web_config_file: /web}
 keysets: {lifetime: 1000h, x509_ttl: 2h, jwt_ttl: 5m}
 rotation: {mode: paused, preparation_threshold: 100h, activation_threshold: 10h, taint_threshold: 11h}
@@ -43,6 +44,7 @@ log: {format: json}
 		AdminSocket: "/admin.sock", AdminSocketMode: 0o600,
 		OperatorAddress: ":3", Managers: []string{"unix:uid:1"}, Readers: []string{"unix:uid:2"},
 		EndpointAddress: ":4", EndpointProfile: "https_web", EndpointCertFile: "/cert", EndpointKeyFile: "/cert.key", RefreshHint: 3 * time.Second,
+		Federation:     s.endpoints(),
 		MetricsAddress: ":5", WebConfigFile: "/web",
 		KeysetLifetime: 1000 * time.Hour, X509TTL: 2 * time.Hour, JWTTTL: 5 * time.Minute,
 		Rotation: rotation.Policy{
@@ -53,7 +55,7 @@ log: {format: json}
 		t.Errorf("got  %+v\nwant %+v", got, want)
 	}
 	// A field that is added there and forgotten here.
-	elsewhere := []string{"Log", "Version", "ServerOptions", "Now"}
+	elsewhere := []string{"Log", "Version", "ServerOptions", "Now", "EndpointListener", "FederationDial"}
 	v := reflect.ValueOf(want)
 	for i := range v.NumField() {
 		if name := v.Type().Field(i).Name; v.Field(i).IsZero() && !slices.Contains(elsewhere, name) {

@@ -10,6 +10,7 @@
 package domain
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -21,6 +22,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 
+	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/rotation"
 )
@@ -55,6 +57,13 @@ type Config struct {
 	// needs certificate and key files.
 	EndpointAddress, EndpointProfile  string
 	EndpointCertFile, EndpointKeyFile string
+	// EndpointListener is used in the place of EndpointAddress when set; it belongs
+	// to the Domain from a successful [Open] on.
+	EndpointListener net.Listener
+
+	// Federation are the bundle endpoints of other trust domains that are
+	// followed; see [federation.Check].
+	Federation []federation.Endpoint
 
 	// RefreshHint tells relying parties and agents how often to ask for the
 	// bundle, in whole seconds; no hint when zero.
@@ -78,6 +87,8 @@ type Config struct {
 	// replaces the clock, for running inside another process.
 	ServerOptions []grpc.ServerOption
 	Now           func() time.Time
+	// FederationDial connects to the endpoints of Federation.
+	FederationDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
 // DeploymentConfig is a deployment that is served.
@@ -95,8 +106,8 @@ func (c DeploymentConfig) serves() bool { return c.ListenAddress != "" || c.List
 
 // The profiles of the bundle endpoint (SPIFFE Federation, section 5.2).
 const (
-	ProfileSPIFFE = "https_spiffe"
-	ProfileWeb    = "https_web"
+	ProfileSPIFFE = federation.ProfileSPIFFE
+	ProfileWeb    = federation.ProfileWeb
 )
 
 // withDefaults checks the configuration and fills in what is left open. The
@@ -143,6 +154,9 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	default:
 		fail("bundle_endpoint.profile is %q: use %s or %s", c.EndpointProfile, ProfileSPIFFE, ProfileWeb)
+	}
+	if err := federation.Check(c.TrustDomain, c.Federation); err != nil {
+		errs = append(errs, err)
 	}
 	if c.RefreshHint < 0 || c.RefreshHint%time.Second != 0 {
 		fail("bundle_endpoint.refresh_hint is %v: give whole seconds", c.RefreshHint)

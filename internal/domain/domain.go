@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/renewd/renewd/internal/endpoint"
+	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/operator"
@@ -35,6 +36,7 @@ type Domain struct {
 	metrics     *metrics.Server
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without
+	federation  *federation.Follower
 	running     atomic.Bool
 	close       func() error // closes the store, once
 }
@@ -72,7 +74,7 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	}
 	d.metrics = metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: cfg.TrustDomain.Name(), Deployments: served(cfg.Deployments), Version: cfg.Version,
-		Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
+		Federated: followed(cfg.Federation), Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
 	})
 	initMetrics(d.metrics)
 	for _, c := range names {
@@ -82,10 +84,13 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		}
 		d.deployments = append(d.deployments, dep)
 	}
+	if err := d.openFederation(ctx); err != nil {
+		return nil, err
+	}
 	if err := d.openOperator(); err != nil {
 		return nil, err
 	}
-	if cfg.EndpointAddress != "" {
+	if cfg.EndpointAddress != "" || cfg.EndpointListener != nil {
 		if d.endpoint, err = endpoint.New(d.endpointConfig()); err != nil {
 			return nil, fmt.Errorf("bundle_endpoint: %w", err)
 		}
@@ -190,6 +195,9 @@ func (d *Domain) closeListeners() {
 		if c.Listener != nil {
 			_ = c.Listener.Close()
 		}
+	}
+	if d.cfg.EndpointListener != nil {
+		_ = d.cfg.EndpointListener.Close()
 	}
 }
 

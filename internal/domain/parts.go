@@ -3,6 +3,7 @@ package domain
 import (
 	"context"
 	"crypto/tls"
+	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
@@ -79,7 +80,10 @@ var keysetStates = map[keyset.State]string{
 
 // state is what the metrics show. What cannot be read is left out.
 func (d *Domain) state() metrics.ServerState {
-	var s metrics.ServerState
+	s := metrics.ServerState{Federated: make(map[string]time.Time)}
+	for td, at := range d.federation.Refreshed() {
+		s.Federated[td.Name()] = at
+	}
 	for _, dep := range d.deployments {
 		f, err := d.operator.Figures(context.Background(), dep.Name)
 		if err != nil {

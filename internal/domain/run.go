@@ -31,6 +31,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 		group.Go(func() error { return dep.scheduler.Run(ctx) })
 		group.Go(func() error { return dep.follow(ctx, d.cfg.Log) })
 	}
+	group.Go(func() error { return d.federation.Run(ctx) })
 	d.running.Store(true)
 	group.Go(func() error {
 		// From here on calls in flight end, and no new ones are answered.
@@ -84,7 +85,9 @@ func (l *listening) all() error {
 	if err := l.tcp("operators.address", d.cfg.OperatorAddress, d.operator.ServeTLS); err != nil {
 		return err
 	}
-	if d.endpoint != nil {
+	if d.cfg.EndpointListener != nil {
+		l.add("bundle_endpoint.address", d.cfg.EndpointListener, d.endpoint.Serve)
+	} else if d.endpoint != nil {
 		if err := l.tcp("bundle_endpoint.address", d.cfg.EndpointAddress, d.endpoint.Serve); err != nil {
 			return err
 		}
