@@ -57,7 +57,6 @@ type ownSVID struct {
 	held     atomic.Pointer[cache.SVID]
 	next     func() *cache.SVID
 	renewals atomic.Int64
-	fail     atomic.Bool
 }
 
 func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
@@ -65,9 +64,6 @@ func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
 func (o *ownSVID) Renew(context.Context) error {
 	o.renewals.Add(1)
 	time.Sleep(100 * time.Millisecond)
-	if o.fail.Load() {
-		return errors.New("server is unreachable")
-	}
 	o.held.Store(o.next())
 	return nil
 }
@@ -82,13 +78,19 @@ func TestOwnSVIDIsNotSpunOn(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			own := &ownSVID{}
+			own, mended := &ownSVID{}, &atomic.Bool{}
 			fresh := func(r *rig) *cache.SVID {
 				now := time.Now()
 				return &cache.SVID{Authority: r.next.id, NotBefore: now, NotAfter: now.Add(time.Hour), RenewAt: now.Add(30 * time.Minute)}
 			}
 			drill(t, 0, func(r *rig) {
-				own.next = func() *cache.SVID { s := fresh(r); spoil(r, s); return s }
+				own.next = func() *cache.SVID {
+					s := fresh(r)
+					if !mended.Load() {
+						spoil(r, s)
+					}
+					return s
+				}
 				first := fresh(r)
 				first.Authority = r.ca.id
 				own.held.Store(first)
@@ -100,7 +102,7 @@ func TestOwnSVIDIsNotSpunOn(t *testing.T) {
 				if n := own.renewals.Load(); n < 5 || n > 40 {
 					t.Errorf("%d renewals in five minutes, want some with growing pauses", n)
 				}
-				own.next = func() *cache.SVID { return fresh(r) }
+				mended.Store(true)
 				time.Sleep(2 * time.Minute)
 				synctest.Wait()
 				if s := own.Held(); s.Authority != r.next.id || !s.RenewAt.After(time.Now()) {
@@ -153,6 +155,67 @@ func TestMendedEntryDoesNotWait(t *testing.T) {
 		synctest.Wait()
 		if r.cache.Held(r.ca.id) != 1 {
 			t.Error("the entry that was put right still waits")
+		}
+	})
+}
+
+// slowOwn keeps the Renewer busy for a second each time it has looked at the
+// bundle, so that all that happens meanwhile is there at once afterwards.
+type slowOwn struct{ armed, others atomic.Int64 }
+
+func (o *slowOwn) Held() *cache.SVID {
+	time.Sleep(time.Second * time.Duration(o.armed.Load()))
+	return nil
+}
+func (*slowOwn) Renew(context.Context) error { return nil }
+func (*slowOwn) Minted(error, time.Duration) {}
+func (o *slowOwn) Renewed(_ renew.Reason, outcome renew.Outcome) {
+	if outcome != renew.OutcomeRenewed {
+		o.others.Add(1)
+	}
+}
+
+// lateBundle is a server whose answer for the second entry is of an authority
+// that comes into the bundle while the answer is on its way.
+type lateBundle struct {
+	*rig
+	life time.Duration
+}
+
+func (m *lateBundle) Mint(ctx context.Context, requests []renew.Request) ([]renew.Result, error) {
+	if m.server.signer != m.next && requests[0].EntryID == "entry-0001" {
+		time.Sleep(time.Second)
+		fresh := newCA(m.t, "fresh at "+time.Now().String())
+		m.cache.SetBundle(snapshot(m.t, trusted(m.server.signer, fresh)...))
+		csr, err := x509.ParseCertificateRequest(requests[0].CSR)
+		if err != nil {
+			return nil, err
+		}
+		m.life -= time.Hour // or else it would be taken for its longer life
+		der, err := fresh.leaf(m.server.ids["entry-0001"], csr.PublicKey, m.life, nil)
+		return []renew.Result{{Chain: [][]byte{der}, Err: err}}, nil
+	}
+	return m.server.Mint(ctx, requests)
+}
+
+// An answer is judged by a bundle that is no older than the one that it was
+// verified with.
+func TestAnswerOfAnAuthorityThatHasJustCome(t *testing.T) {
+	slow := &slowOwn{}
+	drill(t, 2, func(r *rig) {
+		r.server.signer = r.next
+		r.cfg.Minter, r.cfg.BatchSize, r.cfg.Own, r.cfg.Observer = &lateBundle{r, 20 * time.Hour}, 1, slow, slow
+	}, func(r *rig) {
+		slow.armed.Store(1)
+		r.server.set(func() { r.server.latency = 500 * time.Millisecond })
+		for range 12 { // which of two things it looks at first is left to chance
+			signer := newCA(t, "signer at "+time.Now().String())
+			r.server.set(func() { r.server.signer = signer })
+			r.cache.SetBundle(snapshot(t, trusted(signer)...))
+			r.sleepUntil(time.Now().Add(time.Minute))
+		}
+		if n := slow.others.Load(); n != 0 {
+			t.Errorf("%d of 12 good answers were not taken", n)
 		}
 	})
 }

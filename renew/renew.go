@@ -116,6 +116,9 @@ func (r *Renewer) Run(ctx context.Context) error {
 		case <-timer.C:
 		case <-r.follower.C():
 		case c := <-r.done:
+			// The bundle first: the answer may be of an authority that came
+			// with it.
+			r.observe(r.cfg.Now())
 			r.finish(c)
 		}
 		now := r.cfg.Now()
