@@ -156,7 +156,9 @@ func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 		return OutcomeFailed
 	}
 	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
-	if !r.better(a.svid, a.held, now) {
+	// Compared with what is held now: the entry may have been gone for a moment
+	// and minted again while this answer was on its way.
+	if state, _ := r.cfg.Cache.Item(a.entry.ID); !r.better(a.svid, state.SVID, now) {
 		r.lag(a, now)
 		return OutcomeTainted
 	}

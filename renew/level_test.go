@@ -219,3 +219,48 @@ func TestAnswerOfAnAuthorityThatHasJustCome(t *testing.T) {
 		}
 	})
 }
+
+// overtaken is a server whose answer to one call comes after those to the next.
+type overtaken struct {
+	*rig
+	calls atomic.Int64
+}
+
+func (m *overtaken) Mint(ctx context.Context, requests []renew.Request) ([]renew.Result, error) {
+	if m.calls.Add(1) != 2 {
+		return m.server.Mint(ctx, requests)
+	}
+	csr, err := x509.ParseCertificateRequest(requests[0].CSR)
+	if err != nil {
+		return nil, err
+	}
+	answer := m.sign(m.ca, csr.PublicKey, nil)
+	time.Sleep(10 * time.Second)
+	return []renew.Result{answer}, nil
+}
+
+// An entry that is gone for a moment is minted again while the answer to the
+// first call is on its way. When that comes, it is compared with what is held
+// then.
+func TestLateAnswerDoesNotReplaceABetterSVID(t *testing.T) {
+	drill(t, 1, func(r *rig) { r.cfg.Minter = &overtaken{rig: r} }, func(r *rig) {
+		changed := *mustItem(t, r.cache, "entry-0000").Entry
+		changed.Revision++
+		r.cache.Update([]*cache.Entry{&changed}, nil) // the answer is late
+		synctest.Wait()
+		r.taint()
+		r.cache.Update(nil, []string{changed.ID})
+		synctest.Wait()
+		r.cache.Update([]*cache.Entry{&changed}, nil)
+		r.sleepUntil(time.Now().Add(9 * time.Second))
+		if r.cache.Held(r.next.id) != 1 {
+			r.t.Fatal("not minted again")
+		}
+		for range 20 {
+			r.sleepUntil(time.Now().Add(100 * time.Millisecond))
+			if r.cache.Held(r.next.id) != 1 {
+				r.t.Fatal("the late answer of a tainted authority replaced a trusted SVID")
+			}
+		}
+	})
+}
