@@ -87,6 +87,8 @@ func TestNext(t *testing.T) {
 		"tainted and safe":                {78, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)}, facts{}, "remove o", 78, ""},
 		"X.509 is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{Agents: 4, JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs of 4 agents"},
+		"what is out is not known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+			holds(rotation.Holding{UnknownSince: at(75), Agents: 2}), "remove o", 90 + 5*minutes, "X.509-SVIDs that were signed after 2026-03-17 00:00:00 UTC and are not known since a restore"},
 		"JWT is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{X509Safe: true, JWTExpiry: at(80)}), "remove o", 90 + 5*minutes, "JWT-SVIDs that are valid until 2026-03-22 00:00:00 UTC"},
 		"nothing is known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},

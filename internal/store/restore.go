@@ -100,7 +100,7 @@ func (s *Store) takeOver() error {
 	}
 	s.copied, s.restored = time.Time{}, r
 	s.log.Warn("this store is a copy that was put back: what was signed since it was taken is not known, and no keyset of it is safe to remove before that has expired; join tokens were dropped",
-		"file", s.path, "copied_at", r.CopiedAt, "x509_safe_at_the_latest", r.At.Add(keyset.MaxX509TTL), "join_tokens_dropped", dropped)
+		"file", s.path, "copied_at", r.CopiedAt, "x509_unknown_until", r.At.Add(keyset.MaxX509TTL), "join_tokens_dropped", dropped)
 	return nil
 }
 

@@ -122,7 +122,7 @@ func TestRestore(t *testing.T) {
 	var log bytes.Buffer
 	s = at(t, path, restoredAt, &log)
 	if text := log.String(); strings.Count(text, "level=WARN") != 1 || !strings.Contains(text, "not known") || !strings.Contains(text, "copied_at=2026-01-02T04:04:05") ||
-		!strings.Contains(text, "join_tokens_dropped=3") || !strings.Contains(text, "x509_safe_at_the_latest=2026-01-10T09:04:05") {
+		!strings.Contains(text, "join_tokens_dropped=3") || !strings.Contains(text, "x509_unknown_until=2026-01-10T09:04:05") {
 		t.Errorf("the log says %s", text)
 	}
 	for name, was := range before {

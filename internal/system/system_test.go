@@ -276,6 +276,12 @@ func TestTroubleshooting(t *testing.T) {
 	run(t, "trouble.txtar", nil)
 }
 
+// A server that was lost and is put back from a backup.
+func TestRestore(t *testing.T) {
+	t.Parallel()
+	run(t, "restore.txtar", nil)
+}
+
 // The runbook under a real SPIRE server, with the agents' figures from a real
 // Prometheus.
 func TestRunbookUnderSPIRE(t *testing.T) {
