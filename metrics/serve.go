@@ -63,6 +63,14 @@ func CheckWebConfig(path string) error {
 	return nil
 }
 
+// quiet drops what the toolkit says of a start that went well: where it listens
+// is said already, in the words of the other log lines.
+type quiet struct{ slog.Handler }
+
+func (q quiet) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn && q.Handler.Enabled(ctx, level)
+}
+
 // Serve answers /metrics, /live and /ready until ctx ends, then lets requests
 // in flight finish for a short time and returns nil. Any other end is an error.
 func Serve(ctx context.Context, cfg ServeConfig) error {
@@ -75,6 +83,7 @@ func Serve(ctx context.Context, cfg ServeConfig) error {
 		if l, err = Listen(cfg.Address); err != nil {
 			return err
 		}
+		cfg.Log.Info("metrics are served", "address", l.Addr().String(), "web_config_file", cfg.WebConfigFile)
 	}
 	srv := &http.Server{
 		Handler:           handler(cfg),
@@ -87,7 +96,7 @@ func Serve(ctx context.Context, cfg ServeConfig) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		done <- web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &cfg.WebConfigFile}, cfg.Log)
+		done <- web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &cfg.WebConfigFile}, slog.New(quiet{cfg.Log.Handler()}))
 	}()
 	var err error
 	select {

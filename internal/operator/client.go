@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"sync/atomic"
 	"time"
@@ -51,7 +52,11 @@ func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []
 func DialSocket(path string) (*Client, error) {
 	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
 	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
-		return new(net.Dialer).DialContext(ctx, "unix", path)
+		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+		if errors.Is(err, fs.ErrPermission) {
+			err = fmt.Errorf("%w: its mode lets in root and the server's group; join that, or set admin_socket_mode: 0666 and let operators.managers and operators.readers decide alone", err)
+		}
+		return c, err
 	}
 	conn, err := grpc.NewClient("passthrough:///admin-socket", options(insecure.NewCredentials(), grpc.WithContextDialer(dialer))...)
 	if err != nil {
