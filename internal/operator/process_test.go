@@ -178,7 +178,7 @@ func TestOtherProcesses(t *testing.T) {
 		t.Errorf("without any rule user 4242 got %s", got)
 	}
 	check(t, os.Chmod(path, 0o660))
-	if got := runAs(t, path, &syscall.Credential{Uid: 4242}); !strings.Contains(got, "admin_socket_mode: 0666") {
+	if got := runAs(t, path, &syscall.Credential{Uid: 4242, Gid: 1}); !strings.Contains(got, "admin_socket_mode: 0666") {
 		t.Errorf("a manager whom the socket keeps out got %s", got)
 	}
 }
