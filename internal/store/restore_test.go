@@ -201,10 +201,10 @@ func TestRestoreTwice(t *testing.T) {
 	data := readFile(t, copyOf(t, s))
 	closed(t, s)
 	var last uint64
-	for n := range time.Duration(4) {
+	for n := range 4 {
 		path := newPath(t)
 		writeFile(t, path, data)
-		s := at(t, path, start.Add(n*time.Second), nil)
+		s := at(t, path, start.Add(time.Duration(n)*time.Second), nil)
 		d := s.Deployment("default")
 		if got := load(t, d).Sequence; got <= last {
 			t.Errorf("restore %d begins with %d, the one before had come to %d", n, got, last)
