@@ -261,10 +261,14 @@ func TestWithdrawn(t *testing.T) {
 		empty.Store(true)
 		time.Sleep(6 * time.Minute)
 		synctest.Wait()
-		w.holds(partner)
+		if b := w.held(partner); b != nil {
+			w.t.Errorf("published: %v", b)
+		}
 		w.said("level=WARN|no X.509 authority any more|removed=|" + authorityID(w.web.cert))
 		w.start(follow)
-		w.holds(partner)
+		if b := w.held(partner); b != nil {
+			w.t.Errorf("published after a restart: %v", b)
+		}
 		w.said()
 		empty.Store(false)
 		time.Sleep(6 * time.Minute)
@@ -320,6 +324,28 @@ func TestEndpointsOfOthers(t *testing.T) {
 		w.holds(other, o.certificates()...)
 		stop()
 		w.check(<-done)
+	})
+}
+
+// What an endpoint is verified with has just come: it is asked at once, and not
+// after the pause that follows a failure.
+func TestEndpointOfOneOnTheWeb(t *testing.T) {
+	inWorld(t, func(w *world) {
+		p, o := w.domain(partner), w.domain(other)
+		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+			time.Sleep(time.Second)
+			rw.Write(document(partner, 1, p.certificates()...))
+		})
+		p.serve(other, o.Bundle, p.certificate)
+		w.start(
+			federation.Endpoint{TrustDomain: other, URL: "https://other.example", Profile: federation.ProfileSPIFFE, ID: p.id()},
+			federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb},
+		)
+		w.holds(other)
+		w.said("none is held yet|trust_domain=other.example|no bundle of trust domain partner.example")
+		time.Sleep(time.Second)
+		synctest.Wait()
+		w.holds(other, o.certificates()...)
 	})
 }
 

@@ -214,6 +214,9 @@ func TestRedirect(t *testing.T) {
 					follow.Profile, follow.ID, follow.BundleFile = profile, spiffeid.ID{}, ""
 				}
 				w.hand("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) {
+					if !r.Close {
+						w.t.Error("the connection stays open, and would not be verified again")
+					}
 					http.Redirect(rw, r, "https://cdn.example/b", http.StatusMovedPermanently)
 				})
 				w.hand("cdn.example:443", cdn, func(rw http.ResponseWriter, r *http.Request) { rw.Write(document(partner, 7, p.certificates()...)) })
