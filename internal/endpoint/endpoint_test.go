@@ -12,7 +12,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -231,7 +234,7 @@ func TestWebProfile(t *testing.T) {
 	if n := strings.Count(log.String(), "cannot be used"); n != 1 {
 		t.Errorf("said %d times that the new certificate cannot be used:\n%s", n, log.String())
 	}
-	second.write(t, certFile, keyFile)
+	second.writeKey(t, keyFile)
 	if err := fetch(second); err != nil {
 		t.Errorf("after the change: %v", err)
 	}
@@ -394,6 +397,58 @@ func TestNew(t *testing.T) {
 		}
 	}
 }
+
+// Clients that connect and say nothing cannot use up the file descriptors that
+// agents are answered with.
+func TestManyConnections(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const all, most = 1100, 1000
+		d := newDomain(t)
+		s, err := endpoint.New(endpoint.Config{TrustDomain: td, Bundle: d.Bundle, Certificate: d.svid})
+		d.must(err)
+		c := &crowd{size: all, end: make(chan struct{})}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- s.Serve(ctx, c) }()
+		synctest.Wait()
+		if n := c.in.Load(); n != most {
+			t.Errorf("%d connections were accepted, want %d", n, most)
+		}
+		time.Sleep(time.Minute) // nobody is waited for that long
+		synctest.Wait()
+		if n := c.in.Load(); n != all {
+			t.Errorf("%d of %d were accepted in the end", n, all)
+		}
+		cancel()
+		d.must(<-done)
+	})
+}
+
+// crowd is a listener at which that many connect at once and say nothing.
+type crowd struct {
+	size int64
+	in   atomic.Int64
+	end  chan struct{}
+	once sync.Once
+}
+
+func (c *crowd) Accept() (net.Conn, error) {
+	if c.in.Load() == c.size {
+		<-c.end
+		return nil, net.ErrClosed
+	}
+	c.in.Add(1)
+	conn, _ := net.Pipe()
+	return conn, nil
+}
+
+func (c *crowd) Close() error {
+	c.once.Do(func() { close(c.end) })
+	return nil
+}
+
+func (c *crowd) Addr() net.Addr { return &net.TCPAddr{} }
 
 // A client that neither asks nor leaves does not keep the server from stopping;
 // serve waits for that.

@@ -80,11 +80,16 @@ func newWebCert(t *testing.T, serial int64) *webCert {
 func (c *webCert) write(t *testing.T, certFile, keyFile string) {
 	t.Helper()
 	c.writeCert(t, certFile)
+	c.writeKey(t, keyFile)
+}
+
+func (c *webCert) writeKey(t *testing.T, file string) {
+	t.Helper()
 	der, err := x509.MarshalPKCS8PrivateKey(c.key)
 	if err != nil {
 		t.Fatal(err)
 	}
-	writePEM(t, keyFile, "PRIVATE KEY", der)
+	writePEM(t, file, "PRIVATE KEY", der)
 }
 
 func (c *webCert) writeCert(t *testing.T, file string) { writePEM(t, file, "CERTIFICATE", c.cert.Raw) }
