@@ -71,6 +71,7 @@ type Cache struct {
 
 	mu          sync.Mutex
 	synced      bool
+	restored    bool // from Restore until Release: the limit waits
 	snapshot    *bundle.Snapshot
 	records     map[string]*record                      // by entry ID
 	anchors     map[Selector][]*record                  // each record under one of its selectors
@@ -132,14 +133,12 @@ func New(cfg Config) *Cache {
 func (c *Cache) Now() time.Time { return c.now() }
 
 // Ready reports whether entries and bundle have arrived. Until then nothing
-// can be said about any workload.
+// can be said about any workload, except for what [Cache.Restore] brought.
 func (c *Cache) Ready() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.ready()
+	return c.synced && c.snapshot != nil
 }
-
-func (c *Cache) ready() bool { return c.synced && c.snapshot != nil }
 
 // Bundle returns the snapshot in force; nil before the first [Cache.SetBundle].
 func (c *Cache) Bundle() *bundle.Snapshot {
@@ -168,6 +167,34 @@ func (c *Cache) SetBundle(s *bundle.Snapshot) {
 	for f := range c.followers {
 		notify(f.c)
 	}
+}
+
+// Restore puts in what was held before a restart; call it before anything else.
+// It is served as soon as there is a bundle. But it is not all that the server
+// has: until the first [Cache.Update] nothing is known of callers that none of
+// these entries match. The limit does not count until [Cache.Release], so that
+// the workloads whose streams kept an SVID above it have time to come back.
+func (c *Cache) Restore(entries []*Entry, svids []*SVID) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.restored = true
+	for _, e := range entries {
+		c.upsert(e)
+	}
+	for _, s := range svids {
+		if r := c.records[s.EntryID]; r != nil {
+			c.setWanted(r, true)
+			c.hold(r, s)
+		}
+	}
+}
+
+// Release ends the time that [Cache.Restore] gives workloads to come back.
+func (c *Cache) Release() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.restored = false
+	c.fill()
 }
 
 // Update applies a change of the registration entries: upsert holds new and

@@ -518,3 +518,33 @@ func TestUnanswered(t *testing.T) {
 	a.Sent()
 	want(0)
 }
+
+// What is restored stays, whatever its number, until it is released.
+func TestRestoredOutlivesTheLimit(t *testing.T) {
+	const n, limit = 10, 3
+	c := cache.New(cache.Config{Limit: limit})
+	var entries []*cache.Entry
+	var svids []*cache.SVID
+	for i := range n {
+		e := entry(fmt.Sprint(i), fmt.Sprint(i))
+		entries, svids = append(entries, e), append(svids, svid(e, "A"))
+	}
+	c.Restore(entries, svids)
+	if got := c.Match(sel("7")); got.Ready {
+		t.Error("served without a bundle")
+	}
+	c.SetBundle(snapshot(t))
+	c.Update([]*cache.Entry{entry("new", "new")}, []string{"0"})
+	sub := c.Subscribe(sel("8"))
+	if held := c.Held("A"); held != n-1 {
+		t.Errorf("%d SVIDs held before the release, want %d", held, n-1)
+	}
+	c.Release()
+	if held := c.Held("A"); held != limit {
+		t.Errorf("%d SVIDs held after the release, want %d", held, limit)
+	}
+	if v := sub.View(); len(v.Identities) != 1 {
+		t.Errorf("the stream has %d identities, want its one", len(v.Identities))
+	}
+	sub.Close()
+}

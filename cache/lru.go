@@ -49,7 +49,7 @@ func (c *Cache) fill() {
 	for c.wanted < c.limit && c.lazy.Len() > 0 {
 		c.setWanted(c.lazy.Front().Value.(*record), true)
 	}
-	for c.wanted > c.limit && c.idle.Len() > 0 {
+	for !c.restored && c.wanted > c.limit && c.idle.Len() > 0 {
 		r := c.idle.Front().Value.(*record)
 		c.setWanted(r, false)
 		c.setSVID(r, nil)

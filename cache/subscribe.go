@@ -10,6 +10,9 @@ import (
 type View struct {
 	// Ready is false while the agent is starting: nothing can be said yet.
 	Ready bool
+	// Partial says that the server has not been asked for its entries yet:
+	// more of them than are known may match.
+	Partial bool
 	// Matched is how many entries match the caller's selectors. Zero means
 	// that the caller has no identity here.
 	Matched int
@@ -47,11 +50,12 @@ func (c *Cache) Match(selectors []Selector) View {
 
 // view must be called with mu held.
 func (c *Cache) view(matched []*record) View {
-	if !c.ready() {
+	if c.snapshot == nil || (!c.synced && len(matched) == 0) {
 		return View{}
 	}
 	v := View{
 		Ready:      true,
+		Partial:    !c.synced,
 		Matched:    len(matched),
 		Bundle:     c.snapshot,
 		Entries:    make([]*Entry, len(matched)),

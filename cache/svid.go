@@ -46,6 +46,12 @@ func (c *Cache) Put(s *SVID) error {
 	if r == nil || !r.wanted || r.entry.Revision != s.Revision {
 		return ErrChanged
 	}
+	c.hold(r, s)
+	return nil
+}
+
+// hold replaces what is held for r and tells everyone.
+func (c *Cache) hold(r *record, s *SVID) {
 	r.failed = false
 	c.setSVID(r, s)
 	if !s.NotBefore.Before(c.newest.x509) {
@@ -55,7 +61,6 @@ func (c *Cache) Put(s *SVID) error {
 		notify(sub.c)
 	}
 	c.changed(r)
-	return nil
 }
 
 // Failed notes that minting the first SVID of an entry failed, so that a

@@ -135,6 +135,7 @@ func (r *Renewer) finish(c *call) {
 		if c.err != nil {
 			r.cfg.Observer.Minted(c.err, took)
 			r.cfg.Observer.Renewed(a.reason, OutcomeFailed)
+			r.cfg.Cache.Failed(a.entry.ID)
 		} else {
 			r.cfg.Observer.Minted(a.err, took)
 			r.cfg.Observer.Renewed(a.reason, r.apply(a, now))

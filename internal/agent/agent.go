@@ -227,14 +227,8 @@ func (a *Agent) restore() error {
 	if len(entries) == 0 {
 		return nil
 	}
-	a.cache.Update(entries, nil)
-	held := 0
-	for _, s := range svids {
-		if a.cache.Put(s) == nil {
-			held++
-		}
-	}
-	a.log.Info("workload SVIDs of the last run loaded", "entries", len(entries), "svids", held)
+	a.cache.Restore(entries, svids)
+	a.log.Info("workload SVIDs of the last run loaded", "svids", len(svids))
 	return nil
 }
 
@@ -267,11 +261,28 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		"socket", listener.Addr().String(), "version", a.cfg.Version)
 	stopped := ctx
 	group, ctx := errgroup.WithContext(ctx)
-	group.Go(func() error { return named("Workload API", a.workload.Serve(ctx, listener)) })
-	group.Go(func() error { return a.serveMetrics(ctx) })
+	serving := ctx
 	if a.keeper != nil {
-		group.Go(func() error { return a.keeper.Follow(ctx, a.cache) })
+		// Streams that end may take SVIDs with them, those above the cache's
+		// limit. So they end after everything was kept.
+		var endServing context.CancelFunc
+		serving, endServing = context.WithCancel(context.WithoutCancel(ctx))
+		defer endServing()
+		group.Go(func() error {
+			defer endServing()
+			return a.keeper.Follow(ctx, a.cache)
+		})
+		group.Go(func() error {
+			select {
+			case <-ctx.Done():
+			case <-time.After(reunion):
+				a.cache.Release()
+			}
+			return nil
+		})
 	}
+	group.Go(func() error { return named("Workload API", a.workload.Serve(serving, listener)) })
+	group.Go(func() error { return a.serveMetrics(ctx) })
 	group.Go(func() error {
 		if err := a.connect(ctx); err != nil {
 			return err

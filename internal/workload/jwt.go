@@ -52,7 +52,13 @@ func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDReque
 	entries := v.Entries
 	if !wanted.IsZero() {
 		at := slices.IndexFunc(entries, func(e *cache.Entry) bool { return e.SPIFFEID == wanted })
-		if at < 0 {
+		switch {
+		case at >= 0:
+		case c.uncertain:
+			return nil, errAttest
+		case v.Partial:
+			return nil, errStarting
+		default:
 			return nil, status.Error(codes.PermissionDenied, "no registration entry gives this process that SPIFFE ID")
 		}
 		entries, hints = entries[at:at+1], hints[at:at+1]

@@ -1,0 +1,114 @@
+package agent_test
+
+import (
+	"os"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/codes"
+)
+
+// keeping is inWorld with a runtime_dir.
+func keeping(t *testing.T, n int, configure func(*world), f func(*world)) {
+	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
+	if err != nil {
+		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
+	}
+	defer os.RemoveAll(runtime)
+	inWorld(t, n, func(w *world) {
+		w.cfg.RuntimeDir = runtime
+		if configure != nil {
+			configure(w)
+		}
+	}, f)
+}
+
+// What an agent holds from its last run says nothing about entries that it does
+// not have: until the server has been asked, nobody is told that there is none.
+func TestDrillRestartKnowsNotEveryEntry(t *testing.T) {
+	keeping(t, 3, nil, func(w *world) {
+		w.fill(3)
+		w.stopAgent()
+		w.enter(entriesFor(4))
+		w.set(func(f *faults) { f.down = true })
+		w.startAgent()
+		time.Sleep(time.Second)
+		for range 2 {
+			if err := w.fetchX509(1); err != nil {
+				w.t.Errorf("a caller whose SVID was kept: %v", err)
+			}
+			if err := w.fetchX509(3); !isCode(err, codes.Unavailable) {
+				w.t.Errorf("a caller whose entry came while the agent was away: %v, want Unavailable", err)
+			}
+			time.Sleep(time.Hour)
+		}
+		w.set(func(f *faults) { f.down = false })
+		time.Sleep(15 * time.Second)
+		if err := w.fetchX509(3); err != nil {
+			w.t.Errorf("after the server was back: %v", err)
+		}
+		if err := w.fetchX509(99); !isCode(err, codes.PermissionDenied) {
+			w.t.Errorf("a caller that no entry matches: %v, want PermissionDenied", err)
+		}
+	})
+}
+
+// With more open streams than the cache holds for those without one, a restart
+// loses none of them, server or not.
+func TestDrillRestartWithMoreStreamsThanTheCacheHolds(t *testing.T) {
+	const n, limit = 20, 5
+	keeping(t, n, func(w *world) { w.cfg.CacheSize = limit }, func(w *world) {
+		openAll := func() (streams []*stream) {
+			for i := range n {
+				streams = append(streams, w.open(i))
+			}
+			return streams
+		}
+		told := func(streams []*stream) (n int) {
+			for _, s := range streams {
+				if _, ok := s.last(); ok {
+					n++
+				}
+			}
+			return n
+		}
+		before := openAll()
+		w.until("all streams told", time.Minute, func() bool { return told(before) == n })
+		w.stopAgent()
+		for _, s := range before {
+			s.close()
+		}
+		w.set(func(f *faults) { f.down = true })
+		w.startAgent()
+		time.Sleep(10 * time.Second) // clients come back with pauses
+		after := openAll()
+		time.Sleep(10 * time.Second)
+		if got := told(after); got != n {
+			w.t.Errorf("%d of %d streams got what was held before the restart", got, n)
+		}
+		time.Sleep(10 * time.Minute)
+		for _, s := range after {
+			s.unbroken()
+			s.close()
+		}
+		w.until("the limit holds again", time.Minute, func() bool { return w.held() == limit })
+	})
+}
+
+// A workload that comes back during an outage gets the SVIDs that there are,
+// also when another entry has come to match it that was never minted.
+func TestDrillNewEntryDuringAnOutage(t *testing.T) {
+	inWorld(t, 2, nil, func(w *world) {
+		w.fill(2)
+		w.set(func(f *faults) { f.signing = time.Hour }) // hangs
+		w.enter(entriesFor(3))
+		time.Sleep(10 * time.Second) // the entry is known
+		w.set(func(f *faults) { f.down = true })
+		s := w.open(1, 2)
+		defer s.close()
+		w.until("what is held is told", 10*time.Second, func() bool { _, ok := s.last(); return ok })
+		w.set(func(f *faults) { *f = faults{} })
+		w.until("the new entry is told", time.Minute, func() bool { u, _ := s.last(); return u.identities == 2 })
+		s.unbroken()
+	})
+}
