@@ -59,7 +59,9 @@ func TestRestoredIsServedAndNothingElseIsKnown(t *testing.T) {
 			t.Error("ready although the server was not asked")
 		}
 		one(t, fetchX509(t.Context(), s.client(1000)))
-		ended(t, fetchX509(t.Context(), s.client(1001)), codes.Unavailable)
+		denied := fetchX509(t.Context(), s.client(1001))
+		time.Sleep(startGrace)
+		ended(t, denied, codes.Unavailable)
 		waiting := fetchX509(t.Context(), s.client(1002))
 		synctest.Wait()
 		e2 := entry("e2", "/two", 1002)
