@@ -10,6 +10,7 @@ package rotation
 
 import (
 	"fmt"
+	"strconv"
 	"time"
 
 	"github.com/renewd/renewd/internal/keyset"
@@ -148,7 +149,10 @@ func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step 
 		return s
 	}
 	if n := f.Behind(); n > 0 {
-		behind := fmt.Sprintf("%d agents that have not applied the trust bundle", n)
+		behind := agents(n) + " that have not applied the trust bundle"
+		if n == 1 {
+			behind = "1 agent that has not applied the trust bundle"
+		}
 		if limit := middle(ready, expires); now.Before(limit) {
 			s.At, s.WaitsFor = limit, behind
 		} else {
@@ -194,8 +198,10 @@ func removal(now time.Time, k keyset.Keyset, f Facts) Step {
 	switch h := f.Holding(k); {
 	case !h.X509Safe && !h.UnknownSince.IsZero():
 		s.WaitsFor = "X.509-SVIDs that were signed after " + text(h.UnknownSince) + " and are not known since a restore"
+	case !h.X509Safe && h.Agents == 0:
+		s.WaitsFor = "X.509-SVIDs that are being signed"
 	case !h.X509Safe:
-		s.WaitsFor = fmt.Sprintf("X.509-SVIDs of %d agents", h.Agents)
+		s.WaitsFor = "X.509-SVIDs of " + agents(h.Agents)
 	case !h.JWTSafe && h.JWTExpiry.IsZero():
 		s.WaitsFor = "JWT-SVIDs"
 	case !h.JWTSafe:
@@ -218,6 +224,13 @@ func earliest(t time.Time, others ...time.Time) time.Time {
 		}
 	}
 	return t
+}
+
+func agents(n int) string {
+	if n == 1 {
+		return "1 agent"
+	}
+	return strconv.Itoa(n) + " agents"
 }
 
 func text(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }

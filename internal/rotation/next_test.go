@@ -64,6 +64,7 @@ func TestNext(t *testing.T) {
 		"prepared, too young":  {76.5, []keyset.Keyset{a, ks("b", prepared, 76)}, unasked, "activate b", 77, ""},
 		"prepared, old enough": {77, []keyset.Keyset{a, ks("b", prepared, 76)}, facts{}, "activate b", 77, ""},
 		"agents are behind":    {77, []keyset.Keyset{a, ks("b", prepared, 76)}, behind, "activate b", 83.5, "3 agents that have not applied the trust bundle"},
+		"one agent is behind":  {77, []keyset.Keyset{a, ks("b", prepared, 76)}, facts{behind: func() int { return 1 }}, "activate b", 83.5, "1 agent that has not applied the trust bundle"},
 		"behind for too long":  {83.5, []keyset.Keyset{a, ks("b", prepared, 76)}, behind, "activate b", 77, ""},
 
 		"by an operator, in advance":     {40, []keyset.Keyset{a, ks("b", prepared, 30)}, unasked, "activate b", 77, ""},
@@ -87,6 +88,10 @@ func TestNext(t *testing.T) {
 		"tainted and safe":                {78, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)}, facts{}, "remove o", 78, ""},
 		"X.509 is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{Agents: 4, JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs of 4 agents"},
+		"X.509 of one agent is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+			holds(rotation.Holding{Agents: 1, JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs of 1 agent"},
+		"X.509 is on its way": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+			holds(rotation.Holding{JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs that are being signed"},
 		"what is out is not known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{UnknownSince: at(75), Agents: 2}), "remove o", 90 + 5*minutes, "X.509-SVIDs that were signed after 2026-03-17 00:00:00 UTC and are not known since a restore"},
 		"JWT is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
