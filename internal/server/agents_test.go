@@ -329,6 +329,78 @@ func TestRestart(t *testing.T) {
 	})
 }
 
+// TestRestoredAgents gives a new server the agents as they were before some
+// of them renewed their SVIDs.
+func TestRestoredAgents(t *testing.T) {
+	t.Parallel()
+	keys, store := new(keyset.Memory), server.NewMemory()
+	synctest.Test(t, func(t *testing.T) {
+		open := func() *keyset.Deployment {
+			d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: keys})
+			check(t, err)
+			return d
+		}
+		s := start(t, server.Config{Storage: store, Keysets: open()})
+		renew := func(who *identity) *identity {
+			t.Helper()
+			key, csr := newKey(t)
+			resp, err := s.dial(t, who).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
+			check(t, err)
+			return newIdentity(t, resp.GetSvid(), key)
+		}
+		quiet, _ := s.join(t)
+		busy, _ := s.join(t)
+		banned, _ := s.join(t)
+		old, _ := s.join(t)
+		time.Sleep(time.Hour)
+		old2 := renew(old)
+		check(t, s.dial(t, old2).ping(t.Context()))
+		time.Sleep(time.Hour)
+
+		copied := time.Now()
+		copyOf := server.NewMemory()
+		agents, err := store.Agents(t.Context())
+		check(t, err)
+		for _, a := range agents {
+			a.Banned = a.ID == banned.id
+			_, err := copyOf.UpdateAgent(t.Context(), a.ID, func(*server.Agent) (*server.Agent, error) { return &a, nil })
+			check(t, err)
+		}
+		time.Sleep(time.Hour)
+		busy2, banned2 := renew(busy), renew(banned)
+		check(t, s.dial(t, busy2).ping(t.Context()))
+		time.Sleep(time.Hour)
+		busy3 := renew(busy2)
+		late, _ := s.join(t)
+		s.stop()
+
+		plain := start(t, server.Config{Storage: copyOf, Keysets: open()})
+		wantCode(t, plain.dial(t, busy3).ping(t.Context()), codes.PermissionDenied, notActive)
+		plain.stop()
+
+		s = start(t, server.Config{Storage: copyOf, Keysets: open(), Lost: server.Lost{From: copied, To: time.Now()}})
+		for name, who := range map[string]*identity{"that has not renewed": quiet, "that has renewed before the copy": old2, "that has renewed twice since": busy3} {
+			for range 2 {
+				if err := s.dial(t, who).ping(t.Context()); err != nil {
+					t.Errorf("an agent %s: %v", name, err)
+				}
+			}
+		}
+		wantCode(t, s.dial(t, busy2).ping(t.Context()), codes.PermissionDenied, notActive) // one that was replaced
+		wantCode(t, s.dial(t, busy).ping(t.Context()), codes.PermissionDenied, notActive)
+		wantCode(t, s.dial(t, old).ping(t.Context()), codes.PermissionDenied, notActive) // replaced before the copy
+		wantCode(t, s.dial(t, banned2).ping(t.Context()), codes.PermissionDenied, types.PermissionDeniedDetails_AGENT_BANNED)
+		wantCode(t, s.dial(t, late).ping(t.Context()), codes.PermissionDenied, types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
+
+		// What is signed from now on is known: a renewal that is replaced before it
+		// was used stays out.
+		forgotten := renew(busy3)
+		time.Sleep(time.Second)
+		renew(busy3)
+		wantCode(t, s.dial(t, forgotten).ping(t.Context()), codes.PermissionDenied, notActive)
+	})
+}
+
 // openKeysets uses the bubble's clock: it starts in 2000, and so must the keys.
 func openKeysets(t *testing.T, store keyset.Storage) *keyset.Deployment {
 	t.Helper()

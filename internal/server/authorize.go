@@ -2,7 +2,9 @@ package server
 
 import (
 	"context"
+	"crypto/x509"
 	"fmt"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -92,14 +94,14 @@ func (s *Server) enter(ctx context.Context, method string, items int) (context.C
 
 // authorize lets an agent-only call through when its SVID is the agent's
 // current one, or the one that it was given last and now uses for the first
-// time, which makes it the current one.
+// time, which makes it the current one. So is one that storage lost.
 func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
 	if !agentOnly[method] {
 		return ctx, nil
 	}
-	id, serial, err := s.identify(ctx)
+	id, svid, err := s.identify(ctx)
 	if err == nil {
-		err = s.admit(ctx, id, serial)
+		err = s.admit(ctx, id, svid)
 	}
 	if err != nil {
 		s.log.Warn("call refused", "method", method, "agent", id.String(), "error", err)
@@ -108,37 +110,38 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 	return context.WithValue(ctx, callerKey{}, id), nil
 }
 
-func (s *Server) identify(ctx context.Context) (id spiffeid.ID, serial string, err error) {
+func (s *Server) identify(ctx context.Context) (id spiffeid.ID, svid *x509.Certificate, err error) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return id, "", status.Error(codes.Internal, "call has no peer")
+		return id, nil, status.Error(codes.Internal, "call has no peer")
 	}
 	info, ok := p.AuthInfo.(credentials.TLSInfo)
 	if !ok || len(info.State.PeerCertificates) == 0 {
-		return id, "", denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
 	}
 	id, err = clientID(info.State.PeerCertificates)
 	if err != nil {
-		return id, "", denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
 	}
 	leaf := info.State.PeerCertificates[0]
 	// The connection was verified when it was made; it may be older than that.
 	if s.now().After(leaf.NotAfter) {
-		return id, "", denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "SVID of agent %q has expired", id)
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "SVID of agent %q has expired", id)
 	}
-	return id, leaf.SerialNumber.String(), nil
+	return id, leaf, nil
 }
 
-func (s *Server) admit(ctx context.Context, id spiffeid.ID, serial string) error {
+func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certificate) error {
+	serial := svid.SerialNumber.String()
 	agent, err := s.storage.Agent(ctx, id)
 	if err != nil {
 		return s.internal("look up agent", err)
 	}
-	if agent != nil && !agent.Banned && agent.NextSerial == serial && agent.Serial != serial {
+	if s.takesOver(agent, serial, svid) {
 		agent, err = s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
 			// Looked at again: another call may have been first.
-			if a != nil && !a.Banned && a.NextSerial == serial {
-				a.Serial, a.ExpiresAt, a.NextSerial = serial, a.NextExpiresAt, ""
+			if s.takesOver(a, serial, svid) {
+				a.Serial, a.ExpiresAt, a.NextSerial = serial, svid.NotAfter, ""
 			}
 			return a, nil
 		})
@@ -155,6 +158,24 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, serial string) error
 		return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "SVID %s is not the active one of agent %q", serial, id)
 	}
 	return nil
+}
+
+// takesOver reports whether an SVID that is not the agent's current one becomes
+// that with this call: it was given to it last, or it was given in a time that
+// storage knows nothing of and outlasts those that it knows. Without the latter a
+// server that was put back from a copy would refuse every agent that has renewed
+// since, and each would need a new join token.
+func (s *Server) takesOver(a *Agent, serial string, svid *x509.Certificate) bool {
+	if a == nil || a.Banned || a.Serial == serial {
+		return false
+	}
+	if a.NextSerial == serial {
+		return true
+	}
+	// SVIDs begin a little before they are signed.
+	begin, lost := svid.NotBefore.Add(time.Minute), s.config.Lost
+	return begin.After(lost.From) && svid.NotBefore.Before(lost.To) &&
+		svid.NotAfter.After(a.ExpiresAt) && svid.NotAfter.After(a.NextExpiresAt)
 }
 
 // denied makes a PermissionDenied error that tells an agent what to do next.

@@ -271,3 +271,11 @@ func entry(id string, change ...func(*server.Entry)) server.Entry {
 	}
 	return e
 }
+
+// check fails the test at once for an error.
+func check(t testing.TB, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}

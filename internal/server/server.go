@@ -106,6 +106,10 @@ type Config struct {
 	Published func() *keyset.Bundle
 	// Storage keeps agents, join tokens and entries; memory when nil.
 	Storage Storage
+	// Lost says that Storage was put back from a copy, and what it lacks: what
+	// happened after From, when it was copied, and before To. The zero value: it
+	// was not.
+	Lost Lost
 	// X509TTL is the lifetime of an X.509-SVID whose entry names none, of the
 	// agents' own and of the server's certificate: 1 to 168 hours, 24 when
 	// zero.
@@ -132,6 +136,9 @@ type Config struct {
 	// in it see each call before anything else does.
 	Options []grpc.ServerOption
 }
+
+// Lost is a time that Storage knows nothing of.
+type Lost struct{ From, To time.Time }
 
 // Server holds what is served. All methods may be called concurrently.
 type Server struct {

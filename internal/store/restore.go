@@ -31,6 +31,10 @@ type restored struct {
 // open; the zero value when there is nothing of that kind.
 func (d *Deployment) Restored() ledger.Restored { return d.s.restored.Deployments[d.name] }
 
+// Lost returns between when the store was copied and put back; zero times when it
+// was not.
+func (s *Store) Lost() (from, to time.Time) { return s.restored.CopiedAt, s.restored.At }
+
 // checkAbout looks at what the bucket has beside the format.
 func (s *Store) checkAbout(b *bbolt.Bucket) error {
 	return b.ForEach(func(k, v []byte) (err error) {
