@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -271,5 +272,43 @@ func TestExpiredBesideAnother(t *testing.T) {
 			continue
 		}
 		conn.Close()
+	}
+}
+
+// TestRestartBeforeActivation: after a restart the agents are waited for that may
+// not have had the time to say that they have applied the bundle.
+func TestRestartBeforeActivation(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "east")
+	c.KeysetLifetime, c.X509TTL = 30*time.Hour, 29*time.Hour
+	c.Rotation = rotation.Policy{Mode: rotation.On, PreparationThreshold: 10 * time.Hour, ActivationThreshold: time.Minute}
+	r := run(t, c)
+	r.join("east")
+	r.stop()
+	var later atomic.Int64 // than the real clock
+	c.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+	later.Store(int64(21 * time.Hour))
+	r = run(t, c)
+	states := func() string {
+		var all []string
+		for _, k := range r.keysets("east").GetKeysets() {
+			all = append(all, k.GetState().String())
+		}
+		return strings.Join(all, " ")
+	}
+	for deadline := time.Now().Add(10 * time.Second); states() != "ACTIVE PREPARED"; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal(states())
+		}
+	}
+	r.stop()
+	later.Add(int64(2 * time.Minute))
+	r = run(t, c)
+	if a := r.keysets("east").GetAutomatic(); a.GetWaitsFor() != "1 agent that has not applied the trust bundle" || states() != "ACTIVE PREPARED" {
+		t.Errorf("just after the start: %v, %s", a, states())
+	}
+	later.Add(int64(4 * time.Minute))
+	if a := r.keysets("east").GetAutomatic(); a.GetWaitsFor() != "" || !strings.HasPrefix(a.GetNext(), "activate ") {
+		t.Errorf("four minutes later: %v", a)
 	}
 }
