@@ -100,7 +100,15 @@ func applyCommand(ctx context.Context, args []string, e cli.Env) error {
 		if c.json() {
 			return cli.PrintJSON(c.Stdout, showChanges(resp, *dryRun))
 		}
-		return printChanges(c.Stdout, resp, *dryRun)
+		if err := printChanges(c.Stdout, resp, *dryRun); err != nil {
+			return err
+		}
+		for _, w := range resp.GetWarnings() {
+			if err := cli.Printf(c.Stderr, "Warning: %s\n", text(w)); err != nil {
+				return err
+			}
+		}
+		return nil
 	})
 }
 
@@ -130,11 +138,12 @@ type shownChange struct {
 type shownChanges struct {
 	Changes   []shownChange `json:"changes"`
 	Unchanged int64         `json:"unchanged"`
+	Warnings  []string      `json:"warnings,omitempty"`
 	DryRun    bool          `json:"dry_run"`
 }
 
 func showChanges(resp *api.ApplyEntriesResponse, dryRun bool) shownChanges {
-	out := shownChanges{Changes: []shownChange{}, Unchanged: resp.GetUnchanged(), DryRun: dryRun}
+	out := shownChanges{Changes: []shownChange{}, Unchanged: resp.GetUnchanged(), Warnings: resp.GetWarnings(), DryRun: dryRun}
 	for _, c := range resp.GetChanges() {
 		out.Changes = append(out.Changes, shownChange{kindOf(c), showEntry(c.GetBefore()), showEntry(c.GetAfter())})
 	}

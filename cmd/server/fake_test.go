@@ -139,6 +139,9 @@ func (f *fake) ApplyEntries(_ context.Context, r *api.ApplyEntriesRequest) (*api
 	out, next := &api.ApplyEntriesResponse{}, map[string]*api.Entry{}
 	for _, e := range r.GetEntries() {
 		next[e.GetId()] = e
+		if slices.Contains(e.GetFederatesWith(), "unknown.example") {
+			out.Warnings = append(out.Warnings, "entry "+e.GetId()+" is\nodd")
+		}
 	}
 	ids := maps.Clone(next)
 	maps.Copy(ids, f.entries)

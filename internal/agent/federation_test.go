@@ -270,8 +270,7 @@ func (s *side) trusts(of *side, who identity, want bool) {
 	s.t.Helper()
 	b := s.foreign(of.td)
 	if b == nil {
-		s.t.Errorf("%s: no bundle of %s", s.td.Name(), of.td.Name())
-		return
+		s.t.Fatalf("%s: no bundle of %s", s.td.Name(), of.td.Name())
 	}
 	if _, _, err := x509svid.Verify([]*x509.Certificate{who.svid}, b); (err == nil) != want {
 		s.t.Errorf("X.509-SVID of %s at %s: %v", of.td.Name(), s.td.Name(), err)

@@ -2202,9 +2202,11 @@ func (x *ApplyEntriesRequest) GetDryRun() bool {
 }
 
 type ApplyEntriesResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Changes       []*EntryChange         `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"` // ordered by ID
-	Unchanged     int64                  `protobuf:"varint,2,opt,name=unchanged,proto3" json:"unchanged,omitempty"`
+	state     protoimpl.MessageState `protogen:"open.v1"`
+	Changes   []*EntryChange         `protobuf:"bytes,1,rep,name=changes,proto3" json:"changes,omitempty"` // ordered by ID
+	Unchanged int64                  `protobuf:"varint,2,opt,name=unchanged,proto3" json:"unchanged,omitempty"`
+	// What is accepted and will not do what was probably meant, one sentence each.
+	Warnings      []string `protobuf:"bytes,3,rep,name=warnings,proto3" json:"warnings,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2251,6 +2253,13 @@ func (x *ApplyEntriesResponse) GetUnchanged() int64 {
 		return x.Unchanged
 	}
 	return 0
+}
+
+func (x *ApplyEntriesResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
+	}
+	return nil
 }
 
 type EntryChange struct {
@@ -2360,6 +2369,7 @@ func (x *PutEntryRequest) GetEntry() *Entry {
 type PutEntryResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Change        *EntryChange           `protobuf:"bytes,1,opt,name=change,proto3" json:"change,omitempty"`
+	Warnings      []string               `protobuf:"bytes,2,rep,name=warnings,proto3" json:"warnings,omitempty"` // as of ApplyEntriesResponse
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2397,6 +2407,13 @@ func (*PutEntryResponse) Descriptor() ([]byte, []int) {
 func (x *PutEntryResponse) GetChange() *EntryChange {
 	if x != nil {
 		return x.Change
+	}
+	return nil
+}
+
+func (x *PutEntryResponse) GetWarnings() []string {
+	if x != nil {
+		return x.Warnings
 	}
 	return nil
 }
@@ -3013,18 +3030,20 @@ const file_renewd_proto_rawDesc = "" +
 	"\x13ApplyEntriesRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12*\n" +
 	"\aentries\x18\x02 \x03(\v2\x10.renewd.v1.EntryR\aentries\x12\x17\n" +
-	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"f\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x82\x01\n" +
 	"\x14ApplyEntriesResponse\x120\n" +
 	"\achanges\x18\x01 \x03(\v2\x16.renewd.v1.EntryChangeR\achanges\x12\x1c\n" +
-	"\tunchanged\x18\x02 \x01(\x03R\tunchanged\"_\n" +
+	"\tunchanged\x18\x02 \x01(\x03R\tunchanged\x12\x1a\n" +
+	"\bwarnings\x18\x03 \x03(\tR\bwarnings\"_\n" +
 	"\vEntryChange\x12(\n" +
 	"\x06before\x18\x01 \x01(\v2\x10.renewd.v1.EntryR\x06before\x12&\n" +
 	"\x05after\x18\x02 \x01(\v2\x10.renewd.v1.EntryR\x05after\"a\n" +
 	"\x0fPutEntryRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12&\n" +
-	"\x05entry\x18\x02 \x01(\v2\x10.renewd.v1.EntryR\x05entry\"B\n" +
+	"\x05entry\x18\x02 \x01(\v2\x10.renewd.v1.EntryR\x05entry\"^\n" +
 	"\x10PutEntryResponse\x12.\n" +
-	"\x06change\x18\x01 \x01(\v2\x16.renewd.v1.EntryChangeR\x06change\"L\n" +
+	"\x06change\x18\x01 \x01(\v2\x16.renewd.v1.EntryChangeR\x06change\x12\x1a\n" +
+	"\bwarnings\x18\x02 \x03(\tR\bwarnings\"L\n" +
 	"\x12DeleteEntryRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12\x0e\n" +
 	"\x02id\x18\x02 \x01(\tR\x02id\"\x15\n" +

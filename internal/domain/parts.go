@@ -25,7 +25,7 @@ func (d *Domain) openOperator() error {
 		return err
 	}
 	c := operator.Config{
-		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: rules,
+		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: rules, Follows: d.federation.Follows,
 		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Now: d.cfg.Now,
 	}
 	if d.store != nil {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -141,7 +143,7 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 	if err != nil {
 		return nil, fail(err)
 	}
-	resp := &api.ApplyEntriesResponse{Unchanged: int64(diff.Unchanged)}
+	resp := &api.ApplyEntriesResponse{Unchanged: int64(diff.Unchanged), Warnings: s.warnings(entries)}
 	for _, c := range diff.Changes {
 		resp.Changes = append(resp.Changes, protoChange(c))
 	}
@@ -162,7 +164,37 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	if err != nil {
 		return nil, fail(err)
 	}
-	return &api.PutEntryResponse{Change: protoChange(c)}, nil
+	return &api.PutEntryResponse{Change: protoChange(c), Warnings: s.warnings([]server.Entry{e})}, nil
+}
+
+// maxNamed is how many entries a warning names.
+const maxNamed = 5
+
+// warnings says which entries federate with trust domains whose bundles nobody
+// fetches.
+func (s *Service) warnings(entries []server.Entry) []string {
+	if s.config.Follows == nil {
+		return nil
+	}
+	unknown := make(map[string][]string) // entries by trust domain
+	for _, e := range entries {
+		for _, td := range e.FederatesWith {
+			if !s.config.Follows(td) {
+				unknown[td.Name()] = append(unknown[td.Name()], strconv.Quote(e.ID))
+			}
+		}
+	}
+	var out []string
+	for _, td := range slices.Sorted(maps.Keys(unknown)) {
+		ids := unknown[td]
+		slices.Sort(ids)
+		if ids = slices.Compact(ids); len(ids) > maxNamed {
+			ids = append(ids[:maxNamed:maxNamed], fmt.Sprintf("and %d more", len(ids)-maxNamed))
+		}
+		out = append(out, fmt.Sprintf("entries that federate with %q: the server does not follow it, workloads do not get its bundle: set federation.%s in its configuration, or correct %s",
+			td, td, strings.Join(ids, ", ")))
+	}
+	return out
 }
 
 // DeleteEntry implements the service.

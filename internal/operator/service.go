@@ -68,6 +68,9 @@ type Config struct {
 	Deployments []Deployment
 	// Published returns the trust bundle of all deployments.
 	Published func() *keyset.Bundle
+	// Follows reports whether the bundle of another trust domain is fetched, so that
+	// who enters an entry that federates with it can be told; nil: it is not known.
+	Follows func(spiffeid.TrustDomain) bool
 	// Backup writes a copy of what all deployments keep to w and returns its size
 	// in bytes; nil when nothing is kept.
 	Backup func(ctx context.Context, w io.Writer) (size int64, err error)

@@ -1,0 +1,145 @@
+package domain_test
+
+import (
+	"bytes"
+	"log/slog"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/federation"
+)
+
+var partner = spiffeid.RequireTrustDomainFromString("partner.example")
+
+// newPartner is the configuration of another trust domain.
+func newPartner(t *testing.T) domain.Config {
+	c := newConfig(t, "default")
+	c.TrustDomain, c.Managers, c.Readers = partner, nil, nil
+	return c
+}
+
+// follows has a configuration follow a partner.
+func follows(c domain.Config, p *running) domain.Config {
+	file := filepath.Join(filepath.Dir(c.KeyFile), "partner.pem")
+	if err := os.WriteFile(file, p.Published().PEM(), 0o600); err != nil {
+		p.t.Fatal(err)
+	}
+	c.Federation = []federation.Endpoint{{
+		TrustDomain: partner, URL: "https://" + p.address("bundle_endpoint.address") + "/bundle", Profile: federation.ProfileSPIFFE,
+		ID: spiffeid.RequireFromPath(partner, "/spire/server"), BundleFile: file,
+	}}
+	return c
+}
+
+// federated waits until an agent is told of the partner's bundle what ok wants.
+func (a *agent) federated(ok func(*types.Bundle) bool) *types.Bundle {
+	a.t.Helper()
+	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
+		b, err := a.GetFederatedBundle(a.t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: partner.Name()})
+		check(a.t, err)
+		if ok(b) {
+			return b
+		}
+		if time.Since(begin) > 20*time.Second {
+			a.t.Fatalf("not in 20 s: %v", b)
+		}
+	}
+}
+
+// TestFederation: the agents of all deployments get the bundle of a trust domain
+// that is followed, also after a restart while that is down, and not any more once
+// it is not.
+func TestFederation(t *testing.T) {
+	t.Parallel()
+	p := run(t, newPartner(t))
+	base := newConfig(t, "east", "west")
+	c := follows(base, p)
+	r := run(t, c)
+	want := p.Published()
+	fetched := func(b *types.Bundle) bool { return b.GetRefreshHint() == 60 } // the file has none
+	agents := map[string]*identity{}
+	for _, name := range []string{"east", "west"} {
+		a := r.join(name)
+		agents[name] = a.identity
+		b := a.federated(fetched)
+		if b.GetTrustDomain() != partner.Name() || b.GetSequenceNumber() != want.Sequence || len(b.GetX509Authorities()) != 1 || len(b.GetJwtAuthorities()) != 1 ||
+			!bytes.Equal(b.GetX509Authorities()[0].GetAsn1(), want.X509[0].Certificate.Raw) || b.GetJwtAuthorities()[0].GetKeyId() != want.JWT[0].KeyID ||
+			!bytes.Equal(b.GetJwtAuthorities()[0].GetPublicKey(), want.JWT[0].PKIX) || b.GetJwtAuthorities()[0].GetExpiresAt() != 0 {
+			t.Errorf("%s is told %v", name, b)
+		}
+		_, err := a.GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: "unknown.example"})
+		if status.Code(err) != codes.NotFound {
+			t.Errorf("of another: %v", err)
+		}
+	}
+	shown := string(get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK))
+	for _, line := range []string{
+		`renewd_server_federated_bundle_refreshes_total{outcome="applied",trust_domain="partner.example"} 1`,
+		`renewd_server_federated_bundle_refreshes_total{outcome="failed",trust_domain="partner.example"} 0`,
+		`renewd_server_federated_bundle_refreshed_timestamp_seconds{trust_domain="partner.example"} `,
+	} {
+		if !strings.Contains(shown, line) {
+			t.Errorf("metrics without %s", line)
+		}
+	}
+
+	p.stop()
+	r.stop()
+	r = run(t, c)
+	r.dial("west", agents["west"]).federated(fetched)
+
+	r.stop()
+	r = run(t, base)
+	_, err := r.dial("east", agents["east"]).GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: partner.Name()})
+	if status.Code(err) != codes.NotFound {
+		t.Errorf("not followed any more: %v", err)
+	}
+}
+
+// TestEntriesThatFederateWithNobody: who puts an entry whose bundle nobody fetches is
+// told so, and who looks into the log after the start, too.
+func TestEntriesThatFederateWithNobody(t *testing.T) {
+	t.Parallel()
+	p := run(t, newPartner(t))
+	c := follows(newConfig(t, "default"), p)
+	r := run(t, c)
+	entry := func(id string, with ...string) *api.Entry {
+		return &api.Entry{Id: id, SpiffeId: "spiffe://example.org/" + id, Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}, FederatesWith: with}
+	}
+	const warning = `entries that federate with "typo.example": the server does not follow it, workloads do not get its bundle: set federation.typo.example in its configuration, or correct "a", "b"`
+	for _, dryRun := range []bool{true, false} {
+		resp, err := r.api.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Scope: scope("default"), DryRun: dryRun, Entries: []*api.Entry{
+			entry("b", "typo.example"), entry("a", "partner.example", "typo.example"), entry("c", "partner.example"),
+		}})
+		check(t, err)
+		if got := resp.GetWarnings(); len(got) != 1 || got[0] != warning {
+			t.Errorf("warnings %q", got)
+		}
+	}
+	put, err := r.api.PutEntry(t.Context(), &api.PutEntryRequest{Scope: scope("default"), Entry: entry("b", "partner.example")})
+	check(t, err)
+	if got := put.GetWarnings(); len(got) != 0 {
+		t.Errorf("warnings %q", got)
+	}
+	r.stop()
+	var log bytes.Buffer
+	c.Log = slog.New(slog.NewTextHandler(&log, nil))
+	d, err := domain.Open(t.Context(), c)
+	check(t, err)
+	check(t, d.Close())
+	if got := log.String(); strings.Count(got, "entries federate with") != 1 || !strings.Contains(got, "deployment=default trust_domain=typo.example entries=1") {
+		t.Errorf("log:\n%s", got)
+	}
+}
