@@ -1,15 +1,18 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -18,6 +21,9 @@ import (
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == workloadArg {
 		os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
+	}
+	if os.Getenv("DEMO_MAIN") != "" {
+		main()
 	}
 	os.Exit(m.Run())
 }
@@ -176,6 +182,46 @@ func TestInterrupt(t *testing.T) {
 				t.Errorf("exit status %d, want 130\n%s", code, &stderr)
 			}
 		})
+	}
+}
+
+// A connection that breaks somewhere raises SIGPIPE and ends nothing. A reader
+// that goes away, as in "demo | head", does.
+func TestReaderGone(t *testing.T) {
+	leavesNothing(t)
+	program, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(program, "-svids", "5")
+	cmd.Env = append(os.Environ(), "DEMO_MAIN=1")
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := bufio.NewScanner(out)
+	until := func(text string) {
+		for lines.Scan() {
+			if strings.Contains(lines.Text(), text) {
+				return
+			}
+		}
+		t.Errorf("ended without %q", text)
+	}
+	until("has joined")
+	if err := cmd.Process.Signal(syscall.SIGPIPE); err != nil {
+		t.Fatal(err)
+	}
+	until("PREPARE")
+	out.Close()
+	_ = cmd.Wait()
+	if code := cmd.ProcessState.ExitCode(); code != exitInterrupted {
+		t.Errorf("exit status %d, want 130\n%s", code, &stderr)
 	}
 }
 

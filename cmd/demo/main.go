@@ -12,9 +12,10 @@ import (
 )
 
 func main() {
-	// With nobody left to read it, as in "demo | head", the demo ends in order.
-	ctx, _ := signal.NotifyContext(context.Background(), syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(ctx, os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
+	// With nobody left to read it, as in "demo | head", the demo ends in order:
+	// the write fails. The signal says less, any connection can raise it.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	context.AfterFunc(ctx, stop) // from then on a second signal ends the process at once
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }

@@ -138,7 +138,9 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 	if s.json {
 		timeline = stderr
 	}
-	screen := newScreen(timeline)
+	ctx, gone := context.WithCancel(ctx)
+	defer gone()
+	screen := newScreen(timeline, gone)
 	log := slog.New(slog.DiscardHandler)
 	if s.verbose {
 		log = slog.New(tint.NewTextHandler(stderr, &tint.Options{

@@ -18,6 +18,7 @@ type screen struct {
 	live  bool // a terminal: lines can be redrawn
 	color bool
 	start time.Time
+	gone  func() // called when a write fails: nobody reads any more
 
 	drawn bool      // the progress line stands at the bottom
 	last  time.Time // when progress was last written
@@ -28,8 +29,14 @@ const (
 	repeatEvery = 5 * time.Second
 )
 
-func newScreen(w io.Writer) *screen {
-	return &screen{w: w, live: isTerminal(w), color: colored(w), start: time.Now()}
+func newScreen(w io.Writer, gone func()) *screen {
+	return &screen{w: w, live: isTerminal(w), color: colored(w), start: time.Now(), gone: gone}
+}
+
+func (s *screen) write(format string, args ...any) {
+	if _, err := fmt.Fprintf(s.w, format, args...); err != nil {
+		s.gone()
+	}
 }
 
 // isTerminal reports whether w is a terminal that knows control sequences.
@@ -60,7 +67,7 @@ func (s *screen) paint(color, text string) string {
 func (s *screen) text(lines ...string) {
 	s.clear()
 	for _, l := range lines {
-		fmt.Fprintln(s.w, l)
+		s.write("%s\n", l)
 	}
 }
 
@@ -68,7 +75,7 @@ func (s *screen) text(lines ...string) {
 // follow below the first.
 func (s *screen) event(who string, what ...string) {
 	s.clear()
-	fmt.Fprintf(s.w, "%6.1f s  %-9s  %s\n", time.Since(s.start).Seconds(), who, strings.Join(what, "\n"+indent))
+	s.write("%6.1f s  %-9s  %s\n", time.Since(s.start).Seconds(), who, strings.Join(what, "\n"+indent))
 	s.last = time.Now() // what has just been said need not be repeated
 }
 
@@ -101,14 +108,14 @@ func (s *screen) progress(what string) {
 			line = line[:width-1]
 		}
 	}
-	fmt.Fprintf(s.w, "\r\x1b[K%s", line)
+	s.write("\r\x1b[K%s", line)
 	s.drawn, s.last = true, time.Now()
 }
 
 // clear takes the progress line away.
 func (s *screen) clear() {
 	if s.drawn {
-		fmt.Fprint(s.w, "\r\x1b[K")
+		s.write("\r\x1b[K")
 		s.drawn = false
 	}
 }

@@ -78,9 +78,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	if err != nil {
 		return sys, err
 	}
-	// Closed last: what is written to a connection whose other end is gone
-	// raises SIGPIPE, as a closed standard output does.
-	sys.stops = append([]func() error{operators.Close}, sys.stops...)
+	sys.stops = append(sys.stops, operators.Close)
 	sys.backend = operators.Backend("", "")
 	return sys, nil
 }
