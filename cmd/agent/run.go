@@ -31,7 +31,9 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 		// tenth more CPU while it works.
 		debug.SetGCPercent(25)
 	}
-	a, err := agent.New(agentConfig(cfg, e))
+	c := agentConfig(cfg, e)
+	c.Started = cli.Started(e.Getenv, c.Log)
+	a, err := agent.New(c)
 	if err != nil {
 		return err
 	}

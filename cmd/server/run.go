@@ -37,7 +37,9 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
 		return err
 	}
-	d, err := domain.Open(ctx, domainConfig(s, e))
+	cfg := domainConfig(s, e)
+	cfg.Started = cli.Started(e.Getenv, cfg.Log)
+	d, err := domain.Open(ctx, cfg)
 	if err != nil {
 		return err
 	}

@@ -255,10 +255,17 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			return fmt.Errorf("open the Workload API socket: %w", err)
 		}
 	}
+	serveMetrics, err := a.listenMetrics()
+	if err != nil {
+		return errors.Join(err, listener.Close())
+	}
 	now := time.Now()
 	a.started.Store(&now)
 	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
 		"socket", listener.Addr().String(), "version", a.cfg.Version)
+	if a.cfg.Started != nil {
+		a.cfg.Started()
+	}
 	stopped := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	serving := ctx
@@ -282,7 +289,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		})
 	}
 	group.Go(func() error { return named("Workload API", a.workload.Serve(serving, listener)) })
-	group.Go(func() error { return a.serveMetrics(ctx) })
+	group.Go(func() error { return serveMetrics(ctx) })
 	group.Go(func() error {
 		if err := a.connect(ctx); err != nil {
 			return err
@@ -307,17 +314,26 @@ func named(what string, err error) error {
 	return nil
 }
 
-func (a *Agent) serveMetrics(ctx context.Context) error {
+// listenMetrics opens the HTTP listener, if there is to be one, and returns what
+// serves it.
+func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 	if a.cfg.MetricsAddress == "" {
-		return nil
+		return func(context.Context) error { return nil }, nil
 	}
-	return named("metrics", metrics.Serve(ctx, metrics.ServeConfig{
-		Metrics:       a.metrics,
-		Address:       a.cfg.MetricsAddress,
-		WebConfigFile: a.cfg.WebConfigFile,
-		Ready:         a.ready,
-		Log:           a.log,
-	}))
+	listener, err := metrics.Listen(a.cfg.MetricsAddress)
+	if err != nil {
+		return nil, named("metrics", err)
+	}
+	a.log.Info("metrics are served", "address", listener.Addr().String(), "web_config_file", a.cfg.WebConfigFile)
+	return func(ctx context.Context) error {
+		return named("metrics", metrics.Serve(ctx, metrics.ServeConfig{
+			Listener:      listener,
+			Metrics:       a.metrics,
+			WebConfigFile: a.cfg.WebConfigFile,
+			Ready:         a.ready,
+			Log:           a.log,
+		}))
+	}, nil
 }
 
 // ready is nil once workloads get real answers.

@@ -64,6 +64,9 @@ type Config struct {
 	CacheSize       int // soft limit of SVIDs that nobody streams
 
 	Log *slog.Logger
+	// Started is called once, when the Workload API and the metrics are listened
+	// on. Bundle, entries and SVIDs may still be under way.
+	Started func()
 
 	// Dial, Listener, Attestors, Peers and Now replace
 	// what the operating system gives, for running inside another process.

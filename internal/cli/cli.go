@@ -46,18 +46,23 @@ func Usagef(format string, args ...any) error { return UsageError{fmt.Sprintf(fo
 func Report(program string, err error, e Env) int {
 	var usage UsageError
 	var wrong config.Error
+	var text string
+	status := ExitFailed
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 		return ExitOK
 	case errors.As(err, &wrong):
-		_, _ = fmt.Fprintln(e.Stderr, wrong.Error())
-		return ExitUsage
+		text, status = wrong.Error(), ExitUsage
 	case errors.As(err, &usage):
-		_, _ = fmt.Fprintf(e.Stderr, "%s: %s\nRun \"%s help\" for the usage.\n", program, usage, program)
-		return ExitUsage
+		text, status = fmt.Sprintf("%s: %s\nRun \"%s help\" for the usage.", program, usage, program), ExitUsage
+	default:
+		text = fmt.Sprintf("%s: %v", program, err)
 	}
-	_, _ = fmt.Fprintf(e.Stderr, "%s: %v\n", program, err)
-	return ExitFailed
+	if toJournal(e.Stderr, e.Getenv) {
+		text = journalError + strings.ReplaceAll(text, "\n", "\n"+journalError)
+	}
+	_, _ = fmt.Fprintln(e.Stderr, text)
+	return status
 }
 
 // ParseFlags parses args into fset and prints the help text when asked for it,

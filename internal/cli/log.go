@@ -15,17 +15,26 @@ var LogFormats = []string{"auto", "text", "json"}
 
 // NewLog returns a daemon's log. Format auto means text on a terminal and
 // JSON otherwise. Text is colored only on a terminal and not when NO_COLOR is
-// set to anything (no-color.org).
+// set to anything (no-color.org). What goes to systemd's journal has the
+// journal's priorities.
 func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) string) *slog.Logger {
+	if toJournal(w, getenv) {
+		l := &line{w: w}
+		return slog.New(journal{newHandler(l, level, format, getenv), l})
+	}
+	return slog.New(newHandler(w, level, format, getenv))
+}
+
+func newHandler(w io.Writer, level slog.Level, format string, getenv func(string) string) slog.Handler {
 	terminal := isTerminal(w)
 	if format == "json" || (format == "auto" && !terminal) {
-		return slog.New(slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level}))
+		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
 	}
-	return slog.New(tint.NewTextHandler(w, &tint.Options{
+	return tint.NewTextHandler(w, &tint.Options{
 		Level:      level,
 		TimeFormat: time.TimeOnly,
 		NoColor:    !terminal || getenv("NO_COLOR") != "",
-	}))
+	})
 }
 
 func isTerminal(w io.Writer) bool {

@@ -82,6 +82,8 @@ type Config struct {
 
 	Version string
 	Log     *slog.Logger
+	// Started is called once, when all addresses and sockets are listened on.
+	Started func()
 
 	// ServerOptions are added to the gRPC server of every deployment, and Now
 	// replaces the clock, for running inside another process.

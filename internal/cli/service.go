@@ -1,0 +1,113 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+)
+
+// Started returns what a daemon calls once it listens everywhere. It tells the
+// service manager that started the process (sd_notify(3)), so that what is
+// ordered after the service, or waits for its start, finds it. Without such a
+// manager it does nothing.
+func Started(getenv func(string) string, log *slog.Logger) func() {
+	return func() {
+		name := getenv("NOTIFY_SOCKET")
+		if name == "" {
+			return
+		}
+		if err := notify(name, "READY=1"); err != nil {
+			log.Error("the service manager could not be told that the start is complete", "error", err)
+		}
+	}
+}
+
+func notify(name, state string) error {
+	conn, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: name, Net: "unixgram"})
+	if err != nil {
+		return fmt.Errorf("connect to NOTIFY_SOCKET: %w", err)
+	}
+	_, err = conn.Write([]byte(state))
+	if err != nil {
+		err = fmt.Errorf("write to NOTIFY_SOCKET: %w", err)
+	}
+	if closeErr := conn.Close(); err == nil && closeErr != nil {
+		err = fmt.Errorf("close NOTIFY_SOCKET: %w", closeErr)
+	}
+	return err
+}
+
+// The priorities of lines in the journal (sd-daemon(3)).
+const (
+	journalError   = "<3>"
+	journalWarning = "<4>"
+	journalInfo    = "<6>"
+	journalDebug   = "<7>"
+)
+
+// toJournal reports whether w is the stream to systemd's journal that the
+// environment speaks of (systemd.exec(5)), and not what it was redirected to.
+func toJournal(w io.Writer, getenv func(string) string) bool {
+	f, ok := w.(*os.File)
+	if !ok || getenv("JOURNAL_STREAM") == "" {
+		return false
+	}
+	info, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	stat, ok := info.Sys().(*syscall.Stat_t)
+	return ok && getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
+}
+
+// journal is a handler whose lines start with their priority: otherwise the
+// journal takes an error for information, and "journalctl -p warning" shows
+// nothing.
+type journal struct {
+	slog.Handler
+	line *line
+}
+
+// line is where the wrapped handler writes to, a record with each Write.
+type line struct {
+	w        io.Writer
+	mu       sync.Mutex
+	priority string
+}
+
+// Write is called with mu held.
+func (l *line) Write(record []byte) (int, error) {
+	if _, err := l.w.Write(append([]byte(l.priority), record...)); err != nil {
+		return 0, err
+	}
+	return len(record), nil
+}
+
+func (j journal) Handle(ctx context.Context, r slog.Record) error {
+	j.line.mu.Lock()
+	defer j.line.mu.Unlock()
+	switch {
+	case r.Level >= slog.LevelError:
+		j.line.priority = journalError
+	case r.Level >= slog.LevelWarn:
+		j.line.priority = journalWarning
+	case r.Level >= slog.LevelInfo:
+		j.line.priority = journalInfo
+	default:
+		j.line.priority = journalDebug
+	}
+	return j.Handler.Handle(ctx, r)
+}
+
+func (j journal) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return journal{j.Handler.WithAttrs(attrs), j.line}
+}
+
+func (j journal) WithGroup(name string) slog.Handler {
+	return journal{j.Handler.WithGroup(name), j.line}
+}
