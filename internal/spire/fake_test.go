@@ -325,7 +325,7 @@ func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 		f.t.Fatal(err)
 	}
 	f.t.Cleanup(func() { os.RemoveAll(dir) })
-	c.Socket = dir + "/api.sock"
+	c.Socket = dir + "/a %41?b#c:1.sock" // a path is a path, whatever is in it
 	lis, err := net.Listen("unix", c.Socket)
 	if err != nil {
 		f.t.Fatal(err)

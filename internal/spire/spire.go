@@ -33,6 +33,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -110,9 +111,14 @@ func New(c Config) (*Backend, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
+	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
+	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
+		return new(net.Dialer).DialContext(ctx, "unix", c.Socket)
+	}
 	// The socket's file mode is what protects it; there is no TLS on it. No
 	// call waits for a server to come, and none is made twice.
-	conn, err := grpc.NewClient("unix:"+c.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(),
+	conn, err := grpc.NewClient("passthrough:///spire-socket", grpc.WithContextDialer(dialer),
+		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(),
 		// A long wait looks every few seconds; gRPC's own pause after a server
 		// that was away grows to two minutes.
 		grpc.WithConnectParams(grpc.ConnectParams{
