@@ -125,7 +125,7 @@ func TestRotation(t *testing.T) {
 		j.Safe || j.NotBefore == nil || time.Until(*j.NotBefore) < 23*time.Hour {
 		t.Errorf("safe to remove: %+v", r.SafeToRemove)
 	}
-	for _, step := range []string{"PREPARE", "ACTIVATE", "TAINT", "REMOVE"} {
+	for _, step := range []string{"PREPARE", "ACTIVATE", "TAINT", "WAIT", "REMOVE"} {
 		if !strings.Contains(stderr.String(), step) {
 			t.Errorf("no %s in the timeline:\n%s", step, &stderr)
 		}

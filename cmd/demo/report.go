@@ -157,7 +157,7 @@ func (r *Report) judge() {
 	p("delay", "the agent waited its random delay before it renewed",
 		r.Delay < r.MaxDelay && r.waited > 0 && seconds(r.waited) >= r.Delay,
 		"drawn: %.1f s of at most %v s, waited: %.1f s", r.Delay, r.MaxDelay, r.waited.Seconds())
-	p("rate", fmt.Sprintf("at most %d renewals reached the server in any second", r.Allowed),
+	p("rate", fmt.Sprintf("%d renewals a second: at most %d reached the server in any one, with those that began before", wave.DefaultRate, r.Allowed),
 		r.MostPerSecond <= r.Allowed && r.Renewals > 0, "most in one second: %d, in all: %d", r.MostPerSecond, r.Renewals)
 	p("safe", "when agent and server called the old key safe to remove, it was",
 		r.believed && r.Agreed != nil, "the workloads agree with the agent: %s, the server does: %s", yes(r.believed), yes(r.Agreed != nil))

@@ -170,6 +170,8 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 		"The old key is marked as one to be retired: what it signed is to be replaced, calmly,",
 		"and stays valid until its replacement is there.")
 	d.event("operator", "keysetctl taint %s\n%s", d.old.ID, done)
+	d.screen.step(4, "WAIT",
+		"The agent replaces what the old key signed and reports it, until nothing depends on it any more.")
 	limit := d.refresh + d.maxDelay + time.Duration(d.svids)*75*time.Millisecond + patience
 	err = d.until(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
 	d.renewals = d.pace.since(d.tainted)
@@ -249,7 +251,7 @@ func (d *demo) remove(ctx context.Context, _ *slog.Logger) error {
 		return fmt.Errorf("remove: %w", err)
 	}
 	d.removed = time.Now()
-	d.screen.step(4, "REMOVE",
+	d.screen.step(5, "REMOVE",
 		"The old key is gone for good. JWT-SVIDs that it signed are good for nothing now: an operator",
 		"who minds waits for their end. The demo does not, to show how the agent replaces them.")
 	d.event("operator", "keysetctl remove %s\n%s", d.old.ID, done)
