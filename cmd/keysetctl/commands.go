@@ -43,13 +43,16 @@ func (p *program) remark(lines ...string) {
 
 // done prints what a step has done.
 func (p *program) done(d runbook.Done) error {
+	var err error
 	if p.output == "json" {
-		return cli.PrintJSON(p.stdout, d)
+		err = cli.PrintJSON(p.stdout, d)
+	} else {
+		err = cli.Printf(p.stdout, "%s\n", d)
+		p.remark(d.Remarks...)
 	}
-	if err := cli.Printf(p.stdout, "%s\n", d); err != nil {
-		return err
+	if err != nil {
+		return fmt.Errorf("keyset %s is %s, and only saying so failed: %w", d.Keyset, d.Done, err)
 	}
-	p.remark(d.Remarks...)
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -470,6 +471,30 @@ func TestWrongPrometheus(t *testing.T) {
 		t.Errorf("exit %d\n%swant\n%s", code, errs.String(), want)
 	}
 }
+
+// A step that is done and cannot be told of is not one that failed: whoever reads
+// the error must not make it again.
+func TestOutputFails(t *testing.T) {
+	t.Parallel()
+	for _, format := range []string{"text", "json"} {
+		d := newDesk(t)
+		var errs bytes.Buffer
+		code := run(t.Context(), []string{"prepare", "-o", format}, func(string) string { return "" }, strings.NewReader(""), full{}, &errs,
+			func(context.Context, target) (runbook.Backend, io.Closer, error) { return d.server, io.NopCloser(nil), nil })
+		all, err := d.server.Deployment.List(t.Context())
+		if err != nil || len(all) != 2 {
+			t.Fatalf("%v, %v", all, err)
+		}
+		if want := "Error: keyset " + all[1].ID + " is prepared, and only saying so failed: write output: no space left on device\n"; code != 1 || errs.String() != want {
+			t.Errorf("%s: exit %d\n%swant\n%s", format, code, errs.String(), want)
+		}
+	}
+}
+
+// full is a disk that is.
+type full struct{}
+
+func (full) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
 
 func TestVersion(t *testing.T) {
 	t.Parallel()
