@@ -259,7 +259,7 @@ func (c *Cache) upsert(e *Entry) {
 		r.place = c.lazy.PushBack(r)
 	} else {
 		c.unindex(r)
-		if r.entry.Revision != e.Revision {
+		if r.entry.Revision != e.Revision || !r.entry.CreatedAt.Equal(e.CreatedAt) {
 			c.jwts.dropEntry(e.ID)
 		}
 		r.entry, r.failed = e, false

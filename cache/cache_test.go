@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -66,7 +67,7 @@ func entry(id string, selectors ...string) *cache.Entry {
 
 func svid(e *cache.Entry, authority string) *cache.SVID {
 	return &cache.SVID{
-		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Authority: authority, Leaf: []byte(e.ID + authority),
+		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Created: e.CreatedAt, Authority: authority, Leaf: []byte(e.ID + authority),
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), RenewAt: time.Now().Add(30 * time.Minute),
 	}
 }
@@ -330,9 +331,10 @@ func TestJWT(t *testing.T) {
 	now := time.Now()
 	c := cache.New(cache.Config{Now: func() time.Time { return now }})
 	c.SetBundle(snapshot(t, "k1", "k2"))
-	c.Update([]*cache.Entry{entry("e", "x")}, nil)
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
 	jwt := cache.JWT{Token: "t1", KeyID: "k1", IssuedAt: now, ExpiresAt: now.Add(time.Hour)}
-	c.PutJWT("e", []string{"b", "a"}, jwt)
+	c.PutJWT(e, []string{"b", "a"}, jwt)
 	if got, ok := c.JWT("e", []string{"a", "b", "a"}); !ok || got != jwt {
 		t.Error("the order of audiences and repeats must not matter")
 	}
@@ -345,12 +347,12 @@ func TestJWT(t *testing.T) {
 	if got := c.JWTExpiry(); len(got) != 1 || !got["k1"].Equal(now.Add(time.Hour)) {
 		t.Errorf("latest expiry %v", got)
 	}
-	c.PutJWT("e", []string{"z"}, cache.JWT{Token: "t2", KeyID: "unknown", ExpiresAt: now.Add(time.Hour)})
+	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t2", KeyID: "unknown", ExpiresAt: now.Add(time.Hour)})
 	if _, ok := c.JWT("e", []string{"z"}); ok {
 		t.Error("a token by a key that is not in the bundle is held")
 	}
 
-	c.PutJWT("e", []string{"z"}, cache.JWT{Token: "t3", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
+	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t3", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
 	c.SetBundle(snapshot(t, "k2"))
 	if _, ok := c.JWT("e", []string{"a", "b"}); ok {
 		t.Error("a token is handed out whose key left the bundle")
@@ -362,7 +364,7 @@ func TestJWT(t *testing.T) {
 	if _, ok := c.JWT("e", []string{"z"}); ok || len(c.JWTExpiry()) != 0 {
 		t.Error("an expired token is handed out or still counted")
 	}
-	c.PutJWT("e", []string{"z"}, cache.JWT{Token: "t4", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
+	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t4", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
 	c.Update(nil, []string{"e"})
 	c.Update([]*cache.Entry{entry("e", "x")}, nil)
 	if _, ok := c.JWT("e", []string{"z"}); ok {
@@ -374,9 +376,10 @@ func TestJWT(t *testing.T) {
 func TestJWTsAreBounded(t *testing.T) {
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t, "k"))
-	c.Update([]*cache.Entry{entry("e", "x")}, nil)
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
 	for i := range 10_000 {
-		c.PutJWT("e", []string{fmt.Sprint(i)}, cache.JWT{KeyID: "k", ExpiresAt: time.Now().Add(time.Hour)})
+		c.PutJWT(e, []string{fmt.Sprint(i)}, cache.JWT{KeyID: "k", ExpiresAt: time.Now().Add(time.Hour)})
 	}
 	if n := c.JWTCounts()["k"]; n > 5000 {
 		t.Errorf("%d JWT-SVIDs held", n)
@@ -384,6 +387,58 @@ func TestJWTsAreBounded(t *testing.T) {
 	if _, ok := c.JWT("e", []string{"9999"}); !ok {
 		t.Error("the newest was dropped instead of the oldest")
 	}
+}
+
+// Their number does not say how large they are: that is up to the workload too.
+func TestJWTsAreBoundedInSize(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t, "k"))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	const size = 32 << 10
+	audience := func(i int) []string { return []string{fmt.Sprint(i) + strings.Repeat("a", size)} }
+	for i := range 2000 {
+		c.PutJWT(e, audience(i), cache.JWT{Token: strings.Repeat("t", size), KeyID: "k", ExpiresAt: time.Now().Add(time.Hour)})
+	}
+	if n := c.JWTCounts()["k"]; n > (32<<20)/(2*size) || n < 10 {
+		t.Errorf("%d JWT-SVIDs of %d bytes held", n, size)
+	}
+	if _, ok := c.JWT("e", audience(1999)); !ok {
+		t.Error("the newest was dropped instead of the oldest")
+	}
+}
+
+// A scrape while the clock is wrong must not make the cache forget which keys
+// its tokens are of.
+func TestJWTOfAKeyThatLeftAfterTheClockWasWrong(t *testing.T) {
+	now := time.Now()
+	c := cache.New(cache.Config{Now: func() time.Time { return now }})
+	c.SetBundle(snapshot(t, "k1", "k2"))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	c.PutJWT(e, []string{"a"}, cache.JWT{Token: "t", KeyID: "k1", IssuedAt: now, ExpiresAt: now.Add(time.Hour)})
+	now = now.Add(2 * time.Hour)
+	if got := c.JWTExpiry(); len(got) != 0 {
+		t.Errorf("expired tokens are told: %v", got)
+	}
+	now = now.Add(-2 * time.Hour)
+	c.SetBundle(snapshot(t, "k2"))
+	if _, ok := c.JWT("e", []string{"a"}); ok {
+		t.Error("a token is handed out whose key left the bundle")
+	}
+}
+
+// An SVID that was minted for another entry of the same ID is not taken.
+func TestPutRefusesWhatWasMintedForTheEntryBefore(t *testing.T) {
+	c := cache.New(cache.Config{})
+	before, after := entry("e", "x"), entry("e", "x")
+	before.CreatedAt, after.CreatedAt = time.Unix(1, 0), time.Unix(2, 0)
+	c.Update([]*cache.Entry{before}, nil)
+	c.Update([]*cache.Entry{after}, []string{"e"})
+	if c.Put(svid(before, "A")) == nil {
+		t.Error("an SVID for the entry before was taken")
+	}
+	put(t, c, svid(after, "A"))
 }
 
 // Random histories against the plain definition of every figure.

@@ -14,6 +14,10 @@ import (
 // its next caller a mint.
 const jwtLimit = 4096
 
+// jwtBytes bounds their size, audiences included, which is a workload's to
+// choose as well. Most tokens have less than 1 KiB.
+const jwtBytes = 16 << 20
+
 // JWT is a JWT-SVID. It is immutable.
 type JWT struct {
 	Token     string
@@ -35,12 +39,17 @@ type jwtItem struct {
 	jwt JWT
 }
 
+func (i jwtItem) size() int { return len(i.key.audience) + len(i.jwt.Token) }
+
 // jwtCache is guarded by Cache.mu.
 type jwtCache struct {
 	items   map[jwtKey]*list.Element // of jwtItem
 	recent  *list.List               // least recently used first
+	bytes   int                      // of all items
 	byEntry map[string][]jwtKey
-	latest  map[string]time.Time // by key ID: the last expiry of what was handed out
+	// latest is the last expiry of what was handed out, for each key of the
+	// bundle that signed any of it.
+	latest map[string]time.Time
 }
 
 func newJWTCache() jwtCache {
@@ -78,12 +87,13 @@ func (c *Cache) JWT(entryID string, audience []string) (JWT, bool) {
 	return j, true
 }
 
-// PutJWT holds a JWT-SVID and notes its expiry under its key ID. One for an
-// entry that is gone, or by a key that is not in the bundle, is not held.
-func (c *Cache) PutJWT(entryID string, audience []string, j JWT) {
+// PutJWT holds a JWT-SVID that was minted for the entry and notes its expiry
+// under its key ID. One for an entry that is gone or has changed meanwhile, or by
+// a key that is not in the bundle, is not held.
+func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if c.records[entryID] == nil || c.snapshot == nil {
+	if c.snapshot == nil {
 		return
 	}
 	if _, trusted := c.snapshot.Own.JWTKey(j.KeyID); !trusted {
@@ -95,13 +105,18 @@ func (c *Cache) PutJWT(entryID string, audience []string, j JWT) {
 	if !j.IssuedAt.Before(c.newest.jwt) {
 		c.newest.JWT, c.newest.jwt = j.KeyID, j.IssuedAt
 	}
-	key := newJWTKey(entryID, audience)
+	if r := c.records[e.ID]; r == nil || r.entry != e {
+		return
+	}
+	key := newJWTKey(e.ID, audience)
 	if el := c.jwts.items[key]; el != nil {
 		c.jwts.drop(el)
 	}
-	c.jwts.items[key] = c.jwts.recent.PushBack(jwtItem{key, j})
-	c.jwts.byEntry[entryID] = append(c.jwts.byEntry[entryID], key)
-	for len(c.jwts.items) > jwtLimit {
+	item := jwtItem{key, j}
+	c.jwts.items[key] = c.jwts.recent.PushBack(item)
+	c.jwts.bytes += item.size()
+	c.jwts.byEntry[e.ID] = append(c.jwts.byEntry[e.ID], key)
+	for len(c.jwts.items) > jwtLimit || c.jwts.bytes > jwtBytes {
 		c.jwts.drop(c.jwts.recent.Front())
 	}
 }
@@ -116,8 +131,6 @@ func (c *Cache) JWTExpiry() map[string]time.Time {
 	for id, t := range c.jwts.latest {
 		if now.Before(t) {
 			out[id] = t
-		} else {
-			delete(c.jwts.latest, id)
 		}
 	}
 	return out
@@ -136,7 +149,9 @@ func (c *Cache) JWTCounts() map[string]int {
 }
 
 func (j *jwtCache) drop(el *list.Element) {
-	key := j.recent.Remove(el).(jwtItem).key
+	item := j.recent.Remove(el).(jwtItem)
+	key := item.key
+	j.bytes -= item.size()
 	delete(j.items, key)
 	keys := slices.DeleteFunc(j.byEntry[key.entryID], func(k jwtKey) bool { return k == key })
 	if j.byEntry[key.entryID] = keys; len(keys) == 0 {

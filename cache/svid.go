@@ -14,7 +14,9 @@ import (
 type SVID struct {
 	ID       spiffeid.ID
 	EntryID  string
-	Revision int64 // the entry's revision that it was minted for
+	// Revision and Created are those of the entry that it was minted for.
+	Revision int64
+	Created  time.Time
 	// Leaf is DER; Intermediates is concatenated DER, without the root.
 	Leaf, Intermediates []byte
 	// Key is PKCS#8 DER.
@@ -37,13 +39,19 @@ type authority struct {
 	streams int       // open streams whose last answer, or the one being sent, holds such an SVID
 }
 
+// For reports whether s was minted for the entry as it is. Another entry of the
+// same ID is told apart by the time of its creation.
+func (s *SVID) For(e *Entry) bool {
+	return s.Revision == e.Revision && s.Created.Equal(e.CreatedAt)
+}
+
 // Put replaces what is held for the SVID's entry and wakes its streams. The
 // caller has verified it.
 func (c *Cache) Put(s *SVID) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r := c.records[s.EntryID]
-	if r == nil || !r.wanted || r.entry.Revision != s.Revision {
+	if r == nil || !r.wanted || !s.For(r.entry) {
 		return ErrChanged
 	}
 	c.hold(r, s)

@@ -48,7 +48,7 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 	if it.SVID == nil {
 		return time.Time{}, ReasonFirst
 	}
-	if it.SVID.Revision != it.Entry.Revision {
+	if !it.SVID.For(it.Entry) {
 		return time.Time{}, ReasonEntry
 	}
 	half := it.SVID.RenewAt

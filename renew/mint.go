@@ -172,6 +172,7 @@ func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundl
 		ID:        e.SPIFFEID,
 		EntryID:   e.ID,
 		Revision:  e.Revision,
+		Created:   e.CreatedAt,
 		Authority: authority,
 		NotBefore: leaf.NotBefore,
 		NotAfter:  leaf.NotAfter,

@@ -109,6 +109,7 @@ type svid struct {
 	Key           []byte    `json:"key"`
 	Authority     string    `json:"authority"`
 	Revision      int64     `json:"revision"`
+	Created       time.Time `json:"created_at"`
 	NotBefore     time.Time `json:"not_before"`
 	NotAfter      time.Time `json:"not_after"`
 	RenewAt       time.Time `json:"renew_at"`
@@ -177,7 +178,7 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 		e.FederatesWith = append(e.FederatesWith, td)
 	}
 	s := &cache.SVID{
-		ID: id, EntryID: r.ID, Revision: r.SVID.Revision, Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
+		ID: id, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
 		Authority: r.SVID.Authority, NotBefore: r.SVID.NotBefore, NotAfter: r.SVID.NotAfter, RenewAt: r.SVID.RenewAt,
 	}
 	return e, s, nil
@@ -186,7 +187,7 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 func encode(e *cache.Entry, s *cache.SVID) ([]byte, error) {
 	r := record{
 		ID: e.ID, SPIFFEID: e.SPIFFEID.String(), Selectors: e.Selectors, Hint: e.Hint, Revision: e.Revision, CreatedAt: e.CreatedAt,
-		SVID: svid{Leaf: s.Leaf, Intermediates: s.Intermediates, Key: s.Key, Authority: s.Authority, Revision: s.Revision,
+		SVID: svid{Leaf: s.Leaf, Intermediates: s.Intermediates, Key: s.Key, Authority: s.Authority, Revision: s.Revision, Created: s.Created,
 			NotBefore: s.NotBefore, NotAfter: s.NotAfter, RenewAt: s.RenewAt},
 	}
 	for _, td := range e.FederatesWith {

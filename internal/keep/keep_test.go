@@ -45,7 +45,7 @@ func fill(c *cache.Cache, now time.Time) (*cache.Entry, *cache.SVID) {
 		Selectors: []cache.Selector{{Type: "unix", Value: "uid:1"}}, CreatedAt: now.UTC().Truncate(time.Second),
 		FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("other.test")},
 	}
-	s := &cache.SVID{ID: e.SPIFFEID, EntryID: e.ID, Revision: 3, Leaf: []byte{1}, Intermediates: []byte{2}, Key: []byte{3}, Authority: "aa",
+	s := &cache.SVID{ID: e.SPIFFEID, EntryID: e.ID, Revision: 3, Created: e.CreatedAt, Leaf: []byte{1}, Intermediates: []byte{2}, Key: []byte{3}, Authority: "aa",
 		NotBefore: now.UTC().Truncate(time.Second), NotAfter: now.Add(time.Hour).UTC().Truncate(time.Second), RenewAt: now.Add(time.Minute).UTC().Truncate(time.Second)}
 	c.Update([]*cache.Entry{e}, nil)
 	return e, s

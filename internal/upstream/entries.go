@@ -284,7 +284,9 @@ func (s *syncing) wanted(id string, at stamp) bool {
 		s.gone = append(s.gone, id) // another entry of the same ID
 		return true
 	}
-	if held && revision == at.revision {
+	// What is held and not known is from the last run of the agent: it may be
+	// another entry of the same ID.
+	if held && known && revision == at.revision {
 		s.memory.created[id] = cmp.Or(at.created, created)
 		return false
 	}
@@ -325,12 +327,12 @@ func (s *syncing) result() (upsert []*cache.Entry, gone []string) {
 	for id := range s.have {
 		_, seen := s.seen[id]
 		_, drop := s.drop[id]
-		if (!seen || drop) && !slices.Contains(s.gone, id) {
+		if !seen || drop {
 			s.gone = append(s.gone, id)
 		}
 	}
 	slices.Sort(s.gone)
-	return s.upsert, s.gone
+	return s.upsert, slices.Compact(s.gone)
 }
 
 // parseEntry makes an Entry of the server's.

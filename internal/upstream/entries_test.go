@@ -100,6 +100,27 @@ func TestSyncDeltas(t *testing.T) {
 	}
 }
 
+// What an agent holds from its last run may be another entry of the same ID: the
+// first sync asks for all of it.
+func TestEntryReplacedWhileTheAgentWasAway(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{2, 600} {
+		bubble(t, func(t *testing.T, s *server, a *agent) {
+			s.entries = entries(n)
+			h := holder{}
+			for _, e := range s.entries {
+				h[e.Id] = e.RevisionNumber
+			}
+			up, gone := h.sync(t, a)
+			if len(up) != n || len(gone) != 0 {
+				t.Errorf("first sync: %d of %d, %d gone", len(up), n, len(gone))
+			}
+			up, gone = h.sync(t, a)
+			want(t, "afterwards", append(up, gone...))
+		})
+	}
+}
+
 func TestSyncAsksInPages(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {

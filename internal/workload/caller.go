@@ -53,11 +53,7 @@ func (s *service) enter(ctx context.Context) (*caller, error) {
 		return nil, errAttest
 	}
 	if !s.calls.acquire(p.UID()) {
-		if s.said.first(about{kind: "calls", uid: p.UID()}) {
-			s.log.Warn("A user's processes have too many calls open: new ones are refused.",
-				slog.Uint64("uid", uint64(p.UID())), slog.Int("pid", p.PID()),
-				slog.String("path", p.Executable()), slog.Int("limit", s.calls.limit))
-		}
+		s.warnBusy(p, "calls", s.calls.limit)
 		return nil, errBusy
 	}
 	c, err := s.attest(ctx, p)
@@ -66,6 +62,15 @@ func (s *service) enter(ctx context.Context) (*caller, error) {
 		return nil, err
 	}
 	return c, nil
+}
+
+// warnBusy says, once in a while, that a user has too many of something open.
+func (s *Server) warnBusy(p *attest.Peer, what string, limit int) {
+	if s.said.first(about{kind: what, uid: p.UID()}) {
+		s.log.Warn("A user's processes have too many "+what+" open: new ones are refused.",
+			slog.Uint64("uid", uint64(p.UID())), slog.Int("pid", p.PID()),
+			slog.String("path", p.Executable()), slog.Int("limit", limit))
+	}
 }
 
 func (c *caller) leave() { c.s.calls.release(c.peer.UID()) }

@@ -31,11 +31,7 @@ func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 		return nil, nil, err
 	}
 	if !c.s.conns.acquire(p.UID()) {
-		if c.s.said.first(about{kind: "connections", uid: p.UID()}) {
-			c.s.log.Warn("A user's processes have too many connections open: new ones are refused.",
-				slog.Uint64("uid", uint64(p.UID())), slog.Int("pid", p.PID()),
-				slog.String("path", p.Executable()), slog.Int("limit", c.s.conns.limit))
-		}
+		c.s.warnBusy(p, "connections", c.s.conns.limit)
 		p.Close()
 		return nil, nil, errTooManyConns
 	}

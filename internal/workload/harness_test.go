@@ -104,7 +104,7 @@ func (a *authority) svid(t testing.TB, e *cache.Entry, ttl time.Duration) *cache
 		t.Fatal(err)
 	}
 	return &cache.SVID{
-		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Leaf: cert.Raw, Key: der,
+		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Created: e.CreatedAt, Leaf: cert.Raw, Key: der,
 		Authority: bundle.AuthorityID(a.cert), NotBefore: cert.NotBefore, NotAfter: cert.NotAfter,
 		RenewAt: cert.NotBefore.Add(ttl / 2),
 	}

@@ -69,7 +69,9 @@ func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDReque
 	for i, e := range entries {
 		var ok bool
 		if held[i], ok = s.cfg.Cache.JWT(e.ID, audience); !ok || !held[i].Fresh(s.cfg.Cache.Now()) {
-			flights[i] = s.mint(e, audience)
+			if flights[i], err = s.mint(c, e, audience); err != nil {
+				return nil, err
+			}
 		}
 	}
 	patience, cancel := context.WithTimeout(ctx, staleWait)

@@ -24,9 +24,12 @@ const (
 	maxMints = 32
 )
 
-// flightKey is what is minted once for all who ask: audience is sorted,
-// without repeats, and joined by NUL.
-type flightKey struct{ entryID, audience string }
+// flightKey is what is minted once for all who ask: the entry as it is, and the
+// audience sorted, without repeats, and joined by NUL.
+type flightKey struct {
+	entry    *cache.Entry
+	audience string
+}
 
 // flight is a mint under way. jwt and err may be read once done is closed.
 type flight struct {
@@ -36,24 +39,31 @@ type flight struct {
 }
 
 // mint returns the flight that mints this token, started if need be. It goes
-// on whatever becomes of the caller, for Serve to wait for.
-func (s *service) mint(e *cache.Entry, audience []string) *flight {
-	key := flightKey{e.ID, strings.Join(audience, "\x00")}
+// on whatever becomes of the caller, for Serve to wait for. It counts as its
+// user's until it ends: callers may give up and ask for another at once.
+func (s *service) mint(c *caller, e *cache.Entry, audience []string) (*flight, error) {
+	key := flightKey{e, strings.Join(audience, "\x00")}
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if f := s.flights[key]; f != nil {
-		return f
+		return f, nil
+	}
+	uid := c.peer.UID()
+	if !s.flying.acquire(uid) {
+		s.warnBusy(c.peer, "mints", s.flying.limit)
+		return nil, errBusy
 	}
 	f := &flight{done: make(chan struct{})}
 	s.flights[key] = f
 	s.minting.Go(func() {
+		defer s.flying.release(uid)
 		f.jwt, f.err = s.mintNow(e, audience)
 		s.mu.Lock()
 		delete(s.flights, key)
 		s.mu.Unlock()
 		close(f.done)
 	})
-	return f
+	return f, nil
 }
 
 func (s *service) mintNow(e *cache.Entry, audience []string) (cache.JWT, error) {
@@ -75,7 +85,7 @@ func (s *service) mintNow(e *cache.Entry, audience []string) (cache.JWT, error) 
 		}
 		return cache.JWT{}, err
 	}
-	s.cfg.Cache.PutJWT(e.ID, audience, jwt)
+	s.cfg.Cache.PutJWT(e, audience, jwt)
 	return jwt, nil
 }
 

@@ -90,6 +90,8 @@ type Server struct {
 	said  repeats
 	conns quota // by user
 	calls quota
+	// flying are the mints of JWT-SVIDs under way, by the user who began them.
+	flying quota
 }
 
 // New returns a server. It fails when the configuration lacks what is
@@ -114,11 +116,12 @@ func New(cfg Config) (*Server, error) {
 		cfg.Peers = unixPeer
 	}
 	return &Server{
-		cfg:   cfg,
-		log:   cfg.Log,
-		obs:   cfg.Observer,
-		conns: quota{limit: cfg.MaxPerUser},
-		calls: quota{limit: cfg.MaxPerUser},
+		cfg:    cfg,
+		log:    cfg.Log,
+		obs:    cfg.Observer,
+		conns:  quota{limit: cfg.MaxPerUser},
+		calls:  quota{limit: cfg.MaxPerUser},
+		flying: quota{limit: cfg.MaxPerUser},
 	}, nil
 }
 

@@ -1,0 +1,112 @@
+package workload
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/cache"
+)
+
+// A token that was asked for before its entry changed is neither handed out nor
+// kept for the entry as it is now.
+func TestJWTOfAnEntryThatChangedMeanwhile(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(*cache.Cache, *cache.Entry){
+		"changed": func(c *cache.Cache, e *cache.Entry) {
+			e.Revision++
+			c.Update([]*cache.Entry{e}, nil)
+		},
+		"replaced by another of its ID": func(c *cache.Cache, e *cache.Entry) {
+			c.Update([]*cache.Entry{e}, []string{e.ID})
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s, m := newJWTSystem(t)
+				release := make(chan struct{})
+				old := s.mintFor("/one")
+				m.set(func(ctx context.Context, id string, audience []string) (string, error) {
+					<-release
+					return old(ctx, id, audience)
+				})
+				c := s.client(1000)
+				first := make(chan error, 1)
+				go func() { _, err := fetchJWT(t.Context(), c, "a"); first <- err }()
+				synctest.Wait()
+				m.set(s.mintFor("/two"))
+				change(s.cache, entry("e1", "/two", 1000))
+				subject := func() string {
+					t.Helper()
+					res, err := c.FetchJWTSVID(withHeader(t.Context()), &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
+					if err != nil {
+						t.Fatal(err)
+					}
+					got, err := c.ValidateJWTSVID(withHeader(t.Context()), &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: res.Svids[0].Svid})
+					if err != nil {
+						t.Fatal(err)
+					}
+					if got.SpiffeId != res.Svids[0].SpiffeId {
+						t.Errorf("the token is for %s, the answer says %s", got.SpiffeId, res.Svids[0].SpiffeId)
+					}
+					return got.SpiffeId
+				}
+				time.AfterFunc(time.Second, func() { close(release) })
+				for range 2 {
+					if got := subject(); got != "spiffe://example.org/two" {
+						t.Errorf("after the change the token is for %s", got)
+					}
+					time.Sleep(2 * time.Second)
+				}
+				<-first
+			})
+		})
+	}
+}
+
+// Callers that give up leave mints behind. They count as theirs until they end.
+func TestMintsThatNobodyWaitsForAreBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const limit = 3
+		m := &minter{}
+		s := newSystem(t, func(c *Config) { c.JWT, c.MaxPerUser = m, limit })
+		s.add(entry("e1", "/one", 1000), entry("e2", "/two", 1001))
+		m.set(func(ctx context.Context, _ string, _ []string) (string, error) {
+			<-ctx.Done()
+			return "", ctx.Err()
+		})
+		c := s.client(1000)
+		for i := range limit {
+			ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+			if _, err := fetchJWT(ctx, c, fmt.Sprint(i)); status.Code(err) != codes.DeadlineExceeded {
+				t.Fatalf("call %d: %v", i, err)
+			}
+			cancel()
+		}
+		_, err := fetchJWT(t.Context(), c, "one more")
+		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "too many") {
+			t.Errorf("with %d mints left behind: %v, want Unavailable for too many", limit, err)
+		}
+		if n := m.count(); n != limit {
+			t.Errorf("%d mints under way, want %d", n, limit)
+		}
+		m.set(s.mintFor("/two"))
+		if _, err := fetchJWT(t.Context(), s.client(1001), "a"); err != nil {
+			t.Errorf("another user: %v", err)
+		}
+		time.Sleep(mintTimeout)
+		m.set(s.mintFor("/one"))
+		if _, err := fetchJWT(t.Context(), c, "a"); err != nil {
+			t.Errorf("after they have ended: %v", err)
+		}
+	})
+}
