@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
 // bin is the folder with the commands, built anew for these tests.
@@ -96,6 +98,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"keyset":      keysetVar,
 			"capture":     capture,
 			"spire-token": spireToken,
+			"trusts":      trusts,
 			"workloads":   workloads,
 			"pause":       signal(syscall.SIGSTOP),
 			"resume":      signal(syscall.SIGCONT),
@@ -158,6 +161,34 @@ func spireToken(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("usage: spire-token FILE, after spire-server token generate")
 	}
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.TrimSpace(token)), 0o600))
+}
+
+// trusts SOCKET TRUSTDOMAIN N waits until workloads at an agent's socket are told N
+// X.509 authorities of a trust domain. An agent asks for those of another once a
+// minute.
+func trusts(ts *testscript.TestScript, neg bool, args []string) {
+	if len(args) != 3 {
+		ts.Fatalf("usage: trusts SOCKET TRUSTDOMAIN N")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	defer cancel()
+	td, err := spiffeid.TrustDomainFromString(args[1])
+	ts.Check(err)
+	n := 0
+	for ; ctx.Err() == nil; time.Sleep(100 * time.Millisecond) {
+		set, err := workloadapi.FetchX509Bundles(ctx, workloadapi.WithAddr("unix://"+args[0]))
+		if err != nil {
+			continue // the agent starts, or the entry is not there yet
+		}
+		n = 0
+		if b, ok := set.Get(td); ok {
+			n = len(b.X509Authorities())
+		}
+		if strconv.Itoa(n) == args[2] {
+			return
+		}
+	}
+	ts.Fatalf("%d authorities of %s after 90 s, want %s", n, args[1], args[2])
 }
 
 // until COMMAND... runs a command again and again until it succeeds, or with !
@@ -286,12 +317,25 @@ func TestRestore(t *testing.T) {
 // Prometheus.
 func TestRunbookUnderSPIRE(t *testing.T) {
 	t.Parallel()
+	path := withSPIRE(t)
+	if _, err := exec.LookPath("prometheus"); err != nil {
+		t.Skip("install prometheus (Debian package prometheus) to run this test with a real one")
+	}
+	run(t, "spire.txtar", path)
+}
+
+// A trust domain of a real SPIRE server and one of renewd trust each other.
+func TestFederationWithSPIRE(t *testing.T) {
+	t.Parallel()
+	run(t, "spire-federation.txtar", withSPIRE(t))
+}
+
+// withSPIRE has a script find SPIRE's programs, or skips the test.
+func withSPIRE(t *testing.T) map[string]string {
+	t.Helper()
 	dir := os.Getenv("SPIRE_BIN_DIR")
 	if dir == "" {
 		t.Skip("set SPIRE_BIN_DIR to a folder with spire-server and spire-agent to run this test under a real SPIRE server")
 	}
-	if _, err := exec.LookPath("prometheus"); err != nil {
-		t.Skip("install prometheus (Debian package prometheus) to run this test with a real one")
-	}
-	run(t, "spire.txtar", map[string]string{"PATH": strings.Join([]string{bin, dir, os.Getenv("PATH")}, string(os.PathListSeparator))})
+	return map[string]string{"PATH": strings.Join([]string{bin, dir, os.Getenv("PATH")}, string(os.PathListSeparator))}
 }
