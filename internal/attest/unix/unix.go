@@ -93,7 +93,7 @@ const statusLimit = 256 << 10
 var buffers = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
 
 // Attest reads the process's status and program. It fails when the process has
-// ended, or when the user database cannot be asked and the name is not known
+// ended, runs as another user or group than it connected as, or when the user database cannot be asked and the name is not known
 // from an earlier answer. A program that may not be read costs only its own
 // selectors and is reported once.
 func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, error) {
@@ -106,6 +106,12 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 	st, err := parseStatus(text)
 	if err != nil {
 		return nil, fmt.Errorf("read the credentials: %s: %w", p.Proc("status"), err)
+	}
+	// A set-user-ID program that the caller has become meanwhile, leaving the
+	// connection to a child, is not the caller.
+	if st.uid != p.UID() || st.gid != p.GID() {
+		return nil, fmt.Errorf("process %d connected as user %d, group %d and runs as user %d, group %d now: it has to connect again",
+			p.PID(), p.UID(), p.GID(), st.uid, st.gid)
 	}
 	out := make([]cache.Selector, 0, 6+2*len(st.groups))
 	if out, err = a.users.add(out, st.uid); err != nil {

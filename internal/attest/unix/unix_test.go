@@ -53,7 +53,11 @@ func run(t *testing.T, path string, attr *syscall.SysProcAttr) *attest.Peer {
 		}
 		time.Sleep(10 * time.Millisecond)
 	}
-	p, err := attest.FromPID(cmd.Process.Pid, uint32(os.Geteuid()), uint32(os.Getegid()))
+	uid, gid := uint32(os.Geteuid()), uint32(os.Getegid())
+	if attr != nil && attr.Credential != nil {
+		uid, gid = attr.Credential.Uid, attr.Credential.Gid
+	}
+	p, err := attest.FromPID(cmd.Process.Pid, uid, gid)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -137,6 +141,38 @@ func TestSelectorsOfAnotherUser(t *testing.T) {
 	want := []string{"uid:54321", "gid:54322", "supplementary_gid:0", "supplementary_group:root", "supplementary_gid:54323"}
 	if !slices.Equal(got, want) {
 		t.Errorf("got %q, want %q", got, want)
+	}
+}
+
+// A process may connect, leave the connection to a child and run a program that
+// belongs to somebody else with the set-user-ID bit. What it runs as by then is
+// not who has connected.
+func TestProcessThatChangedItsUser(t *testing.T) {
+	t.Parallel()
+	if os.Geteuid() != 0 {
+		t.Skip("only root can start a process as another user")
+	}
+	for name, mode := range map[string]os.FileMode{"user": os.ModeSetuid, "group": os.ModeSetgid} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			dir, err := os.MkdirTemp("/tmp", "renewd-unix")
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(func() { os.RemoveAll(dir) })
+			path := testProgram(t, dir, "app")
+			if err := errors.Join(os.Chmod(dir, 0o755), os.Chmod(path, 0o755|mode)); err != nil {
+				t.Fatal(err)
+			}
+			p := run(t, path, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54322}})
+			got, err := New(Config{}).Attest(t.Context(), p)
+			if err == nil {
+				t.Fatalf("got %q, want an error", got)
+			}
+			if !strings.Contains(err.Error(), "54321") || !strings.Contains(err.Error(), "connect") {
+				t.Errorf("%q names neither the user nor a remedy", err)
+			}
+		})
 	}
 }
 
