@@ -3,6 +3,7 @@ package unix
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os/user"
 	"sync"
 	"time"
@@ -85,11 +86,7 @@ func (n *names) add(out []cache.Selector, id uint32) ([]cache.Selector, error) {
 func lookupUser(id string) (string, error) {
 	u, err := user.LookupId(id)
 	if err != nil {
-		var unknown user.UnknownUserIdError
-		if errors.As(err, &unknown) {
-			return "", nil
-		}
-		return "", err
+		return "", unlessNameless(err)
 	}
 	return u.Username, nil
 }
@@ -97,11 +94,18 @@ func lookupUser(id string) (string, error) {
 func lookupGroup(id string) (string, error) {
 	g, err := user.LookupGroupId(id)
 	if err != nil {
-		var unknown user.UnknownGroupIdError
-		if errors.As(err, &unknown) {
-			return "", nil
-		}
-		return "", err
+		return "", unlessNameless(err)
 	}
 	return g.Name, nil
+}
+
+// unlessNameless returns nil when err says that the ID has no name. In an image
+// of the agent alone there is no /etc/passwd, and so nobody has one.
+func unlessNameless(err error) error {
+	var noUser user.UnknownUserIdError
+	var noGroup user.UnknownGroupIdError
+	if errors.As(err, &noUser) || errors.As(err, &noGroup) || errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }

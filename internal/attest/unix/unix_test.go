@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/user"
@@ -346,6 +347,27 @@ func TestNames(t *testing.T) {
 			t.Errorf("%d names kept", len(n.known))
 		}
 	})
+}
+
+// Without a user database, as in an image that holds the agent alone, nobody has
+// a name; that is no failure. (A build without cgo gets the file's error.)
+func TestNoUserDatabase(t *testing.T) {
+	t.Parallel()
+	missing := &fs.PathError{Op: "open", Path: "/etc/passwd", Err: syscall.ENOENT}
+	denied := &fs.PathError{Op: "open", Path: "/etc/passwd", Err: syscall.EACCES}
+	for _, err := range []error{missing, user.UnknownUserIdError(1), user.UnknownGroupIdError("1")} {
+		if got := unlessNameless(err); got != nil {
+			t.Errorf("%v: %v, want nil", err, got)
+		}
+	}
+	if got := unlessNameless(denied); got == nil {
+		t.Errorf("%v: nil, want the error", denied)
+	}
+	for name, lookup := range map[string]func(string) (string, error){"user": lookupUser, "group": lookupGroup} {
+		if got, err := lookup("4000000001"); got != "" || err != nil {
+			t.Errorf("%s without a name: %q, %v", name, got, err)
+		}
+	}
 }
 
 func TestParseStatus(t *testing.T) {
