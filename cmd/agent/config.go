@@ -104,6 +104,12 @@ func (c checker) places() {
 	if n := len(c.Config.SocketPath); n > config.MaxSocketPath {
 		c.Bad("socket_path", fmt.Sprintf("is %d bytes long, and the kernel takes at most %d", n, config.MaxSocketPath), "choose a shorter path")
 	}
+	for _, private := range []struct{ field, dir string }{{"data_dir", c.Config.DataDir}, {"runtime_dir", c.Config.RuntimeDir}} {
+		if private.dir != "" && inside(private.dir, c.Config.SocketPath) {
+			c.Bad("socket_path", "is inside of "+private.field+", which only the agent may enter",
+				"keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids")
+		}
+	}
 	if c.Config.SocketMode&0o600 != 0o600 {
 		c.Bad("socket_mode", "does not let its owner connect", "set at least 0600; 0777 lets every workload connect")
 	}
@@ -141,6 +147,14 @@ func (c checker) renewal() {
 	if c.Config.SHA256Limit < 0 {
 		c.Bad("unix.sha256_size_limit", "is negative", "give a number of bytes, or 0 to hash none")
 	}
+}
+
+// inside reports whether path is somewhere below dir.
+func inside(dir, path string) bool {
+	dir, dirErr := filepath.Abs(dir)
+	path, pathErr := filepath.Abs(path)
+	rel, err := filepath.Rel(dir, path)
+	return errors.Join(dirErr, pathErr, err) == nil && filepath.IsLocal(rel)
 }
 
 // notInMemory says why dir is not on a memory file system, or "". Of a

@@ -52,7 +52,7 @@ func Open(path string, log *slog.Logger) (*Dir, error) {
 		return nil, fmt.Errorf("statfs %s: %w", path, err)
 	}
 	if t := uint32(st.Type); t != unix.TMPFS_MAGIC && t != unix.RAMFS_MAGIC {
-		return nil, fmt.Errorf("runtime_dir %s is on a file system of type %#x: workload keys are kept in memory only, use a folder on tmpfs such as /run/renewd", path, t)
+		return nil, fmt.Errorf("runtime_dir %s is on a file system of type %#x: workload keys are kept in memory only, use a folder on tmpfs such as /run/renewd/svids", path, t)
 	}
 	return &Dir{path: path, log: log, files: make(map[string]string), holds: make(map[string]int)}, nil
 }
