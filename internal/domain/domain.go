@@ -33,6 +33,7 @@ type Domain struct {
 	deployments []*deployment
 	union       atomic.Pointer[union]
 	unionM      sync.Mutex // held by who makes a new one
+	proof       proof
 	metrics     *metrics.Server
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without

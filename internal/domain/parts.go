@@ -2,7 +2,6 @@ package domain
 
 import (
 	"context"
-	"crypto/tls"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -40,19 +39,6 @@ func (d *Domain) openOperator() error {
 	}
 	d.operator, err = operator.New(c)
 	return err
-}
-
-// certificate proves the server to remote operators and relying parties. That of
-// any deployment will do, since all agree on the server's ID and trust all
-// authorities: it is of the first whose keyset has not expired.
-func (d *Domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	now := d.cfg.Now()
-	for _, dep := range d.deployments {
-		if now.Before(dep.keysets.Active().ExpiresAt) {
-			return dep.server.Certificate()
-		}
-	}
-	return d.deployments[0].server.Certificate() // the error says it
 }
 
 func (d *Domain) endpointConfig() endpoint.Config {

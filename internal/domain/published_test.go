@@ -60,6 +60,30 @@ func TestEndpointFollows(t *testing.T) {
 	follow(5, 2)
 }
 
+// TestEndpointForThoseWhoComeLate: a relying party that asks every few minutes
+// follows a rotation of which it missed the beginning, as long as what it trusts
+// is not removed.
+func TestEndpointForThoseWhoComeLate(t *testing.T) {
+	t.Parallel()
+	r := run(t, newConfig(t, "default"))
+	_, trust := r.dial("default", nil).bundle()
+	url := "https://" + r.address("bundle_endpoint.address")
+	fetch := func() (*spiffebundle.Bundle, error) {
+		return federation.FetchBundle(t.Context(), td, url, federation.WithSPIFFEAuth(trust, serverID))
+	}
+	old := r.rotate("default")
+	next, err := fetch()
+	if err != nil {
+		t.Fatalf("after prepare, activate and taint: %v", err)
+	}
+	trust = next
+	_, err = r.api.RemoveKeyset(t.Context(), &api.RemoveKeysetRequest{Scope: scope("default"), KeysetId: old})
+	check(t, err)
+	if next, err = fetch(); err != nil || len(next.X509Authorities()) != 1 {
+		t.Errorf("after remove: %v, %v", next, err)
+	}
+}
+
 // keys is the plain JWK set of the endpoint.
 func (r *running) keys(trust *spiffebundle.Bundle) []any {
 	r.t.Helper()

@@ -22,6 +22,9 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
+	// The proof is of the keyset that is active now, whenever somebody asks for it
+	// first. Without one nobody gets an answer, and is told why.
+	_, _ = d.certificate(nil)
 	group, ctx := errgroup.WithContext(ctx)
 	for _, serve := range start {
 		group.Go(func() error { return serve(ctx) })

@@ -38,8 +38,8 @@ func (s *Server) newTLSConfig() *tls.Config {
 
 // Certificate returns what the server proves itself with: a new one when another keyset
 // has become active, or half the life of the old one is over. It is not in the
-// ledger: nobody else holds it, and no handshake uses that of a keyset which is
-// not the active one.
+// ledger: nobody else holds it, and no handshake of an agent uses that of a keyset
+// which is not the active one.
 func (s *Server) Certificate() (*tls.Certificate, error) {
 	s.servingM.Lock()
 	defer s.servingM.Unlock()
