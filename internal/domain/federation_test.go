@@ -133,6 +133,15 @@ func TestEntriesThatFederateWithNobody(t *testing.T) {
 	if got := put.GetWarnings(); len(got) != 0 {
 		t.Errorf("warnings %q", got)
 	}
+	var many []*api.Entry
+	for _, id := range strings.Split("ghifjkm", "") {
+		many = append(many, entry(id, "typo.example"))
+	}
+	resp, err := r.api.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Scope: scope("default"), DryRun: true, Entries: many})
+	check(t, err)
+	if got := resp.GetWarnings(); len(got) != 1 || !strings.HasSuffix(got[0], `or correct "f", "g", "h", "i", "j", and 2 more`) {
+		t.Errorf("warnings of many %q", got)
+	}
 	r.stop()
 	var log bytes.Buffer
 	c.Log = slog.New(slog.NewTextHandler(&log, nil))

@@ -410,12 +410,6 @@ func TestStorageFails(t *testing.T) {
 	})
 }
 
-// certificateOf is that of another keyset of the same name.
-func certificateOf(w *world, td spiffeid.TrustDomain, path string) func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-	d := w.domain(td)
-	return func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return d.as(path) }
-}
-
 // as is a certificate for another path.
 func (d *domain) as(path string) (*tls.Certificate, error) {
 	key := newKey(d.w.t)

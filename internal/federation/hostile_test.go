@@ -63,7 +63,7 @@ func TestBadAnswers(t *testing.T) {
 		}, "failed", "unexpected EOF"},
 		{"not found", http.NotFound, "failed", "status 404"},
 		{"an error with a bundle", func(rw http.ResponseWriter, _ *http.Request) {
-			rw.WriteHeader(500)
+			rw.WriteHeader(http.StatusInternalServerError)
 			rw.Write([]byte(`{"keys":[]}`))
 		}, "failed", "status 500"},
 		{"a part", func(rw http.ResponseWriter, _ *http.Request) {
