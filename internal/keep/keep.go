@@ -20,6 +20,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -38,11 +39,19 @@ type Dir struct {
 	holds map[string]int    // files by authority
 }
 
-// Open makes the folder (0700) if need be and checks that it is on a memory
-// file system (tmpfs or ramfs, by statfs(2)).
+// Open makes the folder (0700) if need be and checks that it belongs to this
+// process's user and is on a memory file system (tmpfs or ramfs, by statfs(2)).
 func Open(path string, log *slog.Logger) (*Dir, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("make runtime_dir: %w", err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return nil, fmt.Errorf("look at runtime_dir: %w", err)
+	}
+	// Whoever owns the folder can replace the keys in it.
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return nil, fmt.Errorf("runtime_dir %s belongs to user %d and this process runs as %d: chown it, or run as its owner", path, st.Uid, os.Geteuid())
 	}
 	if err := os.Chmod(path, 0o700); err != nil {
 		return nil, fmt.Errorf("protect runtime_dir: %w", err)
@@ -115,7 +124,10 @@ type svid struct {
 	RenewAt       time.Time `json:"renew_at"`
 }
 
-const suffix = ".json"
+const (
+	suffix    = ".json"
+	temporary = ".tmp" // after suffix, while a file is being written
+)
 
 // Load returns the entries kept and their SVIDs. Files that are broken or
 // whose SVID has expired at now are removed, with a log line for each broken
@@ -210,7 +222,7 @@ func (d *Dir) file(entryID string) string {
 func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
 	follower := c.Follow()
 	defer follower.Close()
-	kept := make(map[string]*cache.SVID)
+	kept := make(map[string]written)
 	first := follower.Drain()
 	d.dropOthers(first)
 	d.update(c, first, kept)
@@ -225,17 +237,25 @@ func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
 	}
 }
 
-// dropOthers removes every file that is not that of one of the entries.
+// written is what a file says.
+type written struct {
+	entry *cache.Entry
+	svid  *cache.SVID
+}
+
+// dropOthers removes every file that is not that of one of the entries, and
+// what a crash has left of a file that was being written.
 func (d *Dir) dropOthers(entryIDs []string) {
 	own := make(map[string]bool, len(entryIDs))
 	for _, id := range entryIDs {
 		own[d.file(id)] = true
 	}
 	files, err := filepath.Glob(filepath.Join(d.path, "*"+suffix))
-	if err != nil {
+	half, halfErr := filepath.Glob(filepath.Join(d.path, "*"+suffix+temporary))
+	if err := errors.Join(err, halfErr); err != nil {
 		d.log.Error("runtime_dir not cleaned", "error", err)
 	}
-	for _, f := range files {
+	for _, f := range append(files, half...) {
 		if !own[f] {
 			if err := d.remove(f); err != nil {
 				d.log.Error("runtime_dir not cleaned", "error", err)
@@ -244,7 +264,7 @@ func (d *Dir) dropOthers(entryIDs []string) {
 	}
 }
 
-func (d *Dir) update(c *cache.Cache, changed []string, kept map[string]*cache.SVID) {
+func (d *Dir) update(c *cache.Cache, changed []string, kept map[string]written) {
 	for _, id := range changed {
 		item, held := c.Item(id)
 		var err error
@@ -252,8 +272,8 @@ func (d *Dir) update(c *cache.Cache, changed []string, kept map[string]*cache.SV
 		case !held || item.SVID == nil:
 			delete(kept, id)
 			err = d.remove(d.file(id))
-		case kept[id] != item.SVID:
-			kept[id] = item.SVID
+		case kept[id] != written{item.Entry, item.SVID}:
+			kept[id] = written{item.Entry, item.SVID}
 			if err = d.write(item); err != nil {
 				// The older SVID may be of an authority that is about to be
 				// removed: none is better.
@@ -274,10 +294,11 @@ func (d *Dir) write(item cache.Item) error {
 	path := d.file(item.Entry.ID)
 	// No fsync: the file system is memory, and rename alone keeps a reader
 	// from half a file.
-	if err := os.WriteFile(path+".tmp", data, 0o600); err != nil {
-		return fmt.Errorf("write: %w", err)
+	if err := os.WriteFile(path+temporary, data, 0o600); err != nil {
+		// A full file system needs the room of what was written.
+		return errors.Join(fmt.Errorf("write: %w", err), d.remove(path+temporary))
 	}
-	if err := os.Rename(path+".tmp", path); err != nil {
+	if err := os.Rename(path+temporary, path); err != nil {
 		return err
 	}
 	d.note(path, item.SVID.Authority)

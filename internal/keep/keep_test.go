@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -203,7 +204,7 @@ func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
 	if len(files) != 1 {
 		t.Fatalf("files: %v, want one", files)
 	}
-	if err := os.Mkdir(files[0]+".tmp", 0o700); err != nil { // the new one cannot be written
+	if err := os.MkdirAll(files[0]+".tmp/x", 0o700); err != nil { // the new one cannot be written
 		t.Fatal(err)
 	}
 	renewed := *s
@@ -241,4 +242,74 @@ func FuzzLoad(f *testing.F) {
 			}
 		}
 	})
+}
+
+// What a crash or a full file system left of a write is a key, and takes room
+// that the others need.
+func TestHalfWrittenFilesAreRemoved(t *testing.T) {
+	now := time.Now()
+	path := memory(t)
+	dir, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path+"/gone.json.tmp", []byte("a key"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	_, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	files, _ := filepath.Glob(path + "/*")
+	if len(files) != 1 || !strings.HasSuffix(files[0], ".json") {
+		t.Errorf("files: %v, want that of the entry alone", files)
+	}
+}
+
+// An entry that has changed is kept as it is now, before its SVID is renewed:
+// after a restart nobody is served by selectors that were taken back.
+func TestChangedEntryIsKept(t *testing.T) {
+	path := memory(t)
+	synctest.Test(t, func(t *testing.T) {
+		now := time.Now()
+		dir, err := keep.Open(path, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := cache.New(cache.Config{})
+		e, s := fill(c, now)
+		if err := c.Put(s); err != nil {
+			t.Fatal(err)
+		}
+		stop := follow(t, dir, c)
+		synctest.Wait() // it is kept
+		changed := *e
+		changed.Revision++
+		changed.Selectors = []cache.Selector{{Type: "unix", Value: "uid:2"}}
+		c.Update([]*cache.Entry{&changed}, nil)
+		stop()
+		entries, svids, err := dir.Load(now)
+		if err != nil || len(entries) != 1 || entries[0].Selectors[0].Value != "uid:2" {
+			t.Fatalf("Load: %+v, %v; want the entry as it is now", entries, err)
+		}
+		if svids[0].For(entries[0]) || !svids[0].For(e) {
+			t.Error("the SVID does not say that it is for the entry before")
+		}
+	})
+}
+
+// Whoever owns the folder can replace the keys in it.
+func TestOpenRefusesTheFolderOfAnotherUser(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root can give a folder away")
+	}
+	path := memory(t)
+	if err := os.Chown(path, 54321, 54321); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := keep.Open(path, quiet()); err == nil || !strings.Contains(err.Error(), "54321") {
+		t.Errorf("got %v, want an error that names the owner", err)
+	}
 }
