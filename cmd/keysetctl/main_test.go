@@ -480,7 +480,9 @@ func TestOutputFails(t *testing.T) {
 		d := newDesk(t)
 		var errs bytes.Buffer
 		code := run(t.Context(), []string{"prepare", "-o", format}, func(string) string { return "" }, strings.NewReader(""), full{}, &errs,
-			func(context.Context, target) (runbook.Backend, io.Closer, error) { return d.server, io.NopCloser(nil), nil })
+			func(context.Context, target) (runbook.Backend, io.Closer, error) {
+				return d.server, io.NopCloser(nil), nil
+			})
 		all, err := d.server.Deployment.List(t.Context())
 		if err != nil || len(all) != 2 {
 			t.Fatalf("%v, %v", all, err)
