@@ -112,3 +112,35 @@ func TestDrillNewEntryDuringAnOutage(t *testing.T) {
 		s.unbroken()
 	})
 }
+
+// A node that slept through taint and removal has an own SVID that no server
+// accepts. It learns of that by itself, tells its workloads the bundle of now,
+// and comes back with a new token.
+func TestDrillAwayUntilTheAuthorityIsRemoved(t *testing.T) {
+	var token string
+	inWorld(t, 3, func(w *world) {
+		token = w.cfg.DataDir + "-token"
+		w.check(os.WriteFile(token, []byte(w.cfg.JoinToken), 0o600))
+		w.cfg.JoinToken, w.cfg.JoinTokenFile = "", token
+	}, func(w *world) {
+		defer os.Remove(token)
+		w.unchecked = true
+		w.fill(3)
+		s := w.open(1)
+		defer s.close()
+		old := w.activate()
+		w.set(func(f *faults) { f.down = true })
+		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
+		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
+		w.set(func(f *faults) { f.down = false })
+		w.until("the removal is seen", 30*time.Second, func() bool { return w.authority(old).State == "removed" })
+		fresh, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		w.check(err)
+		w.check(os.WriteFile(token, []byte(fresh.Value), 0o600))
+		w.until("everything is renewed", time.Minute, func() bool { a := w.authority(old); return a.Held+a.Pending == 0 && w.held() == 3 })
+		w.until("the stream is told", 10*time.Second, func() bool {
+			u, ok := s.last()
+			return ok && len(u.authorities) == 1 && u.authorities[0] != old.X509AuthorityID
+		})
+	})
+}

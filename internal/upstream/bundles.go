@@ -36,16 +36,37 @@ const (
 
 // FetchBundle returns the server's own trust bundle. Together with
 // FetchFederatedBundle it is the [bundle.Fetcher].
+//
+// A server that does not know the authority of the node's own SVID any more ends
+// the connection for it. What it has to say about that is asked for without one.
 func (c *Client) FetchBundle(ctx context.Context) (*bundle.Bundle, error) {
 	var out *bundle.Bundle
 	err := c.call(ctx, "fetch bundle", c.cfg.PollTimeout, needNothing, func(ctx context.Context, l *link) (err error) {
 		out, err = c.getBundle(ctx, l.conn)
 		return err
 	})
+	if met := c.met.Swap(false); met && status.Code(err) == codes.Unavailable && ctx.Err() == nil {
+		out, err = c.fetchAnonymously(ctx)
+	}
 	if err != nil {
 		return nil, err
 	}
 	c.fetched.Store(out)
+	return out, nil
+}
+
+func (c *Client) fetchAnonymously(ctx context.Context) (*bundle.Bundle, error) {
+	l, err := c.open(nil, c.clientTLS(nil))
+	if err != nil {
+		return nil, err
+	}
+	defer l.conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	defer cancel()
+	out, err := c.getBundle(ctx, l.conn)
+	if err != nil {
+		return nil, fmt.Errorf("fetch bundle: %w", err)
+	}
 	return out, nil
 }
 

@@ -77,6 +77,10 @@ type Client struct {
 	fetched  atomic.Pointer[bundle.Bundle] // the last own bundle that a verified server answered
 	judged   atomic.Pointer[verdict]
 	attested atomic.Int64 // Unix nanoseconds; zero: never
+	// met: since the bundle was fetched last the server has proved itself on a
+	// connection that presents the own SVID. In TLS 1.3 that is before it has
+	// judged the SVID.
+	met atomic.Bool
 
 	// proving is held (by a value in it) by whoever replaces the identity.
 	proving chan struct{}

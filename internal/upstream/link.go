@@ -90,7 +90,11 @@ func (c *Client) clientTLS(identity *node.Identity) *tls.Config {
 		InsecureSkipVerify: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			// Read now, not when the link was made: a link outlives rotations.
-			return verifyServer(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.Bundle(), c.cfg.Now())
+			err := verifyServer(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.Bundle(), c.cfg.Now())
+			if err == nil && identity != nil {
+				c.met.Store(true)
+			}
+			return err
 		},
 	}
 	if identity != nil {
