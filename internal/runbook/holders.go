@@ -7,6 +7,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/renew/wave"
 )
 
@@ -123,7 +124,7 @@ func (h Holder) says(now time.Time) string {
 	case reasonBehind:
 		text += ", behind: it has not seen the taint yet"
 		if h.Version != "" {
-			text += " (version " + h.Version + ")"
+			text += " (version " + cli.Printable(h.Version) + ")"
 		}
 	case "waiting":
 		text += ", waiting for its random delay"
@@ -151,7 +152,7 @@ func (h Holder) line(now time.Time) string {
 	if h.Agent == "" {
 		return h.name() + ": for whom is not known yet"
 	}
-	return h.Agent + ": " + h.says(now)
+	return cli.Printable(h.Agent) + ": " + h.says(now)
 }
 
 // name is a few words on an agent. All agents are of one trust domain; what tells
@@ -167,7 +168,7 @@ func (h Holder) name() string {
 	if _, path, ok := strings.Cut(name, "/"); ok && ofSPIFFE {
 		name = "/" + path
 	}
-	return name + " " + h.Reason
+	return cli.Printable(name) + " " + h.Reason
 }
 
 // hanging says on lines of its own what hangs on a keyset's X.509 key: how

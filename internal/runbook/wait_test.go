@@ -128,6 +128,23 @@ func TestWaitEstimates(t *testing.T) {
 	}
 }
 
+// What agents say of themselves does not reach the terminal as a command.
+func TestWaitShowsNoControlCharacters(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		s.HoldersAt = func(string, time.Time) []runbook.Holder {
+			return []runbook.Holder{{Agent: "node\x1b[2J", Version: "1.2\x1b]0;x\a\r\nsafe", SVIDs: 2, Reason: "behind"}}
+		}
+		var out bytes.Buffer
+		_, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: time.Second, Progress: &runbook.Screen{W: &out}})
+		want := "node\uFFFD[2J: 2 SVIDs, behind: it has not seen the taint yet (version 1.2\uFFFD]0;x\uFFFD\uFFFD\uFFFDsafe)"
+		if err == nil || !strings.Contains(err.Error(), want) || strings.ContainsAny(out.String()+err.Error(), "\x1b\a\r") {
+			t.Errorf("got %q\n%q", err, out.String())
+		}
+	})
+}
+
 // What is on its way to an agent has no name, and is spoken of all the same.
 func TestSignatureOnItsWay(t *testing.T) {
 	t.Parallel()
