@@ -60,7 +60,7 @@ func (j joinToken) Payload(context.Context) ([]byte, error) {
 	case len(b) > maxToken:
 		return nil, fmt.Errorf("join_token_file %s is larger than %d bytes: it must hold one token and nothing else", j.file, maxToken)
 	case token == "":
-		return nil, fmt.Errorf("join_token_file %s is empty: put a token into it that the server issued for this node", j.file)
+		return nil, fmt.Errorf("join_token_file %s is empty: put a token into it that the server issued for this node; a systemd credential is read when the service starts, so restart it then", j.file)
 	case strings.ContainsAny(token, " \t\r\n"):
 		return nil, fmt.Errorf("join_token_file %s holds more than one word: it must hold one token and nothing else", j.file)
 	}

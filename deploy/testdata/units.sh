@@ -1,0 +1,108 @@
+# Runs as root in a container that systemd has booted: what deploy/README.md says
+# is done (readme.sh is its commands), and then what happens to a machine.
+set -euo pipefail
+touch /out/began
+cd /src
+
+fail() { echo "FAIL: $*"; exit 1; }
+ok() { "$@" || fail "$*"; }
+not() { if "$@"; then fail "succeeded: $*"; fi; }
+until_ok() { # COMMAND...
+	local deadline=$((SECONDS + 30))
+	until "$@" >/out/last 2>&1; do
+		[ $SECONDS -lt $deadline ] || { cat /out/last; fail "not within 30 s: $*"; }
+		sleep 0.1
+	done
+}
+as() { local user=$1; shift; setpriv --reuid "$user" --regid "$user" --init-groups -- "$@"; }
+property() { systemctl show -P "$1" "$2"; }
+in_journal() { grep -q -- "$3" <(journalctl -u "$1" -p "$2" -o cat); }
+journal_has() { until_ok in_journal "$@"; } # UNIT PRIORITY TEXT
+
+echo "== as README.md says"
+. ./readme.sh
+
+echo "== the workload of a user; its selectors need /proc and its executable"
+until_ok renewd-agent healthcheck
+until_ok as web renewd-agent fetch x509
+not as nobody renewd-agent fetch x509
+journal_has renewd-agent info '"path":"/usr/local/bin/renewd-agent"'
+journal_has renewd-agent info 'unix:sha256:'
+rm /etc/renewd/join_token
+
+echo "== operators: root, and who is in the group of the socket and of the configuration"
+not as ops keysetctl list
+sed -i 's/^    - unix:uid:0$/&\n    - unix:group:renewd-server/' /etc/renewd/server.yaml
+usermod -aG renewd-server ops
+# A command right after the restart finds the socket.
+systemctl restart renewd-server
+ok as ops keysetctl list
+
+echo "== a rotation"
+OLD=$(keysetctl list -o json | grep -o 'ks_[a-z0-9]*' | head -1)
+NEW=$(as ops keysetctl prepare | grep -o 'ks_[a-z0-9]*')
+applied() { keysetctl list -o json | grep -q '"agents_behind": 0'; }
+until_ok applied
+# Nothing of it is seen by a workload that asks all the time.
+(while [ ! -e /out/stop ]; do as web renewd-agent fetch x509 >/dev/null 2>>/out/denied || true; sleep 0.1; done) &
+ok as ops keysetctl activate "$NEW"
+ok as ops keysetctl taint "$OLD"
+ok as ops keysetctl wait "$OLD"
+ok as ops keysetctl remove "$OLD"
+touch /out/stop
+wait
+[ ! -s /out/denied ] || fail "a workload had no SVID: $(cat /out/denied)"
+not grep -q "$OLD" <(keysetctl list)
+
+echo "== killed, and started again"
+PID=$(property MainPID renewd-agent)
+kill -9 "$PID"
+again() { [ "$(property ActiveState renewd-agent)" = active ] && [ "$(property MainPID renewd-agent)" != "$PID" ]; }
+until_ok again
+
+echo "== a restart while the server is down: workloads keep what was held, without a token"
+systemctl stop renewd-server
+systemctl restart renewd-agent
+ok as web renewd-agent fetch x509
+journal_has renewd-agent warning 'entry sync failed'
+
+echo "== a store key that is not encrypted"
+install -d /etc/systemd/system/renewd-server.service.d
+printf '[Service]\nLoadCredentialEncrypted=\nLoadCredential=renewd-store-key:/etc/renewd/store.key\n' >/etc/systemd/system/renewd-server.service.d/key.conf
+install -m 0600 /root/store.key /etc/renewd/store.key
+systemctl daemon-reload
+ok systemctl start renewd-server
+ok renewd-server health
+
+echo "== what does not get better by itself is said at once and not tried again"
+rm -f /root/other.key
+renewd-server key new /root/other.key
+install -m 0600 /root/other.key /etc/renewd/store.key
+not systemctl restart renewd-server
+[ "$(property ExecMainStatus renewd-server)" = 3 ] || fail "status $(property ExecMainStatus renewd-server)"
+journal_has renewd-server err 'not sealed with this encryption key'
+sed -i 's/^trust_domain/trust_domian/' /etc/renewd/agent.yaml
+not systemctl restart renewd-agent
+[ "$(property ExecMainStatus renewd-agent)" = 2 ] || fail "status $(property ExecMainStatus renewd-agent)"
+journal_has renewd-agent err 'did you mean trust_domain'
+sleep 3 # longer than RestartSec
+for unit in renewd-agent renewd-server; do
+	[ "$(property ActiveState $unit)" = failed ] || fail "$unit is $(property ActiveState $unit)"
+done
+
+echo "== put right"
+sed -i 's/^trust_domian/trust_domain/' /etc/renewd/agent.yaml
+install -m 0600 /root/store.key /etc/renewd/store.key
+ok systemctl start renewd-agent renewd-server
+until_ok renewd-agent healthcheck
+
+echo "== restarted again and again: never given up"
+for _ in 1 2 3 4 5 6; do systemctl restart renewd-agent; done
+PID=$(property MainPID renewd-agent)
+kill -9 "$PID"
+until_ok again
+
+echo "== stopped: what was in memory is gone"
+systemctl stop renewd-agent
+not test -e /run/renewd
+echo "== done"
