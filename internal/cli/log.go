@@ -28,13 +28,22 @@ func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) st
 func newHandler(w io.Writer, level slog.Level, format string, getenv func(string) string) slog.Handler {
 	terminal := isTerminal(w)
 	if format == "json" || (format == "auto" && !terminal) {
-		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level})
+		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: spelledOut})
 	}
 	return tint.NewTextHandler(w, &tint.Options{
 		Level:      level,
 		TimeFormat: time.TimeOnly,
 		NoColor:    !terminal || getenv("NO_COLOR") != "",
 	})
+}
+
+// spelledOut writes durations as the text form has them, such as 1.5s: a bare
+// number of nanoseconds does not say what it counts.
+func spelledOut(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		a.Value = slog.StringValue(a.Value.Duration().String())
+	}
+	return a
 }
 
 func isTerminal(w io.Writer) bool {

@@ -8,6 +8,7 @@ import (
 	"os"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -57,6 +58,18 @@ func TestLogFormat(t *testing.T) {
 				t.Errorf("no message: %q", line)
 			}
 		})
+	}
+}
+
+// A duration reads the same in both forms.
+func TestLogDuration(t *testing.T) {
+	t.Parallel()
+	for format, want := range map[string]string{"text": "delay=1.5s", "json": `"delay":"1.5s"`} {
+		var b bytes.Buffer
+		cli.NewLog(&b, slog.LevelInfo, format, noEnv).Info("waits", "delay", 1500*time.Millisecond)
+		if got := b.String(); !strings.Contains(got, want) {
+			t.Errorf("%s: no %s in %q", format, want, got)
+		}
 	}
 }
 

@@ -319,7 +319,7 @@ func (s *syncing) skip(id string, at stamp, why string) {
 	was, known := s.before.skipped[id]
 	s.memory.skipped[id] = at
 	if !known || was != at {
-		s.client.cfg.Log.Warn("entry skipped", "entry_id", id, "revision", at.revision, "reason", why)
+		s.client.cfg.Log.Warn("entry skipped", "entry", id, "revision", at.revision, "reason", why)
 	}
 }
 

@@ -67,7 +67,7 @@ func (s *service) enter(ctx context.Context) (*caller, error) {
 // warnBusy says, once in a while, that a user has too many of something open.
 func (s *Server) warnBusy(p *attest.Peer, what string, limit int) {
 	if s.said.first(about{kind: what, uid: p.UID()}) {
-		s.log.Warn("A user's processes have too many "+what+" open: new ones are refused.",
+		s.log.Warn("a user's processes have too many "+what+" open, new ones are refused",
 			slog.Uint64("uid", uint64(p.UID())), slog.Int("pid", p.PID()),
 			slog.String("path", p.Executable()), slog.Int("limit", limit))
 	}
@@ -84,7 +84,7 @@ func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
 	case ctx.Err() != nil:
 		return nil, status.FromContextError(ctx.Err()).Err()
 	case failure != nil && s.said.first(about{kind: "attest", uid: p.UID()}):
-		s.log.Warn("A caller could not be attested in full.", slog.Any("error", failure),
+		s.log.Warn("a caller could not be attested in full", slog.Any("error", failure),
 			slog.Int("pid", p.PID()), slog.Uint64("uid", uint64(p.UID())), slog.String("path", p.Executable()))
 	}
 	if err != nil {
@@ -105,7 +105,7 @@ func (c *caller) admit(v *cache.View) error {
 		return errAttest
 	}
 	if c.s.said.first(about{kind: c.describe()}) {
-		c.s.log.Info("A caller was denied: no registration entry matches its selectors.",
+		c.s.log.Info("a caller was denied, no registration entry matches its selectors",
 			slog.Int("pid", c.peer.PID()), slog.Uint64("uid", uint64(c.peer.UID())),
 			slog.String("path", c.peer.Executable()), slog.String("selectors", c.describe()))
 	}

@@ -26,7 +26,7 @@ func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 	p, err := c.s.cfg.Peers(conn)
 	if err != nil {
 		if !errors.Is(err, attest.ErrGone) {
-			c.s.log.Warn("A caller could not be identified.", slog.Any("error", err))
+			c.s.log.Warn("a caller could not be identified", slog.Any("error", err))
 		}
 		return nil, nil, err
 	}

@@ -131,7 +131,7 @@ func TestDeniedIsLoggedOnce(t *testing.T) {
 		for range 3 {
 			ended(t, fetchX509(t.Context(), s.client(1001)), codes.PermissionDenied)
 		}
-		got := s.logs.attrs("A caller was denied")
+		got := s.logs.attrs("a caller was denied")
 		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1001" || got[0]["uid"] != "1001" || got[0]["path"] == "" || got[0]["pid"] == "" {
 			t.Errorf("logged %v, want one line with pid, uid, path and selectors", got)
 		}

@@ -339,7 +339,7 @@ func TestShutdownEndsMints(t *testing.T) {
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v, want Unavailable", err)
 		}
-		if got := s.logs.attrs("A JWT-SVID could not be minted"); len(got) != 0 {
+		if got := s.logs.attrs("a JWT-SVID could not be minted"); len(got) != 0 {
 			t.Errorf("stopping was logged as a failure: %v", got)
 		}
 	})

@@ -80,7 +80,7 @@ func (s *service) mintNow(e *cache.Entry, audience []string) (cache.JWT, error) 
 	s.obs.JWTMinted(time.Since(start), err)
 	if err != nil {
 		if s.stopping.Err() == nil && s.said.first(about{kind: "mint " + e.ID}) {
-			s.log.Warn("A JWT-SVID could not be minted.", slog.String("entry", e.ID),
+			s.log.Warn("a JWT-SVID could not be minted", slog.String("entry", e.ID),
 				slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
 		}
 		return cache.JWT{}, err

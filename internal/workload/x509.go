@@ -165,9 +165,9 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 }
 
 func (s *service) warnOversize(c *caller, identities, size int) {
-	s.log.Warn("An answer is larger than gRPC clients accept by default: the workload may not be able to read it. "+
-		"Give it fewer registration entries, or let its client receive more "+
-		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions).",
+	s.log.Warn("an answer is larger than gRPC clients accept by default, the workload may not be able to read it: "+
+		"give it fewer registration entries, or let its client receive more "+
+		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions)",
 		slog.String("selectors", c.describe()), slog.Int("pid", c.peer.PID()),
 		slog.Uint64("uid", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()),
 		slog.Int("identities", identities), slog.Int("bytes", size), slog.Int("limit", maxClientMessage))

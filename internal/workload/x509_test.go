@@ -410,7 +410,7 @@ func TestOversizeAnswerIsSent(t *testing.T) {
 		if s.obs.oversize != 2 {
 			t.Errorf("%d oversize answers counted, want 2", s.obs.oversize)
 		}
-		got := s.logs.attrs("An answer is larger")
+		got := s.logs.attrs("an answer is larger")
 		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1000" || got[0]["identities"] != "3" {
 			t.Errorf("logged %v, want one warning that names the selectors", got)
 		}

@@ -136,8 +136,8 @@ func (a *Attestor) program(ctx context.Context, p *attest.Peer, out []cache.Sele
 		case err == nil:
 			out = append(out, cache.Selector{Type: Name, Value: "path:" + path})
 		case errors.Is(err, fs.ErrPermission):
-			a.warn("path", "Workloads' programs cannot be read: unix:path and unix:sha256 selectors are missing. "+
-				"Run the agent as root or give it CAP_SYS_PTRACE.", slog.Any("error", err))
+			a.warn("path", "workloads' programs cannot be read, unix:path and unix:sha256 selectors are missing: "+
+				"run the agent as root or give it CAP_SYS_PTRACE", slog.Any("error", err))
 		case !errors.Is(err, fs.ErrNotExist): // a kernel thread has none
 			return nil, fmt.Errorf("read the program's path: %w", err)
 		}
@@ -151,11 +151,11 @@ func (a *Attestor) program(ctx context.Context, p *attest.Peer, out []cache.Sele
 		out = append(out, cache.Selector{Type: Name, Value: "sha256:" + sum})
 	case errors.Is(err, errTooLarge):
 		path := p.Executable()
-		a.warn(path, "A workload's program is larger than the limit and gets no unix:sha256 selector.",
+		a.warn(path, "a workload's program is larger than unix.sha256_size_limit and gets no unix:sha256 selector",
 			slog.String("path", path), slog.Int64("limit", a.cfg.SHA256Limit))
 	case errors.Is(err, fs.ErrPermission):
-		a.warn("path", "Workloads' programs cannot be read: unix:path and unix:sha256 selectors are missing. "+
-			"Run the agent as root or give it CAP_SYS_PTRACE.", slog.Any("error", err))
+		a.warn("path", "workloads' programs cannot be read, unix:path and unix:sha256 selectors are missing: "+
+			"run the agent as root or give it CAP_SYS_PTRACE", slog.Any("error", err))
 	case !errors.Is(err, fs.ErrNotExist):
 		return nil, fmt.Errorf("hash the program: %w", err)
 	}
