@@ -12,8 +12,8 @@ import (
 // Workload API hands them out. It is immutable. It holds no parsed
 // certificate: at thousands of SVIDs a node that would be most of the memory.
 type SVID struct {
-	ID       spiffeid.ID
-	EntryID  string
+	ID      spiffeid.ID
+	EntryID string
 	// Revision and Created are those of the entry that it was minted for.
 	Revision int64
 	Created  time.Time

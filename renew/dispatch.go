@@ -259,9 +259,14 @@ func (r *Renewer) finishOwn(c *call, now time.Time) {
 	r.own.inFlight = false
 	if c.err != nil {
 		r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), time.Second))
-		r.cfg.Log.Warn("node's own SVID not renewed, trying again later", "reason", reason, "error", c.err)
+		log := r.cfg.Log.Debug
+		if text := c.err.Error(); text != r.own.said {
+			log, r.own.said = r.cfg.Log.Warn, text
+		}
+		log("node's own SVID not renewed, trying again later", "reason", reason, "error", c.err)
 		return
 	}
+	r.own.said = ""
 	if held := r.cfg.Own.Held(); held != nil {
 		if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted || old(held, now) {
 			r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), retryBase))

@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/x509"
 	"errors"
+	"log/slog"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -57,6 +58,7 @@ type ownSVID struct {
 	held     atomic.Pointer[cache.SVID]
 	next     func() *cache.SVID
 	renewals atomic.Int64
+	fails    error
 }
 
 func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
@@ -64,6 +66,9 @@ func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
 func (o *ownSVID) Renew(context.Context) error {
 	o.renewals.Add(1)
 	time.Sleep(100 * time.Millisecond)
+	if o.fails != nil {
+		return o.fails
+	}
 	o.held.Store(o.next())
 	return nil
 }
@@ -263,4 +268,20 @@ func TestLateAnswerDoesNotReplaceABetterSVID(t *testing.T) {
 			}
 		}
 	})
+}
+
+// An outage of hours is one line about the node's own SVID.
+func TestOwnSVIDThatFailsIsSaidOnce(t *testing.T) {
+	own := &ownSVID{fails: errors.New("server is unreachable")}
+	own.held.Store(&cache.SVID{NotAfter: time.Now(), RenewAt: time.Now()})
+	var log strings.Builder
+	drill(t, 0, func(r *rig) { r.cfg.Own, r.cfg.Log = own, slog.New(slog.NewTextHandler(&log, nil)) }, func(*rig) {
+		time.Sleep(3 * time.Hour)
+	})
+	if n := strings.Count(log.String(), "level=WARN"); n != 1 || !strings.Contains(log.String(), "unreachable") {
+		t.Errorf("%d warnings in three hours, want one:\n%.500s", n, log.String())
+	}
+	if n := own.renewals.Load(); n < 100 {
+		t.Errorf("%d tries in three hours", n)
+	}
 }

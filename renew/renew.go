@@ -48,6 +48,7 @@ type ownItem struct {
 	retry    time.Time
 	backoff  *backoff.ExponentialBackOff
 	inFlight bool
+	said     string // the last failure, once it was logged as a warning
 }
 
 // call is one request to the server.

@@ -41,7 +41,8 @@ type Agent struct {
 	seed      [32]byte
 	streams   streams
 
-	// bootstrap is what the server is trusted by until the first snapshot.
+	// bootstrap is what the server is trusted by until it has answered with a
+	// bundle.
 	bootstrap atomic.Pointer[bundle.Bundle]
 	again     bool                      // this node ran before
 	started   atomic.Pointer[time.Time] // when Run began
@@ -192,8 +193,8 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 
 // trust is the bundle that the server is verified with now.
 func (a *Agent) trust() *bundle.Bundle {
-	if s := a.cache.Bundle(); s != nil {
-		return s.Own
+	if a.applied.Load() != nil {
+		return a.cache.Bundle().Own
 	}
 	return a.bootstrap.Load()
 }
@@ -226,6 +227,17 @@ func (a *Agent) restore() error {
 	}
 	if len(entries) == 0 {
 		return nil
+	}
+	if a.node.Ended() {
+		// The outage has outlived the own SVID, which need not be true of those
+		// of the workloads. They are served with the bundle that was kept beside
+		// them; the server is another matter: see initialTrust.
+		kept, err := a.store.LoadBundle()
+		if err != nil || kept == nil || kept.TrustDomain() != a.cfg.TrustDomain {
+			a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them", "error", err)
+		} else {
+			a.cache.SetBundle(&bundle.Snapshot{Own: kept})
+		}
 	}
 	a.cache.Restore(entries, svids)
 	a.log.Info("workload SVIDs of the last run loaded", "svids", len(svids))

@@ -2,10 +2,14 @@ package agent_test
 
 import (
 	"os"
+	"sync"
 	"testing"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
+
+	"github.com/renewd/renewd/internal/server"
 )
 
 // keeping is inWorld with a runtime_dir.
@@ -142,5 +146,58 @@ func TestDrillAwayUntilTheAuthorityIsRemoved(t *testing.T) {
 			u, ok := s.last()
 			return ok && len(u.authorities) == 1 && u.authorities[0] != old.X509AuthorityID
 		})
+	})
+}
+
+// The own SVID may live shorter than those of the workloads. When it has ended
+// in an outage, a restarted agent still serves what it held. The server is then
+// trusted by what the operator gives, as at any new proof.
+func TestDrillRestartAfterTheOwnSVIDHasEnded(t *testing.T) {
+	keeping(t, 0, nil, func(w *world) {
+		e := entryFor(0)
+		e.X509TTL = 72 * time.Hour
+		w.enter([]server.Entry{e})
+		w.fill(1)
+		w.set(func(f *faults) { f.down = true })
+		time.Sleep(30 * time.Hour)
+		if w.now().Before(w.agent.State().OwnExpiry) {
+			w.t.Fatal("the own SVID has not ended yet")
+		}
+		w.stopAgent()
+		w.startAgent()
+		time.Sleep(time.Second)
+		if err := w.fetchX509(0); err != nil {
+			w.t.Errorf("during the outage: %v, want what was held", err)
+		}
+		if err := w.fetchX509(1); !isCode(err, codes.Unavailable) {
+			w.t.Errorf("another caller during the outage: %v, want Unavailable", err)
+		}
+		w.stopAgent()
+		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		w.check(err)
+		w.cfg.JoinToken = token.Value
+		w.startAgent()
+		s := w.open(0)
+		defer s.close()
+		w.set(func(f *faults) { f.down = false })
+		w.until("proved anew", time.Minute, func() bool { return isCode(w.fetchX509(1), codes.PermissionDenied) })
+		time.Sleep(10 * time.Hour) // past the half-life
+		s.unbroken()
+	})
+}
+
+// A node that the server has banned serves nothing any more, also after a
+// restart.
+func TestDrillRestartAfterABan(t *testing.T) {
+	keeping(t, 1, nil, func(w *world) {
+		w.fill(1)
+		w.check(w.server.BanAgent(w.t.Context(), spiffeid.RequireFromString(w.agent.State().OwnID)))
+		time.Sleep(20 * time.Second) // it stops by itself
+		w.stopAgent = sync.OnceFunc(func() {})
+		w.startAgent()
+		time.Sleep(time.Second)
+		if err := w.fetchX509(0); !isCode(err, codes.Unavailable) {
+			w.t.Errorf("got %v, want Unavailable", err)
+		}
 	})
 }

@@ -44,8 +44,9 @@ type Config struct {
 // Node is this machine as the server knows it. Identity may be called at any
 // time; of Attest, Renew and Wipe one at a time.
 type Node struct {
-	cfg Config
-	id  atomic.Pointer[Identity]
+	cfg   Config
+	id    atomic.Pointer[Identity]
+	ended bool
 }
 
 // New makes a Node and loads the identity kept from the last run. One that has
@@ -87,6 +88,7 @@ func New(cfg Config) (*Node, error) {
 	case id.Expired(cfg.Now()):
 		cfg.Log.Warn("the own SVID kept from the last run has expired, the node has to be proved anew",
 			"spiffe_id", id.ID().String(), "expired_at", id.Chain[0].NotAfter)
+		n.ended = true
 	default:
 		n.id.Store(id)
 	}
@@ -95,6 +97,11 @@ func New(cfg Config) (*Node, error) {
 
 // Identity is the identity held, nil when there is none. It may have expired.
 func (n *Node) Identity() *Identity { return n.id.Load() }
+
+// Ended reports whether New has left out an identity of this trust domain because it
+// had expired. The server may still know the node, and has not banned it as far
+// as it has said.
+func (n *Node) Ended() bool { return n.ended }
 
 // Provable returns nil when there is something to prove the node with, and
 // otherwise what is missing.
