@@ -166,6 +166,18 @@ func TestProcessThatChangedItsUser(t *testing.T) {
 				t.Fatal(err)
 			}
 			p := run(t, path, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54322}})
+			// Start returns when execve closes what is to be closed, and the
+			// credentials change a moment after that.
+			line := map[string]string{"user": "Uid:\t54321\t54321", "group": "Gid:\t54322\t54322"}[name]
+			for started := time.Now(); time.Since(started) < time.Minute; time.Sleep(time.Millisecond) {
+				status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
+				if err != nil {
+					t.Fatal(err)
+				}
+				if !strings.Contains(string(status), line) {
+					break
+				}
+			}
 			got, err := New(Config{}).Attest(t.Context(), p)
 			if err == nil {
 				t.Fatalf("got %q, want an error", got)
