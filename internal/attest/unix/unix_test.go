@@ -42,10 +42,11 @@ func testProgram(t *testing.T, dir, name string) string {
 
 func run(t *testing.T, path string, attr *syscall.SysProcAttr) *attest.Peer {
 	t.Helper()
-	cmd := exec.Command(path, "60")
-	cmd.SysProcAttr = attr
+	var cmd *exec.Cmd
 	// Another test may be forking while our copy was still open for writing.
 	for range 100 {
+		cmd = exec.Command(path, "60")
+		cmd.SysProcAttr = attr
 		if err := cmd.Start(); !errors.Is(err, syscall.ETXTBSY) {
 			if err != nil {
 				t.Fatal(err)
