@@ -193,7 +193,8 @@ func (n *Node) converse(ctx context.Context, conn grpc.ClientConnInterface, payl
 // Renew replaces the identity over conn, on which the present one is used. The
 // server takes the new one into force, and retires the present one, when it is
 // first used. So nothing is lost when the answer is wrong or cannot be kept:
-// the error says so and the present identity stays.
+// the error says so and the present identity stays. Only one that is about to
+// end is replaced also by one that cannot be kept.
 func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 	held := n.id.Load()
 	if held == nil {
@@ -220,7 +221,11 @@ func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 		return fmt.Errorf("the server answered with an own SVID that cannot be used: %w", err)
 	}
 	if err := n.cfg.Store.SaveIdentity(id); err != nil {
-		return fmt.Errorf("keep the own SVID: %w", err)
+		leaf := held.Chain[0]
+		if left := leaf.NotAfter.Sub(n.cfg.Now()); left > leaf.NotAfter.Sub(leaf.NotBefore)/4 {
+			return fmt.Errorf("keep the own SVID: %w", err)
+		}
+		n.cfg.Log.Error("the renewed own SVID could not be kept: after a restart the node has to be proved anew", "error", err)
 	}
 	n.id.Store(id)
 	n.cfg.Log.Info("own SVID renewed", "spiffe_id", id.ID().String(), "expires_at", id.Chain[0].NotAfter)

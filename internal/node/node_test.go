@@ -400,6 +400,37 @@ func TestIdentityThatCannotBeKept(t *testing.T) {
 	}
 }
 
+// Towards the end of its life the own SVID is replaced also by one that cannot be
+// kept: a full disk must not cost the node its identity.
+func TestRenewalThatCannotBeKept(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	ca := newAuthority(t)
+	var now atomic.Int64
+	var logs bytes.Buffer
+	n := newNode(t, openStore(t, dir), node.JoinToken("t", ""), ca, func(c *node.Config) {
+		c.Now = func() time.Time { return time.Now().Add(time.Duration(now.Load())) }
+		c.Log = slog.New(slog.NewTextHandler(&logs, nil))
+	})
+	conn := serve(t, &server{ca: ca})
+	if err := n.Attest(t.Context(), conn, ca.bundle()); err != nil {
+		t.Fatal(err)
+	}
+	os.RemoveAll(dir)
+	held := n.Identity()
+	now.Store(int64(40 * time.Second)) // of 70, 10 of which were over at the start
+	if err := n.Renew(t.Context(), conn); err == nil || n.Identity() != held {
+		t.Errorf("with time left to keep it a renewed identity is used that is not kept: %v", err)
+	}
+	now.Store(int64(50 * time.Second))
+	if err := n.Renew(t.Context(), conn); err != nil || n.Identity() == held {
+		t.Errorf("the identity is let run out: %v", err)
+	}
+	if !strings.Contains(logs.String(), "could not be kept") {
+		t.Errorf("log: %s", &logs)
+	}
+}
+
 func TestKeptIdentities(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
