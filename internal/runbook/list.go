@@ -138,8 +138,8 @@ func (k Keyset) liveJWT(now time.Time) string {
 	switch {
 	case k.JWTExpiry.After(now):
 		return "for " + short(k.JWTExpiry.Sub(now))
-	case k.Unknown != "":
-		return notKnown
+	case k.Unknown != "", k.JWTExpiry.IsZero() && k.state(JWT) == Tainted && !k.JWTSafe:
+		return notKnown // and with none it would be safe
 	}
 	return "none"
 }

@@ -36,6 +36,7 @@ func TestList(t *testing.T) {
 		row("ks_def5678uvw", runbook.Active, func(k *runbook.Keyset) { k.X509SVIDs, k.JWTExpiry = 120345, at.Add(7*24*time.Hour) }),
 		row("ks_efg5678uvw", runbook.Prepared, func(k *runbook.Keyset) { k.X509AuthorityID, k.IssuedAt = "", time.Time{} }),
 		row("ks_fgh5678uvw", runbook.Prepared, func(k *runbook.Keyset) { k.X509SVIDs, k.JWTState = -1, runbook.Active }),
+		row("ks_ghi5678uvw", runbook.Tainted, func(k *runbook.Keyset) { k.X509Safe = true }),
 	}}
 	var out bytes.Buffer
 	if err := runbook.List(&out, s, at); err != nil {
@@ -57,6 +58,8 @@ X.509  ks_efg5678uvw  not known                      2026-01-13 09:23:41 +0000 U
 JWT    ks_efg5678uvw  not known                      2026-01-13 09:23:41 +0000 UTC  Prepared  none        -
 X.509  ks_fgh5678uvw  2025-10-15 09:23:41 +0000 UTC  2026-01-13 09:23:41 +0000 UTC  Prepared  not known   -
 JWT    ks_fgh5678uvw  2025-10-15 09:23:41 +0000 UTC  2026-01-13 09:23:41 +0000 UTC  Active    none        -
+X.509  ks_ghi5678uvw  2025-10-15 09:23:41 +0000 UTC  2026-01-13 09:23:41 +0000 UTC  Tainted   0           yes
+JWT    ks_ghi5678uvw  2025-10-15 09:23:41 +0000 UTC  2026-01-13 09:23:41 +0000 UTC  Tainted   not known   no
 `
 	if out.String() != want {
 		t.Errorf("got\n%s\nwant\n%s", out.String(), want)
