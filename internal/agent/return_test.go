@@ -201,3 +201,17 @@ func TestDrillRestartAfterABan(t *testing.T) {
 		}
 	})
 }
+
+// A clock that was ahead when the node was proved, and is set right afterwards,
+// does not keep entries that are deleted.
+func TestDrillClockSetBackAfterTheProof(t *testing.T) {
+	inWorld(t, 3, func(w *world) { w.skew = 30 * time.Minute }, func(w *world) {
+		w.fill(3)
+		w.mu.Lock()
+		w.skew = 0
+		w.mu.Unlock()
+		time.Sleep(20 * time.Second)
+		w.enter(entriesFor(2))
+		w.until("the deleted entry is gone", 10*time.Second, func() bool { return w.held() == 2 })
+	})
+}

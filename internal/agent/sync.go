@@ -47,7 +47,7 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 				failing = false
 				a.log.Info("entry sync works again")
 			}
-			fresh := a.cfg.Now().Sub(attested) < settling
+			fresh := time.Since(attested) < settling
 			if fresh && (len(gone) > 0 || len(have)+len(upsert) == 0) {
 				gone, pause = nil, settlingInterval
 				if len(have)+len(upsert) == 0 {

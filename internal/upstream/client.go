@@ -76,7 +76,7 @@ type Client struct {
 	refused  atomic.Pointer[refusal]
 	fetched  atomic.Pointer[bundle.Bundle] // the last own bundle that a verified server answered
 	judged   atomic.Pointer[verdict]
-	attested atomic.Int64 // Unix nanoseconds; zero: never
+	attested atomic.Pointer[time.Time]
 	// met: since the bundle was fetched last the server has proved itself on a
 	// connection that presents the own SVID. In TLS 1.3 that is before it has
 	// judged the SVID.

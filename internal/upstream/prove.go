@@ -207,11 +207,11 @@ func (c *Client) Attest(ctx context.Context) error {
 	}
 }
 
-// Attested is when this Client last proved the node; zero when it did not,
-// because the identity was kept from the last run.
+// Attested is when this Client last proved the node, by the clock that is never
+// set; zero when it did not, because the identity was kept from the last run.
 func (c *Client) Attested() time.Time {
-	if ns := c.attested.Load(); ns != 0 {
-		return time.Unix(0, ns)
+	if at := c.attested.Load(); at != nil {
+		return *at
 	}
 	return time.Time{}
 }
@@ -248,7 +248,7 @@ func (c *Client) proved() bool {
 // keepProving tries until the node is proved, banned, or the Client closed.
 func (c *Client) keepProving() {
 	log := c.grumbler("proof of the node")
-	if at := c.Attested(); at.IsZero() || c.cfg.Now().Sub(at) >= calmness {
+	if at := c.Attested(); at.IsZero() || time.Since(at) >= calmness {
 		c.pace.Reset()
 	} else if sleep(c.ctx, c.pace.NextBackOff()) != nil {
 		return
@@ -318,7 +318,8 @@ func (c *Client) attestNow(ctx context.Context) error {
 		return fmt.Errorf("prove the node: %w", err)
 	}
 	c.fetched.Store(trust)
-	c.attested.Store(c.cfg.Now().UnixNano())
+	now := time.Now()
+	c.attested.Store(&now)
 	c.rotate()
 	return nil
 }
