@@ -196,8 +196,8 @@ func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
 		case bundle.KindTainted:
 			_, since := next.State(c.ID)
 			r.cfg.Log.Info("authority tainted, its X.509-SVIDs will be renewed", "authority", c.ID,
-				"svids", len(signed), "delay", r.policy.Delay(c.ID).Round(time.Millisecond).String(),
-				"begins", since.Add(r.policy.Delay(c.ID)))
+				"svids", len(signed), "delay", r.policy.Delay(c.ID).Round(time.Millisecond),
+				"begins_at", since.Add(r.policy.Delay(c.ID)))
 			r.settling[c.ID] = true
 		case bundle.KindRemoved:
 			if len(signed) > 0 {
