@@ -34,7 +34,7 @@ func (r *Renewer) dispatch(now time.Time) []*call {
 func (r *Renewer) next(now time.Time) *call {
 	ownDue := r.own.reason != "" && !r.own.inFlight && !r.own.due.After(now)
 	if ownDue && r.own.reason != ReasonTaint {
-		return r.startOwn(now)
+		return r.startOwn()
 	}
 	if r.urgent.Len() > 0 && r.batches < maxBatches {
 		n := min(r.urgent.Len(), r.cfg.BatchSize)
@@ -42,7 +42,7 @@ func (r *Renewer) next(now time.Time) *call {
 			n = 1
 		}
 		r.batches++
-		return r.start(now, r.urgent, n, false)
+		return r.start(r.urgent, n, false)
 	}
 	// While the own SVID is on its way the wave waits: it would go out with an
 	// identity that is about to be retired.
@@ -63,22 +63,22 @@ func (r *Renewer) next(now time.Time) *call {
 	}
 	r.token = nil
 	if ownDue {
-		return r.startOwn(now)
+		return r.startOwn()
 	}
 	r.singles++
-	return r.start(now, r.wave, 1, true)
+	return r.start(r.wave, 1, true)
 }
 
-func (r *Renewer) startOwn(now time.Time) *call {
+func (r *Renewer) startOwn() *call {
 	r.own.inFlight = true
-	return &call{began: now, started: time.Now()}
+	return &call{snapshot: r.snapshot, started: time.Now()}
 }
 
 // start takes up to n items from a ready queue for one call. Those that a
 // stream waits for go in a call of their own, because an answer comes when its
 // last item is signed.
-func (r *Renewer) start(now time.Time, q *queue, n int, single bool) *call {
-	c := &call{single: single, began: now, started: time.Now(), attempts: make([]*attempt, 0, n)}
+func (r *Renewer) start(q *queue, n int, single bool) *call {
+	c := &call{single: single, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, n)}
 	for first := q.items[0].streams; len(c.attempts) < n && q.Len() > 0 && q.items[0].streams == first; {
 		it := q.take()
 		it.ready = nil

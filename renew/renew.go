@@ -14,7 +14,7 @@ import (
 )
 
 // Renewer renews the X.509-SVIDs of one cache. Run does the work and owns its
-// state; InFlightSince may be called at any time.
+// state; InFlight may be called at any time.
 type Renewer struct {
 	cfg      Config
 	policy   Policy
@@ -55,8 +55,8 @@ type ownItem struct {
 type call struct {
 	attempts []*attempt // nil for the node's own SVID
 	single   bool
-	began    time.Time // by the wall clock
-	started  time.Time // monotonic
+	snapshot *bundle.Snapshot // in force when it began
+	started  time.Time        // monotonic
 	err      error
 }
 
@@ -85,16 +85,17 @@ func New(cfg Config) *Renewer {
 	}
 }
 
-// InFlightSince counts the SVIDs, the node's own among them, that are being
-// minted by calls that began at t or before: answers that were perhaps signed before the server learned at t of
-// a taint. Read it before the cache, so that an answer is seen in one of the
-// two.
-func (r *Renewer) InFlightSince(t time.Time) int {
+// InFlight counts the SVIDs, the node's own among them, that are being minted by
+// calls that began before this node knew of the authority's taint, which it
+// learned of at since: answers that were perhaps signed before the server learned
+// of it. Read it before the cache, so that an answer is seen in one of the two.
+func (r *Renewer) InFlight(authorityID string, since time.Time) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := 0
 	for c := range r.inFlight {
-		if !c.began.After(t) {
+		// Not by the time the call began: clocks are set.
+		if state, at := c.snapshot.State(authorityID); state != bundle.Tainted || !at.Equal(since) {
 			n += max(len(c.attempts), 1)
 		}
 	}

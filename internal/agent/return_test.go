@@ -215,3 +215,25 @@ func TestDrillClockSetBackAfterTheProof(t *testing.T) {
 		w.until("the deleted entry is gone", 10*time.Second, func() bool { return w.held() == 2 })
 	})
 }
+
+// An answer that was on its way when the taint was seen is waited for, also
+// where the clock was set back in between.
+func TestSafeWaitsForAnswersOnTheirWayOverAClockStep(t *testing.T) {
+	inWorld(t, 1, func(w *world) { w.cfg.TaintDelay = 1000 * time.Hour }, func(w *world) {
+		w.fill(1)
+		old := w.activate()
+		w.enter(nil)
+		w.until("nothing held", 10*time.Second, func() bool { return w.held() == 0 })
+		lagging := w.record(old.ID)
+		w.set(func(f *faults) { f.lag, f.signing = lagging, 20*time.Second })
+		asked := time.Now()
+		w.enter(entriesFor(1))
+		w.until("SVID asked for", 10*time.Second, func() bool { return len(w.mintsSince(asked)) > 0 })
+		w.stepClock(-10 * time.Minute)
+		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
+		w.begins(old)
+		if a := w.authority(old); a.Held != 0 || a.Pending != 2 {
+			w.t.Errorf("with an answer on its way: %+v, want the node's own SVID and the answer pending", a)
+		}
+	})
+}

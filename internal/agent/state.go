@@ -27,7 +27,7 @@ func (a *Agent) State() metrics.State {
 	if snapshot != nil {
 		for _, x := range snapshot.Own.X509() {
 			if x.Tainted {
-				inFlight[x.ID] = a.renewer.InFlightSince(x.TaintedSince)
+				inFlight[x.ID] = a.renewer.InFlight(x.ID, x.TaintedSince)
 			}
 		}
 	}
