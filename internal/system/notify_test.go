@@ -24,7 +24,11 @@ func TestNotify(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	server := manage(t, dir, "server", "run", "-trust-domain", "example.org", "-data-dir", dir+"/s", "-key-file", key(t, dir),
+	config := filepath.Join(dir, "server.yaml")
+	if err := os.WriteFile(config, []byte("deployments: {default: {listen_address: 127.0.0.1:0}}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	server := manage(t, dir, "server", "run", "-config", config, "-trust-domain", "example.org", "-data-dir", dir+"/s", "-key-file", key(t, dir),
 		"-admin-socket", dir+"/admin.sock", "-bundle-endpoint-address", "", "-metrics-address", "127.0.0.1:"+free[0])
 	if said := server.wait(); said != "READY=1" {
 		t.Fatalf("the server said %q; its log:\n%s", said, server.log())
