@@ -2,6 +2,7 @@ package domain_test
 
 import (
 	"bytes"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -79,8 +80,34 @@ func TestEndpointForThoseWhoComeLate(t *testing.T) {
 	trust = next
 	_, err = r.api.RemoveKeyset(t.Context(), &api.RemoveKeysetRequest{Scope: scope("default"), KeysetId: old})
 	check(t, err)
-	if next, err = fetch(); err != nil || len(next.X509Authorities()) != 1 {
-		t.Errorf("after remove: %v, %v", next, err)
+	for range 2 { // the second time it trusts nothing else
+		if trust, err = fetch(); err != nil || len(trust.X509Authorities()) != 1 {
+			t.Fatalf("after remove: %v, %v", trust, err)
+		}
+	}
+}
+
+// TestEndpointCertificateEnds: it is a new one when half of its life is over.
+func TestEndpointCertificateEnds(t *testing.T) {
+	t.Parallel()
+	var later atomic.Int64 // than the real clock
+	c := newConfig(t, "default")
+	c.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+	r := run(t, c)
+	serial := func() string {
+		conn, err := tls.Dial("tcp", r.address("bundle_endpoint.address"), &tls.Config{InsecureSkipVerify: true})
+		check(t, err)
+		defer conn.Close()
+		return conn.ConnectionState().PeerCertificates[0].SerialNumber.String()
+	}
+	first := serial()
+	later.Store(int64(11 * time.Hour))
+	if serial() != first {
+		t.Error("another one after 11 of 24 hours")
+	}
+	later.Store(int64(13 * time.Hour))
+	if serial() == first {
+		t.Error("the same after 13 of 24 hours")
 	}
 }
 

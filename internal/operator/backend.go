@@ -137,7 +137,7 @@ func (b *backend) Remove(ctx context.Context, id string, force bool) error {
 }
 
 // plain is a server's error in its own words.
-func plain(err error) error { return errors.New(status.Convert(err).Message()) }
+func plain(err error) error { return errors.New(Reason(err)) }
 
 // mutate makes a call that changes something, once, and says what its error
 // means. With the codes of a refusal, or when the call never reached a
@@ -161,7 +161,7 @@ func mutate(id string, call func(grpc.CallOption) error) error {
 		return plain(err)
 	}
 	if reached.Addr == nil {
-		return fmt.Errorf("the server was not reached, nothing was changed: %s", st.Message())
+		return fmt.Errorf("the server was not reached, nothing was changed: %s", Reason(err))
 	}
-	return fmt.Errorf("%w: %s", runbook.ErrOutcomeUnknown, st.Message())
+	return fmt.Errorf("%w: %s", runbook.ErrOutcomeUnknown, Reason(err))
 }

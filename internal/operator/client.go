@@ -7,7 +7,10 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"strconv"
+	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/logger"
@@ -53,8 +56,11 @@ func DialSocket(path string) (*Client, error) {
 	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
 	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
 		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
-		if errors.Is(err, fs.ErrPermission) {
+		switch {
+		case errors.Is(err, fs.ErrPermission):
 			err = fmt.Errorf("%w: its mode lets in root and the server's group; join that, or set admin_socket_mode: 0666 and let operators.managers and operators.readers decide alone", err)
+		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
+			err = fmt.Errorf("%w: no server listens there; start it, or give its socket with --admin-socket", err)
 		}
 		return c, err
 	}
@@ -72,7 +78,7 @@ const serverPath = "/spire/server"
 // API at socket gives this process. The server must be that of the SVID's trust
 // domain. It waits for the SVID until ctx is done.
 func DialServer(ctx context.Context, address, socket string) (*Client, error) {
-	why := &reason{Logger: logger.Null, ctx: ctx}
+	why := &reason{Logger: logger.Null}
 	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket), workloadapi.WithLogger(why)))
 	if err != nil {
 		if last := why.last.Load(); last != nil {
@@ -96,19 +102,34 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn, source: source}, nil
 }
 
-// reason remembers why the Workload API gave no SVID before ctx ended. Whatever
-// that is, go-spiffe tries again, and in the end says only that the time was over.
+// Reason is the message of a call's error, without what gRPC puts around an
+// error of the connection.
+func Reason(err error) string {
+	message := status.Convert(err).Message()
+	quoted, ok := strings.CutPrefix(message, "connection error: desc = ")
+	if !ok {
+		return message
+	}
+	text, err := strconv.Unquote(quoted)
+	if err != nil {
+		return message
+	}
+	text = strings.TrimPrefix(text, "transport: ")
+	return strings.TrimPrefix(text, "Error while dialing: ")
+}
+
+// reason remembers why the Workload API gave no SVID. Whatever that is, go-spiffe
+// tries again, and in the end says only that the time was over.
 type reason struct {
 	logger.Logger
-	ctx  context.Context
 	last atomic.Pointer[string]
 }
 
 // Errorf is told of every attempt that failed.
 func (r *reason) Errorf(_ string, args ...any) {
 	for _, arg := range args {
-		if err, ok := arg.(error); ok && r.ctx.Err() == nil {
-			text := status.Convert(err).Message()
+		if err, ok := arg.(error); ok {
+			text := Reason(err)
 			r.last.Store(&text)
 		}
 	}

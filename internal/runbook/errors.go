@@ -35,8 +35,8 @@ func heard(err error) error {
 // up.
 var remedies = map[string]string{
 	"The request failed due to an internal error, please try again.": "Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
-		"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.",
-	"key set not found":               "Run list to see the keysets that there are.",
+		"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.",
+	"key set not found":               "Run keysetctl list to see the keysets that there are.",
 	"cannot activate active key set":  "It signs already: nothing is left to do.",
 	"cannot activate tainted key set": "Only a Prepared keyset can be activated: prepare a new one.",
 	"cannot activate expired key set": "Prepare a new one and activate that.",
@@ -50,7 +50,7 @@ var remedies = map[string]string{
 // sentences; empty where there is nothing to add.
 func Remedy(err error) string {
 	if errors.Is(err, ErrOutcomeUnknown) {
-		return "The change may have happened. Run list, and retry only if it did not. Nothing is retried by itself."
+		return "The change may have happened. Run keysetctl list, and retry only if it did not. Nothing is retried by itself."
 	}
 	return remedies[err.Error()]
 }

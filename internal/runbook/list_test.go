@@ -107,7 +107,7 @@ func TestRemoveRefuses(t *testing.T) {
   and 2 more
 It ends at the latest 2000-01-01 00:06:10 +0000 UTC (in 6m10s), when what silent agents hold has expired by all clocks.
 JWT-SVIDs that ` + old + ` signed are valid until 2000-01-02 00:00:00 +0000 UTC (in 1d); relying parties reject them as soon as they fetch the trust bundle without it.
-Run wait ` + old + `, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.`
+Run keysetctl wait ` + old + `, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.`
 		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || err.Error() != want {
 			t.Errorf("got\n%v\nwant\n%s", err, want)
 		}
@@ -208,7 +208,7 @@ func TestOutcomeUnknown(t *testing.T) {
 		s, old := tainted(t)
 		s.After = func(string, string) error { return fmt.Errorf("remove: %w", cause) }
 		_, err := runbook.Remove(t.Context(), s, old, false, time.Now())
-		if !errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.Contains(runbook.Remedy(err), "Run list, and retry only if it did not.") {
+		if !errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.Contains(runbook.Remedy(err), "Run keysetctl list, and retry only if it did not.") {
 			t.Errorf("%v: %v", cause, err)
 		}
 		if len(s.Calls()) != 1 {

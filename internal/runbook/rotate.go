@@ -50,9 +50,9 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 	for i, k := range s.Keysets {
 		switch {
 		case k.JWTState != "" && k.JWTState != k.State:
-			return Step{}, fmt.Errorf("%s: carry out the step that is missing with activate, taint or remove, then run rotate again", apart(k))
+			return Step{}, fmt.Errorf("%s: carry out the step that is missing with activate, taint or remove, then run keysetctl rotate again", apart(k))
 		case k.X509AuthorityID == "" || k.JWTKeyID == "":
-			return Step{}, fmt.Errorf("keyset %s lacks one of its two keys: replace it with prepare, activate, taint and remove, then run rotate again", k.ID)
+			return Step{}, fmt.Errorf("keyset %s lacks one of its two keys: replace it with prepare, activate, taint and remove, then run keysetctl rotate again", k.ID)
 		case k.State == Active && active >= 0:
 			return Step{}, fmt.Errorf("two keysets are active, %s and %s: this must not be, look at the server", s.Keysets[active].ID, k.ID)
 		case k.State == Active:
@@ -60,7 +60,7 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 		}
 	}
 	if active < 0 {
-		return Step{}, errors.New("no keyset is active: activate one, then run rotate again")
+		return Step{}, errors.New("no keyset is active: activate one, then run keysetctl rotate again")
 	}
 	var tainted, old, fresh []string
 	for i, k := range s.Keysets {
@@ -119,7 +119,7 @@ type Rotation struct {
 }
 
 // errDeclined ends a rotation at a question that was answered with no.
-var errDeclined = errors.New("stopped as asked, nothing was changed by this step; run rotate again to go on from here")
+var errDeclined = errors.New("stopped as asked, nothing was changed by this step; run keysetctl rotate again to go on from here")
 
 // Rotate walks from whatever state the deployment is in to the end of a
 // rotation, as [Next] decides; where only one keyset is left, it prepares the
@@ -155,7 +155,7 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		case !begun:
 			step.Action = ActPrepare
 		case last == ActPrepare:
-			return r, fmt.Errorf("keyset %s is not there any more: somebody else is at work; run list", r.Steps[len(r.Steps)-1].Keyset)
+			return r, fmt.Errorf("keyset %s is not there any more: somebody else is at work; run keysetctl list", r.Steps[len(r.Steps)-1].Keyset)
 		default:
 			r.Complete = true
 			return r, nil
@@ -218,7 +218,7 @@ func checkChosen(s Status, id string) error {
 	k, found := find(s, id)
 	switch {
 	case !found:
-		return fmt.Errorf("--keyset %s: there is no such keyset; run list", id)
+		return fmt.Errorf("--keyset %s: there is no such keyset; run keysetctl list", id)
 	case k.State == Active:
 		return fmt.Errorf("--keyset %s: it is active; name one that is to be activated, tainted or removed", id)
 	}
@@ -254,7 +254,7 @@ func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 		}
 		if !announced {
 			announced = true
-			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To go on without: interrupt, run %s %s, then rotate again.)", step.Action, step.Keyset))
+			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To go on without: interrupt, run keysetctl %s %s, then keysetctl rotate again.)", step.Action, step.Keyset))
 		}
 		if state = notKnownBehind; s.Agents >= 0 && s.AgentsBehind > 0 {
 			state = behind(s)
@@ -266,7 +266,7 @@ func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 	switch {
 	case errors.Is(err, errTimeout):
 		return &NotSafeError{Keyset: step.Keyset, Message: fmt.Sprintf(
-			"it is not safe to %s %s after %s\n%s.\nRun rotate again to go on waiting, or %s %s to go on without them.",
+			"it is not safe to %s %s after %s\n%s.\nRun keysetctl rotate again to go on waiting, or keysetctl %s %s to go on without them.",
 			step.Action, step.Keyset, short(o.Timeout), state, step.Action, step.Keyset)}
 	case err != nil:
 		return fmt.Errorf("wait for the agents before %s %s: %w", step.Action, step.Keyset, err)

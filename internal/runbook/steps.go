@@ -95,6 +95,6 @@ func refuse(ctx context.Context, b Backend, k Keyset, reason string, now time.Ti
 	if jwt := k.jwtRemark(now); jwt != "" {
 		text += "\n" + jwt
 	}
-	text += fmt.Sprintf("\nRun wait %s, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.", k.ID)
+	text += fmt.Sprintf("\nRun keysetctl wait %s, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.", k.ID)
 	return &NotSafeError{Keyset: k.ID, Message: text}
 }

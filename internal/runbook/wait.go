@@ -99,7 +99,7 @@ func Wait(ctx context.Context, b Backend, id string, o WaitOptions) (Result, err
 		next, found := find(s, id)
 		if !found {
 			if !seen {
-				return false, "", final{fmt.Errorf("there is no keyset %s: it was removed already, or the ID is mistyped; run list", id)}
+				return false, "", final{fmt.Errorf("there is no keyset %s: it was removed already, or the ID is mistyped; run keysetctl list", id)}
 			}
 			r.Removed = true
 			return true, "", nil
@@ -221,7 +221,7 @@ func timedOut(k Keyset, r Result, o WaitOptions) string {
 	if jwt := k.jwtRemark(now); o.For != X509 && jwt != "" {
 		text += "\n" + jwt
 	}
-	return text + fmt.Sprintf("\nRun wait %s again, and look after the agents that are silent or behind.", r.Keyset)
+	return text + fmt.Sprintf("\nRun keysetctl wait %s again, and look after the agents that are silent or behind.", r.Keyset)
 }
 
 // errTimeout ends an await whose time is over.

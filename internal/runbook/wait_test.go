@@ -145,6 +145,47 @@ func TestWaitShowsNoControlCharacters(t *testing.T) {
 	})
 }
 
+// What has expired counts for five minutes more, because clocks differ, and this is
+// said; later there must be another reason, which nobody knows.
+func TestJustExpired(t *testing.T) {
+	t.Parallel()
+	for ago, want := range map[time.Duration]struct{ progress, remark string }{
+		time.Minute:     {"JWT-SVIDs expired 1999-12-31 23:59:00 +0000 UTC (1m ago), but not by all clocks", "signed expired 1999-12-31 23:59:00 +0000 UTC (1m"},
+		6 * time.Minute: {"end of JWT-SVIDs not known", "are still valid is not known"},
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s, old := tainted(t)
+			s.JWTExpiry[old] = time.Now().Add(-ago)
+			s.HoldersAt = func(string, time.Time) []runbook.Holder {
+				return []runbook.Holder{{Agent: "a", SVIDs: 1, Reason: "silent", LatestExpiry: time.Now().Add(-ago)}}
+			}
+			var out bytes.Buffer
+			_, err := runbook.Wait(t.Context(), unsafeJWT{s}, old, runbook.WaitOptions{For: runbook.All, Timeout: time.Second, Progress: &runbook.Screen{W: &out}})
+			if !strings.HasSuffix(out.String(), "; "+want.progress+"\n") {
+				t.Errorf("%v: progress %q, want %q", ago, out.String(), want.progress)
+			}
+			if err == nil || !strings.Contains(err.Error(), want.remark) || !strings.Contains(err.Error(), "silent: it has never reported, the last expired 1999-12-31") {
+				t.Errorf("%v: %v", ago, err)
+			}
+			s.HoldersAt = nil
+			if d, err := runbook.Remove(t.Context(), s, old, false, time.Now()); err != nil || len(d.Remarks) != 0 {
+				t.Errorf("%v: safe, and it says %q, %v", ago, d.Remarks, err)
+			}
+		})
+	}
+}
+
+// unsafeJWT never calls a JWT key safe.
+type unsafeJWT struct{ *runbooktest.Server }
+
+func (u unsafeJWT) Status(ctx context.Context) (runbook.Status, error) {
+	s, err := u.Server.Status(ctx)
+	for i := range s.Keysets {
+		s.Keysets[i].JWTSafe = false
+	}
+	return s, err
+}
+
 // What is on its way to an agent has no name, and is spoken of all the same.
 func TestSignatureOnItsWay(t *testing.T) {
 	t.Parallel()
@@ -356,7 +397,7 @@ func TestWaitForNothing(t *testing.T) {
 		for id, want := range map[string]string{
 			active:      "it is Active and signs: activate a successor, then taint " + active,
 			k.ID:        "it is Prepared, so nothing replaces what it signed: taint " + k.ID + " first",
-			"ks_nosuch": "there is no keyset ks_nosuch: it was removed already, or the ID is mistyped; run list",
+			"ks_nosuch": "there is no keyset ks_nosuch: it was removed already, or the ID is mistyped; run keysetctl list",
 		} {
 			r, err := runbook.Wait(t.Context(), s, id, runbook.WaitOptions{})
 			if err == nil || err.Error() != "wait for keyset "+id+": "+want || r.Safe {
