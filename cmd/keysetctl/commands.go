@@ -174,10 +174,10 @@ func (p *program) plan() *cobra.Command {
 	f.SortFlags = false
 	f.IntVar(&o.Agents, "agents", 0, "`N` agents there are")
 	f.IntVar(&o.SVIDs, "svids", 0, "`M` X.509-SVIDs of workloads on each of them")
-	f.DurationVar(&o.MaxDelay, "max-delay", runbook.DefaultPlanDelay, "longest random delay before an agent begins")
-	f.Float64Var(&o.Rate, "rate", runbook.DefaultPlanRate, "renewals a second of one agent")
-	f.DurationVar(&o.Refresh, "refresh", runbook.DefaultPlanRefresh, "how often an agent fetches the trust bundle")
-	f.Uint64Var(&o.Seed, "seed", 1, "another one draws other fleets")
+	f.DurationVar(&o.MaxDelay, "max-delay", runbook.DefaultPlanDelay, "longest random delay before an agent begins, a `DURATION`")
+	f.Float64Var(&o.Rate, "rate", runbook.DefaultPlanRate, "renewals a second of one agent, a `NUMBER`")
+	f.DurationVar(&o.Refresh, "refresh", runbook.DefaultPlanRefresh, "`DURATION` between an agent's looks at the trust bundle")
+	f.Uint64Var(&o.Seed, "seed", 1, "another `NUMBER` draws other fleets")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 	return c
 }
@@ -187,6 +187,9 @@ func (p *program) version() *cobra.Command {
 		Use: "version", Short: "print the version", Long: "Prints the version.\n", Args: noArgs,
 		Annotations: offline,
 		RunE: func(*cobra.Command, []string) error {
+			if p.output == "json" {
+				return cli.PrintJSON(p.stdout, map[string]string{"version": cli.Version(version)})
+			}
 			return cli.Printf(p.stdout, "renewd keysetctl %s\n", cli.Version(version))
 		},
 	}

@@ -46,7 +46,7 @@ identity from any workload. A planned rotation has five steps:
 again at any time. "keysetctl plan" says beforehand what step 3 will cost.
 
 Every step returns when it is done, durable and published; none is ever retried
-by itself. After an error run list: the step may have happened.
+by itself. After an error run keysetctl list: the step may have happened.
 
 The commands exist under "keysetctl trust-domain deployment keyset" as well.
 The trust domain and the deployment come from TRUST_DOMAIN and DEPLOYMENT_NAME

@@ -25,8 +25,9 @@ type desk struct {
 	t      *testing.T
 	server *runbooktest.Server
 	env    map[string]string
-	target target   // of the last command
-	ids    []string // pairs: the server's ID and that of the runbook
+	ctx    context.Context // of the commands; nil: the test's
+	target target          // of the last command
+	ids    []string        // pairs: the server's ID and that of the runbook
 }
 
 func newDesk(t *testing.T) *desk {
@@ -52,7 +53,11 @@ func (d *desk) run(line string) (code int, stdout, stderr string) {
 		d.target = t
 		return d.server, io.NopCloser(nil), nil
 	}
-	code = run(d.t.Context(), args, func(name string) string { return d.env[name] }, strings.NewReader(""), &out, &errs, connect)
+	ctx := d.ctx
+	if ctx == nil {
+		ctx = d.t.Context()
+	}
+	code = run(ctx, args, func(name string) string { return d.env[name] }, strings.NewReader(""), &out, &errs, connect)
 	back := strings.NewReplacer(d.ids...)
 	return code, back.Replace(out.String()), back.Replace(errs.String())
 }
@@ -141,7 +146,7 @@ func TestTroubleshooting(t *testing.T) {
 			}
 		}
 	}
-	const lost = "The change may have happened. Run list, and retry only if it did not. Nothing is retried by itself.\n"
+	const lost = "The change may have happened. Run keysetctl list, and retry only if it did not. Nothing is retried by itself.\n"
 	for name, tt := range map[string]struct {
 		state  func(*desk)
 		line   string
@@ -151,11 +156,11 @@ func TestTroubleshooting(t *testing.T) {
 		"another operation, or automatic rotation": {failing(keyset.ErrBusy), "prepare", 1,
 			"Error: The request failed due to an internal error, please try again.\n" +
 				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
-				"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
+				"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
 		"the same from a server that only sends its text": {failing(errors.New(keyset.ErrBusy.Error())), "taint ks_abc1234xyz", 1,
 			"Error: The request failed due to an internal error, please try again.\n" +
 				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
-				"Run list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
+				"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
 		"tainting the active keyset": {prepared, "taint ks_abc1234xyz", 1,
 			"Error: cannot taint active key set\nOnly a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.\n"},
 		"activating a tainted one": {taintedOld, "activate ks_abc1234xyz", 1,
@@ -169,7 +174,7 @@ func TestTroubleshooting(t *testing.T) {
 		"removing a prepared one, with force too": {prepared, "remove ks_def5678uvw --force", 1,
 			"Error: cannot remove prepared key set\nOnly a Tainted keyset can be removed: taint it first.\n"},
 		"a keyset that is not there": {nil, "remove ks_nosuch", 1,
-			"Error: key set not found\nRun list to see the keysets that there are.\n"},
+			"Error: key set not found\nRun keysetctl list to see the keysets that there are.\n"},
 		"an expired one": {func(d *desk) { prepared(d); time.Sleep(91 * 24 * time.Hour) }, "activate ks_def5678uvw", 1,
 			"Error: cannot activate expired key set\nPrepare a new one and activate that.\n"},
 		"the time is over": {failing(fmt.Errorf("the server did not answer within 2m0s: %w", runbook.ErrOutcomeUnknown)), "activate ks_abc1234xyz", 1,
@@ -185,7 +190,7 @@ func TestTroubleshooting(t *testing.T) {
 3 X.509-SVIDs of 1 agent hang on it.
   spiffe://example.org/agent/a: 3 SVIDs, behind: it has not seen the taint yet (version 0.36.0)
 It ends about 2000-01-01 00:01:00 +0000 UTC (in 1m1s).
-Run wait ks_abc1234xyz, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.
+Run keysetctl wait ks_abc1234xyz, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.
 `},
 		"agents that do not renew": {func(d *desk) {
 			taintedOld(d)
@@ -197,7 +202,7 @@ Error: keyset ks_abc1234xyz is not safe to remove after 5m
 3 X.509-SVIDs of 1 agent hang on it.
   spiffe://example.org/agent/a: 3 SVIDs, silent: it has never reported, the last expires 2000-01-01 12:00:00 +0000 UTC (in 11h55m)
 It ends at the latest 2000-01-01 12:05:00 +0000 UTC (in 12h), when what silent agents hold has expired by all clocks.
-Run wait ks_abc1234xyz again, and look after the agents that are silent or behind.
+Run keysetctl wait ks_abc1234xyz again, and look after the agents that are silent or behind.
 `},
 		"waiting for what was never tainted": {prepared, "wait ks_def5678uvw", 1,
 			"Error: wait for keyset ks_def5678uvw: it is Prepared, so nothing replaces what it signed: taint ks_def5678uvw first\n"},
@@ -240,6 +245,8 @@ func TestUsageErrors(t *testing.T) {
 		"taint ks_a ks_b":                       `taint: takes one keyset ID, and got "ks_b" too`,
 		"list --nosuch":                         "list: there is no flag --nosuch",
 		"list -x":                               "list: there is no flag -x",
+		"list -server a:1":                      "list: write --server with two dashes",
+		"rotate -yes":                           "rotate: write --yes with two dashes",
 		"taint ks_a --force":                    "taint: there is no flag --force",
 		"list --output":                         "list: --output needs a value",
 		"list -o yaml":                          `--output takes text or json, and is "yaml"`,
@@ -384,7 +391,33 @@ JWT-SVIDs that ks_abc1234xyz signed are valid until 2000-01-02 00:00:00 +0000 UT
 	})
 }
 
-// Only y and yes are a yes, and the end of the input is none.
+// Who interrupts a wait is told that nothing was lost by it.
+func TestInterrupted(t *testing.T) {
+	t.Parallel()
+	for line, waits := range map[string]string{
+		"wait ks_abc1234xyz": "wait for keyset ks_abc1234xyz: interrupt signal received\nNothing is lost by that. Run keysetctl wait again to go on from here.\n",
+		"rotate --yes":       "wait for keyset ks_abc1234xyz: interrupt signal received\nNothing is lost by that. Run keysetctl rotate again to go on from here.\n",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			d := newDesk(t)
+			d.run("prepare")
+			d.newest("ks_def5678uvw")
+			d.run("activate ks_def5678uvw")
+			d.run("taint ks_abc1234xyz")
+			d.server.HoldersAt = func(string, time.Time) []runbook.Holder {
+				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 3, Reason: "behind"}}
+			}
+			ctx, cancel := context.WithCancelCause(t.Context())
+			d.ctx = ctx
+			time.AfterFunc(5*time.Second, func() { cancel(errors.New("interrupt signal received")) })
+			if code, out, errs := d.run(line); code != 1 || out != "" || !strings.HasSuffix(errs, "\nError: "+waits) {
+				t.Errorf("%s: exit %d\n%s%s", line, code, out, errs)
+			}
+		})
+	}
+}
+
+// Only y and yes are a yes, and the end of the input is no.
 func TestAsk(t *testing.T) {
 	t.Parallel()
 	var errs bytes.Buffer
@@ -395,7 +428,7 @@ func TestAsk(t *testing.T) {
 			t.Errorf("answer %d: %v, %v", i, got, err)
 		}
 	}
-	if got, err := ask("Go on?"); err == nil || got {
+	if got, err := ask("Go on?"); err != nil || got {
 		t.Errorf("at the end: %v, %v", got, err)
 	}
 	if !strings.HasPrefix(errs.String(), "Go on? [y/N] Go on? [y/N] ") {
@@ -502,5 +535,12 @@ func TestVersion(t *testing.T) {
 	t.Parallel()
 	if code, out, _ := newDesk(t).run("version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
 		t.Errorf("exit %d, %s", code, out)
+	}
+	if code, out, _ := newDesk(t).run("--version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
+		t.Errorf("--version: exit %d, %s", code, out)
+	}
+	var as struct{ Version string }
+	if code, out, _ := newDesk(t).run("version -o json"); code != 0 || json.Unmarshal([]byte(out), &as) != nil || as.Version == "" {
+		t.Errorf("-o json: exit %d, %s", code, out)
 	}
 }

@@ -56,7 +56,11 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 		_, _ = fmt.Fprintf(stderr, "%q shows the usage.\n", command.CommandPath()+" --help")
 		return cli.ExitUsage
 	}
-	if remedy := runbook.Remedy(err); remedy != "" {
+	remedy := runbook.Remedy(err)
+	if name := command.Name(); remedy == "" && ctx.Err() != nil && (name == "wait" || name == "rotate") {
+		remedy = "Nothing is lost by that. Run keysetctl " + name + " again to go on from here."
+	}
+	if remedy != "" {
 		_, _ = fmt.Fprintln(stderr, remedy)
 	}
 	if _, ok := errors.AsType[*runbook.NotSafeError](err); ok {
@@ -70,6 +74,8 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 func (p *program) root() *cobra.Command {
 	root := group("keysetctl", "carry out a keyset rotation, step by step or as a whole")
 	root.Long = rootHelp
+	root.Version = cli.Version(version)
+	root.SetVersionTemplate("renewd keysetctl {{.Version}}\n")
 	root.SilenceErrors, root.SilenceUsage = true, true
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
@@ -86,8 +92,8 @@ func (p *program) root() *cobra.Command {
 	root.AddCommand(p.plan(), p.version())
 
 	long := []*cobra.Command{
-		group("trust-domain", "the long path of the commands"),
-		group("deployment", "the long path of the commands"),
+		group("trust-domain", "the long path of the commands, as the runbook has it"),
+		group("deployment", "the long path of the commands, as the runbook has it"),
 		group("keyset", "the commands, as \"keysetctl COMMAND\" has them"),
 	}
 	long[2].AddCommand(verbs()...)
@@ -100,7 +106,7 @@ func (p *program) root() *cobra.Command {
 // group makes a command that only has subcommands.
 func group(name, short string) *cobra.Command {
 	return &cobra.Command{
-		Use: name, Short: short, Long: "keysetctl " + name + ": " + short + ".\n",
+		Use: name, Short: short, Long: strings.ToUpper(short[:1]) + short[1:] + ".\n",
 		DisableFlagsInUseLine: true,
 		Args:                  cobra.ArbitraryArgs,
 		RunE: func(c *cobra.Command, args []string) error {
@@ -138,7 +144,7 @@ func (p *program) help() *cobra.Command {
 func oneID(c *cobra.Command, args []string) error {
 	switch {
 	case len(args) == 0 || args[0] == "":
-		return cli.Usagef("%s: give the keyset's ID, as in \"keysetctl %s ks_abc1234xyz\"; list shows the IDs", c.Name(), c.Name())
+		return cli.Usagef("%s: give the keyset's ID, as in \"keysetctl %s ks_abc1234xyz\"; keysetctl list shows the IDs", c.Name(), c.Name())
 	case len(args) > 1:
 		return cli.Usagef("%s: takes one keyset ID, and got %q too", c.Name(), args[1])
 	}
@@ -159,6 +165,8 @@ func flagError(c *cobra.Command, err error) error {
 	value, isValue := errors.AsType[*pflag.InvalidValueError](err)
 	missing, isMissing := errors.AsType[*pflag.ValueRequiredError](err)
 	switch {
+	case isUnknown && c.Flag(unknown.GetSpecifiedShortnames()) != nil: // agent and server take one dash, too
+		return cli.Usagef("%s: write --%s with two dashes", c.Name(), unknown.GetSpecifiedShortnames())
 	case isUnknown:
 		return cli.Usagef("%s: there is no flag %s", c.Name(), dashed(unknown.GetSpecifiedName()))
 	case isMissing:

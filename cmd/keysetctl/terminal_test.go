@@ -33,6 +33,7 @@ func TestRotateOnATerminal(t *testing.T) {
 		"yes": {"", []string{"y\n", "y\n", "yes\n", "y\n"}, 0, 4,
 			[]string{"Prepare a new keyset? It is published and does not sign yet. [y/N] ", "This is permanent. [y/N] "}},
 		"no":             {"", []string{"y\n", "n\n"}, 1, 1, []string{"and ks_", " steps down. [y/N] ", "\x1b[31mError:\x1b[0m stopped as asked"}},
+		"the end":        {"", []string{"y\n", "\x04"}, 1, 1, []string{"\x1b[31mError:\x1b[0m stopped as asked"}},
 		"yes too early":  {"y\ny\ny\ny\n", []string{"n\n"}, 1, 0, nil},
 		"no, and thrice": {"n\n", []string{"y\n", "n\nn\nn\n"}, 1, 1, nil},
 	} {

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -150,6 +151,9 @@ func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bo
 		case a := <-got:
 			if a.err != nil {
 				_, _ = fmt.Fprintln(p.stderr)
+				if errors.Is(a.err, io.EOF) {
+					return false, nil // no answer is no
+				}
 				return false, a.err
 			}
 			text := strings.ToLower(strings.TrimSpace(a.text))

@@ -6,7 +6,6 @@ import (
 	"errors"
 	"flag"
 	"fmt"
-	"os"
 	"time"
 
 	"google.golang.org/grpc"
@@ -90,10 +89,10 @@ func (c *client) explain(err error) error {
 	}
 	switch st.Code() {
 	case codes.Unavailable:
-		if _, statErr := os.Stat(c.socket); c.server == "" && statErr != nil {
-			return fmt.Errorf("no server: %w; start it, or give its socket with -admin-socket", statErr)
+		if c.server != "" {
+			return fmt.Errorf("no answer from %s: %s", c.server, operator.Reason(err))
 		}
-		return fmt.Errorf("no answer from %s: %s", cmp.Or(c.server, c.socket), st.Message())
+		return fmt.Errorf("no answer: %s", operator.Reason(err))
 	case codes.DeadlineExceeded:
 		return fmt.Errorf("no answer within %v; what was asked for may have happened", c.timeout)
 	}

@@ -238,7 +238,7 @@ func TestHalfMoves(t *testing.T) {
 					t.Errorf("error %v does not say why", err)
 				}
 				second := tt.at == st.second
-				if says := strings.Contains(err.Error(), "run "+st.name+" "); second != (says || strings.Contains(err.Error(), "run prepare again")) {
+				if says := strings.Contains(err.Error(), "run keysetctl "+st.name+" "); second != (says || strings.Contains(err.Error(), "run keysetctl prepare again")) {
 					t.Errorf("error %v", err)
 				}
 				calls := st.first

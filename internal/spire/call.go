@@ -59,7 +59,7 @@ func failed(step, id, kind, done string, err error) error {
 	what := fmt.Sprintf("%s the %s authority", step, kind)
 	if done != "" {
 		again := strings.TrimSpace(step + " " + id)
-		what = fmt.Sprintf("the %s authority is done, the %s authority may not be; run %s again to finish: %s", done, kind, again, what)
+		what = fmt.Sprintf("the %s authority is done, the %s authority may not be; run keysetctl %s again to finish: %s", done, kind, again, what)
 	}
 	if unknown {
 		return fmt.Errorf("%s: %w: %w", what, runbook.ErrOutcomeUnknown, err)
