@@ -293,7 +293,7 @@ func TestNoSVID(t *testing.T) {
 	} {
 		t.Run(want, func(t *testing.T) {
 			t.Parallel()
-			ctx, cancel := context.WithTimeout(t.Context(), 2*time.Second)
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 			defer cancel()
 			_, err := operator.DialServer(ctx, "127.0.0.1:1", api)
 			if err == nil || !strings.HasPrefix(err.Error(), "get an SVID from the Workload API at "+api+": ") || !strings.Contains(err.Error(), want) ||
