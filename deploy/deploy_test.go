@@ -102,3 +102,38 @@ func checkPrometheus(t *testing.T, name string) {
 		t.Errorf("promtool check config: %v\n%s", err, out)
 	}
 }
+
+// The stages of the Dockerfile: which programs they hold, who they run as, and
+// that the agent is what is built when no target is given.
+func TestDockerfile(t *testing.T) {
+	t.Parallel()
+	text := string(read(t, "Dockerfile"))
+	stages := regexp.MustCompile(`(?m)^FROM `).Split(text, -1)[1:]
+	first := regexp.MustCompile(`^golang:(\S+) AS build\n`).FindStringSubmatch(stages[0])
+	goMod := read(t, filepath.Join("..", "go.mod"))
+	if first == nil || !bytes.Contains(goMod, []byte("\ngo "+first[1]+".")) && !bytes.Contains(goMod, []byte("\ngo "+first[1]+"\n")) {
+		t.Errorf("the first stage is not that of the Go version in go.mod: %q", first)
+	}
+	want := []struct {
+		name, user string
+		healthy    bool
+	}{{"keysetctl", "65532:65532", false}, {"server", "65532:65532", true}, {"agent", "", true}}
+	if len(stages) != 1+len(want) {
+		t.Fatalf("%d stages", len(stages))
+	}
+	for i, w := range want {
+		stage := stages[1+i]
+		user := regexp.MustCompile(`(?m)^USER (.*)$`).FindStringSubmatch(stage + "\nUSER ")[1]
+		if !strings.HasPrefix(stage, "scratch AS "+w.name+"\n") || user != w.user ||
+			!strings.Contains(stage, "\nENTRYPOINT [\"/"+w.name+"\"]\n") ||
+			strings.Contains(stage, "\nHEALTHCHECK ") != w.healthy {
+			t.Errorf("stage %d is not %+v:\n%s", 1+i, w, stage)
+		}
+		if !strings.Contains(stages[0], " ./cmd/"+w.name) || !strings.Contains(stage, "COPY --from=build /out/"+w.name+" ") {
+			t.Errorf("%s is not built, or not copied into its stage", w.name)
+		}
+		if _, err := os.Stat(filepath.Join("..", "cmd", w.name)); err != nil {
+			t.Error(err)
+		}
+	}
+}
