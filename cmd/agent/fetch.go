@@ -10,6 +10,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -18,6 +19,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/cli"
 )
@@ -62,9 +65,10 @@ func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
 	}
 	switch kind {
 	case "x509", "jwt":
-	case "-h", "-help", "--help":
-		return cli.Printf(e.Stdout, "%s", fetchUsage)
 	default:
+		if cli.IsHelp(kind) {
+			return cli.Printf(e.Stdout, "%s", fetchUsage)
+		}
 		return cli.Usagef("fetch: say what to fetch, x509 or jwt")
 	}
 	f := fetcher{Env: e}
@@ -105,7 +109,7 @@ func socketURL(socket string) string {
 func (f *fetcher) x509(ctx context.Context) error {
 	got, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socketURL(f.socket)))
 	if err != nil {
-		return fmt.Errorf("fetch X.509-SVIDs from %s: %w", f.socket, err)
+		return fmt.Errorf("fetch X.509-SVIDs from %s: %w", f.socket, f.explain(err))
 	}
 	var out []fetchedX509
 	for i, svid := range got.SVIDs {
@@ -136,7 +140,7 @@ func (f *fetcher) x509(ctx context.Context) error {
 		}
 	}
 	if f.output == "json" {
-		return cli.PrintJSON(f.Stdout, out)
+		return f.json(out)
 	}
 	now := time.Now()
 	return f.blocks(len(out), func(w io.Writer, i int) {
@@ -144,6 +148,32 @@ func (f *fetcher) x509(ctx context.Context) error {
 		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "DNS names", strings.Join(s.DNSNames, " "),
 			"Valid from", cli.When(s.NotBefore, now), "Valid until", cli.When(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
 	})
+}
+
+// explain says in people's words what an error of the Workload API means.
+func (f *fetcher) explain(err error) error {
+	st, _ := status.FromError(err)
+	switch st.Code() {
+	case codes.PermissionDenied:
+		return fmt.Errorf("%s (%s): the agent's log names the selectors of this process; an entry takes effect some seconds after it was applied", st.Message(), st.Code())
+	case codes.Unavailable, codes.DeadlineExceeded:
+		if path, ok := strings.CutPrefix(socketURL(f.socket), "unix://"); ok {
+			conn, dialErr := net.Dial("unix", path)
+			if dialErr != nil {
+				return fmt.Errorf("no agent answers: %w; start it, or give its socket with -socket or SPIFFE_ENDPOINT_SOCKET", dialErr)
+			}
+			_ = conn.Close()
+		}
+	}
+	if st.Message() == "" {
+		return err
+	}
+	return fmt.Errorf("%s (%s)", st.Message(), st.Code())
+}
+
+// json prints SVIDs as one object, as the other commands do.
+func (f *fetcher) json(svids any) error {
+	return cli.PrintJSON(f.Stdout, map[string]any{"svids": svids})
 }
 
 // signer is the authority at the end of a chain, named by the authority key
@@ -167,7 +197,7 @@ func (f *fetcher) jwt(ctx context.Context) error {
 	}
 	svids, err := workloadapi.FetchJWTSVIDs(ctx, params, workloadapi.WithAddr(socketURL(f.socket)))
 	if err != nil {
-		return fmt.Errorf("fetch JWT-SVIDs from %s: %w", f.socket, err)
+		return fmt.Errorf("fetch JWT-SVIDs from %s: %w", f.socket, f.explain(err))
 	}
 	var out []fetchedJWT
 	for i, svid := range svids {
@@ -184,7 +214,7 @@ func (f *fetcher) jwt(ctx context.Context) error {
 		}
 	}
 	if f.output == "json" {
-		return cli.PrintJSON(f.Stdout, out)
+		return f.json(out)
 	}
 	now := time.Now()
 	return f.blocks(len(out), func(w io.Writer, i int) {

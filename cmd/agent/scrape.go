@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"strings"
+	"syscall"
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
@@ -76,6 +77,9 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 		req.SetBasicAuth(p.user, strings.TrimRight(string(password), "\r\n"))
 	}
 	resp, err := client.Do(req)
+	if errors.Is(err, syscall.ECONNREFUSED) {
+		return 0, nil, fmt.Errorf("ask the agent: %w: no agent listens there; start it, or give its metrics.address with -url", err)
+	}
 	if err != nil {
 		return 0, nil, fmt.Errorf("ask the agent: %w", err)
 	}

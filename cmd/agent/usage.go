@@ -42,7 +42,7 @@ signal ends it at once. Every field of the configuration can be given as a flag
 or in the environment too: "agent help config" lists them.
 `
 
-const checkUsage = `Usage: agent config check [-config FILE] [-FIELD VALUE]...
+const checkUsage = `Usage: agent config check -config FILE [-FIELD VALUE]...
 
 Reads the configuration as "agent run" would and prints every error with its
 place and its remedy. Starts nothing and writes nothing.
@@ -61,22 +61,34 @@ const healthUsage = `Usage: agent healthcheck [-url URL] [-socket PATH]
 
 Exits 0 when /ready of the running agent says so. With -socket, also asks the
 Workload API there; an answer that this caller has no identity is fine.
-` + httpUsage
+
+  -socket PATH          socket of the Workload API (default none: it is not asked)` + httpUsage
 
 const statusUsage = `Usage: agent status [-o text|json] [-url URL]
 
 Prints, for each signing authority, how many SVIDs this node holds, how many
 taint renewals wait, how many open streams have not been sent the replacement,
-and whether the authority is safe to remove as far as this node goes.
-` + httpUsage
+and whether the authority is safe to remove as far as this node goes. The agent's
+own SVID counts as a renewal that waits, and not as held.
+
+States, as far as this node has seen: active (it signed what came last), prepared
+(it signs nothing yet or no more), tainted, removed.
+
+  -o text|json          how to print (default text)` + httpUsage
 
 const fetchUsage = `Usage: agent fetch x509 [-socket PATH] [-o text|json] [-write DIR] [-timeout DURATION]
        agent fetch jwt -audience NAME[,NAME] [-spiffe-id ID] [same flags]
 
-Fetches the identities of the calling process from the Workload API. The socket
-is SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH when set, else
-/run/renewd/agent.sock. -write stores SVIDs, keys (mode 0600) and bundles as
-files in DIR. Private keys are never printed.
+Fetches the identities of the calling process from the Workload API. Private keys
+are never printed.
+
+  -socket PATH          socket of the Workload API (default /run/renewd/agent.sock, or what
+                        SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH says)
+  -o text|json          how to print (default text)
+  -write DIR            store SVIDs, keys (mode 0600) and bundles as files in DIR
+  -timeout DURATION     how long to wait (default 5s)
+  -audience NAME,NAME   for whom the JWT-SVIDs are
+  -spiffe-id ID         one of several identities (default all)
 `
 
 // run carries out one command line and returns the exit status.
@@ -107,10 +119,7 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 	case "fetch":
 		return fetchCommand(ctx, args, e)
 	case "version", "-version", "--version":
-		if len(args) > 0 {
-			return cli.Usagef("version takes no argument, and got %q", args[0])
-		}
-		return cli.Printf(e.Stdout, "renewd agent %s\n", cli.Version(version))
+		return cli.PrintVersion("agent", version, args, e)
 	case "help", "-h", "-help", "--help":
 		return help(args, e)
 	case "":
@@ -122,15 +131,15 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 func help(args []string, e cli.Env) error {
 	texts := map[string]string{
 		"": usage, "run": runUsage, "healthcheck": healthUsage, "status": statusUsage, "fetch": fetchUsage,
-		"version": "Usage: agent version\n",
+		"config": checkUsage + "\n" + schema.Usage(), "version": "Usage: agent version\n",
 	}
-	topic := strings.Join(args, " ")
-	if strings.HasPrefix(topic, "config") {
-		return cli.Printf(e.Stdout, "%s\n%s", checkUsage, schema.Usage())
+	topic := ""
+	if len(args) > 0 {
+		topic = args[0] // "help fetch jwt" is the help of fetch
 	}
 	text, ok := texts[topic]
 	if !ok {
-		return cli.Usagef("no help for %q", topic)
+		return cli.Usagef("no help for %q", strings.Join(args, " "))
 	}
 	return cli.Printf(e.Stdout, "%s", text)
 }

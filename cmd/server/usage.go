@@ -47,11 +47,11 @@ const runUsage = `Usage: server run [-config FILE] [-FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then lets calls in flight end and exits 0. A second
 signal ends it at once. Every field of the configuration can be given as a flag
-or in the environment too, except what has a name to choose: "server help
-config" lists them.
+or in the environment too, except deployments and federation, which are in the
+file alone: "server help config" lists them.
 `
 
-const checkUsage = `Usage: server config check [-config FILE] [-FIELD VALUE]...
+const checkUsage = `Usage: server config check -config FILE [-FIELD VALUE]...
 
 Reads the configuration as "server run" would and prints every error with its
 place and its remedy. Starts nothing and writes nothing.
@@ -175,10 +175,7 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 	case "health":
 		return healthCommand(ctx, args, e)
 	case "version", "-version", "--version":
-		if len(args) > 0 {
-			return cli.Usagef("version takes no argument, and got %q", args[0])
-		}
-		return cli.Printf(e.Stdout, "renewd server %s\n", cli.Version(version))
+		return cli.PrintVersion("server", version, args, e)
 	case "help", "-h", "-help", "--help":
 		return help(args, e)
 	case "":
@@ -191,10 +188,10 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 	if command, ok := commands[sub]; ok {
 		return command(ctx, rest, e)
 	}
-	switch sub {
-	case "-h", "-help", "--help":
+	switch {
+	case cli.IsHelp(sub):
 		return help([]string{name}, e)
-	case "":
+	case sub == "":
 		return cli.Usagef("%s: say what to do: %s", name, verbs[name])
 	}
 	return cli.Usagef("%s: unknown subcommand %q: use %s", name, sub, verbs[name])

@@ -94,6 +94,9 @@ func ParseOnlyFlags(fset *flag.FlagSet, args []string, help string, e Env) error
 // ConfigCheck carries out the arguments of a program's config command, whose one
 // subcommand is check: it loads the configuration and says whether it is fine.
 func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) error {
+	if len(args) > 0 && IsHelp(args[0]) {
+		return Printf(e.Stdout, "%s", help)
+	}
 	if len(args) == 0 || args[0] != "check" {
 		return Usagef("config: the one subcommand is check")
 	}
@@ -110,6 +113,18 @@ func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) 
 		return err
 	}
 	return Printf(e.Stdout, "%s: ok\n", file)
+}
+
+// IsHelp reports whether an argument asks for help.
+func IsHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
+
+// PrintVersion carries out the arguments of a program's version command.
+func PrintVersion(program, linked string, args []string, e Env) error {
+	fset := flag.NewFlagSet("version", flag.ContinueOnError)
+	if err := ParseOnlyFlags(fset, args, "Usage: "+program+" version\n", e); err != nil {
+		return err
+	}
+	return Printf(e.Stdout, "renewd %s %s\n", program, Version(linked))
 }
 
 // CheckOutput refuses a value of the -o flag of a command.
