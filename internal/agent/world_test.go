@@ -19,6 +19,7 @@ import (
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlepb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -69,11 +70,13 @@ type world struct {
 	lags      bool            // a replica may sign with an old keyset, behind the server's back
 	cleared   map[string]bool // keysets that the server called safe to remove
 
-	mu     sync.Mutex
-	faults faults
-	mints  []mint
-	conns  []net.Conn // between agent and server
-	skew   time.Duration
+	mu          sync.Mutex
+	faults      faults
+	mints       []mint
+	bundleCalls int
+	attesting   atomic.Int64
+	conns       []net.Conn // between agent and server
+	skew        time.Duration
 }
 
 // faults are what goes wrong between agent and server.
@@ -81,6 +84,7 @@ type faults struct {
 	down    bool          // no connection
 	latency time.Duration // before every answer
 	signing time.Duration // before every answer with SVIDs
+	answer  time.Duration // after a stream's handler has signed, before its answer is sent
 	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
 	lag     *keyset.Record // signs with this keyset whatever the state
 }
@@ -255,6 +259,8 @@ func (w *world) set(change func(*faults)) {
 func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	w.mu.Lock()
 	switch r := req.(type) {
+	case *bundlepb.GetBundleRequest:
+		w.bundleCalls++
 	case *svidpb.BatchNewX509SVIDRequest:
 		m := mint{at: time.Now(), entries: []string{}}
 		for _, p := range r.Params {
@@ -295,7 +301,23 @@ func (w *world) delayStream(srv any, stream grpc.ServerStream, _ *grpc.StreamSer
 	if err := sleep(stream.Context(), latency); err != nil {
 		return err
 	}
-	return handler(srv, stream)
+	return handler(srv, &lateStream{stream, w})
+}
+
+// lateStream: the answer leaves late.
+type lateStream struct {
+	grpc.ServerStream
+	w *world
+}
+
+func (l *lateStream) SendMsg(m any) error {
+	l.w.mu.Lock()
+	d := l.w.faults.answer
+	l.w.mu.Unlock()
+	if err := sleep(l.Context(), d); err != nil {
+		return err
+	}
+	return l.ServerStream.SendMsg(m)
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
@@ -343,6 +365,9 @@ func (w *world) peer(net.Conn) (*attest.Peer, error) {
 func (w *world) Name() string { return "test" }
 
 func (w *world) Attest(_ context.Context, p *attest.Peer) ([]cache.Selector, error) {
+	if d := w.attesting.Load(); d > 0 {
+		time.Sleep(time.Duration(d)) // in the queue of programs to be hashed
+	}
 	s, ok := w.peers.Load(p)
 	if !ok {
 		return nil, errors.New("unknown peer")
