@@ -275,6 +275,15 @@ const (
 type Snapshot struct {
 	Own       *Bundle
 	Federated map[spiffeid.TrustDomain]*Bundle
+	// Absent are the trust domains that the server has said to have no bundle of.
+	// What is in neither of the two has not been heard of yet.
+	Absent map[spiffeid.TrustDomain]bool
+}
+
+// Knows reports whether it has been heard what the bundle of a federated trust domain
+// is, or that there is none.
+func (s *Snapshot) Knows(td spiffeid.TrustDomain) bool {
+	return s.Federated[td] != nil || s.Absent[td] || td == s.Own.TrustDomain()
 }
 
 // State says what the own bundle makes of the X.509 authority with this ID

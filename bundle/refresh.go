@@ -57,6 +57,8 @@ type RefresherConfig struct {
 	// its TaintedSince times, or the one trust was bootstrapped from.
 	// It is published as soon as Run starts, unless it is nil.
 	Initial *Bundle
+	// InitialFederated are the federated bundles that were kept with Initial.
+	InitialFederated map[spiffeid.TrustDomain]*Bundle
 	// Interval is the time between two refreshes, before [Jitter], which is
 	// drawn anew each time. Zero means DefaultInterval.
 	Interval time.Duration
@@ -122,7 +124,7 @@ func (r *Refresher) Refresh() {
 // answers ends it.
 func (r *Refresher) Run(ctx context.Context) error {
 	if r.cfg.Initial != nil {
-		r.publish(&Snapshot{Own: r.cfg.Initial.since(r.cfg.Initial, r.cfg.Now())})
+		r.publish(&Snapshot{Own: r.cfg.Initial.since(r.cfg.Initial, r.cfg.Now()), Federated: r.cfg.InitialFederated})
 	}
 	timer := time.NewTimer(0)
 	defer timer.Stop()
@@ -150,10 +152,11 @@ func (r *Refresher) refresh(ctx context.Context) {
 		return
 	}
 	now := r.cfg.Now()
-	var held *Bundle
+	var last Snapshot
 	if r.snap != nil {
-		held = r.snap.Own
+		last = *r.snap
 	}
+	held := last.Own
 	outcome := OutcomeUnchanged
 	switch {
 	case err != nil:
@@ -177,12 +180,13 @@ func (r *Refresher) refresh(ctx context.Context) {
 		r.cfg.Observe(outcome, nil)
 		return
 	}
-	next := &Snapshot{Own: own}
-	changed := outcome == OutcomeApplied
-	next.Federated, changed = r.federated(ctx, now, changed)
-	if changed && ctx.Err() == nil {
+	// Not with the federated ones, which may take their time.
+	if outcome == OutcomeApplied {
 		r.log(held, own)
-		r.publish(next)
+		r.publish(&Snapshot{Own: own, Federated: last.Federated, Absent: last.Absent})
+	}
+	if err == nil {
+		r.federated(ctx)
 	}
 	r.cfg.Observe(outcome, own)
 }
@@ -221,36 +225,53 @@ func (r *Refresher) stale(held, got *Bundle, now time.Time) bool {
 }
 
 // federated brings the federated bundles up to date: those newly wanted at
-// once, the others each federatedInterval. It returns the map for the next
-// snapshot and whether anything, or the own bundle before it, has changed.
-func (r *Refresher) federated(ctx context.Context, now time.Time, changed bool) (map[spiffeid.TrustDomain]*Bundle, bool) {
-	var old map[spiffeid.TrustDomain]*Bundle
-	if r.snap != nil {
-		old = r.snap.Federated
-	}
-	wanted := r.cfg.Federated()
+// once, the others each federatedInterval.
+func (r *Refresher) federated(ctx context.Context) {
+	old := r.snap.Federated
+	wanted := slices.Clone(r.cfg.Federated())
+	// In no order, as those that come last may have to wait for the next time.
+	rand.Shuffle(len(wanted), func(i, j int) { wanted[i], wanted[j] = wanted[j], wanted[i] })
 	next := make(map[spiffeid.TrustDomain]*Bundle, len(wanted))
+	absent := make(map[spiffeid.TrustDomain]bool)
+	began := time.Now()
 	for _, td := range wanted {
 		if b := old[td]; b != nil {
 			next[td] = b
+		} else if r.snap.Absent[td] {
+			absent[td] = true
 		}
+		now := r.cfg.Now()
 		if due, known := r.federatedDue[td]; known && now.Before(due) {
 			continue
 		}
-		r.federatedDue[td] = now.Add(federatedInterval)
+		if time.Since(began) > r.cfg.Interval {
+			continue // the own bundle is to be asked for
+		}
+		asked := time.Now()
 		b, err := r.cfg.Fetcher.FetchFederatedBundle(ctx, td)
+		pause := federatedInterval
 		switch {
 		case errors.Is(err, ErrNotFound):
 			delete(next, td)
+			absent[td] = true
 		case err != nil:
 			r.cfg.Log.Debug("federated bundle refresh failed, keeping the bundle held", "trust_domain", td.Name(), "error", err)
+			if next[td] == nil && !absent[td] {
+				pause = max(r.cfg.Interval, time.Since(asked))
+			}
 		case !b.Equal(old[td]):
 			next[td] = b.since(old[td], now)
+			delete(absent, td)
 		}
+		r.federatedDue[td] = r.cfg.Now().Add(pause)
+	}
+	if ctx.Err() != nil {
+		return
 	}
 	maps.DeleteFunc(r.federatedDue, func(td spiffeid.TrustDomain, _ time.Time) bool {
 		return !slices.Contains(wanted, td)
 	})
+	changed := !maps.Equal(absent, r.snap.Absent)
 	for td, b := range next {
 		if old[td] != b {
 			changed = true
@@ -263,7 +284,9 @@ func (r *Refresher) federated(ctx context.Context, now time.Time, changed bool) 
 			r.cfg.Log.Info("federated bundle dropped", "trust_domain", td.Name())
 		}
 	}
-	return next, changed
+	if changed {
+		r.publish(&Snapshot{Own: r.snap.Own, Federated: next, Absent: absent})
+	}
 }
 
 // log says what changed in the own bundle, one line each.

@@ -48,7 +48,7 @@ func (s *source) set(b *bundle.Bundle, err error) {
 }
 
 // refreshing runs f beside a Refresher over src and returns what f published.
-func refreshing(t *testing.T, cfg bundle.RefresherConfig, src *source, f func(r *bundle.Refresher, published func() []*bundle.Snapshot)) {
+func refreshing(t *testing.T, cfg bundle.RefresherConfig, src bundle.Fetcher, f func(r *bundle.Refresher, published func() []*bundle.Snapshot)) {
 	t.Helper()
 	var mu sync.Mutex
 	var got []*bundle.Snapshot
@@ -217,6 +217,65 @@ func TestFederatedBundlesFollowWhatIsWanted(t *testing.T) {
 			time.Sleep(6 * time.Second)
 			if got := published(); len(got) != 3 || len(got[2].Federated) != 0 {
 				t.Error("a bundle that is no longer wanted was kept")
+			}
+		})
+	})
+}
+
+// slowPartners is a source whose federated bundles come late or not at all.
+type slowPartners struct {
+	*source
+	hang  time.Duration
+	fails int // that many times
+}
+
+func (s *slowPartners) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
+	s.mu.Lock()
+	hang, fail := s.hang, s.fails > 0
+	s.fails--
+	s.mu.Unlock()
+	time.Sleep(hang)
+	if hang > 0 || fail {
+		return nil, errors.New("no answer")
+	}
+	return s.source.FetchFederatedBundle(ctx, td)
+}
+
+// What is asked of the server about others does not keep the own bundle waiting,
+// and one that could not be had at first is asked for again soon.
+func TestFederatedBundlesDoNotHoldUpTheOwn(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newCA(t, "a", nil)
+		partners := map[spiffeid.TrustDomain]*bundle.Bundle{}
+		var wanted []spiffeid.TrustDomain
+		for _, name := range []string{"one.test", "two.test", "three.test", "four.test", "five.test"} {
+			td := spiffeid.RequireTrustDomainFromString(name)
+			b, err := bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: newCA(t, name, nil).cert}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			partners[td], wanted = b, append(wanted, td)
+		}
+		src := &slowPartners{source: &source{own: newBundle(t, 1, bundle.X509Authority{Certificate: a.cert}), federated: partners}}
+		src.hang = 30 * time.Second
+		refreshing(t, bundle.RefresherConfig{Federated: func() []spiffeid.TrustDomain { return wanted }}, src, func(_ *bundle.Refresher, published func() []*bundle.Snapshot) {
+			if n := len(published()); n != 1 {
+				t.Fatalf("%d snapshots while the others are asked for, want the own bundle", n)
+			}
+			for seq := uint64(2); seq < 12; seq++ {
+				time.Sleep(7 * time.Second)
+				src.set(newBundle(t, seq, bundle.X509Authority{Certificate: a.cert}), nil)
+				time.Sleep(36 * time.Second) // one of the others, and the interval
+				if got := published(); got[len(got)-1].Own.Sequence() != seq {
+					t.Errorf("after %v of 36 s the own bundle has sequence %d, want %d", 36*time.Second, got[len(got)-1].Own.Sequence(), seq)
+				}
+			}
+			src.mu.Lock()
+			src.hang, src.fails = 0, len(wanted)
+			src.mu.Unlock()
+			time.Sleep(75 * time.Second) // each hung for 30 s, and waits as long
+			if got := published(); len(got[len(got)-1].Federated) != len(wanted) {
+				t.Errorf("%d of %d federated bundles after the server was well again", len(got[len(got)-1].Federated), len(wanted))
 			}
 		})
 	})

@@ -321,6 +321,19 @@ func (c *Cache) FederatesWith() []spiffeid.TrustDomain {
 	return out
 }
 
+// Unheard reports whether an entry federates with a trust domain whose bundle is
+// still to be asked for.
+func (c *Cache) Unheard() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for td := range c.federated {
+		if c.snapshot != nil && !c.snapshot.Knows(td) {
+			return true
+		}
+	}
+	return false
+}
+
 // Revisions returns the revision of every entry held, by entry ID: what an
 // entry sync needs to ask for differences only. The map is the caller's.
 func (c *Cache) Revisions() map[string]int64 {

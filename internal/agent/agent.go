@@ -5,9 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/renewd/renewd/bundle"
@@ -44,9 +47,10 @@ type Agent struct {
 	// bootstrap is what the server is trusted by until it has answered with a
 	// bundle.
 	bootstrap atomic.Pointer[bundle.Bundle]
-	again     bool                      // this node ran before
-	started   atomic.Pointer[time.Time] // when Run began
-	applied   atomic.Pointer[time.Time] // when the bundle in force was applied
+	partners  map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles kept from the last run
+	again     bool                                    // this node ran before
+	started   atomic.Pointer[time.Time]               // when Run began
+	applied   atomic.Pointer[time.Time]               // when the bundle in force was applied
 }
 
 // New checks the configuration, opens DataDir and RuntimeDir and loads what
@@ -114,12 +118,14 @@ func (a *Agent) open() (err error) {
 	a.refresher = bundle.NewRefresher(bundle.RefresherConfig{
 		Fetcher:   a.client,
 		Publish:   a.publish,
-		Federated: a.cache.FederatesWith,
+		Federated: a.federatesWith,
 		Initial:   initial,
-		Interval:  cfg.RefreshInterval,
-		Observe:   func(outcome string, _ *bundle.Bundle) { a.metrics.BundleRefreshed(outcome) },
-		Log:       a.log,
-		Now:       cfg.Now,
+
+		InitialFederated: a.partners,
+		Interval:         cfg.RefreshInterval,
+		Observe:          func(outcome string, _ *bundle.Bundle) { a.metrics.BundleRefreshed(outcome) },
+		Log:              a.log,
+		Now:              cfg.Now,
 	})
 	a.own = &own{node: a.node, client: a.client}
 	a.renewer = renew.New(renew.Config{
@@ -173,6 +179,7 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 		}
 		if kept != nil {
 			a.bootstrap.Store(kept)
+			a.loadPartners()
 			return kept, nil
 		}
 	}
@@ -191,6 +198,29 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 	return nil, nil
 }
 
+// loadPartners reads the federated bundles of the last run. To be without them
+// for a while is no reason not to start.
+func (a *Agent) loadPartners() {
+	var err error
+	if a.partners, err = a.store.LoadFederated(); err != nil {
+		a.log.Error("federated bundles of the last run not loaded", "error", err)
+	}
+}
+
+// federatesWith lists the trust domains whose bundles are wanted. Until the
+// server has told its entries those of the last run count.
+func (a *Agent) federatesWith() []spiffeid.TrustDomain {
+	tds := a.cache.FederatesWith()
+	if !a.cache.Ready() {
+		for td := range a.partners {
+			if !slices.Contains(tds, td) {
+				tds = append(tds, td)
+			}
+		}
+	}
+	return tds
+}
+
 // trust is the bundle that the server is verified with now.
 func (a *Agent) trust() *bundle.Bundle {
 	if a.applied.Load() != nil {
@@ -206,11 +236,15 @@ func (a *Agent) publish(s *bundle.Snapshot) {
 	a.cache.SetBundle(s)
 	now := a.cfg.Now()
 	a.applied.Store(&now)
-	if prev != nil && prev.Own == s.Own {
-		return
+	if prev == nil || prev.Own != s.Own {
+		if err := a.store.SaveBundle(s.Own); err != nil {
+			a.log.Error("trust bundle not kept: after a restart the last one kept is used", "error", err)
+		}
 	}
-	if err := a.store.SaveBundle(s.Own); err != nil {
-		a.log.Error("trust bundle not kept: after a restart the last one kept is used", "error", err)
+	if prev != nil && !maps.Equal(prev.Federated, s.Federated) {
+		if err := a.store.SaveFederated(s.Federated); err != nil {
+			a.log.Error("federated bundles not kept: after a restart the last ones kept are used", "error", err)
+		}
 	}
 }
 
@@ -236,7 +270,8 @@ func (a *Agent) restore() error {
 		if err != nil || kept == nil || kept.TrustDomain() != a.cfg.TrustDomain {
 			a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them", "error", err)
 		} else {
-			a.cache.SetBundle(&bundle.Snapshot{Own: kept})
+			a.loadPartners()
+			a.cache.SetBundle(&bundle.Snapshot{Own: kept, Federated: a.partners})
 		}
 	}
 	a.cache.Restore(entries, svids)

@@ -1,11 +1,13 @@
 package node
 
 import (
+	"cmp"
 	"crypto"
 	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -81,6 +83,27 @@ type jwtJSON struct {
 }
 
 func encodeBundle(b *bundle.Bundle) ([]byte, error) {
+	out, err := newBundleJSON(b)
+	if err != nil {
+		return nil, err
+	}
+	return json.Marshal(out)
+}
+
+func encodeBundles(bundles map[spiffeid.TrustDomain]*bundle.Bundle) ([]byte, error) {
+	out := make([]bundleJSON, 0, len(bundles))
+	for _, b := range bundles {
+		j, err := newBundleJSON(b)
+		if err != nil {
+			return nil, fmt.Errorf("bundle of %q: %w", b.TrustDomain().Name(), err)
+		}
+		out = append(out, j)
+	}
+	slices.SortFunc(out, func(a, b bundleJSON) int { return cmp.Compare(a.TrustDomain, b.TrustDomain) })
+	return json.Marshal(out)
+}
+
+func newBundleJSON(b *bundle.Bundle) (bundleJSON, error) {
 	out := bundleJSON{
 		Version:     formatVersion,
 		TrustDomain: b.TrustDomain().Name(),
@@ -93,7 +116,7 @@ func encodeBundle(b *bundle.Bundle) ([]byte, error) {
 	for _, k := range b.JWT() {
 		der, err := x509.MarshalPKIXPublicKey(k.PublicKey)
 		if err != nil {
-			return nil, fmt.Errorf("JWT key %q: %w", k.KeyID, err)
+			return bundleJSON{}, fmt.Errorf("JWT key %q: %w", k.KeyID, err)
 		}
 		j := jwtJSON{KeyID: k.KeyID, PublicKey: der, Tainted: k.Tainted}
 		if !k.ExpiresAt.IsZero() {
@@ -101,7 +124,7 @@ func encodeBundle(b *bundle.Bundle) ([]byte, error) {
 		}
 		out.JWT = append(out.JWT, j)
 	}
-	return json.Marshal(out)
+	return out, nil
 }
 
 func decodeBundle(b []byte) (*bundle.Bundle, error) {
@@ -109,6 +132,26 @@ func decodeBundle(b []byte) (*bundle.Bundle, error) {
 	if err := decode(b, &in); err != nil {
 		return nil, err
 	}
+	return in.bundle()
+}
+
+func decodeBundles(b []byte) (map[spiffeid.TrustDomain]*bundle.Bundle, error) {
+	var in []bundleJSON
+	if err := decode(b, &in); err != nil {
+		return nil, err
+	}
+	out := make(map[spiffeid.TrustDomain]*bundle.Bundle, len(in))
+	for _, j := range in {
+		b, err := j.bundle()
+		if err != nil {
+			return nil, fmt.Errorf("bundle of %q: %w", j.TrustDomain, err)
+		}
+		out[b.TrustDomain()] = b
+	}
+	return out, nil
+}
+
+func (in *bundleJSON) bundle() (*bundle.Bundle, error) {
 	if in.Version != formatVersion {
 		return nil, fmt.Errorf("it has format %d, this agent reads %d", in.Version, formatVersion)
 	}

@@ -11,6 +11,8 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/renewd/renewd/bundle"
 )
 
@@ -18,6 +20,7 @@ import (
 const (
 	identityFile = "identity.json" // key and own SVID together, so that they always match
 	bundleFile   = "bundle.json"
+	partnersFile = "federated.json"
 	seedFile     = "seed"
 	lockFile     = "lock"
 )
@@ -41,7 +44,7 @@ func (e *CorruptError) Error() string {
 func (e *CorruptError) Unwrap() error { return e.Err }
 
 // Store keeps what a node must not lose over a restart: its identity, the last
-// trust bundle, and a seed. The folder has mode 0700 and its files 0600; they
+// trust bundles, and a seed. The folder has mode 0700 and its files 0600; they
 // are replaced atomically and are on disk when a Save returns. One process at
 // a time can have it open.
 //
@@ -159,6 +162,28 @@ func (s *Store) SaveBundle(b *bundle.Bundle) error {
 		return fmt.Errorf("encode the trust bundle: %w", err)
 	}
 	return s.write(bundleFile, enc)
+}
+
+// LoadFederated returns the federated bundles kept, nil when there are none.
+func (s *Store) LoadFederated() (map[spiffeid.TrustDomain]*bundle.Bundle, error) {
+	b, err := s.read(partnersFile)
+	if b == nil || err != nil {
+		return nil, err
+	}
+	out, err := decodeBundles(b)
+	if err != nil {
+		return nil, &CorruptError{s.path(partnersFile), "remove it; the agent asks the server for them", err}
+	}
+	return out, nil
+}
+
+// SaveFederated keeps the federated bundles in place of those kept before.
+func (s *Store) SaveFederated(bundles map[spiffeid.TrustDomain]*bundle.Bundle) error {
+	enc, err := encodeBundles(bundles)
+	if err != nil {
+		return fmt.Errorf("encode the federated bundles: %w", err)
+	}
+	return s.write(partnersFile, enc)
 }
 
 // Seed returns random bytes that are this node's own: made at the first call

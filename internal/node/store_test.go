@@ -3,11 +3,14 @@ package node_test
 import (
 	"crypto"
 	"errors"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/node"
@@ -95,6 +98,42 @@ func TestStoreKeepsTheBundleWithItsTaints(t *testing.T) {
 	}
 	if !got.X509()[1].TaintedSince.IsZero() {
 		t.Error("an authority became tainted")
+	}
+}
+
+func TestStoreKeepsFederatedBundles(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	if got, err := s.LoadFederated(); len(got) != 0 || err != nil {
+		t.Errorf("at first: %v, %v", got, err)
+	}
+	want := map[spiffeid.TrustDomain]*bundle.Bundle{}
+	for _, name := range []string{"b.example", "a.example"} {
+		of := spiffeid.RequireTrustDomainFromString(name)
+		b, err := bundle.New(of, bundle.Content{
+			Sequence: 7,
+			X509:     []bundle.X509Authority{{Certificate: newAuthority(t).cert}},
+			JWT:      []bundle.JWTAuthority{{KeyID: name, PublicKey: newAuthority(t).key.Public()}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		want[of] = b
+	}
+	if err := s.SaveFederated(want); err != nil {
+		t.Fatal(err)
+	}
+	got, err := s.LoadFederated()
+	if err != nil || !maps.EqualFunc(got, want, (*bundle.Bundle).Equal) {
+		t.Errorf("got %v, %v", got, err)
+	}
+	for _, content := range []string{"", "{", "{}", `[{"version":1}]`, `[{"version":2,"trust_domain":"a.example"}]`} {
+		damage(t, dir, "federated.json", []byte(content))
+		var corrupt *node.CorruptError
+		if got, err := s.LoadFederated(); !errors.As(err, &corrupt) || got != nil {
+			t.Errorf("%q: %v, %v; want a CorruptError", content, got, err)
+		}
 	}
 }
 

@@ -39,11 +39,15 @@ func (s *service) streamBundles(method string, stream grpc.ServerStream, field p
 	watch := s.cfg.Cache.Watch()
 	defer watch.Close()
 
+	opened := time.Now()
 	var last []foreign
 	return s.follow(stream.Context(), watch.C(), func() (bool, time.Duration, error) {
 		v := s.cfg.Cache.Match(c.selectors)
 		if err := c.admit(&v); err != nil {
 			return false, 0, err
+		}
+		if left := bundleGrace - time.Since(opened); v.Unheard && last == nil && left > 0 {
+			return false, left, nil
 		}
 		own := foreign{v.Bundle.Own.TrustDomain(), form(v.Bundle.Own)}
 		next := slices.Insert(federated(&v, form), 0, own)

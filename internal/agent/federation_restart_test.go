@@ -1,0 +1,124 @@
+package agent_test
+
+import (
+	"context"
+	"net"
+	"os"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/renewd/renewd/internal/server"
+)
+
+// firsts opens the workload's stream again and again for a while, as workloads
+// do that come back, and returns how many first answers there were with and
+// without the bundle of the other side.
+func (s *side) firsts(of *side, within time.Duration) (with, without int) {
+	for end := time.Now().Add(within); time.Now().Before(end); {
+		open := s.openStreams()
+		time.Sleep(100 * time.Millisecond)
+		synctest.Wait()
+		open.mu.Lock()
+		if open.x509 != nil {
+			if open.x509.FederatedBundles[of.td.IDString()] == nil {
+				without++
+			} else {
+				with++
+			}
+		}
+		open.mu.Unlock()
+		open.close()
+	}
+	return with, without
+}
+
+// farAway is a connection to a server that is 20 ms away.
+type farAway struct{ net.Conn }
+
+func (c farAway) Read(b []byte) (int, error) {
+	n, err := c.Conn.Read(b)
+	time.Sleep(20 * time.Millisecond)
+	return n, err
+}
+
+// An answer without a bundle takes that bundle away from the workload. No
+// restart of the agent does that, server or not.
+func TestDrillRestartKeepsFederatedBundles(t *testing.T) {
+	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
+	if err != nil {
+		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
+	}
+	defer os.RemoveAll(runtime)
+	synctest.Test(t, func(t *testing.T) {
+		dir, n := t.TempDir(), &network{hosts: map[string]*bufconn.Listener{}}
+		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)
+		defer func() { ours.stop(); theirs.stop() }()
+		ours.federate(theirs, dir)
+		theirs.federate(ours, dir)
+		dial := ours.cfg.Dial
+		ours.cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := dial(ctx, address)
+			return farAway{conn}, err
+		}
+		time.Sleep(settle)
+		for _, keeping := range []string{"", runtime} {
+			ours.cfg.RuntimeDir = keeping
+			for _, down := range []bool{false, true} {
+				if keeping == "" && down {
+					continue // nothing to serve
+				}
+				ours.set(func(f *faults) { f.down = false })
+				ours.startAgent()
+				time.Sleep(time.Minute)
+				ours.stopAgent()
+				ours.set(func(f *faults) { f.down = down })
+				ours.startAgent()
+				if with, without := ours.firsts(theirs, 20*time.Second); without > 0 || with == 0 {
+					t.Errorf("runtime_dir %q, server down %v: %d first answers with the bundle of the other side, %d without it", keeping, down, with, without)
+				}
+				ours.stopAgent()
+			}
+		}
+		ours.stopAgent = sync.OnceFunc(func() {})
+	})
+}
+
+// An entry that comes to federate and a workload that starts at once: its first
+// answer is complete. It may be the only one that it reads.
+func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir, n := t.TempDir(), &network{hosts: map[string]*bufconn.Listener{}}
+		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)
+		defer func() { ours.stop(); theirs.stop() }()
+		ours.federate(theirs, dir)
+		alone := server.Entry{ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), Selectors: []server.Selector{{Type: "test", Value: "web"}}}
+		ours.enter([]server.Entry{alone})
+		time.Sleep(settle)
+		dial := ours.cfg.Dial
+		ours.cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := dial(ctx, address)
+			return farAway{conn}, err
+		}
+		ours.startAgent()
+		defer func() { ours.stopAgent() }()
+		time.Sleep(time.Minute)
+		for range 5 {
+			federated := alone
+			federated.FederatesWith = []spiffeid.TrustDomain{partnerTD}
+			ours.enter([]server.Entry{federated})
+			for len(ours.agent.Cache().FederatesWith()) == 0 {
+				time.Sleep(time.Millisecond)
+			}
+			if with, without := ours.firsts(theirs, 3*time.Second); without > 0 || with == 0 {
+				t.Errorf("%d first answers with the bundle of the other side, %d without it", with, without)
+			}
+			ours.enter([]server.Entry{alone})
+			time.Sleep(time.Minute)
+		}
+	})
+}

@@ -1,0 +1,56 @@
+package workload
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/bundle"
+)
+
+// The first answer waits until it has been heard what the federated bundles are,
+// but not for long: the server may not say.
+func TestFirstAnswerWaitsForFederatedBundles(t *testing.T) {
+	t.Parallel()
+	for name, told := range map[string]func(*bundle.Snapshot, *bundle.Bundle){
+		"heard": func(s *bundle.Snapshot, b *bundle.Bundle) {
+			s.Federated = map[spiffeid.TrustDomain]*bundle.Bundle{otherTD: b}
+		},
+		"absent": func(s *bundle.Snapshot, _ *bundle.Bundle) { s.Absent = map[spiffeid.TrustDomain]bool{otherTD: true} },
+		"never":  nil,
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s := newSystem(t, nil)
+				e := entry("e1", "/one", 1000)
+				e.FederatesWith = []spiffeid.TrustDomain{otherTD}
+				s.add(e)
+				c := s.client(1000)
+				svids := fetchX509(t.Context(), c)
+				bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
+				keys := receive(c.FetchJWTBundles(withHeader(t.Context()), &workloadpb.JWTBundlesRequest{}))
+				time.Sleep(bundleGrace - time.Second)
+				quiet(t, svids)
+				quiet(t, bundles)
+				quiet(t, keys)
+				want := 0
+				if told == nil {
+					time.Sleep(time.Second)
+				} else {
+					next := &bundle.Snapshot{Own: bundleOf(t, td, 1, s.ca)}
+					told(next, bundleOf(t, otherTD, 1, newAuthority(t, otherTD, "other")))
+					want = len(next.Federated)
+					s.cache.SetBundle(next)
+				}
+				x, b, k := one(t, svids), one(t, bundles), one(t, keys)
+				if len(x.FederatedBundles) != want || len(b.Bundles) != 1+want || len(k.Bundles) != 1+want {
+					t.Errorf("%d, %d and %d bundles, want those of %d others", len(x.FederatedBundles), len(b.Bundles), len(k.Bundles), want)
+				}
+			})
+		})
+	}
+}
