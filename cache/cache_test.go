@@ -333,12 +333,12 @@ func TestJWT(t *testing.T) {
 	c.SetBundle(snapshot(t, "k1", "k2"))
 	e := entry("e", "x")
 	c.Update([]*cache.Entry{e}, nil)
-	jwt := cache.JWT{Token: "t1", KeyID: "k1", IssuedAt: now, ExpiresAt: now.Add(time.Hour)}
+	jwt := cache.JWT{Token: "t1", KeyID: "k1", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)}
 	c.PutJWT(e, []string{"b", "a"}, jwt)
-	if got, ok := c.JWT("e", []string{"a", "b", "a"}); !ok || got != jwt {
+	if got, ok := c.JWT(e, []string{"a", "b", "a"}); !ok || got != jwt {
 		t.Error("the order of audiences and repeats must not matter")
 	}
-	if _, ok := c.JWT("e", []string{"a"}); ok {
+	if _, ok := c.JWT(e, []string{"a"}); ok {
 		t.Error("found under another set of audiences")
 	}
 	if !jwt.Fresh(now.Add(29*time.Minute)) || jwt.Fresh(now.Add(31*time.Minute)) {
@@ -347,50 +347,53 @@ func TestJWT(t *testing.T) {
 	if got := c.JWTExpiry(); len(got) != 1 || !got["k1"].Equal(now.Add(time.Hour)) {
 		t.Errorf("latest expiry %v", got)
 	}
-	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t2", KeyID: "unknown", ExpiresAt: now.Add(time.Hour)})
-	if _, ok := c.JWT("e", []string{"z"}); ok {
+	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t2", KeyID: "unknown", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
+	if _, ok := c.JWT(e, []string{"z"}); ok {
 		t.Error("a token by a key that is not in the bundle is held")
 	}
 
-	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t3", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
+	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t3", KeyID: "k2", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
 	c.SetBundle(snapshot(t, "k2"))
-	if _, ok := c.JWT("e", []string{"a", "b"}); ok {
+	if _, ok := c.JWT(e, []string{"a", "b"}); ok {
 		t.Error("a token is handed out whose key left the bundle")
 	}
-	if _, ok := c.JWT("e", []string{"z"}); !ok {
+	if _, ok := c.JWT(e, []string{"z"}); !ok {
 		t.Error("a token was dropped whose key stayed")
 	}
 	now = now.Add(2 * time.Hour)
-	if _, ok := c.JWT("e", []string{"z"}); ok || len(c.JWTExpiry()) != 0 {
+	if _, ok := c.JWT(e, []string{"z"}); ok || len(c.JWTExpiry()) != 0 {
 		t.Error("an expired token is handed out or still counted")
 	}
-	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t4", KeyID: "k2", IssuedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
+	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t4", KeyID: "k2", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
 	c.Update(nil, []string{"e"})
-	c.Update([]*cache.Entry{entry("e", "x")}, nil)
-	if _, ok := c.JWT("e", []string{"z"}); ok {
+	again := entry("e", "x")
+	c.Update([]*cache.Entry{again}, nil)
+	if _, ok := c.JWT(again, []string{"z"}); ok {
 		t.Error("a token outlived its entry")
 	}
 }
 
 // However a workload varies its audiences, what is held stays bounded.
 func TestJWTsAreBounded(t *testing.T) {
+	now := time.Now()
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t, "k"))
 	e := entry("e", "x")
 	c.Update([]*cache.Entry{e}, nil)
 	for i := range 10_000 {
-		c.PutJWT(e, []string{fmt.Sprint(i)}, cache.JWT{KeyID: "k", ExpiresAt: time.Now().Add(time.Hour)})
+		c.PutJWT(e, []string{fmt.Sprint(i)}, cache.JWT{KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
 	}
 	if n := c.JWTCounts()["k"]; n > 5000 {
 		t.Errorf("%d JWT-SVIDs held", n)
 	}
-	if _, ok := c.JWT("e", []string{"9999"}); !ok {
+	if _, ok := c.JWT(e, []string{"9999"}); !ok {
 		t.Error("the newest was dropped instead of the oldest")
 	}
 }
 
 // Their number does not say how large they are: that is up to the workload too.
 func TestJWTsAreBoundedInSize(t *testing.T) {
+	now := time.Now()
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t, "k"))
 	e := entry("e", "x")
@@ -398,12 +401,12 @@ func TestJWTsAreBoundedInSize(t *testing.T) {
 	const size = 32 << 10
 	audience := func(i int) []string { return []string{fmt.Sprint(i) + strings.Repeat("a", size)} }
 	for i := range 2000 {
-		c.PutJWT(e, audience(i), cache.JWT{Token: strings.Repeat("t", size), KeyID: "k", ExpiresAt: time.Now().Add(time.Hour)})
+		c.PutJWT(e, audience(i), cache.JWT{Token: strings.Repeat("t", size), KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
 	}
 	if n := c.JWTCounts()["k"]; n > (32<<20)/(2*size) || n < 10 {
 		t.Errorf("%d JWT-SVIDs of %d bytes held", n, size)
 	}
-	if _, ok := c.JWT("e", audience(1999)); !ok {
+	if _, ok := c.JWT(e, audience(1999)); !ok {
 		t.Error("the newest was dropped instead of the oldest")
 	}
 }
@@ -416,14 +419,14 @@ func TestJWTOfAKeyThatLeftAfterTheClockWasWrong(t *testing.T) {
 	c.SetBundle(snapshot(t, "k1", "k2"))
 	e := entry("e", "x")
 	c.Update([]*cache.Entry{e}, nil)
-	c.PutJWT(e, []string{"a"}, cache.JWT{Token: "t", KeyID: "k1", IssuedAt: now, ExpiresAt: now.Add(time.Hour)})
+	c.PutJWT(e, []string{"a"}, cache.JWT{Token: "t", KeyID: "k1", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
 	now = now.Add(2 * time.Hour)
 	if got := c.JWTExpiry(); len(got) != 0 {
 		t.Errorf("expired tokens are told: %v", got)
 	}
 	now = now.Add(-2 * time.Hour)
 	c.SetBundle(snapshot(t, "k2"))
-	if _, ok := c.JWT("e", []string{"a"}); ok {
+	if _, ok := c.JWT(e, []string{"a"}); ok {
 		t.Error("a token is handed out whose key left the bundle")
 	}
 }

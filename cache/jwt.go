@@ -2,9 +2,12 @@ package cache
 
 import (
 	"container/list"
+	"errors"
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
 )
@@ -19,23 +22,46 @@ const jwtLimit = 4096
 const jwtBytes = 16 << 20
 
 // JWT is a JWT-SVID. It is immutable.
+//
+// How long it is held follows from how long it lives, counted from when the
+// server was asked for it. That the clock of this node lags or is ahead does
+// not matter then: a token that was signed a moment ago is neither too young
+// to be held nor held for longer than it is valid.
 type JWT struct {
-	Token     string
-	KeyID     string
-	IssuedAt  time.Time
-	ExpiresAt time.Time
+	Token string
+	KeyID string
+	// IssuedAt and ExpiresAt are the token's iat and exp, by the server's clock.
+	IssuedAt, ExpiresAt time.Time
+	// AskedAt is when the server was asked for it, by this node's clock.
+	AskedAt time.Time
+}
+
+// life is how long the token is valid after AskedAt. Its iat has whole seconds
+// (RFC 7519, section 2, as servers write it): the token may be that much older.
+func (j JWT) life() time.Duration { return j.ExpiresAt.Sub(j.IssuedAt) - time.Second }
+
+// Valid reports whether the token has not expired. The clock that is never set
+// decides. The wall clock, too, has to say that its life is not over or that
+// exp is still to come, because the other one stands still while the machine
+// sleeps.
+func (j JWT) Valid(now time.Time) bool {
+	return now.Sub(j.AskedAt) < j.life() && (j.wallAge(now) < j.life() || now.Before(j.ExpiresAt))
 }
 
 // Fresh reports whether less than half of its life has passed.
 func (j JWT) Fresh(now time.Time) bool {
-	return now.Before(j.IssuedAt.Add(j.ExpiresAt.Sub(j.IssuedAt) / 2))
+	return max(now.Sub(j.AskedAt), j.wallAge(now)) < j.life()/2
 }
+
+// wallAge is its age by the wall clock.
+func (j JWT) wallAge(now time.Time) time.Duration { return now.Round(0).Sub(j.AskedAt.Round(0)) }
 
 // jwtKey names a JWT-SVID: the order of audiences and repeats do not matter.
 type jwtKey struct{ entryID, audience string }
 
 type jwtItem struct {
 	key jwtKey
+	id  spiffeid.ID // in the token
 	jwt JWT
 }
 
@@ -69,56 +95,67 @@ func newJWTKey(entryID string, audience []string) jwtKey {
 }
 
 // JWT returns the JWT-SVID held for an entry and a set of audiences, unless it
-// has expired. Taint does not matter; one whose key left the bundle is gone.
-// Whether to hand it out or to mint a [JWT.Fresh] one is the caller's choice.
-func (c *Cache) JWT(entryID string, audience []string) (JWT, bool) {
+// has expired. It is for the entry as it is: one that was deleted or changed
+// since e was read has none, so that nobody is given the token of what e used to
+// be. Taint does not matter; a token whose key left the bundle is gone. Whether to
+// hand it out or to mint a [JWT.Fresh] one is the caller's choice.
+func (c *Cache) JWT(e *Entry, audience []string) (JWT, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	el := c.jwts.items[newJWTKey(entryID, audience)]
-	if el == nil {
+	el := c.jwts.items[newJWTKey(e.ID, audience)]
+	if r := c.records[e.ID]; el == nil || r == nil || r.entry != e {
 		return JWT{}, false
 	}
-	j := el.Value.(jwtItem).jwt
-	if !c.now().Before(j.ExpiresAt) {
+	item := el.Value.(jwtItem)
+	if item.id != e.SPIFFEID || !item.jwt.Valid(c.now()) {
 		c.jwts.drop(el)
 		return JWT{}, false
 	}
 	c.jwts.recent.MoveToBack(el)
-	return j, true
+	return item.jwt, true
 }
 
+// ErrJWTChanged is returned by [Cache.PutJWT] when the token is of no use.
+var ErrJWTChanged = errors.New("the entry changed or the key left the bundle while the JWT-SVID was being minted")
+
 // PutJWT holds a JWT-SVID that was minted for the entry and notes its expiry
-// under its key ID. One for an entry that is gone or has changed meanwhile, or by
-// a key that is not in the bundle, is not held.
-func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) {
+// under its key ID. One for an entry that was deleted or changed meanwhile, or by
+// a key that is not in the bundle, is not held and must not be handed out.
+func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.snapshot == nil {
-		return
+		return ErrJWTChanged
 	}
 	if _, trusted := c.snapshot.Own.JWTKey(j.KeyID); !trusted {
-		return
+		return ErrJWTChanged
 	}
-	if j.ExpiresAt.After(c.jwts.latest[j.KeyID]) {
-		c.jwts.latest[j.KeyID] = j.ExpiresAt
+	// Others read this with other clocks: the later of the two ends counts.
+	end := j.AskedAt.Round(0).Add(j.life())
+	if j.ExpiresAt.After(end) {
+		end = j.ExpiresAt
 	}
-	if !j.IssuedAt.Before(c.newest.jwt) {
-		c.newest.JWT, c.newest.jwt = j.KeyID, j.IssuedAt
+	if end.After(c.jwts.latest[j.KeyID]) {
+		c.jwts.latest[j.KeyID] = end
+	}
+	if !j.AskedAt.Before(c.newest.jwt) {
+		c.newest.JWT, c.newest.jwt = j.KeyID, j.AskedAt
 	}
 	if r := c.records[e.ID]; r == nil || r.entry != e {
-		return
+		return ErrJWTChanged
 	}
 	key := newJWTKey(e.ID, audience)
 	if el := c.jwts.items[key]; el != nil {
 		c.jwts.drop(el)
 	}
-	item := jwtItem{key, j}
+	item := jwtItem{key, e.SPIFFEID, j}
 	c.jwts.items[key] = c.jwts.recent.PushBack(item)
 	c.jwts.bytes += item.size()
 	c.jwts.byEntry[e.ID] = append(c.jwts.byEntry[e.ID], key)
 	for len(c.jwts.items) > jwtLimit || c.jwts.bytes > jwtBytes {
 		c.jwts.drop(c.jwts.recent.Front())
 	}
+	return nil
 }
 
 // JWTExpiry returns, by key ID, the latest expiry among the JWT-SVIDs that
