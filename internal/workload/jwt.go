@@ -13,108 +13,293 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 )
 
 const (
 	maxAudiences   = 64
 	maxAudienceLen = 2048 // bytes
-	// staleWait is how long a caller whose cached token is past half of its
-	// life waits for a new one before it gets the cached one.
-	staleWait = 2 * time.Second
+	// completeWait is how long after a token was first asked for the callers
+	// that can be given other ones wait for it. Some workloads fetch tokens for
+	// each of their requests: one entry that hangs must not slow them down for ever.
+	completeWait = 5 * time.Second
+	// answerTime is what an answer gets of the caller's deadline to arrive in,
+	// or a tenth of it if that is less.
+	answerTime = 250 * time.Millisecond
 )
 
-var errNotMinted = status.Error(codes.Unavailable, "the server did not mint a JWT-SVID: the agent's log says why")
+var (
+	errNotMinted = status.Error(codes.Unavailable, "the server did not mint a JWT-SVID: the agent's log says why")
+	errTooLate   = status.Error(codes.DeadlineExceeded, "the server did not mint a JWT-SVID within the deadline of the call")
+)
 
 // FetchJWTSVID returns JWT-SVIDs for the audience: one for each matched entry,
 // or the one with the SPIFFE ID asked for (SPIFFE Workload API, section 6.2.1).
+//
+// A token that is held is handed out while it is valid; past half of its life
+// another one is minted behind the answer. What is not held is tried for within
+// the caller's deadline. Entries whose token cannot be had are left out, as they
+// are from X.509-SVIDs: it is an error only when there is none at all. The first
+// one left is the default identity then; a caller that wants a certain one asks
+// for it by its SPIFFE ID.
 func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequest) (*workloadpb.JWTSVIDResponse, error) {
+	deadline := patience(ctx)
 	c, err := s.enter(ctx)
 	if err != nil {
 		return nil, err
 	}
 	defer c.leave()
-	audience, err := canonical(req.Audience)
-	if err != nil {
+	r := &jwtRequest{s: s, c: c, deadline: deadline}
+	if r.audience, err = canonical(req.Audience); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
-	var wanted spiffeid.ID
 	if req.SpiffeId != "" {
-		if wanted, err = spiffeid.FromString(req.SpiffeId); err != nil {
+		if r.wanted, err = spiffeid.FromString(req.SpiffeId); err != nil {
 			return nil, status.Errorf(codes.InvalidArgument, "spiffe_id: %v", err)
 		}
 	}
-	v := s.cfg.Cache.Match(c.selectors)
-	if err := c.admit(&v); err != nil {
-		return nil, err
-	}
-	hints := cache.Hints(v.Entries)
-	entries := v.Entries
-	if !wanted.IsZero() {
-		at := slices.IndexFunc(entries, func(e *cache.Entry) bool { return e.SPIFFEID == wanted })
-		switch {
-		case at >= 0:
-		case c.uncertain:
-			return nil, errAttest
-		case v.Partial:
-			return nil, errStarting
-		default:
-			return nil, status.Error(codes.PermissionDenied, "no registration entry gives this process that SPIFFE ID")
+	defer r.close()
+	for settled := false; ; {
+		svids, err := r.look()
+		if err != nil {
+			return nil, err
 		}
-		entries, hints = entries[at:at+1], hints[at:at+1]
-	}
-	// All are asked for before the first is waited for.
-	flights := make([]*flight, len(entries))
-	held := make([]cache.JWT, len(entries))
-	for i, e := range entries {
-		var ok bool
-		if held[i], ok = s.cfg.Cache.JWT(e.ID, audience); !ok || !held[i].Fresh(s.cfg.Cache.Now()) {
-			if flights[i], err = s.mint(c, e, audience); err != nil {
-				return nil, err
+		if _, pending := r.pending(len(svids) > 0); !pending && (settled || len(r.waits) == 0) {
+			switch {
+			case len(svids) == 0:
+				return nil, r.failure(ctx)
+			case !r.wanted.IsZero():
+				svids = svids[:1]
 			}
+			return &workloadpb.JWTSVIDResponse{Svids: svids}, nil
+		}
+		if settled, err = r.wait(ctx, len(svids) > 0); err != nil {
+			return nil, err
 		}
 	}
-	patience, cancel := context.WithTimeout(ctx, staleWait)
-	defer cancel()
-	res := &workloadpb.JWTSVIDResponse{Svids: make([]*workloadpb.JWTSVID, len(entries))}
-	for i, e := range entries {
-		jwt := held[i]
-		if flights[i] != nil {
-			if jwt, err = s.await(ctx, patience, flights[i], held[i]); err != nil {
-				return nil, err
-			}
-		}
-		res.Svids[i] = &workloadpb.JWTSVID{SpiffeId: e.SPIFFEID.String(), Svid: jwt.Token, Hint: hints[i]}
-	}
-	return res, nil
 }
 
-// await returns what f mints. Where a token is held already, it is the answer
-// when f fails or patience ends.
-func (s *service) await(ctx, patience context.Context, f *flight, held cache.JWT) (cache.JWT, error) {
-	if held.Token == "" {
-		patience = ctx
+// patience is when an answer has to be on its way.
+func patience(ctx context.Context) time.Time {
+	deadline, ok := ctx.Deadline()
+	if !ok {
+		return time.Now().Add(mintTimeout)
 	}
-	select {
-	case <-f.done:
-	case <-patience.Done():
-	case <-s.stopping.Done():
-		return cache.JWT{}, errStopping
+	return deadline.Add(-min(answerTime, time.Until(deadline)/10))
+}
+
+// jwtRequest is one call of FetchJWTSVID.
+type jwtRequest struct {
+	s        *service
+	c        *caller
+	audience []string
+	wanted   spiffeid.ID // zero: all
+	deadline time.Time
+	waits    map[*cache.Entry]wait // for what was not held
+	// Made when the call has to wait.
+	wake  chan struct{} // flights
+	watch *cache.Watch  // entries and bundle
+}
+
+// wait is a token that the call waits for.
+type wait struct {
+	f     *flight // nil: the user has too many
+	tries int     // of f before the call waited for it
+}
+
+// look reads what the caller may be given now and has minted what is missing.
+// Everything that it returns is of entries as they are: an entry that was edited
+// since the last look is asked for as it is now, and what was minted for it as it
+// was is nobody's.
+func (r *jwtRequest) look() ([]*workloadpb.JWTSVID, error) {
+	held := r.s.cfg.Cache
+	v := held.Match(r.c.selectors)
+	if err := r.c.admit(&v); err != nil {
+		return nil, err
 	}
-	select {
-	case <-f.done:
-		if f.err == nil {
-			return f.jwt, nil
+	if err := r.exists(&v); err != nil {
+		return nil, err
+	}
+	r.leave(func(e *cache.Entry) bool { return !slices.Contains(v.Entries, e) })
+	hints := cache.Hints(v.Entries)
+	svids := make([]*workloadpb.JWTSVID, 0, len(v.Entries))
+	var missing []*cache.Entry
+	for i, e := range v.Entries {
+		if !r.wants(e) {
+			continue
 		}
-	default:
+		jwt, ok := held.JWT(e, r.audience)
+		if ok && !jwt.Fresh(held.Now()) {
+			r.s.refresh(r.c, e, r.audience)
+		}
+		if !ok {
+			jwt, ok = r.landed(e, v.Bundle)
+		}
+		if !ok {
+			missing = append(missing, e)
+			continue
+		}
+		svids = append(svids, &workloadpb.JWTSVID{SpiffeId: e.SPIFFEID.String(), Svid: jwt.Token, Hint: hints[i]})
 	}
+	r.join(missing, len(svids) == 0)
+	return svids, nil
+}
+
+func (r *jwtRequest) wants(e *cache.Entry) bool { return r.wanted.IsZero() || e.SPIFFEID == r.wanted }
+
+// exists returns an error when no entry gives the caller what it asks for.
+func (r *jwtRequest) exists(v *cache.View) error {
 	switch {
-	case ctx.Err() != nil:
-		return cache.JWT{}, status.FromContextError(ctx.Err()).Err()
-	case held.Token == "":
-		return cache.JWT{}, errNotMinted
+	case slices.ContainsFunc(v.Entries, r.wants):
+		return nil
+	case r.c.uncertain:
+		return errAttest
+	case v.Partial:
+		return errStarting
 	}
-	return held, nil
+	return status.Error(codes.PermissionDenied, "no registration entry gives this process that SPIFFE ID")
+}
+
+// landed returns the token that this call has waited for, in case that the
+// cache has no room for it.
+func (r *jwtRequest) landed(e *cache.Entry, b *bundle.Snapshot) (cache.JWT, bool) {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	f := r.waits[e].f
+	if f == nil || !f.landed() {
+		return cache.JWT{}, false
+	}
+	_, trusted := b.Own.JWTKey(f.jwt.KeyID)
+	return f.jwt, trusted
+}
+
+// join has all of these minted. The call waits for each once.
+func (r *jwtRequest) join(entries []*cache.Entry, hurry bool) {
+	if len(entries) == 0 {
+		return
+	}
+	if r.waits == nil {
+		r.waits, r.wake, r.watch = make(map[*cache.Entry]wait), make(chan struct{}, 1), r.s.cfg.Cache.Watch()
+	}
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	for _, e := range entries {
+		if w, joined := r.waits[e]; joined && (w.f == nil || !w.f.landed()) {
+			continue
+		}
+		w := wait{f: r.s.join(r.c, e, r.audience)}
+		if w.f != nil {
+			w.tries = w.f.tries
+			w.f.waiting[r.wake] = struct{}{}
+			if hurry {
+				notify(w.f.hurry)
+			}
+		}
+		r.waits[e] = w
+	}
+}
+
+// leave ends the waits for some entries.
+func (r *jwtRequest) leave(which func(*cache.Entry) bool) {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	for e, w := range r.waits {
+		if which(e) {
+			if w.f != nil {
+				delete(w.f.waiting, r.wake)
+			}
+			delete(r.waits, e)
+		}
+	}
+}
+
+func (r *jwtRequest) close() {
+	r.leave(func(*cache.Entry) bool { return true })
+	if r.watch != nil {
+		r.watch.Close()
+	}
+}
+
+// pending reports whether there is something to wait for, and until when. some
+// says that the caller can be given a token already.
+func (r *jwtRequest) pending(some bool) (until time.Time, pending bool) {
+	now := time.Now()
+	until = r.deadline
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	for _, w := range r.waits {
+		some = some || (w.f != nil && w.f.landed())
+	}
+	if !now.Before(until) || (some && !r.wanted.IsZero()) {
+		return until, false
+	}
+	for _, w := range r.waits {
+		if w.f == nil || w.f.landed() {
+			continue
+		}
+		// What was said before this call does not count for a caller that has
+		// nothing else.
+		if final(w.f.err) && (some || w.f.tries > w.tries) {
+			continue
+		}
+		if some {
+			enough := w.f.begun.Add(completeWait)
+			if !now.Before(enough) {
+				continue
+			}
+			if enough.Before(until) {
+				until = enough
+			}
+		}
+		pending = true
+	}
+	return until, pending
+}
+
+// wait returns when it is time for another look. settled says that nothing is
+// left to wait for: the next look is the answer.
+func (r *jwtRequest) wait(ctx context.Context, some bool) (settled bool, err error) {
+	for {
+		until, pending := r.pending(some)
+		if !pending {
+			return true, nil
+		}
+		timer := time.NewTimer(time.Until(until))
+		select {
+		case <-r.wake:
+		case <-timer.C:
+		case <-r.watch.C():
+			timer.Stop()
+			return false, nil
+		case <-ctx.Done():
+			timer.Stop()
+			return false, status.FromContextError(ctx.Err()).Err()
+		case <-r.s.stopping.Done():
+			timer.Stop()
+			return false, errStopping
+		}
+		timer.Stop()
+	}
+}
+
+// failure is why there is no token at all.
+func (r *jwtRequest) failure(ctx context.Context) error {
+	r.s.mu.Lock()
+	defer r.s.mu.Unlock()
+	err := errNotMinted
+	if _, limited := ctx.Deadline(); limited {
+		err = errTooLate
+	}
+	for _, w := range r.waits {
+		switch {
+		case w.f == nil:
+			return errBusy
+		case w.f.err != nil:
+			err = errNotMinted
+		}
+	}
+	return err
 }
 
 // canonical sorts the audience and drops repeats. It refuses what no verifier

@@ -103,7 +103,7 @@ func TestMintsThatNobodyWaitsForAreBounded(t *testing.T) {
 		if _, err := fetchJWT(t.Context(), s.client(1001), "a"); err != nil {
 			t.Errorf("another user: %v", err)
 		}
-		time.Sleep(mintTimeout)
+		time.Sleep(mintTimeout + 2*retryBase) // the last try and the pause after it
 		m.set(s.mintFor("/one"))
 		if _, err := fetchJWT(t.Context(), c, "a"); err != nil {
 			t.Errorf("after they have ended: %v", err)

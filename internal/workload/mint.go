@@ -2,27 +2,33 @@ package workload
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
-	"slices"
 	"strings"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/svid/jwtsvid"
+	"github.com/cenkalti/backoff/v5"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/cache"
 )
 
 const (
-	// mintTimeout bounds one mint. It goes on when its caller gives up, for
-	// those who want the same token.
+	// mintTimeout bounds one call of the server, and before it the wait for
+	// a slot. The call goes on when its caller gives up, for those who want the
+	// same token.
 	mintTimeout = 30 * time.Second
 	// maxMints is how many mints run at a time.
 	maxMints = 32
+	// The pauses between tries to mint a token double from retryBase to
+	// retryLimit, ±50 %.
+	retryBase  = 500 * time.Millisecond
+	retryLimit = 8 * time.Second
 )
+
+var errNoMinter = errors.New("this agent cannot have JWT-SVIDs minted")
 
 // flightKey is what is minted once for all who ask: the entry as it is, and the
 // audience sorted, without repeats, and joined by NUL.
@@ -31,114 +37,202 @@ type flightKey struct {
 	audience string
 }
 
-// flight is a mint under way. jwt and err may be read once done is closed.
+// flight is a token being minted, with the pauses between failed tries: while
+// it pauses it is what keeps callers from asking the server again at each call.
 type flight struct {
-	done chan struct{}
-	jwt  cache.JWT
-	err  error
+	key      flightKey
+	audience []string
+	begun    time.Time
+	// hurry has room for one: a caller came that has no token at all.
+	hurry chan struct{}
+
+	// Guarded by service.mu.
+	waiting map[chan struct{}]struct{} // wakes each caller that waits for it
+	asked   bool                       // for by anybody since the last try began
+	tries   int                        // that have ended
+	err     error                      // of the last try
+	jwt     cache.JWT                  // once a try has succeeded
 }
 
-// mint returns the flight that mints this token, started if need be. It goes
-// on whatever becomes of the caller, for Serve to wait for. It counts as its
-// user's until it ends: callers may give up and ask for another at once.
-func (s *service) mint(c *caller, e *cache.Entry, audience []string) (*flight, error) {
+// landed reports whether the token is there.
+func (f *flight) landed() bool { return f.tries > 0 && f.err == nil }
+
+// join returns the flight for this token, started if need be, or nil when the
+// caller's user has too many. It goes on whatever becomes of the caller, for
+// Serve to wait for. It counts as the user's until it ends: callers may give up
+// and ask for another at once. service.mu is held.
+func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 	key := flightKey{e, strings.Join(audience, "\x00")}
-	s.mu.Lock()
-	defer s.mu.Unlock()
 	if f := s.flights[key]; f != nil {
-		return f, nil
+		f.asked = true
+		return f
 	}
 	uid := c.peer.UID()
 	if !s.flying.acquire(uid) {
 		s.warnBusy(c.peer, "mints", s.flying.limit)
-		return nil, errBusy
+		return nil
 	}
-	f := &flight{done: make(chan struct{})}
+	f := &flight{
+		key: key, audience: audience, begun: time.Now(),
+		hurry: make(chan struct{}, 1), waiting: make(map[chan struct{}]struct{}),
+	}
 	s.flights[key] = f
 	s.minting.Go(func() {
 		defer s.flying.release(uid)
-		f.jwt, f.err = s.mintNow(e, audience)
-		s.mu.Lock()
-		delete(s.flights, key)
-		s.mu.Unlock()
-		close(f.done)
+		s.fly(f)
 	})
-	return f, nil
+	return f
 }
 
-func (s *service) mintNow(e *cache.Entry, audience []string) (cache.JWT, error) {
-	ctx, cancel := context.WithTimeout(s.stopping, mintTimeout)
+// refresh has a token minted that the caller does not wait for.
+func (s *service) refresh(c *caller, e *cache.Entry, audience []string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.join(c, e, audience)
+}
+
+// fly tries until the token is there, or until nobody has asked for it since
+// the last try.
+func (s *service) fly(f *flight) {
+	pauses := &backoff.ExponentialBackOff{
+		InitialInterval: retryBase, MaxInterval: retryLimit, Multiplier: 2, RandomizationFactor: 0.5,
+	}
+	for s.begin(f) {
+		jwt, err := s.mint(f.key.entry, f.audience)
+		s.end(f, jwt, err)
+		if err == nil {
+			return
+		}
+		ended := time.Now()
+		if s.pause(pauses.NextBackOff(), f.hurry) {
+			// Somebody has nothing until this works: as soon as after a first
+			// failure, however long it has been failing for others.
+			pauses.Reset()
+			s.pause(time.Until(ended.Add(pauses.NextBackOff())), nil)
+		}
+	}
+}
+
+// begin reports whether there is to be another try. If not, the flight is over.
+func (s *service) begin(f *flight) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.stopping.Err() != nil || (f.tries > 0 && !f.asked && len(f.waiting) == 0) {
+		delete(s.flights, f.key)
+		return false
+	}
+	f.asked = false
+	select {
+	case <-f.hurry:
+	default:
+	}
+	return true
+}
+
+// end tells what came of a try.
+func (s *service) end(f *flight, jwt cache.JWT, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	f.tries++
+	f.jwt, f.err = jwt, err
+	if err == nil {
+		delete(s.flights, f.key)
+	}
+	for wake := range f.waiting {
+		notify(wake)
+	}
+}
+
+// pause waits and reports whether it was cut short by hurry.
+func (s *service) pause(d time.Duration, hurry <-chan struct{}) bool {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	select {
+	case <-hurry:
+		return true
+	case <-timer.C:
+	case <-s.stopping.Done():
+	}
+	return false
+}
+
+// mint makes one try to have a token minted and held.
+func (s *service) mint(e *cache.Entry, audience []string) (cache.JWT, error) {
+	jwt, err := s.askServer(e, audience)
+	if err == nil {
+		err = s.cfg.Cache.PutJWT(e, audience, jwt)
+	}
+	if err != nil && s.stopping.Err() == nil && s.said.first(about{kind: "mint " + e.ID}) {
+		s.log.Warn("a JWT-SVID could not be minted", slog.String("entry_id", e.ID),
+			slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
+	}
+	return jwt, err
+}
+
+// askServer has a token minted and checks that it is what was asked for.
+func (s *service) askServer(e *cache.Entry, audience []string) (cache.JWT, error) {
+	if s.cfg.JWT == nil {
+		return cache.JWT{}, errNoMinter
+	}
+	slot, cancel := context.WithTimeout(s.stopping, mintTimeout)
 	defer cancel()
 	select {
 	case s.mints <- struct{}{}:
 		defer func() { <-s.mints }()
-	case <-ctx.Done():
-		return cache.JWT{}, ctx.Err()
+	case <-slot.Done():
+		return cache.JWT{}, fmt.Errorf("wait for one of %d mints to end: %w", maxMints, slot.Err())
 	}
+	// The wait does not count: a server that is asked with little time left
+	// signs in vain.
+	ctx, cancel := context.WithTimeout(s.stopping, mintTimeout)
+	defer cancel()
 	start := time.Now()
-	jwt, err := s.askServer(ctx, e, audience)
+	jwt, err := s.fetchToken(ctx, e, audience)
 	s.obs.JWTMinted(time.Since(start), err)
-	if err != nil {
-		if s.stopping.Err() == nil && s.said.first(about{kind: "mint " + e.ID}) {
-			s.log.Warn("a JWT-SVID could not be minted", slog.String("entry", e.ID),
-				slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
-		}
-		return cache.JWT{}, err
-	}
-	s.cfg.Cache.PutJWT(e, audience, jwt)
-	return jwt, nil
+	return jwt, err
 }
 
-// askServer has a token minted and checks that it is what was asked for.
-func (s *service) askServer(ctx context.Context, e *cache.Entry, audience []string) (cache.JWT, error) {
-	if s.cfg.JWT == nil {
-		return cache.JWT{}, errors.New("this agent cannot have JWT-SVIDs minted")
-	}
+func (s *service) fetchToken(ctx context.Context, e *cache.Entry, audience []string) (cache.JWT, error) {
+	asked := s.cfg.Cache.Now()
 	token, err := s.cfg.JWT.MintJWT(ctx, e.ID, audience)
 	if err != nil {
 		return cache.JWT{}, fmt.Errorf("mint a JWT-SVID: %w", err)
 	}
-	now := s.cfg.Cache.Now()
 	snapshot := s.cfg.Cache.Bundle()
 	if snapshot == nil {
 		return cache.JWT{}, errors.New("check the JWT-SVID: no trust bundle")
 	}
-	svid, err := jwtsvid.ParseAndValidate(token, keySource{snapshot.Own}, audience)
-	switch {
-	case err != nil:
+	jwt, err := checkToken(token, snapshot.Own, e, audience, asked)
+	if err != nil {
 		return cache.JWT{}, fmt.Errorf("check the JWT-SVID: %w", err)
-	case svid.ID != e.SPIFFEID:
-		return cache.JWT{}, fmt.Errorf("check the JWT-SVID: it is for %s instead of %s", svid.ID, e.SPIFFEID)
-	case !svid.Expiry.After(now):
-		return cache.JWT{}, errors.New("check the JWT-SVID: it has expired")
-	}
-	for _, a := range audience {
-		if !slices.Contains(svid.Audience, a) {
-			return cache.JWT{}, fmt.Errorf("check the JWT-SVID: it is not for audience %q", a)
-		}
-	}
-	jwt := cache.JWT{Token: token, KeyID: keyID(token), IssuedAt: now, ExpiresAt: svid.Expiry}
-	if iat, ok := svid.Claims["iat"].(float64); ok && iat > 0 {
-		// A server whose clock is ahead must not make a token look younger.
-		if issued := time.Unix(int64(iat), 0); issued.Before(now) {
-			jwt.IssuedAt = issued
-		}
 	}
 	return jwt, nil
 }
 
-// keyID returns the key ID in the header of a token that was checked.
-func keyID(token string) string {
-	header, _, _ := strings.Cut(token, ".")
-	text, err := base64.RawURLEncoding.DecodeString(header)
-	if err != nil {
-		return ""
+// final reports whether an error is the server's answer about this token, which
+// trying again at once does not change. PermissionDenied with details is about
+// the agent (SPIRE's PermissionDeniedDetails): it attests again and goes on.
+func final(err error) bool {
+	if errors.Is(err, errNoMinter) {
+		return true
 	}
-	var h struct {
-		KeyID string `json:"kid"`
+	s, ok := status.FromError(err)
+	if !ok {
+		return false
 	}
-	if json.Unmarshal(text, &h) != nil {
-		return ""
+	switch s.Code() {
+	case codes.NotFound, codes.InvalidArgument:
+		return true
+	case codes.PermissionDenied:
+		return len(s.Details()) == 0
 	}
-	return h.KeyID
+	return false
+}
+
+// notify wakes by level: a wake-up already waiting is enough.
+func notify(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
 }
