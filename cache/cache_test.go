@@ -5,6 +5,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"math/big"
 	"slices"
@@ -370,6 +371,42 @@ func TestJWT(t *testing.T) {
 	c.Update([]*cache.Entry{again}, nil)
 	if _, ok := c.JWT(again, []string{"z"}); ok {
 		t.Error("a token outlived its entry")
+	}
+}
+
+// A token is for the entry that it was minted for: neither a caller that was
+// matched before an edit nor one that is matched after it gets the other's.
+func TestJWTIsForTheEntryAsItIs(t *testing.T) {
+	now := time.Now()
+	jwt := func(token string) cache.JWT {
+		return cache.JWT{Token: token, KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)}
+	}
+	for name, revision := range map[string]int64{"a new revision": 2, "the same revision": 1} {
+		c := cache.New(cache.Config{})
+		c.SetBundle(snapshot(t, "k"))
+		before, after := entry("e", "x"), entry("e", "x")
+		before.Revision, after.Revision = 1, revision
+		after.SPIFFEID = spiffeid.RequireFromString("spiffe://example.org/after")
+		c.Update([]*cache.Entry{before}, nil)
+		if err := c.PutJWT(before, []string{"a"}, jwt("before")); err != nil {
+			t.Fatal(err)
+		}
+		c.Update([]*cache.Entry{after}, nil)
+		if got, ok := c.JWT(after, []string{"a"}); ok {
+			t.Errorf("%s: the entry as it is now has the token %q", name, got.Token)
+		}
+		if err := c.PutJWT(before, []string{"a"}, jwt("late")); !errors.Is(err, cache.ErrJWTChanged) {
+			t.Errorf("%s: a token for the entry as it was is taken: %v", name, err)
+		}
+		if err := c.PutJWT(after, []string{"a"}, jwt("after")); err != nil {
+			t.Error(err)
+		}
+		if got, ok := c.JWT(before, []string{"a"}); ok {
+			t.Errorf("%s: the entry as it was has the token %q", name, got.Token)
+		}
+		if got, ok := c.JWT(after, []string{"a"}); !ok || got.Token != "after" {
+			t.Errorf("%s: the entry as it is now has the token %q", name, got.Token)
+		}
 	}
 }
 
