@@ -115,6 +115,14 @@ func (c *Cache) JWT(e *Entry, audience []string) (JWT, bool) {
 	return item.jwt, true
 }
 
+// Current reports whether e is the entry of its ID as it is now.
+func (c *Cache) Current(e *Entry) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	r := c.records[e.ID]
+	return r != nil && r.entry == e
+}
+
 // ErrJWTChanged is returned by [Cache.PutJWT] when the token is of no use.
 var ErrJWTChanged = errors.New("the entry changed or the key left the bundle while the JWT-SVID was being minted")
 

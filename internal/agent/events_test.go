@@ -287,6 +287,8 @@ func TestDrillJWT(t *testing.T) {
 		}
 		w.set(func(f *faults) { f.down = false })
 		time.Sleep(20 * time.Second)
+		fetch() // has it minted anew behind the answer
+		time.Sleep(time.Second)
 		second := fetch()
 		if second == first {
 			w.t.Error("past half of its life the token was not minted anew")

@@ -92,7 +92,7 @@ func (s *service) refresh(c *caller, e *cache.Entry, audience []string) {
 }
 
 // fly tries until the token is there, or until nobody has asked for it since
-// the last try.
+// the last try began.
 func (s *service) fly(f *flight) {
 	pauses := &backoff.ExponentialBackOff{
 		InitialInterval: retryBase, MaxInterval: retryLimit, Multiplier: 2, RandomizationFactor: 0.5,
@@ -113,11 +113,14 @@ func (s *service) fly(f *flight) {
 	}
 }
 
-// begin reports whether there is to be another try. If not, the flight is over.
+// begin reports whether there is to be another try. If not, the flight is over:
+// nobody wants the token, or its entry was edited and its callers are waiting for
+// another one.
 func (s *service) begin(f *flight) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.stopping.Err() != nil || (f.tries > 0 && !f.asked && len(f.waiting) == 0) {
+	wanted := f.tries == 0 || f.asked || len(f.waiting) > 0
+	if !wanted || s.stopping.Err() != nil || !s.cfg.Cache.Current(f.key.entry) {
 		delete(s.flights, f.key)
 		return false
 	}
