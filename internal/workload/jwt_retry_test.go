@@ -240,6 +240,26 @@ func TestJWTsAreNotHeldUpByOneThatHangs(t *testing.T) {
 	})
 }
 
+// However many tokens are asked for of an entry that the server hangs for, those
+// of another one are minted meanwhile.
+func TestJWTBesideAnEntryThatHangsForManyAudiences(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := newJWTSystemOf(t, 1, map[string]mintFunc{"e0": hang})
+		s.add(entry("e1", "/w1", 1001))
+		c, other := s.client(1000), s.client(1001)
+		var wg sync.WaitGroup
+		for i := range 2 * maxMints {
+			wg.Go(func() { _, _ = fetchJWT(t.Context(), c, fmt.Sprint(i)) })
+		}
+		synctest.Wait()
+		if got, took, err := fetchJWTs(t, other, time.Second, ""); err != nil || len(got) != 1 || took > 0 {
+			t.Errorf("got %v (%v) after %v", got, err, took)
+		}
+		wg.Wait()
+	})
+}
+
 // A token that is held never waits for the server, which is not asked at each
 // call either.
 func TestHeldJWTIsServedAtOnce(t *testing.T) {

@@ -20,8 +20,10 @@ const (
 	// a slot. The call goes on when its caller gives up, for those who want the
 	// same token.
 	mintTimeout = 30 * time.Second
-	// maxMints is how many mints run at a time.
-	maxMints = 32
+	// maxMints is how many mints run at a time, maxEntryMints how many of them
+	// for one entry: when the server hangs for that, the others go on.
+	maxMints      = 32
+	maxEntryMints = maxMints / 4
 	// The pauses between tries to mint a token double from retryBase to
 	// retryLimit, ±50 %.
 	retryBase  = 500 * time.Millisecond
@@ -42,6 +44,7 @@ type flightKey struct {
 type flight struct {
 	key      flightKey
 	audience []string
+	lane     *lane
 	begun    time.Time
 	// hurry has room for one: a caller came that has no token at all.
 	hurry chan struct{}
@@ -52,6 +55,12 @@ type flight struct {
 	tries   int                        // that have ended
 	err     error                      // of the last try
 	jwt     cache.JWT                  // once a try has succeeded
+}
+
+// lane is what the flights of one entry share.
+type lane struct {
+	mints   chan struct{} // a slot for each running mint
+	flights int           // guarded by service.mu
 }
 
 // landed reports whether the token is there.
@@ -72,8 +81,14 @@ func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 		s.warnBusy(c.peer, "mints", s.flying.limit)
 		return nil
 	}
+	l := s.lanes[e.ID]
+	if l == nil {
+		l = &lane{mints: make(chan struct{}, maxEntryMints)}
+		s.lanes[e.ID] = l
+	}
+	l.flights++
 	f := &flight{
-		key: key, audience: audience, begun: time.Now(),
+		key: key, audience: audience, lane: l, begun: time.Now(),
 		hurry: make(chan struct{}, 1), waiting: make(map[chan struct{}]struct{}),
 	}
 	s.flights[key] = f
@@ -98,7 +113,7 @@ func (s *service) fly(f *flight) {
 		InitialInterval: retryBase, MaxInterval: retryLimit, Multiplier: 2, RandomizationFactor: 0.5,
 	}
 	for s.begin(f) {
-		jwt, err := s.mint(f.key.entry, f.audience)
+		jwt, err := s.mint(f)
 		s.end(f, jwt, err)
 		if err == nil {
 			return
@@ -121,7 +136,7 @@ func (s *service) begin(f *flight) bool {
 	defer s.mu.Unlock()
 	wanted := f.tries == 0 || f.asked || len(f.waiting) > 0
 	if !wanted || s.stopping.Err() != nil || !s.cfg.Cache.Current(f.key.entry) {
-		delete(s.flights, f.key)
+		s.forget(f)
 		return false
 	}
 	f.asked = false
@@ -139,10 +154,18 @@ func (s *service) end(f *flight, jwt cache.JWT, err error) {
 	f.tries++
 	f.jwt, f.err = jwt, err
 	if err == nil {
-		delete(s.flights, f.key)
+		s.forget(f)
 	}
 	for wake := range f.waiting {
 		notify(wake)
+	}
+}
+
+// forget takes a flight that is over out of everything. service.mu is held.
+func (s *service) forget(f *flight) {
+	delete(s.flights, f.key)
+	if f.lane.flights--; f.lane.flights == 0 {
+		delete(s.lanes, f.key.entry.ID)
 	}
 }
 
@@ -160,10 +183,11 @@ func (s *service) pause(d time.Duration, hurry <-chan struct{}) bool {
 }
 
 // mint makes one try to have a token minted and held.
-func (s *service) mint(e *cache.Entry, audience []string) (cache.JWT, error) {
-	jwt, err := s.askServer(e, audience)
+func (s *service) mint(f *flight) (cache.JWT, error) {
+	e := f.key.entry
+	jwt, err := s.askServer(f)
 	if err == nil {
-		err = s.cfg.Cache.PutJWT(e, audience, jwt)
+		err = s.cfg.Cache.PutJWT(e, f.audience, jwt)
 	}
 	if err != nil && s.stopping.Err() == nil && s.said.first(about{kind: "mint " + e.ID}) {
 		s.log.Warn("a JWT-SVID could not be minted", slog.String("entry_id", e.ID),
@@ -172,29 +196,32 @@ func (s *service) mint(e *cache.Entry, audience []string) (cache.JWT, error) {
 	return jwt, err
 }
 
-// askServer has a token minted and checks that it is what was asked for.
-func (s *service) askServer(e *cache.Entry, audience []string) (cache.JWT, error) {
+// askServer has a token minted when there is a slot for it.
+func (s *service) askServer(f *flight) (cache.JWT, error) {
 	if s.cfg.JWT == nil {
 		return cache.JWT{}, errNoMinter
 	}
 	slot, cancel := context.WithTimeout(s.stopping, mintTimeout)
 	defer cancel()
-	select {
-	case s.mints <- struct{}{}:
-		defer func() { <-s.mints }()
-	case <-slot.Done():
-		return cache.JWT{}, fmt.Errorf("wait for one of %d mints to end: %w", maxMints, slot.Err())
+	for _, mints := range []chan struct{}{f.lane.mints, s.mints} {
+		select {
+		case mints <- struct{}{}:
+			defer func() { <-mints }()
+		case <-slot.Done():
+			return cache.JWT{}, fmt.Errorf("wait for another mint to end: %w", slot.Err())
+		}
 	}
 	// The wait does not count: a server that is asked with little time left
 	// signs in vain.
 	ctx, cancel := context.WithTimeout(s.stopping, mintTimeout)
 	defer cancel()
 	start := time.Now()
-	jwt, err := s.fetchToken(ctx, e, audience)
+	jwt, err := s.fetchToken(ctx, f.key.entry, f.audience)
 	s.obs.JWTMinted(time.Since(start), err)
 	return jwt, err
 }
 
+// fetchToken makes the call and checks that the token is what was asked for.
 func (s *service) fetchToken(ctx context.Context, e *cache.Entry, audience []string) (cache.JWT, error) {
 	asked := s.cfg.Cache.Now()
 	token, err := s.cfg.JWT.MintJWT(ctx, e.ID, audience)

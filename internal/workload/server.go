@@ -131,7 +131,8 @@ func New(cfg Config) (*Server, error) {
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	svc := &service{Server: s, stopping: ctx, flights: make(map[flightKey]*flight), mints: make(chan struct{}, maxMints)}
+	svc := &service{Server: s, stopping: ctx, mints: make(chan struct{}, maxMints),
+		flights: make(map[flightKey]*flight), lanes: make(map[string]*lane)}
 	// The order matters: options given by the caller come first, so that they
 	// cannot lift the limits.
 	g := grpc.NewServer(append(s.cfg.ServerOptions[:len(s.cfg.ServerOptions):len(s.cfg.ServerOptions)],
@@ -192,6 +193,7 @@ type service struct {
 
 	mu      sync.Mutex
 	flights map[flightKey]*flight // the mints under way
+	lanes   map[string]*lane      // of the entries that they are for, by ID
 }
 
 // readBuffer is the read buffer of a connection in bytes.
