@@ -169,7 +169,7 @@ func (h *jwtHistory) MintJWT(ctx context.Context, id string, audience []string) 
 func (h *jwtHistory) play() {
 	c := h.s.client(1000)
 	var calls sync.WaitGroup
-	for range 600 {
+	for range 400 {
 		time.Sleep(time.Duration(1+h.rng.IntN(200)) * time.Millisecond)
 		switch i := h.rng.IntN(jwtEntries); h.rng.IntN(12) {
 		case 0:

@@ -81,10 +81,10 @@ func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 		s.warnBusy(c.peer, "mints", s.flying.limit)
 		return nil
 	}
-	l := s.lanes[e.ID]
+	l := s.lanes[e]
 	if l == nil {
 		l = &lane{mints: make(chan struct{}, maxEntryMints)}
-		s.lanes[e.ID] = l
+		s.lanes[e] = l
 	}
 	l.flights++
 	f := &flight{
@@ -165,7 +165,7 @@ func (s *service) end(f *flight, jwt cache.JWT, err error) {
 func (s *service) forget(f *flight) {
 	delete(s.flights, f.key)
 	if f.lane.flights--; f.lane.flights == 0 {
-		delete(s.lanes, f.key.entry.ID)
+		delete(s.lanes, f.key.entry)
 	}
 }
 
@@ -189,7 +189,8 @@ func (s *service) mint(f *flight) (cache.JWT, error) {
 	if err == nil {
 		err = s.cfg.Cache.PutJWT(e, f.audience, jwt)
 	}
-	if err != nil && s.stopping.Err() == nil && s.said.first(about{kind: "mint " + e.ID}) {
+	failed := err != nil && !errors.Is(err, cache.ErrJWTChanged) && s.stopping.Err() == nil
+	if failed && s.said.first(about{kind: "mint " + e.ID}) {
 		s.log.Warn("a JWT-SVID could not be minted", slog.String("entry_id", e.ID),
 			slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
 	}
@@ -210,6 +211,9 @@ func (s *service) askServer(f *flight) (cache.JWT, error) {
 		case <-slot.Done():
 			return cache.JWT{}, fmt.Errorf("wait for another mint to end: %w", slot.Err())
 		}
+	}
+	if !s.cfg.Cache.Current(f.key.entry) {
+		return cache.JWT{}, cache.ErrJWTChanged
 	}
 	// The wait does not count: a server that is asked with little time left
 	// signs in vain.

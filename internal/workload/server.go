@@ -132,7 +132,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
 	svc := &service{Server: s, stopping: ctx, mints: make(chan struct{}, maxMints),
-		flights: make(map[flightKey]*flight), lanes: make(map[string]*lane)}
+		flights: make(map[flightKey]*flight), lanes: make(map[*cache.Entry]*lane)}
 	// The order matters: options given by the caller come first, so that they
 	// cannot lift the limits.
 	g := grpc.NewServer(append(s.cfg.ServerOptions[:len(s.cfg.ServerOptions):len(s.cfg.ServerOptions)],
@@ -192,8 +192,8 @@ type service struct {
 	mints   chan struct{} // a slot for each running mint
 
 	mu      sync.Mutex
-	flights map[flightKey]*flight // the mints under way
-	lanes   map[string]*lane      // of the entries that they are for, by ID
+	flights map[flightKey]*flight  // the mints under way
+	lanes   map[*cache.Entry]*lane // of the entries that they are for
 }
 
 // readBuffer is the read buffer of a connection in bytes.
