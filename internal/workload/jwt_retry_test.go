@@ -13,8 +13,6 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
-
-	"github.com/renewd/renewd/cache"
 )
 
 // mintFunc is what a server does when it is asked for a token.
@@ -365,54 +363,6 @@ func TestShutdownEndsRefreshes(t *testing.T) {
 				}
 			})
 		})
-	}
-}
-
-// An edit counts at the sync that brings it, for a call that is waiting too: it
-// gets the new identity while the mint for the old one hangs, or is told that it
-// has none any more.
-func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
-	t.Parallel()
-	for name, tt := range map[string]struct {
-		edit *cache.Entry
-		want []string
-		code codes.Code
-	}{
-		"another SPIFFE ID": {entry("e0", "/w9", 1000), []string{"/w9"}, codes.OK},
-		"other selectors":   {entry("e0", "/w0", 1001), nil, codes.PermissionDenied},
-	} {
-		for _, landing := range []bool{false, true} {
-			t.Run(fmt.Sprint(name, ", lands ", landing), func(t *testing.T) {
-				t.Parallel()
-				synctest.Test(t, func(t *testing.T) {
-					s, m := newJWTSystemOf(t, 1, nil)
-					old, release := s.mintFor("/w0"), make(chan struct{})
-					m.set(func(ctx context.Context, id string, audience []string) (string, error) {
-						select {
-						case <-release:
-							return old(ctx, id, audience)
-						case <-ctx.Done():
-							return "", ctx.Err()
-						}
-					})
-					time.AfterFunc(time.Second, func() {
-						m.set(s.mintFor("/w9"))
-						tt.edit.Revision++
-						s.cache.Update([]*cache.Entry{tt.edit}, nil)
-						if landing {
-							close(release)
-						}
-					})
-					got, took, err := fetchJWTs(t, s.client(1000), 10*time.Second, "")
-					if status.Code(err) != tt.code || !slices.Equal(got, tt.want) || took != time.Second {
-						t.Errorf("got %v (%v) after %v, want %v (%v) after 1s", got, err, took, tt.want, tt.code)
-					}
-					if !landing {
-						close(release)
-					}
-				})
-			})
-		}
 	}
 }
 
