@@ -87,6 +87,7 @@ func (l *listening) all() error {
 			return fmt.Errorf("admin_socket: %w", err)
 		}
 		l.add("admin_socket", lis, d.operator.ServeUnix)
+		l.start = append(l.start, func(ctx context.Context) error { lis.Watch(ctx, d.cfg.Log); return nil })
 	}
 	if err := l.tcp("operators.address", d.cfg.OperatorAddress, d.operator.ServeTLS); err != nil {
 		return err

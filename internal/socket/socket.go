@@ -1,4 +1,5 @@
-// Package socket makes the Unix sockets that the programs listen on.
+// Package socket makes the Unix sockets that the programs listen on, and keeps
+// them reachable.
 package socket
 
 import (
@@ -10,6 +11,8 @@ import (
 	"path/filepath"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // maxPath is the room for a path in sockaddr_un, without the final NUL:
@@ -20,27 +23,42 @@ const maxPath = 107
 // is made when it is missing (0755). A socket that nobody listens on, left by
 // a process that was killed, is replaced. One that is listened on, or a file
 // that is not a socket, is an error. The socket file is removed when the
-// listener is closed.
-func Listen(path string, mode fs.FileMode) (net.Listener, error) {
+// listener is closed. [Listener.Watch] keeps it in place until then.
+func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	if len(path) > maxPath {
 		return nil, fmt.Errorf("socket %s: the path has %d bytes, and no more than %d are possible: choose a shorter one",
 			path, len(path), maxPath)
 	}
+	l := newListener(path, mode)
+	if err := l.bind(); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// bind makes the socket file and a listener for it.
+func bind(path string, mode fs.FileMode) (*net.UnixListener, fs.FileInfo, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, fmt.Errorf("socket %s: make its folder: %w", path, err)
+		return nil, nil, fmt.Errorf("socket %s: make its folder: %w", path, err)
 	}
 	if err := removeStale(path); err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
+		return nil, nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", path, err)
+		return nil, nil, fmt.Errorf("socket %s: %w", path, err)
 	}
-	if err := os.Chmod(path, mode); err != nil {
-		lis.Close()
-		return nil, fmt.Errorf("socket %s: %w", path, err)
+	err = os.Chmod(path, mode)
+	var file fs.FileInfo
+	if err == nil {
+		file, err = os.Lstat(path)
 	}
-	return lis, nil
+	if err != nil {
+		return nil, nil, errors.Join(fmt.Errorf("socket %s: %w", path, err), lis.Close())
+	}
+	// The listener would remove whatever is at the path by then.
+	lis.SetUnlinkOnClose(false)
+	return lis, file, nil
 }
 
 func removeStale(path string) error {
@@ -67,4 +85,24 @@ func removeStale(path string) error {
 		return nil
 	}
 	return fmt.Errorf("find out whether another process listens on it: %w", err)
+}
+
+// listenedOnHere reports whether this process listens on the socket at path.
+func listenedOnHere(path string) bool {
+	conn, err := net.DialTimeout("unix", path, time.Second)
+	if err != nil {
+		return false
+	}
+	defer conn.Close()
+	raw, err := conn.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return false
+	}
+	here := false
+	err = raw.Control(func(fd uintptr) {
+		// The kernel noted it when that process began to listen: unix(7).
+		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
+		here = err == nil && int(cred.Pid) == os.Getpid()
+	})
+	return err == nil && here
 }

@@ -232,8 +232,13 @@ func TestListen(t *testing.T) {
 	}
 
 	// What a killed process leaves behind.
-	lis.(*net.UnixListener).SetUnlinkOnClose(false)
 	lis.Close()
+	killed, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	killed.SetUnlinkOnClose(false)
+	killed.Close()
 	if lis, err = socket.Listen(path, 0o770); err != nil {
 		t.Fatal(err)
 	}
