@@ -76,6 +76,8 @@ type Cache struct {
 	records     map[string]*record                      // by entry ID
 	anchors     map[Selector][]*record                  // each record under one of its selectors
 	federated   map[spiffeid.TrustDomain]int            // entries that federate with it
+	needs       map[kind]need                           // kinds of selectors that entries have
+	needed      uint64                                  // kinds that have come to be needed so far
 	authorities map[string]*authority                   // by authority ID
 	subscribers map[Selector]map[*Subscription]struct{} // under each of their selectors
 	watches     map[chan struct{}]struct{}              // see Watch
@@ -119,6 +121,7 @@ func New(cfg Config) *Cache {
 		records:     make(map[string]*record),
 		anchors:     make(map[Selector][]*record),
 		federated:   make(map[spiffeid.TrustDomain]int),
+		needs:       make(map[kind]need),
 		authorities: make(map[string]*authority),
 		subscribers: make(map[Selector]map[*Subscription]struct{}),
 		watches:     make(map[chan struct{}]struct{}),
@@ -154,15 +157,7 @@ func (c *Cache) SetBundle(s *bundle.Snapshot) {
 	defer c.mu.Unlock()
 	c.snapshot = s
 	c.jwts.retain(s.Own)
-	woken := make(map[*Subscription]struct{})
-	for _, subs := range c.subscribers {
-		for sub := range subs {
-			if _, done := woken[sub]; !done {
-				woken[sub] = struct{}{}
-				notify(sub.c)
-			}
-		}
-	}
+	c.wakeSubscribers()
 	c.wakeWatches()
 	for f := range c.followers {
 		notify(f.c)
@@ -223,8 +218,16 @@ func (c *Cache) Update(upsert []*Entry, gone []string) {
 		c.wakeWatches()
 	}
 	if first {
-		for _, subs := range c.subscribers {
-			for sub := range subs {
+		c.wakeSubscribers()
+	}
+}
+
+func (c *Cache) wakeSubscribers() {
+	woken := make(map[*Subscription]struct{})
+	for _, subs := range c.subscribers {
+		for sub := range subs {
+			if _, done := woken[sub]; !done {
+				woken[sub] = struct{}{}
 				notify(sub.c)
 			}
 		}
@@ -234,6 +237,7 @@ func (c *Cache) Update(upsert []*Entry, gone []string) {
 // remove takes a deleted entry's record out of everything.
 func (c *Cache) remove(r *record) {
 	c.unindex(r)
+	c.unneed(r.entry.Selectors)
 	for sub := range r.watchers {
 		sub.detach(r)
 		notify(sub.c)
@@ -252,6 +256,7 @@ func (c *Cache) remove(r *record) {
 
 func (c *Cache) upsert(e *Entry) {
 	r := c.records[e.ID]
+	c.need(e.Selectors) // before those of its last revision go: what both have stays needed
 	if r == nil {
 		r = &record{entry: e}
 		c.records[e.ID] = r
@@ -259,6 +264,7 @@ func (c *Cache) upsert(e *Entry) {
 		r.place = c.lazy.PushBack(r)
 	} else {
 		c.unindex(r)
+		c.unneed(r.entry.Selectors)
 		if r.entry.Revision != e.Revision || !r.entry.CreatedAt.Equal(e.CreatedAt) {
 			c.jwts.dropEntry(e.ID)
 		}
