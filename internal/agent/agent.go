@@ -39,7 +39,8 @@ type Agent struct {
 	renewer   *renew.Renewer
 	workload  *workload.Server
 	metrics   *metrics.Metrics
-	keeper    *keep.Dir // nil without RuntimeDir
+	keeper    *keep.Dir      // nil without RuntimeDir
+	processes *unix.Attestor // nil where Config.Attestors are given
 	own       *own
 	seed      [32]byte
 	streams   streams
@@ -51,6 +52,7 @@ type Agent struct {
 	again     bool                                    // this node ran before
 	started   atomic.Pointer[time.Time]               // when Run began
 	applied   atomic.Pointer[time.Time]               // when the bundle in force was applied
+	socket    atomic.Pointer[socket.Listener]         // nil before Run and where Config.Listener is given
 }
 
 // New checks the configuration, opens DataDir and RuntimeDir and loads what
@@ -144,13 +146,16 @@ func (a *Agent) open() (err error) {
 	})
 	attestors := cfg.Attestors
 	if attestors == nil {
-		attestors = []attest.Attestor{unix.New(unix.Config{
-			SkipPath: !cfg.DiscoverPath, SHA256: cfg.DiscoverPath && cfg.SHA256Limit > 0, SHA256Limit: cfg.SHA256Limit, Log: a.log,
-		})}
+		a.processes = unix.New(unix.Config{
+			SkipPath: !cfg.DiscoverPath, SHA256: cfg.DiscoverPath && cfg.SHA256Limit > 0, SHA256Limit: cfg.SHA256Limit,
+			SHA256Needed: func() bool { return a.hashNeeded() != 0 },
+		})
+		attestors = []attest.Attestor{a.processes}
 	}
 	a.workload, err = workload.New(workload.Config{
 		Cache:         a.cache,
 		Attestors:     attestors,
+		Needs:         a.hashNeeded,
 		Peers:         cfg.Peers,
 		JWT:           a.client,
 		Observer:      &a.streams,
@@ -167,6 +172,10 @@ func (a *Agent) open() (err error) {
 	}
 	return nil
 }
+
+// hashNeeded is not 0 while an entry has a unix:sha256 selector; see
+// [cache.Cache.Needs].
+func (a *Agent) hashNeeded() uint64 { return a.cache.Needs(unix.Name, "sha256") }
 
 // initialTrust finds what to trust the server by: the bundle kept from the
 // last run, unless the node has to be proved anew, which is done on the trust
@@ -281,6 +290,9 @@ func (a *Agent) restore() error {
 
 func (a *Agent) close() error {
 	var errs []error
+	if a.processes != nil {
+		errs = append(errs, a.processes.Close())
+	}
 	if a.client != nil {
 		errs = append(errs, a.client.Close())
 	}
@@ -298,9 +310,12 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, a.close()) }()
 	listener := a.cfg.Listener
 	if listener == nil {
-		if listener, err = socket.Listen(a.cfg.SocketPath, a.cfg.SocketMode); err != nil {
+		lis, err := socket.Listen(a.cfg.SocketPath, a.cfg.SocketMode)
+		if err != nil {
 			return fmt.Errorf("open the Workload API socket: %w", err)
 		}
+		a.socket.Store(lis)
+		listener = lis
 	}
 	serveMetrics, err := a.listenMetrics()
 	if err != nil {
@@ -336,6 +351,9 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		})
 	}
 	group.Go(func() error { return named("Workload API", a.workload.Serve(serving, listener)) })
+	if lis := a.socket.Load(); lis != nil {
+		group.Go(func() error { lis.Watch(ctx, a.log); return nil })
+	}
 	group.Go(func() error { return serveMetrics(ctx) })
 	group.Go(func() error {
 		if err := a.connect(ctx); err != nil {
@@ -387,6 +405,15 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 func (a *Agent) ready() error {
 	if !a.cache.Ready() {
 		return errors.New("starting: the trust bundle and the registration entries have not arrived yet")
+	}
+	return a.socketErr()
+}
+
+// socketErr says why workloads that connect now do not reach the agent, nil when
+// they do.
+func (a *Agent) socketErr() error {
+	if lis := a.socket.Load(); lis != nil {
+		return named("Workload API", lis.Err())
 	}
 	return nil
 }

@@ -25,32 +25,34 @@ type Attestor interface {
 	// Name is the type of its selectors, such as "unix".
 	Name() string
 	// Attest returns what it knows of the process; nothing to say about it is
-	// no error. The caller does not modify the result.
+	// no error. An error says that selectors which an entry could need were not
+	// found out; those that come with it hold nevertheless. The caller does not
+	// modify the result.
 	Attest(ctx context.Context, p *Peer) ([]cache.Selector, error)
 }
 
 // Result is what the attestors found out about one process.
 type Result struct {
 	Selectors []cache.Selector
-	// Partial is nil when every attestor answered. Otherwise it says which
-	// failed: selectors may be missing, so that "no entry matches" is not
-	// certain.
+	// Partial is nil when every attestor found out all that it can. Otherwise it
+	// says what failed: selectors may be missing, so that "no entry matches" is
+	// not certain.
 	Partial error
 }
 
 // Selectors asks the attestors in turn. It fails when the process has ended
-// ([ErrGone]), or when attestors failed and no other gave a selector.
+// ([ErrGone]), or when attestors failed and no selector was found.
 func Selectors(ctx context.Context, p *Peer, attestors []Attestor) (Result, error) {
 	var res Result
 	var failed []error
 	for _, a := range attestors {
 		s, err := a.Attest(ctx, p)
-		switch {
-		case err != nil:
+		if err != nil {
 			failed = append(failed, fmt.Errorf("attestor %s: %w", a.Name(), err))
-		case len(res.Selectors) == 0:
+		}
+		if len(res.Selectors) == 0 {
 			res.Selectors = s[:len(s):len(s)]
-		default:
+		} else {
 			res.Selectors = append(res.Selectors, s...)
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strconv"
 	"strings"
@@ -19,12 +20,37 @@ import (
 )
 
 // TestMain lets the test binary be a workload: it connects to the socket in
-// RENEWD_TEST_SOCKET and then waits for its standard input to end.
+// RENEWD_TEST_SOCKET and then waits for its standard input to end, without its
+// main thread if RENEWD_TEST_MAIN_THREAD is "ends".
 func TestMain(m *testing.M) {
 	path := os.Getenv("RENEWD_TEST_SOCKET")
 	if path == "" {
 		os.Exit(m.Run())
 	}
+	if os.Getenv("RENEWD_TEST_MAIN_THREAD") != "ends" {
+		beWorkload(path)
+		return
+	}
+	go func() {
+		for mainThreadLives() {
+			time.Sleep(time.Millisecond)
+		}
+		beWorkload(path)
+		os.Exit(0)
+	}()
+	syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0) // of this thread alone
+}
+
+func init() {
+	runtime.LockOSThread() // TestMain runs on the main thread
+}
+
+func mainThreadLives() bool {
+	_, err := os.Readlink("/proc/self/exe")
+	return err == nil
+}
+
+func beWorkload(path string) {
 	conn, err := net.Dial("unix", path)
 	if err != nil {
 		panic(err)
@@ -35,7 +61,7 @@ func TestMain(m *testing.M) {
 
 // workload starts a process and returns it with its end of the connection as
 // the server sees it.
-func workload(t *testing.T) (cmd *exec.Cmd, conn *net.UnixConn, end func()) {
+func workload(t *testing.T, env ...string) (cmd *exec.Cmd, conn *net.UnixConn, end func()) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
 	lis, err := net.Listen("unix", path)
@@ -44,7 +70,7 @@ func workload(t *testing.T) (cmd *exec.Cmd, conn *net.UnixConn, end func()) {
 	}
 	defer lis.Close()
 	cmd = exec.Command(os.Args[0])
-	cmd.Env = append(os.Environ(), "RENEWD_TEST_SOCKET="+path)
+	cmd.Env = append(append(os.Environ(), "RENEWD_TEST_SOCKET="+path), env...)
 	stdin, err := cmd.StdinPipe()
 	if err != nil {
 		t.Fatal(err)
@@ -187,6 +213,8 @@ func TestSelectorsOfSeveralAttestors(t *testing.T) {
 		"one fails":             {[]attest.Attestor{broken, one, two}, []cache.Selector{a, b}, true, false},
 		"all fail":              {[]attest.Attestor{broken, broken}, nil, false, true},
 		"one fails, none gives": {[]attest.Attestor{broken, fake{name: "unix"}}, nil, false, true},
+		"one fails in part":     {[]attest.Attestor{fake{name: "k8s", selectors: []cache.Selector{b}, err: broken.err}, one}, []cache.Selector{b, a}, true, false},
+		"all fail in part":      {[]attest.Attestor{fake{name: "k8s", selectors: []cache.Selector{b}, err: broken.err}}, []cache.Selector{b}, true, false},
 		"nothing to say":        {[]attest.Attestor{fake{name: "unix"}}, nil, false, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -237,5 +265,67 @@ func TestReadProc(t *testing.T) {
 	}
 	if exe, _ := os.Executable(); p.Executable() != exe {
 		t.Errorf("Executable: %q, want %q", p.Executable(), exe)
+	}
+}
+
+// The kernel shows the executable of a process at its threads that live, and the
+// main thread need not be one of them.
+func TestExecutableOfEndedMainThread(t *testing.T) {
+	t.Parallel()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd, conn, _ := workload(t, "RENEWD_TEST_MAIN_THREAD=ends")
+	p, err := attest.FromConn(conn)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	if _, err := os.Readlink(p.Proc("exe")); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the main thread has not ended: %v", err)
+	}
+	if err := p.Alive(); err != nil {
+		t.Error(err)
+	}
+	held, err := p.OpenExecutable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer held.Close()
+	if got, err := held.Path(); got != exe || err != nil || p.Executable() != exe {
+		t.Errorf("got %q, %v and %q, want %q", got, err, p.Executable(), exe)
+	}
+	cmd.Process.Kill()
+	waitGone(t, p)
+	if _, err := p.OpenExecutable(); !errors.Is(err, attest.ErrGone) {
+		t.Errorf("of a zombie: %v, want ErrGone", err)
+	}
+	cmd.Wait()
+	if _, err := p.OpenExecutable(); !errors.Is(err, attest.ErrGone) {
+		t.Errorf("after its end: %v, want ErrGone", err)
+	}
+}
+
+// Whatever ends while the executable is looked for: there is one, or an error. A
+// process that is about to end has given its executable up a moment before.
+func TestExecutableWhileThreadsEnd(t *testing.T) {
+	t.Parallel()
+	for range 4 {
+		cmd, conn, _ := workload(t, "RENEWD_TEST_MAIN_THREAD=ends")
+		p, err := attest.FromConn(conn)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer p.Close()
+		go func() { cmd.Process.Kill() }()
+		for err = nil; !errors.Is(err, attest.ErrGone); {
+			var held *attest.Executable
+			if held, err = p.OpenExecutable(); err == nil {
+				held.Close()
+			} else if !errors.Is(err, attest.ErrGone) && !errors.Is(err, os.ErrNotExist) {
+				t.Fatalf("got %v, want ErrGone in the end", err)
+			}
+		}
 	}
 }

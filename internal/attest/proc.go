@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"os"
 	"strconv"
 
 	"golang.org/x/sys/unix"
@@ -56,11 +55,22 @@ func (p *Peer) ReadProc(name string, buf []byte, limit int) ([]byte, error) {
 }
 
 func (p *Peer) procError(op, name string, err error) error {
-	if errors.Is(err, unix.ESRCH) || (op == "open" && errors.Is(err, unix.ENOENT)) {
+	failed := &fs.PathError{Op: op, Path: p.Proc(name), Err: err}
+	switch {
+	case errors.Is(err, unix.ESRCH), op == "open" && errors.Is(err, unix.ENOENT):
+		// A process that lives and is not in /proc is hidden from the agent. By
+		// the pidfd only: without one, it is /proc that tells who lives.
+		if p.pidfd >= 0 && p.Alive() == nil {
+			return fmt.Errorf("%w: the process lives, but /proc hides it: %s", failed, showProc)
+		}
 		return ErrGone
+	case errors.Is(err, fs.ErrPermission):
+		return fmt.Errorf("%w: %s", failed, showProc)
 	}
-	return &fs.PathError{Op: op, Path: p.Proc(name), Err: err}
+	return failed
 }
+
+const showProc = "let the agent see every process (no hidepid option on /proc, ProtectProc=default in its unit)"
 
 func retry(call func() (int, error)) (int, error) {
 	for {
@@ -71,44 +81,47 @@ func retry(call func() (int, error)) (int, error) {
 	}
 }
 
-// Executable returns the path of the process's program as the kernel names it,
-// without a check that the process is still the caller: for messages. It is
-// empty when it cannot be told.
-func (p *Peer) Executable() string {
-	path, err := os.Readlink(p.Proc("exe"))
-	if err != nil {
-		return ""
-	}
-	return path
-}
-
+// readStartTime returns when the process started, and [ErrGone] when no thread
+// of it runs any more.
 func (p *Peer) readStartTime() (uint64, error) {
 	stat, err := p.ReadProc("stat", nil, 64<<10)
 	if err != nil {
 		return 0, err
 	}
-	started, err := parseStartTime(stat)
-	if err != nil {
+	started, ended, err := parseStat(stat)
+	switch {
+	case err != nil:
 		return 0, &fs.PathError{Op: "parse", Path: p.Proc("stat"), Err: err}
+	case ended:
+		return 0, ErrGone
 	}
 	return started, nil
 }
 
-// parseStartTime finds the start time, field 22 of /proc/PID/stat. Field 2 is
-// the command in parentheses and may itself hold spaces and parentheses, so
-// the fields are counted from the last one: proc_pid_stat(5).
-func parseStartTime(stat []byte) (uint64, error) {
+// parseStat finds the start time, field 22 of /proc/PID/stat, and whether the
+// process has ended and waits for its parent: its main thread is a zombie
+// (field 3) and no other thread is left (field 20). Field 2 is the command in
+// parentheses and may itself hold spaces and parentheses, so the fields are
+// counted from the last one: proc_pid_stat(5).
+func parseStat(stat []byte) (started uint64, ended bool, err error) {
+	const state, threads, start = 3 - 3, 20 - 3, 22 - 3
 	end := bytes.LastIndexByte(stat, ')')
 	if end < 0 {
-		return 0, errors.New("no command name")
+		return 0, false, errors.New("no command name")
 	}
-	const afterCommand = 22 - 3
-	n := 0
+	zombie, n := false, 0
 	for field := range bytes.FieldsSeq(stat[end+1:]) {
-		if n == afterCommand {
-			return strconv.ParseUint(string(field), 10, 64)
+		switch n {
+		case state:
+			zombie = string(field) == "Z" || string(field) == "X"
+		case threads:
+			count := string(field)
+			ended = zombie && (count == "1" || count == "0")
+		case start:
+			started, err = strconv.ParseUint(string(field), 10, 64)
+			return started, ended, err
 		}
 		n++
 	}
-	return 0, errors.New("no start time")
+	return 0, false, errors.New("no start time")
 }

@@ -23,6 +23,7 @@ type caller struct {
 	selectors []cache.Selector
 	// uncertain says that an attestor failed: selectors may be missing.
 	uncertain bool
+	needs     uint64 // Config.Needs before it was attested
 }
 
 // securityHeader keeps programs that were talked into sending a request (SSRF)
@@ -76,6 +77,7 @@ func (s *Server) warnBusy(p *attest.Peer, what string, limit int) {
 func (c *caller) leave() { c.s.calls.release(c.peer.UID()) }
 
 func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
+	needs := s.cfg.Needs()
 	res, err := attest.Selectors(ctx, p, s.cfg.Attestors)
 	failure := cmp.Or(err, res.Partial)
 	switch {
@@ -90,7 +92,40 @@ func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
 	if err != nil {
 		return nil, errAttest
 	}
-	return &caller{s: s.Server, peer: p, selectors: res.Selectors, uncertain: failure != nil}, nil
+	return &caller{s: s.Server, peer: p, selectors: res.Selectors, uncertain: failure != nil, needs: needs}, nil
+}
+
+// outdated reports whether attestors find out more by now than when the caller
+// was attested.
+func (c *caller) outdated() bool { return c.s.cfg.Needs() > c.needs }
+
+// incomplete reports whether the caller may have selectors that are not known.
+func (c *caller) incomplete() bool { return c.uncertain || c.outdated() }
+
+// reattest attests the caller of an open stream again if it is outdated, and
+// reports whether its selectors are others now. Where it cannot be attested in
+// full it keeps all selectors that it had: an entry that is new to the node takes
+// no identity away.
+func (s *service) reattest(ctx context.Context, c *caller) (changed bool, err error) {
+	needs := s.cfg.Needs()
+	if needs <= c.needs {
+		return false, nil
+	}
+	now, err := s.attest(ctx, c.peer)
+	c.needs = needs
+	switch {
+	case err == nil && (!now.uncertain || subset(c.selectors, now.selectors)):
+		changed = !subset(now.selectors, c.selectors) || !subset(c.selectors, now.selectors)
+		c.selectors, c.uncertain = now.selectors, now.uncertain
+	case err == nil, errors.Is(err, errAttest):
+		c.uncertain, err = true, nil
+	}
+	return changed, err
+}
+
+// subset reports whether every selector in some is in all.
+func subset(some, all []cache.Selector) bool {
+	return !slices.ContainsFunc(some, func(s cache.Selector) bool { return !slices.Contains(all, s) })
 }
 
 // admit says whether the view may be told to the caller at all.
@@ -100,7 +135,7 @@ func (c *caller) admit(v *cache.View) error {
 		return errStarting
 	case v.Matched > 0:
 		return nil
-	case c.uncertain:
+	case c.incomplete():
 		// The selectors that would match may be those that are missing.
 		return errAttest
 	}

@@ -153,7 +153,7 @@ func (r *jwtRequest) exists(v *cache.View) error {
 	switch {
 	case slices.ContainsFunc(v.Entries, r.wants):
 		return nil
-	case r.c.uncertain:
+	case r.c.incomplete():
 		return errAttest
 	case v.Partial:
 		return errStarting

@@ -64,6 +64,11 @@ type Config struct {
 	Cache *cache.Cache
 	// Attestors find the callers' selectors. At least one is required.
 	Attestors []attest.Attestor
+	// Needs is 0 while Attestors find out all that they can, and greater each time
+	// that they begin to find out more because an entry has come to need it; see
+	// [cache.Cache.Needs]. Streams whose callers were attested before are attested
+	// again then, while they go on. Nil: never.
+	Needs func() uint64
 	// JWT mints JWT-SVIDs. Nil: FetchJWTSVID hands out what is cached and is
 	// Unavailable otherwise.
 	JWT JWTMinter
@@ -114,6 +119,9 @@ func New(cfg Config) (*Server, error) {
 	}
 	if cfg.Peers == nil {
 		cfg.Peers = unixPeer
+	}
+	if cfg.Needs == nil {
+		cfg.Needs = func() uint64 { return 0 }
 	}
 	return &Server{
 		cfg:    cfg,

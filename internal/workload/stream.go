@@ -15,12 +15,12 @@ const PushSpacing = 250 * time.Millisecond
 // PushSpacing pass after each answer. look sends what has changed, if anything,
 // and reports whether it did. A look that is to be repeated without a wake-up
 // says so by again, the time until then.
-func (s *service) follow(ctx context.Context, wake <-chan struct{}, look func() (sent bool, again time.Duration, err error)) error {
+func (s *service) follow(ctx context.Context, wake func() <-chan struct{}, look func() (sent bool, again time.Duration, err error)) error {
 	var last time.Time // of the last answer
 	var again <-chan time.Time
 	for {
 		select {
-		case <-wake:
+		case <-wake():
 		case <-again:
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
@@ -41,7 +41,7 @@ func (s *service) follow(ctx context.Context, wake <-chan struct{}, look func() 
 				}
 				// What came meanwhile is part of what look reads.
 				select {
-				case <-wake:
+				case <-wake():
 				default:
 				}
 			}

@@ -50,7 +50,8 @@ func (s *service) streamX509SVIDs(stream grpc.ServerStream) error {
 		return err
 	}
 	defer x.close()
-	return s.follow(stream.Context(), x.sub.C(), func() (sent bool, again time.Duration, err error) {
+	wake := func() <-chan struct{} { return x.sub.C() }
+	return s.follow(stream.Context(), wake, func() (sent bool, again time.Duration, err error) {
 		err = aside(func() error { sent, again, err = x.look(); return err })
 		return sent, again, err
 	})
@@ -118,8 +119,25 @@ func (x *x509Stream) close() {
 	x.caller.leave()
 }
 
+// reattest subscribes with the selectors that the caller has by now.
+func (x *x509Stream) reattest() error {
+	changed, err := x.s.reattest(x.stream.Context(), x.caller)
+	if err != nil || !changed {
+		return err
+	}
+	// Until the new subscription is answered it counts as one that may use
+	// anything (cache.Unanswered). So what was sent before still counts.
+	before := x.sub
+	x.sub = x.s.cfg.Cache.Subscribe(x.caller.selectors)
+	before.Close()
+	return nil
+}
+
 // look sends what the caller is to know now, if it differs from what was sent.
 func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
+	if err := x.reattest(); err != nil {
+		return false, 0, err
+	}
 	v := x.sub.View()
 	if left := startGrace - time.Since(x.opened); !v.Ready && left > 0 {
 		return false, left, nil

@@ -9,8 +9,6 @@ import (
 	"time"
 
 	"golang.org/x/sync/singleflight"
-
-	"github.com/renewd/renewd/cache"
 )
 
 const (
@@ -35,36 +33,47 @@ type names struct {
 
 // named is what is known of one ID.
 type named struct {
-	selectors []cache.Selector // the one with the ID first
-	until     time.Time
+	id, name string // values of selectors; name is empty when there is none
+	until    time.Time
 }
 
 func newNames(idPrefix, namePrefix string, lookup func(string) (string, error)) *names {
 	return &names{idPrefix: idPrefix, namePrefix: namePrefix, lookup: lookup, known: make(map[uint32]named)}
 }
 
-// add appends the selectors of an ID to out. When the user database fails, the
-// last answer counts for as long as it is remembered; without one it is an
-// error, because an entry may depend on the name.
-func (n *names) add(out []cache.Selector, id uint32) ([]cache.Selector, error) {
+// add adds the selectors of an ID. When the user database fails, the last answer
+// counts for as long as it is remembered. Without one the name is missing, and an
+// entry may need it.
+func (n *names) add(f *found, id uint32) {
 	n.mu.RLock()
 	have, ok := n.known[id]
 	n.mu.RUnlock()
-	if ok && time.Now().Before(have.until) {
-		return append(out, have.selectors...), nil
+	if !ok || !time.Now().Before(have.until) {
+		fresh, err := n.ask(id)
+		switch {
+		case err == nil:
+			have = fresh
+		case !ok:
+			have.id = n.idPrefix + formatID(id)
+			f.missing(fmt.Errorf("name of %s: %w", have.id, err))
+		}
 	}
-	v, err, _ := n.flight.Do(formatID(id), func() (any, error) {
-		text := formatID(id)
+	f.add(have.id)
+	if have.name != "" {
+		f.add(have.name)
+	}
+}
+
+func (n *names) ask(id uint32) (named, error) {
+	text := formatID(id)
+	v, err, _ := n.flight.Do(text, func() (any, error) {
 		name, err := n.lookup(text)
 		if err != nil {
-			return nil, err
+			return named{}, err
 		}
-		fresh := named{
-			selectors: []cache.Selector{{Type: Name, Value: n.idPrefix + text}},
-			until:     time.Now().Add(namesTTL),
-		}
+		fresh := named{id: n.idPrefix + text, until: time.Now().Add(namesTTL)}
 		if name != "" {
-			fresh.selectors = append(fresh.selectors, cache.Selector{Type: Name, Value: n.namePrefix + name})
+			fresh.name = n.namePrefix + name
 		}
 		n.mu.Lock()
 		defer n.mu.Unlock()
@@ -74,13 +83,7 @@ func (n *names) add(out []cache.Selector, id uint32) ([]cache.Selector, error) {
 		n.known[id] = fresh
 		return fresh, nil
 	})
-	switch {
-	case err == nil:
-		have = v.(named)
-	case !ok:
-		return nil, fmt.Errorf("name of %s%d: %w", n.idPrefix, id, err)
-	}
-	return append(out, have.selectors...), nil
+	return v.(named), err
 }
 
 func lookupUser(id string) (string, error) {

@@ -13,8 +13,9 @@ const maxGroups = 1024
 
 // status is what /proc/PID/status says of a process's rights.
 type status struct {
-	uid, gid uint32 // effective
-	groups   []uint32
+	uid, gid   uint32 // effective
+	groups     []uint32
+	moreGroups bool // than maxGroups
 }
 
 // parseStatus reads the lines Uid, Gid and Groups: proc_pid_status(5). The
@@ -37,7 +38,7 @@ func parseStatus(text []byte) (status, error) {
 			st.gid, err = effective(value)
 			hasGID = true
 		case "Groups":
-			st.groups, err = parseGroups(value)
+			st.groups, st.moreGroups, err = parseGroups(value)
 			hasGroups = true
 		}
 		if err != nil {
@@ -66,19 +67,19 @@ func effective(value []byte) (uint32, error) {
 	return 0, errors.New("no effective ID")
 }
 
-func parseGroups(value []byte) ([]uint32, error) {
-	var groups []uint32
+// parseGroups returns the first maxGroups groups, and whether there are more.
+func parseGroups(value []byte) (groups []uint32, more bool, err error) {
 	for field := range bytes.FieldsSeq(value) {
 		if len(groups) == maxGroups {
-			return nil, fmt.Errorf("more than %d supplementary groups", maxGroups)
+			return groups, true, nil
 		}
 		id, err := parseID(field)
 		if err != nil {
-			return nil, err
+			return nil, false, err
 		}
 		groups = append(groups, id)
 	}
-	return groups, nil
+	return groups, false, nil
 }
 
 func parseID(field []byte) (uint32, error) {

@@ -19,12 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
-	"syscall"
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/attest"
@@ -39,28 +36,28 @@ const DefaultSHA256Limit = 1 << 30
 // Config sets up the attestor. The zero value works.
 type Config struct {
 	// SkipPath leaves out unix:path. By default it is there whenever the
-	// program's name can be read, which takes the same user or CAP_SYS_PTRACE.
+	// executable's path can be read, which takes the same user or
+	// CAP_SYS_PTRACE.
 	SkipPath bool
-	// SHA256 adds unix:sha256. The hash of a program is computed once and kept
+	// SHA256 adds unix:sha256. The hash of a file is computed once and kept
 	// for as long as the file does not change.
 	SHA256 bool
-	// SHA256Limit is the size in bytes above which a program gets no
+	// SHA256Limit is the size in bytes above which an executable gets no
 	// unix:sha256, since hashing it would hold its workload up. Zero means
 	// DefaultSHA256Limit, a negative number no limit.
 	SHA256Limit int64
-	// Log gets a warning for what keeps selectors from being found. Nil: none.
-	Log *slog.Logger
+	// SHA256Needed reports whether an entry has a unix:sha256 selector; while
+	// none has, nothing is hashed. It is called at each attestation. Nil: always.
+	SHA256Needed func() bool
 }
 
-// Attestor is an [attest.Attestor]. Make it with [New].
+// Attestor is an [attest.Attestor]. Make it with [New], and close it.
 type Attestor struct {
-	cfg      Config
-	log      *slog.Logger
-	users    *names
-	groups   *names
-	suppl    *names
-	programs *programs
-	warnings sync.Map // of those given already, by what they are about
+	cfg    Config
+	users  *names
+	groups *names
+	suppl  *names
+	sums   *sums
 }
 
 var _ attest.Attestor = (*Attestor)(nil)
@@ -70,32 +67,38 @@ func New(cfg Config) *Attestor {
 	if cfg.SHA256Limit == 0 {
 		cfg.SHA256Limit = DefaultSHA256Limit
 	}
-	log := cfg.Log
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
+	if cfg.SHA256Needed == nil {
+		cfg.SHA256Needed = func() bool { return true }
 	}
 	return &Attestor{
-		cfg:      cfg,
-		log:      log,
-		users:    newNames("uid:", "user:", lookupUser),
-		groups:   newNames("gid:", "group:", lookupGroup),
-		suppl:    newNames("supplementary_gid:", "supplementary_group:", lookupGroup),
-		programs: newPrograms(),
+		cfg:    cfg,
+		users:  newNames("uid:", "user:", lookupUser),
+		groups: newNames("gid:", "group:", lookupGroup),
+		suppl:  newNames("supplementary_gid:", "supplementary_group:", lookupGroup),
+		sums:   newSums(),
 	}
+}
+
+// Close ends what is being hashed and waits for it. Executables whose hash is
+// not known by then get none.
+func (a *Attestor) Close() error {
+	a.sums.close()
+	return nil
 }
 
 // Name returns "unix".
 func (a *Attestor) Name() string { return Name }
 
-// statusLimit is more than the status of a process with maxGroups groups.
-const statusLimit = 256 << 10
+// statusLimit is more than the status of a process with as many groups as Linux
+// allows.
+const statusLimit = 1 << 20
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
 
-// Attest reads the process's status and program. It fails when the process has
-// ended, runs as another user or group than it connected as, or when the user database cannot be asked and the name is not known
-// from an earlier answer. A program that may not be read costs only its own
-// selectors and is reported once.
+// Attest reads the process's credentials and executable. Without the
+// credentials, and for a process that runs as another user or group than it
+// connected as, there are no selectors. All else that cannot be read costs its
+// own selectors only.
 func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, error) {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
@@ -113,86 +116,87 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 		return nil, fmt.Errorf("process %d connected as user %d, group %d and runs as user %d, group %d now: it has to connect again",
 			p.PID(), p.UID(), p.GID(), st.uid, st.gid)
 	}
-	out := make([]cache.Selector, 0, 6+2*len(st.groups))
-	if out, err = a.users.add(out, st.uid); err != nil {
-		return nil, err
-	}
-	if out, err = a.groups.add(out, st.gid); err != nil {
-		return nil, err
-	}
+	f := found{selectors: make([]cache.Selector, 0, 6+2*len(st.groups))}
+	a.users.add(&f, st.uid)
+	a.groups.add(&f, st.gid)
 	for _, g := range st.groups {
-		if out, err = a.suppl.add(out, g); err != nil {
-			return nil, err
-		}
+		a.suppl.add(&f, g)
 	}
-	return a.program(ctx, p, out)
+	if st.moreGroups {
+		f.missing(fmt.Errorf("process %d has more than %d supplementary groups: the others get no selectors", p.PID(), maxGroups))
+	}
+	hash := a.cfg.SHA256 && a.cfg.SHA256Needed()
+	if hash || !a.cfg.SkipPath {
+		a.executable(ctx, p, &f, hash)
+	}
+	return f.selectors, errors.Join(f.failures...)
 }
 
-// program adds unix:path and unix:sha256.
-func (a *Attestor) program(ctx context.Context, p *attest.Peer, out []cache.Selector) ([]cache.Selector, error) {
-	if !a.cfg.SkipPath {
-		path, err := executable(p)
-		switch {
-		case err == nil:
-			out = append(out, cache.Selector{Type: Name, Value: "path:" + path})
-		case errors.Is(err, fs.ErrPermission):
-			a.warn("path", "workloads' programs cannot be read, unix:path and unix:sha256 selectors are missing: "+
-				"run the agent as root or give it CAP_SYS_PTRACE", slog.Any("error", err))
-		case !errors.Is(err, fs.ErrNotExist): // a kernel thread has none
-			return nil, fmt.Errorf("read the program's path: %w", err)
-		}
-	}
-	if !a.cfg.SHA256 {
-		return out, nil
-	}
-	sum, err := a.programs.sha256(ctx, p, a.cfg.SHA256Limit)
+// found is what one attestation found out, and what it could not.
+type found struct {
+	selectors []cache.Selector
+	failures  []error
+}
+
+func (f *found) add(value string) {
+	f.selectors = append(f.selectors, cache.Selector{Type: Name, Value: value})
+}
+
+func (f *found) missing(err error) { f.failures = append(f.failures, err) }
+
+// executable adds unix:path and unix:sha256.
+func (a *Attestor) executable(ctx context.Context, p *attest.Peer, f *found, hash bool) {
+	exe, err := p.OpenExecutable()
 	switch {
-	case err == nil:
-		out = append(out, cache.Selector{Type: Name, Value: "sha256:" + sum})
-	case errors.Is(err, errTooLarge):
-		path := p.Executable()
-		a.warn(path, "a workload's program is larger than unix.sha256_size_limit and gets no unix:sha256 selector",
-			slog.String("path", path), slog.Int64("limit", a.cfg.SHA256Limit))
 	case errors.Is(err, fs.ErrPermission):
-		a.warn("path", "workloads' programs cannot be read, unix:path and unix:sha256 selectors are missing: "+
-			"run the agent as root or give it CAP_SYS_PTRACE", slog.Any("error", err))
-	case !errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("hash the program: %w", err)
-	}
-	return out, nil
-}
-
-// warn reports each problem once.
-func (a *Attestor) warn(about, message string, attrs ...any) {
-	// What a workload is called is up to the workload: past some number of
-	// different ones the log would not become clearer.
-	const most = 100
-	n := 0
-	a.warnings.Range(func(any, any) bool { n++; return n < most })
-	if n >= most {
+		f.missing(fmt.Errorf("read the executable: %w: run the agent as root or give it CAP_SYS_PTRACE, "+
+			"or set unix.discover_path: false", err))
+		return
+	case err != nil:
+		f.missing(fmt.Errorf("read the executable: %w", err))
 		return
 	}
-	if _, given := a.warnings.LoadOrStore(about, struct{}{}); !given {
-		a.log.Warn(message, attrs...)
+	defer exe.Close()
+	if !a.cfg.SkipPath {
+		path, err := pathOf(exe)
+		if err != nil {
+			f.missing(fmt.Errorf("read the executable's path: %w", err))
+		} else {
+			f.add("path:" + path)
+		}
+	}
+	if !hash {
+		return
+	}
+	sum, err := a.sums.of(ctx, p.UID(), exe, a.cfg.SHA256Limit)
+	switch {
+	case errors.Is(err, fs.ErrPermission):
+		f.missing(fmt.Errorf("hash the executable: %w: run the agent as root or give it CAP_DAC_READ_SEARCH, "+
+			"or set unix.sha256_size_limit: 0", err))
+	case err != nil:
+		f.missing(fmt.Errorf("hash the executable: %w", err))
+	default:
+		f.add("sha256:" + sum)
 	}
 }
 
 const deleted = " (deleted)"
 
-// executable returns the path of the process's program. Where the file was
-// replaced under the running process, as a package upgrade does, the kernel
-// adds " (deleted)": the process is still the one that was started from there.
-func executable(p *attest.Peer) (string, error) {
-	link := p.Proc("exe")
-	path, err := os.Readlink(link)
+// pathOf returns the path of an executable. Where the file was replaced under
+// the running process, as a package upgrade does, the kernel adds " (deleted)":
+// the process is still the one that was started from there. An executable
+// without a file (memfd_create(2)) is called /memfd:NAME, which is no file's
+// path in practice, and has been "deleted" from the beginning.
+func pathOf(exe *attest.Executable) (string, error) {
+	path, err := exe.Path()
 	if err != nil {
 		return "", err
 	}
 	if name, found := strings.CutSuffix(path, deleted); found {
 		// A file may also be called that; only a deleted one has no link.
-		var st syscall.Stat_t
-		if err := syscall.Stat(link, &st); err != nil {
-			return "", &fs.PathError{Op: "stat", Path: link, Err: err}
+		st, err := exe.Stat()
+		if err != nil {
+			return "", err
 		}
 		if st.Nlink == 0 {
 			path = name

@@ -1,11 +1,9 @@
 package unix
 
 import (
-	"context"
 	"crypto/sha256"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"os/exec"
@@ -193,24 +191,54 @@ func TestProcessThatChangedItsUser(t *testing.T) {
 func TestOptions(t *testing.T) {
 	t.Parallel()
 	p := run(t, testProgram(t, t.TempDir(), "app"), nil)
+	nobody, somebody := func() bool { return false }, func() bool { return true }
 	for name, tt := range map[string]struct {
-		cfg          Config
-		path, sha256 int
+		cfg     Config
+		want    string // of path and sha256
+		missing string
 	}{
-		"default":       {Config{}, 1, 0},
-		"no path":       {Config{SkipPath: true}, 0, 0},
-		"hash":          {Config{SHA256: true}, 1, 1},
-		"hash, limited": {Config{SHA256: true, SHA256Limit: 10}, 1, 0},
-		"hash, always":  {Config{SHA256: true, SHA256Limit: -1}, 1, 1},
+		"default":             {Config{}, "path", ""},
+		"no path":             {Config{SkipPath: true}, "", ""},
+		"hash":                {Config{SHA256: true}, "path sha256", ""},
+		"hash without path":   {Config{SHA256: true, SkipPath: true}, "sha256", ""},
+		"hash, needed":        {Config{SHA256: true, SHA256Needed: somebody}, "path sha256", ""},
+		"hash, not needed":    {Config{SHA256: true, SHA256Needed: nobody}, "path", ""},
+		"hash, limited":       {Config{SHA256: true, SHA256Limit: 10}, "path", "unix.sha256_size_limit is 10"},
+		"limited, not needed": {Config{SHA256: true, SHA256Limit: 10, SHA256Needed: nobody}, "path", ""},
+		"hash, always":        {Config{SHA256: true, SHA256Limit: -1}, "path sha256", ""},
 	} {
-		got := values(t, New(tt.cfg), p)
-		if n := len(with(got, "path:")); n != tt.path {
-			t.Errorf("%s: %d path selectors, want %d", name, n, tt.path)
-		}
-		if n := len(with(got, "sha256:")); n != tt.sha256 {
-			t.Errorf("%s: %d sha256 selectors, want %d", name, n, tt.sha256)
+		got, failure := attestSelf(t, tt.cfg, p)
+		if got != tt.want || !says(failure, tt.missing) {
+			t.Errorf("%s: got %q, %v; want %q, %q", name, got, failure, tt.want, tt.missing)
 		}
 	}
+}
+
+// attestSelf returns which of the selectors of the executable were found, and
+// makes sure that the user is always among them.
+func attestSelf(t *testing.T, cfg Config, p *attest.Peer) (kinds string, err error) {
+	t.Helper()
+	a := New(cfg)
+	defer a.Close()
+	selectors, err := a.Attest(t.Context(), p)
+	var got []string
+	for _, s := range selectors {
+		if kind, _, _ := strings.Cut(s.Value, ":"); kind == "path" || kind == "sha256" {
+			got = append(got, kind)
+		}
+	}
+	if uid := fmt.Sprintf("unix:uid:%d", p.UID()); !strings.Contains(fmt.Sprint(selectors), uid) {
+		t.Errorf("got %v without %s", selectors, uid)
+	}
+	return strings.Join(got, " "), err
+}
+
+// says reports whether err has the text, or is nil when that is empty.
+func says(err error, text string) bool {
+	if text == "" {
+		return err == nil
+	}
+	return err != nil && strings.Contains(err.Error(), text)
 }
 
 // A package upgrade replaces the file of a running program. What runs is still
@@ -241,57 +269,6 @@ func TestProgramCalledDeleted(t *testing.T) {
 	got := values(t, New(Config{}), run(t, path, nil))
 	if want := []string{"path:" + path}; !slices.Equal(with(got, "path:"), want) {
 		t.Errorf("got %q, want %q", got, want)
-	}
-}
-
-func TestHashIsComputedOnce(t *testing.T) {
-	t.Parallel()
-	path := testProgram(t, t.TempDir(), "app")
-	p, other := run(t, path, nil), run(t, path, nil)
-	a := New(Config{SHA256: true})
-	want := with(values(t, a, p), "sha256:")
-	// A hash that can only come from the cache.
-	for _, el := range a.programs.sums {
-		el.Value = program{el.Value.(program).id, "cached"}
-	}
-	if got := with(values(t, a, other), "sha256:"); !slices.Equal(got, []string{"sha256:cached"}) {
-		t.Errorf("the program was hashed again: %q", got)
-	}
-	// A change of the file is noticed.
-	now := time.Now().Add(-time.Hour)
-	if err := os.Chtimes(path, now, now); err != nil {
-		t.Fatal(err)
-	}
-	if got := with(values(t, a, other), "sha256:"); !slices.Equal(got, want) {
-		t.Errorf("after a change: %q, want %q", got, want)
-	}
-}
-
-func TestHashesAreBounded(t *testing.T) {
-	t.Parallel()
-	c := newPrograms()
-	for i := range 3 * maxPrograms {
-		c.put(fileID{ino: uint64(i)}, "x")
-		if _, ok := c.get(fileID{ino: 0}); !ok {
-			t.Fatal("the one in use was dropped")
-		}
-	}
-	if len(c.sums) != maxPrograms || c.recent.Len() != maxPrograms {
-		t.Errorf("%d and %d kept, want %d", len(c.sums), c.recent.Len(), maxPrograms)
-	}
-}
-
-func TestHashingStopsWithItsCaller(t *testing.T) {
-	t.Parallel()
-	p := run(t, testProgram(t, t.TempDir(), "app"), nil)
-	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if _, err := New(Config{SHA256: true}).Attest(ctx, p); !errors.Is(err, context.Canceled) {
-		t.Errorf("got %v", err)
-	}
-	r := &reader{ctx: ctx, r: strings.NewReader("x")}
-	if _, err := io.ReadAll(r); !errors.Is(err, context.Canceled) {
-		t.Errorf("reading went on: %v", err)
 	}
 }
 
@@ -326,11 +303,9 @@ func TestNames(t *testing.T) {
 			return "name" + id, fail
 		})
 		get := func(id uint32) string {
-			out, err := n.add(nil, id)
-			if err != nil {
-				return err.Error()
-			}
-			return fmt.Sprint(out)
+			var f found
+			n.add(&f, id)
+			return strings.TrimSuffix(fmt.Sprint(f.selectors, " ", errors.Join(f.failures...)), " <nil>")
 		}
 		if got := get(5); got != "[unix:uid:5 unix:user:name5]" {
 			t.Errorf("got %s", got)
@@ -349,7 +324,7 @@ func TestNames(t *testing.T) {
 		if got := get(5); got != "[unix:uid:5 unix:user:name5]" {
 			t.Errorf("while the directory is down: got %s", got)
 		}
-		if got := get(6); !strings.Contains(got, "directory is down") {
+		if got := get(6); got != "[unix:uid:6] name of uid:6: directory is down" {
 			t.Errorf("unknown while the directory is down: got %s", got)
 		}
 		fail = nil
@@ -391,24 +366,25 @@ func TestParseStatus(t *testing.T) {
 		want status
 		ok   bool
 	}{
-		"effective IDs":          {"Name:\tx\n" + ids + "Groups:\t9 10 \n", status{2, 6, []uint32{9, 10}}, true},
-		"no groups":              {ids + "Groups:\t\n", status{2, 6, nil}, true},
-		"no line of groups":      {ids, status{2, 6, nil}, true},
-		"no line end":            {ids + "Groups:\t9", status{2, 6, []uint32{9}}, true},
-		"a name like a line":     {"Name:\tUid:\\n0 0 0 0\nx Uid: 0 0\n" + ids, status{2, 6, nil}, true},
-		"a long line":            {"Name:\t" + strings.Repeat("x", 100_000) + "\n" + ids, status{2, 6, nil}, true},
-		"largest ID":             {"Uid: 0 4294967295\nGid: 0 0\n", status{4294967295, 0, nil}, true},
+		"effective IDs":          {"Name:\tx\n" + ids + "Groups:\t9 10 \n", status{2, 6, []uint32{9, 10}, false}, true},
+		"no groups":              {ids + "Groups:\t\n", status{2, 6, nil, false}, true},
+		"no line of groups":      {ids, status{2, 6, nil, false}, true},
+		"no line end":            {ids + "Groups:\t9", status{2, 6, []uint32{9}, false}, true},
+		"a name like a line":     {"Name:\tUid:\\n0 0 0 0\nx Uid: 0 0\n" + ids, status{2, 6, nil, false}, true},
+		"a long line":            {"Name:\t" + strings.Repeat("x", 100_000) + "\n" + ids, status{2, 6, nil, false}, true},
+		"largest ID":             {"Uid: 0 4294967295\nGid: 0 0\n", status{4294967295, 0, nil, false}, true},
 		"empty":                  {"", status{}, false},
 		"no uid":                 {"Gid:\t5\t6\t7\t8\n", status{}, false},
 		"one uid":                {"Uid:\t5\nGid:\t5\t6\n", status{}, false},
 		"uid too large":          {"Uid:\t5\t4294967296\nGid:\t5\t6\n", status{}, false},
 		"negative":               {"Uid:\t5\t-1\nGid:\t5\t6\n", status{}, false},
 		"group that is no ID":    {ids + "Groups:\tstaff\n", status{}, false},
-		"too many groups":        {ids + "Groups:\t" + strings.Repeat("1 ", maxGroups+1) + "\n", status{}, false},
-		"as many as are allowed": {ids + "Groups:\t" + strings.Repeat("1 ", maxGroups) + "\n", status{2, 6, slices.Repeat([]uint32{1}, maxGroups)}, true},
+		"too many groups":        {ids + "Groups:\t" + strings.Repeat("1 ", maxGroups+1) + "\n", status{2, 6, slices.Repeat([]uint32{1}, maxGroups), true}, true},
+		"as many as are allowed": {ids + "Groups:\t" + strings.Repeat("1 ", maxGroups) + "\n", status{2, 6, slices.Repeat([]uint32{1}, maxGroups), false}, true},
 	} {
 		got, err := parseStatus([]byte(tt.text))
-		if (err == nil) != tt.ok || got.uid != tt.want.uid || got.gid != tt.want.gid || !slices.Equal(got.groups, tt.want.groups) {
+		if (err == nil) != tt.ok || got.uid != tt.want.uid || got.gid != tt.want.gid ||
+			got.moreGroups != tt.want.moreGroups || !slices.Equal(got.groups, tt.want.groups) {
 			t.Errorf("%s: got %v, %v", name, got, err)
 		}
 	}

@@ -1,0 +1,133 @@
+package attest
+
+import (
+	"errors"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+func TestParseStat(t *testing.T) {
+	t.Parallel()
+	const rest = " S 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 4711 20 21"
+	state := func(state, threads string) string {
+		return "42 (sleep)" + strings.NewReplacer(" S ", " "+state+" ", " 17 ", " "+threads+" ").Replace(rest)
+	}
+	for name, tt := range map[string]struct {
+		stat  string
+		want  uint64
+		ended bool
+		ok    bool
+	}{
+		"plain":                   {"42 (sleep)" + rest, 4711, false, true},
+		"spaces and brackets":     {"42 (a) S 9 (b ) 1)" + rest, 4711, false, true},
+		"line ends in command":    {"42 (a\nb)" + rest + "\n", 4711, false, true},
+		"zombie":                  {state("Z", "1"), 4711, true, true},
+		"zombie being reaped":     {state("X", "0"), 4711, true, true},
+		"main thread has ended":   {state("Z", "2"), 4711, false, true},
+		"a command like a zombie": {"42 (x) Z 1)" + rest, 4711, false, true},
+		"one thread":              {state("R", "1"), 4711, false, true},
+		"empty":                   {"", 0, false, false},
+		"cut short":               {"42 (sleep) S 1 2", 0, false, false},
+		"no number":               {"42 (sleep)" + strings.Replace(rest, "4711", "x", 1), 0, false, false},
+		"no command":              {"42 sleep" + rest, 0, false, false},
+	} {
+		got, ended, err := parseStat([]byte(tt.stat))
+		if got != tt.want || ended != tt.ended || (err == nil) != tt.ok {
+			t.Errorf("%s: got %d, %v, %v", name, got, ended, err)
+		}
+	}
+}
+
+func FuzzParseStat(f *testing.F) {
+	stat, err := os.ReadFile("/proc/self/stat")
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(string(stat))
+	f.Add("1 (a ) (b) S")
+	f.Add(")")
+	f.Fuzz(func(t *testing.T, stat string) {
+		want, ended, err := parseStat([]byte(stat))
+		// Whatever the command is called, the result is the same.
+		if i := strings.LastIndexByte(stat, ')'); i >= 0 {
+			got, endedToo, again := parseStat([]byte("1 (x) y) z" + stat[i:]))
+			if got != want || ended != endedToo || (again == nil) != (err == nil) {
+				t.Errorf("%q: %d, %v; with another command: %d, %v", stat, want, err, got, again)
+			}
+		}
+	})
+}
+
+// Where there is no pidfd, the start time tells a process from a later one
+// with the same PID.
+func TestAliveByStartTime(t *testing.T) {
+	t.Parallel()
+	cmd := exec.Command("sleep", "60")
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	p := newPeer(cmd.Process.Pid, 0, 0)
+	if err := p.byStartTime(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Alive(); err != nil {
+		t.Errorf("while it runs: %v", err)
+	}
+	later := newPeer(cmd.Process.Pid, 0, 0)
+	later.started = p.started - 1
+	if err := later.Alive(); !errors.Is(err, ErrGone) {
+		t.Errorf("another start time: %v, want ErrGone", err)
+	}
+	cmd.Process.Kill()
+	waitZombie(t, p)
+	if err := p.Alive(); !errors.Is(err, ErrGone) {
+		t.Errorf("as a zombie: %v, want ErrGone", err)
+	}
+	cmd.Wait()
+	if err := p.Alive(); !errors.Is(err, ErrGone) {
+		t.Errorf("after it was reaped: %v, want ErrGone", err)
+	}
+}
+
+// waitZombie waits for the end of a process that nobody reaps.
+func waitZombie(t *testing.T, p *Peer) {
+	t.Helper()
+	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
+		stat, err := os.ReadFile(p.Proc("stat"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if strings.Contains(string(stat), ") Z ") {
+			return
+		}
+	}
+	t.Fatal("the process does not end")
+}
+
+// A process that /proc does not show is not taken for one that has ended, and the
+// remedy is named.
+func TestHiddenProcess(t *testing.T) {
+	t.Parallel()
+	p, err := FromPID(os.Getpid(), 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	p.proc = t.TempDir() + "/" // as with hidepid=2
+	if _, err := p.ReadProc("status", nil, 100); err == nil || errors.Is(err, ErrGone) || !strings.Contains(err.Error(), "hidepid") {
+		t.Errorf("ReadProc: %v, want an error that names hidepid", err)
+	}
+	if _, err := p.OpenExecutable(); err == nil || errors.Is(err, ErrGone) {
+		t.Errorf("OpenExecutable: %v, want another error than ErrGone", err)
+	}
+	for cause, want := range map[error]string{unix.EPERM: "hidepid", unix.EACCES: "hidepid", unix.EIO: "input/output error"} {
+		if err := p.procError("read", "status", cause); !errors.Is(err, cause) || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v: got %v, want %q in it", cause, err, want)
+		}
+	}
+}

@@ -1,0 +1,235 @@
+package workload
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/attest"
+)
+
+// hasher is an attestor that hashes the caller's program while an entry needs
+// that. The hash is always "good".
+type hasher struct {
+	needed func() bool
+
+	mu     sync.Mutex
+	hashed int
+	block  chan struct{} // hashing waits for it
+	err    error         // of hashing
+	noUser bool          // the user is not found out, either
+}
+
+func (*hasher) Name() string { return "unix" }
+
+func (h *hasher) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, error) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	var out []cache.Selector
+	if !h.noUser {
+		out = append(out, cache.Selector{Type: "unix", Value: fmt.Sprintf("uid:%d", p.UID())})
+	}
+	if !h.needed() {
+		return out, nil
+	}
+	h.hashed++
+	if h.block != nil {
+		select {
+		case <-h.block:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if h.err == nil {
+		out = append(out, cache.Selector{Type: "unix", Value: "sha256:good"})
+	}
+	return out, h.err
+}
+
+func newHasherSystem(t *testing.T) (*system, *hasher) {
+	h := &hasher{}
+	s := newSystem(t, func(c *Config) {
+		c.Needs = func() uint64 { return c.Cache.Needs("unix", "sha256") }
+		h.needed = func() bool { return c.Needs() != 0 }
+		c.Attestors = []attest.Attestor{h}
+		c.JWT = &minter{mint: func(context.Context, string, []string) (string, error) { return "", errors.New("down") }}
+	})
+	return s, h
+}
+
+// hashEntry gives an identity to the program with the hash, of any user.
+func hashEntry(id, path, hash string) *cache.Entry {
+	return &cache.Entry{ID: id, SPIFFEID: spiffeid.RequireFromPath(td, path), CreatedAt: time.Unix(1, 0),
+		Selectors: []cache.Selector{{Type: "unix", Value: "sha256:" + hash}}}
+}
+
+// Nothing is hashed while no entry needs it. From the first entry that does, the
+// callers of open streams are attested with the hash, and the streams go on.
+func TestStreamsAreAttestedAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, h := newHasherSystem(t)
+		s.add(entry("e1", "/one", 1000))
+		c := s.client(1000)
+		in := fetchX509(t.Context(), c)
+		one(t, in)
+		bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
+		if got := settled(bundles); len(got) != 1 {
+			t.Errorf("bundles: got %v", got)
+		}
+		if h.hashed != 0 {
+			t.Errorf("hashed %d times, and no entry needs it", h.hashed)
+		}
+		s.add(hashEntry("e2", "/two", "other"))
+		time.Sleep(time.Second)
+		quiet(t, in)
+		if h.hashed != 2 {
+			t.Errorf("hashed %d times, want once for each stream", h.hashed)
+		}
+		s.add(hashEntry("e3", "/three", "good"))
+		time.Sleep(time.Second)
+		got := settled(in)
+		if len(got) == 0 || got[len(got)-1].err != nil ||
+			!slices.Equal(ids(got[len(got)-1].msg), []string{"spiffe://example.org/one", "spiffe://example.org/three"}) {
+			t.Errorf("got %v, want /one and /three", got)
+		}
+		// It comes to be needed no more, and again.
+		s.cache.Update(nil, []string{"e2", "e3"})
+		s.add(entry("e4", "/four", 1001))
+		s.add(hashEntry("e5", "/five", "good"))
+		time.Sleep(time.Second)
+		got = settled(in)
+		if len(got) == 0 || got[len(got)-1].err != nil ||
+			!slices.Equal(ids(got[len(got)-1].msg), []string{"spiffe://example.org/one", "spiffe://example.org/five"}) {
+			t.Errorf("got %v, want /one and /five", got)
+		}
+		if n := s.cache.Unanswered(); n != 0 {
+			t.Errorf("%d streams are counted as unanswered", n)
+		}
+	})
+}
+
+// A caller that comes while the agent starts has its hash by its first answer.
+func TestCallersOfAStartingAgentAreAttestedAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := newHasherSystem(t)
+		in := fetchX509(t.Context(), s.client(1000))
+		time.Sleep(startGrace / 2)
+		quiet(t, in)
+		s.add(hashEntry("e1", "/one", "good"))
+		if got := ids(one(t, in)); !slices.Equal(got, []string{"spiffe://example.org/one"}) {
+			t.Errorf("got %v", got)
+		}
+	})
+}
+
+// What a stream was sent counts against its authority until the stream is sent the
+// next answer, also while its caller is attested again.
+func TestStreamCountsWhileItIsAttestedAgain(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, h := newHasherSystem(t)
+		s.add(entry("e1", "/one", 1000))
+		in := fetchX509(t.Context(), s.client(1000))
+		one(t, in)
+		h.block = make(chan struct{})
+		s.add(hashEntry("e2", "/two", "good"))
+		time.Sleep(time.Minute)
+		quiet(t, in)
+		if u := s.cache.Authorities(); len(u) != 1 || u[0].Streams != 1 {
+			t.Errorf("got %+v, want one stream", u)
+		}
+		close(h.block)
+		one(t, in)
+	})
+}
+
+// That the caller of an open stream cannot be attested in full costs the stream
+// nothing. It is not told that it has no identity, either.
+func TestStreamsThatCannotBeAttestedAgain(t *testing.T) {
+	t.Parallel()
+	for name, noUser := range map[string]bool{"the hash is missing": false, "all is missing": true} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				s, h := newHasherSystem(t)
+				s.add(entry("e1", "/one", 1000))
+				in := fetchX509(t.Context(), s.client(1000))
+				one(t, in)
+				h.mu.Lock()
+				h.err, h.noUser = errors.New("may not be read"), noUser
+				h.mu.Unlock()
+				s.add(hashEntry("e2", "/two", "good"))
+				time.Sleep(time.Second)
+				quiet(t, in)
+				s.put(entry("e1", "/one", 1000))
+				time.Sleep(time.Second)
+				one(t, in)
+				s.cache.Update(nil, []string{"e1"})
+				time.Sleep(time.Second)
+				ended(t, in, codes.Unavailable)
+			})
+		})
+	}
+}
+
+// While a selector that an entry could need is missing, a caller that another entry
+// matches is served, and nobody is told that there is no identity.
+func TestCallersAttestedInPart(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, h := newHasherSystem(t)
+		h.err = errors.New("may not be read")
+		s.add(entry("e1", "/one", 1000), hashEntry("e2", "/two", "good"))
+		in := fetchX509(t.Context(), s.client(1000))
+		if got := ids(one(t, in)); !slices.Equal(got, []string{"spiffe://example.org/one"}) {
+			t.Errorf("got %v", got)
+		}
+		c, ctx := s.client(1001), withHeader(t.Context())
+		ended(t, fetchX509(t.Context(), c), codes.Unavailable)
+		ended(t, receive(c.FetchX509Bundles(ctx, &workloadpb.X509BundlesRequest{})), codes.Unavailable)
+		ended(t, receive(c.FetchJWTBundles(ctx, &workloadpb.JWTBundlesRequest{})), codes.Unavailable)
+		_, err := c.FetchJWTSVID(ctx, &workloadpb.JWTSVIDRequest{Audience: []string{"a"}})
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("FetchJWTSVID: %v", err)
+		}
+		_, err = s.client(1000).FetchJWTSVID(ctx, &workloadpb.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://example.org/two"})
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("FetchJWTSVID of the ID that the hash gives: %v", err)
+		}
+		_, err = c.ValidateJWTSVID(ctx, &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: "x"})
+		if status.Code(err) != codes.Unavailable {
+			t.Errorf("ValidateJWTSVID: %v", err)
+		}
+		if got := s.logs.attrs("a caller could not be attested in full"); len(got) != 2 || got[0]["error"] != "attestor unix: may not be read" {
+			t.Errorf("logged %v, want once for each user", got)
+		}
+	})
+}
+
+// An entry that comes between the attestation of a caller and the answer to it.
+func TestEntryThatComesWhileACallerIsAttested(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, _ := newHasherSystem(t)
+		s.add(entry("e1", "/one", 1000))
+		c := caller{s: &Server{cfg: Config{Needs: func() uint64 { return s.cache.Needs("unix", "sha256") }}}}
+		s.add(hashEntry("e2", "/two", "good"))
+		v := s.cache.Match(nil)
+		if err := c.admit(&v); status.Code(err) != codes.Unavailable {
+			t.Errorf("got %v, want Unavailable", err)
+		}
+	})
+}
