@@ -301,6 +301,12 @@ func TestDNSNames(t *testing.T) {
 	run(t, "names.txtar", nil)
 }
 
+// What workloads are known by, and where they ask.
+func TestAttestation(t *testing.T) {
+	t.Parallel()
+	run(t, "attest.txtar", nil)
+}
+
 // What the runbook says about trouble, each case brought about.
 func TestTroubleshooting(t *testing.T) {
 	t.Parallel()

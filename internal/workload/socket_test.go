@@ -54,6 +54,7 @@ func serveSocket(t testing.TB, change func(*Config)) (s *system, path string, e 
 	ctx, cancel := context.WithCancel(context.Background())
 	var done sync.WaitGroup
 	done.Go(func() { s.err = srv.Serve(ctx, lis) })
+	done.Go(func() { lis.Watch(ctx, slog.New(s.logs)) })
 	s.stop = func() { cancel(); done.Wait() }
 	t.Cleanup(s.stop)
 	return s, path, e
@@ -164,6 +165,42 @@ func TestWithGoSPIFFEOverRestart(t *testing.T) {
 		}
 	case <-ctx.Done():
 		t.Fatal("the client did not come back")
+	}
+}
+
+// Whoever removes the socket file cuts nobody off: open streams go on, and new
+// callers are served again within seconds.
+func TestSocketFileRemovedUnderStreams(t *testing.T) {
+	t.Parallel()
+	s, path, e := serveSocket(t, nil)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	addr := workloadapi.WithAddr("unix://" + path)
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(addr))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer source.Close()
+	if err := os.RemoveAll(filepath.Dir(path)); err != nil {
+		t.Fatal(err)
+	}
+	for _, err := workloadapi.FetchX509SVID(ctx, addr); err != nil; _, err = workloadapi.FetchX509SVID(ctx, addr) {
+		if ctx.Err() != nil {
+			t.Fatalf("a new caller: %v", err)
+		}
+	}
+	updated := source.Updated()
+	renewed := s.put(e)
+	select {
+	case <-updated:
+	case <-ctx.Done():
+		t.Fatal("the renewal did not arrive on the stream that was open")
+	}
+	if svid, err := source.GetX509SVID(); err != nil || string(svid.Certificates[0].Raw) != string(renewed.Leaf) {
+		t.Errorf("the renewal is not what arrived: %v", err)
+	}
+	if n := len(s.logs.attrs("socket file was missing and has been recreated")); n != 1 {
+		t.Errorf("logged %d times, want once", n)
 	}
 }
 

@@ -80,5 +80,9 @@ func (j *hashing) finish(sum string, err error) {
 // hash is good for those who wait for it, and is not kept.
 func (j *hashing) settled() bool {
 	changed := time.Unix(j.id.ctime.Unix())
-	return j.from.Sub(changed) > timestampUnit
+	unit := fineUnit
+	if changed.Nanosecond() == 0 {
+		unit = coarseUnit
+	}
+	return j.from.Sub(changed) > unit
 }

@@ -130,16 +130,15 @@ func TestProgramWithoutFile(t *testing.T) {
 	}
 	removed := testProgram(t, t.TempDir(), "removed")
 	for name, tt := range map[string]struct {
-		run  string
+		p    *attest.Peer
 		want string
 	}{
-		"in memory": {fmt.Sprintf("/proc/self/fd/%d", fd), "path:/memfd:app"},
-		"removed":   {removed, "path:" + removed},
+		"in memory": {run(t, fmt.Sprintf("/proc/self/fd/%d", fd), nil), "path:/memfd:app"},
+		"removed":   {run(t, removed, nil), "path:" + removed},
 	} {
-		p := run(t, tt.run, nil)
 		_ = os.Remove(removed)
 		a := New(Config{SHA256: true})
-		got := strings.Join(values(t, a, p), " ")
+		got := strings.Join(values(t, a, tt.p), " ")
 		a.Close()
 		if want := fmt.Sprintf("%s sha256:%x", tt.want, sha256.Sum256(data)); !strings.HasSuffix(got, want) {
 			t.Errorf("%s: got %s, want %s", name, got, want)

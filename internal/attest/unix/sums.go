@@ -25,9 +25,11 @@ const (
 	// stuckAfter is how long one turn may take before the others no longer wait
 	// for it: a read of a network file system can hang for ever.
 	stuckAfter = 5 * time.Second
-	// timestampUnit is more than the unit in which file systems note changes
-	// (milliseconds on Linux's own, up to two seconds on others).
-	timestampUnit = 2 * time.Second
+	// fineUnit and coarseUnit are more than the units in which file systems note
+	// the time of a change: those that store parts of a second take it from the
+	// kernel's tick (up to 10 ms), the others go up to two seconds (FAT).
+	fineUnit   = 100 * time.Millisecond
+	coarseUnit = 2 * time.Second
 )
 
 var (

@@ -335,20 +335,33 @@ func TestHashOfChangedFile(t *testing.T) {
 // unit in which it was read may have another content with the same ID.
 func TestHashOfFileJustChangedIsNotKept(t *testing.T) {
 	t.Parallel()
-	for age, want := range map[time.Duration]int{-time.Hour: 2, 0: 2, timestampUnit: 2, timestampUnit + 1: 1, time.Hour: 1} {
+	for _, tt := range []struct {
+		nsec   int64 // of the time of the change
+		age    time.Duration
+		hashed int // of two callers
+	}{
+		{123, -time.Hour, 2},
+		{123, 0, 2},
+		{123, fineUnit, 2},
+		{123, fineUnit + 1, 1},
+		{123, time.Hour, 1},
+		{0, coarseUnit, 2},
+		{0, coarseUnit + 1, 1},
+	} {
 		synctest.Test(t, func(t *testing.T) {
 			d := newDisk(t)
 			close(d.gate)
 			f := d.file("app", 1)
-			d.sums.now = func() time.Time { return time.Unix(f.state.ctime.Unix()).Add(age) }
+			f.state.ctime.Nsec = tt.nsec
+			d.sums.now = func() time.Time { return time.Unix(f.state.ctime.Unix()).Add(tt.age) }
 			for range 2 {
 				f.at = 0
 				if err := <-d.start(t.Context(), 1, f); err != nil {
 					t.Error(err)
 				}
 			}
-			if d.opened != want {
-				t.Errorf("changed %v before: hashed %d times, want %d", age, d.opened, want)
+			if d.opened != tt.hashed {
+				t.Errorf("%+v: hashed %d times", tt, d.opened)
 			}
 		})
 	}
