@@ -104,12 +104,12 @@ func (p *Peer) readStartTime() (uint64, error) {
 // parentheses and may itself hold spaces and parentheses, so the fields are
 // counted from the last one: proc_pid_stat(5).
 func parseStat(stat []byte) (started uint64, ended bool, err error) {
-	const state, threads, start = 3 - 3, 20 - 3, 22 - 3
+	const state, threads, start = 3, 20, 22
 	end := bytes.LastIndexByte(stat, ')')
 	if end < 0 {
 		return 0, false, errors.New("no command name")
 	}
-	zombie, n := false, 0
+	zombie, n := false, state
 	for field := range bytes.FieldsSeq(stat[end+1:]) {
 		switch n {
 		case state:
