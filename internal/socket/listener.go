@@ -123,9 +123,9 @@ func (l *Listener) Close() error {
 	return errors.Join(errs...)
 }
 
-// inPlace reports whether who connects to the path reaches this process. A file
-// that looks different than it was made was renamed, linked, had its rights
-// changed, or is another one under the same inode number.
+// inPlace reports whether callers who connect to the path reach this process. A
+// file that is not as it was made has been renamed, linked or given other
+// permissions, or it is another one under the same inode number.
 func (l *Listener) inPlace() bool {
 	l.mu.Lock()
 	made := l.file
@@ -183,9 +183,9 @@ func (l *Listener) check(log *slog.Logger) {
 			log.Info("socket file recovered", "path", l.path)
 		}
 	} else if err = l.bind(); err == nil {
-		log.Warn("socket file was missing and has been recreated", "path", l.path)
+		log.Warn("socket file recreated", "path", l.path)
 	} else if before == nil && !errors.Is(err, net.ErrClosed) {
-		log.Error("socket file missing, new callers do not reach this process", "path", l.path, "error", err)
+		log.Error("socket file missing", "path", l.path, "error", err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -95,7 +95,7 @@ func TestSocketFileIsMadeAgain(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	const recreated = "[socket file was missing and has been recreated]"
+	const recreated = "[socket file recreated]"
 	for name, tt := range map[string]struct {
 		harm func(path string)
 		want string // in the log, after two checks
@@ -107,7 +107,7 @@ func TestSocketFileIsMadeAgain(t *testing.T) {
 		"rights changed":     {func(path string) { must(os.Chmod(path, 0o700)) }, "[]"},
 		"folder removed":     {func(path string) { must(os.RemoveAll(filepath.Dir(path))) }, recreated},
 		"folder moved away":  {func(path string) { must(os.Rename(filepath.Dir(path), filepath.Dir(path)+".old")) }, recreated},
-		"folder made anew":   {func(path string) { must(os.RemoveAll(filepath.Dir(path))); must(os.Mkdir(filepath.Dir(path), 0o700)) }, recreated},
+		"folder replaced":    {func(path string) { must(os.RemoveAll(filepath.Dir(path))); must(os.Mkdir(filepath.Dir(path), 0o700)) }, recreated},
 		"left by the killed": {func(path string) { must(os.Remove(path)); leave(t, path) }, recreated},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -193,11 +193,23 @@ func TestSocketBeforeTheLastIsListenedOn(t *testing.T) {
 func TestSocketPathTakenBySomebodyElse(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
-		take func(t *testing.T, path string) (free func())
+		take func(t *testing.T, path string, e *echo) (free func())
 		want string
 	}{
-		"another process": {func(t *testing.T, path string) func() { return listenElsewhere(t, path) }, "another process listens on it"},
-		"a file": {func(t *testing.T, path string) func() {
+		"another process": {func(t *testing.T, path string, _ *echo) func() { return listenElsewhere(t, path) }, "another process listens on it"},
+		"another process, under the same inode number": {func(t *testing.T, path string, e *echo) func() {
+			free := listenElsewhere(t, path)
+			ours, err := os.Lstat(path)
+			for theirs := ours; err == nil && ctime(theirs) == ctime(ours); theirs, err = os.Lstat(path) {
+				err = os.Chmod(path, 0o777)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			e.file = ours
+			return free
+		}, "another process listens on it"},
+		"a file": {func(t *testing.T, path string, _ *echo) func() {
 			if err := os.WriteFile(path, []byte("precious"), 0o600); err != nil {
 				t.Fatal(err)
 			}
@@ -208,7 +220,7 @@ func TestSocketPathTakenBySomebodyElse(t *testing.T) {
 				os.Remove(path)
 			}
 		}, "not a socket"},
-		"a file for the folder": {func(t *testing.T, path string) func() {
+		"a file for the folder": {func(t *testing.T, path string, _ *echo) func() {
 			dir := filepath.Dir(path)
 			if err := os.Remove(dir); err != nil {
 				t.Fatal(err)
@@ -226,20 +238,20 @@ func TestSocketPathTakenBySomebodyElse(t *testing.T) {
 			if err := os.Remove(path); err != nil {
 				t.Fatal(err)
 			}
-			free := tt.take(t, path)
+			free := tt.take(t, path, e)
 			for range 3 {
 				e.check(e.log)
 			}
 			if err := e.Err(); err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), path) {
 				t.Errorf("Err: %v, want %q with the path", err, tt.want)
 			}
-			if got := fmt.Sprint(e.lines()); got != "[socket file missing, new callers do not reach this process]" {
+			if got := fmt.Sprint(e.lines()); got != "[socket file missing]" {
 				t.Errorf("logged %s", got)
 			}
 			free()
 			e.check(e.log)
 			e.reached()
-			if got := fmt.Sprint(e.lines()); got != "[socket file was missing and has been recreated]" {
+			if got := fmt.Sprint(e.lines()); got != "[socket file recreated]" {
 				t.Errorf("logged %s", got)
 			}
 		})

@@ -28,7 +28,7 @@ type hasher struct {
 	hashed int
 	block  chan struct{} // hashing waits for it
 	err    error         // of hashing
-	noUser bool          // the user is not found out, either
+	others []string      // selectors that are always found, instead of the user
 }
 
 func (*hasher) Name() string { return "unix" }
@@ -36,9 +36,13 @@ func (*hasher) Name() string { return "unix" }
 func (h *hasher) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	others := h.others
+	if others == nil {
+		others = []string{fmt.Sprintf("uid:%d", p.UID())}
+	}
 	var out []cache.Selector
-	if !h.noUser {
-		out = append(out, cache.Selector{Type: "unix", Value: fmt.Sprintf("uid:%d", p.UID())})
+	for _, value := range others {
+		out = append(out, cache.Selector{Type: "unix", Value: value})
 	}
 	if !h.needed() {
 		return out, nil
@@ -82,7 +86,8 @@ func TestStreamsAreAttestedAgain(t *testing.T) {
 		s, h := newHasherSystem(t)
 		s.add(entry("e1", "/one", 1000))
 		c := s.client(1000)
-		in := fetchX509(t.Context(), c)
+		ctx, cancel := context.WithCancel(t.Context())
+		in := fetchX509(ctx, c)
 		one(t, in)
 		bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
 		if got := settled(bundles); len(got) != 1 {
@@ -116,6 +121,13 @@ func TestStreamsAreAttestedAgain(t *testing.T) {
 		}
 		if n := s.cache.Unanswered(); n != 0 {
 			t.Errorf("%d streams are counted as unanswered", n)
+		}
+		cancel()
+		synctest.Wait()
+		for _, u := range s.cache.Authorities() {
+			if u.Streams != 0 {
+				t.Errorf("%d streams count after the last has ended", u.Streams)
+			}
 		}
 	})
 }
@@ -160,7 +172,11 @@ func TestStreamCountsWhileItIsAttestedAgain(t *testing.T) {
 // nothing. It is not told that it has no identity, either.
 func TestStreamsThatCannotBeAttestedAgain(t *testing.T) {
 	t.Parallel()
-	for name, noUser := range map[string]bool{"the hash is missing": false, "all is missing": true} {
+	for name, others := range map[string][]string{
+		"the hash is missing":     nil,
+		"the user is missing too": {"gid:1000"},
+		"all is missing":          {},
+	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
@@ -169,7 +185,7 @@ func TestStreamsThatCannotBeAttestedAgain(t *testing.T) {
 				in := fetchX509(t.Context(), s.client(1000))
 				one(t, in)
 				h.mu.Lock()
-				h.err, h.noUser = errors.New("may not be read"), noUser
+				h.err, h.others = errors.New("may not be read"), others
 				h.mu.Unlock()
 				s.add(hashEntry("e2", "/two", "good"))
 				time.Sleep(time.Second)

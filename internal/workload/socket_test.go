@@ -199,7 +199,7 @@ func TestSocketFileRemovedUnderStreams(t *testing.T) {
 	if svid, err := source.GetX509SVID(); err != nil || string(svid.Certificates[0].Raw) != string(renewed.Leaf) {
 		t.Errorf("the renewal is not what arrived: %v", err)
 	}
-	if n := len(s.logs.attrs("socket file was missing and has been recreated")); n != 1 {
+	if n := len(s.logs.attrs("socket file recreated")); n != 1 {
 		t.Errorf("logged %d times, want once", n)
 	}
 }
