@@ -200,11 +200,16 @@ func TestSocketPathTakenBySomebodyElse(t *testing.T) {
 		"another process, under the same inode number": {func(t *testing.T, path string, e *echo) func() {
 			free := listenElsewhere(t, path)
 			ours, err := os.Lstat(path)
-			for theirs := ours; err == nil && ctime(theirs) == ctime(ours); theirs, err = os.Lstat(path) {
-				err = os.Chmod(path, 0o777)
-			}
 			if err != nil {
 				t.Fatal(err)
+			}
+			for theirs := ours; ctime(theirs) == ctime(ours); {
+				if err := os.Chmod(path, 0o777); err != nil {
+					t.Fatal(err)
+				}
+				if theirs, err = os.Lstat(path); err != nil {
+					t.Fatal(err)
+				}
 			}
 			e.file = ours
 			return free
