@@ -175,10 +175,15 @@ func TestExecutableThatMayNotBeRead(t *testing.T) {
 		"no right to read":         {[]uintptr{unix.CAP_SYS_PTRACE}, "unix:path:" + closed + "] ", "CAP_DAC_READ_SEARCH"},
 		"the rights of the daemon": {[]uintptr{unix.CAP_SYS_PTRACE, unix.CAP_DAC_READ_SEARCH}, "unix:sha256:", "] <nil>"},
 	} {
-		cmd := exec.Command(agent)
-		cmd.Env = append(os.Environ(), "RENEWD_TEST_AS=agent", "RENEWD_TEST_PEER="+strconv.Itoa(target.PID())+",0,0")
-		cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54322}, AmbientCaps: tt.caps}
-		out, err := cmd.CombinedOutput()
+		var out []byte
+		err := error(syscall.ETXTBSY)
+		// Another test may be forking while our copy was still open for writing.
+		for ; errors.Is(err, syscall.ETXTBSY); time.Sleep(10 * time.Millisecond) {
+			cmd := exec.Command(agent)
+			cmd.Env = append(os.Environ(), "RENEWD_TEST_AS=agent", "RENEWD_TEST_PEER="+strconv.Itoa(target.PID())+",0,0")
+			cmd.SysProcAttr = &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54322}, AmbientCaps: tt.caps}
+			out, err = cmd.CombinedOutput()
+		}
 		if err != nil {
 			t.Fatalf("%s: %v: %s", name, err, out)
 		}
