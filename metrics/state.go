@@ -46,6 +46,8 @@ type State struct {
 	// that ends.
 	OwnID     string
 	OwnExpiry time.Time
+	// ClockLag is how far this node's clock is behind the server's, at least.
+	ClockLag time.Duration
 	// BundleApplied is when the bundle in force was applied.
 	BundleApplied time.Time
 	// BundleSequence is that bundle's sequence number. It is exported only
@@ -101,11 +103,13 @@ var (
 		"When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.", "key_id")
 	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
 		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.", "spiffe_id")
+	descClockLag = desc("renewd_agent_clock_lag_seconds",
+		"How far this node's clock is behind the server's, at least, as the newest X.509-SVID tells: 0 when that one was valid at once. Above 0, set the clock: peers on this node may refuse each other's SVIDs.")
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descStreams}
+		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descClockLag, descStreams}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -145,6 +149,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		stamp(descJWTExpiry, t, kid)
 	}
 	stamp(descOwnExpiry, s.OwnExpiry, s.OwnID)
+	gauge(descClockLag, s.ClockLag.Seconds())
 	stamp(descApplied, s.BundleApplied)
 	if !s.BundleApplied.IsZero() {
 		gauge(descSequence, float64(s.BundleSequence))

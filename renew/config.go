@@ -29,6 +29,10 @@ const (
 	// comes back still signed by a tainted authority.
 	retryBase  = 2 * time.Second
 	retryLimit = time.Minute
+	// swapMargin is how long before its end by the server's clock an SVID gives
+	// way to one that is not valid yet by this node's: more than servers date
+	// SVIDs back, by which the lag is underestimated.
+	swapMargin = time.Minute
 )
 
 // Outcome is how a renewal ended.

@@ -3,6 +3,7 @@ package renew
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"math/rand/v2"
 	"time"
 
@@ -25,7 +26,8 @@ func (r *Renewer) dispatch(now time.Time) []*call {
 		}
 		calls = append(calls, c)
 		if r.gate.closed {
-			break // this one tries
+			c.probe = true
+			r.gate.hold()
 		}
 	}
 	return calls
@@ -36,17 +38,13 @@ func (r *Renewer) next(now time.Time) *call {
 	if ownDue && r.own.reason != ReasonTaint {
 		return r.startOwn()
 	}
-	if r.urgent.Len() > 0 && r.batches < maxBatches {
-		n := min(r.urgent.Len(), r.cfg.BatchSize)
-		if r.gate.closed {
-			n = 1
-		}
+	if r.batches < r.urgent.room(maxBatches) && !r.waveTries() {
 		r.batches++
-		return r.start(r.urgent, n, false)
+		return r.start(r.urgent, r.cfg.BatchSize, false)
 	}
 	// While the own SVID is on its way the wave waits: it would go out with an
 	// identity that is about to be retired.
-	if (!ownDue && r.wave.Len() == 0) || r.own.inFlight || r.singles >= maxSingles {
+	if (!ownDue && r.wave.Len() == 0) || r.own.inFlight || (!ownDue && r.singles >= r.wave.room(maxSingles)) {
 		if r.token != nil && !r.own.inFlight && r.wave.Len() == 0 {
 			r.token.Cancel()
 			r.token = nil
@@ -69,6 +67,16 @@ func (r *Renewer) next(now time.Time) *call {
 	return r.start(r.wave, 1, true)
 }
 
+// waveTries reports whether the gate is closed and the item to try next is one
+// of the wave, although others are more urgent.
+func (r *Renewer) waveTries() bool {
+	if !r.gate.closed || r.own.inFlight {
+		return false
+	}
+	u, w := r.urgent.stalest(), r.wave.stalest()
+	return u != nil && w != nil && w.tried.Before(u.tried)
+}
+
 func (r *Renewer) startOwn() *call {
 	r.own.inFlight = true
 	return &call{snapshot: r.snapshot, started: time.Now()}
@@ -76,23 +84,40 @@ func (r *Renewer) startOwn() *call {
 
 // start takes up to n items from a ready queue for one call. Those that a
 // stream waits for go in a call of their own, because an answer comes when its
-// last item is signed.
+// last item is signed. Behind a closed gate it takes the one that tries.
 func (r *Renewer) start(q *queue, n int, single bool) *call {
-	c := &call{single: single, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, n)}
-	for first := q.items[0].streams; len(c.attempts) < n && q.Len() > 0 && q.items[0].streams == first; {
-		it := q.take()
-		it.ready = nil
-		it.inFlight = true
-		r.timers.drop(it)
-		a := &attempt{item: it, reason: it.reason}
-		if state, ok := r.cfg.Cache.Item(it.entryID); ok {
-			a.entry, a.held = state.Entry, state.SVID
-			c.attempts = append(c.attempts, a)
-		} else {
-			r.forget(it) // gone since it was looked at
+	c := &call{single: single, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, min(n, q.Len()))}
+	if r.gate.closed {
+		r.take(c, q, q.stalest())
+		return c
+	}
+	for first := q.items[0].streams; q.Len() > 0; {
+		it := q.items[0]
+		if it.most > 0 {
+			n = min(n, it.most)
 		}
+		if len(c.attempts) >= n || it.streams != first {
+			break
+		}
+		r.take(c, q, it)
 	}
 	return c
+}
+
+// take moves an item from its ready queue into a call.
+func (r *Renewer) take(c *call, q *queue, it *item) {
+	q.drop(it)
+	it.ready = nil
+	it.inFlight = true
+	it.tried = c.started
+	r.timers.drop(it)
+	a := &attempt{item: it, reason: it.reason}
+	if state, ok := r.cfg.Cache.Item(it.entryID); ok {
+		a.entry, a.held = state.Entry, state.SVID
+		c.attempts = append(c.attempts, a)
+	} else {
+		r.forget(it) // gone since it was looked at
+	}
 }
 
 // work makes the call on its own goroutine.
@@ -125,21 +150,36 @@ func (r *Renewer) finish(c *call) {
 		r.batches--
 	}
 	took := time.Since(c.started)
-	if c.err != nil {
-		r.closeGate(c)
-	} else if len(c.attempts) > 0 {
+	// A server that answered another call meanwhile is there: the fault is with
+	// what this call asked for.
+	blamed := c.started.Before(r.gate.answered)
+	switch {
+	case c.err == nil && len(c.attempts) > 0:
 		r.openGate()
+	case c.err != nil && !blamed:
+		r.closeGate(c)
 	}
 	for _, a := range c.attempts {
 		a.item.inFlight = false
-		if c.err != nil {
-			r.cfg.Observer.Minted(c.err, took)
-			r.cfg.Observer.Renewed(a.reason, OutcomeFailed)
-			r.cfg.Cache.Failed(a.entry.ID)
-		} else {
-			r.cfg.Observer.Minted(a.err, took)
-			r.cfg.Observer.Renewed(a.reason, r.apply(a, now))
+		if a.err == nil {
+			a.err = c.err
 		}
+		r.cfg.Observer.Minted(a.err, took)
+		var outcome Outcome
+		switch {
+		case a.err == nil:
+			outcome = r.apply(a, now)
+		case c.err == nil:
+			a.item.most = 0
+			outcome = r.failed(a, true, now)
+		case len(c.attempts) == 1:
+			// What fails behind a closed gate is the server's fault until it has
+			// answered another call.
+			outcome = r.failed(a, blamed || !c.probe, now)
+		default:
+			outcome = r.split(a, len(c.attempts))
+		}
+		r.cfg.Observer.Renewed(a.reason, outcome)
 		if r.items[a.item.entryID] == a.item {
 			r.look(a.item.entryID, now)
 		}
@@ -149,19 +189,20 @@ func (r *Renewer) finish(c *call) {
 
 // apply takes in one item's answer.
 func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
-	if a.err != nil {
-		r.failed(a, now)
-		if a.rejected {
-			return OutcomeRejected
-		}
-		return OutcomeFailed
-	}
+	r.noteLag(a.svid.NotBefore.Sub(now))
+	at := later(now, a.svid.NotBefore)
 	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
+	early := old(a.svid, at)
+	a.svid.RenewAt = a.svid.RenewAt.Add(now.Sub(at)) // by this node's clock
 	// Compared with what is held now: the entry may have been gone for a moment
 	// and minted again while this answer was on its way.
-	if state, _ := r.cfg.Cache.Item(a.entry.ID); !r.better(a.svid, state.SVID, now) {
-		r.lag(a, now)
+	state, _ := r.cfg.Cache.Item(a.entry.ID)
+	if !r.better(a.svid, state.SVID, at) {
+		r.lagged(a, now)
 		return OutcomeTainted
+	}
+	if r.postpone(a, state, now) {
+		return OutcomeRenewed
 	}
 	if err := r.cfg.Cache.Put(a.svid); err != nil {
 		return OutcomeDropped
@@ -171,15 +212,62 @@ func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 		r.cfg.Log.Info("renewals work again")
 	}
 	if state, _ := r.snapshot.State(a.svid.Authority); state == bundle.Tainted {
-		r.lag(a, now)
+		r.lagged(a, now)
 		return OutcomeTainted
 	}
-	if old(a.svid, now) {
-		r.pause(a.item, a.svid.NotAfter, now)
+	if early {
+		a.item.failures++
+		a.item.pause(a.svid.NotAfter, now)
 		return OutcomeRenewed
 	}
-	a.item.retry, a.item.backoff = time.Time{}, nil
+	a.item.answered()
 	return OutcomeRenewed
+}
+
+// postpone keeps an SVID that is not valid yet by this node's clock, because that
+// is behind the server's, until it may be used, and reports whether there is
+// cause to. Peers with the right time accept it and the one held; those that
+// share this node's clock accept the one held alone. So that one stays in use
+// while it is valid by both clocks: until the new one begins by this node's
+// clock, or the old one is about to end by the server's.
+func (r *Renewer) postpone(a *attempt, state cache.Item, now time.Time) bool {
+	lag := a.svid.NotBefore.Sub(now)
+	if lag <= 0 || !r.serves(state, now) {
+		return false
+	}
+	swap := a.svid.NotBefore
+	if end := state.SVID.NotAfter.Add(-lag - swapMargin); end.Before(swap) {
+		swap = end
+	}
+	if !swap.After(now) {
+		return false
+	}
+	a.item.answered()
+	a.item.next, a.item.swap = a.svid, swap
+	return true
+}
+
+// serves reports whether what is held is good to hand out by this node's clock,
+// as it is and as the entry is.
+func (r *Renewer) serves(state cache.Item, now time.Time) bool {
+	s := state.SVID
+	if s == nil || !s.For(state.Entry) || s.NotBefore.After(now) || !s.NotAfter.After(now) {
+		return false
+	}
+	trust, _ := r.snapshot.State(s.Authority)
+	return trust == bundle.Trusted
+}
+
+// swap puts the SVID that was postponed to use, unless what is held has become
+// the better one meanwhile, and returns what is held then.
+func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
+	next := it.next
+	it.next = nil
+	if !next.For(state.Entry) || !r.better(next, state.SVID, later(now, next.NotBefore)) || r.cfg.Cache.Put(next) != nil {
+		return state.SVID
+	}
+	r.settled()
+	return next
 }
 
 // old reports whether an SVID that has just been minted is due again too soon:
@@ -210,48 +298,54 @@ func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
 	return held.NotAfter.Sub(now) < held.NotAfter.Sub(held.NotBefore)/10
 }
 
-// lag notes that a tainted authority still signs and has the item wait.
-func (r *Renewer) lag(a *attempt, now time.Time) {
+// lagged notes that a tainted authority still signs and has the item wait.
+func (r *Renewer) lagged(a *attempt, now time.Time) {
 	if !r.lagging[a.svid.Authority] {
 		r.lagging[a.svid.Authority] = true
 		r.settling[a.svid.Authority] = true
 		r.cfg.Log.Warn("server still signs with a tainted authority, trying again later",
 			"authority", a.svid.Authority, "entry", a.entry.ID, "spiffe_id", a.entry.SPIFFEID.String())
 	}
-	r.pause(a.item, a.svid.NotAfter, now)
+	a.item.failures++
+	a.item.pause(a.svid.NotAfter, now)
 }
 
-// failed notes that one entry's SVID could not be minted and has it wait.
-func (r *Renewer) failed(a *attempt, now time.Time) {
+// failed notes that one entry's SVID was asked for alone, or had an answer of
+// its own, and could not be minted: it waits. The pause grows, and the item
+// becomes doubtful, only by failures that are its own.
+func (r *Renewer) failed(a *attempt, own bool, now time.Time) Outcome {
 	if errors.Is(a.err, errUnknownAuthority) {
 		r.cfg.Unexplained()
 	}
-	level := r.cfg.Log.Debug
-	if !r.failing {
-		r.failing, level = true, r.cfg.Log.Warn
+	if own {
+		a.item.failures++
+		level := slog.LevelDebug
+		if !r.failing && a.item.failures == 1 {
+			r.failing, level = true, slog.LevelWarn
+		}
+		r.cfg.Log.Log(context.Background(), level, "X.509-SVID not renewed, trying again later", "entry", a.entry.ID,
+			"spiffe_id", a.entry.SPIFFEID.String(), "reason", a.reason, "error", a.err)
 	}
-	level("X.509-SVID not renewed, trying again later", "entry", a.entry.ID,
-		"spiffe_id", a.entry.SPIFFEID.String(), "reason", a.reason, "error", a.err)
+	r.cfg.Cache.Failed(a.entry.ID)
 	var expiry time.Time
 	if a.held != nil {
 		expiry = a.held.NotAfter
-	} else {
-		r.cfg.Cache.Failed(a.entry.ID)
 	}
-	r.pause(a.item, expiry, now)
+	a.item.pause(expiry, now)
+	if a.rejected {
+		return OutcomeRejected
+	}
+	return OutcomeFailed
 }
 
-// pause draws when the item is tried again. One that is about to expire does
-// not wait for more than a quarter of what it has left.
-func (r *Renewer) pause(it *item, expiry, now time.Time) {
-	if it.backoff == nil {
-		it.backoff = newBackoff(retryBase, retryLimit)
-	}
-	d := it.backoff.NextBackOff()
-	if left := expiry.Sub(now); left > 0 {
-		d = min(d, left/4)
-	}
-	it.retry = now.Add(max(d, time.Second))
+// split notes that a call of n items failed, which says little about each: one
+// of them may be bad, or they are too many for the server to sign within the
+// deadline. Each goes in a call of an eighth of the size next, so that all parts
+// may go at once, and a bad one among 500 is alone after three.
+func (r *Renewer) split(a *attempt, n int) Outcome {
+	a.item.most = max(n/maxBatches, 1)
+	r.cfg.Cache.Failed(a.entry.ID)
+	return OutcomeFailed
 }
 
 func (r *Renewer) finishOwn(c *call, now time.Time) {

@@ -200,7 +200,7 @@ func (f *fakeServer) entries(n int) []*cache.Entry {
 	}
 	out := make([]*cache.Entry, n)
 	for i := range out {
-		id := fmt.Sprintf("entry-%04d", i)
+		id := entryID(i)
 		f.ids[id] = spiffeid.RequireFromPathf(td, "/workload/%d", i)
 		out[i] = &cache.Entry{ID: id, SPIFFEID: f.ids[id], Selectors: []cache.Selector{selector(i)}}
 	}

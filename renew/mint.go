@@ -118,12 +118,10 @@ func (r *Renewer) mint(ctx context.Context, attempts []*attempt) error {
 	return nil
 }
 
-// clockSkew is how far this node's clock may be behind the server's before a
-// fresh SVID is refused as not yet valid. SPIRE dates SVIDs back by 10 s only.
-const clockSkew = time.Minute
-
 // verify checks what the server answered for an entry and makes an SVID of it:
-// SPIFFE ID, key, time and chain (SPIFFE X.509-SVID, section 5).
+// SPIFFE ID, key, time and chain (SPIFFE X.509-SVID, section 5). The server has
+// just signed it, so one that begins in this node's future says that this node's
+// clock is behind, and is verified at the time when it begins.
 func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundle, now time.Time) (*cache.SVID, error) {
 	if len(chain) == 0 {
 		return nil, errors.New("server answered without a certificate")
@@ -153,11 +151,7 @@ func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundl
 	if !ok || !public.Equal(key.Public()) {
 		return nil, errors.New("SVID is for another key than the one requested")
 	}
-	at := now
-	if at.Before(leaf.NotBefore) && leaf.NotBefore.Sub(at) <= clockSkew {
-		at = leaf.NotBefore
-	}
-	authority, err := own.Verify(leaf, certs[1:], at)
+	authority, err := own.Verify(leaf, certs[1:], later(now, leaf.NotBefore))
 	if err != nil {
 		if unknown := new(x509.UnknownAuthorityError); errors.As(err, unknown) {
 			return nil, fmt.Errorf("%w: %w", errUnknownAuthority, err)

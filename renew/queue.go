@@ -2,6 +2,8 @@ package renew
 
 import (
 	"container/heap"
+	"math/rand/v2"
+	"slices"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -15,10 +17,14 @@ type item struct {
 	entry    *cache.Entry // as it was when looked at last
 	reason   Reason
 	streams  bool
-	expiry   time.Time // zero when none is held
-	wake     time.Time // when to look again
-	retry    time.Time // not before, after a failure
-	backoff  *backoff.ExponentialBackOff
+	expiry   time.Time   // zero when none is held
+	wake     time.Time   // when to look again
+	retry    time.Time   // not before, after a failure
+	failures int         // tries in a row, of this item alone, that did not renew it
+	most     int         // how large a call it may be in; zero means BatchSize
+	tried    time.Time   // monotonic: when it was last asked for
+	next     *cache.SVID // minted, and not in use before swap; see Renewer.defer
+	swap     time.Time
 	inFlight bool
 	timerPos int // position in timers, or -1
 	readyPos int // position in its ready queue, or -1
@@ -39,16 +45,42 @@ func newTimers() *queue {
 	}
 }
 
+// answered forgets the failures.
+func (it *item) answered() { it.retry, it.failures, it.most = time.Time{}, 0, 0 }
+
+// pause draws when an item that failed is tried again: after full jitter below
+// a bound that doubles from retryBase to retryLimit. One that is about to expire
+// does not wait for more than a quarter of what it has left.
+func (it *item) pause(expiry, now time.Time) {
+	bound := min(retryBase<<min(max(it.failures-1, 0), 10), retryLimit)
+	d := rand.N(bound)
+	if left := expiry.Sub(now); left > 0 {
+		d = min(d, left/4)
+	}
+	it.retry = now.Add(max(d, time.Second))
+}
+
+// doubtful says that the item itself is probably why it fails. A single failure
+// is not enough: it is also what the start of an outage looks like.
+func (it *item) doubtful() bool { return it.failures > 1 }
+
 // newReady returns a queue with the most urgent item first: those with open
 // streams, then those that expire first. What is not held at all has a zero
-// expiry and so comes first among its like.
+// expiry and so comes first among its like; of equals the least recently tried
+// does. Doubtful ones come last and take turns, however urgent they are.
 func newReady() *queue {
 	return &queue{
 		less: func(a, b *item) bool {
-			if a.streams != b.streams {
+			if a.doubtful() != b.doubtful() {
+				return b.doubtful()
+			}
+			if !a.doubtful() && a.streams != b.streams {
 				return a.streams
 			}
-			return a.expiry.Before(b.expiry)
+			if !a.doubtful() && !a.expiry.Equal(b.expiry) {
+				return a.expiry.Before(b.expiry)
+			}
+			return a.tried.Before(b.tried)
 		},
 		pos: func(it *item) *int { return &it.readyPos },
 	}
@@ -93,8 +125,33 @@ func (q *queue) drop(it *item) {
 	}
 }
 
-// take removes and returns the first; the queue must not be empty.
-func (q *queue) take() *item { return heap.Pop(q).(*item) }
+// stalest returns the least recently tried item, nil when the queue is empty.
+func (q *queue) stalest() *item {
+	if len(q.items) == 0 {
+		return nil
+	}
+	return slices.MinFunc(q.items, func(a, b *item) int {
+		if c := a.tried.Compare(b.tried); c != 0 {
+			return c
+		}
+		if q.less(a, b) {
+			return -1
+		}
+		return 1
+	})
+}
+
+// room is how many calls of limit the queue may use: doubtful items, which may
+// all hang, leave half of them to others.
+func (q *queue) room(limit int) int {
+	if len(q.items) == 0 {
+		return 0
+	}
+	if q.items[0].doubtful() {
+		return limit / 2
+	}
+	return limit
+}
 
 // newBackoff returns the pauses between attempts: doubling from base, full
 // jitter (uniform in [0, 2·interval]), never above limit.

@@ -3,6 +3,7 @@ package renew
 import (
 	"context"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -37,6 +38,9 @@ type Renewer struct {
 	lagging  map[string]bool // tainted authorities seen to sign still
 	settling map[string]bool // tainted authorities that SVIDs still hang on
 	clock    clock
+	behind   bool // the clock's lag was logged
+
+	lag atomic.Int64 // see ClockLag
 
 	mu       sync.Mutex
 	inFlight map[*call]struct{}
@@ -55,9 +59,10 @@ type ownItem struct {
 type call struct {
 	attempts []*attempt // nil for the node's own SVID
 	single   bool
+	probe    bool             // it began while the gate was closed
 	snapshot *bundle.Snapshot // in force when it began
 	started  time.Time        // monotonic
-	err      error
+	err      error            // of the call as a whole
 }
 
 // New returns a Renewer. It panics when a required field is missing: that is a
@@ -129,7 +134,7 @@ func (r *Renewer) Run(ctx context.Context) error {
 			r.cfg.Log.Warn("clock was stepped, all deadlines are looked at again")
 			r.own.retry = time.Time{}
 			for id, it := range r.items {
-				it.retry = time.Time{}
+				it.retry, it.swap = time.Time{}, time.Time{}
 				r.look(id, now)
 			}
 		}
@@ -231,14 +236,22 @@ func (r *Renewer) look(id string, now time.Time) {
 	if r.snapshot == nil {
 		return // looked at when the first one comes
 	}
+	if it.next != nil && !(it.swap.After(now) && r.serves(state, now)) {
+		state.SVID = r.swap(it, state, now)
+	}
 	due, reason := Due(state, r.snapshot, r.policy, now)
+	if it.next != nil {
+		due = it.swap
+	}
 	it.streams = state.Streams > 0
 	it.expiry = time.Time{}
 	if state.SVID != nil {
 		it.expiry = state.SVID.NotAfter
 	}
-	if it.entry != state.Entry || (reason != it.reason && reason == ReasonRemoved) {
-		it.retry = time.Time{} // the failures so far were about something else
+	if it.entry != state.Entry {
+		it.answered() // the failures so far were about something else
+	} else if reason != it.reason && reason == ReasonRemoved {
+		it.retry = time.Time{}
 	}
 	it.entry, it.reason = state.Entry, reason
 	if it.retry.After(due) {

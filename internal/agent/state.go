@@ -40,6 +40,7 @@ func (a *Agent) State() metrics.State {
 		Expiring:  map[string]int{metrics.TypeX509: late},
 		JWTExpiry: a.cache.JWTExpiry(),
 		Streams:   a.streams.counts(),
+		ClockLag:  a.renewer.ClockLag(),
 	}
 	if own != nil {
 		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter

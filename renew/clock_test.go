@@ -1,0 +1,172 @@
+package renew_test
+
+import (
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/cache"
+)
+
+// skewed is a drill on a node whose clock is ahead of the server's by skew, in
+// nanoseconds, and whose SVIDs live for an hour. The bubble's clock is the
+// server's.
+func skewed(t *testing.T, n int, skew *atomic.Int64, log *strings.Builder, f func(*rig)) {
+	drill(t, n, func(r *rig) {
+		r.server.life = time.Hour
+		r.cfg.Now = func() time.Time { return time.Now().Round(0).Add(time.Duration(skew.Load())) }
+		r.cache = cache.New(cache.Config{Limit: n + 1, Now: r.cfg.Now})
+		r.cfg.Cache, r.cfg.Log = r.cache, logTo(log)
+	}, f)
+}
+
+// valid reports whether an SVID is valid by both clocks.
+func (r *rig) valid(s *cache.SVID) bool {
+	for _, now := range []time.Time{time.Now(), r.cfg.Now()} {
+		if now.Before(s.NotBefore) || !now.Before(s.NotAfter) {
+			return false
+		}
+	}
+	return true
+}
+
+// A node whose clock is wrong holds SVIDs that are valid by the server's clock,
+// shows them, and renews them no more often than others do.
+func TestWrongClockKeepsIdentities(t *testing.T) {
+	const n = 5
+	for name, by := range map[string]time.Duration{
+		"behind by 75 seconds":   -75 * time.Second,
+		"behind by 40 minutes":   -40 * time.Minute,
+		"behind by 3 hours":      -3 * time.Hour,
+		"behind by 10 years":     -10 * 365 * 24 * time.Hour,
+		"ahead by 75 seconds":    75 * time.Second,
+		"ahead by a few minutes": 10 * time.Minute,
+	} {
+		t.Run(name, func(t *testing.T) {
+			var skew atomic.Int64
+			skew.Store(int64(by))
+			var log strings.Builder
+			skewed(t, n, &skew, &log, func(r *rig) {
+				begin := time.Now()
+				for range 4 * 60 {
+					for i := range n {
+						if v := r.cache.Match([]cache.Selector{selector(i)}); len(v.Identities) != 1 {
+							t.Fatalf("after %v a workload has %d identities", time.Since(begin), len(v.Identities))
+						} else if s := v.Identities[0].SVID; s.NotBefore.After(time.Now()) || !s.NotAfter.After(time.Now()) {
+							t.Fatalf("after %v a workload has an SVID that is valid from %v to %v", time.Since(begin), s.NotBefore, s.NotAfter)
+						}
+					}
+					time.Sleep(time.Minute)
+				}
+				synctest.Wait()
+				asked := 0
+				for _, c := range r.server.since(time.Time{}) {
+					asked += len(c.ids)
+				}
+				if asked < 8*n || asked > 13*n {
+					t.Errorf("%d SVIDs were asked for in four hours, want each of %d at its half-life", asked, n)
+				}
+				warned := 0
+				if by < 0 {
+					warned = 1
+					if lag := r.renewer.ClockLag(); lag > -by || lag < -by-15*time.Second {
+						t.Errorf("the clock is said to lag by %v", lag)
+					}
+				}
+				if k := strings.Count(log.String(), "level=WARN"); k != warned || strings.Count(log.String(), "clock lag detected") != warned {
+					t.Errorf("%d warnings, want %d:\n%s", k, warned, log.String())
+				}
+			})
+		})
+	}
+}
+
+// While this node's clock is behind, the SVID held stays in use until the new one
+// is valid by this clock, too, and is not minted again and again meanwhile.
+func TestOldSVIDServesUntilTheNewOneIsValidHere(t *testing.T) {
+	const n = 5
+	var skew atomic.Int64
+	var log strings.Builder
+	skewed(t, n, &skew, &log, func(r *rig) {
+		from := time.Now()
+		r.sleepUntil(from.Add(6 * time.Minute))
+		skew.Store(int64(-5 * time.Minute))
+		first := mustItem(t, r.cache, "entry-0000").SVID
+		for range 12 * 100 {
+			for i := range n {
+				v := r.cache.Match([]cache.Selector{selector(i)})
+				if s := v.Identities[0].SVID; !r.valid(s) {
+					t.Fatalf("after %v an SVID is shown that is valid from %v to %v, and it is %v here", time.Since(from), s.NotBefore, s.NotAfter, r.cfg.Now())
+				}
+			}
+			r.sleepUntil(time.Now().Add(5 * time.Second))
+		}
+		asked := 0
+		for _, c := range r.server.since(from) {
+			asked += len(c.ids)
+		}
+		if asked < 2*n || asked > 4*n || mustItem(t, r.cache, "entry-0000").SVID == first {
+			t.Errorf("%d SVIDs were asked for in 100 minutes, want each of %d at its half-life", asked, n)
+		}
+	})
+}
+
+// postponed is a drill in which the clock lags and the new SVID of the one entry
+// waits for its time.
+func postponed(t *testing.T, f func(r *rig, skew *atomic.Int64, old *cache.SVID)) {
+	var skew atomic.Int64
+	var log strings.Builder
+	skewed(t, 1, &skew, &log, func(r *rig) {
+		r.sleepUntil(time.Now().Add(21 * time.Minute))
+		skew.Store(int64(-20 * time.Minute))
+		r.server.set(func() { r.server.signer = r.next })
+		old := mustItem(t, r.cache, "entry-0000").SVID
+		from := time.Now()
+		r.sleepUntil(from.Add(34 * time.Minute)) // half of its life has passed by this clock
+		if calls := r.server.since(from); len(calls) != 1 || mustItem(t, r.cache, "entry-0000").SVID != old {
+			t.Fatalf("%d calls, want one, and the old SVID in use", len(calls))
+		}
+		f(r, &skew, old)
+	})
+}
+
+// What ends the old SVID's use ends the wait of the new one.
+func TestPostponedSVIDIsUsedWhenTheOldOneIsNoLongerGood(t *testing.T) {
+	for name, end := range map[string]func(*rig, *atomic.Int64, *cache.SVID){
+		"it is about to end by the server's clock": func(r *rig, _ *atomic.Int64, old *cache.SVID) { r.sleepUntil(old.NotAfter.Add(-30 * time.Second)) },
+		"its authority is tainted":                 func(r *rig, _ *atomic.Int64, _ *cache.SVID) { r.mark() },
+		"its authority is removed": func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
+			r.cache.SetBundle(snapshot(r.t, trusted(r.next)...))
+		},
+		"the clock was set": func(r *rig, skew *atomic.Int64, _ *cache.SVID) {
+			skew.Store(0)
+			time.Sleep(time.Minute)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			postponed(t, func(r *rig, skew *atomic.Int64, old *cache.SVID) {
+				calls := len(r.server.since(time.Time{}))
+				end(r, skew, old)
+				synctest.Wait()
+				if s := mustItem(t, r.cache, "entry-0000").SVID; s == old || len(r.server.since(time.Time{})) != calls {
+					t.Errorf("the old SVID is in use: %t; %d calls more, want none", s == old, len(r.server.since(time.Time{}))-calls)
+				}
+			})
+		})
+	}
+}
+
+// An entry that changes while its new SVID waits has another one minted.
+func TestPostponedSVIDOfAnotherRevisionIsNotUsed(t *testing.T) {
+	postponed(t, func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
+		changed := *mustItem(t, r.cache, "entry-0000").Entry
+		changed.Revision++
+		r.cache.Update([]*cache.Entry{&changed}, nil)
+		synctest.Wait()
+		if s := mustItem(t, r.cache, "entry-0000").SVID; s.Revision != changed.Revision {
+			t.Errorf("the SVID in use is of revision %d, want %d", s.Revision, changed.Revision)
+		}
+	})
+}
