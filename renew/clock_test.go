@@ -56,6 +56,8 @@ func TestWrongClockKeepsIdentities(t *testing.T) {
 							t.Fatalf("after %v a workload has %d identities", time.Since(begin), len(v.Identities))
 						} else if s := v.Identities[0].SVID; s.NotBefore.After(time.Now()) || !s.NotAfter.After(time.Now()) {
 							t.Fatalf("after %v a workload has an SVID that is valid from %v to %v", time.Since(begin), s.NotBefore, s.NotAfter)
+						} else if age := time.Since(s.NotBefore); age > 36*time.Minute {
+							t.Fatalf("after %v a workload has an SVID that is %v old, which is more than half of its life", time.Since(begin), age)
 						}
 					}
 					time.Sleep(time.Minute)
@@ -140,9 +142,9 @@ func TestPostponedSVIDIsUsedWhenTheOldOneIsNoLongerGood(t *testing.T) {
 		"its authority is removed": func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
 			r.cache.SetBundle(snapshot(r.t, trusted(r.next)...))
 		},
-		"the clock was set": func(r *rig, skew *atomic.Int64, _ *cache.SVID) {
-			skew.Store(0)
-			time.Sleep(time.Minute)
+		"the clock was set back further": func(_ *rig, skew *atomic.Int64, _ *cache.SVID) {
+			skew.Store(int64(-40 * time.Minute))
+			time.Sleep(time.Minute) // no sleep is longer, so by now it was noticed
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -156,6 +158,20 @@ func TestPostponedSVIDIsUsedWhenTheOldOneIsNoLongerGood(t *testing.T) {
 			})
 		})
 	}
+}
+
+func TestPostponedSVIDIsUsedWhenTheClockWasSet(t *testing.T) {
+	postponed(t, func(r *rig, skew *atomic.Int64, old *cache.SVID) {
+		skew.Store(0)
+		r.sleepUntil(time.Now().Add(time.Minute))
+		if s := mustItem(t, r.cache, "entry-0000").SVID; s == old || !r.valid(s) {
+			t.Errorf("in use is an SVID that is valid from %v, and it is %v", s.NotBefore, time.Now())
+		}
+		r.sleepUntil(time.Now().Add(time.Hour))
+		if lag := r.renewer.ClockLag(); lag != 0 {
+			t.Errorf("the clock is said to lag by %v after it was set and an SVID was minted", lag)
+		}
+	})
 }
 
 // An entry that changes while its new SVID waits has another one minted.

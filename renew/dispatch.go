@@ -258,12 +258,12 @@ func (r *Renewer) serves(state cache.Item, now time.Time) bool {
 	return trust == bundle.Trusted
 }
 
-// swap puts the SVID that was postponed to use, unless what is held has become
-// the better one meanwhile, and returns what is held then.
+// swap puts the SVID that was postponed to use, unless the entry has changed or
+// what is held has become the better one meanwhile. It returns what is held then.
 func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
 	next := it.next
 	it.next = nil
-	if !next.For(state.Entry) || !r.better(next, state.SVID, later(now, next.NotBefore)) || r.cfg.Cache.Put(next) != nil {
+	if !r.better(next, state.SVID, later(now, next.NotBefore)) || r.cfg.Cache.Put(next) != nil {
 		return state.SVID
 	}
 	r.settled()

@@ -23,7 +23,7 @@ type item struct {
 	failures int         // tries in a row, of this item alone, that did not renew it
 	most     int         // how large a call it may be in; zero means BatchSize
 	tried    time.Time   // monotonic: when it was last asked for
-	next     *cache.SVID // minted, and not in use before swap; see Renewer.defer
+	next     *cache.SVID // minted, and not in use before swap; see Renewer.postpone
 	swap     time.Time
 	inFlight bool
 	timerPos int // position in timers, or -1
