@@ -236,7 +236,7 @@ func (r *Renewer) look(id string, now time.Time) {
 	if r.snapshot == nil {
 		return // looked at when the first one comes
 	}
-	if it.next != nil && !(it.swap.After(now) && r.serves(state, now)) {
+	if it.next != nil && (!it.swap.After(now) || !r.serves(state, now)) {
 		state.SVID = r.swap(it, state, now)
 	}
 	due, reason := Due(state, r.snapshot, r.policy, now)

@@ -344,11 +344,11 @@ func TestNoNeighbourTakesAnSVIDAway(t *testing.T) {
 	}
 	for i := range n {
 		seed := first + uint64(i)
-		t.Run(fmt.Sprint(seed), func(t *testing.T) { neighbours(t, rand.New(rand.NewPCG(seed, 8))) })
+		t.Run(fmt.Sprint(seed), func(t *testing.T) { randomHistory(t, rand.New(rand.NewPCG(seed, 8))) })
 	}
 }
 
-func neighbours(t *testing.T, random *rand.Rand) {
+func randomHistory(t *testing.T, random *rand.Rand) {
 	const n = 24
 	// How long after its last trouble an entry may still be without an SVID.
 	const bound = 8 * time.Minute
