@@ -275,7 +275,7 @@ func TestItemsTryInTurn(t *testing.T) {
 // A server that cannot sign all that is due within the deadline of a call is
 // asked for less at once, and not for more in all than it is worth.
 func TestSlowSignerIsAskedForLess(t *testing.T) {
-	const n = 500
+	const n = 300
 	synctest.Test(t, func(t *testing.T) {
 		ca := newCA(t, "old")
 		s := &troubled{fakeServer: &fakeServer{signer: ca, life: 24 * time.Hour}, each: 300 * time.Millisecond}
@@ -335,7 +335,7 @@ func TestHangingServerIsLeftInPeace(t *testing.T) {
 // it minutes and not the half of its life. And the calls stay few. RENEWD_SEED
 // replays one history; RENEWD_HISTORIES sets how many there are.
 func TestNoNeighbourTakesAnSVIDAway(t *testing.T) {
-	n, first := 3, rand.Uint64()
+	n, first := 2, rand.Uint64()
 	if k, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		n = k
 	}
