@@ -5,9 +5,10 @@
 // is the node's own bundle with the federated ones. Both are immutable and may
 // be shared freely; a change is a new value. [Refresher] polls the server
 // through a [Fetcher] and publishes a new Snapshot whenever an answer differs
-// from what is held. An answer that cannot be right (unparsable, of another
-// trust domain, without any X.509 authority, older than what is held) changes
-// nothing.
+// from what is held. An answer that cannot be right (of another trust domain,
+// without any X.509 authority that can be used) changes nothing, and one that
+// takes something back (older than what is held) has to stay for a minute. A part
+// that cannot be used is left out alone; see [New].
 //
 // The taint mark is SPIRE's and is not part of the SPIFFE bundle format
 // (SPIFFE Trust Domain and Bundle, section 4): a tainted authority is still
@@ -23,6 +24,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -57,17 +59,6 @@ type JWTAuthority struct {
 	Tainted   bool
 }
 
-// Content is what a [Bundle] is made of.
-type Content struct {
-	// Sequence grows with every change of the bundle; zero means unknown.
-	Sequence uint64
-	// RefreshHint is how often the server would like to be asked; zero means
-	// no wish.
-	RefreshHint time.Duration
-	X509        []X509Authority
-	JWT         []JWTAuthority
-}
-
 // Bundle is one trust domain's authorities at one moment. It is immutable:
 // callers must not modify the slices it returns.
 type Bundle struct {
@@ -79,38 +70,31 @@ type Bundle struct {
 	jwtIndex map[string]int
 }
 
-// New makes a Bundle from what a server answered. It fails when the trust
-// domain is missing, when there is no X.509 authority, or when an authority
-// lacks its certificate, key or key ID: such an answer is never a real trust
-// bundle, and applying it would withdraw trust from everything.
-// New takes ownership of the slices in c.
+// New makes a Bundle of what a server, a file or a bundle endpoint gave. An
+// authority that is given twice is one, and what cannot be used is left out and
+// listed in [Bundle.LeftOut]; the rules are the same wherever the content comes
+// from. It fails when the trust domain is missing and when no X.509 authority is
+// left: such an answer is never a real trust bundle, and applying it would
+// withdraw trust from everything.
 func New(td spiffeid.TrustDomain, c Content) (*Bundle, error) {
 	if td.IsZero() {
 		return nil, errors.New("trust bundle has no trust domain")
 	}
+	c = c.usable()
 	if len(c.X509) == 0 {
-		return nil, fmt.Errorf("trust bundle of %q has no X.509 authority", td.Name())
+		err := fmt.Errorf("trust bundle of %q has no X.509 authority", td.Name())
+		if len(c.LeftOut) > 0 {
+			err = fmt.Errorf("%w that can be used, such as %v", err, c.LeftOut[0])
+		}
+		return nil, err
 	}
 	b := &Bundle{td: td, content: c, roots: x509.NewCertPool(), jwtIndex: make(map[string]int, len(c.JWT))}
-	for i := range c.X509 {
-		a := &c.X509[i]
-		if a.Certificate == nil {
-			return nil, fmt.Errorf("trust bundle of %q: X.509 authority %d has no certificate", td.Name(), i)
-		}
-		if a.ID == "" {
-			a.ID = AuthorityID(a.Certificate)
-		}
+	for _, a := range c.X509 {
 		b.x509DER = append(b.x509DER, a.Certificate.Raw...)
 		b.roots.AddCert(a.Certificate)
 	}
 	set := jose.JSONWebKeySet{Keys: make([]jose.JSONWebKey, 0, len(c.JWT))}
 	for i, k := range c.JWT {
-		switch {
-		case k.KeyID == "":
-			return nil, fmt.Errorf("trust bundle of %q: JWT key %d has no key ID", td.Name(), i)
-		case k.PublicKey == nil:
-			return nil, fmt.Errorf("trust bundle of %q: JWT key %q has no public key", td.Name(), k.KeyID)
-		}
 		b.jwtIndex[k.KeyID] = i
 		set.Keys = append(set.Keys, jose.JSONWebKey{Key: k.PublicKey, KeyID: k.KeyID})
 	}
@@ -149,6 +133,12 @@ func (b *Bundle) X509() []X509Authority { return b.content.X509 }
 // JWT returns the JWT keys in the server's order. Read only.
 func (b *Bundle) JWT() []JWTAuthority { return b.content.JWT }
 
+// LeftOut lists what the bundle was given with and cannot be used. Read only.
+func (b *Bundle) LeftOut() []LeftOut { return b.content.LeftOut }
+
+// Digest names the authorities of the bundle; see [Content.Digest].
+func (b *Bundle) Digest() string { return b.content.Digest() }
+
 // X509DER returns the X.509 authorities as concatenated DER, the form of the
 // Workload API (SPIFFE Workload API, section 5.2.1). Read only.
 func (b *Bundle) X509DER() []byte { return b.x509DER }
@@ -157,17 +147,15 @@ func (b *Bundle) X509DER() []byte { return b.x509DER }
 // of the Workload API's JWT bundles. Read only.
 func (b *Bundle) JWKS() []byte { return b.jwks }
 
-// X509Authority finds an X.509 authority by its ID. When a key is published
-// under several certificates the mark of any of them counts for the key.
+// X509Authority finds an X.509 authority by its ID, the first when it has
+// several certificates. They all have the same mark.
 func (b *Bundle) X509Authority(id string) (X509Authority, bool) {
-	var found X509Authority
-	ok := false
 	for _, a := range b.content.X509 {
-		if a.ID == id && (!ok || a.Tainted) {
-			found, ok = a, true
+		if a.ID == id {
+			return a, true
 		}
 	}
-	return found, ok
+	return X509Authority{}, false
 }
 
 // JWTKey finds a JWT key by its key ID.
@@ -210,13 +198,14 @@ func (b *Bundle) Verify(leaf *x509.Certificate, intermediates []*x509.Certificat
 }
 
 // Equal reports whether both bundles say the same: the same authorities with
-// the same marks under the same sequence number.
+// the same marks under the same sequence number, and the same left out.
 func (b *Bundle) Equal(o *Bundle) bool {
 	if b == nil || o == nil {
 		return b == o
 	}
 	if b.td != o.td || b.content.Sequence != o.content.Sequence || b.content.RefreshHint != o.content.RefreshHint ||
-		len(b.content.X509) != len(o.content.X509) || len(b.content.JWT) != len(o.content.JWT) {
+		len(b.content.X509) != len(o.content.X509) || len(b.content.JWT) != len(o.content.JWT) ||
+		!slices.Equal(b.content.LeftOut, o.content.LeftOut) {
 		return false
 	}
 	for i, x := range b.content.X509 {
@@ -227,8 +216,7 @@ func (b *Bundle) Equal(o *Bundle) bool {
 	}
 	for i, x := range b.content.JWT {
 		y := o.content.JWT[i]
-		key, ok := x.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
-		if x.KeyID != y.KeyID || x.Tainted != y.Tainted || !x.ExpiresAt.Equal(y.ExpiresAt) || !ok || !key.Equal(y.PublicKey) {
+		if x.KeyID != y.KeyID || x.Tainted != y.Tainted || !x.ExpiresAt.Equal(y.ExpiresAt) || !sameKey(x.PublicKey, y.PublicKey) {
 			return false
 		}
 	}
@@ -275,15 +263,14 @@ const (
 type Snapshot struct {
 	Own       *Bundle
 	Federated map[spiffeid.TrustDomain]*Bundle
-	// Absent are the trust domains that the server has said to have no bundle of.
-	// What is in neither of the two has not been heard of yet.
-	Absent map[spiffeid.TrustDomain]bool
+	// NotFound are the trust domains that the server has no bundle of.
+	NotFound map[spiffeid.TrustDomain]bool
 }
 
-// Knows reports whether it has been heard what the bundle of a federated trust domain
-// is, or that there is none.
-func (s *Snapshot) Knows(td spiffeid.TrustDomain) bool {
-	return s.Federated[td] != nil || s.Absent[td] || td == s.Own.TrustDomain()
+// Pending reports whether the server has still to say what the bundle of a
+// federated trust domain is, or that it has none.
+func (s *Snapshot) Pending(td spiffeid.TrustDomain) bool {
+	return s.Federated[td] == nil && !s.NotFound[td] && td != s.Own.TrustDomain()
 }
 
 // State says what the own bundle makes of the X.509 authority with this ID

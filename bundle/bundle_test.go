@@ -6,6 +6,7 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"math/big"
 	"net/url"
@@ -84,11 +85,10 @@ func TestNewRefusesWhatIsNoBundle(t *testing.T) {
 		td spiffeid.TrustDomain
 		c  bundle.Content
 	}{
-		"no trust domain":    {c: bundle.Content{X509: []bundle.X509Authority{good}}},
-		"no X.509 authority": {td: td},
-		"no certificate":     {td: td, c: bundle.Content{X509: []bundle.X509Authority{{}}}},
-		"no key ID":          {td: td, c: bundle.Content{X509: []bundle.X509Authority{good}, JWT: []bundle.JWTAuthority{{PublicKey: good.Certificate.PublicKey}}}},
-		"no public key":      {td: td, c: bundle.Content{X509: []bundle.X509Authority{good}, JWT: []bundle.JWTAuthority{{KeyID: "k"}}}},
+		"no trust domain":                        {c: bundle.Content{X509: []bundle.X509Authority{good}}},
+		"no X.509 authority":                     {td: td},
+		"no X.509 authority but a JWT authority": {td: td, c: bundle.Content{JWT: []bundle.JWTAuthority{{KeyID: "k", PublicKey: good.Certificate.PublicKey}}}},
+		"none that can be used":                  {td: td, c: bundle.Content{X509: []bundle.X509Authority{{}}}},
 	} {
 		if _, err := bundle.New(tt.td, tt.c); err == nil {
 			t.Errorf("%s: no error", name)
@@ -142,11 +142,13 @@ func TestVerifyFindsTheAuthority(t *testing.T) {
 }
 
 func TestDiff(t *testing.T) {
+	certs := map[string]*x509.Certificate{"a": newCA(t, "a", nil).cert, "b": newCA(t, "b", nil).cert}
+	again := newCA(t, "a", nil).cert
 	auth := func(id string, tainted bool) bundle.X509Authority {
-		return bundle.X509Authority{ID: id, Certificate: shared.cert, Tainted: tainted}
+		return bundle.X509Authority{Certificate: certs[id], Tainted: tainted}
 	}
 	x := func(k bundle.Kind, id string) bundle.Change {
-		return bundle.Change{Kind: k, Type: bundle.TypeX509, ID: id}
+		return bundle.Change{Kind: k, Type: bundle.TypeX509, ID: hex.EncodeToString([]byte(id))}
 	}
 	for _, tt := range []struct {
 		name     string
@@ -159,7 +161,7 @@ func TestDiff(t *testing.T) {
 		{"taint taken back", newBundle(t, 1, auth("a", true)), newBundle(t, 2, auth("a", false)), []bundle.Change{x(bundle.KindUntainted, "a")}},
 		{"arrives tainted", newBundle(t, 1, auth("a", false)), newBundle(t, 2, auth("a", false), auth("b", true)), []bundle.Change{x(bundle.KindAdded, "b"), x(bundle.KindTainted, "b")}},
 		{"replaced", newBundle(t, 1, auth("a", true)), newBundle(t, 2, auth("b", false)), []bundle.Change{x(bundle.KindAdded, "b"), x(bundle.KindRemoved, "a")}},
-		{"one key under two certificates", newBundle(t, 1, auth("a", false), auth("a", false)), newBundle(t, 2, auth("a", false), auth("a", true)), []bundle.Change{x(bundle.KindTainted, "a")}},
+		{"one ID of two certificates", newBundle(t, 1, auth("a", false), bundle.X509Authority{Certificate: again}), newBundle(t, 2, auth("a", false), bundle.X509Authority{Certificate: again, Tainted: true}), []bundle.Change{x(bundle.KindTainted, "a")}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			if got := bundle.Diff(tt.from, tt.to); !slices.Equal(got, tt.want) {
@@ -168,8 +170,3 @@ func TestDiff(t *testing.T) {
 		})
 	}
 }
-
-var shared = func() *ca {
-	var t testing.T
-	return newCA(&t, "shared", nil)
-}()

@@ -11,10 +11,11 @@ const (
 	KindRemoved   Kind = "removed"
 )
 
-// The types of authority a [Change] can be about.
+// The types of authority. A [Change] is about one of the first two.
 const (
-	TypeX509 = "x509"
-	TypeJWT  = "jwt"
+	TypeX509    = "x509"
+	TypeJWT     = "jwt"
+	TypeUnknown = "unknown" // of a [LeftOut] that is of neither
 )
 
 // Change is one authority's step between two bundles of one trust domain.

@@ -2,19 +2,18 @@ package bundle
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"log/slog"
-	"maps"
 	"math/rand/v2"
-	"slices"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
 // Fetcher asks the server for trust bundles. Implementations return within a
-// deadline of their own and never return a nil Bundle without an error.
+// deadline of their own, and soon when ctx ends, and never return a nil Bundle
+// without an error. They are safe for concurrent use.
 type Fetcher interface {
 	// FetchBundle returns the node's own trust bundle.
 	FetchBundle(ctx context.Context) (*Bundle, error)
@@ -34,12 +33,9 @@ const (
 const (
 	// DefaultInterval is how often the server is asked for the bundle.
 	DefaultInterval = 5 * time.Second
-	// federatedInterval is how often it is asked for each federated one. The
-	// server itself follows the other trust domain's refresh hint, which is
-	// minutes, so asking more often would only bring the same answer.
-	federatedInterval = time.Minute
-	// staleLimit is how long answers older than the one held are taken for a
-	// lagging replica. An older bundle that stays is a restored data store.
+	// staleLimit is how long answers that take something back, because they are
+	// older than what is held, are taken for those of a lagging replica. What
+	// stays older is a restored data store.
 	staleLimit = time.Minute
 )
 
@@ -51,16 +47,18 @@ type RefresherConfig struct {
 	// and never with an equal one twice. The Refresher waits for it.
 	Publish func(*Snapshot)
 	// Federated tells the trust domains whose bundles are wanted besides the
-	// own one. It is asked at each refresh. Nil means none.
+	// own one. It is called often. Nil means none.
 	Federated func() []spiffeid.TrustDomain
 	// Initial is the bundle to start from: the one kept over a restart, with
 	// its TaintedSince times, or the one trust was bootstrapped from.
 	// It is published as soon as Run starts, unless it is nil.
 	Initial *Bundle
-	// InitialFederated are the federated bundles that were kept with Initial.
+	// InitialFederated are the federated bundles kept over a restart. They are
+	// published with the first own bundle.
 	InitialFederated map[spiffeid.TrustDomain]*Bundle
-	// Interval is the time between two refreshes, before [Jitter], which is
-	// drawn anew each time. Zero means DefaultInterval.
+	// Interval is the time between two refreshes of the own bundle and of each
+	// federated one, before [Jitter], which is drawn anew each time. Zero means
+	// DefaultInterval.
 	Interval time.Duration
 	// Observe, when set, is told the outcome of each refresh of the own
 	// bundle and the bundle then in force (nil when there is none yet).
@@ -72,15 +70,21 @@ type RefresherConfig struct {
 
 // Refresher keeps the node's trust bundles current. Run does the work and
 // owns all of its state; Refresh may be called from any goroutine.
+//
+// Each bundle is asked for on a goroutine that Run waits for, so that no answer
+// that is late delays another one. The answers come back to Run, which alone
+// decides and publishes.
 type Refresher struct {
 	cfg  RefresherConfig
 	kick chan struct{}
 
 	// Owned by Run.
-	snap         *Snapshot
-	federatedDue map[spiffeid.TrustDomain]time.Time
-	staleSince   time.Time
-	failing      bool
+	snap      *Snapshot
+	doubt     doubt
+	failing   bool
+	federated map[spiffeid.TrustDomain]*following
+	answers   chan federatedAnswer
+	busy      [2]int // requests for federated bundles under way, by lane
 }
 
 // NewRefresher returns a Refresher that does nothing until Run is called. It
@@ -105,14 +109,16 @@ func NewRefresher(cfg RefresherConfig) *Refresher {
 		cfg.Now = time.Now
 	}
 	return &Refresher{
-		cfg:          cfg,
-		kick:         make(chan struct{}, 1),
-		federatedDue: make(map[spiffeid.TrustDomain]time.Time),
+		cfg:       cfg,
+		kick:      make(chan struct{}, 1),
+		federated: make(map[spiffeid.TrustDomain]*following),
+		answers:   make(chan federatedAnswer, lanes[prompt].limit+lanes[slow].limit),
 	}
 }
 
-// Refresh asks Run to refresh now instead of at the next interval, for when
-// something was seen that only a newer bundle explains. It does not wait.
+// Refresh asks Run to refresh the own bundle now instead of at the next interval,
+// for when something was seen that only a newer bundle explains, and to ask for
+// federated bundles that have come to be wanted. It does not wait.
 func (r *Refresher) Refresh() {
 	select {
 	case r.kick <- struct{}{}:
@@ -123,20 +129,58 @@ func (r *Refresher) Refresh() {
 // Run refreshes until ctx is done and then returns nil. Nothing that a server
 // answers ends it.
 func (r *Refresher) Run(ctx context.Context) error {
+	var work sync.WaitGroup
+	defer work.Wait()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	if r.cfg.Initial != nil {
 		r.publish(&Snapshot{Own: r.cfg.Initial.since(r.cfg.Initial, r.cfg.Now()), Federated: r.cfg.InitialFederated})
 	}
+	type answer struct {
+		bundle *Bundle
+		err    error
+	}
+	own := make(chan answer, 1)
+	asking, again := false, false // again: a request under way may have been answered too early
+	due := time.Now()
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
+		if !asking && !time.Now().Before(due) {
+			asking = true
+			work.Go(func() {
+				b, err := r.cfg.Fetcher.FetchBundle(ctx)
+				own <- answer{b, err}
+			})
+		}
+		next := r.askFederated(ctx, &work)
+		if !asking && (next.IsZero() || due.Before(next)) {
+			next = due
+		}
+		if next.IsZero() {
+			timer.Stop()
+		} else {
+			timer.Reset(time.Until(next))
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-timer.C:
 		case <-r.kick:
+			due, again = time.Now(), asking
+		case a := <-own:
+			if ctx.Err() != nil {
+				return nil
+			}
+			r.refresh(a.bundle, a.err)
+			asking = false
+			if !again {
+				due = time.Now().Add(Jitter(r.cfg.Interval))
+			}
+			again = false
+		case a := <-r.answers:
+			r.refreshFederated(a)
 		}
-		r.refresh(ctx)
-		timer.Reset(Jitter(r.cfg.Interval))
 	}
 }
 
@@ -146,13 +190,10 @@ func Jitter(interval time.Duration) time.Duration {
 	return time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))
 }
 
-func (r *Refresher) refresh(ctx context.Context) {
-	own, err := r.cfg.Fetcher.FetchBundle(ctx)
-	if ctx.Err() != nil {
-		return
-	}
+// refresh draws the conclusions of one answer to the own bundle.
+func (r *Refresher) refresh(own *Bundle, err error) {
 	now := r.cfg.Now()
-	var last Snapshot
+	last := Snapshot{Federated: r.cfg.InitialFederated}
 	if r.snap != nil {
 		last = *r.snap
 	}
@@ -163,7 +204,7 @@ func (r *Refresher) refresh(ctx context.Context) {
 		outcome = OutcomeFailed
 		r.failed(err)
 		own = held
-	case r.stale(held, own, now):
+	case r.stale(held, own):
 		outcome = OutcomeRejected
 		own = held
 	case !own.Equal(held):
@@ -174,19 +215,11 @@ func (r *Refresher) refresh(ctx context.Context) {
 	}
 	if err == nil && r.failing {
 		r.failing = false
-		r.cfg.Log.Info("bundle refresh works again")
+		r.cfg.Log.Info("bundle refresh recovered")
 	}
-	if own == nil {
-		r.cfg.Observe(outcome, nil)
-		return
-	}
-	// Not with the federated ones, which may take their time.
 	if outcome == OutcomeApplied {
 		r.log(held, own)
-		r.publish(&Snapshot{Own: own, Federated: last.Federated, Absent: last.Absent})
-	}
-	if err == nil {
-		r.federated(ctx)
+		r.publish(&Snapshot{Own: own, Federated: last.Federated, NotFound: last.NotFound})
 	}
 	r.cfg.Observe(outcome, own)
 }
@@ -205,95 +238,48 @@ func (r *Refresher) failed(err error) {
 // from a lagging database answers with one, and to follow it would take back a
 // taint or, worse, make everything signed by the newest authority look
 // removed. After staleLimit without a newer answer the older one is real.
-func (r *Refresher) stale(held, got *Bundle, now time.Time) bool {
-	if held == nil || got.Sequence() == 0 || got.Sequence() >= held.Sequence() {
-		r.staleSince = time.Time{}
+func (r *Refresher) stale(held, got *Bundle) bool {
+	if !older(held, got) {
+		r.doubt = doubt{}
 		return false
 	}
-	if r.staleSince.IsZero() {
-		r.staleSince = now
-		r.cfg.Log.Warn("server answered with an older bundle, keeping the newer one",
-			"sequence", got.Sequence(), "held", held.Sequence())
-	}
-	if now.Sub(r.staleSince) < staleLimit {
-		return true
-	}
-	r.cfg.Log.Warn("server keeps answering with an older bundle, following it",
+	return r.withheld(&r.doubt, "server answered with an older bundle",
 		"sequence", got.Sequence(), "held", held.Sequence())
-	r.staleSince = time.Time{}
-	return false
 }
 
-// federated brings the federated bundles up to date: those newly wanted at
-// once, the others each federatedInterval.
-func (r *Refresher) federated(ctx context.Context) {
-	old := r.snap.Federated
-	wanted := slices.Clone(r.cfg.Federated())
-	// In no order, as those that come last may have to wait for the next time.
-	rand.Shuffle(len(wanted), func(i, j int) { wanted[i], wanted[j] = wanted[j], wanted[i] })
-	next := make(map[spiffeid.TrustDomain]*Bundle, len(wanted))
-	absent := make(map[spiffeid.TrustDomain]bool)
-	began := time.Now()
-	for _, td := range wanted {
-		if b := old[td]; b != nil {
-			next[td] = b
-		} else if r.snap.Absent[td] {
-			absent[td] = true
-		}
-		now := r.cfg.Now()
-		if due, known := r.federatedDue[td]; known && now.Before(due) {
-			continue
-		}
-		if time.Since(began) > r.cfg.Interval {
-			continue // the own bundle is to be asked for
-		}
-		asked := time.Now()
-		b, err := r.cfg.Fetcher.FetchFederatedBundle(ctx, td)
-		pause := federatedInterval
-		switch {
-		case errors.Is(err, ErrNotFound):
-			delete(next, td)
-			absent[td] = true
-		case err != nil:
-			r.cfg.Log.Debug("federated bundle refresh failed, keeping the bundle held", "trust_domain", td.Name(), "error", err)
-			if next[td] == nil && !absent[td] {
-				pause = max(r.cfg.Interval, time.Since(asked))
-			}
-		case !b.Equal(old[td]):
-			next[td] = b.since(old[td], now)
-			delete(absent, td)
-		}
-		r.federatedDue[td] = r.cfg.Now().Add(pause)
+// older reports whether got says that it is older than held.
+func older(held, got *Bundle) bool {
+	return held != nil && got.Sequence() != 0 && got.Sequence() < held.Sequence()
+}
+
+// doubt is about answers in a row that take something back. Zero means that
+// the last answer did not.
+type doubt struct {
+	last  time.Time
+	stood time.Duration // how long they have come for
+}
+
+// withheld notes one such answer and reports whether it is not to be followed
+// yet, with one line of the log when that begins and one when it ends. Only time
+// with answers counts: two of them with an outage in between prove nothing.
+func (r *Refresher) withheld(d *doubt, what string, args ...any) bool {
+	now := time.Now()
+	if d.last.IsZero() {
+		r.cfg.Log.Warn(what+", keeping the bundle held", args...)
+	} else {
+		d.stood += min(now.Sub(d.last), 2*r.cfg.Interval)
 	}
-	if ctx.Err() != nil {
-		return
+	d.last = now
+	if d.stood < staleLimit {
+		return true
 	}
-	maps.DeleteFunc(r.federatedDue, func(td spiffeid.TrustDomain, _ time.Time) bool {
-		return !slices.Contains(wanted, td)
-	})
-	changed := !maps.Equal(absent, r.snap.Absent)
-	for td, b := range next {
-		if old[td] != b {
-			changed = true
-			r.cfg.Log.Info("federated bundle refreshed", "trust_domain", td.Name(), "sequence", b.Sequence())
-		}
-	}
-	for td := range old {
-		if next[td] == nil {
-			changed = true
-			r.cfg.Log.Info("federated bundle dropped", "trust_domain", td.Name())
-		}
-	}
-	if changed {
-		r.publish(&Snapshot{Own: r.snap.Own, Federated: next, Absent: absent})
-	}
+	r.cfg.Log.Warn(what+" for a minute, following it", args...)
+	*d = doubt{}
+	return false
 }
 
 // log says what changed in the own bundle, one line each.
 func (r *Refresher) log(held, own *Bundle) {
-	if own == held {
-		return
-	}
 	changes := Diff(held, own)
 	r.cfg.Log.Info("bundle refreshed", "sequence", own.Sequence(),
 		"x509_authorities", len(own.X509()), "jwt_authorities", len(own.JWT()), "changes", len(changes))
@@ -303,6 +289,16 @@ func (r *Refresher) log(held, own *Bundle) {
 		}
 		r.cfg.Log.Info(fmt.Sprintf("%s authority %s", c.Type, c.Kind), "authority", c.ID, "sequence", own.Sequence())
 	}
+	r.logLeftOut(held, own)
+}
+
+// logLeftOut says what of a bundle cannot be used, when that has changed.
+func (r *Refresher) logLeftOut(held, got *Bundle) {
+	var before []LeftOut
+	if held != nil {
+		before = held.LeftOut()
+	}
+	LogLeftOut(r.cfg.Log, got.TrustDomain(), before, got.LeftOut())
 }
 
 func (r *Refresher) publish(s *Snapshot) {

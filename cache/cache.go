@@ -327,13 +327,13 @@ func (c *Cache) FederatesWith() []spiffeid.TrustDomain {
 	return out
 }
 
-// Unheard reports whether an entry federates with a trust domain whose bundle is
-// still to be asked for.
-func (c *Cache) Unheard() bool {
+// BundlesPending reports whether an entry federates with a trust domain of whose
+// bundle the server has said nothing yet.
+func (c *Cache) BundlesPending() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for td := range c.federated {
-		if c.snapshot != nil && !c.snapshot.Knows(td) {
+		if c.snapshot != nil && c.snapshot.Pending(td) {
 			return true
 		}
 	}

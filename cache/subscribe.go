@@ -26,9 +26,9 @@ type View struct {
 	// Bundle no longer has: nobody with this bundle accepts them, and their
 	// replacement is being minted.
 	Orphaned int
-	// Unheard says that a matched entry federates with a trust domain whose
-	// bundle is still to be asked for.
-	Unheard bool
+	// BundlesPending says that a matched entry federates with a trust domain of
+	// whose bundle the server has said nothing yet.
+	BundlesPending bool
 	// Entries are all matched entries, by entry ID.
 	Entries []*Entry
 	// Bundle is the trust bundle of the same moment; nil until Ready.
@@ -70,7 +70,7 @@ func (c *Cache) view(matched []*record) View {
 	for i, r := range matched {
 		v.Entries[i] = r.entry
 		for _, td := range r.entry.FederatesWith {
-			v.Unheard = v.Unheard || !c.snapshot.Knows(td)
+			v.BundlesPending = v.BundlesPending || c.snapshot.Pending(td)
 		}
 		switch {
 		case r.svid == nil:

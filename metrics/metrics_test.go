@@ -44,6 +44,7 @@ func wave() metrics.State {
 		OwnExpiry:      at.Add(time.Hour),
 		BundleApplied:  at,
 		BundleSequence: 42,
+		LeftOut:        []metrics.LeftOut{{Bundle: metrics.BundleOwn, Type: metrics.TypeJWT, Count: 2}, {Bundle: metrics.BundleFederated, Type: metrics.TypeUnknown}},
 		Expiring:       map[string]int{metrics.TypeX509: 5},
 		JWTExpiry:      map[string]time.Time{"k1": at.Add(2 * time.Hour)},
 		Streams:        map[string]int{metrics.RPCX509SVID: 6},
@@ -67,6 +68,10 @@ renewd_agent_svid_expiry_timestamp_seconds{spiffe_id="spiffe://example.org/spire
 # HELP renewd_bundle_applied_timestamp_seconds When the trust bundle in force was applied, as Unix time.
 # TYPE renewd_bundle_applied_timestamp_seconds gauge
 renewd_bundle_applied_timestamp_seconds 1.7000000005e+09
+# HELP renewd_bundle_authorities_left_out Authorities in the trust bundles in force that cannot be used and are left out, by the bundle they are in (own, federated) and type. The log names them.
+# TYPE renewd_bundle_authorities_left_out gauge
+renewd_bundle_authorities_left_out{bundle="federated",svid_type="unknown"} 0
+renewd_bundle_authorities_left_out{bundle="own",svid_type="jwt"} 2
 # HELP renewd_bundle_sequence_number Sequence number of the trust bundle in force. Nodes that lag behind show a lower one.
 # TYPE renewd_bundle_sequence_number gauge
 renewd_bundle_sequence_number 42
@@ -107,7 +112,7 @@ spirl_agent_svid_expiring{svid_type="x509"} 5
 `
 	if err := testutil.GatherAndCompare(m.Registry(), strings.NewReader(want),
 		"renewd_agent_svid_expiry_timestamp_seconds", "renewd_bundle_applied_timestamp_seconds",
-		"renewd_bundle_sequence_number", "renewd_jwt_svid_latest_expiry_timestamp_seconds",
+		"renewd_bundle_authorities_left_out", "renewd_bundle_sequence_number", "renewd_jwt_svid_latest_expiry_timestamp_seconds",
 		"renewd_streams_open", "renewd_svids_held", "renewd_taint_renewals_pending",
 		"renewd_taint_settled", "renewd_taint_streams_waiting", "spirl_agent_svid_expiring"); err != nil {
 		t.Error(err)

@@ -15,6 +15,15 @@ const (
 	StateRemoved  = "removed"  // no longer in the bundle, but something held was signed by it
 )
 
+// The values of the bundle label: which trust bundles are meant.
+const (
+	BundleOwn       = "own"
+	BundleFederated = "federated" // all of them together
+)
+
+// TypeUnknown is the svid_type of an authority that is of neither type.
+const TypeUnknown = "unknown"
+
 // The streaming RPCs of the Workload API, values of the rpc label.
 const (
 	RPCX509SVID    = "FetchX509SVID"
@@ -58,6 +67,8 @@ type State struct {
 	Expiring map[string]int
 	// JWTExpiry is the latest expiry of any JWT-SVID handed out, by key ID.
 	JWTExpiry map[string]time.Time
+	// LeftOut counts what of the trust bundles in force cannot be used.
+	LeftOut []LeftOut
 	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
 	Streams map[string]int
 }
@@ -77,6 +88,13 @@ type Authority struct {
 	// authority. It is exported as 0 while any of the three counts is not 0:
 	// removing a key early is the one mistake that cannot be taken back.
 	Settled bool
+}
+
+// LeftOut is how many authorities of one type cannot be used.
+type LeftOut struct {
+	Bundle string // [BundleOwn] or [BundleFederated]
+	Type   string // [TypeX509], [TypeJWT] or [TypeUnknown]
+	Count  int
 }
 
 // settled applies the rule of [Authority.Settled].
@@ -105,11 +123,13 @@ var (
 		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.", "spiffe_id")
 	descClockLag = desc("renewd_agent_clock_lag_seconds",
 		"How far this node's clock is behind the server's, at least, as the newest X.509-SVID tells: 0 when that one was valid at once. Above 0, set the clock: peers on this node may refuse each other's SVIDs.")
+	descLeftOut = desc("renewd_bundle_authorities_left_out",
+		"Authorities in the trust bundles in force that cannot be used and are left out, by the bundle they are in (own, federated) and type. The log names them.", "bundle", "svid_type")
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descClockLag, descStreams}
+		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descClockLag, descStreams}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -144,6 +164,9 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, rpc := range []string{RPCX509SVID, RPCX509Bundles, RPCJWTBundles} {
 		gauge(descStreams, float64(s.Streams[rpc]), rpc)
+	}
+	for _, l := range s.LeftOut {
+		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
 	}
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)

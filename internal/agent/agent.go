@@ -47,12 +47,14 @@ type Agent struct {
 
 	// bootstrap is what the server is trusted by until it has answered with a
 	// bundle.
-	bootstrap atomic.Pointer[bundle.Bundle]
-	partners  map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles kept from the last run
-	again     bool                                    // this node ran before
-	started   atomic.Pointer[time.Time]               // when Run began
-	applied   atomic.Pointer[time.Time]               // when the bundle in force was applied
-	socket    atomic.Pointer[socket.Listener]         // nil before Run and where Config.Listener is given
+	bootstrap     atomic.Pointer[bundle.Bundle]
+	adoption      adoption
+	resumed       bool                                    // the first snapshot is the bundle kept from the last run
+	keptFederated map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles kept from the last run
+	again         bool                                    // this node ran before
+	started       atomic.Pointer[time.Time]               // when Run began
+	applied       atomic.Pointer[time.Time]               // when the bundle in force was applied
+	socket        atomic.Pointer[socket.Listener]         // nil before Run and where Config.Listener is given
 }
 
 // New checks the configuration, opens DataDir and RuntimeDir and loads what
@@ -94,11 +96,14 @@ func (a *Agent) open() (err error) {
 	if err != nil {
 		return err
 	}
+	a.resumed = initial != nil
+	a.loadFederated()
 	a.client, err = upstream.New(upstream.Config{
 		ServerAddress: cfg.ServerAddress,
 		TrustDomain:   cfg.TrustDomain,
 		Node:          a.node,
 		Bundle:        a.trust,
+		Operator:      a.operator,
 		Insecure:      cfg.InsecureBootstrap,
 		Dial:          cfg.Dial,
 		Version:       cfg.Version,
@@ -123,7 +128,7 @@ func (a *Agent) open() (err error) {
 		Federated: a.federatesWith,
 		Initial:   initial,
 
-		InitialFederated: a.partners,
+		InitialFederated: a.keptFederated,
 		Interval:         cfg.RefreshInterval,
 		Observe:          func(outcome string, _ *bundle.Bundle) { a.metrics.BundleRefreshed(outcome) },
 		Log:              a.log,
@@ -188,17 +193,15 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 		}
 		if kept != nil {
 			a.bootstrap.Store(kept)
-			a.loadPartners()
+			a.trustGoesOn()
 			return kept, nil
 		}
 	}
-	given := a.cfg.TrustBundle
-	if a.cfg.TrustBundleFile != "" {
-		var err error
-		if given, err = upstream.LoadTrustBundle(a.cfg.TrustBundleFile, a.cfg.TrustDomain); err != nil {
-			return nil, fmt.Errorf("load trust_bundle_file: %w", err)
-		}
+	given, err := a.given()
+	if err != nil {
+		return nil, fmt.Errorf("load trust_bundle_file: %w", err)
 	}
+	a.trustBegins(given)
 	if given != nil {
 		a.bootstrap.Store(given)
 	}
@@ -207,11 +210,11 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 	return nil, nil
 }
 
-// loadPartners reads the federated bundles of the last run. To be without them
+// loadFederated reads the federated bundles of the last run. To be without them
 // for a while is no reason not to start.
-func (a *Agent) loadPartners() {
+func (a *Agent) loadFederated() {
 	var err error
-	if a.partners, err = a.store.LoadFederated(); err != nil {
+	if a.keptFederated, err = a.store.LoadFederated(); err != nil {
 		a.log.Error("federated bundles of the last run not loaded", "error", err)
 	}
 }
@@ -221,7 +224,7 @@ func (a *Agent) loadPartners() {
 func (a *Agent) federatesWith() []spiffeid.TrustDomain {
 	tds := a.cache.FederatesWith()
 	if !a.cache.Ready() {
-		for td := range a.partners {
+		for td := range a.keptFederated {
 			if !slices.Contains(tds, td) {
 				tds = append(tds, td)
 			}
@@ -244,10 +247,12 @@ func (a *Agent) publish(s *bundle.Snapshot) {
 	prev := a.cache.Bundle()
 	a.cache.SetBundle(s)
 	now := a.cfg.Now()
-	a.applied.Store(&now)
+	answered := a.applied.Swap(&now) != nil || !a.resumed
 	if prev == nil || prev.Own != s.Own {
 		if err := a.store.SaveBundle(s.Own); err != nil {
 			a.log.Error("trust bundle not kept: after a restart the last one kept is used", "error", err)
+		} else if answered {
+			a.adopt()
 		}
 	}
 	if prev != nil && !maps.Equal(prev.Federated, s.Federated) {
@@ -279,8 +284,7 @@ func (a *Agent) restore() error {
 		if err != nil || kept == nil || kept.TrustDomain() != a.cfg.TrustDomain {
 			a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them", "error", err)
 		} else {
-			a.loadPartners()
-			a.cache.SetBundle(&bundle.Snapshot{Own: kept, Federated: a.partners})
+			a.cache.SetBundle(&bundle.Snapshot{Own: kept, Federated: a.keptFederated})
 		}
 	}
 	a.cache.Restore(entries, svids)

@@ -88,6 +88,57 @@ func TestDrillRestartKeepsFederatedBundles(t *testing.T) {
 	})
 }
 
+// The outage has outlived the agent SVID, and the restarted agent serves what it kept.
+// When the server is back, what it answers first does not take the federated bundles
+// away from the open streams.
+func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
+	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
+	if err != nil {
+		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
+	}
+	defer os.RemoveAll(runtime)
+	synctest.Test(t, func(t *testing.T) {
+		dir, n := t.TempDir(), &network{hosts: map[string]*bufconn.Listener{}}
+		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)
+		defer func() { ours.stop(); theirs.stop() }()
+		ours.federate(theirs, dir)
+		ours.enter([]server.Entry{{
+			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), FederatesWith: []spiffeid.TrustDomain{partnerTD},
+			Selectors: []server.Selector{{Type: "test", Value: "web"}}, X509TTL: 72 * time.Hour,
+		}})
+		dial := ours.cfg.Dial
+		ours.cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
+			conn, err := dial(ctx, address)
+			return farAway{conn}, err
+		}
+		ours.cfg.RuntimeDir = runtime
+		ours.startAgent()
+		time.Sleep(time.Minute)
+		ours.stopAgent()
+		ours.stop()
+		theirs.stop()
+		time.Sleep(30 * time.Hour)
+		ours.up()
+		ours.set(func(f *faults) { f.down = true })
+		token, err := ours.server.CreateJoinToken(t.Context(), time.Hour)
+		ours.check(err)
+		ours.cfg.JoinToken = token.Value
+		ours.start()
+		defer func() { ours.streams.close(); ours.stopAgent() }()
+		time.Sleep(time.Minute)
+		ours.set(func(f *faults) { f.down = false })
+		for range 3000 {
+			time.Sleep(10 * time.Millisecond)
+			if ours.foreign(partnerTD) == nil {
+				t.Fatal("an open stream was told that there is no bundle of the other side")
+			}
+		}
+		if !ours.agent.Cache().Ready() {
+			t.Error("the server is not back")
+		}
+	})
+}
+
 // An entry that comes to federate and a workload that starts at once: its first
 // answer is complete. It may be the only one that it reads.
 func TestDrillNewFederationIsToldAtOnce(t *testing.T) {

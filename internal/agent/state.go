@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"maps"
 	"slices"
 	"time"
 
@@ -51,6 +52,7 @@ func (a *Agent) State() metrics.State {
 	if at := a.applied.Load(); at != nil {
 		s.BundleApplied, s.BundleSequence = *at, snapshot.Own.Sequence()
 	}
+	s.LeftOut = leftOut(snapshot)
 	newest := a.cache.Newest()
 	for _, u := range usages {
 		s.Authorities = append(s.Authorities, metrics.Authority{
@@ -103,6 +105,25 @@ func (a *Agent) State() metrics.State {
 		return cmp.Or(-cmp.Compare(x.Type, y.Type), cmp.Compare(x.ID, y.ID))
 	})
 	return s
+}
+
+// leftOut counts what of a snapshot's bundles cannot be used.
+func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
+	var out []metrics.LeftOut
+	count := func(which string, bundles ...*bundle.Bundle) {
+		n := make(map[string]int)
+		for _, b := range bundles {
+			for _, l := range b.LeftOut() {
+				n[l.Type]++
+			}
+		}
+		for _, typ := range []string{bundle.TypeX509, bundle.TypeJWT, bundle.TypeUnknown} {
+			out = append(out, metrics.LeftOut{Bundle: which, Type: typ, Count: n[typ]})
+		}
+	}
+	count(metrics.BundleOwn, snapshot.Own)
+	count(metrics.BundleFederated, slices.Collect(maps.Values(snapshot.Federated))...)
+	return out
 }
 
 // reunion is how long the workloads of the process before are given to come

@@ -63,7 +63,7 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 			}
 			if len(upsert)+len(gone) > 0 || !a.cache.Ready() {
 				a.cache.Update(upsert, gone)
-				if a.cache.Unheard() {
+				if a.cache.BundlesPending() {
 					a.refresher.Refresh()
 				}
 				a.log.Info("entries synced", "changed", len(upsert), "deleted", len(gone), "entries", len(have))

@@ -21,12 +21,14 @@ import (
 	agentpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlepb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
@@ -86,7 +88,8 @@ type faults struct {
 	signing time.Duration // before every answer with SVIDs
 	answer  time.Duration // after a stream's handler has signed, before its answer is sent
 	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
-	lag     *keyset.Record // signs with this keyset whatever the state
+	lag     *keyset.Record      // signs with this keyset whatever the state
+	bundle  func(*types.Bundle) // changes the bundle that is answered
 }
 
 // mint is one request to sign, as the server saw it arrive.
@@ -280,6 +283,11 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 		return nil, err
 	}
 	res, err := handler(ctx, req)
+	if b, ok := res.(*types.Bundle); ok && err == nil && f.bundle != nil {
+		b = proto.CloneOf(b)
+		f.bundle(b)
+		return b, nil
+	}
 	if batch, ok := res.(*svidpb.BatchNewX509SVIDResponse); ok && err == nil {
 		asked := req.(*svidpb.BatchNewX509SVIDRequest)
 		if f.lag != nil {

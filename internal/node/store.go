@@ -18,11 +18,12 @@ import (
 
 // The files of a [Store].
 const (
-	identityFile = "identity.json" // key and own SVID together, so that they always match
-	bundleFile   = "bundle.json"
-	partnersFile = "federated.json"
-	seedFile     = "seed"
-	lockFile     = "lock"
+	identityFile  = "identity.json" // key and own SVID together, so that they always match
+	bundleFile    = "bundle.json"
+	federatedFile = "federated.json"
+	adoptedFile   = "adopted" // digest of the operator's authorities that bundleFile began with
+	seedFile      = "seed"
+	lockFile      = "lock"
 )
 
 // maxFile bounds what is read of any one file.
@@ -166,13 +167,13 @@ func (s *Store) SaveBundle(b *bundle.Bundle) error {
 
 // LoadFederated returns the federated bundles kept, nil when there are none.
 func (s *Store) LoadFederated() (map[spiffeid.TrustDomain]*bundle.Bundle, error) {
-	b, err := s.read(partnersFile)
+	b, err := s.read(federatedFile)
 	if b == nil || err != nil {
 		return nil, err
 	}
 	out, err := decodeBundles(b)
 	if err != nil {
-		return nil, &CorruptError{s.path(partnersFile), "remove it; the agent asks the server for them", err}
+		return nil, &CorruptError{s.path(federatedFile), "remove it; the agent asks the server for them", err}
 	}
 	return out, nil
 }
@@ -183,8 +184,18 @@ func (s *Store) SaveFederated(bundles map[spiffeid.TrustDomain]*bundle.Bundle) e
 	if err != nil {
 		return fmt.Errorf("encode the federated bundles: %w", err)
 	}
-	return s.write(partnersFile, enc)
+	return s.write(federatedFile, enc)
 }
+
+// LoadAdopted returns the digest of the authorities that the operator had given
+// and that the bundle kept began with; empty when it is not known.
+func (s *Store) LoadAdopted() (string, error) {
+	b, err := s.read(adoptedFile)
+	return string(b), err
+}
+
+// SaveAdopted keeps digest in place of the one kept before.
+func (s *Store) SaveAdopted(digest string) error { return s.write(adoptedFile, []byte(digest)) }
 
 // Seed returns random bytes that are this node's own: made at the first call
 // in the life of the folder, the same ever after.

@@ -137,6 +137,24 @@ func TestStoreKeepsFederatedBundles(t *testing.T) {
 	}
 }
 
+func TestStoreKeepsWhatWasAdopted(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	s := openStore(t, dir)
+	for _, want := range []string{"", "one", "two"} {
+		if want != "" {
+			if err := s.SaveAdopted(want); err != nil {
+				t.Fatal(err)
+			}
+		}
+		s.Close()
+		s = openStore(t, dir)
+		if got, err := s.LoadAdopted(); got != want || err != nil {
+			t.Errorf("got %q, %v; want %q", got, err, want)
+		}
+	}
+}
+
 func TestSeedStays(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()

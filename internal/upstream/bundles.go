@@ -1,19 +1,12 @@
 package upstream
 
 import (
-	"bytes"
 	"context"
-	"crypto/x509"
-	"encoding/pem"
-	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
-	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -28,8 +21,6 @@ const (
 	// maxBundleBytes bounds a bundle as the server or a file gives it. An
 	// authority takes 1 to 2 KiB.
 	maxBundleBytes = 8 << 20
-	// maxRefreshHint keeps nonsense from overflowing a duration.
-	maxRefreshHint = 365 * 24 * 3600
 	// maxExpiry is the end of year 9999, beyond which Go cannot print a time.
 	maxExpiry = 253402300799
 )
@@ -71,7 +62,8 @@ func (c *Client) fetchAnonymously(ctx context.Context) (*bundle.Bundle, error) {
 }
 
 // FetchFederatedBundle returns the bundle of another trust domain, or
-// [bundle.ErrNotFound] when the server has none.
+// [bundle.ErrNotFound] when the server has none or one without any X.509
+// authority.
 func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
 	var out *bundle.Bundle
 	err := c.call(ctx, fmt.Sprintf("fetch bundle of %q", td.Name()), c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
@@ -83,6 +75,9 @@ func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDoma
 		if err != nil {
 			return err
 		}
+		if len(answer.GetX509Authorities()) == 0 && answer.GetTrustDomain() == td.Name() {
+			return bundle.ErrNotFound // all trust in X.509-SVIDs of that trust domain is withdrawn
+		}
 		out, err = parseBundle(td, answer)
 		return err
 	})
@@ -92,9 +87,8 @@ func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDoma
 	return out, nil
 }
 
-// parseBundle makes a Bundle of what a server answered. Any part that cannot
-// be right makes the whole an error: to leave out an authority would withdraw
-// trust from what it signed.
+// parseBundle makes a Bundle of what a server answered. What of it can be used is
+// decided by [bundle.New].
 func parseBundle(td spiffeid.TrustDomain, in *types.Bundle) (*bundle.Bundle, error) {
 	got, err := spiffeid.TrustDomainFromString(in.GetTrustDomain())
 	if err != nil {
@@ -103,30 +97,12 @@ func parseBundle(td spiffeid.TrustDomain, in *types.Bundle) (*bundle.Bundle, err
 	if got != td {
 		return nil, malformed("it is the bundle of %q instead of %q", got.Name(), td.Name())
 	}
-	c := bundle.Content{
-		Sequence:    in.GetSequenceNumber(),
-		RefreshHint: time.Duration(min(max(in.GetRefreshHint(), 0), maxRefreshHint)) * time.Second,
+	c := bundle.Content{Sequence: in.GetSequenceNumber(), RefreshHint: bundle.Seconds(in.GetRefreshHint())}
+	for _, a := range in.GetX509Authorities() {
+		c.AddX509(a.GetAsn1(), a.GetTainted())
 	}
-	for i, a := range in.GetX509Authorities() {
-		cert, err := x509.ParseCertificate(a.GetAsn1())
-		if err != nil {
-			return nil, malformed("bundle of %q, X.509 authority %d: %v", td.Name(), i, err)
-		}
-		c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert, Tainted: a.GetTainted()})
-	}
-	seen := make(map[string]bool, len(in.GetJwtAuthorities()))
 	for _, k := range in.GetJwtAuthorities() {
-		if seen[k.GetKeyId()] {
-			return nil, malformed("bundle of %q: two JWT keys have the ID %q", td.Name(), k.GetKeyId())
-		}
-		seen[k.GetKeyId()] = true
-		pub, err := x509.ParsePKIXPublicKey(k.GetPublicKey())
-		if err != nil {
-			return nil, malformed("bundle of %q, JWT key %q: %v", td.Name(), k.GetKeyId(), err)
-		}
-		c.JWT = append(c.JWT, bundle.JWTAuthority{
-			KeyID: k.GetKeyId(), PublicKey: pub, ExpiresAt: unixTime(k.GetExpiresAt()), Tainted: k.GetTainted(),
-		})
+		c.AddJWT(k.GetKeyId(), k.GetPublicKey(), unixTime(k.GetExpiresAt()), k.GetTainted())
 	}
 	b, err := bundle.New(td, c)
 	if err != nil {
@@ -159,43 +135,11 @@ func LoadTrustBundle(path string, td spiffeid.TrustDomain) (*bundle.Bundle, erro
 }
 
 func parseTrustBundle(b []byte, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
-	b = bytes.TrimSpace(b)
-	var c bundle.Content
-	if bytes.HasPrefix(b, []byte("{")) {
-		in, err := spiffebundle.Parse(td, b)
-		if err != nil {
-			return nil, err
-		}
-		c.Sequence, _ = in.SequenceNumber()
-		c.RefreshHint, _ = in.RefreshHint()
-		for _, cert := range in.X509Authorities() {
-			c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert})
-		}
-		keys := in.JWTAuthorities()
-		for _, id := range slices.Sorted(maps.Keys(keys)) {
-			c.JWT = append(c.JWT, bundle.JWTAuthority{KeyID: id, PublicKey: keys[id]})
-		}
-		return bundle.New(td, c)
+	doc, err := bundle.Read(b)
+	if err != nil {
+		return nil, err
 	}
-	for {
-		block, rest := pem.Decode(b)
-		if block == nil {
-			break
-		}
-		b = rest
-		if block.Type != "CERTIFICATE" {
-			return nil, fmt.Errorf("it holds a PEM block %q: only CERTIFICATE belongs into a trust bundle", block.Type)
-		}
-		cert, err := x509.ParseCertificate(block.Bytes)
-		if err != nil {
-			return nil, fmt.Errorf("certificate %d: %w", len(c.X509)+1, err)
-		}
-		c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert})
-	}
-	if len(c.X509) == 0 {
-		return nil, errors.New("it holds neither PEM certificates nor a SPIFFE bundle in JSON")
-	}
-	return bundle.New(td, c)
+	return bundle.New(td, doc.Content)
 }
 
 // unixTime is a time that a server gave in seconds; zero stands for none.

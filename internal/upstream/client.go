@@ -39,6 +39,12 @@ type Config struct {
 	// Bundle is the trust bundle in force, nil before there is one. It is read
 	// at each handshake and must be safe for concurrent use.
 	Bundle func() *bundle.Bundle
+	// Operator, when set, is asked when the server cannot be verified with the
+	// bundle in force, because another authority signed for it. It returns what
+	// the operator says now to trust the server by, nil when that is nothing new,
+	// and what to call when the server was verified with it. It is called at
+	// handshakes and must be safe for concurrent use.
+	Operator func() (trust *bundle.Bundle, verified func())
 	// Insecure lets Bootstrap take the bundle from whoever answers when there
 	// is none yet. Nothing else is ever done without verifying the server.
 	Insecure bool
@@ -202,7 +208,7 @@ func (c *Client) try(caller context.Context, timeout time.Duration, n need, do f
 		case wantsProof(err):
 			c.refused.Store(&refusal{identity, err})
 			c.prove()
-		case timedOut(err, caller):
+		case timedOut(err, ctx, caller):
 			c.discard(l)
 		}
 		return err

@@ -44,6 +44,7 @@ type options struct {
 	tokenFile string
 	insecure  bool
 	noTrust   bool
+	operator  func() (*bundle.Bundle, func())
 }
 
 func newAgent(t *testing.T, s *server, o options) *agent {
@@ -59,7 +60,7 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 	a.store = must(node.OpenStore(o.dir))
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Insecure: o.insecure, Dial: s.dial, Version: "1.0", Log: log,
+		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Operator: o.operator, Insecure: o.insecure, Dial: s.dial, Version: "1.0", Log: log,
 	}))
 	return a
 }

@@ -88,10 +88,15 @@ func wantsProof(err error) bool {
 
 func banned(err error) bool { return denial(err) == types.PermissionDeniedDetails_AGENT_BANNED }
 
-// timedOut reports whether a call failed because of its own deadline, and not
-// because its caller gave up or had less time.
-func timedOut(err error, caller context.Context) bool {
+// timedOut reports whether a call, which had the deadline of ctx, failed because
+// of that, and not because its caller gave up or had less time.
+func timedOut(err error, ctx, caller context.Context) bool {
 	if caller.Err() != nil {
+		return false
+	}
+	// The server knows the deadline, too, and may be the first to say so.
+	own, _ := ctx.Deadline()
+	if d, ok := caller.Deadline(); ok && !d.After(own) {
 		return false
 	}
 	return errors.Is(err, context.DeadlineExceeded) || status.Code(err) == codes.DeadlineExceeded

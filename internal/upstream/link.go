@@ -90,7 +90,7 @@ func (c *Client) clientTLS(identity *node.Identity) *tls.Config {
 		InsecureSkipVerify: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			// Read now, not when the link was made: a link outlives rotations.
-			err := verifyServer(cs.PeerCertificates, c.cfg.TrustDomain, c.cfg.Bundle(), c.cfg.Now())
+			err := c.verify(cs.PeerCertificates)
 			if err == nil && identity != nil {
 				c.met.Store(true)
 			}
@@ -122,6 +122,22 @@ func (c *Client) insecureTLS() *tls.Config {
 			return isServer(id, c.cfg.TrustDomain)
 		},
 	}
+}
+
+// verify checks a chain against the bundle in force or, when that is of other
+// authorities, against what the operator says now.
+func (c *Client) verify(chain []*x509.Certificate) error {
+	err := verifyServer(chain, c.cfg.TrustDomain, c.cfg.Bundle(), c.cfg.Now())
+	var unknown x509.UnknownAuthorityError
+	if !errors.As(err, &unknown) || c.cfg.Operator == nil {
+		return err
+	}
+	trust, verified := c.cfg.Operator()
+	if trust == nil || verifyServer(chain, c.cfg.TrustDomain, trust, c.cfg.Now()) != nil {
+		return err
+	}
+	verified()
+	return nil
 }
 
 // verifyServer checks that a chain is the server's and ends in an authority of

@@ -27,6 +27,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/renewd/renewd/bundle"
 )
 
 var example = spiffeid.RequireTrustDomainFromString("example.org")
@@ -53,15 +55,18 @@ func testRoot(n int64) []byte {
 }
 
 func testBundle() *types.Bundle {
-	pkix, err := x509.MarshalPKIXPublicKey(testKey().Public())
-	if err != nil {
-		panic(err)
+	pkix := func() []byte {
+		der, err := x509.MarshalPKIXPublicKey(testKey().Public())
+		if err != nil {
+			panic(err)
+		}
+		return der
 	}
 	return &types.Bundle{
 		TrustDomain: "example.org", SequenceNumber: 7, RefreshHint: 300,
 		X509Authorities: []*types.X509Certificate{{Asn1: testRoot(1), Tainted: true}, {Asn1: testRoot(2)}},
 		JwtAuthorities: []*types.JWTKey{
-			{KeyId: "a", PublicKey: pkix, ExpiresAt: 2000000000, Tainted: true}, {KeyId: "b", PublicKey: pkix},
+			{KeyId: "a", PublicKey: pkix(), ExpiresAt: 2000000000, Tainted: true}, {KeyId: "b", PublicKey: pkix()},
 		},
 	}
 }
@@ -79,15 +84,30 @@ func TestParseBundle(t *testing.T) {
 		t.Errorf("got %+v, %+v", x, j)
 	}
 	for name, spoil := range map[string]func(*types.Bundle){
-		"other domain":     func(b *types.Bundle) { b.TrustDomain = "other.org" },
-		"no domain":        func(b *types.Bundle) { b.TrustDomain = "" },
-		"no authority":     func(b *types.Bundle) { b.X509Authorities = nil },
 		"bad DER":          func(b *types.Bundle) { b.X509Authorities[1].Asn1 = []byte("x") },
 		"nil authority":    func(b *types.Bundle) { b.X509Authorities[1] = nil },
 		"two in one":       func(b *types.Bundle) { b.X509Authorities[1].Asn1 = slices.Concat(testRoot(3), testRoot(4)) },
-		"bad JWT key":      func(b *types.Bundle) { b.JwtAuthorities[0].PublicKey = []byte("x") },
-		"no JWT key ID":    func(b *types.Bundle) { b.JwtAuthorities[0].KeyId = "" },
-		"JWT key ID twice": func(b *types.Bundle) { b.JwtAuthorities[0].KeyId = "b" },
+		"bad JWT key":      func(b *types.Bundle) { b.JwtAuthorities[1].PublicKey = []byte("x") },
+		"nil JWT key":      func(b *types.Bundle) { b.JwtAuthorities[1] = nil },
+		"no JWT key ID":    func(b *types.Bundle) { b.JwtAuthorities[1].KeyId = "" },
+		"JWT key ID twice": func(b *types.Bundle) { b.JwtAuthorities[1].KeyId = "a" },
+	} {
+		odd := proto.Clone(in).(*types.Bundle)
+		spoil(odd)
+		b, err := parseBundle(example, odd)
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if len(b.X509())+len(b.JWT()) != 3 || len(b.LeftOut()) != 1 || !b.X509()[0].Tainted || !b.JWT()[0].Tainted {
+			t.Errorf("%s: %+v, %+v, left out %v", name, b.X509(), b.JWT(), b.LeftOut())
+		}
+	}
+	for name, spoil := range map[string]func(*types.Bundle){
+		"other domain":    func(b *types.Bundle) { b.TrustDomain = "other.org" },
+		"no domain":       func(b *types.Bundle) { b.TrustDomain = "" },
+		"no authority":    func(b *types.Bundle) { b.X509Authorities = nil },
+		"none of any use": func(b *types.Bundle) { b.X509Authorities = []*types.X509Certificate{{Asn1: []byte("x")}, nil} },
 	} {
 		bad := proto.Clone(in).(*types.Bundle)
 		spoil(bad)
@@ -193,8 +213,35 @@ func FuzzBundleAnswer(f *testing.F) {
 		if (out == nil) == (err == nil) {
 			t.Fatalf("got %v, %v", out, err)
 		}
-		if err == nil && (len(out.X509()) != len(in.X509Authorities) || len(out.JWT()) != len(in.JwtAuthorities) || out.RefreshHint() < 0) {
-			t.Fatal("an authority was lost")
+		if err != nil {
+			return
+		}
+		if out.RefreshHint() < 0 {
+			t.Fatalf("refresh hint %v", out.RefreshHint())
+		}
+		// What is neither there nor left out is lost, and so is a mark.
+		for _, a := range in.X509Authorities {
+			cert, err := x509.ParseCertificate(a.GetAsn1())
+			if err != nil {
+				continue
+			}
+			id := bundle.AuthorityID(cert)
+			x, ok := out.X509Authority(id)
+			if ok && a.Tainted && !x.Tainted {
+				t.Fatalf("the mark of %s is lost", id)
+			}
+			if !ok && !slices.ContainsFunc(out.LeftOut(), func(l bundle.LeftOut) bool { return l.ID == id }) {
+				t.Fatalf("%s is lost", id)
+			}
+		}
+		for _, k := range in.JwtAuthorities {
+			j, ok := out.JWTKey(k.GetKeyId())
+			if ok && k.Tainted && !j.Tainted {
+				t.Fatalf("the mark of %q is lost", k.KeyId)
+			}
+			if !ok && !slices.ContainsFunc(out.LeftOut(), func(l bundle.LeftOut) bool { return l.ID == k.GetKeyId() }) {
+				t.Fatalf("%q is lost", k.GetKeyId())
+			}
 		}
 	})
 }

@@ -119,6 +119,8 @@ type server struct {
 	conns        int
 	ttl          time.Duration
 	roots        []*types.X509Certificate
+	keys         []*types.JWTKey
+	federated    *types.Bundle // of other.org
 	entries      []*types.Entry
 	page         int
 	asked        [][]string // IDs of each request for full entries
@@ -310,12 +312,17 @@ func (s *server) PostStatus(context.Context, *agentv1.PostStatusRequest) (*agent
 func (s *server) GetBundle(context.Context, *bundlev1.GetBundleRequest) (*types.Bundle, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return &types.Bundle{TrustDomain: td.Name(), X509Authorities: slices.Clone(s.roots), SequenceNumber: 1, RefreshHint: 60}, nil
+	return &types.Bundle{TrustDomain: td.Name(), X509Authorities: slices.Clone(s.roots), JwtAuthorities: slices.Clone(s.keys), SequenceNumber: 1, RefreshHint: 60}, nil
 }
 
 func (s *server) GetFederatedBundle(_ context.Context, req *bundlev1.GetFederatedBundleRequest) (*types.Bundle, error) {
 	if req.GetTrustDomain() != "other.org" {
 		return nil, status.Error(codes.NotFound, "bundle not found")
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.federated != nil {
+		return s.federated, nil
 	}
 	return &types.Bundle{TrustDomain: "other.org", X509Authorities: []*types.X509Certificate{{Asn1: s.ca.cert.Raw}}}, nil
 }

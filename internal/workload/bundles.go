@@ -49,7 +49,7 @@ func (s *service) streamBundles(method string, stream grpc.ServerStream, field p
 		if err := c.admit(&v); err != nil {
 			return false, 0, err
 		}
-		if left := bundleGrace - time.Since(opened); v.Unheard && last == nil && left > 0 {
+		if left := bundleGrace - time.Since(opened); v.BundlesPending && last == nil && left > 0 {
 			return false, left, nil
 		}
 		own := foreign{v.Bundle.Own.TrustDomain(), form(v.Bundle.Own)}

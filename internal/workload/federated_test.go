@@ -11,16 +11,16 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// The first answer waits until it has been heard what the federated bundles are,
+// The first answer waits until the server has said what the federated bundles are,
 // but not for long: the server may not say.
 func TestFirstAnswerWaitsForFederatedBundles(t *testing.T) {
 	t.Parallel()
 	for name, told := range map[string]func(*bundle.Snapshot, *bundle.Bundle){
-		"heard": func(s *bundle.Snapshot, b *bundle.Bundle) {
+		"told": func(s *bundle.Snapshot, b *bundle.Bundle) {
 			s.Federated = map[spiffeid.TrustDomain]*bundle.Bundle{otherTD: b}
 		},
-		"absent": func(s *bundle.Snapshot, _ *bundle.Bundle) { s.Absent = map[spiffeid.TrustDomain]bool{otherTD: true} },
-		"never":  nil,
+		"not found": func(s *bundle.Snapshot, _ *bundle.Bundle) { s.NotFound = map[spiffeid.TrustDomain]bool{otherTD: true} },
+		"never":     nil,
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()

@@ -93,9 +93,9 @@ const startGrace = 500 * time.Millisecond
 // the bundle must be told in any case: the removal may be about a stolen key.
 const orphanGrace = 5 * time.Second
 
-// bundleGrace is how long a first answer waits for federated bundles that are
-// being asked for. It may be the only one that the workload reads.
-const bundleGrace = 5 * time.Second
+// bundleGrace is how long a first answer waits for federated bundles that the
+// server is being asked for. It may be the only one that the workload reads.
+const bundleGrace = 2 * time.Second
 
 // open lets the caller in. Unless it fails, close has to follow.
 func (x *x509Stream) open() error {
@@ -151,7 +151,7 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	if len(v.Identities) == 0 || (v.Waiting > 0 && x.last.identities == nil) {
 		return false, 0, nil
 	}
-	if left := bundleGrace - time.Since(x.opened); v.Unheard && x.last.identities == nil && left > 0 {
+	if left := bundleGrace - time.Since(x.opened); v.BundlesPending && x.last.identities == nil && left > 0 {
 		return false, left, nil
 	}
 	if v.Orphaned == 0 {

@@ -90,7 +90,7 @@ func TestX509AnswerIsComplete(t *testing.T) {
 				otherTD: bundleOf(t, otherTD, 1, other),
 				spiffeid.RequireTrustDomainFromString("unrelated.example"): bundleOf(t, otherTD, 1, other),
 			},
-			Absent: map[spiffeid.TrustDomain]bool{spiffeid.RequireTrustDomainFromString("unknown.example"): true},
+			NotFound: map[spiffeid.TrustDomain]bool{spiffeid.RequireTrustDomainFromString("unknown.example"): true},
 		})
 		e1, e2, e3 := entry("e1", "/one", 1000), entry("e2", "/two", 1000), entry("e3", "/three", 1001)
 		e2.Hint = "second"

@@ -1,0 +1,173 @@
+package agent_test
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// withTrustFile has the agent get what it is given first, bundle and join token, from
+// files.
+func withTrustFile(t *testing.T, n int, f func(*world)) {
+	dir := t.TempDir()
+	inWorld(t, n, func(w *world) {
+		w.cfg.TrustBundle, w.cfg.TrustBundleFile = nil, filepath.Join(dir, "bundle.pem")
+		w.cfg.JoinTokenFile = filepath.Join(dir, "token")
+		w.check(os.WriteFile(w.cfg.JoinTokenFile, []byte(w.cfg.JoinToken), 0o600))
+		w.cfg.JoinToken = ""
+		w.writeTrust(w.server.BundlePEM())
+	}, f)
+}
+
+// writeTrust replaces the operator's file as a configuration management does.
+func (w *world) writeTrust(pems ...[]byte) {
+	temp := w.cfg.TrustBundleFile + ".new"
+	w.check(os.WriteFile(temp, slices.Concat(pems...), 0o600))
+	w.check(os.Rename(temp, w.cfg.TrustBundleFile))
+}
+
+func (w *world) writeToken() {
+	token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+	w.check(err)
+	w.check(os.WriteFile(w.cfg.JoinTokenFile, []byte(token.Value), 0o600))
+}
+
+// newServer puts a server in the place of the one that runs: it has the same entries
+// and nothing else of it, unless it gets the keysets of one.
+func (w *world) newServer(keys *keyset.Deployment, n int) {
+	w.stopServer()
+	if keys == nil {
+		w.storage = &keyset.Memory{}
+		var err error
+		keys, err = keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})
+		w.check(err)
+	}
+	var err error
+	w.ledger, err = ledger.Open(w.t.Context(), ledger.Config{})
+	w.check(err)
+	w.server, err = server.New(server.Config{
+		TrustDomain: td, Keysets: keys, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+	})
+	w.check(err)
+	w.enter(entriesFor(n))
+	w.startServer()
+}
+
+// stolenKeys is a copy of the keysets that the server has now.
+func (w *world) stolenKeys() *keyset.Deployment {
+	doc, err := w.storage.Load(w.t.Context())
+	w.check(err)
+	var copied keyset.Memory
+	doc.Version = 1
+	w.check(copied.Save(w.t.Context(), doc, keyset.Change{}))
+	keys, err := keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: &copied})
+	w.check(err)
+	return keys
+}
+
+// renewedBy reports whether all that is held is signed by the server that runs.
+func (w *world) renewedBy(n int) bool { return w.authority(w.server.Keysets().Active()).Held == n }
+
+// A server that has lost all its keys comes back with others. The operator writes
+// its bundle into trust_bundle_file: the agent, running or not, takes the operator's
+// word when nothing else verifies the server. Until the server has answered, what
+// workloads are told stays as it was.
+func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
+	for name, running := range map[string]bool{"running": true, "stopped": false} {
+		t.Run(name, func(t *testing.T) {
+			withTrustFile(t, 3, func(w *world) {
+				var log strings.Builder
+				w.unchecked = true
+				w.fill(3)
+				w.stopAgent()
+				w.cfg.Log = syncedLog(&log)
+				w.startAgent()
+				time.Sleep(time.Minute)
+				before := w.agent.Bundle().Own
+				w.newServer(nil, 3)
+				time.Sleep(10 * time.Minute)
+				if now := w.agent.Bundle().Own; now != before {
+					t.Fatalf("with the file of before, the bundle is %v", now.X509())
+				}
+				if !running {
+					w.stopAgent()
+				}
+				w.writeToken()
+				w.writeTrust(w.server.BundlePEM())
+				if !running {
+					w.startAgent()
+				}
+				w.until("all is signed by the new server", 3*time.Minute, func() bool { return w.renewedBy(3) })
+				w.stopAgent()
+				if n := strings.Count(log.String(), "server verified with the changed trust_bundle_file"); n != 1 {
+					t.Errorf("the log says %d times that the file counts", n)
+				}
+
+				// Its keys are replaced in turn: the file, which has been adopted, does not
+				// bring back what was removed.
+				w.startAgent()
+				adopted := w.server.Keysets()
+				impostor := w.stolenKeys()
+				old := w.activate()
+				w.check(adopted.Taint(w.t.Context(), old.ID))
+				w.until("the taint wave is over", 3*time.Minute, func() bool { return settled(w.authority(old)) })
+				w.check(adopted.Remove(w.t.Context(), old.ID))
+				w.until("the removal is seen", time.Minute, func() bool { return len(w.agent.Bundle().Own.X509()) == 1 })
+				in := w.agent.Bundle().Own
+				w.newServer(impostor, 3)
+				for range 2 {
+					time.Sleep(2 * time.Minute)
+					if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
+						t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+					}
+					w.stopAgent()
+					w.startAgent()
+				}
+			})
+		})
+	}
+}
+
+// After a taint at its root a nested SPIRE server publishes a JWT key twice for ever.
+// An agent below it renews what a later taint makes due.
+func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
+	inWorld(t, 20, nil, func(w *world) {
+		w.fill(20)
+		s := w.open(1, 2)
+		defer s.close()
+		w.set(func(f *faults) {
+			f.bundle = func(b *types.Bundle) {
+				again := proto.CloneOf(b.JwtAuthorities[0])
+				again.Tainted = true
+				b.JwtAuthorities = append(b.JwtAuthorities, again, &types.JWTKey{KeyId: "odd"})
+				b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: []byte("x")})
+			}
+		})
+		old, begins := w.rotate()
+		w.until("the taint wave is over", 3*time.Minute, func() bool { return settled(w.authority(old)) })
+		if time.Now().Before(begins) {
+			w.t.Error("nothing had to be renewed")
+		}
+		s.unbroken()
+		for _, l := range w.agent.State().LeftOut {
+			if want := map[string]int{"own x509": 1, "own jwt": 1}[l.Bundle+" "+l.Type]; l.Count != want {
+				w.t.Errorf("left out %+v, want %d", l, want)
+			}
+		}
+		time.Sleep(time.Minute)
+		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
+		time.Sleep(time.Minute)
+		s.unbroken()
+	})
+}

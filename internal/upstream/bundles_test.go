@@ -1,0 +1,163 @@
+package upstream_test
+
+import (
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/bundle"
+)
+
+var otherTD = spiffeid.RequireTrustDomainFromString("other.org")
+
+func newPKIX() []byte {
+	return must(x509.MarshalPKIXPublicKey(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).Public()))
+}
+
+// A nested SPIRE server (seen with 1.13.3 and 1.16-dev) publishes a JWT key twice, once
+// with and once without the mark, after its root has tainted it, and keeps doing so. The
+// taint of an X.509 authority that comes after that is seen, with any other part that
+// nobody can use.
+func TestNestedServerPublishesAKeyTwice(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, s *server, a *agent) {
+		key, other := newPKIX(), newPKIX()
+		var last *bundle.Snapshot
+		r := bundle.NewRefresher(bundle.RefresherConfig{Fetcher: a, Publish: func(s *bundle.Snapshot) { last = s }})
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() { done <- r.Run(ctx) }()
+		step := func(change func()) *bundle.Bundle {
+			s.locked(change)
+			time.Sleep(6 * time.Second)
+			synctest.Wait()
+			return last.Own
+		}
+		step(func() { s.keys = []*types.JWTKey{{KeyId: "k", PublicKey: key}, {KeyId: "l", PublicKey: other}} })
+		b := step(func() { s.keys = append(s.keys, &types.JWTKey{KeyId: "k", PublicKey: key, Tainted: true}) })
+		if k, ok := b.JWTKey("k"); !ok || !k.Tainted || len(b.JWT()) != 2 {
+			t.Errorf("the key given twice is %+v of %d", k, len(b.JWT()))
+		}
+		next := newAuthority(t)
+		b = step(func() {
+			s.keys = append(s.keys, &types.JWTKey{KeyId: "l", PublicKey: newPKIX()}, &types.JWTKey{PublicKey: key}, nil)
+			s.roots = []*types.X509Certificate{{Asn1: []byte("x")}, s.roots[0], {Asn1: next.cert.Raw}, {Asn1: s.roots[0].Asn1, Tainted: true}}
+		})
+		if x := b.X509(); len(x) != 2 || !x[0].Tainted || x[1].Tainted || len(b.JWT()) != 2 || len(b.LeftOut()) != 4 {
+			t.Errorf("%+v, %+v, left out %v", x, b.JWT(), b.LeftOut())
+		}
+		cancel()
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A federated bundle without any X.509 authority says that none is to be trusted.
+// One whose authorities cannot be used, or of somebody else, says nothing.
+func TestFederatedBundleWithoutAuthority(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, s *server, a *agent) {
+		for name, tt := range map[string]struct {
+			answer *types.Bundle
+			none   bool
+		}{
+			"none":      {&types.Bundle{TrustDomain: otherTD.Name(), JwtAuthorities: []*types.JWTKey{{KeyId: "k", PublicKey: newPKIX()}}}, true},
+			"no use":    {&types.Bundle{TrustDomain: otherTD.Name(), X509Authorities: []*types.X509Certificate{{Asn1: []byte("x")}}}, false},
+			"of others": {&types.Bundle{TrustDomain: "third.org"}, false},
+			"empty":     {&types.Bundle{}, false},
+		} {
+			s.locked(func() { s.federated = tt.answer })
+			b, err := a.FetchFederatedBundle(t.Context(), otherTD)
+			if b != nil || err == nil || errors.Is(err, bundle.ErrNotFound) != tt.none {
+				t.Errorf("%s: %v, %v", name, b, err)
+			}
+		}
+	})
+}
+
+// A federated bundle that the server does not answer for, within the time that the
+// caller has for it, costs the other calls no connection.
+func TestHangingFederatedBundleKeepsTheConnection(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, s *server, a *agent) {
+		if err := a.PostStatus(t.Context(), 1); err != nil {
+			t.Fatal(err)
+		}
+		conns := s.conns
+		s.hook = func(ctx context.Context, method string) error {
+			if method != "GetFederatedBundle" {
+				return nil
+			}
+			// It knows the deadline, and may be the first to say that it is over.
+			time.Sleep(999 * time.Millisecond)
+			return status.Error(codes.DeadlineExceeded, "too late")
+		}
+		for range 5 {
+			ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+			began := time.Now()
+			if _, err := a.FetchFederatedBundle(ctx, otherTD); err == nil || time.Since(began) > 2*time.Second {
+				t.Errorf("after %v: %v", time.Since(began), err)
+			}
+			cancel()
+			if err := a.PostStatus(t.Context(), 1); err != nil {
+				t.Error(err)
+			}
+		}
+		if n := s.conns - conns; n > 0 {
+			t.Errorf("%d new connections", n)
+		}
+	})
+}
+
+// A server with other keys than those in force is taken for the server when the
+// operator says so now, and for nobody otherwise.
+func TestServerVerifiedWithWhatTheOperatorSays(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		var says atomic.Pointer[bundle.Bundle]
+		var asked, verified atomic.Int64
+		a := newAgent(t, s, options{operator: func() (*bundle.Bundle, func()) {
+			asked.Add(1)
+			return says.Load(), func() { verified.Add(1) }
+		}})
+		defer a.close(t)
+		fetch := func() error {
+			_, err := a.FetchBundle(t.Context())
+			return err
+		}
+		if err := fetch(); err != nil || asked.Load() > 0 {
+			t.Errorf("with the bundle in force: %v, asked %d times", err, asked.Load())
+		}
+		s.stop()
+		s.ca = newAuthority(t)
+		s.roots = []*types.X509Certificate{{Asn1: s.ca.cert.Raw}}
+		s.start()
+		if err := fetch(); err == nil || asked.Load() == 0 {
+			t.Errorf("with nothing new: %v, asked %d times", err, asked.Load())
+		}
+		says.Store(must(bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: newAuthority(t).cert}}})))
+		time.Sleep(5 * time.Second)
+		if err := fetch(); err == nil || verified.Load() > 0 {
+			t.Errorf("with authorities of others: %v, verified %d times", err, verified.Load())
+		}
+		says.Store(s.trust())
+		time.Sleep(5 * time.Second)
+		if err := fetch(); err != nil || verified.Load() == 0 {
+			t.Errorf("with its authority: %v, verified %d times", err, verified.Load())
+		}
+	})
+}
