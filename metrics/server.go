@@ -117,6 +117,9 @@ type ServerState struct {
 	// Federated are when the bundle of each trust domain that the server follows
 	// last came from its endpoint. Those with a zero time are left out.
 	Federated map[string]time.Time
+	// LeftOut is how many authorities of the bundle held of each trust domain that
+	// the server follows cannot be used.
+	LeftOut map[string]int
 }
 
 // Deployment is the state of one deployment.
@@ -175,9 +178,11 @@ var (
 		"1 for the mode that automatic rotation is in, 0 for the others.", "deployment", "mode")
 	descFederated = desc("renewd_server_federated_bundle_refreshed_timestamp_seconds",
 		"When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.", "trust_domain")
+	descFederatedLeftOut = desc("renewd_server_federated_authorities_left_out",
+		"Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.", "trust_domain")
 
 	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
-		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation, descFederated}
+		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation, descFederated, descFederatedLeftOut}
 )
 
 // serverCollector exports one snapshot for each scrape.
@@ -194,6 +199,9 @@ func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 	state := c.source.Snapshot()
 	for td, at := range state.Federated {
 		stamp(descFederated, at, td)
+	}
+	for td, n := range state.LeftOut {
+		gauge(descFederatedLeftOut, float64(n), td)
 	}
 	for _, d := range state.Deployments {
 		gauge(descAgents, float64(d.Agents), d.Name)

@@ -27,7 +27,7 @@ func rotation() metrics.ServerState {
 			},
 		},
 		{Name: "west", Sequence: 2, Rotation: metrics.RotationOn},
-	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}}
+	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}, LeftOut: map[string]int{"partner.example": 2}}
 }
 
 func newServer(state metrics.ServerSourceFunc) *metrics.Server {
@@ -52,6 +52,9 @@ renewd_server_agents_behind{deployment="west"} 0
 # TYPE renewd_server_bundle_sequence_number gauge
 renewd_server_bundle_sequence_number{deployment="east"} 9
 renewd_server_bundle_sequence_number{deployment="west"} 2
+# HELP renewd_server_federated_authorities_left_out Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.
+# TYPE renewd_server_federated_authorities_left_out gauge
+renewd_server_federated_authorities_left_out{trust_domain="partner.example"} 2
 # HELP renewd_server_federated_bundle_refreshed_timestamp_seconds When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.
 # TYPE renewd_server_federated_bundle_refreshed_timestamp_seconds gauge
 renewd_server_federated_bundle_refreshed_timestamp_seconds{trust_domain="partner.example"} 1.7000000005e+09

@@ -89,6 +89,7 @@ func TestFederation(t *testing.T) {
 		`renewd_server_federated_bundle_refreshes_total{outcome="applied",trust_domain="partner.example"} 1`,
 		`renewd_server_federated_bundle_refreshes_total{outcome="failed",trust_domain="partner.example"} 0`,
 		`renewd_server_federated_bundle_refreshed_timestamp_seconds{trust_domain="partner.example"} `,
+		`renewd_server_federated_authorities_left_out{trust_domain="partner.example"} 0`,
 	} {
 		if !strings.Contains(shown, line) {
 			t.Errorf("metrics without %s", line)

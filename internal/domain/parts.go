@@ -66,9 +66,12 @@ var keysetStates = map[keyset.State]string{
 
 // state is what the metrics show. What cannot be read is left out.
 func (d *Domain) state() metrics.ServerState {
-	s := metrics.ServerState{Federated: make(map[string]time.Time)}
+	s := metrics.ServerState{Federated: make(map[string]time.Time), LeftOut: make(map[string]int)}
 	for td, at := range d.federation.Refreshed() {
 		s.Federated[td.Name()] = at
+	}
+	for td, n := range d.federation.LeftOut() {
+		s.LeftOut[td.Name()] = n
 	}
 	for _, dep := range d.deployments {
 		f, err := d.operator.Figures(context.Background(), dep.Name)

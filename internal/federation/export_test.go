@@ -4,5 +4,4 @@ package federation
 var (
 	Parse   = parse
 	Marshal = marshal
-	Digest  = digest
 )

@@ -26,6 +26,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/bundle"
 )
 
 // The profiles of a bundle endpoint (SPIFFE Federation, section 5.2).
@@ -181,20 +183,20 @@ func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, 
 // and counts for more (SPIFFE Federation, section 4.2).
 func (f *Follower) begin(ctx context.Context, p *peer, kept *Record) error {
 	name := p.TrustDomain.Name()
-	var first *spiffebundle.Bundle
+	var first *bundle.Document
 	file := ""
 	if p.BundleFile != "" {
 		var err error
-		if first, err = ReadFile(p.TrustDomain, p.BundleFile); err != nil {
+		if first, err = readFile(p.BundleFile); err != nil {
 			return &EndpointError{p.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + name + " to it, in SPIFFE's format or as PEM"}
 		}
-		file = digest(first)
+		file = first.Digest()
 	}
 	if kept != nil && (first == nil || file == kept.File) {
-		b, err := parse(p.TrustDomain, kept.Bundle)
+		b, left, err := parse(p.TrustDomain, kept.Bundle)
 		if err == nil {
 			p.file = kept.File
-			p.hold(&held{bundle: b, fetchedAt: kept.FetchedAt, kept: true})
+			p.hold(&held{bundle: b, leftOut: left, fetchedAt: kept.FetchedAt, kept: true})
 			return nil
 		}
 		// It could be read when it was kept. To serve nobody because of it would
@@ -204,9 +206,11 @@ func (f *Follower) begin(ctx context.Context, p *peer, kept *Record) error {
 	if first == nil {
 		return nil
 	}
-	f.cfg.Log.Info("federated bundle is taken from its file", append(p.about(first), "file", p.BundleFile)...)
+	b := fromDocument(p.TrustDomain, first)
+	f.cfg.Log.Info("federated bundle is taken from its file", append(p.about(b), "file", p.BundleFile)...)
+	f.logLeftOut(p, nil, first.LeftOut)
 	p.file = file
-	p.hold(&held{bundle: first})
+	p.hold(&held{bundle: b, leftOut: first.LeftOut})
 	return f.keep(ctx, p)
 }
 
@@ -233,6 +237,19 @@ func (f *Follower) Refreshed() map[spiffeid.TrustDomain]time.Time {
 		out[td] = time.Time{}
 		if h := p.held.Load(); h != nil {
 			out[td] = h.fetchedAt
+		}
+	}
+	return out
+}
+
+// LeftOut returns how many authorities of the bundle that is held of each trust
+// domain cannot be used.
+func (f *Follower) LeftOut() map[spiffeid.TrustDomain]int {
+	out := make(map[spiffeid.TrustDomain]int, len(f.peers))
+	for td, p := range f.peers {
+		out[td] = 0
+		if h := p.held.Load(); h != nil {
+			out[td] = len(h.leftOut)
 		}
 	}
 	return out

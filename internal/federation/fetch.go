@@ -14,6 +14,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/renewd/renewd/bundle"
 )
 
 const (
@@ -75,35 +77,35 @@ func (f newest) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundl
 // errAnswer is of an answer that came and cannot be right.
 var errAnswer = errors.New("the answer is not a bundle")
 
-// fetch asks an endpoint for its bundle.
-func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, error) {
+// fetch asks an endpoint for its bundle, and returns what of it cannot be used, too.
+func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, []bundle.LeftOut, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.URL, nil)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	resp, err := p.client.Do(req)
 	if err != nil {
 		if id := spiffeIDOf(err); id != "" && p.Profile == ProfileWeb {
-			return nil, fmt.Errorf("%w (it proves itself as %s: is its profile %s?)", err, id, ProfileSPIFFE)
+			return nil, nil, fmt.Errorf("%w (it proves itself as %s: is its profile %s?)", err, id, ProfileSPIFFE)
 		}
-		return nil, err
+		return nil, nil, err
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("the endpoint answered with status %d", resp.StatusCode)
+		return nil, nil, fmt.Errorf("the endpoint answered with status %d", resp.StatusCode)
 	}
 	data, err := io.ReadAll(io.LimitReader(resp.Body, maxBytes+1))
 	switch {
 	case err != nil:
-		return nil, fmt.Errorf("read the answer: %w", err)
+		return nil, nil, fmt.Errorf("read the answer: %w", err)
 	case len(data) > maxBytes:
-		return nil, fmt.Errorf("%w: it is larger than %d bytes", errAnswer, maxBytes)
+		return nil, nil, fmt.Errorf("%w: it is larger than %d bytes", errAnswer, maxBytes)
 	}
-	b, err := parse(p.TrustDomain, data)
+	b, left, err := parse(p.TrustDomain, data)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", errAnswer, err)
+		return nil, nil, fmt.Errorf("%w: %w", errAnswer, err)
 	}
-	return b, nil
+	return b, left, nil
 }
 
 // spiffeIDOf returns the SPIFFE ID of a certificate that could not be verified,

@@ -11,6 +11,8 @@ import (
 
 	"github.com/cenkalti/backoff/v5"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+
+	"github.com/renewd/renewd/bundle"
 )
 
 const (
@@ -47,8 +49,9 @@ type peer struct {
 // held is a bundle that is held. It is immutable.
 type held struct {
 	bundle    *spiffebundle.Bundle
-	fetchedAt time.Time // zero: from the file
-	kept      bool      // in the storage
+	leftOut   []bundle.LeftOut // what of the answer or the file cannot be used
+	fetchedAt time.Time        // zero: from the file
+	kept      bool             // in the storage
 }
 
 func (f *Follower) newPeer(e Endpoint) *peer {
@@ -107,7 +110,7 @@ func (p *peer) interval() time.Duration {
 }
 
 func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
-	b, err := p.fetch(ctx)
+	b, left, err := p.fetch(ctx)
 	if ctx.Err() != nil {
 		return OutcomeFailed
 	}
@@ -127,13 +130,14 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	if f.stale(p, before, b, now) {
 		return OutcomeRejected
 	}
+	f.logLeftOut(p, before, left)
 	if before != nil && !before.fetchedAt.IsZero() && b.Equal(before.bundle) {
-		p.held.Store(&held{bundle: before.bundle, fetchedAt: now, kept: before.kept})
+		p.held.Store(&held{bundle: before.bundle, leftOut: left, fetchedAt: now, kept: before.kept})
 		f.keepAgain(ctx, p)
 		return OutcomeUnchanged
 	}
 	f.logChange(p, before, b)
-	p.hold(&held{bundle: b, fetchedAt: now})
+	p.hold(&held{bundle: b, leftOut: left, fetchedAt: now})
 	f.keepAgain(ctx, p)
 	for _, other := range f.peers {
 		if other != p && other.ID.TrustDomain() == p.TrustDomain {
@@ -207,6 +211,15 @@ func (f *Follower) logChange(p *peer, before *held, b *spiffebundle.Bundle) {
 	f.cfg.Log.Info("federated bundle changed", args...)
 }
 
+// logLeftOut says what of a bundle cannot be used, when that has changed.
+func (f *Follower) logLeftOut(p *peer, before *held, left []bundle.LeftOut) {
+	var was []bundle.LeftOut
+	if before != nil {
+		was = before.leftOut
+	}
+	bundle.LogLeftOut(f.cfg.Log, p.TrustDomain, was, left)
+}
+
 // keepAgain keeps what is held unless it is kept already. A storage that fails
 // does not keep workloads from what is newest.
 func (f *Follower) keepAgain(ctx context.Context, p *peer) {
@@ -235,6 +248,6 @@ func (f *Follower) keep(ctx context.Context, p *peer) error {
 			return err
 		}
 	}
-	p.held.Store(&held{bundle: h.bundle, fetchedAt: h.fetchedAt, kept: true})
+	p.held.Store(&held{bundle: h.bundle, leftOut: h.leftOut, fetchedAt: h.fetchedAt, kept: true})
 	return nil
 }
