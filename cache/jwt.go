@@ -24,11 +24,13 @@ type JWT struct {
 	KeyID     string
 	IssuedAt  time.Time
 	ExpiresAt time.Time
+	stale     bool // minted for an earlier revision of the entry
 }
 
-// Fresh reports whether less than half of its life has passed.
+// Fresh reports whether it was minted for the entry as it is and less than half
+// of its life has passed.
 func (j JWT) Fresh(now time.Time) bool {
-	return now.Before(j.IssuedAt.Add(j.ExpiresAt.Sub(j.IssuedAt) / 2))
+	return !j.stale && now.Before(j.IssuedAt.Add(j.ExpiresAt.Sub(j.IssuedAt)/2))
 }
 
 // jwtKey names a JWT-SVID: the order of audiences and repeats do not matter.
@@ -69,13 +71,14 @@ func newJWTKey(entryID string, audience []string) jwtKey {
 }
 
 // JWT returns the JWT-SVID held for an entry and a set of audiences, unless it
-// has expired. Taint does not matter; one whose key left the bundle is gone.
-// Whether to hand it out or to mint a [JWT.Fresh] one is the caller's choice.
-func (c *Cache) JWT(entryID string, audience []string) (JWT, bool) {
+// has expired or the entry gives another SPIFFE ID by now. Taint does not
+// matter; one whose key left the bundle is gone. Whether to hand it out or to
+// mint a [JWT.Fresh] one is the caller's choice.
+func (c *Cache) JWT(e *Entry, audience []string) (JWT, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	el := c.jwts.items[newJWTKey(entryID, audience)]
-	if el == nil {
+	el := c.jwts.items[newJWTKey(e.ID, audience)]
+	if el == nil || c.records[e.ID].entry.SPIFFEID != e.SPIFFEID {
 		return JWT{}, false
 	}
 	j := el.Value.(jwtItem).jwt
@@ -88,16 +91,21 @@ func (c *Cache) JWT(entryID string, audience []string) (JWT, bool) {
 }
 
 // PutJWT holds a JWT-SVID that was minted for the entry and notes its expiry
-// under its key ID. One for an entry that is gone or has changed meanwhile, or by
-// a key that is not in the bundle, is not held.
-func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) {
+// under its key ID. One for an entry that has changed meanwhile, or by a key that
+// is not in the bundle, is not held. For an entry that is gone, or gives another
+// SPIFFE ID by now, it returns ErrChanged: the JWT-SVID is nobody's any more.
+func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	r := c.records[e.ID]
+	if r == nil || r.entry.SPIFFEID != e.SPIFFEID {
+		return ErrChanged
+	}
 	if c.snapshot == nil {
-		return
+		return nil
 	}
 	if _, trusted := c.snapshot.Own.JWTKey(j.KeyID); !trusted {
-		return
+		return nil
 	}
 	if j.ExpiresAt.After(c.jwts.latest[j.KeyID]) {
 		c.jwts.latest[j.KeyID] = j.ExpiresAt
@@ -105,8 +113,8 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) {
 	if !j.IssuedAt.Before(c.newest.jwt) {
 		c.newest.JWT, c.newest.jwt = j.KeyID, j.IssuedAt
 	}
-	if r := c.records[e.ID]; r == nil || r.entry != e {
-		return
+	if r.entry != e {
+		return nil
 	}
 	key := newJWTKey(e.ID, audience)
 	if el := c.jwts.items[key]; el != nil {
@@ -119,6 +127,7 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) {
 	for len(c.jwts.items) > jwtLimit || c.jwts.bytes > jwtBytes {
 		c.jwts.drop(c.jwts.recent.Front())
 	}
+	return nil
 }
 
 // JWTExpiry returns, by key ID, the latest expiry among the JWT-SVIDs that
@@ -162,6 +171,17 @@ func (j *jwtCache) drop(el *list.Element) {
 func (j *jwtCache) dropEntry(entryID string) {
 	for _, key := range slices.Clone(j.byEntry[entryID]) {
 		j.drop(j.items[key])
+	}
+}
+
+// age has what is held for an entry minted again at the next chance. Until then
+// it is as good as before.
+func (j *jwtCache) age(entryID string) {
+	for _, key := range j.byEntry[entryID] {
+		el := j.items[key]
+		item := el.Value.(jwtItem)
+		item.jwt.stale = true
+		el.Value = item
 	}
 }
 

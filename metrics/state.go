@@ -56,6 +56,9 @@ type State struct {
 	Expiring map[string]int
 	// JWTExpiry is the latest expiry of any JWT-SVID handed out, by key ID.
 	JWTExpiry map[string]time.Time
+	// EntriesMissing counts the registration entries that the server's answers
+	// lack at present and that are served still.
+	EntriesMissing int
 	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
 	Streams map[string]int
 }
@@ -101,11 +104,13 @@ var (
 		"When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.", "key_id")
 	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
 		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.", "spiffe_id")
+	descMissing = desc("renewd_entries_missing",
+		"Registration entries that the server's answers lack at present and that this node serves still. Those of deleted entries leave after entry_removal_delay; above 0 for long means that the server's answers change.")
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descStreams}
+		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descMissing, descStreams}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -141,6 +146,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, rpc := range []string{RPCX509SVID, RPCX509Bundles, RPCJWTBundles} {
 		gauge(descStreams, float64(s.Streams[rpc]), rpc)
 	}
+	gauge(descMissing, float64(s.EntriesMissing))
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)
 	}

@@ -137,8 +137,11 @@ func (r *Renewer) finish(c *call) {
 			r.cfg.Observer.Renewed(a.reason, OutcomeFailed)
 			r.cfg.Cache.Failed(a.entry.ID)
 		} else {
-			r.cfg.Observer.Minted(a.err, took)
-			r.cfg.Observer.Renewed(a.reason, r.apply(a, now))
+			outcome := r.apply(a, now)
+			if outcome != OutcomeMissing {
+				r.cfg.Observer.Minted(a.err, took)
+			}
+			r.cfg.Observer.Renewed(a.reason, outcome)
 		}
 		if r.items[a.item.entryID] == a.item {
 			r.look(a.item.entryID, now)
@@ -150,11 +153,7 @@ func (r *Renewer) finish(c *call) {
 // apply takes in one item's answer.
 func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 	if a.err != nil {
-		r.failed(a, now)
-		if a.rejected {
-			return OutcomeRejected
-		}
-		return OutcomeFailed
+		return r.failed(a, now)
 	}
 	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
 	// Compared with what is held now: the entry may have been gone for a moment
@@ -222,12 +221,19 @@ func (r *Renewer) lag(a *attempt, now time.Time) {
 }
 
 // failed notes that one entry's SVID could not be minted and has it wait.
-func (r *Renewer) failed(a *attempt, now time.Time) {
+func (r *Renewer) failed(a *attempt, now time.Time) Outcome {
 	if errors.Is(a.err, errUnknownAuthority) {
 		r.cfg.Unexplained()
 	}
+	outcome := OutcomeFailed
+	switch {
+	case a.rejected:
+		outcome = OutcomeRejected
+	case r.cfg.Cache.Missing(a.entry.ID):
+		outcome = OutcomeMissing
+	}
 	level := r.cfg.Log.Debug
-	if !r.failing {
+	if !r.failing && outcome != OutcomeMissing {
 		r.failing, level = true, r.cfg.Log.Warn
 	}
 	level("X.509-SVID not renewed, trying again later", "entry", a.entry.ID,
@@ -239,6 +245,7 @@ func (r *Renewer) failed(a *attempt, now time.Time) {
 		r.cfg.Cache.Failed(a.entry.ID)
 	}
 	r.pause(a.item, expiry, now)
+	return outcome
 }
 
 // pause draws when the item is tried again. One that is about to expire does

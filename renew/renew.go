@@ -233,11 +233,13 @@ func (r *Renewer) look(id string, now time.Time) {
 	}
 	due, reason := Due(state, r.snapshot, r.policy, now)
 	it.streams = state.Streams > 0
+	returned := it.missing && !state.Missing
+	it.missing = state.Missing
 	it.expiry = time.Time{}
 	if state.SVID != nil {
 		it.expiry = state.SVID.NotAfter
 	}
-	if it.entry != state.Entry || (reason != it.reason && reason == ReasonRemoved) {
+	if it.entry != state.Entry || returned || (reason != it.reason && reason == ReasonRemoved) {
 		it.retry = time.Time{} // the failures so far were about something else
 	}
 	it.entry, it.reason = state.Entry, reason

@@ -327,11 +327,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			return a.keeper.Follow(ctx, a.cache)
 		})
 		group.Go(func() error {
-			select {
-			case <-ctx.Done():
-			case <-time.After(reunion):
-				a.cache.Release()
-			}
+			a.release(ctx)
 			return nil
 		})
 	}

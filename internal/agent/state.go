@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"slices"
 	"time"
 
@@ -40,6 +41,8 @@ func (a *Agent) State() metrics.State {
 		Expiring:  map[string]int{metrics.TypeX509: late},
 		JWTExpiry: a.cache.JWTExpiry(),
 		Streams:   a.streams.counts(),
+
+		EntriesMissing: a.cache.CountMissing(),
 	}
 	if own != nil {
 		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter
@@ -102,6 +105,29 @@ func (a *Agent) State() metrics.State {
 		return cmp.Or(-cmp.Compare(x.Type, y.Type), cmp.Compare(x.ID, y.ID))
 	})
 	return s
+}
+
+// reconnectGrace is how long after an agent can answer again its workloads may
+// take to come back: gRPC's backoff and that of go-spiffe add up to 144 s.
+const reconnectGrace = 3 * time.Minute
+
+// release gives the workloads of the process before time to come back before
+// the cache's limit counts. The agent can answer all of them once it is ready.
+func (a *Agent) release(ctx context.Context) {
+	watch := a.cache.Watch()
+	defer watch.Close()
+	for !a.cache.Ready() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-watch.C():
+		}
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(reconnectGrace):
+		a.cache.Release()
+	}
 }
 
 // reunion is how long the workloads of the process before are given to come

@@ -68,7 +68,7 @@ func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDReque
 	held := make([]cache.JWT, len(entries))
 	for i, e := range entries {
 		var ok bool
-		if held[i], ok = s.cfg.Cache.JWT(e.ID, audience); !ok || !held[i].Fresh(s.cfg.Cache.Now()) {
+		if held[i], ok = s.cfg.Cache.JWT(e, audience); !ok || !held[i].Fresh(s.cfg.Cache.Now()) {
 			if flights[i], err = s.mint(c, e, audience); err != nil {
 				return nil, err
 			}

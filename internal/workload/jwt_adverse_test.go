@@ -66,7 +66,9 @@ func TestJWTOfAnEntryThatChangedMeanwhile(t *testing.T) {
 					}
 					time.Sleep(2 * time.Second)
 				}
-				<-first
+				if err := <-first; status.Code(err) != codes.Unavailable {
+					t.Errorf("the call from before the change: %v, want Unavailable", err)
+				}
 			})
 		})
 	}

@@ -180,7 +180,7 @@ func TestJWTsThatAreNotWhatWasAskedFor(t *testing.T) {
 				t.Errorf("%s: got %v, want Unavailable", name, err)
 			}
 		}
-		if _, held := s.cache.JWT("e1", []string{"a"}); held {
+		if _, held := s.cache.JWT(entry("e1", "/one", 1000), []string{"a"}); held {
 			t.Error("one of them is cached")
 		}
 		// One of two audiences is not enough.
@@ -309,7 +309,7 @@ func TestJWTFollowsItsKey(t *testing.T) {
 		if err != nil || got == first || m.count() != 2 {
 			t.Errorf("after the removal: %v, same token %v", err, got == first)
 		}
-		if held, ok := s.cache.JWT("e1", []string{"a"}); !ok || held.KeyID != "jwt-b" {
+		if held, ok := s.cache.JWT(entry("e1", "/one", 1000), []string{"a"}); !ok || held.KeyID != "jwt-b" {
 			t.Errorf("held under key ID %q, want jwt-b", held.KeyID)
 		}
 	})

@@ -79,13 +79,17 @@ func (s *service) mintNow(e *cache.Entry, audience []string) (cache.JWT, error) 
 	jwt, err := s.askServer(ctx, e, audience)
 	s.obs.JWTMinted(time.Since(start), err)
 	if err != nil {
-		if s.stopping.Err() == nil && s.said.first(about{kind: "mint " + e.ID}) {
+		// That the server does not mint for an entry that it does not name at
+		// present is no fault.
+		if s.stopping.Err() == nil && !s.cfg.Cache.Missing(e.ID) && s.said.first(about{kind: "mint " + e.ID}) {
 			s.log.Warn("a JWT-SVID could not be minted", slog.String("entry", e.ID),
 				slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
 		}
 		return cache.JWT{}, err
 	}
-	s.cfg.Cache.PutJWT(e, audience, jwt)
+	if err := s.cfg.Cache.PutJWT(e, audience, jwt); err != nil {
+		return cache.JWT{}, err
+	}
 	return jwt, nil
 }
 
