@@ -576,6 +576,20 @@ func (w *world) counter(name string) float64 {
 	return 0
 }
 
+// gauge reads one metric of the agent as a scrape would.
+func (w *world) gauge(name string) float64 {
+	w.t.Helper()
+	families, err := w.agent.Metrics().Gather()
+	w.check(err)
+	for _, f := range families {
+		if f.GetName() == name {
+			return f.Metric[0].GetGauge().GetValue()
+		}
+	}
+	w.t.Fatalf("no metric %s", name)
+	return 0
+}
+
 // longID is a SPIFFE ID close to the 2,048 bytes that the standard allows.
 func longID(i int) spiffeid.ID {
 	return spiffeid.RequireFromPathf(td, "/%s/%d", strings.Repeat("x", 1900), i)
