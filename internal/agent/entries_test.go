@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
 	"github.com/renewd/renewd/internal/server"
@@ -118,12 +119,16 @@ func TestDrillMissingEntriesAreServed(t *testing.T) {
 			}
 		}
 		const missing, over = "entries missing from the server's answer, still served", "no entry missing any more"
+		at := time.Now()
 		for range 2 {
-			w.enter(entriesFor(n)[1:])
+			w.replica(func(now []*types.Entry) []*types.Entry { return now[1:] })
 			w.until("missing", 10*time.Second, func() bool { return w.gauge("renewd_entries_missing") == 1 })
 			time.Sleep(20 * time.Second)
-			w.enter(entriesFor(n))
+			w.set(func(f *faults) { *f = faults{} })
 			w.until("back", 10*time.Second, func() bool { return w.gauge("renewd_entries_missing") == 0 })
+		}
+		if mints := w.mintsSince(at); len(mints) > 0 {
+			w.t.Errorf("minted again, though nothing has changed: %v", mints)
 		}
 		said(missing, 2)
 		said(over, 2)
