@@ -384,7 +384,7 @@ func (h *answers) close() {
 // pass lets time pass, and looks.
 func (h *answers) pass(d time.Duration) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
-		time.Sleep(time.Duration(200+h.r.IntN(2000)) * time.Millisecond)
+		time.Sleep(time.Duration(300+h.r.IntN(4000)) * time.Millisecond)
 		h.check()
 	}
 }
@@ -424,6 +424,9 @@ func (h *answers) check() {
 		h.brought[id] = e
 	}
 	for i := range h.others {
+		if h.r.IntN(5) > 0 {
+			continue // refused clients come back with pauses
+		}
 		if s := h.others[i]; s != nil {
 			select {
 			case <-s.done:
