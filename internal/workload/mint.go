@@ -77,11 +77,14 @@ func (s *service) mintNow(e *cache.Entry, audience []string) (cache.JWT, error) 
 	}
 	start := time.Now()
 	jwt, err := s.askServer(ctx, e, audience)
-	s.obs.JWTMinted(time.Since(start), err)
+	// That the server does not mint for an entry that it does not name at present
+	// is no fault.
+	missing := err != nil && s.cfg.Cache.Missing(e.ID)
+	if !missing {
+		s.obs.JWTMinted(time.Since(start), err)
+	}
 	if err != nil {
-		// That the server does not mint for an entry that it does not name at
-		// present is no fault.
-		if s.stopping.Err() == nil && !s.cfg.Cache.Missing(e.ID) && s.said.first(about{kind: "mint " + e.ID}) {
+		if s.stopping.Err() == nil && !missing && s.said.first(about{kind: "mint " + e.ID}) {
 			s.log.Warn("a JWT-SVID could not be minted", slog.String("entry", e.ID),
 				slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
 		}
