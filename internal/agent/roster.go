@@ -54,6 +54,7 @@ type verdict struct {
 	upsert        []*cache.Entry
 	gone          []string // deleted
 	missing, back []string // missing from now on, and no longer
+	older         int      // of all that is missing, there in an older state
 }
 
 func newRoster(delay time.Duration, entries map[string]*cache.Entry) *roster {
@@ -111,6 +112,9 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 			a = &absence{since: r.answered, delay: r.delay}
 			r.missing[id] = a
 			v.missing = append(v.missing, id)
+		}
+		if older != nil {
+			v.older++
 		}
 		if massive || fresh || older != nil {
 			a.delay = max(a.delay, longRemovalDelay)

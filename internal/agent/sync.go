@@ -81,7 +81,7 @@ func (a *Agent) follow(list *roster, answer upstream.EntryChanges, fresh bool) {
 		if list.drop.massive {
 			level = a.log.Warn
 		}
-		level("entries missing from the server's answer, still served", "missing", now, "entries", len(list.entries))
+		level("entries missing from the server's answer, still served", "missing", now, "older", v.older, "entries", len(list.entries))
 	case now == 0 && missing > 0:
 		a.log.Info("no entry missing any more", "returned", list.drop.returned, "removed", list.drop.removed)
 	}
