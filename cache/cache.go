@@ -300,47 +300,6 @@ func (c *Cache) upsert(e *Entry) {
 // never what it gave before.
 func (r *record) gives(s *SVID) bool { return s.ID == r.entry.SPIFFEID }
 
-// SetMissing notes that the server's answers do not name these entries at
-// present, or that they do again. An entry that is missing is served like any
-// other until it is deleted; but that nothing is minted for it is no fault.
-func (c *Cache) SetMissing(missing bool, entryIDs ...string) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for _, id := range entryIDs {
-		if r := c.records[id]; r != nil && r.missing != missing {
-			c.setMissing(r, missing)
-			c.changed(r)
-		}
-	}
-}
-
-func (c *Cache) setMissing(r *record, missing bool) {
-	if r.missing == missing {
-		return
-	}
-	if r.missing = missing; missing {
-		c.missing++
-	} else {
-		c.missing--
-	}
-}
-
-// Missing reports whether the server's answers do not name an entry that is
-// held; see [Cache.SetMissing].
-func (c *Cache) Missing(entryID string) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	r := c.records[entryID]
-	return r != nil && r.missing
-}
-
-// CountMissing counts the entries that are missing; see [Cache.SetMissing].
-func (c *Cache) CountMissing() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.missing
-}
-
 // index files the record under the selector that the fewest records are filed
 // under, so that a look-up meets few candidates that do not match.
 func (c *Cache) index(r *record) {
