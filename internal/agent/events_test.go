@@ -98,7 +98,7 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 			}
 		}
 		w.enter(left)
-		// What is gone is held, and hangs on the authority, until it is believed.
+		// What is gone is held, and depends on the authority, until it is believed.
 		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
 		if w.held() != len(left) {
 			w.t.Errorf("%d SVIDs held, want %d", w.held(), len(left))
