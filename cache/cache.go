@@ -9,8 +9,9 @@
 // X.509-SVIDs are indexed by the authority that signed them, which makes the
 // cost of a taint the number of SVIDs it touches, and lets [Cache.Authorities]
 // say at any moment what still hangs on an authority. Nothing is dropped
-// because of a taint: a held SVID leaves when its replacement arrives, when
-// its entry goes, or when the cache is above its limit and nobody streams it.
+// because of a taint: a held SVID leaves when its replacement arrives, when its
+// entry goes or gives another SPIFFE ID, or when another SVID is put while the
+// cache is above its limit and nobody streams it.
 //
 // Everyone who acts on changes is woken by level, not by event: a [Follower]
 // or a [Subscription] has a channel of capacity one and reads the state again.
@@ -57,8 +58,9 @@ type Entry struct {
 // Config is what a [Cache] needs. The zero value works.
 type Config struct {
 	// Limit is how many X.509-SVIDs are held for entries that no open stream
-	// asks for. It is soft: entries above it are minted when asked for, and an
-	// SVID with an open stream is never evicted. Zero means DefaultLimit.
+	// asks for. It is soft: entries above it are minted when asked for, an SVID
+	// with an open stream is never evicted, and any other only when a new one is
+	// there in its place. Zero means DefaultLimit.
 	Limit int
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
@@ -84,7 +86,10 @@ type Cache struct {
 	unanswered  int                                     // see Unanswered
 	followers   map[*Follower]struct{}                  //
 	wanted      int                                     // records with wanted set
-	idle        *list.List                              // wanted records without a stream, least recently used first
+	held        int                                     // records with an SVID
+	missing     int                                     // records with missing set
+	idle        *list.List                              // records with an SVID and without a stream, least recently used first
+	bare        *list.List                              // wanted records without an SVID and without a stream
 	lazy        *list.List                              // records above the limit
 	jwts        jwtCache
 	newest      Newest
@@ -100,8 +105,11 @@ type record struct {
 	wanted bool
 	// failed says that a first mint was tried in vain, so that streams with
 	// other identities need not wait for this one.
-	failed   bool
-	place    *list.Element // in idle or lazy; nil while a stream is open
+	failed bool
+	// missing says that the server's answers do not name the entry at present.
+	missing  bool
+	list     *list.List    // idle, bare or lazy; nil while a stream is open
+	place    *list.Element // in list
 	watchers map[*Subscription]struct{}
 	slot     int // index in authority.signed
 }
@@ -127,6 +135,7 @@ func New(cfg Config) *Cache {
 		watches:     make(map[chan struct{}]struct{}),
 		followers:   make(map[*Follower]struct{}),
 		idle:        list.New(),
+		bare:        list.New(),
 		lazy:        list.New(),
 		jwts:        newJWTCache(),
 	}
@@ -167,8 +176,9 @@ func (c *Cache) SetBundle(s *bundle.Snapshot) {
 // Restore puts in what was held before a restart; call it before anything else.
 // It is served as soon as there is a bundle. But it is not all that the server
 // has: until the first [Cache.Update] nothing is known of callers that none of
-// these entries match. The limit does not count until [Cache.Release], so that
-// the workloads whose streams kept an SVID above it have time to come back.
+// these entries match. An SVID that is not for its entry's SPIFFE ID is left out.
+// Nothing is evicted until [Cache.Release], so that the workloads whose streams
+// kept an SVID above the limit have time to come back.
 func (c *Cache) Restore(entries []*Entry, svids []*SVID) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -184,12 +194,12 @@ func (c *Cache) Restore(entries []*Entry, svids []*SVID) {
 	}
 }
 
-// Release ends the time that [Cache.Restore] gives workloads to come back.
+// Release ends the time that [Cache.Restore] gives workloads to come back. What
+// is above the limit leaves when the next SVID is put.
 func (c *Cache) Release() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.restored = false
-	c.fill()
 }
 
 // Update applies a change of the registration entries: upsert holds new and
@@ -243,12 +253,9 @@ func (c *Cache) remove(r *record) {
 		notify(sub.c)
 	}
 	r.watchers = nil
+	c.setMissing(r, false)
 	c.setWanted(r, false)
-	if r.place != nil {
-		c.lazy.Remove(r.place)
-		r.place = nil
-	}
-	c.setSVID(r, nil)
+	r.list.Remove(r.place)
 	delete(c.records, r.entry.ID)
 	c.jwts.dropEntry(r.entry.ID)
 	c.changed(r)
@@ -261,14 +268,20 @@ func (c *Cache) upsert(e *Entry) {
 		r = &record{entry: e}
 		c.records[e.ID] = r
 		c.index(r)
-		r.place = c.lazy.PushBack(r)
 	} else {
 		c.unindex(r)
 		c.unneed(r.entry.Selectors)
-		if r.entry.Revision != e.Revision || !r.entry.CreatedAt.Equal(e.CreatedAt) {
+		switch {
+		case r.entry.SPIFFEID != e.SPIFFEID:
 			c.jwts.dropEntry(e.ID)
+		case r.entry.Revision != e.Revision || !r.entry.CreatedAt.Equal(e.CreatedAt):
+			c.jwts.age(e.ID)
 		}
 		r.entry, r.failed = e, false
+		if r.svid != nil && !r.gives(r.svid) {
+			c.setSVID(r, nil)
+		}
+		c.setMissing(r, false)
 		c.index(r)
 		for sub := range r.watchers {
 			if !subset(e.Selectors, sub.selectors) {
@@ -284,9 +297,14 @@ func (c *Cache) upsert(e *Entry) {
 			notify(sub.c)
 		}
 	}
-	c.settle(r)
+	c.file(r)
 	c.changed(r)
 }
+
+// gives reports whether s is an SVID that the entry gives. No other is ever held
+// for it: whoever an entry matches after an edit gets what it gives now, and
+// never what it gave before.
+func (r *record) gives(s *SVID) bool { return s.ID == r.entry.SPIFFEID }
 
 // index files the record under the selector that the fewest records are filed
 // under, so that a look-up meets few candidates that do not match.
@@ -340,14 +358,13 @@ func (c *Cache) BundlesPending() bool {
 	return false
 }
 
-// Revisions returns the revision of every entry held, by entry ID: what an
-// entry sync needs to ask for differences only. The map is the caller's.
-func (c *Cache) Revisions() map[string]int64 {
+// Entries returns every entry held, by ID. The map is the caller's.
+func (c *Cache) Entries() map[string]*Entry {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	out := make(map[string]int64, len(c.records))
+	out := make(map[string]*Entry, len(c.records))
 	for id, r := range c.records {
-		out[id] = r.entry.Revision
+		out[id] = r.entry
 	}
 	return out
 }

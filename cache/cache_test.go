@@ -254,48 +254,74 @@ func TestLimitIsSoft(t *testing.T) {
 		entries = append(entries, entry(fmt.Sprint(i), fmt.Sprint(i)))
 	}
 	c.Update(entries, nil)
-	wanted := func() (out []string) {
+	// mint puts what is wanted and not held.
+	mint := func() {
 		for _, e := range entries {
-			if item, ok := c.Item(e.ID); ok {
-				out = append(out, e.ID)
-				if item.SVID == nil {
-					put(t, c, svid(e, "A"))
-				}
+			if item, ok := c.Item(e.ID); ok && item.SVID == nil {
+				put(t, c, svid(e, "A"))
 			}
 		}
-		return out
 	}
 	check := func(when string, want ...string) {
 		t.Helper()
-		if got := wanted(); !slices.Equal(got, want) {
-			t.Errorf("%s: held are %v, want %v", when, got, want)
+		var got []string
+		for _, e := range entries {
+			if item, _ := c.Item(e.ID); item.SVID != nil {
+				got = append(got, e.ID)
+			}
 		}
-		if c.Held("A") != len(want) {
-			t.Errorf("%s: %d SVIDs held, want %d", when, c.Held("A"), len(want))
+		if !slices.Equal(got, want) || c.Held("A") != len(want) {
+			t.Errorf("%s: held are %v (%d counted), want %v", when, got, c.Held("A"), want)
 		}
 	}
+	mint()
 	check("at first", "0", "1")
-	// Three streams on entries above the limit: the idle ones make room, and
-	// none with a stream is evicted though there are more than the limit.
+	// Three streams on entries above the limit: the idle ones make room when what
+	// is asked for is there, and none with a stream is evicted though there are
+	// more than the limit.
 	var subs []*cache.Subscription
 	for _, i := range []string{"2", "3", "4"} {
 		subs = append(subs, c.Subscribe(sel(i)))
 	}
+	check("three streams, nothing minted yet", "0", "1")
+	mint()
 	check("three streams", "2", "3", "4")
 	if v := subs[2].View(); len(v.Identities) != 1 {
 		t.Error("an entry above the limit is not served to who asks")
 	}
-	subs[0].Close()
-	check("one closed", "3", "4")
-	subs[1].Close()
-	subs[2].Close()
-	check("all closed", "3", "4")
+	for _, sub := range subs {
+		sub.Close()
+	}
+	check("all closed, the server may be away", "2", "3", "4")
 	again := c.Subscribe(sel("0"))
 	defer again.Close()
-	check("least recently used goes", "0", "4")
+	mint()
+	check("the least recently used go when another is put", "0", "4")
 	c.Update(nil, []string{"4"})
-	if got := wanted(); len(got) != 2 {
-		t.Errorf("held are %v after one was deleted: room must be filled", got)
+	mint()
+	check("one was deleted and room is filled", "0", "1")
+}
+
+// The server is away: what is held stays, whoever asks for what is not to be had.
+func TestNothingIsEvictedForWhatCannotBeMinted(t *testing.T) {
+	c := cache.New(cache.Config{Limit: 1})
+	c.SetBundle(snapshot(t))
+	held, asked := entry("1", "1"), entry("2", "2")
+	c.Update([]*cache.Entry{held, asked}, nil)
+	put(t, c, svid(held, "A"))
+	for range 3 {
+		sub := c.Subscribe(sel("2"))
+		if _, wanted := c.Item("2"); !wanted {
+			t.Error("what a stream asks for is not wanted")
+		}
+		c.Failed("2")
+		sub.Close()
+		if _, wanted := c.Item("2"); wanted {
+			t.Error("an SVID above the limit is wanted when nobody asks for it any more")
+		}
+	}
+	if v := c.Match(sel("1")); len(v.Identities) != 1 {
+		t.Error("the only SVID held was given up for one that was never minted")
 	}
 }
 
@@ -395,7 +421,7 @@ func TestJWTIsForTheEntryAsItIs(t *testing.T) {
 		if got, ok := c.JWT(after, []string{"a"}); ok {
 			t.Errorf("%s: the entry as it is now has the token %q", name, got.Token)
 		}
-		if err := c.PutJWT(before, []string{"a"}, jwt("late")); !errors.Is(err, cache.ErrJWTChanged) {
+		if err := c.PutJWT(before, []string{"a"}, jwt("late")); !errors.Is(err, cache.ErrChanged) {
 			t.Errorf("%s: a token for the entry as it was is taken: %v", name, err)
 		}
 		if err := c.PutJWT(after, []string{"a"}, jwt("after")); err != nil {
@@ -511,8 +537,12 @@ func TestAgainstModel(t *testing.T) {
 		t.Repeat(map[string]func(*rapid.T){
 			"upsert": func(t *rapid.T) {
 				e := entry(ident.Draw(t, "id"), values.Draw(t, "selectors")...)
+				e.SPIFFEID = spiffeid.RequireFromPath(td, rapid.SampledFrom([]string{"/p", "/q"}).Draw(t, "path"))
 				c.Update([]*cache.Entry{e}, nil)
 				entries[e.ID] = e
+				if s := svids[e.ID]; s != nil && s.ID != e.SPIFFEID {
+					delete(svids, e.ID)
+				}
 			},
 			"delete": func(t *rapid.T) {
 				id := ident.Draw(t, "id")
@@ -527,6 +557,15 @@ func TestAgainstModel(t *testing.T) {
 						t.Fatal(err)
 					}
 					svids[e.ID] = s
+				}
+			},
+			"put what was minted for an entry before": func(t *rapid.T) {
+				if e := entries[ident.Draw(t, "id")]; e != nil {
+					s := svid(e, "A")
+					s.ID = spiffeid.RequireFromPath(td, "/before")
+					if err := c.Put(s); !errors.Is(err, cache.ErrChanged) {
+						t.Fatalf("Put: %v, want ErrChanged", err)
+					}
 				}
 			},
 			"open": func(t *rapid.T) {
@@ -551,6 +590,11 @@ func TestAgainstModel(t *testing.T) {
 				v := s.sub.View()
 				if !slices.Equal(ids(v), want) {
 					t.Fatalf("stream sees %v, want %v", ids(v), want)
+				}
+				for _, id := range v.Identities {
+					if id.SVID.ID != entries[id.Entry.ID].SPIFFEID {
+						t.Fatalf("stream sees %s of an entry that gives %s", id.SVID.ID, entries[id.Entry.ID].SPIFFEID)
+					}
 				}
 				if one := c.Match(s.selectors); !slices.Equal(ids(one), want) {
 					t.Fatalf("match sees %v, want %v", ids(one), want)
@@ -614,7 +658,8 @@ func TestUnanswered(t *testing.T) {
 	want(0)
 }
 
-// What is restored stays, whatever its number, until it is released.
+// What is restored stays, whatever its number, until it is released and another
+// is put.
 func TestRestoredOutlivesTheLimit(t *testing.T) {
 	const n, limit = 10, 3
 	c := cache.New(cache.Config{Limit: limit})
@@ -634,9 +679,17 @@ func TestRestoredOutlivesTheLimit(t *testing.T) {
 	if held := c.Held("A"); held != n-1 {
 		t.Errorf("%d SVIDs held before the release, want %d", held, n-1)
 	}
+	put(t, c, svid(entries[1], "A"))
+	if held := c.Held("A"); held != n-1 {
+		t.Errorf("%d SVIDs held after one was renewed before the release, want %d", held, n-1)
+	}
 	c.Release()
+	if held := c.Held("A"); held != n-1 {
+		t.Errorf("%d SVIDs held after the release, want %d until another is put", held, n-1)
+	}
+	put(t, c, svid(entries[1], "A"))
 	if held := c.Held("A"); held != limit {
-		t.Errorf("%d SVIDs held after the release, want %d", held, limit)
+		t.Errorf("%d SVIDs held after the release and a put, want %d", held, limit)
 	}
 	if v := sub.View(); len(v.Identities) != 1 {
 		t.Errorf("the stream has %d identities, want its one", len(v.Identities))

@@ -2,7 +2,6 @@ package cache
 
 import (
 	"container/list"
-	"errors"
 	"slices"
 	"strings"
 	"time"
@@ -34,6 +33,7 @@ type JWT struct {
 	IssuedAt, ExpiresAt time.Time
 	// AskedAt is when the server was asked for it, by this node's clock.
 	AskedAt time.Time
+	stale   bool // minted for an earlier revision of the entry
 }
 
 // life is how long the token is valid after AskedAt. Its iat has whole seconds
@@ -48,9 +48,10 @@ func (j JWT) Valid(now time.Time) bool {
 	return now.Sub(j.AskedAt) < j.life() && (j.wallAge(now) < j.life() || now.Before(j.ExpiresAt))
 }
 
-// Fresh reports whether less than half of its life has passed.
+// Fresh reports whether it was minted for the entry as it is and less than half
+// of its life has passed.
 func (j JWT) Fresh(now time.Time) bool {
-	return max(now.Sub(j.AskedAt), j.wallAge(now)) < j.life()/2
+	return !j.stale && max(now.Sub(j.AskedAt), j.wallAge(now)) < j.life()/2
 }
 
 // wallAge is its age by the wall clock.
@@ -123,9 +124,6 @@ func (c *Cache) Current(e *Entry) bool {
 	return r != nil && r.entry == e
 }
 
-// ErrJWTChanged is returned by [Cache.PutJWT] when the token is of no use.
-var ErrJWTChanged = errors.New("the entry changed or the key left the bundle while the JWT-SVID was being minted")
-
 // PutJWT holds a JWT-SVID that was minted for the entry and notes its expiry
 // under its key ID. One for an entry that was deleted or changed meanwhile, or by
 // a key that is not in the bundle, is not held and must not be handed out.
@@ -133,10 +131,10 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.snapshot == nil {
-		return ErrJWTChanged
+		return ErrChanged
 	}
 	if _, trusted := c.snapshot.Own.JWTKey(j.KeyID); !trusted {
-		return ErrJWTChanged
+		return ErrChanged
 	}
 	// Others read this with other clocks: the later of the two ends counts.
 	end := j.AskedAt.Round(0).Add(j.life())
@@ -150,7 +148,7 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 		c.newest.JWT, c.newest.jwt = j.KeyID, j.AskedAt
 	}
 	if r := c.records[e.ID]; r == nil || r.entry != e {
-		return ErrJWTChanged
+		return ErrChanged
 	}
 	key := newJWTKey(e.ID, audience)
 	if el := c.jwts.items[key]; el != nil {
@@ -207,6 +205,17 @@ func (j *jwtCache) drop(el *list.Element) {
 func (j *jwtCache) dropEntry(entryID string) {
 	for _, key := range slices.Clone(j.byEntry[entryID]) {
 		j.drop(j.items[key])
+	}
+}
+
+// age has what is held for an entry minted again at the next chance. Until then
+// it is as good as before.
+func (j *jwtCache) age(entryID string) {
+	for _, key := range j.byEntry[entryID] {
+		el := j.items[key]
+		item := el.Value.(jwtItem)
+		item.jwt.stale = true
+		el.Value = item
 	}
 }
 

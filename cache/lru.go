@@ -1,58 +1,70 @@
 package cache
 
+import "container/list"
+
 // This file decides which entries have an SVID held ready: those that an open
 // stream asks for, whatever their number, and others up to the limit, the most
 // recently used first.
 
-// settle puts r where it belongs now: among the streamed, the idle or the
-// lazy ones.
-func (c *Cache) settle(r *record) {
-	if len(r.watchers) > 0 {
-		c.setWanted(r, true)
-		if r.place != nil {
-			c.idle.Remove(r.place)
-			r.place = nil
-		}
+// file puts r into the list where it belongs now; into none while a stream is
+// open.
+func (c *Cache) file(r *record) {
+	var to *list.List
+	switch {
+	case len(r.watchers) > 0:
+	case !r.wanted:
+		to = c.lazy
+	case r.svid == nil:
+		to = c.bare
+	default:
+		to = c.idle
+	}
+	if r.list == to {
 		return
 	}
-	if r.place == nil && r.wanted {
-		r.place = c.idle.PushBack(r)
+	if r.list != nil {
+		r.list.Remove(r.place)
+		r.place = nil
+	}
+	if r.list = to; to != nil {
+		r.place = to.PushBack(r)
 	}
 }
 
 // setWanted moves r between the wanted and the lazy ones and keeps the count.
+// What is not wanted is not held.
 func (c *Cache) setWanted(r *record, wanted bool) {
 	if r.wanted == wanted {
 		return
 	}
-	r.wanted = wanted
-	if wanted {
+	if r.wanted = wanted; wanted {
 		c.wanted++
-		if r.place != nil {
-			c.lazy.Remove(r.place)
-		}
-		r.place = c.idle.PushBack(r)
 	} else {
 		c.wanted--
-		if r.place != nil {
-			c.idle.Remove(r.place)
-		}
-		r.place = c.lazy.PushBack(r)
+		r.failed = false
+		c.setSVID(r, nil)
 	}
+	c.file(r)
 	c.changed(r)
 }
 
-// fill brings the number of wanted records to the limit: takes lazy ones in
-// while there is room, and gives up the least recently used idle ones while
-// there is not.
+// fill brings the number of wanted records to the limit, as far as no SVID is
+// lost by that: it takes lazy ones in while there is room, and gives up those
+// that hold nothing yet while there is not.
 func (c *Cache) fill() {
 	for c.wanted < c.limit && c.lazy.Len() > 0 {
 		c.setWanted(c.lazy.Front().Value.(*record), true)
 	}
-	for !c.restored && c.wanted > c.limit && c.idle.Len() > 0 {
-		r := c.idle.Front().Value.(*record)
-		c.setWanted(r, false)
-		c.setSVID(r, nil)
-		r.failed = false
+	for c.wanted > c.limit && c.bare.Len() > 0 {
+		c.setWanted(c.bare.Front().Value.(*record), false)
+	}
+}
+
+// evict gives up the least recently used SVIDs above the limit. It follows a
+// Put: what has been minted shows that the server signs, so what is given up can
+// be had again. In an outage all that is held is kept.
+func (c *Cache) evict() {
+	for !c.restored && c.held > c.limit && c.idle.Len() > 0 {
+		c.setWanted(c.idle.Front().Value.(*record), false)
 	}
 }

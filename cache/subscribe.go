@@ -289,7 +289,8 @@ func (c *Cache) watch(r *record, s *Subscription) {
 	}
 	r.watchers[s] = struct{}{}
 	if len(r.watchers) == 1 {
-		c.settle(r)
+		c.setWanted(r, true)
+		c.file(r)
 		c.changed(r)
 	}
 }
@@ -298,7 +299,7 @@ func (c *Cache) unwatch(r *record, s *Subscription) {
 	delete(r.watchers, s)
 	if len(r.watchers) == 0 {
 		r.watchers = nil
-		c.settle(r)
+		c.file(r)
 		c.changed(r)
 	}
 }

@@ -29,9 +29,10 @@ type SVID struct {
 	RenewAt time.Time
 }
 
-// ErrChanged is returned by [Cache.Put] when the entry was deleted, changed or
-// evicted while the SVID was being minted.
-var ErrChanged = errors.New("the entry changed while its SVID was being minted")
+// ErrChanged is returned by [Cache.Put] and [Cache.PutJWT] when an SVID is of no
+// use any more: its entry was deleted, changed or evicted while it was being minted,
+// or the key that signed it has left the bundle.
+var ErrChanged = errors.New("the entry or the trust bundle changed while the SVID was being minted")
 
 // authority counts what hangs on one signing authority. Guarded by Cache.mu.
 type authority struct {
@@ -46,20 +47,23 @@ func (s *SVID) For(e *Entry) bool {
 }
 
 // Put replaces what is held for the SVID's entry and wakes its streams. The
-// caller has verified it.
+// caller has verified it. Others that are above the limit leave now.
 func (c *Cache) Put(s *SVID) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r := c.records[s.EntryID]
-	if r == nil || !r.wanted || !s.For(r.entry) {
+	if r == nil || !r.wanted || !s.For(r.entry) || !c.hold(r, s) {
 		return ErrChanged
 	}
-	c.hold(r, s)
+	c.evict()
 	return nil
 }
 
-// hold replaces what is held for r and tells everyone.
-func (c *Cache) hold(r *record, s *SVID) {
+// hold replaces what is held for r by s, if its entry gives it, and tells everyone.
+func (c *Cache) hold(r *record, s *SVID) bool {
+	if !r.gives(s) {
+		return false
+	}
 	r.failed = false
 	c.setSVID(r, s)
 	if !s.NotBefore.Before(c.newest.x509) {
@@ -69,6 +73,7 @@ func (c *Cache) hold(r *record, s *SVID) {
 		notify(sub.c)
 	}
 	c.changed(r)
+	return true
 }
 
 // Failed notes that minting the first SVID of an entry failed, so that a
@@ -95,13 +100,16 @@ func (c *Cache) setSVID(r *record, s *SVID) {
 		a.signed[len(a.signed)-1] = nil
 		a.signed = a.signed[:len(a.signed)-1]
 		c.forget(r.svid.Authority, a)
+		c.held--
 	}
 	r.svid = s
 	if s != nil {
 		a := c.authority(s.Authority)
 		r.slot = len(a.signed)
 		a.signed = append(a.signed, r)
+		c.held++
 	}
+	c.file(r)
 }
 
 func (c *Cache) authority(id string) *authority {
@@ -126,6 +134,9 @@ type Item struct {
 	SVID  *SVID // nil when none is held
 	// Streams is the number of open streams that are served this entry.
 	Streams int
+	// Missing says that the server's answers do not name the entry at present:
+	// that it does not mint for it is no fault. See [Cache.SetMissing].
+	Missing bool
 }
 
 // Item returns the entry with this ID, or false when it is gone or no SVID is
@@ -137,7 +148,7 @@ func (c *Cache) Item(entryID string) (Item, bool) {
 	if r == nil || !r.wanted {
 		return Item{}, false
 	}
-	return Item{Entry: r.entry, SVID: r.svid, Streams: len(r.watchers)}, true
+	return Item{Entry: r.entry, SVID: r.svid, Streams: len(r.watchers), Missing: r.missing}, true
 }
 
 // SignedBy lists the IDs of the entries whose SVID the authority signed.

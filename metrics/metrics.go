@@ -39,6 +39,7 @@ const (
 	RenewalStillTainted = "still_tainted" // the answer was signed by a tainted authority again
 	RenewalRejected     = "rejected"      // the answer failed verification
 	RenewalFailed       = "failed"        // there was no answer, or an error
+	RenewalMissing      = "missing"       // the server does not name the entry at present, and minted nothing
 	RenewalDropped      = "dropped"       // its entry changed meanwhile, so it is not used
 )
 
@@ -91,7 +92,7 @@ func New(cfg Config) *Metrics {
 			Name:    "spirl_agent_mint_svid_duration_seconds",
 			Help:    "Time to obtain one SVID, from making the key to the parsed answer, by type and gRPC status.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
-		}, "SVIDs this agent asked the server for, by type and gRPC status of the attempt. Failed attempts count too."),
+		}, "SVIDs this agent asked the server for, by type and gRPC status of the attempt. Failed attempts count too, but not for entries that the server does not name at present."),
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "renewd_renewals_total",
 			Help: "Attempts to obtain an X.509-SVID for a workload, by what made it due and what came of it. An outcome of still_tainted means the server answered with an SVID of a tainted authority again; the agent tries again with backoff.",
@@ -122,7 +123,7 @@ func New(cfg Config) *Metrics {
 // zero makes the series that must exist before the first event.
 func (m *Metrics) zero() {
 	for _, reason := range []string{ReasonFirst, ReasonHalfLife, ReasonEntry, ReasonTaint, ReasonRemoved} {
-		for _, outcome := range []string{RenewalDone, RenewalStillTainted, RenewalRejected, RenewalFailed, RenewalDropped} {
+		for _, outcome := range []string{RenewalDone, RenewalStillTainted, RenewalRejected, RenewalFailed, RenewalMissing, RenewalDropped} {
 			m.renewals.WithLabelValues(reason, outcome)
 		}
 	}

@@ -48,6 +48,7 @@ func wave() metrics.State {
 		Expiring:       map[string]int{metrics.TypeX509: 5},
 		JWTExpiry:      map[string]time.Time{"k1": at.Add(2 * time.Hour)},
 		Streams:        map[string]int{metrics.RPCX509SVID: 6},
+		EntriesMissing: 2,
 	}
 }
 
@@ -75,6 +76,9 @@ renewd_bundle_authorities_left_out{bundle="own",svid_type="jwt"} 2
 # HELP renewd_bundle_sequence_number Sequence number of the trust bundle in force. Nodes that lag behind show a lower one.
 # TYPE renewd_bundle_sequence_number gauge
 renewd_bundle_sequence_number 42
+# HELP renewd_entries_missing Registration entries that the server's answers lack at present and that this node serves still. Those of deleted entries leave after entry_removal_delay; above 0 for long means that the server's answers change.
+# TYPE renewd_entries_missing gauge
+renewd_entries_missing 2
 # HELP renewd_jwt_svid_latest_expiry_timestamp_seconds When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.
 # TYPE renewd_jwt_svid_latest_expiry_timestamp_seconds gauge
 renewd_jwt_svid_latest_expiry_timestamp_seconds{key_id="k1"} 1.7000072005e+09
@@ -112,7 +116,7 @@ spirl_agent_svid_expiring{svid_type="x509"} 5
 `
 	if err := testutil.GatherAndCompare(m.Registry(), strings.NewReader(want),
 		"renewd_agent_svid_expiry_timestamp_seconds", "renewd_bundle_applied_timestamp_seconds",
-		"renewd_bundle_authorities_left_out", "renewd_bundle_sequence_number", "renewd_jwt_svid_latest_expiry_timestamp_seconds",
+		"renewd_bundle_authorities_left_out", "renewd_bundle_sequence_number", "renewd_entries_missing", "renewd_jwt_svid_latest_expiry_timestamp_seconds",
 		"renewd_streams_open", "renewd_svids_held", "renewd_taint_renewals_pending",
 		"renewd_taint_settled", "renewd_taint_streams_waiting", "spirl_agent_svid_expiring"); err != nil {
 		t.Error(err)

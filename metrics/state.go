@@ -69,6 +69,9 @@ type State struct {
 	JWTExpiry map[string]time.Time
 	// LeftOut counts what of the trust bundles in force cannot be used.
 	LeftOut []LeftOut
+	// EntriesMissing counts the registration entries that the server's answers
+	// lack at present and that are served still.
+	EntriesMissing int
 	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
 	Streams map[string]int
 }
@@ -125,11 +128,13 @@ var (
 		"How far this node's clock is behind the server's, at least, as the newest X.509-SVID tells: 0 when that one was valid at once. Above 0, set the clock: peers on this node may refuse each other's SVIDs.")
 	descLeftOut = desc("renewd_bundle_authorities_left_out",
 		"Authorities in the trust bundles in force that cannot be used and are left out, by the bundle they are in (own, federated) and type. The log names them.", "bundle", "svid_type")
+	descMissing = desc("renewd_entries_missing",
+		"Registration entries that the server's answers lack at present and that this node serves still. Those of deleted entries leave after entry_removal_delay; above 0 for long means that the server's answers change.")
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descClockLag, descStreams}
+		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descClockLag, descMissing, descStreams}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -168,6 +173,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, l := range s.LeftOut {
 		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
 	}
+	gauge(descMissing, float64(s.EntriesMissing))
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)
 	}

@@ -48,12 +48,15 @@ const (
 	OutcomeRejected Outcome = "rejected"
 	// OutcomeFailed is no answer, or an error in its place.
 	OutcomeFailed Outcome = "failed"
+	// OutcomeMissing is an error for an entry that the server's answers do not
+	// name at present; that it does not mint for it is no fault.
+	OutcomeMissing Outcome = "missing"
 	// OutcomeDropped is an SVID whose entry changed while it was minted.
 	OutcomeDropped Outcome = "dropped"
 )
 
 // Outcomes lists every Outcome.
-var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeRejected, OutcomeFailed, OutcomeDropped}
+var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeRejected, OutcomeFailed, OutcomeMissing, OutcomeDropped}
 
 // Observer is told what happens, for metrics. Its methods must be quick.
 type Observer interface {

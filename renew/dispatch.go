@@ -164,7 +164,6 @@ func (r *Renewer) finish(c *call) {
 		if a.err == nil {
 			a.err = c.err
 		}
-		r.cfg.Observer.Minted(a.err, took)
 		var outcome Outcome
 		switch {
 		case a.err == nil:
@@ -178,6 +177,9 @@ func (r *Renewer) finish(c *call) {
 			outcome = r.failed(a, blamed || !c.probe, now)
 		default:
 			outcome = r.split(a, len(c.attempts))
+		}
+		if outcome != OutcomeMissing {
+			r.cfg.Observer.Minted(a.err, took)
 		}
 		r.cfg.Observer.Renewed(a.reason, outcome)
 		if r.items[a.item.entryID] == a.item {
@@ -317,10 +319,17 @@ func (r *Renewer) failed(a *attempt, own bool, now time.Time) Outcome {
 	if errors.Is(a.err, errUnknownAuthority) {
 		r.cfg.Unexplained()
 	}
+	outcome := OutcomeFailed
+	switch {
+	case a.rejected:
+		outcome = OutcomeRejected
+	case r.cfg.Cache.Missing(a.entry.ID):
+		outcome = OutcomeMissing
+	}
 	if own {
 		a.item.failures++
 		level := slog.LevelDebug
-		if !r.failing && a.item.failures == 1 {
+		if !r.failing && a.item.failures == 1 && outcome != OutcomeMissing {
 			r.failing, level = true, slog.LevelWarn
 		}
 		r.cfg.Log.Log(context.Background(), level, "X.509-SVID not renewed, trying again later", "entry", a.entry.ID,
@@ -332,10 +341,7 @@ func (r *Renewer) failed(a *attempt, own bool, now time.Time) Outcome {
 		expiry = a.held.NotAfter
 	}
 	a.item.pause(expiry, now)
-	if a.rejected {
-		return OutcomeRejected
-	}
-	return OutcomeFailed
+	return outcome
 }
 
 // split notes that a call of n items failed, which says little about each: one

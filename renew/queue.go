@@ -17,6 +17,7 @@ type item struct {
 	entry    *cache.Entry // as it was when looked at last
 	reason   Reason
 	streams  bool
+	missing  bool        // the server's answers do not name the entry
 	expiry   time.Time   // zero when none is held
 	wake     time.Time   // when to look again
 	retry    time.Time   // not before, after a failure

@@ -244,11 +244,13 @@ func (r *Renewer) look(id string, now time.Time) {
 		due = it.swap
 	}
 	it.streams = state.Streams > 0
+	returned := it.missing && !state.Missing
+	it.missing = state.Missing
 	it.expiry = time.Time{}
 	if state.SVID != nil {
 		it.expiry = state.SVID.NotAfter
 	}
-	if it.entry != state.Entry {
+	if it.entry != state.Entry || returned {
 		it.answered() // the failures so far were about something else
 	} else if reason != it.reason && reason == ReasonRemoved {
 		it.retry = time.Time{}

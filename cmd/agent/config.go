@@ -38,6 +38,7 @@ type settings struct {
 	TaintDelay        time.Duration
 	TaintRate         int
 	RefreshInterval   time.Duration
+	EntryRemovalDelay time.Duration
 	BatchSize         int
 	KeyType           string
 	SVIDCacheSize     int
@@ -51,6 +52,8 @@ const (
 	maxTaintDelay = time.Hour
 	minRefresh    = time.Second
 	maxRefresh    = 10 * time.Minute
+	minRemoval    = time.Second
+	maxRemoval    = time.Hour
 )
 
 var keyTypes = []string{"ec-p256", "ec-p384", "rsa-2048"}
@@ -134,6 +137,9 @@ func (c checker) renewal() {
 	}
 	if c.Config.RefreshInterval < minRefresh || c.Config.RefreshInterval > maxRefresh {
 		c.Bad("renewal.refresh_interval", "is not from "+config.Short(minRefresh)+" to "+config.Short(maxRefresh), "5s is usual")
+	}
+	if c.Config.EntryRemovalDelay < minRemoval || c.Config.EntryRemovalDelay > maxRemoval {
+		c.Bad("entry_removal_delay", "is not from "+config.Short(minRemoval)+" to "+config.Short(maxRemoval), "30s is usual")
 	}
 	if c.Config.BatchSize < 1 || c.Config.BatchSize > maxBatch {
 		c.Bad("renewal.batch_size", fmt.Sprintf("is not from 1 to %d, the most that a server accepts", maxBatch), fmt.Sprintf("set %d or less", maxBatch))

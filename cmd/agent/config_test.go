@@ -61,6 +61,7 @@ func TestPrecedence(t *testing.T) {
 		"renewal.taint_delay":      {"1s", "2s", "3s"},
 		"renewal.taint_rate":       {"1", "2", "3"},
 		"renewal.refresh_interval": {"1s", "2s", "3s"},
+		"entry_removal_delay":      {"1s", "2s", "3s"},
 		"renewal.batch_size":       {"1", "2", "3"},
 		"svid_cache_size":          {"1", "2", "3"},
 		"unix.discover_path":       {"false", "true", "false"},
@@ -116,7 +117,7 @@ func TestDefaults(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second ||
+	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second || cfg.EntryRemovalDelay != 30*time.Second ||
 		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 ||
 		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
 		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
@@ -154,6 +155,7 @@ func TestProblems(t *testing.T) {
 		{name: "rate 0", flags: map[string]string{"renewal.taint_rate": "0"}, want: `flag -renewal-taint-rate: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual`},
 		{name: "batch", env: map[string]string{"RENEWD_RENEWAL_BATCH_SIZE": "501"}, want: `RENEWD_RENEWAL_BATCH_SIZE: renewal.batch_size: 501 is not from 1 to 500, the most that a server accepts; set 500 or less`},
 		{name: "delay", add: "renewal: {taint_delay: 61m}", want: `agent.yaml:4: renewal.taint_delay: 1h1m is not from 0s to 1h; 60s spreads a fleet over a minute`},
+		{name: "removal", add: "entry_removal_delay: 0s", want: `agent.yaml:4: entry_removal_delay: 0s is not from 1s to 1h; 30s is usual`},
 		{name: "refresh", add: "renewal: {refresh_interval: 10ms}", want: `agent.yaml:4: renewal.refresh_interval: 10ms is not from 1s to 10m; 5s is usual`},
 		{name: "key type", add: "renewal: {key_type: ed25519}", want: `agent.yaml:4: renewal.key_type: "ed25519" is not a key type; use ec-p256, ec-p384 or rsa-2048`},
 		{name: "cache", add: "svid_cache_size: 0", want: `agent.yaml:4: svid_cache_size: 0 keeps nothing; set 1 or more; 1000 is usual`},

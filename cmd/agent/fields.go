@@ -27,6 +27,7 @@ var fields = []config.Field[settings]{
 	{Path: "renewal.refresh_interval", Value: func(c *settings) any { return &c.RefreshInterval }, Default: "5s", Doc: "Time between polls of the bundle and of the entries."},
 	{Path: "renewal.batch_size", Value: func(c *settings) any { return &c.BatchSize }, Default: "500", Doc: "Most SVIDs asked for in one call."},
 	{Path: "renewal.key_type", Value: func(c *settings) any { return &c.KeyType }, Default: "ec-p256", Doc: "Keys of the SVIDs: ec-p256, ec-p384 or rsa-2048."},
+	{Path: "entry_removal_delay", Value: func(c *settings) any { return &c.EntryRemovalDelay }, Default: "30s", Doc: "How long an entry that is missing from the server's answers is still served. 3m if more than half are missing, or after an attestation. A workload that holds an SVID keeps its key until it expires in any case."},
 	{Path: "svid_cache_size", Value: func(c *settings) any { return &c.SVIDCacheSize }, Default: "1000", Doc: "SVIDs kept for workloads that are not connected. Soft: those with an open stream are always kept."},
 	{Path: "unix.discover_path", Value: func(c *settings) any { return &c.DiscoverPath }, Default: "true", Doc: "Give the selectors unix:path and unix:sha256, which need access to the caller's executable."},
 	{Path: "unix.sha256_size_limit", Value: func(c *settings) any { return &c.SHA256Limit }, Default: "1073741824", Doc: "Largest executable, in bytes, that is hashed for unix:sha256, which happens while an entry has that selector. 0: none is."},

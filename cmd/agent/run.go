@@ -62,6 +62,7 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		TaintDelay:        cfg.TaintDelay,
 		TaintRate:         cfg.TaintRate,
 		RefreshInterval:   cfg.RefreshInterval,
+		EntryRemovalDelay: cfg.EntryRemovalDelay,
 		BatchSize:         cfg.BatchSize,
 		KeyType:           renew.KeyType(cfg.KeyType),
 		CacheSize:         cfg.SVIDCacheSize,

@@ -336,8 +336,8 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	group, ctx := errgroup.WithContext(ctx)
 	serving := ctx
 	if a.keeper != nil {
-		// Streams that end may take SVIDs with them, those above the cache's
-		// limit. So they end after everything was kept.
+		// SVIDs above the cache's limit may be evicted when their streams end. So
+		// those end after everything was kept.
 		var endServing context.CancelFunc
 		serving, endServing = context.WithCancel(context.WithoutCancel(ctx))
 		defer endServing()
@@ -346,11 +346,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			return a.keeper.Follow(ctx, a.cache)
 		})
 		group.Go(func() error {
-			select {
-			case <-ctx.Done():
-			case <-time.After(reunion):
-				a.cache.Release()
-			}
+			a.release(ctx)
 			return nil
 		})
 	}

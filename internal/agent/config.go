@@ -59,9 +59,12 @@ type Config struct {
 	TaintDelay      time.Duration // the most random delay after a taint
 	TaintRate       int           // taint renewals a second
 	RefreshInterval time.Duration // between bundle refreshes and entry syncs
-	BatchSize       int
-	KeyType         renew.KeyType
-	CacheSize       int // soft limit of SVIDs that nobody streams
+	// EntryRemovalDelay is how long an entry that is missing from the server's
+	// answers is served; 30 s when zero.
+	EntryRemovalDelay time.Duration
+	BatchSize         int
+	KeyType           renew.KeyType
+	CacheSize         int // soft limit of SVIDs that nobody streams
 
 	Log *slog.Logger
 	// Started is called once, when the Workload API and the metrics are listened
@@ -111,8 +114,8 @@ func (c Config) withDefaults() (Config, error) {
 	if c.BatchSize < 0 || c.BatchSize > renew.DefaultBatchSize {
 		errs = append(errs, fmt.Errorf("batch_size is %d: use 1 to %d, which is the server's limit", c.BatchSize, renew.DefaultBatchSize))
 	}
-	if c.TaintDelay < 0 || c.TaintRate < 0 || c.RefreshInterval < 0 || c.CacheSize < 0 {
-		errs = append(errs, errors.New("taint_delay, taint_rate, refresh_interval and svid_cache_size must not be negative"))
+	if c.TaintDelay < 0 || c.TaintRate < 0 || c.RefreshInterval < 0 || c.EntryRemovalDelay < 0 || c.CacheSize < 0 {
+		errs = append(errs, errors.New("taint_delay, taint_rate, refresh_interval, entry_removal_delay and svid_cache_size must not be negative"))
 	}
 	if c.SocketPath == "" {
 		c.SocketPath = DefaultSocketPath
@@ -122,6 +125,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.RefreshInterval == 0 {
 		c.RefreshInterval = bundle.DefaultInterval
+	}
+	if c.EntryRemovalDelay == 0 {
+		c.EntryRemovalDelay = 30 * time.Second
 	}
 	if c.TaintRate == 0 {
 		c.TaintRate = wave.DefaultRate

@@ -98,7 +98,8 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 			}
 		}
 		w.enter(left)
-		w.until("settled", 2*time.Minute, func() bool { return settled(w.authority(old)) })
+		// What is gone is held, and depends on the authority, until it is believed.
+		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
 		if w.held() != len(left) {
 			w.t.Errorf("%d SVIDs held, want %d", w.held(), len(left))
 		}

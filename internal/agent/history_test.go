@@ -56,7 +56,7 @@ func history(t *testing.T, seed uint64) (said, cleared int) {
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 		const steps = 60
 		inWorld(t, entries, func(w *world) {
-			w.cfg.TaintDelay, w.unchecked = 20*time.Second, true
+			w.cfg.TaintDelay, w.cfg.EntryRemovalDelay, w.unchecked = 20*time.Second, time.Second, true
 			// A replica that signs with what others have tainted is nothing that a
 			// ledger could know of, so half of the histories have none; in those
 			// the agent reports often.
@@ -182,7 +182,7 @@ func TestSafeWaitsForAnswersOnTheirWay(t *testing.T) {
 		w.fill(1)
 		old := w.activate()
 		w.enter(nil)
-		w.until("nothing held", 10*time.Second, func() bool { return w.held() == 0 })
+		w.until("nothing held", 4*time.Minute, func() bool { return w.held() == 0 })
 		lagging := w.record(old.ID)
 		w.set(func(f *faults) { f.lag, f.signing = lagging, 20*time.Second })
 		asked := time.Now()

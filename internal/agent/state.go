@@ -2,6 +2,7 @@ package agent
 
 import (
 	"cmp"
+	"context"
 	"maps"
 	"slices"
 	"time"
@@ -42,6 +43,8 @@ func (a *Agent) State() metrics.State {
 		JWTExpiry: a.cache.JWTExpiry(),
 		Streams:   a.streams.counts(),
 		ClockLag:  a.renewer.ClockLag(),
+
+		EntriesMissing: a.cache.CountMissing(),
 	}
 	if own != nil {
 		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter
@@ -124,6 +127,29 @@ func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
 	count(metrics.BundleOwn, snapshot.Own)
 	count(metrics.BundleFederated, slices.Collect(maps.Values(snapshot.Federated))...)
 	return out
+}
+
+// reconnectGrace is how long after an agent can answer again its workloads may
+// take to come back: gRPC's backoff and that of go-spiffe add up to 144 s.
+const reconnectGrace = 3 * time.Minute
+
+// release gives the workloads of the process before time to come back before
+// the cache's limit counts. The agent can answer all of them once it is ready.
+func (a *Agent) release(ctx context.Context) {
+	watch := a.cache.Watch()
+	defer watch.Close()
+	for !a.cache.Ready() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-watch.C():
+		}
+	}
+	select {
+	case <-ctx.Done():
+	case <-time.After(reconnectGrace):
+		a.cache.Release()
+	}
 }
 
 // reunion is how long the workloads of the process before are given to come

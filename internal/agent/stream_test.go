@@ -11,12 +11,15 @@ import (
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
+
+	"github.com/renewd/renewd/internal/server"
 )
 
 // stream is a workload with an open FetchX509SVID stream. It checks what it is
 // told as it comes.
 type stream struct {
 	w      *world
+	values []string // of its selectors
 	conn   *grpc.ClientConn
 	cancel context.CancelFunc
 	done   chan struct{}
@@ -32,16 +35,15 @@ type update struct {
 	authorities []string  // that signed its SVIDs
 	expiry      time.Time // of the first to end
 	identities  int
+	ids         []string // SPIFFE IDs
 	names       []string // DNS names of the first identity
 }
 
-func (w *world) open(selectors ...int) *stream { return w.follow(w.connect(selectors...)) }
+func (w *world) open(selectors ...int) *stream { return w.openAs(testValues(selectors)...) }
 
 // openAs is open with other selectors of the type test.
-func (w *world) openAs(values ...string) *stream { return w.follow(w.connectAs(values...)) }
-
-func (w *world) follow(conn *grpc.ClientConn) *stream {
-	s := &stream{w: w, conn: conn, done: make(chan struct{})}
+func (w *world) openAs(values ...string) *stream {
+	s := &stream{w: w, values: values, conn: w.connectAs(values...), done: make(chan struct{})}
 	ctx, cancel := context.WithCancel(workloadContext(context.Background()))
 	s.cancel = cancel
 	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(s.conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
@@ -56,8 +58,14 @@ func (w *world) follow(conn *grpc.ClientConn) *stream {
 				s.mu.Unlock()
 				return
 			}
-			s.updates = append(s.updates, w.read(res))
+			u := w.read(res)
+			s.updates = append(s.updates, u)
 			s.mu.Unlock()
+			for _, id := range u.ids {
+				if !w.gives(id, values, func(server.StoredEntry) bool { return true }) {
+					w.t.Errorf("a workload with %q was shown %s, which no entry has ever given it", values, id)
+				}
+			}
 		}
 	}()
 	return s
@@ -71,6 +79,7 @@ func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 		w.t.Error("a stream was sent an answer without SVIDs")
 	}
 	for i, s := range res.Svids {
+		u.ids = append(u.ids, s.SpiffeId)
 		if i >= 3 && i < len(res.Svids)-3 {
 			// Of a large set the ends are checked: each costs a millisecond.
 			continue
@@ -88,6 +97,9 @@ func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 		pool := x509.NewCertPool()
 		for _, r := range roots {
 			pool.AddCert(r)
+		}
+		if len(chain[0].URIs) != 1 || chain[0].URIs[0].String() != s.SpiffeId {
+			w.t.Errorf("an SVID of %v was shown as %s", chain[0].URIs, s.SpiffeId)
 		}
 		if w.unchecked {
 			u.authorities = append(u.authorities, hex.EncodeToString(chain[0].AuthorityKeyId))

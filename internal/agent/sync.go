@@ -10,24 +10,23 @@ import (
 )
 
 const (
-	// settling is how long after a fresh attestation the server may not yet
-	// know which entries the node is authorized for: SPIRE rebuilds that every
-	// 5 s. Until then its answers add entries but take none away.
-	settling = 10 * time.Second
-	// settlingInterval is the pause between syncs meanwhile.
-	settlingInterval = 500 * time.Millisecond
+	// attestGrace is how long after an attestation the server may not know yet
+	// which entries the node is authorized for: see longRemovalDelay.
+	attestGrace = 3 * time.Minute
+	// learnTime is how long it usually takes: SPIRE rebuilds its lists every 5 s.
+	// Meanwhile an incomplete list is asked for again after learnInterval.
+	learnTime     = 10 * time.Second
+	learnInterval = 500 * time.Millisecond
 )
 
 // syncEntries keeps the cache's entries equal to the server's until ctx is
 // done. It returns an error only when the server has banned the node.
 func (a *Agent) syncEntries(ctx context.Context) error {
-	have := a.cache.Revisions() // from here on kept by the answers
+	list := newRoster(a.cfg.EntryRemovalDelay, a.cache.Entries())
 	failing := false
 	for {
-		// An attestation during the sync concerns the next one.
-		attested := a.client.Attested()
 		began := time.Now()
-		upsert, gone, err := a.client.SyncEntries(ctx, have)
+		answer, err := a.client.SyncEntries(ctx, list.entries)
 		if ctx.Err() != nil {
 			return nil
 		}
@@ -37,6 +36,7 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 		case errors.Is(err, upstream.ErrBanned):
 			return err
 		case err != nil:
+			list.failed()
 			level := a.log.Debug
 			if !failing {
 				failing, level = true, a.log.Warn
@@ -47,26 +47,10 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 				failing = false
 				a.log.Info("entry sync works again")
 			}
-			fresh := time.Since(attested) < settling
-			if fresh && (len(gone) > 0 || len(have)+len(upsert) == 0) {
-				gone, pause = nil, settlingInterval
-				if len(have)+len(upsert) == 0 {
-					break // not even known to be synced
-				}
-			}
-			// An entry that was replaced by another of the same ID is in both.
-			for _, id := range gone {
-				delete(have, id)
-			}
-			for _, e := range upsert {
-				have[e.ID] = e.Revision
-			}
-			if len(upsert)+len(gone) > 0 || !a.cache.Ready() {
-				a.cache.Update(upsert, gone)
-				if a.cache.BundlesPending() {
-					a.refresher.Refresh()
-				}
-				a.log.Info("entries synced", "changed", len(upsert), "deleted", len(gone), "entries", len(have))
+			attested := time.Since(a.client.Attested())
+			a.follow(list, answer, attested < attestGrace)
+			if attested < learnTime && (!list.known || len(list.missing) > 0) {
+				pause = learnInterval
 			}
 		}
 		select {
@@ -74,5 +58,31 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 			return nil
 		case <-time.After(pause):
 		}
+	}
+}
+
+// follow makes the cache follow one answer, and says when something begins to be
+// missing from the answers, and when that is over.
+func (a *Agent) follow(list *roster, answer upstream.EntryChanges, fresh bool) {
+	missing, massive := len(list.missing), list.drop.massive
+	v := list.take(answer, fresh, time.Now())
+	if list.known && (len(v.upsert)+len(v.gone) > 0 || !a.cache.Ready()) {
+		a.cache.Update(v.upsert, v.gone)
+		if a.cache.BundlesPending() {
+			a.refresher.Refresh()
+		}
+		a.log.Info("entries synced", "changed", len(v.upsert), "deleted", len(v.gone), "entries", len(list.entries))
+	}
+	a.cache.SetMissing(true, v.missing...)
+	a.cache.SetMissing(false, v.back...)
+	switch now := len(list.missing); {
+	case now > 0 && (missing == 0 || list.drop.massive && !massive):
+		level := a.log.Info
+		if list.drop.massive {
+			level = a.log.Warn
+		}
+		level("entries missing from the server's answer, still served", "missing", now, "older", v.older, "entries", len(list.entries))
+	case now == 0 && missing > 0:
+		a.log.Info("no entry missing any more", "returned", list.drop.returned, "removed", list.drop.removed)
 	}
 }

@@ -20,6 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlepb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
@@ -74,6 +75,8 @@ type world struct {
 
 	mu          sync.Mutex
 	faults      faults
+	states      map[string][]server.StoredEntry // every state that an entry was ever in, by SPIFFE ID
+	listings    int                             // answers with the server's own list of entries
 	mints       []mint
 	bundleCalls int
 	attesting   atomic.Int64
@@ -88,8 +91,9 @@ type faults struct {
 	signing time.Duration // before every answer with SVIDs
 	answer  time.Duration // after a stream's handler has signed, before its answer is sent
 	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
-	lag     *keyset.Record      // signs with this keyset whatever the state
-	bundle  func(*types.Bundle) // changes the bundle that is answered
+	bundle  func(*types.Bundle)                 // changes the bundle that is answered
+	lag     *keyset.Record                      // signs with this keyset whatever the state
+	list    func([]*types.Entry) []*types.Entry // what a replica has instead of these entries
 }
 
 // mint is one request to sign, as the server saw it arrive.
@@ -163,6 +167,9 @@ func (w *world) enter(entries []server.Entry) {
 	w.t.Helper()
 	_, err := w.server.ApplyEntries(w.t.Context(), entries, false)
 	w.check(err)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.note(w.server.Entries())
 }
 
 // now is the agent's wall clock.
@@ -320,10 +327,18 @@ type lateStream struct {
 
 func (l *lateStream) SendMsg(m any) error {
 	l.w.mu.Lock()
-	d := l.w.faults.answer
+	d, list := l.w.faults.answer, l.w.faults.list
 	l.w.mu.Unlock()
 	if err := sleep(l.Context(), d); err != nil {
 		return err
+	}
+	if res, ok := m.(*entryv1.SyncAuthorizedEntriesResponse); !ok {
+	} else if list != nil {
+		m = &entryv1.SyncAuthorizedEntriesResponse{Entries: list(res.Entries)} // short lists come whole
+	} else {
+		l.w.mu.Lock()
+		l.w.listings++
+		l.w.mu.Unlock()
 	}
 	return l.ServerStream.SendMsg(m)
 }
@@ -385,11 +400,15 @@ func (w *world) Attest(_ context.Context, p *attest.Peer) ([]cache.Selector, err
 
 // connect opens a workload's connection to the agent.
 func (w *world) connect(selectors ...int) *grpc.ClientConn {
+	return w.connectAs(testValues(selectors)...)
+}
+
+func testValues(selectors []int) []string {
 	values := make([]string, len(selectors))
 	for i, s := range selectors {
 		values[i] = fmt.Sprint(s)
 	}
-	return w.connectAs(values...)
+	return values
 }
 
 // connectAs is connect with other selectors of the type test.
@@ -516,19 +535,25 @@ func (w *world) paced(mints []mint) {
 
 // fetchX509 asks once, as a new caller.
 func (w *world) fetchX509(selectors ...int) error {
-	conn := w.connect(selectors...)
+	_, err := w.askAs(testValues(selectors)...)
+	return err
+}
+
+// askAs asks once, as a new caller with these selectors of the type test.
+func (w *world) askAs(values ...string) (update, error) {
+	conn := w.connectAs(values...)
 	defer conn.Close()
 	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 5*time.Second)
 	defer cancel()
 	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
 	if err != nil {
-		return err
+		return update{}, err
 	}
 	res, err := rpc.Recv()
-	if err == nil {
-		w.read(res)
+	if err != nil {
+		return update{}, err
 	}
-	return err
+	return w.read(res), nil
 }
 
 // fetchJWT asks for a JWT-SVID.
@@ -552,6 +577,20 @@ func (w *world) counter(name string) float64 {
 	for _, f := range families {
 		if f.GetName() == name {
 			return f.Metric[0].GetCounter().GetValue()
+		}
+	}
+	w.t.Fatalf("no metric %s", name)
+	return 0
+}
+
+// gauge reads one metric of the agent as a scrape would.
+func (w *world) gauge(name string) float64 {
+	w.t.Helper()
+	families, err := w.agent.Metrics().Gather()
+	w.check(err)
+	for _, f := range families {
+		if f.GetName() == name {
+			return f.Metric[0].GetGauge().GetValue()
 		}
 	}
 	w.t.Fatalf("no metric %s", name)

@@ -10,6 +10,7 @@ package keep
 import (
 	"context"
 	"crypto/sha256"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -24,6 +25,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/cache"
@@ -129,7 +131,8 @@ const (
 	temporary = ".tmp" // after suffix, while a file is being written
 )
 
-// Load returns the entries kept and their SVIDs. Files that are broken or
+// Load returns the entries kept and their SVIDs, each with the SPIFFE ID that its
+// certificate has, which need not be that of the entry. Files that are broken or
 // whose SVID has expired at now are removed, with a log line for each broken
 // one: they would be minted anew anyway.
 func (d *Dir) Load(now time.Time) ([]*cache.Entry, []*cache.SVID, error) {
@@ -189,8 +192,18 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 		}
 		e.FederatesWith = append(e.FederatesWith, td)
 	}
+	// What the SVID is for, its certificate says and not the entry: a file may
+	// pair an SVID with a later state of its entry.
+	leaf, err := x509.ParseCertificate(r.SVID.Leaf)
+	if err != nil {
+		return nil, nil, fmt.Errorf("parse SVID: %w", err)
+	}
+	of, err := x509svid.IDFromCert(leaf)
+	if err != nil {
+		return nil, nil, fmt.Errorf("read SPIFFE ID of the SVID: %w", err)
+	}
 	s := &cache.SVID{
-		ID: id, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
+		ID: of, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
 		Authority: r.SVID.Authority, NotBefore: r.SVID.NotBefore, NotAfter: r.SVID.NotAfter, RenewAt: r.SVID.RenewAt,
 	}
 	return e, s, nil

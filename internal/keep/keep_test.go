@@ -1,8 +1,16 @@
 package keep_test
 
 import (
+	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"encoding/base64"
 	"log/slog"
+	"math/big"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -40,13 +48,27 @@ func TestOpenRefusesADisk(t *testing.T) {
 	}
 }
 
+// leaf is the certificate of an X.509-SVID.
+func leaf(id spiffeid.ID) []byte {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), URIs: []*url.URL{id.URL()}}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		panic(err)
+	}
+	return der
+}
+
 func fill(c *cache.Cache, now time.Time) (*cache.Entry, *cache.SVID) {
 	e := &cache.Entry{
 		ID: "../odd/entry id", SPIFFEID: spiffeid.RequireFromPath(td, "/w"), Hint: "web", Revision: 3,
 		Selectors: []cache.Selector{{Type: "unix", Value: "uid:1"}}, CreatedAt: now.UTC().Truncate(time.Second),
 		FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("other.test")},
 	}
-	s := &cache.SVID{ID: e.SPIFFEID, EntryID: e.ID, Revision: 3, Created: e.CreatedAt, Leaf: []byte{1}, Intermediates: []byte{2}, Key: []byte{3}, Authority: "aa",
+	s := &cache.SVID{ID: e.SPIFFEID, EntryID: e.ID, Revision: 3, Created: e.CreatedAt, Leaf: leaf(e.SPIFFEID), Intermediates: []byte{2}, Key: []byte{3}, Authority: "aa",
 		NotBefore: now.UTC().Truncate(time.Second), NotAfter: now.Add(time.Hour).UTC().Truncate(time.Second), RenewAt: now.Add(time.Minute).UTC().Truncate(time.Second)}
 	c.Update([]*cache.Entry{e}, nil)
 	return e, s
@@ -101,7 +123,7 @@ func TestRestartFindsWhatWasHeld(t *testing.T) {
 		got.Entry.FederatesWith[0] != e.FederatesWith[0] || !got.Entry.CreatedAt.Equal(e.CreatedAt) {
 		t.Errorf("entry %+v came back as %+v", e, got.Entry)
 	}
-	if string(got.SVID.Leaf)+string(got.SVID.Intermediates)+string(got.SVID.Key) != "\x01\x02\x03" || got.SVID.Authority != "aa" ||
+	if !bytes.Equal(got.SVID.Leaf, s.Leaf) || string(got.SVID.Intermediates)+string(got.SVID.Key) != "\x02\x03" || got.SVID.ID != s.ID || got.SVID.Authority != "aa" ||
 		!got.SVID.NotAfter.Equal(s.NotAfter) || !got.SVID.RenewAt.Equal(s.RenewAt) {
 		t.Errorf("SVID %+v came back as %+v", s, got.SVID)
 	}
@@ -219,7 +241,8 @@ func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
 }
 
 func FuzzLoad(f *testing.F) {
-	f.Add([]byte(`{"id":"e","spiffe_id":"spiffe://a/b","selectors":[{"Type":"a","Value":"b"}],"svid":{"leaf":"AA==","key":"AA==","authority":"x"}}`))
+	der := base64.StdEncoding.EncodeToString(leaf(spiffeid.RequireFromString("spiffe://a/b")))
+	f.Add([]byte(`{"id":"e","spiffe_id":"spiffe://a/b","selectors":[{"Type":"a","Value":"b"}],"svid":{"leaf":"` + der + `","key":"AA==","authority":"x"}}`))
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		path := memory(t)
@@ -237,7 +260,7 @@ func FuzzLoad(f *testing.F) {
 		for i, e := range entries {
 			c := cache.New(cache.Config{})
 			c.Update([]*cache.Entry{e}, nil)
-			if e.Revision == svids[i].Revision && c.Put(svids[i]) != nil {
+			if svids[i].For(e) && svids[i].ID == e.SPIFFEID && c.Put(svids[i]) != nil {
 				t.Error("what was loaded does not fit the cache")
 			}
 		}
@@ -298,6 +321,45 @@ func TestChangedEntryIsKept(t *testing.T) {
 			t.Error("the SVID does not say that it is for the entry before")
 		}
 	})
+}
+
+// A file that pairs an SVID with an entry that gives another SPIFFE ID, as one
+// edited in place does, gives that SVID to nobody.
+func TestSVIDOfAnotherSPIFFEIDIsNotTheEntrys(t *testing.T) {
+	now := time.Now()
+	path := memory(t)
+	dir, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	e, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, dir, c)()
+	files, _ := filepath.Glob(path + "/*.json")
+	data, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	data = bytes.Replace(data, []byte(e.SPIFFEID.String()), []byte("spiffe://example.org/web"), 1)
+	if err := os.WriteFile(files[0], data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	entries, svids, err := dir.Load(now)
+	if err != nil || len(entries) != 1 || entries[0].SPIFFEID.Path() != "/web" || svids[0].ID != e.SPIFFEID {
+		t.Fatalf("Load: %+v, %+v, %v; want both as they are", entries, svids, err)
+	}
+	again := cache.New(cache.Config{})
+	again.Restore(entries, svids)
+	if again.Held("aa") > 0 {
+		t.Error("the SVID is held for the entry")
+	}
+	follow(t, dir, again)()
+	if files, _ := filepath.Glob(path + "/*"); len(files) > 0 || dir.Holds("aa") {
+		t.Errorf("it is kept on: %v", files)
+	}
 }
 
 // Whoever owns the folder can replace the keys in it.

@@ -92,7 +92,7 @@ type Client struct {
 	proving chan struct{}
 	pace    *backoff.ExponentialBackOff // belongs to the holder of proof
 
-	entries entryMemory // belongs to SyncEntries
+	skipped map[string]stamp // entries known to be of no use; belongs to SyncEntries
 }
 
 // New returns a Client. It makes no connection and starts nothing.

@@ -400,7 +400,7 @@ func TestRecycledConnections(t *testing.T) {
 			if _, err := a.FetchBundle(t.Context()); err != nil {
 				t.Fatalf("bundle: %v", err)
 			}
-			if _, _, err := a.SyncEntries(t.Context(), nil); err != nil {
+			if _, err := a.SyncEntries(t.Context(), nil); err != nil {
 				t.Fatalf("entries: %v", err)
 			}
 			time.Sleep(997 * time.Millisecond)
@@ -450,7 +450,7 @@ func TestHungServer(t *testing.T) {
 		}{
 			{"bundle", 30 * time.Second, func() error { _, err := a.FetchBundle(t.Context()); return err }},
 			{"federated", 30 * time.Second, func() error { _, err := a.FetchFederatedBundle(t.Context(), td); return err }},
-			{"entries", 30 * time.Second, func() error { _, _, err := a.SyncEntries(t.Context(), nil); return err }},
+			{"entries", 30 * time.Second, func() error { _, err := a.SyncEntries(t.Context(), nil); return err }},
 			{"status", 30 * time.Second, func() error { return a.PostStatus(t.Context(), 1) }},
 			{"x509", time.Minute, func() error { _, err := a.MintX509(t.Context(), []upstream.CSR{{}}); return err }},
 			{"jwt", time.Minute, func() error { _, err := a.MintJWT(t.Context(), "e", nil); return err }},
@@ -502,7 +502,7 @@ func TestDetailsThatAskForANewProof(t *testing.T) {
 					return nil
 				}
 				time.Sleep(time.Hour / 2)
-				_, _, err := a.SyncEntries(t.Context(), nil)
+				_, err := a.SyncEntries(t.Context(), nil)
 				if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), reason.String()) {
 					t.Errorf("got %v", err)
 				}
@@ -574,7 +574,7 @@ func TestServerThatChangesItsMind(t *testing.T) {
 			t.Fatal("not refused")
 		}
 		s.locked(func() { s.active = active })
-		if _, _, err := a.SyncEntries(t.Context(), nil); err != nil {
+		if _, err := a.SyncEntries(t.Context(), nil); err != nil {
 			t.Fatal(err)
 		}
 		if err := a.PostStatus(t.Context(), 1); err != nil {
@@ -593,7 +593,7 @@ func TestBanned(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		s.locked(func() { s.banned = true })
-		_, _, err := a.SyncEntries(t.Context(), nil)
+		_, err := a.SyncEntries(t.Context(), nil)
 		if !errors.Is(err, upstream.ErrBanned) || upstream.Code(err) != "PermissionDenied" {
 			t.Errorf("got %v", err)
 		}

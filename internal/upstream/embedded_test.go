@@ -134,7 +134,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		}
 		time.Sleep(5 * time.Second)
 		a.trust.Store(must(a.FetchBundle(ctx)))
-		if _, _, err := a.SyncEntries(ctx, h); err != nil {
+		if _, err := a.SyncEntries(ctx, h); err != nil {
 			t.Errorf("after the rotation: %v", err)
 		}
 
@@ -142,7 +142,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		if err := s.EvictAgent(ctx, a.node.Identity().ID(), false); err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := a.SyncEntries(ctx, h); err == nil {
+		if _, err := a.SyncEntries(ctx, h); err == nil {
 			t.Error("an evicted node is served")
 		}
 		give()

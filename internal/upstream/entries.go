@@ -1,7 +1,6 @@
 package upstream
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -43,26 +42,28 @@ var entryMask = &types.EntryMask{
 // same revision number.
 type stamp struct{ revision, created int64 }
 
-// entryMemory is what SyncEntries remembers from one sync to the next. Both
-// maps are replaced whole by a sync that succeeds.
-type entryMemory struct {
-	created map[string]int64 // of the entries that the caller was given
-	skipped map[string]stamp // known to be of no use as they are
+// EntryChanges is how one answer about entries differs from what is held.
+type EntryChanges struct {
+	// Upsert holds the entries that are new, or there with another revision or
+	// another time of creation, be it a lower one.
+	Upsert []*cache.Entry
+	// Missing holds the IDs of held entries that the answer does not name.
+	Missing []string
+	// Withdrawn holds the IDs of held entries that it names as not for workloads.
+	Withdrawn []string
 }
 
 // SyncEntries asks which entries the node is authorized for. have is what the
-// caller holds, ID to revision; it is only read. upsert holds the entries that
-// are new or have changed, gone the IDs of those that are no more; an entry
-// that was replaced by another of the same ID is in both. Entries that cannot
-// be used (broken, or not meant for workloads) are left out, the broken ones
-// with one log line for each of their states; one that is held already is then
-// kept as it was.
+// caller holds, by ID; it is only read. Entries that cannot be used (broken, or
+// not meant for workloads) are left out, the broken ones with one log line for
+// each of their states; one that is held already is then neither missing nor
+// changed.
 //
 // An answer that cannot be right as a whole is an error, and nothing of it
 // counts. The deadline is one PollTimeout for the whole sync.
-func (c *Client) SyncEntries(ctx context.Context, have map[string]int64) (upsert []*cache.Entry, gone []string, err error) {
+func (c *Client) SyncEntries(ctx context.Context, have map[string]*cache.Entry) (EntryChanges, error) {
 	var s *syncing
-	err = c.call(ctx, "sync entries", c.cfg.PollTimeout, needAnswer, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "sync entries", c.cfg.PollTimeout, needAnswer, func(ctx context.Context, l *link) error {
 		if !l.noSync.Load() {
 			s = c.newSync(have)
 			err := s.stream(ctx, l)
@@ -76,34 +77,30 @@ func (c *Client) SyncEntries(ctx context.Context, have map[string]int64) (upsert
 		return s.list(ctx, l)
 	})
 	if err != nil {
-		return nil, nil, err
+		return EntryChanges{}, err
 	}
-	upsert, gone = s.result()
-	c.entries = s.memory
-	return upsert, gone, nil
+	c.skipped = s.skipped
+	return s.result(), nil
 }
 
 // syncing is one sync under way.
 type syncing struct {
 	client *Client
-	have   map[string]int64
-	before entryMemory
-	memory entryMemory // for the next sync
+	have   map[string]*cache.Entry
+	before map[string]stamp // known to be of no use as they are
 
-	seen   map[string]struct{} // IDs that the server named
-	drop   map[string]struct{} // of those, the ones that are not for workloads
-	upsert []*cache.Entry
-	gone   []string
+	skipped map[string]stamp    // before, for the next sync
+	seen    map[string]struct{} // IDs that the server named
+	changes EntryChanges
 }
 
-func (c *Client) newSync(have map[string]int64) *syncing {
+func (c *Client) newSync(have map[string]*cache.Entry) *syncing {
 	return &syncing{
-		client: c,
-		have:   have,
-		before: c.entries,
-		memory: entryMemory{created: make(map[string]int64, len(have)), skipped: make(map[string]stamp)},
-		seen:   make(map[string]struct{}, len(have)),
-		drop:   make(map[string]struct{}),
+		client:  c,
+		have:    have,
+		before:  c.skipped,
+		skipped: make(map[string]stamp),
+		seen:    make(map[string]struct{}, len(have)),
 	}
 }
 
@@ -278,21 +275,14 @@ func (s *syncing) announce(id string, at stamp) bool {
 // wanted reports whether the content of an entry is needed: not when it is held
 // as it is, nor when it is known to be of no use.
 func (s *syncing) wanted(id string, at stamp) bool {
-	revision, held := s.have[id]
-	created, known := s.before.created[id]
-	if held && known && at.created != 0 && created != 0 && created != at.created {
-		s.gone = append(s.gone, id) // another entry of the same ID
-		return true
-	}
-	// What is held and not known is from the last run of the agent: it may be
-	// another entry of the same ID.
-	if held && known && revision == at.revision {
-		s.memory.created[id] = cmp.Or(at.created, created)
+	held := s.have[id]
+	if held != nil && held.Revision == at.revision &&
+		(at.created == 0 || held.CreatedAt.IsZero() || held.CreatedAt.Equal(unixTime(at.created))) {
 		return false
 	}
-	if was, skipped := s.before.skipped[id]; skipped && was == at {
-		s.memory.skipped[id] = at
-		return held
+	if was, skipped := s.before[id]; skipped && was == at {
+		s.skipped[id] = at
+		return held != nil
 	}
 	return true
 }
@@ -301,8 +291,10 @@ func (s *syncing) wanted(id string, at stamp) bool {
 func (s *syncing) take(in *types.Entry) {
 	at := stamp{in.GetRevisionNumber(), in.GetCreatedAt()}
 	if in.GetStoreSvid() {
-		s.memory.skipped[in.GetId()] = at
-		s.drop[in.GetId()] = struct{}{}
+		s.skipped[in.GetId()] = at
+		if _, held := s.have[in.GetId()]; held {
+			s.changes.Withdrawn = append(s.changes.Withdrawn, in.GetId())
+		}
 		return
 	}
 	e, err := parseEntry(s.client.cfg.TrustDomain, in)
@@ -310,29 +302,26 @@ func (s *syncing) take(in *types.Entry) {
 		s.skip(in.GetId(), at, err.Error())
 		return
 	}
-	s.memory.created[e.ID] = at.created
-	s.upsert = append(s.upsert, e)
+	s.changes.Upsert = append(s.changes.Upsert, e)
 }
 
 // skip leaves an entry out and says so, once for each of its states.
 func (s *syncing) skip(id string, at stamp, why string) {
-	was, known := s.before.skipped[id]
-	s.memory.skipped[id] = at
+	was, known := s.before[id]
+	s.skipped[id] = at
 	if !known || was != at {
 		s.client.cfg.Log.Warn("entry skipped", "entry", id, "revision", at.revision, "reason", why)
 	}
 }
 
-func (s *syncing) result() (upsert []*cache.Entry, gone []string) {
+func (s *syncing) result() EntryChanges {
 	for id := range s.have {
-		_, seen := s.seen[id]
-		_, drop := s.drop[id]
-		if !seen || drop {
-			s.gone = append(s.gone, id)
+		if _, seen := s.seen[id]; !seen {
+			s.changes.Missing = append(s.changes.Missing, id)
 		}
 	}
-	slices.Sort(s.gone)
-	return s.upsert, slices.Compact(s.gone)
+	slices.Sort(s.changes.Missing)
+	return s.changes
 }
 
 // parseEntry makes an Entry of the server's.

@@ -29,6 +29,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
 )
 
 var example = spiffeid.RequireTrustDomainFromString("example.org")
@@ -325,7 +326,7 @@ func FuzzEntriesAnswer(f *testing.F) {
 			return
 		}
 		c := &Client{cfg: Config{TrustDomain: example, Log: slog.New(slog.DiscardHandler)}}
-		have := map[string]int64{"a": 1, "b": 1}
+		have := map[string]*cache.Entry{"a": {ID: "a", Revision: 1}, "b": {ID: "b", Revision: 1}}
 		s := c.newSync(have)
 		rest := &pagesOf{[]*entryv1.SyncAuthorizedEntriesResponse{&second}}
 		var err error
@@ -340,17 +341,17 @@ func FuzzEntriesAnswer(f *testing.F) {
 		if err != nil {
 			return
 		}
-		up, gone := s.result()
+		changes := s.result()
 		seen := make(map[string]bool)
-		for _, e := range up {
+		for _, e := range changes.Upsert {
 			if e.ID == "" || seen[e.ID] || len(e.Selectors) == 0 || e.SPIFFEID.TrustDomain() != example {
 				t.Fatalf("got %+v", e)
 			}
 			seen[e.ID] = true
 		}
-		for _, id := range gone {
-			if _, held := have[id]; !held {
-				t.Fatalf("%q is gone and was not held", id)
+		for _, id := range append(changes.Missing, changes.Withdrawn...) {
+			if _, held := have[id]; !held || seen[id] {
+				t.Fatalf("%q is gone, held %v, and of use %v", id, held, seen[id])
 			}
 		}
 	})

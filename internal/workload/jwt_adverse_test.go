@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -67,10 +68,38 @@ func TestJWTOfAnEntryThatChangedMeanwhile(t *testing.T) {
 					}
 					time.Sleep(2 * time.Second)
 				}
-				<-first
+				if err := <-first; err != nil {
+					t.Errorf("the call from before the change: %v, want what the entry gives now", err)
+				}
 			})
 		})
 	}
+}
+
+// An entry that the server does not name at present: what is held is served, and
+// that nothing is minted is no fault.
+func TestJWTOfAMissingEntry(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, m := newJWTSystem(t)
+		c := s.client(1000)
+		held, err := fetchJWT(t.Context(), c, "a")
+		if err != nil {
+			t.Fatal(err)
+		}
+		mints := len(s.obs.mints)
+		s.cache.SetMissing(true, "e1")
+		m.set(func(context.Context, string, []string) (string, error) { return "", errors.New("entry not found") })
+		if got, err := fetchJWT(t.Context(), c, "a"); err != nil || got != held {
+			t.Errorf("what is held: %v, the same %v", err, got == held)
+		}
+		if _, err := fetchJWT(t.Context(), c, "b"); status.Code(err) != codes.Unavailable {
+			t.Errorf("what is not held: %v, want Unavailable", err)
+		}
+		if warned := s.logs.attrs("a JWT-SVID could not be minted"); len(warned) > 0 || len(s.obs.mints) > mints {
+			t.Errorf("warnings %v, %d mints observed", warned, len(s.obs.mints)-mints)
+		}
+	})
 }
 
 // Callers that give up leave mints behind. They count as theirs until they end.

@@ -216,10 +216,13 @@ func (h *jwtHistory) judge(req *workloadpb.JWTSVIDRequest, begun time.Time, time
 		}
 		had, held, final, waited := false, false, false, false
 		for _, try := range h.tries {
-			if try.entry != e || try.audience != req.Audience[0] {
+			if try.entry == nil || try.entry.ID != e.ID || try.entry.SPIFFEID != e.SPIFFEID || try.audience != req.Audience[0] {
 				continue
 			}
-			had = had || slices.Contains(got, try.token)
+			had = had || slices.Contains(got, try.token) // be it of the entry before an edit
+			if try.entry != e {
+				continue
+			}
 			valid := try.token != "" && now.Sub(try.begun) < jwtTTL-2*time.Second
 			held = held || (valid && try.ended.Before(now))
 			final = final || (try.final && now.Sub(try.ended) < 2*retryLimit && (len(svids) > 0 || !try.ended.Before(begun)))

@@ -189,8 +189,10 @@ func (s *service) mint(f *flight) (cache.JWT, error) {
 	if err == nil {
 		err = s.cfg.Cache.PutJWT(e, f.audience, jwt)
 	}
-	failed := err != nil && !errors.Is(err, cache.ErrJWTChanged) && s.stopping.Err() == nil
-	if failed && s.said.first(about{kind: "mint " + e.ID}) {
+	failed := err != nil && !errors.Is(err, cache.ErrChanged) && s.stopping.Err() == nil
+	// That the server does not mint for an entry that it does not name at present
+	// is no fault.
+	if failed && !s.cfg.Cache.Missing(e.ID) && s.said.first(about{kind: "mint " + e.ID}) {
 		s.log.Warn("a JWT-SVID could not be minted", slog.String("entry_id", e.ID),
 			slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
 	}
@@ -213,7 +215,7 @@ func (s *service) askServer(f *flight) (cache.JWT, error) {
 		}
 	}
 	if !s.cfg.Cache.Current(f.key.entry) {
-		return cache.JWT{}, cache.ErrJWTChanged
+		return cache.JWT{}, cache.ErrChanged
 	}
 	// The wait does not count: a server that is asked with little time left
 	// signs in vain.
@@ -221,7 +223,9 @@ func (s *service) askServer(f *flight) (cache.JWT, error) {
 	defer cancel()
 	start := time.Now()
 	jwt, err := s.fetchToken(ctx, f.key.entry, f.audience)
-	s.obs.JWTMinted(time.Since(start), err)
+	if err == nil || !s.cfg.Cache.Missing(f.key.entry.ID) {
+		s.obs.JWTMinted(time.Since(start), err)
+	}
 	return jwt, err
 }
 

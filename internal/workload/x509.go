@@ -77,6 +77,8 @@ type x509Stream struct {
 	last   x509Answer // what was sent
 	warned bool       // of its size
 	opened time.Time  // when the caller was let in
+	// partial is since when there is something to tell and more is to come.
+	partial time.Time
 	// orphaned is since when what is held does not go with the bundle.
 	orphaned time.Time
 }
@@ -92,6 +94,11 @@ const startGrace = 500 * time.Millisecond
 // in a moment, and then SVIDs and bundle change in one answer. After the grace
 // the bundle must be told in any case: the removal may be about a stolen key.
 const orphanGrace = 5 * time.Second
+
+// partialGrace is how long a first answer waits for the other SVIDs that the
+// caller is to get. Some of them may not be had for long, and to have none is
+// worse than to have not all.
+const partialGrace = 5 * time.Second
 
 // bundleGrace is how long a first answer waits for federated bundles that the
 // server is being asked for. It may be the only one that the workload reads.
@@ -145,11 +152,19 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	if err := x.caller.admit(&v); err != nil {
 		return false, 0, err
 	}
-	// The first answer waits until it can be complete. A later one does not:
-	// renewals must reach the workload also while an entry that was just added
-	// has to wait for the server.
-	if len(v.Identities) == 0 || (v.Waiting > 0 && x.last.identities == nil) {
+	if len(v.Identities) == 0 {
 		return false, 0, nil
+	}
+	// The first answer waits until it can be complete, but not for ever. A later
+	// one does not: renewals must reach the workload also while an entry that was
+	// just added has to wait for the server.
+	if v.Waiting > 0 && x.last.identities == nil {
+		if x.partial.IsZero() {
+			x.partial = time.Now()
+		}
+		if left := partialGrace - time.Since(x.partial); left > 0 {
+			return false, left, nil
+		}
 	}
 	if left := bundleGrace - time.Since(x.opened); v.BundlesPending && x.last.identities == nil && left > 0 {
 		return false, left, nil

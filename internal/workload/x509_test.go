@@ -126,12 +126,38 @@ func TestFirstAnswerWaitsUntilComplete(t *testing.T) {
 		s.cache.Update([]*cache.Entry{e1, e2}, nil)
 		in := fetchX509(t.Context(), s.client(1000))
 		quiet(t, in)
-		s.put(e1)
 		time.Sleep(time.Minute)
+		s.put(e1)
+		time.Sleep(partialGrace - time.Millisecond)
 		quiet(t, in)
 		s.put(e2)
 		if got := one(t, in); len(got.Svids) != 2 {
 			t.Errorf("got %v", ids(got))
+		}
+	})
+}
+
+// Of six identities one can be had: after a while it is told alone, and the
+// others as they come.
+func TestFirstAnswerDoesNotWaitForEver(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		var entries []*cache.Entry
+		for i := range 6 {
+			entries = append(entries, entry(fmt.Sprint("e", i), fmt.Sprint("/", i), 1000))
+		}
+		s.cache.Update(entries, nil)
+		in := fetchX509(t.Context(), s.client(1000))
+		s.put(entries[3])
+		time.Sleep(partialGrace)
+		if got := one(t, in); !slices.Equal(ids(got), []string{"spiffe://example.org/3"}) {
+			t.Errorf("got %v, want what is held", ids(got))
+		}
+		time.Sleep(time.Minute)
+		s.put(entries[1])
+		if got := one(t, in); len(got.Svids) != 2 {
+			t.Errorf("got %v, want what has come", ids(got))
 		}
 	})
 }
