@@ -1,5 +1,5 @@
-// Package node proves to the server which node this is, and keeps the node's
-// own SVID.
+// Package node proves to the server which node this is, and keeps the agent
+// SVID.
 //
 // A [Node] holds one [Identity] at a time. [Node.Attest] gets the first one by
 // proving the node through an [Attestor]; [Node.Renew] replaces it while it is

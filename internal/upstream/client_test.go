@@ -56,7 +56,7 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 	if !o.noTrust {
 		a.trust.Store(s.trust())
 	}
-	a.store = must(node.OpenStore(o.dir))
+	a.store = must(node.OpenStore(o.dir, nil))
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log}))
 	a.Client = must(upstream.New(upstream.Config{
 		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Insecure: o.insecure, Dial: s.dial, Version: "1.0", Log: log,
@@ -682,7 +682,6 @@ func TestUnusableOwnSVIDAnswers(t *testing.T) {
 	t.Parallel()
 	for name, spoil := range map[string]func(*x509.Certificate){
 		"expired":       func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
-		"not yet valid": func(c *x509.Certificate) { c.NotBefore = time.Now().Add(2 * time.Minute) },
 		"not an agent": func(c *x509.Certificate) {
 			c.URIs[0] = spiffeid.RequireFromString("spiffe://example.org/w").URL()
 		},

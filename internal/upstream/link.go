@@ -136,9 +136,23 @@ func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bun
 	}
 	id, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(now))
 	if err != nil {
-		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), err)
+		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), timeless(err, now))
 	}
 	return isServer(id, td)
+}
+
+// timeless gives an error about the time a text that names the remedy and does
+// not hold the current time, which would make each one a new one.
+func timeless(err error, now time.Time) error {
+	var invalid x509.CertificateInvalidError
+	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
+		return err
+	}
+	from, to := invalid.Cert.NotBefore.UTC().Format(time.RFC3339), invalid.Cert.NotAfter.UTC().Format(time.RFC3339)
+	if now.Before(invalid.Cert.NotBefore) {
+		return fmt.Errorf("the certificate begins at %s, which is still to come by this node's clock: set the clock", from)
+	}
+	return fmt.Errorf("the certificate expired at %s by this node's clock: set the clock if it is wrong, else have the server renew it", to)
 }
 
 func isServer(id spiffeid.ID, td spiffeid.TrustDomain) error {
