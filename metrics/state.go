@@ -58,6 +58,9 @@ type State struct {
 	JWTExpiry map[string]time.Time
 	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
 	Streams map[string]int
+	// Unsaved says of each file of data_dir whether what is to be in it could not
+	// be written yet.
+	Unsaved map[string]bool
 }
 
 // Authority is what this node has to do with one signing authority.
@@ -104,8 +107,11 @@ var (
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
+	descUnsaved = desc("renewd_data_dir_unsaved",
+		"1 while what is to be in this file of data_dir could not be written: a restart would find what was there before. The agent tries again every few seconds, and the log names the error.", "file")
+
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descStreams}
+		descApplied, descSequence, descJWTExpiry, descOwnExpiry, descStreams, descUnsaved}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -140,6 +146,9 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, rpc := range []string{RPCX509SVID, RPCX509Bundles, RPCJWTBundles} {
 		gauge(descStreams, float64(s.Streams[rpc]), rpc)
+	}
+	for file, unsaved := range s.Unsaved {
+		gauge(descUnsaved, truth(unsaved), file)
 	}
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)

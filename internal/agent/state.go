@@ -8,6 +8,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew/wave"
 )
@@ -40,6 +41,11 @@ func (a *Agent) State() metrics.State {
 		Expiring:  map[string]int{metrics.TypeX509: late},
 		JWTExpiry: a.cache.JWTExpiry(),
 		Streams:   a.streams.counts(),
+		Unsaved:   make(map[string]bool),
+	}
+	unsaved := a.store.Unsaved()
+	for _, file := range node.Files {
+		s.Unsaved[file] = unsaved[file] != nil
 	}
 	if own != nil {
 		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter

@@ -550,6 +550,22 @@ func (w *world) counter(name string) float64 {
 	return 0
 }
 
+// gauge reads one series of a gauge with one label as a scrape would.
+func (w *world) gauge(name, label string) float64 {
+	w.t.Helper()
+	families, err := w.agent.Metrics().Gather()
+	w.check(err)
+	for _, f := range families {
+		for _, m := range f.Metric {
+			if f.GetName() == name && m.Label[0].GetValue() == label {
+				return m.GetGauge().GetValue()
+			}
+		}
+	}
+	w.t.Fatalf("no metric %s of %s", name, label)
+	return 0
+}
+
 // longID is a SPIFFE ID close to the 2,048 bytes that the standard allows.
 func longID(i int) spiffeid.ID {
 	return spiffeid.RequireFromPathf(td, "/%s/%d", strings.Repeat("x", 1900), i)

@@ -44,6 +44,7 @@ type options struct {
 	tokenFile string
 	insecure  bool
 	noTrust   bool
+	now       func() time.Time
 }
 
 func newAgent(t *testing.T, s *server, o options) *agent {
@@ -57,9 +58,9 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 		a.trust.Store(s.trust())
 	}
 	a.store = must(node.OpenStore(o.dir, nil))
-	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log}))
+	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log, Now: o.now}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Insecure: o.insecure, Dial: s.dial, Version: "1.0", Log: log,
+		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Insecure: o.insecure, Dial: s.dial, Version: "1.0", Log: log, Now: o.now,
 	}))
 	return a
 }
@@ -681,7 +682,7 @@ func TestSVIDWithoutAuthorityIsReplacedByANewProof(t *testing.T) {
 func TestUnusableOwnSVIDAnswers(t *testing.T) {
 	t.Parallel()
 	for name, spoil := range map[string]func(*x509.Certificate){
-		"expired":       func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
+		"expired": func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
 		"not an agent": func(c *x509.Certificate) {
 			c.URIs[0] = spiffeid.RequireFromString("spiffe://example.org/w").URL()
 		},
