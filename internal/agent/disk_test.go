@@ -1,9 +1,11 @@
 package agent_test
 
 import (
+	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -35,10 +37,28 @@ func (w *world) tempFiles() []string {
 	return out
 }
 
+// logBuffer is a log that can be read while it is written.
+type logBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *logBuffer) count(text string) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return strings.Count(b.text.String(), text)
+}
+
 // once fails the test unless the node has attested once in all.
-func (w *world) once(logs *strings.Builder) {
+func (w *world) once(logs *logBuffer) {
 	w.t.Helper()
-	if n := strings.Count(logs.String(), "node attested"); n != 1 {
+	if n := logs.count("node attested"); n != 1 {
 		w.t.Errorf("the node has attested %d times, with one token", n)
 	}
 }
@@ -73,8 +93,8 @@ func TestDrillDiskThatIsFullForAMoment(t *testing.T) {
 	})
 }
 
-// Whatever becomes of data_dir, the agent SVID goes on being renewed, and a
-// restart needs no token.
+// Whatever becomes of data_dir, the agent SVID is renewed, and a restart finds
+// the new one and needs no token.
 func TestDrillDataDirReplaced(t *testing.T) {
 	for name, replace := range map[string]func(w *world, dir string){
 		"removed":                func(w *world, dir string) { w.check(os.RemoveAll(dir)) },
@@ -82,19 +102,16 @@ func TestDrillDataDirReplaced(t *testing.T) {
 		"moved":                  func(w *world, dir string) { w.check(os.Rename(dir, dir+".old")) },
 	} {
 		t.Run(name, func(t *testing.T) {
-			var logs strings.Builder
-			inWorld(t, 1, func(w *world) { w.cfg.Log, w.cfg.RefreshInterval = syncedLog(&logs), 5*time.Minute }, func(w *world) {
+			var logs logBuffer
+			inWorld(t, 1, func(w *world) { w.cfg.Log, w.cfg.TaintDelay = slog.New(slog.NewTextHandler(&logs, nil)), 0 }, func(w *world) {
 				defer os.RemoveAll(w.cfg.DataDir + ".old")
 				w.fill(1)
-				first := w.agent.State().OwnExpiry
 				replace(w, w.cfg.DataDir)
-				time.Sleep(14 * time.Hour) // of a day
-				if !w.agent.State().OwnExpiry.After(first) {
-					w.t.Error("the agent SVID was not renewed")
-				}
-				if err := w.agent.Ready(); err != nil {
-					w.t.Error(err)
-				}
+				old, _ := w.rotate()
+				w.until("everything is renewed", time.Minute, func() bool { return settled(w.authority(old)) })
+				w.check(w.agent.Ready())
+				w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
+				time.Sleep(10 * time.Second)
 				w.stopAgent()
 				w.startAgent()
 				w.fill(1)
@@ -106,8 +123,8 @@ func TestDrillDataDirReplaced(t *testing.T) {
 
 // Damaged files cost no start and no token.
 func TestDrillStartWithDamagedFiles(t *testing.T) {
-	var logs strings.Builder
-	inWorld(t, 1, func(w *world) { w.cfg.Log = syncedLog(&logs) }, func(w *world) {
+	var logs logBuffer
+	inWorld(t, 1, func(w *world) { w.cfg.Log = slog.New(slog.NewTextHandler(&logs, nil)) }, func(w *world) {
 		w.fill(1)
 		w.stopAgent()
 		for _, name := range []string{"bundle.json", "federated.json", "seed"} {
@@ -116,13 +133,43 @@ func TestDrillStartWithDamagedFiles(t *testing.T) {
 		w.startAgent()
 		w.fill(1)
 		w.once(&logs)
-		if n := strings.Count(logs.String(), "moved aside"); n != 2 { // federated bundles are of no use without the own
-			w.t.Errorf("%d files moved aside: %s", n, logs.String())
+		if n := logs.count("moved aside"); n != 2 { // federated bundles are of no use without the own
+			w.t.Errorf("%d files moved aside", n)
 		}
 		w.stopAgent()
 		w.startAgent()
 		w.fill(1)
 	})
+}
+
+// An agent SVID is renewed at half of its life by the server's clock, whatever
+// this node's says: a clock that is behind would let it run out, one that is ahead
+// would have it renewed all the time.
+func TestAgentSVIDIsRenewedInTimeByAWrongClock(t *testing.T) {
+	for _, skew := range []time.Duration{-72 * time.Hour, 5 * time.Hour} {
+		t.Run(skew.String(), func(t *testing.T) {
+			var logs logBuffer
+			inWorld(t, 0, func(w *world) {
+				w.skew, w.cfg.RefreshInterval, w.cfg.Log = skew, 10*time.Minute, slog.New(slog.NewTextHandler(&logs, nil))
+			}, func(w *world) {
+				time.Sleep(28 * time.Hour)
+				if n := len(w.mintsSince(time.Time{})); n != 2 {
+					w.t.Errorf("%d renewals of an agent SVID that lives for a day, in 28 hours", n)
+				}
+				if left := time.Until(w.agent.State().OwnExpiry); left < 10*time.Hour {
+					w.t.Errorf("the agent SVID ends in %v", left)
+				}
+				w.once(&logs)
+				w.stopAgent()
+				w.startAgent()
+				time.Sleep(time.Minute)
+				w.once(&logs)
+				if n := len(w.mintsSince(time.Time{})); n > 3 {
+					w.t.Errorf("%d renewals after a restart", n)
+				}
+			})
+		})
+	}
 }
 
 // Each thing that is wrong is named on a line of its own, and a server that is

@@ -12,7 +12,7 @@ const (
 	// syncInterval is how often what is on disk is compared with what should
 	// be, and how soon a write that failed is tried again. Looking costs a few
 	// calls of stat(2).
-	syncInterval = 5 * time.Second
+	syncInterval = 10 * time.Second
 	// writeLimit is how long a write may take before what it writes counts as
 	// not on disk: a file system on a network may hang without an error.
 	writeLimit = 30 * time.Second
