@@ -210,6 +210,7 @@ func TestFailuresOfOneKindAreWarnedOfOnce(t *testing.T) {
 		if err := a.Attest(ctx); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("got %v", err)
 		}
+		synctest.Wait()
 		if n := strings.Count(a.logs.String(), "level=WARN"); n != 2 || tries.Load() < 110 {
 			t.Errorf("%d warnings of two kinds of failures, %d tries", n, tries.Load())
 		}
