@@ -25,7 +25,7 @@ type check struct {
 
 // newChecks lists what /ready is about, in the order in which it is told.
 func (a *Agent) newChecks() []check {
-	return []check{
+	checks := []check{
 		{"starting", a.checkStarted},
 		{"agent_svid", a.client.Identified},
 		{"x509_svids", a.checkServing},
@@ -33,6 +33,10 @@ func (a *Agent) newChecks() []check {
 		{"bundle", func() error { return a.refreshes.failing("bundle refresh") }},
 		{"data_dir", a.store.Err},
 	}
+	if a.keeper != nil {
+		checks = append(checks, check{"runtime_dir", a.keeper.Err})
+	}
+	return checks
 }
 
 // ready is nil when the agent does all of its work, and otherwise says what is
