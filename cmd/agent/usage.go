@@ -69,6 +69,7 @@ a line, each with its name:
   entries     no entry sync has succeeded for 5 minutes
   bundle      no bundle refresh has succeeded for 5 minutes
   data_dir    what a restart needs could not be written
+  runtime_dir the same of workload SVIDs
 
 The agent serves what it holds all the while. /live is what a restart is decided by.
 

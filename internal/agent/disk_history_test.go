@@ -18,7 +18,7 @@ import (
 //
 // RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
 func TestNoDiskAndNoClockTakesAnIdentityAway(t *testing.T) {
-	histories := 4
+	histories := 3
 	if n, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		histories = n
 	}
@@ -89,7 +89,7 @@ func diskHistory(t *testing.T, seed uint64) {
 			}
 			var past []string
 			for range steps {
-				op := r.IntN(9)
+				op := r.IntN(10)
 				past = append(past, fmt.Sprint(op))
 				switch op {
 				case 0:
@@ -123,6 +123,8 @@ func diskHistory(t *testing.T, seed uint64) {
 					w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
 				case 8:
 					right()
+				case 9:
+					w.check(os.RemoveAll(w.cfg.RuntimeDir))
 				}
 				time.Sleep(time.Duration(r.IntN(120)) * time.Second)
 				synctest.Wait()

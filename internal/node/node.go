@@ -107,13 +107,14 @@ func (n *Node) Provable(ctx context.Context) error {
 }
 
 // Attest attests the node over conn and takes the identity that the server
-// answers with, whatever this node's clock makes of it. trust is what that must verify with: the bundle that this same
-// server answered just now, because the one the operator gave may be older
-// than the authority that signs.
+// answers with, whatever this node's clock makes of it. trust is what that must
+// verify with: the bundle that this same server answered just now, because the
+// one the operator gave may be older than the authority that signs.
 //
 // A join token is used up by the call, so whether the result could be kept is
 // checked before. Should it fail to be kept all the same, the identity is used
-// from memory and the log says so: the token is gone either way.
+// from memory, and the Store writes it as soon as it can: the token is gone
+// either way.
 func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust *bundle.Bundle) error {
 	payload, err := n.cfg.Attestor.Payload(ctx)
 	if err != nil {

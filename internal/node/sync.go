@@ -3,7 +3,6 @@ package node
 import (
 	"errors"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 )
@@ -36,7 +35,10 @@ func (s *Store) Sync() error {
 	}
 	s.mu.Lock()
 	s.unusual = err
-	files := slices.Sorted(maps.Keys(s.files))
+	files := slices.DeleteFunc(slices.Clone(Files), func(file string) bool {
+		_, ours := s.files[file]
+		return !ours
+	})
 	s.mu.Unlock()
 	if err == nil {
 		var errs []error
@@ -193,7 +195,7 @@ func (s *Store) Err() error {
 		return err
 	}
 	var errs []error
-	for _, file := range slices.Sorted(maps.Keys(unsaved)) {
+	for _, file := range Files {
 		errs = append(errs, unsaved[file])
 	}
 	return errors.Join(errs...)
