@@ -68,6 +68,7 @@ type Store struct {
 	mu      sync.Mutex
 	files   map[string]kept
 	unusual error // why the folder cannot be used now
+	refused error // why the last identity could not be saved
 }
 
 // kept is one file: what is to be in it, and whether it is.
@@ -140,6 +141,9 @@ func (s *Store) SaveIdentity(id *Identity, insist bool) error {
 	before := s.file(identityFile)
 	s.want(identityFile, func() ([]byte, error) { return encodeIdentity(id) })
 	err := s.write(identityFile)
+	s.mu.Lock()
+	s.refused = err
+	s.mu.Unlock()
 	if err != nil && !insist {
 		s.keep(identityFile, before)
 	}

@@ -110,6 +110,9 @@ func (s *Store) write(file string) error {
 	}
 	if err == nil {
 		now.stamp = at
+		if file == identityFile && !k.since.IsZero() {
+			s.refused = nil
+		}
 	}
 	s.files[file] = now
 	return err
@@ -170,6 +173,9 @@ func (s *Store) Unsaved() map[string]error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make(map[string]error)
+	if s.refused != nil {
+		out[identityFile] = s.refused
+	}
 	for file, k := range s.files {
 		switch {
 		case k.since.IsZero():

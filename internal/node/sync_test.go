@@ -168,8 +168,16 @@ func TestIdentityThatWasGivenUpIsNotWrittenLater(t *testing.T) {
 	if err := s.SaveIdentity(other.node.Identity(), false); err == nil {
 		t.Fatal("written all the same")
 	}
+	check(t, s.Sync())
+	if err := s.Err(); err == nil || !strings.HasPrefix(err.Error(), "identity.json: ") {
+		t.Errorf("got %v", err)
+	}
 	mend()
-	check(t, s.Sync(), s.Close())
+	check(t, s.Sync())
+	if s.Err() == nil {
+		t.Error("not known to be mended")
+	}
+	check(t, s.SaveIdentity(s.node.Identity(), false), s.Err(), s.Close())
 	s.restart(t, s.dir)
 }
 
