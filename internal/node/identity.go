@@ -56,11 +56,11 @@ func (i *Identity) ID() spiffeid.ID {
 	return id
 }
 
-// InTime returns an error when the SVID is not valid at the time now: it has
+// ValidAt returns an error when the SVID is not valid at the time now: it has
 // ended, or not begun. If now is read from a clock that is wrong, the server may
 // accept the SVID all the same, unless it has Ended. The text is the same at
 // each call.
-func (i *Identity) InTime(now time.Time) error {
+func (i *Identity) ValidAt(now time.Time) error {
 	leaf := i.Chain[0]
 	switch {
 	case i.Ended():
@@ -155,7 +155,7 @@ func (i *Identity) verify(td spiffeid.TrustDomain, trust *bundle.Bundle, now tim
 	case trust == nil:
 		return errors.New("there is no trust bundle to verify the SVID with")
 	}
-	if i.InTime(now) != nil {
+	if i.ValidAt(now) != nil {
 		now = leaf.NotBefore
 	}
 	_, err := trust.Verify(leaf, i.Chain[1:], now)

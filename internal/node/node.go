@@ -89,7 +89,7 @@ func New(cfg Config) (*Node, error) {
 			"spiffe_id", id.ID().String(), "trust_domain", cfg.TrustDomain.Name())
 	default:
 		n.id.Store(id)
-		if err := id.InTime(cfg.Now()); err != nil {
+		if err := id.ValidAt(cfg.Now()); err != nil {
 			cfg.Log.Warn("stored agent SVID is not valid by this node's clock, asking the server", "spiffe_id", id.ID().String(), "error", err)
 		}
 	}
@@ -214,8 +214,8 @@ func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 	if err == nil {
 		err = id.verify(n.cfg.TrustDomain, n.cfg.Bundle(), now)
 	}
-	if err == nil && !now.Before(id.Chain[0].NotAfter) && held.InTime(now) == nil {
-		err = id.InTime(now) // a clock that fits the one cannot be wrong about the other
+	if err == nil && !now.Before(id.Chain[0].NotAfter) && held.ValidAt(now) == nil {
+		err = id.ValidAt(now) // a clock that fits the one cannot be wrong about the other
 	}
 	if err != nil {
 		return fmt.Errorf("the server answered with an agent SVID that cannot be used: %w", err)

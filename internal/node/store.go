@@ -65,10 +65,10 @@ type Store struct {
 	closed  bool
 	failing time.Time // since when a Sync fails; zero when the last did not
 
-	mu      sync.Mutex
-	files   map[string]kept
-	unusual error // why the folder cannot be used now
-	refused error // why the last identity could not be saved
+	mu          sync.Mutex
+	files       map[string]kept
+	folderErr   error // why the folder cannot be used now
+	identityErr error // why the last identity could not be saved
 }
 
 // kept is one file: what is to be in it, and whether it is.
@@ -142,7 +142,7 @@ func (s *Store) SaveIdentity(id *Identity, insist bool) error {
 	s.want(identityFile, func() ([]byte, error) { return encodeIdentity(id) })
 	err := s.write(identityFile)
 	s.mu.Lock()
-	s.refused = err
+	s.identityErr = err
 	s.mu.Unlock()
 	if err != nil && !insist {
 		s.keep(identityFile, before)
@@ -181,7 +181,7 @@ func (s *Store) LoadBundle() (b *bundle.Bundle) {
 // woken to write it.
 func (s *Store) SaveBundle(b *bundle.Bundle) {
 	s.want(bundleFile, func() ([]byte, error) { return encodeBundle(b) })
-	s.rouse()
+	s.notify()
 }
 
 // LoadFederated returns the federated bundles kept, nil when there are none. A
@@ -197,7 +197,7 @@ func (s *Store) LoadFederated() (bundles map[spiffeid.TrustDomain]*bundle.Bundle
 // [Store.Run] is woken to write them. The map must not be changed afterwards.
 func (s *Store) SaveFederated(bundles map[spiffeid.TrustDomain]*bundle.Bundle) {
 	s.want(partnersFile, func() ([]byte, error) { return encodeBundles(bundles) })
-	s.rouse()
+	s.notify()
 }
 
 // Seed returns random bytes that are this node's own: made at the first call
@@ -289,7 +289,7 @@ func (s *Store) file(file string) kept {
 	return s.files[file]
 }
 
-func (s *Store) rouse() {
+func (s *Store) notify() {
 	select {
 	case s.wake <- struct{}{}:
 	default:

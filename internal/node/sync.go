@@ -34,7 +34,7 @@ func (s *Store) Sync() error {
 		err = s.folder.access()
 	}
 	s.mu.Lock()
-	s.unusual = err
+	s.folderErr = err
 	files := slices.DeleteFunc(slices.Clone(Files), func(file string) bool {
 		_, ours := s.files[file]
 		return !ours
@@ -111,7 +111,7 @@ func (s *Store) write(file string) error {
 	if err == nil {
 		now.stamp = at
 		if file == identityFile && !k.since.IsZero() {
-			s.refused = nil
+			s.identityErr = nil
 		}
 	}
 	s.files[file] = now
@@ -137,16 +137,16 @@ func (s *Store) writeTo(f *folder, file string, k kept) (stamp, error) {
 		return stamp{}, fmt.Errorf("encode: %w", err)
 	}
 	if file == identityFile && have != k.stamp && have != (stamp{}) {
-		if err := s.spare(f, b); err != nil {
+		if err := s.moveAsideOther(f, b); err != nil {
 			return stamp{}, err
 		}
 	}
 	return f.write(file, b)
 }
 
-// spare moves the identity file aside when somebody has put one of another node
-// there: with it a key would be lost that nobody else has.
-func (s *Store) spare(f *folder, ours []byte) error {
+// moveAsideOther moves the identity file aside when somebody has put that of
+// another node there: with it a key would be lost that nobody else has.
+func (s *Store) moveAsideOther(f *folder, ours []byte) error {
 	found, _, err := f.read(identityFile)
 	if err != nil {
 		return err
@@ -173,14 +173,14 @@ func (s *Store) Unsaved() map[string]error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	out := make(map[string]error)
-	if s.refused != nil {
-		out[identityFile] = s.refused
+	if s.identityErr != nil {
+		out[identityFile] = s.identityErr
 	}
 	for file, k := range s.files {
 		switch {
 		case k.since.IsZero():
-		case s.unusual != nil:
-			out[file] = s.unusual
+		case s.folderErr != nil:
+			out[file] = s.folderErr
 		case k.err != nil:
 			out[file] = k.err
 		case time.Since(k.since) > writeLimit:
@@ -195,7 +195,7 @@ func (s *Store) Unsaved() map[string]error {
 func (s *Store) Err() error {
 	unsaved := s.Unsaved()
 	s.mu.Lock()
-	err := s.unusual
+	err := s.folderErr
 	s.mu.Unlock()
 	if err != nil {
 		return err

@@ -209,7 +209,7 @@ func (c *Client) try(caller context.Context, timeout time.Duration, n need, do f
 			c.prove()
 		case timedOut(err, caller):
 			c.discard(l)
-		case status.Code(err) == codes.Unavailable && identity != nil && identity.InTime(c.cfg.Now()) != nil:
+		case status.Code(err) == codes.Unavailable && identity != nil && identity.ValidAt(c.cfg.Now()) != nil:
 			// No answer, or a handshake that the server has ended: perhaps the
 			// clock is right after all.
 			c.vouched.CompareAndSwap(identity, nil)

@@ -79,7 +79,7 @@ func (c *Client) usable() (*node.Identity, error) {
 	if id == nil {
 		return nil, errors.New("there is no agent SVID yet")
 	}
-	if err := id.InTime(c.cfg.Now()); err != nil && (c.vouched.Load() != id || id.Ended()) {
+	if err := id.ValidAt(c.cfg.Now()); err != nil && (c.vouched.Load() != id || id.Ended()) {
 		return nil, err
 	}
 	force, fetched := c.cfg.Bundle(), c.fetched.Load()
@@ -300,7 +300,7 @@ func (c *Client) attest(ctx context.Context) error {
 	if c.cfg.Node.Identity() != before {
 		return nil
 	}
-	doubt := c.clearDoubt(ctx, before)
+	doubt := c.presentHeld(ctx, before)
 	if doubt == nil && c.Identified() == nil {
 		return nil
 	}
@@ -311,16 +311,16 @@ func (c *Client) attest(ctx context.Context) error {
 	return err
 }
 
-// clearDoubt presents an SVID that is outside its life by this node's clock to
+// presentHeld presents an SVID that is outside its life by this node's clock to
 // the server, which accepts it when the clock is wrong. That comes before an
 // attestation, because a join token cannot be had twice. It does nothing about
 // an SVID in its life, one that has certainly ended, or one that the server has
 // refused by name.
-func (c *Client) clearDoubt(ctx context.Context, id *node.Identity) error {
+func (c *Client) presentHeld(ctx context.Context, id *node.Identity) error {
 	if r := c.refused.Load(); id == nil || id.Ended() || (r != nil && r.identity == id) {
 		return nil
 	}
-	outside := id.InTime(c.cfg.Now())
+	outside := id.ValidAt(c.cfg.Now())
 	if outside == nil {
 		return nil
 	}
