@@ -74,6 +74,9 @@ type State struct {
 	EntriesMissing int
 	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
 	Streams map[string]int
+	// Unsaved says of each file of data_dir whether what is to be in it could not
+	// be written yet.
+	Unsaved map[string]bool
 }
 
 // Authority is what this node has to do with one signing authority.
@@ -133,8 +136,11 @@ var (
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
+	descUnsaved = desc("renewd_data_dir_unsaved",
+		"1 while what is to be in this file of data_dir could not be written: a restart would find what was there before. The agent tries again every few seconds, and the log names the error.", "file")
+
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descClockLag, descMissing, descStreams}
+		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descClockLag, descMissing, descStreams, descUnsaved}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -174,6 +180,9 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
 	}
 	gauge(descMissing, float64(s.EntriesMissing))
+	for file, unsaved := range s.Unsaved {
+		gauge(descUnsaved, truth(unsaved), file)
+	}
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)
 	}

@@ -73,7 +73,7 @@ func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
 	}
 	f := fetcher{Env: e}
 	fset := flag.NewFlagSet("fetch "+kind, flag.ContinueOnError)
-	fset.StringVar(&f.socket, "socket", cmp.Or(e.Getenv("SPIFFE_ENDPOINT_SOCKET"), e.Getenv("RENEWD_SOCKET_PATH"), defaultSocket), "")
+	fset.StringVar(&f.socket, "socket", socketFrom(e.Getenv), "")
 	fset.StringVar(&f.output, "o", "text", "")
 	fset.StringVar(&f.dir, "write", "", "")
 	fset.DurationVar(&f.timeout, "timeout", 5*time.Second, "")
@@ -93,6 +93,11 @@ func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
 		return f.jwt(ctx)
 	}
 	return f.x509(ctx)
+}
+
+// socketFrom is where the Workload API is unless a flag says so.
+func socketFrom(getenv func(string) string) string {
+	return cmp.Or(getenv("SPIFFE_ENDPOINT_SOCKET"), getenv("RENEWD_SOCKET_PATH"), defaultSocket)
 }
 
 // socketURL makes a gRPC target of a path. What is a URL already stays one.

@@ -2,8 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
+	"strings"
 
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
@@ -20,23 +22,23 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	var p endpoint
 	fset := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
 	p.flags(fset, e.Getenv)
-	socket := fset.String("socket", "", "")
+	socket := fset.String("socket", socketFrom(e.Getenv), "")
 	if err := cli.ParseOnlyFlags(fset, args, healthUsage, e); err != nil {
 		return err
 	}
-	notReady, err := p.ready(ctx)
+	reasons, err := p.ready(ctx)
 	if err != nil {
 		return err
-	}
-	if notReady != nil {
-		return fmt.Errorf("not ready: %w", notReady)
 	}
 	if *socket != "" {
 		ctx, cancel := context.WithTimeout(ctx, p.timeout)
 		defer cancel()
 		if err := askWorkloadAPI(ctx, *socket); err != nil {
-			return err
+			reasons = append(reasons, err.Error())
 		}
+	}
+	if len(reasons) > 0 {
+		return errors.New("not ready: " + strings.Join(reasons, "\nnot ready: "))
 	}
 	return cli.Printf(e.Stdout, "ready\n")
 }

@@ -110,9 +110,9 @@ func (p *endpoint) client() (*http.Client, error) {
 	return &http.Client{Transport: transport}, nil
 }
 
-// ready asks /ready. The first result is nil when the agent is ready and says
-// why not otherwise; the second is that it could not be asked.
-func (p *endpoint) ready(ctx context.Context) (notReady, err error) {
+// ready asks /ready. It returns why the agent is not ready, nothing when it is,
+// or that it could not be asked.
+func (p *endpoint) ready(ctx context.Context) (reasons []string, err error) {
 	code, body, err := p.get(ctx, "/ready")
 	text := strings.TrimSpace(string(body))
 	switch {
@@ -121,7 +121,7 @@ func (p *endpoint) ready(ctx context.Context) (notReady, err error) {
 	case code == http.StatusOK:
 		return nil, nil
 	case code == http.StatusServiceUnavailable && text != "":
-		return errors.New(text), nil
+		return strings.Split(text, "\n"), nil
 	}
 	return nil, statusError(p.url+"/ready", code)
 }

@@ -27,7 +27,7 @@ type agentStatus struct {
 	TrustDomain string            `json:"trust_domain"`
 	Deployment  string            `json:"deployment,omitempty"`
 	Ready       bool              `json:"ready"`
-	NotReady    string            `json:"not_ready_because,omitempty"`
+	NotReady    []string          `json:"not_ready_because,omitempty"`
 	OwnID       string            `json:"agent_id,omitempty"`
 	OwnExpiry   *time.Time        `json:"agent_svid_expires_at,omitempty"`
 	Bundle      *bundleStatus     `json:"bundle,omitempty"`
@@ -79,10 +79,7 @@ func statusCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err != nil {
 		return fmt.Errorf("%s/metrics: %w", p.url, err)
 	}
-	s.Ready = notReady == nil
-	if notReady != nil {
-		s.NotReady = notReady.Error()
-	}
+	s.Ready, s.NotReady = len(notReady) == 0, notReady
 	if *output == "json" {
 		return cli.PrintJSON(e.Stdout, s)
 	}
@@ -175,7 +172,10 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 	if s.Ready {
 		row("Ready:", "yes")
 	} else {
-		row("Ready:", "no, "+s.NotReady)
+		row("Ready:", "no, "+s.NotReady[0])
+		for _, reason := range s.NotReady[1:] {
+			row("", reason)
+		}
 	}
 	if s.OwnExpiry != nil {
 		row("Agent:", s.OwnID)

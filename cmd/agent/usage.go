@@ -59,10 +59,23 @@ const httpUsage = `
 
 const healthUsage = `Usage: agent healthcheck [-url URL] [-socket PATH]
 
-Exits 0 when /ready of the running agent says so. With -socket, also asks the
-Workload API there; an answer that this caller has no identity is fine.
+Exits 0 when /ready of the running agent says so and the Workload API answers; an
+answer that this caller has no identity is fine. Otherwise prints the reasons, one
+a line, each with its name:
 
-  -socket PATH          socket of the Workload API (default none: it is not asked)` + httpUsage
+  starting    the trust bundle and the entries have not arrived yet
+  agent_svid  the agent has no SVID that the server accepts
+  socket      the Workload API's socket file is gone and could not be made again
+  x509_svids  no entry has a valid X.509-SVID
+  entries     no entry sync has succeeded for 5 minutes
+  bundle      no bundle refresh has succeeded for 5 minutes
+  data_dir    what a restart needs could not be written
+  runtime_dir the same of workload SVIDs
+
+The agent serves what it holds all the while. /live is what a restart is decided by.
+
+  -socket PATH          socket of the Workload API (default /run/renewd/agent.sock, or what
+                        SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH says; "" to leave it out)` + httpUsage
 
 const statusUsage = `Usage: agent status [-o text|json] [-url URL]
 

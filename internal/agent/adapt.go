@@ -41,16 +41,22 @@ func (m minter) Mint(ctx context.Context, requests []renew.Request) ([]renew.Res
 type own struct {
 	node   *node.Node
 	client *upstream.Client
+	now    func() time.Time
 
 	mu   sync.Mutex
 	of   *node.Identity // what svid describes
 	svid *cache.SVID
+	at   time.Duration // age at which it is renewed
 }
 
 // Held describes the node's own SVID. Its authority is read from the
 // authority key identifier of the topmost certificate, because the chain of an
 // authority that was removed no longer verifies and must be renewed all the
 // more.
+//
+// When it is to be renewed is told from its age, not from its times: those are
+// of the server's clock, and this node's may be an hour away from it, so that an
+// SVID would be renewed all the time or too late.
 func (o *own) Held() *cache.SVID {
 	id := o.node.Identity()
 	o.mu.Lock()
@@ -66,11 +72,22 @@ func (o *own) Held() *cache.SVID {
 			Authority: hex.EncodeToString(id.Chain[len(id.Chain)-1].AuthorityKeyId),
 			NotBefore: leaf.NotBefore,
 			NotAfter:  leaf.NotAfter,
-			RenewAt:   renew.RenewAt(leaf.NotBefore, leaf.NotAfter, rand.Float64()),
 		}
+		var made time.Time
+		o.at = renew.RenewAt(made, made.Add(id.Life()), rand.Float64()).Sub(made)
 	}
-	return o.svid
+	now := o.now()
+	age := id.Age(now)
+	if age < -clockSkew {
+		age = o.at // the clock is behind, by how much is found out with the next one
+	}
+	s := *o.svid
+	s.RenewAt = now.Add(o.at - age)
+	return &s
 }
+
+// clockSkew is what clocks of machines that are well kept may differ by.
+const clockSkew = time.Minute
 
 func (o *own) Renew(ctx context.Context) error { return o.client.RenewNode(ctx) }
 

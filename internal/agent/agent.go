@@ -45,6 +45,9 @@ type Agent struct {
 	seed      [32]byte
 	streams   streams
 
+	checks           []check // of ready
+	syncs, refreshes upkeep
+
 	// bootstrap is what the server is trusted by until it has answered with a
 	// bundle.
 	bootstrap     atomic.Pointer[bundle.Bundle]
@@ -74,12 +77,10 @@ func New(cfg Config) (*Agent, error) {
 func (a *Agent) open() (err error) {
 	cfg := a.cfg
 	a.cache = cache.New(cache.Config{Limit: cfg.CacheSize, Now: cfg.Now})
-	if a.store, err = node.OpenStore(cfg.DataDir); err != nil {
+	if a.store, err = node.OpenStore(cfg.DataDir, a.log); err != nil {
 		return fmt.Errorf("open data_dir: %w", err)
 	}
-	if a.seed, err = a.store.Seed(); err != nil {
-		return fmt.Errorf("read the node's seed: %w", err)
-	}
+	a.seed = a.store.Seed()
 	a.node, err = node.New(node.Config{
 		TrustDomain: cfg.TrustDomain,
 		Attestor:    node.JoinToken(cfg.JoinToken, cfg.JoinTokenFile),
@@ -97,7 +98,8 @@ func (a *Agent) open() (err error) {
 		return err
 	}
 	a.resumed = initial != nil
-	a.loadFederated()
+	// To be without them for a while is no reason not to start.
+	a.keptFederated = a.store.LoadFederated()
 	a.client, err = upstream.New(upstream.Config{
 		ServerAddress: cfg.ServerAddress,
 		TrustDomain:   cfg.TrustDomain,
@@ -130,11 +132,11 @@ func (a *Agent) open() (err error) {
 
 		InitialFederated: a.keptFederated,
 		Interval:         cfg.RefreshInterval,
-		Observe:          func(outcome string, _ *bundle.Bundle) { a.metrics.BundleRefreshed(outcome) },
+		Observe:          a.bundleRefreshed,
 		Log:              a.log,
 		Now:              cfg.Now,
 	})
-	a.own = &own{node: a.node, client: a.client}
+	a.own = &own{node: a.node, client: a.client, now: cfg.Now}
 	a.renewer = renew.New(renew.Config{
 		Cache:       a.cache,
 		Minter:      minter{a.client},
@@ -171,10 +173,11 @@ func (a *Agent) open() (err error) {
 		return fmt.Errorf("set up the Workload API: %w", err)
 	}
 	if cfg.RuntimeDir != "" {
-		if err := a.restore(); err != nil {
+		if err := a.restore(initial); err != nil {
 			return err
 		}
 	}
+	a.checks = a.newChecks()
 	return nil
 }
 
@@ -187,13 +190,9 @@ func (a *Agent) hashNeeded() uint64 { return a.cache.Needs(unix.Name, "sha256") 
 // that the operator gives now. It is nil for an insecure bootstrap.
 func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 	if a.node.Identity() != nil {
-		kept, err := a.store.LoadBundle()
-		if err != nil {
-			return nil, fmt.Errorf("load the trust bundle kept in data_dir: %w", err)
-		}
-		if kept != nil {
+		if kept, adopted := a.store.LoadBundle(); kept != nil {
 			a.bootstrap.Store(kept)
-			a.trustGoesOn()
+			a.trustGoesOn(kept, adopted)
 			return kept, nil
 		}
 	}
@@ -208,15 +207,6 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 	// What the operator gives tells no taints and may be old; it is trusted
 	// for the first connection and replaced by the server's own answer.
 	return nil, nil
-}
-
-// loadFederated reads the federated bundles of the last run. To be without them
-// for a while is no reason not to start.
-func (a *Agent) loadFederated() {
-	var err error
-	if a.keptFederated, err = a.store.LoadFederated(); err != nil {
-		a.log.Error("federated bundles of the last run not loaded", "error", err)
-	}
 }
 
 // federatesWith lists the trust domains whose bundles are wanted. Until the
@@ -249,21 +239,16 @@ func (a *Agent) publish(s *bundle.Snapshot) {
 	now := a.cfg.Now()
 	answered := a.applied.Swap(&now) != nil || !a.resumed
 	if prev == nil || prev.Own != s.Own {
-		if err := a.store.SaveBundle(s.Own); err != nil {
-			a.log.Error("trust bundle not kept: after a restart the last one kept is used", "error", err)
-		} else if answered {
-			a.adopt()
-		}
+		a.store.SaveBundle(s.Own, a.adopt(answered))
 	}
 	if prev != nil && !maps.Equal(prev.Federated, s.Federated) {
-		if err := a.store.SaveFederated(s.Federated); err != nil {
-			a.log.Error("federated bundles not kept: after a restart the last ones kept are used", "error", err)
-		}
+		a.store.SaveFederated(s.Federated)
 	}
 }
 
-// restore loads the SVIDs of the last run.
-func (a *Agent) restore() error {
+// restore loads the SVIDs of the last run. kept is the bundle that was kept with
+// them, nil when there is none.
+func (a *Agent) restore(kept *bundle.Bundle) error {
 	dir, err := keep.Open(a.cfg.RuntimeDir, a.log)
 	if err != nil {
 		return fmt.Errorf("open runtime_dir: %w", err)
@@ -276,16 +261,13 @@ func (a *Agent) restore() error {
 	if len(entries) == 0 {
 		return nil
 	}
-	if a.node.Ended() {
-		// The outage has outlived the own SVID, which need not be true of those
-		// of the workloads. They are served with the bundle that was kept beside
-		// them; the server is another matter: see initialTrust.
-		kept, err := a.store.LoadBundle()
-		if err != nil || kept == nil || kept.TrustDomain() != a.cfg.TrustDomain {
-			a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them", "error", err)
-		} else {
-			a.cache.SetBundle(&bundle.Snapshot{Own: kept, Federated: a.keptFederated})
-		}
+	if a.client.Identified() != nil && kept != nil {
+		// The outage has outlived the agent SVID, or the clock is wrong. Neither
+		// need be true of the SVIDs of the workloads: they are served while the
+		// server is asked.
+		a.cache.SetBundle(&bundle.Snapshot{Own: kept, Federated: a.keptFederated})
+	} else if kept == nil {
+		a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them")
 	}
 	a.cache.Restore(entries, svids)
 	a.log.Info("workload SVIDs of the last run loaded", "svids", len(svids))
@@ -327,6 +309,8 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	}
 	now := time.Now()
 	a.started.Store(&now)
+	a.syncs.note(nil)
+	a.refreshes.note(nil)
 	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
 		"socket", listener.Addr().String(), "version", a.cfg.Version)
 	if a.cfg.Started != nil {
@@ -350,6 +334,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			return nil
 		})
 	}
+	group.Go(func() error { return a.store.Run(ctx) })
 	group.Go(func() error { return named("Workload API", a.workload.Serve(serving, listener)) })
 	if lis := a.socket.Load(); lis != nil {
 		group.Go(func() error { lis.Watch(ctx, a.log); return nil })
@@ -399,23 +384,6 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 			Log:           a.log,
 		}))
 	}, nil
-}
-
-// ready is nil once workloads get real answers.
-func (a *Agent) ready() error {
-	if !a.cache.Ready() {
-		return errors.New("starting: the trust bundle and the registration entries have not arrived yet")
-	}
-	return a.socketErr()
-}
-
-// socketErr says why workloads that connect now do not reach the agent, nil when
-// they do.
-func (a *Agent) socketErr() error {
-	if lis := a.socket.Load(); lis != nil {
-		return named("Workload API", lis.Err())
-	}
-	return nil
 }
 
 // connect gets the node trusted and proved. It returns at once when a valid

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew/wave"
 )
@@ -43,8 +44,13 @@ func (a *Agent) State() metrics.State {
 		JWTExpiry: a.cache.JWTExpiry(),
 		Streams:   a.streams.counts(),
 		ClockLag:  a.renewer.ClockLag(),
+		Unsaved:   make(map[string]bool),
 
 		EntriesMissing: a.cache.CountMissing(),
+	}
+	unsaved := a.store.Unsaved()
+	for _, file := range node.Files {
+		s.Unsaved[file] = unsaved[file] != nil
 	}
 	if own != nil {
 		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter

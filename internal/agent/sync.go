@@ -31,6 +31,7 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 			return nil
 		}
 		a.metrics.Synced(time.Since(began), err)
+		a.syncs.note(err)
 		pause := bundle.Jitter(a.cfg.RefreshInterval)
 		switch {
 		case errors.Is(err, upstream.ErrBanned):

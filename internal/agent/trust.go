@@ -17,7 +17,7 @@ type adoption struct {
 	adopted string // digest; empty: not known
 	// pending is the digest of what the server was verified with, to be adopted
 	// with the bundle that it answers with. Before that the file has to stay
-	// news: the agent may be restarted.
+	// news.
 	pending string
 	trouble string // what was logged of a file that cannot be read
 }
@@ -43,7 +43,7 @@ func digest(given *bundle.Bundle) string {
 
 // trustBegins says that the server is trusted by what the operator gives.
 func (a *Agent) trustBegins(given *bundle.Bundle) {
-	a.adoption.adopted, a.adoption.pending = digest(given), digest(given)
+	a.adoption.adopted = digest(given)
 	if given != nil {
 		bundle.LogLeftOut(a.log, a.cfg.TrustDomain, nil, given.LeftOut())
 	}
@@ -51,20 +51,14 @@ func (a *Agent) trustBegins(given *bundle.Bundle) {
 
 // trustGoesOn says that the server is trusted by the bundle kept. Where it is not
 // known what that began with, it is taken to be what the operator gives now.
-func (a *Agent) trustGoesOn() {
-	adopted, err := a.store.LoadAdopted()
-	if err != nil {
-		a.log.Error("digest of the trust_bundle_file in use not loaded, a changed file is not noticed", "error", err)
-		return
-	}
+func (a *Agent) trustGoesOn(kept *bundle.Bundle, adopted string) {
 	if adopted == "" {
 		given, err := a.given()
 		if err != nil {
 			return // it is not needed now
 		}
-		a.adoption.pending = digest(given)
-		a.adopt()
-		return
+		adopted = digest(given)
+		a.store.SaveBundle(kept, adopted)
 	}
 	a.adoption.adopted = adopted
 }
@@ -101,23 +95,15 @@ func (a *Agent) operator() (trust *bundle.Bundle, verified func()) {
 	}
 }
 
-// adopt notes that the server has answered with the bundle that is in force now.
-func (a *Agent) adopt() {
+// adopt returns the digest to be kept with the bundle that has just come into
+// force. answered says that it is the server's answer: what the server was
+// verified with is adopted then.
+func (a *Agent) adopt(answered bool) string {
 	s := &a.adoption
 	s.mu.Lock()
-	pending := s.pending
-	s.mu.Unlock()
-	if pending == "" {
-		return
-	}
-	if err := a.store.SaveAdopted(pending); err != nil {
-		a.log.Error("digest of the trust_bundle_file in use not kept", "error", err)
-		return
-	}
-	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.adopted = pending
-	if s.pending == pending {
-		s.pending = ""
+	if answered && s.pending != "" {
+		s.adopted, s.pending = s.pending, ""
 	}
+	return s.adopted
 }

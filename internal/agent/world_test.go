@@ -16,6 +16,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	dto "github.com/prometheus/client_model/go"
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -583,17 +584,23 @@ func (w *world) counter(name string) float64 {
 	return 0
 }
 
-// gauge reads one metric of the agent as a scrape would.
-func (w *world) gauge(name string) float64 {
+// gauge reads one series of a gauge as a scrape would, by the values of its
+// labels.
+func (w *world) gauge(name string, labels ...string) float64 {
 	w.t.Helper()
 	families, err := w.agent.Metrics().Gather()
 	w.check(err)
 	for _, f := range families {
-		if f.GetName() == name {
-			return f.Metric[0].GetGauge().GetValue()
+		if f.GetName() != name {
+			continue
+		}
+		for _, m := range f.Metric {
+			if slices.EqualFunc(m.Label, labels, func(l *dto.LabelPair, want string) bool { return l.GetValue() == want }) {
+				return m.GetGauge().GetValue()
+			}
 		}
 	}
-	w.t.Fatalf("no metric %s", name)
+	w.t.Fatalf("no metric %s of %v", name, labels)
 	return 0
 }
 

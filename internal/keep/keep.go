@@ -17,8 +17,10 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -31,12 +33,18 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
+// checkInterval is how soon a write that failed is tried again, and how often the
+// folder is looked for.
+const checkInterval = 10 * time.Second
+
 // Dir is an open runtime_dir.
 type Dir struct {
 	path string
 	log  *slog.Logger
+	info fs.FileInfo // of the folder when it was prepared; owned by Follow
 
 	mu    sync.Mutex
+	err   error             // why something is not kept
 	files map[string]string // path of each SVID's file -> the authority that signed it
 	holds map[string]int    // files by authority
 }
@@ -44,6 +52,14 @@ type Dir struct {
 // Open makes the folder (0700) if need be and checks that it belongs to this
 // process's user and is on a memory file system (tmpfs or ramfs, by statfs(2)).
 func Open(path string, log *slog.Logger) (*Dir, error) {
+	info, err := prepare(path)
+	if err != nil {
+		return nil, err
+	}
+	return &Dir{path: path, log: log, info: info, files: make(map[string]string), holds: make(map[string]int)}, nil
+}
+
+func prepare(path string) (fs.FileInfo, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("make runtime_dir: %w", err)
 	}
@@ -65,7 +81,15 @@ func Open(path string, log *slog.Logger) (*Dir, error) {
 	if t := uint32(st.Type); t != unix.TMPFS_MAGIC && t != unix.RAMFS_MAGIC {
 		return nil, fmt.Errorf("runtime_dir %s is on a file system of type %#x: workload keys are kept in memory only, use a folder on tmpfs such as /run/renewd/svids", path, t)
 	}
-	return &Dir{path: path, log: log, files: make(map[string]string), holds: make(map[string]int)}, nil
+	return info, nil
+}
+
+// Err is nil when all that should be kept for a restart is, as far as has been
+// tried. It may be called at any time.
+func (d *Dir) Err() error {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.err
 }
 
 // Holds reports whether an SVID that the authority signed is kept: one that
@@ -230,23 +254,76 @@ func (d *Dir) file(entryID string) string {
 
 // Follow keeps the folder equal to the cache until ctx is done, and then
 // brings it up to date once more and returns nil. It starts with dropping
-// what the cache does not have. A file that cannot be
-// written is logged and costs a mint after the next start, no more.
+// what the cache does not have. What cannot be written is tried again until it
+// is; a folder that was removed or replaced is filled again.
 func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
 	follower := c.Follow()
 	defer follower.Close()
 	kept := make(map[string]written)
 	first := follower.Drain()
 	d.dropOthers(first)
-	d.update(c, first, kept)
+	failed := d.follow(c, first, kept)
 	for {
 		select {
 		case <-ctx.Done():
-			d.update(c, follower.Drain(), kept)
+			d.follow(c, append(failed, follower.Drain()...), kept)
 			return nil
 		case <-follower.C():
-			d.update(c, follower.Drain(), kept)
+		case <-time.After(checkInterval):
 		}
+		failed = d.follow(c, append(failed, follower.Drain()...), kept)
+	}
+}
+
+// follow brings the files of these entries up to date, and those of all when the
+// folder was replaced. It returns the entries that it could not do it for.
+func (d *Dir) follow(c *cache.Cache, changed []string, kept map[string]written) (failed []string) {
+	missing, err := d.missing(kept)
+	if err != nil {
+		d.report(err)
+		return changed // no key is written to what may be a disk
+	}
+	for _, id := range append(changed, missing...) {
+		if updateErr := d.update(c, id, kept); updateErr != nil {
+			failed = append(failed, id)
+			err = fmt.Errorf("entry %s: %w", id, updateErr)
+		}
+	}
+	d.report(err)
+	return failed
+}
+
+// missing prepares the folder again when it is not the one that was prepared,
+// and returns the entries whose files are not in it.
+func (d *Dir) missing(kept map[string]written) ([]string, error) {
+	info, err := os.Stat(d.path)
+	if err == nil && os.SameFile(info, d.info) {
+		return nil, nil
+	}
+	if info, err = prepare(d.path); err != nil {
+		return nil, err
+	}
+	d.info = info
+	d.log.Warn("runtime_dir replaced, writing the SVIDs into it", "path", d.path)
+	ids := slices.Collect(maps.Keys(kept))
+	clear(kept)
+	for _, id := range ids {
+		d.note(d.file(id), "")
+	}
+	return ids, nil
+}
+
+// report logs when something comes to fail and when nothing does any more.
+func (d *Dir) report(err error) {
+	d.mu.Lock()
+	before := d.err
+	d.err = err
+	d.mu.Unlock()
+	switch {
+	case err != nil && before == nil:
+		d.log.Error("SVID not kept for a restart, trying again", "error", err)
+	case err == nil && before != nil:
+		d.log.Info("keeping SVIDs for a restart recovered")
 	}
 }
 
@@ -277,26 +354,24 @@ func (d *Dir) dropOthers(entryIDs []string) {
 	}
 }
 
-func (d *Dir) update(c *cache.Cache, changed []string, kept map[string]written) {
-	for _, id := range changed {
-		item, held := c.Item(id)
-		var err error
-		switch {
-		case !held || item.SVID == nil:
-			delete(kept, id)
-			err = d.remove(d.file(id))
-		case kept[id] != written{item.Entry, item.SVID}:
-			kept[id] = written{item.Entry, item.SVID}
-			if err = d.write(item); err != nil {
-				// The older SVID may be of an authority that is about to be
-				// removed: none is better.
-				err = errors.Join(err, d.remove(d.file(id)))
-			}
-		}
-		if err != nil {
-			d.log.Error("SVID not kept for a restart", "entry", id, "error", err)
-		}
+// update brings the file of one entry up to date.
+func (d *Dir) update(c *cache.Cache, id string, kept map[string]written) error {
+	item, held := c.Item(id)
+	switch {
+	case !held || item.SVID == nil:
+		delete(kept, id)
+		return d.remove(d.file(id))
+	case kept[id] == written{item.Entry, item.SVID}:
+		return nil
 	}
+	if err := d.write(item); err != nil {
+		delete(kept, id)
+		// The older SVID may be of an authority that is about to be removed: none
+		// is better.
+		return errors.Join(err, d.remove(d.file(id)))
+	}
+	kept[id] = written{item.Entry, item.SVID}
+	return nil
 }
 
 func (d *Dir) write(item cache.Item) error {

@@ -45,8 +45,8 @@ func decodeIdentity(b []byte) (*Identity, error) {
 	if err := decode(b, &in); err != nil {
 		return nil, err
 	}
-	if in.Version != formatVersion {
-		return nil, fmt.Errorf("it has format %d, this agent reads %d", in.Version, formatVersion)
+	if err := checkVersion(in.Version); err != nil {
+		return nil, err
 	}
 	parsed, err := x509.ParsePKCS8PrivateKey(in.Key)
 	if err != nil {
@@ -66,6 +66,9 @@ type bundleJSON struct {
 	RefreshHint time.Duration `json:"refresh_hint_ns"`
 	X509        []x509JSON    `json:"x509_authorities"`
 	JWT         []jwtJSON     `json:"jwt_authorities"`
+	// Adopted is the digest of what the operator had given when the trust in the
+	// own bundle began.
+	Adopted string `json:"adopted,omitempty"`
 }
 
 type x509JSON struct {
@@ -82,11 +85,12 @@ type jwtJSON struct {
 	Tainted   bool   `json:"tainted,omitempty"`
 }
 
-func encodeBundle(b *bundle.Bundle) ([]byte, error) {
+func encodeBundle(b *bundle.Bundle, adopted string) ([]byte, error) {
 	out, err := newBundleJSON(b)
 	if err != nil {
 		return nil, err
 	}
+	out.Adopted = adopted
 	return json.Marshal(out)
 }
 
@@ -127,12 +131,13 @@ func newBundleJSON(b *bundle.Bundle) (bundleJSON, error) {
 	return out, nil
 }
 
-func decodeBundle(b []byte) (*bundle.Bundle, error) {
+func decodeBundle(raw []byte) (b *bundle.Bundle, adopted string, err error) {
 	var in bundleJSON
-	if err := decode(b, &in); err != nil {
-		return nil, err
+	if err := decode(raw, &in); err != nil {
+		return nil, "", err
 	}
-	return in.bundle()
+	b, err = in.bundle()
+	return b, in.Adopted, err
 }
 
 func decodeBundles(b []byte) (map[spiffeid.TrustDomain]*bundle.Bundle, error) {
@@ -152,8 +157,8 @@ func decodeBundles(b []byte) (map[spiffeid.TrustDomain]*bundle.Bundle, error) {
 }
 
 func (in *bundleJSON) bundle() (*bundle.Bundle, error) {
-	if in.Version != formatVersion {
-		return nil, fmt.Errorf("it has format %d, this agent reads %d", in.Version, formatVersion)
+	if err := checkVersion(in.Version); err != nil {
+		return nil, err
 	}
 	td, err := spiffeid.TrustDomainFromString(in.TrustDomain)
 	if err != nil {
@@ -181,6 +186,16 @@ func (in *bundleJSON) bundle() (*bundle.Bundle, error) {
 	return bundle.New(td, c)
 }
 
+func checkVersion(v int) error {
+	switch {
+	case v > formatVersion:
+		return fmt.Errorf("it has format %d, this agent reads %d: %w", v, formatVersion, errNewer)
+	case v != formatVersion:
+		return fmt.Errorf("it has format %d, this agent reads %d", v, formatVersion)
+	}
+	return nil
+}
+
 // decode is json.Unmarshal without the content of the file in its errors.
 func decode(b []byte, into any) error {
 	err := json.Unmarshal(b, into)
@@ -190,6 +205,14 @@ func decode(b []byte, into any) error {
 		return nil
 	case errors.As(err, &syntax):
 		return fmt.Errorf("it is not JSON from byte %d on", syntax.Offset)
+	}
+	var head struct {
+		Version int `json:"version"`
+	}
+	if json.Unmarshal(b, &head) == nil {
+		if err := checkVersion(head.Version); err != nil {
+			return err
+		}
 	}
 	return errors.New("its fields are not those that the agent writes")
 }

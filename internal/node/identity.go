@@ -15,11 +15,12 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// clockSkew is how far this node's clock may be behind the server's before a
-// fresh SVID is refused as not yet valid.
-const clockSkew = time.Minute
+// backdate is how far back a SPIRE server dates what it signs, so that nodes
+// whose clocks lag a little can use it at once. Hence NotBefore of a fresh SVID
+// is the server's word on what time it is.
+const backdate = 10 * time.Second
 
-// The most that is taken for an own SVID. Real chains have two or three
+// The most that is taken for an agent SVID. Real chains have two or three
 // certificates of about 1 KiB.
 const (
 	maxChain = 10
@@ -30,7 +31,7 @@ const (
 // SPIRE server, and nothing else does.
 const agentPath = "/spire/agent/"
 
-// Identity is the node's own SVID with its private key. It is immutable and
+// Identity is the agent SVID with its private key. It is immutable and
 // may be shared freely.
 type Identity struct {
 	Key crypto.Signer
@@ -40,6 +41,10 @@ type Identity struct {
 	// Reattestable says that the server wants this node to prove itself again
 	// instead of renewing.
 	Reattestable bool
+
+	// When it was received, by the clock that is never set and by the wall
+	// clock; zero when it was loaded.
+	received, wall time.Time
 }
 
 // ID is the node's SPIFFE ID.
@@ -51,8 +56,43 @@ func (i *Identity) ID() spiffeid.ID {
 	return id
 }
 
-// Expired reports whether the SVID is of no use any more at the time now.
-func (i *Identity) Expired(now time.Time) bool { return !now.Before(i.Chain[0].NotAfter) }
+// ValidAt returns an error when the SVID is not valid at the time now: it has
+// ended, or not begun. If now is read from a clock that is wrong, the server may
+// accept the SVID all the same, unless it has Ended. The text is the same at
+// each call.
+func (i *Identity) ValidAt(now time.Time) error {
+	leaf := i.Chain[0]
+	switch {
+	case i.Ended():
+		return fmt.Errorf("the agent SVID has expired: it was for %v", i.Life())
+	case now.Before(leaf.NotBefore):
+		return fmt.Errorf("the agent SVID begins at %s, which is still to come by this node's clock: set the clock", leaf.NotBefore.UTC().Format(time.RFC3339))
+	case !now.Before(leaf.NotAfter):
+		return fmt.Errorf("the agent SVID expired at %s by this node's clock", leaf.NotAfter.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// Ended reports whether the SVID has expired whatever the wall clock says: it
+// was received longer ago than it lives, by the clock that is never set.
+func (i *Identity) Ended() bool { return !i.received.IsZero() && time.Since(i.received) >= i.Life() }
+
+// Life is how long an SVID can be used once it was made.
+func (i *Identity) Life() time.Duration {
+	return i.Chain[0].NotAfter.Sub(i.Chain[0].NotBefore) - backdate
+}
+
+// Age is how long ago the SVID was made, as far as this node can tell at the
+// time now. Since it was received counts by the wall clock, which may be set, or
+// by the monotonic one, which stands still while a machine is suspended:
+// whichever says more. Of one that was loaded only its own times tell; when they
+// are still to come the age is negative and not known.
+func (i *Identity) Age(now time.Time) time.Duration {
+	if i.received.IsZero() {
+		return now.Sub(i.Chain[0].NotBefore) - backdate
+	}
+	return max(now.Round(0).Sub(i.wall.Round(0)), time.Since(i.received))
+}
 
 // TLSCertificate is the identity as a TLS client presents it.
 func (i *Identity) TLSCertificate() tls.Certificate {
@@ -100,24 +140,25 @@ func newIdentity(key crypto.Signer, der [][]byte, reattestable bool) (*Identity,
 	return &Identity{Key: key, Chain: chain, Reattestable: reattestable}, nil
 }
 
-// verify checks what has to hold of an SVID that was issued just now.
+// verify checks what has to hold of an SVID that was issued just now. What time
+// it is, the server knows: it has made the SVID, and judges it when it is used.
+// So the SVID is verified at the time that it was made at, if this node's clock
+// is outside its life.
 func (i *Identity) verify(td spiffeid.TrustDomain, trust *bundle.Bundle, now time.Time) error {
 	leaf, id := i.Chain[0], i.ID()
 	switch {
 	case !id.MemberOf(td):
 		return fmt.Errorf("%q is not in trust domain %q", id, td.Name())
-	case leaf.NotBefore.After(now.Add(clockSkew)):
-		return fmt.Errorf("the SVID of %q is valid from %s on: compare the clocks of this node and the server", id, leaf.NotBefore.UTC().Format(time.RFC3339))
-	case i.Expired(now):
-		return fmt.Errorf("the SVID of %q expired at %s: compare the clocks of this node and the server", id, leaf.NotAfter.UTC().Format(time.RFC3339))
+	case i.Life() <= 0:
+		return fmt.Errorf("the SVID of %q had expired when it was issued: it is from %s to %s", id,
+			leaf.NotBefore.UTC().Format(time.RFC3339), leaf.NotAfter.UTC().Format(time.RFC3339))
 	case trust == nil:
 		return errors.New("there is no trust bundle to verify the SVID with")
 	}
-	at := now
-	if leaf.NotBefore.After(at) {
-		at = leaf.NotBefore
+	if i.ValidAt(now) != nil {
+		now = leaf.NotBefore
 	}
-	_, err := trust.Verify(leaf, i.Chain[1:], at)
+	_, err := trust.Verify(leaf, i.Chain[1:], now)
 	return err
 }
 

@@ -44,18 +44,19 @@ type Config struct {
 // Node is this machine as the server knows it. Identity may be called at any
 // time; of Attest, Renew and Wipe one at a time.
 type Node struct {
-	cfg   Config
-	id    atomic.Pointer[Identity]
-	ended bool
+	cfg Config
+	id  atomic.Pointer[Identity]
 }
 
-// New makes a Node and loads the identity kept from the last run. One that has
-// expired or is of another trust domain is left out, which the log says.
+// New makes a Node and loads the identity kept from the last run. One of another
+// trust domain is left out, which the log says. One that is outside its life is
+// not: the clock may be wrong.
 //
-// An identity file that cannot be read is an error when nothing else could
-// prove the node: an operator may be able to repair it. When there is
-// something, a join token for instance, the file is renamed and logged, and
-// the node proves itself anew. It is never deleted.
+// An identity file that cannot be read is an error when there is nothing to
+// attest with: an operator may be able to repair it. When there is something, a
+// join token for instance, the file is renamed and logged, and the node has to
+// attest. It is never deleted. A file of a newer version of the agent is always
+// an error: that version can still read it.
 func New(cfg Config) (*Node, error) {
 	if cfg.TrustDomain.IsZero() || cfg.Attestor == nil || cfg.Store == nil || cfg.Bundle == nil {
 		return nil, errors.New("node: Config needs TrustDomain, Attestor, Store and Bundle")
@@ -74,34 +75,29 @@ func New(cfg Config) (*Node, error) {
 		if _, noProof := cfg.Attestor.Payload(context.Background()); noProof != nil {
 			return nil, err
 		}
-		aside, renameErr := cfg.Store.setAside(cfg.Now())
+		to, renameErr := cfg.Store.setAside(cfg.Now())
 		if renameErr != nil {
 			return nil, errors.Join(err, renameErr)
 		}
-		cfg.Log.Warn("the own SVID kept from the last run is damaged and was set aside, the node has to be proved anew", "error", corrupt.Err, "file", aside)
+		cfg.Log.Warn("stored agent SVID is corrupt, moved aside, re-attestation required", "error", corrupt.Err, "file", corrupt.Path, "moved_to", to)
 	case err != nil:
-		return nil, fmt.Errorf("load the own SVID: %w", err)
+		return nil, fmt.Errorf("load the agent SVID: %w", err)
 	case id == nil:
 	case !id.ID().MemberOf(cfg.TrustDomain):
-		cfg.Log.Warn("the own SVID kept from the last run is of another trust domain, the node has to be proved anew",
+		cfg.Store.leaveIdentity()
+		cfg.Log.Warn("stored agent SVID is of another trust domain, attestation required",
 			"spiffe_id", id.ID().String(), "trust_domain", cfg.TrustDomain.Name())
-	case id.Expired(cfg.Now()):
-		cfg.Log.Warn("the own SVID kept from the last run has expired, the node has to be proved anew",
-			"spiffe_id", id.ID().String(), "expired_at", id.Chain[0].NotAfter)
-		n.ended = true
 	default:
 		n.id.Store(id)
+		if err := id.ValidAt(cfg.Now()); err != nil {
+			cfg.Log.Warn("stored agent SVID is not valid by this node's clock, asking the server", "spiffe_id", id.ID().String(), "error", err)
+		}
 	}
 	return n, nil
 }
 
 // Identity is the identity held, nil when there is none. It may have expired.
 func (n *Node) Identity() *Identity { return n.id.Load() }
-
-// Ended reports whether New has left out an identity of this trust domain because it
-// had expired. The server may still know the node, and has not banned it as far
-// as it has said.
-func (n *Node) Ended() bool { return n.ended }
 
 // Provable returns nil when there is something to prove the node with, and
 // otherwise what is missing.
@@ -110,21 +106,22 @@ func (n *Node) Provable(ctx context.Context) error {
 	return err
 }
 
-// Attest proves the node over conn and takes the identity that the server
-// answers with. trust is what that must verify with: the bundle that this same
-// server answered just now, because the one the operator gave may be older
-// than the authority that signs.
+// Attest attests the node over conn and takes the identity that the server
+// answers with, whatever this node's clock makes of it. trust is what that must
+// verify with: the bundle that this same server answered just now, because the
+// one the operator gave may be older than the authority that signs.
 //
 // A join token is used up by the call, so whether the result could be kept is
 // checked before. Should it fail to be kept all the same, the identity is used
-// from memory and the log says so: the token is gone either way.
+// from memory, and the Store writes it as soon as it can: the token is gone
+// either way.
 func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust *bundle.Bundle) error {
 	payload, err := n.cfg.Attestor.Payload(ctx)
 	if err != nil {
 		return err
 	}
 	if err := n.cfg.Store.writable(); err != nil {
-		return fmt.Errorf("the own SVID could not be kept, so the node is not proved: %w", err)
+		return fmt.Errorf("the agent SVID could not be written to data_dir, so the node is not attested: %w", err)
 	}
 	key, csr, err := n.newKey()
 	if err != nil {
@@ -135,17 +132,16 @@ func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust 
 		return err
 	}
 	id, err := newIdentity(key, result.GetSvid().GetCertChain(), result.GetReattestable())
+	now := n.cfg.Now()
 	if err == nil {
-		err = id.verify(n.cfg.TrustDomain, trust, n.cfg.Now())
+		err = id.verify(n.cfg.TrustDomain, trust, now)
 	}
 	if err != nil {
-		return fmt.Errorf("the server answered with an own SVID that cannot be used: %w", err)
+		return fmt.Errorf("the server answered with an agent SVID that cannot be used: %w", err)
 	}
-	if err := n.cfg.Store.SaveIdentity(id); err != nil {
-		n.cfg.Log.Error("the own SVID could not be kept: after a restart the node has to be proved anew", "error", err)
-	}
-	n.id.Store(id)
-	n.cfg.Log.Info("node proved", "spiffe_id", id.ID().String(), "attestor", n.cfg.Attestor.Type(), "expires_at", id.Chain[0].NotAfter)
+	id.received, id.wall = time.Now(), now
+	n.insist(id)
+	n.cfg.Log.Info("node attested", "spiffe_id", id.ID().String(), "attestor", n.cfg.Attestor.Type(), "expires_at", id.Chain[0].NotAfter)
 	return nil
 }
 
@@ -194,11 +190,11 @@ func (n *Node) converse(ctx context.Context, conn grpc.ClientConnInterface, payl
 // server takes the new one into force, and retires the present one, when it is
 // first used. So nothing is lost when the answer is wrong or cannot be kept:
 // the error says so and the present identity stays. Only one that is about to
-// end is replaced also by one that cannot be kept.
+// end is replaced also by one that cannot be kept yet.
 func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 	held := n.id.Load()
 	if held == nil {
-		return errors.New("there is no own SVID to renew")
+		return errors.New("there is no agent SVID to renew")
 	}
 	key, csr, err := n.newKey()
 	if err != nil {
@@ -214,29 +210,42 @@ func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 	if err == nil && id.ID() != held.ID() {
 		err = fmt.Errorf("it is %q, the node is %q", id.ID(), held.ID())
 	}
+	now := n.cfg.Now()
 	if err == nil {
-		err = id.verify(n.cfg.TrustDomain, n.cfg.Bundle(), n.cfg.Now())
+		err = id.verify(n.cfg.TrustDomain, n.cfg.Bundle(), now)
+	}
+	if err == nil && !now.Before(id.Chain[0].NotAfter) && held.ValidAt(now) == nil {
+		err = id.ValidAt(now) // a clock that fits the one cannot be wrong about the other
 	}
 	if err != nil {
-		return fmt.Errorf("the server answered with an own SVID that cannot be used: %w", err)
+		return fmt.Errorf("the server answered with an agent SVID that cannot be used: %w", err)
 	}
-	if err := n.cfg.Store.SaveIdentity(id); err != nil {
-		leaf := held.Chain[0]
-		if left := leaf.NotAfter.Sub(n.cfg.Now()); left > leaf.NotAfter.Sub(leaf.NotBefore)/4 {
-			return fmt.Errorf("keep the own SVID: %w", err)
+	id.received, id.wall = time.Now(), now
+	if left := held.Life() - held.Age(now); left > held.Life()/4 {
+		if err := n.cfg.Store.SaveIdentity(id, false); err != nil {
+			return fmt.Errorf("write the agent SVID to data_dir: %w", err)
 		}
-		n.cfg.Log.Error("the renewed own SVID could not be kept: after a restart the node has to be proved anew", "error", err)
+		n.id.Store(id)
+	} else {
+		n.insist(id)
+	}
+	n.cfg.Log.Info("agent SVID renewed", "spiffe_id", id.ID().String(), "expires_at", id.Chain[0].NotAfter)
+	return nil
+}
+
+// insist uses id whether or not it can be written now. The Store tries until it is.
+func (n *Node) insist(id *Identity) {
+	if err := n.cfg.Store.SaveIdentity(id, true); err != nil {
+		n.cfg.Log.Error("agent SVID not written to data_dir, a restart before it is makes attestation necessary", "error", err)
 	}
 	n.id.Store(id)
-	n.cfg.Log.Info("own SVID renewed", "spiffe_id", id.ID().String(), "expires_at", id.Chain[0].NotAfter)
-	return nil
 }
 
 // Wipe forgets the identity, in memory and on disk: the server has banned it.
 func (n *Node) Wipe() error {
 	n.id.Store(nil)
 	if err := n.cfg.Store.WipeIdentity(); err != nil {
-		return fmt.Errorf("wipe the own SVID: %w", err)
+		return fmt.Errorf("wipe the agent SVID: %w", err)
 	}
 	return nil
 }

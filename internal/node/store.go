@@ -1,14 +1,12 @@
 package node
 
 import (
+	"context"
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
-	"io/fs"
-	"os"
-	"path/filepath"
-	"syscall"
+	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -18,16 +16,15 @@ import (
 
 // The files of a [Store].
 const (
-	identityFile  = "identity.json" // key and own SVID together, so that they always match
+	identityFile  = "identity.json" // key and agent SVID together, so that they always match
 	bundleFile    = "bundle.json"
 	federatedFile = "federated.json"
-	adoptedFile   = "adopted" // digest of the operator's authorities that bundleFile began with
 	seedFile      = "seed"
 	lockFile      = "lock"
 )
 
-// maxFile bounds what is read of any one file.
-const maxFile = 32 << 20
+// Files are the files that a [Store] keeps, the most precious first.
+var Files = []string{identityFile, bundleFile, federatedFile, seedFile}
 
 // CorruptError says that a file of the store cannot be read as what it should
 // be. Nothing was changed.
@@ -38,278 +35,278 @@ type CorruptError struct {
 }
 
 func (e *CorruptError) Error() string {
-	return fmt.Sprintf("%s is damaged (%v): %s", e.Path, e.Err, e.Remedy)
+	return fmt.Sprintf("%s is corrupt (%v): %s", e.Path, e.Err, e.Remedy)
 }
 
 // Unwrap returns what is wrong with the file.
 func (e *CorruptError) Unwrap() error { return e.Err }
 
+// errNewer says that a file was written by a newer version of the agent. Such a
+// file is whole.
+var errNewer = errors.New("a newer version of the agent has written it")
+
 // Store keeps what a node must not lose over a restart: its identity, the last
 // trust bundles, and a seed. The folder has mode 0700 and its files 0600; they
-// are replaced atomically and are on disk when a Save returns. One process at
-// a time can have it open.
+// are replaced atomically. One process at a time can have the folder open.
 //
-// Methods may be called concurrently, except that two Saves of the same kind
-// must not overlap.
+// What is loaded or saved becomes what is to be on disk. [Store.Sync] brings the
+// disk to it, however the two came to differ: a write that failed, a file that
+// somebody removed, a folder that was replaced. [Store.Run] does so until it is
+// told to end. Methods may be called concurrently.
 type Store struct {
 	dir  string
-	root *os.Root
-	lock *os.File
+	log  *slog.Logger
+	wake chan struct{}
+
+	// turn is held (by a value in it) by whoever reads or writes the disk. It
+	// guards what follows it up to mu.
+	turn    chan struct{}
+	folder  *folder
+	closed  bool
+	failing time.Time // since when a Sync fails; zero when the last did not
+
+	mu          sync.Mutex
+	files       map[string]kept
+	folderErr   error // why the folder cannot be used now
+	identityErr error // why the last identity could not be saved
+}
+
+// kept is one file: what is to be in it, and whether it is.
+type kept struct {
+	generation uint64                 // another one each time that encode changes
+	encode     func() ([]byte, error) // nil: the file is not to be there
+	stamp      stamp                  // of the file as it was last read or written here
+	// since is when encode became what is to be there, while it is not known to
+	// be; zero afterwards.
+	since time.Time
+	err   error // of the last try to write it
 }
 
 // OpenStore opens the folder dir and makes it when it is missing. Permissions
 // that let others in are tightened. It fails when the folder belongs to
-// another user or is open in another process.
-func OpenStore(dir string) (_ *Store, err error) {
-	if err := os.MkdirAll(dir, 0o700); err != nil {
-		return nil, fmt.Errorf("make the folder: %w", err)
+// another user or is open in another process. log may be nil.
+func OpenStore(dir string, log *slog.Logger) (*Store, error) {
+	if log == nil {
+		log = slog.New(slog.DiscardHandler)
 	}
-	root, err := os.OpenRoot(dir)
+	f, err := openFolder(dir)
 	if err != nil {
 		return nil, err
 	}
-	s := &Store{dir: dir, root: root}
-	defer func() {
-		if err != nil {
-			s.Close()
-		}
-	}()
-	info, err := root.Stat(".")
-	if err != nil {
-		return nil, err
-	}
-	// Whoever owns the folder can replace the key in it.
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("%s belongs to user %d and this process runs as %d: chown it, or run as its owner", dir, st.Uid, os.Geteuid())
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		if err := root.Chmod(".", 0o700); err != nil {
-			return nil, fmt.Errorf("%s can be read by others (mode %v): chmod it to 0700: %w", dir, info.Mode().Perm(), err)
-		}
-	}
-	s.lock, err = root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, fmt.Errorf("open the lock file: %w", err)
-	}
-	if err := syscall.Flock(int(s.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
-		if errors.Is(err, syscall.EWOULDBLOCK) {
-			return nil, fmt.Errorf("%s is in use by another agent: stop that one, or give this one a folder of its own", dir)
-		}
-		return nil, fmt.Errorf("lock %s: %w", s.path(lockFile), err)
-	}
-	return s, nil
+	return &Store{
+		dir: dir, log: log, folder: f, files: make(map[string]kept),
+		turn: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+	}, nil
 }
 
-// Close gives the folder free. The Store is of no use afterwards.
+// Close writes what is still to be written, as Sync does, and gives the folder
+// free. The Store is of no use afterwards.
 func (s *Store) Close() error {
-	var errs []error
-	if s.lock != nil {
-		// Closing alone would leave the lock with a child process that has
-		// been forked and not yet executed, which shares the open file.
-		errs = append(errs, syscall.Flock(int(s.lock.Fd()), syscall.LOCK_UN), s.lock.Close())
+	_ = s.Sync() // logged
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	if s.closed {
+		return errClosed
 	}
-	return errors.Join(append(errs, s.root.Close())...)
+	s.closed = true
+	return s.folder.close()
 }
 
 // LoadIdentity returns the identity kept, nil when there is none. A file that
-// cannot be read as an identity is a [CorruptError].
+// cannot be read as an identity is a [CorruptError], and stays as it is.
 func (s *Store) LoadIdentity() (*Identity, error) {
-	b, err := s.read(identityFile)
-	if b == nil || err != nil {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	b, at, err := s.folder.read(identityFile)
+	if at == (stamp{}) || err != nil {
 		return nil, err
 	}
 	id, err := decodeIdentity(b)
-	if err != nil {
-		return nil, &CorruptError{s.path(identityFile), "move it away and prove the node anew, with a new join token for instance", err}
+	if errors.Is(err, errNewer) {
+		return nil, fmt.Errorf("%s: %w: install that version again, or move the file away and re-attest, with a new join token for instance", s.folder.name(identityFile), err)
 	}
+	if err != nil {
+		return nil, &CorruptError{s.folder.name(identityFile), "move it away and re-attest, with a new join token for instance", err}
+	}
+	s.keep(identityFile, kept{encode: func() ([]byte, error) { return encodeIdentity(id) }, stamp: at})
 	return id, nil
 }
 
-// SaveIdentity keeps id in place of the identity kept before.
-func (s *Store) SaveIdentity(id *Identity) error {
-	b, err := encodeIdentity(id)
-	if err != nil {
-		return fmt.Errorf("encode the identity: %w", err)
+// SaveIdentity has id on disk, in place of the identity kept before, when it
+// returns nil. When it cannot be written the one before remains what is to be
+// on disk, unless insist is set: then it is id, and a later Sync writes it.
+func (s *Store) SaveIdentity(id *Identity, insist bool) error {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	before := s.file(identityFile)
+	s.want(identityFile, func() ([]byte, error) { return encodeIdentity(id) })
+	err := s.write(identityFile)
+	s.mu.Lock()
+	s.identityErr = err
+	s.mu.Unlock()
+	if err != nil && !insist {
+		s.keep(identityFile, before)
 	}
-	return s.write(identityFile, b)
+	return err
 }
 
-// WipeIdentity removes the identity kept, if any.
+// WipeIdentity removes the identity kept, if any. When that fails a later Sync
+// removes it.
 func (s *Store) WipeIdentity() error {
-	if err := s.root.Remove(identityFile); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	return s.syncDir()
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	s.want(identityFile, nil)
+	return s.write(identityFile)
+}
+
+// leaveIdentity makes the identity file none of the Store's business, until one
+// is saved.
+func (s *Store) leaveIdentity() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.files, identityFile)
 }
 
 // LoadBundle returns the trust bundle kept, with its taint marks and their
-// times, nil when there is none.
-func (s *Store) LoadBundle() (*bundle.Bundle, error) {
-	b, err := s.read(bundleFile)
-	if b == nil || err != nil {
-		return nil, err
-	}
-	out, err := decodeBundle(b)
-	if err != nil {
-		return nil, &CorruptError{s.path(bundleFile), "move it away; the agent then starts from the trust bundle that it is configured with", err}
-	}
-	return out, nil
+// times, nil when there is none, and the digest of what the operator had given
+// when the trust in it began, empty when that is not known. A file that cannot be
+// read is moved aside, as the log says, and is none: the server has what was in it.
+func (s *Store) LoadBundle() (b *bundle.Bundle, adopted string) {
+	s.load(bundleFile,
+		func(raw []byte) (err error) { b, adopted, err = decodeBundle(raw); return err },
+		func() ([]byte, error) { return encodeBundle(b, adopted) })
+	return b, adopted
 }
 
-// SaveBundle keeps b in place of the trust bundle kept before.
-func (s *Store) SaveBundle(b *bundle.Bundle) error {
-	enc, err := encodeBundle(b)
-	if err != nil {
-		return fmt.Errorf("encode the trust bundle: %w", err)
-	}
-	return s.write(bundleFile, enc)
+// SaveBundle makes b the trust bundle that is to be on disk, and adopted the
+// digest beside it. [Store.Run] is woken to write them.
+func (s *Store) SaveBundle(b *bundle.Bundle, adopted string) {
+	s.want(bundleFile, func() ([]byte, error) { return encodeBundle(b, adopted) })
+	s.notify()
 }
 
-// LoadFederated returns the federated bundles kept, nil when there are none.
-func (s *Store) LoadFederated() (map[spiffeid.TrustDomain]*bundle.Bundle, error) {
-	b, err := s.read(federatedFile)
-	if b == nil || err != nil {
-		return nil, err
-	}
-	out, err := decodeBundles(b)
-	if err != nil {
-		return nil, &CorruptError{s.path(federatedFile), "remove it; the agent asks the server for them", err}
-	}
-	return out, nil
+// LoadFederated returns the federated bundles kept, nil when there are none. A
+// file that cannot be read is moved aside as by LoadBundle.
+func (s *Store) LoadFederated() (bundles map[spiffeid.TrustDomain]*bundle.Bundle) {
+	s.load(federatedFile,
+		func(raw []byte) (err error) { bundles, err = decodeBundles(raw); return err },
+		func() ([]byte, error) { return encodeBundles(bundles) })
+	return bundles
 }
 
-// SaveFederated keeps the federated bundles in place of those kept before.
-func (s *Store) SaveFederated(bundles map[spiffeid.TrustDomain]*bundle.Bundle) error {
-	enc, err := encodeBundles(bundles)
-	if err != nil {
-		return fmt.Errorf("encode the federated bundles: %w", err)
-	}
-	return s.write(federatedFile, enc)
+// SaveFederated makes bundles the federated bundles that are to be on disk.
+// [Store.Run] is woken to write them. The map must not be changed afterwards.
+func (s *Store) SaveFederated(bundles map[spiffeid.TrustDomain]*bundle.Bundle) {
+	s.want(federatedFile, func() ([]byte, error) { return encodeBundles(bundles) })
+	s.notify()
 }
-
-// LoadAdopted returns the digest of the authorities that the operator had given
-// and that the bundle kept began with; empty when it is not known.
-func (s *Store) LoadAdopted() (string, error) {
-	b, err := s.read(adoptedFile)
-	return string(b), err
-}
-
-// SaveAdopted keeps digest in place of the one kept before.
-func (s *Store) SaveAdopted(digest string) error { return s.write(adoptedFile, []byte(digest)) }
 
 // Seed returns random bytes that are this node's own: made at the first call
-// in the life of the folder, the same ever after.
-func (s *Store) Seed() ([32]byte, error) {
-	var seed [32]byte
-	b, err := s.read(seedFile)
-	if err != nil {
-		return seed, err
+// in the life of the folder, the same ever after. A file that cannot be read is
+// moved aside, and a new seed made.
+func (s *Store) Seed() (seed [32]byte) {
+	encode := func() ([]byte, error) { return seed[:], nil }
+	if s.load(seedFile, func(raw []byte) error {
+		if len(raw) != len(seed) {
+			return fmt.Errorf("it has %d bytes instead of %d", len(raw), len(seed))
+		}
+		copy(seed[:], raw)
+		return nil
+	}, encode) {
+		return seed
 	}
-	if b == nil {
-		rand.Read(seed[:]) // never fails
-		return seed, s.write(seedFile, seed[:])
-	}
-	if len(b) != len(seed) {
-		return seed, &CorruptError{s.path(seedFile), "remove it; a new one is made", fmt.Errorf("it has %d bytes instead of %d", len(b), len(seed))}
-	}
-	return [32]byte(b), nil
+	rand.Read(seed[:]) // never fails
+	made := seed
+	s.want(seedFile, func() ([]byte, error) { return made[:], nil })
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	_ = s.write(seedFile) // a later Sync tries again
+	return seed
 }
 
-// writable checks that an identity could be saved now, by doing all of it but
-// the last step.
+// load reads a file and gives it to decode. It reports whether there was one
+// that could be decoded; encode then makes the same content again.
+func (s *Store) load(file string, decode func([]byte) error, encode func() ([]byte, error)) bool {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	b, at, err := s.folder.read(file)
+	if at == (stamp{}) && err == nil {
+		return false
+	}
+	if err == nil {
+		err = decode(b)
+	}
+	if err == nil {
+		s.keep(file, kept{encode: encode, stamp: at})
+		return true
+	}
+	why := "corrupt"
+	if errors.Is(err, errNewer) {
+		why = "newer"
+	}
+	to, asideErr := s.folder.setAside(file, why, time.Now())
+	if asideErr != nil {
+		s.log.Warn("stored file is "+why+", going on without it", "file", s.folder.name(file), "error", errors.Join(err, asideErr))
+	} else {
+		s.log.Warn("stored file is "+why+", moved aside, going on without it", "file", s.folder.name(file), "moved_to", to, "error", err)
+	}
+	return false
+}
+
+// writable checks that an identity could be saved now.
 func (s *Store) writable() error {
-	const probe = identityFile + ".probe"
-	if err := s.writeTemp(probe, make([]byte, 16<<10)); err != nil {
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	if err := s.follow(); err != nil {
 		return err
 	}
-	return s.root.Remove(probe)
+	return s.folder.probe()
 }
 
-// setAside renames the identity file, so that it is out of the way and nothing
-// is lost, and returns where it is now.
+// setAside moves the identity file out of the way and returns where it is now.
 func (s *Store) setAside(now time.Time) (string, error) {
-	to := identityFile + ".damaged-" + now.UTC().Format("20060102T150405.000000000Z")
-	if err := s.root.Rename(identityFile, to); err != nil {
-		return "", err
-	}
-	return s.path(to), s.syncDir()
+	s.turn <- struct{}{}
+	defer func() { <-s.turn }()
+	return s.folder.setAside(identityFile, "corrupt", now)
 }
 
-func (s *Store) path(name string) string { return filepath.Join(s.dir, name) }
+// want makes what encode returns, or no file at all, what is to be on disk.
+func (s *Store) want(file string, encode func() ([]byte, error)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := s.files[file]
+	s.files[file] = kept{generation: k.generation + 1, encode: encode, stamp: k.stamp, since: time.Now()}
+}
 
-// read returns the content of a file, nil when it does not exist.
-func (s *Store) read(name string) ([]byte, error) {
-	f, err := s.root.Open(name)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, nil
+func (s *Store) keep(file string, k kept) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.files[file] = k
+}
+
+func (s *Store) file(file string) kept {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.files[file]
+}
+
+func (s *Store) notify() {
+	select {
+	case s.wake <- struct{}{}:
+	default:
 	}
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	info, err := f.Stat()
-	if err != nil {
-		return nil, err
-	}
-	if info.Mode().Perm()&0o077 != 0 {
-		if err := f.Chmod(0o600); err != nil {
-			return nil, fmt.Errorf("%s can be read by others (mode %v): chmod it to 0600: %w", s.path(name), info.Mode().Perm(), err)
+}
+
+// Run brings the disk to what it should be until ctx is done: whenever
+// something is saved, and every few seconds.
+func (s *Store) Run(ctx context.Context) error {
+	for {
+		_ = s.Sync() // logged, and tried again
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-s.wake:
+		case <-time.After(syncInterval):
 		}
 	}
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", s.path(name), err)
-	}
-	if len(b) > maxFile {
-		return nil, fmt.Errorf("%s is larger than %d bytes: it is not a file that the agent wrote", s.path(name), maxFile)
-	}
-	if b == nil {
-		b = []byte{}
-	}
-	return b, nil
-}
-
-// write replaces a file: after a crash at any moment it holds either the old
-// content or the new.
-func (s *Store) write(name string, b []byte) error {
-	temp := name + ".tmp"
-	if err := s.writeTemp(temp, b); err != nil {
-		return err
-	}
-	if err := s.root.Rename(temp, name); err != nil {
-		return err
-	}
-	return s.syncDir()
-}
-
-// writeTemp writes a new file and has it on disk when it returns. What a crash
-// left under that name is removed, because its permissions are unknown.
-func (s *Store) writeTemp(name string, b []byte) (err error) {
-	if err := s.root.Remove(name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return err
-	}
-	f, err := s.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
-		return err
-	}
-	defer func() {
-		err = errors.Join(err, f.Close())
-		if err != nil {
-			err = errors.Join(fmt.Errorf("write %s: %w", s.path(name), err), s.root.Remove(name))
-		}
-	}()
-	if _, err := f.Write(b); err != nil {
-		return err
-	}
-	return f.Sync()
-}
-
-// syncDir makes a rename last (fsync(2): syncing a file does not sync the
-// folder that names it).
-func (s *Store) syncDir() error {
-	d, err := s.root.Open(".")
-	if err != nil {
-		return err
-	}
-	return errors.Join(d.Sync(), d.Close())
 }

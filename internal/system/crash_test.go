@@ -194,7 +194,7 @@ func (w *crashWorld) join(ctx context.Context) (_ *upstream.Client, agent string
 		w.t.Error(err)
 		return nil, "", func() {}
 	}
-	nodes, err := node.OpenStore(dir)
+	nodes, err := node.OpenStore(dir, nil)
 	if err != nil {
 		w.t.Error(err)
 		return nil, "", func() {}

@@ -14,6 +14,8 @@ import (
 	"github.com/cenkalti/backoff/v5"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/node"
@@ -78,10 +80,13 @@ type Client struct {
 	links   map[*link]struct{}
 	proof   *proof // under way; nil when none
 
-	banned   atomic.Bool
-	refused  atomic.Pointer[refusal]
-	fetched  atomic.Pointer[bundle.Bundle] // the last own bundle that a verified server answered
-	judged   atomic.Pointer[verdict]
+	banned  atomic.Bool
+	refused atomic.Pointer[refusal]
+	fetched atomic.Pointer[bundle.Bundle] // the last own bundle that a verified server answered
+	judged  atomic.Pointer[verdict]
+	// vouched is the identity that the server has made or accepted last, which
+	// says more about its time than this node's clock.
+	vouched  atomic.Pointer[node.Identity]
 	attested atomic.Pointer[time.Time]
 	// met: since the bundle was fetched last the server has proved itself on a
 	// connection that presents the own SVID. In TLS 1.3 that is before it has
@@ -210,6 +215,10 @@ func (c *Client) try(caller context.Context, timeout time.Duration, n need, do f
 			c.prove()
 		case timedOut(err, ctx, caller):
 			c.discard(l)
+		case status.Code(err) == codes.Unavailable && identity != nil && identity.ValidAt(c.cfg.Now()) != nil:
+			// No answer, or a handshake that the server has ended: perhaps the
+			// clock is right after all.
+			c.vouched.CompareAndSwap(identity, nil)
 		}
 		return err
 	}

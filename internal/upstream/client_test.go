@@ -8,7 +8,9 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -45,6 +47,8 @@ type options struct {
 	insecure  bool
 	noTrust   bool
 	operator  func() (*bundle.Bundle, func())
+	now       func() time.Time
+	dial      func(context.Context, string) (net.Conn, error) // nil: to the server
 }
 
 func newAgent(t *testing.T, s *server, o options) *agent {
@@ -57,10 +61,13 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 	if !o.noTrust {
 		a.trust.Store(s.trust())
 	}
-	a.store = must(node.OpenStore(o.dir))
-	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log}))
+	if o.dial == nil {
+		o.dial = s.dial
+	}
+	a.store = must(node.OpenStore(o.dir, nil))
+	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log, Now: o.now}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Operator: o.operator, Insecure: o.insecure, Dial: s.dial, Version: "1.0", Log: log,
+		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Operator: o.operator, Insecure: o.insecure, Dial: o.dial, Version: "1.0", Log: log, Now: o.now,
 	}))
 	return a
 }
@@ -181,6 +188,32 @@ func TestAttestWaitsForTheServerAndTheToken(t *testing.T) {
 		}
 		if took := time.Since(back); took > 6*time.Second {
 			t.Errorf("took %v after the token was there", took)
+		}
+	})
+}
+
+// A failure that differs from the one before in a time, a port or a count is no
+// new one.
+func TestFailuresOfOneKindAreWarnedOfOnce(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var tries atomic.Int64
+		a := newAgent(t, newServer(t), options{token: "t", dial: func(context.Context, string) (net.Conn, error) {
+			n := tries.Add(1)
+			if n > 100 {
+				return nil, errors.New("no route to host")
+			}
+			return nil, fmt.Errorf("read tcp 10.0.0.1:%d->10.0.0.2:8081 at %s after %v: connection reset by peer", 40000+n, time.Now().Format(time.RFC3339), time.Duration(n*n)*time.Millisecond)
+		}})
+		defer a.close(t)
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Minute)
+		defer cancel()
+		if err := a.Attest(ctx); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("got %v", err)
+		}
+		synctest.Wait()
+		if n := strings.Count(a.logs.String(), "level=WARN"); n != 2 || tries.Load() < 110 {
+			t.Errorf("%d warnings of two kinds of failures, %d tries", n, tries.Load())
 		}
 	})
 }
@@ -682,8 +715,7 @@ func TestSVIDWithoutAuthorityIsReplacedByANewProof(t *testing.T) {
 func TestUnusableOwnSVIDAnswers(t *testing.T) {
 	t.Parallel()
 	for name, spoil := range map[string]func(*x509.Certificate){
-		"expired":       func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
-		"not yet valid": func(c *x509.Certificate) { c.NotBefore = time.Now().Add(2 * time.Minute) },
+		"expired": func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
 		"not an agent": func(c *x509.Certificate) {
 			c.URIs[0] = spiffeid.RequireFromString("spiffe://example.org/w").URL()
 		},

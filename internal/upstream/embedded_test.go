@@ -54,7 +54,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 
 		a := &agent{}
 		a.trust.Store(must(upstream.LoadTrustBundle(file, td)))
-		a.store = must(node.OpenStore(filepath.Join(dir, "data")))
+		a.store = must(node.OpenStore(filepath.Join(dir, "data"), nil))
 		a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken("", token), Store: a.store, Bundle: a.trust.Load}))
 		a.Client = must(upstream.New(upstream.Config{
 			TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Version: "1.0",

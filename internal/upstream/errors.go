@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
@@ -36,6 +37,15 @@ func ended(err error) error {
 	}
 	return err
 }
+
+// numbers are runs of digits, with what stands between and behind them in
+// times, durations and addresses.
+var numbers = regexp.MustCompile(`(?:[0-9][0-9.:]*(?:[nµm]?s|[hm])?)+`)
+
+// kind is the text of an error without its numbers. Two failures of one kind
+// differ in the time, a port or a count: to log the second one as a warning, too,
+// says nothing new.
+func kind(err error) string { return numbers.ReplaceAllString(err.Error(), "#") }
 
 // Code is the name of the gRPC status code that err stands for, for use as the
 // value of a metric's label: OK, Unavailable, DeadlineExceeded and so on.

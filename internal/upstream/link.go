@@ -141,7 +141,10 @@ func (c *Client) verify(chain []*x509.Certificate) error {
 }
 
 // verifyServer checks that a chain is the server's and ends in an authority of
-// trust (SPIFFE X.509-SVID, section 5).
+// trust (SPIFFE X.509-SVID, section 5). A certificate of the future is one of
+// now: an authority that is trusted has signed it already, so it is this node's
+// clock that lags. To refuse it would part the node from its server at each new
+// certificate, until the agent SVID has expired.
 func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bundle.Bundle, now time.Time) error {
 	if trust == nil {
 		return errors.New("there is no trust bundle to verify the server with")
@@ -150,11 +153,25 @@ func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bun
 	for _, a := range trust.X509() {
 		roots = append(roots, a.Certificate)
 	}
+	if len(chain) > 0 && now.Before(chain[0].NotBefore) {
+		now = chain[0].NotBefore
+	}
 	id, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(now))
 	if err != nil {
-		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), err)
+		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), timeless(err))
 	}
 	return isServer(id, td)
+}
+
+// timeless gives an error about an expired certificate a text that names the
+// remedy and does not hold the current time, which would make each one a new one.
+func timeless(err error) error {
+	var invalid x509.CertificateInvalidError
+	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
+		return err
+	}
+	return fmt.Errorf("the certificate expired at %s by this node's clock: set the clock if it is ahead, else have the server renew its certificate",
+		invalid.Cert.NotAfter.UTC().Format(time.RFC3339))
 }
 
 func isServer(id spiffeid.ID, td spiffeid.TrustDomain) error {

@@ -71,14 +71,16 @@ type verdict struct {
 // usable returns the identity to make calls with or, with a nil identity, why
 // there is none. An SVID that has expired, or whose authority was removed, is
 // not presented: the server would end the handshake, and then not even the
-// bundle could be asked for.
+// bundle could be asked for. Whether it has expired is for the server's clock to
+// say: one that is outside its life by this node's clock is presented once the
+// server has vouched for it.
 func (c *Client) usable() (*node.Identity, error) {
 	id := c.cfg.Node.Identity()
-	switch {
-	case id == nil:
-		return nil, errors.New("there is no own SVID yet")
-	case id.Expired(c.cfg.Now()):
-		return nil, fmt.Errorf("the own SVID expired at %s", id.Chain[0].NotAfter.UTC().Format(time.RFC3339))
+	if id == nil {
+		return nil, errors.New("there is no agent SVID yet")
+	}
+	if err := id.ValidAt(c.cfg.Now()); err != nil && (c.vouched.Load() != id || id.Ended()) {
+		return nil, err
 	}
 	force, fetched := c.cfg.Bundle(), c.fetched.Load()
 	v := c.judged.Load()
@@ -110,7 +112,7 @@ func orphaned(id *node.Identity, force, fetched *bundle.Bundle) error {
 	if !errors.As(err, &unknown) {
 		return nil
 	}
-	return fmt.Errorf("the authority of the own SVID was removed: %w", err)
+	return fmt.Errorf("the authority of the agent SVID was removed: %w", err)
 }
 
 // Bootstrap returns the server's bundle when there is no trust yet: from a
@@ -180,10 +182,10 @@ func (c *Client) getBundle(ctx context.Context, conn grpc.ClientConnInterface, o
 }
 
 // Attest returns when the node has an identity, at once when it has one
-// already. Otherwise the node is proved, with growing random pauses between
+// already. Otherwise the node is attested, with growing random pauses between
 // tries, until that succeeds or ctx is done. It fails for good with
-// [ErrBanned], and with [node.ErrNoProof] when nothing is configured to prove
-// the node with.
+// [ErrBanned], and with [node.ErrNoProof] when there is no identity and nothing
+// is configured to attest with.
 func (c *Client) Attest(ctx context.Context) error {
 	for {
 		if c.banned.Load() {
@@ -192,7 +194,8 @@ func (c *Client) Attest(ctx context.Context) error {
 		if _, err := c.usable(); err == nil {
 			return nil
 		}
-		if err := c.cfg.Node.Provable(ctx); errors.Is(err, node.ErrNoProof) {
+		// An identity that has expired may have done so by a wrong clock only.
+		if err := c.cfg.Node.Provable(ctx); errors.Is(err, node.ErrNoProof) && c.cfg.Node.Identity() == nil {
 			return err
 		}
 		p := c.prove()
@@ -205,6 +208,19 @@ func (c *Client) Attest(ctx context.Context) error {
 			return ctx.Err()
 		}
 	}
+}
+
+// Identified is nil when there is an identity that calls can be made with, and
+// otherwise says why not.
+func (c *Client) Identified() error {
+	id, err := c.usable()
+	if c.banned.Load() {
+		return ErrBanned
+	}
+	if r := c.refused.Load(); err == nil && r != nil && r.identity == id {
+		return r.err
+	}
+	return err
 }
 
 // Attested is when this Client last proved the node, by the clock that is never
@@ -238,13 +254,6 @@ func (c *Client) prove() *proof {
 	return c.proof
 }
 
-// proved reports whether there is an identity that the server has not refused.
-func (c *Client) proved() bool {
-	id, err := c.usable()
-	r := c.refused.Load()
-	return err == nil && (r == nil || r.identity != id)
-}
-
 // keepProving tries until the node is proved, banned, or the Client closed.
 func (c *Client) keepProving() {
 	log := c.grumbler("proof of the node")
@@ -253,7 +262,7 @@ func (c *Client) keepProving() {
 	} else if sleep(c.ctx, c.pace.NextBackOff()) != nil {
 		return
 	}
-	for !c.banned.Load() && !c.proved() {
+	for c.Identified() != nil && !c.banned.Load() {
 		err := c.attest(c.ctx)
 		if err == nil || c.ctx.Err() != nil || c.banned.Load() {
 			return
@@ -266,13 +275,13 @@ func (c *Client) keepProving() {
 }
 
 // grumbler logs the failures of a row of tries: as warnings the first one and
-// each that differs from the one before.
+// each that is of another kind than the one before.
 func (c *Client) grumbler(what string) func(error) {
 	last := ""
 	return func(err error) {
 		log := c.cfg.Log.Debug
-		if text := err.Error(); text != last {
-			log, last = c.cfg.Log.Warn, text
+		if k := kind(err); k != last {
+			log, last = c.cfg.Log.Warn, k
 		}
 		log(what+" failed, trying again", "error", err)
 	}
@@ -291,7 +300,43 @@ func (c *Client) attest(ctx context.Context) error {
 	if c.cfg.Node.Identity() != before {
 		return nil
 	}
-	return c.attestNow(ctx)
+	doubt := c.presentHeld(ctx, before)
+	if doubt == nil && c.Identified() == nil {
+		return nil
+	}
+	err := c.attestNow(ctx)
+	if err != nil && doubt != nil {
+		return fmt.Errorf("%w (the agent SVID held was not accepted, either: %w)", err, doubt)
+	}
+	return err
+}
+
+// presentHeld presents an SVID that is outside its life by this node's clock to
+// the server, which accepts it when the clock is wrong. That comes before an
+// attestation, because a join token cannot be had twice. It does nothing about
+// an SVID in its life, one that has certainly ended, or one that the server has
+// refused by name.
+func (c *Client) presentHeld(ctx context.Context, id *node.Identity) error {
+	if r := c.refused.Load(); id == nil || id.Ended() || (r != nil && r.identity == id) {
+		return nil
+	}
+	outside := id.ValidAt(c.cfg.Now())
+	if outside == nil {
+		return nil
+	}
+	l, err := c.open(id, c.clientTLS(id))
+	if err != nil {
+		return err
+	}
+	defer l.conn.Close()
+	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	defer cancel()
+	if _, err := c.getBundle(ctx, l.conn); err != nil {
+		return err
+	}
+	c.vouched.Store(id)
+	c.cfg.Log.Warn("agent SVID accepted by the server though not valid by this node's clock", "error", outside)
+	return nil
 }
 
 // attestNow is for whoever holds proving. It uses a connection of its own that
@@ -320,7 +365,7 @@ func (c *Client) attestNow(ctx context.Context) error {
 	c.fetched.Store(trust)
 	now := time.Now()
 	c.attested.Store(&now)
-	c.rotate()
+	c.replaced()
 	return nil
 }
 
@@ -329,13 +374,13 @@ func (c *Client) attestNow(ctx context.Context) error {
 // one.
 func (c *Client) RenewNode(ctx context.Context) error {
 	if c.banned.Load() {
-		return fmt.Errorf("renew own SVID: %w", ErrBanned)
+		return fmt.Errorf("renew agent SVID: %w", ErrBanned)
 	}
 	before := c.cfg.Node.Identity()
 	select {
 	case c.proving <- struct{}{}:
 	case <-ctx.Done():
-		return fmt.Errorf("renew own SVID: %w", ctx.Err())
+		return fmt.Errorf("renew agent SVID: %w", ctx.Err())
 	}
 	defer func() { <-c.proving }()
 	held := c.cfg.Node.Identity()
@@ -344,23 +389,25 @@ func (c *Client) RenewNode(ctx context.Context) error {
 	}
 	if held != nil && held.Reattestable {
 		if err := c.attestNow(ctx); err != nil {
-			return fmt.Errorf("renew own SVID: %w", err)
+			return fmt.Errorf("renew agent SVID: %w", err)
 		}
 		return nil
 	}
-	err := c.call(ctx, "renew own SVID", c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "renew agent SVID", c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		return c.cfg.Node.Renew(ctx, l.conn)
 	})
 	if err == nil {
-		c.rotate()
+		c.replaced()
 	}
 	return err
 }
 
-// rotate retires the connection of a replaced identity now instead of at the
+// replaced is called after the server has made another identity: it is vouched
+// for, and the connection of the one before is retired now instead of at the
 // next call.
-func (c *Client) rotate() {
+func (c *Client) replaced() {
 	id := c.cfg.Node.Identity()
+	c.vouched.Store(id)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if l := c.current; l != nil && l.identity != id {

@@ -152,7 +152,7 @@ func newServer(t testing.TB, options ...grpc.ServerOption) *server {
 func (s *server) start() {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	cert := tls.Certificate{PrivateKey: key, Certificate: [][]byte{s.ca.sign(s.id, key.Public(), 24*time.Hour)}}
-	creds := credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, ClientAuth: tls.RequestClientCert})
+	creds := credentials.NewTLS(&tls.Config{MinVersion: tls.VersionTLS13, Certificates: []tls.Certificate{cert}, ClientAuth: tls.RequestClientCert, VerifyConnection: inTime})
 	g := grpc.NewServer(append([]grpc.ServerOption{
 		grpc.Creds(creds),
 		grpc.UnaryInterceptor(func(ctx context.Context, req any, info *grpc.UnaryServerInfo, h grpc.UnaryHandler) (any, error) {
@@ -180,6 +180,17 @@ func (s *server) start() {
 	s.grpc, s.listener = g, l
 	s.mu.Unlock()
 	go g.Serve(l)
+}
+
+// inTime ends the handshake of a client whose certificate is not valid now by the
+// server's clock, as a SPIRE server does.
+func inTime(cs tls.ConnectionState) error {
+	for _, c := range cs.PeerCertificates {
+		if now := time.Now(); now.Before(c.NotBefore) || now.After(c.NotAfter) {
+			return fmt.Errorf("client certificate is from %v to %v", c.NotBefore, c.NotAfter)
+		}
+	}
+	return nil
 }
 
 func (s *server) stop() {

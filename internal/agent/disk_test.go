@@ -1,0 +1,217 @@
+package agent_test
+
+import (
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// fillDisk has every write to data_dir fail, for root, too.
+func (w *world) fillDisk() {
+	for _, temp := range w.tempFiles() {
+		w.check(os.MkdirAll(filepath.Join(temp, "x"), 0o700))
+	}
+}
+
+// freeDisk takes back what fillDisk has done.
+func (w *world) freeDisk() {
+	for _, temp := range w.tempFiles() {
+		w.check(os.RemoveAll(temp))
+	}
+}
+
+// tempFiles are what is written before it is renamed.
+func (w *world) tempFiles() []string {
+	out := []string{filepath.Join(w.cfg.DataDir, "identity.json.probe")}
+	for _, name := range node.Files {
+		out = append(out, filepath.Join(w.cfg.DataDir, name+".tmp"))
+	}
+	return out
+}
+
+// logBuffer is a log that can be read while it is written.
+type logBuffer struct {
+	mu   sync.Mutex
+	text strings.Builder
+}
+
+func (b *logBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.text.Write(p)
+}
+
+func (b *logBuffer) count(text string) int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return strings.Count(b.text.String(), text)
+}
+
+// once fails the test unless the node has attested once in all.
+func (w *world) once(logs *logBuffer) {
+	w.t.Helper()
+	if n := logs.count("node attested"); n != 1 {
+		w.t.Errorf("the node has attested %d times, with one token", n)
+	}
+}
+
+// A bundle that could not be written when it came is written when there is room:
+// a restart in an outage finds SVIDs and bundle that go together.
+func TestDrillDiskThatIsFullForAMoment(t *testing.T) {
+	keeping(t, 1, nil, func(w *world) {
+		w.fill(1)
+		w.fillDisk()
+		w.activate()
+		e := entryFor(0)
+		e.Hint = "changed" // minted again, by the new authority
+		w.enter([]server.Entry{e})
+		time.Sleep(20 * time.Second)
+		if err := w.agent.Ready(); err == nil || !strings.Contains(err.Error(), "data_dir: bundle.json: ") || w.gauge("renewd_data_dir_unsaved", "bundle.json") != 1 {
+			w.t.Errorf("nothing is said of a bundle that is not on disk: %v", err)
+		}
+		w.freeDisk()
+		time.Sleep(10 * time.Second)
+		if err := w.agent.Ready(); err != nil || w.gauge("renewd_data_dir_unsaved", "bundle.json") != 0 {
+			w.t.Errorf("with room again: %v", err)
+		}
+		w.set(func(f *faults) { f.down = true })
+		w.stopAgent()
+		w.startAgent()
+		time.Sleep(time.Second)
+		s := w.open(0)
+		defer s.close()
+		time.Sleep(20 * time.Second) // what it reads is verified
+		s.unbroken()
+	})
+}
+
+// Whatever becomes of data_dir, the agent SVID is renewed, and a restart finds
+// the new one and needs no token.
+func TestDrillDataDirReplaced(t *testing.T) {
+	for name, replace := range map[string]func(w *world, dir string){
+		"removed":                func(w *world, dir string) { w.check(os.RemoveAll(dir)) },
+		"removed and made again": func(w *world, dir string) { w.check(os.RemoveAll(dir)); w.check(os.Mkdir(dir, 0o700)) },
+		"moved":                  func(w *world, dir string) { w.check(os.Rename(dir, dir+".old")) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			var logs logBuffer
+			inWorld(t, 1, func(w *world) { w.cfg.Log, w.cfg.TaintDelay = slog.New(slog.NewTextHandler(&logs, nil)), 0 }, func(w *world) {
+				defer os.RemoveAll(w.cfg.DataDir + ".old")
+				w.fill(1)
+				replace(w, w.cfg.DataDir)
+				old, _ := w.rotate()
+				w.until("everything is renewed", time.Minute, func() bool { return settled(w.authority(old)) })
+				w.check(w.agent.Ready())
+				w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
+				time.Sleep(10 * time.Second)
+				w.stopAgent()
+				w.startAgent()
+				w.fill(1)
+				w.once(&logs)
+			})
+		})
+	}
+}
+
+// Damaged files cost no start and no token.
+func TestDrillStartWithDamagedFiles(t *testing.T) {
+	var logs logBuffer
+	inWorld(t, 1, func(w *world) { w.cfg.Log = slog.New(slog.NewTextHandler(&logs, nil)) }, func(w *world) {
+		w.fill(1)
+		w.stopAgent()
+		for _, name := range []string{"bundle.json", "federated.json", "seed"} {
+			w.check(os.WriteFile(filepath.Join(w.cfg.DataDir, name), []byte("{"), 0o600))
+		}
+		w.startAgent()
+		w.fill(1)
+		w.once(&logs)
+		if n := logs.count("moved aside"); n != 2 { // federated bundles are of no use without the own
+			w.t.Errorf("%d files moved aside", n)
+		}
+		w.stopAgent()
+		w.startAgent()
+		w.fill(1)
+	})
+}
+
+// An agent SVID is renewed at half of its life by the server's clock, whatever
+// this node's says: a clock that is behind would let it run out, one that is ahead
+// would have it renewed all the time.
+func TestAgentSVIDIsRenewedInTimeByAWrongClock(t *testing.T) {
+	for _, skew := range []time.Duration{-72 * time.Hour, 5 * time.Hour} {
+		t.Run(skew.String(), func(t *testing.T) {
+			var logs logBuffer
+			inWorld(t, 0, func(w *world) {
+				w.skew, w.cfg.RefreshInterval, w.cfg.Log = skew, 10*time.Minute, slog.New(slog.NewTextHandler(&logs, nil))
+			}, func(w *world) {
+				time.Sleep(28 * time.Hour)
+				if n := len(w.mintsSince(time.Time{})); n != 2 {
+					w.t.Errorf("%d renewals of an agent SVID that lives for a day, in 28 hours", n)
+				}
+				if left := time.Until(w.agent.State().OwnExpiry); left < 10*time.Hour {
+					w.t.Errorf("the agent SVID ends in %v", left)
+				}
+				w.once(&logs)
+				w.stopAgent()
+				w.startAgent()
+				time.Sleep(time.Minute)
+				w.once(&logs)
+				if n := len(w.mintsSince(time.Time{})); n > 3 {
+					w.t.Errorf("%d renewals after a restart", n)
+				}
+			})
+		})
+	}
+}
+
+// Each thing that is wrong is named on a line of its own, and a server that is
+// away for a moment is none.
+func TestReadySaysWhatIsWrong(t *testing.T) {
+	inWorld(t, 0, func(w *world) {
+		w.cfg.RefreshInterval = time.Minute
+		w.set(func(f *faults) { f.down = true })
+	}, func(w *world) {
+		w.enter(entriesFor(1))
+		ready := func(when string, names ...string) {
+			w.t.Helper()
+			synctest.Wait()
+			var got []string
+			if err := w.agent.Ready(); err != nil {
+				for line := range strings.SplitSeq(err.Error(), "\n") {
+					name, reason, _ := strings.Cut(line, ": ")
+					if reason == "" {
+						w.t.Errorf("%s: %q", when, line)
+					}
+					got = append(got, name)
+				}
+			}
+			if strings.Join(got, " ") != strings.Join(names, " ") {
+				w.t.Errorf("%s: %v, want %v", when, got, names)
+			}
+		}
+		ready("at the start", "starting", "agent_svid")
+		w.set(func(f *faults) { f.down = false })
+		w.fill(1)
+		ready("running")
+		w.set(func(f *faults) { f.down = true })
+		time.Sleep(3 * time.Minute)
+		ready("3 minutes without the server")
+		time.Sleep(3 * time.Minute)
+		ready("6 minutes without the server", "entries", "bundle")
+		w.stepClock(30 * time.Hour)
+		time.Sleep(2 * time.Minute)
+		ready("everything has expired, by a clock that is ahead", "agent_svid", "x509_svids", "entries", "bundle")
+		w.set(func(f *faults) { f.down = false })
+		w.stepClock(0)
+		time.Sleep(2 * time.Minute)
+		ready("server is back and the clock right")
+	})
+}

@@ -1,0 +1,75 @@
+package keep_test
+
+import (
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/keep"
+)
+
+// However a file comes to be missing, it is written within seconds of when that is
+// possible again: nothing else would, until the SVID is renewed.
+func TestFollowMendsTheFolder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		dir := memory(t)
+		d, err := keep.Open(dir, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := cache.New(cache.Config{})
+		_, s := fill(c, time.Now())
+		defer follow(t, d, c)()
+		files := func() []string {
+			time.Sleep(11 * time.Second)
+			synctest.Wait()
+			out, _ := filepath.Glob(filepath.Join(dir, "*.json"))
+			return out
+		}
+		put := func() {
+			next := *s
+			if err := c.Put(&next); err != nil {
+				t.Fatal(err)
+			}
+		}
+		put()
+		whole := files()
+		if len(whole) != 1 || d.Err() != nil {
+			t.Fatalf("kept %v, %v", whole, d.Err())
+		}
+		block := whole[0] + ".tmp"
+		if err := os.MkdirAll(filepath.Join(block, "x"), 0o700); err != nil {
+			t.Fatal(err)
+		}
+		put()
+		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "odd/entry id") || d.Holds("aa") {
+			t.Errorf("with no room: %v, %v", got, d.Err())
+		}
+		if err := os.RemoveAll(block); err != nil {
+			t.Fatal(err)
+		}
+		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa") {
+			t.Errorf("with room again: %v, %v", got, d.Err())
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa") {
+			t.Errorf("after the folder was removed: %v, %v", got, d.Err())
+		}
+		if err := os.RemoveAll(dir); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Symlink(t.TempDir(), dir); err != nil { // a disk
+			t.Fatal(err)
+		}
+		put()
+		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "tmpfs") {
+			t.Errorf("with a disk in the place of the folder: %v, %v", got, d.Err())
+		}
+	})
+}

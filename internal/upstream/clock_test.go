@@ -1,0 +1,166 @@
+package upstream_test
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/upstream"
+)
+
+// nodeClock is a clock of a node that is not right.
+type nodeClock struct{ skew atomic.Int64 }
+
+func (c *nodeClock) set(skew time.Duration) { c.skew.Store(int64(skew)) }
+func (c *nodeClock) now() time.Time         { return time.Now().Add(time.Duration(c.skew.Load())) }
+
+// up is how old the server's certificate is when the nodes of these tests start.
+const up = 20 * time.Hour
+
+// A join token is not lost to a clock: what the server answers with is kept and
+// used, over a renewal, an outage and a restart, and when the clock is set right.
+func TestClockThatIsWrongAtTheFirstStart(t *testing.T) {
+	t.Parallel()
+	for _, skew := range []time.Duration{-75 * time.Second, -time.Hour, -72 * time.Hour, 2 * time.Hour, 3 * time.Hour} {
+		t.Run(skew.String(), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var clock nodeClock
+				s, dir := newServer(t), t.TempDir()
+				time.Sleep(up)
+				clock.set(skew)
+				works := func(a *agent, when string) {
+					t.Helper()
+					if err := a.PostStatus(t.Context(), 1); err != nil {
+						t.Errorf("%s: %v", when, err)
+					}
+					if err := a.Identified(); err != nil {
+						t.Errorf("%s: %v", when, err)
+					}
+				}
+				a := newAgent(t, s, options{dir: dir, token: "t", now: clock.now})
+				attest(t, a)
+				works(a, "attested")
+				check(t, a.RenewNode(t.Context()))
+				works(a, "renewed")
+				s.stop()
+				for range 60 {
+					if a.PostStatus(t.Context(), 1) == nil {
+						t.Error("the server is down")
+					}
+					time.Sleep(10 * time.Second)
+				}
+				s.start()
+				time.Sleep(10 * time.Second)
+				works(a, "after an outage") // the server presents another certificate
+				time.Sleep(15 * time.Minute)
+				a.close(t)
+
+				clock.set(skew)
+				a = newAgent(t, s, options{dir: dir, token: "t", now: clock.now})
+				attest(t, a)
+				works(a, "restarted")
+				clock.set(0)
+				time.Sleep(10 * time.Second)
+				works(a, "clock right")
+				a.close(t)
+				if n := s.count("AttestAgent"); n != 1 {
+					t.Errorf("attested %d times with one token", n)
+				}
+			})
+		})
+	}
+}
+
+// The server's certificate has expired by a clock that is ahead. The token is not
+// sent, one line names the remedy, and with the clock right the node attests.
+func TestServerHasExpiredByTheNodesClock(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var clock nodeClock
+		s := newServer(t)
+		time.Sleep(up)
+		clock.set(5 * time.Hour)
+		a := newAgent(t, s, options{token: "t", now: clock.now})
+		defer a.close(t)
+		done := make(chan error, 1)
+		go func() { done <- a.Attest(t.Context()) }()
+		time.Sleep(30 * time.Minute)
+		synctest.Wait()
+		if n := s.count("AttestAgent"); n > 0 {
+			t.Errorf("the token was sent %d times", n)
+		}
+		if n := strings.Count(a.logs.String(), "level=WARN"); n != 1 || !strings.Contains(a.logs.String(), "set the clock") {
+			t.Errorf("%d warnings: %s", n, a.logs)
+		}
+		clock.set(0)
+		time.Sleep(6 * time.Second)
+		select {
+		case err := <-done:
+			check(t, err)
+		default:
+			t.Fatal("not attested with the clock right")
+		}
+	})
+}
+
+// An SVID that has really expired is replaced with the next token, whatever the
+// node's clock says of it, and in a running agent as well as after a restart.
+func TestSVIDThatHasExpiredByTheServersClock(t *testing.T) {
+	t.Parallel()
+	for _, skew := range []time.Duration{0, -72 * time.Hour, time.Hour} {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprint(skew, restart), func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					var clock nodeClock
+					s, dir := newServer(t), t.TempDir()
+					time.Sleep(up)
+					clock.set(skew)
+					file := filepath.Join(dir, "token")
+					check(t, os.WriteFile(file, []byte("t"), 0o600))
+					o := options{dir: filepath.Join(dir, "data"), tokenFile: file, now: clock.now}
+					a := newAgent(t, s, o)
+					attest(t, a)
+					check(t, a.PostStatus(t.Context(), 1))
+					if restart {
+						a.close(t)
+					}
+					time.Sleep(2 * time.Hour)
+					if restart {
+						a = newAgent(t, s, o)
+					}
+					defer a.close(t)
+					if err := a.PostStatus(t.Context(), 1); upstream.Code(err) != "Unauthenticated" || a.Identified() == nil {
+						t.Errorf("expired: %v, %v", err, a.Identified())
+					}
+					s.locked(func() { s.tokens["second"] = true })
+					check(t, os.WriteFile(file, []byte("second"), 0o600))
+					time.Sleep(6 * time.Second)
+					check(t, a.PostStatus(t.Context(), 1))
+				})
+			})
+		}
+	}
+}
+
+// attest fails the test when that takes more than a minute.
+func attest(t *testing.T, a *agent) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	check(t, a.Attest(ctx))
+}
+
+func check(t *testing.T, err error) {
+	t.Helper()
+	if err != nil {
+		t.Fatal(err)
+	}
+}
