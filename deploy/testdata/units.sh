@@ -8,9 +8,9 @@ fail() { echo "FAIL: $*"; exit 1; }
 ok() { "$@" || fail "$*"; }
 not() { if "$@"; then fail "succeeded: $*"; fi; }
 until_ok() { # COMMAND...
-	local deadline=$((SECONDS + 30))
+	local deadline=$((SECONDS + 90))
 	until "$@" >/out/last 2>&1; do
-		[ $SECONDS -lt $deadline ] || { cat /out/last; fail "not within 30 s: $*"; }
+		[ $SECONDS -lt $deadline ] || { cat /out/last; fail "not within 90 s: $*"; }
 		sleep 0.1
 	done
 }
