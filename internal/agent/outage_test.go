@@ -214,7 +214,7 @@ func TestDrillLaggingServer(t *testing.T) {
 // node's own SVID must have been renewed by then: a server accepts no client
 // whose authority is gone.
 func TestDrillRemovedInMidWave(t *testing.T) {
-	const open = 250 // more than the wave reaches until the removal is seen
+	const svids, open = 300, 250 // more with streams than the wave reaches until the removal is seen
 	inWorld(t, svids, nil, func(w *world) {
 		w.fill(svids)
 		var streams []*stream
