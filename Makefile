@@ -24,8 +24,8 @@ build: ## static binaries of every command, in bin/
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 .PHONY: test
-test: ## all tests with the race detector
-	go test -race ./...
+test: ## all tests with the race detector; several minutes, and a slow machine may take longer
+	go test -race -timeout 30m ./...
 
 .PHONY: lint
 lint: ## formatting, vet, staticcheck, import rules and more (.golangci.yml)

@@ -67,7 +67,7 @@ func TestBoot(t *testing.T) {
 	}
 	boot := append(common, "--bind-ro="+programs(t)+":/src/bin", "--bind-ro="+wd(t)+":/src/deploy",
 		"--boot", "systemd.unit=check.service")
-	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, nspawn, boot...)
 	cmd.WaitDelay = 10 * time.Second

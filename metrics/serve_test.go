@@ -178,7 +178,7 @@ func TestServeStopsWithRequestInFlight(t *testing.T) {
 		if err != nil {
 			t.Errorf("Serve: %v", err)
 		}
-	case <-time.After(20 * time.Second):
+	case <-time.After(2 * time.Minute):
 		t.Fatal("Serve does not stop")
 	}
 }

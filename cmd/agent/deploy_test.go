@@ -38,12 +38,18 @@ func TestUnitFitsAgent(t *testing.T) {
 		t.Error("no Environment= found")
 	}
 	for _, m := range names {
-		if !slices.ContainsFunc(fields, func(f config.Field[settings]) bool { return schema.Variable(&f) == m[1] }) {
+		if m[1] != "GOTRACEBACK" && !slices.ContainsFunc(fields, func(f config.Field[settings]) bool { return schema.Variable(&f) == m[1] }) {
 			t.Errorf("%s is not a field's variable", m[1])
 		}
 	}
-	if want := "RestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitBanned); !strings.Contains(unit, want+"\n") {
-		t.Errorf("%s is missing", want)
+	for _, want := range []string{
+		"\nRestart=always\n",
+		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitBanned) + "\n",
+		"\nEnvironment=GOTRACEBACK=crash\n", // else a crash ends with cli.ExitUsage
+	} {
+		if !strings.Contains(unit, want) {
+			t.Errorf("%q is missing", want)
+		}
 	}
 }
 

@@ -112,7 +112,9 @@ func socketURL(socket string) string {
 }
 
 func (f *fetcher) x509(ctx context.Context) error {
-	got, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socketURL(f.socket)))
+	got, err := whenUp(ctx, func() (*workloadapi.X509Context, error) {
+		return workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socketURL(f.socket)))
+	})
 	if err != nil {
 		return fmt.Errorf("fetch X.509-SVIDs from %s: %w", f.socket, f.explain(err))
 	}
@@ -154,6 +156,26 @@ func (f *fetcher) x509(ctx context.Context) error {
 			"Valid from", cli.When(s.NotBefore, now), "Valid until", cli.When(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
 	})
 }
+
+// whenUp calls fetch until it does not fail for an agent that is not up: one that
+// is starting has no socket, then no entries. It returns what fetch says last before
+// ctx ends.
+func whenUp[T any](ctx context.Context, fetch func() (T, error)) (T, error) {
+	for {
+		got, err := fetch()
+		if status.Code(err) != codes.Unavailable {
+			return got, err
+		}
+		select {
+		case <-ctx.Done():
+			return got, err
+		case <-time.After(upPoll):
+		}
+	}
+}
+
+// upPoll is how often an agent that is starting is asked.
+const upPoll = 100 * time.Millisecond
 
 // explain says in people's words what an error of the Workload API means.
 func (f *fetcher) explain(err error) error {
@@ -200,7 +222,9 @@ func (f *fetcher) jwt(ctx context.Context) error {
 		}
 		params.Subject = id
 	}
-	svids, err := workloadapi.FetchJWTSVIDs(ctx, params, workloadapi.WithAddr(socketURL(f.socket)))
+	svids, err := whenUp(ctx, func() ([]*jwtsvid.SVID, error) {
+		return workloadapi.FetchJWTSVIDs(ctx, params, workloadapi.WithAddr(socketURL(f.socket)))
+	})
 	if err != nil {
 		return fmt.Errorf("fetch JWT-SVIDs from %s: %w", f.socket, f.explain(err))
 	}

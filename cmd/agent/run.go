@@ -33,6 +33,7 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	}
 	c := agentConfig(cfg, e)
 	c.Started = cli.Started(e.Getenv, c.Log)
+	defer cli.Outlive(c.Log)()
 	a, err := agent.New(c)
 	if err != nil {
 		return err

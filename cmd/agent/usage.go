@@ -99,7 +99,7 @@ are never printed.
                         SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH says)
   -o text|json          how to print (default text)
   -write DIR            store SVIDs, keys (mode 0600) and bundles as files in DIR
-  -timeout DURATION     how long to wait (default 5s)
+  -timeout DURATION     how long to wait, also for an agent that is starting (default 5s)
   -audience NAME,NAME   for whom the JWT-SVIDs are
   -spiffe-id ID         one of several identities (default all)
 `

@@ -79,6 +79,46 @@ func TestReportOfNothing(t *testing.T) {
 	}
 }
 
+// No line is longer than the terminal is wide, and no word is broken or lost.
+func TestWidth(t *testing.T) {
+	t.Parallel()
+	show := func(width int) []string {
+		var out bytes.Buffer
+		s := &screen{w: &out, live: true, color: true, start: time.Now(), gone: func() {}, width: func() int { return width }}
+		s.text("renewd demo: the keys that sign all identities on a node are replaced while they are in use.", "")
+		s.step(1, "PREPARE", "A new key is made and trusted. It signs nothing yet, and everybody has to know it before it does.")
+		s.event("agent", "settled 7.5 s after the taint: no SVID of the old key held, no renewal waiting,", "no stream without its replacement")
+		r := perfect()
+		r.FirstFailure = "a word that is longer than a line " + strings.Repeat("x", 30)
+		r.LongestGap = 1
+		r.judge()
+		if err := r.print(&out, s); err != nil {
+			t.Fatal(err)
+		}
+		s.last = time.Time{} // it has been a while
+		s.progress("SVIDs of the new key " + bar(500, 500) + " 500/500  calls 12345, failed 0  longest without SVID 123ms")
+		return strings.Split(out.String(), "\n")
+	}
+	all := func(rows []string) []string { return strings.Fields(strings.Join(rows[:len(rows)-1], " ")) } // without progress
+	want := show(0)
+	for _, width := range []int{60, 80, 120} {
+		got := show(width)
+		for _, row := range got {
+			if n := visible(strings.TrimPrefix(row, "\r\x1b[K")); n > width {
+				t.Errorf("%d columns for %d: %q", n, width, row)
+			}
+		}
+		// Times may differ.
+		if len(all(got)) != len(all(want)) || !slices.Equal(all(got)[20:40], all(want)[20:40]) {
+			t.Errorf("at %d columns:\n%s\nwant the words of\n%s", width, strings.Join(got, "\n"), strings.Join(want, "\n"))
+		}
+	}
+	last := show(80)
+	if row := last[len(last)-1]; !strings.HasSuffix(row, "failed 0") {
+		t.Errorf("progress at 80 columns: %q", row)
+	}
+}
+
 // The usage text is the documentation of the JSON report.
 func TestUsageNamesEveryField(t *testing.T) {
 	t.Parallel()

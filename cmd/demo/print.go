@@ -10,7 +10,7 @@ import (
 func (r *Report) print(w io.Writer, s *screen) error {
 	var b bytes.Buffer
 	row := func(name, format string, args ...any) {
-		fmt.Fprintf(&b, "  %-24s  %s\n", name, fmt.Sprintf(format, args...))
+		fmt.Fprintln(&b, s.wrap(28, fmt.Sprintf("  %-24s  %s", name, fmt.Sprintf(format, args...))))
 	}
 	fmt.Fprintf(&b, "\n%s\n", s.paint(bold, "REPORT"))
 	row("Identities", "%d SVIDs, %d of them in use by workloads", r.SVIDs, r.Workloads)
@@ -48,9 +48,9 @@ func (r *Report) print(w io.Writer, s *screen) error {
 		if !p.Held {
 			verdict = s.paint(red, "BROKEN")
 		}
-		fmt.Fprintf(&b, "  %s  %-14s  %s\n", verdict, p.Name, p.Promise)
+		fmt.Fprintln(&b, s.wrap(26, fmt.Sprintf("  %s  %-14s  %s", verdict, p.Name, p.Promise)))
 		if !p.Held {
-			fmt.Fprintf(&b, "%26s%s\n", "", p.Measured)
+			fmt.Fprintln(&b, s.wrap(26, fmt.Sprintf("%26s%s", "", p.Measured)))
 		}
 	}
 	end := s.paint(green, "Every promise held.")

@@ -167,8 +167,8 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	}
 	d.delay = d.agent.TaintDelay(d.old.X509AuthorityID)
 	d.screen.step(3, "TAINT",
-		"The old key is marked as one to be retired: what it signed is to be replaced, calmly,",
-		"and stays valid until its replacement is there.")
+		"The old key is marked as one to be retired: what it signed is to be replaced, calmly, "+
+			"and stays valid until its replacement is there.")
 	d.event("operator", "keysetctl taint %s\n%s", d.old.ID, done)
 	d.screen.step(4, "WAIT",
 		"The agent replaces what the old key signed and reports it, until nothing depends on it any more.")
@@ -181,7 +181,7 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	if err != nil {
 		return err
 	}
-	d.event("agent", "settled %.1f s after the taint: no SVID of the old key held, no renewal waiting,\n"+
+	d.event("agent", "settled %.1f s after the taint: no SVID of the old key held, no renewal waiting, "+
 		"no stream without the replacement. The old key is safe to remove, as far as this node goes",
 		d.settled.Sub(d.tainted).Seconds())
 	// The last replacement has been sent; a moment later it has been received.
@@ -209,7 +209,7 @@ func (d *demo) waveEnded() bool {
 			return false
 		}
 		d.seen = since
-		d.event("agent", "has seen the mark and waits %.1f s, drawn at random below %v,\n"+
+		d.event("agent", "has seen the mark and waits %.1f s, drawn at random below %v, "+
 			"so that the nodes of a fleet do not all call the server at once",
 			d.delay.Seconds(), d.maxDelay)
 	}
@@ -252,8 +252,8 @@ func (d *demo) remove(ctx context.Context, _ *slog.Logger) error {
 	}
 	d.removed = time.Now()
 	d.screen.step(5, "REMOVE",
-		"The old key is gone for good. JWT-SVIDs that it signed are good for nothing now: an operator",
-		"who minds waits for their end. The demo does not, to show how the agent replaces them.")
+		"The old key is gone for good. JWT-SVIDs that it signed are good for nothing now: an operator "+
+			"who minds waits for their end. The demo does not, to show how the agent replaces them.")
 	d.event("operator", "keysetctl remove %s\n%s", d.old.ID, done)
 	if err := d.until(ctx, "the agent drops the old key", d.refresh+patience, func() bool {
 		_, ok := d.published(d.old)

@@ -83,7 +83,7 @@ func TestRotateOnATerminal(t *testing.T) {
 func arrived(t *testing.T, slave *os.File, typed string) {
 	t.Helper()
 	want := strings.LastIndex(typed, "\n") + 1
-	for deadline := time.Now().Add(10 * time.Second); ; runtime.Gosched() {
+	for deadline := time.Now().Add(2 * time.Minute); ; runtime.Gosched() {
 		n, err := unix.IoctlGetInt(int(slave.Fd()), unix.TIOCINQ)
 		if err != nil || time.Now().After(deadline) {
 			t.Fatalf("%d bytes of %q have arrived, %v", n, typed, err)

@@ -48,14 +48,25 @@ func (c *client) scope() *api.Scope {
 
 func (c *client) json() bool { return c.output == "json" }
 
-// do connects and calls f. What went wrong is named after the operation.
+// startWait is how long a command waits for a server that does not listen yet:
+// who has just started it does not have to guess when that is. At most half of
+// -timeout, so that the reason is told.
+const startWait = 5 * time.Second
+
+// do connects and calls f. What went wrong is named after the operation. A server
+// that is starting is waited for.
 func (c *client) do(ctx context.Context, operation string, f func(context.Context, api.OperatorClient) error) error {
+	return c.doWithin(ctx, min(startWait, c.timeout/2), operation, f)
+}
+
+// doWithin is do for a command that waits this long for a server that is starting.
+func (c *client) doWithin(ctx context.Context, wait time.Duration, operation string, f func(context.Context, api.OperatorClient) error) error {
 	if err := cli.CheckOutput(operation, c.output); err != nil {
 		return err
 	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	conn, err := c.dial(ctx, operation)
+	conn, err := c.dial(ctx, wait, operation)
 	if err != nil {
 		return err
 	}
@@ -66,9 +77,13 @@ func (c *client) do(ctx context.Context, operation string, f func(context.Contex
 	return nil
 }
 
-func (c *client) dial(ctx context.Context, operation string) (*operator.Client, error) {
+func (c *client) dial(ctx context.Context, wait time.Duration, operation string) (*operator.Client, error) {
 	if c.server == "" {
-		return operator.DialSocket(c.socket)
+		return operator.DialStarting(c.socket, wait, func() {
+			if cli.IsTerminal(c.Stderr) {
+				_, _ = fmt.Fprintf(c.Stderr, "server: waiting for a server at %s\n", c.socket)
+			}
+		})
 	}
 	if wrong := config.BadAddress(c.server, true); wrong != "" {
 		// gRPC takes more than this, and 443 where there is no port.

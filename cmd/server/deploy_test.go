@@ -32,11 +32,13 @@ func TestUnitFitsServer(t *testing.T) {
 		t.Error("no Environment= found")
 	}
 	for _, m := range names {
-		if !slices.ContainsFunc(fields, func(f config.Field[settings]) bool { return schema.Variable(&f) == m[1] }) {
+		if m[1] != "GOTRACEBACK" && !slices.ContainsFunc(fields, func(f config.Field[settings]) bool { return schema.Variable(&f) == m[1] }) {
 			t.Errorf("%s is not a field's variable", m[1])
 		}
 	}
 	for _, want := range []string{
+		"\nRestart=always\n",
+		"\nEnvironment=GOTRACEBACK=crash\n", // else a crash ends with cli.ExitUsage
 		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitStore) + "\n",
 		"\nLoadCredentialEncrypted=" + seal.CredentialName + ":",
 	} {

@@ -2,10 +2,12 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 
 	"google.golang.org/protobuf/types/known/durationpb"
@@ -84,6 +86,15 @@ func applyCommand(ctx context.Context, args []string, e cli.Env) error {
 	fset := flag.NewFlagSet("entries apply", flag.ContinueOnError)
 	c := newClient(fset, e)
 	dryRun := fset.Bool("dry-run", false, "")
+	var remove *int64
+	fset.Func("remove", "", func(text string) error {
+		n, err := strconv.ParseUint(text, 10, 31)
+		if err != nil {
+			return errors.New("give the number of entries")
+		}
+		remove = new(int64(n))
+		return nil
+	})
 	file, err := parse(fset, args, entriesUsage, e, "file")
 	if err != nil {
 		return err
@@ -93,7 +104,7 @@ func applyCommand(ctx context.Context, args []string, e cli.Env) error {
 		return err
 	}
 	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
-		resp, err := o.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: c.scope(), Entries: entries, DryRun: *dryRun}, large)
+		resp, err := o.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: c.scope(), Entries: entries, DryRun: *dryRun, Remove: remove}, large)
 		if err != nil {
 			return err
 		}

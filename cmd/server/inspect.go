@@ -133,7 +133,8 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, healthUsage, e); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	// Whoever asks wants to know how it is now.
+	return c.doWithin(ctx, 0, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
 		names := []string{c.deployment}
 		if c.deployment == "" {
 			resp, err := o.ListDeployments(ctx, &api.ListDeploymentsRequest{TrustDomain: c.trustDomain})

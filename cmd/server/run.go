@@ -39,6 +39,7 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	}
 	cfg := domainConfig(s, e)
 	cfg.Started = cli.Started(e.Getenv, cfg.Log)
+	defer cli.Outlive(cfg.Log)()
 	d, err := domain.Open(ctx, cfg)
 	if err != nil {
 		return err

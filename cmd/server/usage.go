@@ -72,7 +72,8 @@ server encrypts everything under the new one; the older ones can go then.
 
 const clientUsage = `
   -admin-socket PATH      the server's admin socket (default /run/renewd-server/admin.sock, or what
-                          RENEWD_ADMIN_SOCKET or RENEWD_SERVER_ADMIN_SOCKET says)
+                          RENEWD_ADMIN_SOCKET or RENEWD_SERVER_ADMIN_SOCKET says). A server that is
+                          starting is waited for, 5s and at most half of -timeout
   -server HOST:PORT       a server elsewhere (operators.address), with this operator's own SVID from
                           the Workload API at SPIFFE_ENDPOINT_SOCKET
   -trust-domain NAME      the trust domain (default TRUST_DOMAIN, else the server's own)
@@ -88,12 +89,16 @@ Makes a join token that lets one agent in, once, within the time given (default
 error.
 ` + clientUsage
 
-const entriesUsage = `Usage: server entries apply FILE [-dry-run]
+const entriesUsage = `Usage: server entries apply FILE [-dry-run] [-remove N]
        server entries list
 
 apply makes the entries of a YAML file all that the deployment has, in one atomic
 step, and prints what that changes: + added, ~ changed, - removed. With -dry-run
 nothing is changed.
+
+A file that removes all entries, more than 20, or more than 5 and more than a tenth
+of them is refused unless -remove gives their number as the dry run prints it: a
+file that was cut off looks like that. With -remove, another number is refused.
 ` + clientUsage
 
 const agentUsage = `Usage: server agent list
@@ -139,7 +144,7 @@ const healthUsage = `Usage: server health
 
 Exits 0 when the server answers and every deployment has an active keyset that
 can sign. Prints one line for each deployment. All deployments are looked at
-unless one is named.
+unless one is named. A server that is not up yet is not waited for.
 ` + clientUsage
 
 // run carries out one command line and returns the exit status.

@@ -8,9 +8,9 @@ fail() { echo "FAIL: $*"; exit 1; }
 ok() { "$@" || fail "$*"; }
 not() { if "$@"; then fail "succeeded: $*"; fi; }
 until_ok() { # COMMAND...
-	local deadline=$((SECONDS + 30))
+	local deadline=$((SECONDS + 90))
 	until "$@" >/out/last 2>&1; do
-		[ $SECONDS -lt $deadline ] || { cat /out/last; fail "not within 30 s: $*"; }
+		[ $SECONDS -lt $deadline ] || { cat /out/last; fail "not within 90 s: $*"; }
 		sleep 0.1
 	done
 }
@@ -54,11 +54,21 @@ wait
 [ ! -s /out/denied ] || fail "a workload had no SVID: $(cat /out/denied)"
 not grep -q "$OLD" <(keysetctl list)
 
-echo "== killed, and started again"
-PID=$(property MainPID renewd-agent)
-kill -9 "$PID"
-again() { [ "$(property ActiveState renewd-agent)" = active ] && [ "$(property MainPID renewd-agent)" != "$PID" ]; }
-until_ok again
+echo "== ended by whatever signal, and started again; SIGHUP ends nothing"
+again() { # 0 is no process
+	local now=$(property MainPID $UNIT)
+	[ "$now" != 0 ] && [ "$now" != "$PID" ] && [ "$(property ActiveState $UNIT)" = active ]
+}
+for UNIT in renewd-agent renewd-server; do
+	for SIGNAL in KILL TERM QUIT; do # QUIT ends a Go program as a crash does
+		PID=$(property MainPID $UNIT)
+		kill -HUP "$PID"
+		sleep 0.1
+		kill -$SIGNAL "$PID"
+		until_ok again
+	done
+	journal_has $UNIT warning 'SIGHUP ignored'
+done
 
 echo "== a restart while the server is down: workloads keep what was held, without a token"
 systemctl stop renewd-server
@@ -98,7 +108,8 @@ until_ok renewd-agent healthcheck
 
 echo "== restarted again and again: never given up"
 for _ in 1 2 3 4 5 6; do systemctl restart renewd-agent; done
-PID=$(property MainPID renewd-agent)
+UNIT=renewd-agent
+PID=$(property MainPID $UNIT)
 kill -9 "$PID"
 until_ok again
 

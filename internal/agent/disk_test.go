@@ -133,7 +133,7 @@ func TestDrillStartWithDamagedFiles(t *testing.T) {
 		w.startAgent()
 		w.fill(1)
 		w.once(&logs)
-		if n := logs.count("moved aside"); n != 2 { // federated bundles are of no use without the own
+		if n := logs.count("moved aside"); n != 3 {
 			w.t.Errorf("%d files moved aside", n)
 		}
 		w.stopAgent()

@@ -49,6 +49,7 @@ func (c farAway) Read(b []byte) (int, error) {
 // An answer without a bundle takes that bundle away from the workload. No
 // restart of the agent does that, server or not.
 func TestDrillRestartKeepsFederatedBundles(t *testing.T) {
+	t.Parallel()
 	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
 	if err != nil {
 		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
@@ -142,6 +143,7 @@ func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 // An entry that comes to federate and a workload that starts at once: its first
 // answer is complete. It may be the only one that it reads.
 func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir, n := t.TempDir(), &network{hosts: map[string]*bufconn.Listener{}}
 		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)

@@ -286,6 +286,7 @@ func (s *side) trusts(of *side, who identity, want bool) {
 // agent while the other side is down changes nothing, and when the two do not
 // federate any more the workloads are told so.
 func TestDrillFederation(t *testing.T) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir, n := t.TempDir(), &network{hosts: map[string]*bufconn.Listener{}}
 		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)

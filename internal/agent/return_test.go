@@ -172,7 +172,8 @@ func TestDrillAwayUntilTheAuthorityIsRemoved(t *testing.T) {
 // in an outage, a restarted agent still serves what it held. The server is then
 // trusted by what the operator gives, as at any new proof.
 func TestDrillRestartAfterTheOwnSVIDHasEnded(t *testing.T) {
-	keeping(t, 0, nil, func(w *world) {
+	// Two days of the usual polls are of no interest.
+	keeping(t, 0, func(w *world) { w.cfg.RefreshInterval = time.Minute }, func(w *world) {
 		e := entryFor(0)
 		e.X509TTL = 72 * time.Hour
 		w.enter([]server.Entry{e})
@@ -199,7 +200,7 @@ func TestDrillRestartAfterTheOwnSVIDHasEnded(t *testing.T) {
 		s := w.open(0)
 		defer s.close()
 		w.set(func(f *faults) { f.down = false })
-		w.until("proved anew", time.Minute, func() bool { return isCode(w.fetchX509(1), codes.PermissionDenied) })
+		w.until("proved anew", 5*time.Minute, func() bool { return isCode(w.fetchX509(1), codes.PermissionDenied) })
 		time.Sleep(10 * time.Hour) // past the half-life
 		s.unbroken()
 	})

@@ -71,8 +71,9 @@ type world struct {
 	// unchecked says that streams do not verify what they are sent: with a
 	// server that signs by authorities it has removed, that is not to be had.
 	unchecked bool
-	lags      bool            // a replica may sign with an old keyset, behind the server's back
-	cleared   map[string]bool // keysets that the server called safe to remove
+	lags      bool              // a replica may sign with an old keyset, behind the server's back
+	cleared   map[string]bool   // keysets that the server called safe to remove
+	signers   map[string]string // authorities of certificates that were looked at
 
 	mu          sync.Mutex
 	faults      faults
@@ -105,8 +106,11 @@ type mint struct {
 
 // inWorld runs f in a bubble with a world of n entries, in which entry i is
 // for workloads with the selector test:i. configure may change the agent's
-// configuration before its first start.
+// configuration before its first start. It runs beside other worlds: a bubble keeps
+// one CPU busy. So a test calls it once, and one that runs it in subtests and wants
+// a result of them puts those into a subtest of their own.
 func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
+	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := &world{t: t, storage: &keyset.Memory{}, logs: testLog(t)}
 		deployment, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})

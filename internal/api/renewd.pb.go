@@ -2142,10 +2142,15 @@ func (x *ListEntriesResponse) GetEntries() []*Entry {
 }
 
 type ApplyEntriesRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Scope         *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
-	Entries       []*Entry               `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty"`
-	DryRun        bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	state   protoimpl.MessageState `protogen:"open.v1"`
+	Scope   *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
+	Entries []*Entry               `protobuf:"bytes,2,rep,name=entries,proto3" json:"entries,omitempty"`
+	DryRun  bool                   `protobuf:"varint,3,opt,name=dry_run,json=dryRun,proto3" json:"dry_run,omitempty"`
+	// How many entries the caller knows to be removed by this. Another number is
+	// refused with FAILED_PRECONDITION. Without one a request is refused that
+	// removes all, more than 20, or more than 5 and more than a tenth of them: a
+	// list that was cut off looks like that.
+	Remove        *int64 `protobuf:"varint,4,opt,name=remove,proto3,oneof" json:"remove,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2199,6 +2204,13 @@ func (x *ApplyEntriesRequest) GetDryRun() bool {
 		return x.DryRun
 	}
 	return false
+}
+
+func (x *ApplyEntriesRequest) GetRemove() int64 {
+	if x != nil && x.Remove != nil {
+		return *x.Remove
+	}
+	return 0
 }
 
 type ApplyEntriesResponse struct {
@@ -3026,11 +3038,13 @@ const file_renewd_proto_rawDesc = "" +
 	"\x12ListEntriesRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"A\n" +
 	"\x13ListEntriesResponse\x12*\n" +
-	"\aentries\x18\x01 \x03(\v2\x10.renewd.v1.EntryR\aentries\"\x82\x01\n" +
+	"\aentries\x18\x01 \x03(\v2\x10.renewd.v1.EntryR\aentries\"\xaa\x01\n" +
 	"\x13ApplyEntriesRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12*\n" +
 	"\aentries\x18\x02 \x03(\v2\x10.renewd.v1.EntryR\aentries\x12\x17\n" +
-	"\adry_run\x18\x03 \x01(\bR\x06dryRun\"\x82\x01\n" +
+	"\adry_run\x18\x03 \x01(\bR\x06dryRun\x12\x1b\n" +
+	"\x06remove\x18\x04 \x01(\x03H\x00R\x06remove\x88\x01\x01B\t\n" +
+	"\a_remove\"\x82\x01\n" +
 	"\x14ApplyEntriesResponse\x120\n" +
 	"\achanges\x18\x01 \x03(\v2\x16.renewd.v1.EntryChangeR\achanges\x12\x1c\n" +
 	"\tunchanged\x18\x02 \x01(\x03R\tunchanged\x12\x1a\n" +
@@ -3273,6 +3287,7 @@ func file_renewd_proto_init() {
 	if File_renewd_proto != nil {
 		return
 	}
+	file_renewd_proto_msgTypes[35].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{

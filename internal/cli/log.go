@@ -26,7 +26,7 @@ func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) st
 }
 
 func newHandler(w io.Writer, level slog.Level, format string, getenv func(string) string) slog.Handler {
-	terminal := isTerminal(w)
+	terminal := IsTerminal(w)
 	if format == "json" || (format == "auto" && !terminal) {
 		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: spelledOut})
 	}
@@ -46,7 +46,8 @@ func spelledOut(_ []string, a slog.Attr) slog.Attr {
 	return a
 }
 
-func isTerminal(w io.Writer) bool {
+// IsTerminal reports whether somebody sees what is written to w.
+func IsTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
 	return ok && term.IsTerminal(int(f.Fd()))
 }

@@ -140,12 +140,19 @@ func TestLoadList(t *testing.T) {
 	if !reflect.DeepEqual(items, want) {
 		t.Errorf("got %+v", items)
 	}
-	for _, empty := range []string{"", "entries: []\n"} {
-		if items, err := elements(empty); err != nil || len(items) != 0 {
-			t.Errorf("%q: %v %v", empty, items, err)
-		}
+	if items, err := elements("entries: []\n"); err != nil || len(items) != 0 {
+		t.Errorf("a list of nothing: %v %v", items, err)
 	}
+	const unset = `x.yaml: entries is not set; write "entries: []" if the list is meant to be empty`
 	for _, tt := range []struct{ text, want string }{
+		{"", unset},
+		{"# nobody", unset},
+		{"---", unset},
+		{"null", unset},
+		{"{}", unset},
+		{"entries:", `x.yaml:1: entries is not a list; write each element as "- name: value" and its further fields below`},
+		{"entries: []\nentries: []", "x.yaml:2: entries is given twice, first in line 1; keep one of the two"},
+		{"entries: []\n---\nentries: []", "x.yaml:2: the file holds more than one document; remove everything from the second --- on"},
 		{"- name: a", `x.yaml:1: is not a list of fields; write one "name: value" a line`},
 		{"entry: []", `x.yaml:1: "entry" is not a field; the only one is entries`},
 		{"entries: a", `x.yaml:1: entries is not a list; write each element as "- name: value" and its further fields below`},

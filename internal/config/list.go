@@ -13,8 +13,9 @@ type Item[C any] struct {
 }
 
 // LoadList reads a file whose one field, key, is a list of sections with the
-// fields of the schema, as strictly as [Schema.Load] reads a configuration. The
-// check is called for each. Its error is an [Error].
+// fields of the schema, as strictly as [Schema.Load] reads a configuration. A
+// file without the field is wrong: a list of nothing is written as key: []. The
+// check is called for each section. Its error is an [Error].
 func (s *Schema[C]) LoadList(file string, data []byte, key string) ([]Item[C], error) {
 	r := &reader{file: file}
 	var items []Item[C]
@@ -26,6 +27,9 @@ func (s *Schema[C]) LoadList(file string, data []byte, key string) ([]Item[C], e
 			}
 			items = s.items(r, key, k, v)
 		})
+	}
+	if items == nil && len(r.out) == 0 {
+		r.at(0, key, "is not set", "write \""+key+": []\" if the list is meant to be empty")
 	}
 	if len(r.out) > 0 {
 		return nil, Error(r.out)

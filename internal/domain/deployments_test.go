@@ -296,7 +296,7 @@ func TestRestartBeforeActivation(t *testing.T) {
 		}
 		return strings.Join(all, " ")
 	}
-	for deadline := time.Now().Add(10 * time.Second); states() != "ACTIVE PREPARED"; time.Sleep(time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); states() != "ACTIVE PREPARED"; time.Sleep(time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatal(states())
 		}

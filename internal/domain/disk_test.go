@@ -104,7 +104,8 @@ func TestFullDisk(t *testing.T) {
 	for i := range n {
 		longer = append(longer, &api.Entry{Id: fmt.Sprintf("f%03d", i), SpiffeId: "spiffe://example.org/f", Selectors: []*api.Selector{{Type: "unix", Value: strings.Repeat("x", 500)}}})
 	}
-	_, err = r.api.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: s, Entries: longer})
+	replace := &api.ApplyEntriesRequest{Scope: s, Entries: longer, Remove: new(int64(n - 1))}
+	_, err = r.api.ApplyEntries(ctx, replace)
 	clear("entries", err)
 
 	// Reading goes on, and nothing is half done.
@@ -135,7 +136,7 @@ func TestFullDisk(t *testing.T) {
 	r.rotate("east")
 	r.rotate("west")
 	r.join("west")
-	_, err = r.api.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: s, Entries: longer})
+	_, err = r.api.ApplyEntries(ctx, replace)
 	check(t, err)
 	live := r.keysets("east").GetKeysets()[0].GetLiveX509Svids()
 	if live != n+1 {

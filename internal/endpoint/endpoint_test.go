@@ -118,7 +118,7 @@ func TestFollowRotation(t *testing.T) {
 		var got *spiffebundle.Bundle
 		select {
 		case got = <-party.updates:
-		case <-time.After(20 * time.Second):
+		case <-time.After(2 * time.Minute):
 			t.Fatalf("%s: no update", step)
 		}
 		if hint, ok := got.RefreshHint(); !ok || hint != 5*time.Minute {

@@ -57,15 +57,21 @@ func once(ctx context.Context, path string) error {
 	return first(ctx, cc)
 }
 
+// patience is how long a client waits for a daemon: much longer than any that is
+// measured takes. One that gives no answer must not hold up the measurement.
+const patience = 3 * time.Minute
+
 func first(ctx context.Context, cc *grpc.ClientConn) error {
-	ctx, cancel := context.WithCancel(ctx)
+	ctx, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	stream, err := fetch(ctx, cc)
-	if err != nil {
-		return err
+	if err == nil {
+		_, err = stream.Recv()
 	}
-	_, err = stream.Recv()
-	return err
+	if err != nil {
+		return fmt.Errorf("first answer on a stream: %w", err)
+	}
+	return nil
 }
 
 // ask has 64 clients ask for first answers, and prints how many they got a
@@ -137,8 +143,11 @@ func hold(path string, n int) error {
 		}()
 	}
 	next := func() (begin, end time.Time, err error) {
+		limit := time.After(patience)
 		for i := range answers {
 			select {
+			case <-limit:
+				return begin, end, fmt.Errorf("next answer on stream %d of %d: none within %v", i+1, n, patience)
 			case t := <-answers[i]:
 				if begin.IsZero() || t.Before(begin) {
 					begin = t
@@ -200,7 +209,11 @@ func watch(path string) error {
 			mu.Unlock()
 		}
 	}()
-	<-answered
+	select {
+	case <-answered:
+	case <-time.After(patience):
+		return fmt.Errorf("first SVID on the watched stream: none within %v", patience)
+	}
 	fmt.Println("open")
 	in := bufio.NewScanner(os.Stdin)
 	for in.Scan() {

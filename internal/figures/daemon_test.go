@@ -178,10 +178,11 @@ func (d *daemon) memory(field string) float64 {
 
 // client is a process of callers; see runClient.
 type client struct {
-	b   *testing.B
-	in  io.WriteCloser
-	out io.Reader
-	end func()
+	b    *testing.B
+	what string // it does
+	in   io.WriteCloser
+	out  io.Reader
+	end  func()
 }
 
 // startClient starts one as the user uid, or as this one when it is negative.
@@ -205,18 +206,28 @@ func startClient(b *testing.B, binary string, uid int, spec string, args ...any)
 	if err := cmd.Start(); err != nil {
 		b.Fatal(err)
 	}
-	c := &client{b: b, in: in, out: out, end: sync.OnceFunc(func() { in.Close(); cmd.Wait() })}
+	c := &client{b: b, what: fmt.Sprintf(spec, args...), in: in, out: out, end: sync.OnceFunc(func() {
+		in.Close()
+		kill := time.AfterFunc(20*time.Second, func() { cmd.Process.Kill() })
+		defer kill.Stop()
+		cmd.Wait()
+	})}
 	b.Cleanup(c.end)
 	return c
 }
 
 func (c *client) tell(line string) { fmt.Fprintln(c.in, line) }
 
+// hear returns the next word of the client. It ends itself when it has waited too
+// long for the daemon, and says for what; here it is given a minute more for that.
 func (c *client) hear() string {
 	c.b.Helper()
+	if err := c.out.(interface{ SetReadDeadline(time.Time) error }).SetReadDeadline(time.Now().Add(patience + time.Minute)); err != nil {
+		c.b.Fatal(err)
+	}
 	var s string
 	if _, err := fmt.Fscan(c.out, &s); err != nil {
-		c.b.Fatalf("client: %v", err)
+		c.b.Fatalf("client %q: waiting for its next word: %v", c.what, err)
 	}
 	return s
 }

@@ -83,8 +83,13 @@ func (w *world) serve() {
 	go func() { done <- w.server.Serve(ctx, &freezingListener{lis, &w.frozen}) }()
 	w.stop = sync.OnceFunc(func() {
 		cancel()
-		if err := <-done; err != nil {
-			w.b.Error(err)
+		select {
+		case err := <-done:
+			if err != nil {
+				w.b.Error(err)
+			}
+		case <-time.After(patience):
+			w.b.Errorf("stop the server: it still serves after %v", patience)
 		}
 	})
 }

@@ -139,7 +139,7 @@ func everything(t testing.TB, w *world, conn grpc.ClientConnInterface) map[strin
 		if reqs[m.MethodName] == nil {
 			t.Fatalf("no request of %s", m.MethodName)
 		}
-		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 		err := conn.Invoke(ctx, service+m.MethodName, reqs[m.MethodName], new(emptypb.Empty))
 		cancel()
 		out[m.MethodName] = status.Code(err)
@@ -147,7 +147,7 @@ func everything(t testing.TB, w *world, conn grpc.ClientConnInterface) map[strin
 			t.Errorf("%s: an error without a message: %v", m.MethodName, err)
 		}
 	}
-	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	data, err := received(ctx, conn)
 	out["Backup"] = status.Code(err)

@@ -62,6 +62,9 @@ func (s *Service) about(req, resp any) (attrs []any) {
 		attrs = append(attrs, "entry", r.GetId())
 	case *api.ApplyEntriesRequest:
 		attrs = append(attrs, "entries", len(r.GetEntries()), "dry_run", r.GetDryRun())
+		if r.Remove != nil {
+			attrs = append(attrs, "remove", r.GetRemove())
+		}
 	}
 	switch r := resp.(type) {
 	case *api.PrepareKeysetResponse:

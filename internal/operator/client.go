@@ -9,6 +9,7 @@ import (
 	"net"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -52,17 +53,37 @@ func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []
 }
 
 // DialSocket connects to the admin socket at path, with the first call.
-func DialSocket(path string) (*Client, error) {
+func DialSocket(path string) (*Client, error) { return DialStarting(path, 0, nil) }
+
+// DialStarting is [DialSocket] for a server that may still be starting: a call
+// waits while nobody listens at path, until wait has passed since DialStarting.
+// slow is called once when that takes longer than a second.
+func DialStarting(path string, wait time.Duration, slow func()) (*Client, error) {
+	begin := time.Now()
+	told := sync.OnceFunc(func() { slow() })
 	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
 	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
-		c, err := new(net.Dialer).DialContext(ctx, "unix", path)
-		switch {
-		case errors.Is(err, fs.ErrPermission):
-			err = fmt.Errorf("%w: its mode lets in root and the server's group; join that, or set admin_socket_mode: 0666 and let operators.managers and operators.readers decide alone", err)
-		case errors.Is(err, fs.ErrNotExist), errors.Is(err, syscall.ECONNREFUSED):
-			err = fmt.Errorf("%w: no server listens there; start it, or give its socket with --admin-socket", err)
+		for {
+			c, err := new(net.Dialer).DialContext(ctx, "unix", path)
+			switch {
+			case errors.Is(err, fs.ErrPermission):
+				return nil, fmt.Errorf("%w: its mode lets in root and the server's group; join that, or set admin_socket_mode: 0666 and let operators.managers and operators.readers decide alone", err)
+			case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED):
+				return c, err
+			}
+			waited := time.Since(begin)
+			if waited >= wait {
+				return nil, fmt.Errorf("%w: no server listens there; start it, or give its socket with --admin-socket", err)
+			}
+			if waited >= time.Second {
+				told()
+			}
+			select {
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			case <-time.After(startPoll):
+			}
 		}
-		return c, err
 	}
 	conn, err := grpc.NewClient("passthrough:///admin-socket", options(insecure.NewCredentials(), grpc.WithContextDialer(dialer))...)
 	if err != nil {
@@ -70,6 +91,9 @@ func DialSocket(path string) (*Client, error) {
 	}
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn}, nil
 }
+
+// startPoll is how often it is tried whether a server that is starting listens.
+const startPoll = 50 * time.Millisecond
 
 // serverPath is the path of the signing server's SPIFFE ID.
 const serverPath = "/spire/server"

@@ -176,6 +176,47 @@ func TestNotReached(t *testing.T) {
 	}
 }
 
+// TestStartingServer: a call made before the server listens is answered once it
+// does, also where an earlier server has left its socket. What time does not
+// mend is an error at once.
+func TestStartingServer(t *testing.T) {
+	t.Parallel()
+	w := newWorldFor(t, nil, nil)
+	stale := filepath.Join(t.TempDir(), "stale.sock")
+	old, err := net.ListenUnix("unix", &net.UnixAddr{Name: stale, Net: "unix"})
+	check(t, err)
+	old.SetUnlinkOnClose(false)
+	check(t, old.Close())
+	for name, path := range map[string]string{"no socket": filepath.Join(t.TempDir(), "admin.sock"), "stale socket": stale} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			slow, done := make(chan struct{}), make(chan error, 1)
+			c, err := operator.DialStarting(path, time.Hour, func() { close(slow) })
+			check(t, err)
+			defer c.Close()
+			go func() {
+				_, err := c.Backend("", "").Status(t.Context())
+				done <- err
+			}()
+			select {
+			case <-slow:
+			case err := <-done:
+				t.Fatalf("before the server listens: %v", err)
+			}
+			lis, err := socket.Listen(path, 0o600)
+			check(t, err)
+			serveUnix(t, w, lis)
+			check(t, <-done)
+		})
+	}
+	c, err := operator.DialStarting(filepath.Join(t.TempDir(), strings.Repeat("x", 200)), time.Hour, nil)
+	check(t, err)
+	defer c.Close()
+	if _, err := c.Backend("", "").Prepare(t.Context()); err == nil {
+		t.Error("a path that is too long for a socket: no error")
+	}
+}
+
 // TestSocketPath: a path is a path, whatever is in it.
 func TestSocketPath(t *testing.T) {
 	t.Parallel()

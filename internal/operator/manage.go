@@ -139,15 +139,53 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 			return nil, err
 		}
 	}
-	diff, err := d.Server.ApplyEntries(ctx, entries, req.GetDryRun())
+	warnings := s.warnings(entries)
+	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff server.Diff) error {
+		err := checkRemoval(diff, req.Remove)
+		if unsaid := req.Remove == nil; err != nil && unsaid && req.GetDryRun() {
+			warnings = append(warnings, err.Error())
+			return nil
+		}
+		return err
+	})
 	if err != nil {
 		return nil, fail(err)
 	}
-	resp := &api.ApplyEntriesResponse{Unchanged: int64(diff.Unchanged), Warnings: s.warnings(entries)}
+	resp := &api.ApplyEntriesResponse{Unchanged: int64(diff.Unchanged), Warnings: warnings}
 	for _, c := range diff.Changes {
 		resp.Changes = append(resp.Changes, protoChange(c))
 	}
 	return resp, nil
+}
+
+// A list that removes more than manyRemoved entries, or more than someRemoved
+// and more than a tenth of them, or all, is more likely a mistake than a wish.
+const (
+	manyRemoved = 20
+	someRemoved = 5
+)
+
+// removalError refuses a change for the number of entries that it removes.
+type removalError string
+
+func (e removalError) Error() string { return string(e) }
+
+// checkRemoval says what is wrong with the removals of a change for a caller who
+// has said how many there will be, or has said nothing: a file that was cut
+// off, or is another deployment's, takes identities away from running workloads.
+func checkRemoval(diff server.Diff, said *int64) error {
+	removed, before := diff.Removed()
+	switch {
+	case said != nil && *said != int64(removed):
+		return removalError(fmt.Sprintf("this removes %d of %d entries, not %d as -remove says: look at the changes with -dry-run", removed, before, *said))
+	case said != nil || removed == 0:
+		return nil
+	case removed == before:
+		return removalError(fmt.Sprintf("this removes all %d entries: look at the changes with -dry-run; if that is meant, give -remove %d", removed, removed))
+	case removed > manyRemoved || removed > someRemoved && removed*10 > before:
+		return removalError(fmt.Sprintf("this removes %d of %d entries: look at the changes with -dry-run; if that is meant, give -remove %d", removed, before, removed))
+	}
+	return nil
 }
 
 // PutEntry implements the service.

@@ -110,6 +110,86 @@ func TestEntries(t *testing.T) {
 	})
 }
 
+// TestRemovedEntries: many entries are removed in one step only by a caller who
+// knows how many there are at that moment, whatever the list and the number.
+func TestRemovedEntries(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+		s := w.only().server
+		for _, tt := range []struct {
+			before, removed int
+			asks            bool
+		}{
+			{1, 0, false},
+			{1, 1, true},
+			{5, 5, true},
+			{6, 5, false},
+			{7, 6, true},
+			{59, 6, true},
+			{60, 6, false},
+			{200, 20, false},
+			{210, 21, true},
+			{500, 21, true},
+		} {
+			var had []server.Entry
+			var list []*api.Entry
+			for i := range tt.before {
+				e := entry(fmt.Sprintf("e%d", i), "/had")
+				had = append(had, server.Entry{ID: e.GetId(), SPIFFEID: workload, Selectors: []server.Selector{{Type: "unix", Value: "uid:1"}}})
+				if i >= tt.removed {
+					list = append(list, e) // changed, and not removed
+				}
+			}
+			for _, more := range []int{0, 30} { // what is added does not make up for it
+				for i := range more {
+					list = append(list, entry(fmt.Sprintf("n%d", i), "/new"))
+				}
+				for _, said := range []*int64{nil, new(int64(0)), new(int64(tt.removed)), new(int64(tt.removed + 1)), new(int64(-1))} {
+					_, err := s.ApplyEntries(t.Context(), had, false)
+					check(t, err)
+					req := &api.ApplyEntriesRequest{Entries: list, Remove: said}
+					text := fmt.Sprintf("%d of %d removed, %d added, said: %v", tt.removed, tt.before, more, req)
+					refused := said != nil && *said != int64(tt.removed) || said == nil && tt.asks
+					req.DryRun = true
+					dry, err := c.ApplyEntries(t.Context(), req)
+					if warned := len(dry.GetWarnings()) > 0; (err != nil) != (refused && said != nil) || warned != (refused && said == nil) {
+						t.Errorf("%.100s: dry run: warnings %q, %v", text, dry.GetWarnings(), err)
+					}
+					req.DryRun = false
+					_, err = c.ApplyEntries(t.Context(), req)
+					if (status.Code(err) == codes.FailedPrecondition) != refused || !refused && err != nil {
+						t.Errorf("%.100s: %v", text, err)
+					}
+					left := tt.before - tt.removed + more
+					if refused {
+						left = tt.before
+					}
+					if n := len(s.Entries()); n != left {
+						t.Errorf("%.100s: %d entries", text, n)
+					}
+				}
+			}
+		}
+
+		// What came between the dry run and the change counts.
+		_, err := s.ApplyEntries(t.Context(), nil, false)
+		check(t, err)
+		for _, id := range []string{"a", "b", "c"} {
+			_, err = c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry(id, "/x")})
+			check(t, err)
+		}
+		list := []*api.Entry{entry("a", "/x")}
+		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: list, DryRun: true, Remove: new(int64(2))})
+		check(t, err)
+		_, err = c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry("colleague", "/x")})
+		check(t, err)
+		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: list, Remove: new(int64(2))})
+		if got := status.Convert(err).Message(); !strings.HasPrefix(got, "this removes 3 of 4 entries, not 2 as -remove says") {
+			t.Errorf("after another change: %v", err)
+		}
+	})
+}
+
 // TestManyEntries: as much as a server is meant for, 30 MB, fits into one request,
 // and all of it changed into one answer. A few large entries are as good as many.
 func TestManyEntries(t *testing.T) {
@@ -335,9 +415,9 @@ func TestLog(t *testing.T) {
 		if got := line(); !strings.HasPrefix(got, by+"agent="+agent("z").String()+" deployment=default error=") {
 			t.Errorf("got %s", got)
 		}
-		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: []*api.Entry{entry("a", "/a")}, DryRun: true})
+		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: []*api.Entry{entry("a", "/a")}, DryRun: true, Remove: new(int64(0))})
 		check(t, err)
-		if got, want := line(), by+"changed=1 deployment=default dry_run=true entries=1 level=INFO operation=ApplyEntries outcome=OK"; got != want {
+		if got, want := line(), by+"changed=1 deployment=default dry_run=true entries=1 level=INFO operation=ApplyEntries outcome=OK remove=0"; got != want {
 			t.Errorf("got  %s\nwant %s", got, want)
 		}
 	})

@@ -303,6 +303,9 @@ func fail(err error) error {
 	if entry, ok := errors.AsType[*server.EntryError](err); ok {
 		return status.Error(codes.InvalidArgument, entry.Error())
 	}
+	if removal, ok := errors.AsType[removalError](err); ok {
+		return status.Error(codes.FailedPrecondition, removal.Error())
+	}
 	switch {
 	case errors.Is(err, server.ErrNotFound):
 		return status.Error(codes.NotFound, err.Error())

@@ -112,9 +112,9 @@ scrape_configs:
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(20 * time.Millisecond) {
+	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(20 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatalf("%s: not within 20 s", what)
+			t.Fatalf("%s: not within two minutes", what)
 		}
 	}
 }
@@ -164,7 +164,7 @@ func TestUnderPrometheus(t *testing.T) {
 	becomes := func(what string, want ...string) {
 		t.Helper()
 		var got []string
-		deadline := time.Now().Add(20 * time.Second)
+		deadline := time.Now().Add(2 * time.Minute)
 		for {
 			got = nil
 			if ask(expected...) {
@@ -194,7 +194,7 @@ func TestUnderPrometheus(t *testing.T) {
 	if len(f.Agents) != 3 || f.X509SVIDs != 4 || f.Expected != 3 || f.Missing != 0 || f.Holders[0].SVIDs != 4 || f.Holders[0].Version != "1.2.3" {
 		t.Errorf("figures %+v", f)
 	}
-	if time.Since(f.Holders[0].LastReport) > 3*time.Second || time.Since(f.At) > 3*time.Second {
+	if time.Since(f.Holders[0].LastReport) > time.Minute || time.Since(f.At) > time.Minute {
 		t.Errorf("last report at %v, figures of %v", f.Holders[0].LastReport, f.At)
 	}
 	if f.Behind(7) != 0 || f.Behind(8) != 3 {
@@ -241,7 +241,7 @@ func TestUnderPrometheus(t *testing.T) {
 	nodes[1].CloseClientConnections()
 	nodes[1].Listener.Close()
 	becomes("down", "1: silent")
-	if h := f.Holders[0]; h.LastReport.IsZero() || time.Since(h.LastReport) > 5*time.Second {
+	if h := f.Holders[0]; h.LastReport.IsZero() || time.Since(h.LastReport) > time.Minute {
 		t.Errorf("silent holder %+v", h)
 	}
 	for range 20 {

@@ -59,6 +59,20 @@ type Diff struct {
 	Unchanged int
 }
 
+// Removed is how many entries are removed, of how many there were before.
+func (d Diff) Removed() (removed, before int) {
+	before = d.Unchanged
+	for _, c := range d.Changes {
+		if c.Before != nil {
+			before++
+			if c.After == nil {
+				removed++
+			}
+		}
+	}
+	return removed, before
+}
+
 // Entries returns all entries, ordered by ID. Their slices must not be
 // modified.
 func (s *Server) Entries() []StoredEntry {
@@ -76,6 +90,15 @@ func (s *Server) Entries() []StoredEntry {
 // any of the entries is wrong (an [EntryError]) or, as a rule, when storage fails:
 // where that leaves open what it has stored, [Server.Entries] says what it has.
 func (s *Server) ApplyEntries(ctx context.Context, entries []Entry, dryRun bool) (Diff, error) {
+	return s.ApplyEntriesIf(ctx, entries, dryRun, noObjection)
+}
+
+// ApplyEntriesIf is [Server.ApplyEntries] for a caller who decides by the change
+// whether it is wanted. accept is called with what would be changed at that
+// moment, also in a dry run and when that is nothing; no other change comes
+// between. When it returns an error, nothing is changed and that error returned.
+// It must not call the Server.
+func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun bool, accept func(Diff) error) (Diff, error) {
 	keep := make(map[string]bool, len(entries))
 	for _, e := range entries {
 		if keep[e.ID] {
@@ -91,18 +114,20 @@ func (s *Server) ApplyEntries(ctx context.Context, entries []Entry, dryRun bool)
 			}
 		}
 		return gone
-	}, dryRun)
+	}, dryRun, accept)
 	if err != nil {
 		return Diff{}, fmt.Errorf("apply entries: %w", err)
 	}
 	return d, nil
 }
 
+func noObjection(Diff) error { return nil }
+
 // UpsertEntry adds an entry or replaces the one that has its ID. It returns
 // what was there before and what is now: equal when nothing has changed. A
 // wrong entry is refused with an [EntryError].
 func (s *Server) UpsertEntry(ctx context.Context, e Entry) (EntryChange, error) {
-	d, err := s.changeEntries(ctx, []Entry{e}, func(*entrySet) []string { return nil }, false)
+	d, err := s.changeEntries(ctx, []Entry{e}, func(*entrySet) []string { return nil }, false, noObjection)
 	switch {
 	case err != nil:
 		return EntryChange{}, fmt.Errorf("upsert entry: %w", err)
@@ -120,7 +145,7 @@ func (s *Server) DeleteEntry(ctx context.Context, id string) error {
 			return nil
 		}
 		return []string{id}
-	}, false)
+	}, false, noObjection)
 	switch {
 	case err != nil:
 		return fmt.Errorf("delete entry %q: %w", id, err)
@@ -131,9 +156,9 @@ func (s *Server) DeleteEntry(ctx context.Context, id string) error {
 }
 
 // changeEntries stores entries and drops those that gone names of the current
-// set. Writers wait for each other here, also while storage works; readers
+// set, unless accept objects to what that changes. Writers wait for each other here, also while storage works; readers
 // never wait.
-func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(cur *entrySet) []string, dryRun bool) (Diff, error) {
+func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(cur *entrySet) []string, dryRun bool, accept func(Diff) error) (Diff, error) {
 	for _, e := range entries {
 		if err := s.checkEntry(e); err != nil {
 			return Diff{}, err
@@ -167,6 +192,9 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 		d.Changes = append(d.Changes, EntryChange{Before: &cur.byID[id].Entry})
 	}
 	slices.SortFunc(d.Changes, func(a, b EntryChange) int { return cmp.Compare(a.id(), b.id()) })
+	if err := accept(d); err != nil {
+		return Diff{}, err
+	}
 	if dryRun || len(d.Changes) == 0 {
 		return d, nil
 	}

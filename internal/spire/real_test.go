@@ -107,7 +107,7 @@ func (r *realSPIRE) start() {
 			r.t.Logf("spire-server:\n%s", out)
 		}
 	})
-	ctx, cancel := context.WithTimeout(r.t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(r.t.Context(), 2*time.Minute)
 	defer cancel()
 	for {
 		_, err := r.local().GetX509AuthorityState(ctx, &localv1.GetX509AuthorityStateRequest{})

@@ -36,7 +36,7 @@ type fleet struct {
 func (f *fleet) start(sockets []string) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
-	first, done := context.WithTimeout(ctx, time.Minute)
+	first, done := context.WithTimeout(ctx, 5*time.Minute)
 	defer done()
 	for _, socket := range sockets {
 		source, err := workloadapi.NewX509Source(first, workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+socket)))
@@ -68,7 +68,7 @@ func (f *fleet) serve(lis net.Listener, source *workloadapi.X509Source) {
 		}
 		conns.Go(func() {
 			defer conn.Close()
-			conn.SetDeadline(time.Now().Add(10 * time.Second))
+			conn.SetDeadline(time.Now().Add(time.Minute))
 			s := tls.Server(conn, config)
 			if err := s.Handshake(); err == nil {
 				io.WriteString(s, "ok")
@@ -101,7 +101,7 @@ func once(address string, config *tls.Config) error {
 		return err
 	}
 	defer conn.Close()
-	conn.SetDeadline(time.Now().Add(10 * time.Second))
+	conn.SetDeadline(time.Now().Add(time.Minute))
 	answer, err := io.ReadAll(tls.Client(conn, config))
 	if err == nil && string(answer) != "ok" {
 		err = fmt.Errorf("answer %q", answer)

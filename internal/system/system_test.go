@@ -127,7 +127,7 @@ func expand(ts *testscript.TestScript, neg bool, args []string) {
 // applied [keysetctl flags] waits until every agent has applied the trust bundle:
 // one that has not cannot verify what a new keyset signs.
 func applied(ts *testscript.TestScript, neg bool, args []string) {
-	deadline := time.Now().Add(time.Minute)
+	deadline := time.Now().Add(5 * time.Minute)
 	for {
 		ts.Check(ts.Exec("keysetctl", append([]string{"list", "-o", "json"}, args...)...))
 		var list struct {
@@ -139,7 +139,7 @@ func applied(ts *testscript.TestScript, neg bool, args []string) {
 			return
 		}
 		if time.Now().After(deadline) {
-			ts.Fatalf("after a minute %d of %d agents are behind", list.Behind, list.Agents)
+			ts.Fatalf("after five minutes %d of %d agents are behind", list.Behind, list.Agents)
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
@@ -170,7 +170,7 @@ func trusts(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 3 {
 		ts.Fatalf("usage: trusts SOCKET TRUSTDOMAIN N")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 90*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	td, err := spiffeid.TrustDomainFromString(args[1])
 	ts.Check(err)
@@ -188,13 +188,13 @@ func trusts(ts *testscript.TestScript, neg bool, args []string) {
 			return
 		}
 	}
-	ts.Fatalf("%d authorities of %s after 90 s, want %s", n, args[1], args[2])
+	ts.Fatalf("%d authorities of %s after five minutes, want %s", n, args[1], args[2])
 }
 
 // until COMMAND... runs a command again and again until it succeeds, or with !
-// until it fails, for at most a minute.
+// until it fails, for at most five minutes.
 func until(ts *testscript.TestScript, neg bool, args []string) {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	for {
 		err := ts.Exec(args[0], args[1:]...)
@@ -203,7 +203,7 @@ func until(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		select {
 		case <-ctx.Done():
-			ts.Fatalf("%s: not within a minute: %v", strings.Join(args, " "), err)
+			ts.Fatalf("%s: not within five minutes: %v", strings.Join(args, " "), err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
@@ -273,7 +273,7 @@ func workloads(ts *testscript.TestScript, neg bool, args []string) {
 		}
 		ts.Logf("%d calls, none failed", calls)
 	case len(args) == 1 && (args[0] == "failing" || args[0] == "recover"):
-		deadline := time.Now().Add(time.Minute)
+		deadline := time.Now().Add(5 * time.Minute)
 		for {
 			time.Sleep(time.Second)
 			calls, err := f.look()
@@ -281,7 +281,7 @@ func workloads(ts *testscript.TestScript, neg bool, args []string) {
 				return
 			}
 			if time.Now().After(deadline) {
-				ts.Fatalf("%s: not within a minute: %d calls, %v", args[0], calls, err)
+				ts.Fatalf("%s: not within five minutes: %d calls, %v", args[0], calls, err)
 			}
 		}
 	default:

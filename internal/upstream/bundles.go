@@ -127,6 +127,9 @@ func LoadTrustBundle(path string, td spiffeid.TrustDomain) (*bundle.Bundle, erro
 	if len(b) > maxBundleBytes {
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBundleBytes)
 	}
+	if len(b) == 0 {
+		return nil, fmt.Errorf("%s is empty: what was to write it has failed; write it again with \"server bundle\" or \"spire-server bundle show\"", path)
+	}
 	out, err := parseTrustBundle(b, td)
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)

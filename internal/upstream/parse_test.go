@@ -163,8 +163,11 @@ func TestLoadTrustBundle(t *testing.T) {
 	if n, j, err := load(append([]byte(" \n"), doc...)); n != 2 || j != 1 || err != nil {
 		t.Errorf("JSON: %d, %d, %v", n, j, err)
 	}
+	if _, _, err := load(nil); err == nil || !strings.Contains(err.Error(), "bundle is empty: ") {
+		t.Errorf("empty: %v", err)
+	}
 	for name, content := range map[string][]byte{
-		"empty":        nil,
+		"blank":        []byte("\n"),
 		"text":         []byte("hello"),
 		"empty JSON":   []byte("{}"),
 		"no authority": []byte(`{"keys":[]}`),

@@ -72,7 +72,7 @@ func (u *updates) OnX509ContextWatchError(err error)              { u.errs <- er
 func TestWithGoSPIFFE(t *testing.T) {
 	t.Parallel()
 	s, path, e := serveSocket(t, nil)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	addr := workloadapi.WithClientOptions(workloadapi.WithAddr("unix://" + path))
 
@@ -124,7 +124,7 @@ func TestWithGoSPIFFE(t *testing.T) {
 func TestWithGoSPIFFEOverRestart(t *testing.T) {
 	t.Parallel()
 	s, path, e := serveSocket(t, nil)
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	u := &updates{contexts: make(chan *workloadapi.X509Context, 10), errs: make(chan error, 100)}
 	client, err := workloadapi.New(ctx, workloadapi.WithAddr("unix://"+path))
@@ -217,7 +217,7 @@ func TestConnectionsAreLetGo(t *testing.T) {
 			return p, err
 		}
 	})
-	ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
+	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
 	defer cancel()
 	for i := range 20 {
 		for {
