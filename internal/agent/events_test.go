@@ -169,22 +169,13 @@ func TestDrillClockStepped(t *testing.T) {
 			finished(w, old, since, wave, streams)
 		})
 	})
-	// An hour behind, what the server signs is not valid yet: what is held is
-	// kept. With the clock right again the wave finishes by itself.
+	// An hour behind, what the server signs is not valid yet by this node's clock:
+	// the server's word counts, and the wave finishes all the same.
 	t.Run("back", func(t *testing.T) {
 		withStreams(t, nil, func(w *world, streams []*stream) {
 			old, _ := w.rotate()
 			since := time.Now()
 			w.stepClock(-time.Hour)
-			time.Sleep(10 * time.Minute)
-			synctest.Wait()
-			if n := len(w.mintsSince(since)); n > 600*20 {
-				w.t.Errorf("%d attempts in ten minutes", n)
-			}
-			if a := w.authority(old); settled(a) || w.held() != svids {
-				w.t.Errorf("%d SVIDs held; %+v", w.held(), a)
-			}
-			w.stepClock(0)
 			finished(w, old, since, wave, streams)
 		})
 	})
