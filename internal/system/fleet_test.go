@@ -20,6 +20,14 @@ type fleetKey struct{}
 // callEvery is how often each workload calls its neighbor.
 const callEvery = 20 * time.Millisecond
 
+// member accepts the trust domains of these tests.
+var member = tlsconfig.AdaptMatcher(func(id spiffeid.ID) error {
+	if name := id.TrustDomain().Name(); name != "example.org" && name != "partner.example" {
+		return fmt.Errorf("a workload of trust domain %q", name)
+	}
+	return nil
+})
+
 // fleet is workloads that use the reference client at an agent's socket.
 type fleet struct {
 	cancel  context.CancelFunc
@@ -58,7 +66,7 @@ func (f *fleet) start(sockets []string) error {
 }
 
 func (f *fleet) serve(lis net.Listener, source *workloadapi.X509Source) {
-	config := tlsconfig.MTLSServerConfig(source, source, tlsconfig.AuthorizeMemberOf(spiffeid.RequireTrustDomainFromString("example.org")))
+	config := tlsconfig.MTLSServerConfig(source, source, member)
 	var conns sync.WaitGroup
 	defer conns.Wait()
 	for {
@@ -79,7 +87,7 @@ func (f *fleet) serve(lis net.Listener, source *workloadapi.X509Source) {
 }
 
 func (f *fleet) call(ctx context.Context, source *workloadapi.X509Source, address string) {
-	config := tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeMemberOf(spiffeid.RequireTrustDomainFromString("example.org")))
+	config := tlsconfig.MTLSClientConfig(source, source, member)
 	for ctx.Err() == nil {
 		err := once(address, config)
 		f.mu.Lock()

@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"os/exec"
@@ -89,6 +90,12 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			}
 			env.Values[fleetKey{}] = &fleet{}
 			env.Defer(func() { env.Values[fleetKey{}].(*fleet).stop() })
+			followed := &streams{released: make(map[string]bool)}
+			env.Values[streamsKey{}] = followed
+			env.Defer(followed.stop)
+			forwarding := &balancers{open: make(map[io.Closer]bool)}
+			env.Values[balancersKey{}] = forwarding
+			env.Defer(forwarding.stop)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -100,6 +107,11 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"spire-token": spireToken,
 			"trusts":      trusts,
 			"workloads":   workloads,
+			"streams":     followStreams,
+			"authority":   authority,
+			"settled":     settled,
+			"synced":      synced,
+			"balance":     balance,
 			"pause":       signal(syscall.SIGSTOP),
 			"resume":      signal(syscall.SIGCONT),
 		},

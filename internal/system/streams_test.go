@@ -1,0 +1,213 @@
+package system_test
+
+import (
+	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/metadata"
+)
+
+type streamsKey struct{}
+
+// streams are FetchX509SVID streams that are read as they come. A client's
+// library gets over an end and a missing SVID; these write both down.
+type streams struct {
+	cancel []context.CancelFunc
+	work   sync.WaitGroup
+
+	mu       sync.Mutex
+	all      []*stream
+	released map[string]bool // IDs that may go
+	faults   []error
+}
+
+// stream is what the last answer of a stream said.
+type stream struct {
+	socket string
+	ids    map[string]bool
+	trusts map[string]int // X.509 authorities, by trust domain
+}
+
+// start opens n streams at each socket and waits for the first answer of each.
+func (s *streams) start(n int, sockets []string) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	s.cancel = append(s.cancel, cancel)
+	for _, socket := range sockets {
+		for range n {
+			conn, err := grpc.NewClient("unix://"+socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
+			if err != nil {
+				return err
+			}
+			st := &stream{socket: socket}
+			s.all = append(s.all, st)
+			s.work.Go(func() {
+				defer conn.Close()
+				s.read(metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true"), conn, st)
+			})
+		}
+	}
+	return s.wait("a first answer", time.Minute, func(st *stream) bool { return st.ids != nil })
+}
+
+// read follows a stream, and opens it again when it ends.
+func (s *streams) read(ctx context.Context, conn *grpc.ClientConn, st *stream) {
+	for ctx.Err() == nil {
+		err := func() error {
+			stream, err := workload.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workload.X509SVIDRequest{}, grpc.WaitForReady(true))
+			if err != nil {
+				return err
+			}
+			for {
+				answer, err := stream.Recv()
+				if err != nil {
+					return err
+				}
+				s.note(st, answer)
+			}
+		}()
+		s.mu.Lock()
+		if st.ids != nil && ctx.Err() == nil {
+			s.faults = append(s.faults, fmt.Errorf("%s: a stream ended: %w", st.socket, err))
+		}
+		s.mu.Unlock()
+		select {
+		case <-ctx.Done():
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
+}
+
+func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
+	ids, trusts := make(map[string]bool), make(map[string]int)
+	for _, svid := range answer.GetSvids() {
+		ids[svid.GetSpiffeId()] = true
+		trusts[trustDomain(svid.GetSpiffeId())] = count(svid.GetBundle())
+	}
+	for td, bundle := range answer.GetFederatedBundles() {
+		trusts[trustDomain(td)] = count(bundle)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for id := range st.ids {
+		if !ids[id] && !s.released[id] {
+			s.faults = append(s.faults, fmt.Errorf("%s: a stream lost %s at %s", st.socket, id, time.Now().Format(time.TimeOnly)))
+		}
+	}
+	st.ids, st.trusts = ids, trusts
+}
+
+func trustDomain(id string) string {
+	td, _, _ := strings.Cut(strings.TrimPrefix(id, "spiffe://"), "/")
+	return td
+}
+
+// count is the number of certificates in concatenated DER, -1 for what is none.
+func count(der []byte) int {
+	certs, err := x509.ParseCertificates(der)
+	if err != nil {
+		return -1
+	}
+	return len(certs)
+}
+
+// wait returns when ok of every stream.
+func (s *streams) wait(what string, limit time.Duration, ok func(*stream) bool) error {
+	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
+		s.mu.Lock()
+		i := slices.IndexFunc(s.all, func(st *stream) bool { return !ok(st) })
+		if i < 0 {
+			s.mu.Unlock()
+			return nil
+		}
+		if time.Now().After(deadline) {
+			defer s.mu.Unlock()
+			st := s.all[i]
+			return errors.Join(append(s.faults, fmt.Errorf("not every stream has %s within %v; one at %s has %v and trusts %v",
+				what, limit, st.socket, slices.Sorted(maps.Keys(st.ids)), st.trusts))...)
+		}
+		s.mu.Unlock()
+	}
+}
+
+func (s *streams) stop() {
+	for _, cancel := range s.cancel {
+		cancel()
+	}
+	s.work.Wait()
+}
+
+// settleLimit bounds a wait for what is slow by design: an agent shows an entry that
+// is gone for some minutes after it has attested its node.
+const settleLimit = 5 * time.Minute
+
+// followStreams is the command "streams". "start N SOCKET..." opens N streams at each
+// agent's socket. After it
+//
+//	streams have SOCKET ID...           wait until the streams at a socket have these SPIFFE IDs
+//	streams lack SOCKET ID...           wait until they have none of them
+//	streams trust SOCKET TD N [LIMIT]   wait until they have N X.509 authorities of a trust domain
+//	streams release ID...               these SPIFFE IDs may go from now on
+//	streams whole                       no stream has ended, and none has lost a SPIFFE ID that was not released
+func followStreams(ts *testscript.TestScript, neg bool, args []string) {
+	s := ts.Value(streamsKey{}).(*streams)
+	usage := func() {
+		ts.Fatalf("usage: streams start N SOCKET... | have|lack SOCKET ID... | trust SOCKET TD N [LIMIT] | release ID... | whole")
+	}
+	if len(args) == 0 {
+		usage()
+	}
+	verb, args := args[0], args[1:]
+	// at waits for the streams at one socket.
+	begin := time.Now()
+	at := func(what string, limit time.Duration, ok func(*stream) bool) {
+		ts.Check(s.wait(what, limit, func(st *stream) bool { return st.socket != args[0] || ok(st) }))
+		ts.Logf("after %v", time.Since(begin).Round(10*time.Millisecond))
+	}
+	switch {
+	case verb == "start" && len(args) > 1:
+		n, err := strconv.Atoi(args[0])
+		ts.Check(err)
+		ts.Check(s.start(n, args[1:]))
+	case verb == "have" && len(args) > 1:
+		at(strings.Join(args[1:], " and "), settleLimit, func(st *stream) bool {
+			return !slices.ContainsFunc(args[1:], func(id string) bool { return !st.ids[id] })
+		})
+	case verb == "lack" && len(args) > 1:
+		at("none of "+strings.Join(args[1:], " and "), settleLimit, func(st *stream) bool {
+			return !slices.ContainsFunc(args[1:], func(id string) bool { return st.ids[id] })
+		})
+	case verb == "trust" && (len(args) == 3 || len(args) == 4):
+		n, err := strconv.Atoi(args[2])
+		ts.Check(err)
+		limit := settleLimit
+		if len(args) == 4 {
+			limit, err = time.ParseDuration(args[3])
+			ts.Check(err)
+		}
+		at(args[2]+" authorities of "+args[1], limit, func(st *stream) bool { return st.trusts[args[1]] == n })
+	case verb == "release" && len(args) > 0:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, id := range args {
+			s.released[id] = true
+		}
+	case verb == "whole" && len(args) == 0:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		ts.Check(errors.Join(s.faults...))
+	default:
+		usage()
+	}
+}
