@@ -1,0 +1,161 @@
+# What the scripts of this folder share. Each sources it first and then stands in
+# a temporary folder of its own, which is removed at the end together with the
+# processes that the script started.
+
+set -euo pipefail
+
+work=$(mktemp -d)
+finish() {
+	if [ -e "$work/pids" ]; then
+		kill $(cat "$work/pids") 2>/dev/null || true
+		wait 2>/dev/null || true
+	fi
+	cd /
+	rm -rf "$work"
+}
+trap finish EXIT
+cd "$work"
+
+# background LOG COMMAND... runs a program until the script ends.
+background() {
+	local log=$1
+	shift
+	"$@" >"$log" 2>&1 &
+	echo $! >>"$work/pids"
+}
+
+# free_port prints a TCP port of the loopback interface that is free now.
+free_port() {
+	need python3 python3
+	python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# need PROGRAM PACKAGE: the program is there, or the script ends and names the
+# Debian package that has it.
+need() {
+	command -v "$1" >/dev/null && return
+	echo "$1 is missing: install $2" >&2
+	exit 1
+}
+
+# go_module MODULE@VERSION... makes this folder a Go module with these packages.
+go_module() {
+	need go "Go 1.26 or later"
+	export GOFLAGS=-mod=mod GOWORK=off
+	go mod init finding 2>/dev/null
+	go get "$@" 2>get.log || { cat get.log >&2; exit 1; }
+}
+
+# spire_1_13_3 puts spire-server and spire-agent 1.13.3 into PATH: those of
+# SPIRE_BIN_DIR, or built from the Go module, which takes a quarter of an hour once.
+spire_1_13_3() {
+	if [ -z "${SPIRE_BIN_DIR:-}" ]; then
+		go_module -tool github.com/spiffe/spire/cmd/spire-server@v1.13.3 github.com/spiffe/spire/cmd/spire-agent@v1.13.3
+		GOBIN=$work go install github.com/spiffe/spire/cmd/spire-server github.com/spiffe/spire/cmd/spire-agent
+		SPIRE_BIN_DIR=$work
+	fi
+	PATH=$SPIRE_BIN_DIR:$PATH
+	case $(spire-server --version 2>&1) in
+	1.13.3*) ;;
+	*) echo "SPIRE_BIN_DIR holds $(spire-server --version 2>&1); this was seen with 1.13.3" >&2; exit 1 ;;
+	esac
+}
+
+# until_true SECONDS COMMAND... repeats a command until it succeeds.
+until_true() {
+	local end=$((SECONDS + $1))
+	shift
+	until "$@" >/dev/null 2>&1; do
+		if [ $SECONDS -ge $end ]; then
+			echo "not in time: $*" >&2
+			exit 1
+		fi
+		sleep 0.2
+	done
+}
+
+# expect compares what was seen, in the file "seen", with its standard input.
+expect() {
+	cat >expected
+	cat seen
+	if ! diff -u expected seen >changed; then
+		echo "The behaviour has changed:" >&2
+		cat changed >&2
+		exit 1
+	fi
+}
+
+# spire_conf NAME [PLUGIN] writes $work/NAME.conf, the configuration of a SPIRE server of
+# example.org. Its port is in $work/NAME.port.
+spire_conf() {
+	free_port >"$1.port"
+	cat >"$1.conf" <<CONF
+server {
+	bind_address = "127.0.0.1"
+	bind_port = "$(cat "$1.port")"
+	trust_domain = "example.org"
+	data_dir = "$work/$1"
+	socket_path = "$work/$1.sock"
+	log_level = "WARN"
+}
+plugins {
+	DataStore "sql" { plugin_data { database_type = "sqlite3" connection_string = "$work/$1.sqlite3" } }
+	NodeAttestor "join_token" { plugin_data {} }
+	KeyManager "memory" { plugin_data {} }
+	${2:-}
+}
+CONF
+}
+
+# spire_server NAME [PLUGIN] runs a SPIRE server of example.org and waits until it
+# answers.
+spire_server() {
+	spire_conf "$@"
+	background "$1.log" spire-server run -config "$1.conf"
+	until_true 60 spire-server healthcheck -socketPath "$work/$1.sock"
+}
+
+# nested_under NAME prints the plugin that puts a SPIRE server below the one of that
+# name, with an identity from spire_agent.
+nested_under() {
+	echo "UpstreamAuthority \"spire\" { plugin_data { server_address = \"127.0.0.1\" server_port = \"$(cat "$1.port")\" workload_api_socket = \"$work/agent.sock\" } }"
+}
+
+# json EXPRESSION prints a Python expression of the JSON document "doc" on standard input.
+json() {
+	need python3 python3
+	python3 -c "import json, sys; doc = json.load(sys.stdin); print($1)"
+}
+
+# api NAME COMMAND... asks a SPIRE server that spire_server has started.
+api() {
+	local socket=$work/$1.sock
+	shift
+	spire-server "$@" -socketPath "$socket"
+}
+
+# spire_agent NAME runs a SPIRE agent with the alias spiffe://example.org/node at the
+# server of that name, and waits until it has an SVID for this user. Its Workload API
+# is at $work/agent.sock.
+spire_agent() {
+	api "$1" bundle show >bundle.pem
+	cat >agent.conf <<CONF
+agent {
+	trust_domain = "example.org"
+	server_address = "127.0.0.1"
+	server_port = "$(cat "$1.port")"
+	data_dir = "$work/agent"
+	socket_path = "$work/agent.sock"
+	trust_bundle_path = "$work/bundle.pem"
+	log_level = "WARN"
+}
+plugins {
+	KeyManager "memory" { plugin_data {} }
+	NodeAttestor "join_token" { plugin_data {} }
+	WorkloadAttestor "unix" { plugin_data {} }
+}
+CONF
+	background agent.log spire-agent run -config agent.conf \
+		-joinToken "$(api "$1" token generate -spiffeID spiffe://example.org/node | sed -n 's/^Token: //p')"
+	until_true 60 spire-agent api fetch x509 -socketPath "$work/agent.sock"
+}
