@@ -15,8 +15,8 @@ const (
 	// reportAgain is how often the server is told what it knows: it may have
 	// been restarted meanwhile.
 	reportAgain = time.Minute
-	// askAgain is how often a server that takes no reports is asked whether it
-	// does by now.
+	// askAgain is how often a server that takes no reports, or no statuses, is
+	// asked whether it does by now. SPIRE logs an error each time.
 	askAgain = 10 * time.Minute
 )
 
@@ -30,6 +30,7 @@ func (a *Agent) report(ctx context.Context) error {
 		postedFor        time.Time // the attestation
 		sequence         uint64
 		last             upstream.Report
+		postWait         = reportAgain
 		wait             = reportAgain
 	)
 	watch := a.cache.Watch()
@@ -37,9 +38,13 @@ func (a *Agent) report(ctx context.Context) error {
 	for {
 		attested := a.client.Attested()
 		if s := a.cache.Bundle(); s != nil {
-			if n := s.Own.Sequence(); n != sequence || attested.After(postedFor) || time.Since(posted) >= reportAgain {
-				if err := a.client.PostStatus(ctx, n); err == nil {
-					posted, postedFor, sequence = time.Now(), attested, n
+			n := s.Own.Sequence()
+			if time.Since(posted) >= postWait || attested.After(postedFor) || (n != sequence && postWait != askAgain) {
+				err := a.client.PostStatus(ctx, n)
+				if err == nil {
+					posted, postedFor, sequence, postWait = time.Now(), attested, n, reportAgain
+				} else if errors.Is(err, upstream.ErrNoReports) {
+					posted, postedFor, postWait = time.Now(), attested, askAgain
 				} else if ctx.Err() == nil {
 					a.log.Debug("status not posted", "error", err)
 				}

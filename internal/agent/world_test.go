@@ -81,6 +81,7 @@ type world struct {
 	listings    int                             // answers with the server's own list of entries
 	mints       []mint
 	bundleCalls int
+	statusCalls int
 	attesting   atomic.Int64
 	conns       []net.Conn // between agent and server
 	skew        time.Duration
@@ -96,6 +97,7 @@ type faults struct {
 	bundle  func(*types.Bundle)                 // changes the bundle that is answered
 	lag     *keyset.Record                      // signs with this keyset whatever the state
 	list    func([]*types.Entry) []*types.Entry // what a replica has instead of these entries
+	policy  bool                                // as SPIRE 1.13: it lets no agent post a status
 }
 
 // mint is one request to sign, as the server saw it arrive.
@@ -276,6 +278,8 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 	switch r := req.(type) {
 	case *bundlepb.GetBundleRequest:
 		w.bundleCalls++
+	case *agentpb.PostStatusRequest:
+		w.statusCalls++
 	case *svidpb.BatchNewX509SVIDRequest:
 		m := mint{at: time.Now(), entries: []string{}}
 		for _, p := range r.Params {
@@ -287,6 +291,9 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 	}
 	f := w.faults
 	w.mu.Unlock()
+	if _, ok := req.(*agentpb.PostStatusRequest); ok && f.policy {
+		return nil, status.Error(codes.PermissionDenied, "authorization denied for the method")
+	}
 	wait := f.latency
 	if _, ok := req.(*svidpb.BatchNewX509SVIDRequest); ok {
 		wait += f.signing

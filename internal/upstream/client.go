@@ -236,10 +236,15 @@ func (c *Client) ban(cause error) error {
 }
 
 // PostStatus reports this agent's version, and the sequence number of the
-// bundle in force, to the server.
+// bundle in force, to the server. It fails with [ErrNoReports] at a server that
+// takes no statuses: the policy of SPIRE before 1.14.3 lets no agent post one.
 func (c *Client) PostStatus(ctx context.Context, sequence uint64) error {
-	return c.call(ctx, "post status", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "post status", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		_, err := agentv1.NewAgentClient(l.conn).PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: c.cfg.Version, CurrentBundleSerial: sequence})
 		return err
 	})
+	if unwelcome(err) {
+		return ErrNoReports
+	}
+	return err
 }

@@ -83,6 +83,12 @@ func denial(err error) types.PermissionDeniedDetails_Reason {
 	return types.PermissionDeniedDetails_UNKNOWN
 }
 
+// unwelcome reports whether the server lacks the method, or lets no agent call it.
+func unwelcome(err error) bool {
+	code := status.Code(err)
+	return code == codes.Unimplemented || code == codes.PermissionDenied && denial(err) == types.PermissionDeniedDetails_UNKNOWN
+}
+
 // wantsProof reports whether the server refused the identity and asks for a
 // new proof of the node.
 func wantsProof(err error) bool {
