@@ -183,11 +183,24 @@ func (s *syncing) pages(stream pageStream, page *entryv1.SyncAuthorizedEntriesRe
 func (s *syncing) all(entries []*types.Entry) error {
 	for _, e := range entries {
 		at := stamp{e.GetRevisionNumber(), e.GetCreatedAt()}
-		if s.announce(e.GetId(), at) && s.wanted(e.GetId(), at) {
+		if s.announce(e.GetId(), at) && (s.wanted(e.GetId(), at) || s.refederated(e)) {
 			s.take(e)
 		}
 	}
 	return nil
+}
+
+// refederated reports whether an entry that is held federates with others now. That
+// can be without another revision: SPIRE takes a trust domain out of the entries
+// when its bundle is deleted with mode dissociate, and counts that as no change of
+// them. A server with many entries shows it in no revision that it lists, either.
+func (s *syncing) refederated(in *types.Entry) bool {
+	held := s.have[in.GetId()]
+	if held == nil {
+		return false
+	}
+	now, err := federatesWith(held.SPIFFEID.TrustDomain(), in)
+	return err == nil && !slices.Equal(held.FederatesWith, now)
 }
 
 // revisions takes the pages of IDs and returns those to ask for, and the size
@@ -361,14 +374,25 @@ func parseEntry(td spiffeid.TrustDomain, in *types.Entry) (*cache.Entry, error) 
 		}
 		e.Selectors[i] = cache.Selector{Type: sel.GetType(), Value: sel.GetValue()}
 	}
+	if e.FederatesWith, err = federatesWith(td, in); err != nil {
+		return nil, err
+	}
+	return e, nil
+}
+
+// federatesWith is the trust domains other than td that an entry federates with, in
+// order: a server may give them in another order each time.
+func federatesWith(td spiffeid.TrustDomain, in *types.Entry) ([]spiffeid.TrustDomain, error) {
+	var out []spiffeid.TrustDomain
 	for _, name := range in.GetFederatesWith() {
 		other, err := spiffeid.TrustDomainFromString(name)
 		if err != nil {
 			return nil, fmt.Errorf("federates with: %w", err)
 		}
-		if other != td && !slices.Contains(e.FederatesWith, other) {
-			e.FederatesWith = append(e.FederatesWith, other)
+		if other != td && !slices.Contains(out, other) {
+			out = append(out, other)
 		}
 	}
-	return e, nil
+	slices.SortFunc(out, spiffeid.TrustDomain.Compare)
+	return out, nil
 }

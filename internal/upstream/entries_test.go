@@ -358,3 +358,34 @@ func TestSeveralPagesOfTheFullList(t *testing.T) {
 		}
 	})
 }
+
+// SPIRE takes a trust domain out of entries without another revision of them, when
+// its bundle is deleted with mode dissociate.
+func TestFederationThatChangesWithoutARevision(t *testing.T) {
+	t.Parallel()
+	for _, mode := range []string{"sync", "full list"} {
+		t.Run(mode, func(t *testing.T) {
+			t.Parallel()
+			bubble(t, func(t *testing.T, s *server, a *agent) {
+				s.lacksSync = mode != "sync"
+				s.entries = entries(2)
+				s.entries[0].FederatesWith = []string{"b.example", "a.example"}
+				h := holder{}
+				h.sync(t, a)
+				change := func(federatesWith ...string) []string {
+					changed := proto.Clone(s.entries[0]).(*types.Entry)
+					changed.FederatesWith = federatesWith
+					s.entries[0] = changed
+					upsert, _ := h.sync(t, a)
+					return upsert
+				}
+				want(t, "another order", change("a.example", "b.example"))
+				want(t, "one fewer", change("a.example"), entry(0).Id)
+				want(t, "none", change(), entry(0).Id)
+				if held := h[entry(0).Id].FederatesWith; len(held) != 0 {
+					t.Errorf("it federates with %v", held)
+				}
+			})
+		})
+	}
+}
