@@ -8,8 +8,9 @@
 #             do when there are more than a page of them, goes on with the old federation; when
 #             the bundle is set again, such an agent trusts the domain for entries that do not
 #             federate with it any more. Update the entries as well, or restart the agents.
-# renewd      compares the content of entries where the server sends it, whatever their revision
-#             is (spire-bundle-set.txtar in internal/system).
+# renewd      compares what entries federate with wherever the server sends it, whatever their
+#             revision is (spire-bundle-set.txtar in internal/system). A server that lists
+#             revisions in pages does not send it.
 #
 # Output seen
 #   before: revision 0, federates with ['partner.example']

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Go-spiffe accepts trust domain names that no certificate can hold which Go reads.
+# go-spiffe accepts trust domain names with which Go reads no certificate.
 #
 # Seen with   go-spiffe v2.9.0, Go 1.26
 # Behaviour   spiffeid.TrustDomainFromString accepts a trailing dot, a leading dot and two dots in
@@ -7,8 +7,8 @@
 #             x509.ParseCertificate refuses to read it.
 # Operators   A trust domain with a typing error passes every check of a configuration. What
 #             fails is the first SVID, at the relying party, with an error about a domain.
-# renewd      refuses such a name where it is configured (cmd/agent, cmd/server), before
-#             anything is signed.
+# renewd      refuses such a trust_domain in the configuration (internal/config), before anything
+#             is signed.
 #
 # Output seen
 #   example.org: accepted, signed, read
