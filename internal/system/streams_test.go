@@ -37,7 +37,8 @@ type streams struct {
 type stream struct {
 	socket string
 	ids    map[string]bool
-	trusts map[string]int // X.509 authorities, by trust domain
+	gone   map[string]bool // IDs that it had
+	trusts map[string]int  // X.509 authorities, by trust domain
 }
 
 // start opens n streams at each socket and waits for the first answer of each.
@@ -50,7 +51,7 @@ func (s *streams) start(n int, sockets []string) error {
 			if err != nil {
 				return err
 			}
-			st := &stream{socket: socket}
+			st := &stream{socket: socket, gone: make(map[string]bool)}
 			s.all = append(s.all, st)
 			s.work.Go(func() {
 				defer conn.Close()
@@ -100,9 +101,20 @@ func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	fault := func(what, id string) {
+		s.faults = append(s.faults, fmt.Errorf("%s: a stream %s %s at %s", st.socket, what, id, time.Now().Format(time.TimeOnly)))
+	}
 	for id := range st.ids {
-		if !ids[id] && !s.released[id] {
-			s.faults = append(s.faults, fmt.Errorf("%s: a stream lost %s at %s", st.socket, id, time.Now().Format(time.TimeOnly)))
+		if ids[id] {
+			continue
+		}
+		if st.gone[id] = true; !s.released[id] {
+			fault("lost", id)
+		}
+	}
+	for id := range ids {
+		if st.gone[id] && s.released[id] {
+			fault("was shown again", id)
 		}
 	}
 	st.ids, st.trusts = ids, trusts
@@ -158,8 +170,9 @@ const settleLimit = 5 * time.Minute
 //	streams have SOCKET ID...           wait until the streams at a socket have these SPIFFE IDs
 //	streams lack SOCKET ID...           wait until they have none of them
 //	streams trust SOCKET TD N [LIMIT]   wait until they have N X.509 authorities of a trust domain
-//	streams release ID...               these SPIFFE IDs may go from now on
-//	streams whole                       no stream has ended, and none has lost a SPIFFE ID that was not released
+//	streams release ID...               these SPIFFE IDs may go from now on, once
+//	streams whole                       no stream has ended, none has lost a SPIFFE ID that was not released, and
+//	                                    none was shown a released one again
 func followStreams(ts *testscript.TestScript, neg bool, args []string) {
 	s := ts.Value(streamsKey{}).(*streams)
 	usage := func() {
