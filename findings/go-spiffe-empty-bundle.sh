@@ -8,8 +8,8 @@
 #             Domain and Bundle, 4.1.3). Written by this library, its partners that read
 #             with this library never learn of the withdrawal: each refresh fails, and
 #             the old keys stay trusted.
-# renewd      writes "keys":[] (internal/endpoint) and takes an empty list from others for
-#             a withdrawal (internal/federation).
+# renewd      takes an empty list for a withdrawal and writes what it has of others as "keys":[]
+#             (internal/federation).
 #
 # Output seen
 #   marshal: {"keys":null}

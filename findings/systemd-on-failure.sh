@@ -7,7 +7,8 @@
 #             SIGSEGV is a failure, and the unit is restarted.
 # Operators   "kill -HUP" as the habitual way to reload ends a daemon that does not handle it, and
 #             "systemctl --failed" shows nothing. An identity agent needs Restart=always.
-# renewd      ignores SIGHUP with a log line, and its units have Restart=always (deploy/).
+# renewd      ignores SIGHUP with a log line (internal/cli), and its units have Restart=always
+#             (deploy/).
 #
 # Output seen
 #   HUP: inactive, restarts 0
