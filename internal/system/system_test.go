@@ -6,6 +6,7 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -43,19 +44,25 @@ func TestMain(m *testing.M) {
 	}())
 }
 
-// ports returns n TCP ports of the loopback interface that are free now.
+// ports returns n TCP ports of the loopback interface that are free now. They are
+// below those that Linux gives to outgoing connections, of which there are many
+// here: a port is used long after it was chosen.
 func ports(n int) ([]string, error) {
 	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	var last error
+	for range 100 * n {
+		l, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", 10_000+rand.IntN(22_000)))
 		if err != nil {
-			return nil, err
+			last = err
+			continue
 		}
 		defer l.Close()
 		_, port, _ := net.SplitHostPort(l.Addr().String())
-		out = append(out, port)
+		if out = append(out, port); len(out) == n {
+			return out, nil
+		}
 	}
-	return out, nil
+	return nil, fmt.Errorf("%d of %d ports: %w", len(out), n, last)
 }
 
 // run runs the scripts that match a pattern. In a script $R is a short path to
