@@ -27,7 +27,15 @@ until_ok renewd-agent healthcheck
 until_ok as web renewd-agent fetch x509
 not as nobody renewd-agent fetch x509
 journal_has renewd-agent info '"path":"/usr/local/bin/renewd-agent"'
-journal_has renewd-agent info 'unix:sha256:'
+cat >>/etc/renewd/entries.yaml <<END
+  - id: by-hash
+    spiffe_id: spiffe://example.org/by-hash
+    selectors:
+      - unix:user:nobody
+      - unix:sha256:$(sha256sum /usr/local/bin/renewd-agent | cut -d' ' -f1)
+END
+ok renewd-server entries apply /etc/renewd/entries.yaml
+until_ok as nobody renewd-agent fetch x509
 rm /etc/renewd/join_token
 
 echo "== operators: root, and who is in the group of the socket and of the configuration"
