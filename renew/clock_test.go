@@ -1,6 +1,7 @@
 package renew_test
 
 import (
+	"errors"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -8,6 +9,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // skewed is a drill on a node whose clock is ahead of the server's by skew, in
@@ -183,6 +185,63 @@ func TestPostponedSVIDOfAnotherRevisionIsNotUsed(t *testing.T) {
 		synctest.Wait()
 		if s := mustItem(t, r.cache, "entry-0000").SVID; s.Revision != changed.Revision {
 			t.Errorf("the SVID in use is of revision %d, want %d", s.Revision, changed.Revision)
+		}
+	})
+}
+
+// markNext taints the authority of the SVID that waits, and returns when this node
+// learned of it by its own clock. What is minted from now on is of the third.
+func (r *rig) markNext(third *ca) time.Time {
+	r.server.set(func() { r.server.signer = third })
+	seen := r.cfg.Now()
+	r.cache.SetBundle(snapshot(r.t, append(tainted(seen, r.next), trusted(r.ca, third)...)...))
+	synctest.Wait()
+	return seen
+}
+
+// An SVID that waits for its time depends on its authority like one in use: it
+// is counted until it is replaced, and replaced with the wave, before it is used.
+func TestPostponedSVIDOfATaintedAuthorityIsReplaced(t *testing.T) {
+	postponed(t, func(r *rig, _ *atomic.Int64, old *cache.SVID) {
+		third := newCA(t, "third")
+		since, seen := time.Now(), r.markNext(third)
+		begin := wave.Delay(r.cfg.Seed, r.next.id, r.cfg.MaxDelay)
+		r.sleepUntil(since.Add(begin - time.Second))
+		if n := r.renewer.InFlight(r.next.id, seen); n != 1 || len(r.server.since(since)) != 0 {
+			t.Errorf("before the wave: %d SVIDs may still come from the tainted authority, want 1; %d calls, want none", n, len(r.server.since(since)))
+		}
+		r.sleepUntil(since.Add(begin + time.Second))
+		if n := r.renewer.InFlight(r.next.id, seen); n != 0 || len(r.server.since(since)) != 1 {
+			t.Errorf("after the wave: %d SVIDs may still come from the tainted authority, want none; %d calls, want 1", n, len(r.server.since(since)))
+		}
+		for s := old; s == old; s = mustItem(t, r.cache, entryID(0)).SVID {
+			r.sleepUntil(time.Now().Add(time.Second))
+		}
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id || len(r.server.since(since)) != 1 {
+			t.Errorf("the old SVID was replaced by one of %s after %d calls, want one of the third authority", s.Authority, len(r.server.since(since)))
+		}
+	})
+}
+
+// Where its replacement cannot be had, an SVID of a tainted authority is better
+// than none.
+func TestPostponedSVIDOfATaintedAuthorityIsUsedInAnOutage(t *testing.T) {
+	postponed(t, func(r *rig, _ *atomic.Int64, old *cache.SVID) {
+		third := newCA(t, "third")
+		r.server.set(func() { r.server.down = errors.New("connection refused") })
+		since := time.Now()
+		r.markNext(third)
+		r.sleepUntil(old.NotAfter)
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != r.next.id || !s.NotAfter.After(time.Now()) {
+			t.Errorf("in use is an SVID of %s that is valid until %v", s.Authority, s.NotAfter)
+		}
+		if calls := len(r.server.since(since)); calls > 40*12 {
+			t.Errorf("%d calls in an outage of %v", calls, time.Since(since))
+		}
+		r.server.set(func() { r.server.down = nil })
+		r.sleepUntil(time.Now().Add(2 * time.Minute))
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id {
+			t.Errorf("in use is an SVID of %s after the server recovered", s.Authority)
 		}
 	})
 }
