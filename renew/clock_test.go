@@ -120,17 +120,21 @@ func TestOldSVIDServesUntilTheNewOneIsValidHere(t *testing.T) {
 // postponed is a drill in which the clock lags and the new SVID of the one entry
 // waits for its time.
 func postponed(t *testing.T, f func(r *rig, skew *atomic.Int64, old *cache.SVID)) {
+	postponedOf(t, 1, new(strings.Builder), f)
+}
+
+// postponedOf is postponed with n entries; old is that of the first.
+func postponedOf(t *testing.T, n int, log *strings.Builder, f func(r *rig, skew *atomic.Int64, old *cache.SVID)) {
 	var skew atomic.Int64
-	var log strings.Builder
-	skewed(t, 1, &skew, &log, func(r *rig) {
+	skewed(t, n, &skew, log, func(r *rig) {
 		r.sleepUntil(time.Now().Add(21 * time.Minute))
 		skew.Store(int64(-20 * time.Minute))
 		r.server.set(func() { r.server.signer = r.next })
 		old := mustItem(t, r.cache, "entry-0000").SVID
 		from := time.Now()
 		r.sleepUntil(from.Add(34 * time.Minute)) // half of its life has passed by this clock
-		if calls := r.server.since(from); len(calls) != 1 || mustItem(t, r.cache, "entry-0000").SVID != old {
-			t.Fatalf("%d calls, want one, and the old SVID in use", len(calls))
+		if calls := r.server.since(from); len(calls) != n || mustItem(t, r.cache, "entry-0000").SVID != old {
+			t.Fatalf("%d calls, want one for each entry, and the old SVID in use", len(calls))
 		}
 		f(r, &skew, old)
 	})
@@ -219,6 +223,45 @@ func TestPostponedSVIDOfATaintedAuthorityIsReplaced(t *testing.T) {
 		}
 		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id || len(r.server.since(since)) != 1 {
 			t.Errorf("the old SVID was replaced by one of %s after %d calls, want one of the third authority", s.Authority, len(r.server.since(since)))
+		}
+	})
+}
+
+// A taint is not settled while an SVID that waits for its time depends on it.
+func TestTaintIsNotSettledWhilePostponedSVIDsDependOnIt(t *testing.T) {
+	var log strings.Builder
+	const settled = "no X.509-SVID hangs on the tainted authority any more"
+	postponedOf(t, 2, &log, func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
+		begin, seen := time.Now().Add(wave.Delay(r.cfg.Seed, r.next.id, r.cfg.MaxDelay)), r.markNext(newCA(t, "third"))
+		r.sleepUntil(begin.Add(25 * time.Millisecond)) // between the first and the second of the wave
+		early := log.String()                          // before InFlight, whose lock orders it before what is logged later
+		if n := r.renewer.InFlight(r.next.id, seen); n != 1 || strings.Contains(early, settled) {
+			t.Errorf("%d of 2 are left, want 1, and not settled:\n%s", n, early)
+		}
+		r.sleepUntil(begin.Add(time.Second))
+		if n := r.renewer.InFlight(r.next.id, seen); n != 0 || !strings.Contains(log.String(), settled) {
+			t.Errorf("%d of 2 are left, want none, and settled:\n%s", n, log.String())
+		}
+	})
+}
+
+// What replaces the SVID that waits may be used at once where the clock was set
+// meanwhile. Then nothing waits any more.
+func TestPostponedSVIDIsForgottenWhenAnotherIsUsed(t *testing.T) {
+	var skew atomic.Int64
+	skewed(t, 1, &skew, new(strings.Builder), func(r *rig) {
+		r.sleepUntil(time.Now().Add(6 * time.Minute))
+		skew.Store(int64(-5 * time.Minute))
+		r.server.set(func() { r.server.signer = r.next })
+		for from := time.Now(); len(r.server.since(from)) == 0; {
+			r.sleepUntil(time.Now().Add(time.Second))
+		}
+		third, from := newCA(t, "third"), time.Now()
+		skew.Store(0)
+		r.markNext(third)
+		r.sleepUntil(from.Add(10 * time.Minute))
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id || len(r.server.since(from)) != 1 {
+			t.Errorf("in use is an SVID of %s after %d calls, want one of the third after one", s.Authority, len(r.server.since(from)))
 		}
 	})
 }
