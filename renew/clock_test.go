@@ -2,6 +2,8 @@ package renew_test
 
 import (
 	"errors"
+	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -285,6 +287,66 @@ func TestPostponedSVIDOfATaintedAuthorityIsUsedInAnOutage(t *testing.T) {
 		r.sleepUntil(time.Now().Add(2 * time.Minute))
 		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id {
 			t.Errorf("in use is an SVID of %s after the server recovered", s.Authority)
+		}
+	})
+}
+
+// In any history of rotations and outages on a node whose clock is behind, an SVID
+// that is shown has not ended by the server's clock, and what is settled stays so: no
+// SVID of that authority comes into use later.
+func TestSettledStaysSettledBehindALaggingClock(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 1))
+	const n = 4
+	var skew atomic.Int64
+	skewed(t, n, &skew, new(strings.Builder), func(r *rig) {
+		time.Sleep(30 * time.Minute)
+		skew.Store(-random.Int64N(int64(25 * time.Minute)))
+		signer, old := r.ca, []authorityState(nil)
+		settled := make(map[string]bool)
+		var outage time.Time
+		for minute := range 240 {
+			if random.IntN(15) == 0 { // a rotation
+				old = append(old, trusted(signer)...)
+				for i := range old {
+					if !old[i].tainted && random.IntN(2) == 0 {
+						old[i].tainted, old[i].since = true, r.cfg.Now()
+					}
+				}
+				signer = newCA(t, fmt.Sprint("ca", minute))
+				r.server.set(func() { r.server.signer = signer })
+				r.cache.SetBundle(snapshot(t, append(trusted(signer), old...)...))
+			}
+			if random.IntN(20) == 0 {
+				outage = time.Now().Add(time.Duration(random.Int64N(int64(10 * time.Minute))))
+			}
+			r.server.set(func() {
+				if r.server.down = nil; time.Now().Before(outage) {
+					r.server.down = errors.New("connection refused")
+				}
+			})
+			for range 12 {
+				r.sleepUntil(time.Now().Add(5 * time.Second))
+				for i := range n {
+					if s := mustItem(t, r.cache, entryID(i)).SVID; s == nil || !s.NotAfter.After(time.Now()) {
+						t.Fatalf("minute %d: the SVID in use has ended", minute)
+					}
+				}
+				for _, a := range old {
+					if !a.tainted {
+						continue
+					}
+					held := r.renewer.InFlight(a.id, a.since) + r.cache.Held(a.id)
+					if settled[a.id] && held > 0 {
+						t.Fatalf("minute %d: %d SVIDs of an authority that was settled", minute, held)
+					}
+					settled[a.id] = held == 0
+				}
+			}
+		}
+		if calls := len(r.server.since(time.Time{})); calls > 240*12 {
+			t.Errorf("%d calls in four hours", calls)
 		}
 	})
 }
