@@ -1,6 +1,9 @@
 package renew_test
 
 import (
+	"errors"
+	"fmt"
+	"math/rand/v2"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -8,6 +11,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // skewed is a drill on a node whose clock is ahead of the server's by skew, in
@@ -118,17 +122,21 @@ func TestOldSVIDServesUntilTheNewOneIsValidHere(t *testing.T) {
 // postponed is a drill in which the clock lags and the new SVID of the one entry
 // waits for its time.
 func postponed(t *testing.T, f func(r *rig, skew *atomic.Int64, old *cache.SVID)) {
+	postponedOf(t, 1, new(strings.Builder), f)
+}
+
+// postponedOf is postponed with n entries; old is that of the first.
+func postponedOf(t *testing.T, n int, log *strings.Builder, f func(r *rig, skew *atomic.Int64, old *cache.SVID)) {
 	var skew atomic.Int64
-	var log strings.Builder
-	skewed(t, 1, &skew, &log, func(r *rig) {
+	skewed(t, n, &skew, log, func(r *rig) {
 		r.sleepUntil(time.Now().Add(21 * time.Minute))
 		skew.Store(int64(-20 * time.Minute))
 		r.server.set(func() { r.server.signer = r.next })
 		old := mustItem(t, r.cache, "entry-0000").SVID
 		from := time.Now()
 		r.sleepUntil(from.Add(34 * time.Minute)) // half of its life has passed by this clock
-		if calls := r.server.since(from); len(calls) != 1 || mustItem(t, r.cache, "entry-0000").SVID != old {
-			t.Fatalf("%d calls, want one, and the old SVID in use", len(calls))
+		if calls := r.server.since(from); len(calls) != n || mustItem(t, r.cache, "entry-0000").SVID != old {
+			t.Fatalf("%d calls, want one for each entry, and the old SVID in use", len(calls))
 		}
 		f(r, &skew, old)
 	})
@@ -183,6 +191,162 @@ func TestPostponedSVIDOfAnotherRevisionIsNotUsed(t *testing.T) {
 		synctest.Wait()
 		if s := mustItem(t, r.cache, "entry-0000").SVID; s.Revision != changed.Revision {
 			t.Errorf("the SVID in use is of revision %d, want %d", s.Revision, changed.Revision)
+		}
+	})
+}
+
+// markNext taints the authority of the SVID that waits, and returns when this node
+// learned of it by its own clock. What is minted from now on is of the third.
+func (r *rig) markNext(third *ca) time.Time {
+	r.server.set(func() { r.server.signer = third })
+	seen := r.cfg.Now()
+	r.cache.SetBundle(snapshot(r.t, append(tainted(seen, r.next), trusted(r.ca, third)...)...))
+	synctest.Wait()
+	return seen
+}
+
+// An SVID that waits for its time depends on its authority like one in use: it
+// is counted until it is replaced, and replaced with the wave, before it is used.
+func TestPostponedSVIDOfATaintedAuthorityIsReplaced(t *testing.T) {
+	postponed(t, func(r *rig, _ *atomic.Int64, old *cache.SVID) {
+		third := newCA(t, "third")
+		since, seen := time.Now(), r.markNext(third)
+		begin := wave.Delay(r.cfg.Seed, r.next.id, r.cfg.MaxDelay)
+		r.sleepUntil(since.Add(begin - time.Second))
+		if n := r.renewer.InFlight(r.next.id, seen); n != 1 || len(r.server.since(since)) != 0 {
+			t.Errorf("before the wave: %d SVIDs may still come from the tainted authority, want 1; %d calls, want none", n, len(r.server.since(since)))
+		}
+		r.sleepUntil(since.Add(begin + time.Second))
+		if n := r.renewer.InFlight(r.next.id, seen); n != 0 || len(r.server.since(since)) != 1 {
+			t.Errorf("after the wave: %d SVIDs may still come from the tainted authority, want none; %d calls, want 1", n, len(r.server.since(since)))
+		}
+		for s := old; s == old; s = mustItem(t, r.cache, entryID(0)).SVID {
+			r.sleepUntil(time.Now().Add(time.Second))
+		}
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id || len(r.server.since(since)) != 1 {
+			t.Errorf("the old SVID was replaced by one of %s after %d calls, want one of the third authority", s.Authority, len(r.server.since(since)))
+		}
+	})
+}
+
+// A taint is not settled while an SVID that waits for its time depends on it.
+func TestTaintIsNotSettledWhilePostponedSVIDsDependOnIt(t *testing.T) {
+	var log strings.Builder
+	const settled = "no X.509-SVID hangs on the tainted authority any more"
+	postponedOf(t, 2, &log, func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
+		begin, seen := time.Now().Add(wave.Delay(r.cfg.Seed, r.next.id, r.cfg.MaxDelay)), r.markNext(newCA(t, "third"))
+		r.sleepUntil(begin.Add(25 * time.Millisecond)) // between the first and the second of the wave
+		early := log.String()                          // before InFlight, whose lock orders it before what is logged later
+		if n := r.renewer.InFlight(r.next.id, seen); n != 1 || strings.Contains(early, settled) {
+			t.Errorf("%d of 2 are left, want 1, and not settled:\n%s", n, early)
+		}
+		r.sleepUntil(begin.Add(time.Second))
+		if n := r.renewer.InFlight(r.next.id, seen); n != 0 || !strings.Contains(log.String(), settled) {
+			t.Errorf("%d of 2 are left, want none, and settled:\n%s", n, log.String())
+		}
+	})
+}
+
+// What replaces the SVID that waits may be used at once where the clock was set
+// meanwhile. Then nothing waits any more.
+func TestPostponedSVIDIsForgottenWhenAnotherIsUsed(t *testing.T) {
+	var skew atomic.Int64
+	skewed(t, 1, &skew, new(strings.Builder), func(r *rig) {
+		r.sleepUntil(time.Now().Add(6 * time.Minute))
+		skew.Store(int64(-5 * time.Minute))
+		r.server.set(func() { r.server.signer = r.next })
+		for from := time.Now(); len(r.server.since(from)) == 0; {
+			r.sleepUntil(time.Now().Add(time.Second))
+		}
+		third, from := newCA(t, "third"), time.Now()
+		skew.Store(0)
+		r.markNext(third)
+		r.sleepUntil(from.Add(10 * time.Minute))
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id || len(r.server.since(from)) != 1 {
+			t.Errorf("in use is an SVID of %s after %d calls, want one of the third after one", s.Authority, len(r.server.since(from)))
+		}
+	})
+}
+
+// Where its replacement cannot be had, an SVID of a tainted authority is better
+// than none.
+func TestPostponedSVIDOfATaintedAuthorityIsUsedInAnOutage(t *testing.T) {
+	postponed(t, func(r *rig, _ *atomic.Int64, old *cache.SVID) {
+		third := newCA(t, "third")
+		r.server.set(func() { r.server.down = errors.New("connection refused") })
+		since := time.Now()
+		r.markNext(third)
+		r.sleepUntil(old.NotAfter)
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != r.next.id || !s.NotAfter.After(time.Now()) {
+			t.Errorf("in use is an SVID of %s that is valid until %v", s.Authority, s.NotAfter)
+		}
+		if calls := len(r.server.since(since)); calls > 40*12 {
+			t.Errorf("%d calls in an outage of %v", calls, time.Since(since))
+		}
+		r.server.set(func() { r.server.down = nil })
+		r.sleepUntil(time.Now().Add(2 * time.Minute))
+		if s := mustItem(t, r.cache, entryID(0)).SVID; s.Authority != third.id {
+			t.Errorf("in use is an SVID of %s after the server recovered", s.Authority)
+		}
+	})
+}
+
+// In any history of rotations and outages on a node whose clock is behind, an SVID
+// that is shown has not ended by the server's clock, and what is settled stays so: no
+// SVID of that authority comes into use later.
+func TestSettledStaysSettledBehindALaggingClock(t *testing.T) {
+	seed := rand.Uint64()
+	t.Logf("seed %d", seed)
+	random := rand.New(rand.NewPCG(seed, 1))
+	const n = 4
+	var skew atomic.Int64
+	skewed(t, n, &skew, new(strings.Builder), func(r *rig) {
+		time.Sleep(30 * time.Minute)
+		skew.Store(-random.Int64N(int64(25 * time.Minute)))
+		signer, old := r.ca, []authorityState(nil)
+		settled := make(map[string]bool)
+		var outage time.Time
+		for minute := range 240 {
+			if random.IntN(15) == 0 { // a rotation
+				old = append(old, trusted(signer)...)
+				for i := range old {
+					if !old[i].tainted && random.IntN(2) == 0 {
+						old[i].tainted, old[i].since = true, r.cfg.Now()
+					}
+				}
+				signer = newCA(t, fmt.Sprint("ca", minute))
+				r.server.set(func() { r.server.signer = signer })
+				r.cache.SetBundle(snapshot(t, append(trusted(signer), old...)...))
+			}
+			if random.IntN(20) == 0 {
+				outage = time.Now().Add(time.Duration(random.Int64N(int64(10 * time.Minute))))
+			}
+			r.server.set(func() {
+				if r.server.down = nil; time.Now().Before(outage) {
+					r.server.down = errors.New("connection refused")
+				}
+			})
+			for range 12 {
+				r.sleepUntil(time.Now().Add(5 * time.Second))
+				for i := range n {
+					if s := mustItem(t, r.cache, entryID(i)).SVID; s == nil || !s.NotAfter.After(time.Now()) {
+						t.Fatalf("minute %d: the SVID in use has ended", minute)
+					}
+				}
+				for _, a := range old {
+					if !a.tainted {
+						continue
+					}
+					held := r.renewer.InFlight(a.id, a.since) + r.cache.Held(a.id)
+					if settled[a.id] && held > 0 {
+						t.Fatalf("minute %d: %d SVIDs of an authority that was settled", minute, held)
+					}
+					settled[a.id] = held == 0
+				}
+			}
+		}
+		if calls := len(r.server.since(time.Time{})); calls > 240*12 {
+			t.Errorf("%d calls in four hours", calls)
 		}
 	})
 }

@@ -203,11 +203,11 @@ func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 		r.lagged(a, now)
 		return OutcomeTainted
 	}
-	if r.postpone(a, state, now) {
-		return OutcomeRenewed
-	}
-	if err := r.cfg.Cache.Put(a.svid); err != nil {
-		return OutcomeDropped
+	if !r.postpone(a, state, now) {
+		r.keepFor(a.item, nil)
+		if err := r.cfg.Cache.Put(a.svid); err != nil {
+			return OutcomeDropped
+		}
 	}
 	if r.failing {
 		r.failing = false
@@ -244,9 +244,21 @@ func (r *Renewer) postpone(a *attempt, state cache.Item, now time.Time) bool {
 	if !swap.After(now) {
 		return false
 	}
-	a.item.answered()
-	a.item.next, a.item.swap = a.svid, swap
+	r.keepFor(a.item, a.svid)
+	a.item.swap = swap
 	return true
+}
+
+// keepFor has the item's next SVID wait for its time, or none with nil.
+func (r *Renewer) keepFor(it *item, next *cache.SVID) {
+	it.next = next
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if next == nil {
+		delete(r.postponed, it.entryID)
+	} else {
+		r.postponed[it.entryID] = next
+	}
 }
 
 // serves reports whether what is held is good to hand out by this node's clock,
@@ -260,13 +272,19 @@ func (r *Renewer) serves(state cache.Item, now time.Time) bool {
 	return trust == bundle.Trusted
 }
 
-// swap puts the SVID that was postponed to use, unless the entry has changed or
-// what is held has become the better one meanwhile. It returns what is held then.
+// swap puts the SVID that was postponed to use and returns what is held then. One
+// whose authority was tainted meanwhile goes on waiting while what is held is the
+// better one by the server's time: its replacement may not be had before that ends.
 func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
 	next := it.next
-	it.next = nil
-	if !r.better(next, state.SVID, later(now, next.NotBefore)) || r.cfg.Cache.Put(next) != nil {
+	if !r.better(next, state.SVID, later(now.Add(r.ClockLag()), next.NotBefore)) {
+		it.swap = now.Add(maxSleep)
 		return state.SVID
+	}
+	err := r.cfg.Cache.Put(next)
+	r.keepFor(it, nil) // after Put: see InFlight
+	if err != nil {
+		return state.SVID // the entry has changed
 	}
 	r.settled()
 	return next
@@ -380,7 +398,7 @@ func (r *Renewer) finishOwn(c *call, now time.Time) {
 // settled says once for each tainted authority that nothing held hangs on it.
 func (r *Renewer) settled() {
 	for id := range r.settling {
-		if r.cfg.Cache.Held(id) == 0 {
+		if r.cfg.Cache.Held(id) == 0 && len(r.postponedOf(id)) == 0 {
 			delete(r.settling, id)
 			r.cfg.Log.Info("no X.509-SVID hangs on the tainted authority any more", "authority", id)
 		}

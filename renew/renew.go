@@ -42,8 +42,9 @@ type Renewer struct {
 
 	lag atomic.Int64 // see ClockLag
 
-	mu       sync.Mutex
-	inFlight map[*call]struct{}
+	mu        sync.Mutex
+	inFlight  map[*call]struct{}
+	postponed map[string]*cache.SVID // by entry ID: item.next of all that have one
 }
 
 type ownItem struct {
@@ -77,23 +78,25 @@ func New(cfg Config) *Renewer {
 		limiter: rate.NewLimiter(rate.Limit(cfg.Rate), 1),
 		// Room for every call there can be, so that a worker never waits for
 		// Run, not even for one that has ended.
-		done:     make(chan *call, maxSingles+maxBatches+1),
-		items:    make(map[string]*item),
-		timers:   newTimers(),
-		urgent:   newReady(),
-		wave:     newReady(),
-		lagging:  make(map[string]bool),
-		settling: make(map[string]bool),
-		inFlight: make(map[*call]struct{}),
-		gate:     gate{backoff: newBackoff(time.Second, gateLimit)},
-		own:      ownItem{backoff: newBackoff(retryBase, retryLimit)},
+		done:      make(chan *call, maxSingles+maxBatches+1),
+		items:     make(map[string]*item),
+		timers:    newTimers(),
+		urgent:    newReady(),
+		wave:      newReady(),
+		lagging:   make(map[string]bool),
+		settling:  make(map[string]bool),
+		inFlight:  make(map[*call]struct{}),
+		postponed: make(map[string]*cache.SVID),
+		gate:      gate{backoff: newBackoff(time.Second, gateLimit)},
+		own:       ownItem{backoff: newBackoff(retryBase, retryLimit)},
 	}
 }
 
 // InFlight counts the SVIDs, the node's own among them, that are being minted by
 // calls that began before this node knew of the authority's taint, which it
 // learned of at since: answers that were perhaps signed before the server learned
-// of it. Read it before the cache, so that an answer is seen in one of the two.
+// of it. Those that the authority signed and that are not in use yet count, too.
+// Read it before the cache, so that an answer is seen in one of the two.
 func (r *Renewer) InFlight(authorityID string, since time.Time) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -104,7 +107,19 @@ func (r *Renewer) InFlight(authorityID string, since time.Time) int {
 			n += max(len(c.attempts), 1)
 		}
 	}
-	return n
+	return n + len(r.postponedOf(authorityID))
+}
+
+// postponedOf lists the entries whose SVID that waits for its time the authority
+// signed. It is for holders of mu, and for Run, which alone changes postponed.
+func (r *Renewer) postponedOf(authorityID string) []string {
+	var ids []string
+	for id, s := range r.postponed {
+		if s.Authority == authorityID {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // Run renews until ctx is done, waits for the calls in flight, which ctx
@@ -195,7 +210,7 @@ func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
 		if c.Type != bundle.TypeX509 {
 			continue
 		}
-		signed := r.cfg.Cache.SignedBy(c.ID)
+		signed := append(r.cfg.Cache.SignedBy(c.ID), r.postponedOf(c.ID)...)
 		ids = append(ids, signed...)
 		delete(r.lagging, c.ID)
 		switch c.Kind {
@@ -239,10 +254,11 @@ func (r *Renewer) look(id string, now time.Time) {
 	if it.next != nil && (!it.swap.After(now) || !r.serves(state, now)) {
 		state.SVID = r.swap(it, state, now)
 	}
-	due, reason := Due(state, r.snapshot, r.policy, now)
+	newest := state
 	if it.next != nil {
-		due = it.swap
+		newest.SVID = it.next
 	}
+	due, reason := Due(newest, r.snapshot, r.policy, now)
 	it.streams = state.Streams > 0
 	returned := it.missing && !state.Missing
 	it.missing = state.Missing
@@ -260,22 +276,29 @@ func (r *Renewer) look(id string, now time.Time) {
 		due = it.retry
 	}
 	r.unready(it)
-	if due.After(now) {
-		it.wake = due
-		r.timers.put(it)
-		return
-	}
-	if reason == ReasonTaint {
+	var wake time.Time
+	switch {
+	case due.After(now):
+		wake = due
+	case reason == ReasonTaint:
 		it.ready = r.wave
 		// While it waits for its turn its half-life may pass, and then it
 		// must not wait any longer.
-		it.wake = state.SVID.RenewAt
-		r.timers.put(it)
-	} else {
+		wake = newest.SVID.RenewAt
+	default:
 		it.ready = r.urgent
-		r.timers.drop(it)
 	}
-	it.ready.put(it)
+	if it.next != nil && (wake.IsZero() || it.swap.Before(wake)) {
+		wake = it.swap
+	}
+	if it.wake = wake; wake.IsZero() {
+		r.timers.drop(it)
+	} else {
+		r.timers.put(it)
+	}
+	if it.ready != nil {
+		it.ready.put(it)
+	}
 }
 
 func (r *Renewer) unready(it *item) {
@@ -288,6 +311,7 @@ func (r *Renewer) unready(it *item) {
 func (r *Renewer) forget(it *item) {
 	r.timers.drop(it)
 	r.unready(it)
+	r.keepFor(it, nil)
 	delete(r.items, it.entryID)
 }
 

@@ -120,6 +120,7 @@ func TestRemovedEntries(t *testing.T) {
 			before, removed int
 			asks            bool
 		}{
+			{0, 0, false},
 			{1, 0, false},
 			{1, 1, true},
 			{5, 5, true},

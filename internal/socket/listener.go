@@ -103,7 +103,6 @@ func (l *Listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "un
 // Close ends listening and removes the socket file, unless another process has
 // made one in its place.
 func (l *Listener) Close() error {
-	inPlace := l.inPlace()
 	l.mu.Lock()
 	if l.closed {
 		l.mu.Unlock()
@@ -111,14 +110,17 @@ func (l *Listener) Close() error {
 	}
 	l.closed = true
 	close(l.closing)
+	l.mu.Unlock()
+	// From here on bind adds no other socket: what is in place now is the last.
 	var errs []error
-	if inPlace {
-		errs = append(errs, os.Remove(l.path))
+	if l.inPlace() {
+		if err := os.Remove(l.path); !errors.Is(err, fs.ErrNotExist) {
+			errs = append(errs, err)
+		}
 	}
 	for _, lis := range l.listening {
 		errs = append(errs, lis.Close())
 	}
-	l.mu.Unlock()
 	l.accepts.Wait()
 	return errors.Join(errs...)
 }

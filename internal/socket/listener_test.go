@@ -286,3 +286,27 @@ func TestCloseKeepsTheSocketOfAnother(t *testing.T) {
 		t.Error("accepted after Close")
 	}
 }
+
+// A listener that ends while its socket is made again leaves no file behind.
+func TestCloseWhileTheSocketIsMadeAgain(t *testing.T) {
+	t.Parallel()
+	path := filepath.Join(t.TempDir(), "api.sock")
+	for range 100 {
+		lis, err := Listen(path, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Remove(path); err != nil {
+			t.Fatal(err)
+		}
+		var checks sync.WaitGroup
+		checks.Go(func() { lis.check(slog.New(slog.DiscardHandler)) })
+		if err := lis.Close(); err != nil {
+			t.Error(err)
+		}
+		checks.Wait()
+		if _, err := os.Lstat(path); !os.IsNotExist(err) {
+			t.Fatalf("after Close the file is there: %v", err)
+		}
+	}
+}

@@ -41,7 +41,7 @@ func (s *service) streamBundles(method string, stream grpc.ServerStream, field p
 
 	opened := time.Now()
 	var last []foreign
-	return s.follow(stream.Context(), watch.C, func() (bool, time.Duration, error) {
+	return s.follow(stream.Context(), c, watch.C, func() (bool, time.Duration, error) {
 		if _, err := s.reattest(stream.Context(), c); err != nil {
 			return false, 0, err
 		}

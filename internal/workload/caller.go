@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/metadata"
@@ -24,7 +25,19 @@ type caller struct {
 	// uncertain says that an attestor failed: selectors may be missing.
 	uncertain bool
 	needs     uint64 // Config.Needs before it was attested
+	// reattest is when it may be attested again, after that took too long.
+	reattest time.Time
 }
+
+const (
+	// reattestWait is how long an open stream waits while its caller is attested
+	// again: a large program takes seconds to hash, and a file system may hang.
+	// Renewals must not wait for that.
+	reattestWait = 5 * time.Second
+	// reattestPause is how long it goes on with what is known of its caller after
+	// that. What was begun is finished meanwhile and found.
+	reattestPause = 30 * time.Second
+)
 
 // securityHeader keeps programs that were talked into sending a request (SSRF)
 // from reaching the API: SPIFFE Workload Endpoint, section 6.
@@ -104,14 +117,24 @@ func (c *caller) incomplete() bool { return c.uncertain || c.outdated() }
 
 // reattest attests the caller of an open stream again if it is outdated, and
 // reports whether its selectors are others now. Where it cannot be attested in
-// full it keeps all selectors that it had: an entry that is new to the node takes
-// no identity away.
+// full, or not within reattestWait, it keeps all selectors that it had: an entry
+// that is new to the node takes no identity away.
 func (s *service) reattest(ctx context.Context, c *caller) (changed bool, err error) {
 	needs := s.cfg.Needs()
-	if needs <= c.needs {
+	if needs <= c.needs || time.Now().Before(c.reattest) {
 		return false, nil
 	}
-	now, err := s.attest(ctx, c.peer)
+	limited, cancel := context.WithTimeout(ctx, reattestWait)
+	defer cancel()
+	now, err := s.attest(limited, c.peer)
+	if limited.Err() != nil && ctx.Err() == nil && !errors.Is(err, errGone) {
+		c.reattest = time.Now().Add(reattestPause)
+		if s.said.first(about{kind: "reattest", uid: c.peer.UID()}) {
+			s.log.Warn("attestation of a stream's caller delayed, the stream goes on without new selectors", slog.Int("pid", c.peer.PID()),
+				slog.Uint64("uid", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()), slog.Duration("delay", reattestWait))
+		}
+		return false, nil
+	}
 	c.needs = needs
 	switch {
 	case err == nil && (!now.uncertain || subset(c.selectors, now.selectors)):

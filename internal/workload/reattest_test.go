@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -48,10 +49,14 @@ func (h *hasher) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, 
 		return out, nil
 	}
 	h.hashed++
-	if h.block != nil {
+	if block := h.block; block != nil {
+		h.mu.Unlock()
 		select {
-		case <-h.block:
+		case <-block:
 		case <-ctx.Done():
+		}
+		h.mu.Lock()
+		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
 	}
@@ -164,7 +169,65 @@ func TestStreamCountsWhileItIsAttestedAgain(t *testing.T) {
 			t.Errorf("got %+v, want one stream", u)
 		}
 		close(h.block)
+		time.Sleep(reattestPause)
 		one(t, in)
+	})
+}
+
+// A hash that is long in coming, or never comes, as from a file system that hangs,
+// does not keep renewals from an open stream. When it is there, the stream has what
+// it gives.
+func TestStreamGoesOnWhileItsHashIsLongInComing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, h := newHasherSystem(t)
+		s.add(entry("e1", "/one", 1000))
+		c := s.client(1000)
+		in := fetchX509(t.Context(), c)
+		one(t, in)
+		bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
+		one(t, bundles)
+		block := make(chan struct{})
+		h.mu.Lock()
+		h.block = block
+		h.mu.Unlock()
+		s.add(hashEntry("e2", "/two", "good"))
+		for range 10 {
+			svid := s.put(entry("e1", "/one", 1000))
+			time.Sleep(2*reattestWait + time.Second) // both streams wait for the same attestor
+			got := settled(in)
+			if len(got) != 1 || got[0].err != nil || !bytes.Equal(got[0].msg.GetSvids()[0].GetX509Svid(), svid.Leaf) {
+				t.Fatalf("got %v, want the SVID that was renewed", got)
+			}
+		}
+		quiet(t, bundles)
+		close(block)
+		time.Sleep(reattestPause + time.Second)
+		got := settled(in)
+		if len(got) != 1 || got[0].err != nil || !slices.Equal(ids(got[0].msg), []string{"spiffe://example.org/one", "spiffe://example.org/two"}) {
+			t.Errorf("got %v, want /one and /two", got)
+		}
+		quiet(t, bundles)
+	})
+}
+
+// While the hash is long in coming nobody is told that there is no identity.
+func TestStreamWithoutEntryWhileItsHashIsLongInComing(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, h := newHasherSystem(t)
+		s.add(entry("e1", "/one", 1000))
+		in := fetchX509(t.Context(), s.client(1000))
+		one(t, in)
+		block := make(chan struct{})
+		defer close(block)
+		h.mu.Lock()
+		h.block = block
+		h.mu.Unlock()
+		s.add(hashEntry("e2", "/two", "good"))
+		s.cache.Update(nil, []string{"e1"})
+		time.Sleep(2 * reattestWait)
+		ended(t, in, codes.Unavailable)
 	})
 }
 

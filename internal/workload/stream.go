@@ -14,8 +14,9 @@ const PushSpacing = 250 * time.Millisecond
 // follow runs one stream: it calls look when woken and lets at least
 // PushSpacing pass after each answer. look sends what has changed, if anything,
 // and reports whether it did. A look that is to be repeated without a wake-up
-// says so by again, the time until then.
-func (s *service) follow(ctx context.Context, wake func() <-chan struct{}, look func() (sent bool, again time.Duration, err error)) error {
+// says so by again, the time until then; one is repeated in any case while the
+// caller waits to be attested again.
+func (s *service) follow(ctx context.Context, c *caller, wake func() <-chan struct{}, look func() (sent bool, again time.Duration, err error)) error {
 	var last time.Time // of the last answer
 	var again <-chan time.Time
 	for {
@@ -49,6 +50,9 @@ func (s *service) follow(ctx context.Context, wake func() <-chan struct{}, look 
 		sent, wait, err := look()
 		if err != nil {
 			return err
+		}
+		if wait == 0 && c.outdated() {
+			wait = reattestPause
 		}
 		again = nil
 		if wait > 0 {

@@ -51,7 +51,7 @@ func (s *service) streamX509SVIDs(stream grpc.ServerStream) error {
 	}
 	defer x.close()
 	wake := func() <-chan struct{} { return x.sub.C() }
-	return s.follow(stream.Context(), wake, func() (sent bool, again time.Duration, err error) {
+	return s.follow(stream.Context(), x.caller, wake, func() (sent bool, again time.Duration, err error) {
 		err = aside(func() error { sent, again, err = x.look(); return err })
 		return sent, again, err
 	})

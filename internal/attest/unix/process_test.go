@@ -217,3 +217,51 @@ func TestProcessInManyGroups(t *testing.T) {
 		t.Errorf("got %q, %v", got, failure)
 	}
 }
+
+// Whatever an attestation comes to, it leaves no file open and nothing running. It
+// is not run beside other tests, which open files, too.
+func TestAttestationsLeaveNothingOpen(t *testing.T) {
+	dir := t.TempDir()
+	app, removed := testProgram(t, dir, "app"), testProgram(t, dir, "removed")
+	ended := run(t, app, nil)
+	if err := syscall.Kill(ended.PID(), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	peers := []*attest.Peer{run(t, app, nil), run(t, removed, nil), ended}
+	if err := os.Remove(removed); err != nil {
+		t.Fatal(err)
+	}
+	open := func() int {
+		files, err := os.ReadDir("/proc/self/fd")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return len(files)
+	}
+	over, cancel := context.WithCancel(t.Context())
+	cancel()
+	files, goroutines := open(), runtime.NumGoroutine()
+	for _, limit := range []int64{0, 1} { // 1: too large to hash
+		a := New(Config{SHA256: true, SHA256Limit: limit})
+		for i := range 100 {
+			for _, p := range peers {
+				for _, ctx := range []context.Context{t.Context(), over} {
+					_, _ = attest.Selectors(ctx, p, []attest.Attestor{a})
+				}
+				_ = p.Executable()
+			}
+			at := time.Now().Add(time.Duration(i) * time.Second)
+			if err := os.Chtimes(app, at, at); err != nil { // it is hashed anew
+				t.Fatal(err)
+			}
+		}
+		a.Close()
+		_, _ = a.Attest(t.Context(), peers[0])
+	}
+	if n := open(); n != files {
+		t.Errorf("%d files are open, before it were %d", n, files)
+	}
+	if n := runtime.NumGoroutine(); n > goroutines {
+		t.Errorf("%d goroutines run, before it were %d", n, goroutines)
+	}
+}
