@@ -29,7 +29,11 @@ func (h holder) sync(t *testing.T, a *agent) (upsert, gone []string) {
 	if !maps.Equal(before, h) {
 		t.Fatal("SyncEntries wrote to what it was given")
 	}
-	gone = slices.Sorted(slices.Values(slices.Concat(changes.Missing, changes.Withdrawn)))
+	gone = changes.Missing
+	for _, e := range changes.Withdrawn {
+		gone = append(gone, e.ID)
+	}
+	slices.Sort(gone)
 	for _, id := range gone {
 		delete(h, id)
 	}
@@ -255,6 +259,10 @@ func TestEntriesForStoresAreNotForWorkloads(t *testing.T) {
 			turned := entry(1)
 			turned.RevisionNumber, turned.StoreSvid = 2, true
 			s.entries[1] = turned
+			changes, err := a.SyncEntries(t.Context(), h)
+			if err != nil || len(changes.Withdrawn) != 1 || changes.Withdrawn[0].Revision != 2 || !changes.Withdrawn[0].CreatedAt.Equal(time.Unix(turned.CreatedAt, 0)) {
+				t.Errorf("withdrawn: %+v, %v", changes.Withdrawn, err)
+			}
 			_, gone := h.sync(t, a)
 			want(t, "gone", gone, turned.Id)
 			s.asked = nil
