@@ -265,6 +265,7 @@ func (s *syncing) announce(id string, at stamp) bool {
 			id, why = "second "+id, "another entry has the same ID"
 		case id != "":
 			why = "its revision is negative"
+			s.seen[id] = struct{}{} // named, thus not missing
 		}
 		s.skip(id, at, why)
 		return false

@@ -226,22 +226,30 @@ func TestBadEntriesAreSkipped(t *testing.T) {
 
 func TestHeldEntryThatTurnsBadIsKept(t *testing.T) {
 	t.Parallel()
-	for _, n := range []int{3, 600} {
-		bubble(t, func(t *testing.T, s *server, a *agent) {
-			s.entries = entries(n)
-			h := holder{}
-			h.sync(t, a)
-			bad := entry(1)
-			bad.RevisionNumber, bad.Selectors = 2, nil
-			s.entries[1] = bad
-			for range 3 {
-				up, gone := h.sync(t, a)
-				want(t, "bad", append(up, gone...))
-			}
-			if got := strings.Count(a.logs.String(), "entry skipped"); got != 1 {
-				t.Errorf("%d log lines", got)
-			}
-		})
+	for name, spoil := range map[string]func(*types.Entry){
+		"no selectors":      func(e *types.Entry) { e.RevisionNumber, e.Selectors = 2, nil },
+		"negative revision": func(e *types.Entry) { e.RevisionNumber = -1 },
+	} {
+		for _, n := range []int{3, 600} {
+			t.Run(fmt.Sprintf("%s of %d", name, n), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(t *testing.T, s *server, a *agent) {
+					s.entries = entries(n)
+					h := holder{}
+					h.sync(t, a)
+					bad := entry(1)
+					spoil(bad)
+					s.entries[1] = bad
+					for range 3 {
+						up, gone := h.sync(t, a)
+						want(t, "bad", append(up, gone...))
+					}
+					if got := strings.Count(a.logs.String(), "entry skipped"); got != 1 {
+						t.Errorf("%d log lines", got)
+					}
+				})
+			})
+		}
 	}
 }
 

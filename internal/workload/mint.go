@@ -67,9 +67,10 @@ type lane struct {
 func (f *flight) landed() bool { return f.tries > 0 && f.err == nil }
 
 // join returns the flight for this token, started if need be, or nil when the
-// caller's user has too many, for the caller to log. It goes on whatever becomes of the caller, for
-// Serve to wait for. It counts as the user's until it ends: callers may give up
-// and ask for another at once. service.mu is held.
+// caller's user has too many, which is logged once the lock is free. It goes on
+// whatever becomes of the caller, for Serve to wait for. It counts as the user's
+// until it ends: callers may give up and ask for another at once. service.mu is
+// held.
 func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 	key := flightKey{e, strings.Join(audience, "\x00")}
 	if f := s.flights[key]; f != nil {
