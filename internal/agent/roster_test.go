@@ -154,6 +154,33 @@ func TestCrumblingListIsCountedAsAWhole(t *testing.T) {
 	l.stays(t, "after 3 minutes of the first", 7)
 }
 
+// What was removed meanwhile, and did not return, counts as well.
+func TestCrumblingListIsCountedWithWhatItHasLost(t *testing.T) {
+	all := numbered(20)
+	for name, tt := range map[string]struct {
+		returned int // of the first six
+		massive  bool
+	}{"gone for good": {0, true}, "back again": {6, false}} {
+		t.Run(name, func(t *testing.T) {
+			l := newListed(all...)
+			l.during(25*time.Second, false, all[6:]...)
+			l.during(10*time.Second, false, all[9:]...) // after 30 s the first six are removed
+			l.stays(t, "then", 14)
+			l.answer(false, append(all[12:], all[:tt.returned]...)...)
+			if l.drop.massive != tt.massive {
+				t.Errorf("taken for a large loss: %v", l.drop.massive)
+			}
+		})
+	}
+	l := newListed(all...)
+	l.during(35*time.Second, false, all[10:]...)
+	l.stays(t, "half of them removed", 10)
+	l.during(30*time.Second, false, all[11:]...)
+	if l.answer(false, all[11:]...); l.drop.massive || len(l.entries) != 9 {
+		t.Errorf("one that is missing later is counted with those before: %d entries", len(l.entries))
+	}
+}
+
 // An edit is no absence: it counts at once, also of what is missing.
 func TestEditsCountAtOnce(t *testing.T) {
 	all := numbered(10)

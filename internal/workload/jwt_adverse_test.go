@@ -191,6 +191,36 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 	}
 }
 
+// What waits for a slot while its entry is edited is not asked for: the server
+// would sign for what the entry is now.
+func TestJWTOfAnEntryEditedDuringTheWaitForASlot(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, m := newJWTSystem(t)
+		release := make(chan struct{})
+		m.set(func(context.Context, string, []string) (string, error) {
+			<-release
+			return "", errors.New("no")
+		})
+		c := s.client(1000)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var calls sync.WaitGroup
+		for i := range maxEntryMints + 3 {
+			calls.Go(func() { _, _ = fetchJWT(ctx, c, fmt.Sprint(i)) })
+		}
+		calls.Wait()
+		changed := entry("e1", "/two", 1000)
+		changed.Revision++
+		s.cache.Update([]*cache.Entry{changed}, nil)
+		close(release)
+		time.Sleep(time.Minute)
+		if n := m.count(); n != maxEntryMints {
+			t.Errorf("the server was asked %d times, want %d", n, maxEntryMints)
+		}
+	})
+}
+
 // A log whose reader is slow holds up no other call.
 func TestJWTWhileTheLogIsSlow(t *testing.T) {
 	t.Parallel()
