@@ -208,7 +208,7 @@ func (c *Cache) Release() {
 func (c *Cache) Update(upsert []*Entry, gone []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	first := !c.synced
+	first, needed := !c.synced, c.needed
 	c.synced = true
 	for _, id := range gone {
 		if r := c.records[id]; r != nil {
@@ -227,7 +227,7 @@ func (c *Cache) Update(upsert []*Entry, gone []string) {
 	if first || len(upsert) > 0 || len(gone) > 0 {
 		c.wakeWatches()
 	}
-	if first {
+	if first || c.needed > needed {
 		c.wakeSubscribers()
 	}
 }

@@ -36,7 +36,6 @@ func (c *Cache) need(selectors []Selector) {
 		if n.selectors++; n.selectors == 1 {
 			c.needed++
 			n.since = c.needed
-			c.wakeSubscribers()
 		}
 		c.needs[k] = n
 	}

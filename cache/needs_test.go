@@ -1,6 +1,7 @@
 package cache_test
 
 import (
+	"fmt"
 	"testing"
 
 	"pgregory.net/rapid"
@@ -79,4 +80,26 @@ func TestNeedsFollowsTheEntries(t *testing.T) {
 			}
 		}
 	})
+}
+
+// Selectors need not have a name before a colon: each may be of a kind of its
+// own. The streams are woken once for all that come in one update.
+func TestManyKindsOfSelectorsInOneUpdate(t *testing.T) {
+	const kinds = 500
+	var entries []*cache.Entry
+	for i := range kinds {
+		entries = append(entries, entry(fmt.Sprint(i), fmt.Sprintf("kind%d", i)))
+	}
+	allocs := func(streams int) float64 {
+		return testing.AllocsPerRun(1, func() {
+			c := cache.New(cache.Config{})
+			for range streams {
+				defer c.Subscribe(sel("uid:1")).Close()
+			}
+			c.Update(entries, nil)
+		})
+	}
+	if few, many := allocs(1), allocs(100); many-few > 4*kinds {
+		t.Errorf("%v allocations with 100 streams, %v with one", many, few)
+	}
 }

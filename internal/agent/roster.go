@@ -25,6 +25,7 @@ type roster struct {
 	delay   time.Duration // entry_removal_delay
 	entries map[string]*cache.Entry
 	missing map[string]*absence // some of entries
+	removed map[string]removal  // those that were entries until a while ago
 	drop    drop
 	// known says that the server has told its list: it has named an entry, or has
 	// named none for long enough. Until then nothing is known of any caller.
@@ -41,11 +42,23 @@ type absence struct {
 	delay time.Duration // until it is believed
 }
 
+// removal is an entry that was removed, in the last state that is known of it.
+type removal struct {
+	entry *cache.Entry
+	at    time.Duration // by roster.answered
+}
+
+// lack is what an answer says of an entry that counts as missing.
+type lack struct {
+	older bool         // it is there in an older state
+	entry *cache.Entry // that state; nil where it was not for workloads
+}
+
 // drop is a time during which something is missing without a break, or the last
 // such time.
 type drop struct {
-	of                int  // entries held when it began
-	massive           bool // more than half of them were missing or removed
+	since             time.Duration // by roster.answered
+	massive           bool          // more than half of all was missing or just removed
 	removed, returned int
 }
 
@@ -58,7 +71,7 @@ type verdict struct {
 }
 
 func newRoster(delay time.Duration, entries map[string]*cache.Entry) *roster {
-	return &roster{delay: delay, entries: entries, missing: make(map[string]*absence)}
+	return &roster{delay: delay, entries: entries, missing: make(map[string]*absence), removed: make(map[string]removal)}
 }
 
 // failed notes a sync without an answer: nothing counts as missing until the
@@ -76,24 +89,33 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 
 	var v verdict
 	before, held := len(r.missing), len(r.entries)
-	lacking := make(map[string]*cache.Entry, len(answer.Missing)) // with their older state, if they have one
+	lacking := make(map[string]lack, len(answer.Missing))
 	for _, id := range answer.Missing {
-		lacking[id] = nil
+		lacking[id] = lack{}
 	}
 	for _, e := range answer.Upsert {
-		if was := r.entries[e.ID]; was != nil && older(e, was) {
-			lacking[e.ID] = e
+		was := r.entries[e.ID]
+		if was != nil && older(e, was) {
+			lacking[e.ID] = lack{older: true, entry: e}
 			continue
 		}
+		if was == nil && r.reverts(e) {
+			continue
+		}
+		delete(r.removed, e.ID)
 		r.entries[e.ID] = e
 		v.upsert = append(v.upsert, e)
 	}
-	for _, id := range answer.Withdrawn {
-		delete(r.entries, id)
-		v.gone = append(v.gone, id)
+	for _, e := range answer.Withdrawn {
+		if older(e, r.entries[e.ID]) {
+			lacking[e.ID] = lack{older: true}
+			continue
+		}
+		r.remove(e)
+		v.gone = append(v.gone, e.ID)
 	}
 	if before == 0 && len(lacking) > 0 {
-		r.drop = drop{of: held}
+		r.drop = drop{since: r.answered}
 	}
 	for id := range r.missing {
 		if _, still := lacking[id]; !still {
@@ -102,21 +124,23 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 			v.back = append(v.back, id)
 		}
 	}
-	// Counted against what was held when the drop began, so that a list that
-	// crumbles in several steps is no smaller loss.
-	massive := 2*(len(lacking)+r.drop.removed) > r.drop.of
+	// Together with what was removed a short while before, so that a list that
+	// crumbles in several steps is no smaller loss. What goes and comes all the
+	// time does not add up.
+	lost := r.lost()
+	massive := 2*(len(lacking)+lost) > held+lost
 	r.drop.massive = r.drop.massive || massive && len(lacking) > 0
-	for id, older := range lacking {
+	for id, lack := range lacking {
 		a := r.missing[id]
 		if a == nil {
 			a = &absence{since: r.answered, delay: r.delay}
 			r.missing[id] = a
 			v.missing = append(v.missing, id)
 		}
-		if older != nil {
+		if lack.older {
 			v.older++
 		}
-		if massive || fresh || older != nil {
+		if massive || fresh || lack.older {
 			a.delay = max(a.delay, longRemovalDelay)
 		}
 		if r.answered-a.since < a.delay {
@@ -124,15 +148,43 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 		}
 		delete(r.missing, id)
 		r.drop.removed++
-		if older != nil { // the server's data was restored
-			r.entries[id] = older
-			v.upsert = append(v.upsert, older)
+		if lack.entry != nil { // the server's data was restored
+			r.entries[id] = lack.entry
+			v.upsert = append(v.upsert, lack.entry)
 			continue
 		}
-		delete(r.entries, id)
+		r.remove(r.entries[id])
 		v.gone = append(v.gone, id)
 	}
 	return v
+}
+
+// remove takes an entry out and remembers its last state, which is e, for a while.
+func (r *roster) remove(e *cache.Entry) {
+	delete(r.entries, e.ID)
+	r.removed[e.ID] = removal{e, r.answered}
+}
+
+// reverts reports whether e, which is not held, is an older state of an entry
+// that was removed not long ago: to serve it would undo an edit.
+func (r *roster) reverts(e *cache.Entry) bool {
+	was, known := r.removed[e.ID]
+	return known && older(e, was.entry)
+}
+
+// lost counts what was removed during this drop and a short while ago, and
+// forgets what was removed long ago.
+func (r *roster) lost() int {
+	n := 0
+	for id, was := range r.removed {
+		switch age := r.answered - was.at; {
+		case age >= longRemovalDelay:
+			delete(r.removed, id)
+		case age < r.delay && was.at > r.drop.since:
+			n++
+		}
+	}
+	return n
 }
 
 // learn decides whether the server has told its list. An answer without a single

@@ -154,6 +154,33 @@ func TestCrumblingListIsCountedAsAWhole(t *testing.T) {
 	l.stays(t, "after 3 minutes of the first", 7)
 }
 
+// What was removed meanwhile, and did not return, counts as well.
+func TestCrumblingListIsCountedWithWhatItHasLost(t *testing.T) {
+	all := numbered(20)
+	for name, tt := range map[string]struct {
+		returned int // of the first six
+		massive  bool
+	}{"gone for good": {0, true}, "back again": {6, false}} {
+		t.Run(name, func(t *testing.T) {
+			l := newListed(all...)
+			l.during(25*time.Second, false, all[6:]...)
+			l.during(10*time.Second, false, all[9:]...) // after 30 s the first six are removed
+			l.stays(t, "then", 14)
+			l.answer(false, append(all[12:], all[:tt.returned]...)...)
+			if l.drop.massive != tt.massive {
+				t.Errorf("taken for a large loss: %v", l.drop.massive)
+			}
+		})
+	}
+	l := newListed(all...)
+	l.during(35*time.Second, false, all[10:]...)
+	l.stays(t, "half of them removed", 10)
+	l.during(30*time.Second, false, all[11:]...)
+	if l.answer(false, all[11:]...); l.drop.massive || len(l.entries) != 9 {
+		t.Errorf("one that is missing later is counted with those before: %d entries", len(l.entries))
+	}
+}
+
 // An edit is no absence: it counts at once, also of what is missing.
 func TestEditsCountAtOnce(t *testing.T) {
 	all := numbered(10)
@@ -180,10 +207,68 @@ func TestEditsCountAtOnce(t *testing.T) {
 		}
 	}
 	l := newListed(all...)
-	l.take(upstream.EntryChanges{Withdrawn: []string{"0"}}, true, l.now)
+	l.take(upstream.EntryChanges{Withdrawn: []*cache.Entry{edit(func(e *cache.Entry) { e.Revision++ })}}, true, l.now)
 	if l.entries["0"] != nil || len(l.missing) > 0 {
 		t.Error("an entry that is no longer for workloads is served")
 	}
+}
+
+// That an entry was not for workloads in an older state is what a replica says
+// that lags: it takes nothing away at once.
+func TestEntryThatWasNotForWorkloadsBefore(t *testing.T) {
+	all := numbered(10)
+	was := *all[0]
+	was.Revision--
+	l := newListed(all...)
+	lagging := func(d time.Duration) (gone []string) {
+		for end := l.now.Add(d); l.now.Before(end); l.now = l.now.Add(5 * time.Second) {
+			gone = append(gone, l.take(upstream.EntryChanges{Withdrawn: []*cache.Entry{&was}}, false, l.now).gone...)
+		}
+		return gone
+	}
+	if gone := lagging(170 * time.Second); len(gone) > 0 || l.entries["0"] != all[0] {
+		t.Errorf("an answer of a replica that lags took %v away", gone)
+	}
+	if v := l.answer(false, all...); !slices.Equal(v.back, []string{"0"}) {
+		t.Errorf("back %v", v.back)
+	}
+	l.now = l.now.Add(5 * time.Second)
+	if gone := lagging(3*time.Minute + 5*time.Second); !slices.Equal(gone, []string{"0"}) {
+		t.Errorf("gone %v after 3 minutes, want 0: the server's data was restored", gone)
+	}
+}
+
+// On a node where pods come and go all the time something is missing without a
+// break. That adds up to no large loss.
+func TestSteadyChangeIsNoLargeLoss(t *testing.T) {
+	pods := numbered(100)
+	l := newListed(pods[:20]...)
+	for i := range 80 {
+		l.during(10*time.Second, false, pods[i+1:i+21]...)
+	}
+	if l.drop.massive || len(l.missing) > 4 {
+		t.Errorf("%d entries are missing, of which at most 3 for less than 30 s; taken for a large loss: %v", len(l.missing), l.drop.massive)
+	}
+}
+
+// An entry that was removed because it was missing does not come back in an older
+// state: that is what a replica says that lags.
+func TestRemovedEntryDoesNotComeBackOlder(t *testing.T) {
+	all := numbered(10)
+	was := *all[0]
+	was.Revision--
+	l := newListed(all...)
+	l.during(35*time.Second, false, all[1:]...)
+	l.stays(t, "removed", 9)
+	lagging := append([]*cache.Entry{&was}, all[1:]...)
+	l.during(170*time.Second, false, lagging...)
+	l.stays(t, "named by a replica that lags", 9)
+	l.answer(false, all...)
+	l.stays(t, "named as it was", 10)
+	l.during(35*time.Second, false, all[1:]...)
+	l.stays(t, "removed again", 9)
+	l.during(3*time.Minute+5*time.Second, false, lagging...)
+	l.stays(t, "after 3 minutes: the server's data was restored", 10)
 }
 
 // An older state of an entry is a replica's that lags. It counts when it stays:

@@ -49,8 +49,9 @@ type EntryChanges struct {
 	Upsert []*cache.Entry
 	// Missing holds the IDs of held entries that the answer does not name.
 	Missing []string
-	// Withdrawn holds the IDs of held entries that it names as not for workloads.
-	Withdrawn []string
+	// Withdrawn holds held entries that it names as not for workloads, in the
+	// state that it names: ID, Revision and CreatedAt.
+	Withdrawn []*cache.Entry
 }
 
 // SyncEntries asks which entries the node is authorized for. have is what the
@@ -277,6 +278,7 @@ func (s *syncing) announce(id string, at stamp) bool {
 			id, why = "second "+id, "another entry has the same ID"
 		case id != "":
 			why = "its revision is negative"
+			s.seen[id] = struct{}{} // named, thus not missing
 		}
 		s.skip(id, at, why)
 		return false
@@ -306,7 +308,8 @@ func (s *syncing) take(in *types.Entry) {
 	if in.GetStoreSvid() {
 		s.skipped[in.GetId()] = at
 		if _, held := s.have[in.GetId()]; held {
-			s.changes.Withdrawn = append(s.changes.Withdrawn, in.GetId())
+			s.changes.Withdrawn = append(s.changes.Withdrawn,
+				&cache.Entry{ID: in.GetId(), Revision: at.revision, CreatedAt: unixTime(at.created)})
 		}
 		return
 	}

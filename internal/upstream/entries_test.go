@@ -29,7 +29,11 @@ func (h holder) sync(t *testing.T, a *agent) (upsert, gone []string) {
 	if !maps.Equal(before, h) {
 		t.Fatal("SyncEntries wrote to what it was given")
 	}
-	gone = slices.Sorted(slices.Values(slices.Concat(changes.Missing, changes.Withdrawn)))
+	gone = changes.Missing
+	for _, e := range changes.Withdrawn {
+		gone = append(gone, e.ID)
+	}
+	slices.Sort(gone)
 	for _, id := range gone {
 		delete(h, id)
 	}
@@ -222,22 +226,30 @@ func TestBadEntriesAreSkipped(t *testing.T) {
 
 func TestHeldEntryThatTurnsBadIsKept(t *testing.T) {
 	t.Parallel()
-	for _, n := range []int{3, 600} {
-		bubble(t, func(t *testing.T, s *server, a *agent) {
-			s.entries = entries(n)
-			h := holder{}
-			h.sync(t, a)
-			bad := entry(1)
-			bad.RevisionNumber, bad.Selectors = 2, nil
-			s.entries[1] = bad
-			for range 3 {
-				up, gone := h.sync(t, a)
-				want(t, "bad", append(up, gone...))
-			}
-			if got := strings.Count(a.logs.String(), "entry skipped"); got != 1 {
-				t.Errorf("%d log lines", got)
-			}
-		})
+	for name, spoil := range map[string]func(*types.Entry){
+		"no selectors":      func(e *types.Entry) { e.RevisionNumber, e.Selectors = 2, nil },
+		"negative revision": func(e *types.Entry) { e.RevisionNumber = -1 },
+	} {
+		for _, n := range []int{3, 600} {
+			t.Run(fmt.Sprintf("%s of %d", name, n), func(t *testing.T) {
+				t.Parallel()
+				bubble(t, func(t *testing.T, s *server, a *agent) {
+					s.entries = entries(n)
+					h := holder{}
+					h.sync(t, a)
+					bad := entry(1)
+					spoil(bad)
+					s.entries[1] = bad
+					for range 3 {
+						up, gone := h.sync(t, a)
+						want(t, "bad", append(up, gone...))
+					}
+					if got := strings.Count(a.logs.String(), "entry skipped"); got != 1 {
+						t.Errorf("%d log lines", got)
+					}
+				})
+			})
+		}
 	}
 }
 
@@ -255,6 +267,10 @@ func TestEntriesForStoresAreNotForWorkloads(t *testing.T) {
 			turned := entry(1)
 			turned.RevisionNumber, turned.StoreSvid = 2, true
 			s.entries[1] = turned
+			changes, err := a.SyncEntries(t.Context(), h)
+			if err != nil || len(changes.Withdrawn) != 1 || changes.Withdrawn[0].Revision != 2 || !changes.Withdrawn[0].CreatedAt.Equal(time.Unix(turned.CreatedAt, 0)) {
+				t.Errorf("withdrawn: %+v, %v", changes.Withdrawn, err)
+			}
 			_, gone := h.sync(t, a)
 			want(t, "gone", gone, turned.Id)
 			s.asked = nil

@@ -352,7 +352,11 @@ func FuzzEntriesAnswer(f *testing.F) {
 			}
 			seen[e.ID] = true
 		}
-		for _, id := range append(changes.Missing, changes.Withdrawn...) {
+		gone := changes.Missing
+		for _, e := range changes.Withdrawn {
+			gone = append(gone, e.ID)
+		}
+		for _, id := range gone {
 			if _, held := have[id]; !held || seen[id] {
 				t.Fatalf("%q is gone, held %v, and of use %v", id, held, seen[id])
 			}

@@ -182,8 +182,8 @@ func (r *jwtRequest) join(entries []*cache.Entry, hurry bool) {
 	if r.waits == nil {
 		r.waits, r.wake, r.watch = make(map[*cache.Entry]wait), make(chan struct{}, 1), r.s.cfg.Cache.Watch()
 	}
+	busy := false
 	r.s.mu.Lock()
-	defer r.s.mu.Unlock()
 	for _, e := range entries {
 		if w, joined := r.waits[e]; joined && (w.f == nil || !w.f.landed()) {
 			continue
@@ -196,7 +196,12 @@ func (r *jwtRequest) join(entries []*cache.Entry, hurry bool) {
 				notify(w.f.hurry)
 			}
 		}
+		busy = busy || w.f == nil
 		r.waits[e] = w
+	}
+	r.s.mu.Unlock()
+	if busy {
+		r.s.warnMints(r.c)
 	}
 }
 

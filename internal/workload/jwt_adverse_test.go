@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -188,3 +190,88 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 		}
 	}
 }
+
+// What waits for a slot while its entry is edited is not asked for: the server
+// would sign for what the entry is now.
+func TestJWTOfAnEntryEditedDuringTheWaitForASlot(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, m := newJWTSystem(t)
+		release := make(chan struct{})
+		m.set(func(context.Context, string, []string) (string, error) {
+			<-release
+			return "", errors.New("no")
+		})
+		c := s.client(1000)
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		var calls sync.WaitGroup
+		for i := range maxEntryMints + 3 {
+			calls.Go(func() { _, _ = fetchJWT(ctx, c, fmt.Sprint(i)) })
+		}
+		calls.Wait()
+		changed := entry("e1", "/two", 1000)
+		changed.Revision++
+		s.cache.Update([]*cache.Entry{changed}, nil)
+		close(release)
+		time.Sleep(time.Minute)
+		if n := m.count(); n != maxEntryMints {
+			t.Errorf("the server was asked %d times, want %d", n, maxEntryMints)
+		}
+	})
+}
+
+// A log whose reader is slow holds up no other call.
+func TestJWTWhileTheLogIsSlow(t *testing.T) {
+	t.Parallel()
+	m := &minter{}
+	logged := make(chan struct{})
+	s := newSystem(t, func(c *Config) {
+		c.JWT, c.MaxPerUser = m, 1
+		c.Log = slog.New(slowLog{c.Log.Handler(), logged})
+	})
+	s.add(entry("e1", "/one", 1000), entry("e2", "/two", 1001))
+	m.set(s.mintFor("/two"))
+	other := s.client(1001)
+	if _, err := fetchJWT(t.Context(), other, "a"); err != nil {
+		t.Fatal(err)
+	}
+	m.set(hang)
+	c := s.client(1000)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Millisecond)
+	defer cancel()
+	_, _ = fetchJWT(ctx, c, "a")
+	var refused sync.WaitGroup
+	defer refused.Wait()
+	ctx, stop := context.WithCancel(t.Context())
+	defer stop()
+	refused.Go(func() {
+		for ctx.Err() == nil { // until the call before no longer counts
+			_, _ = fetchJWT(ctx, c, "one more")
+		}
+	})
+	<-logged
+	held, cancel := context.WithTimeout(t.Context(), 10*time.Second)
+	defer cancel()
+	if _, err := fetchJWT(held, other, "a"); err != nil {
+		t.Errorf("the token that is held: %v", err)
+	}
+	<-logged
+}
+
+// slowLog takes one line about mints in two steps, by receives from the channel.
+type slowLog struct {
+	slog.Handler
+	logged chan struct{}
+}
+
+func (l slowLog) Handle(ctx context.Context, r slog.Record) error {
+	if strings.Contains(r.Message, "too many mints") {
+		l.logged <- struct{}{}
+		l.logged <- struct{}{}
+	}
+	return l.Handler.Handle(ctx, r)
+}
+
+func (l slowLog) WithAttrs([]slog.Attr) slog.Handler { return l }
+func (l slowLog) WithGroup(string) slog.Handler      { return l }

@@ -67,9 +67,10 @@ type lane struct {
 func (f *flight) landed() bool { return f.tries > 0 && f.err == nil }
 
 // join returns the flight for this token, started if need be, or nil when the
-// caller's user has too many. It goes on whatever becomes of the caller, for
-// Serve to wait for. It counts as the user's until it ends: callers may give up
-// and ask for another at once. service.mu is held.
+// caller's user has too many, which is logged once the lock is free. It goes on
+// whatever becomes of the caller, for Serve to wait for. It counts as the user's
+// until it ends: callers may give up and ask for another at once. service.mu is
+// held.
 func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 	key := flightKey{e, strings.Join(audience, "\x00")}
 	if f := s.flights[key]; f != nil {
@@ -78,7 +79,6 @@ func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 	}
 	uid := c.peer.UID()
 	if !s.flying.acquire(uid) {
-		s.warnBusy(c.peer, "mints", s.flying.limit)
 		return nil
 	}
 	l := s.lanes[e]
@@ -102,9 +102,15 @@ func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 // refresh has a token minted that the caller does not wait for.
 func (s *service) refresh(c *caller, e *cache.Entry, audience []string) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.join(c, e, audience)
+	f := s.join(c, e, audience)
+	s.mu.Unlock()
+	if f == nil {
+		s.warnMints(c)
+	}
 }
+
+// warnMints says that a caller's user has too many mints.
+func (s *service) warnMints(c *caller) { s.warnBusy(c.peer, "mints", s.flying.limit) }
 
 // fly tries until the token is there, or until nobody has asked for it since
 // the last try began.
