@@ -259,38 +259,46 @@ func (d *Dir) file(entryID string) string {
 func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
 	follower := c.Follow()
 	defer follower.Close()
-	kept := make(map[string]written)
+	kept, failed := make(map[string]written), make(map[string]struct{})
 	first := follower.Drain()
 	d.dropOthers(first)
-	failed := d.follow(c, first, kept)
+	d.follow(c, first, kept, failed)
+	check := time.NewTicker(checkInterval)
+	defer check.Stop()
 	for {
 		select {
 		case <-ctx.Done():
-			d.follow(c, append(failed, follower.Drain()...), kept)
+			d.follow(c, slices.AppendSeq(follower.Drain(), maps.Keys(failed)), kept, failed)
 			return nil
 		case <-follower.C():
-		case <-time.After(checkInterval):
+			d.follow(c, follower.Drain(), kept, failed)
+		case <-check.C:
+			d.follow(c, slices.Collect(maps.Keys(failed)), kept, failed)
 		}
-		failed = d.follow(c, append(failed, follower.Drain()...), kept)
 	}
 }
 
 // follow brings the files of these entries up to date, and those of all when the
-// folder was replaced. It returns the entries that it could not do it for.
-func (d *Dir) follow(c *cache.Cache, changed []string, kept map[string]written) (failed []string) {
+// folder was replaced. failed are the entries for which that is still to be done.
+func (d *Dir) follow(c *cache.Cache, changed []string, kept map[string]written, failed map[string]struct{}) {
 	missing, err := d.missing(kept)
-	if err != nil {
-		d.report(err)
-		return changed // no key is written to what may be a disk
-	}
 	for _, id := range append(changed, missing...) {
-		if updateErr := d.update(c, id, kept); updateErr != nil {
-			failed = append(failed, id)
-			err = fmt.Errorf("entry %s: %w", id, updateErr)
+		updateErr := err // no key is written to what may be a disk
+		if err == nil {
+			if updateErr = d.update(c, id, kept); updateErr != nil {
+				updateErr = fmt.Errorf("entry %s: %w", id, updateErr)
+			}
 		}
+		if updateErr == nil {
+			delete(failed, id)
+			continue
+		}
+		failed[id] = struct{}{}
+		d.report(updateErr)
 	}
-	d.report(err)
-	return failed
+	if err != nil || len(failed) == 0 {
+		d.report(err)
+	}
 }
 
 // missing prepares the folder again when it is not the one that was prepared,
