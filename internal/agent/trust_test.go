@@ -171,3 +171,69 @@ func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
 		s.unbroken()
 	})
 }
+
+// An operator's file that was written anew in mid-rotation holds what the bundle in
+// force held, too: it says nothing new, and what the server removes afterwards does not
+// come back with it.
+func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
+	for name, running := range map[string]bool{"running": true, "stopped": false} {
+		t.Run(name, func(t *testing.T) {
+			withTrustFile(t, 1, func(w *world) {
+				w.unchecked = true
+				w.fill(1)
+				impostor := w.stolenKeys()
+				keys := w.server.Keysets()
+				old := w.activate()
+				w.until("the rotation is seen", time.Minute, func() bool { return len(w.agent.Bundle().Own.X509()) == 2 })
+				w.check(keys.Taint(w.t.Context(), old.ID))
+				w.until("the taint wave is over", 3*time.Minute, func() bool { return settled(w.authority(old)) })
+				w.writeTrust(w.server.BundlePEM())
+				if !running {
+					w.stopAgent()
+				}
+				w.check(keys.Remove(w.t.Context(), old.ID))
+				if !running {
+					w.startAgent()
+				}
+				w.until("the removal is seen", time.Minute, func() bool { b := w.agent.Bundle(); return b != nil && len(b.Own.X509()) == 1 })
+				in := w.agent.Bundle().Own
+				w.newServer(impostor, 1)
+				for range 2 {
+					time.Sleep(3 * time.Minute)
+					if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
+						w.t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+					}
+					w.stopAgent()
+					w.startAgent()
+				}
+			})
+		})
+	}
+}
+
+// A node that was bootstrapped insecurely gets a file later: then that is the
+// operator's word, and before nobody else is taken for the server.
+func TestDrillTrustBundleFileAfterAnInsecureBootstrap(t *testing.T) {
+	dir := t.TempDir()
+	inWorld(t, 1, func(w *world) {
+		w.cfg.TrustBundle, w.cfg.InsecureBootstrap = nil, true
+	}, func(w *world) {
+		w.unchecked = true
+		w.fill(1)
+		before := w.agent.Bundle().Own
+		w.newServer(nil, 1)
+		w.stopAgent()
+		w.startAgent()
+		time.Sleep(3 * time.Minute)
+		if now := w.agent.Bundle().Own; !now.Equal(before) {
+			t.Fatalf("with a kept bundle, whoever answers is trusted: %v", now.X509())
+		}
+		w.stopAgent()
+		w.cfg.InsecureBootstrap, w.cfg.TrustBundleFile = false, filepath.Join(dir, "bundle.pem")
+		w.cfg.JoinToken, w.cfg.JoinTokenFile = "", filepath.Join(dir, "token")
+		w.writeToken()
+		w.writeTrust(w.server.BundlePEM())
+		w.startAgent()
+		w.until("all is signed by the new server", 3*time.Minute, func() bool { return w.renewedBy(1) })
+	})
+}

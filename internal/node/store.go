@@ -168,10 +168,10 @@ func (s *Store) leaveIdentity() {
 }
 
 // LoadBundle returns the trust bundle kept, with its taint marks and their
-// times, nil when there is none, and the digest of what the operator had given
-// when the trust in it began, empty when that is not known. A file that cannot be
+// times, nil when there is none, and the names of the authorities that are no news
+// when the operator gives them, nil when that is not known. A file that cannot be
 // read is moved aside, as the log says, and is none: the server has what was in it.
-func (s *Store) LoadBundle() (b *bundle.Bundle, adopted string) {
+func (s *Store) LoadBundle() (b *bundle.Bundle, adopted []string) {
 	s.load(bundleFile,
 		func(raw []byte) (err error) { b, adopted, err = decodeBundle(raw); return err },
 		func() ([]byte, error) { return encodeBundle(b, adopted) })
@@ -179,8 +179,8 @@ func (s *Store) LoadBundle() (b *bundle.Bundle, adopted string) {
 }
 
 // SaveBundle makes b the trust bundle that is to be on disk, and adopted the
-// digest beside it. [Store.Run] is woken to write them.
-func (s *Store) SaveBundle(b *bundle.Bundle, adopted string) {
+// names beside it. [Store.Run] is woken to write them.
+func (s *Store) SaveBundle(b *bundle.Bundle, adopted []string) {
 	s.want(bundleFile, func() ([]byte, error) { return encodeBundle(b, adopted) })
 	s.notify()
 }
