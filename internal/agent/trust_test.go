@@ -172,43 +172,90 @@ func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
 	})
 }
 
+// holds fails the test when whoever runs now is taken for the server.
+func (w *world) holds() {
+	w.t.Helper()
+	in := w.agent.Bundle().Own
+	for range 2 {
+		time.Sleep(3 * time.Minute)
+		if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
+			w.t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+		}
+		w.stopAgent()
+		w.startAgent()
+	}
+}
+
 // An operator's file that was written anew in mid-rotation holds what the bundle in
 // force held, too: it says nothing new, and what the server removes afterwards does not
 // come back with it.
 func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
-	for name, running := range map[string]bool{"running": true, "stopped": false} {
+	for name, remove := range map[string]func(w *world, remove func()){
+		"running": func(_ *world, remove func()) { remove() },
+		"stopped": func(w *world, remove func()) {
+			w.stopAgent()
+			remove()
+			w.startAgent()
+		},
+		"file away for a while": func(w *world, remove func()) {
+			w.activate() // the bundle changes while the file is there
+			time.Sleep(time.Minute)
+			w.check(os.Rename(w.cfg.TrustBundleFile, w.cfg.TrustBundleFile+".away"))
+			remove()
+			time.Sleep(time.Minute)
+			w.stopAgent()
+			w.startAgent()
+			time.Sleep(time.Minute)
+			w.check(os.Rename(w.cfg.TrustBundleFile+".away", w.cfg.TrustBundleFile))
+		},
+	} {
 		t.Run(name, func(t *testing.T) {
 			withTrustFile(t, 1, func(w *world) {
 				w.unchecked = true
 				w.fill(1)
-				impostor := w.stolenKeys()
 				keys := w.server.Keysets()
+				w.activate()
+				stolen := w.stolenKeys() // of an authority that the first file did not have
 				old := w.activate()
-				w.until("the rotation is seen", time.Minute, func() bool { return len(w.agent.Bundle().Own.X509()) == 2 })
 				w.check(keys.Taint(w.t.Context(), old.ID))
 				w.until("the taint wave is over", 3*time.Minute, func() bool { return settled(w.authority(old)) })
 				w.writeTrust(w.server.BundlePEM())
-				if !running {
-					w.stopAgent()
-				}
-				w.check(keys.Remove(w.t.Context(), old.ID))
-				if !running {
-					w.startAgent()
-				}
-				w.until("the removal is seen", time.Minute, func() bool { b := w.agent.Bundle(); return b != nil && len(b.Own.X509()) == 1 })
-				in := w.agent.Bundle().Own
-				w.newServer(impostor, 1)
-				for range 2 {
-					time.Sleep(3 * time.Minute)
-					if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
-						w.t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+				remove(w, func() { w.check(keys.Remove(w.t.Context(), old.ID)) })
+				w.until("the removal is seen", time.Minute, func() bool {
+					b := w.agent.Bundle()
+					if b == nil {
+						return false
 					}
-					w.stopAgent()
-					w.startAgent()
-				}
+					_, in := b.Own.X509Authority(old.X509AuthorityID)
+					return !in
+				})
+				w.newServer(stolen, 1)
+				w.holds()
 			})
 		})
 	}
+}
+
+// A file that was old when the trust began with it has authorities that the server had
+// removed before.
+func TestDrillTrustBundleFileThatWasOldAtTheStart(t *testing.T) {
+	withTrustFile(t, 1, func(w *world) {
+		w.unchecked = true
+		w.fill(1)
+		w.stopAgent()
+		stolen := w.stolenKeys()
+		keys := w.server.Keysets()
+		old := w.activate()
+		w.writeTrust(w.server.BundlePEM())
+		w.check(keys.Taint(w.t.Context(), old.ID))
+		w.check(keys.Remove(w.t.Context(), old.ID))
+		w.check(os.RemoveAll(w.cfg.DataDir))
+		w.writeToken()
+		w.startAgent()
+		w.fill(1)
+		w.newServer(stolen, 1)
+		w.holds()
+	})
 }
 
 // A node that was bootstrapped insecurely gets a file later: then that is the
