@@ -23,6 +23,9 @@ const (
 	lockFile      = "lock"
 )
 
+// IdentityFile is the one of [Files] that has the agent SVID.
+const IdentityFile = identityFile
+
 // Files are the files that a [Store] keeps, the most precious first.
 var Files = []string{identityFile, bundleFile, federatedFile, seedFile}
 
