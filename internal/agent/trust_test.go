@@ -84,7 +84,8 @@ func (w *world) renewedBy(n int) bool { return w.authority(w.server.Keysets().Ac
 // word when nothing else verifies the server. Until the server has answered, what
 // workloads are told stays as it was.
 func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
-	for name, running := range map[string]bool{"running": true, "stopped": false} {
+	const running = -1
+	for name, stopped := range map[string]time.Duration{"running": running, "stopped": 0, "stopped until the agent SVID has ended": 30 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			withTrustFile(t, 3, func(w *world) {
 				var log strings.Builder
@@ -100,12 +101,13 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 				if now := w.agent.Bundle().Own; now != before {
 					t.Fatalf("with the file of before, the bundle is %v", now.X509())
 				}
-				if !running {
+				if stopped != running {
 					w.stopAgent()
+					time.Sleep(stopped)
 				}
 				w.writeToken()
 				w.writeTrust(w.server.BundlePEM())
-				if !running {
+				if stopped != running {
 					w.startAgent()
 				}
 				w.until("all is signed by the new server", 3*time.Minute, func() bool { return w.renewedBy(3) })
