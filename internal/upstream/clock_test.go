@@ -161,7 +161,8 @@ func TestTokenIsNotSentBeforeTheHeldSVIDIsRefused(t *testing.T) {
 		"no connection": func(_ context.Context, conn net.Conn) (net.Conn, error) {
 			return nil, errors.Join(io.EOF, conn.Close())
 		},
-		"frozen": func(_ context.Context, conn net.Conn) (net.Conn, error) { return frozen{conn}, nil },
+		"frozen": func(_ context.Context, conn net.Conn) (net.Conn, error) { return &frozen{Conn: conn}, nil },
+		"frozen once it has presented its certificate": func(_ context.Context, conn net.Conn) (net.Conn, error) { return &frozen{Conn: conn, after: 1}, nil },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -198,10 +199,18 @@ func TestTokenIsNotSentBeforeTheHeldSVIDIsRefused(t *testing.T) {
 	}
 }
 
-// frozen is a connection to a machine that takes everything and never answers.
-type frozen struct{ net.Conn }
+// frozen is a connection to a machine that takes everything and no longer answers.
+type frozen struct {
+	net.Conn
+	after int // what is written before
+}
 
-func (c frozen) Write(b []byte) (int, error) { return len(b), nil }
+func (c *frozen) Write(b []byte) (int, error) {
+	if c.after--; c.after >= 0 {
+		return c.Conn.Write(b)
+	}
+	return len(b), nil
+}
 
 // attest fails the test when that takes more than a minute.
 func attest(t *testing.T, a *agent) {
