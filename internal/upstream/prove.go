@@ -331,7 +331,7 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 		return nil, nil
 	}
 	// The server refuses a certificate by ending the connection, which looks like
-	// one that is lost. But it has presented its own before.
+	// one that is lost. But it has presented its own before, and does it at once.
 	var met atomic.Bool
 	config := c.clientTLS(id)
 	verify := config.VerifyConnection
@@ -347,8 +347,9 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 	defer l.conn.Close()
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
 	defer cancel()
+	began := time.Now()
 	if _, err := c.getBundle(ctx, l.conn); err != nil {
-		if ctx.Err() != nil || !met.Load() {
+		if !met.Load() || time.Since(began) >= connectTimeout || ctx.Err() != nil {
 			return nil, err
 		}
 		return err, nil
