@@ -349,7 +349,7 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 	defer cancel()
 	began := time.Now()
 	if _, err := c.getBundle(ctx, l.conn); err != nil {
-		if !met.Load() || time.Since(began) >= connectTimeout || ctx.Err() != nil {
+		if !met.Load() || time.Since(began) >= connectTimeout {
 			return nil, err
 		}
 		return err, nil
