@@ -136,9 +136,6 @@ func (b *Bundle) JWT() []JWTAuthority { return b.content.JWT }
 // LeftOut lists what the bundle was given with and cannot be used. Read only.
 func (b *Bundle) LeftOut() []LeftOut { return b.content.LeftOut }
 
-// Digest names the authorities of the bundle; see [Content.Digest].
-func (b *Bundle) Digest() string { return b.content.Digest() }
-
 // X509DER returns the X.509 authorities as concatenated DER, the form of the
 // Workload API (SPIFFE Workload API, section 5.2.1). Read only.
 func (b *Bundle) X509DER() []byte { return b.x509DER }

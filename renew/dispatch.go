@@ -5,6 +5,7 @@ import (
 	"errors"
 	"log/slog"
 	"math/rand/v2"
+	"regexp"
 	"time"
 
 	"github.com/renewd/renewd/bundle"
@@ -372,13 +373,17 @@ func (r *Renewer) split(a *attempt, n int) Outcome {
 	return OutcomeFailed
 }
 
+// numbers are runs of digits with the units of a duration.
+var numbers = regexp.MustCompile(`([0-9]+[0-9.]*([nµm]?s|[hm])?)+`)
+
 func (r *Renewer) finishOwn(c *call, now time.Time) {
 	reason := r.own.reason
 	r.own.inFlight = false
 	if c.err != nil {
 		r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), time.Second))
 		log := r.cfg.Log.Debug
-		if text := c.err.Error(); text != r.own.said {
+		// Two failures of one kind may differ in a time, a port or a count.
+		if text := numbers.ReplaceAllString(c.err.Error(), "#"); text != r.own.said {
 			log, r.own.said = r.cfg.Log.Warn, text
 		}
 		log("node's own SVID not renewed, trying again later", "reason", reason, "error", c.err)

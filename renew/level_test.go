@@ -5,6 +5,7 @@ import (
 	"crypto"
 	"crypto/x509"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync/atomic"
@@ -59,13 +60,17 @@ type ownSVID struct {
 	next     func() *cache.SVID
 	renewals atomic.Int64
 	fails    error
+	failsAt  func(try int64) error // instead of fails
 }
 
 func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
 
 func (o *ownSVID) Renew(context.Context) error {
-	o.renewals.Add(1)
+	try := o.renewals.Add(1)
 	time.Sleep(100 * time.Millisecond)
+	if o.failsAt != nil {
+		return o.failsAt(try)
+	}
 	if o.fails != nil {
 		return o.fails
 	}
@@ -283,5 +288,25 @@ func TestOwnSVIDThatFailsIsSaidOnce(t *testing.T) {
 	}
 	if n := own.renewals.Load(); n < 100 {
 		t.Errorf("%d tries in three hours", n)
+	}
+}
+
+// Two failures that differ in a time or a port say the same; one of another kind is
+// news.
+func TestOwnSVIDThatFailsIsSaidOncePerKind(t *testing.T) {
+	own := &ownSVID{failsAt: func(try int64) error {
+		if try > 50 {
+			return errors.New("no space left on device")
+		}
+		return fmt.Errorf("read tcp 127.0.0.1:%d->127.0.0.1:8081: reset after %v at %s", 30000+try,
+			time.Duration(try)*17*time.Second, time.Now().Format(time.RFC3339))
+	}}
+	own.held.Store(&cache.SVID{NotAfter: time.Now(), RenewAt: time.Now()})
+	var log strings.Builder
+	drill(t, 0, func(r *rig) { r.cfg.Own, r.cfg.Log = own, slog.New(slog.NewTextHandler(&log, nil)) }, func(*rig) {
+		time.Sleep(3 * time.Hour)
+	})
+	if n := strings.Count(log.String(), "level=WARN"); n != 2 || !strings.Contains(log.String(), "reset") || !strings.Contains(log.String(), "no space") {
+		t.Errorf("%d warnings in three hours, want one of each of two kinds:\n%.500s", n, log.String())
 	}
 }

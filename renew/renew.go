@@ -53,7 +53,7 @@ type ownItem struct {
 	retry    time.Time
 	backoff  *backoff.ExponentialBackOff
 	inFlight bool
-	said     string // the last failure, once it was logged as a warning
+	said     string // the last failure that was logged as a warning, without its numbers
 }
 
 // call is one request to the server.

@@ -10,7 +10,7 @@ var fields = []config.Field[settings]{
 	{Path: "trust_domain", Value: func(c *settings) any { return &c.TrustDomain }, Doc: "Trust domain of this node. Required."},
 	{Path: "server_address", Value: func(c *settings) any { return &c.ServerAddress }, Doc: "Host and port of the server. Required."},
 	{Path: "deployment_name", Value: func(c *settings) any { return &c.DeploymentName }, Doc: "Deployment whose keysets sign for this node; a label of spirl_application_info."},
-	{Path: "trust_bundle_file", Value: func(c *settings) any { return &c.TrustBundleFile }, Doc: "Trust bundle that authenticates the server at the first start, PEM or SPIFFE JSON. Later it counts only when its authorities have changed and the server cannot be authenticated otherwise."},
+	{Path: "trust_bundle_file", Value: func(c *settings) any { return &c.TrustBundleFile }, Doc: "Trust bundle that authenticates the server at the first start, PEM or SPIFFE JSON. Later only an authority that is new in it counts, when the server cannot be authenticated otherwise."},
 	{Path: "insecure_bootstrap", Value: func(c *settings) any { return &c.InsecureBootstrap }, Default: "false", Doc: "Trust whichever server answers at the first start. Instead of trust_bundle_file, for trying out."},
 	{Path: "join_token", Value: func(c *settings) any { return &c.JoinToken }, Secret: true, Doc: "Join token that proves the node at the first start."},
 	{Path: "join_token_file", Value: func(c *settings) any { return &c.JoinTokenFile }, Doc: "File that holds the join token, read anew at each attempt. Instead of join_token."},

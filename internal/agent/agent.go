@@ -52,7 +52,6 @@ type Agent struct {
 	// bundle.
 	bootstrap     atomic.Pointer[bundle.Bundle]
 	adoption      adoption
-	resumed       bool                                    // the first snapshot is the bundle kept from the last run
 	keptFederated map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles kept from the last run
 	again         bool                                    // this node ran before
 	started       atomic.Pointer[time.Time]               // when Run began
@@ -67,7 +66,7 @@ func New(cfg Config) (*Agent, error) {
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log}
+	a := &Agent{cfg: cfg, log: cfg.Log, adoption: adoption{compare: make(chan struct{}, 1)}}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
@@ -97,7 +96,6 @@ func (a *Agent) open() (err error) {
 	if err != nil {
 		return err
 	}
-	a.resumed = initial != nil
 	// To be without them for a while is no reason not to start.
 	a.keptFederated = a.store.LoadFederated()
 	a.client, err = upstream.New(upstream.Config{
@@ -237,9 +235,13 @@ func (a *Agent) publish(s *bundle.Snapshot) {
 	prev := a.cache.Bundle()
 	a.cache.SetBundle(s)
 	now := a.cfg.Now()
-	answered := a.applied.Swap(&now) != nil || !a.resumed
-	if prev == nil || prev.Own != s.Own {
-		a.store.SaveBundle(s.Own, a.adopt(answered))
+	a.applied.Store(&now)
+	var held *bundle.Bundle
+	if prev != nil {
+		held = prev.Own
+	}
+	if held != s.Own {
+		a.keepOwn(held, s.Own)
 	}
 	if prev != nil && !maps.Equal(prev.Federated, s.Federated) {
 		a.store.SaveFederated(s.Federated)
@@ -335,6 +337,10 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		})
 	}
 	group.Go(func() error { return a.store.Run(ctx) })
+	group.Go(func() error {
+		a.followTrust(ctx)
+		return nil
+	})
 	group.Go(func() error { return named("Workload API", a.workload.Serve(serving, listener)) })
 	if lis := a.socket.Load(); lis != nil {
 		group.Go(func() error { lis.Watch(ctx, a.log); return nil })

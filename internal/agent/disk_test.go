@@ -215,3 +215,35 @@ func TestReadySaysWhatIsWrong(t *testing.T) {
 		ready("server is back and the clock right")
 	})
 }
+
+// An authority that the agent SVID on disk depends on is not safe to remove, though
+// the one in use depends on another: a restart would find that it has none.
+func TestAgentSVIDThatIsNotOnDiskIsNotSettled(t *testing.T) {
+	inWorld(t, 0, func(w *world) { w.cfg.RefreshInterval, w.cfg.TaintDelay = 10*time.Minute, 0 }, func(w *world) {
+		time.Sleep(17 * time.Hour)
+		w.fillDisk()
+		keys, before := w.server.Keysets(), w.agent.State().OwnExpiry
+		old := keys.Active()
+		next, err := keys.Prepare(w.t.Context())
+		w.check(err)
+		time.Sleep(15 * time.Minute) // the agent sees it
+		w.check(keys.Activate(w.t.Context(), next.ID))
+		w.check(keys.Taint(w.t.Context(), old.ID))
+		for tries := 0; !w.agent.State().OwnExpiry.After(before); tries++ {
+			if time.Sleep(10 * time.Minute); tries > 100 {
+				w.t.Fatal("the agent SVID is not renewed while it is not on disk")
+			}
+		}
+		for range 10 {
+			time.Sleep(time.Minute)
+			if a := w.authority(old); a.Settled {
+				w.t.Fatalf("safe to remove: %+v, unsaved %v", a, w.agent.Unsaved())
+			}
+		}
+		w.freeDisk()
+		time.Sleep(10 * time.Minute)
+		if a := w.authority(old); !settled(a) {
+			w.t.Errorf("with the agent SVID on disk: %+v, unsaved %v", a, w.agent.Unsaved())
+		}
+	})
+}

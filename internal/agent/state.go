@@ -93,8 +93,9 @@ func (a *Agent) State() metrics.State {
 		if own != nil && own.Authority == auth.ID {
 			auth.Pending++
 		}
-		// What is kept for a restart could be held again after it.
-		kept := a.keeper != nil && a.keeper.Holds(auth.ID)
+		// What is kept for a restart could be held again after it, and so could an
+		// agent SVID whose successor is not on disk.
+		kept := unsaved[node.IdentityFile] != nil || a.keeper != nil && a.keeper.Holds(auth.ID)
 		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && a.reunited()
 	}
 	held := a.cache.JWTCounts()

@@ -84,7 +84,8 @@ func (w *world) renewedBy(n int) bool { return w.authority(w.server.Keysets().Ac
 // word when nothing else verifies the server. Until the server has answered, what
 // workloads are told stays as it was.
 func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
-	for name, running := range map[string]bool{"running": true, "stopped": false} {
+	const running = -1
+	for name, stopped := range map[string]time.Duration{"running": running, "stopped": 0, "stopped until the agent SVID has ended": 30 * time.Hour} {
 		t.Run(name, func(t *testing.T) {
 			withTrustFile(t, 3, func(w *world) {
 				var log strings.Builder
@@ -100,12 +101,13 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 				if now := w.agent.Bundle().Own; now != before {
 					t.Fatalf("with the file of before, the bundle is %v", now.X509())
 				}
-				if !running {
+				if stopped != running {
 					w.stopAgent()
+					time.Sleep(stopped)
 				}
 				w.writeToken()
 				w.writeTrust(w.server.BundlePEM())
-				if !running {
+				if stopped != running {
 					w.startAgent()
 				}
 				w.until("all is signed by the new server", 3*time.Minute, func() bool { return w.renewedBy(3) })
@@ -169,5 +171,118 @@ func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
 		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
 		time.Sleep(time.Minute)
 		s.unbroken()
+	})
+}
+
+// holds fails the test when whoever runs now is taken for the server.
+func (w *world) holds() {
+	w.t.Helper()
+	in := w.agent.Bundle().Own
+	for range 2 {
+		time.Sleep(3 * time.Minute)
+		if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
+			w.t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+		}
+		w.stopAgent()
+		w.startAgent()
+	}
+}
+
+// An operator's file that was written anew in mid-rotation holds what the bundle in
+// force held, too: it says nothing new, and what the server removes afterwards does not
+// come back with it.
+func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
+	for name, remove := range map[string]func(w *world, remove func()){
+		"running": func(_ *world, remove func()) { remove() },
+		"stopped": func(w *world, remove func()) {
+			w.stopAgent()
+			remove()
+			w.startAgent()
+		},
+		"file away for a while": func(w *world, remove func()) {
+			w.activate() // the bundle changes while the file is there
+			time.Sleep(time.Minute)
+			w.check(os.Rename(w.cfg.TrustBundleFile, w.cfg.TrustBundleFile+".away"))
+			remove()
+			time.Sleep(time.Minute)
+			w.stopAgent()
+			w.startAgent()
+			time.Sleep(time.Minute)
+			w.check(os.Rename(w.cfg.TrustBundleFile+".away", w.cfg.TrustBundleFile))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			withTrustFile(t, 1, func(w *world) {
+				w.unchecked = true
+				w.fill(1)
+				keys := w.server.Keysets()
+				w.activate()
+				stolen := w.stolenKeys() // of an authority that the first file did not have
+				old := w.activate()
+				w.check(keys.Taint(w.t.Context(), old.ID))
+				w.until("the taint wave is over", 3*time.Minute, func() bool { return settled(w.authority(old)) })
+				w.writeTrust(w.server.BundlePEM())
+				remove(w, func() { w.check(keys.Remove(w.t.Context(), old.ID)) })
+				w.until("the removal is seen", time.Minute, func() bool {
+					b := w.agent.Bundle()
+					if b == nil {
+						return false
+					}
+					_, in := b.Own.X509Authority(old.X509AuthorityID)
+					return !in
+				})
+				w.newServer(stolen, 1)
+				w.holds()
+			})
+		})
+	}
+}
+
+// A file that was old when the trust began with it has authorities that the server had
+// removed before.
+func TestDrillTrustBundleFileThatWasOldAtTheStart(t *testing.T) {
+	withTrustFile(t, 1, func(w *world) {
+		w.unchecked = true
+		w.fill(1)
+		w.stopAgent()
+		stolen := w.stolenKeys()
+		keys := w.server.Keysets()
+		old := w.activate()
+		w.writeTrust(w.server.BundlePEM())
+		w.check(keys.Taint(w.t.Context(), old.ID))
+		w.check(keys.Remove(w.t.Context(), old.ID))
+		w.check(os.RemoveAll(w.cfg.DataDir))
+		w.writeToken()
+		w.startAgent()
+		w.fill(1)
+		w.newServer(stolen, 1)
+		w.holds()
+	})
+}
+
+// A node that was bootstrapped insecurely gets a file later: then that is the
+// operator's word, and before nobody else is taken for the server.
+func TestDrillTrustBundleFileAfterAnInsecureBootstrap(t *testing.T) {
+	dir := t.TempDir()
+	inWorld(t, 1, func(w *world) {
+		w.cfg.TrustBundle, w.cfg.InsecureBootstrap = nil, true
+	}, func(w *world) {
+		w.unchecked = true
+		w.fill(1)
+		before := w.agent.Bundle().Own
+		w.newServer(nil, 1)
+		w.stopAgent()
+		w.startAgent()
+		time.Sleep(3 * time.Minute)
+		if now := w.agent.Bundle().Own; !now.Equal(before) {
+			t.Fatalf("with a kept bundle, whoever answers is trusted: %v", now.X509())
+		}
+		w.stopAgent()
+		w.cfg.InsecureBootstrap, w.cfg.TrustBundleFile = false, filepath.Join(dir, "bundle.pem")
+		w.cfg.JoinToken, w.cfg.JoinTokenFile = "", filepath.Join(dir, "token")
+		w.writeToken()
+		w.writeTrust(w.server.BundlePEM())
+		w.startAgent()
+		w.until("all is signed by the new server", 3*time.Minute, func() bool { return w.renewedBy(1) })
 	})
 }

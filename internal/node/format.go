@@ -66,9 +66,9 @@ type bundleJSON struct {
 	RefreshHint time.Duration `json:"refresh_hint_ns"`
 	X509        []x509JSON    `json:"x509_authorities"`
 	JWT         []jwtJSON     `json:"jwt_authorities"`
-	// Adopted is the digest of what the operator had given when the trust in the
-	// own bundle began.
-	Adopted string `json:"adopted,omitempty"`
+	// Adopted names the authorities that are no news when the operator gives them.
+	// It is of the own bundle only.
+	Adopted []string `json:"adopted,omitzero"`
 }
 
 type x509JSON struct {
@@ -85,7 +85,7 @@ type jwtJSON struct {
 	Tainted   bool   `json:"tainted,omitempty"`
 }
 
-func encodeBundle(b *bundle.Bundle, adopted string) ([]byte, error) {
+func encodeBundle(b *bundle.Bundle, adopted []string) ([]byte, error) {
 	out, err := newBundleJSON(b)
 	if err != nil {
 		return nil, err
@@ -131,10 +131,10 @@ func newBundleJSON(b *bundle.Bundle) (bundleJSON, error) {
 	return out, nil
 }
 
-func decodeBundle(raw []byte) (b *bundle.Bundle, adopted string, err error) {
+func decodeBundle(raw []byte) (b *bundle.Bundle, adopted []string, err error) {
 	var in bundleJSON
 	if err := decode(raw, &in); err != nil {
-		return nil, "", err
+		return nil, nil, err
 	}
 	b, err = in.bundle()
 	return b, in.Adopted, err

@@ -23,6 +23,9 @@ const (
 	lockFile      = "lock"
 )
 
+// IdentityFile is the one of [Files] that has the agent SVID.
+const IdentityFile = identityFile
+
 // Files are the files that a [Store] keeps, the most precious first.
 var Files = []string{identityFile, bundleFile, federatedFile, seedFile}
 
@@ -67,8 +70,9 @@ type Store struct {
 
 	mu          sync.Mutex
 	files       map[string]kept
-	folderErr   error // why the folder cannot be used now
-	identityErr error // why the last identity could not be saved
+	syncing     time.Time // since when a Sync is under way; zero when none is
+	folderErr   error     // why the folder cannot be used now
+	identityErr error     // why the last identity could not be saved
 }
 
 // kept is one file: what is to be in it, and whether it is.
@@ -135,27 +139,65 @@ func (s *Store) LoadIdentity() (*Identity, error) {
 // SaveIdentity has id on disk, in place of the identity kept before, when it
 // returns nil. When it cannot be written the one before remains what is to be
 // on disk, unless insist is set: then it is id, and a later Sync writes it.
+//
+// It returns soon also when the disk does not answer, which is an error like any
+// other: while the agent SVID is on its way much else waits.
 func (s *Store) SaveIdentity(id *Identity, insist bool) error {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
-	before := s.file(identityFile)
-	s.want(identityFile, func() ([]byte, error) { return encodeIdentity(id) })
-	err := s.write(identityFile)
-	s.mu.Lock()
-	s.identityErr = err
-	s.mu.Unlock()
-	if err != nil && !insist {
-		s.keep(identityFile, before)
+	encode := func() ([]byte, error) { return encodeIdentity(id) }
+	if err := s.take(); err != nil {
+		s.noteIdentity(err)
+		if insist {
+			s.want(identityFile, encode)
+		}
+		return err
 	}
-	return err
+	before := s.file(identityFile)
+	s.want(identityFile, encode)
+	written := make(chan error, 1)
+	go func() { // has the turn, for which Close waits
+		defer func() { <-s.turn }()
+		err := s.write(identityFile)
+		s.noteIdentity(err)
+		if err != nil && !insist {
+			s.keep(identityFile, before)
+		}
+		written <- err
+	}()
+	select {
+	case err := <-written:
+		return err
+	case <-time.After(answerLimit):
+		if !insist {
+			s.want(identityFile, before.encode) // in place of what may get there yet
+		}
+		return errHangs
+	}
+}
+
+func (s *Store) noteIdentity(err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.identityErr = err
+}
+
+// take waits for the turn, unless the disk does not answer whoever has it.
+func (s *Store) take() error {
+	select {
+	case s.turn <- struct{}{}:
+		return nil
+	case <-time.After(answerLimit):
+		return errHangs
+	}
 }
 
 // WipeIdentity removes the identity kept, if any. When that fails a later Sync
 // removes it.
 func (s *Store) WipeIdentity() error {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
 	s.want(identityFile, nil)
+	if err := s.take(); err != nil {
+		return err
+	}
+	defer func() { <-s.turn }()
 	return s.write(identityFile)
 }
 
@@ -168,10 +210,10 @@ func (s *Store) leaveIdentity() {
 }
 
 // LoadBundle returns the trust bundle kept, with its taint marks and their
-// times, nil when there is none, and the digest of what the operator had given
-// when the trust in it began, empty when that is not known. A file that cannot be
+// times, nil when there is none, and the names of the authorities that are no news
+// when the operator gives them, nil when that is not known. A file that cannot be
 // read is moved aside, as the log says, and is none: the server has what was in it.
-func (s *Store) LoadBundle() (b *bundle.Bundle, adopted string) {
+func (s *Store) LoadBundle() (b *bundle.Bundle, adopted []string) {
 	s.load(bundleFile,
 		func(raw []byte) (err error) { b, adopted, err = decodeBundle(raw); return err },
 		func() ([]byte, error) { return encodeBundle(b, adopted) })
@@ -179,8 +221,8 @@ func (s *Store) LoadBundle() (b *bundle.Bundle, adopted string) {
 }
 
 // SaveBundle makes b the trust bundle that is to be on disk, and adopted the
-// digest beside it. [Store.Run] is woken to write them.
-func (s *Store) SaveBundle(b *bundle.Bundle, adopted string) {
+// names beside it. [Store.Run] is woken to write them.
+func (s *Store) SaveBundle(b *bundle.Bundle, adopted []string) {
 	s.want(bundleFile, func() ([]byte, error) { return encodeBundle(b, adopted) })
 	s.notify()
 }
@@ -255,7 +297,9 @@ func (s *Store) load(file string, decode func([]byte) error, encode func() ([]by
 
 // writable checks that an identity could be saved now.
 func (s *Store) writable() error {
-	s.turn <- struct{}{}
+	if err := s.take(); err != nil {
+		return err
+	}
 	defer func() { <-s.turn }()
 	if err := s.follow(); err != nil {
 		return err

@@ -7,6 +7,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -90,7 +91,7 @@ func TestStoreKeepsTheBundleWithItsTaints(t *testing.T) {
 	}
 	dir := t.TempDir()
 	s := openStore(t, dir)
-	s.SaveBundle(want, "")
+	s.SaveBundle(want, nil)
 	s.Close()
 	got := loadBundle(openStore(t, dir))
 	if !got.Equal(want) {
@@ -135,15 +136,15 @@ func TestStoreKeepsWhatWasAdopted(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := openStore(t, dir)
-	if _, adopted := s.LoadBundle(); adopted != "" {
+	if _, adopted := s.LoadBundle(); adopted != nil {
 		t.Errorf("at first: %q", adopted)
 	}
 	b := newAuthority(t).bundle()
-	for _, want := range []string{"one", "two"} {
+	for _, want := range [][]string{{"one"}, {"two", "one"}, {}, nil} {
 		s.SaveBundle(b, want)
 		s.Close()
 		s = openStore(t, dir)
-		if got, adopted := s.LoadBundle(); !got.Equal(b) || adopted != want {
+		if got, adopted := s.LoadBundle(); !got.Equal(b) || !slices.Equal(adopted, want) || (adopted == nil) != (want == nil) {
 			t.Errorf("got %q beside %v, want %q", adopted, got, want)
 		}
 	}
@@ -185,7 +186,7 @@ func TestPermissionsAreTightened(t *testing.T) {
 	}
 	s = openStore(t, dir)
 	s.Seed()
-	s.SaveBundle(newAuthority(t).bundle(), "")
+	s.SaveBundle(newAuthority(t).bundle(), nil)
 	if err := s.Sync(); err != nil {
 		t.Fatal(err)
 	}
@@ -281,7 +282,7 @@ func FuzzStoredFiles(f *testing.F) {
 	if err := n.Attest(f.Context(), serve(f, &server{ca: ca}), ca.bundle()); err != nil {
 		f.Fatal(err)
 	}
-	s.SaveBundle(ca.bundle(), "")
+	s.SaveBundle(ca.bundle(), nil)
 	s.Close()
 	for _, name := range []string{"identity.json", "bundle.json"} {
 		b, err := os.ReadFile(filepath.Join(dir, name))
@@ -319,7 +320,7 @@ func FuzzStoredFiles(f *testing.F) {
 			t.Fatalf("bundle %v, moved aside %v", kept, aside)
 		}
 		if kept != nil {
-			s.SaveBundle(kept, "")
+			s.SaveBundle(kept, nil)
 			if err := s.Sync(); err != nil {
 				t.Fatalf("save the bundle again: %v", err)
 			}

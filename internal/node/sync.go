@@ -15,10 +15,15 @@ const (
 	// writeLimit is how long a write may take before what it writes counts as
 	// not on disk: a file system on a network may hang without an error.
 	writeLimit = 30 * time.Second
+	// answerLimit is how long the renewal of the agent SVID waits for the disk. A
+	// disk that is only slow takes less.
+	answerLimit = 5 * time.Second
 )
 
-// errClosed is what a closed Store answers.
-var errClosed = errors.New("data_dir is closed")
+var (
+	errClosed = errors.New("data_dir is closed")
+	errHangs  = fmt.Errorf("the disk of data_dir does not answer within %v", answerLimit)
+)
 
 // Sync writes what is to be on disk and is not there, as it was last read or
 // written. When the path of the folder leads to another folder by now, that one
@@ -29,6 +34,8 @@ func (s *Store) Sync() error {
 	if s.closed {
 		return errClosed
 	}
+	s.setSyncing(time.Now())
+	defer s.setSyncing(time.Time{})
 	err := s.follow()
 	if err == nil {
 		err = s.folder.access()
@@ -56,6 +63,12 @@ func (s *Store) Sync() error {
 		s.failing = time.Time{}
 	}
 	return err
+}
+
+func (s *Store) setSyncing(since time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.syncing = since
 }
 
 // follow opens the folder that the path leads to now, unless it is open
@@ -195,10 +208,13 @@ func (s *Store) Unsaved() map[string]error {
 func (s *Store) Err() error {
 	unsaved := s.Unsaved()
 	s.mu.Lock()
-	err := s.folderErr
+	err, syncing := s.folderErr, s.syncing
 	s.mu.Unlock()
 	if err != nil {
 		return err
+	}
+	if !syncing.IsZero() && time.Since(syncing) > writeLimit {
+		return fmt.Errorf("the disk has not answered for %v", writeLimit)
 	}
 	var errs []error
 	for _, file := range Files {

@@ -52,7 +52,7 @@ func newStateOf(t *testing.T, dir, name string) *state {
 func (s *state) save(t *testing.T) {
 	t.Helper()
 	s.bundle = newAuthority(t).bundle()
-	s.SaveBundle(s.bundle, "")
+	s.SaveBundle(s.bundle, nil)
 	s.SaveFederated(map[spiffeid.TrustDomain]*bundle.Bundle{td: s.bundle})
 }
 
@@ -295,7 +295,7 @@ func TestFileSystemsThatTakeNothing(t *testing.T) {
 	check(t, unix.Mount("none", dir, "", unix.MS_REMOUNT|unix.MS_RDONLY, ""))
 	s.restart(t, s.dir)
 	again := openStore(t, s.dir)
-	again.SaveBundle(s.ca.bundle(), "")
+	again.SaveBundle(s.ca.bundle(), nil)
 	if err := again.Sync(); !errors.Is(err, unix.EROFS) || again.Err() == nil || again.Unsaved()["bundle.json"] == nil {
 		t.Errorf("read only: %v, %v", err, again.Err())
 	}

@@ -2,7 +2,10 @@ package upstream_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -148,6 +151,65 @@ func TestSVIDThatHasExpiredByTheServersClock(t *testing.T) {
 			})
 		}
 	}
+}
+
+// The server that could not be asked about the agent SVID held may be there a moment
+// later: the token is sent only when it has refused that SVID.
+func TestTokenIsNotSentBeforeTheHeldSVIDIsRefused(t *testing.T) {
+	t.Parallel()
+	for name, trouble := range map[string]func(context.Context, net.Conn) (net.Conn, error){
+		"no connection": func(_ context.Context, conn net.Conn) (net.Conn, error) {
+			return nil, errors.Join(io.EOF, conn.Close())
+		},
+		"frozen": func(_ context.Context, conn net.Conn) (net.Conn, error) { return &frozen{Conn: conn}, nil },
+		"frozen once it has presented its certificate": func(_ context.Context, conn net.Conn) (net.Conn, error) { return &frozen{Conn: conn, after: 1}, nil },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				var clock nodeClock
+				s, dir := newServer(t), t.TempDir()
+				time.Sleep(up)
+				file := filepath.Join(dir, "token")
+				check(t, os.WriteFile(file, []byte("t"), 0o600))
+				var dials atomic.Int64
+				o := options{dir: filepath.Join(dir, "data"), tokenFile: file, now: clock.now}
+				a := newAgent(t, s, o)
+				attest(t, a)
+				a.close(t)
+				s.locked(func() { s.tokens["second"] = true })
+				check(t, os.WriteFile(file, []byte("second"), 0o600))
+				clock.set(2 * time.Hour) // the SVID held has expired by it
+				o.dial = func(ctx context.Context, address string) (net.Conn, error) {
+					conn, err := s.dial(ctx, address)
+					if dials.Add(1) == 1 && err == nil {
+						return trouble(ctx, conn)
+					}
+					return conn, err
+				}
+				a = newAgent(t, s, o)
+				defer a.close(t)
+				attest(t, a)
+				check(t, a.PostStatus(t.Context(), 1))
+				if n := s.count("AttestAgent"); n != 1 {
+					t.Errorf("attested %d times", n)
+				}
+			})
+		})
+	}
+}
+
+// frozen is a connection to a machine that takes everything and no longer answers.
+type frozen struct {
+	net.Conn
+	after int // what is written before
+}
+
+func (c *frozen) Write(b []byte) (int, error) {
+	if c.after--; c.after >= 0 {
+		return c.Conn.Write(b)
+	}
+	return len(b), nil
 }
 
 // attest fails the test when that takes more than a minute.

@@ -2,9 +2,11 @@ package upstream
 
 import (
 	"context"
+	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -300,13 +302,16 @@ func (c *Client) attest(ctx context.Context) error {
 	if c.cfg.Node.Identity() != before {
 		return nil
 	}
-	doubt := c.presentHeld(ctx, before)
-	if doubt == nil && c.Identified() == nil {
+	refusal, err := c.presentHeld(ctx, before)
+	if err != nil {
+		return fmt.Errorf("present the agent SVID held: %w", err)
+	}
+	if refusal == nil && c.Identified() == nil {
 		return nil
 	}
-	err := c.attestNow(ctx)
-	if err != nil && doubt != nil {
-		return fmt.Errorf("%w (the agent SVID held was not accepted, either: %w)", err, doubt)
+	err = c.attestNow(ctx)
+	if err != nil && refusal != nil {
+		return fmt.Errorf("%w (the agent SVID held was not accepted, either: %w)", err, refusal)
 	}
 	return err
 }
@@ -315,28 +320,43 @@ func (c *Client) attest(ctx context.Context) error {
 // the server, which accepts it when the clock is wrong. That comes before an
 // attestation, because a join token cannot be had twice. It does nothing about
 // an SVID in its life, one that has certainly ended, or one that the server has
-// refused by name.
-func (c *Client) presentHeld(ctx context.Context, id *node.Identity) error {
+// refused by name. It fails when the server could not be asked, and then nothing
+// follows for the SVID.
+func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, err error) {
 	if r := c.refused.Load(); id == nil || id.Ended() || (r != nil && r.identity == id) {
-		return nil
+		return nil, nil
 	}
 	outside := id.ValidAt(c.cfg.Now())
 	if outside == nil {
-		return nil
+		return nil, nil
 	}
-	l, err := c.open(id, c.clientTLS(id))
-	if err != nil {
+	// The server refuses a certificate by ending the connection, which looks like
+	// one that is lost. But it has presented its own before, and does it at once.
+	var met atomic.Bool
+	config := c.clientTLS(id)
+	verify := config.VerifyConnection
+	config.VerifyConnection = func(cs tls.ConnectionState) error {
+		err := verify(cs)
+		met.Store(err == nil)
 		return err
+	}
+	l, err := c.open(id, config)
+	if err != nil {
+		return nil, err
 	}
 	defer l.conn.Close()
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
 	defer cancel()
+	began := time.Now()
 	if _, err := c.getBundle(ctx, l.conn); err != nil {
-		return err
+		if !met.Load() || time.Since(began) >= connectTimeout {
+			return nil, err
+		}
+		return err, nil
 	}
 	c.vouched.Store(id)
 	c.cfg.Log.Warn("agent SVID accepted by the server though not valid by this node's clock", "error", outside)
-	return nil
+	return nil, nil
 }
 
 // attestNow is for whoever holds proving. It uses a connection of its own that
