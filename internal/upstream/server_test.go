@@ -16,6 +16,7 @@ import (
 	"slices"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -193,11 +194,14 @@ func inTime(cs tls.ConnectionState) error {
 	return nil
 }
 
+// stop ends the server. When it returns its clients have noticed: a call that
+// still goes over the old connection would fail.
 func (s *server) stop() {
 	s.mu.Lock()
 	g := s.grpc
 	s.mu.Unlock()
 	g.Stop()
+	synctest.Wait()
 }
 
 func (s *server) dial(ctx context.Context, _ string) (net.Conn, error) {
