@@ -194,7 +194,7 @@ func TestRemovedEntries(t *testing.T) {
 // and all of it changed into one answer. A few large entries are as good as many.
 func TestManyEntries(t *testing.T) {
 	t.Parallel()
-	const n, size = 100, 300_000
+	const n, size = 600, 50_000
 	w := newWorldFor(t, nil, nil)
 	c, err := operator.DialSocket(adminSocket(t, w))
 	check(t, err)

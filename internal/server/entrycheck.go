@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/internal/keyset"
 )
@@ -20,10 +21,14 @@ const (
 	maxHint     = 1024 // as under a SPIRE server
 )
 
+// maxEntrySize bounds an entry as agents get it, in bytes. One that fits no message
+// would keep all entries from every agent.
+const maxEntrySize = 64 << 10
+
 // EntryError says which field of which entry is wrong, and why.
 type EntryError struct {
 	Entry   string // ID
-	Field   string // as operators write it: id, spiffe_id, parent_id, ...
+	Field   string // as operators write it: id, spiffe_id, parent_id, ...; or size
 	Problem string
 }
 
@@ -72,6 +77,10 @@ func (s *Server) checkEntry(e Entry) error {
 	}
 	if err := checkX509TTL(e.X509TTL); err != nil {
 		return wrong("x509_ttl", "%v", err)
+	}
+	stored := StoredEntry{Entry: e}
+	if n := proto.Size(stored.proto(e.ParentID, nil)); n > maxEntrySize {
+		return wrong("size", "is %d bytes, at most %d are possible: shorten selectors, federates_with or dns_names", n, maxEntrySize)
 	}
 	return nil
 }
