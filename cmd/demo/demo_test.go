@@ -263,6 +263,7 @@ func TestCommandLine(t *testing.T) {
 		{"-max-delay 2h", exitUsage, "-max-delay is 2h0m0s"},
 		{"-o yaml", exitUsage, `-o is "yaml": use text or json`},
 		{"-x", exitUsage, "not defined: -x"},
+		{"-\x1b[2J", exitUsage, "not defined: -\uFFFD[2J"},
 		{"workload now", exitUsage, `unexpected argument "workload"`},
 	} {
 		var stdout, stderr bytes.Buffer

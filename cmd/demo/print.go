@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // print writes the report for people.
@@ -50,7 +52,7 @@ func (r *Report) print(w io.Writer, s *screen) error {
 		}
 		fmt.Fprintln(&b, s.wrap(26, fmt.Sprintf("  %s  %-14s  %s", verdict, p.Name, p.Promise)))
 		if !p.Held {
-			fmt.Fprintln(&b, s.wrap(26, fmt.Sprintf("%26s%s", "", p.Measured)))
+			fmt.Fprintln(&b, s.wrap(26, fmt.Sprintf("%26s%s", "", cli.Printable(p.Measured))))
 		}
 	}
 	end := s.paint(green, "Every promise held.")

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/metrics"
@@ -311,7 +312,7 @@ func (d *demo) until(ctx context.Context, step string, limit time.Duration, ok f
 
 // event writes a line of the timeline, or several.
 func (d *demo) event(who, format string, args ...any) {
-	d.screen.event(who, strings.Split(fmt.Sprintf(format, args...), "\n")...)
+	d.screen.event(who, strings.Split(cli.PrintableLines(fmt.Sprintf(format, args...)), "\n")...)
 }
 
 func (d *demo) showProgress() {

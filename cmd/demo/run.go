@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -12,7 +11,7 @@ import (
 	"strings"
 	"time"
 
-	"github.com/lmittmann/tint"
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // The exit codes.
@@ -87,7 +86,7 @@ type settings struct {
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) == 1 && args[0] == workloadArg {
 		if err := runWorkload(ctx, os.Stdin, stdout); err != nil {
-			fmt.Fprintf(stderr, "%v\n", err)
+			fmt.Fprintln(stderr, cli.PrintableLines(err.Error()))
 			return exitBroken
 		}
 		return exitOK
@@ -98,7 +97,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		fmt.Fprint(stdout, usage)
 		return exitOK
 	case err != nil:
-		fmt.Fprintf(stderr, "demo: %v\nRun \"demo -h\" for help.\n", err)
+		fmt.Fprintf(stderr, "demo: %s\nRun \"demo -h\" for help.\n", cli.PrintableLines(err.Error()))
 		return exitUsage
 	}
 	return play(ctx, s, stdout, stderr)
@@ -143,9 +142,7 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 	screen := newScreen(timeline, gone)
 	log := slog.New(slog.DiscardHandler)
 	if s.verbose {
-		log = slog.New(tint.NewTextHandler(stderr, &tint.Options{
-			Level: slog.LevelDebug, TimeFormat: "15:04:05.000", NoColor: !colored(stderr),
-		}))
+		log = slog.New(cli.NewTextHandler(stderr, slog.LevelDebug, "15:04:05.000", colored(stderr)))
 		screen.live = false // the log would be written into the line that is redrawn
 	}
 	report, err := rotate(ctx, s, screen, log)
@@ -155,13 +152,11 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 		fmt.Fprintln(stderr, "demo: interrupted; everything is stopped and removed")
 		return exitInterrupted
 	case err != nil:
-		fmt.Fprintf(stderr, "demo: %v\n", err)
+		fmt.Fprintf(stderr, "demo: %s\n", cli.PrintableLines(err.Error()))
 		return exitBroken
 	}
 	if s.json {
-		enc := json.NewEncoder(stdout)
-		enc.SetIndent("", "  ")
-		err = enc.Encode(report)
+		err = cli.PrintJSON(stdout, report)
 	} else {
 		err = report.print(stdout, screen)
 	}

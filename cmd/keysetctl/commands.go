@@ -37,7 +37,7 @@ func (p *program) with(c *cobra.Command, f func(ctx context.Context, b runbook.B
 // remark prints sentences for the operator, beside the output that scripts read.
 func (p *program) remark(lines ...string) {
 	for _, l := range lines {
-		_, _ = fmt.Fprintln(p.stderr, l)
+		_, _ = fmt.Fprintln(p.stderr, cli.PrintableLines(l))
 	}
 }
 

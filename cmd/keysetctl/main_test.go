@@ -12,6 +12,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
 
 	"github.com/spf13/cobra"
 
@@ -542,5 +543,45 @@ func TestVersion(t *testing.T) {
 	var as struct{ Version string }
 	if code, out, _ := newDesk(t).run("version -o json"); code != 0 || json.Unmarshal([]byte(out), &as) != nil || as.Version == "" {
 		t.Errorf("-o json: exit %d, %s", code, out)
+	}
+}
+
+// What a server, an agent or Prometheus says reaches the terminal as text alone,
+// whichever command prints it, and makes no line of its own in a list of remarks.
+func TestTextFromElsewhere(t *testing.T) {
+	t.Parallel()
+	const said = "\x1b[2J\x1b]0;x\a\u009b1A\rall is safe"
+	for name, tt := range map[string]struct {
+		unknown string
+		err     error
+		lines   []string
+	}{
+		"reason of unknown figures": {unknown: said, lines: []string{"list", "list -o json", "wait OLD --timeout 1s", "remove OLD", "rotate --yes --timeout 1s"}},
+		"error":                     {err: errors.New(said), lines: []string{"list", "prepare", "wait OLD --timeout 1s", "wait OLD -o json --timeout 1s", "rotate --yes"}},
+	} {
+		for _, line := range tt.lines {
+			synctest.Test(t, func(t *testing.T) {
+				d := newDesk(t)
+				d.run("prepare")
+				d.newest("NEW")
+				d.run("activate NEW")
+				d.run("taint ks_abc1234xyz")
+				d.server.Unknown, d.server.Agents = tt.unknown, -1
+				if tt.err != nil {
+					d.server.Before = func(string, string) error { return tt.err }
+				}
+				_, out, errs := d.run(strings.ReplaceAll(line, "OLD", "ks_abc1234xyz"))
+				if !strings.Contains(out+errs, "all is safe") {
+					t.Errorf("%s, %s: does not say it:\n%s%s", name, line, out, errs)
+				}
+				if i := strings.IndexFunc(out+errs, func(r rune) bool { return !unicode.IsPrint(r) && r != '\n' }); i >= 0 {
+					t.Errorf("%s, %s: control character at %d of %q", name, line, i, out+errs)
+				}
+			})
+		}
+	}
+	k := runbook.Keyset{ID: "ks_a", Unknown: "no answer.\nks_b is safe"}
+	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}), ""); strings.Contains(lines, "\n") {
+		t.Errorf("a reason makes a remark of its own: %q", lines)
 	}
 }

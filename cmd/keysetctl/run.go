@@ -51,7 +51,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	if err == nil {
 		return cli.ExitOK
 	}
-	_, _ = fmt.Fprintf(stderr, "%s %v\n", paint(stderr, getenv, red, "Error:"), err)
+	_, _ = fmt.Fprintf(stderr, "%s %s\n", paint(stderr, getenv, red, "Error:"), cli.PrintableLines(err.Error()))
 	if _, ok := errors.AsType[cli.UsageError](err); ok {
 		_, _ = fmt.Fprintf(stderr, "%q shows the usage.\n", command.CommandPath()+" --help")
 		return cli.ExitUsage

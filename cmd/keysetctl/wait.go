@@ -136,7 +136,7 @@ func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bo
 	return func(question string) (bool, error) {
 		s.Clear()
 		dropTyped(p.stdin)
-		_, _ = fmt.Fprintf(p.stderr, "%s [y/N] ", question)
+		_, _ = fmt.Fprintf(p.stderr, "%s [y/N] ", cli.PrintableLines(question))
 		got := make(chan answer, 1)
 		// A terminal cannot be read with a deadline: after an interrupt this
 		// goroutine ends with the program, which is then about to end.

@@ -22,6 +22,7 @@ type shownEntry struct {
 	ID            string   `json:"id"`
 	SPIFFEID      string   `json:"spiffe_id"`
 	ParentID      string   `json:"parent_id,omitempty"`
+	Operator      bool     `json:"operator,omitempty"`
 	Selectors     []string `json:"selectors"`
 	Hint          string   `json:"hint,omitempty"`
 	FederatesWith []string `json:"federates_with,omitempty"`
@@ -35,7 +36,7 @@ func showEntry(e *api.Entry) *shownEntry {
 		return nil
 	}
 	out := &shownEntry{
-		ID: e.GetId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Hint: e.GetHint(),
+		ID: e.GetId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Operator: e.GetOperator(), Hint: e.GetHint(),
 		Selectors: []string{}, FederatesWith: e.GetFederatesWith(), DNSNames: e.GetDnsNames(),
 		X509TTL: lifetime(e.GetX509Ttl()), JWTTTL: lifetime(e.GetJwtTtl()),
 	}
@@ -191,6 +192,7 @@ func difference(out *strings.Builder, before, after *shownEntry) {
 	for _, f := range []struct{ name, before, after string }{
 		{"spiffe_id", before.SPIFFEID, after.SPIFFEID},
 		{"parent_id", before.ParentID, after.ParentID},
+		{"operator", yes(before.Operator), yes(after.Operator)},
 		{"hint", before.Hint, after.Hint},
 		{"dns_names", strings.Join(before.DNSNames, " "), strings.Join(after.DNSNames, " ")}, // the order counts
 		{"x509_ttl", before.X509TTL, after.X509TTL},
@@ -218,6 +220,13 @@ func difference(out *strings.Builder, before, after *shownEntry) {
 			}
 		}
 	}
+}
+
+func yes(set bool) string {
+	if set {
+		return "true"
+	}
+	return ""
 }
 
 func orNone(s string) string {

@@ -22,6 +22,7 @@ type entry struct {
 	ID            string
 	SPIFFEID      string
 	ParentID      string
+	Operator      bool
 	Selectors     []string
 	Hint          string
 	FederatesWith []string
@@ -38,6 +39,7 @@ var entrySchema = config.Schema[entry]{
 		{Path: "id", Value: func(e *entry) any { return &e.ID }, Doc: "Name of the entry, unique in the file. Required."},
 		{Path: "spiffe_id", Value: func(e *entry) any { return &e.SPIFFEID }, Doc: "SPIFFE ID of the workloads. Required."},
 		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "SPIFFE ID of the one agent that serves the entry. Every agent when not set."},
+		{Path: "operator", Value: func(e *entry) any { return &e.Operator }, Doc: "true lets every agent serve an entry whose spiffe_id is in operators of the server's configuration. Otherwise such an entry needs a parent_id: with its SVID an agent may do what the operator may."},
 		{Path: "selectors", Value: func(e *entry) any { return &e.Selectors }, Doc: "What a workload must have, all of it, such as unix:uid:1000. Required."},
 		{Path: "hint", Value: func(e *entry) any { return &e.Hint }, Doc: "Tells a workload with several identities them apart."},
 		{Path: "federates_with", Value: func(e *entry) any { return &e.FederatesWith }, Doc: "Foreign trust domains whose bundles the workloads get."},
@@ -122,7 +124,7 @@ func parseEntries(file string, data []byte) ([]*api.Entry, error) {
 }
 
 func (e *entry) proto() *api.Entry {
-	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Hint: e.Hint, FederatesWith: e.FederatesWith, DnsNames: e.DNSNames}
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Operator: e.Operator, Hint: e.Hint, FederatesWith: e.FederatesWith, DnsNames: e.DNSNames}
 	for _, s := range e.Selectors {
 		kind, value, _ := strings.Cut(s, ":")
 		out.Selectors = append(out.Selectors, &api.Selector{Type: kind, Value: value})

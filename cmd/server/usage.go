@@ -108,7 +108,7 @@ const agentUsage = `Usage: server agent list
 ID is the agent's SPIFFE ID as list shows it. A banned agent is refused and stops.
 An evicted one is forgotten and has to attest again. What either was given
 counts as held until it expires, unless -gone gives your word that the node no
-longer exists.
+longer exists. An ID that the server has never heard of is an error.
 ` + clientUsage
 
 const auditUsage = `Usage: server audit [-after NUMBER]

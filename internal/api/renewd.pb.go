@@ -1956,6 +1956,8 @@ type Entry struct {
 	X509Ttl       *durationpb.Duration   `protobuf:"bytes,7,opt,name=x509_ttl,json=x509Ttl,proto3" json:"x509_ttl,omitempty"`
 	JwtTtl        *durationpb.Duration   `protobuf:"bytes,8,opt,name=jwt_ttl,json=jwtTtl,proto3" json:"jwt_ttl,omitempty"`
 	DnsNames      []string               `protobuf:"bytes,9,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"` // of the X.509-SVID, beside the SPIFFE ID
+	// Every agent may get an SVID of this operator: parent_id may be empty all the same.
+	Operator      bool `protobuf:"varint,10,opt,name=operator,proto3" json:"operator,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2051,6 +2053,13 @@ func (x *Entry) GetDnsNames() []string {
 		return x.DnsNames
 	}
 	return nil
+}
+
+func (x *Entry) GetOperator() bool {
+	if x != nil {
+		return x.Operator
+	}
+	return false
 }
 
 type ListEntriesRequest struct {
@@ -3024,7 +3033,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\x12EvictAgentResponse\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\xc6\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\xe2\x02\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -3034,7 +3043,9 @@ const file_renewd_proto_rawDesc = "" +
 	"\x0efederates_with\x18\x06 \x03(\tR\rfederatesWith\x124\n" +
 	"\bx509_ttl\x18\a \x01(\v2\x19.google.protobuf.DurationR\ax509Ttl\x122\n" +
 	"\ajwt_ttl\x18\b \x01(\v2\x19.google.protobuf.DurationR\x06jwtTtl\x12\x1b\n" +
-	"\tdns_names\x18\t \x03(\tR\bdnsNames\"<\n" +
+	"\tdns_names\x18\t \x03(\tR\bdnsNames\x12\x1a\n" +
+	"\boperator\x18\n" +
+	" \x01(\bR\boperator\"<\n" +
 	"\x12ListEntriesRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"A\n" +
 	"\x13ListEntriesResponse\x12*\n" +

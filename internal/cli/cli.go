@@ -3,7 +3,6 @@
 package cli
 
 import (
-	"encoding/json"
 	"errors"
 	"flag"
 	"fmt"
@@ -11,10 +10,7 @@ import (
 	"runtime/debug"
 	"strconv"
 	"strings"
-	"text/tabwriter"
 	"time"
-	"unicode"
-	"unicode/utf8"
 
 	"github.com/renewd/renewd/internal/config"
 )
@@ -58,6 +54,7 @@ func Report(program string, err error, e Env) int {
 	default:
 		text = fmt.Sprintf("%s: %v", program, err)
 	}
+	text = PrintableLines(text)
 	if toJournal(e.Stderr, e.Getenv) {
 		text = journalError + strings.ReplaceAll(text, "\n", "\n"+journalError)
 	}
@@ -135,27 +132,6 @@ func CheckOutput(command, output string) error {
 	return nil
 }
 
-// Printf writes to a command's output. A broken pipe is an error like any
-// other: what was asked for was not delivered.
-func Printf(w io.Writer, format string, args ...any) error {
-	if _, err := fmt.Fprintf(w, format, args...); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
-}
-
-// PrintJSON writes v as indented JSON.
-func PrintJSON(w io.Writer, v any) error {
-	out, err := json.MarshalIndent(v, "", "  ")
-	if err != nil {
-		return fmt.Errorf("encode output: %w", err)
-	}
-	return Printf(w, "%s\n", out)
-}
-
-// NewTable starts an aligned table; Flush it.
-func NewTable(w io.Writer) *tabwriter.Writer { return tabwriter.NewWriter(w, 0, 0, 2, ' ', 0) }
-
 // When prints a moment and how far away it is.
 func When(t, now time.Time) string {
 	d := t.Sub(now).Truncate(time.Second)
@@ -175,17 +151,6 @@ func span(d time.Duration) string {
 		return strconv.Itoa(days) + " days"
 	}
 	return config.Short(d)
-}
-
-// Printable replaces what a terminal would take for a command in text that came
-// from elsewhere.
-func Printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return utf8.RuneError
-		}
-		return r
-	}, s)
 }
 
 // Version is the linker's version, else what the Go tool recorded.

@@ -25,6 +25,7 @@ func TestReport(t *testing.T) {
 		{"help", fmt.Errorf("parse: %w", flag.ErrHelp), cli.ExitOK, ""},
 		{"failure", errors.New("no answer"), cli.ExitFailed, "prog: no answer\n"},
 		{"usage", fmt.Errorf("run: %w", cli.Usagef("no flag %q", "-x")), cli.ExitUsage, "prog: no flag \"-x\"\nRun \"prog help\" for the usage.\n"},
+		{"control sequence", errors.New("answer \x1b[2J\u009b2J\r\nin\ttwo lines"), cli.ExitFailed, "prog: answer \uFFFD[2J\uFFFD2J\uFFFD\nin\ttwo lines\n"},
 		{"configuration", fmt.Errorf("run: %w", config.Error{{Where: "f:1", Path: "a", What: "is wrong"}, {What: "x"}}), cli.ExitUsage, "f:1: a is wrong\nx\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -56,18 +57,6 @@ func TestParseFlags(t *testing.T) {
 	var usage cli.UsageError
 	if _, _, err := parse("-y"); !errors.As(err, &usage) || err.Error() != "cmd: flag provided but not defined: -y" {
 		t.Errorf("unknown flag: %v", err)
-	}
-}
-
-// What others say must not reach the terminal as a command.
-func TestPrintable(t *testing.T) {
-	t.Parallel()
-	for in, want := range map[string]string{
-		"v1.2 größer": "v1.2 größer", "a\x1b[31mb": "a\uFFFD[31mb", "a\nb\tc": "a\uFFFDb\uFFFDc", "a\u202eb\xff": "a\uFFFDb\uFFFD",
-	} {
-		if got := cli.Printable(in); got != want {
-			t.Errorf("%q becomes %q, want %q", in, got, want)
-		}
 	}
 }
 

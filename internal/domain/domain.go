@@ -35,6 +35,7 @@ type Domain struct {
 	unionM      sync.Mutex // held by who makes a new one
 	proof       proof
 	metrics     *metrics.Server
+	rules       operator.Rules
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without
 	federation  *federation.Follower
@@ -61,6 +62,9 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		return nil, err
 	}
 	d := &Domain{cfg: cfg}
+	if d.rules, err = operator.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
+		return nil, err
+	}
 	d.close = sync.OnceValue(d.closeStore)
 	defer func() {
 		if err != nil {
@@ -134,7 +138,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	rows := ledger.Config{Log: log, Now: d.cfg.Now}
 	config := server.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
-		RefreshHint: d.cfg.RefreshHint, Observer: d.metrics, Log: log, Now: d.cfg.Now,
+		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Observer: d.metrics, Log: log, Now: d.cfg.Now,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
 	if d.store != nil {

@@ -80,6 +80,7 @@ func served(c domain.Config, names ...string) domain.Config {
 type start struct {
 	mu        sync.Mutex
 	addresses map[string]string // by field
+	refused   []string          // IDs of entries that are stored and would be refused
 	done      chan struct{}
 }
 
@@ -88,13 +89,15 @@ func (s *start) WithAttrs([]slog.Attr) slog.Handler       { return s }
 func (s *start) WithGroup(string) slog.Handler            { return s }
 
 func (s *start) Handle(_ context.Context, r slog.Record) error {
-	var field, address string
+	var field, address, entry string
 	r.Attrs(func(a slog.Attr) bool {
 		switch a.Key {
 		case "for":
 			field = a.Value.String()
 		case "address":
 			address = a.Value.String()
+		case "entry_id":
+			entry = a.Value.String()
 		}
 		return true
 	})
@@ -103,6 +106,8 @@ func (s *start) Handle(_ context.Context, r slog.Record) error {
 	switch r.Message {
 	case "listens":
 		s.addresses[field] = address
+	case "stored entry would be refused":
+		s.refused = append(s.refused, entry)
 	case "server starts":
 		close(s.done)
 	}

@@ -18,13 +18,9 @@ import (
 )
 
 // openOperator makes the operators' API over all deployments.
-func (d *Domain) openOperator() error {
-	rules, err := operator.ParseRules(d.cfg.TrustDomain, d.cfg.Managers, d.cfg.Readers)
-	if err != nil {
-		return err
-	}
+func (d *Domain) openOperator() (err error) {
 	c := operator.Config{
-		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: rules, Follows: d.federation.Follows,
+		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
 		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Now: d.cfg.Now,
 	}
 	if d.store != nil {

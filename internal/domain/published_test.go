@@ -16,6 +16,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/federation"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/spiffetls/tlsconfig"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -135,15 +136,26 @@ func get(t testing.TB, client *http.Client, url string, code int) []byte {
 	return body
 }
 
+// operatorEntry is the one entry of an operator's workload; the zero parent is
+// every agent.
+func operatorEntry(name string, parent spiffeid.ID, operator bool) *api.Entry {
+	e := &api.Entry{Id: name, SpiffeId: "spiffe://example.org/ops/" + name, Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}, Operator: operator}
+	if !parent.IsZero() {
+		e.ParentId = parent.String()
+	}
+	return e
+}
+
 // TestRemoteOperators manage a deployment with an SVID that another deployment
 // has signed for them, also one of a new keyset.
 func TestRemoteOperators(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "east", "west"))
-	for _, name := range []string{"alice", "bob", "carol"} {
-		r.put("west", name, "/ops/"+name)
-	}
 	a := r.join("west")
+	for _, name := range []string{"alice", "bob", "carol"} {
+		_, err := r.api.PutEntry(t.Context(), &api.PutEntryRequest{Scope: scope("west"), Entry: operatorEntry(name, a.id, false)})
+		check(t, err)
+	}
 	as := func(name string) api.OperatorClient {
 		t.Helper()
 		return api.NewOperatorClient(r.connect(a.workload(name), r.address("operators.address")).ClientConn)

@@ -36,7 +36,7 @@ type peer struct {
 	client  *http.Client
 	publish func(*spiffebundle.Bundle)
 	held    atomic.Pointer[held] // nil: nothing yet
-	kick    chan struct{}        // what the endpoint is verified with has changed
+	kick    chan struct{}        // the X.509 authorities that verify the endpoint have changed
 
 	// Of New, and then of the goroutine that follows.
 	file       string // see Record
@@ -72,16 +72,25 @@ func (p *peer) hold(h *held) {
 	p.publish(h.bundle)
 }
 
-// follow refreshes until ctx is done.
+// follow refreshes until ctx is done. A kick brings a refresh forward once in
+// [minInterval]: two endpoints that are verified with each other's bundles would
+// else have each other fetched without end.
 func (f *Follower) follow(ctx context.Context, p *peer) {
-	timer := time.NewTimer(0)
+	timer, unlock := time.NewTimer(0), time.NewTimer(0)
 	defer timer.Stop()
+	defer unlock.Stop()
+	var kick <-chan struct{} // nil: a kick waits
 	for {
 		select {
 		case <-ctx.Done():
 			return
+		case <-unlock.C:
+			kick = p.kick
+			continue
 		case <-timer.C:
-		case <-p.kick:
+		case <-kick:
+			kick = nil
+			unlock.Reset(minInterval)
 		}
 		outcome := f.refresh(ctx, p)
 		if ctx.Err() != nil {
@@ -139,6 +148,14 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	f.logChange(p, before, b)
 	p.hold(&held{bundle: b, leftOut: left, fetchedAt: now})
 	f.keepAgain(ctx, p)
+	if before == nil || !sameAuthorities(before.bundle, b) {
+		f.kickVerifiedWith(p)
+	}
+	return OutcomeApplied
+}
+
+// kickVerifiedWith has the endpoints fetched that are verified with p's bundle.
+func (f *Follower) kickVerifiedWith(p *peer) {
 	for _, other := range f.peers {
 		if other != p && other.ID.TrustDomain() == p.TrustDomain {
 			select {
@@ -147,7 +164,11 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 			}
 		}
 	}
-	return OutcomeApplied
+}
+
+// sameAuthorities reports whether two bundles verify the same X.509-SVIDs.
+func sameAuthorities(a, b *spiffebundle.Bundle) bool {
+	return a.X509Bundle().Equal(b.X509Bundle())
 }
 
 // failed logs the first of a row of failures as a warning and the rest as debug

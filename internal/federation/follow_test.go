@@ -419,3 +419,48 @@ func (d *domain) as(path string) (*tls.Certificate, error) {
 	}
 	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
 }
+
+// Two trust domains whose endpoints are verified with each other's bundles, and
+// answer with another bundle each time. A bundle with the same X.509 authorities
+// verifies nothing new and has nobody else fetched; others do so once a minute.
+func TestEndpointsOfEachOther(t *testing.T) {
+	for name, tt := range map[string]struct {
+		replaced bool // an authority in each answer
+		limit    int64
+	}{
+		"sequence numbers only": {false, 6}, // at the start and every 5 minutes, each
+		"authorities replaced":  {true, 28}, // and once a minute
+	} {
+		t.Run(name, func(t *testing.T) {
+			inWorld(t, func(w *world) {
+				a, b := w.domain(partner), w.domain(other)
+				var requests atomic.Int64
+				serve := func(of, verifier *domain) {
+					w.hand(of.td.Name()+":443", verifier.certificate, func(rw http.ResponseWriter, _ *http.Request) {
+						n := requests.Add(1)
+						certs := of.certificates()
+						if tt.replaced {
+							certs = append(certs, newAuthority(t).cert)
+						}
+						if n > 10*tt.limit {
+							n, certs = 10*tt.limit, of.certificates() // for a follower without a limit no time passes
+						}
+						rw.Write(document(of.td, uint64(n), certs...))
+					})
+				}
+				serve(a, b)
+				serve(b, a)
+				from := func(e federation.Endpoint, verifier *domain) federation.Endpoint {
+					e.ID = verifier.id()
+					return e
+				}
+				w.start(from(a.follow(), b), from(b.follow(), a))
+				time.Sleep(10*time.Minute + 30*time.Second)
+				synctest.Wait()
+				if n := requests.Load(); n > tt.limit {
+					t.Errorf("%d requests within 10m30s, want at most %d", n, tt.limit)
+				}
+			})
+		})
+	}
+}

@@ -39,9 +39,9 @@ type Deployment struct {
 	lifetime time.Duration
 	now      func() time.Time
 
-	mutating atomic.Bool    // a mutation is in flight
-	saves    sync.WaitGroup // see save
-	current  atomic.Pointer[snapshot]
+	mutating  atomic.Bool    // a mutation is in flight
+	mutations sync.WaitGroup // see mutate
+	current   atomic.Pointer[snapshot]
 }
 
 // Open loads the keysets of a deployment. Where none was ever stored it makes

@@ -44,6 +44,7 @@ const (
 	ErrSignForeign      Refusal = "cannot sign for a SPIFFE ID of another trust domain"
 	ErrSignReserved     Refusal = "cannot sign for the trust domain itself"
 	ErrSignNoAudience   Refusal = "cannot sign a JWT-SVID without audience"
+	ErrSignLongAudience Refusal = "cannot sign a JWT-SVID with an audience of 64 KiB and more"
 	ErrSignNegativeLife Refusal = "cannot sign for a negative lifetime"
 )
 

@@ -17,26 +17,47 @@ const mutationTimeout = 120 * time.Second
 // returns an error nothing is changed and the mutation returns that error as
 // it is. What it has seen is what the step is applied to: another mutation in
 // between makes this one fail with ErrBusy. Other mutations are refused while
-// it runs, so it must be fast.
+// it runs, so it must be fast. It runs on another goroutine, and may do so still
+// when the mutation has returned because its time was over.
 type Check func([]Keyset) error
 
-// mutate commits one change and publishes what follows from it. What is stored
-// decides, not what this process published last. change alters the document and
-// names the keyset that it is about; it is told who acts, and when. mutate
-// returns what is in force then.
-func (d *Deployment) mutate(ctx context.Context, operation string, checks []Check, change func(*Document, *Change) error) (then *snapshot, err error) {
+// mutate commits one change and publishes what follows from it, at the latest when
+// its time is up. A disk can be stuck for longer, in a read as in a commit. The
+// mutation is still in flight then and keeps others out. One whose commit had not
+// begun changes nothing; what a commit leads to is published when it is done. A
+// caller who is gone before that does not end the wait: how it ended is worth its
+// line in the log.
+func (d *Deployment) mutate(ctx context.Context, operation string, checks []Check, change func(*Document, *Change) error) (*snapshot, error) {
 	if !d.mutating.CompareAndSwap(false, true) {
 		return nil, ErrBusy
 	}
-	handedOver := false
-	defer func() {
-		if !handedOver {
-			d.mutating.Store(false)
-		}
-	}()
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
+	type outcome struct {
+		then *snapshot
+		err  error
+	}
+	done := make(chan outcome, 1)
+	d.mutations.Go(func() {
+		then, err := d.step(ctx, operation, checks, change)
+		d.mutating.Store(false)
+		done <- outcome{then, err}
+	})
+	deadline, _ := ctx.Deadline()
+	late := time.NewTimer(time.Until(deadline))
+	defer late.Stop()
+	select {
+	case o := <-done:
+		return o.then, o.err
+	case <-late.C:
+		return nil, fmt.Errorf("%s keyset: %w", operation, context.DeadlineExceeded)
+	}
+}
 
+// step carries out a mutation. What is stored decides, not what this process
+// published last. change alters the document and names the keyset that it is
+// about; it is told who acts, and when. step returns what is in force then.
+func (d *Deployment) step(ctx context.Context, operation string, checks []Check, change func(*Document, *Change) error) (then *snapshot, err error) {
 	failed := func(what string, err error) error { return fmt.Errorf("%s keyset: %s%w", operation, what, err) }
 	doc, err := d.storage.Load(ctx)
 	if err != nil {
@@ -69,45 +90,23 @@ func (d *Deployment) mutate(ctx context.Context, operation string, checks []Chec
 	if then, err = newSnapshot(d.td, doc); err != nil {
 		return nil, failed("", err)
 	}
-	handedOver = true
-	switch err := d.save(ctx, doc, c, then); {
+	// The caller may have been told long ago that the time is over.
+	if err := ctx.Err(); err != nil {
+		return nil, failed("", err)
+	}
+	switch err := d.storage.Save(ctx, doc, c); {
 	case errors.Is(err, ErrConflict):
 		return nil, ErrBusy
 	case err != nil:
 		return nil, failed("save: ", err)
 	}
+	d.advance(then)
 	return then, nil
-}
-
-// save commits a change and publishes what follows from it, at the latest when
-// the time of ctx is up. A disk can be stuck for longer. The mutation is still
-// in flight then and keeps others out; what it leads to is published when the
-// commit is done. A caller who is gone before that does not end the wait: how
-// it ended is worth its line in the log.
-func (d *Deployment) save(ctx context.Context, doc Document, c Change, then *snapshot) error {
-	done := make(chan error, 1)
-	d.saves.Go(func() {
-		err := d.storage.Save(ctx, doc, c)
-		if err == nil {
-			d.advance(then)
-		}
-		d.mutating.Store(false)
-		done <- err
-	})
-	deadline, _ := ctx.Deadline() // mutate sets one
-	late := time.NewTimer(time.Until(deadline))
-	defer late.Stop()
-	select {
-	case err := <-done:
-		return err
-	case <-late.C:
-		return context.DeadlineExceeded
-	}
 }
 
 // Wait returns when no mutation waits for its storage any more. It is for who
 // has closed that.
-func (d *Deployment) Wait() { d.saves.Wait() }
+func (d *Deployment) Wait() { d.mutations.Wait() }
 
 func states(doc Document) map[string]State {
 	out := make(map[string]State, len(doc.Records))

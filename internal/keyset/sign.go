@@ -3,11 +3,12 @@ package keyset
 import (
 	"crypto"
 	"crypto/ecdsa"
-	"crypto/ed25519"
+	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"net/url"
@@ -26,12 +27,16 @@ const (
 	DefaultJWTTTL  = 24 * time.Hour
 )
 
-// The sizes of RSA keys that are signed. The upper one bounds the work that a
-// stranger's key can cause.
+// The RSA keys that are signed, in bits and by their largest exponent. The upper
+// limits bound the work that a caller's key can cause.
 const (
-	minRSABits = 2048
-	maxRSABits = 8192
+	minRSABits     = 2048
+	maxRSABits     = 4096
+	maxRSAExponent = 65537
 )
+
+// maxAudience bounds the audience of a JWT-SVID, in bytes as it is in the token.
+const maxAudience = 64 << 10
 
 // X509SVID is a signed X.509-SVID. The authority signs leaves directly, so the
 // leaf is the whole chain.
@@ -53,20 +58,28 @@ type JWTSVID struct {
 
 // ParseCSR returns the public key of a PKCS#10 request in DER, whose signature
 // proves that the sender holds the private key. Nothing else in the request
-// counts. Keys are ECDSA, Ed25519, or RSA of 2048 to 8192 bits.
+// counts. Keys are what SPIRE's agents send, ECDSA P-256 and P-384 and RSA of 2048
+// to 4096 bits with an exponent of at most 65537, and P-521. Another key is refused
+// before its signature is verified.
 func ParseCSR(der []byte) (crypto.PublicKey, error) {
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil {
 		return nil, fmt.Errorf("malformed CSR: %w", err)
 	}
 	switch key := csr.PublicKey.(type) {
-	case *ecdsa.PublicKey, ed25519.PublicKey:
+	case *ecdsa.PublicKey:
+		if key.Curve == elliptic.P224() {
+			return nil, errors.New("ECDSA key on P-224: use P-256, P-384 or P-521")
+		}
 	case *rsa.PublicKey:
 		if bits := key.N.BitLen(); bits < minRSABits || bits > maxRSABits {
 			return nil, fmt.Errorf("RSA key of %d bits: must have %d to %d", bits, minRSABits, maxRSABits)
 		}
+		if key.E > maxRSAExponent {
+			return nil, fmt.Errorf("RSA key with exponent %d: must be at most %d", key.E, maxRSAExponent)
+		}
 	default:
-		return nil, errors.New("key type is not supported")
+		return nil, errors.New("key type is not supported: use ECDSA or RSA")
 	}
 	if err := csr.CheckSignature(); err != nil {
 		return nil, fmt.Errorf("invalid CSR signature: %w", err)
@@ -121,7 +134,7 @@ func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Dur
 
 // SignJWT signs a JWT-SVID with the active keyset. It ends after ttl
 // (DefaultJWTTTL when zero) or with the keyset, whichever is first. Empty
-// audiences are dropped; one must remain.
+// audiences are dropped; one must remain, and all must stay below 64 KiB.
 func (d *Deployment) SignJWT(id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
 	s := d.current.Load().active
 	now := d.now()
@@ -131,6 +144,9 @@ func (d *Deployment) SignJWT(id spiffeid.ID, audience []string, ttl time.Duratio
 	audience = slices.DeleteFunc(slices.Clone(audience), func(a string) bool { return a == "" })
 	if len(audience) == 0 {
 		return JWTSVID{}, ErrSignNoAudience
+	}
+	if data, err := json.Marshal(audience); err != nil || len(data) >= maxAudience {
+		return JWTSVID{}, ErrSignLongAudience
 	}
 	expiresAt, err := expiry(s, now, ttl, DefaultJWTTTL)
 	if err != nil {

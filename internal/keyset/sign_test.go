@@ -9,10 +9,15 @@ import (
 	"crypto/rsa"
 	"crypto/sha256"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
+	"math/big"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -155,6 +160,31 @@ func TestSignRefuses(t *testing.T) {
 	}
 }
 
+// An audience is in each token: how large it makes one is bounded, in few long
+// values, many short ones, and those that JSON makes longer.
+func TestSignJWTBoundsAudience(t *testing.T) {
+	t.Parallel()
+	d := open(t, keyset.Config{})
+	for name, tt := range map[string]struct {
+		audience []string
+		signed   bool
+	}{
+		"long":           {[]string{strings.Repeat("x", 64<<10-5)}, true},
+		"too long":       {[]string{strings.Repeat("x", 64<<10)}, false},
+		"many":           {slices.Repeat([]string{"a"}, 16<<10-1), true},
+		"too many":       {slices.Repeat([]string{"a"}, 16<<10+1), false},
+		"longer in JSON": {[]string{strings.Repeat("\x01", 16<<10)}, false},
+	} {
+		svid, err := d.SignJWT(workload, tt.audience, 0)
+		if signed := err == nil; signed != tt.signed || !signed && !errors.Is(err, keyset.ErrSignLongAudience) {
+			t.Errorf("%s: %v", name, err)
+		}
+		if len(svid.Token) > 90<<10 {
+			t.Errorf("%s: a token of %d bytes", name, len(svid.Token))
+		}
+	}
+}
+
 func TestSignJWT(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
@@ -239,16 +269,19 @@ func TestParseCSR(t *testing.T) {
 		}
 		return key
 	}
-	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
 	_, ed, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
 	}
 	ec := newKey(t)
-	for name, key := range map[string]any{"ec-p256": ec, "ec-p384": p384, "ed25519": ed, "rsa-2048": rsaKey(2048)} {
+	curve := func(c elliptic.Curve) *ecdsa.PrivateKey {
+		key, err := ecdsa.GenerateKey(c, rand.Reader)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return key
+	}
+	for name, key := range map[string]any{"ec-p256": ec, "ec-p384": curve(elliptic.P384()), "ec-p521": curve(elliptic.P521()), "rsa-2048": rsaKey(2048)} {
 		pub, err := keyset.ParseCSR(request(key))
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -268,12 +301,61 @@ func TestParseCSR(t *testing.T) {
 	tampered[len(tampered)-1] ^= 1
 	for name, der := range map[string][]byte{
 		"nothing": nil, "garbage": []byte("garbage"), "signature broken": tampered, "rsa-1024": request(rsaKey(1024)),
-		"trailing data": append(request(ec), 0),
+		"trailing data": append(request(ec), 0), "ec-p224": request(curve(elliptic.P224())), "ed25519": request(ed),
 	} {
 		if _, err := keyset.ParseCSR(der); err == nil {
 			t.Errorf("%s: no error", name)
 		}
 	}
+}
+
+// The work for an RSA key grows with its size and its exponent: what is too large
+// is refused before its signature is looked at.
+func TestParseCSRBoundsRSA(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		bits, exponent int
+		within         bool
+	}{
+		{2047, 65537, false}, {2048, 65537, true}, {2048, 3, true}, {3072, 65537, true}, {4096, 65537, true},
+		{4097, 65537, false}, {8192, 65537, false}, {16384, 65537, false}, {2048, 65539, false}, {2048, 1<<31 - 1, false},
+	} {
+		n := new(big.Int).Lsh(big.NewInt(1), uint(tt.bits-1))
+		_, err := keyset.ParseCSR(unsigned(t, &rsa.PublicKey{N: n.SetBit(n, 0, 1), E: tt.exponent}))
+		if err == nil {
+			t.Fatalf("%d bits, exponent %d: a wrong signature was accepted", tt.bits, tt.exponent)
+		}
+		if verified := strings.Contains(err.Error(), "signature"); verified != tt.within {
+			t.Errorf("%d bits, exponent %d: signature verified: %v, want %v (%v)", tt.bits, tt.exponent, verified, tt.within, err)
+		}
+	}
+}
+
+// unsigned is a request for a key (RFC 2986, section 4) with a signature of zeros.
+func unsigned(t *testing.T, key *rsa.PublicKey) []byte {
+	t.Helper()
+	public, err := x509.MarshalPKIXPublicKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	type info struct {
+		Version          int
+		Subject, Key     asn1.RawValue
+		AttributesTagged []asn1.RawValue `asn1:"tag:0"`
+	}
+	der, err := asn1.Marshal(struct {
+		Info      info
+		Algorithm pkix.AlgorithmIdentifier
+		Signature asn1.BitString
+	}{
+		info{Subject: asn1.RawValue{FullBytes: []byte{0x30, 0}}, Key: asn1.RawValue{FullBytes: public}},
+		pkix.AlgorithmIdentifier{Algorithm: asn1.ObjectIdentifier{1, 2, 840, 113549, 1, 1, 11}, Parameters: asn1.NullRawValue},
+		asn1.BitString{Bytes: make([]byte, key.Size()), BitLength: 8 * key.Size()},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
 }
 
 // FuzzParseCSR gives what is parsed to the signer: whatever passes is signed

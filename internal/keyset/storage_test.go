@@ -76,6 +76,77 @@ func TestMutationIsBounded(t *testing.T) {
 	})
 }
 
+// TestStuckRead has a disk that does not let go of a read, as a page of a mapped
+// file does, or a check that does not end. Neither takes notice of the caller's
+// time. The mutation ends in time, is in flight until the disk is done, and changes
+// nothing then: its caller was told that the time is over.
+func TestStuckRead(t *testing.T) {
+	t.Parallel()
+	for _, inCheck := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			store := &stuckRead{}
+			d := open(t, keyset.Config{Storage: store})
+			k, err := d.Prepare(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			gate := make(chan struct{})
+			var checks []keyset.Check
+			if inCheck {
+				checks = append(checks, func([]keyset.Keyset) error { <-gate; return nil })
+			} else {
+				store.hold(gate)
+			}
+			for operation, mutate := range map[string]func() error{
+				"prepare":  func() error { _, err := d.Prepare(t.Context(), checks...); return err },
+				"activate": func() error { return d.Activate(t.Context(), k.ID, checks...) },
+				"taint":    func() error { return d.Taint(t.Context(), k.ID, checks...) },
+			} {
+				begin := time.Now()
+				if err := mutate(); !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
+					t.Errorf("%s, in check %v: after %v: %v", operation, inCheck, time.Since(begin), err)
+				}
+				if err := mutate(); !errors.Is(err, keyset.ErrBusy) {
+					t.Errorf("%s, in check %v, another one meanwhile: %v", operation, inCheck, err)
+				}
+				gate <- struct{}{}
+				d.Wait()
+			}
+			store.hold(nil)
+			all, err := d.List(t.Context())
+			if err != nil || len(all) != 2 || all[1].State != keyset.Prepared {
+				t.Errorf("in check %v: what nobody waited for was done: %+v, %v", inCheck, all, err)
+			}
+			if err := d.Activate(t.Context(), k.ID); err != nil {
+				t.Errorf("in check %v: another one after it: %v", inCheck, err)
+			}
+		})
+	}
+}
+
+// stuckRead is a storage whose reads wait for the gate, when there is one.
+type stuckRead struct {
+	keyset.Memory
+	mu   sync.Mutex
+	gate chan struct{}
+}
+
+func (s *stuckRead) hold(gate chan struct{}) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gate = gate
+}
+
+func (s *stuckRead) Load(ctx context.Context) (keyset.Document, error) {
+	s.mu.Lock()
+	gate := s.gate
+	s.mu.Unlock()
+	if gate != nil {
+		<-gate
+	}
+	return s.Memory.Load(ctx)
+}
+
 // TestStuckCommit has a disk that does not let go of a commit, and takes no
 // notice of the caller's time. The mutation ends in time and is in flight all the
 // same; what it did is in force when the disk is done.

@@ -75,8 +75,18 @@ func TestGone(t *testing.T) {
 		check(t, l.GiveX509(t.Context(), row("A", "one", "x", time.Now().Add(day)), row("A", "two", "x", time.Now().Add(day)),
 			row("B", "one", "x", time.Now().Add(day))))
 		check(t, l.Report(t.Context(), "one", says("C", 1, 0, false)))
+		l.Applied("three", 7)
+		for id, want := range map[string]bool{"nobody": false, "one": true, "two": true, "three": true} {
+			if got := l.Knows(id); got != want {
+				t.Errorf("knows %s: %v", id, got)
+			}
+		}
 		check(t, l.Gone(t.Context(), "nobody"))
 		check(t, l.Gone(t.Context(), "one"))
+		check(t, l.Gone(t.Context(), "three"))
+		if l.Knows("one") || l.Knows("three") {
+			t.Error("knows who is gone")
+		}
 		if _, ok := l.Contact("one"); ok || m.count() != 1 || !m.has("A", "two", "x") {
 			t.Errorf("kept: %v", m.rows)
 		}

@@ -173,6 +173,14 @@ func (l *Ledger) Contact(agent string) (Contact, bool) {
 	return g.contact, true
 }
 
+// Knows reports whether the ledger has anything of an agent: what it may hold, or
+// that it was heard from.
+func (l *Ledger) Knows(agent string) bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.agents[agent] != nil
+}
+
 // Gone is the operator's word that an agent's node no longer exists: its rows,
 // durably, and reports are dropped. Where the word was wrong, the agent's next
 // report counts again.

@@ -269,7 +269,7 @@ func protoEntry(e *server.Entry) *api.Entry {
 	if e == nil {
 		return nil
 	}
-	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint, DnsNames: e.DNSNames}
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint, DnsNames: e.DNSNames, Operator: e.Operator}
 	if !e.ParentID.IsZero() {
 		out.ParentId = e.ParentID.String()
 	}
@@ -294,7 +294,10 @@ func parseEntry(p *api.Entry) (server.Entry, error) {
 	wrong := func(field string, value any, err error) (server.Entry, error) {
 		return server.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)
 	}
-	e := server.Entry{ID: p.GetId(), Hint: p.GetHint(), DNSNames: p.GetDnsNames(), X509TTL: p.GetX509Ttl().AsDuration(), JWTTTL: p.GetJwtTtl().AsDuration()}
+	e := server.Entry{
+		ID: p.GetId(), Operator: p.GetOperator(), Hint: p.GetHint(), DNSNames: p.GetDnsNames(),
+		X509TTL: p.GetX509Ttl().AsDuration(), JWTTTL: p.GetJwtTtl().AsDuration(),
+	}
 	var err error
 	if e.SPIFFEID, err = spiffeid.FromString(p.GetSpiffeId()); err != nil {
 		return wrong("spiffe_id", p.GetSpiffeId(), err)

@@ -195,7 +195,7 @@ func TestRemovedEntries(t *testing.T) {
 // and all of it changed into one answer. A few large entries are as good as many.
 func TestManyEntries(t *testing.T) {
 	t.Parallel()
-	const n, size = 100, 300_000
+	const n, size = 600, 50_000
 	w := newWorldFor(t, nil, nil)
 	c, err := operator.DialSocket(adminSocket(t, w))
 	check(t, err)
@@ -285,11 +285,15 @@ func TestAgents(t *testing.T) {
 				t.Errorf("evicted %d times: %d SVIDs count, want %d", i+1, n, c2.left)
 			}
 		}
-		for text, code := range map[string]codes.Code{agent("z").String(): codes.NotFound, "a": codes.InvalidArgument, "": codes.InvalidArgument} {
+		for text, code := range map[string]codes.Code{
+			agent("z").String(): codes.NotFound, agent("a").String(): codes.NotFound, "spiffe://other.org/spire/agent/a": codes.NotFound,
+			"a": codes.InvalidArgument, "": codes.InvalidArgument,
+		} {
 			_, ban := c.BanAgent(t.Context(), &api.BanAgentRequest{AgentId: text})
 			_, evict := c.EvictAgent(t.Context(), &api.EvictAgentRequest{AgentId: text})
-			if status.Code(ban) != code || status.Code(evict) != code {
-				t.Errorf("%q: %v, %v; want %v", text, ban, evict, code)
+			_, gone := c.EvictAgent(t.Context(), &api.EvictAgentRequest{AgentId: text, Gone: true})
+			if status.Code(ban) != code || status.Code(evict) != code || status.Code(gone) != code {
+				t.Errorf("%q: %v, %v, %v; want %v", text, ban, evict, gone, code)
 			}
 		}
 	})

@@ -139,6 +139,9 @@ func (r Rules) ofProcess(p process) Role {
 	return Nobody
 }
 
+// IsOperator reports whether a SPIFFE ID has a role.
+func (r Rules) IsOperator(id spiffeid.ID) bool { return r.ofID(id) != Nobody }
+
 func (r Rules) ofID(id spiffeid.ID) Role {
 	switch {
 	case r.managers.ids[id]:

@@ -177,14 +177,14 @@ func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
 	var lines []string
 	switch {
 	case k.Unknown != "":
-		lines = append(lines, "What hangs on it is not known: "+k.Unknown)
+		lines = append(lines, "What hangs on it is not known: "+cli.Printable(k.Unknown))
 	case k.X509SVIDs < 0:
 		lines = append(lines, "How many X.509-SVIDs hang on it is not known.")
 	default:
 		lines = append(lines, fmt.Sprintf("%s on it.", left(k, holders, "hang")))
 	}
 	if err != nil {
-		lines = append(lines, fmt.Sprintf("Which agents hold them is not known: %v", err))
+		lines = append(lines, "Which agents hold them is not known: "+cli.Printable(err.Error()))
 	}
 	for i, h := range byEnd(holders, now) {
 		if i == namedHolders {

@@ -5,8 +5,9 @@ import (
 	"io"
 	"slices"
 	"strconv"
-	"text/tabwriter"
 	"time"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // notKnown is what stands for a figure that is not to be had.
@@ -18,13 +19,13 @@ const notKnown = "not known"
 // valid one from anybody. What is not known says so. Nothing follows the table:
 // scripts cut it; what else there is to say is in [Remarks].
 func List(w io.Writer, s Status, now time.Time) error {
-	if _, err := fmt.Fprintf(w, "Deployment: %s\nSigning Keys:\n", s.Deployment); err != nil {
-		return fmt.Errorf("write output: %w", err)
+	if err := cli.Printf(w, "Deployment: %s\nSigning Keys:\n", cli.Printable(s.Deployment)); err != nil {
+		return err
 	}
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	table := cli.NewTable(w)
 	_, _ = fmt.Fprintln(table, "Type\tKeyset ID\tIssued At\tExpires At\tState\tLive SVIDs\tSafe to remove")
 	row := func(k Keyset, typ, state, live, safe string) {
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", typ, k.ID, stamp(k.IssuedAt), stamp(k.ExpiresAt), state, live, safe)
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", typ, cli.Printable(k.ID), stamp(k.IssuedAt), stamp(k.ExpiresAt), state, live, safe)
 	}
 	for _, k := range s.Keysets {
 		if k.X509AuthorityID == "" {
@@ -75,6 +76,9 @@ func Remarks(s Status) []string {
 	}
 	if s.Automatic != "" {
 		lines = append(lines, "Automatic rotation: "+s.Automatic+".")
+	}
+	for i, line := range lines {
+		lines[i] = cli.Printable(line)
 	}
 	return lines
 }

@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"time"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // Action is a step of a rotation.
@@ -259,7 +261,7 @@ func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 		if state = notKnownBehind; s.Agents >= 0 && s.AgentsBehind > 0 {
 			state = behind(s)
 		} else if k, _ := find(s, step.Keyset); k.Unknown != "" {
-			state += ": " + k.Unknown
+			state += ": " + cli.Printable(k.Unknown)
 		}
 		return false, state, nil
 	})

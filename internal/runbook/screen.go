@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"io"
 	"time"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // repeatEvery is how often progress is said where it cannot be redrawn.
@@ -11,7 +13,8 @@ const repeatEvery = 10 * time.Second
 
 // Screen is where progress is written: one line that is redrawn in place on a
 // terminal, and a line every ten seconds elsewhere. The zero Screen is silent.
-// It is used from one goroutine.
+// It is used from one goroutine. Text from elsewhere is written as
+// [cli.PrintableLines] leaves it.
 type Screen struct {
 	W io.Writer
 	// Width is the number of columns of the terminal; nil or not positive: W
@@ -29,7 +32,7 @@ func (s *Screen) Line(text string) {
 		return
 	}
 	s.Clear()
-	_, _ = fmt.Fprintln(s.W, text)
+	_, _ = fmt.Fprintln(s.W, cli.PrintableLines(text))
 }
 
 // Clear takes the progress line away, before something else is written to the
@@ -47,6 +50,7 @@ func (s *Screen) Progress(kind, text string, now time.Time) {
 	if s == nil || s.W == nil {
 		return
 	}
+	text = cli.Printable(text) // a line feed could not be redrawn
 	width := 0
 	if s.Width != nil {
 		width = s.Width()

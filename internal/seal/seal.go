@@ -24,6 +24,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/insecurecleartextkeyset"
 	"github.com/tink-crypto/tink-go/v2/keyset"
 	"github.com/tink-crypto/tink-go/v2/tink"
+	"golang.org/x/sys/unix"
 )
 
 // ErrWrongKey is returned for what cannot be opened: it was sealed with a key
@@ -134,11 +135,8 @@ func load(path string, forbidden fs.FileMode) (Manager, error) {
 
 func read(path string, forbidden fs.FileMode) (*keyset.Handle, error) {
 	f, err := os.Open(path)
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil, fmt.Errorf("key file: %w: put back the one that the store was made with, or, for a new store, make one with \"server key new %s\"", err, path)
-	}
 	if err != nil {
-		return nil, fmt.Errorf("key file: %w", err)
+		return nil, openError(path, err)
 	}
 	defer f.Close()
 	info, err := f.Stat()
@@ -161,6 +159,13 @@ func read(path string, forbidden fs.FileMode) (*keyset.Handle, error) {
 		return nil, fmt.Errorf("key file %s holds no key: it should be what \"server key new\" writes; restore it from a backup", path)
 	}
 	return h, nil
+}
+
+func openError(path string, err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("key file: %w: put back the one that the store was made with, or, for a new store, make one with \"server key new %s\"", err, path)
+	}
+	return fmt.Errorf("key file: %w", err)
 }
 
 // NewKey writes a new key, as a key file holds it, to w.
@@ -199,9 +204,24 @@ func NewFile(path string) error {
 
 // AddKey adds a new key to a key file and makes it the primary one. The older
 // keys stay for what they have sealed; the store seals its keys anew when it is
-// opened the next time.
+// opened the next time. Several calls, of several processes, take turns: a file
+// written from what another call has replaced would lose the key that it added.
 func AddKey(path string) error {
-	h, err := read(path, 0o077)
+	// The file itself is replaced, not a link to it.
+	file, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		return openError(path, err)
+	}
+	// The folder stays the same file while what is in it is replaced.
+	dir, err := os.Open(filepath.Dir(file))
+	if err != nil {
+		return fmt.Errorf("key file: %w", err)
+	}
+	defer dir.Close() // unlocks
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("key file: lock folder %s: %w", dir.Name(), err)
+	}
+	h, err := read(file, 0o077)
 	if err != nil {
 		return err
 	}
@@ -216,11 +236,7 @@ func AddKey(path string) error {
 	if h, err = m.Handle(); err != nil {
 		return fmt.Errorf("add an encryption key: %w", err)
 	}
-	// The file itself is replaced, not a link to it.
-	if path, err = filepath.EvalSymlinks(path); err != nil {
-		return fmt.Errorf("key file: %w", err)
-	}
-	return place(path, h, func(from, to string) error {
+	return place(file, h, func(from, to string) error {
 		if err := giveAs(from, to); err != nil {
 			return err
 		}

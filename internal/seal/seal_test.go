@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 
@@ -257,6 +258,47 @@ func TestFind(t *testing.T) {
 		}
 		if _, err := seal.Find("", credentials); (err == nil) != ok {
 			t.Errorf("a credential of mode %04o: %v", mode, err)
+		}
+	}
+}
+
+// Several operators add a key at once, and the server is restarted after each:
+// what it seals then is opened with the file that is there in the end.
+func TestAddKeyAtOnce(t *testing.T) {
+	t.Parallel()
+	path := newFile(t)
+	const n = 16
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(path, link); err != nil {
+		t.Fatal(err)
+	}
+	var sealed [n][]byte
+	var all sync.WaitGroup
+	for i := range n {
+		all.Go(func() {
+			name := path
+			if i%2 == 1 {
+				name = link
+			}
+			err := seal.AddKey(name)
+			if err != nil {
+				t.Errorf("AddKey: %v", err)
+				return
+			}
+			m, err := seal.File(path)
+			if err == nil {
+				sealed[i], err = m.Seal([]byte("key"), nil)
+			}
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	all.Wait()
+	m := file(t, path)
+	for _, s := range sealed {
+		if _, err := m.Open(s, nil); err != nil {
+			t.Fatalf("a key that was in use is lost: %v", err)
 		}
 	}
 }

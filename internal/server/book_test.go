@@ -2,6 +2,7 @@ package server_test
 
 import (
 	"context"
+	"slices"
 	"sync"
 	"time"
 
@@ -76,6 +77,15 @@ func (b *book) Applied(agent string, sequence uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.applied[agent] = sequence
+}
+
+func (b *book) Knows(agent string) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if slices.Contains(b.gone, agent) {
+		return false
+	}
+	return slices.ContainsFunc(slices.Concat(b.calls...), func(r ledger.Row) bool { return r.Agent == agent })
 }
 
 func (b *book) Gone(ctx context.Context, agent string) error {

@@ -19,7 +19,10 @@ type Entry struct {
 	ID       string // at most 255 bytes
 	SPIFFEID spiffeid.ID
 	// ParentID is the agent that serves the entry; every agent when zero.
-	ParentID  spiffeid.ID
+	ParentID spiffeid.ID
+	// Operator says that every agent may serve the entry of an operator: without
+	// it such an entry needs a ParentID; see [Config.IsOperator].
+	Operator  bool `json:",omitempty"`
 	Selectors []Selector
 	// Hint tells a workload with several identities them apart.
 	Hint          string

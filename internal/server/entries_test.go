@@ -292,6 +292,14 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 			"parent is no agent": {"parent_id", func(e *server.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/node/1") }},
 			"parent is a domain": {"parent_id", func(e *server.Entry) { e.ParentID = td.ID() }},
 			"long hint":          {"hint", func(e *server.Entry) { e.Hint = strings.Repeat("x", 1025) }},
+			"too large by selectors": {"size", func(e *server.Entry) {
+				e.Selectors = []server.Selector{{Type: "k8s", Value: strings.Repeat("x", 64<<10)}}
+			}},
+			"too large by trust domains": {"size", func(e *server.Entry) {
+				for i := range 5000 {
+					e.FederatesWith = append(e.FederatesWith, spiffeid.RequireTrustDomainFromString(fmt.Sprintf("domain%d.example", i)))
+				}
+			}},
 			"long SPIFFE ID": {"spiffe_id", func(e *server.Entry) {
 				e.SPIFFEID = spiffeid.RequireFromPath(td, "/"+strings.Repeat("x", 2048-len("spiffe://example.org")))
 			}},
@@ -317,6 +325,7 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 		s.apply(t, []server.Entry{entry("most", func(e *server.Entry) {
 			e.ID, e.Hint, e.JWTTTL = strings.Repeat("x", 255), strings.Repeat("x", 1024), time.Second
 			e.SPIFFEID = spiffeid.RequireFromPath(td, "/"+strings.Repeat("x", 2047-len("spiffe://example.org")))
+			e.Selectors = []server.Selector{{Type: "k8s", Value: strings.Repeat("x", 60_000)}}
 		})})
 	})
 }

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/internal/keyset"
 )
@@ -20,10 +21,14 @@ const (
 	maxHint     = 1024 // as under a SPIRE server
 )
 
+// maxEntrySize bounds an entry as agents get it, in bytes. One that fits no message
+// would keep all entries from every agent.
+const maxEntrySize = 64 << 10
+
 // EntryError says which field of which entry is wrong, and why.
 type EntryError struct {
 	Entry   string // ID
-	Field   string // as operators write it: id, spiffe_id, parent_id, ...
+	Field   string // as operators write it: id, spiffe_id, parent_id, ...; or size
 	Problem string
 }
 
@@ -53,6 +58,8 @@ func (s *Server) checkEntry(e Entry) error {
 		return wrong("parent_id", "%q is not of trust domain %q", e.ParentID, s.td.Name())
 	case !e.ParentID.IsZero() && !strings.HasPrefix(e.ParentID.Path(), agentPath):
 		return wrong("parent_id", "%q is no agent's, nobody would serve the entry: leave it out for all agents", e.ParentID)
+	case e.ParentID.IsZero() && !e.Operator && s.config.IsOperator(e.SPIFFEID):
+		return wrong("parent_id", "is not set, and %q is an operator's: every agent could get an SVID of it and do what the operator may: name the agent that serves it, or set operator: true if that is meant", e.SPIFFEID)
 	case len(e.Selectors) == 0:
 		return wrong("selectors", "there are none: it would match every workload")
 	case len(e.Hint) > maxHint:
@@ -73,7 +80,32 @@ func (s *Server) checkEntry(e Entry) error {
 	if err := checkX509TTL(e.X509TTL); err != nil {
 		return wrong("x509_ttl", "%v", err)
 	}
+	stored := StoredEntry{Entry: e}
+	if n := proto.Size(stored.proto(e.ParentID, nil)); n > maxEntrySize {
+		return wrong("size", "is %d bytes, at most %d are possible: shorten selectors, federates_with or dns_names", n, maxEntrySize)
+	}
 	return nil
+}
+
+// maxListed bounds how many entries [Server.listRefused] lists.
+const maxListed = 20
+
+// listRefused logs the stored entries that a change would refuse: they are older
+// than the rule, or their SPIFFE ID has become an operator's since. They stay.
+func (s *Server) listRefused() {
+	refused := 0
+	for _, e := range s.entries.Load().sorted {
+		err := s.checkEntry(e.Entry)
+		if err == nil {
+			continue
+		}
+		if refused++; refused <= maxListed {
+			s.log.Warn("stored entry would be refused", "entry_id", e.ID, "spiffe_id", e.SPIFFEID.String(), "error", err)
+		}
+	}
+	if refused > maxListed {
+		s.log.Warn("more stored entries would be refused", "listed", maxListed, "refused", refused)
+	}
 }
 
 func checkX509TTL(ttl time.Duration) error {
@@ -102,7 +134,7 @@ func canonical(e Entry) Entry {
 }
 
 func equalEntry(a, b Entry) bool {
-	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Hint == b.Hint &&
+	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Operator == b.Operator && a.Hint == b.Hint &&
 		a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
 		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith) &&
 		slices.Equal(a.DNSNames, b.DNSNames)

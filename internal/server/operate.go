@@ -60,8 +60,9 @@ func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
 // returns ErrNotFound for an agent that is not attested.
 //
 // What it was given counts in the ledger until it expires, unless gone is the
-// operator's word that the node no longer exists. With gone an agent that was
-// forgotten before is no error: the ledger may know it still.
+// operator's word that the node no longer exists. With gone ErrNotFound is returned
+// only when the ledger knows nothing of the agent either: it may have been evicted
+// before.
 func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) error {
 	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
 		if a == nil {
@@ -69,7 +70,8 @@ func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) erro
 		}
 		return nil, nil
 	})
-	if err != nil && (!gone || !errors.Is(err, ErrNotFound)) {
+	forgotten := errors.Is(err, ErrNotFound) && gone && s.ledger.Knows(id.String())
+	if err != nil && !forgotten {
 		return fmt.Errorf("evict agent %s: %w", id, err)
 	}
 	if gone {

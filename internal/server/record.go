@@ -29,6 +29,8 @@ type Ledger interface {
 	Report(ctx context.Context, agent string, r ledger.Report) error
 	// Applied takes an agent's word on the bundle that it applies.
 	Applied(agent string, sequence uint64)
+	// Knows reports whether there is anything of an agent.
+	Knows(agent string) bool
 	// Gone takes an operator's word that the agent's node does not exist.
 	Gone(ctx context.Context, agent string) error
 }
@@ -50,4 +52,5 @@ func (noLedger) GiveX509(context.Context, ...ledger.Row) error       { return ni
 func (noLedger) GiveJWT(context.Context, string, time.Time) error    { return nil }
 func (noLedger) Report(context.Context, string, ledger.Report) error { return nil }
 func (noLedger) Applied(string, uint64)                              {}
+func (noLedger) Knows(string) bool                                   { return false }
 func (noLedger) Gone(context.Context, string) error                  { return nil }

@@ -12,6 +12,7 @@ import (
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/go-jose/go-jose/v4/jwt"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -337,6 +338,12 @@ func TestEvictAgentThatIsGone(t *testing.T) {
 		who, c = s.join(t)
 		if err := s.EvictAgent(t.Context(), who.id, true); err != nil || len(b.gone) != 2 {
 			t.Errorf("evicted and gone at once: %v, %v", err, b.gone)
+		}
+		// It was the operator's word on somebody nobody has heard of.
+		for _, id := range []spiffeid.ID{who.id, spiffeid.RequireFromPath(td, "/spire/agent/join_token/MISTYPED"), spiffeid.RequireFromPath(td, "/web"), spiffeid.RequireFromString("spiffe://other.org/spire/agent/join_token/X")} {
+			if err := s.EvictAgent(t.Context(), id, true); !errors.Is(err, server.ErrNotFound) || len(b.gone) != 2 {
+				t.Errorf("%s: %v, gone are %v", id, err, b.gone)
+			}
 		}
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, notAttested)
 	})

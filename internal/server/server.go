@@ -123,6 +123,9 @@ type Config struct {
 	// ConnectionAge is when a client is asked to connect anew: three minutes
 	// when zero, never when negative.
 	ConnectionAge time.Duration
+	// IsOperator reports whether whoever has an SVID of an ID may operate the server:
+	// entries with it need a ParentID or Operator; nobody when nil.
+	IsOperator func(spiffeid.ID) bool
 	// Ledger records every SVID before it is handed out; nothing is recorded,
 	// and no reports are taken, when nil.
 	Ledger Ledger
@@ -190,6 +193,9 @@ func New(c Config) (*Server, error) {
 	if s.ledger == nil {
 		s.ledger = noLedger{}
 	}
+	if s.config.IsOperator == nil {
+		s.config.IsOperator = func(spiffeid.ID) bool { return false }
+	}
 	if s.config.ConnectionAge == 0 {
 		s.config.ConnectionAge = connectionAge
 	}
@@ -220,6 +226,7 @@ func New(c Config) (*Server, error) {
 	if err := s.loadEntries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
+	s.listRefused()
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}

@@ -138,6 +138,8 @@ func (v *svidService) jwt(ctx context.Context, agent spiffeid.ID, req *svidv1.Ne
 	switch {
 	case errors.Is(err, keyset.ErrSignNoAudience):
 		return nil, status.Error(codes.InvalidArgument, "at least one audience is required")
+	case errors.Is(err, keyset.ErrSignLongAudience):
+		return nil, status.Error(codes.InvalidArgument, err.Error())
 	case err != nil:
 		return nil, v.s.internal("sign JWT-SVID", err)
 	}

@@ -189,9 +189,11 @@ func TestNewJWTSVID(t *testing.T) {
 		}
 		_, err = mint("a")
 		wantCode(t, err, codes.InvalidArgument)
+		_, err = mint("a", strings.Repeat("x", 64<<10))
+		wantCode(t, err, codes.InvalidArgument)
 		_, err = mint("unknown", "x")
 		wantCode(t, err, codes.NotFound)
-		if got, want := fmt.Sprint(seen.by), "map[jwt InvalidArgument:1 jwt NotFound:1 jwt OK:1]"; got != want {
+		if got, want := fmt.Sprint(seen.by), "map[jwt InvalidArgument:2 jwt NotFound:1 jwt OK:1]"; got != want {
 			t.Errorf("observed %s, want %s", got, want)
 		}
 	})

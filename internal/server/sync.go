@@ -34,8 +34,8 @@ func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.Ge
 // SyncAuthorizedEntries answers a first request, which has an output mask
 // only, with all entries or, where they do not fit one page (of pageSize entries
 // and pageBytes), with their revisions. Then it answers each request with the
-// entries it names, until the agent closes the stream. All answers are of the
-// moment of the first.
+// entries it names, a page's at most and each of them once, until the agent closes
+// the stream. All answers are of the moment of the first.
 func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse]) error {
 	id, err := caller(stream.Context())
 	if err != nil {
@@ -79,12 +79,18 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 		if err != nil {
 			return ended(err)
 		}
-		p := newPage(min(len(req.GetIds()), pageSize))
+		// SPIRE's agents ask for as many as the first page of revisions has.
+		if n := len(req.GetIds()); n > pageSize {
+			return status.Errorf(codes.InvalidArgument, "%d entries asked for at once: %d at most", n, pageSize)
+		}
+		p := newPage(len(req.GetIds()))
+		answered := make(map[string]bool, len(req.GetIds()))
 		for _, entryID := range req.GetIds() {
 			entry := set.find(id, entryID)
-			if entry == nil {
-				continue // not there, or not for this agent
+			if entry == nil || answered[entryID] {
+				continue // not there, not for this agent, or named before
 			}
+			answered[entryID] = true
 			out := entry.proto(id, mask)
 			if !p.fits(out) {
 				p.resp.More = true
@@ -112,7 +118,7 @@ func newPage(capacity int) *page {
 }
 
 // fits reports whether the page has room for an entry. An empty one has room for
-// any.
+// any: entries that are stored may be of a time when they had no limit.
 func (p *page) fits(e *types.Entry) bool {
 	n := len(p.resp.Entries)
 	return n == 0 || n < pageSize && p.bytes+proto.Size(e) <= pageBytes

@@ -100,8 +100,8 @@ func TestSyncOfManyPages(t *testing.T) {
 			}
 			return entries
 		}
-		ask(ids, 500, 500, 1)
 		ask(ids[:500], 500)
+		ask(ids[1000:], 1)
 		ask([]string{"unknown"}, 0)
 		got := ask([]string{ids[7], "unknown", ids[3]}, 2)
 		for _, e := range got {
@@ -109,32 +109,45 @@ func TestSyncOfManyPages(t *testing.T) {
 				t.Errorf("entry %v", e)
 			}
 		}
+		ask(slices.Repeat(ids[:1], 500), 1) // named again and again, answered once
 		if err := stream.CloseSend(); err != nil {
 			t.Fatal(err)
 		}
 		if _, err := stream.Recv(); !errors.Is(err, io.EOF) {
 			t.Errorf("after the end: %v", err)
 		}
+		stream = openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: syncMask})
+		receive(t, stream)
+		if err := stream.Send(&entryv1.SyncAuthorizedEntriesRequest{Ids: ids[:501]}); err != nil {
+			t.Fatal(err)
+		}
+		_, err := stream.Recv()
+		wantCode(t, err, codes.InvalidArgument)
 	})
 }
 
-// TestSyncOfLargeEntries: however large entries are, a client with gRPC's default
-// limit of 4 MiB gets them, as many in one message as fit.
+// TestSyncOfLargeEntries: a client with gRPC's default limit of 4 MiB gets the
+// largest entries, too, as many in one message as fit, and one that was stored
+// before entries had a limit.
 func TestSyncOfLargeEntries(t *testing.T) {
 	t.Parallel()
-	bubble(t, server.Config{}, func(t *testing.T, s *running) {
+	large := func(bytes int) func(*server.Entry) {
+		return func(e *server.Entry) {
+			e.Selectors = append(e.Selectors, server.Selector{Type: "k8s", Value: strings.Repeat("x", bytes)})
+		}
+	}
+	storage := server.NewMemory()
+	entries := make([]server.StoredEntry, 400)
+	for i := range entries {
+		entries[i].Entry = entry(fmt.Sprintf("e%05d", i), large(20_000))
+		entries[i].Revision = 1
+	}
+	entries[7].Entry = entry("e00007", large(2_000_000))
+	if err := storage.PutEntries(t.Context(), entries, nil); err != nil {
+		t.Fatal(err)
+	}
+	bubble(t, server.Config{Storage: storage}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
-		large := func(bytes int) func(*server.Entry) {
-			return func(e *server.Entry) {
-				e.Selectors = append(e.Selectors, server.Selector{Type: "k8s", Value: strings.Repeat("x", bytes)})
-			}
-		}
-		entries := make([]server.Entry, 400)
-		for i := range entries {
-			entries[i] = entry(fmt.Sprintf("e%05d", i), large(20_000))
-		}
-		entries[7] = entry("e00007", large(2_000_000))
-		s.apply(t, entries)
 		mask := &types.EntryMask{Selectors: true, RevisionNumber: true}
 		stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: mask})
 		revisions, full, pages := receive(t, stream)

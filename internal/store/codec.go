@@ -35,11 +35,16 @@ const (
 
 var buckets = []string{agents, audit, entries, jwt, keysets, rows, tokens}
 
-// about is the value of about/store. Its place and encoding stay the same in
-// all versions of the format.
+// about is the value of about/store. The place of the version, and how it is
+// encoded, stay the same in all versions of the format. Whatever an older program
+// would take for damage, or would lose, needs a new one.
 type about struct {
-	Format      int    `json:"format"`
+	version
 	TrustDomain string `json:"trust_domain"`
+}
+
+type version struct {
+	Format int `json:"format"`
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

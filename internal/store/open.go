@@ -197,7 +197,7 @@ func initialize(path string, o Options) error {
 		if err != nil {
 			return err
 		}
-		value, err := packJSON(keyStore, about{Format: formatVersion, TrustDomain: o.TrustDomain.Name()})
+		value, err := packJSON(keyStore, about{version: version{formatVersion}, TrustDomain: o.TrustDomain.Name()})
 		if err != nil {
 			return err
 		}
@@ -217,14 +217,20 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 	if b == nil || b.Get(keyStore) == nil {
 		return nil, fmt.Errorf("%w, or it is not a store of this program", ErrDamaged)
 	}
+	// First the format alone: all else may be another in a newer one.
+	v, err := decode[version](keyStore, b.Get(keyStore))
+	switch {
+	case err != nil:
+		return nil, err
+	case v.Format > formatVersion:
+		return nil, fmt.Errorf("it has format %d, this program knows up to %d: a newer version of the program has used it, run that", v.Format, formatVersion)
+	case v.Format < 1:
+		return nil, fmt.Errorf("%w: format %d", ErrDamaged, v.Format)
+	}
 	a, err := decode[about](keyStore, b.Get(keyStore))
 	switch {
 	case err != nil:
 		return nil, err
-	case a.Format > formatVersion:
-		return nil, fmt.Errorf("it has format %d, this program knows up to %d: a newer version of the program has used it, run that", a.Format, formatVersion)
-	case a.Format < 1:
-		return nil, fmt.Errorf("%w: format %d", ErrDamaged, a.Format)
 	case a.TrustDomain != s.td.Name():
 		return nil, fmt.Errorf("it belongs to trust domain %s, the configuration has %s: correct the trust domain or the path", a.TrustDomain, s.td)
 	}

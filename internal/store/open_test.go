@@ -125,14 +125,37 @@ func edit(t *testing.T, path string, change func(tx *bbolt.Tx) error) {
 	}
 }
 
+// A newer format is named, whatever else is new in it, and never taken for damage:
+// the remedy is the newer program and not a backup.
 func TestOpenRefusesANewerFormat(t *testing.T) {
 	t.Parallel()
-	path := newPath(t)
-	closed(t, open(t, path))
-	edit(t, path, func(tx *bbolt.Tx) error {
-		return tx.Bucket([]byte("about")).Put([]byte("store"), store.Pack([]byte("store"), []byte(`{"format":2,"trust_domain":"example.org"}`)))
-	})
-	refuses(t, path, options(), "format 2", "up to 1", "newer version")
+	for _, about := range []string{
+		`{"format":2,"trust_domain":"example.org"}`,
+		`{"format":2,"trust_domain":"example.org","beat":"2026-01-02T03:04:05Z"}`,
+		`{"format":3,"trust_domain":{"name":"example.org"}}`,
+		`{"format":2000000000}`,
+	} {
+		path := newPath(t)
+		closed(t, open(t, path))
+		edit(t, path, func(tx *bbolt.Tx) error {
+			if _, err := tx.CreateBucket([]byte("new")); err != nil {
+				return err
+			}
+			b := tx.Bucket([]byte("about"))
+			if err := b.Put([]byte("beat"), []byte("new")); err != nil {
+				return err
+			}
+			return b.Put([]byte("store"), store.Pack([]byte("store"), []byte(about)))
+		})
+		for _, readOnly := range []bool{false, true} {
+			o := options()
+			o.ReadOnly = readOnly
+			refuses(t, path, o, "format", "up to 1", "newer version")
+			if _, err := store.Open(path, o); errors.Is(err, store.ErrDamaged) {
+				t.Errorf("%s: taken for damage: %v", about, err)
+			}
+		}
+	}
 }
 
 // TestKeysCannotBeSwapped moves sealed keys to places that are not theirs.
