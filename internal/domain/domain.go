@@ -33,7 +33,7 @@ type Domain struct {
 	deployments []*deployment
 	union       atomic.Pointer[union]
 	unionM      sync.Mutex // held by who makes a new one
-	proof       proof
+	proof       server.CertificateCache
 	metrics     *metrics.Server
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without
@@ -61,6 +61,8 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		return nil, err
 	}
 	d := &Domain{cfg: cfg}
+	d.proof.Now, d.proof.Issue = cfg.Now, d.newCertificate
+	d.proof.Usable = func(authority string) bool { return publishes(d.Published(), authority) }
 	d.close = sync.OnceValue(d.closeStore)
 	defer func() {
 		if err != nil {
