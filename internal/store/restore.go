@@ -68,7 +68,8 @@ func (s *Store) takeOver() error {
 	}
 	r := restored{At: s.now().UTC(), CopiedAt: s.copied, Deployments: make(map[string]ledger.Restored)}
 	if r.At.Before(r.CopiedAt) {
-		r.At = r.CopiedAt // the clock is wrong, and the store must not forget the sooner
+		// What is not known would end too soon.
+		return fmt.Errorf("it is a copy of %s, and the clock shows %s: set the clock of the machine", r.CopiedAt.Format(time.RFC3339), r.At.Format(time.RFC3339))
 	}
 	dropped := 0
 	err := guard(func() error {
