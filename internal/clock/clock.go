@@ -41,10 +41,11 @@ type Clock struct {
 	// The offsets of the last Hold that are below all that were seen after them, and
 	// the present one; the lowest first.
 	seen []offset
-	// trusted is the origin that is not in doubt. Another one is on probation, since an
-	// uptime, if it is not zero.
-	trusted, doubted time.Time
-	since            time.Duration
+	// floor is the lowest of seen before the clock was set back, and trusted the origin
+	// that was not in doubt last. Another one, if it is not zero, is in doubt since an
+	// uptime.
+	floor, trusted, doubted time.Time
+	since                   time.Duration
 }
 
 // offset is by how much the wall clock was ahead of the uptime.
@@ -67,7 +68,7 @@ func New(now func() time.Time, uptime func() time.Duration, heartbeat time.Time)
 	if heartbeat.IsZero() {
 		c.trusted = now().Round(0)
 	}
-	c.seen = []offset{{c.trusted, 0}}
+	c.floor, c.seen = c.trusted, []offset{{c.trusted, 0}}
 	c.look()
 	return c
 }
@@ -108,7 +109,20 @@ func (c *Clock) Doubt() time.Duration {
 	if c.doubted.IsZero() {
 		return 0
 	}
-	return c.doubted.Sub(c.trusted)
+	return c.doubted.Sub(c.floor)
+}
+
+// Heartbeat is the time to be kept for the next process: [Clock.Sure], except that a
+// clock that was set back does not take it along while it is in doubt.
+func (c *Clock) Heartbeat() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	up := c.look()
+	origin := c.seen[0].origin
+	if c.setBack() {
+		origin = c.floor
+	}
+	return origin.Add(up)
 }
 
 // look takes in the present offset and returns the uptime.
@@ -136,12 +150,15 @@ func (c *Clock) look() time.Duration {
 
 // judge says whether the present origin is in doubt.
 func (c *Clock) judge(origin time.Time, up time.Duration) {
-	step, limit := origin.Sub(c.trusted), probation
-	if step < 0 {
+	if !c.setBack() {
+		c.floor = c.seen[0].origin
+	}
+	limit := probation
+	if origin.Before(c.floor) {
 		limit = Hold
 	}
 	switch {
-	case -skew <= step && step <= leap:
+	case near(origin, c.floor) || near(origin, c.trusted):
 	case c.doubted.IsZero() || origin.Sub(c.doubted).Abs() > slewing:
 		c.doubted, c.since = origin, up
 		return
@@ -149,4 +166,13 @@ func (c *Clock) judge(origin time.Time, up time.Duration) {
 		return
 	}
 	c.trusted, c.doubted = origin, time.Time{}
+}
+
+// setBack reports whether the clock is in doubt because it was set back.
+func (c *Clock) setBack() bool { return !c.doubted.IsZero() && c.doubted.Before(c.floor) }
+
+// near reports whether an origin is so close to another one that it is not in doubt.
+func near(origin, other time.Time) bool {
+	step := origin.Sub(other)
+	return -skew <= step && step <= leap
 }

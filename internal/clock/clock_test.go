@@ -115,24 +115,27 @@ func TestDoubt(t *testing.T) {
 	doubt(0)
 	m.off = 3*day - 5*time.Minute
 	doubt(0)
+	const far = 91*day + 5*time.Minute // from the lowest
 	m.off = 91 * day
-	doubt(88*day + 5*time.Minute)
+	doubt(far)
 	m.up += 59 * time.Minute
-	doubt(88*day + 5*time.Minute)
-	m.off = 3 * day // right again
+	doubt(far)
+	m.off = 0 // right again
 	doubt(0)
 	m.off = 91 * day
-	doubt(88 * day)
+	doubt(far)
 	m.up += time.Hour
 	doubt(0)
-	m.off = 90 * day
-	doubt(-day)
+	m.off = 0 // right again, though the other was no longer in doubt
+	doubt(0)
+	m.off = -day
+	doubt(-day + 5*time.Minute)
 	m.up += day - time.Minute
-	doubt(-day)
-	m.off = 89 * day // another step, another day
-	doubt(-2 * day)
+	doubt(-day + 5*time.Minute)
+	m.off = -2 * day // another step, another day
+	doubt(-2*day + 5*time.Minute)
 	m.up += day - time.Minute
-	doubt(-2 * day)
+	doubt(-2*day + 5*time.Minute)
 	m.up += time.Minute
 	doubt(0)
 }
@@ -155,6 +158,24 @@ func TestHeartbeat(t *testing.T) {
 		}
 		if got := c.PastFor(start.Add(day)); off > day && got != time.Minute {
 			t.Errorf("%v off: past the next day for %v", off, got)
+		}
+	}
+}
+
+// TestNextHeartbeat: what is kept for the next process is the time that is not in
+// doubt.
+func TestNextHeartbeat(t *testing.T) {
+	t.Parallel()
+	m := &machine{up: time.Hour}
+	c := clock.New(m.now, m.uptime, start.Add(time.Hour))
+	for _, row := range []struct{ later, off, want time.Duration }{
+		{0, 91 * day, 0}, {time.Hour, 91 * day, 0}, {0, -time.Hour, 0}, {23 * time.Hour, -time.Hour, 0},
+		{time.Hour, -time.Hour, -time.Hour}, {time.Hour, 0, -time.Hour}, {day, 0, 0},
+	} {
+		m.up += row.later
+		m.off = row.off
+		if got := c.Heartbeat().Sub(start.Add(m.up)); got != row.want {
+			t.Errorf("after %v, %v off: heartbeat is %v off, want %v", m.up, m.off, got, row.want)
 		}
 	}
 }

@@ -15,6 +15,8 @@ import (
 
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/clock"
 )
 
 // lockWait is how long Open waits for a process that is about to end.
@@ -74,6 +76,7 @@ func open(path string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.db.Close())
 	}
+	s.clock = clock.New(s.now, o.Uptime, s.heartbeat)
 	if !o.ReadOnly {
 		if err := s.takeOver(); err != nil {
 			return nil, errors.Join(err, s.db.Close())

@@ -14,8 +14,9 @@ import (
 
 // What the bucket about has beside keyStore.
 var (
-	keyCopied   = []byte("copied_at") // of a copy that no server has used yet
-	keyRestored = []byte("restored")  // of a store that was one
+	keyCopied    = []byte("copied_at") // of a copy that no server has used yet
+	keyHeartbeat = []byte("heartbeat") // of the last commit
+	keyRestored  = []byte("restored")  // of a store that was one
 )
 
 // restored is the value of about/restored: what was signed between CopiedAt and At
@@ -44,6 +45,8 @@ func (s *Store) checkAbout(b *bbolt.Bucket) error {
 			s.copied, err = unpackTime(k, v)
 		case string(keyRestored):
 			s.restored, err = decode[restored](k, v)
+		case string(keyHeartbeat):
+			s.heartbeat, err = unpackTime(k, v)
 		default:
 			err = fmt.Errorf("%w: %q does not belong there", ErrDamaged, k)
 		}
