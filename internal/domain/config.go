@@ -85,10 +85,12 @@ type Config struct {
 	// Started is called once, when all addresses and sockets are listened on.
 	Started func()
 
-	// ServerOptions are added to the gRPC server of every deployment, and Now
-	// replaces the clock, for running inside another process.
+	// ServerOptions are added to the gRPC server of every deployment, and Now and
+	// Uptime replace the wall clock and the monotonic one, for running inside another
+	// process.
 	ServerOptions []grpc.ServerOption
 	Now           func() time.Time
+	Uptime        func() time.Duration
 	// FederationDial connects to the endpoints of Federation.
 	FederationDial func(ctx context.Context, network, address string) (net.Conn, error)
 }

@@ -9,7 +9,9 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
@@ -33,12 +35,13 @@ type Domain struct {
 	deployments []*deployment
 	union       atomic.Pointer[union]
 	unionM      sync.Mutex // held by who makes a new one
-	proof       proof
+	proof       server.CertificateCache
 	metrics     *metrics.Server
 	rules       operator.Rules
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without
 	federation  *federation.Follower
+	clock       *clock.Clock
 	running     atomic.Bool
 	close       func() error // closes the store, once
 }
@@ -65,6 +68,8 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	if d.rules, err = operator.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
 		return nil, err
 	}
+	d.proof.Now, d.proof.Issue = cfg.Now, d.newCertificate
+	d.proof.Usable = func(authority string) bool { return publishes(d.Published(), authority) }
 	d.close = sync.OnceValue(d.closeStore)
 	defer func() {
 		if err != nil {
@@ -76,6 +81,11 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		if names, err = d.openStore(ctx); err != nil {
 			return nil, err
 		}
+	}
+	d.clock = clock.New(cfg.Now, cfg.Uptime, d.heartbeat())
+	if doubt := d.clock.Doubt(); doubt != 0 {
+		cfg.Log.Warn("clock is in doubt, automatic rotation waits: compare it with the true time", "clock", cfg.Now().UTC(),
+			"last_heartbeat", d.heartbeat(), "ahead", doubt)
 	}
 	d.metrics = metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: cfg.TrustDomain.Name(), Deployments: served(cfg.Deployments), Version: cfg.Version,
@@ -113,7 +123,7 @@ func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
 	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("data_dir: %w", err)
 	}
-	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log, Now: d.cfg.Now})
+	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log, Now: d.cfg.Now, Uptime: d.cfg.Uptime})
 	if err != nil {
 		return nil, err
 	}
@@ -135,7 +145,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	dep := &deployment{DeploymentConfig: c}
 	log := d.cfg.Log.With("deployment", c.Name)
 	keys := keyset.Config{TrustDomain: d.cfg.TrustDomain, Name: c.Name, Lifetime: d.cfg.KeysetLifetime, Now: d.cfg.Now}
-	rows := ledger.Config{Log: log, Now: d.cfg.Now}
+	rows := ledger.Config{Log: log, Now: d.cfg.Now, Uptime: d.cfg.Uptime, Heartbeat: d.heartbeat()}
 	config := server.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
 		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Observer: d.metrics, Log: log, Now: d.cfg.Now,
@@ -164,9 +174,19 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		policy.Mode = rotation.Off
 	}
 	dep.scheduler, err = rotation.New(rotation.Config{
-		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log, Now: d.cfg.Now,
+		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log,
+		Now: d.cfg.Now, Uptime: d.cfg.Uptime, Heartbeat: d.heartbeat(),
 	})
 	return dep, err
+}
+
+// heartbeat is when the store was last written before the start; zero when that is
+// not known.
+func (d *Domain) heartbeat() time.Time {
+	if d.store == nil {
+		return time.Time{}
+	}
+	return d.store.Heartbeat()
 }
 
 func served(all []DeploymentConfig) []string {

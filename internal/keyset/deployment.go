@@ -89,7 +89,7 @@ func (d *Deployment) first(doc *Document, c *Change) error {
 	if len(doc.Records) > 0 {
 		return ErrBusy
 	}
-	r, err := newRecord(d.td, newID(), c.At, d.lifetime)
+	r, err := newRecord(d.td, newID(), c.At, c.At, d.lifetime)
 	if err != nil {
 		return err
 	}
@@ -152,7 +152,8 @@ func (d *Deployment) Bundle() *Bundle { return d.current.Load().bundle }
 // BundlePEM returns the published X.509 authorities as PEM certificates.
 func (d *Deployment) BundlePEM() []byte { return d.Bundle().PEM() }
 
-// Prepare makes a new keyset: published, not signing.
+// Prepare makes a new keyset: published, not signing. Its CA certificate begins
+// when the active keyset was issued; see [Keyset].
 //
 // Like every mutation it returns after the new state is stored and published,
 // at the latest after two minutes, and is never retried. It is refused with
@@ -164,7 +165,7 @@ func (d *Deployment) Prepare(ctx context.Context, checks ...Check) (Keyset, erro
 		for find(doc, c.KeysetID) != nil {
 			c.KeysetID = newID()
 		}
-		r, err := newRecord(d.td, c.KeysetID, c.At, d.lifetime)
+		r, err := newRecord(d.td, c.KeysetID, predecessor(doc), c.At, d.lifetime)
 		if err != nil {
 			return err
 		}
@@ -178,8 +179,19 @@ func (d *Deployment) Prepare(ctx context.Context, checks ...Check) (Keyset, erro
 	return then.keysets[len(then.keysets)-1], nil
 }
 
+// predecessor is when the active keyset was issued.
+func predecessor(doc *Document) time.Time {
+	for _, r := range doc.Records {
+		if r.State == Active {
+			return r.IssuedAt
+		}
+	}
+	return time.Time{} // newSnapshot refuses such a document
+}
+
 // Activate makes a prepared keyset the one that signs. The one that did steps
-// down to PREPARED: still published and trusted.
+// down to PREPARED: still published and trusted. One that was issued in the future,
+// by a clock that was ahead, is refused until then.
 func (d *Deployment) Activate(ctx context.Context, id string, checks ...Check) error {
 	_, err := d.mutate(ctx, "activate", checks, func(doc *Document, c *Change) error {
 		r := find(doc, id)
@@ -192,6 +204,8 @@ func (d *Deployment) Activate(ctx context.Context, id string, checks ...Check) e
 			return ErrActivateTainted
 		case !c.At.Before(r.ExpiresAt):
 			return ErrActivateExpired
+		case c.At.Before(r.IssuedAt.Add(-backdate)):
+			return ErrActivateEarly
 		}
 		for i := range doc.Records {
 			if doc.Records[i].State == Active {

@@ -36,6 +36,7 @@ const (
 	ErrActivateActive   Refusal = "cannot activate active key set"
 	ErrActivateTainted  Refusal = "cannot activate tainted key set"
 	ErrActivateExpired  Refusal = "cannot activate expired key set"
+	ErrActivateEarly    Refusal = "cannot activate key set that is issued in the future: check the clock of the server"
 	ErrTaintActive      Refusal = "cannot taint active key set"
 	ErrTaintTainted     Refusal = "cannot taint tainted key set"
 	ErrRemoveActive     Refusal = "cannot remove active key set"
@@ -104,4 +105,8 @@ type Keyset struct {
 	X509AuthorityID string `json:"x509_authority_id"`
 	// JWTKeyID is the key ID ("kid") of the JWT key.
 	JWTKeyID string `json:"jwt_key_id"`
+	// ValidFrom is when the CA certificate begins. It is no later than IssuedAt:
+	// a successor's begins with its predecessor, so that it is valid even if it was
+	// issued by a clock that was ahead.
+	ValidFrom time.Time `json:"valid_from"`
 }

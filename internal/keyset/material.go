@@ -25,9 +25,13 @@ import (
 // whose clock is a little late accepts it at once.
 const backdate = 10 * time.Second
 
-// newRecord makes the keys of a new keyset in state Prepared.
-func newRecord(td spiffeid.TrustDomain, id string, now time.Time, lifetime time.Duration) (Record, error) {
+// newRecord makes the keys of a new keyset in state Prepared. Its CA certificate
+// is valid from the given time on, or from the issue if that is earlier.
+func newRecord(td spiffeid.TrustDomain, id string, from, now time.Time, lifetime time.Duration) (Record, error) {
 	now = now.UTC().Truncate(time.Second)
+	if from.After(now) {
+		from = now
+	}
 	r := Record{ID: id, State: Prepared, IssuedAt: now, ExpiresAt: now.Add(lifetime), JWTKeyID: rand.Text()}
 
 	caKey, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -37,7 +41,7 @@ func newRecord(td spiffeid.TrustDomain, id string, now time.Time, lifetime time.
 	if r.CAKey, err = x509.MarshalPKCS8PrivateKey(caKey); err != nil {
 		return Record{}, fmt.Errorf("encode CA key: %w", err)
 	}
-	if r.CA, err = newCA(td, r, caKey); err != nil {
+	if r.CA, err = newCA(td, r, from.Add(-backdate), caKey); err != nil {
 		return Record{}, err
 	}
 
@@ -54,7 +58,7 @@ func newRecord(td spiffeid.TrustDomain, id string, now time.Time, lifetime time.
 // newCA makes the self-signed certificate of a signing authority as SPIFFE
 // X.509-SVID (sections 3 and 4) has it: the trust domain's own ID as the only
 // URI SAN, CA set, keyCertSign and cRLSign and nothing else.
-func newCA(td spiffeid.TrustDomain, r Record, key *ecdsa.PrivateKey) ([]byte, error) {
+func newCA(td spiffeid.TrustDomain, r Record, notBefore time.Time, key *ecdsa.PrivateKey) ([]byte, error) {
 	ski, err := subjectKeyID(key.Public())
 	if err != nil {
 		return nil, err
@@ -65,7 +69,7 @@ func newCA(td spiffeid.TrustDomain, r Record, key *ecdsa.PrivateKey) ([]byte, er
 		// makes it unique, so that verifiers that look issuers up by name
 		// never confuse two keysets.
 		Subject:               pkix.Name{Organization: []string{"renewd"}, CommonName: r.ID},
-		NotBefore:             r.IssuedAt.Add(-backdate),
+		NotBefore:             notBefore,
 		NotAfter:              r.ExpiresAt,
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		BasicConstraintsValid: true,
@@ -178,7 +182,7 @@ func (s *snapshot) add(td spiffeid.TrustDomain, r Record) error {
 	k := Keyset{
 		ID: r.ID, State: r.State, IssuedAt: r.IssuedAt, ExpiresAt: r.ExpiresAt,
 		SteppedDownAt: r.SteppedDownAt, SteppedDownBy: r.SteppedDownBy, TaintedAt: r.TaintedAt,
-		X509AuthorityID: hex.EncodeToString(ca.SubjectKeyId), JWTKeyID: r.JWTKeyID,
+		X509AuthorityID: hex.EncodeToString(ca.SubjectKeyId), JWTKeyID: r.JWTKeyID, ValidFrom: ca.NotBefore,
 	}
 	switch k.State {
 	case Active:

@@ -113,7 +113,7 @@ func newServer(s *sim) *server {
 func (v *server) now() time.Time { return v.s.now.Add(v.offset) }
 
 func (v *server) open() {
-	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Restored: v.restored, Now: v.now})
+	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Restored: v.restored, Now: v.now, Uptime: v.s.at})
 	check(v.s.t, err)
 	v.ledger = l
 }

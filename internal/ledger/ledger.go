@@ -33,7 +33,9 @@
 // # Clocks
 //
 // Everything counts until a few minutes after its expiry by the server's
-// clock, since clocks differ, and those who verify have clocks of their own.
+// clock, since clocks differ, and those who verify have clocks of their own. A
+// clock that went ahead by itself is believed after a day: until then what has
+// expired is what the uptime explains; see [clock.Clock.Sure].
 package ledger
 
 import (
@@ -43,6 +45,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -96,9 +99,13 @@ type Config struct {
 	Storage Storage // memory when nil
 	// Restored is what Storage cannot know; it must not be modified.
 	Restored Restored
-	// Now is the clock; time.Now when nil.
-	Now func() time.Time
-	Log *slog.Logger // discarded when nil
+	// Now is the clock; time.Now when nil. Uptime is the monotonic one, the machine's
+	// when nil. Heartbeat is a time that is known to have passed; zero when nothing is
+	// known.
+	Now       func() time.Time
+	Uptime    func() time.Duration
+	Heartbeat time.Time
+	Log       *slog.Logger // discarded when nil
 }
 
 // Ledger is the ledger of one deployment. All methods may be called
@@ -106,7 +113,7 @@ type Config struct {
 type Ledger struct {
 	storage  Storage
 	restored Restored
-	now      func() time.Time
+	now      func() time.Time // what has passed for sure, not the wall clock
 	log      *slog.Logger
 	saving   chan struct{} // held by who is in SaveLedger
 
@@ -143,7 +150,7 @@ type taint struct {
 // [Ledger.Run].
 func Open(ctx context.Context, c Config) (*Ledger, error) {
 	l := &Ledger{
-		storage: c.Storage, restored: c.Restored, now: c.Now, log: c.Log,
+		storage: c.Storage, restored: c.Restored, log: c.Log,
 		saving:      make(chan struct{}, 1),
 		authorities: make(map[string]*authority),
 		agents:      make(map[string]*agent),
@@ -154,9 +161,11 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 	if l.storage == nil {
 		l.storage = nowhere{}
 	}
-	if l.now == nil {
-		l.now = time.Now
+	wall := c.Now
+	if wall == nil {
+		wall = time.Now
 	}
+	l.now = clock.New(wall, c.Uptime, c.Heartbeat).Sure
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}

@@ -17,10 +17,12 @@ func TestModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		const skew = 5 * time.Minute
 		now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+		begin := now
 		clock := func() time.Time { return now }
+		uptime := func() time.Duration { return now.Sub(begin) }
 		m := newMemory()
 		openNow := func() *ledger.Ledger {
-			l, err := ledger.Open(context.Background(), ledger.Config{Storage: m, Now: clock})
+			l, err := ledger.Open(context.Background(), ledger.Config{Storage: m, Now: clock, Uptime: uptime})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -13,6 +13,7 @@ import (
 	"strconv"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -40,7 +41,8 @@ type Step struct {
 	Action Action
 	Keyset string // ID; empty for None and Prepare
 	// At is when it is done. Where WaitsFor is set it is done earlier if that
-	// comes to be, and at that time all the same.
+	// comes to be, and at that time all the same; a removal only if it has come to
+	// be by then.
 	At       time.Time
 	WaitsFor string
 	Why      string // for the log and the audit log
@@ -77,6 +79,10 @@ type Holding struct {
 	JWTExpiry         time.Time // of the last JWT-SVID; zero when not known
 }
 
+// Past says for how much uptime the wall clock has been past a time; see
+// [clock.Clock.PastFor].
+type Past func(time.Time) time.Duration
+
 // Next decides what is to be done next: of all that is due what is most urgent,
 // or else what comes first. The policy is one that [Policy.For] has returned,
 // the keysets are in order of issue, and one of them is active.
@@ -90,14 +96,16 @@ type Holding struct {
 // longer than half of the time that is left from there: an agent that has not
 // applied a new bundle by then will not, and an active keyset that expires takes
 // all others with it. When the active keyset has expired, the newest that could
-// take over does so at once, and is prepared first if need be.
+// take over does so at once, and is prepared first if need be. So it does when the
+// active keyset is not valid yet, because it was made by a clock that was ahead.
 //
 // Retirement. Only a keyset that was replaced by automatic rotation is tainted,
 // at the taint threshold, and removed, when nothing hangs on it any more. The
-// others belong to the operator who stepped in, until they have expired:
-// nothing that they signed can be valid then, and every expired keyset is
-// tainted and removed.
-func Next(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step {
+// others belong to the operator who stepped in, until they have expired: every
+// expired keyset is tainted, and removed when the ledger knows of nothing that
+// hangs on it. What has expired is for a clock to say, and a clock can be wrong:
+// such a step waits until the process has been up for [clock.Hold] past the expiry.
+func Next(now time.Time, past Past, p Policy, keysets []keyset.Keyset, f Facts) Step {
 	var next Step
 	if p.Mode == Off {
 		return next
@@ -111,12 +119,12 @@ func Next(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step {
 	consider(succession(now, p, keysets, f))
 	for _, k := range keysets {
 		if k.State == keyset.Prepared {
-			consider(taint(p, k))
+			consider(taint(now, past, p, k))
 		}
 	}
 	for _, k := range keysets {
 		if k.State == keyset.Tainted {
-			consider(removal(now, k, f))
+			consider(removal(now, past, k, f))
 		}
 	}
 	return next
@@ -130,12 +138,18 @@ func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step 
 		}
 	}
 	expires := active.ExpiresAt
+	if now.Before(active.ValidFrom) {
+		expires = now // nobody can verify what it signs
+	}
 	begin := expires.Add(-p.PreparationThreshold)
 	why := fmt.Sprintf("active keyset %s expires %s", active.ID, text(expires))
-	if !now.Before(expires) {
+	switch {
+	case now.Before(active.ValidFrom):
+		why = fmt.Sprintf("active keyset %s is not valid before %s", active.ID, text(active.ValidFrom))
+	case !now.Before(expires):
 		why = fmt.Sprintf("active keyset %s has expired", active.ID)
 	}
-	k, ok := successor(now, p, keysets, active)
+	k, ok := successor(now, p, keysets, expires)
 	if !ok {
 		return Step{Action: Prepare, At: begin, Why: why}
 	}
@@ -162,26 +176,27 @@ func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step 
 	return s
 }
 
-// successor is the keyset that is to take over from the active one.
-func successor(now time.Time, p Policy, keysets []keyset.Keyset, active keyset.Keyset) (last keyset.Keyset, ok bool) {
+// successor is the keyset that is to take over from the active one, which
+// expires. One that is issued in the future cannot yet.
+func successor(now time.Time, p Policy, keysets []keyset.Keyset, expires time.Time) (last keyset.Keyset, ok bool) {
 	// The least is measured from the active keyset's expiry, not from now, so
 	// that one that is fit today is fit tomorrow: otherwise another one would be
 	// prepared while it waits.
-	least := active.ExpiresAt.Add(p.PreparationThreshold)
+	least := expires.Add(p.PreparationThreshold)
 	for _, k := range keysets {
-		if k.State != keyset.Prepared || !k.SteppedDownAt.IsZero() || !now.Before(k.ExpiresAt) {
+		if k.State != keyset.Prepared || !k.SteppedDownAt.IsZero() || now.Before(k.IssuedAt) || !now.Before(k.ExpiresAt) {
 			continue
 		}
 		if !k.ExpiresAt.Before(least) {
 			return k, true
 		}
-		last, ok = k, !now.Before(active.ExpiresAt)
+		last, ok = k, !now.Before(expires)
 	}
 	return last, ok
 }
 
-func taint(p Policy, k keyset.Keyset) Step {
-	s := Step{Action: Taint, Keyset: k.ID, At: over(k), Why: "it has expired"}
+func taint(now time.Time, past Past, p Policy, k keyset.Keyset) Step {
+	s := Step{Action: Taint, Keyset: k.ID, At: expired(now, past, k), Why: "it has expired"}
 	if k.SteppedDownBy == Actor {
 		if at := k.SteppedDownAt.Add(p.TaintThreshold); at.Before(s.At) {
 			s.At, s.Why = at, "it was replaced "+text(k.SteppedDownAt)
@@ -190,9 +205,10 @@ func taint(p Policy, k keyset.Keyset) Step {
 	return s
 }
 
-func removal(now time.Time, k keyset.Keyset, f Facts) Step {
-	s := Step{Action: Remove, Keyset: k.ID, At: over(k), Why: "it has expired"}
-	if k.SteppedDownBy != Actor || s.Due(now) {
+func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
+	s := Step{Action: Remove, Keyset: k.ID, At: expired(now, past, k), Why: "it has expired"}
+	due := s.Due(now)
+	if k.SteppedDownBy != Actor && !due {
 		return s
 	}
 	switch h := f.Holding(k); {
@@ -206,10 +222,23 @@ func removal(now time.Time, k keyset.Keyset, f Facts) Step {
 		s.WaitsFor = "JWT-SVIDs"
 	case !h.JWTSafe:
 		s.WaitsFor = "JWT-SVIDs that are valid until " + text(h.JWTExpiry)
-	default:
+	case !due:
 		s.At, s.Why = now, "nothing hangs on it any more"
 	}
+	if s.WaitsFor != "" {
+		// The ledger says when it is over, soon after the expiry.
+		if s.At = over(k); !s.At.After(now) {
+			s.At = now.Add(longestSleep)
+		}
+	}
 	return s
+}
+
+// expired is when a keyset has expired beyond doubt: nothing that it signed is valid
+// by anybody's clock, and that is not the word of a clock that was ahead for a
+// moment.
+func expired(now time.Time, past Past, k keyset.Keyset) time.Time {
+	return now.Add(clock.Hold - past(over(k)))
 }
 
 // over is when nothing that a keyset signed is valid by anybody's clock.

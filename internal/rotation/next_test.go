@@ -15,7 +15,17 @@ func at(days float64) time.Time { return start.Add(time.Duration(days * float64(
 
 // ks makes a keyset that was issued on a day and lives for 90.
 func ks(id string, state keyset.State, issued float64) keyset.Keyset {
-	return keyset.Keyset{ID: id, State: state, IssuedAt: at(issued), ExpiresAt: at(issued + 90)}
+	return keyset.Keyset{ID: id, State: state, IssuedAt: at(issued), ExpiresAt: at(issued + 90), ValidFrom: at(issued)}
+}
+
+// upSince is a clock that has been right since then.
+func upSince(now, since time.Time) rotation.Past {
+	return func(t time.Time) time.Duration {
+		if t.Before(since) {
+			t = since
+		}
+		return min(now.Sub(t), day)
+	}
 }
 
 func replaced(k keyset.Keyset, days float64, by string) keyset.Keyset {
@@ -81,7 +91,9 @@ func TestNext(t *testing.T) {
 		"expired, prepared then":   {95, []keyset.Keyset{a, ks("b", prepared, 95)}, behind, "activate b", 90, ""},
 		"expired, short successor": {95, []keyset.Keyset{a, shorter(ks("b", prepared, 20), 96)}, behind, "activate b", 77, ""},
 		"all expired":              {200, []keyset.Keyset{a, ks("b", prepared, 20)}, unasked, "prepare", 76, ""},
-		"expired, clock set back":  {95, []keyset.Keyset{a, ks("b", prepared, 110)}, behind, "activate b", 90, ""},
+		"expired, clock set back":  {95, []keyset.Keyset{a, ks("b", prepared, 110)}, unasked, "prepare", 76, ""},
+		"not valid yet":            {-400, []keyset.Keyset{a}, unasked, "prepare", -414, ""},
+		"not valid yet, prepared":  {-400, []keyset.Keyset{a, ks("b", prepared, -400)}, behind, "activate b", -400, ""},
 
 		"replaced, not yet to be tainted": {77.5, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "scheduler"), ks("a", active, 76)}, unasked, "taint o", 78, ""},
 		"to be tainted":                   {78, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "scheduler"), ks("a", active, 76)}, unasked, "taint o", 78, ""},
@@ -98,21 +110,23 @@ func TestNext(t *testing.T) {
 			holds(rotation.Holding{X509Safe: true, JWTExpiry: at(80)}), "remove o", 90 + 5*minutes, "JWT-SVIDs that are valid until 2026-03-22 00:00:00 UTC"},
 		"nothing is known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{X509Safe: true}), "remove o", 90 + 5*minutes, "JWT-SVIDs"},
-		"expired, never settled": {90 + 5*minutes, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
-			unasked, "remove o", 90 + 5*minutes, ""},
+		"expired, never settled": {91 + 5*minutes, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+			holds(rotation.Holding{Agents: 1, JWTSafe: true}), "remove o", 91 + 6*minutes, "X.509-SVIDs of 1 agent"},
+		"expired, settled": {91 + 5*minutes, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)},
+			facts{}, "remove o", 91 + 5*minutes, ""},
 
-		"an operator's, replaced":           {80, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unasked, "taint o", 90 + 5*minutes, ""},
-		"an operator's, tainted":            {80, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unasked, "remove o", 90 + 5*minutes, ""},
-		"never active and tainted":          {80, []keyset.Keyset{ks("o", tainted, 0), ks("a", active, 76)}, unasked, "remove o", 90 + 5*minutes, ""},
-		"an operator's, expired":            {91, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unasked, "taint o", 90 + 5*minutes, ""},
-		"an operator's, tainted, expired":   {91, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unasked, "remove o", 90 + 5*minutes, ""},
-		"never active, expired":             {91, []keyset.Keyset{ks("o", prepared, 0), ks("a", active, 76)}, unasked, "taint o", 90 + 5*minutes, ""},
+		"an operator's, replaced":           {80, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unasked, "taint o", 91 + 5*minutes, ""},
+		"an operator's, tainted":            {80, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unasked, "remove o", 91 + 5*minutes, ""},
+		"never active and tainted":          {80, []keyset.Keyset{ks("o", tainted, 0), ks("a", active, 76)}, unasked, "remove o", 91 + 5*minutes, ""},
+		"an operator's, expired":            {91, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unasked, "taint o", 91 + 5*minutes, ""},
+		"an operator's, tainted, expired":   {91, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unasked, "remove o", 91 + 5*minutes, ""},
+		"never active, expired":             {91, []keyset.Keyset{ks("o", prepared, 0), ks("a", active, 76)}, unasked, "taint o", 91 + 5*minutes, ""},
 		"succession goes before the rest":   {77, []keyset.Keyset{replaced(ks("o", tainted, -20), 60, "scheduler"), a}, facts{}, "prepare", 76, ""},
 		"what waits holds up nothing":       {77, []keyset.Keyset{replaced(ks("o", tainted, -12), 60, "scheduler"), a}, holds(rotation.Holding{}), "prepare", 76, ""},
 		"removal while activation waits":    {77, []keyset.Keyset{replaced(ks("o", tainted, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, facts{behind: behind.behind}, "remove o", 77, ""},
 		"taint while activation is to come": {76.5, []keyset.Keyset{replaced(ks("o", prepared, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, unasked, "taint o", 61, ""},
 	} {
-		got := rotation.Next(at(row.now), policy(t, rotation.Policy{}), row.keysets, row.facts)
+		got := rotation.Next(at(row.now), upSince(at(row.now), at(row.now-2)), policy(t, rotation.Policy{}), row.keysets, row.facts)
 		if got.String() != row.want || got.WaitsFor != row.waitsFor {
 			t.Errorf("%s: %q waits for %q, want %q and %q", name, got, got.WaitsFor, row.want, row.waitsFor)
 		}
@@ -123,8 +137,22 @@ func TestNext(t *testing.T) {
 			t.Errorf("%s: due is %v, want %v: %+v", name, !due, due, got)
 		}
 		off := policy(t, rotation.Policy{Mode: rotation.Off})
-		if got := rotation.Next(at(row.now), off, row.keysets, unasked); got != (rotation.Step{}) || got.Due(at(row.now)) || got.String() != "" {
+		if got := rotation.Next(at(row.now), upSince(at(row.now), start), off, row.keysets, unasked); got != (rotation.Step{}) || got.Due(at(row.now)) || got.String() != "" {
 			t.Errorf("%s: off, and %v", name, got)
+		}
+	}
+}
+
+// TestExpiredWaitsForUptime: what a clock alone says is done after a day of uptime.
+func TestExpiredWaitsForUptime(t *testing.T) {
+	t.Parallel()
+	for _, state := range []keyset.State{prepared, tainted} {
+		keysets := []keyset.Keyset{replaced(ks("o", state, 0), 77, "alice"), ks("a", active, 340)}
+		for up, want := range map[float64]float64{0: 401, 0.5: 400.5, 1: 400, 3: 400} {
+			got := rotation.Next(at(400), upSince(at(400), at(400-up)), policy(t, rotation.Policy{}), keysets, facts{})
+			if !got.At.Equal(at(want)) || got.Keyset != "o" {
+				t.Errorf("%v, up for %v days: %v at day %v, want %v", state, up, got, got.At.Sub(start).Hours()/24, want)
+			}
 		}
 	}
 }

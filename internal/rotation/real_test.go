@@ -22,7 +22,7 @@ type fixture struct{ records []keyset.Record }
 
 func newFixture(t *testing.T) *fixture {
 	memory := new(keyset.Memory)
-	d := open(t, keyset.Config{Storage: memory})
+	d := open(t, keyset.Config{Storage: memory, Now: func() time.Time { return start.Add(-100 * day) }})
 	for range 2 {
 		_, err := d.Prepare(t.Context())
 		check(t, err)

@@ -8,6 +8,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -26,8 +27,12 @@ type Config struct {
 	Policy  Policy
 	Facts   Facts
 	Log     *slog.Logger // discarded when nil
-	// Now is the clock; time.Now when nil.
-	Now func() time.Time
+	// Now is the clock; time.Now when nil. Uptime is the monotonic one, the machine's
+	// when nil.
+	Now    func() time.Time
+	Uptime func() time.Duration
+	// Heartbeat is a time that is known to have passed; zero when nothing is known.
+	Heartbeat time.Time
 }
 
 // Scheduler rotates the keysets of one deployment. Make it with [New], run it
@@ -38,9 +43,12 @@ type Scheduler struct {
 	facts   Facts
 	log     *slog.Logger
 	now     func() time.Time
+	clock   *clock.Clock
 
 	failed atomic.Pointer[failure] // nil: the last attempt succeeded
-	told   string                  // the step that a pause was last told to hold up; Run's own
+	// Run's own.
+	told    string // the step that a pause was last told to hold up
+	doubted bool   // it was told that the clock is in doubt
 }
 
 // failure is an attempt that did not succeed.
@@ -67,6 +75,7 @@ func New(c Config) (*Scheduler, error) {
 	if s.now == nil {
 		s.now = time.Now
 	}
+	s.clock = clock.New(s.now, c.Uptime, c.Heartbeat)
 	return s, nil
 }
 
@@ -126,9 +135,20 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 	if err != nil {
 		return Step{}, err
 	}
-	step := Next(now, s.policy, keysets, s.facts)
+	step := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
+	doubt := s.clock.Doubt()
+	if doubt == 0 {
+		s.doubted = false
+	}
 	switch {
 	case !step.Due(now):
+	case doubt != 0:
+		if !s.doubted {
+			s.doubted = true
+			s.log.Warn("clock step detected, automatic rotation waits until the clock is right or has proved steady",
+				"step_of_clock", doubt, "step", step.String(), "reason", step.Why)
+		}
+		step.At = now.Add(longestSleep)
 	case s.policy.Mode == Paused:
 		if s.told != step.String() {
 			s.told = step.String()
@@ -148,7 +168,8 @@ func (s *Scheduler) do(ctx context.Context, step Step) error {
 	ctx = keyset.WithNote(keyset.WithActor(ctx, Actor), step.Why)
 	still := func(keysets []keyset.Keyset) error {
 		now := s.now()
-		if again := Next(now, s.policy, keysets, s.facts); !again.Due(now) || again.String() != step.String() {
+		again := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
+		if s.clock.Doubt() != 0 || !again.Due(now) || again.String() != step.String() {
 			return errOvertaken
 		}
 		return nil
@@ -198,10 +219,16 @@ type Preview struct {
 // Automatic says what comes next. It may be called at any time.
 func (s *Scheduler) Automatic() Preview {
 	now := s.now()
-	step := Next(now, s.policy, s.keysets.Status().Keysets, s.facts)
+	step := Next(now, s.clock.PastFor, s.policy, s.keysets.Status().Keysets, s.facts)
 	p := Preview{Mode: string(s.policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
 	if f := s.failed.Load(); f != nil && step.Due(now) {
 		p.At, p.WaitsFor = f.again(), fmt.Sprintf("another attempt: %v", f.err)
+	}
+	if doubt := s.clock.Doubt(); doubt != 0 {
+		p.WaitsFor = fmt.Sprintf("the clock, which went ahead by %v", doubt.Round(time.Minute))
+		if doubt < 0 {
+			p.WaitsFor = fmt.Sprintf("the clock, which was set back by %v", -doubt.Round(time.Minute))
+		}
 	}
 	return p
 }

@@ -210,8 +210,15 @@ func TestForgotten(t *testing.T) {
 		var wg sync.WaitGroup
 		wg.Go(func() { _ = s.Run(ctx) })
 		synctest.Wait()
-		if k := d.Status().Keysets; len(k) != 1 || !d.Active().ExpiresAt.After(time.Now().Add(50*time.Minute)) {
+		if k := d.Status().Keysets; len(k) != 2 || k[0].State != keyset.Prepared || !d.Active().ExpiresAt.After(time.Now().Add(50*time.Minute)) {
 			t.Errorf("keysets are %v", k)
+		}
+		time.Sleep(23 * time.Hour) // meanwhile each is replaced in its turn
+		old := d.Status().Keysets[0].ID
+		time.Sleep(time.Hour)
+		synctest.Wait()
+		if k := d.Status().Keysets; k[0].ID == old {
+			t.Errorf("what expired long ago is still there: %v", k)
 		}
 		cancel()
 		wg.Wait()
@@ -329,6 +336,7 @@ func TestOvertaken(t *testing.T) {
 			t.Parallel()
 			now := start
 			clock := func() time.Time { return now }
+			uptime := func() time.Duration { return now.Sub(start) }
 			var unsafe, behind atomic.Bool
 			f := facts{
 				behind: func() int {
@@ -344,7 +352,7 @@ func TestOvertaken(t *testing.T) {
 			st := new(store)
 			d := open(t, keyset.Config{Storage: st, Now: clock})
 			var log logs
-			s, err := rotation.New(rotation.Config{Keysets: d, Facts: f, Now: clock, Log: slog.New(slog.NewTextHandler(&log, nil))})
+			s, err := rotation.New(rotation.Config{Keysets: d, Facts: f, Now: clock, Uptime: uptime, Log: slog.New(slog.NewTextHandler(&log, nil))})
 			check(t, err)
 			for _, to := range []int{76, 77, 78, 78}[:c.steps+1] {
 				now = start.Add(time.Duration(to) * day)
@@ -398,7 +406,7 @@ func TestClockSetBack(t *testing.T) {
 	if pause := s.Look(t.Context()); pause != time.Second || s.Failed() == nil {
 		t.Errorf("pause is %v after %v", pause, s.Failed())
 	}
-	now = start.Add(99 * day)
+	now = start.Add(100*day - 4*time.Minute)
 	if s.Look(t.Context()); s.Failed() != nil || len(d.Status().Keysets) != 2 {
 		t.Errorf("still pausing: %v", s.Failed())
 	}

@@ -161,8 +161,7 @@ type Server struct {
 
 	rendered atomic.Pointer[published]
 
-	servingM sync.Mutex
-	serving  *servingCert
+	serving CertificateCache
 
 	expiriesM sync.Mutex
 	expiries  expiries
@@ -231,6 +230,8 @@ func New(c Config) (*Server, error) {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
 	s.limits = newLimits(s.observer, s.log)
+	s.serving.Now, s.serving.Issue = s.now, s.issue
+	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }
 	s.tls = s.newTLSConfig()
 	return s, nil
 }

@@ -8,7 +8,6 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -16,13 +15,6 @@ import (
 
 // serverPath is the path of the server's own SPIFFE ID, which agents expect.
 const serverPath = "/spire/server"
-
-// servingCert is the certificate that the server proves itself with.
-type servingCert struct {
-	cert      *tls.Certificate
-	authority string
-	renewAt   time.Time
-}
 
 func (s *Server) newTLSConfig() *tls.Config {
 	return &tls.Config{
@@ -37,16 +29,13 @@ func (s *Server) newTLSConfig() *tls.Config {
 }
 
 // Certificate returns what the server proves itself with: a new one when another keyset
-// has become active, or half the life of the old one is over. It is not in the
-// ledger: nobody else holds it, and no handshake of an agent uses that of a keyset
-// which is not the active one.
-func (s *Server) Certificate() (*tls.Certificate, error) {
-	s.servingM.Lock()
-	defer s.servingM.Unlock()
-	now := s.now()
-	if c := s.serving; c != nil && c.authority == s.keysets.Active().X509AuthorityID && now.Before(c.renewAt) {
-		return c.cert, nil
-	}
+// has become active, half the life of the old one is over, or it has not begun by
+// the present clock. It is not in the ledger: nobody else holds it, and no handshake
+// of an agent uses that of a keyset which is not the active one.
+func (s *Server) Certificate() (*tls.Certificate, error) { return s.serving.Get() }
+
+// issue signs a certificate for the server itself.
+func (s *Server) issue() (*tls.Certificate, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
 		return nil, fmt.Errorf("generate server key: %w", err)
@@ -60,13 +49,8 @@ func (s *Server) Certificate() (*tls.Certificate, error) {
 		s.log.Error("no server certificate", "error", err)
 		return nil, fmt.Errorf("server certificate: %w", err)
 	}
-	s.serving = &servingCert{
-		cert:      &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key},
-		authority: svid.Authority,
-		renewAt:   now.Add(svid.NotAfter.Sub(now) / 2),
-	}
 	s.log.Info("server certificate issued", "authority", svid.Authority, "expires_at", svid.NotAfter)
-	return s.serving.cert, nil
+	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
 }
 
 // verifyClient accepts a connection without client certificate, and one whose

@@ -11,8 +11,9 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// formatVersion is that of the layout in the package comment.
-const formatVersion = 1
+// formatVersion is that of the layout in the package comment. Version 1 had no
+// heartbeat.
+const formatVersion = 2
 
 var (
 	bucketAbout       = []byte("about")

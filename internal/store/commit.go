@@ -25,6 +25,7 @@ type op struct {
 type change struct {
 	deployment string // empty: what belongs to none
 	size       int    // about how many operations it makes
+	beat       bool   // it is only for the heartbeat, and has no plan
 	// plan looks at the state that the change is to be applied to and returns
 	// the operations. It cannot write, so that a change that is refused leaves
 	// nothing in the transaction that it shares with others.
@@ -133,7 +134,7 @@ func (s *Store) commit(batch []*change) error {
 	err := guard(func() error {
 		err := s.update(func(tx *bbolt.Tx) error {
 			id = tx.ID()
-			return apply(tx, batch)
+			return s.apply(tx, batch)
 		})
 		finished = true
 		return err
@@ -151,11 +152,15 @@ func (s *Store) commit(batch []*change) error {
 }
 
 // apply plans and writes one change after the other, each on top of the ones
-// before it.
-func apply(tx *bbolt.Tx, batch []*change) error {
+// before it, and the heartbeat.
+func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 	deployments := tx.Bucket(bucketDeployments)
 	wrote := false
 	for _, c := range batch {
+		if c.beat {
+			wrote = true
+			continue
+		}
 		b := tx.Bucket(bucketFederation)
 		if c.deployment != "" {
 			b = deployments.Bucket([]byte(c.deployment))
@@ -190,7 +195,7 @@ func apply(tx *bbolt.Tx, batch []*change) error {
 	if !wrote {
 		return errNothing
 	}
-	return nil
+	return tx.Bucket(bucketAbout).Put(keyHeartbeat, packTime(keyHeartbeat, s.clock.Heartbeat()))
 }
 
 func (c *change) run(v state) (ops []op) {

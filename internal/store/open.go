@@ -13,8 +13,11 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/clock"
 )
 
 // lockWait is how long Open waits for a process that is about to end.
@@ -74,8 +77,9 @@ func open(path string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.db.Close())
 	}
+	s.clock = clock.New(s.now, o.Uptime, s.heartbeat)
 	if !o.ReadOnly {
-		if err := s.takeOver(); err != nil {
+		if err := errors.Join(s.upgrade(), s.takeOver()); err != nil {
 			return nil, errors.Join(err, s.db.Close())
 		}
 	}
@@ -187,6 +191,31 @@ func create(path string, o Options) error {
 	return nil
 }
 
+// upgrade notes that a store of an older format is written by this program from
+// now on, which an older one would take for damage.
+func (s *Store) upgrade() error {
+	if s.format == formatVersion {
+		return nil
+	}
+	err := guard(func() error {
+		return s.db.Update(func(tx *bbolt.Tx) error { return putAbout(tx.Bucket(bucketAbout), s.td) })
+	})
+	if err != nil {
+		return fmt.Errorf("upgrade it from format %d to %d: %w", s.format, formatVersion, err)
+	}
+	s.log.Info("store upgraded", "file", s.path, "from_format", s.format, "format", formatVersion)
+	s.format = formatVersion
+	return nil
+}
+
+func putAbout(b *bbolt.Bucket, td spiffeid.TrustDomain) error {
+	value, err := packJSON(keyStore, about{version: version{formatVersion}, TrustDomain: td.Name()})
+	if err != nil {
+		return err
+	}
+	return b.Put(keyStore, value)
+}
+
 func initialize(path string, o Options) error {
 	db, err := bbolt.Open(path, 0o600, options(false, nil))
 	if err != nil {
@@ -197,11 +226,7 @@ func initialize(path string, o Options) error {
 		if err != nil {
 			return err
 		}
-		value, err := packJSON(keyStore, about{version: version{formatVersion}, TrustDomain: o.TrustDomain.Name()})
-		if err != nil {
-			return err
-		}
-		if err := b.Put(keyStore, value); err != nil {
+		if err := putAbout(b, o.TrustDomain); err != nil {
 			return err
 		}
 		_, err = tx.CreateBucket(bucketDeployments)
@@ -227,6 +252,7 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 	case v.Format < 1:
 		return nil, fmt.Errorf("%w: format %d", ErrDamaged, v.Format)
 	}
+	s.format = v.Format
 	a, err := decode[about](keyStore, b.Get(keyStore))
 	switch {
 	case err != nil:

@@ -130,9 +130,9 @@ func edit(t *testing.T, path string, change func(tx *bbolt.Tx) error) {
 func TestOpenRefusesANewerFormat(t *testing.T) {
 	t.Parallel()
 	for _, about := range []string{
-		`{"format":2,"trust_domain":"example.org"}`,
-		`{"format":2,"trust_domain":"example.org","beat":"2026-01-02T03:04:05Z"}`,
-		`{"format":3,"trust_domain":{"name":"example.org"}}`,
+		`{"format":3,"trust_domain":"example.org"}`,
+		`{"format":3,"trust_domain":"example.org","beat":"2026-01-02T03:04:05Z"}`,
+		`{"format":4,"trust_domain":{"name":"example.org"}}`,
 		`{"format":2000000000}`,
 	} {
 		path := newPath(t)
@@ -150,11 +150,38 @@ func TestOpenRefusesANewerFormat(t *testing.T) {
 		for _, readOnly := range []bool{false, true} {
 			o := options()
 			o.ReadOnly = readOnly
-			refuses(t, path, o, "format", "up to 1", "newer version")
+			refuses(t, path, o, "format", "up to 2", "newer version")
 			if _, err := store.Open(path, o); errors.Is(err, store.ErrDamaged) {
 				t.Errorf("%s: taken for damage: %v", about, err)
 			}
 		}
+	}
+}
+
+// A store of an older format is read as it is, and one of this format once it is
+// opened for writing: an older program must not take it for damaged.
+func TestOpenUpgradesAnOlderFormat(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	closed(t, open(t, path))
+	about := []byte(`{"format":1,"trust_domain":"example.org"}`)
+	edit(t, path, func(tx *bbolt.Tx) error {
+		return tx.Bucket([]byte("about")).Put([]byte("store"), store.Pack([]byte("store"), about))
+	})
+	for _, readOnly := range []bool{true, false} {
+		o := options()
+		o.ReadOnly = readOnly
+		s, err := store.Open(path, o)
+		if err != nil {
+			t.Fatal(err)
+		}
+		closed(t, s)
+		edit(t, path, func(tx *bbolt.Tx) error {
+			if old := bytes.Contains(tx.Bucket([]byte("about")).Get([]byte("store")), []byte(`"format":1`)); old != readOnly {
+				t.Errorf("read only %v: format 1 %v", readOnly, old)
+			}
+			return nil
+		})
 	}
 }
 

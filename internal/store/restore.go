@@ -14,8 +14,9 @@ import (
 
 // What the bucket about has beside keyStore.
 var (
-	keyCopied   = []byte("copied_at") // of a copy that no server has used yet
-	keyRestored = []byte("restored")  // of a store that was one
+	keyCopied    = []byte("copied_at") // of a copy that no server has used yet
+	keyHeartbeat = []byte("heartbeat") // of the last commit
+	keyRestored  = []byte("restored")  // of a store that was one
 )
 
 // restored is the value of about/restored: what was signed between CopiedAt and At
@@ -44,6 +45,8 @@ func (s *Store) checkAbout(b *bbolt.Bucket) error {
 			s.copied, err = unpackTime(k, v)
 		case string(keyRestored):
 			s.restored, err = decode[restored](k, v)
+		case string(keyHeartbeat):
+			s.heartbeat, err = unpackTime(k, v)
 		default:
 			err = fmt.Errorf("%w: %q does not belong there", ErrDamaged, k)
 		}
@@ -68,7 +71,8 @@ func (s *Store) takeOver() error {
 	}
 	r := restored{At: s.now().UTC(), CopiedAt: s.copied, Deployments: make(map[string]ledger.Restored)}
 	if r.At.Before(r.CopiedAt) {
-		r.At = r.CopiedAt // the clock is wrong, and the store must not forget the sooner
+		// What is not known would end too soon.
+		return fmt.Errorf("it is a copy of %s, and the clock shows %s: set the clock of the machine", r.CopiedAt.Format(time.RFC3339), r.At.Format(time.RFC3339))
 	}
 	dropped := 0
 	err := guard(func() error {

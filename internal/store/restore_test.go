@@ -220,22 +220,28 @@ func TestRestoreTwice(t *testing.T) {
 	}
 }
 
-// TestRestoreByAWrongClock: one that is behind makes nothing safe the sooner.
-func TestRestoreByAWrongClock(t *testing.T) {
+// TestRestoreRefusesAClockBeforeTheCopy: what is not known would end too soon. The
+// file stays a copy, which is restored when the clock is right.
+func TestRestoreRefusesAClockBeforeTheCopy(t *testing.T) {
 	t.Parallel()
 	s := at(t, newPath(t), start, nil)
 	keysetsAt(t, s.Deployment("default"), start, 0)
 	path := copyOf(t, s)
 	doc := load(t, s.Deployment("default"))
 	closed(t, s)
-	s = at(t, path, start.Add(-time.Hour), nil)
-	defer closed(t, s)
-	d := s.Deployment("default")
-	if got, want := d.Restored(), unknownOf(t, doc, start, start); !reflect.DeepEqual(got, want) {
-		t.Errorf("%+v\nwant %+v", got, want)
+	o := options()
+	o.Now = func() time.Time { return start.Add(-time.Hour) }
+	if s, err := store.Open(path, o); err == nil {
+		closed(t, s)
+		t.Error("restored")
+	} else if want := "it is a copy of 2026-01-02T03:04:05Z, and the clock shows 2026-01-02T02:04:05Z: set the clock of the machine"; !strings.Contains(err.Error(), want) {
+		t.Errorf("%v, want %s", err, want)
 	}
-	if got := load(t, d).Sequence; got < doc.Sequence+1<<20 {
-		t.Errorf("sequence %d", got)
+	later := start.Add(time.Minute)
+	s = at(t, path, later, nil)
+	defer closed(t, s)
+	if got, want := s.Deployment("default").Restored(), unknownOf(t, doc, start, later); !reflect.DeepEqual(got, want) {
+		t.Errorf("%+v\nwant %+v", got, want)
 	}
 }
 

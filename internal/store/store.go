@@ -13,6 +13,7 @@
 //	about                 store: format version and trust domain
 //	                      copied_at: of a copy, when it was taken
 //	                      restored: of what was a copy, what is not known of it
+//	                      heartbeat: when the last commit was made
 //	deployments
 //	  NAME                name: NAME again
 //	    keysets           document: all keysets; private keys are sealed
@@ -52,6 +53,7 @@ import (
 	bolterrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sys/unix"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/seal"
 )
 
@@ -75,23 +77,28 @@ type Options struct {
 	ReadOnly bool
 	// Log is slog's discard handler when nil.
 	Log *slog.Logger
-	// Now is the clock; time.Now when nil.
-	Now func() time.Time
+	// Now is the clock; time.Now when nil. Uptime is the monotonic one, the machine's
+	// when nil.
+	Now    func() time.Time
+	Uptime func() time.Duration
 }
 
 // Store is an open file. All methods may be called concurrently.
 type Store struct {
-	path string
-	td   spiffeid.TrustDomain
-	seal seal.Manager
-	log  *slog.Logger
-	now  func() time.Time
-	file *os.File
-	db   *bbolt.DB
+	path  string
+	td    spiffeid.TrustDomain
+	seal  seal.Manager
+	log   *slog.Logger
+	now   func() time.Time
+	clock *clock.Clock
+	file  *os.File
+	db    *bbolt.DB
 
-	copied   time.Time     // when this copy was taken; zero of a store in use
-	restored restored      // what is not known of it
-	copying  chan struct{} // held by who is in Backup
+	format    int           // see formatVersion
+	heartbeat time.Time     // of the last commit before it was opened
+	copied    time.Time     // when this copy was taken; zero of a store in use
+	restored  restored      // what is not known of it
+	copying   chan struct{} // held by who is in Backup
 
 	changes chan *change
 	stop    chan struct{}
@@ -115,6 +122,15 @@ func (s *Store) Close() error {
 		return errors.Join(unix.Flock(int(s.file.Fd()), unix.LOCK_UN), s.file.Close())
 	}
 	return s.db.Close()
+}
+
+// Heartbeat is when the last commit was made before the store was opened, by a clock
+// that was not in doubt ([clock.Clock.Heartbeat]); zero when that is not known.
+func (s *Store) Heartbeat() time.Time { return s.heartbeat }
+
+// Beat makes a commit of nothing but the heartbeat.
+func (s *Store) Beat(ctx context.Context) error {
+	return s.write(ctx, &change{beat: true, size: 1, done: make(chan struct{})})
 }
 
 // Deployment returns the part of the store that belongs to a deployment. It

@@ -1,0 +1,83 @@
+package domain_test
+
+import (
+	"crypto/tls"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+
+	"github.com/renewd/renewd/internal/rotation"
+)
+
+// TestProofAfterClockSteps: the clock is two days off for a moment in which somebody
+// asks; then every port proves the server with a certificate that is valid.
+func TestProofAfterClockSteps(t *testing.T) {
+	t.Parallel()
+	c := newConfig(t, "default")
+	base := time.Now()
+	var off atomic.Int64
+	c.Now = func() time.Time { return base.Add(time.Duration(off.Load())) }
+	r := run(t, c)
+	ports := []string{"bundle_endpoint.address", "operators.address", "deployments.default.listen_address"}
+	for _, step := range []time.Duration{0, 48 * time.Hour, time.Minute, -48 * time.Hour, 2 * time.Minute} {
+		off.Store(int64(step))
+		for _, port := range ports {
+			conn, err := tls.Dial("tcp", r.address(port), &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}})
+			check(t, err)
+			leaf := conn.ConnectionState().PeerCertificates[0]
+			conn.Close()
+			if now := c.Now(); now.Before(leaf.NotBefore) || now.After(leaf.NotAfter) {
+				t.Errorf("%v off: certificate of %s is valid from %v to %v, it is %v", step, port, leaf.NotBefore, leaf.NotAfter, now)
+			}
+		}
+	}
+}
+
+// TestStartWithAWrongClock: the clock is days or years off at a start, as a battery
+// that is empty leaves it. That is shown, and automatic rotation does nothing. When
+// the clock is right again all is as it was.
+func TestStartWithAWrongClock(t *testing.T) {
+	t.Parallel()
+	for name, far := range map[string]time.Duration{"ahead": 91 * day, "years ahead": 5 * 365 * day, "behind": -30 * 365 * day} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			c := newConfig(t, "default")
+			c.OperatorAddress, c.EndpointAddress, c.MetricsAddress = "", "", ""
+			c.Rotation = rotation.Policy{}
+			r := run(t, c)
+			r.put("default", "web", "/web")
+			workload := r.join("default").workload("web")
+			first := r.keysets("default").GetKeysets()[0].GetId()
+			r.stop()
+
+			c.Now = shifted(far)
+			r = run(t, c)
+			if a := r.keysets("default").GetAutomatic(); !strings.HasPrefix(a.GetWaitsFor(), "the clock, which ") {
+				t.Errorf("automatic rotation waits for %q", a.GetWaitsFor())
+			}
+			r.stop()
+
+			c.Now = nil
+			r = run(t, c)
+			if all := r.keysets("default").GetKeysets(); len(all) != 1 || all[0].GetId() != first {
+				t.Errorf("keysets are %v", all)
+			}
+			if a := r.keysets("default").GetAutomatic(); a.GetWaitsFor() != "" {
+				t.Errorf("automatic rotation waits for %q", a.GetWaitsFor())
+			}
+			trust := x509bundle.FromX509Authorities(td, r.Published().Certificates())
+			if _, _, err := x509svid.Verify(workload.chain, trust); err != nil {
+				t.Errorf("an SVID of before: %v", err)
+			}
+			cert, err := r.Server("default").Certificate()
+			check(t, err)
+			if _, _, err := x509svid.ParseAndVerify(cert.Certificate, trust); err != nil {
+				t.Errorf("the server itself: %v", err)
+			}
+		})
+	}
+}

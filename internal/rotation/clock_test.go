@@ -1,0 +1,139 @@
+package rotation_test
+
+import (
+	"log/slog"
+	"strings"
+	"testing"
+	"time"
+
+	"pgregory.net/rapid"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/rotation"
+)
+
+// machine is a server whose wall clock a test sets while it is up.
+type machine struct {
+	up, off   time.Duration
+	store     *store
+	keysets   *keyset.Deployment
+	scheduler *rotation.Scheduler
+	log       logs
+	heartbeat time.Time // of the store
+}
+
+func (m *machine) now() time.Time        { return start.Add(m.up + m.off) }
+func (m *machine) uptime() time.Duration { return m.up }
+
+// restart begins a process, at whatever the clock shows, a moment after the last
+// heartbeat.
+func (m *machine) restart(t testing.TB, f rotation.Facts) {
+	t.Helper()
+	m.keysets = open(t, keyset.Config{Storage: m.store, Now: m.now})
+	var err error
+	m.scheduler, err = rotation.New(rotation.Config{
+		Keysets: m.keysets, Facts: f, Now: m.now, Uptime: m.uptime, Heartbeat: m.heartbeat, Log: slog.New(slog.NewTextHandler(&m.log, nil)),
+	})
+	check(t, err)
+}
+
+// look lets the scheduler do all that it does at a moment.
+func (m *machine) look(t testing.TB) {
+	t.Helper()
+	for n := -1; n != len(m.store.saves); {
+		n = len(m.store.saves)
+		m.scheduler.Look(t.Context())
+	}
+}
+
+// holding of a keyset that agents have SVIDs of.
+var held = facts{
+	behind:  func() int { return 100 },
+	holding: func(keyset.Keyset) rotation.Holding { return rotation.Holding{Agents: 100} },
+}
+
+// TestClockAheadForAMoment: nothing is done because of a clock that is 91 days ahead
+// for less than an hour, and it is said.
+func TestClockAheadForAMoment(t *testing.T) {
+	t.Parallel()
+	m := &machine{store: new(store)}
+	m.restart(t, held)
+	first := m.keysets.Active()
+	m.up = day
+	m.look(t)
+	m.off = 91 * day
+	for range 59 {
+		m.up += time.Minute
+		m.look(t)
+	}
+	if p := m.scheduler.Automatic(); p.Next != "prepare" || p.WaitsFor != "the clock, which went ahead by 2184h0m0s" {
+		t.Errorf("next is %+v", p)
+	}
+	lines := m.log.take()
+	if len(lines) != 1 || !strings.Contains(lines[0], `msg="clock step detected, automatic rotation waits until the clock is right or has proved steady" step_of_clock=2184h0m0s step=prepare`) {
+		t.Errorf("logged %q", lines)
+	}
+	m.off = 0
+	m.look(t)
+	if k := m.keysets.Status().Keysets; len(k) != 1 || k[0].ID != first.ID || len(m.store.saves) != 1 {
+		t.Errorf("keysets are %v", k)
+	}
+	// One that has been there for an hour is right as far as anybody knows. Still
+	// nothing is done for good.
+	m.off = 91 * day
+	for range 23 * 60 {
+		m.up += time.Minute
+		m.look(t)
+	}
+	if k := m.keysets.Status().Keysets; len(k) != 2 || k[0].State != keyset.Prepared || k[1].State != keyset.Active {
+		t.Errorf("after 23 hours keysets are %v", k)
+	}
+}
+
+// TestRandomClockSteps sets the clock again and again, by minutes to years, while the
+// server is up and while it is started, each time for less than a day. No keyset
+// that agents depend on by the true time is removed, whatever the ledger says of
+// others, and a minute after the clock is right again something is signed that
+// verifies.
+func TestRandomClockSteps(t *testing.T) {
+	t.Parallel()
+	rapid.Check(t, func(rt *rapid.T) {
+		m := &machine{store: new(store)}
+		f := facts{holding: func(keyset.Keyset) rotation.Holding { return rotation.Holding{Agents: 1} }}
+		m.restart(t, f)
+		minutes := func(most int64) time.Duration {
+			return time.Duration(rapid.Int64Range(1, most).Draw(rt, "minutes")) * time.Minute
+		}
+		looks := func(d time.Duration) {
+			for end := m.up + d; m.up < end; {
+				m.up = min(m.up+max(d/8, time.Minute), end)
+				m.look(t)
+			}
+		}
+		for range rapid.IntRange(1, 6).Draw(rt, "steps") {
+			m.off = 0
+			looks(time.Duration(rapid.Int64Range(1, 30).Draw(rt, "days")) * day)
+			far := minutes([]int64{60, 24 * 60, 100 * 24 * 60, 5 * 365 * 24 * 60}[rapid.IntRange(0, 3).Draw(rt, "scale")])
+			if rapid.Bool().Draw(rt, "behind") {
+				far = -far
+			}
+			m.heartbeat = m.now()
+			m.off = far
+			if rapid.Bool().Draw(rt, "started") {
+				m.restart(t, f)
+			}
+			looks(minutes(23 * 60))
+			m.off = 0
+			looks(time.Minute)
+			for _, c := range m.store.saves {
+				if c.Operation == "remove" {
+					rt.Fatalf("removed: %+v", c)
+				}
+			}
+			a := m.keysets.Active()
+			if now := m.now(); a.ValidFrom.After(now) || !a.ExpiresAt.After(now) {
+				rt.Fatalf("%v after the start, clock was %v off: active is %v", m.up, far, a)
+			}
+		}
+	})
+}
