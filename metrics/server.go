@@ -120,6 +120,9 @@ type ServerState struct {
 	// LeftOut is how many authorities of the bundle held of each trust domain that
 	// the server follows cannot be used.
 	LeftOut map[string]int
+	// ClockDoubt is by how much the clock went ahead, or was set back and then
+	// negative, without being believed yet; zero when it is.
+	ClockDoubt time.Duration
 }
 
 // Deployment is the state of one deployment.
@@ -180,9 +183,11 @@ var (
 		"When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.", "trust_domain")
 	descFederatedLeftOut = desc("renewd_server_federated_authorities_left_out",
 		"Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.", "trust_domain")
+	descClockDoubt = desc("renewd_server_clock_doubt_seconds",
+		"By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. Automatic rotation waits unless it is 0: compare the clock with the true time.")
 
 	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
-		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation, descFederated, descFederatedLeftOut}
+		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation, descFederated, descFederatedLeftOut, descClockDoubt}
 )
 
 // serverCollector exports one snapshot for each scrape.
@@ -197,6 +202,7 @@ func (c serverCollector) Describe(ch chan<- *prometheus.Desc) {
 func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge, stamp := exporters(ch)
 	state := c.source.Snapshot()
+	gauge(descClockDoubt, state.ClockDoubt.Seconds())
 	for td, at := range state.Federated {
 		stamp(descFederated, at, td)
 	}

@@ -27,7 +27,7 @@ func rotation() metrics.ServerState {
 			},
 		},
 		{Name: "west", Sequence: 2, Rotation: metrics.RotationOn},
-	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}, LeftOut: map[string]int{"partner.example": 2}}
+	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}, LeftOut: map[string]int{"partner.example": 2}, ClockDoubt: -90 * time.Minute}
 }
 
 func newServer(state metrics.ServerSourceFunc) *metrics.Server {
@@ -52,6 +52,9 @@ renewd_server_agents_behind{deployment="west"} 0
 # TYPE renewd_server_bundle_sequence_number gauge
 renewd_server_bundle_sequence_number{deployment="east"} 9
 renewd_server_bundle_sequence_number{deployment="west"} 2
+# HELP renewd_server_clock_doubt_seconds By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. Automatic rotation waits unless it is 0: compare the clock with the true time.
+# TYPE renewd_server_clock_doubt_seconds gauge
+renewd_server_clock_doubt_seconds -5400
 # HELP renewd_server_federated_authorities_left_out Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.
 # TYPE renewd_server_federated_authorities_left_out gauge
 renewd_server_federated_authorities_left_out{trust_domain="partner.example"} 2

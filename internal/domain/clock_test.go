@@ -2,6 +2,10 @@ package domain_test
 
 import (
 	"crypto/tls"
+	"math"
+	"net/http"
+	"regexp"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -46,7 +50,7 @@ func TestStartWithAWrongClock(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			c := newConfig(t, "default")
-			c.OperatorAddress, c.EndpointAddress, c.MetricsAddress = "", "", ""
+			c.OperatorAddress, c.EndpointAddress = "", ""
 			c.Rotation = rotation.Policy{}
 			r := run(t, c)
 			r.put("default", "web", "/web")
@@ -59,6 +63,9 @@ func TestStartWithAWrongClock(t *testing.T) {
 			if a := r.keysets("default").GetAutomatic(); !strings.HasPrefix(a.GetWaitsFor(), "the clock, which ") {
 				t.Errorf("automatic rotation waits for %q", a.GetWaitsFor())
 			}
+			if doubt := clockDoubt(t, r); (doubt > 0) != (far > 0) || math.Abs(doubt) < far.Abs().Seconds()-3600 {
+				t.Errorf("the metric says %v s for a clock that is %v off", doubt, far)
+			}
 			r.stop()
 
 			c.Now = nil
@@ -68,6 +75,9 @@ func TestStartWithAWrongClock(t *testing.T) {
 			}
 			if a := r.keysets("default").GetAutomatic(); a.GetWaitsFor() != "" {
 				t.Errorf("automatic rotation waits for %q", a.GetWaitsFor())
+			}
+			if doubt := clockDoubt(t, r); doubt != 0 {
+				t.Errorf("the metric says %v s for a clock that is right", doubt)
 			}
 			trust := x509bundle.FromX509Authorities(td, r.Published().Certificates())
 			if _, _, err := x509svid.Verify(workload.chain, trust); err != nil {
@@ -80,4 +90,17 @@ func TestStartWithAWrongClock(t *testing.T) {
 			}
 		})
 	}
+}
+
+// clockDoubt reads the metric.
+func clockDoubt(t *testing.T, r *running) float64 {
+	t.Helper()
+	shown := get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK)
+	line := regexp.MustCompile(`(?m)^renewd_server_clock_doubt_seconds (.+)$`).FindSubmatch(shown)
+	if line == nil {
+		t.Fatal("no metric of the clock")
+	}
+	v, err := strconv.ParseFloat(string(line[1]), 64)
+	check(t, err)
+	return v
 }

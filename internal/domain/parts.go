@@ -62,7 +62,7 @@ var keysetStates = map[keyset.State]string{
 
 // state is what the metrics show. What cannot be read is left out.
 func (d *Domain) state() metrics.ServerState {
-	s := metrics.ServerState{Federated: make(map[string]time.Time), LeftOut: make(map[string]int)}
+	s := metrics.ServerState{Federated: make(map[string]time.Time), LeftOut: make(map[string]int), ClockDoubt: d.clock.Doubt()}
 	for td, at := range d.federation.Refreshed() {
 		s.Federated[td.Name()] = at
 	}
