@@ -23,6 +23,7 @@ const longRemovalDelay = 3 * time.Minute
 // It is pure: the time comes with the answers, and what to do is returned.
 type roster struct {
 	delay   time.Duration // entry_removal_delay
+	gap     time.Duration // the most that one answer counts for
 	entries map[string]*cache.Entry
 	missing map[string]*absence // some of entries
 	removed map[string]removal  // those that were entries until a while ago
@@ -33,7 +34,7 @@ type roster struct {
 	nothing *absence // of all entries, while known is not set
 
 	answered time.Duration // how long the server has been answering
-	last     time.Time     // of the last answer; zero after a failure
+	last     time.Time     // of the last answer
 }
 
 // absence is what a roster knows of something that the answers lack.
@@ -70,19 +71,19 @@ type verdict struct {
 	older         int      // of all that is missing, there in an older state
 }
 
-func newRoster(delay time.Duration, entries map[string]*cache.Entry) *roster {
-	return &roster{delay: delay, entries: entries, missing: make(map[string]*absence), removed: make(map[string]removal)}
+// newRoster returns the roster of a node that holds these entries and asks every
+// interval.
+func newRoster(delay, interval time.Duration, entries map[string]*cache.Entry) *roster {
+	return &roster{delay: delay, gap: 2 * interval, entries: entries, missing: make(map[string]*absence), removed: make(map[string]removal)}
 }
-
-// failed notes a sync without an answer: nothing counts as missing until the
-// next one.
-func (r *roster) failed() { r.last = time.Time{} }
 
 // take takes in the answer of one sync that came at now, by the clock that is
 // never set. fresh says that the node was attested a short while before.
 func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) verdict {
 	if !r.last.IsZero() {
-		r.answered += now.Sub(r.last)
+		// In an outage, or while this process was frozen, the server has said
+		// nothing: an answer speaks for the time since the one before, up to gap.
+		r.answered += min(now.Sub(r.last), r.gap)
 	}
 	r.last = now
 	r.learn(answer, fresh)

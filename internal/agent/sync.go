@@ -22,7 +22,7 @@ const (
 // syncEntries keeps the cache's entries equal to the server's until ctx is
 // done. It returns an error only when the server has banned the node.
 func (a *Agent) syncEntries(ctx context.Context) error {
-	list := newRoster(a.cfg.EntryRemovalDelay, a.cache.Entries())
+	list := newRoster(a.cfg.EntryRemovalDelay, a.cfg.RefreshInterval, a.cache.Entries())
 	failing := false
 	for {
 		began := time.Now()
@@ -37,7 +37,6 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 		case errors.Is(err, upstream.ErrBanned):
 			return err
 		case err != nil:
-			list.failed()
 			level := a.log.Debug
 			if !failing {
 				failing, level = true, a.log.Warn
