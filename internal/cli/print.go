@@ -58,24 +58,19 @@ func (p printableWriter) Write(b []byte) (int, error) {
 
 // Printable replaces what a terminal would take for a command in text that came
 // from elsewhere and belongs on one line.
-func Printable(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !unicode.IsPrint(r) {
-			return utf8.RuneError
-		}
-		return r
-	}, s)
-}
+func Printable(s string) string { return replaceUnless(unicode.IsPrint, s) }
 
 // PrintableLines is [Printable] for text of several lines: line feeds and tabs
 // stay.
-func PrintableLines(s string) string {
-	return strings.Map(func(r rune) rune {
-		if !onLines(r) {
-			return utf8.RuneError
-		}
-		return r
-	}, s)
-}
+func PrintableLines(s string) string { return replaceUnless(onLines, s) }
 
 func onLines(r rune) bool { return unicode.IsPrint(r) || r == '\n' || r == '\t' }
+
+func replaceUnless(fits func(rune) bool, s string) string {
+	return strings.Map(func(r rune) rune {
+		if fits(r) {
+			return r
+		}
+		return utf8.RuneError
+	}, s)
+}
