@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
@@ -74,6 +75,23 @@ func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadA
 		}
 	}
 	return &api.ReadAuditResponse{Records: out}, nil
+}
+
+// GetClock is of a clock that went ahead where the fake is busy.
+func (f *fake) GetClock(context.Context, *api.GetClockRequest) (*api.GetClockResponse, error) {
+	c := &api.Clock{Shows: timestamppb.New(past.Add(91 * 24 * time.Hour)), AtLeast: timestamppb.New(past)}
+	if f.busy {
+		c.Doubt, c.SteadyFor, c.RotationWaits = durationpb.New(91*24*time.Hour), durationpb.New(90*time.Second), true
+	}
+	return &api.GetClockResponse{Clock: c}, nil
+}
+
+// ConfirmClock takes one time.
+func (f *fake) ConfirmClock(_ context.Context, r *api.ConfirmClockRequest) (*api.ConfirmClockResponse, error) {
+	if !r.GetTime().AsTime().Equal(past.Truncate(time.Minute)) {
+		return nil, status.Errorf(codes.FailedPrecondition, "the server's clock does not show %s", r.GetTime().AsTime())
+	}
+	return &api.ConfirmClockResponse{Clock: &api.Clock{Shows: timestamppb.New(past), AtLeast: timestamppb.New(past)}}, nil
 }
 
 // Backup sends something that is no store, all of it where the fake is busy.

@@ -28,6 +28,8 @@ Of the running server, over its admin socket or, with -server, from elsewhere:
   server agent list                  list the agents
   server agent ban ID                refuse an agent from now on
   server agent evict ID              forget an agent, so that it has to attest again
+  server clock show                  whether the server's clock is believed
+  server clock confirm TIME          say that it is right, by another clock
   server backup FILE                 a copy of the store, checked, while the server goes on
   server audit                       what was done to the keysets, and by whom
   server bundle                      the trust bundle (PEM) that agents start from
@@ -111,10 +113,25 @@ counts as held until it expires, unless -gone gives your word that the node no
 longer exists. An ID that the server has never heard of is an error.
 ` + clientUsage
 
+const clockUsage = `Usage: server clock show
+       server clock confirm TIME
+
+show prints what the server's clock shows and what time it is at least: what is valid
+then counts as valid. A clock that went ahead of the last heartbeat and the uptime by
+more than three days, or was set back by more than five minutes, is in doubt.
+Automatic rotation waits then. It goes on when the clock has stayed there for an hour,
+a day if it was set back, and that of an agent or a remote operator fits it.
+
+confirm ends the doubt. TIME is what another clock shows that you trust, within five
+minutes, such as 2026-01-02T15:04Z: that of this machine may be the one in doubt. It is
+written in the audit log.
+` + clientUsage
+
 const auditUsage = `Usage: server audit [-after NUMBER]
 
-Prints every mutation of the keysets, oldest first: who did what, when, and what
-it changed. With -after only the records after that number.
+Prints every mutation of the keysets, and every time that the clock was confirmed, oldest
+first: who did what, when, and what it changed. With -after only the records after
+that number.
 ` + clientUsage
 
 const backupUsage = `Usage: server backup FILE [-key-file KEY] [-force]
@@ -208,16 +225,17 @@ var subcommands = map[string]map[string]command{
 	"key":     {"new": keyNewCommand, "add": keyAddCommand},
 	"token":   {"create": tokenCommand},
 	"entries": {"apply": applyCommand, "list": entriesCommand},
+	"clock":   {"show": clockCommand, "confirm": confirmCommand},
 	"agent":   {"list": agentsCommand, "ban": banCommand, "evict": evictCommand},
 }
 
-var verbs = map[string]string{"key": "new or add", "token": "create", "entries": "apply or list", "agent": "list, ban or evict"}
+var verbs = map[string]string{"key": "new or add", "token": "create", "entries": "apply or list", "agent": "list, ban or evict", "clock": "show or confirm"}
 
 func help(args []string, e cli.Env) error {
 	texts := map[string]string{
 		"": usage, "run": runUsage, "config": checkUsage + "\n" + schema.Usage(), "key": keyUsage, "token": tokenUsage,
 		"entries": entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList(),
-		"agent":   agentUsage, "audit": auditUsage, "backup": backupUsage, "bundle": bundleUsage, "health": healthUsage,
+		"agent":   agentUsage, "clock": clockUsage, "audit": auditUsage, "backup": backupUsage, "bundle": bundleUsage, "health": healthUsage,
 		"version": "Usage: server version\n",
 	}
 	topic := ""

@@ -42,17 +42,17 @@ func TestStepAhead(t *testing.T) {
 	past(day, day)
 	past(3*day, -day)
 	past(-10*day, day) // it says no more
-	m.off = 91 * day
+	m.off = 60 * time.Hour
 	sure(2 * day)
 	past(day, day)
 	past(3*day, 0)
-	past(94*day, -day)
+	past(5*day, -12*time.Hour)
 	m.up += time.Minute
 	past(3*day, time.Minute)
 	m.off = 0 // right again
 	sure(m.up)
 	past(3*day, -day+time.Minute)
-	m.off = 91 * day
+	m.off = 60 * time.Hour
 	sure(m.up)
 	m.up += day - time.Minute
 	sure(m.up)
@@ -65,6 +65,29 @@ func TestStepAhead(t *testing.T) {
 	past(0, m.off+m.up)
 }
 
+// TestInDoubtIsNotBelieved: a clock that is further ahead is not believed however long
+// it stays there.
+func TestInDoubtIsNotBelieved(t *testing.T) {
+	t.Parallel()
+	m := new(machine)
+	c := clock.New(m.now, m.uptime, time.Time{})
+	m.off = 91 * day
+	for range 100 {
+		m.up += day
+		c.Heard(m.now())
+		if got := c.Sure(); !got.Equal(start.Add(m.up)) {
+			t.Fatalf("after %v: sure is %v", m.up, got)
+		}
+		if got := c.PastFor(start.Add(m.up + time.Hour)); got != -time.Hour {
+			t.Fatalf("after %v: an hour later has been past for %v", m.up, got)
+		}
+	}
+	m.off = 0
+	if s := c.State(); s.Doubt != 0 || !s.AtLeast.Equal(start.Add(m.up)) {
+		t.Errorf("right again: %+v", s)
+	}
+}
+
 // TestRandomSteps compares the clock with one that remembers everything.
 func TestRandomSteps(t *testing.T) {
 	t.Parallel()
@@ -73,23 +96,36 @@ func TestRandomSteps(t *testing.T) {
 		c := clock.New(m.now, m.uptime, time.Time{})
 		type sight struct{ up, off time.Duration }
 		all := []sight{{}}
+		floor, lowest := time.Duration(0), time.Duration(0)
 		minutes := rapid.Int64Range(0, 3000)
 		for range rapid.IntRange(1, 60).Draw(t, "looks") {
 			m.up += time.Duration(minutes.Draw(t, "later")) * time.Minute
 			if rapid.Bool().Draw(t, "step") {
-				m.off = time.Duration(rapid.Int64Range(-1000, 1000).Draw(t, "hours")) * time.Hour
+				m.off = time.Duration(rapid.Int64Range(-200, 200).Draw(t, "hours")) * time.Hour
 			}
-			all = append(all, sight{m.up, m.off})
+			// What is in doubt because it is ahead is not seen.
+			off, doubt := m.off, m.off < floor-clock.Skew || m.off > floor+3*day
+			if doubt && off > floor {
+				off = lowest
+			}
+			all = append(all, sight{m.up, off})
 			at := time.Duration(rapid.Int64Range(-1000, 2000).Draw(t, "t")) * time.Hour
-			sure, since := m.off, max(0, at-m.off)
+			since := max(0, at-off)
+			lowest = off
 			for _, s := range all {
 				if m.up-s.up < clock.Hold {
-					sure = min(sure, s.off)
+					lowest = min(lowest, s.off)
 				}
 				since = max(since, min(at-s.off, s.up)) // before it by that clock
 			}
-			if got := c.Sure(); !got.Equal(start.Add(m.up + sure)) {
-				t.Fatalf("sure is %v, want %v", got, start.Add(m.up+sure))
+			if !doubt {
+				floor = max(min(floor, off), lowest)
+			}
+			if got := c.Sure(); !got.Equal(start.Add(m.up + lowest)) {
+				t.Fatalf("sure is %v, want %v", got, start.Add(m.up+lowest))
+			}
+			if got := c.State().Doubt != 0; got != doubt {
+				t.Fatalf("%v off, measured by %v: in doubt is %v", m.off, floor, got)
 			}
 			if got, want := c.PastFor(start.Add(at)), min(m.up-since, clock.Hold); got != want {
 				t.Fatalf("past %v for %v, want %v; %+v", at, got, want, all)
@@ -98,46 +134,97 @@ func TestRandomSteps(t *testing.T) {
 	})
 }
 
-// TestDoubt: an hour is what a clock has to prove that it went ahead by days with
-// reason, and a day that it was set back.
+// TestDoubt: a clock is in doubt while it is more than three days ahead of the lowest
+// of a day, or more than five minutes behind. What waits goes on when it has
+// stayed there, for an hour or a day, and a clock that is heard then fits.
 func TestDoubt(t *testing.T) {
 	t.Parallel()
 	m := &machine{up: time.Hour}
 	c := clock.New(m.now, m.uptime, time.Time{})
-	doubt := func(want time.Duration) {
+	doubt := func(want time.Duration, waits bool) {
 		t.Helper()
-		if got := c.Doubt(); got != want {
-			t.Errorf("after %v: in doubt by %v, want %v", m.up, got, want)
+		if s := c.State(); s.Doubt != want || s.Waits != waits {
+			t.Errorf("after %v: in doubt by %v, waits %v, want %v, %v", m.up, s.Doubt, s.Waits, want, waits)
 		}
 	}
-	doubt(0)
+	heard := func(off time.Duration, want clock.Verdict) {
+		t.Helper()
+		if got := c.Heard(m.now().Add(off)); got != want {
+			t.Errorf("after %v: a clock that is %v off says %v, want %v", m.up, off, got, want)
+		}
+	}
+	doubt(0, false)
 	m.off = -5 * time.Minute
-	doubt(0)
+	doubt(0, false)
 	m.off = 3*day - 5*time.Minute
-	doubt(0)
+	doubt(0, false)
+	heard(day, clock.Unheard)
 	const far = 91*day + 5*time.Minute // from the lowest
 	m.off = 91 * day
-	doubt(far)
+	doubt(far, true)
 	m.up += 59 * time.Minute
-	doubt(far)
-	m.off = 0 // right again
-	doubt(0)
-	m.off = 91 * day
-	doubt(far)
-	m.up += time.Hour
-	doubt(0)
-	m.off = 0 // right again, though the other was no longer in doubt
-	doubt(0)
-	m.off = -day
-	doubt(-day + 5*time.Minute)
-	m.up += day - time.Minute
-	doubt(-day + 5*time.Minute)
-	m.off = -2 * day // another step, another day
-	doubt(-2*day + 5*time.Minute)
-	m.up += day - time.Minute
-	doubt(-2*day + 5*time.Minute)
+	heard(0, clock.Unheard) // too early
 	m.up += time.Minute
-	doubt(0)
+	doubt(far, true)
+	heard(5*time.Minute, clock.Fits)
+	doubt(far, false)
+	heard(0, clock.Unheard) // known
+	heard(-6*time.Minute, clock.Denies)
+	doubt(far, true)
+	m.up += time.Minute
+	heard(time.Hour, clock.Unheard) // said
+	heard(0, clock.Unheard)         // another one denies it
+	m.up += time.Hour
+	heard(0, clock.Fits)
+	doubt(far, false)
+	m.off += time.Minute // another step, another hour
+	heard(0, clock.Unheard)
+	doubt(far+time.Minute, true)
+	m.off = 0 // right again
+	doubt(0, false)
+	m.off = -day
+	doubt(-day+5*time.Minute, true)
+	m.up += day - time.Minute
+	heard(0, clock.Unheard)
+	m.up += time.Minute
+	heard(0, clock.Fits)
+	doubt(-day+5*time.Minute, false)
+	m.off = 0 // right again
+	doubt(0, false)
+}
+
+// TestConfirm: an operator's word ends a doubt at once, and what has expired by it has
+// been past for no uptime.
+func TestConfirm(t *testing.T) {
+	t.Parallel()
+	for name, off := range map[string]time.Duration{"ahead": 91 * day, "behind": -91 * day, "ahead a little": day} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			m := &machine{up: time.Hour}
+			c := clock.New(m.now, m.uptime, time.Time{})
+			m.up, m.off = m.up+time.Hour, off
+			if c.Confirm(start.Add(m.up)) || c.Confirm(m.now().Add(6*time.Minute)) || c.Confirm(m.now().Add(-6*time.Minute)) {
+				t.Error("another time confirms it")
+			}
+			if s := c.State(); (s.Doubt != 0) != (off.Abs() > 3*day) {
+				t.Errorf("refused: %+v", s)
+			}
+			if !c.Confirm(m.now().Add(5 * time.Minute)) {
+				t.Error("the time does not confirm it")
+			}
+			m.up += time.Hour
+			if s := c.State(); s.Doubt != 0 || s.Waits || !s.AtLeast.Equal(s.Shows) || !c.Heartbeat().Equal(s.Shows) {
+				t.Errorf("confirmed: %+v", s)
+			}
+			if got := c.PastFor(start.Add(off - day)); got != time.Hour {
+				t.Errorf("a day before has been past for %v", got)
+			}
+			m.off += 4 * day // it is what the next step is measured by
+			if s := c.State(); s.Doubt != 4*day {
+				t.Errorf("after the next step: %+v", s)
+			}
+		})
+	}
 }
 
 // TestHeartbeat: what is known of the time before the start is what the clock is
@@ -150,32 +237,33 @@ func TestHeartbeat(t *testing.T) {
 		m := &machine{up: time.Hour, off: off}
 		c := clock.New(m.now, m.uptime, start.Add(time.Hour))
 		m.up += time.Minute
-		if got := c.Doubt(); got != want {
+		if got := c.State().Doubt; got != want {
 			t.Errorf("%v off: in doubt by %v, want %v", off, got, want)
 		}
 		if got := c.Sure().Sub(start.Add(m.up)); got != min(off, 0) {
 			t.Errorf("%v off: sure is %v off", off, got)
 		}
-		if got := c.PastFor(start.Add(day)); off > day && got != time.Minute {
+		if got := c.PastFor(start.Add(day)); off == 2*day && got != time.Minute {
 			t.Errorf("%v off: past the next day for %v", off, got)
 		}
 	}
 }
 
 // TestNextHeartbeat: what is kept for the next process is the time that is not in
-// doubt.
+// doubt, whatever calls say.
 func TestNextHeartbeat(t *testing.T) {
 	t.Parallel()
 	m := &machine{up: time.Hour}
 	c := clock.New(m.now, m.uptime, start.Add(time.Hour))
 	for _, row := range []struct{ later, off, want time.Duration }{
-		{0, 91 * day, 0}, {time.Hour, 91 * day, 0}, {0, -time.Hour, 0}, {23 * time.Hour, -time.Hour, 0},
-		{time.Hour, -time.Hour, -time.Hour}, {time.Hour, 0, -time.Hour}, {day, 0, 0},
+		{0, 91 * day, 0}, {time.Hour, 91 * day, 0}, {40 * day, 91 * day, 0}, {0, -time.Hour, 0}, {day, -time.Hour, 0},
+		{0, -time.Minute, -time.Hour}, {day, -time.Minute, -time.Minute}, {0, day, -time.Minute}, {day, day, day},
 	} {
 		m.up += row.later
 		m.off = row.off
 		if got := c.Heartbeat().Sub(start.Add(m.up)); got != row.want {
 			t.Errorf("after %v, %v off: heartbeat is %v off, want %v", m.up, m.off, got, row.want)
 		}
+		c.Heard(m.now())
 	}
 }

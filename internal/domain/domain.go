@@ -9,7 +9,6 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
-	"time"
 
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/endpoint"
@@ -82,11 +81,7 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 			return nil, err
 		}
 	}
-	d.clock = clock.New(cfg.Now, cfg.Uptime, d.heartbeat())
-	if doubt := d.clock.Doubt(); doubt != 0 {
-		cfg.Log.Warn("clock is in doubt, automatic rotation waits: compare it with the true time", "clock", cfg.Now().UTC(),
-			"last_heartbeat", d.heartbeat(), "ahead", doubt)
-	}
+	d.openClock()
 	d.metrics = metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: cfg.TrustDomain.Name(), Deployments: served(cfg.Deployments), Version: cfg.Version,
 		Federated: followed(cfg.Federation), Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
@@ -123,7 +118,7 @@ func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
 	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
 		return nil, fmt.Errorf("data_dir: %w", err)
 	}
-	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log, Now: d.cfg.Now, Uptime: d.cfg.Uptime})
+	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log, Now: d.cfg.Now})
 	if err != nil {
 		return nil, err
 	}
@@ -145,10 +140,10 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	dep := &deployment{DeploymentConfig: c}
 	log := d.cfg.Log.With("deployment", c.Name)
 	keys := keyset.Config{TrustDomain: d.cfg.TrustDomain, Name: c.Name, Lifetime: d.cfg.KeysetLifetime, Now: d.cfg.Now}
-	rows := ledger.Config{Log: log, Now: d.cfg.Now, Uptime: d.cfg.Uptime, Heartbeat: d.heartbeat()}
+	rows := ledger.Config{Log: log, Clock: d.clock}
 	config := server.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
-		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Observer: d.metrics, Log: log, Now: d.cfg.Now,
+		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Observer: d.metrics, Log: log, Now: d.cfg.Now, Sure: d.clock.Sure, Heard: d.heard,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
 	if d.store != nil {
@@ -174,19 +169,9 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		policy.Mode = rotation.Off
 	}
 	dep.scheduler, err = rotation.New(rotation.Config{
-		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log,
-		Now: d.cfg.Now, Uptime: d.cfg.Uptime, Heartbeat: d.heartbeat(),
+		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.clock.Sure()}, Log: log, Clock: d.clock,
 	})
 	return dep, err
-}
-
-// heartbeat is when the store was last written before the start; zero when that is
-// not known.
-func (d *Domain) heartbeat() time.Time {
-	if d.store == nil {
-		return time.Time{}
-	}
-	return d.store.Heartbeat()
 }
 
 func served(all []DeploymentConfig) []string {

@@ -49,7 +49,7 @@ const contactTime = 3 * time.Minute
 type facts struct {
 	d     *Domain
 	dep   *deployment
-	since time.Time // when the server was started
+	since time.Time // what was sure when the server was started
 }
 
 // Behind implements rotation.Facts. It counts the agents of all deployments:
@@ -70,7 +70,8 @@ func (f *facts) behind(dep *deployment) int {
 		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "deployment", dep.Name, "error", err)
 		return 1
 	}
-	now, sequence := f.d.cfg.Now(), f.d.Published().Sequence
+	// An agent counts as long as its SVID may be valid by any clock.
+	now, sequence := f.d.clock.Sure(), f.d.Published().Sequence
 	early := now.Sub(f.since) < contactTime
 	behind := 0
 	for _, a := range agents {

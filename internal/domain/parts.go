@@ -21,7 +21,7 @@ import (
 func (d *Domain) openOperator() (err error) {
 	c := operator.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
-		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Now: d.cfg.Now,
+		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.heard, ConfirmClock: d.confirmClock,
 	}
 	if d.store != nil {
 		c.Backup = d.store.Backup
@@ -62,7 +62,7 @@ var keysetStates = map[keyset.State]string{
 
 // state is what the metrics show. What cannot be read is left out.
 func (d *Domain) state() metrics.ServerState {
-	s := metrics.ServerState{Federated: make(map[string]time.Time), LeftOut: make(map[string]int), ClockDoubt: d.clock.Doubt()}
+	s := metrics.ServerState{Federated: make(map[string]time.Time), LeftOut: make(map[string]int), ClockDoubt: d.clock.State().Doubt}
 	for td, at := range d.federation.Refreshed() {
 		s.Federated[td.Name()] = at
 	}

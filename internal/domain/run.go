@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net"
 	"syscall"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -36,7 +35,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 		group.Go(func() error { return dep.follow(ctx, d.cfg.Log) })
 	}
 	group.Go(func() error { return d.federation.Run(ctx) })
-	group.Go(func() error { return d.beat(ctx) })
+	group.Go(func() error { return d.watchClock(ctx) })
 	d.running.Store(true)
 	group.Go(func() error {
 		// From here on calls in flight end, and no new ones are answered.
@@ -51,29 +50,6 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 	err = group.Wait()
 	d.cfg.Log.Info("server stopped")
 	return err
-}
-
-// beatTime is how often the store is written at least, so that the next process
-// knows that the time has passed.
-const beatTime = time.Hour
-
-// beat writes the store's heartbeat until ctx is done.
-func (d *Domain) beat(ctx context.Context) error {
-	if d.store == nil {
-		return nil
-	}
-	ticker := time.NewTicker(beatTime)
-	defer ticker.Stop()
-	for {
-		select {
-		case <-ctx.Done():
-			return nil
-		case <-ticker.C:
-		}
-		if err := d.store.Beat(ctx); err != nil && ctx.Err() == nil {
-			d.cfg.Log.Error("heartbeat not stored, tried again in an hour", "error", err)
-		}
-	}
 }
 
 // listening are the listeners that are open, and what serves each of them.

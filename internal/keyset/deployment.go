@@ -242,6 +242,13 @@ func (d *Deployment) Taint(ctx context.Context, id string, checks ...Check) erro
 	return err
 }
 
+// Note adds a line to the audit log of what was done that changes no keyset; see
+// [WithActor] and [WithNote].
+func (d *Deployment) Note(ctx context.Context, operation string) error {
+	_, err := d.mutate(ctx, operation, nil, func(*Document, *Change) error { return nil })
+	return err
+}
+
 // Remove deletes a tainted keyset with its keys, for good. What it signed no
 // longer verifies: a Check can refuse that while something hangs on it.
 func (d *Deployment) Remove(ctx context.Context, id string, checks ...Check) error {

@@ -30,8 +30,8 @@ type Document struct {
 type Change struct {
 	At        time.Time
 	Actor     string // see [WithActor]
-	Operation string // create, prepare, activate, taint, remove, restore
-	KeysetID  string // empty for restore
+	Operation string // create, prepare, activate, taint, remove, restore, confirm clock
+	KeysetID  string // empty for restore and confirm clock
 	// Before and After are the states of all keysets, by ID.
 	Before, After map[string]State
 	Note          string // see [WithNote]; often empty

@@ -6,6 +6,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
 )
 
@@ -23,7 +24,7 @@ func (m *machine) uptime() time.Duration { return m.up }
 
 func (m *machine) open(t testing.TB) *ledger.Ledger {
 	t.Helper()
-	l, err := ledger.Open(t.Context(), ledger.Config{Storage: m.memory, Now: m.now, Uptime: m.uptime, Heartbeat: m.heartbeat})
+	l, err := ledger.Open(t.Context(), ledger.Config{Storage: m.memory, Clock: clock.New(m.now, m.uptime, m.heartbeat)})
 	check(t, err)
 	return l
 }

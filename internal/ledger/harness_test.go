@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
 )
 
@@ -80,7 +81,7 @@ func (m *memory) count() int {
 
 func open(t testing.TB, s ledger.Storage, now func() time.Time) *ledger.Ledger {
 	t.Helper()
-	l, err := ledger.Open(t.Context(), ledger.Config{Storage: s, Now: now})
+	l, err := ledger.Open(t.Context(), ledger.Config{Storage: s, Clock: clock.New(now, nil, time.Time{})})
 	check(t, err)
 	return l
 }

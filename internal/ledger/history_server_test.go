@@ -8,6 +8,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
 )
 
@@ -113,7 +114,7 @@ func newServer(s *sim) *server {
 func (v *server) now() time.Time { return v.s.now.Add(v.offset) }
 
 func (v *server) open() {
-	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Restored: v.restored, Now: v.now, Uptime: v.s.at})
+	l, err := ledger.Open(v.s.t.Context(), ledger.Config{Storage: v.memory, Restored: v.restored, Clock: clock.New(v.now, v.s.at, time.Time{})})
 	check(v.s.t, err)
 	v.ledger = l
 }

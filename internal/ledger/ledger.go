@@ -51,7 +51,7 @@ import (
 
 // skew is how far clocks may differ, and how far the server's own may be set,
 // without an SVID being forgotten while somebody takes it for valid.
-const skew = 5 * time.Minute
+const skew = clock.Skew
 
 // longest is how long anything can be held: an SVID of the longest life.
 const longest = keyset.MaxX509TTL + skew
@@ -99,13 +99,8 @@ type Config struct {
 	Storage Storage // memory when nil
 	// Restored is what Storage cannot know; it must not be modified.
 	Restored Restored
-	// Now is the clock; time.Now when nil. Uptime is the monotonic one, the machine's
-	// when nil. Heartbeat is a time that is known to have passed; zero when nothing is
-	// known.
-	Now       func() time.Time
-	Uptime    func() time.Duration
-	Heartbeat time.Time
-	Log       *slog.Logger // discarded when nil
+	Clock    *clock.Clock // one of the machine's, of which nothing is known, when nil
+	Log      *slog.Logger // discarded when nil
 }
 
 // Ledger is the ledger of one deployment. All methods may be called
@@ -161,11 +156,10 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 	if l.storage == nil {
 		l.storage = nowhere{}
 	}
-	wall := c.Now
-	if wall == nil {
-		wall = time.Now
+	if c.Clock == nil {
+		c.Clock = clock.New(nil, nil, time.Time{})
 	}
-	l.now = clock.New(wall, c.Uptime, c.Heartbeat).Sure
+	l.now = c.Clock.Sure
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}

@@ -8,6 +8,7 @@ import (
 
 	"pgregory.net/rapid"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
 )
 
@@ -18,11 +19,11 @@ func TestModel(t *testing.T) {
 		const skew = 5 * time.Minute
 		now := time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 		begin := now
-		clock := func() time.Time { return now }
+		wall := func() time.Time { return now }
 		uptime := func() time.Duration { return now.Sub(begin) }
 		m := newMemory()
 		openNow := func() *ledger.Ledger {
-			l, err := ledger.Open(context.Background(), ledger.Config{Storage: m, Now: clock, Uptime: uptime})
+			l, err := ledger.Open(context.Background(), ledger.Config{Storage: m, Clock: clock.New(wall, uptime, time.Time{})})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -27,6 +27,7 @@ var roles = map[string]Role{
 	api.Operator_ListAgents_FullMethodName:      Reader,
 	api.Operator_ListEntries_FullMethodName:     Reader,
 	api.Operator_GetBundle_FullMethodName:       Reader,
+	api.Operator_GetClock_FullMethodName:        Reader,
 
 	api.Operator_PrepareKeyset_FullMethodName:   Manager,
 	api.Operator_ActivateKeyset_FullMethodName:  Manager,
@@ -38,6 +39,7 @@ var roles = map[string]Role{
 	api.Operator_ApplyEntries_FullMethodName:    Manager,
 	api.Operator_PutEntry_FullMethodName:        Manager,
 	api.Operator_DeleteEntry_FullMethodName:     Manager,
+	api.Operator_ConfirmClock_FullMethodName:    Manager,
 	api.Operator_Backup_FullMethodName:          Manager,
 }
 

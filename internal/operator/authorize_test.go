@@ -19,6 +19,7 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/emptypb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
@@ -71,6 +72,7 @@ func requests(w *world) map[string]proto.Message {
 		"ListDeployments": &api.ListDeploymentsRequest{}, "ListKeysets": &api.ListKeysetsRequest{},
 		"ListHolders": &api.ListHoldersRequest{KeysetId: list[0].ID}, "ReadAudit": &api.ReadAuditRequest{},
 		"ListAgents": &api.ListAgentsRequest{}, "ListEntries": &api.ListEntriesRequest{}, "GetBundle": &api.GetBundleRequest{},
+		"GetClock": &api.GetClockRequest{},
 
 		"RemoveKeyset":    &api.RemoveKeysetRequest{KeysetId: list[0].ID, Force: true},
 		"ActivateKeyset":  &api.ActivateKeysetRequest{KeysetId: list[2].ID},
@@ -83,7 +85,8 @@ func requests(w *world) map[string]proto.Message {
 		"PutEntry": &api.PutEntryRequest{Entry: &api.Entry{
 			Id: "new", SpiffeId: workload.String(), Selectors: []*api.Selector{{Type: "unix", Value: "uid:1"}},
 		}},
-		"DeleteEntry": &api.DeleteEntryRequest{Id: "web"},
+		"DeleteEntry":  &api.DeleteEntryRequest{Id: "web"},
+		"ConfirmClock": &api.ConfirmClockRequest{Time: timestamppb.Now()},
 	}
 }
 

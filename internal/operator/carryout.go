@@ -19,6 +19,9 @@ const mutationTime = 120 * time.Second
 // carryOut bounds a mutation and writes its line in the log. A caller that is
 // lost before the change is stored takes it back; after that it has happened.
 func (s *Service) carryOut(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	if sentAt, ok := api.SentAt(ctx); ok {
+		s.config.Heard(keyset.Actor(ctx), sentAt)
+	}
 	if roles[info.FullMethod] != Manager {
 		return handler(ctx, req)
 	}

@@ -43,6 +43,7 @@ func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
+		grpc.WithChainUnaryInterceptor(sayTime),
 		// A long wait looks every few seconds; gRPC's own pause after a server
 		// that was away grows to two minutes.
 		grpc.WithConnectParams(grpc.ConnectParams{

@@ -47,6 +47,7 @@ type world struct {
 	names       []string
 	log         *records
 	copied      func(ctx context.Context, w io.Writer) (int64, error) // of Backup; a few bytes when nil
+	heard       func(actor string, sentAt time.Time)
 }
 
 func (w *world) backup(ctx context.Context, to io.Writer) (int64, error) {
@@ -75,7 +76,7 @@ func newWorld(t testing.TB, names ...string) *world {
 
 func newWorldFor(t testing.TB, managers, readers []string, names ...string) *world {
 	t.Helper()
-	w := &world{deployments: make(map[string]*deployment), names: names, log: new(records)}
+	w := &world{deployments: make(map[string]*deployment), names: names, log: new(records), heard: func(string, time.Time) {}}
 	if len(names) == 0 {
 		w.names = []string{"default"}
 	}
@@ -83,6 +84,7 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 	check(t, err)
 	c := operator.Config{
 		TrustDomain: td, Rules: rules, Published: w.published, Backup: w.backup, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
+		Heard:       func(actor string, sentAt time.Time) { w.heard(actor, sentAt) },
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
 	}
 	for _, name := range w.names {
@@ -243,10 +245,15 @@ type remote struct {
 
 func (w *world) serveTLS(t testing.TB) *remote {
 	t.Helper()
+	return w.serve(t, func(lis net.Listener) net.Listener { return lis })
+}
+
+func (w *world) serve(t testing.TB, wrap func(net.Listener) net.Listener) *remote {
+	t.Helper()
 	r := &remote{lis: bufconn.Listen(1 << 20)}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- w.ServeTLS(ctx, r.lis) }()
+	go func() { done <- w.ServeTLS(ctx, wrap(r.lis)) }()
 	r.stop = sync.OnceValue(func() error {
 		cancel()
 		return <-done

@@ -52,7 +52,8 @@ func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keys
 	if err != nil {
 		return Figures{}, err
 	}
-	now := s.now()
+	// An agent counts as long as its SVID may be valid by any clock.
+	now := s.config.Clock.Sure()
 	for _, a := range agents {
 		if a.Banned || !now.Before(ends(a)) {
 			continue
@@ -122,7 +123,7 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	}
 	resp := &api.ListKeysetsResponse{
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
-		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind),
+		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), Clock: s.clock(),
 	}
 	// The agents of other deployments verify what this one signs, too.
 	for i := range s.config.Deployments {

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
@@ -79,8 +80,14 @@ type Config struct {
 	Rules       Rules
 	// Options are added to every gRPC server.
 	Options []grpc.ServerOption
-	Log     *slog.Logger     // discards when nil
-	Now     func() time.Time // time.Now when nil
+	Log     *slog.Logger // discards when nil
+	// Clock is one of the machine's, of which nothing is known, when nil. ConfirmClock
+	// confirms it durably and reports whether it showed about that time; only in memory
+	// when nil. Heard is told what the clock of a remote operator showed at a call; nobody
+	// when nil.
+	Clock        *clock.Clock
+	ConfirmClock func(ctx context.Context, at time.Time) (bool, error)
+	Heard        func(actor string, sentAt time.Time)
 }
 
 // Service answers operators. All methods may be called concurrently.
@@ -97,12 +104,18 @@ func New(c Config) (*Service, error) {
 	if c.TrustDomain.IsZero() || len(c.Deployments) == 0 || c.Published == nil {
 		return nil, errors.New("new operator service: it needs a trust domain, deployments and the published bundle")
 	}
-	s := &Service{config: c, rules: c.Rules, log: c.Log, now: c.Now}
+	if c.Clock == nil {
+		c.Clock = clock.New(nil, nil, time.Time{})
+	}
+	if c.ConfirmClock == nil {
+		c.ConfirmClock = func(_ context.Context, at time.Time) (bool, error) { return c.Clock.Confirm(at), nil }
+	}
+	if c.Heard == nil {
+		c.Heard = func(string, time.Time) {}
+	}
+	s := &Service{config: c, rules: c.Rules, log: c.Log, now: c.Clock.Now}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.now == nil {
-		s.now = time.Now
 	}
 	return s, nil
 }
@@ -210,7 +223,7 @@ func (s *Service) RemoveKeyset(ctx context.Context, req *api.RemoveKeysetRequest
 	err = d.Keysets.Remove(ctx, req.GetKeysetId(), func(all []keyset.Keyset) error {
 		gone = all[slices.IndexFunc(all, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })]
 		if h := d.Ledger.X509(gone.X509AuthorityID, true); !h.Clear && !req.GetForce() {
-			return notSafe(gone.ID, h)
+			return notSafe(gone.ID, h, s.countsLonger())
 		}
 		return nil
 	})
@@ -275,8 +288,8 @@ const (
 	errorDomain   = "renewd"
 )
 
-func notSafe(id string, h ledger.Holding) error {
-	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s", id, holds(h))
+func notSafe(id string, h ledger.Holding, more string) error {
+	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s%s", id, holds(h), more)
 	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: reasonNotSafe, Domain: errorDomain, Metadata: map[string]string{
 		"svids": strconv.Itoa(h.SVIDs), "agents": strconv.Itoa(h.Agents),
 	}}); err == nil {

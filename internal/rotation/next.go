@@ -20,10 +20,6 @@ import (
 // Actor is who carries out the steps, as the keysets and the audit log have it.
 const Actor = "scheduler"
 
-// skew is how far clocks may differ: what has expired is over for everybody
-// only then.
-const skew = 5 * time.Minute
-
 // Action is a step of a rotation.
 type Action string
 
@@ -242,7 +238,7 @@ func expired(now time.Time, past Past, k keyset.Keyset) time.Time {
 }
 
 // over is when nothing that a keyset signed is valid by anybody's clock.
-func over(k keyset.Keyset) time.Time { return k.ExpiresAt.Add(skew) }
+func over(k keyset.Keyset) time.Time { return k.ExpiresAt.Add(clock.Skew) }
 
 func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }
 

@@ -8,6 +8,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/rotation"
 )
@@ -147,7 +148,7 @@ func (f *fixture) document(m modelDoc, now time.Time) keyset.Document {
 func (r *real) do(ctx context.Context, t modelThread) error {
 	d := r.deployments[t.on]
 	if t.auto {
-		s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Now: func() time.Time { return start }})
+		s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Clock: clock.New(func() time.Time { return start }, nil, time.Time{})})
 		if err != nil {
 			return err
 		}

@@ -27,12 +27,7 @@ type Config struct {
 	Policy  Policy
 	Facts   Facts
 	Log     *slog.Logger // discarded when nil
-	// Now is the clock; time.Now when nil. Uptime is the monotonic one, the machine's
-	// when nil.
-	Now    func() time.Time
-	Uptime func() time.Duration
-	// Heartbeat is a time that is known to have passed; zero when nothing is known.
-	Heartbeat time.Time
+	Clock   *clock.Clock // one of the machine's, of which nothing is known, when nil
 }
 
 // Scheduler rotates the keysets of one deployment. Make it with [New], run it
@@ -42,7 +37,6 @@ type Scheduler struct {
 	policy  Policy
 	facts   Facts
 	log     *slog.Logger
-	now     func() time.Time
 	clock   *clock.Clock
 
 	failed atomic.Pointer[failure] // nil: the last attempt succeeded
@@ -68,14 +62,13 @@ func New(c Config) (*Scheduler, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Scheduler{keysets: c.Keysets, policy: policy, facts: c.Facts, log: c.Log, now: c.Now}
+	s := &Scheduler{keysets: c.Keysets, policy: policy, facts: c.Facts, log: c.Log, clock: c.Clock}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	if s.now == nil {
-		s.now = time.Now
+	if s.clock == nil {
+		s.clock = clock.New(nil, nil, time.Time{})
 	}
-	s.clock = clock.New(s.now, c.Uptime, c.Heartbeat)
 	return s, nil
 }
 
@@ -103,7 +96,7 @@ func (s *Scheduler) Run(ctx context.Context) error {
 
 // look does what is due and returns how long to sleep if nothing changes.
 func (s *Scheduler) look(ctx context.Context) time.Duration {
-	now := s.now()
+	now := s.clock.Now()
 	last := s.failed.Load()
 	if last != nil {
 		// A clock that was set back must not make the pause longer.
@@ -136,17 +129,17 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 		return Step{}, err
 	}
 	step := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
-	doubt := s.clock.Doubt()
-	if doubt == 0 {
+	c := s.clock.State()
+	if !c.Waits {
 		s.doubted = false
 	}
 	switch {
 	case !step.Due(now):
-	case doubt != 0:
+	case c.Waits:
 		if !s.doubted {
 			s.doubted = true
-			s.log.Warn("clock step detected, automatic rotation waits until the clock is right or has proved steady",
-				"step_of_clock", doubt, "step", step.String(), "reason", step.Why)
+			s.log.Warn("clock in doubt, automatic rotation waits until it is right, fits another machine's, or is confirmed",
+				"step_of_clock", c.Doubt, "step", step.String(), "reason", step.Why)
 		}
 		step.At = now.Add(longestSleep)
 	case s.policy.Mode == Paused:
@@ -167,9 +160,9 @@ var errOvertaken = errors.New("the keysets or what hangs on them have changed me
 func (s *Scheduler) do(ctx context.Context, step Step) error {
 	ctx = keyset.WithNote(keyset.WithActor(ctx, Actor), step.Why)
 	still := func(keysets []keyset.Keyset) error {
-		now := s.now()
+		now := s.clock.Now()
 		again := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
-		if s.clock.Doubt() != 0 || !again.Due(now) || again.String() != step.String() {
+		if s.clock.State().Waits || !again.Due(now) || again.String() != step.String() {
 			return errOvertaken
 		}
 		return nil
@@ -218,16 +211,16 @@ type Preview struct {
 
 // Automatic says what comes next. It may be called at any time.
 func (s *Scheduler) Automatic() Preview {
-	now := s.now()
+	now := s.clock.Now()
 	step := Next(now, s.clock.PastFor, s.policy, s.keysets.Status().Keysets, s.facts)
 	p := Preview{Mode: string(s.policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
 	if f := s.failed.Load(); f != nil && step.Due(now) {
 		p.At, p.WaitsFor = f.again(), fmt.Sprintf("another attempt: %v", f.err)
 	}
-	if doubt := s.clock.Doubt(); doubt != 0 {
-		p.WaitsFor = fmt.Sprintf("the clock, which went ahead by %v", doubt.Round(time.Minute))
-		if doubt < 0 {
-			p.WaitsFor = fmt.Sprintf("the clock, which was set back by %v", -doubt.Round(time.Minute))
+	if c := s.clock.State(); c.Waits {
+		p.WaitsFor = fmt.Sprintf("the clock, which went ahead by %v", c.Doubt.Round(time.Minute))
+		if c.Doubt < 0 {
+			p.WaitsFor = fmt.Sprintf("the clock, which was set back by %v", -c.Doubt.Round(time.Minute))
 		}
 	}
 	return p

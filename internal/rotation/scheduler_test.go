@@ -13,6 +13,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/rotation"
 )
@@ -335,7 +336,7 @@ func TestOvertaken(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			now := start
-			clock := func() time.Time { return now }
+			wall := func() time.Time { return now }
 			uptime := func() time.Duration { return now.Sub(start) }
 			var unsafe, behind atomic.Bool
 			f := facts{
@@ -350,9 +351,9 @@ func TestOvertaken(t *testing.T) {
 				},
 			}
 			st := new(store)
-			d := open(t, keyset.Config{Storage: st, Now: clock})
+			d := open(t, keyset.Config{Storage: st, Now: wall})
 			var log logs
-			s, err := rotation.New(rotation.Config{Keysets: d, Facts: f, Now: clock, Uptime: uptime, Log: slog.New(slog.NewTextHandler(&log, nil))})
+			s, err := rotation.New(rotation.Config{Keysets: d, Facts: f, Clock: clock.New(wall, uptime, time.Time{}), Log: slog.New(slog.NewTextHandler(&log, nil))})
 			check(t, err)
 			for _, to := range []int{76, 77, 78, 78}[:c.steps+1] {
 				now = start.Add(time.Duration(to) * day)
@@ -364,7 +365,7 @@ func TestOvertaken(t *testing.T) {
 				t.Fatalf("after %d steps comes %+v", len(st.saves)-1, p)
 			}
 			log.take()
-			other := open(t, keyset.Config{Storage: &st.Memory, Now: clock})
+			other := open(t, keyset.Config{Storage: &st.Memory, Now: wall})
 			loads := 0
 			st.mu.Lock()
 			st.beforeLoad = func() {
@@ -393,10 +394,10 @@ func TestOvertaken(t *testing.T) {
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
 	now := start.Add(100 * day)
-	clock := func() time.Time { return now }
+	wall := func() time.Time { return now }
 	st := new(store)
 	d := open(t, keyset.Config{Storage: st, Now: func() time.Time { return start }})
-	s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Now: clock})
+	s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Clock: clock.New(wall, nil, time.Time{})})
 	check(t, err)
 	st.set(errors.New("disk is gone"), nil)
 	if pause := s.Look(t.Context()); pause != time.Second || s.Failed() == nil {

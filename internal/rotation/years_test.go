@@ -9,6 +9,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/rotation"
 )
@@ -92,7 +93,7 @@ func (w *world) restart() {
 		w.Fatal(err)
 	}
 	w.scheduler, err = rotation.New(rotation.Config{Keysets: w.keysets, Policy: w.policy, Facts: w,
-		Now: func() time.Time { return w.now }, Uptime: func() time.Duration { return w.now.Sub(start) }})
+		Clock: clock.New(func() time.Time { return w.now }, func() time.Duration { return w.now.Sub(start) }, time.Time{})})
 	if err != nil {
 		w.Fatal(err)
 	}

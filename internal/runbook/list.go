@@ -46,8 +46,8 @@ func List(w io.Writer, s Status, now time.Time) error {
 }
 
 // Remarks says in a line each what is out of the ordinary: agents behind,
-// figures that are not known and why, keys that are in different states, what
-// automatic rotation is about to do.
+// figures that are not known and why, keys that are in different states, a clock that is
+// in doubt, what automatic rotation is about to do.
 func Remarks(s Status) []string {
 	var lines []string
 	switch {
@@ -73,6 +73,9 @@ func Remarks(s Status) []string {
 	slices.Sort(reasons)
 	for _, why := range reasons {
 		lines = append(lines, fmt.Sprintf("The figures of %s are not known: %s.", and(unknown[why]), why))
+	}
+	if s.ClockDoubt != "" {
+		lines = append(lines, "The server's clock is in doubt: "+s.ClockDoubt+".")
 	}
 	if s.Automatic != "" {
 		lines = append(lines, "Automatic rotation: "+s.Automatic+".")

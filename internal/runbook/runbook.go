@@ -33,6 +33,9 @@ type Status struct {
 	// Automatic says what automatic rotation is about to do; empty where there
 	// is none.
 	Automatic string `json:"automatic,omitempty"`
+	// ClockDoubt says why the server's clock is in doubt and what follows from that;
+	// empty where it is not, or where that is not known.
+	ClockDoubt string `json:"clock_doubt,omitempty"`
 }
 
 // Keyset is one X.509 and one JWT key, rotated together.

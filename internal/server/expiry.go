@@ -82,7 +82,7 @@ func (s *Server) sweep(ctx context.Context) {
 		again, err := s.forget(ctx, e)
 		if err != nil {
 			// Later, so that what cannot be deleted does not keep the rest.
-			e.at = s.now().Add(sweepPause)
+			e.at = s.config.Sure().Add(sweepPause)
 			s.remember(e)
 			s.log.Warn("could not forget what has expired", "error", err, "again_in", sweepPause)
 			return
@@ -97,7 +97,7 @@ func (s *Server) sweep(ctx context.Context) {
 func (s *Server) overdue() (expiry, bool) {
 	s.expiriesM.Lock()
 	defer s.expiriesM.Unlock()
-	if len(s.expiries) == 0 || !s.expiries[0].at.Before(s.now()) {
+	if len(s.expiries) == 0 || !s.expiries[0].at.Before(s.config.Sure()) {
 		return expiry{}, false
 	}
 	return heap.Pop(&s.expiries).(expiry), true
@@ -119,12 +119,12 @@ func (s *Server) forget(ctx context.Context, e expiry) (again time.Time, err err
 		return time.Time{}, fmt.Errorf("look up agent: %w", err)
 	case agent == nil || agent.Banned:
 		return time.Time{}, nil // it need not be looked at again
-	case !agent.forgetAt().Before(s.now()):
+	case !agent.forgetAt().Before(s.config.Sure()):
 		return agent.forgetAt(), nil
 	}
 	_, err = s.storage.UpdateAgent(ctx, e.agent, func(a *Agent) (*Agent, error) {
 		// Looked at again: it may have been banned, or attested anew.
-		if a != nil && (a.Banned || !a.forgetAt().Before(s.now())) {
+		if a != nil && (a.Banned || !a.forgetAt().Before(s.config.Sure())) {
 			return a, nil
 		}
 		return nil, nil

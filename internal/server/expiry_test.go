@@ -142,3 +142,21 @@ func TestForgettingIsCalm(t *testing.T) {
 		}
 	})
 }
+
+// TestNothingGoesByAClockThatIsAhead: a clock that is years ahead of what is sure makes
+// nobody forgotten.
+func TestNothingGoesByAClockThatIsAhead(t *testing.T) {
+	t.Parallel()
+	store := server.NewMemory()
+	var ahead atomic.Int64
+	now := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	bubble(t, server.Config{Storage: store, Now: now, Sure: time.Now}, func(t *testing.T, s *running) {
+		s.join(t)
+		s.token(t)
+		ahead.Store(int64(5 * 365 * 24 * time.Hour))
+		s.token(t)
+		if tokens, agents := counted(t, store); tokens != 2 || agents != 1 {
+			t.Errorf("%d tokens and %d agents are kept, want 2 and 1", tokens, agents)
+		}
+	})
+}

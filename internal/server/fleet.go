@@ -36,6 +36,9 @@ func (f *fleetService) Report(ctx context.Context, req *api.ReportRequest) (*api
 	if err != nil {
 		return nil, err
 	}
+	if sentAt, ok := api.SentAt(ctx); ok {
+		f.s.config.Heard(id.String(), sentAt)
+	}
 	r, err := checkReport(req)
 	if err != nil {
 		return nil, err

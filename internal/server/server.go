@@ -133,8 +133,11 @@ type Config struct {
 	Observer Observer
 	// Log receives what the server does; nothing is logged when nil.
 	Log *slog.Logger
-	// Now is the clock; time.Now when nil.
-	Now func() time.Time
+	// Now is the clock; time.Now when nil. Sure is the time that it is at least, by
+	// which agents and join tokens are forgotten; Now when nil.
+	Now, Sure func() time.Time
+	// Heard is told what an agent's own clock showed at a call; nobody when nil.
+	Heard func(agent string, sentAt time.Time)
 	// Options are added to every gRPC server that Serve makes. Interceptors
 	// in it see each call before anything else does.
 	Options []grpc.ServerOption
@@ -179,6 +182,12 @@ func New(c Config) (*Server, error) {
 	}
 	if s.now == nil {
 		s.now = time.Now
+	}
+	if s.config.Sure == nil {
+		s.config.Sure = s.now
+	}
+	if s.config.Heard == nil {
+		s.config.Heard = func(string, time.Time) {}
 	}
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)

@@ -195,7 +195,11 @@ func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 	if !wrote {
 		return errNothing
 	}
-	return tx.Bucket(bucketAbout).Put(keyHeartbeat, packTime(keyHeartbeat, s.clock.Heartbeat()))
+	c := s.clock.Load()
+	if c == nil {
+		return nil
+	}
+	return tx.Bucket(bucketAbout).Put(keyHeartbeat, packTime(keyHeartbeat, c.Heartbeat()))
 }
 
 func (c *change) run(v state) (ops []op) {

@@ -4,6 +4,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -13,15 +14,14 @@ func TestHeartbeat(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
 	var up, off time.Duration
-	o := options()
-	o.Now = func() time.Time { return start.Add(up + off) }
-	o.Uptime = func() time.Duration { return up }
+	now := func() time.Time { return start.Add(up + off) }
 	heartbeat := func(want time.Time, then func(*store.Store)) {
 		t.Helper()
-		s, err := store.Open(path, o)
+		s, err := store.Open(path, options())
 		if err != nil {
 			t.Fatal(err)
 		}
+		s.Follow(clock.New(now, func() time.Duration { return up }, s.Heartbeat()))
 		defer closed(t, s)
 		if got := s.Heartbeat(); !got.Equal(want) {
 			t.Errorf("after %v, %v off: heartbeat is %v, want %v", up, off, got, want)

@@ -16,8 +16,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
-
-	"github.com/renewd/renewd/internal/clock"
 )
 
 // lockWait is how long Open waits for a process that is about to end.
@@ -77,7 +75,6 @@ func open(path string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.db.Close())
 	}
-	s.clock = clock.New(s.now, o.Uptime, s.heartbeat)
 	if !o.ReadOnly {
 		if err := errors.Join(s.upgrade(), s.takeOver()); err != nil {
 			return nil, errors.Join(err, s.db.Close())

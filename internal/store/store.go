@@ -46,6 +46,7 @@ import (
 	"log/slog"
 	"os"
 	"runtime/debug"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -77,10 +78,8 @@ type Options struct {
 	ReadOnly bool
 	// Log is slog's discard handler when nil.
 	Log *slog.Logger
-	// Now is the clock; time.Now when nil. Uptime is the monotonic one, the machine's
-	// when nil.
-	Now    func() time.Time
-	Uptime func() time.Duration
+	// Now is the clock; time.Now when nil.
+	Now func() time.Time
 }
 
 // Store is an open file. All methods may be called concurrently.
@@ -90,7 +89,7 @@ type Store struct {
 	seal  seal.Manager
 	log   *slog.Logger
 	now   func() time.Time
-	clock *clock.Clock
+	clock atomic.Pointer[clock.Clock] // see Follow
 	file  *os.File
 	db    *bbolt.DB
 
@@ -127,6 +126,10 @@ func (s *Store) Close() error {
 // Heartbeat is when the last commit was made before the store was opened, by a clock
 // that was not in doubt ([clock.Clock.Heartbeat]); zero when that is not known.
 func (s *Store) Heartbeat() time.Time { return s.heartbeat }
+
+// Follow has each commit from now on keep the time of a clock for the next process
+// ([clock.Clock.Heartbeat]). Before it commits keep the time that they find.
+func (s *Store) Follow(c *clock.Clock) { s.clock.Store(c) }
 
 // Beat makes a commit of nothing but the heartbeat.
 func (s *Store) Beat(ctx context.Context) error {

@@ -47,7 +47,7 @@ func (c *Client) Report(ctx context.Context, r Report) error {
 		req.Authorities = append(req.Authorities, p)
 	}
 	err := c.call(ctx, "report", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
-		_, err := api.NewFleetClient(l.conn).Report(ctx, req)
+		_, err := api.NewFleetClient(l.conn).Report(api.WithSentAt(ctx, time.Now()), req)
 		return err
 	})
 	if status.Code(err) == codes.Unimplemented {

@@ -3,9 +3,11 @@ package upstream_test
 import (
 	"context"
 	"errors"
+	"slices"
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/metadata"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -16,11 +18,12 @@ import (
 // fleet takes reports.
 type fleet struct {
 	api.UnimplementedFleetServer
-	last *api.ReportRequest
+	last   *api.ReportRequest
+	sentAt []string
 }
 
-func (f *fleet) Report(_ context.Context, r *api.ReportRequest) (*api.ReportResponse, error) {
-	f.last = r
+func (f *fleet) Report(ctx context.Context, r *api.ReportRequest) (*api.ReportResponse, error) {
+	f.last, f.sentAt = r, metadata.ValueFromIncomingContext(ctx, "renewd-sent-at")
 	return &api.ReportResponse{}, nil
 }
 
@@ -49,6 +52,9 @@ func TestReport(t *testing.T) {
 		}}
 		if !proto.Equal(s.fleet.last, want) {
 			t.Errorf("the server was told %v, want %v", s.fleet.last, want)
+		}
+		if now := time.Now().UTC().Format(time.RFC3339Nano); !slices.Equal(s.fleet.sentAt, []string{now}) {
+			t.Errorf("it was told that the agent's clock shows %q, not %q", s.fleet.sentAt, now)
 		}
 	})
 }

@@ -1,0 +1,103 @@
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"time"
+
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/operator"
+)
+
+// shownClock is what the server believes of its clock, as -o json prints it.
+type shownClock struct {
+	Shows         *time.Time `json:"shows"`
+	AtLeast       *time.Time `json:"at_least"`
+	DoubtSeconds  float64    `json:"doubt_seconds"` // ahead, or set back when negative; 0: not in doubt
+	SteadySeconds float64    `json:"steady_seconds,omitempty"`
+	RotationWaits bool       `json:"rotation_waits"`
+}
+
+// clockCommand is "clock show".
+func clockCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("clock show", flag.ContinueOnError)
+	c := newClient(fset, e)
+	if _, err := parse(fset, args, clockUsage, e); err != nil {
+		return err
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.GetClock(ctx, &api.GetClockRequest{Scope: c.scope()})
+		if err != nil {
+			return err
+		}
+		return c.printClock(resp.GetClock())
+	})
+}
+
+// confirmCommand is "clock confirm".
+func confirmCommand(ctx context.Context, args []string, e cli.Env) error {
+	fset := flag.NewFlagSet("clock confirm", flag.ContinueOnError)
+	c := newClient(fset, e)
+	given, err := parse(fset, args, clockUsage, e, "time that another clock shows")
+	if err != nil {
+		return err
+	}
+	at, err := time.Parse("2006-01-02T15:04Z07:00", given[0])
+	if err != nil {
+		at, err = time.Parse(time.RFC3339, given[0])
+	}
+	if err != nil {
+		return cli.Usagef("clock confirm: %q is not a time: give it with its zone, such as 2026-01-02T15:04Z or 2026-01-02T16:04+01:00", given[0])
+	}
+	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+		resp, err := o.ConfirmClock(ctx, &api.ConfirmClockRequest{Scope: c.scope(), Time: timestamppb.New(at)})
+		if err != nil {
+			return err
+		}
+		return c.printClock(resp.GetClock())
+	})
+}
+
+func (c *client) printClock(p *api.Clock) error {
+	doubt, steady := p.GetDoubt().AsDuration(), p.GetSteadyFor().AsDuration()
+	out := shownClock{
+		Shows: moment(p.GetShows()), AtLeast: moment(p.GetAtLeast()), DoubtSeconds: doubt.Seconds(),
+		SteadySeconds: steady.Seconds(), RotationWaits: p.GetRotationWaits(),
+	}
+	if c.json() {
+		return cli.PrintJSON(c.Stdout, out)
+	}
+	cells := []string{"no", "-", "goes on"}
+	switch {
+	case doubt > 0:
+		cells = []string{doubt.Round(time.Minute).String() + " ahead", steady.Round(time.Second).String(), "goes on"}
+	case doubt < 0:
+		cells = []string{"set back by " + (-doubt).Round(time.Minute).String(), steady.Round(time.Second).String(), "goes on"}
+	}
+	if out.RotationWaits {
+		cells[2] = "waits"
+	}
+	table := cli.NewTable(c.Stdout)
+	_, _ = fmt.Fprintf(table, "CLOCK SHOWS\tAT LEAST\tIN DOUBT\tSTEADY FOR\tAUTOMATIC ROTATION\n%s\t%s\t%s\t%s\t%s\n",
+		utc(out.Shows), utc(out.AtLeast), cells[0], cells[1], cells[2])
+	if err := flushed(table); err != nil {
+		return err
+	}
+	if why := operator.ClockDoubt(p); why != "" {
+		return cli.Printf(c.Stderr, "The server's clock is in doubt: %s.\n", why)
+	}
+	return nil
+}
+
+// utc prints a moment alone: how far away it is would be by a clock that may be the one
+// in doubt.
+func utc(t *time.Time) string {
+	if t == nil {
+		return "-"
+	}
+	return t.UTC().Format("2006-01-02 15:04:05 UTC")
+}

@@ -1,0 +1,32 @@
+package domain
+
+import (
+	"context"
+	"time"
+
+	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/operator"
+)
+
+// Figures are what operators are told of a deployment, in a process without sockets.
+func (d *Domain) Figures(ctx context.Context, deployment string) (operator.Figures, error) {
+	return d.operator.Figures(ctx, deployment)
+}
+
+// Clock is what they are told of the clock.
+func (d *Domain) Clock() clock.State { return d.clock.State() }
+
+// ConfirmClock is their word that it is right.
+func (d *Domain) ConfirmClock(ctx context.Context, at time.Time) (bool, error) {
+	return d.confirmClock(ctx, at)
+}
+
+// Automatic is what automatic rotation is about to do.
+func (d *Domain) Automatic(deployment string) operator.Automatic {
+	for _, dep := range d.deployments {
+		if dep.Name == deployment {
+			return dep.automatic()
+		}
+	}
+	return operator.Automatic{}
+}

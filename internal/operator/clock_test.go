@@ -1,0 +1,117 @@
+package operator_test
+
+import (
+	"fmt"
+	"net"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/operator"
+)
+
+// elsewhere are callers on another machine.
+type elsewhere struct{ net.Listener }
+
+func (e elsewhere) Accept() (net.Conn, error) {
+	c, err := e.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return farConn{c}, nil
+}
+
+type farConn struct{ net.Conn }
+
+func (farConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 40000} }
+
+// TestOperatorsClockIsHeard: each call from another machine says what its clock shows;
+// one from this machine says nothing.
+func TestOperatorsClockIsHeard(t *testing.T) {
+	t.Parallel()
+	for name, wrap := range map[string]func(net.Listener) net.Listener{
+		"another machine": func(l net.Listener) net.Listener { return elsewhere{l} },
+		"this machine":    func(l net.Listener) net.Listener { return l },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(t)
+				var heard []string
+				w.heard = func(actor string, sentAt time.Time) {
+					heard = append(heard, fmt.Sprint(actor, " ", time.Since(sentAt)))
+				}
+				r := w.serve(t, wrap)
+				_, err := r.as(t, w, looker).ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+				check(t, err)
+				_, err = r.as(t, w, boss).PrepareKeyset(t.Context(), &api.PrepareKeysetRequest{})
+				check(t, err)
+				want := "[" + looker.String() + " 0s " + boss.String() + " 0s]"
+				if name == "this machine" {
+					want = "[]"
+				}
+				if got := fmt.Sprint(heard); got != want {
+					t.Errorf("heard %s, want %s", got, want)
+				}
+			})
+		})
+	}
+}
+
+// TestConfirmClockRefuses: the time must be one, and the server's.
+func TestConfirmClockRefuses(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, _ *world, _ *remote, c *operator.Client) {
+		for _, row := range []struct {
+			req  *api.ConfirmClockRequest
+			code codes.Code
+			text string
+		}{
+			{&api.ConfirmClockRequest{}, codes.InvalidArgument, "time: is not set: give what another clock shows"},
+			{&api.ConfirmClockRequest{Time: &timestamppb.Timestamp{Nanos: -1}}, codes.InvalidArgument, "time: proto"},
+			{
+				&api.ConfirmClockRequest{Time: timestamppb.New(time.Now().Add(6 * time.Minute))}, codes.FailedPrecondition,
+				"the server's clock shows 2000-01-01 00:00:00 UTC and yours 2000-01-01 00:06:00 UTC, more than 5m0s apart: set the clock of the server's machine, or look at yours again",
+			},
+			{&api.ConfirmClockRequest{Time: timestamppb.Now(), Scope: &api.Scope{TrustDomain: "other.org"}}, codes.NotFound, "this is the server of trust domain"},
+			{&api.ConfirmClockRequest{Time: timestamppb.New(time.Now().Add(5 * time.Minute))}, codes.OK, ""},
+		} {
+			_, err := c.ConfirmClock(t.Context(), row.req)
+			if st := status.Convert(err); st.Code() != row.code || len(st.Message()) < len(row.text) || st.Message()[:len(row.text)] != row.text {
+				t.Errorf("%v: %v", row.req, err)
+			}
+		}
+	})
+}
+
+// TestClockDoubt puts what the server says of its clock into words.
+func TestClockDoubt(t *testing.T) {
+	t.Parallel()
+	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	c := &api.Clock{Shows: timestamppb.New(at), AtLeast: timestamppb.New(at.Add(-96 * time.Hour))}
+	for _, row := range []struct {
+		doubt time.Duration
+		waits bool
+		want  string
+	}{
+		{0, false, ""},
+		{
+			96 * time.Hour, true, "it shows 2026-01-02 03:04:05 UTC, 96h0m0s ahead of what uptime explains, and what was valid on 2025-12-29 03:04:05 UTC counts as valid; " +
+				`automatic rotation waits; set it, or confirm it with "server clock confirm"`,
+		},
+		{-time.Hour, false, `it shows 2026-01-02 03:04:05 UTC, and was set back by 1h0m0s; set it, or confirm it with "server clock confirm"`},
+	} {
+		if c.Doubt, c.RotationWaits = nil, row.waits; row.doubt != 0 {
+			c.Doubt = durationpb.New(row.doubt)
+		}
+		if got := operator.ClockDoubt(c); got != row.want {
+			t.Errorf("%v: %q, want %q", row.doubt, got, row.want)
+		}
+	}
+}
