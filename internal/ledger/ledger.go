@@ -121,6 +121,7 @@ type Ledger struct {
 	authorities map[string]*authority
 	agents      map[string]*agent
 	jwt         map[string]*jwtKey
+	storing     *batch // is in SaveLedger, or was the last that was
 	calendar    calendar
 	expired     []Row // to be deleted from storage
 	pending     *batch
@@ -171,7 +172,7 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.pending = newBatch()
+	l.pending, l.storing = newBatch(), newBatch()
 	now := l.now()
 	// Two rows of an entry, before and after a rotation, share its ID.
 	ids := make(map[string]string)

@@ -243,7 +243,7 @@ type doomed struct {
 	version uint64
 }
 
-func (d doomed) stays() bool { return d.holding.version != d.version }
+func (d doomed) stays() bool { return d.holding.version != d.version || d.giving > 0 }
 
 // delete deletes the rows of holdings from storage and then the holdings. A row
 // that comes while storage works is stored after that; its holding stays as it
