@@ -33,7 +33,8 @@
 // # Clocks
 //
 // Everything counts until a few minutes after its expiry by the server's
-// clock, since clocks differ, and those who verify have clocks of their own. A
+// clock, since clocks differ, and those who verify have clocks of their own: until
+// [clock.Over]. A
 // clock that went ahead by itself is believed after a day: until then what has
 // expired is what the uptime explains; see [clock.Clock.Sure].
 package ledger
@@ -49,12 +50,8 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 )
 
-// skew is how far clocks may differ, and how far the server's own may be set,
-// without an SVID being forgotten while somebody takes it for valid.
-const skew = 5 * time.Minute
-
 // longest is how long anything can be held: an SVID of the longest life.
-const longest = keyset.MaxX509TTL + skew
+const longest = keyset.MaxX509TTL + clock.Skew
 
 // Row says that an agent could hold an X.509-SVID. Entry is empty for the
 // agent's own.
@@ -121,10 +118,10 @@ type Ledger struct {
 	authorities map[string]*authority
 	agents      map[string]*agent
 	jwt         map[string]*jwtKey
-	storing     *batch // is in SaveLedger, or was the last that was
 	calendar    calendar
 	expired     []Row // to be deleted from storage
 	pending     *batch
+	storing     *batch // is in SaveLedger, or was the last that was
 
 	// Signatures on their way, by generation. Every taint that is learned of
 	// ends a generation.
@@ -204,7 +201,7 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 // over reports whether something that expires at a Unix time is over for
 // everybody.
 func over(expiry int64, now time.Time) bool {
-	return now.Unix() >= expiry+int64(skew/time.Second)
+	return !now.Before(clock.Over(time.Unix(expiry, 0)))
 }
 
 // at is a Unix time as a time, zero for none.

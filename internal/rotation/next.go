@@ -20,10 +20,6 @@ import (
 // Actor is who carries out the steps, as the keysets and the audit log have it.
 const Actor = "scheduler"
 
-// skew is how far clocks may differ: what has expired is over for everybody
-// only then.
-const skew = 5 * time.Minute
-
 // Action is a step of a rotation.
 type Action string
 
@@ -227,7 +223,7 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 	}
 	if s.WaitsFor != "" {
 		// The ledger says when it is over, soon after the expiry.
-		if s.At = over(k); !s.At.After(now) {
+		if s.At = clock.Over(k.ExpiresAt); !s.At.After(now) {
 			s.At = now.Add(longestSleep)
 		}
 	}
@@ -238,11 +234,8 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 // by anybody's clock, and that is not the word of a clock that was ahead for a
 // moment.
 func expired(now time.Time, past Past, k keyset.Keyset) time.Time {
-	return now.Add(clock.Hold - past(over(k)))
+	return now.Add(clock.Hold - past(clock.Over(k.ExpiresAt)))
 }
-
-// over is when nothing that a keyset signed is valid by anybody's clock.
-func over(k keyset.Keyset) time.Time { return k.ExpiresAt.Add(skew) }
 
 func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }
 
