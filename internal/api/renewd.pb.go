@@ -436,7 +436,9 @@ type ListKeysetsResponse struct {
 	Keysets []*Keyset              `protobuf:"bytes,2,rep,name=keysets,proto3" json:"keysets,omitempty"` // in order of issue
 	// The sequence number of the published bundle; the agents of the trust domain,
 	// of all deployments, that are attested, not banned and not expired; and those
-	// of them that have not said that they have applied that bundle or a later one.
+	// of them that have not said that they have applied that bundle or a later one. An
+	// agent that never says which it applies is one of these for three minutes after
+	// an authority was added or tainted.
 	Sequence     uint64     `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
 	Agents       int64      `protobuf:"varint,4,opt,name=agents,proto3" json:"agents,omitempty"`
 	AgentsBehind int64      `protobuf:"varint,5,opt,name=agents_behind,json=agentsBehind,proto3" json:"agents_behind,omitempty"`

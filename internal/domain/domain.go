@@ -174,7 +174,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		policy.Mode = rotation.Off
 	}
 	dep.scheduler, err = rotation.New(rotation.Config{
-		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.cfg.Now()}, Log: log,
+		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep}, Log: log,
 		Now: d.cfg.Now, Uptime: d.cfg.Uptime, Heartbeat: d.heartbeat(),
 	})
 	return dep, err

@@ -141,11 +141,14 @@ func (l *Ledger) contacted(g *agent, sequence uint64, now time.Time) {
 	if g.contact.At.IsZero() {
 		l.calendar.add(now.Add(longest).Unix(), appointment{entry: g.id})
 	}
-	g.contact.Sequence, g.contact.At = sequence, now
+	if sequence > 0 {
+		g.contact.Sequence = sequence
+	}
+	g.contact.At = now
 }
 
-// Applied notes the trust bundle that an agent has in force, where it says no
-// more than that.
+// Applied notes that an agent was heard of, and the trust bundle that it has in
+// force, where it says no more than that; zero when it does not say.
 func (l *Ledger) Applied(agent string, sequence uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -151,9 +151,7 @@ func (a *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	if utf8.RuneCountInString(version) > maxVersion {
 		return nil, status.Errorf(codes.InvalidArgument, "agent version is longer than %d characters", maxVersion)
 	}
-	if sequence := req.GetCurrentBundleSerial(); sequence > 0 {
-		a.s.ledger.Applied(id.String(), sequence)
-	}
+	a.s.ledger.Applied(id.String(), req.GetCurrentBundleSerial())
 	// Agents post every minute, and every write costs a commit.
 	agent, err := a.s.storage.Agent(ctx, id)
 	if err != nil {
@@ -162,10 +160,10 @@ func (a *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	if version != "" && agent != nil && agent.Version != version {
 		_, err := a.s.storage.UpdateAgent(ctx, id, attested(id, func(a *Agent) { a.Version = version }))
 		if status.Code(err) == codes.PermissionDenied {
+			return nil, err
+		}
 		if err != nil {
 			return nil, a.s.internal("update agent", err)
-		}
-			return nil, err
 		}
 	}
 	return &agentv1.PostStatusResponse{}, nil

@@ -30,7 +30,8 @@ type Ledger interface {
 	GiveWith(ctx context.Context, r ledger.Row, store func(ctx context.Context, give func() ledger.Row) error) error
 	// Report takes an agent's word on what it holds.
 	Report(ctx context.Context, agent string, r ledger.Report) error
-	// Applied takes an agent's word on the bundle that it applies.
+	// Applied takes an agent's word on the bundle that it applies; zero: it has been
+	// heard of, and does not say.
 	Applied(agent string, sequence uint64)
 	// Knows reports whether there is anything of an agent.
 	Knows(agent string) bool
