@@ -440,14 +440,19 @@ type ListKeysetsResponse struct {
 	Keysets []*Keyset              `protobuf:"bytes,2,rep,name=keysets,proto3" json:"keysets,omitempty"` // in order of issue
 	// The sequence number of the published bundle; the agents of the trust domain,
 	// of all deployments, that are attested, not banned and not expired; and those
-	// of them that have not said that they have applied that bundle or a later one.
-	Sequence      uint64     `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
-	Agents        int64      `protobuf:"varint,4,opt,name=agents,proto3" json:"agents,omitempty"`
-	AgentsBehind  int64      `protobuf:"varint,5,opt,name=agents_behind,json=agentsBehind,proto3" json:"agents_behind,omitempty"`
-	Automatic     *Automatic `protobuf:"bytes,6,opt,name=automatic,proto3" json:"automatic,omitempty"`
-	Clock         *Clock     `protobuf:"bytes,7,opt,name=clock,proto3" json:"clock,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	// of them that have not said that they have applied that bundle or a later one. An
+	// agent that never says which it applies is one of these for three minutes after
+	// an authority was added or tainted.
+	Sequence     uint64     `protobuf:"varint,3,opt,name=sequence,proto3" json:"sequence,omitempty"`
+	Agents       int64      `protobuf:"varint,4,opt,name=agents,proto3" json:"agents,omitempty"`
+	AgentsBehind int64      `protobuf:"varint,5,opt,name=agents_behind,json=agentsBehind,proto3" json:"agents_behind,omitempty"`
+	Automatic    *Automatic `protobuf:"bytes,6,opt,name=automatic,proto3" json:"automatic,omitempty"`
+	Clock        *Clock     `protobuf:"bytes,7,opt,name=clock,proto3" json:"clock,omitempty"`
+	// The IDs of agents, of all deployments, whose identity two processes use, ordered:
+	// nothing that they say frees a keyset. Evict each and attest both nodes.
+	AgentsDuplicated []string `protobuf:"bytes,20,rep,name=agents_duplicated,json=agentsDuplicated,proto3" json:"agents_duplicated,omitempty"`
+	unknownFields    protoimpl.UnknownFields
+	sizeCache        protoimpl.SizeCache
 }
 
 func (x *ListKeysetsResponse) Reset() {
@@ -525,6 +530,13 @@ func (x *ListKeysetsResponse) GetAutomatic() *Automatic {
 func (x *ListKeysetsResponse) GetClock() *Clock {
 	if x != nil {
 		return x.Clock
+	}
+	return nil
+}
+
+func (x *ListKeysetsResponse) GetAgentsDuplicated() []string {
+	if x != nil {
+		return x.AgentsDuplicated
 	}
 	return nil
 }
@@ -976,7 +988,8 @@ type Holder struct {
 	// not seen the taint), "waiting" (for its random delay), "renewing", "streams" (all
 	// is replaced and not yet sent to all workloads), "signing" (an answer is on its way),
 	// "restored" (the server was, from a copy of last_report: who was given what since is
-	// not known). Nobody is known of the last two: agent_id is empty.
+	// not known). Nobody is known of the last two: agent_id is empty. "duplicated" (two
+	// processes use the agent's identity) is counted until the SVIDs expire.
 	Reason string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
 	// When the agent begins, and how many it renews a second, by its own word.
 	BeginsAt      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=begins_at,json=beginsAt,proto3" json:"begins_at,omitempty"`
@@ -1710,8 +1723,10 @@ type Agent struct {
 	Version         string                 `protobuf:"bytes,5,opt,name=version,proto3" json:"version,omitempty"`
 	AppliedSequence uint64                 `protobuf:"varint,6,opt,name=applied_sequence,json=appliedSequence,proto3" json:"applied_sequence,omitempty"`
 	LastReport      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=last_report,json=lastReport,proto3" json:"last_report,omitempty"`
-	unknownFields   protoimpl.UnknownFields
-	sizeCache       protoimpl.SizeCache
+	// Two processes use its identity, as of ListKeysetsResponse.
+	Duplicated    bool `protobuf:"varint,20,opt,name=duplicated,proto3" json:"duplicated,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *Agent) Reset() {
@@ -1791,6 +1806,13 @@ func (x *Agent) GetLastReport() *timestamppb.Timestamp {
 		return x.LastReport
 	}
 	return nil
+}
+
+func (x *Agent) GetDuplicated() bool {
+	if x != nil {
+		return x.Duplicated
+	}
+	return false
 }
 
 type ListAgentsRequest struct {
@@ -2997,7 +3019,13 @@ type ReportRequest struct {
 	BundleSequence uint64             `protobuf:"varint,1,opt,name=bundle_sequence,json=bundleSequence,proto3" json:"bundle_sequence,omitempty"`
 	Authorities    []*AuthorityReport `protobuf:"bytes,2,rep,name=authorities,proto3" json:"authorities,omitempty"`
 	// Taint renewals a second at most.
-	TaintRate     float64 `protobuf:"fixed64,3,opt,name=taint_rate,json=taintRate,proto3" json:"taint_rate,omitempty"`
+	TaintRate float64 `protobuf:"fixed64,3,opt,name=taint_rate,json=taintRate,proto3" json:"taint_rate,omitempty"`
+	// What tells two processes of one identity apart, such as those of a node and its
+	// clone: a random ID of the process, and the number of the report, which grows with
+	// each that the process begins, whatever has become of the ones before. Absent: the
+	// processes cannot be told apart.
+	Process       []byte `protobuf:"bytes,20,opt,name=process,proto3" json:"process,omitempty"`
+	Number        uint64 `protobuf:"varint,21,opt,name=number,proto3" json:"number,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3049,6 +3077,20 @@ func (x *ReportRequest) GetAuthorities() []*AuthorityReport {
 func (x *ReportRequest) GetTaintRate() float64 {
 	if x != nil {
 		return x.TaintRate
+	}
+	return 0
+}
+
+func (x *ReportRequest) GetProcess() []byte {
+	if x != nil {
+		return x.Process
+	}
+	return nil
+}
+
+func (x *ReportRequest) GetNumber() uint64 {
+	if x != nil {
+		return x.Number
 	}
 	return 0
 }
@@ -3212,7 +3254,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12 \n" +
 	"\vdeployments\x18\x02 \x03(\tR\vdeployments\"<\n" +
 	"\x12ListKeysetsRequest\x12&\n" +
-	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\x9f\x02\n" +
+	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\xcc\x02\n" +
 	"\x13ListKeysetsResponse\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12+\n" +
 	"\akeysets\x18\x02 \x03(\v2\x11.renewd.v1.KeysetR\akeysets\x12\x1a\n" +
@@ -3220,7 +3262,8 @@ const file_renewd_proto_rawDesc = "" +
 	"\x06agents\x18\x04 \x01(\x03R\x06agents\x12#\n" +
 	"\ragents_behind\x18\x05 \x01(\x03R\fagentsBehind\x122\n" +
 	"\tautomatic\x18\x06 \x01(\v2\x14.renewd.v1.AutomaticR\tautomatic\x12&\n" +
-	"\x05clock\x18\a \x01(\v2\x10.renewd.v1.ClockR\x05clock\"\x82\x02\n" +
+	"\x05clock\x18\a \x01(\v2\x10.renewd.v1.ClockR\x05clock\x12+\n" +
+	"\x11agents_duplicated\x18\x14 \x03(\tR\x10agentsDuplicated\"\x82\x02\n" +
 	"\x05Clock\x120\n" +
 	"\x05shows\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05shows\x125\n" +
 	"\bat_least\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aatLeast\x12/\n" +
@@ -3295,7 +3338,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\n" +
 	"AuditState\x12\x1b\n" +
 	"\tkeyset_id\x18\x01 \x01(\tR\bkeysetId\x12,\n" +
-	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\x97\x02\n" +
+	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xb7\x02\n" +
 	"\x05Agent\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x10attestation_type\x18\x02 \x01(\tR\x0fattestationType\x129\n" +
@@ -3305,7 +3348,10 @@ const file_renewd_proto_rawDesc = "" +
 	"\aversion\x18\x05 \x01(\tR\aversion\x12)\n" +
 	"\x10applied_sequence\x18\x06 \x01(\x04R\x0fappliedSequence\x12;\n" +
 	"\vlast_report\x18\a \x01(\v2\x1a.google.protobuf.TimestampR\n" +
-	"lastReport\";\n" +
+	"lastReport\x12\x1e\n" +
+	"\n" +
+	"duplicated\x18\x14 \x01(\bR\n" +
+	"duplicated\";\n" +
 	"\x11ListAgentsRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\">\n" +
 	"\x12ListAgentsResponse\x12(\n" +
@@ -3376,12 +3422,14 @@ const file_renewd_proto_rawDesc = "" +
 	"\rBackupRequest\"8\n" +
 	"\x0eBackupResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\x95\x01\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\xc7\x01\n" +
 	"\rReportRequest\x12'\n" +
 	"\x0fbundle_sequence\x18\x01 \x01(\x04R\x0ebundleSequence\x12<\n" +
 	"\vauthorities\x18\x02 \x03(\v2\x1a.renewd.v1.AuthorityReportR\vauthorities\x12\x1d\n" +
 	"\n" +
-	"taint_rate\x18\x03 \x01(\x01R\ttaintRate\"\xd5\x01\n" +
+	"taint_rate\x18\x03 \x01(\x01R\ttaintRate\x12\x18\n" +
+	"\aprocess\x18\x14 \x01(\fR\aprocess\x12\x16\n" +
+	"\x06number\x18\x15 \x01(\x04R\x06number\"\xd5\x01\n" +
 	"\x0fAuthorityReport\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x18\n" +
 	"\atainted\x18\x02 \x01(\bR\atainted\x12\x18\n" +

@@ -24,8 +24,9 @@ import (
 // before it is believed.
 const Hold = 24 * time.Hour
 
-// Skew is how far clocks of different machines may differ. It is what everything that
-// expires is given on top: a clock that is within it changes no answer.
+// Skew is how far the clocks of a trust domain's machines may differ, and how far the
+// server's own may be set, without anything being taken for over while somebody
+// takes it for valid; see [Over].
 const Skew = 5 * time.Minute
 
 // A clock that went ahead by more than leap is in doubt: machines are suspended and

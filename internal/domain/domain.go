@@ -169,7 +169,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		policy.Mode = rotation.Off
 	}
 	dep.scheduler, err = rotation.New(rotation.Config{
-		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep, since: d.clock.Sure()}, Log: log, Clock: d.clock,
+		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep}, Log: log, Clock: d.clock,
 	})
 	return dep, err
 }

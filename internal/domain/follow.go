@@ -3,7 +3,6 @@ package domain
 import (
 	"context"
 	"log/slog"
-	"time"
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
@@ -41,48 +40,18 @@ func (dep *deployment) automatic() operator.Automatic {
 	return operator.Automatic(dep.scheduler.Automatic())
 }
 
-// contactTime is within how long every agent that says anything has said it:
-// they do so once a minute.
-const contactTime = 3 * time.Minute
-
 // facts are what automatic rotation has to know of a deployment.
 type facts struct {
-	d     *Domain
-	dep   *deployment
-	since time.Time // what was sure when the server was started
+	d   *Domain
+	dep *deployment
 }
 
-// Behind implements rotation.Facts. It counts the agents of all deployments:
-// the workloads of each verify what the keyset is about to sign.
+// Behind implements rotation.Facts. Operators are told the same.
 func (f *facts) Behind() int {
-	behind := 0
-	for _, dep := range f.d.deployments {
-		if dep.serves() {
-			behind += f.behind(dep)
-		}
-	}
-	return behind
-}
-
-func (f *facts) behind(dep *deployment) int {
-	agents, err := dep.server.Agents(context.Background())
+	behind, err := f.d.operator.AgentsBehind(context.Background())
 	if err != nil {
-		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "deployment", dep.Name, "error", err)
+		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "error", err)
 		return 1
-	}
-	// An agent counts as long as its SVID may be valid by any clock.
-	now, sequence := f.d.clock.Sure(), f.d.Published().Sequence
-	early := now.Sub(f.since) < contactTime
-	behind := 0
-	for _, a := range agents {
-		if a.Banned || !now.Before(a.ExpiresAt) && !now.Before(a.NextExpiresAt) {
-			continue
-		}
-		c, ok := dep.ledger.Contact(a.ID.String())
-		says := ok && (c.Reports || c.Sequence > 0)
-		if says && c.Sequence < sequence || !says && early {
-			behind++
-		}
 	}
 	return behind
 }

@@ -5,6 +5,8 @@ import (
 	"context"
 	"slices"
 	"time"
+
+	"github.com/renewd/renewd/internal/clock"
 )
 
 // calendar says what is to be looked at when, to the minute. The minutes are a
@@ -26,7 +28,7 @@ func newCalendar() calendar { return calendar{at: make(map[int64][]appointment)}
 // add files what ends at a Unix time.
 func (c *calendar) add(end int64, a appointment) {
 	const minute = 60
-	m := (end + int64(skew/time.Second) + minute - 1) / minute
+	m := (clock.Over(time.Unix(end, 0)).Unix() + minute - 1) / minute
 	list, ok := c.at[m]
 	if !ok {
 		heap.Push(&c.minutes, m)

@@ -75,6 +75,47 @@ func (l *Ledger) GiveX509(ctx context.Context, rows ...Row) error {
 	return nil
 }
 
+// GiveWith is [Ledger.GiveX509] for one row that is stored together with something
+// else: by store, which makes the row that give returns durable in the ledger's
+// Storage in one atomic step with the rest, and calls give once, when nothing but a
+// failure of the storage can refuse the step any more. The row counts from then on.
+// give waits for nothing but the ledger's lock. An error of store is returned as it
+// is; the row counts all the same if give was called.
+func (l *Ledger) GiveWith(ctx context.Context, r Row, store func(ctx context.Context, give func() Row) error) error {
+	var h *holding
+	var again *batch
+	give := sync.OnceValue(func() Row {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		h = l.holding(r.Authority, r.Agent)
+		expiry := l.put(h, r.Entry, r.NotAfter)
+		h.giving++
+		k := rowKey{h.authority.id, h.agent.id, r.Entry}
+		if _, ok := l.storing.rows[k]; ok {
+			again = l.pending
+		} else if _, ok := l.pending.rows[k]; ok {
+			again = l.pending
+		}
+		if again != nil {
+			again.rows[k] = expiry
+		}
+		r.NotAfter = at(expiry)
+		return r
+	})
+	defer func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		if h != nil {
+			h.giving--
+		}
+	}()
+	if err := store(ctx, give); err != nil || again == nil {
+		return err
+	}
+	// A change of the same row was on its way and may have come after this one.
+	return l.save(ctx, again)
+}
+
 // GiveJWT stores until when a JWT-SVID that a key signed is valid; it is durable
 // when it returns nil. With an error the JWT-SVID must not be handed out.
 //

@@ -33,8 +33,10 @@ type holding struct {
 	// of their expiry, so it never has to be looked for.
 	latest int64
 	said   claim
-	// version grows with everything that speaks against deleting the rows.
+	// version grows with everything that speaks against deleting the rows, and
+	// giving counts those who are storing one by themselves.
 	version uint64
+	giving  int
 	counted int // what the sums of the authority have of it
 }
 

@@ -33,7 +33,8 @@
 // # Clocks
 //
 // Everything counts until a few minutes after its expiry by the server's
-// clock, since clocks differ, and those who verify have clocks of their own. A
+// clock, since clocks differ, and those who verify have clocks of their own: until
+// [clock.Over]. A
 // clock that went ahead by itself is believed after a day: until then what has
 // expired is what the uptime explains; see [clock.Clock.Sure].
 package ledger
@@ -49,12 +50,8 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 )
 
-// skew is how far clocks may differ, and how far the server's own may be set,
-// without an SVID being forgotten while somebody takes it for valid.
-const skew = clock.Skew
-
 // longest is how long anything can be held: an SVID of the longest life.
-const longest = keyset.MaxX509TTL + skew
+const longest = keyset.MaxX509TTL + clock.Skew
 
 // Row says that an agent could hold an X.509-SVID. Entry is empty for the
 // agent's own.
@@ -119,6 +116,7 @@ type Ledger struct {
 	calendar    calendar
 	expired     []Row // to be deleted from storage
 	pending     *batch
+	storing     *batch // is in SaveLedger, or was the last that was
 
 	// Signatures on their way, by generation. Every taint that is learned of
 	// ends a generation.
@@ -165,7 +163,7 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.pending = newBatch()
+	l.pending, l.storing = newBatch(), newBatch()
 	now := l.now()
 	// Two rows of an entry, before and after a rotation, share its ID.
 	ids := make(map[string]string)
@@ -197,7 +195,7 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 // over reports whether something that expires at a Unix time is over for
 // everybody.
 func over(expiry int64, now time.Time) bool {
-	return now.Unix() >= expiry+int64(skew/time.Second)
+	return !now.Before(clock.Over(time.Unix(expiry, 0)))
 }
 
 // at is a Unix time as a time, zero for none.

@@ -141,11 +141,14 @@ func (l *Ledger) contacted(g *agent, sequence uint64, now time.Time) {
 	if g.contact.At.IsZero() {
 		l.calendar.add(now.Add(longest).Unix(), appointment{entry: g.id})
 	}
-	g.contact.Sequence, g.contact.At = sequence, now
+	if sequence > 0 {
+		g.contact.Sequence = sequence
+	}
+	g.contact.At = now
 }
 
-// Applied notes the trust bundle that an agent has in force, where it says no
-// more than that.
+// Applied notes that an agent was heard of, and the trust bundle that it has in
+// force, where it says no more than that; zero when it does not say.
 func (l *Ledger) Applied(agent string, sequence uint64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -243,7 +246,7 @@ type doomed struct {
 	version uint64
 }
 
-func (d doomed) stays() bool { return d.holding.version != d.version }
+func (d doomed) stays() bool { return d.holding.version != d.version || d.giving > 0 }
 
 // delete deletes the rows of holdings from storage and then the holdings. A row
 // that comes while storage works is stored after that; its holding stays as it

@@ -55,17 +55,25 @@ func (l *Ledger) save(ctx context.Context, b *batch) error {
 	l.mu.Lock()
 	mine := l.pending == b
 	if mine {
-		l.pending = newBatch()
+		l.pending, l.storing = newBatch(), b
 	}
 	l.mu.Unlock()
 	if mine {
 		defer close(b.done)
+		defer l.stored()
 		b.err = errUnfinished // unless storage returns
 		// The others in the batch do not give up with this caller.
 		b.err = l.storage.SaveLedger(context.WithoutCancel(ctx), b.change())
 	}
 	// A batch that is pending no more was done before saving was free.
 	return b.err
+}
+
+// stored says that nothing is in SaveLedger any more.
+func (l *Ledger) stored() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.storing = newBatch()
 }
 
 // errUnfinished is what those learn who shared a batch with a caller in whose

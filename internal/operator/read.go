@@ -19,7 +19,7 @@ import (
 type Figures struct {
 	Keysets []KeysetFigures
 	// Sequence is that of the published bundle. Agents are attested, not banned
-	// and not expired; AgentsBehind have not said that they apply that bundle.
+	// and not expired; AgentsBehind are those that may not apply that bundle yet.
 	Sequence             uint64
 	Agents, AgentsBehind int
 }
@@ -48,21 +48,11 @@ func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keys
 	for _, k := range list {
 		f.Keysets = append(f.Keysets, d.hanging(k))
 	}
-	agents, err := d.Server.Agents(ctx)
+	n, err := s.count(ctx, d)
 	if err != nil {
 		return Figures{}, err
 	}
-	// An agent counts as long as its SVID may be valid by any clock.
-	now := s.config.Clock.Sure()
-	for _, a := range agents {
-		if a.Banned || !now.Before(ends(a)) {
-			continue
-		}
-		f.Agents++
-		if c, ok := d.Ledger.Contact(a.ID.String()); !ok || c.Sequence < f.Sequence {
-			f.AgentsBehind++
-		}
-	}
+	f.Agents, f.AgentsBehind = n.agents, n.behind
 	return f, nil
 }
 
@@ -131,12 +121,12 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 		if other == d || other.Retired {
 			continue
 		}
-		agents, err := s.figures(ctx, other, nil)
+		n, err := s.count(ctx, other)
 		if err != nil {
 			return nil, fail(err)
 		}
-		resp.Agents += int64(agents.Agents)
-		resp.AgentsBehind += int64(agents.AgentsBehind)
+		resp.Agents += int64(n.agents)
+		resp.AgentsBehind += int64(n.behind)
 	}
 	for _, k := range f.Keysets {
 		resp.Keysets = append(resp.Keysets, protoKeyset(k))

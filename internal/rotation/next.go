@@ -223,7 +223,7 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 	}
 	if s.WaitsFor != "" {
 		// The ledger says when it is over, soon after the expiry.
-		if s.At = over(k); !s.At.After(now) {
+		if s.At = clock.Over(k.ExpiresAt); !s.At.After(now) {
 			s.At = now.Add(longestSleep)
 		}
 	}
@@ -234,11 +234,8 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 // by anybody's clock, and that is not the word of a clock that was ahead for a
 // moment.
 func expired(now time.Time, past Past, k keyset.Keyset) time.Time {
-	return now.Add(clock.Hold - past(over(k)))
+	return now.Add(clock.Hold - past(clock.Over(k.ExpiresAt)))
 }
-
-// over is when nothing that a keyset signed is valid by anybody's clock.
-func over(k keyset.Keyset) time.Time { return k.ExpiresAt.Add(clock.Skew) }
 
 func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }
 

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/renew/wave"
 )
 
@@ -21,17 +22,13 @@ const (
 	reasonRestored = "restored"
 )
 
-// clocks is how long after its expiry a server counts an SVID, because clocks
-// differ.
-const clocks = 5 * time.Minute
-
 // over is when what the agent holds has expired for everybody; zero when nobody
 // can say.
 func (h Holder) over() time.Time {
 	if h.LatestExpiry.IsZero() {
 		return time.Time{}
 	}
-	return h.LatestExpiry.Add(clocks)
+	return clock.Over(h.LatestExpiry)
 }
 
 // end is when the agent is expected to hold nothing of the keyset any more;

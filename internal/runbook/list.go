@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/clock"
 )
 
 // notKnown is what stands for a figure that is not to be had.
@@ -169,7 +170,7 @@ func (k Keyset) jwtRemark(now time.Time) string {
 // jwtJustExpired reports whether the last known JWT-SVID of the keyset has expired,
 // but not by all clocks.
 func (k Keyset) jwtJustExpired(now time.Time) bool {
-	return !k.JWTExpiry.After(now) && k.JWTExpiry.Add(clocks).After(now)
+	return !k.JWTExpiry.After(now) && clock.Over(k.JWTExpiry).After(now)
 }
 
 func find(s Status, id string) (Keyset, bool) {

@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
 )
 
 // joinToken names the one way of attestation that the server knows.
@@ -43,12 +44,12 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	case len(csr) == 0:
 		return status.Error(codes.InvalidArgument, "missing CSR")
 	}
-	// Before the token is spent: a CSR that cannot be signed need not cost it.
 	key, err := keyset.ParseCSR(csr)
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
-	id, err := s.redeem(ctx, string(data.GetPayload()))
+	token := string(data.GetPayload())
+	id, err := s.invited(ctx, token)
 	if err != nil {
 		return err
 	}
@@ -58,39 +59,34 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	if err != nil {
 		return s.internal("sign SVID", err)
 	}
-	_, err = s.storage.UpdateAgent(ctx, id, func(old *Agent) (*Agent, error) {
+	err = s.admitWith(ctx, token, svid, func(old *Agent) (*Agent, error) {
 		if old != nil && old.Banned {
 			return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
 		}
 		return &Agent{ID: id, Type: joinToken, Serial: svid.Serial, ExpiresAt: svid.NotAfter}, nil
 	})
-	switch {
-	case status.Code(err) == codes.PermissionDenied:
+	if err != nil {
 		return err
-	case err != nil:
-		return s.internal("store agent", err)
 	}
 	s.remember(expiry{at: svid.NotAfter.Add(forgetAfter), agent: id})
-	// Recorded last: a row of an agent that is not let in would be counted as
-	// held by one that never reports.
-	if err := s.ledger.GiveX509(ctx, row(svid, id, "")); err != nil {
-		return s.unrecorded(ctx, err)
-	}
 	s.log.Info("agent attested", "agent", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
 		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid)},
 	}})
 }
 
-// redeem spends a join token and returns the ID of the agent that brought it.
-// The token is gone before anything is signed, so it never lets two in.
-func (s *Server) redeem(ctx context.Context, value string) (spiffeid.ID, error) {
-	t, err := s.storage.TakeToken(ctx, value)
+// errNoToken is what whoever brings a token that is not there is told.
+var errNoToken = status.Error(codes.InvalidArgument, "join token does not exist or has already been used")
+
+// invited returns the ID of the agent that brings a join token. The token is spent
+// when the agent is admitted, so that a failure costs none.
+func (s *Server) invited(ctx context.Context, value string) (spiffeid.ID, error) {
+	t, err := s.storage.Token(ctx, value)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		return spiffeid.ID{}, status.Error(codes.InvalidArgument, "join token does not exist or has already been used")
+		return spiffeid.ID{}, errNoToken
 	case err != nil:
-		return spiffeid.ID{}, s.internal("redeem join token", err)
+		return spiffeid.ID{}, s.internal("look up join token", err)
 	case s.now().After(t.ExpiresAt):
 		return spiffeid.ID{}, status.Error(codes.InvalidArgument, "join token has expired")
 	}
@@ -99,6 +95,23 @@ func (s *Server) redeem(ctx context.Context, value string) (spiffeid.ID, error) 
 		return spiffeid.ID{}, s.internal("name agent", err)
 	}
 	return id, nil
+}
+
+// admitWith returns when it is durable, in one step, that an agent may hold an SVID:
+// the token, if one is given, is spent, the agent is changed, and the ledger has the
+// row. With an error the SVID must not be handed out, and the token is still good
+// unless the step may have happened.
+func (s *Server) admitWith(ctx context.Context, token string, svid keyset.X509SVID, change func(*Agent) (*Agent, error)) error {
+	err := s.ledger.GiveWith(ctx, row(svid, svid.ID, ""), func(ctx context.Context, give func() ledger.Row) error {
+		return s.storage.Admit(ctx, Admission{Token: token, ID: svid.ID, Change: change, Row: give})
+	})
+	switch {
+	case errors.Is(err, ErrNotFound):
+		return errNoToken // another call was first
+	case err != nil && status.Code(err) != codes.PermissionDenied:
+		return s.unrecorded(ctx, err)
+	}
+	return err
 }
 
 func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*agentv1.RenewAgentResponse, error) {
@@ -121,12 +134,9 @@ func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	if err != nil {
 		return nil, s.internal("sign SVID", err)
 	}
-	err = s.updateAgent(ctx, id, func(a *Agent) { a.NextSerial, a.NextExpiresAt = svid.Serial, svid.NotAfter })
+	err = s.admitWith(ctx, "", svid, attested(id, func(a *Agent) { a.NextSerial, a.NextExpiresAt = svid.Serial, svid.NotAfter }))
 	if err != nil {
 		return nil, err
-	}
-	if err := s.ledger.GiveX509(ctx, row(svid, id, "")); err != nil {
-		return nil, s.unrecorded(ctx, err)
 	}
 	s.log.Info("agent renewed", "agent", id.String(), "expires_at", svid.NotAfter)
 	return &agentv1.RenewAgentResponse{Svid: protoX509(svid)}, nil
@@ -141,26 +151,28 @@ func (a *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	if utf8.RuneCountInString(version) > maxVersion {
 		return nil, status.Errorf(codes.InvalidArgument, "agent version is longer than %d characters", maxVersion)
 	}
-	if sequence := req.GetCurrentBundleSerial(); sequence > 0 {
-		a.s.ledger.Applied(id.String(), sequence)
-	}
+	a.s.ledger.Applied(id.String(), req.GetCurrentBundleSerial())
 	// Agents post every minute, and every write costs a commit.
 	agent, err := a.s.storage.Agent(ctx, id)
 	if err != nil {
 		return nil, a.s.internal("look up agent", err)
 	}
 	if version != "" && agent != nil && agent.Version != version {
-		if err := a.s.updateAgent(ctx, id, func(a *Agent) { a.Version = version }); err != nil {
+		_, err := a.s.storage.UpdateAgent(ctx, id, attested(id, func(a *Agent) { a.Version = version }))
+		if status.Code(err) == codes.PermissionDenied {
 			return nil, err
+		}
+		if err != nil {
+			return nil, a.s.internal("update agent", err)
 		}
 	}
 	return &agentv1.PostStatusResponse{}, nil
 }
 
-// updateAgent changes an agent that was admitted to this call, unless it was
-// evicted or banned meanwhile.
-func (s *Server) updateAgent(ctx context.Context, id spiffeid.ID, change func(*Agent)) error {
-	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
+// attested makes a change of an agent that was admitted to this call, unless it
+// was evicted or banned meanwhile.
+func attested(id spiffeid.ID, change func(*Agent)) func(*Agent) (*Agent, error) {
+	return func(a *Agent) (*Agent, error) {
 		switch {
 		case a == nil:
 			return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q is not attested", id)
@@ -169,11 +181,7 @@ func (s *Server) updateAgent(ctx context.Context, id spiffeid.ID, change func(*A
 		}
 		change(a)
 		return a, nil
-	})
-	if err != nil && status.Code(err) != codes.PermissionDenied {
-		return s.internal("update agent", err)
 	}
-	return err
 }
 
 func protoX509(v keyset.X509SVID) *types.X509SVID {

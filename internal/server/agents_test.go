@@ -119,29 +119,42 @@ func TestTokenLetsOneIn(t *testing.T) {
 	})
 }
 
-// TestTokenIsSpentBeforeSigning has signing fail: the token is gone all the
-// same, so it can never let two in.
-func TestTokenIsSpentBeforeSigning(t *testing.T) {
+// TestTokenOutlivesAFailure has signing fail and then the ledger: nobody is let in,
+// and the token is as good as before.
+func TestTokenOutlivesAFailure(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var ahead atomic.Int64 // of the keysets' clock
 		keys, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Now: func() time.Time {
 			return time.Now().Add(time.Duration(ahead.Load()))
 		}})
-		if err != nil {
-			t.Fatal(err)
-		}
-		s := start(t, server.Config{Keysets: keys})
+		check(t, err)
+		b := newBook()
+		s := start(t, server.Config{Keysets: keys, Ledger: b})
 		token := s.token(t)
 		_, csr := newKey(t)
 		c := s.dial(t, nil)
-		if _, err := c.GetBundle(t.Context(), &bundlev1.GetBundleRequest{}); err != nil {
-			t.Fatal(err)
+		_, err = c.GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+		check(t, err)
+		fails := func(code codes.Code) {
+			t.Helper()
+			_, err := c.attest(t.Context(), "join_token", token, csr)
+			wantCode(t, err, code)
+			if agents, err := s.Agents(t.Context()); err != nil || len(agents) > 0 {
+				t.Errorf("let in: %v, %v", agents, err)
+			}
+			if _, records := b.state(); records > 0 {
+				t.Errorf("%d records", records)
+			}
 		}
 		ahead.Store(int64(keyset.DefaultLifetime))
-		_, err = c.attest(t.Context(), "join_token", token, csr)
-		wantCode(t, err, codes.Internal)
+		fails(codes.Internal)
 		ahead.Store(0)
+		b.set(func(context.Context) error { return errors.New("disk full") })
+		fails(codes.Unavailable)
+		b.set(func(context.Context) error { return nil })
+		_, err = c.attest(t.Context(), "join_token", token, csr)
+		check(t, err)
 		_, err = c.attest(t.Context(), "join_token", token, csr)
 		wantCode(t, err, codes.InvalidArgument)
 	})

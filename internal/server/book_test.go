@@ -53,6 +53,19 @@ func (b *book) GiveX509(ctx context.Context, rows ...ledger.Row) error {
 	return nil
 }
 
+func (b *book) GiveWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
+	if err := b.holding()(ctx); err != nil {
+		return err
+	}
+	if err := store(ctx, func() ledger.Row { return r }); err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.calls = append(b.calls, []ledger.Row{r})
+	return nil
+}
+
 func (b *book) GiveJWT(ctx context.Context, keyID string, expiresAt time.Time) error {
 	if err := b.holding()(ctx); err != nil {
 		return err

@@ -176,8 +176,8 @@ func TestPostStatusTellsTheLedger(t *testing.T) {
 			}
 		}
 		post("1.0", 0)
-		if len(b.applied) > 0 {
-			t.Errorf("who applies no bundle is said to apply %v", b.applied)
+		if sequence, heard := b.applied[who.id.String()]; !heard || sequence > 0 {
+			t.Errorf("who says nothing of a bundle: heard of %v, applies %d", heard, sequence)
 		}
 		before := store.n.Load()
 		for i := range 10 {

@@ -25,9 +25,13 @@ type Ledger interface {
 	// GiveX509 and GiveJWT return when it is durable that the SVIDs may be held.
 	GiveX509(ctx context.Context, rows ...ledger.Row) error
 	GiveJWT(ctx context.Context, keyID string, expiresAt time.Time) error
+	// GiveWith is GiveX509 for a row that store makes durable together with something
+	// else; see [ledger.Ledger.GiveWith].
+	GiveWith(ctx context.Context, r ledger.Row, store func(ctx context.Context, give func() ledger.Row) error) error
 	// Report takes an agent's word on what it holds.
 	Report(ctx context.Context, agent string, r ledger.Report) error
-	// Applied takes an agent's word on the bundle that it applies.
+	// Applied takes an agent's word on the bundle that it applies; zero: it has been
+	// heard of, and does not say.
 	Applied(agent string, sequence uint64)
 	// Knows reports whether there is anything of an agent.
 	Knows(agent string) bool
@@ -47,8 +51,11 @@ func (s *Server) unrecorded(ctx context.Context, err error) error {
 // noLedger is the Ledger of a server without one.
 type noLedger struct{}
 
-func (noLedger) Begin() func()                                       { return func() {} }
-func (noLedger) GiveX509(context.Context, ...ledger.Row) error       { return nil }
+func (noLedger) Begin() func()                                 { return func() {} }
+func (noLedger) GiveX509(context.Context, ...ledger.Row) error { return nil }
+func (noLedger) GiveWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
+	return store(ctx, func() ledger.Row { return r })
+}
 func (noLedger) GiveJWT(context.Context, string, time.Time) error    { return nil }
 func (noLedger) Report(context.Context, string, ledger.Report) error { return nil }
 func (noLedger) Applied(string, uint64)                              {}

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/ledger"
 )
 
 // ErrNotFound is returned for an agent, token or entry that is not there.
@@ -35,12 +37,28 @@ type Token struct {
 	ExpiresAt time.Time
 }
 
+// Admission is what an agent's own SVID changes in storage.
+type Admission struct {
+	// Token is the join token that is spent with it; none when empty.
+	Token string
+	// Change is called with a copy of the agent of ID (nil when there is none) and
+	// returns what it is from now on. An error refuses the admission.
+	ID     spiffeid.ID
+	Change func(*Agent) (*Agent, error)
+	// Row returns the SVID's row in the ledger, which the same storage keeps. It is
+	// called once, last, when nothing speaks against the admission any more; the
+	// ledger knows of the row from then on.
+	Row func() ledger.Row
+}
+
 // Storage keeps what must outlive the process. It must be safe for concurrent
 // use. A write has happened, durably, when its method returns nil, and has not
 // otherwise.
 type Storage interface {
 	// PutToken adds a join token.
 	PutToken(ctx context.Context, t Token) error
+	// Token returns a join token; ErrNotFound when there is none.
+	Token(ctx context.Context, value string) (Token, error)
 	// TakeToken deletes a join token and returns it; ErrNotFound when there is
 	// none. Of several callers one at most gets it.
 	TakeToken(ctx context.Context, value string) (Token, error)
@@ -54,6 +72,11 @@ type Storage interface {
 	// and write are one atomic step. An error of change is returned as it is,
 	// with nothing stored.
 	UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*Agent) (*Agent, error)) (*Agent, error)
+	// Admit stores an admission in one atomic step: spends the token, stores the
+	// agent and the row. It returns ErrNotFound when there is no such token, and an
+	// error of Change as it is, with nothing stored. With any other error the step
+	// may have happened all the same, as after the last sync of a disk failed.
+	Admit(ctx context.Context, a Admission) error
 	// Agents returns copies of all agents, in any order.
 	Agents(ctx context.Context) ([]Agent, error)
 
@@ -90,6 +113,17 @@ func (m *Memory) PutToken(_ context.Context, t Token) error {
 	return nil
 }
 
+// Token implements Storage.
+func (m *Memory) Token(_ context.Context, value string) (Token, error) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	t, ok := m.tokens[value]
+	if !ok {
+		return Token{}, ErrNotFound
+	}
+	return t, nil
+}
+
 // TakeToken implements Storage.
 func (m *Memory) TakeToken(_ context.Context, value string) (Token, error) {
 	m.mu.Lock()
@@ -121,15 +155,28 @@ func (m *Memory) UpdateAgent(_ context.Context, id spiffeid.ID, change func(*Age
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	a, err := change(m.agent(id))
-	switch {
-	case err != nil:
+	if err != nil {
 		return nil, err
-	case a == nil:
-		delete(m.agents, id)
-	default:
-		m.agents[id] = *a
 	}
+	m.putAgent(id, a)
 	return m.agent(id), nil
+}
+
+// Admit implements Storage. The row is the ledger's to remember.
+func (m *Memory) Admit(_ context.Context, a Admission) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if _, ok := m.tokens[a.Token]; !ok && a.Token != "" {
+		return ErrNotFound
+	}
+	agent, err := a.Change(m.agent(a.ID))
+	if err != nil {
+		return err
+	}
+	a.Row()
+	delete(m.tokens, a.Token)
+	m.putAgent(a.ID, agent)
+	return nil
 }
 
 // Agents implements Storage.
@@ -137,6 +184,14 @@ func (m *Memory) Agents(context.Context) ([]Agent, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Collect(maps.Values(m.agents)), nil
+}
+
+func (m *Memory) putAgent(id spiffeid.ID, a *Agent) {
+	if a == nil {
+		delete(m.agents, id)
+		return
+	}
+	m.agents[id] = *a
 }
 
 func (m *Memory) agent(id spiffeid.ID) *Agent {

@@ -29,38 +29,69 @@ func (d *Deployment) Agents(ctx context.Context) ([]server.Agent, error) {
 
 // UpdateAgent implements server.Storage. change must not use the store.
 func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (*server.Agent, error) {
-	key := []byte(id.String())
 	var next *server.Agent
-	err := d.write(ctx, 1, func(v state) ([]op, error) {
-		stored, err := v.get(agents, key)
-		if err != nil {
-			return nil, err
-		}
-		old, err := decodeAgent(key, stored)
-		if err != nil {
-			return nil, err
-		}
-		a, err := change(old)
-		switch {
-		case err != nil:
-			return nil, err
-		case a == nil && stored == nil:
-			return nil, nil
-		case a == nil:
-			return []op{{agents, key, nil}}, nil
-		}
-		copied := *a
-		next = &copied
-		o, err := put(agents, key, next)
-		if err != nil || bytes.Equal(o.value, stored) {
-			return nil, err
-		}
-		return []op{o}, nil
+	err := d.write(ctx, 1, func(v state) (ops []op, err error) {
+		ops, next, err = changeAgent(v, id, change)
+		return ops, err
 	})
 	if err != nil {
 		return nil, err
 	}
 	return next, nil
+}
+
+// Admit implements server.Storage. Change and Row must not use the store.
+func (d *Deployment) Admit(ctx context.Context, a server.Admission) error {
+	return d.write(ctx, 3, func(v state) ([]op, error) {
+		ops, _, err := changeAgent(v, a.ID, a.Change)
+		if err != nil {
+			return nil, err
+		}
+		if a.Token != "" {
+			key := tokenKey(a.Token)
+			stored, err := v.get(tokens, key)
+			if err != nil {
+				return nil, err
+			}
+			if stored == nil {
+				return nil, server.ErrNotFound
+			}
+			ops = append(ops, op{tokens, key, nil})
+		}
+		o, err := putRow(a.Row())
+		return append(ops, o), err
+	})
+}
+
+// changeAgent plans a change of an agent and returns what the agent is after it.
+func changeAgent(v state, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (ops []op, next *server.Agent, err error) {
+	key := []byte(id.String())
+	stored, err := v.get(agents, key)
+	if err != nil {
+		return nil, nil, err
+	}
+	old, err := decodeAgent(key, stored)
+	if err != nil {
+		return nil, nil, err
+	}
+	a, err := change(old)
+	switch {
+	case err != nil:
+		return nil, nil, err
+	case a == nil && stored == nil:
+		return nil, nil, nil
+	case a == nil:
+		return []op{{agents, key, nil}}, nil, nil
+	}
+	copied := *a
+	o, err := put(agents, key, &copied)
+	if err != nil {
+		return nil, nil, err
+	}
+	if bytes.Equal(o.value, stored) {
+		return nil, &copied, nil
+	}
+	return []op{o}, &copied, nil
 }
 
 func decodeAgent(key, value []byte) (*server.Agent, error) {

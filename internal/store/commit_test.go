@@ -70,6 +70,11 @@ func writersShareACommit(t *testing.T) {
 		func() error {
 			return d.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{{Authority: "a"}}})
 		},
+		func() error {
+			return d.Admit(t.Context(), server.Admission{ID: agentID(21), Change: func(*server.Agent) (*server.Agent, error) {
+				return &server.Agent{ID: agentID(21)}, nil
+			}, Row: func() ledger.Row { return ledger.Row{Authority: "a"} }})
+		},
 		func() error { return other.PutToken(t.Context(), server.Token{Value: "a"}) },
 		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
 		// From here on they fail, alone.
@@ -101,7 +106,7 @@ func writersShareACommit(t *testing.T) {
 		t.Errorf("%d commits", n)
 	}
 	all, err := d.Agents(t.Context())
-	if err != nil || len(all) != 21 {
+	if err != nil || len(all) != 22 {
 		t.Errorf("%d agents, %v", len(all), err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
 )
 
@@ -116,6 +117,7 @@ func TestServerStorage(t *testing.T) {
 			t.Parallel()
 			t.Run("tokens", func(t *testing.T) { t.Parallel(); tokens(t, make(t)) })
 			t.Run("agents", func(t *testing.T) { t.Parallel(); agents(t, make(t)) })
+			t.Run("admissions", func(t *testing.T) { t.Parallel(); admissions(t, make(t)) })
 			t.Run("entries", func(t *testing.T) { t.Parallel(); entries(t, make(t)) })
 		})
 	}
@@ -135,6 +137,14 @@ func tokens(t *testing.T, s server.Storage) {
 		t.Errorf("all tokens: %+v, %v", all, err)
 	}
 	if _, err := s.TakeToken(ctx, "b"); !errors.Is(err, server.ErrNotFound) {
+		t.Errorf("another: %v", err)
+	}
+	for range 2 {
+		if token, err := s.Token(ctx, "a"); err != nil || !reflect.DeepEqual(token, want) {
+			t.Errorf("looked at: %+v, %v", token, err)
+		}
+	}
+	if _, err := s.Token(ctx, "b"); !errors.Is(err, server.ErrNotFound) {
 		t.Errorf("another: %v", err)
 	}
 	var got atomic.Int64
@@ -157,6 +167,92 @@ func tokens(t *testing.T, s server.Storage) {
 	if all, err := s.Tokens(ctx); err != nil || len(all) != 0 {
 		t.Errorf("after it was taken: %+v, %v", all, err)
 	}
+}
+
+func admissions(t *testing.T, s server.Storage) {
+	ctx := t.Context()
+	rows := 0
+	admit := func(token string, n int, change func(*server.Agent) (*server.Agent, error)) error {
+		return s.Admit(ctx, server.Admission{Token: token, ID: agentID(n), Change: change, Row: func() ledger.Row {
+			rows++
+			return ledger.Row{Authority: "A", Agent: agentID(n).String(), NotAfter: start}
+		}})
+	}
+	as := func(a server.Agent) func(*server.Agent) (*server.Agent, error) {
+		return func(*server.Agent) (*server.Agent, error) { return &a, nil }
+	}
+	is := func(what string, tokens int, agents ...server.Agent) {
+		t.Helper()
+		left, err := s.Tokens(ctx)
+		if err != nil || len(left) != tokens {
+			t.Errorf("%s: tokens %v, %v, want %d", what, left, err, tokens)
+		}
+		all, err := s.Agents(ctx)
+		if err != nil || !reflect.DeepEqual(all, agents) {
+			t.Errorf("%s: agents %+v, %v, want %+v", what, all, err, agents)
+		}
+		stored := make(map[string]bool)
+		if l, ok := s.(ledger.Storage); ok {
+			if _, err := l.LoadLedger(ctx, func(r ledger.Row) { stored[r.Agent] = r.NotAfter.Equal(start) }); err != nil {
+				t.Error(err)
+			}
+			if len(stored) != len(agents) {
+				t.Errorf("%s: rows of %v, want %d", what, stored, len(agents))
+			}
+		}
+		if rows != len(agents) {
+			t.Errorf("%s: %d rows were asked for, want %d", what, rows, len(agents))
+		}
+	}
+	first := filled[server.Agent](t)
+	first.ID = agentID(1)
+	if err := admit("a", 1, as(first)); !errors.Is(err, server.ErrNotFound) {
+		t.Errorf("without a token: %v", err)
+	}
+	is("no token", 0)
+	for _, value := range []string{"a", "b"} {
+		if err := s.PutToken(ctx, server.Token{Value: value, ExpiresAt: start}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	refused := errors.New("refused")
+	if err := admit("a", 1, func(a *server.Agent) (*server.Agent, error) { return a, refused }); err != refused { //nolint:errorlint // it is to be returned as it is
+		t.Errorf("refused: %v", err)
+	}
+	is("refused", 2)
+
+	// Of many with one token one is admitted.
+	var in atomic.Int64
+	var wg sync.WaitGroup
+	for range 16 {
+		wg.Go(func() {
+			switch err := admit("a", 1, as(first)); {
+			case err == nil:
+				in.Add(1)
+			case !errors.Is(err, server.ErrNotFound):
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	if in.Load() != 1 {
+		t.Errorf("%d were admitted with one token", in.Load())
+	}
+	is("admitted", 1, first)
+
+	renewed := first
+	renewed.NextSerial = "another"
+	err := admit("", 1, func(a *server.Agent) (*server.Agent, error) {
+		if !reflect.DeepEqual(*a, first) {
+			t.Errorf("change gets %+v", a)
+		}
+		return &renewed, nil
+	})
+	rows-- // of the same SVID's owner
+	if err != nil {
+		t.Errorf("without a token: %v", err)
+	}
+	is("renewed", 1, renewed)
 }
 
 func agents(t *testing.T, s server.Storage) {

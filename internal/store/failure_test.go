@@ -7,6 +7,7 @@ import (
 	"testing"
 	"testing/synctest"
 
+	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/store"
 )
@@ -99,6 +100,51 @@ func failedCommitFailsAll(t *testing.T) {
 	if err := take(); err != nil {
 		t.Errorf("the token was lost: %v", err)
 	}
+}
+
+// TestAdmissionThatCannotBeStored leaves the token, no agent and no row.
+func TestAdmissionThatCannotBeStored(t *testing.T) {
+	t.Parallel()
+	path := newPath(t)
+	s := open(t, path)
+	d := s.Deployment("default")
+	if err := d.PutToken(t.Context(), server.Token{Value: "a"}); err != nil {
+		t.Fatal(err)
+	}
+	var back func()
+	admission := server.Admission{
+		Token: "a", ID: agentID(1),
+		Change: func(*server.Agent) (*server.Agent, error) { return &server.Agent{ID: agentID(1)}, nil },
+		Row: func() ledger.Row {
+			if back == nil {
+				back = s.PutDevice(t, "/dev/full")
+			}
+			return ledger.Row{Authority: "A", Agent: agentID(1).String(), NotAfter: start}
+		},
+	}
+	if err := d.Admit(t.Context(), admission); err == nil || !strings.Contains(err.Error(), "nothing was changed") {
+		t.Fatalf("on a full disk: %v", err)
+	}
+	back()
+	for _, when := range []string{"at once", "after a restart"} {
+		agents, err := d.Agents(t.Context())
+		if err != nil || len(agents) > 0 {
+			t.Errorf("%s: agents %v, %v", when, agents, err)
+		}
+		if _, err := d.LoadLedger(t.Context(), func(r ledger.Row) { t.Errorf("%s: row %v", when, r) }); err != nil {
+			t.Error(err)
+		}
+		if _, err := d.Token(t.Context(), "a"); err != nil {
+			t.Errorf("%s: the token: %v", when, err)
+		}
+		closed(t, s)
+		s = open(t, path)
+		d = s.Deployment("default")
+	}
+	if err := d.Admit(t.Context(), admission); err != nil {
+		t.Errorf("with the same token: %v", err)
+	}
+	closed(t, s)
 }
 
 // TestHeaderNotSynced is the one failure after which a commit can be seen.

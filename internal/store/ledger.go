@@ -23,15 +23,20 @@ func rowKey(r ledger.Row) ([]byte, error) {
 	return key, checkKey(key)
 }
 
+func putRow(r ledger.Row) (op, error) {
+	key, err := rowKey(r)
+	return op{rows, key, packTime(key, r.NotAfter)}, err
+}
+
 // SaveLedger implements ledger.Storage.
 func (d *Deployment) SaveLedger(ctx context.Context, c ledger.Change) error {
 	ops := make([]op, 0, len(c.Put)+len(c.Gone)+len(c.JWT))
 	for _, r := range c.Put {
-		key, err := rowKey(r)
+		o, err := putRow(r)
 		if err != nil {
 			return fmt.Errorf("save ledger: %w", err)
 		}
-		ops = append(ops, op{rows, key, packTime(key, r.NotAfter)})
+		ops = append(ops, o)
 	}
 	for _, r := range c.Gone {
 		key, err := rowKey(r)

@@ -6,6 +6,8 @@ import (
 	"encoding/json"
 	"fmt"
 
+	"go.etcd.io/bbolt"
+
 	"github.com/renewd/renewd/internal/server"
 )
 
@@ -57,6 +59,25 @@ func (d *Deployment) PutToken(ctx context.Context, t server.Token) error {
 		return err
 	}
 	return d.write(ctx, 1, func(state) ([]op, error) { return []op{o}, nil })
+}
+
+// Token implements server.Storage.
+func (d *Deployment) Token(ctx context.Context, value string) (server.Token, error) {
+	key := tokenKey(value)
+	var t server.Token
+	err := d.read(ctx, func(b *bbolt.Bucket) (err error) {
+		if stored := b.Bucket([]byte(tokens)).Get(key); stored != nil {
+			t, err = d.openToken(key, stored)
+		}
+		return err
+	})
+	switch {
+	case err != nil:
+		return server.Token{}, err
+	case t.Value == "":
+		return server.Token{}, server.ErrNotFound
+	}
+	return t, nil
 }
 
 // TakeToken implements server.Storage.

@@ -1,0 +1,67 @@
+package operator_test
+
+import (
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// TestBehind has agents that say different things of the trust bundle: an operator and
+// automatic rotation wait for the same ones.
+func TestBehind(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		d := w.only()
+		end := time.Now().Add(24 * time.Hour)
+		says := map[string]func(id string, sequence uint64){
+			"reports":                   func(id string, n uint64) { check(t, d.ledger.Report(t.Context(), id, ledger.Report{Sequence: n})) },
+			"posts":                     func(id string, n uint64) { d.ledger.Applied(id, n) },
+			"posts-and-tells-no-bundle": func(id string, _ uint64) { d.ledger.Applied(id, 0) },
+			"says-nothing":              func(string, uint64) {},
+			// It did before the server was started.
+			"has-told-a-version": func(string, uint64) {},
+		}
+		for name := range says {
+			a := server.Agent{ID: agent(name), ExpiresAt: end}
+			if name == "has-told-a-version" || name == "posts-and-tells-no-bundle" {
+				a.Version = "1.0"
+			}
+			d.attest(t, a)
+		}
+		tell := func(sequence uint64) {
+			for name, say := range says {
+				say(agent(name).String(), sequence)
+			}
+		}
+		want := func(when string, behind int) {
+			t.Helper()
+			list, err := w.ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+			check(t, err)
+			automatic, err := w.AgentsBehind(t.Context())
+			check(t, err)
+			if int(list.GetAgentsBehind()) != behind || automatic != behind || list.GetAgents() != 5 {
+				t.Errorf("%s: operators are told of %d of %d, automatic rotation waits for %d, want %d",
+					when, list.GetAgentsBehind(), list.GetAgents(), automatic, behind)
+			}
+		}
+		want("at first", 5)
+		time.Sleep(time.Hour)
+		tell(d.keysets.Bundle().Sequence)
+		want("all have said what they say", 1) // who has told a version is out of reach
+		_, err := d.keysets.Prepare(t.Context())
+		check(t, err)
+		tell(d.keysets.Bundle().Sequence - 1)
+		want("a bundle is new", 5)
+		time.Sleep(3 * time.Minute)
+		want("and not any more", 3)
+		tell(d.keysets.Bundle().Sequence)
+		want("it is applied", 1)
+		d.ledger.Applied(agent("has-told-a-version").String(), d.keysets.Bundle().Sequence)
+		want("the last is back", 0)
+	})
+}
