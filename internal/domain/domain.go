@@ -154,8 +154,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if d.store != nil {
 		dep.kept = d.store.Deployment(c.Name)
 		keys.Storage, rows.Storage, config.Storage = dep.kept, dep.kept, dep.kept
-		rows.Restored = dep.kept.Restored()
-		config.Lost.From, config.Lost.To = d.store.Lost()
+		rows.Restored, config.Lost = dep.kept.Restored(), d.store.Lost()
 	}
 	var err error
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {

@@ -106,10 +106,10 @@ type Config struct {
 	Published func() *keyset.Bundle
 	// Storage keeps agents, join tokens and entries; memory when nil.
 	Storage Storage
-	// Lost says that Storage was put back from a copy, and what it lacks: what
-	// happened after From, when it was copied, and before To. The zero value: it
-	// was not.
-	Lost Lost
+	// Lost are the times that Storage knows nothing of, one for each time that it was
+	// put back from a copy: what happened after From, when it was copied, and before To.
+	// One in which nothing was signed that is still valid makes no difference.
+	Lost []Lost
 	// X509TTL is the lifetime of an X.509-SVID whose entry names none, of the
 	// agents' own and of the server's certificate: 1 to 168 hours, 24 when
 	// zero.

@@ -79,7 +79,11 @@ func open(path string, o Options) (*Store, error) {
 	}
 	s.clock = clock.New(s.now, o.Uptime, s.heartbeat)
 	if !o.ReadOnly {
-		if err := errors.Join(s.upgrade(), s.takeOver()); err != nil {
+		err := s.upgrade()
+		if err == nil {
+			err = s.takeOver()
+		}
+		if err != nil {
 			return nil, errors.Join(err, s.db.Close())
 		}
 	}
@@ -198,7 +202,10 @@ func (s *Store) upgrade() error {
 		return nil
 	}
 	err := guard(func() error {
-		return s.db.Update(func(tx *bbolt.Tx) error { return putAbout(tx.Bucket(bucketAbout), s.td) })
+		return s.db.Update(func(tx *bbolt.Tx) error {
+			about := tx.Bucket(bucketAbout)
+			return errors.Join(putAbout(about, s.td), putRestored(about, s.restored))
+		})
 	})
 	if err != nil {
 		return fmt.Errorf("upgrade it from format %d to %d: %w", s.format, formatVersion, err)

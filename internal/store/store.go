@@ -12,7 +12,8 @@
 //
 //	about                 store: format version and trust domain
 //	                      copied_at: of a copy, when it was taken
-//	                      restored: of what was a copy, what is not known of it
+//	                      restored: of what was a copy, what is not known since, once
+//	                      for each restore until all of that has expired
 //	                      heartbeat: when the last commit was made
 //	deployments
 //	  NAME                name: NAME again
@@ -97,7 +98,7 @@ type Store struct {
 	format    int           // see formatVersion
 	heartbeat time.Time     // of the last commit before it was opened
 	copied    time.Time     // when this copy was taken; zero of a store in use
-	restored  restored      // what is not known of it
+	restored  []restored    // what is not known of it, by restore
 	copying   chan struct{} // held by who is in Backup
 
 	changes chan *change
