@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
@@ -43,6 +44,7 @@ type Domain struct {
 	federation  *federation.Follower
 	clock       *clock.Clock
 	running     atomic.Bool
+	scrapes     detach.Group
 	close       func() error // closes the store, once
 }
 
@@ -210,7 +212,12 @@ func (d *Domain) closeStore() error {
 	err := d.store.Close()
 	for _, dep := range d.deployments {
 		dep.keysets.Wait()
+		dep.server.Wait()
 	}
+	if d.operator != nil {
+		d.operator.Wait()
+	}
+	d.scrapes.Wait()
 	return err
 }
 

@@ -26,6 +26,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
@@ -90,7 +91,11 @@ type Service struct {
 	rules  Rules
 	log    *slog.Logger
 	now    func() time.Time
+	calls  detach.Group
 }
+
+// Wait returns when no call waits for storage any more. It is for who has closed that.
+func (s *Service) Wait() { s.calls.Wait() }
 
 // New makes a Service.
 func New(c Config) (*Service, error) {

@@ -43,6 +43,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/detach/rpc"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -157,7 +159,7 @@ type Server struct {
 	tls      *tls.Config
 
 	entries  atomic.Pointer[entrySet]
-	entriesM sync.Mutex // held by writers of entries
+	entriesM chan struct{} // held by who writes entries
 
 	rendered atomic.Pointer[published]
 
@@ -165,6 +167,8 @@ type Server struct {
 
 	expiriesM sync.Mutex
 	expiries  expiries
+
+	calls detach.Group
 
 	federatedM sync.RWMutex
 	federated  map[spiffeid.TrustDomain]*types.Bundle
@@ -175,7 +179,7 @@ func New(c Config) (*Server, error) {
 	s := &Server{
 		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
 		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
-		federated: make(map[spiffeid.TrustDomain]*types.Bundle),
+		entriesM: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
 		s.now = time.Now
@@ -246,7 +250,7 @@ func (s *Server) BundlePEM() []byte { return s.config.Published().PEM() }
 // Serve answers on lis, which it closes, until ctx ends or lis fails. When ctx
 // ends, calls in flight have two seconds to finish; then they are canceled.
 // It returns when all its connections are closed and all its goroutines have
-// ended: nil when ctx ended. Several may run at a time, on different
+// ended, but for those that storage does not let go: nil when ctx ended. Several may run at a time, on different
 // listeners, and a later one serves the same state. They share the limits of
 // calls; connections are limited for each listener.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
@@ -300,6 +304,9 @@ func drain(gs *grpc.Server, open *conns) {
 	}
 }
 
+// Wait returns when no call waits for storage any more. It is for who has closed that.
+func (s *Server) Wait() { s.calls.Wait() }
+
 func (s *Server) options() []grpc.ServerOption {
 	opts := []grpc.ServerOption{
 		grpc.Creds(credentials.NewTLS(s.tls)),
@@ -316,8 +323,8 @@ func (s *Server) options() []grpc.ServerOption {
 	}
 	opts = append(opts, s.config.Options...)
 	return append(opts,
-		grpc.ChainUnaryInterceptor(s.authorizeUnary),
-		grpc.ChainStreamInterceptor(s.authorizeStream))
+		grpc.ChainUnaryInterceptor(rpc.Unary(&s.calls), s.authorizeUnary),
+		grpc.ChainStreamInterceptor(rpc.Stream(&s.calls), s.authorizeStream))
 }
 
 type nobody struct{}

@@ -100,6 +100,7 @@ type Store struct {
 	copied    time.Time     // when this copy was taken; zero of a store in use
 	restored  []restored    // what is not known of it, by restore
 	copying   chan struct{} // held by who is in Backup
+	reading   chan struct{} // held by each of those who are in view
 
 	changes chan *change
 	stop    chan struct{}
@@ -158,11 +159,21 @@ type Deployment struct {
 	name string
 }
 
-// view runs fn in one consistent state of the store. A disk that fails under
-// the mapped file becomes an error.
+// maxReading is how many read at a time. A read of a disk that is stuck keeps a thread of
+// the operating system, and a process may not have any number of them.
+const maxReading = 64
+
+// view runs fn in one consistent state of the store, which must not call view. A disk
+// that fails under the mapped file becomes an error.
 func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	select {
+	case s.reading <- struct{}{}:
+		defer func() { <-s.reading }()
+	case <-ctx.Done():
+		return fmt.Errorf("read store %s: %w", s.path, ctx.Err())
 	}
 	err := guard(func() error { return s.db.View(fn) })
 	return s.readError(err)
