@@ -32,6 +32,9 @@
 // and that each signing key can be opened. What passes is whole, and the file is
 // never changed by an Open that fails.
 //
+// A file of which more than half is free is compacted by Open. See [Store.Backup] for
+// copies, which are compact, too.
+//
 // Writes share commits. One goroutine takes all changes that wait, makes one
 // transaction of them and syncs once, so 64 writers cost little more than one,
 // and a writer that is alone never waits for company, as it would with bbolt's
