@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
@@ -42,6 +43,7 @@ type Domain struct {
 	federation  *federation.Follower
 	clock       *clock.Clock
 	running     atomic.Bool
+	scrapes     detach.Group
 	close       func() error // closes the store, once
 }
 
@@ -149,8 +151,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if d.store != nil {
 		dep.kept = d.store.Deployment(c.Name)
 		keys.Storage, rows.Storage, config.Storage = dep.kept, dep.kept, dep.kept
-		rows.Restored = dep.kept.Restored()
-		config.Lost.From, config.Lost.To = d.store.Lost()
+		rows.Restored, config.Lost = dep.kept.Restored(), d.store.Lost()
 	}
 	var err error
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {
@@ -196,7 +197,12 @@ func (d *Domain) closeStore() error {
 	err := d.store.Close()
 	for _, dep := range d.deployments {
 		dep.keysets.Wait()
+		dep.server.Wait()
 	}
+	if d.operator != nil {
+		d.operator.Wait()
+	}
+	d.scrapes.Wait()
 	return err
 }
 

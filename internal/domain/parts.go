@@ -11,6 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
@@ -70,7 +71,7 @@ func (d *Domain) state() metrics.ServerState {
 		s.LeftOut[td.Name()] = n
 	}
 	for _, dep := range d.deployments {
-		f, err := d.operator.Figures(context.Background(), dep.Name)
+		f, err := d.figures(dep.Name)
 		if err != nil {
 			d.cfg.Log.Warn("figures could not be read", "deployment", dep.Name, "error", err)
 			continue
@@ -87,6 +88,17 @@ func (d *Domain) state() metrics.ServerState {
 		s.Deployments = append(s.Deployments, out)
 	}
 	return s
+}
+
+// scrapeTime is how long a scrape waits for the figures of a deployment: less than
+// what Prometheus gives it.
+const scrapeTime = 5 * time.Second
+
+// figures does not wait for a disk that is stuck.
+func (d *Domain) figures(deployment string) (operator.Figures, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeTime)
+	defer cancel()
+	return detach.Do(ctx, &d.scrapes, func() (operator.Figures, error) { return d.operator.Figures(ctx, deployment) })
 }
 
 // initMetrics has the series of every RPC exist before the first call.

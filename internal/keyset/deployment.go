@@ -5,11 +5,12 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/detach"
 )
 
 // DefaultLifetime is how long a keyset lives.
@@ -39,8 +40,8 @@ type Deployment struct {
 	lifetime time.Duration
 	now      func() time.Time
 
-	mutating  atomic.Bool    // a mutation is in flight
-	mutations sync.WaitGroup // see mutate
+	mutating  atomic.Bool  // a mutation is in flight
+	mutations detach.Group // see mutate
 	current   atomic.Pointer[snapshot]
 }
 

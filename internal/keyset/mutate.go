@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"slices"
 	"time"
+
+	"github.com/renewd/renewd/internal/detach"
 )
 
 // mutationTimeout is when a mutation returns at the latest, whatever its checks
@@ -33,25 +35,17 @@ func (d *Deployment) mutate(ctx context.Context, operation string, checks []Chec
 	}
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
-	type outcome struct {
-		then *snapshot
-		err  error
-	}
-	done := make(chan outcome, 1)
-	d.mutations.Go(func() {
-		then, err := d.step(ctx, operation, checks, change)
-		d.mutating.Store(false)
-		done <- outcome{then, err}
-	})
 	deadline, _ := ctx.Deadline()
-	late := time.NewTimer(time.Until(deadline))
-	defer late.Stop()
-	select {
-	case o := <-done:
-		return o.then, o.err
-	case <-late.C:
-		return nil, fmt.Errorf("%s keyset: %w", operation, context.DeadlineExceeded)
+	stays, leaves := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	defer leaves()
+	then, err := detach.Do(stays, &d.mutations, func() (*snapshot, error) {
+		defer d.mutating.Store(false)
+		return d.step(ctx, operation, checks, change)
+	})
+	if errors.Is(err, detach.ErrOpen) {
+		err = fmt.Errorf("%s keyset: %w", operation, err)
 	}
+	return then, err
 }
 
 // step carries out a mutation. What is stored decides, not what this process

@@ -66,8 +66,8 @@ type server struct {
 	bundle  *bundle
 	calls   map[*call]struct{}
 
-	restored ledger.Restored // is stored, too
-	copied   *copied         // the last one
+	restored []ledger.Restored // is stored, too
+	copied   *copied           // the last one
 }
 
 // copied is all that was stored at a moment.
@@ -77,7 +77,7 @@ type copied struct {
 	jwt      map[string]time.Time
 	keysets  []*keyset
 	states   []state
-	restored ledger.Restored
+	restored []ledger.Restored
 }
 
 // call is a request for SVIDs, seen from both ends.
@@ -188,14 +188,14 @@ func (v *server) restore() {
 		return
 	}
 	v.memory.rows, v.memory.jwt = maps.Clone(c.rows), maps.Clone(c.jwt)
-	v.restored = ledger.Restored{CopiedAt: c.at, X509: map[string]time.Time{}, JWT: map[string]time.Time{}}
+	unknown := ledger.Restored{CopiedAt: c.at, X509: map[string]time.Time{}, JWT: map[string]time.Time{}}
+	v.restored = append(slices.Clip(c.restored), unknown)
 	v.keysets = slices.Clone(c.keysets)
 	for i, k := range v.keysets {
 		k.state, k.safe = c.states[i], false
 		v.removed = slices.DeleteFunc(v.removed, func(r *keyset) bool { return r == k })
 		end := v.now().Add(maxTTL)
-		v.restored.X509[k.authority] = later(end, c.restored.X509[k.authority])
-		v.restored.JWT[k.key] = later(end, c.restored.JWT[k.key])
+		unknown.X509[k.authority], unknown.JWT[k.key] = end, end
 	}
 	v.publish()
 	v.crash()

@@ -82,7 +82,7 @@ type Storage interface {
 
 // Restored says what storage that was put back from a copy cannot know: what the
 // keys that it had were used for between the copy and the restore. Nobody can
-// say who was given that, so no report takes it back; it is over when it has
+// say who was given that, so no report takes it back; it ends when it has
 // expired.
 type Restored struct {
 	CopiedAt time.Time
@@ -94,8 +94,8 @@ type Restored struct {
 // Config says how to open a ledger. The zero value works.
 type Config struct {
 	Storage Storage // memory when nil
-	// Restored is what Storage cannot know; it must not be modified.
-	Restored Restored
+	// Restored is what Storage cannot know, of each restore; it must not be modified.
+	Restored []Restored
 	Clock    *clock.Clock // one of the machine's, of which nothing is known, when nil
 	Log      *slog.Logger // discarded when nil
 }
@@ -104,7 +104,7 @@ type Config struct {
 // concurrently.
 type Ledger struct {
 	storage  Storage
-	restored Restored
+	restored []Restored
 	now      func() time.Time // what has passed for sure, not the wall clock
 	log      *slog.Logger
 	saving   chan struct{} // held by who is in SaveLedger

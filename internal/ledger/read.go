@@ -16,7 +16,7 @@ type Holding struct {
 	Latest        time.Time // expiry of the last row; zero when there is none
 	// UnknownUntil is not zero while SVIDs that nothing is known of could be valid:
 	// they were signed after UnknownSince, when the copy was taken that the server
-	// was restored from.
+	// was restored from, the first one of several.
 	UnknownSince, UnknownUntil time.Time
 	// Clear: the authority is tainted, and nobody could still hold an SVID of it
 	// or be about to get one.
@@ -34,9 +34,7 @@ func (l *Ledger) X509(authority string, tainted bool) Holding {
 		l.learn(&l.authority(authority).taint)
 	}
 	var h Holding
-	if until := unknown(l.restored.X509[authority], now); !until.IsZero() {
-		h.UnknownSince, h.UnknownUntil = l.restored.CopiedAt, until
-	}
+	h.UnknownSince, h.UnknownUntil = l.unknown(now, func(r Restored) time.Time { return r.X509[authority] })
 	a := l.authorities[authority]
 	if a == nil {
 		return h
@@ -47,12 +45,23 @@ func (l *Ledger) X509(authority string, tainted bool) Holding {
 	return h
 }
 
-// unknown returns the end of what is not known, zero when it is over.
-func unknown(until, now time.Time) time.Time {
-	if until.IsZero() || over(until.Unix(), now) {
-		return time.Time{}
+// unknown returns since when and until when something counts that is not known of,
+// by all restores for which that has not ended; zero times when there is none. end is
+// that of one restore, zero when the restore does not concern the key.
+func (l *Ledger) unknown(now time.Time, end func(Restored) time.Time) (since, until time.Time) {
+	for _, r := range l.restored {
+		t := end(r)
+		if t.IsZero() || over(t.Unix(), now) {
+			continue
+		}
+		if since.IsZero() || r.CopiedAt.Before(since) {
+			since = r.CopiedAt
+		}
+		if t.After(until) {
+			until = t
+		}
 	}
-	return until
+	return since, until
 }
 
 // JWT returns the expiry of the last JWT-SVID of a key, zero when all have
@@ -66,7 +75,7 @@ func (l *Ledger) JWT(keyID string, tainted bool) (latest time.Time, clear bool) 
 	if tainted {
 		l.learn(&l.jwtKey(keyID).taint)
 	}
-	latest = unknown(l.restored.JWT[keyID], now)
+	_, latest = l.unknown(now, func(r Restored) time.Time { return r.JWT[keyID] })
 	k := l.jwt[keyID]
 	if k == nil {
 		return latest, false
@@ -95,7 +104,7 @@ const silence = 3 * time.Minute
 // Holder is an agent that could still hold SVIDs of an authority. Two have no
 // Agent, because it is not known: that of ReasonSigning stands for the calls on
 // their way, that of ReasonRestored for what was signed after LastReport, when
-// the copy was taken that the server was restored from.
+// the copy was taken that the server was restored from, the first one of several.
 type Holder struct {
 	Agent          string
 	SVIDs, Streams int       // none of ReasonRestored
@@ -113,8 +122,8 @@ func (l *Ledger) Holders(authority string) []Holder {
 	defer l.mu.Unlock()
 	now := l.expire()
 	var holders []Holder
-	if until := unknown(l.restored.X509[authority], now); !until.IsZero() {
-		holders = append(holders, Holder{Latest: until, LastReport: l.restored.CopiedAt, Reason: ReasonRestored})
+	if since, until := l.unknown(now, func(r Restored) time.Time { return r.X509[authority] }); !until.IsZero() {
+		holders = append(holders, Holder{Latest: until, LastReport: since, Reason: ReasonRestored})
 	}
 	a := l.authorities[authority]
 	if a == nil {

@@ -5,6 +5,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
 )
 
@@ -13,9 +14,9 @@ import (
 func restoredLedger(t *testing.T, m *memory) (l *ledger.Ledger, copied, until time.Time) {
 	t.Helper()
 	copied, until = time.Now().Add(-time.Hour).UTC(), time.Now().Add(day).UTC()
-	l, err := ledger.Open(t.Context(), ledger.Config{Storage: m, Restored: ledger.Restored{
+	l, err := ledger.Open(t.Context(), ledger.Config{Storage: m, Restored: []ledger.Restored{{
 		CopiedAt: copied, X509: map[string]time.Time{"A": until}, JWT: map[string]time.Time{"a": until.Add(9 * day)},
-	}})
+	}}})
 	check(t, err)
 	return l, copied, until
 }
@@ -80,6 +81,42 @@ func TestNotConcernedByARestore(t *testing.T) {
 		}
 		if latest, clear := l.JWT("a", false); !latest.Equal(until.Add(9*day)) || clear {
 			t.Errorf("its JWT-SVIDs: %v, %v", latest, clear)
+		}
+	})
+}
+
+// TestRestoredTwice: what was signed before either restore counts, each for its own
+// time.
+func TestRestoredTwice(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		first, now := time.Now().UTC(), time.Now().Add(2*day).UTC()
+		time.Sleep(2 * day)
+		restored := func(copied time.Time, authority string, until time.Time) ledger.Restored {
+			return ledger.Restored{CopiedAt: copied, X509: map[string]time.Time{authority: until}, JWT: map[string]time.Time{authority: until.Add(day)}}
+		}
+		for name, all := range map[string][]ledger.Restored{
+			"in order": {restored(first, "A", now.Add(day)), restored(first.Add(day), "A", now.Add(2*day)), restored(now, "B", now.Add(day))},
+			// The clock was set back between the two.
+			"the first ends last": {restored(first.Add(day), "A", now.Add(2*day)), restored(first, "A", now.Add(day)), restored(now, "B", now.Add(day))},
+		} {
+			for after, since := range map[time.Duration]time.Time{0: first, day + time.Hour: first.Add(day), 2*day + time.Hour: {}} {
+				l, err := ledger.Open(t.Context(), ledger.Config{Restored: all, Clock: clock.New(func() time.Time { return now.Add(after) }, nil, time.Time{})})
+				check(t, err)
+				h, want := l.X509("A", true), ledger.Holding{UnknownSince: since, UnknownUntil: now.Add(2 * day), Clear: since.IsZero()}
+				if since.IsZero() {
+					want.UnknownUntil = time.Time{}
+				}
+				if h != want {
+					t.Errorf("%s, after %v: %+v, want %+v", name, after, h, want)
+				}
+				if got := l.Holders("A"); since.IsZero() && len(got) != 0 || !since.IsZero() && (len(got) != 1 || !got[0].LastReport.Equal(since) || !got[0].Latest.Equal(now.Add(2*day))) {
+					t.Errorf("%s, after %v: holders %+v", name, after, got)
+				}
+				if latest, clear := l.JWT("A", true); !latest.Equal(now.Add(3*day)) || clear {
+					t.Errorf("%s, after %v: JWT-SVIDs until %v, clear %v", name, after, latest, clear)
+				}
+			}
 		}
 	})
 }

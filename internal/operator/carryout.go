@@ -9,6 +9,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/detach/rpc"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -22,13 +24,19 @@ func (s *Service) carryOut(ctx context.Context, req any, info *grpc.UnaryServerI
 	if sentAt, ok := api.SentAt(ctx); ok {
 		s.config.Heard(keyset.Actor(ctx), sentAt)
 	}
-	if roles[info.FullMethod] != Manager {
-		return handler(ctx, req)
-	}
 	ctx, cancel := context.WithTimeout(ctx, mutationTime)
 	defer cancel()
+	if roles[info.FullMethod] != Manager {
+		resp, err := detach.Do(ctx, &s.calls, func() (any, error) { return handler(ctx, req) })
+		return resp, rpc.Error(err)
+	}
 	begin := s.now()
-	resp, err := handler(ctx, req)
+	// A caller who is gone does not end the wait: how it ended is worth its line.
+	deadline, _ := ctx.Deadline()
+	stays, leaves := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	defer leaves()
+	resp, err := detach.Do(stays, &s.calls, func() (any, error) { return handler(ctx, req) })
+	err = rpc.Error(err)
 	log := s.log.With("actor", keyset.Actor(ctx), "operation", path.Base(info.FullMethod))
 	log = log.With(s.about(req, resp)...).With("outcome", status.Code(err).String(), "took", s.now().Sub(begin))
 	if err != nil {

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/detach/rpc"
 )
 
 const (
@@ -90,7 +91,7 @@ func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials
 		grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: connectionAge, MaxConnectionAgeGrace: graceAge}),
 		grpc.InTapHandle(s.admit),
 		grpc.ChainUnaryInterceptor(s.carryOut),
-		grpc.ChainStreamInterceptor(s.carryOutBackup),
+		grpc.ChainStreamInterceptor(s.carryOutBackup, rpc.Stream(&s.calls)),
 	)...)
 	api.RegisterOperatorServer(gs, s)
 

@@ -27,6 +27,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
@@ -97,7 +98,11 @@ type Service struct {
 	rules  Rules
 	log    *slog.Logger
 	now    func() time.Time
+	calls  detach.Group
 }
+
+// Wait returns when no call waits for storage any more. It is for who has closed that.
+func (s *Service) Wait() { s.calls.Wait() }
 
 // New makes a Service.
 func New(c Config) (*Service, error) {

@@ -385,13 +385,15 @@ func TestRestoredAgents(t *testing.T) {
 		time.Sleep(time.Hour)
 		busy3 := renew(busy2)
 		late, _ := s.join(t)
+		restored := time.Now()
+		time.Sleep(time.Hour)
 		s.stop()
 
 		plain := start(t, server.Config{Storage: copyOf, Keysets: open()})
 		wantCode(t, plain.dial(t, busy3).ping(t.Context()), codes.PermissionDenied, notActive)
 		plain.stop()
 
-		s = start(t, server.Config{Storage: copyOf, Keysets: open(), Lost: server.Lost{From: copied, To: time.Now()}})
+		s = start(t, server.Config{Storage: copyOf, Keysets: open(), Lost: []server.Lost{{From: copied, To: restored}, {From: time.Now(), To: time.Now()}}})
 		for name, who := range map[string]*identity{"that has not renewed": quiet, "that has renewed before the copy": old2, "that has renewed twice since": busy3} {
 			for range 2 {
 				if err := s.dial(t, who).ping(t.Context()); err != nil {

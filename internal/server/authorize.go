@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -173,8 +174,8 @@ func (s *Server) takesOver(a *Agent, serial string, svid *x509.Certificate) bool
 		return true
 	}
 	// SVIDs begin a little before they are signed.
-	begin, lost := svid.NotBefore.Add(time.Minute), s.config.Lost
-	return begin.After(lost.From) && svid.NotBefore.Before(lost.To) &&
+	begin := svid.NotBefore.Add(time.Minute)
+	return slices.ContainsFunc(s.config.Lost, func(l Lost) bool { return begin.After(l.From) && svid.NotBefore.Before(l.To) }) &&
 		svid.NotAfter.After(a.ExpiresAt) && svid.NotAfter.After(a.NextExpiresAt)
 }
 

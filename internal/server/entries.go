@@ -167,8 +167,12 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 			return Diff{}, err
 		}
 	}
-	s.entriesM.Lock()
-	defer s.entriesM.Unlock()
+	select {
+	case s.entriesM <- struct{}{}:
+		defer func() { <-s.entriesM }()
+	case <-ctx.Done():
+		return Diff{}, fmt.Errorf("wait for another change of entries: %w", ctx.Err())
+	}
 	cur := s.entries.Load()
 	var d Diff
 	var put []StoredEntry

@@ -43,6 +43,8 @@ import (
 	"google.golang.org/grpc/keepalive"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/detach/rpc"
 	"github.com/renewd/renewd/internal/keyset"
 )
 
@@ -106,10 +108,10 @@ type Config struct {
 	Published func() *keyset.Bundle
 	// Storage keeps agents, join tokens and entries; memory when nil.
 	Storage Storage
-	// Lost says that Storage was put back from a copy, and what it lacks: what
-	// happened after From, when it was copied, and before To. The zero value: it
-	// was not.
-	Lost Lost
+	// Lost are the times that Storage knows nothing of, one for each time that it was
+	// put back from a copy: what happened after From, when it was copied, and before To.
+	// One in which nothing was signed that is still valid makes no difference.
+	Lost []Lost
 	// X509TTL is the lifetime of an X.509-SVID whose entry names none, of the
 	// agents' own and of the server's certificate: 1 to 168 hours, 24 when
 	// zero.
@@ -160,7 +162,7 @@ type Server struct {
 	tls      *tls.Config
 
 	entries  atomic.Pointer[entrySet]
-	entriesM sync.Mutex // held by writers of entries
+	entriesM chan struct{} // held by who writes entries
 
 	rendered atomic.Pointer[published]
 
@@ -168,6 +170,8 @@ type Server struct {
 
 	expiriesM sync.Mutex
 	expiries  expiries
+
+	calls detach.Group
 
 	federatedM sync.RWMutex
 	federated  map[spiffeid.TrustDomain]*types.Bundle
@@ -178,7 +182,7 @@ func New(c Config) (*Server, error) {
 	s := &Server{
 		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
 		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
-		federated: make(map[spiffeid.TrustDomain]*types.Bundle),
+		entriesM: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
 		s.now = time.Now
@@ -255,7 +259,7 @@ func (s *Server) BundlePEM() []byte { return s.config.Published().PEM() }
 // Serve answers on lis, which it closes, until ctx ends or lis fails. When ctx
 // ends, calls in flight have two seconds to finish; then they are canceled.
 // It returns when all its connections are closed and all its goroutines have
-// ended: nil when ctx ended. Several may run at a time, on different
+// ended, but for those that storage does not let go: nil when ctx ended. Several may run at a time, on different
 // listeners, and a later one serves the same state. They share the limits of
 // calls; connections are limited for each listener.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
@@ -309,6 +313,9 @@ func drain(gs *grpc.Server, open *conns) {
 	}
 }
 
+// Wait returns when no call waits for storage any more. It is for who has closed that.
+func (s *Server) Wait() { s.calls.Wait() }
+
 func (s *Server) options() []grpc.ServerOption {
 	opts := []grpc.ServerOption{
 		grpc.Creds(credentials.NewTLS(s.tls)),
@@ -325,8 +332,8 @@ func (s *Server) options() []grpc.ServerOption {
 	}
 	opts = append(opts, s.config.Options...)
 	return append(opts,
-		grpc.ChainUnaryInterceptor(s.authorizeUnary),
-		grpc.ChainStreamInterceptor(s.authorizeStream))
+		grpc.ChainUnaryInterceptor(rpc.Unary(&s.calls), s.authorizeUnary),
+		grpc.ChainStreamInterceptor(rpc.Stream(&s.calls), s.authorizeStream))
 }
 
 type nobody struct{}

@@ -22,14 +22,16 @@ const chunk = 256 << 10
 // see [Deployment.Restored]. Everybody else reads and writes meanwhile. Of several
 // calls one is served at a time.
 //
-// The copy is made in the store's own folder first, in a file that has no name
-// and goes with this call, and w gets it from there. As long as the store itself is
+// The copy is made in the store's own folder first, in files that have no name
+// and go with this call, and w gets it from there. As long as the store itself is
 // read nothing that is given up in it can be used again: it would grow for as
 // long as w takes, and once it has outgrown its mapping, every writer would wait
-// for w. Like this that is the time that the disk takes, and w may take its own.
+// for w. Like this that is the time that the disk takes to copy the file as it is; it is
+// compacted after that, which takes longer, and w may take its own time.
 //
-// The folder must have room for two such copies: one for this one, and one left
-// for the server. ctx ends what is under way, except a call of w.
+// The folder must have room for two copies of the file: one for this one, and one left
+// for the server. Where that is not enough for another one, of what is in use, the copy
+// is not compacted. ctx ends what is under way, except a call of w and the compaction.
 func (s *Store) Backup(ctx context.Context, w io.Writer) (size int64, err error) {
 	select {
 	case s.copying <- struct{}{}:
@@ -47,8 +49,12 @@ func (s *Store) Backup(ctx context.Context, w io.Writer) (size int64, err error)
 	if err := s.copyTo(ctx, f); err != nil {
 		return 0, err
 	}
-	if size, err = mark(f, at); err != nil {
-		return 0, fmt.Errorf("copy store %s: mark the copy: %w", s.path, err)
+	if f, size, err = s.compactCopy(f, at); err != nil {
+		return 0, fmt.Errorf("copy store %s: %w", s.path, err)
+	}
+	defer f.Close()
+	if err := ctx.Err(); err != nil {
+		return 0, fmt.Errorf("copy store %s: %w", s.path, err)
 	}
 	r := io.NewSectionReader(f, 0, size)
 	if _, err := io.CopyBuffer(patient{ctx, w}, struct{ io.Reader }{r}, make([]byte, chunk)); err != nil {
@@ -71,12 +77,8 @@ func (s *Store) nameless() (*os.File, error) {
 
 func (s *Store) copyTo(ctx context.Context, f *os.File) error {
 	return s.view(ctx, func(tx *bbolt.Tx) error {
-		var disk unix.Statfs_t
-		if err := unix.Fstatfs(int(f.Fd()), &disk); err != nil {
-			return fmt.Errorf("ask for the free space: %w", err)
-		}
-		if have, need := disk.Bavail*uint64(disk.Bsize), 2*uint64(tx.Size()); have < need {
-			return fmt.Errorf("its file system has %d bytes left, and a copy of %d needs twice its size: make room for it", have, tx.Size())
+		if err := room(f, 2*uint64(tx.Size())); err != nil {
+			return fmt.Errorf("a copy of %d bytes needs twice its size: %w", tx.Size(), err)
 		}
 		_, err := tx.WriteTo(patient{ctx, f})
 		return err
@@ -96,9 +98,54 @@ func (p patient) Write(b []byte) (int, error) {
 	return p.w.Write(b)
 }
 
-// mark writes into a copy when it was taken, and returns how much of the file is
-// the copy. Nothing of it need outlive the process.
-func mark(f *os.File, at time.Time) (size int64, err error) {
+// compactCopy makes a compact copy of one that was taken at a time, marked as a copy, and
+// returns how much of the file it is. Where there is no room for it, that is the other
+// one. The files have no name, and nothing of them need outlive the process.
+func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64, err error) {
+	use, err := readUsage(from)
+	if err != nil {
+		return nil, 0, err
+	}
+	src, err := openNameless(from)
+	if err != nil {
+		return nil, 0, err
+	}
+	defer func() { err = errors.Join(err, src.Close()) }()
+	f, db := from, src
+	if room(from, 2*use.live()) == nil {
+		if f, err = s.nameless(); err != nil {
+			return nil, 0, err
+		}
+		defer func() {
+			if err != nil {
+				_ = f.Close()
+			}
+		}()
+		if db, err = openNameless(f); err != nil {
+			return nil, 0, err
+		}
+		defer func() { err = errors.Join(err, db.Close()) }()
+		stop := s.progress("backup in progress")
+		defer stop()
+		if err := guard(func() error { return bbolt.Compact(db, src, compactCommit) }); err != nil {
+			return nil, 0, fmt.Errorf("compact the copy: %w", err)
+		}
+	}
+	err = guard(func() error {
+		err := db.Update(func(tx *bbolt.Tx) error {
+			return tx.Bucket(bucketAbout).Put(keyCopied, packTime(keyCopied, at))
+		})
+		if err != nil {
+			return fmt.Errorf("mark the copy: %w", err)
+		}
+		return db.View(func(tx *bbolt.Tx) error { size = tx.Size(); return nil })
+	})
+	return f, size, err
+}
+
+// openNameless opens a database in a file without a name. Closing it leaves the file
+// open.
+func openNameless(f *os.File) (db *bbolt.DB, err error) {
 	o := options(false, func(string, int, fs.FileMode) (*os.File, error) {
 		// Closing a database closes its file.
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
@@ -106,20 +153,13 @@ func mark(f *os.File, at time.Time) (size int64, err error) {
 	})
 	o.NoSync, o.NoGrowSync = true, true
 	err = guard(func() error {
-		db, err := bbolt.Open(f.Name(), 0, o)
-		if err != nil {
-			return err
-		}
-		db.AllocSize = chunk
-		err = db.Update(func(tx *bbolt.Tx) error {
-			return tx.Bucket(bucketAbout).Put(keyCopied, packTime(keyCopied, at))
-		})
-		if err == nil {
-			err = db.View(func(tx *bbolt.Tx) error { size = tx.Size(); return nil })
-		}
-		return errors.Join(err, db.Close())
+		db, err = bbolt.Open(f.Name(), 0, o)
+		return err
 	})
-	return size, err
+	if err == nil {
+		db.AllocSize = chunk
+	}
+	return db, err
 }
 
 // Summary is what [Inspect] finds in a copy.

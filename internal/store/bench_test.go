@@ -14,12 +14,16 @@ import (
 func rows(n int) []ledger.Row {
 	list := make([]ledger.Row, n)
 	for i := range list {
-		list[i] = ledger.Row{
-			Authority: "0123456789abcdef0123456789abcdef01234567", Agent: fmt.Sprintf("spiffe://example.org/spire/agent/join_token/%08d", i/100),
-			Entry: fmt.Sprintf("entry-of-a-workload-%08d", i), NotAfter: start,
-		}
+		list[i] = rowOf(i)
 	}
 	return list
+}
+
+func rowOf(i int) ledger.Row {
+	return ledger.Row{
+		Authority: "0123456789abcdef0123456789abcdef01234567", Agent: fmt.Sprintf("spiffe://example.org/spire/agent/join_token/%08d", i/100),
+		Entry: fmt.Sprintf("entry-of-a-workload-%08d", i), NotAfter: start,
+	}
 }
 
 func BenchmarkCommitAlone(b *testing.B) {

@@ -12,8 +12,8 @@ import (
 )
 
 // formatVersion is that of the layout in the package comment. Version 1 had no
-// heartbeat.
-const formatVersion = 2
+// heartbeat, and up to version 2 the last restore was all that was kept of them.
+const formatVersion = 3
 
 var (
 	bucketAbout       = []byte("about")

@@ -71,7 +71,7 @@ func (s *Store) write(ctx context.Context, c *change) error {
 	select {
 	case s.changes <- c:
 	case <-ctx.Done():
-		return ctx.Err()
+		return fmt.Errorf("write store %s: %w; nothing was changed", s.path, ctx.Err())
 	case <-s.stop:
 		return fmt.Errorf("write store %s: %w", s.path, ErrClosed)
 	}

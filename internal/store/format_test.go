@@ -16,7 +16,8 @@ import (
 	"github.com/renewd/renewd/internal/store"
 )
 
-// TestFormat reads what version 1 of the format has in its places. A field that
+// TestFormat reads what version 1 of the format has in its places, as an upgrade
+// leaves it. A field that
 // is renamed elsewhere needs a name for the file, or a new version.
 func TestFormat(t *testing.T) {
 	t.Parallel()
@@ -49,10 +50,17 @@ func TestFormat(t *testing.T) {
 				return err
 			}
 		}
-		return tx.Bucket([]byte("about")).Put([]byte("restored"), store.Pack([]byte("restored"), []byte(
+		about := tx.Bucket([]byte("about"))
+		if err := about.Put([]byte("store"), store.Pack([]byte("store"), []byte(`{"format":1,"trust_domain":"example.org"}`))); err != nil {
+			return err
+		}
+		return about.Put([]byte("restored"), store.Pack([]byte("restored"), []byte(
 			`{"At":"2026-01-02T03:04:06Z","CopiedAt":"2026-01-02T03:04:05.000000678Z","Deployments":{"default":{"CopiedAt":"2026-01-02T03:04:05.000000678Z","X509":{"auth":"2026-01-09T03:04:06Z"},"JWT":{"kid":"2026-01-02T03:04:05.000000678Z"}}}}`)))
 	})
-	d := opened(t, path).Deployment("default")
+	closed(t, at(t, path, start, nil)) // upgrades it
+	s = at(t, path, start, nil)
+	defer closed(t, s)
+	d := s.Deployment("default")
 	check := func(want any, got any, err error) {
 		t.Helper()
 		if err != nil || !reflect.DeepEqual(got, want) {
@@ -84,7 +92,7 @@ func TestFormat(t *testing.T) {
 	jwt, err := d.LoadLedger(t.Context(), func(r ledger.Row) { got = append(got, r) })
 	check([]ledger.Row{{Authority: "auth", Agent: a.String(), Entry: "e", NotAfter: start}}, got, err)
 	check(map[string]time.Time{"kid": start}, jwt, err)
-	check(ledger.Restored{
+	check([]ledger.Restored{{
 		CopiedAt: start, X509: map[string]time.Time{"auth": time.Date(2026, 1, 9, 3, 4, 6, 0, time.UTC)}, JWT: map[string]time.Time{"kid": start},
-	}, d.Restored(), nil)
+	}}, d.Restored(), nil)
 }

@@ -46,14 +46,17 @@ func open(path string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		path: path, td: o.TrustDomain, seal: o.Seal, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), now: o.Now, file: f,
-		copying: make(chan struct{}, 1),
+		copying: make(chan struct{}, 1), reading: make(chan struct{}, maxReading),
 		changes: make(chan *change), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	if s.now == nil {
 		s.now = time.Now
 	}
 	// Under the file's lock, and before bbolt, which trusts what it maps.
-	if err := checkStructure(f); err != nil {
+	stop := s.progress("store check in progress")
+	defer func() { stop() }()
+	use, err := checkStructure(f)
+	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	err = guard(func() (err error) {
@@ -64,7 +67,6 @@ func open(path string, o Options) (*Store, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	s.db.AllocSize = allocSize
-	s.update = s.db.Update
 	var stale []string
 	err = guard(func() error {
 		return s.db.View(func(tx *bbolt.Tx) (err error) {
@@ -75,11 +77,21 @@ func open(path string, o Options) (*Store, error) {
 	if err != nil {
 		return nil, errors.Join(err, s.db.Close())
 	}
+	stop()
+	stop = func() {}
 	if !o.ReadOnly {
-		if err := errors.Join(s.upgrade(), s.takeOver()); err != nil {
+		err := s.compact(use)
+		if err == nil {
+			err = s.upgrade()
+		}
+		if err == nil {
+			err = s.takeOver()
+		}
+		if err != nil {
 			return nil, errors.Join(err, s.db.Close())
 		}
 	}
+	s.update = s.db.Update
 	go s.run()
 	if o.ReadOnly {
 		return s, nil
@@ -138,8 +150,15 @@ func openFile(path string, o Options) (*os.File, error) {
 	}
 	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), lock|unix.LOCK_NB)
-		if err == nil {
+		if err == nil && named(f, path) {
 			return f, nil
+		}
+		if err == nil {
+			// Who had it has put another file in its place.
+			if err := f.Close(); err != nil {
+				return nil, cause(err)
+			}
+			return openFile(path, o)
 		}
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, errors.Join(fmt.Errorf("lock: %w", err), f.Close())
@@ -148,6 +167,16 @@ func openFile(path string, o Options) (*os.File, error) {
 			return nil, errors.Join(fmt.Errorf("%w: end that process first, such as a server that runs already", ErrInUse), f.Close())
 		}
 	}
+}
+
+// named reports whether a file is the one that has the name.
+func named(f *os.File, path string) bool {
+	mine, err := f.Stat()
+	if err != nil {
+		return false
+	}
+	there, err := os.Stat(path)
+	return err == nil && os.SameFile(mine, there)
 }
 
 // cause drops the path from an error that will be wrapped with it.
@@ -177,12 +206,7 @@ func create(path string, o Options) error {
 	if err := os.Link(temp, path); err != nil && !errors.Is(err, fs.ErrExist) {
 		return fmt.Errorf("make it: %w", err)
 	}
-	d, err := os.Open(dir)
-	if err != nil {
-		return fmt.Errorf("make it durable: %w", err)
-	}
-	defer d.Close()
-	if err := d.Sync(); err != nil {
+	if err := syncFolder(path); err != nil {
 		return fmt.Errorf("make it durable: %w", err)
 	}
 	return nil
@@ -195,7 +219,10 @@ func (s *Store) upgrade() error {
 		return nil
 	}
 	err := guard(func() error {
-		return s.db.Update(func(tx *bbolt.Tx) error { return putAbout(tx.Bucket(bucketAbout), s.td) })
+		return s.db.Update(func(tx *bbolt.Tx) error {
+			about := tx.Bucket(bucketAbout)
+			return errors.Join(putAbout(about, s.td), putRestored(about, s.restored))
+		})
 	})
 	if err != nil {
 		return fmt.Errorf("upgrade it from format %d to %d: %w", s.format, formatVersion, err)

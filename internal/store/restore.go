@@ -4,12 +4,14 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
 )
 
 // What the bucket about has beside keyStore.
@@ -19,22 +21,67 @@ var (
 	keyRestored  = []byte("restored")  // of a store that was one
 )
 
-// restored is the value of about/restored: what was signed between CopiedAt and At
-// is not in the store.
+// restored is an element of the value of about/restored: what was signed between
+// CopiedAt and At is not in the store.
 type restored struct {
 	At, CopiedAt time.Time
 	Deployments  map[string]ledger.Restored
 }
 
 // Restored says what is not known of a deployment because the store was put back
-// from a copy: of every keyset that was in it, what was signed between the copy
-// and the first Open of it for writing. It does not change while the store is
-// open; the zero value when there is nothing of that kind.
-func (d *Deployment) Restored() ledger.Restored { return d.s.restored.Deployments[d.name] }
+// from a copy, once for each time, in order: of every keyset that was in it, what was
+// signed between the copy and the first Open of it for writing. It does not change
+// while the store is open. What has expired by the time of an Open is gone.
+func (d *Deployment) Restored() []ledger.Restored {
+	var all []ledger.Restored
+	for _, r := range d.s.restored {
+		if unknown, ok := r.Deployments[d.name]; ok {
+			all = append(all, unknown)
+		}
+	}
+	return all
+}
 
-// Lost returns between when the store was copied and put back; zero times when it
-// was not.
-func (s *Store) Lost() (from, to time.Time) { return s.restored.CopiedAt, s.restored.At }
+// Lost are the times between a copy and its restore that an X.509-SVID could be of
+// that was still valid when the store was opened, in order.
+func (s *Store) Lost() []server.Lost {
+	var all []server.Lost
+	for _, r := range s.restored {
+		if !s.over(r.x509End()) {
+			all = append(all, server.Lost{From: r.CopiedAt, To: r.At})
+		}
+	}
+	return all
+}
+
+// x509End is when the last X.509-SVID expires that the store may not know of.
+func (r *restored) x509End() time.Time { return r.At.Add(keyset.MaxX509TTL) }
+
+// end is when nothing is valid any more that the store may not know of.
+func (r *restored) end() time.Time {
+	end := r.x509End()
+	for _, unknown := range r.Deployments {
+		for _, t := range unknown.JWT {
+			end = later(end, t)
+		}
+	}
+	return end
+}
+
+// overMargin is how long after the end what is not known is kept: clocks differ, and
+// an hour costs nothing.
+const overMargin = time.Hour
+
+// over reports whether a time has passed for everybody, as far as is known when the
+// store is opened. A clock that is ahead does not make it so: the heartbeat has to be
+// past it, too.
+func (s *Store) over(end time.Time) bool {
+	sure := s.now()
+	if !s.heartbeat.IsZero() && s.heartbeat.Before(sure) {
+		sure = s.heartbeat
+	}
+	return sure.After(end.Add(overMargin))
+}
 
 // checkAbout looks at what the bucket has beside the format.
 func (s *Store) checkAbout(b *bbolt.Bucket) error {
@@ -44,7 +91,7 @@ func (s *Store) checkAbout(b *bbolt.Bucket) error {
 		case string(keyCopied):
 			s.copied, err = unpackTime(k, v)
 		case string(keyRestored):
-			s.restored, err = decode[restored](k, v)
+			s.restored, err = decodeRestored(s.format, k, v)
 		case string(keyHeartbeat):
 			s.heartbeat, err = unpackTime(k, v)
 		default:
@@ -52,6 +99,26 @@ func (s *Store) checkAbout(b *bbolt.Bucket) error {
 		}
 		return err
 	})
+}
+
+// decodeRestored reads the value of about/restored. Up to format 2 it is one element.
+func decodeRestored(format int, k, v []byte) ([]restored, error) {
+	if format > 2 {
+		return decode[[]restored](k, v)
+	}
+	r, err := decode[restored](k, v)
+	return []restored{r}, err
+}
+
+func putRestored(about *bbolt.Bucket, all []restored) error {
+	if len(all) == 0 {
+		return about.Delete(keyRestored)
+	}
+	value, err := packJSON(keyRestored, all)
+	if err != nil {
+		return err
+	}
+	return about.Put(keyRestored, value)
 }
 
 // jump is by how much a restore raises the sequence number of what is published:
@@ -64,11 +131,13 @@ func jump(since time.Duration) uint64 { return 1<<20 + uint64(max(0, since).Mill
 
 // takeOver turns the mark of a copy into what the store knows of itself from then
 // on, in one commit. Before it the mark is there and the next Open does it; after it
-// there is none.
+// there is none. It also drops what was not known and has ended.
 func (s *Store) takeOver() error {
-	if s.copied.IsZero() {
+	ended := func(r restored) bool { return s.over(r.end()) }
+	if s.copied.IsZero() && !slices.ContainsFunc(s.restored, ended) {
 		return nil
 	}
+	kept := slices.DeleteFunc(slices.Clone(s.restored), ended)
 	r := restored{At: s.now().UTC(), CopiedAt: s.copied, Deployments: make(map[string]ledger.Restored)}
 	if r.At.Before(r.CopiedAt) {
 		// What is not known would end too soon.
@@ -76,45 +145,56 @@ func (s *Store) takeOver() error {
 	}
 	dropped := 0
 	err := guard(func() error {
-		return s.db.Update(func(tx *bbolt.Tx) error {
-			deployments, names := tx.Bucket(bucketDeployments), []string(nil)
-			err := deployments.ForEachBucket(func(name []byte) error {
-				names = append(names, string(name))
-				return nil
-			})
-			if err != nil {
-				return err
-			}
-			for _, name := range names {
-				n, err := r.apply(deployments.Bucket([]byte(name)), name, s.restored.Deployments[name])
-				if err != nil {
-					return fmt.Errorf("deployment %q: %w", name, err)
-				}
-				dropped += n
-			}
-			value, err := packJSON(keyRestored, r)
-			if err != nil {
-				return err
-			}
+		return s.db.Update(func(tx *bbolt.Tx) (err error) {
 			about := tx.Bucket(bucketAbout)
-			if err := about.Put(keyRestored, value); err != nil {
-				return err
+			if !s.copied.IsZero() {
+				if dropped, err = r.applyAll(tx.Bucket(bucketDeployments)); err != nil {
+					return err
+				}
+				kept = append(kept, r)
+				if err := about.Delete(keyCopied); err != nil {
+					return err
+				}
 			}
-			return about.Delete(keyCopied)
+			return putRestored(about, kept)
 		})
 	})
-	if err != nil {
+	switch {
+	case err != nil && s.copied.IsZero():
+		return fmt.Errorf("drop what was not known of a restore and has ended: %w", err)
+	case err != nil:
 		return fmt.Errorf("take it over as a copy that was put back: %w", err)
 	}
-	s.copied, s.restored = time.Time{}, r
-	s.log.Warn("this store is a copy that was put back: what was signed since it was taken is not known, and no keyset of it is safe to remove before that has expired; join tokens were dropped",
-		"file", s.path, "copied_at", r.CopiedAt, "x509_unknown_until", r.At.Add(keyset.MaxX509TTL), "join_tokens_dropped", dropped)
+	if !s.copied.IsZero() {
+		s.log.Warn("this store is a copy that was put back: what was signed since it was taken is not known, and no keyset of it is safe to remove before that has expired; join tokens were dropped",
+			"file", s.path, "copied_at", r.CopiedAt, "x509_unknown_until", r.x509End(), "join_tokens_dropped", dropped)
+	}
+	s.copied, s.restored = time.Time{}, kept
 	return nil
 }
 
-// apply changes a deployment and notes what is not known of it, before being what
-// was not known already.
-func (r *restored) apply(b *bbolt.Bucket, name string, before ledger.Restored) (tokensDropped int, err error) {
+// applyAll is apply for all deployments.
+func (r *restored) applyAll(deployments *bbolt.Bucket) (tokensDropped int, err error) {
+	var names []string
+	err = deployments.ForEachBucket(func(name []byte) error {
+		names = append(names, string(name))
+		return nil
+	})
+	if err != nil {
+		return 0, err
+	}
+	for _, name := range names {
+		n, err := r.apply(deployments.Bucket([]byte(name)), name)
+		if err != nil {
+			return 0, fmt.Errorf("deployment %q: %w", name, err)
+		}
+		tokensDropped += n
+	}
+	return tokensDropped, nil
+}
+
+// apply changes a deployment and notes what is not known of it.
+func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err error) {
 	// Those that were spent after the copy would let somebody in once more.
 	tokensDropped = b.Bucket([]byte(tokens)).Stats().KeyN
 	if err := b.DeleteBucket([]byte(tokens)); err != nil {
@@ -139,12 +219,10 @@ func (r *restored) apply(b *bbolt.Bucket, name string, before ledger.Restored) (
 		// A keyset of whatever state may have signed after the copy, or while it
 		// was taken. Nothing that it signs outlives it; nothing else limits the
 		// life of JWT-SVIDs.
-		end := r.At.Add(keyset.MaxX509TTL)
-		if k.ExpiresAt.Before(end) {
-			end = k.ExpiresAt
+		unknown.X509[id], unknown.JWT[k.JWTKeyID] = r.x509End(), k.ExpiresAt
+		if k.ExpiresAt.Before(r.x509End()) {
+			unknown.X509[id] = k.ExpiresAt
 		}
-		unknown.X509[id] = later(end, before.X509[id])
-		unknown.JWT[k.JWTKeyID] = later(k.ExpiresAt, before.JWT[k.JWTKeyID])
 	}
 	r.Deployments[name] = unknown
 	doc.Version++

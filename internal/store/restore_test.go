@@ -97,14 +97,14 @@ func TestRestore(t *testing.T) {
 	}
 	before := map[string]keyset.Document{"long": load(t, long), "short": load(t, short)}
 	path := copyOf(t, s)
-	if got := long.Restored(); !reflect.DeepEqual(got, ledger.Restored{}) {
+	if got := long.Restored(); got != nil {
 		t.Errorf("of the original: %+v", got)
 	}
 	// What the copy cannot know of.
 	if err := ks.Activate(t.Context(), next.ID); err != nil {
 		t.Fatal(err)
 	}
-	lost := load(t, long)
+	later := load(t, long)
 	closed(t, s)
 
 	// Looking at it leaves it a copy.
@@ -114,7 +114,7 @@ func TestRestore(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if got := reader.Deployment("long").Restored(); got.X509 != nil || load(t, reader.Deployment("long")).Version != 2 {
+	if got := reader.Deployment("long").Restored(); got != nil || load(t, reader.Deployment("long")).Version != 2 {
 		t.Errorf("read only: %+v", got)
 	}
 	closed(t, reader)
@@ -128,11 +128,11 @@ func TestRestore(t *testing.T) {
 	for name, was := range before {
 		d := s.Deployment(name)
 		want := unknownOf(t, was, copied, restoredAt)
-		if got := d.Restored(); !reflect.DeepEqual(got, want) {
+		if got := d.Restored(); len(got) != 1 || !reflect.DeepEqual(got[0], want) {
 			t.Errorf("%s: %+v\nwant %+v", name, got, want)
 		}
 		doc := load(t, d)
-		if doc.Sequence <= lost.Sequence+1000 {
+		if doc.Sequence <= later.Sequence+1000 {
 			t.Errorf("%s: the sequence is %d, was %d", name, doc.Sequence, was.Sequence)
 		}
 		was.Version, was.Sequence = was.Version+1, doc.Sequence
@@ -155,7 +155,7 @@ func TestRestore(t *testing.T) {
 			t.Errorf("%s: tokens %+v, %v", name, left, err)
 		}
 	}
-	if got := s.Deployment("bare").Restored(); got.X509 != nil || load(t, s.Deployment("bare")).Version != 0 {
+	if got := s.Deployment("bare").Restored(); got != nil || load(t, s.Deployment("bare")).Version != 0 {
 		t.Errorf("without keysets: %+v", got)
 	}
 	if a, err := s.Deployment("long").Agent(t.Context(), agentID(1)); err != nil || a == nil {
@@ -187,8 +187,13 @@ func TestRestore(t *testing.T) {
 	closed(t, s)
 	s = at(t, path, restoredAt.Add(2*day), nil)
 	defer closed(t, s)
-	if got, want := s.Deployment("long").Restored(), unknownOf(t, doc, restoredAt.Add(day), restoredAt.Add(2*day)); len(want.X509) != 3 || !reflect.DeepEqual(got, want) {
+	want := []ledger.Restored{unknownOf(t, before["long"], copied, restoredAt), unknownOf(t, doc, restoredAt.Add(day), restoredAt.Add(2*day))}
+	if got := s.Deployment("long").Restored(); len(want[1].X509) != 3 || !reflect.DeepEqual(got, want) {
 		t.Errorf("the second time: %+v\nwant %+v", got, want)
+	}
+	lost := []server.Lost{{From: copied, To: restoredAt}, {From: restoredAt.Add(day), To: restoredAt.Add(2 * day)}}
+	if got := s.Lost(); !reflect.DeepEqual(got, lost) {
+		t.Errorf("lost times: %v\nwant %v", got, lost)
 	}
 }
 
@@ -240,7 +245,7 @@ func TestRestoreRefusesAClockBeforeTheCopy(t *testing.T) {
 	later := start.Add(time.Minute)
 	s = at(t, path, later, nil)
 	defer closed(t, s)
-	if got, want := s.Deployment("default").Restored(), unknownOf(t, doc, start, later); !reflect.DeepEqual(got, want) {
+	if got, want := s.Deployment("default").Restored(), []ledger.Restored{unknownOf(t, doc, start, later)}; !reflect.DeepEqual(got, want) {
 		t.Errorf("%+v\nwant %+v", got, want)
 	}
 }
@@ -334,7 +339,7 @@ func TestRestoreFails(t *testing.T) {
 		t.Fatal(err)
 	}
 	s = open(t, path)
-	if s.Deployment("default").Restored().CopiedAt.IsZero() {
+	if s.Deployment("default").Restored() == nil {
 		t.Error("it does not know that it was a copy")
 	}
 	closed(t, s)

@@ -12,7 +12,8 @@
 //
 //	about                 store: format version and trust domain
 //	                      copied_at: of a copy, when it was taken
-//	                      restored: of what was a copy, what is not known of it
+//	                      restored: of what was a copy, what is not known since, once
+//	                      for each restore until all of that has expired
 //	                      heartbeat: when the last commit was made
 //	deployments
 //	  NAME                name: NAME again
@@ -30,6 +31,9 @@
 // everything before anything is used: the structure of the file, each checksum,
 // and that each signing key can be opened. What passes is whole, and the file is
 // never changed by an Open that fails.
+//
+// A file of which more than half is free is compacted by Open. See [Store.Backup] for
+// copies, which are compact, too.
 //
 // Writes share commits. One goroutine takes all changes that wait, makes one
 // transaction of them and syncs once, so 64 writers cost little more than one,
@@ -96,8 +100,9 @@ type Store struct {
 	format    int           // see formatVersion
 	heartbeat time.Time     // of the last commit before it was opened
 	copied    time.Time     // when this copy was taken; zero of a store in use
-	restored  restored      // what is not known of it
+	restored  []restored    // what is not known of it, by restore
 	copying   chan struct{} // held by who is in Backup
+	reading   chan struct{} // held by each of those who are in view
 
 	changes chan *change
 	stop    chan struct{}
@@ -160,11 +165,21 @@ type Deployment struct {
 	name string
 }
 
-// view runs fn in one consistent state of the store. A disk that fails under
-// the mapped file becomes an error.
+// maxReading is how many read at a time. A read of a disk that is stuck keeps a thread of
+// the operating system, and a process may not have any number of them.
+const maxReading = 64
+
+// view runs fn in one consistent state of the store, which must not call view. A disk
+// that fails under the mapped file becomes an error.
 func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
+	}
+	select {
+	case s.reading <- struct{}{}:
+		defer func() { <-s.reading }()
+	case <-ctx.Done():
+		return fmt.Errorf("read store %s: %w", s.path, ctx.Err())
 	}
 	err := guard(func() error { return s.db.View(fn) })
 	return s.readError(err)

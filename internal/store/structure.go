@@ -59,30 +59,45 @@ func damaged(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrDamaged, fmt.Sprintf(format, args...))
 }
 
-func checkStructure(f *os.File) error {
+// readUsage reads how the pages are used, and nothing else.
+func readUsage(f *os.File) (usage, error) {
 	info, err := f.Stat()
 	if err != nil {
-		return err
+		return usage{}, err
+	}
+	_, freelist, p, err := readMeta(f, uint64(info.Size()))
+	if err != nil {
+		return usage{}, err
+	}
+	free, err := p.free(freelist)
+	return usage{free: free, count: p.count, pageSize: p.size}, err
+}
+
+func checkStructure(f *os.File) (usage, error) {
+	info, err := f.Stat()
+	if err != nil {
+		return usage{}, err
 	}
 	if info.Size() == 0 {
-		return errors.New("the file is empty, it is not a store: restore a backup; only when there never was one, remove the file")
+		return usage{}, errors.New("the file is empty, it is not a store: restore a backup; only when there never was one, remove the file")
 	}
 	root, freelist, p, err := readMeta(f, uint64(info.Size()))
 	if err != nil {
-		return err
+		return usage{}, err
 	}
-	if err := p.free(freelist); err != nil {
-		return err
+	free, err := p.free(freelist)
+	if err != nil {
+		return usage{}, err
 	}
 	if err := p.tree(root, nil, nil, true); err != nil {
-		return err
+		return usage{}, err
 	}
 	for id, seen := range p.seen {
 		if !seen {
-			return damaged("page %d is neither free nor in use", id)
+			return usage{}, damaged("page %d is neither free nor in use", id)
 		}
 	}
-	return nil
+	return usage{free: free, count: p.count, pageSize: p.size}, nil
 }
 
 // readMeta reads both headers, which take turns, one a commit.
@@ -171,25 +186,25 @@ func (p *pages) read(id uint64, flags uint16) (page, error) {
 	return g, nil
 }
 
-// free reads the list of free pages.
-func (p *pages) free(id uint64) error {
+// free reads the list of free pages, and returns how many there are.
+func (p *pages) free(id uint64) (uint64, error) {
 	g, err := p.read(id, flagFreelist)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	ids, n := g.body, uint64(g.count)
 	if g.count == 0xFFFF {
 		ids, n = g.body[8:], native.Uint64(g.body)
 	}
 	if n > uint64(len(ids))/8 {
-		return damaged("page %d has too many elements", id)
+		return 0, damaged("page %d has too many elements", id)
 	}
 	for i := range n {
 		if err := p.take(native.Uint64(ids[i*8:]), 1); err != nil {
-			return err
+			return 0, err
 		}
 	}
-	return nil
+	return n, nil
 }
 
 // tree checks the pages below one; their keys are at least low and below high,

@@ -1,0 +1,78 @@
+// Package rpc lets gRPC calls end by their own deadline whatever storage does; see
+// package detach.
+package rpc
+
+import (
+	"context"
+	"errors"
+	"sync"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/detach"
+)
+
+// Unary answers a call when its time is over or its caller is gone. The handler may
+// be at work still; g owns it.
+func Unary(g *detach.Group) grpc.UnaryServerInterceptor {
+	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+		resp, err := detach.Do(ctx, g, func() (any, error) { return handler(ctx, req) })
+		return resp, Error(err)
+	}
+}
+
+// Stream is [Unary] for streams. What the handler sends or asks for after the end
+// fails.
+func Stream(g *detach.Group) grpc.StreamServerInterceptor {
+	return func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+		s := &leaving{ServerStream: stream}
+		_, err := detach.Do(stream.Context(), g, func() (struct{}, error) { return struct{}{}, handler(srv, s) })
+		s.leave()
+		return Error(err)
+	}
+}
+
+// Error makes a status of what package detach says. Another error is returned as it
+// is.
+func Error(err error) error {
+	if _, ok := status.FromError(err); ok {
+		return err
+	}
+	switch {
+	case errors.Is(err, detach.ErrStuck):
+		return status.Error(codes.Unavailable, err.Error())
+	case errors.Is(err, detach.ErrOpen):
+		return status.Error(status.FromContextError(err).Code(), err.Error())
+	}
+	return err
+}
+
+// leaving is a stream that is used by nobody after its end: gRPC does not allow it.
+type leaving struct {
+	grpc.ServerStream
+	mu   sync.RWMutex // read-held by who uses the stream, which ends with its context
+	left bool
+}
+
+func (l *leaving) leave() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.left = true
+}
+
+func (l *leaving) use(fn func(any) error, m any) error {
+	l.mu.RLock()
+	defer l.mu.RUnlock()
+	if l.left {
+		return status.FromContextError(l.Context().Err()).Err()
+	}
+	return fn(m)
+}
+
+// SendMsg implements grpc.ServerStream.
+func (l *leaving) SendMsg(m any) error { return l.use(l.ServerStream.SendMsg, m) }
+
+// RecvMsg implements grpc.ServerStream.
+func (l *leaving) RecvMsg(m any) error { return l.use(l.ServerStream.RecvMsg, m) }

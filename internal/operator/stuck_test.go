@@ -1,0 +1,239 @@
+package operator_test
+
+import (
+	"context"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server"
+)
+
+// stuck is a server's storage on a disk that can hang, in reads as in writes, and takes
+// no notice of anybody's time.
+type stuck struct {
+	*server.Memory
+	mu   sync.Mutex
+	gate chan struct{}
+}
+
+// hang lets everything wait until the function that it returns is called.
+func (s *stuck) hang() (release func()) {
+	gate := make(chan struct{})
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.gate = gate
+	return func() {
+		s.mu.Lock()
+		s.gate = nil
+		s.mu.Unlock()
+		close(gate)
+	}
+}
+
+func (s *stuck) wait() {
+	s.mu.Lock()
+	gate := s.gate
+	s.mu.Unlock()
+	if gate != nil {
+		<-gate
+	}
+}
+
+func (s *stuck) PutToken(ctx context.Context, t server.Token) error {
+	s.wait()
+	return s.Memory.PutToken(ctx, t)
+}
+
+func (s *stuck) TakeToken(ctx context.Context, value string) (server.Token, error) {
+	s.wait()
+	return s.Memory.TakeToken(ctx, value)
+}
+
+func (s *stuck) Agent(ctx context.Context, id spiffeid.ID) (*server.Agent, error) {
+	s.wait()
+	return s.Memory.Agent(ctx, id)
+}
+
+func (s *stuck) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (*server.Agent, error) {
+	s.wait()
+	return s.Memory.UpdateAgent(ctx, id, change)
+}
+
+func (s *stuck) Agents(ctx context.Context) ([]server.Agent, error) {
+	s.wait()
+	return s.Memory.Agents(ctx)
+}
+
+func (s *stuck) PutEntries(ctx context.Context, put []server.StoredEntry, gone []string) error {
+	s.wait()
+	return s.Memory.PutEntries(ctx, put, gone)
+}
+
+// stuckWorld is one whose deployment keeps agents, tokens and entries on such a disk.
+func stuckWorld(t *testing.T) (*world, *stuck) {
+	t.Helper()
+	w := newWorld(t)
+	d, disk := w.only(), new(stuck)
+	disk.Memory = d.kept
+	var err error
+	d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Storage: disk, Ledger: d.ledger})
+	check(t, err)
+	rules, err := operator.ParseRules(td, []string{boss.String()}, []string{looker.String()})
+	check(t, err)
+	w.Service, err = operator.New(operator.Config{
+		TrustDomain: td, Rules: rules, Published: w.published, Certificate: d.certificate,
+		Deployments: []operator.Deployment{{Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger}},
+	})
+	check(t, err)
+	return w, disk
+}
+
+// TestStuckDisk: whatever hangs, each call of an operator ends after two minutes with
+// the word that the outcome is open; and what it has begun ends when the disk answers.
+func TestStuckDisk(t *testing.T) {
+	t.Parallel()
+	entry := func(id string) *api.Entry {
+		return &api.Entry{Id: id, SpiffeId: "spiffe://example.org/" + id, Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}}
+	}
+	one := agent("one")
+	ids := func(_ context.Context, w *world) string {
+		var out []string
+		for _, e := range w.only().server.Entries() {
+			out = append(out, e.ID)
+		}
+		return strings.Join(out, " ")
+	}
+	for name, call := range map[string]struct {
+		do    func(context.Context, *operator.Client) error
+		then  func(context.Context, *world) string // when the disk answers
+		wants string
+	}{
+		"create a token": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{})
+				return err
+			},
+			func(ctx context.Context, w *world) string {
+				all, err := w.only().kept.Tokens(ctx)
+				return fmt.Sprint(len(all) > 0, err)
+			}, "true <nil>",
+		},
+		"ban": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.BanAgent(ctx, &api.BanAgentRequest{AgentId: one.String()})
+				return err
+			},
+			func(ctx context.Context, w *world) string {
+				a, err := w.only().kept.Agent(ctx, one)
+				return fmt.Sprint(a.Banned, err)
+			}, "true <nil>",
+		},
+		"evict": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.EvictAgent(ctx, &api.EvictAgentRequest{AgentId: one.String(), Gone: true})
+				return err
+			},
+			func(ctx context.Context, w *world) string {
+				a, err := w.only().kept.Agent(ctx, one)
+				return fmt.Sprint(a == nil, err)
+			}, "true <nil>",
+		},
+		"apply entries": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.ApplyEntries(ctx, &api.ApplyEntriesRequest{Entries: []*api.Entry{entry("b"), entry("c")}, Remove: new(int64(1))})
+				return err
+			}, ids, "b c",
+		},
+		"put an entry": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.PutEntry(ctx, &api.PutEntryRequest{Entry: entry("b")})
+				return err
+			}, ids, "a b",
+		},
+		"delete an entry": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.DeleteEntry(ctx, &api.DeleteEntryRequest{Id: "a"})
+				return err
+			}, ids, "",
+		},
+		"list agents": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.ListAgents(ctx, &api.ListAgentsRequest{})
+				return err
+			}, ids, "a",
+		},
+		"list keysets": {
+			func(ctx context.Context, c *operator.Client) error {
+				_, err := c.ListKeysets(ctx, &api.ListKeysetsRequest{})
+				return err
+			}, ids, "a",
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				w, disk := stuckWorld(t)
+				w.only().attest(t, server.Agent{ID: one, Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
+				r := w.serveTLS(t)
+				c := r.as(t, w, boss)
+				_, err := c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry("a")})
+				check(t, err)
+				release := disk.hang()
+				begin := time.Now()
+				err = call.do(t.Context(), c)
+				if took := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || took != 2*time.Minute || !strings.Contains(err.Error(), "outcome is open") {
+					t.Errorf("after %v: %v", took, err)
+				}
+				// Another one waits for the first one no longer than that.
+				err = call.do(t.Context(), c)
+				if took := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || took != 4*time.Minute {
+					t.Errorf("the second, after %v: %v", took, err)
+				}
+				release()
+				w.Service.Wait()
+				if got := call.then(t.Context(), w); got != call.wants {
+					t.Errorf("when the disk answers: %s, want %s", got, call.wants)
+				}
+				if _, err := c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry("z")}); err != nil {
+					t.Errorf("afterwards: %v", err)
+				}
+			})
+		})
+	}
+}
+
+// TestStuckDiskAtTheEnd: serving ends although the disk does not answer.
+func TestStuckDiskAtTheEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w, disk := stuckWorld(t)
+		r := w.serveTLS(t)
+		c := r.as(t, w, looker)
+		_, err := c.ListAgents(t.Context(), &api.ListAgentsRequest{})
+		check(t, err)
+		defer disk.hang()()
+		begin, answer := time.Now(), make(chan error, 1)
+		go func() {
+			_, err := c.ListAgents(t.Context(), &api.ListAgentsRequest{})
+			answer <- err
+		}()
+		synctest.Wait()
+		check(t, r.stop())
+		if took := time.Since(begin); took > 3*time.Second {
+			t.Errorf("the end took %v", took)
+		}
+		if err := <-answer; err == nil {
+			t.Error("no error")
+		}
+	})
+}

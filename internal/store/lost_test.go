@@ -1,0 +1,92 @@
+package store_test
+
+import (
+	"reflect"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/store"
+)
+
+// TestLostTimesEnd: what is not known is kept for each restore until nothing of it is
+// valid, by a clock that can be believed.
+func TestLostTimesEnd(t *testing.T) {
+	t.Parallel()
+	const day = 24 * time.Hour
+	var up, off time.Duration
+	o := options()
+	o.Now = func() time.Time { return start.Add(up + off) }
+	path := newPath(t)
+	var s *store.Store
+	reopen := func() {
+		t.Helper()
+		if s != nil {
+			closed(t, s)
+		}
+		var err error
+		if s, err = store.Open(path, o); err != nil {
+			t.Fatal(err)
+		}
+		s.Follow(clock.New(o.Now, func() time.Duration { return up }, s.Heartbeat()))
+	}
+	putBack := func(after time.Duration) {
+		t.Helper()
+		copied := copyOf(t, s)
+		up += after
+		closed(t, s)
+		s, path = nil, copied
+		reopen()
+	}
+	pass := func(d time.Duration) {
+		t.Helper()
+		up += d
+		if err := s.Beat(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		reopen()
+	}
+	at := func(n int) time.Time { return start.Add(time.Duration(n) * time.Hour).UTC() }
+	want := func(what string, lost []server.Lost, restored ...time.Time) {
+		t.Helper()
+		if got := s.Lost(); !reflect.DeepEqual(got, lost) {
+			t.Errorf("%s: lost times %v, want %v", what, got, lost)
+		}
+		var copied []time.Time
+		for _, r := range s.Deployment("default").Restored() {
+			copied = append(copied, r.CopiedAt)
+		}
+		if !reflect.DeepEqual(copied, restored) {
+			t.Errorf("%s: restored from copies of %v, want %v", what, copied, restored)
+		}
+	}
+
+	reopen()
+	keysetsAt(t, s.Deployment("default"), start, 9*day)
+	putBack(time.Hour)
+	first := server.Lost{From: at(0), To: at(1)}
+	want("once", []server.Lost{first}, at(0))
+	pass(5 * day)
+	putBack(time.Hour)
+	second := server.Lost{From: at(121), To: at(122)}
+	want("twice", []server.Lost{first, second}, at(0), at(121))
+
+	off = 91 * day
+	reopen()
+	want("a clock that is ahead", []server.Lost{first, second}, at(0), at(121))
+	off = 0
+	// Seven days after the first restore no X.509-SVID of that time is valid; JWT-SVIDs
+	// may be until their keyset ends, which is not sooner for the first than for the second.
+	pass(2*day + 2*time.Hour)
+	want("the first has ended", []server.Lost{second}, at(0), at(121))
+	pass(3*day - time.Hour)
+	want("the keyset has ended", []server.Lost{second}, at(121))
+	pass(3 * day)
+	want("all has ended", nil)
+	if got := s.Deployment("default").Restored(); !reflect.DeepEqual(got, []ledger.Restored(nil)) {
+		t.Errorf("%+v", got)
+	}
+	closed(t, s)
+}
