@@ -134,6 +134,7 @@ type Deployment struct {
 	// AgentsBehind those of them that have not said that they have applied the
 	// bundle.
 	Agents, AgentsBehind int
+	AgentsDuplicated     int    // those of them whose identity two processes use
 	Rotation             string // [RotationOff], ...
 }
 
@@ -175,6 +176,8 @@ var (
 		"Agents that are attested, not banned and not expired.", "deployment")
 	descBehind = desc("renewd_server_agents_behind",
 		"Agents that have not reported to have applied the current trust bundle.", "deployment")
+	descDuplicated = desc("renewd_server_agents_duplicated",
+		"Agents whose identity two processes use, such as those of a node and its clone. Their SVIDs count until they expire: evict them, and attest each node with a join token of its own.", "deployment")
 	descServerSequence = desc("renewd_server_bundle_sequence_number",
 		"Sequence number of the trust bundle that the deployment's agents get.", "deployment")
 	descRotation = desc("renewd_server_rotation_mode",
@@ -187,7 +190,7 @@ var (
 		"By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. Automatic rotation waits unless it is 0: compare the clock with the true time.")
 
 	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
-		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descServerSequence, descRotation, descFederated, descFederatedLeftOut, descClockDoubt}
+		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descDuplicated, descServerSequence, descRotation, descFederated, descFederatedLeftOut, descClockDoubt}
 )
 
 // serverCollector exports one snapshot for each scrape.
@@ -212,6 +215,7 @@ func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, d := range state.Deployments {
 		gauge(descAgents, float64(d.Agents), d.Name)
 		gauge(descBehind, float64(d.AgentsBehind), d.Name)
+		gauge(descDuplicated, float64(d.AgentsDuplicated), d.Name)
 		gauge(descServerSequence, float64(d.Sequence), d.Name)
 		for _, mode := range []string{RotationOff, RotationOn, RotationPaused} {
 			gauge(descRotation, truth(mode == d.Rotation), d.Name, mode)

@@ -20,7 +20,7 @@ func rotation() metrics.ServerState {
 	at := time.Unix(1_700_000_000, 500e6)
 	return metrics.ServerState{Deployments: []metrics.Deployment{
 		{
-			Name: "east", Sequence: 9, Agents: 3, AgentsBehind: 1, Rotation: metrics.RotationPaused,
+			Name: "east", Sequence: 9, Agents: 3, AgentsBehind: 1, AgentsDuplicated: 2, Rotation: metrics.RotationPaused,
 			Keysets: []metrics.Keyset{
 				{ID: "ks_a", State: metrics.StateTainted, ExpiresAt: at, X509SVIDs: 7, AgentsHolding: 2, JWTExpiry: at.Add(time.Hour), JWTSafe: true},
 				{ID: "ks_b", State: metrics.StateActive, ExpiresAt: at.Add(2 * time.Hour), X509SVIDs: 5, AgentsHolding: 3},
@@ -48,6 +48,10 @@ renewd_server_agents{deployment="west"} 0
 # TYPE renewd_server_agents_behind gauge
 renewd_server_agents_behind{deployment="east"} 1
 renewd_server_agents_behind{deployment="west"} 0
+# HELP renewd_server_agents_duplicated Agents whose identity two processes use, such as those of a node and its clone. Their SVIDs count until they expire: evict them, and attest each node with a join token of its own.
+# TYPE renewd_server_agents_duplicated gauge
+renewd_server_agents_duplicated{deployment="east"} 2
+renewd_server_agents_duplicated{deployment="west"} 0
 # HELP renewd_server_bundle_sequence_number Sequence number of the trust bundle that the deployment's agents get.
 # TYPE renewd_server_bundle_sequence_number gauge
 renewd_server_bundle_sequence_number{deployment="east"} 9

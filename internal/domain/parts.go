@@ -77,7 +77,7 @@ func (d *Domain) state() metrics.ServerState {
 			continue
 		}
 		out := metrics.Deployment{
-			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, Rotation: dep.automatic().Mode,
+			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.automatic().Mode,
 		}
 		for _, k := range f.Keysets {
 			out.Keysets = append(out.Keysets, metrics.Keyset{

@@ -100,7 +100,8 @@ func (l *Ledger) visit(id string, now time.Time) {
 		l.calendar.add(end.Unix(), appointment{entry: id})
 		return
 	}
-	g.contact, g.reported = Contact{}, time.Time{}
+	g.forget()
+	g.known = true
 	for _, h := range g.holdings {
 		h.said = claim{}
 		l.recount(h)

@@ -21,6 +21,15 @@ type agent struct {
 	contact  Contact
 	rate     float64
 	reported time.Time // zero: never
+	reporter reporter
+	// known: there may be a process of it that has reported, and is not remembered.
+	known           bool
+	duplicatedUntil int64 // as far as it is stored, in Unix seconds
+}
+
+// forget drops what the agent has said.
+func (g *agent) forget() {
+	g.contact, g.reported, g.reporter = Contact{}, time.Time{}, reporter{}
 }
 
 // holding is what one agent could hold of one authority: its rows, and what it
@@ -47,6 +56,16 @@ type claim struct {
 	beginsAt         time.Time
 }
 
+// and is the claim of two processes, or of one that is not believed yet.
+func (c claim) and(d claim) claim {
+	if !c.made || d.beginsAt.After(c.beginsAt) {
+		c.beginsAt = d.beginsAt
+	}
+	c.made = true
+	c.pending, c.streams = max(c.pending, d.pending), max(c.streams, d.streams)
+	return c
+}
+
 func (c claim) holds() bool { return c.pending > 0 || c.streams > 0 }
 
 // count is how many SVIDs are to be shown: what the agent says of itself where
@@ -55,6 +74,8 @@ func (h *holding) count() int {
 	switch {
 	case len(h.rows) == 0 && !h.said.holds():
 		return 0
+	case h.agent.duplicated():
+		return max(1, h.said.pending, len(h.rows))
 	case h.said.made:
 		return max(1, h.said.pending)
 	}

@@ -177,7 +177,12 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 		} else {
 			ids[r.Entry] = r.Entry
 		}
-		l.put(l.holding(r.Authority, r.Agent), r.Entry, r.NotAfter)
+		h := l.holding(r.Authority, r.Agent)
+		expiry := l.put(h, r.Entry, r.NotAfter)
+		h.agent.known = true
+		if r.Authority == duplicates {
+			h.agent.duplicatedUntil = expiry
+		}
 	})
 	if err != nil {
 		return nil, fmt.Errorf("open ledger: load: %w", err)

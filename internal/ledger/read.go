@@ -94,7 +94,9 @@ const (
 	ReasonRenewing = "renewing" // or about to say that it is done
 	ReasonStreams  = "streams"  // all is replaced and not yet sent to all workloads
 	ReasonSigning  = "signing"  // an answer is on its way
-	ReasonRestored = "restored" // the server was, and it is not known who was given what
+	// Two processes use its identity: neither is right about what the other holds.
+	ReasonDuplicated = "duplicated"
+	ReasonRestored   = "restored" // the server was, and it is not known who was given what
 )
 
 // silence is how long an agent that reports once a minute may be quiet before
@@ -146,6 +148,8 @@ func (l *Ledger) Holders(authority string) []Holder {
 
 func (h *holding) reason(now time.Time) string {
 	switch s := h.said; {
+	case h.agent.duplicated():
+		return ReasonDuplicated
 	case h.agent.reported.IsZero() || now.Sub(h.agent.reported) > silence:
 		return ReasonSilent
 	case !s.made:

@@ -13,6 +13,11 @@ type Report struct {
 	Sequence    uint64  // of the trust bundle in force
 	Rate        float64 // taint renewals a second at most
 	Authorities []AuthorityReport
+	// Process is an ID that the agent's process has drawn at its start, and Number
+	// grows with each report that it begins; they tell two processes of one identity
+	// apart. Empty: it has none.
+	Process string
+	Number  uint64
 }
 
 // AuthorityReport is a [Report]'s part about one authority.
@@ -37,6 +42,9 @@ const (
 // That a tainted authority is settled deletes, durably, what rows the agent has
 // of it; counts that contradict it win. When Report fails, the rows stay until
 // the agent says it again.
+//
+// A process that has taken another one's place is believed after some minutes, and
+// neither of two that report at a time: until then a report only adds to what is known.
 //
 // An agent says settled only after all its calls of before the taint have
 // ended, so nothing that the authority signed can reach it later, and a report
@@ -63,11 +71,18 @@ func (l *Ledger) Report(ctx context.Context, agent string, r Report) error {
 	now := l.expire()
 	g := l.agent(agent)
 	l.contacted(g, r.Sequence, now)
+	two := g.heardFrom(r, now)
 	g.contact.Reports, g.reported, g.rate = true, now, r.Rate
+	var noted *batch
+	var until int64
+	if two {
+		noted, until = l.duplicate(g, now)
+	}
+	believed := g.believed(now)
 
 	heard := l.heard(r.Authorities)
 	for id, h := range g.holdings {
-		if _, again := heard[id]; !again && h.said.made {
+		if _, again := heard[id]; !again && h.said.made && believed {
 			h.said = claim{}
 			l.recount(h)
 		}
@@ -81,15 +96,26 @@ func (l *Ledger) Report(ctx context.Context, agent string, r Report) error {
 		if h == nil {
 			continue
 		}
+		if !believed {
+			w.claim = h.said.and(w.claim)
+		}
 		h.said = w.claim
 		if w.holds() {
 			h.version++
-		} else if w.settled {
+		} else if w.settled && believed {
 			settled = append(settled, doomed{h, h.version})
 		}
 		l.recount(h)
 	}
 	l.mu.Unlock()
+	if noted != nil {
+		if err := l.save(ctx, noted); err != nil {
+			return fmt.Errorf("store that agent %s is duplicated: %w", agent, err)
+		}
+		l.mu.Lock()
+		g.duplicatedUntil = max(g.duplicatedUntil, until)
+		l.mu.Unlock()
+	}
 	if err := l.delete(ctx, settled); err != nil {
 		return fmt.Errorf("delete what agent %s has settled: %w", agent, err)
 	}
@@ -110,7 +136,7 @@ func (l *Ledger) heard(reports []AuthorityReport) map[string]word {
 	for _, known := range []bool{true, false} {
 		for _, r := range reports {
 			_, is := l.authorities[r.Authority]
-			if is != known || (!known && len(r.Authority) > maxAuthority) {
+			if r.Authority == duplicates || is != known || (!known && len(r.Authority) > maxAuthority) {
 				continue
 			}
 			w := word{
@@ -194,7 +220,8 @@ func (l *Ledger) Gone(ctx context.Context, agent string) error {
 		l.mu.Unlock()
 		return nil
 	}
-	g.contact, g.reported = Contact{}, time.Time{}
+	g.forget()
+	g.known, g.duplicatedUntil = false, 0
 	gone := make([]doomed, 0, len(g.holdings))
 	for _, h := range g.holdings {
 		gone = append(gone, doomed{h, h.version})

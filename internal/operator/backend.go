@@ -36,7 +36,7 @@ func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 	}
 	s := runbook.Status{
 		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
-		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()),
+		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()), Duplicated: resp.GetAgentsDuplicated(),
 		Automatic: automatic(resp.GetAutomatic()), ClockDoubt: ClockDoubt(resp.GetClock()),
 	}
 	for _, k := range resp.GetKeysets() {

@@ -2,6 +2,7 @@ package operator
 
 import (
 	"context"
+	"slices"
 	"time"
 
 	"github.com/renewd/renewd/internal/ledger"
@@ -13,9 +14,12 @@ import (
 // seconds and post a status once a minute.
 const fetchTime = 3 * time.Minute
 
-// tally is how many agents are attested, not banned and not expired, and how many of
-// them are behind.
-type tally struct{ agents, behind int }
+// tally is how many agents are attested, not banned and not expired, how many of them
+// are behind, and which are duplicated.
+type tally struct {
+	agents, behind int
+	duplicated     []string // IDs, ordered
+}
 
 // AgentsBehind returns how many agents of all deployments that are served are behind
 // the published trust bundle: the workloads of each verify what any of them signs.
@@ -40,6 +44,7 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n tally, err error)
 	if err != nil {
 		return n, err
 	}
+	duplicated := d.Ledger.Duplicated()
 	// An agent counts as long as its SVID may be valid by any clock.
 	now, sequence := s.config.Clock.Sure(), s.config.Published().Sequence
 	fetched := !now.Before(s.changed().Add(fetchTime))
@@ -48,7 +53,11 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n tally, err error)
 			continue
 		}
 		n.agents++
-		c, heard := d.Ledger.Contact(a.ID.String())
+		id := a.ID.String()
+		if slices.Contains(duplicated, id) {
+			n.duplicated = append(n.duplicated, id)
+		}
+		c, heard := d.Ledger.Contact(id)
 		if behind(a, c, heard, sequence, fetched) {
 			n.behind++
 		}

@@ -1,6 +1,7 @@
 package operator_test
 
 import (
+	"fmt"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -63,5 +64,52 @@ func TestBehind(t *testing.T) {
 		want("it is applied", 1)
 		d.ledger.Applied(agent("has-told-a-version").String(), d.keysets.Bundle().Sequence)
 		want("the last is back", 0)
+	})
+}
+
+// TestDuplicated has two processes report for one agent: operators are told which, until
+// it is evicted.
+func TestDuplicated(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, "east", "west")
+		for _, name := range w.names {
+			for _, id := range []string{"cloned-" + name, "good-" + name} {
+				w.deployments[name].attest(t, server.Agent{ID: agent(id), ExpiresAt: time.Now().Add(time.Hour)})
+			}
+			for i, process := range []string{"a", "b", "a"} {
+				check(t, w.deployments[name].ledger.Report(t.Context(), agent("cloned-"+name).String(), ledger.Report{Process: process, Number: uint64(i)}))
+			}
+		}
+		want := func(ids ...string) {
+			t.Helper()
+			var all []string
+			for _, name := range w.names {
+				scope := &api.Scope{Deployment: name}
+				list, err := w.ListKeysets(t.Context(), &api.ListKeysetsRequest{Scope: scope})
+				check(t, err)
+				if got := list.GetAgentsDuplicated(); fmt.Sprint(got) != fmt.Sprint(ids) {
+					t.Errorf("%s: duplicated are %v, want %v", name, got, ids)
+				}
+				agents, err := w.ListAgents(t.Context(), &api.ListAgentsRequest{Scope: scope})
+				check(t, err)
+				for _, a := range agents.GetAgents() {
+					if a.GetDuplicated() {
+						all = append(all, a.GetId())
+					}
+				}
+			}
+			if fmt.Sprint(all) != fmt.Sprint(ids) {
+				t.Errorf("of the agents %v are duplicated, want %v", all, ids)
+			}
+		}
+		east, west := agent("cloned-east").String(), agent("cloned-west").String()
+		want(east, west)
+		if f, err := w.Figures(t.Context(), "west"); err != nil || fmt.Sprint(f.Duplicated) != fmt.Sprint([]string{west}) {
+			t.Errorf("figures of west: %+v, %v", f, err)
+		}
+		_, err := w.EvictAgent(t.Context(), &api.EvictAgentRequest{Scope: &api.Scope{Deployment: "east"}, AgentId: east})
+		check(t, err)
+		want(west)
 	})
 }

@@ -38,11 +38,13 @@ func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*
 		return nil, fail(err)
 	}
 	resp := &api.ListAgentsResponse{}
+	duplicated := d.Ledger.Duplicated()
 	for _, a := range agents {
 		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: stamp(ends(a)), Banned: a.Banned, Version: a.Version}
 		if c, ok := d.Ledger.Contact(out.Id); ok {
 			out.AppliedSequence, out.LastReport = c.Sequence, stamp(c.At)
 		}
+		out.Duplicated = slices.Contains(duplicated, out.Id)
 		resp.Agents = append(resp.Agents, out)
 	}
 	return resp, nil

@@ -22,6 +22,9 @@ type Figures struct {
 	// and not expired; AgentsBehind are those that may not apply that bundle yet.
 	Sequence             uint64
 	Agents, AgentsBehind int
+	// Duplicated are the agents whose identity two processes use: their SVIDs count
+	// until they expire.
+	Duplicated []string
 }
 
 // KeysetFigures are what hangs on a keyset.
@@ -52,7 +55,7 @@ func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keys
 	if err != nil {
 		return Figures{}, err
 	}
-	f.Agents, f.AgentsBehind = n.agents, n.behind
+	f.Agents, f.AgentsBehind, f.Duplicated = n.agents, n.behind, n.duplicated
 	return f, nil
 }
 
@@ -113,7 +116,8 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	}
 	resp := &api.ListKeysetsResponse{
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
-		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), Clock: s.clock(),
+		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), AgentsDuplicated: f.Duplicated,
+		Clock: s.clock(),
 	}
 	// The agents of other deployments verify what this one signs, too.
 	for i := range s.config.Deployments {
@@ -127,7 +131,9 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 		}
 		resp.Agents += int64(n.agents)
 		resp.AgentsBehind += int64(n.behind)
+		resp.AgentsDuplicated = append(resp.AgentsDuplicated, n.duplicated...)
 	}
+	slices.Sort(resp.AgentsDuplicated)
 	for _, k := range f.Keysets {
 		resp.Keysets = append(resp.Keysets, protoKeyset(k))
 	}

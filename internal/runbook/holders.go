@@ -17,9 +17,10 @@ const namedHolders = 5
 
 // The reasons of a [Holder] that the estimate depends on.
 const (
-	reasonSilent   = "silent"
-	reasonBehind   = "behind"
-	reasonRestored = "restored"
+	reasonSilent     = "silent"
+	reasonBehind     = "behind"
+	reasonRestored   = "restored"
+	reasonDuplicated = "duplicated"
 )
 
 // over is when what the agent holds has expired for everybody; zero when nobody
@@ -32,10 +33,11 @@ func (h Holder) over() time.Time {
 }
 
 // end is when the agent is expected to hold nothing of the keyset any more;
-// zero when nobody can say. Silent agents, and whoever is not known of since a
-// restore, are expected nothing of: theirs ends when it has expired.
+// zero when nobody can say. Silent and duplicated agents, and whoever is not known of
+// since a restore, are expected nothing of: theirs ends when it has expired.
 func (h Holder) end(now time.Time) time.Time {
-	if h.Reason == reasonSilent || h.Reason == reasonRestored {
+	switch h.Reason {
+	case reasonSilent, reasonRestored, reasonDuplicated:
 		return h.over()
 	}
 	begins := now
@@ -81,6 +83,8 @@ func estimated(holders []Holder, now time.Time) string {
 		return "has no known end: an agent is silent"
 	case reason == reasonRestored:
 		return "ends at the latest " + when(end, now) + ", when what is not known has expired by all clocks"
+	case reason == reasonDuplicated:
+		return "ends at the latest " + when(end, now) + ", when what duplicated agents hold has expired by all clocks"
 	case reason == reasonSilent:
 		return "ends at the latest " + when(end, now) + ", when what silent agents hold has expired by all clocks"
 	}
@@ -132,6 +136,8 @@ func (h Holder) says(now time.Time) string {
 		text += ", renewing"
 	case "streams":
 		text += ", replaced but not yet sent on " + counted(h.Streams, "stream")
+	case reasonDuplicated:
+		text += ", duplicated: two processes use its identity; evict it, and attest each node anew"
 	case "signing":
 		text += ", an answer to it is on its way"
 	default:

@@ -57,6 +57,9 @@ func Remarks(s Status) []string {
 	case s.AgentsBehind > 0:
 		lines = append(lines, behind(s)+".")
 	}
+	for _, id := range s.Duplicated {
+		lines = append(lines, fmt.Sprintf("Two processes use the identity of agent %s, such as those of a node and its clone. Evict it, and attest each node with a join token of its own.", id))
+	}
 	unknown := make(map[string][]string)
 	var reasons []string
 	for _, k := range s.Keysets {

@@ -76,6 +76,10 @@ Automatic rotation: on, next: prepare.`
 	if got := strings.Join(runbook.Remarks(s), "\n"); got != wantRemarks {
 		t.Errorf("remarks\n%s\nwant\n%s", got, wantRemarks)
 	}
+	two := runbook.Remarks(runbook.Status{Agents: 3, Duplicated: []string{"spiffe://example.org/agent/a\x1b"}})
+	if len(two) != 1 || !strings.HasPrefix(two[0], "Two processes use the identity of agent spiffe://example.org/agent/a") || strings.Contains(two[0], "\x1b") {
+		t.Errorf("an agent that is duplicated: %q", two)
+	}
 	if got := runbook.Remarks(runbook.Status{Agents: 3}); len(got) != 0 {
 		t.Errorf("all is well, and it says %q", got)
 	}
@@ -218,4 +222,27 @@ func TestOutcomeUnknown(t *testing.T) {
 	if got := runbook.Remedy(context.DeadlineExceeded); got != "" {
 		t.Errorf("a read that timed out changed nothing, and it says %q", got)
 	}
+}
+
+// An agent that is duplicated is named with what to do, and ends with its SVIDs.
+func TestRemoveWhatAClonedNodeHolds(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		s.HoldersAt = func(string, time.Time) []runbook.Holder {
+			return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 107, Reason: "duplicated", LatestExpiry: time.Now().Add(time.Hour), Rate: 20}}
+		}
+		_, err := runbook.Remove(t.Context(), s, old, false, time.Now())
+		if err == nil {
+			t.Fatal("removed")
+		}
+		for _, want := range []string{
+			"  spiffe://example.org/agent/a: 107 SVIDs, duplicated: two processes use its identity; evict it, and attest each node anew\n",
+			"It ends at the latest 2000-01-01 01:05:00 +0000 UTC (in 1h5m), when what duplicated agents hold has expired by all clocks.\n",
+		} {
+			if !strings.Contains(err.Error(), want) {
+				t.Errorf("got\n%v\nwithout\n%s", err, want)
+			}
+		}
+	})
 }

@@ -30,6 +30,9 @@ type Status struct {
 	Sequence     uint64 `json:"sequence"`
 	Agents       int    `json:"agents"`
 	AgentsBehind int    `json:"agents_behind"`
+	// Duplicated are the IDs of agents whose identity two processes use, such as those
+	// of a node and its clone: what they say frees no keyset.
+	Duplicated []string `json:"agents_duplicated,omitempty"`
 	// Automatic says what automatic rotation is about to do; empty where there
 	// is none.
 	Automatic string `json:"automatic,omitempty"`
@@ -69,7 +72,7 @@ type Holder struct {
 	Version      string    `json:"version,omitempty"`
 	SVIDs        int       `json:"svids"`
 	Streams      int       `json:"streams"`
-	Reason       string    `json:"reason"` // silent, behind, waiting, renewing, streams, signing, restored
+	Reason       string    `json:"reason"` // silent, behind, waiting, renewing, streams, signing, restored, duplicated
 	LatestExpiry time.Time `json:"latest_expiry,omitzero"`
 	LastReport   time.Time `json:"last_report,omitzero"` // of "restored": when the copy was taken
 	BeginsAt     time.Time `json:"begins_at,omitzero"`

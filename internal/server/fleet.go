@@ -22,6 +22,8 @@ const (
 	// mean something whatever an agent says.
 	maxCount = math.MaxInt32
 	maxRate  = 1e6
+	// maxProcess is the most bytes of the ID of an agent's process.
+	maxProcess = 64
 )
 
 type fleetService struct {
@@ -63,8 +65,10 @@ func checkReport(req *api.ReportRequest) (ledger.Report, error) {
 		return wrong("taint_rate: %v is not within 0 to %v", rate, float64(maxRate))
 	case n > maxAuthorities:
 		return wrong("authorities: there are %d, %d at most", n, maxAuthorities)
+	case len(req.GetProcess()) > maxProcess:
+		return wrong("process: is longer than %d bytes", maxProcess)
 	}
-	r := ledger.Report{Sequence: req.GetBundleSequence(), Rate: rate}
+	r := ledger.Report{Sequence: req.GetBundleSequence(), Rate: rate, Process: string(req.GetProcess()), Number: req.GetNumber()}
 	seen := make(map[string]bool, len(req.GetAuthorities()))
 	for i, a := range req.GetAuthorities() {
 		id := a.GetAuthorityId()

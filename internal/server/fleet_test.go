@@ -34,7 +34,7 @@ func TestReport(t *testing.T) {
 		who, c := s.join(t)
 		begins := time.Now().Add(30 * time.Second).UTC()
 		err := c.report(t.Context(), &api.ReportRequest{
-			BundleSequence: 7, TaintRate: 20,
+			BundleSequence: 7, TaintRate: 20, Process: []byte("p"), Number: 3,
 			Authorities: []*api.AuthorityReport{
 				{AuthorityId: "old", Tainted: true, Pending: 3, Streams: 2, BeginsAt: timestamppb.New(begins)},
 				{AuthorityId: "older", Settled: true},
@@ -44,7 +44,7 @@ func TestReport(t *testing.T) {
 			t.Fatal(err)
 		}
 		want := map[string]ledger.Report{who.id.String(): {
-			Sequence: 7, Rate: 20,
+			Sequence: 7, Rate: 20, Process: "p", Number: 3,
 			Authorities: []ledger.AuthorityReport{
 				{Authority: "old", Tainted: true, Pending: 3, Streams: 2, BeginsAt: begins},
 				{Authority: "older", Settled: true},
@@ -55,6 +55,44 @@ func TestReport(t *testing.T) {
 		}
 		b.set(func(context.Context) error { return errors.New("disk full") })
 		wantCode(t, c.report(t.Context(), &api.ReportRequest{}), codes.Unavailable)
+	})
+}
+
+// TestReportsOfAClone has a node and its clone report that they have replaced
+// everything, with the same SVID, each on a connection of its own.
+func TestReportsOfAClone(t *testing.T) {
+	t.Parallel()
+	l := openLedger(t)
+	bubble(t, server.Config{Ledger: l}, func(t *testing.T, s *running) {
+		who, _ := s.join(t)
+		old := s.Keysets().Active()
+		next, err := s.Keysets().Prepare(t.Context())
+		check(t, err)
+		check(t, s.Keysets().Activate(t.Context(), next.ID))
+		check(t, s.Keysets().Taint(t.Context(), old.ID))
+		node, clone := s.dial(t, who), s.dial(t, who)
+		settled := func(c *client, process string, number uint64) {
+			t.Helper()
+			check(t, c.report(t.Context(), &api.ReportRequest{Process: []byte(process), Number: number, Authorities: []*api.AuthorityReport{
+				{AuthorityId: old.X509AuthorityID, Tainted: true, Settled: true},
+			}}))
+			if l.X509(old.X509AuthorityID, true).Clear {
+				t.Errorf("safe, on the word of %s", process)
+			}
+		}
+		check(t, node.report(t.Context(), &api.ReportRequest{Process: []byte("node"), Number: 1}))
+		for i := range uint64(10) {
+			settled(clone, "clone", i+1)
+			settled(node, "node", i+2)
+			time.Sleep(time.Minute)
+		}
+		if got := l.Duplicated(); len(got) != 1 || got[0] != who.id.String() {
+			t.Errorf("duplicated are %v", got)
+		}
+		check(t, s.EvictAgent(t.Context(), who.id, true))
+		if got := l.Duplicated(); len(got) > 0 || !l.X509(old.X509AuthorityID, true).Clear {
+			t.Errorf("evicted and gone: duplicated are %v, %+v", got, l.X509(old.X509AuthorityID, true))
+		}
 	})
 }
 
@@ -121,6 +159,7 @@ func TestReportRefuses(t *testing.T) {
 			{"taint_rate", &api.ReportRequest{TaintRate: -1}},
 			{"taint_rate", &api.ReportRequest{TaintRate: math.NaN()}},
 			{"taint_rate", &api.ReportRequest{TaintRate: math.Inf(1)}},
+			{"process", &api.ReportRequest{Process: make([]byte, 65)}},
 			{"authorities", of(many...)},
 			{"authorities[1].authority_id", of(good, &api.AuthorityReport{})},
 			{"authorities[1].authority_id", of(good, good)},

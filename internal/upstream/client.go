@@ -2,6 +2,7 @@ package upstream
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -69,6 +70,10 @@ type Config struct {
 type Client struct {
 	cfg Config
 
+	// What tells this process from another one of the same identity.
+	process []byte
+	reports atomic.Uint64 // that were begun
+
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	work   sync.WaitGroup // the background proof, connections being closed
@@ -126,6 +131,7 @@ func New(cfg Config) (*Client, error) {
 	cfg.Version = strings.ToValidUTF8(cfg.Version[:min(len(cfg.Version), maxVersion)], "")
 	c := &Client{
 		cfg:     cfg,
+		process: []byte(rand.Text()),
 		links:   make(map[*link]struct{}),
 		proving: make(chan struct{}, 1),
 		pace:    newPace(),

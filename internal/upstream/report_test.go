@@ -45,6 +45,11 @@ func TestReport(t *testing.T) {
 		if err := a.Report(t.Context(), report); err != nil {
 			t.Fatal(err)
 		}
+		// Two of one process: those that reached no server have a number, too.
+		if p, n := s.fleet.last.GetProcess(), s.fleet.last.GetNumber(); len(p) < 16 || n != 2 {
+			t.Errorf("process %q, number %d", p, n)
+		}
+		s.fleet.last.Process, s.fleet.last.Number = nil, 0
 		want := &api.ReportRequest{BundleSequence: 7, TaintRate: 20, Authorities: []*api.AuthorityReport{
 			{AuthorityId: "aa", Tainted: true, Pending: 3, Streams: 2, BeginsAt: timestamppb.New(begins)},
 			{AuthorityId: "bb", Tainted: true, Settled: true},

@@ -1,0 +1,64 @@
+package agent_test
+
+import (
+	"context"
+	"os"
+	"testing"
+	"time"
+
+	"google.golang.org/grpc/test/bufconn"
+
+	"github.com/renewd/renewd/internal/agent"
+)
+
+// A node is cloned, identity and all. Both copies renew and settle in the name of one
+// agent: the server notices, and calls nothing safe that either could hold.
+func TestClonedNode(t *testing.T) {
+	inWorld(t, 3, nil, func(w *world) {
+		w.fill(3)
+		dir, err := os.MkdirTemp("", "renewd-clone")
+		w.check(err)
+		defer os.RemoveAll(dir)
+		w.check(os.CopyFS(dir, os.DirFS(w.cfg.DataDir)))
+		cfg := w.cfg
+		cfg.DataDir, cfg.Listener = dir, bufconn.Listen(1<<20)
+		clone, err := agent.New(cfg)
+		w.check(err)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := make(chan error, 1)
+		go func() { done <- clone.Run(ctx) }()
+		defer func() { cancel(); w.check(<-done) }()
+
+		old, _ := w.rotate()
+		for range 40 {
+			time.Sleep(30 * time.Second)
+			if w.ledger.X509(old.X509AuthorityID, true).Clear {
+				w.t.Fatal("safe, while two nodes have one identity and one may hold what the other has replaced")
+			}
+		}
+		if two := w.ledger.Duplicated(); len(two) != 1 {
+			w.t.Errorf("duplicated are %v, want the one agent", two)
+		}
+		if holders := w.ledger.Holders(old.X509AuthorityID); len(holders) != 1 || holders[0].Reason != "duplicated" || holders[0].Latest.Before(time.Now()) {
+			w.t.Errorf("holders %+v", holders)
+		}
+	})
+}
+
+// A restart is none, however often: it is noticed as that, and delays what is safe by
+// a few minutes.
+func TestRestartIsNoClone(t *testing.T) {
+	inWorld(t, 3, nil, func(w *world) {
+		for range 3 {
+			w.fill(3)
+			w.stopAgent()
+			w.startAgent()
+		}
+		w.fill(3)
+		old, _ := w.rotate()
+		w.until("safe", 6*time.Minute, func() bool { return w.ledger.X509(old.X509AuthorityID, true).Clear })
+		if two := w.ledger.Duplicated(); len(two) > 0 {
+			w.t.Errorf("duplicated are %v", two)
+		}
+	})
+}

@@ -1,0 +1,129 @@
+package ledger
+
+import (
+	"maps"
+	"slices"
+	"time"
+)
+
+// A node that is cloned has its identity twice: two processes renew, get SVIDs and
+// report as one agent. Each is right about itself, and neither about the other. So the
+// ledger tells processes apart by what their reports carry, and believes none of an
+// agent that has two.
+//
+//   - A restart looks like this: reports of one process, and then of another, A A B B.
+//   - A clone looks like this: reports of a process after those of another one that came
+//     after it, A B A.
+//   - A clone of a running machine has the process twice, its ID included: its reports
+//     have numbers that the server has had already.
+//
+// A process that may have taken the place of another one is believed after silence, in
+// which the other would have been heard of: every process reports once a minute.
+// Until then, and for as long as an agent counts as duplicated, a report adds to what
+// is known and takes nothing back: rows go when they expire, or by an operator's
+// word. An agent counts as duplicated until an SVID of the longest life that was given
+// when two were last noticed has expired; storage keeps that, since the server may be
+// restarted while one of the two is silent.
+//
+// What cannot be known: a copy that has not reported yet, as one that is resumed from
+// an old snapshot, or one that is cut off from the server for longer than silence while
+// the other reports. It is taken for ended. When it is back it is noticed, and what
+// it says that it holds counts again; a key that was called safe meanwhile may be gone.
+// Nor are processes told apart whose reports carry no ID, and spire-agents report
+// nothing: their rows stay until they expire.
+
+// duplicates is where the rows are that say which agents are duplicated, as if they
+// were of an authority. No authority has such an ID: theirs are hexadecimal.
+const duplicates = "duplicated"
+
+// noted is how much longer than necessary it is stored that an agent is duplicated, so
+// that each report of the two need not be a write.
+const noted = time.Hour
+
+// maxEarlier bounds the earlier processes of an agent that are remembered.
+const maxEarlier = 64
+
+// reporter is the process that reports for an agent.
+type reporter struct {
+	process string
+	number  uint64 // of its last report
+	earlier map[string]time.Time
+	// since is when the process was first heard of, when there may have been another
+	// one before it; zero otherwise.
+	since time.Time
+}
+
+// duplicated reports whether two processes use the agent's identity, or did so lately.
+func (g *agent) duplicated() bool { return g.holdings[duplicates] != nil }
+
+// believed reports whether a report may take back what is known of the agent.
+func (g *agent) believed(now time.Time) bool {
+	return !g.duplicated() && (g.reporter.since.IsZero() || now.Sub(g.reporter.since) >= silence)
+}
+
+// heardFrom notes which process has sent a report, and reports whether there are two.
+func (g *agent) heardFrom(r Report, now time.Time) (two bool) {
+	p := &g.reporter
+	switch _, before := p.earlier[r.Process]; {
+	case g.reported.IsZero():
+		*p = reporter{process: r.Process, number: r.Number}
+		if g.known && r.Process != "" {
+			p.since = now
+		}
+		return false
+	case r.Process == p.process && (r.Process == "" || r.Number > p.number):
+		p.number = r.Number
+		return false
+	case r.Process == p.process:
+		return true
+	default:
+		two = before
+	}
+	if p.earlier == nil {
+		p.earlier = make(map[string]time.Time)
+	}
+	p.earlier[p.process] = now
+	if len(p.earlier) > maxEarlier {
+		oldest := p.process
+		for id, at := range p.earlier {
+			if at.Before(p.earlier[oldest]) {
+				oldest = id
+			}
+		}
+		delete(p.earlier, oldest)
+	}
+	p.process, p.number, p.since = r.Process, r.Number, now
+	return two
+}
+
+// duplicate has an agent count as duplicated, for the longest life of an SVID from now
+// on. It returns what the caller has to save, nil when that is stored already, and the
+// end that is then stored.
+func (l *Ledger) duplicate(g *agent, now time.Time) (b *batch, end int64) {
+	if !g.duplicated() {
+		l.log.Warn("two processes use the identity of one agent: evict it, and attest each node with a join token of its own", "agent_id", g.id)
+	}
+	if g.duplicatedUntil >= now.Add(longest).Unix() {
+		return nil, 0
+	}
+	end = l.put(l.holding(duplicates, g.id), "", now.Add(longest+noted))
+	l.pending.rows[rowKey{duplicates, g.id, ""}] = end
+	for _, h := range g.holdings {
+		h.version++ // what either of them has settled is not deleted any more
+		l.recount(h)
+	}
+	return l.pending, end
+}
+
+// Duplicated returns the agents whose identity two processes use, or did so lately,
+// ordered. What they were given counts until it expires, or until [Ledger.Gone].
+func (l *Ledger) Duplicated() []string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.expire()
+	a := l.authorities[duplicates]
+	if a == nil {
+		return nil
+	}
+	return slices.Sorted(maps.Keys(a.holdings))
+}

@@ -1,0 +1,222 @@
+package ledger_test
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/ledger"
+)
+
+// by is a report of a process.
+func by(process string, number uint64, r ledger.Report) ledger.Report {
+	r.Process, r.Number = process, number
+	return r
+}
+
+// doubles is an agent "one" that was given two SVIDs of authority A, with a server
+// that may be restarted.
+type doubles struct {
+	t      *testing.T
+	m      *memory
+	l      *ledger.Ledger
+	log    strings.Builder
+	number uint64
+}
+
+func newDoubles(t *testing.T) *doubles {
+	d := &doubles{t: t, m: newMemory()}
+	d.restart()
+	check(t, d.l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(day)), row("A", "one", "x", time.Now().Add(day))))
+	return d
+}
+
+func (d *doubles) restart() {
+	d.t.Helper()
+	l, err := ledger.Open(d.t.Context(), ledger.Config{Storage: d.m, Log: slog.New(slog.NewTextHandler(&d.log, nil))})
+	check(d.t, err)
+	d.l = l
+}
+
+// settled has a process say that nothing depends on A any more.
+func (d *doubles) settled(process string) {
+	d.t.Helper()
+	d.number++
+	check(d.t, d.l.Report(d.t.Context(), "one", by(process, d.number, says("A", 0, 0, true))))
+}
+
+func (d *doubles) is(when string, clear, duplicated bool) {
+	d.t.Helper()
+	h := d.l.X509("A", true)
+	if two := slices.Equal(d.l.Duplicated(), []string{"one"}); h.Clear != clear || two != duplicated {
+		d.t.Errorf("%s: %+v, duplicated %v, want clear %v, duplicated %v", when, h, d.l.Duplicated(), clear, duplicated)
+	}
+	if lines := strings.Count(d.log.String(), "two processes"); duplicated && lines != 1 {
+		d.t.Errorf("%s: %d lines in the log", when, lines)
+	}
+}
+
+// A restart and a clone: who says settled is believed when there can be no other.
+func TestRestartOrClone(t *testing.T) {
+	t.Parallel()
+	for name, f := range map[string]func(d *doubles){
+		"one process": func(d *doubles) {
+			d.settled("a")
+			d.is("at once", true, false)
+		},
+		"processes without an ID": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", says("A", 2, 0, false)))
+			check(d.t, d.l.Report(d.t.Context(), "one", says("A", 0, 0, true)))
+			d.is("at once", true, false)
+		},
+		"a restart of the agent": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, says("A", 2, 0, false))))
+			d.number = 0
+			for range 3 {
+				d.settled("b")
+				d.is("the other could still be there", false, false)
+				time.Sleep(time.Minute)
+			}
+			d.settled("b")
+			d.is("it would have been heard of", true, false)
+		},
+		"a restart of the server": func(d *doubles) {
+			d.restart()
+			for range 3 {
+				d.settled("a")
+				d.is("there could be another", false, false)
+				time.Sleep(time.Minute)
+			}
+			d.settled("a")
+			d.is("it would have been heard of", true, false)
+		},
+		"a clone": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, ledger.Report{})))
+			d.settled("b")
+			d.is("the clone has settled", false, false)
+			d.settled("a")
+			d.is("and the first one", false, true)
+			for range 20 {
+				time.Sleep(time.Minute)
+				d.settled("b")
+				d.settled("a")
+				d.is("and again", false, true)
+			}
+			if h := d.l.Holders("A"); len(h) != 1 || h[0].Reason != ledger.ReasonDuplicated || h[0].SVIDs != 2 {
+				d.t.Errorf("holders %+v", h)
+			}
+			time.Sleep(day)
+			d.is("what it was given has expired", true, true)
+		},
+		"a clone with its memory": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 7, ledger.Report{})))
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 8, ledger.Report{})))
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 8, says("A", 0, 0, true))))
+			d.is("a number comes twice", false, true)
+		},
+		"one of a clone ends, and the server is restarted": func(d *doubles) {
+			d.settled("a")
+			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
+			d.settled("b")
+			d.settled("a")
+			d.restart()
+			d.log.Reset()
+			d.log.WriteString("two processes") // was said before the restart
+			for range 10 {
+				time.Sleep(time.Minute)
+				d.settled("a")
+				d.is("what the other was given may be there still", false, true)
+			}
+			time.Sleep(day)
+			d.is("expired", true, true)
+			time.Sleep(7 * day)
+			d.is("forgotten", true, false)
+			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
+			d.settled("a")
+			d.is("believed again", true, false)
+		},
+		"the operator's word": func(d *doubles) {
+			d.settled("a")
+			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
+			d.settled("b")
+			d.settled("a")
+			d.is("duplicated", false, true)
+			check(d.t, d.l.Gone(d.t.Context(), "one"))
+			d.is("gone", true, false)
+			d.restart()
+			d.is("after a restart", true, false)
+		},
+		"an agent that speaks of the mark": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, says("duplicated", 3, 0, false))))
+			d.is("claims to be duplicated", false, false)
+		},
+		"it cannot be stored": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, ledger.Report{})))
+			check(d.t, d.l.Report(d.t.Context(), "one", by("b", 1, ledger.Report{})))
+			full := errors.New("disk full")
+			d.m.hook = func(ledger.Change, bool) error { return full }
+			if err := d.l.Report(d.t.Context(), "one", by("a", 2, says("A", 0, 0, true))); !errors.Is(err, full) {
+				d.t.Errorf("got %v", err)
+			}
+			d.m.hook = nil
+			d.is("not stored", false, true)
+			check(d.t, d.l.Report(d.t.Context(), "one", by("b", 2, says("A", 0, 0, true))))
+			d.restart()
+			d.log.Reset()
+			d.log.WriteString("two processes")
+			d.is("stored with the next", false, true)
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) { f(newDoubles(t)) })
+		})
+	}
+}
+
+// What one of two says that it holds, the other does not take back.
+func TestClaimsOfTwo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := open(t, newMemory(), nil)
+		l.X509("A", true)
+		for i := range uint64(5) {
+			check(t, l.Report(t.Context(), "one", by("a", i+1, says("A", 3, 1, false))))
+			check(t, l.Report(t.Context(), "one", by("b", i+1, says("A", 0, 0, true))))
+			check(t, l.Report(t.Context(), "one", by("b", i+2, ledger.Report{})))
+			if h := l.X509("A", true); h.Clear || h.Agents != 1 {
+				t.Errorf("round %d: %+v", i, h)
+			}
+		}
+	})
+}
+
+// Two that report each minute cost a write an hour, and any number of restarts no more
+// than some memory.
+func TestDuplicatesAreCheap(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory()
+		l := open(t, m, nil)
+		for i := range uint64(240) {
+			check(t, l.Report(t.Context(), "one", by("a", i+1, ledger.Report{})))
+			check(t, l.Report(t.Context(), "one", by("b", i+1, ledger.Report{})))
+			time.Sleep(time.Minute)
+		}
+		if m.saves < 4 || m.saves > 5 {
+			t.Errorf("%d writes in four hours", m.saves)
+		}
+		for i := range 1000 {
+			check(t, l.Report(t.Context(), "two", by(fmt.Sprint(i), 1, ledger.Report{})))
+			time.Sleep(time.Second)
+		}
+		if got := l.Duplicated(); !slices.Equal(got, []string{"one"}) {
+			t.Errorf("duplicated are %v", got)
+		}
+	})
+}
