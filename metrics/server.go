@@ -187,7 +187,7 @@ var (
 	descFederatedLeftOut = desc("renewd_server_federated_authorities_left_out",
 		"Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.", "trust_domain")
 	descClockDoubt = desc("renewd_server_clock_doubt_seconds",
-		"By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. Automatic rotation waits unless it is 0: compare the clock with the true time.")
+		"By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. See server clock show: set the clock, or confirm it.")
 
 	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
 		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descDuplicated, descServerSequence, descRotation, descFederated, descFederatedLeftOut, descClockDoubt}

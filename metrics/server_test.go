@@ -56,7 +56,7 @@ renewd_server_agents_duplicated{deployment="west"} 0
 # TYPE renewd_server_bundle_sequence_number gauge
 renewd_server_bundle_sequence_number{deployment="east"} 9
 renewd_server_bundle_sequence_number{deployment="west"} 2
-# HELP renewd_server_clock_doubt_seconds By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. Automatic rotation waits unless it is 0: compare the clock with the true time.
+# HELP renewd_server_clock_doubt_seconds By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. See server clock show: set the clock, or confirm it.
 # TYPE renewd_server_clock_doubt_seconds gauge
 renewd_server_clock_doubt_seconds -5400
 # HELP renewd_server_federated_authorities_left_out Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.

@@ -25,7 +25,7 @@ func TestList(t *testing.T) {
 		}
 		return k
 	}
-	s := runbook.Status{Deployment: "default", Sequence: 7, Agents: 3, AgentsBehind: 2, Automatic: "on, next: prepare", Keysets: []runbook.Keyset{
+	s := runbook.Status{Deployment: "default", Sequence: 7, Agents: 3, AgentsBehind: 2, Automatic: "on, next: prepare", ClockDoubt: "it shows noon", Keysets: []runbook.Keyset{
 		row("ks_abc1234xyz", runbook.Tainted, func(k *runbook.Keyset) {
 			k.X509SVIDs, k.X509Safe, k.JWTExpiry = 0, true, at.Add(23*time.Hour+4*time.Minute)
 		}),
@@ -72,6 +72,7 @@ JWT    ks_ghi5678uvw  2025-10-15 09:23:41 +0000 UTC  2026-01-13 09:23:41 +0000 U
 	wantRemarks := `2 of 3 agents have not applied trust bundle 7 yet.
 The X.509 key of ks_fgh5678uvw is Prepared and its JWT key is Active.
 The figures of ks_cde1234xyz are not known: Prometheus is down.
+The server's clock is in doubt: it shows noon.
 Automatic rotation: on, next: prepare.`
 	if got := strings.Join(runbook.Remarks(s), "\n"); got != wantRemarks {
 		t.Errorf("remarks\n%s\nwant\n%s", got, wantRemarks)
