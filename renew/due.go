@@ -6,7 +6,7 @@
 // be forgotten: not by a restart, not by a lost wake-up, not because a lagging
 // server handed out an SVID of a tainted authority after everyone else was
 // done. [Renewer] is the loop around that function: one goroutine that owns
-// all queues, a rate limit for what a taint made due, batches for the rest,
+// all queues, a rate limit for what a taint makes due, batches for the rest,
 // and bounded workers that make keys, ask the [Minter] and verify its answers.
 // An SVID is replaced only by one that is verified and no worse.
 package renew

@@ -143,13 +143,13 @@ func (q *queue) stalest() *item {
 }
 
 // room is how many calls of limit the queue may use: doubtful items, which may
-// all hang, leave half of them to others.
+// all hang, leave half of them to others, where it is more than one.
 func (q *queue) room(limit int) int {
 	if len(q.items) == 0 {
 		return 0
 	}
 	if q.items[0].doubtful() {
-		return limit / 2
+		return (limit + 1) / 2
 	}
 	return limit
 }
