@@ -212,6 +212,7 @@ func (r *Renewer) finish(c *call) {
 
 // apply takes in one item's answer.
 func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
+	a.item.lagged = false
 	r.noteLag(a.svid.NotBefore.Sub(now))
 	at := later(now, a.svid.NotBefore)
 	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
@@ -336,7 +337,12 @@ func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
 	case rank[gotState] == rank[heldState]:
 		return !got.NotAfter.Before(held.NotAfter)
 	}
-	return held.NotAfter.Sub(now) < held.NotAfter.Sub(held.NotBefore)/10
+	return !now.Before(lastTenth(held))
+}
+
+// lastTenth is when the last tenth of an SVID's life begins.
+func lastTenth(s *cache.SVID) time.Time {
+	return s.NotAfter.Add(-s.NotAfter.Sub(s.NotBefore) / 10)
 }
 
 // lagged notes that a tainted authority still signs and has the item wait.
@@ -347,6 +353,7 @@ func (r *Renewer) lagged(a *attempt, now time.Time) {
 		r.cfg.Log.Warn("server still signs with a tainted authority, trying again later",
 			"authority", a.svid.Authority, "entry", a.entry.ID, "spiffe_id", a.entry.SPIFFEID.String())
 	}
+	a.item.lagged = true
 	a.item.failures++
 	a.item.pause(a.svid.NotAfter, now)
 }

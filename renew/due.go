@@ -22,7 +22,8 @@ import (
 type Reason string
 
 // The reasons, as they appear in logs and metrics. Only ReasonTaint waits for
-// the node's delay and spends rate tokens.
+// the node's delay. It waits for the rate, and so does ReasonHalfLife where a
+// tainted authority signed the last answer.
 const (
 	ReasonFirst    Reason = "first"             // none is held
 	ReasonHalfLife Reason = "half_life"         // RenewAt has passed

@@ -243,6 +243,47 @@ func TestHangingWaveDoesNotKeepOthersFromTrying(t *testing.T) {
 	})
 }
 
+// When the server signs with a tainted authority, what has passed its half-life is
+// asked for again within the rate. No SVID ends because of that.
+func TestRetriesOfALaggingServerArePaced(t *testing.T) {
+	const (
+		svids = 120
+		rate  = 2
+	)
+	drill(t, svids, func(r *rig) {
+		r.server.life, r.server.signer, r.cfg.Rate = 20*time.Minute, r.next, rate
+	}, func(r *rig) {
+		start := time.Now()
+		r.cache.SetBundle(snapshot(r.t, append(tainted(start, r.ca), trusted(r.next)...)...))
+		r.server.set(func() { r.server.signer = r.ca })
+		// By now all have been asked for at their half-life, which is free of the rate.
+		past := start.Add(12 * time.Minute)
+		r.sleepUntil(past)
+		if held := r.cache.Held(r.next.id); held != svids {
+			t.Fatalf("%d of %d SVIDs are of the trusted authority", held, svids)
+		}
+		r.sleepUntil(past.Add(5 * time.Minute))
+		r.paced(rate, r.server.since(past))
+		if n := len(r.server.since(past)); n < 5*60*rate*9/10 {
+			t.Errorf("%d tries in five minutes, want nearly %d a second", n, rate)
+		}
+		// From their last tenth on an SVID of a tainted authority is better than none.
+		for range 10 {
+			r.sleepUntil(time.Now().Add(20 * time.Second))
+			if ended := r.ended(svids); len(ended) > 0 {
+				t.Fatalf("%d SVIDs have ended although the server signs", len(ended))
+			}
+		}
+		back := time.Now()
+		r.server.set(func() { r.server.signer = r.next })
+		r.sleepUntil(back.Add(2*time.Minute + svids/rate*time.Second))
+		if held := r.cache.Held(r.ca.id); held != 0 {
+			t.Errorf("%d SVIDs still depend on the tainted authority after the server was right again", held)
+		}
+		r.paced(rate, r.server.since(back))
+	})
+}
+
 // stalledOwn has Run stop once for a while when told to.
 type stalledOwn struct{ stall atomic.Int64 }
 

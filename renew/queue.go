@@ -22,6 +22,7 @@ type item struct {
 	wake     time.Time   // when to look again
 	retry    time.Time   // not before, after a failure
 	failures int         // tries in a row, of this item alone, that did not renew it
+	lagged   bool        // a tainted authority signed the last answer
 	most     int         // how large a call it may be in; zero means BatchSize
 	tried    time.Time   // monotonic: when it was last asked for
 	next     *cache.SVID // minted, and not in use before swap; see Renewer.postpone

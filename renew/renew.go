@@ -29,7 +29,7 @@ type Renewer struct {
 	items    map[string]*item
 	timers   *queue // everything that waits for a time
 	urgent   *queue // due, free of the rate
-	wave     *queue // due because of a taint
+	wave     *queue // due because of a taint, or again because of one
 	own      ownItem
 	token    *rate.Reservation // of the next taint renewal, or nil
 	gate     gate
@@ -296,6 +296,11 @@ func (r *Renewer) look(id string, now time.Time) {
 		// While it waits for its turn its half-life may pass, and then it
 		// must not wait any longer.
 		wake = newest.SVID.RenewAt
+	case reason == ReasonHalfLife && it.lagged && now.Before(lastTenth(newest.SVID)):
+		// The next answer is probably no better. From its last tenth on any
+		// answer is taken, and it must not wait for that.
+		it.ready = r.wave
+		wake = lastTenth(newest.SVID)
 	default:
 		it.ready = r.urgent
 	}
