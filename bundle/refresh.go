@@ -33,6 +33,11 @@ const (
 const (
 	// DefaultInterval is how often the server is asked for the bundle.
 	DefaultInterval = 5 * time.Second
+	// kickInterval is the least time from a refresh that [Refresher.Refresh] asked
+	// for to the next such one. The first explains what there is to explain. If it
+	// does not, because a replica lags or somebody unknown signs, asking more often
+	// than the polls do only adds load.
+	kickInterval = DefaultInterval
 	// staleLimit is how long answers that take something back, because they are
 	// older than what is held, are taken for those of a lagging replica. What
 	// stays older is a restored data store.
@@ -118,7 +123,8 @@ func NewRefresher(cfg RefresherConfig) *Refresher {
 
 // Refresh asks Run to refresh the own bundle now instead of at the next interval,
 // for when something was seen that only a newer bundle explains, and to ask for
-// federated bundles that have come to be wanted. It does not wait.
+// federated bundles that have come to be wanted. It does not wait. Called again and
+// again, it has the own bundle refreshed at once and then every 5 s.
 func (r *Refresher) Refresh() {
 	select {
 	case r.kick <- struct{}{}:
@@ -141,12 +147,20 @@ func (r *Refresher) Run(ctx context.Context) error {
 		err    error
 	}
 	own := make(chan answer, 1)
-	asking, again := false, false // again: a request under way may have been answered too early
+	asking, kicked := false, false // kicked: no request has begun since Refresh was called
 	due := time.Now()
+	var answering time.Time // when the last request began that Refresh had asked for
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
-		if !asking && !time.Now().Before(due) {
+		ask := due
+		if kick := answering.Add(kickInterval); kicked && kick.Before(due) {
+			ask = kick
+		}
+		if now := time.Now(); !asking && !now.Before(ask) {
+			if kicked {
+				kicked, answering = false, now
+			}
 			asking = true
 			work.Go(func() {
 				b, err := r.cfg.Fetcher.FetchBundle(ctx)
@@ -154,8 +168,8 @@ func (r *Refresher) Run(ctx context.Context) error {
 			})
 		}
 		next := r.askFederated(ctx, &work)
-		if !asking && (next.IsZero() || due.Before(next)) {
-			next = due
+		if !asking && (next.IsZero() || ask.Before(next)) {
+			next = ask
 		}
 		if next.IsZero() {
 			timer.Stop()
@@ -167,17 +181,14 @@ func (r *Refresher) Run(ctx context.Context) error {
 			return nil
 		case <-timer.C:
 		case <-r.kick:
-			due, again = time.Now(), asking
+			kicked = true
 		case a := <-own:
 			if ctx.Err() != nil {
 				return nil
 			}
 			r.refresh(a.bundle, a.err)
 			asking = false
-			if !again {
-				due = time.Now().Add(Jitter(r.cfg.Interval))
-			}
-			again = false
+			due = time.Now().Add(Jitter(r.cfg.Interval))
 		case a := <-r.answers:
 			r.refreshFederated(a)
 		}

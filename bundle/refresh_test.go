@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"math"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -21,6 +22,7 @@ type source struct {
 	err       error
 	federated map[spiffeid.TrustDomain]*bundle.Bundle
 	asked     []time.Time
+	latency   time.Duration
 	askedFed  int
 }
 
@@ -28,7 +30,30 @@ func (s *source) FetchBundle(context.Context) (*bundle.Bundle, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.asked = append(s.asked, time.Now())
-	return s.own, s.err
+	own, err, latency := s.own, s.err, s.latency
+	s.mu.Unlock()
+	time.Sleep(latency)
+	s.mu.Lock()
+	return own, err
+}
+
+// since waits for all goroutines and returns when the own bundle was asked for at t
+// or later.
+func (s *source) since(t time.Time) []time.Time {
+	synctest.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	i := slices.IndexFunc(s.asked, func(at time.Time) bool { return !at.Before(t) })
+	if i < 0 {
+		return nil
+	}
+	return slices.Clone(s.asked[i:])
+}
+
+func (s *source) setLatency(d time.Duration) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.latency = d
 }
 
 func (s *source) FetchFederatedBundle(_ context.Context, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
@@ -130,6 +155,50 @@ func TestRefreshFailureKeepsTheBundle(t *testing.T) {
 		if outcomes[bundle.OutcomeApplied] != 2 || outcomes[bundle.OutcomeFailed] < 10 {
 			t.Errorf("outcomes %v", outcomes)
 		}
+	})
+}
+
+// Whoever sees again and again what no bundle explains costs the server hardly more
+// than the polls do. The first time the bundle is asked for at once, and no such
+// call is forgotten.
+func TestRefreshesThatAreAskedForHaveALeastSpacing(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newCA(t, "a", nil)
+		src := &source{own: newBundle(t, 1, bundle.X509Authority{Certificate: a.cert})}
+		cfg := bundle.RefresherConfig{Interval: time.Hour}
+		refreshing(t, cfg, src, func(r *bundle.Refresher, published func() []*bundle.Snapshot) {
+			time.Sleep(10 * time.Minute)
+			first := time.Now()
+			for time.Since(first) < 59*time.Second {
+				r.Refresh()
+				time.Sleep(30 * time.Millisecond)
+			}
+			got := src.since(first)
+			if len(got) != 12 || !got[0].Equal(first) {
+				t.Fatalf("asked for %d times in a minute (%v), want at once and then every 5 s", len(got), got)
+			}
+			for i := 1; i < len(got); i++ {
+				if d := got[i].Sub(got[i-1]); d != 5*time.Second {
+					t.Errorf("asked for again after %v", d)
+				}
+			}
+			// The last call is not forgotten: it is answered when its time comes.
+			src.set(newBundle(t, 2, bundle.X509Authority{Certificate: a.cert, Tainted: true}), nil)
+			time.Sleep(5 * time.Second)
+			if n := len(published()); n != 2 {
+				t.Errorf("%d snapshots, want the one that was asked for last", n)
+			}
+			time.Sleep(time.Minute)
+			src.setLatency(time.Second)
+			asking := time.Now()
+			r.Refresh()
+			synctest.Wait()
+			r.Refresh() // on the way of the answer to the first
+			time.Sleep(10 * time.Second)
+			if got := src.since(asking); len(got) != 2 {
+				t.Errorf("asked for %d times, want again for what was seen while an answer was on its way", len(got))
+			}
+		})
 	})
 }
 

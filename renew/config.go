@@ -13,8 +13,8 @@ import (
 const DefaultBatchSize = 500
 
 const (
-	// maxSingles bounds the taint renewals in flight. At 20 a second it is
-	// reached only by a server that takes over three seconds an answer.
+	// maxSingles bounds the renewals of the wave in flight where their rate is
+	// higher: each holds one of Rate places until it is answered.
 	maxSingles = 64
 	// maxBatches bounds the other calls in flight.
 	maxBatches = 8
@@ -88,8 +88,10 @@ type Config struct {
 	// MaxDelay bounds the delay: it is uniform in [0, MaxDelay). Zero means
 	// no delay.
 	MaxDelay time.Duration
-	// Rate is the most taint renewals begun a second. Zero means [wave.DefaultRate].
-	Rate float64
+	// Rate is the most SVIDs that the server is asked for in any one second
+	// because of a taint, by the server's clock; see [wave.Pace]. Zero means
+	// [wave.DefaultRate].
+	Rate int
 	// BatchSize is the most SVIDs asked for in one call, where the rate does
 	// not matter. Zero means DefaultBatchSize.
 	BatchSize int

@@ -37,7 +37,7 @@ func (r *Renewer) dispatch(now time.Time) []*call {
 func (r *Renewer) next(now time.Time) *call {
 	ownDue := r.own.reason != "" && !r.own.inFlight && !r.own.due.After(now)
 	if ownDue && r.own.reason != ReasonTaint {
-		return r.startOwn()
+		return r.startOwn(false)
 	}
 	if r.batches < r.urgent.room(maxBatches) && !r.waveTries() {
 		r.batches++
@@ -45,7 +45,7 @@ func (r *Renewer) next(now time.Time) *call {
 	}
 	// While the own SVID is on its way the wave waits: it would go out with an
 	// identity that is about to be retired.
-	if (!ownDue && r.wave.Len() == 0) || r.own.inFlight || (!ownDue && r.singles >= r.wave.room(maxSingles)) {
+	if (!ownDue && r.wave.Len() == 0) || r.own.inFlight || (!ownDue && r.singles >= r.wave.room(min(maxSingles, r.cfg.Rate))) {
 		if r.token != nil && !r.own.inFlight && r.wave.Len() == 0 {
 			r.token.Cancel()
 			r.token = nil
@@ -57,37 +57,53 @@ func (r *Renewer) next(now time.Time) *call {
 	if r.token == nil {
 		r.token = r.limiter.Reserve()
 	}
-	if r.token.Delay() > 0 {
+	if left, ok := r.tokenDelay(); left > 0 || !ok {
 		return nil
 	}
 	r.token = nil
+	var c *call
 	if ownDue {
-		return r.startOwn()
+		c = r.startOwn(true)
+	} else {
+		r.singles++
+		c = r.start(r.wave, 1, true)
 	}
-	r.singles++
-	return r.start(r.wave, 1, true)
+	r.pace.Send(c.svids())
+	return c
+}
+
+// tokenDelay is how long the token that was reserved cannot be used yet: until its
+// own time, and until a place of the pace is free. It reports false while the
+// latter is up to an answer.
+func (r *Renewer) tokenDelay() (time.Duration, bool) {
+	left, ok := r.pace.Wait(1, time.Now())
+	return max(left, r.token.Delay()), ok
 }
 
 // waveTries reports whether the gate is closed and the item to try next is one
-// of the wave, although others are more urgent.
+// of the wave, although others are more urgent. They do not wait for it while
+// calls that hang have taken its rate.
 func (r *Renewer) waveTries() bool {
 	if !r.gate.closed || r.own.inFlight {
+		return false
+	}
+	if _, ok := r.pace.Wait(1, time.Now()); !ok {
 		return false
 	}
 	u, w := r.urgent.stalest(), r.wave.stalest()
 	return u != nil && w != nil && w.tried.Before(u.tried)
 }
 
-func (r *Renewer) startOwn() *call {
+func (r *Renewer) startOwn(paced bool) *call {
 	r.own.inFlight = true
-	return &call{snapshot: r.snapshot, started: time.Now()}
+	return &call{paced: paced, snapshot: r.snapshot, started: time.Now()}
 }
 
 // start takes up to n items from a ready queue for one call. Those that a
 // stream waits for go in a call of their own, because an answer comes when its
 // last item is signed. Behind a closed gate it takes the one that tries.
-func (r *Renewer) start(q *queue, n int, single bool) *call {
-	c := &call{single: single, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, min(n, q.Len()))}
+func (r *Renewer) start(q *queue, n int, paced bool) *call {
+	c := &call{paced: paced, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, min(n, q.Len()))}
 	if r.gate.closed {
 		r.take(c, q, q.stalest())
 		return c
@@ -129,6 +145,7 @@ func (r *Renewer) work(ctx context.Context, c *call) {
 	case len(c.attempts) > 0:
 		c.err = r.mint(ctx, c.attempts)
 	}
+	c.ended = time.Now()
 	r.done <- c
 }
 
@@ -141,11 +158,14 @@ func (r *Renewer) finish(c *call) {
 		r.mu.Unlock()
 	}()
 	now := r.cfg.Now()
+	if c.paced {
+		r.pace.Answer(c.svids(), c.ended)
+	}
 	if c.attempts == nil {
 		r.finishOwn(c, now)
 		return
 	}
-	if c.single {
+	if c.paced {
 		r.singles--
 	} else {
 		r.batches--
@@ -192,6 +212,7 @@ func (r *Renewer) finish(c *call) {
 
 // apply takes in one item's answer.
 func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
+	a.item.lagged = false
 	r.noteLag(a.svid.NotBefore.Sub(now))
 	at := later(now, a.svid.NotBefore)
 	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
@@ -291,34 +312,6 @@ func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
 	return next
 }
 
-// old reports whether an SVID that has just been minted is due again too soon:
-// this node's clock is far ahead of the server's, or the authority is about to
-// end. The next would be no better, so it is asked for with pauses.
-func old(s *cache.SVID, now time.Time) bool {
-	return s.RenewAt.Sub(now) < s.NotAfter.Sub(now)/4
-}
-
-// better reports whether got is no worse than held. One of a trusted authority
-// never is, also where it ends sooner: how long SVIDs live is the server's to
-// say. One of a tainted authority does not replace one of a trusted authority,
-// unless that one has less than a tenth of its life left: a tainted SVID is
-// better than none.
-func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
-	if held == nil || held.Revision != got.Revision || !held.Created.Equal(got.Created) || !held.NotAfter.After(now) {
-		return true
-	}
-	gotState, _ := r.snapshot.State(got.Authority)
-	heldState, _ := r.snapshot.State(held.Authority)
-	rank := map[bundle.State]int{bundle.Removed: 0, bundle.Tainted: 1, bundle.Trusted: 2}
-	switch {
-	case gotState == bundle.Trusted, rank[gotState] > rank[heldState]:
-		return true
-	case rank[gotState] == rank[heldState]:
-		return !got.NotAfter.Before(held.NotAfter)
-	}
-	return held.NotAfter.Sub(now) < held.NotAfter.Sub(held.NotBefore)/10
-}
-
 // lagged notes that a tainted authority still signs and has the item wait.
 func (r *Renewer) lagged(a *attempt, now time.Time) {
 	if !r.lagging[a.svid.Authority] {
@@ -327,6 +320,7 @@ func (r *Renewer) lagged(a *attempt, now time.Time) {
 		r.cfg.Log.Warn("server still signs with a tainted authority, trying again later",
 			"authority", a.svid.Authority, "entry", a.entry.ID, "spiffe_id", a.entry.SPIFFEID.String())
 	}
+	a.item.lagged = true
 	a.item.failures++
 	a.item.pause(a.svid.NotAfter, now)
 }

@@ -6,7 +6,7 @@
 // be forgotten: not by a restart, not by a lost wake-up, not because a lagging
 // server handed out an SVID of a tainted authority after everyone else was
 // done. [Renewer] is the loop around that function: one goroutine that owns
-// all queues, a rate limit for what a taint made due, batches for the rest,
+// all queues, a rate limit for what a taint makes due, batches for the rest,
 // and bounded workers that make keys, ask the [Minter] and verify its answers.
 // An SVID is replaced only by one that is verified and no worse.
 package renew
@@ -22,7 +22,8 @@ import (
 type Reason string
 
 // The reasons, as they appear in logs and metrics. Only ReasonTaint waits for
-// the node's delay and spends rate tokens.
+// the node's delay. It waits for the rate, and so does ReasonHalfLife where a
+// tainted authority signed the last answer.
 const (
 	ReasonFirst    Reason = "first"             // none is held
 	ReasonHalfLife Reason = "half_life"         // RenewAt has passed
@@ -67,4 +68,37 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 		}
 	}
 	return half, ReasonHalfLife
+}
+
+// old reports whether an SVID that has just been minted is due again too soon:
+// this node's clock is far ahead of the server's, or the authority is about to
+// end. The next would be no better, so it is asked for with pauses.
+func old(s *cache.SVID, now time.Time) bool {
+	return s.RenewAt.Sub(now) < s.NotAfter.Sub(now)/4
+}
+
+// better reports whether got is no worse than held. One of a trusted authority
+// never is, also where it ends sooner: how long SVIDs live is the server's to
+// say. One of a tainted authority does not replace one of a trusted authority,
+// unless that one has less than a tenth of its life left: a tainted SVID is
+// better than none.
+func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
+	if held == nil || held.Revision != got.Revision || !held.Created.Equal(got.Created) || !held.NotAfter.After(now) {
+		return true
+	}
+	gotState, _ := r.snapshot.State(got.Authority)
+	heldState, _ := r.snapshot.State(held.Authority)
+	rank := map[bundle.State]int{bundle.Removed: 0, bundle.Tainted: 1, bundle.Trusted: 2}
+	switch {
+	case gotState == bundle.Trusted, rank[gotState] > rank[heldState]:
+		return true
+	case rank[gotState] == rank[heldState]:
+		return !got.NotAfter.Before(held.NotAfter)
+	}
+	return !now.Before(lastTenth(held))
+}
+
+// lastTenth is when the last tenth of an SVID's life begins.
+func lastTenth(s *cache.SVID) time.Time {
+	return s.NotAfter.Add(-s.NotAfter.Sub(s.NotBefore) / 10)
 }

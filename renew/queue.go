@@ -22,6 +22,7 @@ type item struct {
 	wake     time.Time   // when to look again
 	retry    time.Time   // not before, after a failure
 	failures int         // tries in a row, of this item alone, that did not renew it
+	lagged   bool        // a tainted authority signed the last answer
 	most     int         // how large a call it may be in; zero means BatchSize
 	tried    time.Time   // monotonic: when it was last asked for
 	next     *cache.SVID // minted, and not in use before swap; see Renewer.postpone
@@ -143,13 +144,13 @@ func (q *queue) stalest() *item {
 }
 
 // room is how many calls of limit the queue may use: doubtful items, which may
-// all hang, leave half of them to others.
+// all hang, leave half of them to others, where it is more than one.
 func (q *queue) room(limit int) int {
 	if len(q.items) == 0 {
 		return 0
 	}
 	if q.items[0].doubtful() {
-		return limit / 2
+		return (limit + 1) / 2
 	}
 	return limit
 }

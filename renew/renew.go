@@ -19,7 +19,8 @@ import (
 type Renewer struct {
 	cfg      Config
 	policy   Policy
-	limiter  *rate.Limiter
+	limiter  *rate.Limiter // spreads the wave over each second
+	pace     *wave.Pace    // bounds what of it reaches the server in any second
 	follower *cache.Follower
 	done     chan *call
 
@@ -28,7 +29,7 @@ type Renewer struct {
 	items    map[string]*item
 	timers   *queue // everything that waits for a time
 	urgent   *queue // due, free of the rate
-	wave     *queue // due because of a taint
+	wave     *queue // due because of a taint, or again because of one
 	own      ownItem
 	token    *rate.Reservation // of the next taint renewal, or nil
 	gate     gate
@@ -58,12 +59,21 @@ type ownItem struct {
 
 // call is one request to the server.
 type call struct {
-	attempts []*attempt // nil for the node's own SVID
-	single   bool
+	attempts []*attempt       // nil for the node's own SVID
+	paced    bool             // it holds places of the pace
 	probe    bool             // it began while the gate was closed
 	snapshot *bundle.Snapshot // in force when it began
 	started  time.Time        // monotonic
+	ended    time.Time        // monotonic
 	err      error            // of the call as a whole
+}
+
+// svids is how many SVIDs the server is asked for.
+func (c *call) svids() int {
+	if c.attempts == nil {
+		return 1
+	}
+	return len(c.attempts)
 }
 
 // New returns a Renewer. It panics when a required field is missing: that is a
@@ -76,6 +86,7 @@ func New(cfg Config) *Renewer {
 			return wave.Delay(cfg.Seed, id, cfg.MaxDelay)
 		}},
 		limiter: rate.NewLimiter(rate.Limit(cfg.Rate), 1),
+		pace:    wave.NewPace(cfg.Rate, time.Now()),
 		// Room for every call there can be, so that a worker never waits for
 		// Run, not even for one that has ended.
 		done:      make(chan *call, maxSingles+maxBatches+1),
@@ -285,6 +296,11 @@ func (r *Renewer) look(id string, now time.Time) {
 		// While it waits for its turn its half-life may pass, and then it
 		// must not wait any longer.
 		wake = newest.SVID.RenewAt
+	case reason == ReasonHalfLife && it.lagged && now.Before(lastTenth(newest.SVID)):
+		// The next answer is probably no better. From its last tenth on any
+		// answer is taken, and it must not wait for that.
+		it.ready = r.wave
+		wake = lastTenth(newest.SVID)
 	default:
 		it.ready = r.urgent
 	}
@@ -345,12 +361,14 @@ func (r *Renewer) sleep(now time.Time) time.Duration {
 		at(r.own.due.Sub(now))
 	}
 	// A gate or a token whose time has come and that still was not used waits
-	// for something else, which will wake Run.
+	// for something else, such as an answer, which will wake Run.
 	if left := time.Until(r.gate.until); r.gate.closed && left > 0 {
 		at(left)
 	}
-	if r.token != nil && r.token.Delay() > 0 {
-		at(r.token.Delay())
+	if r.token != nil {
+		if left, _ := r.tokenDelay(); left > 0 {
+			at(left)
+		}
 	}
 	return d
 }

@@ -7,7 +7,6 @@ import (
 	"log/slog"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/renewd/renewd/bundle"
@@ -15,6 +14,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/renew/wave"
 )
 
 // demo is one rotation and what was seen of it.
@@ -25,7 +25,6 @@ type demo struct {
 
 	old, new keyset.Keyset
 	delay    time.Duration // drawn by the agent for the old key's taint
-	late     time.Duration // how much later than begun a renewal arrived, at worst
 
 	// When things happened; zero when they did not.
 	tainted, seen, firstRenewal, inUse, settled, agreed, removed, jwtReplaced time.Time
@@ -155,12 +154,6 @@ func (d *demo) activate(ctx context.Context, _ *slog.Logger) error {
 // taint marks the old key and waits until nothing on the node depends on it.
 func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	d.atTaint = d.fleet.total()
-	watching, stop := context.WithCancel(ctx)
-	var watch sync.WaitGroup
-	watch.Go(func() { d.late = lateness(watching) })
-	defer watch.Wait()
-	defer stop()
-
 	d.tainted = time.Now()
 	done, err := runbook.Taint(ctx, d.backend, d.old.ID)
 	if err != nil {
@@ -176,9 +169,6 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	limit := d.refresh + d.maxDelay + time.Duration(d.svids)*75*time.Millisecond + patience
 	err = d.until(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
 	d.renewals = d.pace.since(d.tainted)
-	stop()
-	watch.Wait()
-	d.late += d.pace.slowestSetup(d.tainted)
 	if err != nil {
 		return err
 	}
@@ -220,7 +210,7 @@ func (d *demo) waveEnded() bool {
 			return false
 		}
 		d.firstRenewal = renewals[0].at
-		d.event("agent", "renews: its own SVID first, then those in use, then the idle ones, 20 a second")
+		d.event("agent", "renews: its own SVID first, then those in use, then the idle ones, %d a second at most", wave.DefaultRate)
 	}
 	if d.inUse.IsZero() && d.fleet.all(d.onNew) {
 		d.inUse = now

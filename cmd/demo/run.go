@@ -60,7 +60,6 @@ The fields of the JSON report (null: it did not come to that):
   taint_to_agreed_seconds         until the server knew that from the agent
   renewals                        renewals that reached the server after the taint
   most_renewals_per_second        most of them in any one second
-  allowed_renewals_per_second     how many would have been within the promise
   jwt                             same_during_taint, failed_requests, after_removal ("replaced",
                                   "kept", or empty without removal), removal_to_replaced_seconds
   safe_to_remove                  for the old key of each type: type, key, safe (at the removal),

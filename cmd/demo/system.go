@@ -60,11 +60,11 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	admin := filepath.Join(sys.dir, "admin.sock")
 	side, err := domain.Open(ctx, domain.Config{
 		TrustDomain:   trustDomain,
-		Deployments:   []domain.DeploymentConfig{{Name: domain.DefaultDeployment, Listener: sys.pace.listen(lis)}},
+		Deployments:   []domain.DeploymentConfig{{Name: domain.DefaultDeployment, Listener: lis}},
 		AdminSocket:   admin,
 		Rotation:      rotation.Policy{Mode: rotation.Off},
 		Log:           log.With("part", "server"),
-		ServerOptions: []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.pace.intercept), grpc.StatsHandler(&sys.pace)},
+		ServerOptions: []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.pace.intercept)},
 	})
 	if err != nil {
 		return sys, errors.Join(fmt.Errorf("make the server: %w", err), lis.Close())

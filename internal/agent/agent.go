@@ -141,7 +141,7 @@ func (a *Agent) open() (err error) {
 		Own:         a.own,
 		Seed:        a.seed,
 		MaxDelay:    cfg.TaintDelay,
-		Rate:        float64(cfg.TaintRate),
+		Rate:        cfg.TaintRate,
 		BatchSize:   cfg.BatchSize,
 		KeyType:     cfg.KeyType,
 		Unexplained: a.refresher.Refresh,

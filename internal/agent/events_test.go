@@ -245,7 +245,7 @@ func TestDrillRestartInMidWave(t *testing.T) {
 		if repeated > 2 || len(done) < 80 {
 			w.t.Errorf("%d of %d SVIDs that were renewed before the restart were renewed again", repeated, len(done))
 		}
-		w.paced(w.mintsSince(restarted))
+		w.paced(w.mintsSince(begins))
 	})
 }
 

@@ -152,12 +152,8 @@ func TestDrillWrongAnswers(t *testing.T) {
 			c.NotBefore, c.NotAfter = time.Now().Add(-2*time.Hour), time.Now().Add(-time.Hour)
 		}),
 		"not in the bundle": func(w *world) func(*faults) {
-			stranger, err := keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: &w.stranger})
-			w.check(err)
-			doc, err := w.stranger.Load(w.t.Context())
-			w.check(err)
-			_ = stranger
-			return func(f *faults) { f.lag = &doc.Records[0] }
+			unknown := w.unknown()
+			return func(f *faults) { f.lag = unknown }
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -177,6 +173,38 @@ func TestDrillWrongAnswers(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A server that signs with an authority that its bundle does not have is asked for
+// the bundle hardly more often than in quiet times, however many SVIDs it spoils.
+func TestDrillUnknownSigner(t *testing.T) {
+	const svids = 100
+	inWorld(t, svids, nil, func(w *world) {
+		w.fill(svids)
+		unknown := w.unknown()
+		w.set(func(f *faults) { f.lag = unknown })
+		changed := entriesFor(svids)
+		for i := range changed {
+			changed[i].Hint = "changed"
+		}
+		w.enter(changed)
+		time.Sleep(time.Minute)
+		asked := func() int {
+			synctest.Wait()
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			return w.bundleCalls
+		}
+		before, from := asked(), time.Now()
+		time.Sleep(2 * time.Minute)
+		// 5 s ±10 % in quiet times.
+		if n := asked() - before; n > 30 {
+			w.t.Errorf("%d bundles asked for in two minutes, want about 24", n)
+		}
+		if n := len(w.mintsSince(from)); n < svids {
+			w.t.Errorf("%d tries in two minutes: the drill spoils nothing", n)
+		}
+	})
 }
 
 // A replica that has not heard of the taint signs with the old authority for

@@ -1,6 +1,6 @@
 // Package wave is the arithmetic of a taint wave, without its execution: how
 // long a node waits and how fast it renews. The agent renews by it and an
-// operator's plan is computed by it, so the two cannot differ.
+// operator's plan is computed with its delays and rate, so the two cannot differ.
 package wave
 
 import (

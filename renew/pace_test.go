@@ -1,0 +1,310 @@
+package renew_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/renew"
+	"github.com/renewd/renewd/renew/wave"
+)
+
+// paced fails the test if the server was asked for more than rate SVIDs in any
+// one second.
+func (r *rig) paced(rate int, calls []mintCall) {
+	r.t.Helper()
+	var arrivals []time.Time
+	for _, c := range calls {
+		for range c.ids {
+			arrivals = append(arrivals, c.at)
+		}
+	}
+	slices.SortFunc(arrivals, time.Time.Compare)
+	for i := rate; i < len(arrivals); i++ {
+		if d := arrivals[i].Sub(arrivals[i-rate]); d < time.Second {
+			r.t.Fatalf("%d SVIDs asked for within %v, at most %d are allowed in a second", rate+1, d, rate)
+		}
+	}
+}
+
+// network is the way to a server. It keeps what is sent, and at times all of it
+// until it lets everything go at once. So requests arrive, and answers come back,
+// later than they were sent and in bursts. Some are lost on the way.
+type network struct {
+	server *fakeServer
+	mu     sync.Mutex
+	random *rand.Rand
+	until  time.Time // nothing passes before that
+}
+
+// carry takes as long as the network does, and reports whether the message is
+// lost.
+func (n *network) carry() (lost bool) {
+	n.mu.Lock()
+	now := time.Now()
+	if n.until.Before(now) && n.random.IntN(40) == 0 {
+		n.until = now.Add(time.Duration(n.random.Int64N(int64(3 * time.Second))))
+	}
+	wait := max(n.until.Sub(now), 0)
+	if n.random.IntN(3) > 0 {
+		wait += time.Duration(n.random.Int64N(int64(100 * time.Millisecond)))
+	}
+	lost = n.random.IntN(100) == 0
+	n.mu.Unlock()
+	time.Sleep(wait)
+	return lost
+}
+
+func (n *network) Mint(ctx context.Context, requests []renew.Request) ([]renew.Result, error) {
+	if n.carry() {
+		return nil, errors.New("connection reset")
+	}
+	results, err := n.server.Mint(ctx, requests)
+	if n.carry() {
+		return nil, errors.New("connection reset")
+	}
+	return results, err
+}
+
+// busyOwn has Run stop at times, as on a machine that has something else to do.
+type busyOwn struct {
+	mu     sync.Mutex
+	random *rand.Rand
+}
+
+func (o *busyOwn) Held() *cache.SVID {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	if o.random.IntN(100) == 0 {
+		time.Sleep(time.Duration(o.random.Int64N(int64(400 * time.Millisecond))))
+	}
+	return nil
+}
+
+func (*busyOwn) Renew(context.Context) error { return nil }
+
+// The server counts at most 20 in any second of the wave, whatever the network and
+// this machine do, and the wave ends.
+func TestRateHoldsAtTheServer(t *testing.T) {
+	n, first := 3, rand.Uint64()
+	if k, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
+		n = k
+	}
+	if seed, err := strconv.ParseUint(os.Getenv("RENEWD_SEED"), 10, 64); err == nil {
+		n, first = 1, seed
+	}
+	for i := range n {
+		seed := first + uint64(i)
+		t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			const svids = 150
+			drill(t, svids, nil, func(r *rig) {
+				r.cfg.Minter = &network{server: r.server, random: rand.New(rand.NewPCG(seed, 1))}
+				r.cfg.Own = &busyOwn{random: rand.New(rand.NewPCG(seed, 2))}
+				again := r.restart()
+				defer again()
+				begin := r.taint()
+				r.sleepUntil(begin.Add(3 * time.Minute))
+				if held := r.cache.Held(r.ca.id); held != 0 {
+					t.Errorf("%d SVIDs still depend on the tainted authority after three minutes", held)
+				}
+				r.paced(20, r.server.since(begin))
+			})
+		})
+	}
+}
+
+// restart ends the Renewer and starts another with the configuration as it is now,
+// which the function that is returned ends.
+func (r *rig) restart() (stop func()) {
+	r.stop()
+	ctx, cancel := context.WithCancel(r.t.Context())
+	next := renew.New(r.cfg)
+	stopped := make(chan error, 1)
+	go func() { stopped <- next.Run(ctx) }()
+	return func() {
+		cancel()
+		if err := <-stopped; err != nil {
+			r.t.Errorf("Run: %v", err)
+		}
+	}
+}
+
+// A restart in mid-wave is no reason to send the server more.
+func TestRateHoldsOverARestart(t *testing.T) {
+	drill(t, 100, nil, func(r *rig) {
+		begin := r.taint()
+		r.sleepUntil(begin.Add(1999 * time.Millisecond))
+		stop := r.restart()
+		defer stop()
+		r.sleepUntil(begin.Add(10 * time.Second))
+		if held := r.cache.Held(r.ca.id); held != 0 {
+			t.Errorf("%d SVIDs still depend on the tainted authority", held)
+		}
+		r.paced(20, r.server.since(begin))
+	})
+}
+
+// Calls that hang take their own part of the rate. What the server does not sign
+// leaves room for what it does.
+func TestHangingCallsLeaveTheWaveItsRate(t *testing.T) {
+	for _, tt := range []struct {
+		rate, svids, bad int
+		within           time.Duration
+	}{
+		{20, 200, 1, 12 * time.Second},
+		{20, 200, 30, 4 * time.Minute},
+		{1, 10, 1, 6 * time.Minute},
+	} {
+		t.Run(fmt.Sprintf("%d of %d at %d a second", tt.bad, tt.svids, tt.rate), func(t *testing.T) {
+			s := &troubled{bad: make(map[string]time.Duration)}
+			drill(t, tt.svids, func(r *rig) { s.fakeServer, r.cfg.Minter, r.cfg.Rate = r.server, s, tt.rate }, func(r *rig) {
+				s.set(func() {
+					for i := range tt.bad {
+						s.bad[entryID(i)] = 2 * deadline
+					}
+				})
+				begin := r.taint()
+				r.sleepUntil(begin.Add(tt.within))
+				if held := r.cache.Held(r.ca.id); held != tt.bad {
+					t.Errorf("%d SVIDs still depend on the tainted authority after %v, want the %d that hang", held, tt.within, tt.bad)
+				}
+				r.paced(tt.rate, r.server.since(begin))
+			})
+		})
+	}
+}
+
+// However many SVIDs of the wave hang, those that come to be due find half of the
+// rate free.
+func TestHangingCallsLeaveTheNextWaveHalfOfTheRate(t *testing.T) {
+	const svids, bad = 100, 30
+	s := &troubled{bad: make(map[string]time.Duration)}
+	drill(t, svids, func(r *rig) { s.fakeServer, r.cfg.Minter = r.server, s }, func(r *rig) {
+		s.set(func() {
+			for i := range bad {
+				s.bad[entryID(i)] = 2 * deadline
+			}
+		})
+		r.taint()
+		for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); r.sleepUntil(time.Now().Add(10 * time.Second)) {
+			// It is answered, so that the server is known to be there.
+			changed := *mustItem(t, r.cache, entryID(bad)).Entry
+			changed.Revision++
+			r.cache.Update([]*cache.Entry{&changed}, nil)
+		}
+		third := newCA(t, "third")
+		r.server.set(func() { r.server.signer = third })
+		begin := time.Now().Add(wave.Delay(r.cfg.Seed, r.next.id, r.cfg.MaxDelay))
+		r.cache.SetBundle(snapshot(t, append(tainted(time.Now(), r.ca, r.next), trusted(third)...)...))
+		r.sleepUntil(begin.Add((svids-bad)/10*time.Second + 5*time.Second))
+		if held := r.cache.Held(r.next.id); held != 0 {
+			t.Errorf("%d SVIDs of the authority that was tainted last are left", held)
+		}
+		r.paced(20, r.server.since(begin.Add(-time.Second)))
+	})
+}
+
+// Behind a closed gate an item of the wave that cannot have a part of the rate,
+// because calls that hang have it, does not keep others from trying.
+func TestHangingWaveDoesNotKeepOthersFromTrying(t *testing.T) {
+	s := &troubled{bad: make(map[string]time.Duration)}
+	drill(t, 3, func(r *rig) { s.fakeServer, r.cfg.Minter, r.cfg.Rate = r.server, s, 1 }, func(r *rig) {
+		s.set(func() {
+			for i := range 3 {
+				s.bad[entryID(i)] = 2 * deadline
+			}
+		})
+		begin := r.taint()
+		r.sleepUntil(begin.Add(time.Second)) // one hangs
+		changed := *mustItem(t, r.cache, entryID(1)).Entry
+		fresh := changed
+		fresh.ID = "fresh"
+		r.server.set(func() {
+			r.server.ids["fresh"] = fresh.SPIFFEID
+			r.server.down = errors.New("connection refused")
+		})
+		r.cache.Update([]*cache.Entry{&fresh}, nil)
+		synctest.Wait()
+		r.server.set(func() { r.server.down = nil })
+		r.sleepUntil(begin.Add(20 * time.Second))
+		if it := mustItem(t, r.cache, "fresh"); it.SVID == nil {
+			t.Error("a new entry waits for a call of the wave that hangs")
+		}
+	})
+}
+
+// When the server signs with a tainted authority, what has passed its half-life is
+// asked for again within the rate. No SVID ends because of that.
+func TestRetriesOfALaggingServerArePaced(t *testing.T) {
+	const (
+		svids = 120
+		rate  = 2
+	)
+	drill(t, svids, func(r *rig) {
+		r.server.life, r.server.signer, r.cfg.Rate = 20*time.Minute, r.next, rate
+	}, func(r *rig) {
+		start := time.Now()
+		r.cache.SetBundle(snapshot(r.t, append(tainted(start, r.ca), trusted(r.next)...)...))
+		r.server.set(func() { r.server.signer = r.ca })
+		// By now all have been asked for at their half-life, which is free of the rate.
+		past := start.Add(12 * time.Minute)
+		r.sleepUntil(past)
+		if held := r.cache.Held(r.next.id); held != svids {
+			t.Fatalf("%d of %d SVIDs are of the trusted authority", held, svids)
+		}
+		r.sleepUntil(past.Add(5 * time.Minute))
+		r.paced(rate, r.server.since(past))
+		if n := len(r.server.since(past)); n < 5*60*rate*9/10 {
+			t.Errorf("%d tries in five minutes, want nearly %d a second", n, rate)
+		}
+		// From their last tenth on an SVID of a tainted authority is better than none.
+		for range 10 {
+			r.sleepUntil(time.Now().Add(20 * time.Second))
+			if ended := r.ended(svids); len(ended) > 0 {
+				t.Fatalf("%d SVIDs have ended although the server signs", len(ended))
+			}
+		}
+		back := time.Now()
+		r.server.set(func() { r.server.signer = r.next })
+		r.sleepUntil(back.Add(2*time.Minute + svids/rate*time.Second))
+		if held := r.cache.Held(r.ca.id); held != 0 {
+			t.Errorf("%d SVIDs still depend on the tainted authority after the server was right again", held)
+		}
+		r.paced(rate, r.server.since(back))
+	})
+}
+
+// stalledOwn has Run stop once for a while when told to.
+type stalledOwn struct{ stall atomic.Int64 }
+
+func (o *stalledOwn) Held() *cache.SVID {
+	time.Sleep(time.Duration(o.stall.Swap(0)))
+	return nil
+}
+
+func (*stalledOwn) Renew(context.Context) error { return nil }
+
+// A turn that was taken late is not made up for within the same second.
+func TestRateHoldsAfterAStall(t *testing.T) {
+	own := new(stalledOwn)
+	drill(t, 200, func(r *rig) { r.cfg.Own = own }, func(r *rig) {
+		begin := r.taint()
+		r.sleepUntil(begin.Add(2*time.Second + 10*time.Millisecond))
+		own.stall.Store(int64(300 * time.Millisecond))
+		r.sleepUntil(begin.Add(12 * time.Second))
+		if held := r.cache.Held(r.ca.id); held != 0 {
+			t.Errorf("%d SVIDs still depend on the tainted authority", held)
+		}
+		r.paced(20, r.server.since(begin))
+	})
+}
