@@ -89,9 +89,14 @@ func (c *peerConn) Write(b []byte) (int, error) {
 // read is no EOF but an error: unix(7) says ECONNRESET.
 func (c *peerConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
-	if err == nil {
-		return n, nil
+	if err != nil {
+		c.ended(err)
 	}
+	return n, err
+}
+
+// ended notes why nothing more can be read.
+func (c *peerConn) ended(err error) {
 	finished := false
 	if errors.Is(err, io.EOF) {
 		left, err := unreadOfClosed(c.Conn)
@@ -104,7 +109,6 @@ func (c *peerConn) Read(b []byte) (int, error) {
 	} else {
 		c.broken = true
 	}
-	return n, err
 }
 
 func (c *peerConn) Close() error {
