@@ -16,9 +16,9 @@ const ReconnectGrace = 3 * time.Minute
 // What streams have handed to a process counts against the authorities that signed
 // it: while a stream is open, what the process has read last on it and what is on
 // its way; after the stream has ended, all that it may have been handed. The latter
-// counts until the process has ended, or a stream that it opened later has read an
-// answer without the authority and [ReconnectGrace] is over for its other clients.
-// Nothing counts beyond its NotAfter.
+// counts until the process has ended, or for [ReconnectGrace] after a stream that it
+// opened later has read an answer without the authority: a process may have several
+// clients, which come back one after the other. Nothing counts beyond its NotAfter.
 type Process struct {
 	PID     int
 	Started uint64
@@ -52,9 +52,8 @@ type reader struct {
 // leftover is what streams that have ended left to a process, by authority.
 type leftover struct {
 	Use
-	serial   uint64    // of the last such end: see Cache.serial
-	ended    time.Time // zero: in the process before
-	replaced bool      // a stream opened after it has read an answer without the authority
+	serial   uint64    // of the last such end: see Cache.serial; 0: in the agent process before
+	replaced time.Time // when a stream opened after it has read an answer without the authority
 }
 
 func (c *Cache) next() uint64 {
@@ -79,7 +78,7 @@ func (c *Cache) leave(s *Subscription) {
 	delete(r.open, s)
 	for _, uses := range [][]Use{s.held, s.sent} {
 		for _, u := range uses {
-			r.leave(leftover{Use: u, serial: c.next(), ended: time.Now()})
+			r.leave(leftover{Use: u, serial: c.next()})
 		}
 	}
 	if len(r.open)+len(r.left) == 0 {
@@ -103,21 +102,21 @@ func (r *reader) leave(l leftover) {
 func (r *reader) replaced(s *Subscription) {
 	for i := range r.left {
 		l := &r.left[i]
-		if l.serial < s.serial && !slices.ContainsFunc(s.held, func(u Use) bool { return u.Authority == l.Authority }) {
-			l.replaced = true
+		if l.replaced.IsZero() && l.serial < s.serial && !slices.ContainsFunc(s.held, func(u Use) bool { return u.Authority == l.Authority }) {
+			l.replaced = time.Now()
 		}
 	}
 }
 
 // over reports whether what was left can be forgotten.
-func (c *Cache) over(l leftover, now time.Time) bool {
-	return !l.NotAfter.After(now) || l.replaced && !c.returning && time.Since(l.ended) >= ReconnectGrace
+func (l leftover) over(now time.Time) bool {
+	return !l.NotAfter.After(now) || !l.replaced.IsZero() && time.Since(l.replaced) >= ReconnectGrace
 }
 
 // prune forgets what is over of a process, and the process when nothing is left.
 func (c *Cache) prune(p Process) {
 	r, now := c.readers[p], c.now()
-	r.left = slices.DeleteFunc(r.left, func(l leftover) bool { return c.over(l, now) })
+	r.left = slices.DeleteFunc(r.left, func(l leftover) bool { return l.over(now) })
 	if len(r.open)+len(r.left) == 0 {
 		delete(c.readers, p)
 	}
@@ -177,7 +176,7 @@ func (c *Cache) Uses() map[Process][]Use {
 			}
 		}
 		for _, l := range r.left {
-			if !c.over(l, now) {
+			if !l.over(now) {
 				all = AddUse(all, l.Use)
 			}
 		}
@@ -199,7 +198,7 @@ func (c *Cache) using(now time.Time) map[string]int {
 			}
 		}
 		for _, l := range r.left {
-			if !c.over(l, now) && !r.streams(l.Authority, now) {
+			if !l.over(now) && !r.streams(l.Authority, now) {
 				out[l.Authority]++
 			}
 		}

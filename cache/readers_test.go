@@ -138,7 +138,6 @@ type readersModel struct {
 	snapshot  *bundle.Snapshot
 	c         *cache.Cache
 	e         *cache.Entry
-	returning bool
 	processes []*modelProcess
 	past      []string
 }
@@ -153,13 +152,17 @@ type modelProcess struct {
 // can be used.
 type modelStream struct {
 	sub    *cache.Subscription
-	opened int                    // when, in steps
-	ended  int                    // 0 while it is open
-	at     time.Time              // when it ended; zero: before a restart
-	viewed map[string]time.Time   // being put together
-	sent   map[string]time.Time   // not read yet
-	may    map[string]time.Time   // what the process may use because of it
-	read   []map[string]time.Time // the answers that were read
+	opened int                  // when, in steps
+	ended  int                  // 0 while it is open
+	viewed map[string]time.Time // being put together
+	sent   map[string]time.Time // not read yet
+	may    map[string]time.Time // what the process may use because of it
+	read   []modelAnswer        // the answers that were read
+}
+
+type modelAnswer struct {
+	at   time.Time
+	uses map[string]time.Time
 }
 
 func (m *readersModel) play() {
@@ -219,10 +222,6 @@ func (m *readersModel) play() {
 			m.restart(step)
 		}
 		time.Sleep(time.Duration(1+m.r.IntN(90)) * time.Second)
-		if m.returning && m.r.IntN(4) == 0 {
-			m.c.Release()
-			m.returning = false
-		}
 		m.check()
 	}
 }
@@ -254,7 +253,6 @@ func (m *readersModel) restart(step int) {
 		p.streams = []*modelStream{left}
 	}
 	m.begin(uses)
-	m.returning = true
 }
 
 func later(into, from map[string]time.Time, id string) {
@@ -283,28 +281,31 @@ func (m *readersModel) send(s *modelStream) {
 
 func (s *modelStream) hasRead() {
 	s.sub.Read()
-	s.read = append(s.read, s.sent)
+	s.read = append(s.read, modelAnswer{time.Now(), s.sent})
 	s.may, s.sent = maps.Clone(s.sent), nil
 }
 
 func (s *modelStream) end(step int) {
 	if s.ended == 0 {
 		s.sub.Close()
-		s.ended, s.at, s.viewed = step, time.Now(), nil
+		s.ended, s.viewed = step, nil
 	}
 }
 
 // replaced: a stream opened after the last end of one that left an SVID of the
 // authority has read an answer without it, and other clients have had time to be back.
 func (m *readersModel) replaced(p *modelProcess, id string) bool {
-	var last *modelStream
+	last := -1
 	for _, s := range p.streams {
-		if _, may := s.may[id]; may && s.ended > 0 && (last == nil || s.ended >= last.ended) {
-			last = s
+		if _, may := s.may[id]; may && s.ended > 0 {
+			last = max(last, s.ended)
 		}
 	}
-	return last != nil && !m.returning && time.Since(last.at) >= cache.ReconnectGrace && slices.ContainsFunc(p.streams, func(s *modelStream) bool {
-		return s.opened > last.ended && slices.ContainsFunc(s.read, func(answer map[string]time.Time) bool { _, has := answer[id]; return !has })
+	return last >= 0 && slices.ContainsFunc(p.streams, func(s *modelStream) bool {
+		return s.opened > last && slices.ContainsFunc(s.read, func(answer modelAnswer) bool {
+			_, has := answer.uses[id]
+			return !has && time.Since(answer.at) >= cache.ReconnectGrace
+		})
 	})
 }
 
