@@ -67,7 +67,7 @@ func BenchmarkPutAndView(b *testing.B) {
 					first = e
 				}
 			}
-			sub := c.Subscribe(sel("0"))
+			sub := c.Subscribe(cache.Process{}, sel("0"))
 			defer sub.Close()
 			s := svid(first, "A")
 			b.ReportAllocs()
@@ -76,7 +76,8 @@ func BenchmarkPutAndView(b *testing.B) {
 					b.Fatal(err)
 				}
 				sub.View()
-				sub.Sent()
+				sub.Sending()
+				sub.Read()
 			}
 		})
 	}

@@ -73,7 +73,7 @@ type Cache struct {
 
 	mu          sync.Mutex
 	synced      bool
-	restored    bool // from Restore until Release: the limit waits
+	returning   bool // see Returning
 	snapshot    *bundle.Snapshot
 	records     map[string]*record                      // by entry ID
 	anchors     map[Selector][]*record                  // each record under one of its selectors
@@ -83,7 +83,8 @@ type Cache struct {
 	authorities map[string]*authority                   // by authority ID
 	subscribers map[Selector]map[*Subscription]struct{} // under each of their selectors
 	watches     map[chan struct{}]struct{}              // see Watch
-	unanswered  int                                     // see Unanswered
+	readers     map[Process]*reader                     // processes with streams, or with what streams left
+	serial      uint64                                  // grows as streams are opened and closed, and tells what came first
 	followers   map[*Follower]struct{}                  //
 	wanted      int                                     // records with wanted set
 	held        int                                     // records with an SVID
@@ -133,6 +134,7 @@ func New(cfg Config) *Cache {
 		authorities: make(map[string]*authority),
 		subscribers: make(map[Selector]map[*Subscription]struct{}),
 		watches:     make(map[chan struct{}]struct{}),
+		readers:     make(map[Process]*reader),
 		followers:   make(map[*Follower]struct{}),
 		idle:        list.New(),
 		bare:        list.New(),
@@ -173,16 +175,16 @@ func (c *Cache) SetBundle(s *bundle.Snapshot) {
 	}
 }
 
-// Restore puts in what was held before a restart; call it before anything else.
-// It is served as soon as there is a bundle. But it is not all that the server
+// Restore says that this agent was restarted, and puts in what is known of the time
+// before: entries, SVIDs, and what each process can use. Call it before anything else.
+// The SVIDs are served as soon as there is a bundle. But they are not all that the server
 // has: until the first [Cache.Update] nothing is known of callers that none of
 // these entries match. An SVID that is not for its entry's SPIFFE ID is left out.
-// Nothing is evicted until [Cache.Release], so that the workloads whose streams
-// kept an SVID above the limit have time to come back.
-func (c *Cache) Restore(entries []*Entry, svids []*SVID) {
+// Workloads are [Cache.Returning] from now on until [Cache.Release].
+func (c *Cache) Restore(entries []*Entry, svids []*SVID, uses map[Process][]Use) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.restored = true
+	c.returning = true
 	for _, e := range entries {
 		c.upsert(e)
 	}
@@ -192,6 +194,20 @@ func (c *Cache) Restore(entries []*Entry, svids []*SVID) {
 			c.hold(r, s)
 		}
 	}
+	for p, all := range uses {
+		for _, u := range all {
+			c.reader(p).leave(leftover{Use: u})
+		}
+	}
+}
+
+// Returning reports whether workloads of the time before a restart may still be on
+// their way back, with SVIDs that nothing is known of. Meanwhile nothing is evicted,
+// so that those whose streams kept an SVID above the limit find it.
+func (c *Cache) Returning() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.returning
 }
 
 // Release ends the time that [Cache.Restore] gives workloads to come back. What
@@ -199,7 +215,7 @@ func (c *Cache) Restore(entries []*Entry, svids []*SVID) {
 func (c *Cache) Release() {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.restored = false
+	c.returning = false
 }
 
 // Update applies a change of the registration entries: upsert holds new and

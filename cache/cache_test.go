@@ -7,6 +7,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"maps"
 	"math/big"
 	"slices"
 	"strings"
@@ -99,7 +100,7 @@ func ids(v cache.View) []string {
 
 func TestStartingUntilBundleAndEntriesAreThere(t *testing.T) {
 	c := cache.New(cache.Config{})
-	sub := c.Subscribe(sel("x"))
+	sub := c.Subscribe(cache.Process{}, sel("x"))
 	defer sub.Close()
 	if sub.View().Ready || c.Match(sel("x")).Ready {
 		t.Error("ready with nothing")
@@ -122,7 +123,7 @@ func TestStreamFollowsItsEntries(t *testing.T) {
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t))
 	c.Update(nil, nil)
-	sub := c.Subscribe(sel("x", "y"))
+	sub := c.Subscribe(cache.Process{}, sel("x", "y"))
 	defer sub.Close()
 	woken(sub.C())
 
@@ -215,37 +216,6 @@ func TestPutRefusesWhatWasMintedForAnotherEntry(t *testing.T) {
 	}
 }
 
-// A stream counts against an authority from the moment an SVID of it is read
-// for sending until a view without it has been sent.
-func TestStreamsHangOnWhatTheyWereSent(t *testing.T) {
-	c := cache.New(cache.Config{})
-	c.SetBundle(snapshot(t))
-	e := entry("e", "x")
-	c.Update([]*cache.Entry{e}, nil)
-	put(t, c, svid(e, "A"))
-	sub := c.Subscribe(sel("x"))
-	check := func(when string, want ...cache.Usage) {
-		t.Helper()
-		if got := c.Authorities(); !slices.Equal(got, want) {
-			t.Errorf("%s: %+v, want %+v", when, got, want)
-		}
-	}
-	check("subscribed", cache.Usage{Authority: "A", Held: 1})
-	sub.View()
-	check("on its way", cache.Usage{Authority: "A", Held: 1, Streams: 1})
-	put(t, c, svid(e, "B")) // replaced while the old one is being sent
-	check("replaced meanwhile", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1})
-	sub.Sent()
-	check("old one sent", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1})
-	sub.View()
-	check("new one on its way", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1, Streams: 1})
-	sub.Sent()
-	check("new one sent", cache.Usage{Authority: "B", Held: 1, Streams: 1})
-	sub.Close()
-	sub.Close()
-	check("closed", cache.Usage{Authority: "B", Held: 1})
-}
-
 func TestLimitIsSoft(t *testing.T) {
 	c := cache.New(cache.Config{Limit: 2})
 	c.SetBundle(snapshot(t))
@@ -281,7 +251,7 @@ func TestLimitIsSoft(t *testing.T) {
 	// more than the limit.
 	var subs []*cache.Subscription
 	for _, i := range []string{"2", "3", "4"} {
-		subs = append(subs, c.Subscribe(sel(i)))
+		subs = append(subs, c.Subscribe(cache.Process{}, sel(i)))
 	}
 	check("three streams, nothing minted yet", "0", "1")
 	mint()
@@ -293,7 +263,7 @@ func TestLimitIsSoft(t *testing.T) {
 		sub.Close()
 	}
 	check("all closed, the server may be away", "2", "3", "4")
-	again := c.Subscribe(sel("0"))
+	again := c.Subscribe(cache.Process{}, sel("0"))
 	defer again.Close()
 	mint()
 	check("the least recently used go when another is put", "0", "4")
@@ -310,7 +280,7 @@ func TestNothingIsEvictedForWhatCannotBeMinted(t *testing.T) {
 	c.Update([]*cache.Entry{held, asked}, nil)
 	put(t, c, svid(held, "A"))
 	for range 3 {
-		sub := c.Subscribe(sel("2"))
+		sub := c.Subscribe(cache.Process{}, sel("2"))
 		if _, wanted := c.Item("2"); !wanted {
 			t.Error("what a stream asks for is not wanted")
 		}
@@ -514,8 +484,6 @@ func TestAgainstModel(t *testing.T) {
 		type stream struct {
 			sub       *cache.Subscription
 			selectors []cache.Selector
-			viewed    []string
-			sent      []string
 		}
 		c := cache.New(cache.Config{Limit: 1000})
 		c.SetBundle(snap)
@@ -570,7 +538,7 @@ func TestAgainstModel(t *testing.T) {
 			},
 			"open": func(t *rapid.T) {
 				s := sel(values.Draw(t, "caller")...)
-				streams = append(streams, &stream{sub: c.Subscribe(s), selectors: s})
+				streams = append(streams, &stream{sub: c.Subscribe(cache.Process{}, s), selectors: s})
 			},
 			"close": func(t *rapid.T) {
 				s := pick(t)
@@ -579,12 +547,10 @@ func TestAgainstModel(t *testing.T) {
 			},
 			"view": func(t *rapid.T) {
 				s := pick(t)
-				s.viewed = nil
 				var want []string
 				for _, id := range []string{"a", "b", "c", "d", "e"} {
 					if e := entries[id]; e != nil && matches(e, s.selectors) && svids[id] != nil {
 						want = append(want, id)
-						s.viewed = append(s.viewed, svids[id].Authority)
 					}
 				}
 				v := s.sub.View()
@@ -600,62 +566,39 @@ func TestAgainstModel(t *testing.T) {
 					t.Fatalf("match sees %v, want %v", ids(one), want)
 				}
 			},
-			"sent": func(t *rapid.T) {
+			"select": func(t *rapid.T) {
 				s := pick(t)
-				s.sub.Sent()
-				s.sent = s.viewed
+				s.selectors = sel(values.Draw(t, "caller")...)
+				s.sub.Select(s.selectors)
 			},
 			"": func(t *rapid.T) {
-				want := map[string]cache.Usage{}
-				add := func(id string, held, streams int) {
-					u := want[id]
-					want[id] = cache.Usage{Authority: id, Held: u.Held + held, Streams: u.Streams + streams}
-				}
+				want := map[string]int{}
 				for _, s := range svids {
-					add(s.Authority, 1, 0)
+					want[s.Authority]++
 				}
-				for _, s := range streams {
-					for _, id := range []string{"A", "B"} {
-						if slices.Contains(s.viewed, id) || slices.Contains(s.sent, id) {
-							add(id, 0, 1)
-						}
+				got := map[string]int{}
+				for _, u := range c.Authorities() {
+					if u.Held > 0 {
+						got[u.Authority] = u.Held
 					}
 				}
-				got := c.Authorities()
-				if len(got) != len(want) {
-					t.Fatalf("authorities %+v, want %+v", got, want)
+				if !maps.Equal(got, want) {
+					t.Fatalf("held are %v, want %v", got, want)
 				}
-				for _, u := range got {
-					if u != want[u.Authority] {
-						t.Fatalf("%+v, want %+v", u, want[u.Authority])
+				for id := range entries {
+					n := 0
+					for _, s := range streams {
+						if matches(entries[id], s.selectors) {
+							n++
+						}
+					}
+					if item, _ := c.Item(id); item.Streams != n {
+						t.Fatalf("entry %s has %d streams, want %d", id, item.Streams, n)
 					}
 				}
 			},
 		})
 	})
-}
-
-// A stream that nothing was sent on counts until it is answered or closed.
-func TestUnanswered(t *testing.T) {
-	t.Parallel()
-	c := cache.New(cache.Config{})
-	want := func(n int) {
-		t.Helper()
-		if got := c.Unanswered(); got != n {
-			t.Errorf("%d unanswered, want %d", got, n)
-		}
-	}
-	a, b := c.Subscribe(nil), c.Subscribe(nil)
-	want(2)
-	a.Sent()
-	a.Sent()
-	want(1)
-	b.Close()
-	b.Close()
-	want(0)
-	a.Close()
-	a.Sent()
-	want(0)
 }
 
 // What is restored stays, whatever its number, until it is released and another
@@ -669,13 +612,13 @@ func TestRestoredOutlivesTheLimit(t *testing.T) {
 		e := entry(fmt.Sprint(i), fmt.Sprint(i))
 		entries, svids = append(entries, e), append(svids, svid(e, "A"))
 	}
-	c.Restore(entries, svids)
+	c.Restore(entries, svids, nil)
 	if got := c.Match(sel("7")); got.Ready {
 		t.Error("served without a bundle")
 	}
 	c.SetBundle(snapshot(t))
 	c.Update([]*cache.Entry{entry("new", "new")}, []string{"0"})
-	sub := c.Subscribe(sel("8"))
+	sub := c.Subscribe(cache.Process{}, sel("8"))
 	if held := c.Held("A"); held != n-1 {
 		t.Errorf("%d SVIDs held before the release, want %d", held, n-1)
 	}

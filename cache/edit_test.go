@@ -41,10 +41,11 @@ func TestEditedEntryShowsNobodyItsOldSPIFFEID(t *testing.T) {
 			before := entry("payments", selectors[0])
 			c.Update([]*cache.Entry{before}, nil)
 			put(t, c, svid(before, "A"))
-			sub := c.Subscribe(sel(selectors[0]))
+			sub := c.Subscribe(cache.Process{}, sel(selectors[0]))
 			defer sub.Close()
 			sub.View()
-			sub.Sent()
+			sub.Sending()
+			sub.Read()
 			woken(sub.C())
 
 			after := edited(before, "/web", selectors[1])
@@ -105,7 +106,7 @@ func TestRestoredSVIDOfAnotherSPIFFEIDIsNotShown(t *testing.T) {
 	c.SetBundle(snapshot(t))
 	before := entry("e", "x")
 	after := edited(before, "/web", "x")
-	c.Restore([]*cache.Entry{after}, []*cache.SVID{svid(before, "A")})
+	c.Restore([]*cache.Entry{after}, []*cache.SVID{svid(before, "A")}, nil)
 	if got := shown(c, "x"); len(got) > 0 || c.Held("A") > 0 {
 		t.Errorf("shown %v, %d held", got, c.Held("A"))
 	}

@@ -64,7 +64,7 @@ func (c *Cache) fill() {
 // Put: what has been minted shows that the server signs, so what is given up can
 // be had again. In an outage all that is held is kept.
 func (c *Cache) evict() {
-	for !c.restored && c.held > c.limit && c.idle.Len() > 0 {
+	for !c.returning && c.held > c.limit && c.idle.Len() > 0 {
 		c.setWanted(c.idle.Front().Value.(*record), false)
 	}
 }

@@ -12,7 +12,7 @@ import (
 func TestNeeds(t *testing.T) {
 	t.Parallel()
 	c := cache.New(cache.Config{})
-	sub, watch := c.Subscribe(sel("uid:1")), c.Watch()
+	sub, watch := c.Subscribe(cache.Process{}, sel("uid:1")), c.Watch()
 	defer sub.Close()
 	defer watch.Close()
 	was := uint64(0)
@@ -94,7 +94,7 @@ func TestManyKindsOfSelectorsInOneUpdate(t *testing.T) {
 		return testing.AllocsPerRun(1, func() {
 			c := cache.New(cache.Config{})
 			for range streams {
-				defer c.Subscribe(sel("uid:1")).Close()
+				defer c.Subscribe(cache.Process{}, sel("uid:1")).Close()
 			}
 			c.Update(entries, nil)
 		})

@@ -2,6 +2,7 @@ package cache
 
 import (
 	"slices"
+	"time"
 
 	"github.com/renewd/renewd/bundle"
 )
@@ -137,28 +138,58 @@ func Hints(entries []*Entry) []string {
 	return hints
 }
 
-// Subscription is one open X.509-SVID stream: it asks for its entries to be
-// minted, protects them from eviction, and is counted against the authorities
-// of what it was last sent. Use it from one goroutine, and close it.
+// Subscription is one open X.509-SVID stream of a process: it asks for its entries
+// to be minted, protects them from eviction, and is counted against the authorities
+// of what its process may use because of it. Use it from one goroutine, and close
+// it. An answer goes through [Subscription.View], [Subscription.Sending] and
+// [Subscription.Read], one at a time.
 type Subscription struct {
-	cache     *Cache
-	c         chan struct{}
-	selectors []Selector
+	cache   *Cache
+	process Process
+	c       chan struct{}
+	opened  time.Time
+	serial  uint64 // see Cache.serial
+	early   bool   // opened while workloads of the process before were returning
 
 	// Guarded by Cache.mu.
-	matched []*record // by entry ID
-	viewed  []string  // authorities in the last View
-	sent    []string  // authorities in the last View that was sent
-	// answered: something was sent, so what the workload has is known.
-	answered, closed bool
+	selectors []Selector
+	matched   []*record // by entry ID
+	viewed    []Use     // in the last View
+	sent      []Use     // on the way, not known to have been read
+	held      []Use     // in the last answer that was read
+	answered  bool      // an answer was read: what the process has is known
+	closed    bool
 }
 
-// Subscribe opens a subscription for a caller with these selectors.
-func (c *Cache) Subscribe(selectors []Selector) *Subscription {
+// Subscribe opens a subscription for a call of the process. It counts from now on;
+// its entries are those of the selectors, which may be found out later: see
+// [Subscription.Select].
+func (c *Cache) Subscribe(p Process, selectors []Selector) *Subscription {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := &Subscription{cache: c, c: make(chan struct{}, 1), selectors: slices.Clone(selectors)}
-	for _, sel := range selectors {
+	s := &Subscription{cache: c, process: p, c: make(chan struct{}, 1), opened: time.Now(), serial: c.next(), early: c.returning}
+	c.reader(p).open[s] = struct{}{}
+	c.choose(s, selectors)
+	return s
+}
+
+// Select makes the entries of the subscription those that match these selectors.
+// What its process may use does not change by it.
+func (s *Subscription) Select(selectors []Selector) {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	if !s.closed {
+		s.cache.choose(s, selectors)
+	}
+}
+
+// choose must be called with mu held. What matches before and after is watched all
+// the time.
+func (c *Cache) choose(s *Subscription, selectors []Selector) {
+	before := s.matched
+	c.unlist(s)
+	s.selectors = slices.Clone(selectors)
+	for _, sel := range s.selectors {
 		if c.subscribers[sel] == nil {
 			c.subscribers[sel] = make(map[*Subscription]struct{})
 		}
@@ -168,101 +199,84 @@ func (c *Cache) Subscribe(selectors []Selector) *Subscription {
 	for _, r := range s.matched {
 		c.watch(r, s)
 	}
-	c.unanswered++
+	for _, r := range before {
+		if !slices.Contains(s.matched, r) {
+			c.unwatch(r, s)
+		}
+	}
 	c.fill()
 	notify(s.c)
-	return s
 }
 
-// Unanswered counts the open subscriptions that nothing was sent on yet. Their
-// workloads may still use what they got from an earlier one.
-func (c *Cache) Unanswered() int {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.unanswered
-}
-
-// C receives when the next View may differ from the last. It has capacity one
-// and has received once when Subscribe returns.
-func (s *Subscription) C() <-chan struct{} { return s.c }
-
-// View reads what the stream is to be told now. From this moment on the
-// stream counts against the authorities of both this view and the last one
-// sent, so that no answer on its way is overlooked.
-func (s *Subscription) View() View {
-	c := s.cache
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	v := c.view(s.matched)
-	var viewed []string
-	for _, id := range v.Identities {
-		if !slices.Contains(viewed, id.SVID.Authority) {
-			viewed = append(viewed, id.SVID.Authority)
-		}
-	}
-	s.hang(viewed, s.sent)
-	return v
-}
-
-// Sent says that the last View has been sent: what was sent before it no
-// longer counts.
-func (s *Subscription) Sent() {
-	s.cache.mu.Lock()
-	defer s.cache.mu.Unlock()
-	if !s.answered && !s.closed {
-		s.answered = true
-		s.cache.unanswered--
-	}
-	s.hang(s.viewed, s.viewed)
-}
-
-// hang makes the stream count against the union of viewed and sent.
-func (s *Subscription) hang(viewed, sent []string) {
-	before, after := union(s.viewed, s.sent), union(viewed, sent)
-	s.viewed, s.sent = viewed, sent
-	for _, id := range after {
-		if !slices.Contains(before, id) {
-			s.cache.authority(id).streams++
-		}
-	}
-	for _, id := range before {
-		if !slices.Contains(after, id) {
-			a := s.cache.authority(id)
-			a.streams--
-			s.cache.forget(id, a)
-		}
-	}
-}
-
-func union(a, b []string) []string {
-	out := slices.Clone(a)
-	for _, s := range b {
-		if !slices.Contains(out, s) {
-			out = append(out, s)
-		}
-	}
-	return out
-}
-
-// Close ends the subscription. It may be called more than once.
-func (s *Subscription) Close() {
-	c := s.cache
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if !s.answered && !s.closed {
-		c.unanswered--
-	}
-	s.closed = true
-	s.hang(nil, nil)
+// unlist takes s from under its selectors.
+func (c *Cache) unlist(s *Subscription) {
 	for _, sel := range s.selectors {
 		if delete(c.subscribers[sel], s); len(c.subscribers[sel]) == 0 {
 			delete(c.subscribers, sel)
 		}
 	}
+}
+
+// C receives when the next View may differ from the last. It has capacity one
+// and has received once when Subscribe or Select returns.
+func (s *Subscription) C() <-chan struct{} { return s.c }
+
+// View reads what the stream is to be told now. From this moment on the stream
+// counts against the authorities of this view, so that no answer on its way is
+// overlooked.
+func (s *Subscription) View() View {
+	c := s.cache
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	v := c.view(s.matched)
+	s.viewed = nil
+	for _, id := range v.Identities {
+		s.viewed = AddUse(s.viewed, Use{id.SVID.Authority, id.SVID.NotAfter})
+	}
+	return v
+}
+
+// Sending says that the last View is about to be sent, and returns what the process
+// can use because of it. What was read before goes on counting until this is read.
+func (s *Subscription) Sending() []Use {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	uses := s.viewed
+	for _, u := range s.viewed {
+		s.sent = AddUse(s.sent, u)
+	}
+	s.viewed = nil
+	return uses
+}
+
+// Read says that the process has read what was sent: nothing that this stream was
+// sent before counts any longer.
+func (s *Subscription) Read() {
+	s.cache.mu.Lock()
+	defer s.cache.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.held, s.sent, s.answered = s.sent, nil, true
+	s.cache.readers[s.process].replaced(s)
+}
+
+// Close ends the subscription. What its process can use because of it counts on, as
+// [Process] says. It may be called more than once.
+func (s *Subscription) Close() {
+	c := s.cache
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if s.closed {
+		return
+	}
+	s.closed = true
+	c.leave(s)
+	c.unlist(s)
 	for _, r := range s.matched {
 		c.unwatch(r, s)
 	}
-	s.matched = nil
+	s.matched, s.selectors = nil, nil
 	c.fill()
 }
 
@@ -284,6 +298,9 @@ func (s *Subscription) detach(r *record) {
 // watch and unwatch keep the streams of a record; the first and the last of
 // them change its urgency.
 func (c *Cache) watch(r *record, s *Subscription) {
+	if _, already := r.watchers[s]; already {
+		return
+	}
 	if r.watchers == nil {
 		r.watchers = make(map[*Subscription]struct{}, 1)
 	}

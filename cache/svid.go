@@ -1,6 +1,7 @@
 package cache
 
 import (
+	"cmp"
 	"errors"
 	"slices"
 	"time"
@@ -34,10 +35,19 @@ type SVID struct {
 // or the key that signed it has left the bundle.
 var ErrChanged = errors.New("the entry or the trust bundle changed while the SVID was being minted")
 
-// authority counts what hangs on one signing authority. Guarded by Cache.mu.
+// authority is one that signed SVIDs that are held. Guarded by Cache.mu.
 type authority struct {
-	signed  []*record // records whose SVID it signed
-	streams int       // open streams whose last answer, or the one being sent, holds such an SVID
+	signed []*record
+}
+
+// valid counts the SVIDs held that have not ended.
+func (a *authority) valid(now time.Time) (n int) {
+	for _, r := range a.signed {
+		if r.svid.NotAfter.After(now) {
+			n++
+		}
+	}
+	return n
 }
 
 // For reports whether s was minted for the entry as it is. Another entry of the
@@ -121,9 +131,9 @@ func (c *Cache) authority(id string) *authority {
 	return a
 }
 
-// forget drops an authority that nothing hangs on any longer.
+// forget drops an authority that signed nothing of what is held.
 func (c *Cache) forget(id string, a *authority) {
-	if len(a.signed) == 0 && a.streams == 0 {
+	if len(a.signed) == 0 {
 		delete(c.authorities, id)
 	}
 }
@@ -166,38 +176,44 @@ func (c *Cache) SignedBy(authorityID string) []string {
 	return out
 }
 
-// Held counts the X.509-SVIDs held that the authority signed.
+// Held counts the valid X.509-SVIDs held that the authority signed.
 func (c *Cache) Held(authorityID string) int {
+	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if a := c.authorities[authorityID]; a != nil {
-		return len(a.signed)
+		return a.valid(now)
 	}
 	return 0
 }
 
-// Usage is what hangs on one signing authority.
+// Usage is what still uses one signing authority.
 type Usage struct {
 	Authority string
-	Held      int // X.509-SVIDs held
-	Streams   int // open streams not yet sent a replacement
+	Held      int // valid X.509-SVIDs held
+	// Streams counts the open streams, and the processes whose streams have ended,
+	// that have not read a replacement of what it signed; see [Process].
+	Streams int
 }
 
-// Authorities returns what hangs on each signing authority, read at one
-// moment, by authority ID. Authorities that nothing hangs on are left out.
+// Authorities returns what still uses each signing authority, read at one
+// moment, by authority ID. Authorities that nothing uses are left out.
 func (c *Cache) Authorities() []Usage {
+	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	streams := c.using(now)
 	out := make([]Usage, 0, len(c.authorities))
 	for id, a := range c.authorities {
-		out = append(out, Usage{Authority: id, Held: len(a.signed), Streams: a.streams})
-	}
-	slices.SortFunc(out, func(a, b Usage) int {
-		if a.Authority < b.Authority {
-			return -1
+		if n := a.valid(now); n+streams[id] > 0 {
+			out = append(out, Usage{Authority: id, Held: n, Streams: streams[id]})
 		}
-		return 1
-	})
+		delete(streams, id)
+	}
+	for id, n := range streams {
+		out = append(out, Usage{Authority: id, Streams: n})
+	}
+	slices.SortFunc(out, func(a, b Usage) int { return cmp.Compare(a.Authority, b.Authority) })
 	return out
 }
 

@@ -96,7 +96,7 @@ func TestWaveIsDelayedPacedAndOrdered(t *testing.T) {
 	drill(t, n, nil, func(r *rig) {
 		streamed := []int{250, 17, 101}
 		for _, i := range streamed {
-			sub := r.cache.Subscribe([]cache.Selector{selector(i)})
+			sub := r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(i)})
 			defer sub.Close()
 		}
 		start := time.Now()
@@ -137,7 +137,7 @@ func TestStreamOpenedInMidWaveGoesNext(t *testing.T) {
 			left = max(left, id)
 		}
 		item, _ := r.cache.Item(left)
-		sub := r.cache.Subscribe(item.Entry.Selectors)
+		sub := r.cache.Subscribe(cache.Process{}, item.Entry.Selectors)
 		defer sub.Close()
 		r.sleepUntil(opened.Add(60 * time.Millisecond))
 		calls := r.server.since(opened)
@@ -201,7 +201,7 @@ func TestHalfLivesAreSpreadAndBatched(t *testing.T) {
 
 func TestRemovalRenewsTheRestAtOnce(t *testing.T) {
 	drill(t, 600, nil, func(r *rig) {
-		sub := r.cache.Subscribe([]cache.Selector{selector(599)})
+		sub := r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(599)})
 		defer sub.Close()
 		r.server.set(func() { r.server.signer = r.next })
 		at := time.Now()

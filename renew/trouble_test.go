@@ -120,7 +120,7 @@ func withTroubled(t *testing.T, n, k int, life time.Duration, f func(*rig, *trou
 		}
 	}, func(r *rig) {
 		for i := range n {
-			defer r.cache.Subscribe([]cache.Selector{selector(i)}).Close()
+			defer r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(i)}).Close()
 		}
 		f(r, s)
 	})
@@ -210,7 +210,7 @@ func TestNewEntriesAreMintedBesideHangingOnes(t *testing.T) {
 		r.server.set(func() { r.server.signer = r.next })
 		r.cache.SetBundle(snapshot(t, trusted(r.next)...))
 		r.sleepUntil(time.Now().Add(10 * time.Minute))
-		defer r.cache.Subscribe([]cache.Selector{selector(n)}).Close()
+		defer r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(n)}).Close()
 		for i := range 90 {
 			id := fmt.Sprintf("fresh-%02d", i)
 			r.server.set(func() { r.server.ids[id] = td.ID() })
@@ -230,7 +230,7 @@ func TestNewEntriesAreMintedBesideHangingOnes(t *testing.T) {
 // What happened to be asked for when an outage began keeps its place.
 func TestOutageDoesNotChangeTheOrder(t *testing.T) {
 	drill(t, 200, nil, func(r *rig) {
-		defer r.cache.Subscribe([]cache.Selector{selector(7)}).Close()
+		defer r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(7)}).Close()
 		r.server.set(func() { r.server.down = errors.New("connection refused") })
 		begin := r.taint()
 		r.sleepUntil(begin.Add(time.Minute)) // the first to fail is the one with a stream
@@ -253,7 +253,7 @@ func TestItemsTryInTurn(t *testing.T) {
 			fresh[i] = &cache.Entry{ID: fmt.Sprintf("fresh-%d", i), SPIFFEID: td.ID(), Selectors: []cache.Selector{selector(100)}}
 		}
 		for _, i := range []int{0, 1, 2, 3, 4, 5, 100} {
-			defer r.cache.Subscribe([]cache.Selector{selector(i)}).Close()
+			defer r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(i)}).Close()
 		}
 		r.cache.Update(fresh, nil)
 		r.sleepUntil(begin.Add(time.Second))

@@ -5,12 +5,14 @@ import (
 	"encoding/hex"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"google.golang.org/grpc"
 
+	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/internal/upstream"
@@ -40,19 +42,25 @@ func (m minter) Mint(ctx context.Context, requests []renew.Request) ([]renew.Res
 // own makes the node's identity what renewal asks of one.
 type own struct {
 	node   *node.Node
+	store  *node.Store
 	client *upstream.Client
+	trust  func() *bundle.Bundle
 	now    func() time.Time
 
 	mu   sync.Mutex
-	of   *node.Identity // what svid describes
-	svid *cache.SVID
-	at   time.Duration // age at which it is renewed
+	of   *node.Identity // that at is for
+	at   time.Duration  // age at which it is renewed
+	seen map[*node.Identity]signed
 }
 
-// Held describes the node's own SVID. Its authority is read from the
-// authority key identifier of the topmost certificate, because the chain of an
-// authority that was removed no longer verifies and must be renewed all the
-// more.
+// signed is which authority signed an agent SVID.
+type signed struct {
+	authority string
+	verified  bool
+	by        *bundle.Bundle // that it was looked for in
+}
+
+// Held describes the node's own SVID.
 //
 // When it is to be renewed is told from its age, not from its times: those are
 // of the server's clock, and this node's may be an hour away from it, so that an
@@ -65,14 +73,7 @@ func (o *own) Held() *cache.SVID {
 		return nil
 	}
 	if id != o.of {
-		leaf := id.Chain[0]
 		o.of = id
-		o.svid = &cache.SVID{
-			ID:        id.ID(),
-			Authority: hex.EncodeToString(id.Chain[len(id.Chain)-1].AuthorityKeyId),
-			NotBefore: leaf.NotBefore,
-			NotAfter:  leaf.NotAfter,
-		}
 		var made time.Time
 		o.at = renew.RenewAt(made, made.Add(id.Life()), rand.Float64()).Sub(made)
 	}
@@ -81,10 +82,53 @@ func (o *own) Held() *cache.SVID {
 	if age < -clockSkew {
 		age = o.at // the clock is behind, by how much is found out with the next one
 	}
-	s := *o.svid
-	s.RenewAt = now.Add(o.at - age)
-	return &s
+	leaf := id.Chain[0]
+	return &cache.SVID{ID: id.ID(), Authority: o.authority(id), NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, RenewAt: now.Add(o.at - age)}
 }
+
+// stored reports whether a restart may find a valid agent SVID on disk that the
+// authority signed.
+func (o *own) stored(authority string) bool {
+	ids, now := o.store.Stored(), o.now()
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return slices.ContainsFunc(ids, func(id *node.Identity) bool { return id.Chain[0].NotAfter.After(now) && o.authority(id) == authority })
+}
+
+// authority finds the authority of an agent SVID as that of any other is found: its
+// chain ends in it. Where it ends in none of the bundle, because the authority was
+// removed, and the SVID must be renewed all the more, the authority key identifier of
+// the topmost certificate has to do. mu is held.
+func (o *own) authority(id *node.Identity) string {
+	trust := o.trust()
+	known, ok := o.seen[id]
+	if ok && (known.verified || known.by == trust) {
+		return known.authority
+	}
+	leaf, top := id.Chain[0], id.Chain[len(id.Chain)-1]
+	if !ok {
+		known.authority = hex.EncodeToString(top.AuthorityKeyId)
+	}
+	known.by = trust
+	if trust != nil {
+		at := o.now()
+		if at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {
+			at = leaf.NotBefore
+		}
+		if authority, err := trust.Verify(leaf, id.Chain[1:], at); err == nil {
+			known.authority, known.verified = authority, true
+		}
+	}
+	if o.seen == nil || len(o.seen) > maxSeen {
+		o.seen = make(map[*node.Identity]signed)
+	}
+	o.seen[id] = known
+	return known.authority
+}
+
+// maxSeen is how many agent SVIDs are remembered. There are two at a time, one of
+// which is about to replace the other.
+const maxSeen = 4
 
 // clockSkew is what clocks of machines that are well kept may differ by.
 const clockSkew = time.Minute

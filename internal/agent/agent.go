@@ -53,8 +53,6 @@ type Agent struct {
 	bootstrap     atomic.Pointer[bundle.Bundle]
 	adoption      adoption
 	keptFederated map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles kept from the last run
-	again         bool                                    // this node ran before
-	started       atomic.Pointer[time.Time]               // when Run began
 	applied       atomic.Pointer[time.Time]               // when the bundle in force was applied
 	socket        atomic.Pointer[socket.Listener]         // nil before Run and where Config.Listener is given
 }
@@ -91,7 +89,6 @@ func (a *Agent) open() (err error) {
 	if err != nil {
 		return fmt.Errorf("load the node's identity: %w", err)
 	}
-	a.again = a.node.Identity() != nil
 	initial, err := a.initialTrust()
 	if err != nil {
 		return err
@@ -134,7 +131,7 @@ func (a *Agent) open() (err error) {
 		Log:              a.log,
 		Now:              cfg.Now,
 	})
-	a.own = &own{node: a.node, client: a.client, now: cfg.Now}
+	a.own = &own{node: a.node, store: a.store, client: a.client, trust: a.trust, now: cfg.Now}
 	a.renewer = renew.New(renew.Config{
 		Cache:       a.cache,
 		Minter:      minter{a.client},
@@ -157,23 +154,22 @@ func (a *Agent) open() (err error) {
 		})
 		attestors = []attest.Attestor{a.processes}
 	}
+	if err := a.restore(initial); err != nil {
+		return err
+	}
 	a.workload, err = workload.New(workload.Config{
 		Cache:         a.cache,
 		Attestors:     attestors,
 		Needs:         a.hashNeeded,
 		Peers:         cfg.Peers,
 		JWT:           a.client,
+		Record:        a.record,
 		Observer:      &a.streams,
 		ServerOptions: a.metrics.ServerOptions(),
 		Log:           a.log,
 	})
 	if err != nil {
 		return fmt.Errorf("set up the Workload API: %w", err)
-	}
-	if cfg.RuntimeDir != "" {
-		if err := a.restore(initial); err != nil {
-			return err
-		}
 	}
 	a.checks = a.newChecks()
 	return nil
@@ -248,22 +244,33 @@ func (a *Agent) publish(s *bundle.Snapshot) {
 	}
 }
 
-// restore loads the SVIDs of the last run. kept is the bundle that was kept with
-// them, nil when there is none.
+// restore loads what RuntimeDir has of the last run, if there was one. kept is the
+// bundle that was kept with it, nil when there is none.
 func (a *Agent) restore(kept *bundle.Bundle) error {
-	dir, err := keep.Open(a.cfg.RuntimeDir, a.log)
-	if err != nil {
-		return fmt.Errorf("open runtime_dir: %w", err)
+	var (
+		entries []*cache.Entry
+		svids   []*cache.SVID
+		uses    map[cache.Process][]cache.Use
+	)
+	if a.cfg.RuntimeDir != "" {
+		dir, err := keep.Open(a.cfg.RuntimeDir, a.log)
+		if err != nil {
+			return fmt.Errorf("open runtime_dir: %w", err)
+		}
+		a.keeper = dir
+		if entries, svids, err = dir.Load(a.cfg.Now()); err != nil {
+			return fmt.Errorf("load runtime_dir: %w", err)
+		}
+		if uses, err = dir.LoadProcesses(a.cfg.Now(), a.cfg.Running); err != nil {
+			return fmt.Errorf("load runtime_dir: %w", err)
+		}
 	}
-	a.keeper = dir
-	entries, svids, err := dir.Load(a.cfg.Now())
-	if err != nil {
-		return fmt.Errorf("load runtime_dir: %w", err)
+	if a.store.Fresh() && len(svids)+len(uses) == 0 {
+		return nil // the first start: no workload can have anything
 	}
-	if len(entries) == 0 {
-		return nil
-	}
-	if a.client.Identified() != nil && kept != nil {
+	if len(svids) == 0 {
+		// Nothing to serve.
+	} else if a.client.Identified() != nil && kept != nil {
 		// The outage has outlived the agent SVID, or the clock is wrong. Neither
 		// need be true of the SVIDs of the workloads: they are served while the
 		// server is asked.
@@ -271,9 +278,16 @@ func (a *Agent) restore(kept *bundle.Bundle) error {
 	} else if kept == nil {
 		a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them")
 	}
-	a.cache.Restore(entries, svids)
-	a.log.Info("workload SVIDs of the last run loaded", "svids", len(svids))
+	a.cache.Restore(entries, svids, uses)
+	a.log.Info("state of the last run loaded", "svids", len(svids), "processes", len(uses))
 	return nil
+}
+
+// record notes what a workload's process can use from now on.
+func (a *Agent) record(p cache.Process, uses []cache.Use) {
+	if a.keeper != nil {
+		a.keeper.Record(p, uses)
+	}
 }
 
 func (a *Agent) close() error {
@@ -309,8 +323,6 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	now := time.Now()
-	a.started.Store(&now)
 	a.syncs.note(nil)
 	a.refreshes.note(nil)
 	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
@@ -331,11 +343,15 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 			defer endServing()
 			return a.keeper.Follow(ctx, a.cache)
 		})
-		group.Go(func() error {
-			a.release(ctx)
-			return nil
-		})
 	}
+	group.Go(func() error {
+		a.release(ctx)
+		return nil
+	})
+	group.Go(func() error {
+		a.sweep(ctx)
+		return nil
+	})
 	group.Go(func() error { return a.store.Run(ctx) })
 	group.Go(func() error {
 		a.followTrust(ctx)

@@ -71,12 +71,13 @@ type Config struct {
 	// on. Bundle, entries and SVIDs may still be under way.
 	Started func()
 
-	// Dial, Listener, Attestors, Peers and Now replace
+	// Dial, Listener, Attestors, Peers, Running and Now replace
 	// what the operating system gives, for running inside another process.
 	Dial      func(ctx context.Context, address string) (net.Conn, error)
 	Listener  net.Listener
 	Attestors []attest.Attestor
 	Peers     func(net.Conn) (*attest.Peer, error)
+	Running   func(cache.Process) bool // whether a process has not ended
 	Now       func() time.Time
 }
 
@@ -137,6 +138,9 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Running == nil {
+		c.Running = attest.Running
 	}
 	if c.Now == nil {
 		c.Now = time.Now

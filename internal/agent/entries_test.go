@@ -159,6 +159,7 @@ func TestDrillMissingEntriesAreServed(t *testing.T) {
 		if !isCode(s.end, codes.PermissionDenied) {
 			w.t.Errorf("the stream of the deleted entry ended with %v, want PermissionDenied", s.end)
 		}
+		s.close()
 		w.until("settled", 2*time.Minute, func() bool { return settled(w.authority(old)) })
 		said(missing, 3)
 		said(over, 3)

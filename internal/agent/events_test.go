@@ -11,6 +11,7 @@ import (
 	svidpb "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc/codes"
 
+	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/metrics"
@@ -99,19 +100,20 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 		}
 		w.enter(left)
 		// What is gone is held, and depends on the authority, until it is believed.
-		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
-		if w.held() != len(left) {
-			w.t.Errorf("%d SVIDs held, want %d", w.held(), len(left))
-		}
-		for i, s := range streams {
-			if i >= 5 {
-				s.unbroken()
-				continue
-			}
+		// So does what its workloads were sent, until they have ended.
+		for _, s := range streams[:5] {
 			<-s.done
 			if !isCode(s.end, codes.PermissionDenied) {
 				w.t.Errorf("the stream of a deleted entry ended with %v, want PermissionDenied", s.end)
 			}
+			s.close()
+		}
+		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
+		if w.held() != len(left) {
+			w.t.Errorf("%d SVIDs held, want %d", w.held(), len(left))
+		}
+		for _, s := range streams[5:] {
+			s.unbroken()
 		}
 	})
 }
@@ -222,14 +224,17 @@ func TestDrillRestartInMidWave(t *testing.T) {
 		if err := w.fetchX509(3); err != nil {
 			w.t.Errorf("restarted with the server down: %v, want what was held", err)
 		}
+		for _, s := range streams {
+			defer s.conn.process.open().close()
+		}
 		w.set(func(f *faults) { f.down = false })
 		again := w.begins(old)
 		if !again.Equal(begins) {
 			w.t.Errorf("the wave begins at %v after the restart, it was %v: the delay was drawn anew", again, begins)
 		}
-		w.until("settled", 2*time.Minute, func() bool { return settled(w.authority(old)) })
-		// The workloads of the process before may be on their way back.
-		if after := time.Since(restarted); after < 30*time.Second {
+		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
+		// Workloads that nothing is known of may be on their way back.
+		if after := time.Since(restarted); after < cache.ReconnectGrace {
 			w.t.Errorf("settled %v after the restart, must not be before workloads are back", after)
 		}
 		repeated := 0

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew/wave"
@@ -22,8 +23,8 @@ const overdue = time.Minute
 // demo shows. It may be called at any time, from any goroutine.
 //
 // The order of reads makes "settled" safe: first the calls in flight, then the
-// node's own SVID, then the cache. Whatever moves meanwhile moves from the one
-// to the other and is seen in at least one of them.
+// agent SVID, then the cache, then the files. Whatever moves meanwhile moves from the
+// one to the other and is seen in at least one of them.
 func (a *Agent) State() metrics.State {
 	snapshot := a.cache.Bundle()
 	inFlight := make(map[string]int)
@@ -34,6 +35,7 @@ func (a *Agent) State() metrics.State {
 			}
 		}
 	}
+	attesting := a.node.Signing()
 	own := a.own.Held()
 	usages := a.cache.Authorities()
 	unanswered := a.cache.Unanswered()
@@ -62,7 +64,7 @@ func (a *Agent) State() metrics.State {
 		s.BundleApplied, s.BundleSequence = *at, snapshot.Own.Sequence()
 	}
 	s.LeftOut = leftOut(snapshot)
-	newest := a.cache.Newest()
+	newest, now := a.cache.Newest(), a.cfg.Now()
 	for _, u := range usages {
 		s.Authorities = append(s.Authorities, metrics.Authority{
 			Type: metrics.TypeX509, ID: u.Authority, State: metrics.StateRemoved, Held: u.Held, Streams: u.Streams,
@@ -86,17 +88,16 @@ func (a *Agent) State() metrics.State {
 		}
 		// Everything held of such an authority is due, and so is an answer that
 		// the server may have signed before it knew.
-		auth.Pending = auth.Held + inFlight[auth.ID]
-		// A workload that has come back and was not answered yet has what an
-		// earlier stream sent it, of this process or of the one before.
+		auth.Pending = auth.Held + inFlight[auth.ID] + attesting
+		// A workload that has come back and was not answered yet has what a stream
+		// of the process before sent it.
 		auth.Streams += unanswered
-		if own != nil && own.Authority == auth.ID {
+		if own != nil && own.Authority == auth.ID && own.NotAfter.After(now) {
 			auth.Pending++
 		}
-		// What is kept for a restart could be held again after it, and so could an
-		// agent SVID whose successor is not on disk.
-		kept := unsaved[node.IdentityFile] != nil || a.keeper != nil && a.keeper.Holds(auth.ID)
-		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && a.reunited()
+		// What is kept for a restart could be held again after it.
+		kept := a.own.stored(auth.ID) || a.keeper != nil && a.keeper.Holds(auth.ID, now)
+		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && !a.cache.Returning()
 	}
 	held := a.cache.JWTCounts()
 	for _, k := range snapshot.Own.JWT() {
@@ -136,12 +137,8 @@ func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
 	return out
 }
 
-// reconnectGrace is how long after an agent can answer again its workloads may
-// take to come back: gRPC's backoff and that of go-spiffe add up to 144 s.
-const reconnectGrace = 3 * time.Minute
-
-// release gives the workloads of the process before time to come back before
-// the cache's limit counts. The agent can answer all of them once it is ready.
+// release gives the workloads of the process before time to come back, from when
+// the agent can answer all of them. Until then it is not known what they use.
 func (a *Agent) release(ctx context.Context) {
 	watch := a.cache.Watch()
 	defer watch.Close()
@@ -154,20 +151,26 @@ func (a *Agent) release(ctx context.Context) {
 	}
 	select {
 	case <-ctx.Done():
-	case <-time.After(reconnectGrace):
+	case <-time.After(cache.ReconnectGrace):
 		a.cache.Release()
 	}
 }
 
-// reunion is how long the workloads of the process before are given to come
-// back: the reference client pauses at most half a minute between attempts.
-const reunion = 30 * time.Second
+// sweepInterval is how soon a workload that has ended counts no longer.
+const sweepInterval = 5 * time.Second
 
-// reunited reports whether workloads that this process has not met could not
-// still use what the one before sent them.
-func (a *Agent) reunited() bool {
-	started := a.started.Load()
-	return started != nil && (!a.again || time.Since(*started) >= reunion)
+// sweep notes which workloads have ended, until ctx is done.
+func (a *Agent) sweep(ctx context.Context) {
+	tick := time.NewTicker(sweepInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-tick.C:
+			a.cache.Sweep(a.cfg.Running)
+		}
+	}
 }
 
 // authority finds the authority in s or adds it.

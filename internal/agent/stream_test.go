@@ -10,7 +10,6 @@ import (
 	"time"
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
-	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/server"
 )
@@ -20,7 +19,7 @@ import (
 type stream struct {
 	w      *world
 	values []string // of its selectors
-	conn   *grpc.ClientConn
+	conn   *connection
 	cancel context.CancelFunc
 	done   chan struct{}
 
@@ -42,8 +41,12 @@ type update struct {
 func (w *world) open(selectors ...int) *stream { return w.openAs(testValues(selectors)...) }
 
 // openAs is open with other selectors of the type test.
-func (w *world) openAs(values ...string) *stream {
-	s := &stream{w: w, values: values, conn: w.connectAs(values...), done: make(chan struct{})}
+func (w *world) openAs(values ...string) *stream { return w.begin(values...).open() }
+
+// open has the process open a stream on a connection of its own.
+func (p *process) open() *stream {
+	w := p.w
+	s := &stream{w: w, values: p.values, conn: p.connect(), done: make(chan struct{})}
 	ctx, cancel := context.WithCancel(workloadContext(context.Background()))
 	s.cancel = cancel
 	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(s.conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
@@ -62,8 +65,8 @@ func (w *world) openAs(values ...string) *stream {
 			s.updates = append(s.updates, u)
 			s.mu.Unlock()
 			for _, id := range u.ids {
-				if !w.gives(id, values, func(server.StoredEntry) bool { return true }) {
-					w.t.Errorf("a workload with %q was shown %s, which no entry has ever given it", values, id)
+				if !w.gives(id, p.values, func(server.StoredEntry) bool { return true }) {
+					w.t.Errorf("a workload with %q was shown %s, which no entry has ever given it", p.values, id)
 				}
 			}
 		}
@@ -134,11 +137,17 @@ func (s *stream) last() (update, bool) {
 	return s.updates[len(s.updates)-1], true
 }
 
-// close ends the stream from the client's side.
+// close ends the stream from the client's side, and its process.
 func (s *stream) close() {
+	s.leave()
+	s.conn.Close()
+}
+
+// leave ends the stream from the client's side. The process goes on with what it has.
+func (s *stream) leave() {
 	s.cancel()
 	<-s.done
-	s.conn.Close()
+	s.conn.leave()
 }
 
 // unbroken fails the test unless the stream is open and, from its first

@@ -26,7 +26,6 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
@@ -59,14 +58,11 @@ type world struct {
 	stopServer func()
 
 	agent     *agent.Agent
-	workloads *bufconn.Listener
+	workloads *pairListener
 	stopAgent func()
 
-	// connecting guards the one thing a workload's connection carries: the
-	// selectors of the next connection to be made.
-	connecting sync.Mutex
-	next       []cache.Selector
-	peers      sync.Map // *attest.Peer -> []cache.Selector
+	peers     sync.Map // *attest.Peer -> *process
+	processes sync.Map // cache.Process -> *process
 
 	// unchecked says that streams do not verify what they are sent: with a
 	// server that signs by authorities it has removed, that is not to be had.
@@ -132,7 +128,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w.cfg = agent.Config{
 			TrustDomain: td, ServerAddress: "server:8081", TrustBundle: w.trust(), JoinToken: token.Value, DataDir: dir,
 			TaintDelay: time.Minute, CacheSize: n + 1000, Log: w.logs,
-			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Now: w.now,
+			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Running: w.running, Now: w.now,
 		}
 		if configure != nil {
 			configure(w)
@@ -226,7 +222,7 @@ type nodeConn struct{ net.Conn }
 func (nodeConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 40000} }
 
 func (w *world) startAgent() {
-	w.workloads = bufconn.Listen(1 << 20)
+	w.workloads = newPairListener()
 	w.cfg.Listener = w.workloads
 	a, err := agent.New(w.cfg)
 	w.check(err)
@@ -388,30 +384,34 @@ func (w *world) record(id string) *keyset.Record {
 	return &doc.Records[i]
 }
 
-// peer and the Attestor methods give each workload connection its selectors.
-func (w *world) peer(net.Conn) (*attest.Peer, error) {
-	p, err := attest.FromPID(os.Getpid(), uint32(os.Getuid()), uint32(os.Getgid()))
-	if err == nil {
-		w.peers.Store(p, w.next)
-	}
-	return p, err
+// peer and the Attestor methods tell the agent which process made a connection.
+func (w *world) peer(conn net.Conn) (*attest.Peer, error) {
+	p := conn.(*agentEnd).link.process
+	peer := attest.Made(p.name, uint32(os.Getuid()), uint32(os.Getgid()), p.alive)
+	w.peers.Store(peer, p)
+	return peer, nil
+}
+
+func (w *world) running(name cache.Process) bool {
+	p, ok := w.processes.Load(name)
+	return ok && p.(*process).alive() == nil
 }
 
 func (w *world) Name() string { return "test" }
 
-func (w *world) Attest(_ context.Context, p *attest.Peer) ([]cache.Selector, error) {
+func (w *world) Attest(_ context.Context, peer *attest.Peer) ([]cache.Selector, error) {
 	if d := w.attesting.Load(); d > 0 {
 		time.Sleep(time.Duration(d)) // in the queue of programs to be hashed
 	}
-	s, ok := w.peers.Load(p)
+	p, ok := w.peers.Load(peer)
 	if !ok {
 		return nil, errors.New("unknown peer")
 	}
-	return s.([]cache.Selector), nil
+	return p.(*process).selectors, nil
 }
 
-// connect opens a workload's connection to the agent.
-func (w *world) connect(selectors ...int) *grpc.ClientConn {
+// connect opens the connection of a new workload to the agent.
+func (w *world) connect(selectors ...int) *connection {
 	return w.connectAs(testValues(selectors)...)
 }
 
@@ -424,22 +424,7 @@ func testValues(selectors []int) []string {
 }
 
 // connectAs is connect with other selectors of the type test.
-func (w *world) connectAs(values ...string) *grpc.ClientConn {
-	w.connecting.Lock()
-	defer w.connecting.Unlock()
-	w.next = nil
-	for _, v := range values {
-		w.next = append(w.next, cache.Selector{Type: "test", Value: v})
-	}
-	lis := w.workloads
-	conn, err := grpc.NewClient("passthrough:agent", grpc.WithTransportCredentials(insecure.NewCredentials()),
-		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }),
-		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
-	w.check(err)
-	conn.Connect()
-	synctest.Wait() // the handshake has read w.next
-	return conn
-}
+func (w *world) connectAs(values ...string) *connection { return w.begin(values...).connect() }
 
 func workloadContext(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")

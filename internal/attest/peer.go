@@ -8,6 +8,8 @@ import (
 	"sync"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/cache"
 )
 
 // ErrGone is returned when the process that called has ended. Its PID may
@@ -27,6 +29,9 @@ type Peer struct {
 	// started is the process's start time in clock ticks after boot, with
 	// which the PID is compared where there is no pidfd.
 	started uint64
+	alive   func() error // see Made
+
+	process func() cache.Process
 }
 
 // FromConn returns the process that connected conn. The kernel recorded it at
@@ -94,7 +99,17 @@ func FromPID(pid int, uid, gid uint32) (*Peer, error) {
 }
 
 func newPeer(pid int, uid, gid uint32) *Peer {
-	return &Peer{pid: pid, uid: uid, gid: gid, pidfd: -1, proc: "/proc/" + strconv.Itoa(pid) + "/"}
+	p := &Peer{pid: pid, uid: uid, gid: gid, pidfd: -1, proc: "/proc/" + strconv.Itoa(pid) + "/"}
+	p.process = sync.OnceValue(p.name)
+	return p
+}
+
+// Made returns a process that the kernel does not know, for workloads that run inside
+// another process. alive is what [Peer.Alive] returns.
+func Made(process cache.Process, uid, gid uint32, alive func() error) *Peer {
+	p := newPeer(process.PID, uid, gid)
+	p.alive, p.process = alive, func() cache.Process { return process }
+	return p
 }
 
 func (p *Peer) byStartTime() (err error) {
@@ -104,6 +119,29 @@ func (p *Peer) byStartTime() (err error) {
 
 // PID is the process ID as seen from the agent's PID namespace.
 func (p *Peer) PID() int { return p.pid }
+
+// Process names the process so that no other is ever taken for it. Its start time is 0
+// where /proc does not tell it.
+func (p *Peer) Process() cache.Process { return p.process() }
+
+func (p *Peer) name() cache.Process {
+	started, err := p.readStartTime()
+	if err != nil || p.Alive() != nil { // the start time may be that of another one
+		started = 0
+	}
+	return cache.Process{PID: p.pid, Started: started}
+}
+
+// Running reports whether the process has not ended. One that cannot be looked at
+// counts as running.
+func Running(process cache.Process) bool {
+	if process.Started == 0 {
+		return true
+	}
+	p := newPeer(process.PID, 0, 0)
+	started, err := p.readStartTime()
+	return !errors.Is(err, ErrGone) && (err != nil || started == process.Started)
+}
 
 // UID is the effective user ID at the time of the connect.
 func (p *Peer) UID() uint32 { return p.uid }
@@ -118,6 +156,9 @@ func (p *Peer) Alive() error {
 	defer p.mu.RUnlock()
 	if p.closed {
 		return net.ErrClosed
+	}
+	if p.alive != nil {
+		return p.alive()
 	}
 	if p.pidfd < 0 {
 		started, err := p.readStartTime()

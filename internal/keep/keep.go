@@ -43,10 +43,13 @@ type Dir struct {
 	log  *slog.Logger
 	info fs.FileInfo // of the folder when it was prepared; owned by Follow
 
-	mu    sync.Mutex
-	err   error             // why something is not kept
-	files map[string]string // path of each SVID's file -> the authority that signed it
-	holds map[string]int    // files by authority
+	mu        sync.Mutex
+	err       error                  // why an SVID is not kept
+	recordErr error                  // why what a process uses is not
+	files     map[string][]cache.Use // path of each SVID's file -> what may be in it
+
+	turn    chan struct{} // to write records: see readers.go
+	records map[cache.Process][]cache.Use
 }
 
 // Open makes the folder (0700) if need be and checks that it belongs to this
@@ -56,7 +59,10 @@ func Open(path string, log *slog.Logger) (*Dir, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Dir{path: path, log: log, info: info, files: make(map[string]string), holds: make(map[string]int)}, nil
+	return &Dir{
+		path: path, log: log, info: info, files: make(map[string][]cache.Use),
+		turn: make(chan struct{}, 1), records: make(map[cache.Process][]cache.Use),
+	}, nil
 }
 
 func prepare(path string) (fs.FileInfo, error) {
@@ -89,31 +95,39 @@ func prepare(path string) (fs.FileInfo, error) {
 func (d *Dir) Err() error {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.err
+	return errors.Join(d.err, d.recordErr)
 }
 
-// Holds reports whether an SVID that the authority signed is kept: one that
-// would be served again after a restart. It may be called at any time.
-func (d *Dir) Holds(authority string) bool {
+// Holds reports whether an SVID that the authority signed may be kept and be valid at
+// now: one that would be served again after a restart. It may be called at any time.
+func (d *Dir) Holds(authority string, now time.Time) bool {
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	return d.holds[authority] > 0
-}
-
-// note records what is in a file; an empty authority means that it is gone.
-func (d *Dir) note(path, authority string) {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if old, ok := d.files[path]; ok {
-		if d.holds[old]--; d.holds[old] == 0 {
-			delete(d.holds, old)
+	for _, uses := range d.files {
+		for _, u := range uses {
+			if u.Authority == authority && u.NotAfter.After(now) {
+				return true
+			}
 		}
+	}
+	return false
+}
+
+// note records what may be in a file.
+func (d *Dir) note(path string, uses ...cache.Use) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if len(uses) == 0 {
 		delete(d.files, path)
+	} else {
+		d.files[path] = uses
 	}
-	if authority != "" {
-		d.files[path] = authority
-		d.holds[authority]++
-	}
+}
+
+func (d *Dir) noted(path string) []cache.Use {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return d.files[path]
 }
 
 // remove deletes a file; it is no error when there is none.
@@ -122,7 +136,7 @@ func (d *Dir) remove(path string) error {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
 	}
-	d.note(path, "")
+	d.note(path)
 	return nil
 }
 
@@ -181,7 +195,7 @@ func (d *Dir) Load(now time.Time) ([]*cache.Entry, []*cache.SVID, error) {
 			}
 			continue
 		}
-		d.note(path, s.Authority)
+		d.note(path, use(s))
 		entries, svids = append(entries, e), append(svids, s)
 	}
 	return entries, svids, nil
@@ -263,17 +277,20 @@ func (d *Dir) Follow(ctx context.Context, c *cache.Cache) error {
 	first := follower.Drain()
 	d.dropOthers(first)
 	d.follow(c, first, kept, failed)
+	d.sweep(c)
 	check := time.NewTicker(checkInterval)
 	defer check.Stop()
 	for {
 		select {
 		case <-ctx.Done():
 			d.follow(c, slices.AppendSeq(follower.Drain(), maps.Keys(failed)), kept, failed)
+			d.sweep(c)
 			return nil
 		case <-follower.C():
 			d.follow(c, follower.Drain(), kept, failed)
 		case <-check.C:
 			d.follow(c, slices.Collect(maps.Keys(failed)), kept, failed)
+			d.sweep(c)
 		}
 	}
 }
@@ -316,8 +333,11 @@ func (d *Dir) missing(kept map[string]written) ([]string, error) {
 	ids := slices.Collect(maps.Keys(kept))
 	clear(kept)
 	for _, id := range ids {
-		d.note(d.file(id), "")
+		d.note(d.file(id))
 	}
+	d.turn <- struct{}{}
+	defer func() { <-d.turn }()
+	clear(d.records)
 	return ids, nil
 }
 
@@ -388,15 +408,27 @@ func (d *Dir) write(item cache.Item) error {
 		return fmt.Errorf("encode: %w", err)
 	}
 	path := d.file(item.Entry.ID)
-	// No fsync: the file system is memory, and rename alone keeps a reader
-	// from half a file.
-	if err := os.WriteFile(path+temporary, data, 0o600); err != nil {
-		// A full file system needs the room of what was written.
-		return errors.Join(fmt.Errorf("write: %w", err), d.remove(path+temporary))
-	}
-	if err := os.Rename(path+temporary, path); err != nil {
+	// Before anything can be found in the file, and after: what is held may have been
+	// replaced meanwhile.
+	d.note(path, append(slices.Clone(d.noted(path)), use(item.SVID))...)
+	if err := replace(path, data); err != nil {
 		return err
 	}
-	d.note(path, item.SVID.Authority)
+	d.note(path, use(item.SVID))
 	return nil
+}
+
+func use(s *cache.SVID) cache.Use { return cache.Use{Authority: s.Authority, NotAfter: s.NotAfter} }
+
+// replace writes a file. No fsync: the file system is memory, and rename alone keeps
+// a reader from half a file.
+func replace(path string, data []byte) error {
+	if err := os.WriteFile(path+temporary, data, 0o600); err != nil {
+		// A full file system needs the room of what was written.
+		if removeErr := os.Remove(path + temporary); removeErr != nil && !errors.Is(removeErr, fs.ErrNotExist) {
+			err = errors.Join(err, removeErr)
+		}
+		return fmt.Errorf("write: %w", err)
+	}
+	return os.Rename(path+temporary, path)
 }

@@ -186,11 +186,11 @@ func TestHoldsWhatARestartWouldFind(t *testing.T) {
 	if err := c.Put(&renewed); err != nil {
 		t.Fatal(err)
 	}
-	if !dir.Holds("aa") || dir.Holds("bb") {
+	if !dir.Holds("aa", now) || dir.Holds("bb", now) {
 		t.Error("before the file was replaced: must hold the old authority's SVID alone")
 	}
 	follow(t, dir, c)()
-	if dir.Holds("aa") || !dir.Holds("bb") {
+	if dir.Holds("aa", now) || !dir.Holds("bb", now) {
 		t.Error("after the file was replaced: must hold the new authority's SVID alone")
 	}
 
@@ -198,12 +198,12 @@ func TestHoldsWhatARestartWouldFind(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, _, err := again.Load(now); err != nil || !again.Holds("bb") {
+	if _, _, err := again.Load(now); err != nil || !again.Holds("bb", now) {
 		t.Errorf("after a restart (%v): must hold what was loaded", err)
 	}
 	c.Update(nil, []string{e.ID})
 	follow(t, again, c)()
-	if again.Holds("bb") {
+	if again.Holds("bb", now) {
 		t.Error("holds the SVID of an entry that is gone")
 	}
 }
@@ -235,7 +235,7 @@ func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
 		t.Fatal(err)
 	}
 	follow(t, dir, c)()
-	if _, err := os.Stat(files[0]); !os.IsNotExist(err) || dir.Holds("aa") || dir.Holds("bb") {
+	if _, err := os.Stat(files[0]); !os.IsNotExist(err) || dir.Holds("aa", now) || dir.Holds("bb", now) {
 		t.Errorf("the old SVID is still there (%v)", err)
 	}
 }
@@ -352,12 +352,12 @@ func TestSVIDOfAnotherSPIFFEIDIsNotTheEntrys(t *testing.T) {
 		t.Fatalf("Load: %+v, %+v, %v; want both as they are", entries, svids, err)
 	}
 	again := cache.New(cache.Config{})
-	again.Restore(entries, svids)
+	again.Restore(entries, svids, nil)
 	if again.Held("aa") > 0 {
 		t.Error("the SVID is held for the entry")
 	}
 	follow(t, dir, again)()
-	if files, _ := filepath.Glob(path + "/*"); len(files) > 0 || dir.Holds("aa") {
+	if files, _ := filepath.Glob(path + "/*"); len(files) > 0 || dir.Holds("aa", now) {
 		t.Errorf("it is kept on: %v", files)
 	}
 }

@@ -46,19 +46,19 @@ func TestFollowMendsTheFolder(t *testing.T) {
 			t.Fatal(err)
 		}
 		put()
-		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "odd/entry id") || d.Holds("aa") {
+		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "odd/entry id") || d.Holds("aa", time.Now()) {
 			t.Errorf("with no room: %v, %v", got, d.Err())
 		}
 		if err := os.RemoveAll(block); err != nil {
 			t.Fatal(err)
 		}
-		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa") {
+		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa", time.Now()) {
 			t.Errorf("with room again: %v, %v", got, d.Err())
 		}
 		if err := os.RemoveAll(dir); err != nil {
 			t.Fatal(err)
 		}
-		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa") {
+		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa", time.Now()) {
 			t.Errorf("after the folder was removed: %v, %v", got, d.Err())
 		}
 		if err := os.RemoveAll(dir); err != nil {

@@ -46,6 +46,8 @@ type Config struct {
 type Node struct {
 	cfg Config
 	id  atomic.Pointer[Identity]
+
+	signing atomic.Int32 // see Signing
 }
 
 // New makes a Node and loads the identity kept from the last run. One of another
@@ -99,6 +101,10 @@ func New(cfg Config) (*Node, error) {
 // Identity is the identity held, nil when there is none. It may have expired.
 func (n *Node) Identity() *Identity { return n.id.Load() }
 
+// Signing counts the attestations on their way, whose agent SVID the server has perhaps
+// signed already. Read it before Identity, so that it is seen in one of the two.
+func (n *Node) Signing() int { return int(n.signing.Load()) }
+
 // Provable returns nil when there is something to prove the node with, and
 // otherwise what is missing.
 func (n *Node) Provable(ctx context.Context) error {
@@ -116,6 +122,8 @@ func (n *Node) Provable(ctx context.Context) error {
 // from memory, and the Store writes it as soon as it can: the token is gone
 // either way.
 func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust *bundle.Bundle) error {
+	n.signing.Add(1)
+	defer n.signing.Add(-1)
 	payload, err := n.cfg.Attestor.Payload(ctx)
 	if err != nil {
 		return err

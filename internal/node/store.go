@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"time"
 
@@ -57,9 +58,10 @@ var errNewer = errors.New("a newer version of the agent has written it")
 // somebody removed, a folder that was replaced. [Store.Run] does so until it is
 // told to end. Methods may be called concurrently.
 type Store struct {
-	dir  string
-	log  *slog.Logger
-	wake chan struct{}
+	dir   string
+	log   *slog.Logger
+	wake  chan struct{}
+	fresh bool
 
 	// turn is held (by a value in it) by whoever reads or writes the disk. It
 	// guards what follows it up to mu.
@@ -70,15 +72,17 @@ type Store struct {
 
 	mu          sync.Mutex
 	files       map[string]kept
-	syncing     time.Time // since when a Sync is under way; zero when none is
-	folderErr   error     // why the folder cannot be used now
-	identityErr error     // why the last identity could not be saved
+	stored      []*Identity // see Stored
+	syncing     time.Time   // since when a Sync is under way; zero when none is
+	folderErr   error       // why the folder cannot be used now
+	identityErr error       // why the last identity could not be saved
 }
 
 // kept is one file: what is to be in it, and whether it is.
 type kept struct {
 	generation uint64                 // another one each time that encode changes
 	encode     func() ([]byte, error) // nil: the file is not to be there
+	identity   *Identity              // what encode encodes, of identityFile
 	stamp      stamp                  // of the file as it was last read or written here
 	// since is when encode became what is to be there, while it is not known to
 	// be; zero afterwards.
@@ -97,11 +101,21 @@ func OpenStore(dir string, log *slog.Logger) (*Store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &Store{
-		dir: dir, log: log, folder: f, files: make(map[string]kept),
+	s := &Store{
+		dir: dir, log: log, folder: f, files: make(map[string]kept), fresh: true,
 		turn: make(chan struct{}, 1), wake: make(chan struct{}, 1),
-	}, nil
+	}
+	for _, file := range Files {
+		if at, err := f.stamp(file); at != (stamp{}) || err != nil {
+			s.fresh = false
+		}
+	}
+	return s, nil
 }
+
+// Fresh reports whether the folder had none of [Files] when it was opened: no agent
+// has used it before.
+func (s *Store) Fresh() bool { return s.fresh }
 
 // Close writes what is still to be written, as Sync does, and gives the folder
 // free. The Store is of no use afterwards.
@@ -132,8 +146,27 @@ func (s *Store) LoadIdentity() (*Identity, error) {
 	if err != nil {
 		return nil, &CorruptError{s.folder.name(identityFile), "move it away and re-attest, with a new join token for instance", err}
 	}
-	s.keep(identityFile, kept{encode: func() ([]byte, error) { return encodeIdentity(id) }, stamp: at})
+	s.keep(identityFile, kept{identity: id, encode: func() ([]byte, error) { return encodeIdentity(id) }, stamp: at})
+	s.noteStored(id)
 	return id, nil
+}
+
+// Stored returns the identities one of which a restart would find on disk, as far as
+// is known: while one is being written, and after a write that failed, it may be that
+// or the one before. It does no I/O.
+func (s *Store) Stored() []*Identity {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return slices.Clone(s.stored)
+}
+
+// noteStored adds an identity to those that may be on disk.
+func (s *Store) noteStored(id *Identity) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if id != nil && !slices.Contains(s.stored, id) {
+		s.stored = append(s.stored, id)
+	}
 }
 
 // SaveIdentity has id on disk, in place of the identity kept before, when it
@@ -147,12 +180,12 @@ func (s *Store) SaveIdentity(id *Identity, insist bool) error {
 	if err := s.take(); err != nil {
 		s.noteIdentity(err)
 		if insist {
-			s.want(identityFile, encode)
+			s.wantIdentity(id, encode)
 		}
 		return err
 	}
 	before := s.file(identityFile)
-	s.want(identityFile, encode)
+	s.wantIdentity(id, encode)
 	written := make(chan error, 1)
 	go func() { // has the turn, for which Close waits
 		defer func() { <-s.turn }()
@@ -168,7 +201,7 @@ func (s *Store) SaveIdentity(id *Identity, insist bool) error {
 		return err
 	case <-time.After(answerLimit):
 		if !insist {
-			s.want(identityFile, before.encode) // in place of what may get there yet
+			s.wantIdentity(before.identity, before.encode) // in place of what may get there yet
 		}
 		return errHangs
 	}
@@ -193,7 +226,7 @@ func (s *Store) take() error {
 // WipeIdentity removes the identity kept, if any. When that fails a later Sync
 // removes it.
 func (s *Store) WipeIdentity() error {
-	s.want(identityFile, nil)
+	s.wantIdentity(nil, nil)
 	if err := s.take(); err != nil {
 		return err
 	}
@@ -207,6 +240,7 @@ func (s *Store) leaveIdentity() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.files, identityFile)
+	s.stored = nil
 }
 
 // LoadBundle returns the trust bundle kept, with its taint marks and their
@@ -320,6 +354,13 @@ func (s *Store) want(file string, encode func() ([]byte, error)) {
 	defer s.mu.Unlock()
 	k := s.files[file]
 	s.files[file] = kept{generation: k.generation + 1, encode: encode, stamp: k.stamp, since: time.Now()}
+}
+
+func (s *Store) wantIdentity(id *Identity, encode func() ([]byte, error)) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	k := s.files[identityFile]
+	s.files[identityFile] = kept{generation: k.generation + 1, identity: id, encode: encode, stamp: k.stamp, since: time.Now()}
 }
 
 func (s *Store) keep(file string, k kept) {

@@ -102,6 +102,9 @@ func (s *Store) write(file string) error {
 	k := s.file(file)
 	at := k.stamp
 	if err == nil {
+		if file == identityFile {
+			s.noteStored(k.identity)
+		}
 		at, err = s.writeTo(s.folder, file, k)
 	}
 	if err != nil {
@@ -123,8 +126,14 @@ func (s *Store) write(file string) error {
 	}
 	if err == nil {
 		now.stamp = at
-		if file == identityFile && !k.since.IsZero() {
-			s.identityErr = nil
+		if file == identityFile {
+			s.stored = nil
+			if k.identity != nil {
+				s.stored = []*Identity{k.identity}
+			}
+			if !k.since.IsZero() {
+				s.identityErr = nil
+			}
 		}
 	}
 	s.files[file] = now
@@ -170,6 +179,7 @@ func (s *Store) moveAsideOther(f *folder, ours []byte) error {
 	}
 	other, err := decodeIdentity(found)
 	if err == nil && other.ID() == mine.ID() {
+		s.noteStored(other)
 		return nil
 	}
 	to, err := f.setAside(identityFile, "other", time.Now())

@@ -10,8 +10,7 @@ import (
 // are encoded already.
 type codec struct{}
 
-// encoded is an answer in wire format, in a buffer that is given back when it
-// was written.
+// encoded is an answer in wire format.
 type encoded struct{ data mem.Buffer }
 
 var protobuf = encoding.GetCodecV2(proto.Name)

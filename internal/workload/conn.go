@@ -35,10 +35,11 @@ func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 		p.Close()
 		return nil, nil, errTooManyConns
 	}
-	return &peerConn{Conn: conn, close: sync.OnceFunc(func() {
+	held := &peerConn{Conn: conn, close: sync.OnceFunc(func() {
 		c.s.conns.release(p.UID())
 		p.Close()
-	})}, peerInfo{peer: p}, nil
+	})}
+	return held, peerInfo{peer: p, conn: held}, nil
 }
 
 // ClientHandshake is for clients and never called.
@@ -57,33 +58,27 @@ func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 // OverrideServerName is for clients.
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
-// peerConn lets go of the process when the connection is closed.
-type peerConn struct {
-	net.Conn
-	close func()
-}
-
-func (c *peerConn) Close() error {
-	err := c.Conn.Close()
-	c.close()
-	return err
-}
-
 // peerInfo carries the process to the handlers.
 type peerInfo struct {
 	credentials.CommonAuthInfo
 	peer *attest.Peer
+	conn *peerConn
 }
 
 func (peerInfo) AuthType() string { return "unix" }
 
 func peerFrom(ctx context.Context) (*attest.Peer, bool) {
+	info, ok := infoFrom(ctx)
+	return info.peer, ok
+}
+
+func infoFrom(ctx context.Context) (peerInfo, bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
-		return nil, false
+		return peerInfo{}, false
 	}
 	info, ok := p.AuthInfo.(peerInfo)
-	return info.peer, ok
+	return info, ok
 }
 
 func unixPeer(conn net.Conn) (*attest.Peer, error) {

@@ -33,7 +33,7 @@ func TestJWTForAnIDThatMayExist(t *testing.T) {
 				s := newSystem(t, func(c *Config) { c.JWT, c.Attestors = &minter{}, tt.attestors })
 				e := entry("e1", "/one", 1000)
 				if tt.restored {
-					s.cache.Restore([]*cache.Entry{e}, []*cache.SVID{s.ca.svid(t, e, time.Hour)})
+					s.cache.Restore([]*cache.Entry{e}, []*cache.SVID{s.ca.svid(t, e, time.Hour)}, nil)
 				} else {
 					s.add(e)
 				}
@@ -54,7 +54,7 @@ func TestRestoredIsServedAndNothingElseIsKnown(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newSystem(t, nil)
 		e := entry("e1", "/one", 1000)
-		s.cache.Restore([]*cache.Entry{e}, []*cache.SVID{s.ca.svid(t, e, time.Hour)})
+		s.cache.Restore([]*cache.Entry{e}, []*cache.SVID{s.ca.svid(t, e, time.Hour)}, nil)
 		if s.cache.Ready() {
 			t.Error("ready although the server was not asked")
 		}

@@ -76,6 +76,9 @@ type Config struct {
 	Log *slog.Logger
 	// Observer is told what happens. Nil: nobody.
 	Observer Observer
+	// Record is called before each answer with X.509-SVIDs, with what its process can
+	// use from then on and for how long; it returns soon. Nil: nothing is recorded.
+	Record func(cache.Process, []cache.Use)
 	// MaxPerUser limits the open connections and the open calls of one user,
 	// each. Zero means DefaultMaxPerUser.
 	MaxPerUser int
@@ -123,6 +126,9 @@ func New(cfg Config) (*Server, error) {
 	if cfg.Needs == nil {
 		cfg.Needs = func() uint64 { return 0 }
 	}
+	if cfg.Record == nil {
+		cfg.Record = func(cache.Process, []cache.Use) {}
+	}
 	return &Server{
 		cfg:    cfg,
 		log:    cfg.Log,
@@ -154,6 +160,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		// A connection mostly waits for the next rotation: it should not own
 		// buffers meanwhile. Requests are tiny.
 		grpc.ReadBufferSize(readBuffer),
+		grpc.WriteBufferSize(0), // see peerConn.await
 		grpc.StaticStreamWindowSize(64<<10),
 		grpc.StaticConnWindowSize(64<<10),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),

@@ -10,6 +10,7 @@ import (
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/mem"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
@@ -70,18 +71,26 @@ func aside(f func() error) (err error) {
 
 // x509Stream is one open call of FetchX509SVID.
 type x509Stream struct {
-	s      *service
-	stream grpc.ServerStream
-	caller *caller
-	sub    *cache.Subscription
-	last   x509Answer // what was sent
-	warned bool       // of its size
-	opened time.Time  // when the caller was let in
+	s       *service
+	stream  grpc.ServerStream
+	caller  *caller
+	process cache.Process
+	conn    *peerConn
+	sub     *cache.Subscription
+	last    x509Answer    // what was sent
+	sending *delivery     // of last, until it was read; nil then
+	pause   time.Duration // before it is looked at next
+	warned  bool          // of its size
+	opened  time.Time     // when the caller was let in
 	// partial is since when there is something to tell and more is to come.
 	partial time.Time
 	// orphaned is since when what is held does not go with the bundle.
 	orphaned time.Time
 }
+
+// readLimit is the longest pause before it is looked whether an answer has been read.
+// The first is PushSpacing; most have been by then.
+const readLimit = 4 * time.Second
 
 // startGrace is how long a caller is kept waiting by an agent that is starting
 // before it is told to come again. Most starts take less, and a stock client
@@ -104,40 +113,61 @@ const partialGrace = 5 * time.Second
 // server is being asked for. It may be the only one that the workload reads.
 const bundleGrace = 2 * time.Second
 
-// open lets the caller in. Unless it fails, close has to follow.
+// open lets the caller in. Unless it fails, close has to follow. The call counts in
+// the cache before its caller is attested, which may take long.
 func (x *x509Stream) open() error {
 	var req workloadpb.X509SVIDRequest // has no fields
 	if err := x.stream.RecvMsg(&req); err != nil {
 		return err
 	}
+	info, ok := infoFrom(x.stream.Context())
+	if !ok {
+		return errAttest
+	}
+	x.conn, x.process = info.conn, info.peer.Process()
+	x.sub = x.s.cfg.Cache.Subscribe(x.process, nil)
 	c, err := x.s.enter(x.stream.Context())
 	if err != nil {
+		x.sub.Close()
 		return err
 	}
 	x.caller, x.opened = c, time.Now()
 	x.s.obs.StreamOpened(fetchX509SVID)
-	x.sub = x.s.cfg.Cache.Subscribe(c.selectors)
+	x.sub.Select(c.selectors)
 	return nil
 }
 
 func (x *x509Stream) close() {
+	// A client that asks once is gone as soon as it has its answer.
+	if !x.read() {
+		x.conn.forget(x.sending)
+	}
 	x.sub.Close()
 	x.s.obs.StreamClosed(fetchX509SVID)
 	x.caller.leave()
 }
 
-// reattest subscribes with the selectors that the caller has by now.
+// reattest goes on with the selectors that the caller has by now.
 func (x *x509Stream) reattest() error {
 	changed, err := x.s.reattest(x.stream.Context(), x.caller)
-	if err != nil || !changed {
-		return err
+	if err == nil && changed {
+		x.sub.Select(x.caller.selectors)
 	}
-	// Until the new subscription is answered it counts as one that may use
-	// anything (cache.Unanswered). So what was sent before still counts.
-	before := x.sub
-	x.sub = x.s.cfg.Cache.Subscribe(x.caller.selectors)
-	before.Close()
-	return nil
+	return err
+}
+
+// read reports whether the client has read all that was sent.
+func (x *x509Stream) read() bool {
+	if x.sending == nil {
+		return true
+	}
+	if !x.conn.read(x.sending) {
+		return false
+	}
+	x.conn.forget(x.sending)
+	x.sending = nil
+	x.sub.Read()
+	return true
 }
 
 // look sends what the caller is to know now, if it differs from what was sent.
@@ -151,6 +181,12 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	}
 	if err := x.caller.admit(&v); err != nil {
 		return false, 0, err
+	}
+	// One answer at a time: a client that reads none costs no more memory, and gets the
+	// newest when it goes on.
+	if !x.read() {
+		x.pause = min(2*x.pause, readLimit)
+		return false, x.pause, nil
 	}
 	if len(v.Identities) == 0 {
 		return false, 0, nil
@@ -181,8 +217,6 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	}
 	next := newX509Answer(&v)
 	if next.equal(&x.last) {
-		// What was sent before says the same.
-		x.sub.Sent()
 		return false, 0, nil
 	}
 	if x.caller.peer.Alive() != nil {
@@ -196,12 +230,13 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 			x.s.warnOversize(x.caller, len(next.identities), size)
 		}
 	}
-	if err := x.stream.SendMsg(encoded{next.encode(size)}); err != nil {
+	answer := next.encode(size)
+	x.s.cfg.Record(x.process, x.sub.Sending())
+	x.sending, x.pause, x.last = x.conn.await(answer), PushSpacing, next
+	if err := x.stream.SendMsg(encoded{mem.SliceBuffer(answer)}); err != nil {
 		return false, 0, err
 	}
-	x.sub.Sent()
-	x.last = next
-	return true, 0, nil
+	return true, x.pause, nil
 }
 
 func (s *service) warnOversize(c *caller, identities, size int) {

@@ -1,0 +1,352 @@
+package cache_test
+
+import (
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"slices"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+)
+
+// A stream counts against an authority from the moment an SVID of it is read
+// for sending until its process has read an answer without it.
+func TestStreamsCountUntilTheReplacementIsRead(t *testing.T) {
+	t.Parallel()
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	put(t, c, svid(e, "A"))
+	sub := c.Subscribe(cache.Process{PID: 1, Started: 1}, sel("x"))
+	check := func(when string, want ...cache.Usage) {
+		t.Helper()
+		if got := c.Authorities(); !slices.Equal(got, want) {
+			t.Errorf("%s: %+v, want %+v", when, got, want)
+		}
+	}
+	check("subscribed", cache.Usage{Authority: "A", Held: 1})
+	sub.View()
+	check("on its way", cache.Usage{Authority: "A", Held: 1, Streams: 1})
+	put(t, c, svid(e, "B")) // replaced while the old one is being sent
+	check("replaced meanwhile", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1})
+	sub.Sending()
+	sub.Read()
+	check("old one read", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1})
+	sub.View()
+	sub.Sending()
+	check("new one sent", cache.Usage{Authority: "A", Streams: 1}, cache.Usage{Authority: "B", Held: 1, Streams: 1})
+	sub.Read()
+	check("new one read", cache.Usage{Authority: "B", Held: 1, Streams: 1})
+	sub.Close()
+	sub.Close()
+	check("closed, the process goes on", cache.Usage{Authority: "B", Held: 1, Streams: 1})
+	c.Sweep(func(cache.Process) bool { return false })
+	check("the process has ended", cache.Usage{Authority: "B", Held: 1})
+}
+
+// Nothing counts beyond its end: neither what is held and cannot be renewed nor
+// what streams were sent.
+func TestNothingCountsBeyondItsEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := cache.New(cache.Config{})
+		c.SetBundle(snapshot(t))
+		e := entry("e", "x")
+		c.Update([]*cache.Entry{e}, nil)
+		put(t, c, svid(e, "A"))
+		read, sent, viewed, left := c.Subscribe(cache.Process{PID: 1}, sel("x")), c.Subscribe(cache.Process{PID: 2}, sel("x")),
+			c.Subscribe(cache.Process{PID: 3}, sel("x")), c.Subscribe(cache.Process{PID: 4}, sel("x"))
+		for _, s := range []*cache.Subscription{read, sent, viewed, left} {
+			s.View()
+		}
+		for _, s := range []*cache.Subscription{read, sent, left} {
+			s.Sending()
+		}
+		read.Read()
+		left.Close()
+		time.Sleep(time.Hour - time.Second)
+		if got, want := c.Authorities(), []cache.Usage{{Authority: "A", Held: 1, Streams: 4}}; !slices.Equal(got, want) {
+			t.Errorf("before the end: %+v, want %+v", got, want)
+		}
+		time.Sleep(time.Second)
+		if got := c.Authorities(); len(got) > 0 || c.Held("A") != 0 || len(c.Uses()) != 0 {
+			t.Errorf("after the end: %+v, %d held, processes use %v", got, c.Held("A"), c.Uses())
+		}
+	})
+}
+
+// After a restart a call counts until it is answered, though nothing is known of its
+// process; without a restart there is nothing that it could use, and for ever it does
+// not count either.
+func TestUnansweredCallsCountAfterARestart(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := cache.New(cache.Config{})
+		want := func(when string, n int) {
+			t.Helper()
+			if got := c.Unanswered(); got != n {
+				t.Errorf("%s: %d unanswered, want %d", when, got, n)
+			}
+		}
+		first := c.Subscribe(cache.Process{PID: 1}, nil)
+		want("no restart", 0)
+		first.Close()
+		c.Restore(nil, nil, nil)
+		a, b, d := c.Subscribe(cache.Process{PID: 1}, nil), c.Subscribe(cache.Process{PID: 2}, nil), c.Subscribe(cache.Process{PID: 3}, nil)
+		want("three calls", 3)
+		a.View()
+		a.Sending()
+		want("one is sent an answer", 3)
+		a.Read()
+		want("and has read it", 2)
+		b.Close()
+		b.Close()
+		want("one is closed", 1)
+		c.Release()
+		c.Subscribe(cache.Process{PID: 4}, nil)
+		want("one came later", 1)
+		time.Sleep(cache.ReconnectGrace)
+		want("nothing is signed for it", 0)
+		a.Close()
+		d.Close()
+	})
+}
+
+// For random histories of streams of several processes, over restarts: an authority
+// counts while a process that lives may use an SVID of it, as defined by the model in
+// plain words, and not otherwise.
+func TestProcessesCountAsDefined(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for seed := range uint64(400) {
+			m := &readersModel{t: t, seed: seed, r: rand.New(rand.NewPCG(seed, 0)), snapshot: snapshot(t)}
+			m.play()
+		}
+	})
+}
+
+// readersModel is one history.
+type readersModel struct {
+	t         *testing.T
+	seed      uint64
+	r         *rand.Rand
+	snapshot  *bundle.Snapshot
+	c         *cache.Cache
+	e         *cache.Entry
+	processes []*modelProcess
+	past      []string
+}
+
+type modelProcess struct {
+	name    cache.Process
+	dead    bool
+	streams []*modelStream
+}
+
+// modelStream is what one stream handed to its process: by authority, until when it
+// can be used.
+type modelStream struct {
+	sub    *cache.Subscription
+	opened int                  // when, in steps
+	ended  int                  // 0 while it is open
+	viewed map[string]time.Time // being put together
+	sent   map[string]time.Time // not read yet
+	may    map[string]time.Time // what the process may use because of it
+	read   []modelAnswer        // the answers that were read
+}
+
+type modelAnswer struct {
+	at   time.Time
+	uses map[string]time.Time
+}
+
+func (m *readersModel) play() {
+	m.e = entry("e", "x")
+	m.begin(nil)
+	for i := range 3 {
+		m.processes = append(m.processes, &modelProcess{name: cache.Process{PID: i, Started: uint64(i + 1)}})
+	}
+	for step := 1; step <= 60; step++ {
+		p := m.processes[m.r.IntN(len(m.processes))]
+		var s *modelStream // open, of p
+		for _, o := range p.streams {
+			if o.ended == 0 && (s == nil || m.r.IntN(2) == 0) {
+				s = o
+			}
+		}
+		op := m.r.IntN(12)
+		m.past = append(m.past, fmt.Sprint(op, "/", p.name.PID))
+		switch {
+		case op < 2:
+			v := svid(m.e, []string{"A", "B", "C"}[m.r.IntN(3)])
+			v.NotAfter = time.Now().Add(time.Duration(1+m.r.IntN(20)) * time.Minute)
+			put(m.t, m.c, v)
+		case op < 5 && !p.dead:
+			s := &modelStream{sub: m.c.Subscribe(p.name, sel("x")), opened: step, may: map[string]time.Time{}}
+			p.streams = append(p.streams, s)
+			m.send(s)
+			if m.r.IntN(3) > 0 {
+				s.hasRead()
+			}
+			if m.r.IntN(3) == 0 {
+				s.end(step)
+			}
+		case op == 5 && s != nil:
+			s.view()
+		case op == 6 && s != nil && s.sent == nil:
+			m.send(s)
+		case op == 7 && s != nil && s.sent != nil:
+			s.hasRead()
+		case op == 8 && s != nil:
+			s.end(step)
+		case op == 9 && m.r.IntN(4) == 0:
+			p.dead = true
+			for _, s := range p.streams {
+				s.end(step)
+			}
+		case op == 10:
+			m.c.Sweep(func(name cache.Process) bool {
+				return !slices.ContainsFunc(m.processes, func(p *modelProcess) bool { return p.name == name && p.dead })
+			})
+			for _, p := range m.processes {
+				if p.dead {
+					p.streams = nil
+				}
+			}
+		case op == 11 && m.r.IntN(4) == 0:
+			m.restart(step)
+		}
+		time.Sleep(time.Duration(1+m.r.IntN(90)) * time.Second)
+		m.check()
+	}
+}
+
+func (m *readersModel) begin(uses map[cache.Process][]cache.Use) {
+	m.c = cache.New(cache.Config{})
+	m.c.SetBundle(m.snapshot)
+	if uses != nil {
+		m.c.Restore(nil, nil, uses)
+	}
+	m.c.Update([]*cache.Entry{m.e}, nil)
+}
+
+// restart ends all streams. What is being put together may just as well be sent.
+func (m *readersModel) restart(step int) {
+	uses := m.c.Uses()
+	for _, p := range m.processes {
+		left := &modelStream{opened: step, ended: step, may: map[string]time.Time{}}
+		for _, s := range p.streams {
+			for id := range s.may {
+				later(left.may, s.may, id)
+			}
+			if s.ended == 0 {
+				for id := range s.viewed {
+					later(left.may, s.viewed, id)
+				}
+			}
+		}
+		p.streams = []*modelStream{left}
+	}
+	m.begin(uses)
+}
+
+func later(into, from map[string]time.Time, id string) {
+	if from[id].After(into[id]) {
+		into[id] = from[id]
+	}
+}
+
+func (s *modelStream) view() {
+	s.viewed = map[string]time.Time{}
+	for _, id := range s.sub.View().Identities {
+		s.viewed[id.SVID.Authority] = id.SVID.NotAfter
+	}
+}
+
+func (m *readersModel) send(s *modelStream) {
+	s.view()
+	if got := len(s.sub.Sending()); got != len(s.viewed) {
+		m.t.Fatalf("seed %d: an answer with SVIDs of %d authorities is said to use %d", m.seed, len(s.viewed), got)
+	}
+	for id := range s.viewed {
+		later(s.may, s.viewed, id)
+	}
+	s.sent, s.viewed = s.viewed, nil
+}
+
+func (s *modelStream) hasRead() {
+	s.sub.Read()
+	s.read = append(s.read, modelAnswer{time.Now(), s.sent})
+	s.may, s.sent = maps.Clone(s.sent), nil
+}
+
+func (s *modelStream) end(step int) {
+	if s.ended == 0 {
+		s.sub.Close()
+		s.ended, s.viewed = step, nil
+	}
+}
+
+// replaced: a stream opened after the last end of one that left an SVID of the
+// authority has read an answer without it, and other clients have had time to be back.
+func (m *readersModel) replaced(p *modelProcess, id string) bool {
+	last := -1
+	for _, s := range p.streams {
+		if _, may := s.may[id]; may && s.ended > 0 {
+			last = max(last, s.ended)
+		}
+	}
+	return last >= 0 && slices.ContainsFunc(p.streams, func(s *modelStream) bool {
+		return s.opened > last && slices.ContainsFunc(s.read, func(answer modelAnswer) bool {
+			_, has := answer.uses[id]
+			return !has && time.Since(answer.at) >= cache.ReconnectGrace
+		})
+	})
+}
+
+func (m *readersModel) check() {
+	m.t.Helper()
+	want, used := map[string]int{}, map[string]bool{}
+	for _, p := range m.processes {
+		for _, id := range []string{"A", "B", "C"} {
+			open, left, replaced := 0, 0, m.replaced(p, id)
+			for _, s := range p.streams {
+				if replaced && s.ended > 0 {
+					delete(s.may, id)
+				}
+				may := s.may[id].After(time.Now())
+				switch {
+				case s.ended == 0 && (may || s.viewed[id].After(time.Now())):
+					open++
+				case s.ended > 0 && may:
+					left = 1
+				}
+			}
+			if n := max(open, left); n > 0 {
+				want[id] += n
+				used[id] = true
+			}
+		}
+	}
+	got := map[string]int{}
+	for _, u := range m.c.Authorities() {
+		if u.Streams > 0 {
+			got[u.Authority] = u.Streams
+		}
+	}
+	if !maps.Equal(got, want) {
+		m.t.Fatalf("seed %d after %v: counted are %v, want %v", m.seed, m.past, got, want)
+	}
+	for _, uses := range m.c.Uses() {
+		for _, u := range uses {
+			if !used[u.Authority] {
+				m.t.Fatalf("seed %d after %v: a process uses %v, counted are %v", m.seed, m.past, u, want)
+			}
+		}
+	}
+}

@@ -1,0 +1,241 @@
+package agent_test
+
+import (
+	"context"
+	"net"
+	"sync"
+	"sync/atomic"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
+	"google.golang.org/grpc/test/bufconn"
+
+	"testing/synctest"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/attest"
+)
+
+// process is a workload: it has connections and can be stopped or killed.
+type process struct {
+	w         *world
+	name      cache.Process
+	values    []string // of its selectors
+	selectors []cache.Selector
+
+	mu    sync.Mutex
+	ended bool
+	going chan struct{} // closed while it is not stopped
+	conns []*connection
+}
+
+var processes atomic.Int64
+
+// begin starts a workload with these selectors of the type test.
+func (w *world) begin(values ...string) *process {
+	n := processes.Add(1)
+	p := &process{w: w, name: cache.Process{PID: int(n), Started: uint64(n)}, values: values, going: make(chan struct{})}
+	close(p.going)
+	for _, v := range values {
+		p.selectors = append(p.selectors, cache.Selector{Type: "test", Value: v})
+	}
+	w.processes.Store(p.name, p)
+	return p
+}
+
+func (p *process) alive() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.ended {
+		return attest.ErrGone
+	}
+	return nil
+}
+
+// stop is SIGSTOP: nothing of the process runs, so it reads nothing.
+func (p *process) stop() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.going:
+		p.going = make(chan struct{})
+	default:
+	}
+}
+
+// resume is SIGCONT.
+func (p *process) resume() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	select {
+	case <-p.going:
+	default:
+		close(p.going)
+	}
+}
+
+func (p *process) runs() <-chan struct{} {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.going
+}
+
+// kill ends the process. What it has not read is lost.
+func (p *process) kill() {
+	p.mu.Lock()
+	p.ended = true
+	conns := p.conns
+	p.mu.Unlock()
+	for _, c := range conns {
+		c.cut()
+		c.ClientConn.Close()
+	}
+	p.resume()
+}
+
+// connection is one that a process has to the agent.
+type connection struct {
+	*grpc.ClientConn
+	process *process
+
+	mu   sync.Mutex
+	ends []net.Conn
+}
+
+// connect opens a connection to the agent that runs now.
+func (p *process) connect() *connection {
+	c := &connection{process: p}
+	lis := p.w.workloads
+	var err error
+	c.ClientConn, err = grpc.NewClient("passthrough:agent", grpc.WithTransportCredentials(insecure.NewCredentials()),
+		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+			conn, err := lis.dial(ctx, p)
+			if err == nil {
+				c.mu.Lock()
+				c.ends = append(c.ends, conn)
+				c.mu.Unlock()
+			}
+			return conn, err
+		}),
+		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
+	p.w.check(err)
+	p.mu.Lock()
+	p.conns = append(p.conns, c)
+	p.mu.Unlock()
+	c.Connect()
+	synctest.Wait()
+	return c
+}
+
+// cut closes the connection as the kernel does for a process that ends.
+func (c *connection) cut() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, end := range c.ends {
+		end.Close()
+	}
+}
+
+// Close closes the connection, and its process ends.
+func (c *connection) Close() {
+	c.ClientConn.Close()
+	c.process.kill()
+}
+
+// leave closes the connection. The process goes on with what it has.
+func (c *connection) leave() { c.ClientConn.Close() }
+
+// link is a connection as both ends see it. What the workload has not read, the
+// agent's end knows, as the kernel does for a Unix socket.
+type link struct {
+	process *process
+	mu      sync.Mutex
+	unread  int
+}
+
+type agentEnd struct {
+	net.Conn
+	link *link
+}
+
+func (e *agentEnd) Write(b []byte) (int, error) {
+	e.link.mu.Lock()
+	e.link.unread += len(b)
+	e.link.mu.Unlock()
+	return e.Conn.Write(b)
+}
+
+func (e *agentEnd) Unread() (int, error) {
+	e.link.mu.Lock()
+	defer e.link.mu.Unlock()
+	return e.link.unread, nil
+}
+
+type workloadEnd struct {
+	net.Conn
+	link *link
+}
+
+func (e *workloadEnd) Read(b []byte) (int, error) {
+	<-e.link.process.runs()
+	n, err := e.Conn.Read(b)
+	<-e.link.process.runs() // it was stopped while it waited
+	if e.link.process.alive() != nil {
+		return 0, net.ErrClosed
+	}
+	e.link.mu.Lock()
+	e.link.unread -= n
+	e.link.mu.Unlock()
+	return n, err
+}
+
+// pairListener accepts connections in memory that know their process.
+type pairListener struct {
+	conns chan net.Conn
+	done  chan struct{}
+	once  sync.Once
+}
+
+func newPairListener() *pairListener {
+	return &pairListener{conns: make(chan net.Conn), done: make(chan struct{})}
+}
+
+func (l *pairListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pairListener) Close() error {
+	l.once.Do(func() { close(l.done) })
+	return nil
+}
+
+func (*pairListener) Addr() net.Addr { return &net.UnixAddr{Name: "memory", Net: "unix"} }
+
+func (l *pairListener) dial(ctx context.Context, p *process) (net.Conn, error) {
+	pair := bufconn.Listen(256 << 10)
+	defer pair.Close()
+	accepted := make(chan net.Conn, 1)
+	go func() {
+		if c, err := pair.Accept(); err == nil {
+			accepted <- c
+		}
+	}()
+	workload, err := pair.DialContext(ctx)
+	if err != nil {
+		return nil, err
+	}
+	both := &link{process: p}
+	select {
+	case l.conns <- &agentEnd{<-accepted, both}:
+		return &workloadEnd{workload, both}, nil
+	case <-l.done:
+		return nil, net.ErrClosed
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}

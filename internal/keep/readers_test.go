@@ -1,0 +1,297 @@
+package keep_test
+
+import (
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"log/slog"
+	"math/big"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/keep"
+)
+
+func runs(cache.Process) bool { return true }
+
+func logTo(w *strings.Builder) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
+
+// snapshot has one authority, which signed nothing.
+func snapshot(t *testing.T) *bundle.Snapshot {
+	t.Helper()
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	cert, err := x509.ParseCertificate(der)
+	if err != nil {
+		t.Fatal(err)
+	}
+	own, err := bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: cert}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return &bundle.Snapshot{Own: own}
+}
+
+// reopened is what an agent finds that is started now.
+func reopened(t *testing.T, path string, running func(cache.Process) bool) map[cache.Process][]cache.Use {
+	t.Helper()
+	d, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	uses, err := d.LoadProcesses(time.Now(), running)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return uses
+}
+
+func processFiles(path string) []string {
+	files, _ := filepath.Glob(filepath.Join(path, "*.process*"))
+	return files
+}
+
+// What a process may use is found after the agent was killed at any time, and no
+// longer once it uses it no more.
+func TestProcessesAreKept(t *testing.T) {
+	path := memory(t)
+	synctest.Test(t, func(t *testing.T) {
+		now := time.Now()
+		d, err := keep.Open(path, quiet())
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := cache.New(cache.Config{})
+		c.Restore(nil, nil, nil)
+		e, s := fill(c, now)
+		if err := c.Put(s); err != nil {
+			t.Fatal(err)
+		}
+		stop := follow(t, d, c)
+		p := cache.Process{PID: 7, Started: 99}
+		sub := c.Subscribe(p, e.Selectors)
+		c.SetBundle(snapshot(t))
+		answer := func() {
+			sub.View()
+			d.Record(p, sub.Sending())
+		}
+		answer()
+		want := func(when string, authorities ...string) {
+			t.Helper()
+			var got []string
+			for _, u := range reopened(t, path, runs)[p] {
+				got = append(got, u.Authority)
+			}
+			if slices.Sort(got); !slices.Equal(got, authorities) {
+				t.Errorf("%s: a restart finds uses of %v, want %v", when, got, authorities)
+			}
+		}
+		want("sent", "aa")
+		sub.Read()
+		next := *s
+		next.Authority = "bb"
+		if err := c.Put(&next); err != nil {
+			t.Fatal(err)
+		}
+		answer()
+		want("replacement on its way", "aa", "bb")
+		sub.Read()
+		time.Sleep(11 * time.Second)
+		want("replacement read", "bb")
+		sub.Close()
+		time.Sleep(11 * time.Second)
+		want("the stream has ended", "bb")
+		c.Sweep(func(cache.Process) bool { return false })
+		time.Sleep(11 * time.Second)
+		want("the process has ended")
+		d.Record(p, []cache.Use{{Authority: "bb", NotAfter: now.Add(time.Hour)}})
+		if got := reopened(t, path, func(cache.Process) bool { return false }); len(got) != 0 {
+			t.Errorf("after the process has ended: %v", got)
+		}
+		if files := processFiles(path); len(files) != 0 {
+			t.Errorf("files left: %v", files)
+		}
+		stop()
+	})
+}
+
+// A record says no more than its process uses, is not for others to read, and holds
+// no key. Broken ones are dropped, with a word.
+func TestRecordsOfProcesses(t *testing.T) {
+	path := memory(t)
+	var log strings.Builder
+	d, err := keep.Open(path, logTo(&log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := time.Now().Add(time.Hour)
+	p := cache.Process{PID: 7, Started: 99}
+	d.Record(p, []cache.Use{{Authority: "aa", NotAfter: end}})
+	files := processFiles(path)
+	if len(files) != 1 {
+		t.Fatalf("files %v, want one", files)
+	}
+	if st, err := os.Stat(files[0]); err != nil || st.Mode().Perm() != 0o600 {
+		t.Errorf("mode %v, %v; want 0600", st.Mode(), err)
+	}
+	d.Record(p, []cache.Use{{Authority: "aa", NotAfter: end.Add(-time.Minute)}, {Authority: "bb", NotAfter: end}})
+	got := reopened(t, path, runs)[p]
+	if len(got) != 2 || got[0].Authority != "aa" || !got[0].NotAfter.Equal(end) || got[1].Authority != "bb" {
+		t.Errorf("kept %v, want both, aa until the later end", got)
+	}
+	good, err := os.ReadFile(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, content := range map[string]string{"1-2.process": "{", "3-4.process": string(good), "5-6.process.tmp": string(good)} {
+		if err := os.WriteFile(filepath.Join(path, name), []byte(content), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again, err := keep.Open(path, logTo(&log))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := again.LoadProcesses(time.Now(), runs); err != nil || len(got) != 1 {
+		t.Errorf("beside broken files: %v, %v", got, err)
+	}
+	if files := processFiles(path); len(files) != 1 || !strings.Contains(log.String(), "1-2.process") || !strings.Contains(log.String(), "3-4.process") {
+		t.Errorf("files %v; the log must name those dropped:\n%s", files, log.String())
+	}
+	if got, err := again.LoadProcesses(end, runs); err != nil || len(got) != 0 || len(processFiles(path)) != 0 {
+		t.Errorf("after its end: %v, %v", got, err)
+	}
+}
+
+// What cannot be kept is said once, and written as soon as it can be.
+func TestRecordThatCannotBeWritten(t *testing.T) {
+	path := memory(t)
+	synctest.Test(t, func(t *testing.T) {
+		var log strings.Builder
+		d, err := keep.Open(path, logTo(&log))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := cache.New(cache.Config{})
+		e, s := fill(c, time.Now())
+		if err := c.Put(s); err != nil {
+			t.Fatal(err)
+		}
+		c.SetBundle(snapshot(t))
+		stop := follow(t, d, c)
+		p := cache.Process{PID: 7, Started: 99}
+		sub := c.Subscribe(p, e.Selectors)
+		synctest.Wait()
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+		sub.View()
+		uses := sub.Sending()
+		d.Record(p, uses)
+		d.Record(p, uses)
+		if d.Err() == nil {
+			t.Error("nothing is wrong with a record that was not written")
+		}
+		time.Sleep(11 * time.Second)
+		if got := reopened(t, path, runs)[p]; d.Err() != nil || len(got) != 1 {
+			t.Errorf("seconds later %v is kept, %v", got, d.Err())
+		}
+		if err := os.RemoveAll(path); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(11 * time.Second)
+		if got := reopened(t, path, runs)[p]; len(got) != 1 {
+			t.Errorf("seconds after the folder was removed %v is kept", got)
+		}
+		stop()
+		if n := strings.Count(log.String(), "what a process uses not kept"); n != 1 || strings.Count(log.String(), "keeping what processes use recovered") != 1 {
+			t.Errorf("said %d times that it is not kept, want once:\n%s", n, log.String())
+		}
+	})
+}
+
+// While the file of an SVID is being written it may be found there already, and after
+// the cache has another one it may be found there still.
+func TestHoldsWhatIsBeingWritten(t *testing.T) {
+	path := memory(t)
+	now := time.Now()
+	d, err := keep.Open(path, quiet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := cache.New(cache.Config{})
+	_, s := fill(c, now)
+	if err := c.Put(s); err != nil {
+		t.Fatal(err)
+	}
+	follow(t, d, c)()
+	files, _ := filepath.Glob(path + "/*.json")
+	if len(files) != 1 {
+		t.Fatalf("files: %v, want one", files)
+	}
+	before, err := os.Stat(files[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := follow(t, d, c)
+	deadline := time.Now().Add(10 * time.Second)
+	for time.Now().Before(deadline) { // until it is written once more, at the start
+		if now, err := os.Stat(files[0]); err == nil && !os.SameFile(before, now) {
+			break
+		}
+		time.Sleep(time.Millisecond)
+	}
+	// A write into a FIFO waits for its reader.
+	if err := syscall.Mkfifo(files[0]+".tmp", 0o600); err != nil {
+		t.Fatal(err)
+	}
+	put := func(authority string) {
+		next := *s
+		next.Authority = authority
+		if err := c.Put(&next); err != nil {
+			t.Fatal(err)
+		}
+	}
+	put("bb")
+	for !d.Holds("bb", now) && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
+	put("cc")
+	if !d.Holds("aa", now) || !d.Holds("bb", now) {
+		t.Errorf("while bb is written over aa: holds aa %v and bb %v, want both", d.Holds("aa", now), d.Holds("bb", now))
+	}
+	if d.Holds("aa", s.NotAfter) {
+		t.Error("an SVID that has ended is held")
+	}
+	r, err := os.Open(files[0] + ".tmp")
+	if err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 1<<16)
+	for n := 1; n > 0; n, _ = r.Read(buf) {
+	}
+	r.Close()
+	for d.Holds("bb", now) && time.Now().Before(deadline) {
+		time.Sleep(time.Millisecond)
+	}
+	if d.Holds("aa", now) || d.Holds("bb", now) || !d.Holds("cc", now) {
+		t.Error("in the end it must hold cc alone")
+	}
+	stop()
+}

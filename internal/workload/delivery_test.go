@@ -1,0 +1,241 @@
+package workload
+
+import (
+	"bytes"
+	"context"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"golang.org/x/net/http2"
+	"golang.org/x/net/http2/hpack"
+
+	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/cache"
+)
+
+// rawClient is an HTTP/2 client that reads when it is told to.
+type rawClient struct {
+	conn   net.Conn
+	framer *http2.Framer
+	data   atomic.Int64 // bytes of DATA frames received
+}
+
+// openRaw opens FetchX509SVID on conn, with a flow-control window of that many bytes.
+func openRaw(t *testing.T, conn net.Conn, window uint32) *rawClient {
+	t.Helper()
+	c := &rawClient{conn: conn, framer: http2.NewFramer(conn, conn)}
+	var block bytes.Buffer
+	headers := hpack.NewEncoder(&block)
+	for _, f := range []hpack.HeaderField{
+		{Name: ":method", Value: "POST"}, {Name: ":scheme", Value: "http"}, {Name: ":path", Value: "/SpiffeWorkloadAPI/FetchX509SVID"},
+		{Name: ":authority", Value: "x"}, {Name: "content-type", Value: "application/grpc"}, {Name: "te", Value: "trailers"},
+		{Name: securityHeader, Value: "true"},
+	} {
+		if err := headers.WriteField(f); err != nil {
+			t.Fatal(err)
+		}
+	}
+	_, err := io.WriteString(conn, http2.ClientPreface)
+	for _, write := range []func() error{
+		func() error {
+			return c.framer.WriteSettings(http2.Setting{ID: http2.SettingInitialWindowSize, Val: window})
+		},
+		func() error {
+			return c.framer.WriteHeaders(http2.HeadersFrameParam{StreamID: 1, BlockFragment: block.Bytes(), EndHeaders: true})
+		},
+		func() error { return c.framer.WriteData(1, true, make([]byte, 5)) },
+	} {
+		if err == nil {
+			err = write()
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// read reads until the connection ends.
+func (c *rawClient) read() {
+	for {
+		f, err := c.framer.ReadFrame()
+		if err != nil {
+			return
+		}
+		switch f := f.(type) {
+		case *http2.DataFrame:
+			c.data.Add(int64(len(f.Data())))
+		case *http2.SettingsFrame:
+			if !f.IsAck() {
+				_ = c.framer.WriteSettingsAck() // the next read tells
+			}
+		}
+	}
+}
+
+// streams is how many count against the authority.
+func (s *system) streams(a *authority) int {
+	for _, u := range s.cache.Authorities() {
+		if u.Authority == bundle.AuthorityID(a.cert) {
+			return u.Streams
+		}
+	}
+	return 0
+}
+
+// An answer that gRPC has queued, because flow control lets nothing through, has not
+// been read. Once the client lets it through, it is, and the client gets the newest.
+func TestQueuedAnswerIsNotRead(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		e := entry("e1", "/one", 1000)
+		s.cache.Update([]*cache.Entry{e}, nil)
+		a, b := s.ca, newAuthority(t, td, "b")
+		s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, a, b)})
+		s.put(e)
+		conn, err := s.lis.dial(t.Context(), 1000)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer conn.Close()
+		c := openRaw(t, conn, 0)
+		done := make(chan struct{})
+		go func() { defer close(done); c.read() }()
+		time.Sleep(time.Second)
+		s.ca = b
+		s.put(e)
+		time.Sleep(10 * time.Second)
+		if n := c.data.Load(); n != 0 {
+			t.Fatalf("%d bytes came through a window that is shut", n)
+		}
+		if s.streams(a) != 1 {
+			t.Errorf("the stream does not count against the authority of what is queued")
+		}
+		if err := c.framer.WriteWindowUpdate(1, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2*readLimit + time.Second)
+		if s.streams(a) != 0 || s.streams(b) != 1 {
+			t.Errorf("all read: %d count against the first authority and %d against the second, want 0 and 1", s.streams(a), s.streams(b))
+		}
+		conn.Close()
+		<-done
+	})
+}
+
+// What the kernel holds for a client that reads nothing has not been read.
+func TestAnswerInTheSocketIsNotRead(t *testing.T) {
+	t.Parallel()
+	s, path, e := serveSocket(t, nil)
+	conn, err := net.Dial("unix", path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	c := openRaw(t, conn, 1<<20)
+	a, b := s.ca, newAuthority(t, td, "b")
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(20 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: not within 20 s", what)
+			}
+		}
+	}
+	until("first answer sent", func() bool { return s.streams(a) == 1 })
+	s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, a, b)})
+	s.ca = b
+	s.put(e)
+	time.Sleep(3 * PushSpacing) // longer than the server waits before it looks
+	if s.streams(a) != 1 {
+		t.Error("a stream that has read nothing does not count against the authority of what it was sent")
+	}
+	done := make(chan struct{})
+	go func() { defer close(done); c.read() }()
+	until("all read", func() bool { return s.streams(a) == 0 && s.streams(b) == 1 })
+	conn.Close()
+	<-done
+}
+
+// For every way in which a client can go on after an answer was written to its
+// socket: whether it has read it.
+func TestWhatThePeerHasRead(t *testing.T) {
+	t.Parallel()
+	const answer = "the answer"
+	for name, tt := range map[string]struct {
+		peer func(t *testing.T, c *net.UnixConn)
+		want bool
+	}{
+		"reads nothing":                     {func(*testing.T, *net.UnixConn) {}, false},
+		"reads all":                         {func(t *testing.T, c *net.UnixConn) { take(t, c, len(answer)) }, true},
+		"reads a part":                      {func(t *testing.T, c *net.UnixConn) { take(t, c, len(answer)-1) }, false},
+		"reads all and closes":              {func(t *testing.T, c *net.UnixConn) { take(t, c, len(answer)); c.Close() }, true},
+		"closes":                            {func(_ *testing.T, c *net.UnixConn) { c.Close() }, false},
+		"reads a part and closes":           {func(t *testing.T, c *net.UnixConn) { take(t, c, 1); c.Close() }, false},
+		"shuts down its side":               {func(_ *testing.T, c *net.UnixConn) { c.CloseWrite() }, false},
+		"reads a part, shuts down its side": {func(t *testing.T, c *net.UnixConn) { take(t, c, 1); c.CloseWrite() }, false},
+		"shuts down its reading":            {func(t *testing.T, c *net.UnixConn) { c.CloseRead() }, false},
+		"reads all and shuts down its side": {func(t *testing.T, c *net.UnixConn) { take(t, c, len(answer)); c.CloseWrite() }, true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server, client := unixPair(t)
+			c := &peerConn{Conn: server, close: func() {}}
+			data := []byte(answer)
+			d := c.await(data)
+			defer c.forget(d)
+			if c.read(d) {
+				t.Error("read before it was written")
+			}
+			if _, err := c.Write(data); err != nil {
+				t.Fatal(err)
+			}
+			tt.peer(t, client)
+			before := c.read(d)
+			// gRPC has a read going all the time; here only a close ends it.
+			if err := server.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := server.Read(make([]byte, 1)); !os.IsTimeout(err) {
+				c.ended(err)
+			}
+			if after := c.read(d); after != tt.want || (before && !after) {
+				t.Errorf("before its side was seen to end: %v, after: %v, want %v", before, after, tt.want)
+			}
+		})
+	}
+}
+
+func take(t *testing.T, c net.Conn, n int) {
+	t.Helper()
+	if _, err := io.ReadFull(c, make([]byte, n)); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// unixPair returns the two ends of a connection.
+func unixPair(t *testing.T) (server, client *net.UnixConn) {
+	t.Helper()
+	lis, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer lis.Close()
+	c, err := (&net.Dialer{}).DialContext(context.Background(), "unix", lis.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := lis.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { s.Close(); c.Close() })
+	return s.(*net.UnixConn), c.(*net.UnixConn)
+}
