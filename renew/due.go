@@ -51,7 +51,7 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 	if !it.SVID.For(it.Entry) {
 		return time.Time{}, ReasonEntry
 	}
-	half := it.SVID.RenewAt
+	half := it.RenewAt()
 	switch state, since := s.State(it.SVID.Authority); state {
 	case bundle.Removed:
 		return time.Time{}, ReasonRemoved

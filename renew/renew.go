@@ -284,7 +284,7 @@ func (r *Renewer) look(id string, now time.Time) {
 		it.ready = r.wave
 		// While it waits for its turn its half-life may pass, and then it
 		// must not wait any longer.
-		wake = newest.SVID.RenewAt
+		wake = newest.RenewAt()
 	default:
 		it.ready = r.urgent
 	}
