@@ -107,7 +107,9 @@ func TestThroughProxy(t *testing.T) {
 	t.Parallel()
 	p := &connectProxy{user: "node:secret of the proxy"}
 	a := proxied(t, p, url.UserPassword("node", "secret of the proxy"))
-	if err := a.Attest(t.Context()); err != nil {
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if err := a.Attest(ctx); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := a.SyncEntries(t.Context(), nil); err != nil {
