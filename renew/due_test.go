@@ -38,7 +38,7 @@ func TestDue(t *testing.T) {
 		{"half-life ahead", held(nil), trusted(ca), now, half, renew.ReasonHalfLife},
 		{"half-life passed", held(nil), trusted(ca), half.Add(1), half, renew.ReasonHalfLife},
 		{"entry changed", held(func(s *cache.SVID) { s.Revision = 1 }), trusted(ca), now, time.Time{}, renew.ReasonEntry},
-		{"entry changed in what no SVID has", held(func(s *cache.SVID) { s.Revision, s.TTL = 1, 2 * time.Hour }), trusted(ca), now, half, renew.ReasonHalfLife},
+		{"entry changed in what no SVID has", held(func(s *cache.SVID) { s.Revision, s.TTL = 1, 2*time.Hour }), trusted(ca), now, half, renew.ReasonHalfLife},
 		{"authority gone", held(nil), trusted(other), now, time.Time{}, renew.ReasonRemoved},
 		{"tainted", held(nil), tainted(seen, ca), now, seen.Add(30 * time.Second), renew.ReasonTaint},
 		{"another authority tainted", held(nil), append(tainted(seen, other), trusted(ca)...), now, half, renew.ReasonHalfLife},
