@@ -49,8 +49,18 @@ type Entry struct {
 	Selectors     []Selector
 	FederatesWith []spiffeid.TrustDomain
 	Hint          string
-	// Revision is the server's revision number; another one means that the
-	// SVID has to be minted again.
+	// DNSNames are in X.509-SVIDs beside the SPIFFE ID, in this order. X509TTL and
+	// JWTTTL are how long SVIDs live; zero means the server's default.
+	DNSNames        []string
+	X509TTL, JWTTTL time.Duration
+	// NoPrefetch (disable_x509_svid_prefetch) says that an X.509-SVID is minted
+	// only when a stream asks for it.
+	NoPrefetch bool
+	// IncludeJTI (jwt_svid_include_jti) says that a JWT-SVID is for one request:
+	// it is never held.
+	IncludeJTI bool
+	// Revision is the server's revision number: another one means that something
+	// of the entry has changed. What of it makes another SVID, see [SVID.For].
 	Revision  int64
 	CreatedAt time.Time
 }
@@ -60,7 +70,8 @@ type Config struct {
 	// Limit is how many X.509-SVIDs are held for entries that no open stream
 	// asks for. It is soft: entries above it are minted when asked for, an SVID
 	// with an open stream is never evicted, and any other only when a new one is
-	// there in its place. Zero means DefaultLimit.
+	// there in its place. Zero means DefaultLimit. Entries with NoPrefetch are
+	// minted when asked for in any case.
 	Limit int
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
@@ -92,6 +103,7 @@ type Cache struct {
 	idle        *list.List                              // records with an SVID and without a stream, least recently used first
 	bare        *list.List                              // wanted records without an SVID and without a stream
 	lazy        *list.List                              // records above the limit
+	spare       *list.List                              // as idle, of entries with NoPrefetch
 	jwts        jwtCache
 	newest      Newest
 }
@@ -109,7 +121,7 @@ type record struct {
 	failed bool
 	// missing says that the server's answers do not name the entry at present.
 	missing  bool
-	list     *list.List    // idle, bare or lazy; nil while a stream is open
+	list     *list.List    // idle, bare, lazy or spare; nil while a stream is open, or until one is
 	place    *list.Element // in list
 	watchers map[*Subscription]struct{}
 	slot     int // index in authority.signed
@@ -139,6 +151,7 @@ func New(cfg Config) *Cache {
 		idle:        list.New(),
 		bare:        list.New(),
 		lazy:        list.New(),
+		spare:       list.New(),
 		jwts:        newJWTCache(),
 	}
 }
@@ -189,7 +202,7 @@ func (c *Cache) Restore(entries []*Entry, svids []*SVID, uses map[Process][]Use)
 		c.upsert(e)
 	}
 	for _, s := range svids {
-		if r := c.records[s.EntryID]; r != nil {
+		if r := c.records[s.EntryID]; r != nil && r.gives(s) {
 			c.setWanted(r, true)
 			c.hold(r, s)
 		}
@@ -271,7 +284,9 @@ func (c *Cache) remove(r *record) {
 	r.watchers = nil
 	c.setMissing(r, false)
 	c.setWanted(r, false)
-	r.list.Remove(r.place)
+	if r.list != nil {
+		r.list.Remove(r.place)
+	}
 	delete(c.records, r.entry.ID)
 	c.jwts.dropEntry(r.entry.ID)
 	c.changed(r)
@@ -288,9 +303,9 @@ func (c *Cache) upsert(e *Entry) {
 		c.unindex(r)
 		c.unneed(r.entry.Selectors)
 		switch {
-		case r.entry.SPIFFEID != e.SPIFFEID:
+		case r.entry.SPIFFEID != e.SPIFFEID || e.IncludeJTI:
 			c.jwts.dropEntry(e.ID)
-		case r.entry.Revision != e.Revision || !r.entry.CreatedAt.Equal(e.CreatedAt):
+		case r.entry.JWTTTL != e.JWTTTL:
 			c.jwts.age(e.ID)
 		}
 		r.entry, r.failed = e, false
@@ -313,6 +328,7 @@ func (c *Cache) upsert(e *Entry) {
 			notify(sub.c)
 		}
 	}
+	c.relinquish(r)
 	c.file(r)
 	c.changed(r)
 }

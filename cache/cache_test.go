@@ -69,7 +69,7 @@ func entry(id string, selectors ...string) *cache.Entry {
 
 func svid(e *cache.Entry, authority string) *cache.SVID {
 	return &cache.SVID{
-		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Created: e.CreatedAt, Authority: authority, Leaf: []byte(e.ID + authority),
+		ID: e.SPIFFEID, EntryID: e.ID, Revision: e.Revision, Created: e.CreatedAt, TTL: e.X509TTL, DNSNames: e.DNSNames, Authority: authority, Leaf: []byte(e.ID + authority),
 		NotBefore: time.Now().Add(-time.Minute), NotAfter: time.Now().Add(time.Hour), RenewAt: time.Now().Add(30 * time.Minute),
 	}
 }
@@ -189,12 +189,16 @@ func TestHintsAreUnique(t *testing.T) {
 	for _, e := range entries {
 		put(t, c, svid(e, "A"))
 	}
-	var got []string
-	for _, i := range c.Match(sel("x")).Identities {
-		got = append(got, i.Hint)
+	v := c.Match(sel("x"))
+	if got, want := ids(v), []string{"b", "d", "e"}; !slices.Equal(got, want) {
+		t.Errorf("shown are %q, want %q: the oldest entry with a hint, then the lowest ID", got, want)
 	}
-	if want := []string{"", "web", "", "db", ""}; !slices.Equal(got, want) {
-		t.Errorf("hints %q, want %q: the oldest entry keeps a duplicate, then the lowest ID", got, want)
+	if len(v.Hidden) != 2 || v.Hidden[0].ID != "a" || v.Hidden[1].ID != "c" {
+		t.Errorf("hidden are %v, want a and c", v.Hidden)
+	}
+	c.Update(nil, []string{"b"})
+	if got, want := ids(c.Match(sel("x"))), []string{"c", "d", "e"}; !slices.Equal(got, want) {
+		t.Errorf("shown are %q without the oldest, want %q", got, want)
 	}
 }
 
@@ -203,7 +207,7 @@ func TestPutRefusesWhatWasMintedForAnotherEntry(t *testing.T) {
 	old := entry("e", "x")
 	c.Update([]*cache.Entry{old}, nil)
 	changed := *old
-	changed.Revision = 1
+	changed.Revision, changed.DNSNames = 1, []string{"e.example.org"}
 	c.Update([]*cache.Entry{&changed}, nil)
 	if c.Put(svid(old, "A")) == nil {
 		t.Error("an SVID for an older revision was taken")
@@ -464,11 +468,13 @@ func TestJWTOfAKeyThatLeftAfterTheClockWasWrong(t *testing.T) {
 	}
 }
 
-// An SVID that was minted for another entry of the same ID is not taken.
+// An SVID that was minted for another entry of the same ID is not taken, unless it
+// is the same.
 func TestPutRefusesWhatWasMintedForTheEntryBefore(t *testing.T) {
 	c := cache.New(cache.Config{})
 	before, after := entry("e", "x"), entry("e", "x")
 	before.CreatedAt, after.CreatedAt = time.Unix(1, 0), time.Unix(2, 0)
+	after.X509TTL = time.Hour
 	c.Update([]*cache.Entry{before}, nil)
 	c.Update([]*cache.Entry{after}, []string{"e"})
 	if c.Put(svid(before, "A")) == nil {
@@ -506,6 +512,7 @@ func TestAgainstModel(t *testing.T) {
 			"upsert": func(t *rapid.T) {
 				e := entry(ident.Draw(t, "id"), values.Draw(t, "selectors")...)
 				e.SPIFFEID = spiffeid.RequireFromPath(td, rapid.SampledFrom([]string{"/p", "/q"}).Draw(t, "path"))
+				e.NoPrefetch = rapid.Bool().Draw(t, "no prefetch")
 				c.Update([]*cache.Entry{e}, nil)
 				entries[e.ID] = e
 				if s := svids[e.ID]; s != nil && s.ID != e.SPIFFEID {
@@ -575,6 +582,12 @@ func TestAgainstModel(t *testing.T) {
 				want := map[string]int{}
 				for _, s := range svids {
 					want[s.Authority]++
+				}
+				for id, e := range entries {
+					asked := slices.ContainsFunc(streams, func(s *stream) bool { return matches(e, s.selectors) })
+					if _, wanted := c.Item(id); wanted != (!e.NoPrefetch || asked || svids[id] != nil) {
+						t.Fatalf("entry %s is wanted: %v (no prefetch %v, asked for %v, held %v)", id, wanted, e.NoPrefetch, asked, svids[id] != nil)
+					}
 				}
 				got := map[string]int{}
 				for _, u := range c.Authorities() {

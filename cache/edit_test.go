@@ -124,11 +124,18 @@ func TestEditedEntryAndItsJWTs(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// The same SPIFFE ID: as good as before, and refreshed at the next chance.
-	second := edited(first, "/e", "y")
+	// What is in no token: as good as before. Another lifetime: refreshed at the
+	// next chance.
+	alike := edited(first, "/e", "x")
+	c.Update([]*cache.Entry{alike}, nil)
+	if got, ok := c.JWT(alike, aud); !ok || !got.Fresh(now) {
+		t.Errorf("after an edit of the selectors: %+v, held %v; want the token, fresh", got, ok)
+	}
+	second := edited(alike, "/e", "y")
+	second.JWTTTL = time.Minute
 	c.Update([]*cache.Entry{second}, nil)
 	if got, ok := c.JWT(second, aud); !ok || got.Token != "t" || got.Fresh(now) {
-		t.Errorf("after an edit of the selectors: %+v, held %v; want the token, not fresh", got, ok)
+		t.Errorf("after an edit of the lifetime: %+v, held %v; want the token, not fresh", got, ok)
 	}
 	if err := c.PutJWT(second, aud, token); err != nil {
 		t.Fatal(err)

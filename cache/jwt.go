@@ -126,7 +126,9 @@ func (c *Cache) Current(e *Entry) bool {
 
 // PutJWT holds a JWT-SVID that was minted for the entry and notes its expiry
 // under its key ID. One for an entry that was deleted or changed meanwhile, or by
-// a key that is not in the bundle, is not held and must not be handed out.
+// a key that is not in the bundle, is not held and must not be handed out. One of
+// an entry with IncludeJTI is for the caller that asked for it: it is noted, and
+// not held.
 func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -149,6 +151,9 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	}
 	if r := c.records[e.ID]; r == nil || r.entry != e {
 		return ErrChanged
+	}
+	if e.IncludeJTI {
+		return nil
 	}
 	key := newJWTKey(e.ID, audience)
 	if el := c.jwts.items[key]; el != nil {

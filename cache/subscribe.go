@@ -21,7 +21,8 @@ type View struct {
 	// a first answer without them would be withdrawn a moment later.
 	Waiting int
 	// Identities are the matched entries that have an SVID valid now, by entry
-	// ID. The first is the default identity (SPIFFE Workload API, 5.2.1).
+	// ID, one for each hint; see [ByHint]. The first is the default identity
+	// (SPIFFE Workload API, 5.2.1).
 	Identities []Identity
 	// Orphaned is how many of Identities were signed by an authority that
 	// Bundle no longer has: nobody with this bundle accepts them, and their
@@ -30,6 +31,8 @@ type View struct {
 	// BundlesPending says that a matched entry federates with a trust domain of
 	// whose bundle the server has said nothing yet.
 	BundlesPending bool
+	// Hidden are entries that have an SVID valid now and the hint of an older one.
+	Hidden []*Entry
 	// Entries are all matched entries, by entry ID.
 	Entries []*Entry
 	// Bundle is the trust bundle of the same moment; nil until Ready.
@@ -39,9 +42,7 @@ type View struct {
 // Identity is an entry with its SVID.
 type Identity struct {
 	Entry *Entry
-	// Hint is the entry's hint as far as it is unique; see [Hints].
-	Hint string
-	SVID *SVID
+	SVID  *SVID
 }
 
 // Match reads what a caller with these selectors may be told, once. Entries
@@ -79,22 +80,23 @@ func (c *Cache) view(matched []*record) View {
 				v.Waiting++
 			}
 		case r.svid.NotAfter.After(now):
-			v.Identities = append(v.Identities, Identity{Entry: r.entry, Hint: r.entry.Hint, SVID: r.svid})
+			v.Identities = append(v.Identities, Identity{Entry: r.entry, SVID: r.svid})
 			if r.entry.Hint != "" {
 				hinted++
-			}
-			if orphans.has(r.svid.Authority) {
-				v.Orphaned++
 			}
 		}
 	}
 	if hinted > 1 {
-		shown := make([]*Entry, len(v.Identities))
+		valid := make([]*Entry, len(v.Identities))
 		for i, id := range v.Identities {
-			shown[i] = id.Entry
+			valid[i] = id.Entry
 		}
-		for i, hint := range Hints(shown) {
-			v.Identities[i].Hint = hint
+		_, v.Hidden = ByHint(valid)
+		v.Identities = slices.DeleteFunc(v.Identities, func(id Identity) bool { return slices.Contains(v.Hidden, id.Entry) })
+	}
+	for _, id := range v.Identities {
+		if orphans.has(id.SVID.Authority) {
+			v.Orphaned++
 		}
 	}
 	return v
@@ -116,26 +118,26 @@ func (o *orphans) has(authorityID string) bool {
 	return o.answer
 }
 
-// Hints returns the hint to tell a caller for each of its entries, which are in
-// the order of their IDs. A hint is left to the oldest entry that has it, of
-// those created in the same second to the first, and is empty for the others:
-// the Workload API requires hints to be unique in an answer.
-func Hints(entries []*Entry) []string {
-	hints := make([]string, len(entries))
-	keeper := make(map[string]int)
-	for i, e := range entries {
-		if e.Hint == "" {
-			continue
+// ByHint divides a caller's entries, which are in the order of their IDs, into
+// those that it is shown and those that are hidden. The Workload API requires
+// hints to be unique in an answer. So of several entries with one hint only the
+// oldest is shown, of those created in the same second the first. spire-agent does
+// so: the default identity is the same with both.
+func ByHint(entries []*Entry) (shown, hidden []*Entry) {
+	keeper := make(map[string]*Entry)
+	for _, e := range entries {
+		if k := keeper[e.Hint]; k == nil || e.CreatedAt.Before(k.CreatedAt) {
+			keeper[e.Hint] = e
 		}
-		if k, taken := keeper[e.Hint]; taken {
-			if !e.CreatedAt.Before(entries[k].CreatedAt) {
-				continue
-			}
-			hints[k] = ""
-		}
-		keeper[e.Hint], hints[i] = i, e.Hint
 	}
-	return hints
+	for _, e := range entries {
+		if e.Hint == "" || keeper[e.Hint] == e {
+			shown = append(shown, e)
+		} else {
+			hidden = append(hidden, e)
+		}
+	}
+	return shown, hidden
 }
 
 // Subscription is one open X.509-SVID stream of a process: it asks for its entries
@@ -316,6 +318,7 @@ func (c *Cache) unwatch(r *record, s *Subscription) {
 	delete(r.watchers, s)
 	if len(r.watchers) == 0 {
 		r.watchers = nil
+		c.relinquish(r)
 		c.file(r)
 		c.changed(r)
 	}

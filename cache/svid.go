@@ -15,9 +15,12 @@ import (
 type SVID struct {
 	ID      spiffeid.ID
 	EntryID string
-	// Revision and Created are those of the entry that it was minted for.
+	// Revision, Created and TTL are those of the entry that it was minted for.
 	Revision int64
 	Created  time.Time
+	TTL      time.Duration
+	// DNSNames are those of the certificate.
+	DNSNames []string
 	// Leaf is DER; Intermediates is concatenated DER, without the root.
 	Leaf, Intermediates []byte
 	// Key is PKCS#8 DER.
@@ -50,10 +53,25 @@ func (a *authority) valid(now time.Time) (n int) {
 	return n
 }
 
-// For reports whether s was minted for the entry as it is. Another entry of the
-// same ID is told apart by the time of its creation.
+// For reports whether s is what the entry gives: it was minted for the entry as
+// it is, or what makes an SVID is as it was then: the SPIFFE ID, the DNS names and
+// the lifetime that the entry asks for. DNS names are compared with the
+// certificate, because an entry may have been edited twice meanwhile. Another
+// entry of the same ID is told apart by the time of its creation.
 func (s *SVID) For(e *Entry) bool {
-	return s.Revision == e.Revision && s.Created.Equal(e.CreatedAt)
+	return s.mintedFor(e.Revision, e.CreatedAt) ||
+		s.ID == e.SPIFFEID && s.TTL == e.X509TTL && slices.Equal(s.DNSNames, e.DNSNames)
+}
+
+// Alike reports whether s and o are SVIDs of one state of an entry, or of states
+// that give the same; see [SVID.For].
+func (s *SVID) Alike(o *SVID) bool {
+	return s.mintedFor(o.Revision, o.Created) ||
+		s.ID == o.ID && s.TTL == o.TTL && slices.Equal(s.DNSNames, o.DNSNames)
+}
+
+func (s *SVID) mintedFor(revision int64, created time.Time) bool {
+	return s.Revision == revision && s.Created.Equal(created)
 }
 
 // Put replaces what is held for the SVID's entry and wakes its streams. The
@@ -62,18 +80,24 @@ func (c *Cache) Put(s *SVID) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r := c.records[s.EntryID]
-	if r == nil || !r.wanted || !s.For(r.entry) || !c.hold(r, s) {
+	if r == nil || !s.For(r.entry) || !r.gives(s) {
 		return ErrChanged
 	}
-	c.evict()
+	switch {
+	case r.wanted:
+	case r.entry.NoPrefetch:
+		// Whoever asked for it has gone, perhaps to ask again.
+		c.setWanted(r, true)
+	default:
+		return ErrChanged
+	}
+	c.hold(r, s)
+	c.evict(r)
 	return nil
 }
 
-// hold replaces what is held for r by s, if its entry gives it, and tells everyone.
-func (c *Cache) hold(r *record, s *SVID) bool {
-	if !r.gives(s) {
-		return false
-	}
+// hold replaces what is held for r by s, which its entry gives, and tells everyone.
+func (c *Cache) hold(r *record, s *SVID) {
 	r.failed = false
 	c.setSVID(r, s)
 	if !s.NotBefore.Before(c.newest.x509) {
@@ -83,7 +107,6 @@ func (c *Cache) hold(r *record, s *SVID) bool {
 		notify(sub.c)
 	}
 	c.changed(r)
-	return true
 }
 
 // Failed notes that minting the first SVID of an entry failed, so that a
@@ -149,13 +172,22 @@ type Item struct {
 	Missing bool
 }
 
+// RenewAt is when the SVID, which there has to be, is to be renewed by its age.
+// One that is minted only when asked for, and that nobody has open, is not.
+func (i Item) RenewAt() time.Time {
+	if i.Entry.NoPrefetch && i.Streams == 0 {
+		return i.SVID.NotAfter
+	}
+	return i.SVID.RenewAt
+}
+
 // Item returns the entry with this ID, or false when it is gone or no SVID is
 // to be held for it.
 func (c *Cache) Item(entryID string) (Item, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r := c.records[entryID]
-	if r == nil || !r.wanted {
+	if r == nil || !r.wanted || r.list == c.spare && !r.svid.NotAfter.After(c.now()) {
 		return Item{}, false
 	}
 	return Item{Entry: r.entry, SVID: r.svid, Streams: len(r.watchers), Missing: r.missing}, true
@@ -232,7 +264,8 @@ func (c *Cache) Newest() Newest {
 }
 
 // Counts returns how many entries there are, how many X.509-SVIDs are held,
-// and how many of those are due by more than grace past RenewAt. It reads all
+// and how many of those are due by more than grace past RenewAt and are to be
+// renewed by their age (see [Item.RenewAt]). It reads all
 // of them and is meant for a scrape.
 func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
 	late := c.now().Add(-grace)
@@ -241,7 +274,7 @@ func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
 	for _, a := range c.authorities {
 		held += len(a.signed)
 		for _, r := range a.signed {
-			if r.svid.RenewAt.Before(late) {
+			if r.svid.RenewAt.Before(late) && r.list != c.spare {
 				overdue++
 			}
 		}

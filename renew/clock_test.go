@@ -187,6 +187,7 @@ func TestPostponedSVIDOfAnotherRevisionIsNotUsed(t *testing.T) {
 	postponed(t, func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
 		changed := *mustItem(t, r.cache, "entry-0000").Entry
 		changed.Revision++
+		changed.X509TTL = time.Hour
 		r.cache.Update([]*cache.Entry{&changed}, nil)
 		synctest.Wait()
 		if s := mustItem(t, r.cache, "entry-0000").SVID; s.Revision != changed.Revision {

@@ -52,7 +52,7 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 	if !it.SVID.For(it.Entry) {
 		return time.Time{}, ReasonEntry
 	}
-	half := it.SVID.RenewAt
+	half := it.RenewAt()
 	switch state, since := s.State(it.SVID.Authority); state {
 	case bundle.Removed:
 		return time.Time{}, ReasonRemoved
@@ -83,7 +83,7 @@ func old(s *cache.SVID, now time.Time) bool {
 // unless that one has less than a tenth of its life left: a tainted SVID is
 // better than none.
 func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
-	if held == nil || held.Revision != got.Revision || !held.Created.Equal(got.Created) || !held.NotAfter.After(now) {
+	if held == nil || !held.Alike(got) || !held.NotAfter.After(now) {
 		return true
 	}
 	gotState, _ := r.snapshot.State(got.Authority)

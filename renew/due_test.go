@@ -17,7 +17,7 @@ func TestDue(t *testing.T) {
 	now := time.Now()
 	half := now.Add(time.Hour)
 	policy := renew.Policy{Delay: func(string) time.Duration { return 30 * time.Second }}
-	entry := &cache.Entry{ID: "e", Revision: 2}
+	entry := &cache.Entry{ID: "e", Revision: 2, X509TTL: 2 * time.Hour}
 	held := func(mutate func(*cache.SVID)) *cache.SVID {
 		s := &cache.SVID{EntryID: "e", Revision: 2, Authority: ca.id, RenewAt: half, NotAfter: now.Add(2 * time.Hour)}
 		if mutate != nil {
@@ -38,6 +38,7 @@ func TestDue(t *testing.T) {
 		{"half-life ahead", held(nil), trusted(ca), now, half, renew.ReasonHalfLife},
 		{"half-life passed", held(nil), trusted(ca), half.Add(1), half, renew.ReasonHalfLife},
 		{"entry changed", held(func(s *cache.SVID) { s.Revision = 1 }), trusted(ca), now, time.Time{}, renew.ReasonEntry},
+		{"entry changed in what no SVID has", held(func(s *cache.SVID) { s.Revision, s.TTL = 1, 2*time.Hour }), trusted(ca), now, half, renew.ReasonHalfLife},
 		{"authority gone", held(nil), trusted(other), now, time.Time{}, renew.ReasonRemoved},
 		{"tainted", held(nil), tainted(seen, ca), now, seen.Add(30 * time.Second), renew.ReasonTaint},
 		{"another authority tainted", held(nil), append(tainted(seen, other), trusted(ca)...), now, half, renew.ReasonHalfLife},

@@ -256,6 +256,7 @@ func TestLateAnswerDoesNotReplaceABetterSVID(t *testing.T) {
 	drill(t, 1, func(r *rig) { r.cfg.Minter = &overtaken{rig: r} }, func(r *rig) {
 		changed := *mustItem(t, r.cache, "entry-0000").Entry
 		changed.Revision++
+		changed.X509TTL = time.Hour
 		r.cache.Update([]*cache.Entry{&changed}, nil) // the answer is late
 		synctest.Wait()
 		r.taint()

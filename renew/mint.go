@@ -167,6 +167,8 @@ func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundl
 		EntryID:   e.ID,
 		Revision:  e.Revision,
 		Created:   e.CreatedAt,
+		TTL:       e.X509TTL,
+		DNSNames:  leaf.DNSNames,
 		Authority: authority,
 		NotBefore: leaf.NotBefore,
 		NotAfter:  leaf.NotAfter,

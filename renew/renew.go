@@ -295,7 +295,7 @@ func (r *Renewer) look(id string, now time.Time) {
 		it.ready = r.wave
 		// While it waits for its turn its half-life may pass, and then it
 		// must not wait any longer.
-		wake = newest.SVID.RenewAt
+		wake = newest.RenewAt()
 	case reason == ReasonHalfLife && it.lagged && now.Before(lastTenth(newest.SVID)):
 		// The next answer is probably no better. From its last tenth on any
 		// answer is taken, and it must not wait for that.

@@ -155,6 +155,7 @@ func TestHalfLifeDoesNotWaitBehindTheWave(t *testing.T) {
 		// once, on top of the rate.
 		changed := *mustItem(t, r.cache, "entry-1999").Entry
 		changed.Revision++
+		changed.X509TTL = time.Hour
 		fresh := changed
 		fresh.ID = "fresh"
 		r.server.set(func() { r.server.ids["fresh"] = fresh.SPIFFEID })

@@ -22,6 +22,7 @@ import (
 type settings struct {
 	TrustDomain       spiffeid.TrustDomain
 	ServerAddress     string
+	ServerProxy       string
 	DeploymentName    string
 	TrustBundleFile   string
 	InsecureBootstrap bool
@@ -42,6 +43,7 @@ type settings struct {
 	BatchSize         int
 	KeyType           string
 	SVIDCacheSize     int
+	JWTTainted        string
 	DiscoverPath      bool
 	SHA256Limit       int64
 }
@@ -55,6 +57,14 @@ const (
 	minRemoval    = time.Second
 	maxRemoval    = time.Hour
 )
+
+// What becomes of a JWT-SVID of a tainted key that is held.
+const (
+	jwtServe   = "serve"
+	jwtReplace = "replace"
+)
+
+var jwtTainted = []string{jwtServe, jwtReplace}
 
 var keyTypes = []string{"ec-p256", "ec-p384", "rsa-2048"}
 
@@ -78,6 +88,9 @@ func (c checker) identity() {
 		c.Missing("server_address", "is not set", "give the server's host and port, such as server.example.org:8081")
 	} else if reason := config.BadAddress(c.Config.ServerAddress, true); reason != "" {
 		c.Bad("server_address", reason, "write it as host:port, such as server.example.org:8081")
+	}
+	if _, err := parseProxy(c.Config.ServerProxy); err != nil {
+		c.Bad("server_proxy", err.Error(), "write it as http://proxy.example.org:3128, environment or none")
 	}
 	switch {
 	case c.Config.TrustBundleFile != "" && c.Config.InsecureBootstrap:
@@ -146,6 +159,9 @@ func (c checker) renewal() {
 	}
 	if !slices.Contains(keyTypes, c.Config.KeyType) {
 		c.Bad("renewal.key_type", "is not a key type", "use "+config.OneOf(keyTypes))
+	}
+	if !slices.Contains(jwtTainted, c.Config.JWTTainted) {
+		c.Bad("jwt.tainted", "is not one of the two", "use "+config.OneOf(jwtTainted))
 	}
 	if c.Config.SVIDCacheSize < 1 {
 		c.Bad("svid_cache_size", "keeps nothing", "set 1 or more; 1000 is usual")

@@ -118,7 +118,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second || cfg.EntryRemovalDelay != 30*time.Second ||
-		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 ||
+		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 || cfg.ServerProxy != "" || cfg.JWTTainted != "serve" ||
 		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
 		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
 		t.Errorf("defaults: %+v", *cfg)
@@ -158,6 +158,9 @@ func TestProblems(t *testing.T) {
 		{name: "removal", add: "entry_removal_delay: 0s", want: `agent.yaml:4: entry_removal_delay: 0s is not from 1s to 1h; 30s is usual`},
 		{name: "refresh", add: "renewal: {refresh_interval: 10ms}", want: `agent.yaml:4: renewal.refresh_interval: 10ms is not from 1s to 10m; 5s is usual`},
 		{name: "key type", add: "renewal: {key_type: ed25519}", want: `agent.yaml:4: renewal.key_type: "ed25519" is not a key type; use ec-p256, ec-p384 or rsa-2048`},
+		{name: "proxy in TLS", add: "server_proxy: https://node:hunter2@proxy.example.org:3128", want: `agent.yaml:4: server_proxy is not an http:// URL: what goes through it is TLS already; write it as http://proxy.example.org:3128, environment or none`},
+		{name: "proxy without a port", env: map[string]string{"RENEWD_SERVER_PROXY": "http://proxy"}, want: `RENEWD_SERVER_PROXY: server_proxy has no host and port; write it as http://proxy.example.org:3128, environment or none`},
+		{name: "JWT-SVIDs of a tainted key", add: "jwt: {tainted: drop}", want: `agent.yaml:4: jwt.tainted: "drop" is not one of the two; use serve or replace`},
 		{name: "cache", add: "svid_cache_size: 0", want: `agent.yaml:4: svid_cache_size: 0 keeps nothing; set 1 or more; 1000 is usual`},
 		{name: "disk for keys", add: "runtime_dir: /proc/renewd", want: `agent.yaml:4: runtime_dir: "/proc/renewd" is not on a memory file system; private keys are kept there: use a directory on tmpfs, such as one under /run, or remove it`},
 		{name: "same directory", add: "runtime_dir: /var/lib/renewd/", want: `agent.yaml:4: runtime_dir: "/var/lib/renewd/" is the same as data_dir; give it a directory of its own on a memory file system, or remove it`},

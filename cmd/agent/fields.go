@@ -9,6 +9,7 @@ var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_", Help: "agen
 var fields = []config.Field[settings]{
 	{Path: "trust_domain", Value: func(c *settings) any { return &c.TrustDomain }, Doc: "Trust domain of this node. Required."},
 	{Path: "server_address", Value: func(c *settings) any { return &c.ServerAddress }, Doc: "Host and port of the server. Required."},
+	{Path: "server_proxy", Value: func(c *settings) any { return &c.ServerProxy }, Secret: true, Doc: "HTTP proxy through which the server is reached, by CONNECT: http://HOST:PORT, with USER:PASSWORD@ before HOST if it wants them; environment for what HTTPS_PROXY and NO_PROXY say; none for no proxy. Not set, it is none, and the log says so once if HTTPS_PROXY is set."},
 	{Path: "deployment_name", Value: func(c *settings) any { return &c.DeploymentName }, Doc: "Deployment whose keysets sign for this node; a label of spirl_application_info."},
 	{Path: "trust_bundle_file", Value: func(c *settings) any { return &c.TrustBundleFile }, Doc: "Trust bundle that authenticates the server at the first start, PEM or SPIFFE JSON. Later only an authority that is new in it counts, when the server cannot be authenticated otherwise."},
 	{Path: "insecure_bootstrap", Value: func(c *settings) any { return &c.InsecureBootstrap }, Default: "false", Doc: "Trust whichever server answers at the first start. Instead of trust_bundle_file, for trying out."},
@@ -29,6 +30,7 @@ var fields = []config.Field[settings]{
 	{Path: "renewal.key_type", Value: func(c *settings) any { return &c.KeyType }, Default: "ec-p256", Doc: "Keys of the SVIDs: ec-p256, ec-p384 or rsa-2048."},
 	{Path: "entry_removal_delay", Value: func(c *settings) any { return &c.EntryRemovalDelay }, Default: "30s", Doc: "How long an entry that is missing from the server's answers is still served. 3m if more than half are missing, or after an attestation. A workload that holds an SVID keeps its key until it expires in any case."},
 	{Path: "svid_cache_size", Value: func(c *settings) any { return &c.SVIDCacheSize }, Default: "1000", Doc: "SVIDs kept for workloads that are not connected. Soft: those with an open stream are always kept."},
+	{Path: "jwt.tainted", Value: func(c *settings) any { return &c.JWTTainted }, Default: jwtServe, Doc: "What becomes of a JWT-SVID that is held when its key is tainted. serve: it is handed out until half of its life is over, or its key is removed. replace: it is minted again when a workload asks for it, and handed out meanwhile; for servers whose operators remove a JWT key shortly after the taint."},
 	{Path: "unix.discover_path", Value: func(c *settings) any { return &c.DiscoverPath }, Default: "true", Doc: "Give the selectors unix:path and unix:sha256, which need access to the caller's executable."},
 	{Path: "unix.sha256_size_limit", Value: func(c *settings) any { return &c.SHA256Limit }, Default: "1073741824", Doc: "Largest executable, in bytes, that is hashed for unix:sha256, which happens while an entry has that selector. 0: none is."},
 }

@@ -32,6 +32,9 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 		debug.SetGCPercent(25)
 	}
 	c := agentConfig(cfg, e)
+	if c.ServerProxy, err = serverProxy(cfg, e.Getenv, c.Log); err != nil {
+		return err
+	}
 	c.Started = cli.Started(e.Getenv, c.Log)
 	defer cli.Outlive(c.Log)()
 	a, err := agent.New(c)
@@ -67,6 +70,7 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		BatchSize:         cfg.BatchSize,
 		KeyType:           renew.KeyType(cfg.KeyType),
 		CacheSize:         cfg.SVIDCacheSize,
+		ReplaceTaintedJWT: cfg.JWTTainted == jwtReplace,
 		Log:               cli.NewLog(e.Stderr, cfg.LogLevel, cfg.LogFormat, e.Getenv),
 	}
 }

@@ -29,6 +29,9 @@ type shownEntry struct {
 	DNSNames      []string `json:"dns_names,omitempty"`
 	X509TTL       string   `json:"x509_ttl,omitempty"`
 	JWTTTL        string   `json:"jwt_ttl,omitempty"`
+
+	DisableX509SVIDPrefetch bool `json:"disable_x509_svid_prefetch,omitempty"`
+	JWTSVIDIncludeJTI       bool `json:"jwt_svid_include_jti,omitempty"`
 }
 
 func showEntry(e *api.Entry) *shownEntry {
@@ -39,9 +42,22 @@ func showEntry(e *api.Entry) *shownEntry {
 		ID: e.GetId(), SPIFFEID: e.GetSpiffeId(), ParentID: e.GetParentId(), Operator: e.GetOperator(), Hint: e.GetHint(),
 		Selectors: []string{}, FederatesWith: e.GetFederatesWith(), DNSNames: e.GetDnsNames(),
 		X509TTL: lifetime(e.GetX509Ttl()), JWTTTL: lifetime(e.GetJwtTtl()),
+		DisableX509SVIDPrefetch: e.GetDisableX509SvidPrefetch(), JWTSVIDIncludeJTI: e.GetJwtSvidIncludeJti(),
 	}
 	for _, s := range e.GetSelectors() {
 		out.Selectors = append(out.Selectors, s.GetType()+":"+s.GetValue())
+	}
+	return out
+}
+
+// attributes lists those that are set, with the names of the file.
+func (e *shownEntry) attributes() []string {
+	var out []string
+	if e.DisableX509SVIDPrefetch {
+		out = append(out, "disable_x509_svid_prefetch")
+	}
+	if e.JWTSVIDIncludeJTI {
+		out = append(out, "jwt_svid_include_jti")
 	}
 	return out
 }
@@ -73,10 +89,10 @@ func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
 			return cli.PrintJSON(c.Stdout, map[string]any{"entries": entries})
 		}
 		table := cli.NewTable(c.Stdout)
-		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tDNS NAMES\tPARENT ID\tX.509 TTL\tJWT TTL\n")
+		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tDNS NAMES\tPARENT ID\tX.509 TTL\tJWT TTL\tATTRIBUTES\n")
 		for _, e := range entries {
-			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
-				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL))
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
+				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL), text(strings.Join(e.attributes(), " ")))
 		}
 		return flushed(table)
 	})
@@ -197,6 +213,8 @@ func difference(out *strings.Builder, before, after *shownEntry) {
 		{"dns_names", strings.Join(before.DNSNames, " "), strings.Join(after.DNSNames, " ")}, // the order counts
 		{"x509_ttl", before.X509TTL, after.X509TTL},
 		{"jwt_ttl", before.JWTTTL, after.JWTTTL},
+		{"disable_x509_svid_prefetch", yes(before.DisableX509SVIDPrefetch), yes(after.DisableX509SVIDPrefetch)},
+		{"jwt_svid_include_jti", yes(before.JWTSVIDIncludeJTI), yes(after.JWTSVIDIncludeJTI)},
 	} {
 		if f.before != f.after {
 			fmt.Fprintf(out, "    %s: %s -> %s\n", f.name, orNone(f.before), orNone(f.after))

@@ -29,6 +29,9 @@ type entry struct {
 	DNSNames      []string
 	X509TTL       time.Duration
 	JWTTTL        time.Duration
+
+	DisableX509SVIDPrefetch bool
+	JWTSVIDIncludeJTI       bool
 }
 
 // entrySchema is how one element of an entries file is written and checked. What
@@ -46,6 +49,8 @@ var entrySchema = config.Schema[entry]{
 		{Path: "dns_names", Value: func(e *entry) any { return &e.DNSNames }, Doc: "DNS names in X.509-SVIDs beside the SPIFFE ID, for clients that do not know it. The first is also the common name. At most 100; the first label may be *."},
 		{Path: "x509_ttl", Value: func(e *entry) any { return &e.X509TTL }, Doc: "Lifetime of X.509-SVIDs, 1h to 168h. The server's when not set."},
 		{Path: "jwt_ttl", Value: func(e *entry) any { return &e.JWTTTL }, Doc: "Lifetime of JWT-SVIDs. The server's when not set."},
+		{Path: "disable_x509_svid_prefetch", Value: func(e *entry) any { return &e.DisableX509SVIDPrefetch }, Doc: "true has agents mint an X.509-SVID only when a workload asks for it, and renew it while a workload has it open. For workloads that use JWT-SVIDs alone."},
+		{Path: "jwt_svid_include_jti", Value: func(e *entry) any { return &e.JWTSVIDIncludeJTI }, Doc: "true puts a jti claim into JWT-SVIDs, another one each time. Each request is answered with a new token, which the server has to sign meanwhile."},
 	},
 }
 
@@ -124,7 +129,8 @@ func parseEntries(file string, data []byte) ([]*api.Entry, error) {
 }
 
 func (e *entry) proto() *api.Entry {
-	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Operator: e.Operator, Hint: e.Hint, FederatesWith: e.FederatesWith, DnsNames: e.DNSNames}
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID, ParentId: e.ParentID, Operator: e.Operator, Hint: e.Hint, FederatesWith: e.FederatesWith, DnsNames: e.DNSNames,
+		DisableX509SvidPrefetch: e.DisableX509SVIDPrefetch, JwtSvidIncludeJti: e.JWTSVIDIncludeJTI}
 	for _, s := range e.Selectors {
 		kind, value, _ := strings.Cut(s, ":")
 		out.Selectors = append(out.Selectors, &api.Selector{Type: kind, Value: value})

@@ -102,6 +102,7 @@ func (a *Agent) open() (err error) {
 		Bundle:        a.trust,
 		Operator:      a.operator,
 		Insecure:      cfg.InsecureBootstrap,
+		Proxy:         cfg.ServerProxy,
 		Dial:          cfg.Dial,
 		Version:       cfg.Version,
 		Log:           a.log,
@@ -158,15 +159,16 @@ func (a *Agent) open() (err error) {
 		return err
 	}
 	a.workload, err = workload.New(workload.Config{
-		Cache:         a.cache,
-		Attestors:     attestors,
-		Needs:         a.hashNeeded,
-		Peers:         cfg.Peers,
-		JWT:           a.client,
-		Record:        a.record,
-		Observer:      &a.streams,
-		ServerOptions: a.metrics.ServerOptions(),
-		Log:           a.log,
+		Cache:          a.cache,
+		Attestors:      attestors,
+		Needs:          a.hashNeeded,
+		Peers:          cfg.Peers,
+		JWT:            a.client,
+		ReplaceTainted: cfg.ReplaceTaintedJWT,
+		Record:         a.record,
+		Observer:       &a.streams,
+		ServerOptions:  a.metrics.ServerOptions(),
+		Log:            a.log,
 	})
 	if err != nil {
 		return fmt.Errorf("set up the Workload API: %w", err)

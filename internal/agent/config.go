@@ -11,6 +11,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/url"
 	"slices"
 	"time"
 
@@ -28,6 +29,9 @@ import (
 type Config struct {
 	TrustDomain   spiffeid.TrustDomain
 	ServerAddress string // host:port of the SPIRE Server API
+	// ServerProxy is the HTTP proxy through which the server is reached, as
+	// http://HOST:PORT. Nil: directly, whatever the environment says.
+	ServerProxy *url.URL
 
 	// Trust in the server comes from a bundle that was kept from the last run
 	// together with a still valid own SVID, else from exactly one of these.
@@ -55,6 +59,10 @@ type Config struct {
 	WebConfigFile  string // TLS and basic auth of the HTTP listener
 
 	DeploymentName, Version string // labels of spirl_application_info
+
+	// ReplaceTaintedJWT has a JWT-SVID of a tainted key that is held minted again
+	// when a workload asks for it. It is handed out meanwhile.
+	ReplaceTaintedJWT bool
 
 	TaintDelay      time.Duration // the most random delay after a taint
 	TaintRate       int           // taint renewals a second

@@ -2257,9 +2257,11 @@ type Entry struct {
 	JwtTtl        *durationpb.Duration   `protobuf:"bytes,8,opt,name=jwt_ttl,json=jwtTtl,proto3" json:"jwt_ttl,omitempty"`
 	DnsNames      []string               `protobuf:"bytes,9,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"` // of the X.509-SVID, beside the SPIFFE ID
 	// Every agent may get an SVID of this operator: parent_id may be empty all the same.
-	Operator      bool `protobuf:"varint,10,opt,name=operator,proto3" json:"operator,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Operator                bool `protobuf:"varint,10,opt,name=operator,proto3" json:"operator,omitempty"`
+	DisableX509SvidPrefetch bool `protobuf:"varint,11,opt,name=disable_x509_svid_prefetch,json=disableX509SvidPrefetch,proto3" json:"disable_x509_svid_prefetch,omitempty"` // agents mint an X.509-SVID only when a workload asks for it
+	JwtSvidIncludeJti       bool `protobuf:"varint,12,opt,name=jwt_svid_include_jti,json=jwtSvidIncludeJti,proto3" json:"jwt_svid_include_jti,omitempty"`                   // each JWT-SVID has a jti and is handed out once
+	unknownFields           protoimpl.UnknownFields
+	sizeCache               protoimpl.SizeCache
 }
 
 func (x *Entry) Reset() {
@@ -2358,6 +2360,20 @@ func (x *Entry) GetDnsNames() []string {
 func (x *Entry) GetOperator() bool {
 	if x != nil {
 		return x.Operator
+	}
+	return false
+}
+
+func (x *Entry) GetDisableX509SvidPrefetch() bool {
+	if x != nil {
+		return x.DisableX509SvidPrefetch
+	}
+	return false
+}
+
+func (x *Entry) GetJwtSvidIncludeJti() bool {
+	if x != nil {
+		return x.JwtSvidIncludeJti
 	}
 	return false
 }
@@ -3374,7 +3390,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\x12EvictAgentResponse\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\xe2\x02\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\xd0\x03\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -3386,7 +3402,9 @@ const file_renewd_proto_rawDesc = "" +
 	"\ajwt_ttl\x18\b \x01(\v2\x19.google.protobuf.DurationR\x06jwtTtl\x12\x1b\n" +
 	"\tdns_names\x18\t \x03(\tR\bdnsNames\x12\x1a\n" +
 	"\boperator\x18\n" +
-	" \x01(\bR\boperator\"<\n" +
+	" \x01(\bR\boperator\x12;\n" +
+	"\x1adisable_x509_svid_prefetch\x18\v \x01(\bR\x17disableX509SvidPrefetch\x12/\n" +
+	"\x14jwt_svid_include_jti\x18\f \x01(\bR\x11jwtSvidIncludeJti\"<\n" +
 	"\x12ListEntriesRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"A\n" +
 	"\x13ListEntriesResponse\x12*\n" +

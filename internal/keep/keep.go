@@ -140,28 +140,39 @@ func (d *Dir) remove(path string) error {
 	return nil
 }
 
+// recordVersion is that of the content of a file. Version 0 lacks what an entry
+// says of its SVIDs, from dns_names to include_jti.
+const recordVersion = 1
+
 // record is the content of one file.
 type record struct {
+	Version       int              `json:"version"`
 	ID            string           `json:"id"`
 	SPIFFEID      string           `json:"spiffe_id"`
 	Selectors     []cache.Selector `json:"selectors"`
 	FederatesWith []string         `json:"federates_with,omitempty"`
 	Hint          string           `json:"hint,omitempty"`
+	DNSNames      []string         `json:"dns_names,omitempty"`
+	X509TTL       time.Duration    `json:"x509_ttl,omitempty"` // nanoseconds, as the others
+	JWTTTL        time.Duration    `json:"jwt_ttl,omitempty"`
+	NoPrefetch    bool             `json:"no_prefetch,omitempty"`
+	IncludeJTI    bool             `json:"include_jti,omitempty"`
 	Revision      int64            `json:"revision"`
 	CreatedAt     time.Time        `json:"created_at"`
 	SVID          svid             `json:"svid"`
 }
 
 type svid struct {
-	Leaf          []byte    `json:"leaf"`
-	Intermediates []byte    `json:"intermediates,omitempty"`
-	Key           []byte    `json:"key"`
-	Authority     string    `json:"authority"`
-	Revision      int64     `json:"revision"`
-	Created       time.Time `json:"created_at"`
-	NotBefore     time.Time `json:"not_before"`
-	NotAfter      time.Time `json:"not_after"`
-	RenewAt       time.Time `json:"renew_at"`
+	Leaf          []byte        `json:"leaf"`
+	Intermediates []byte        `json:"intermediates,omitempty"`
+	Key           []byte        `json:"key"`
+	Authority     string        `json:"authority"`
+	Revision      int64         `json:"revision"`
+	Created       time.Time     `json:"created_at"`
+	TTL           time.Duration `json:"ttl,omitempty"`
+	NotBefore     time.Time     `json:"not_before"`
+	NotAfter      time.Time     `json:"not_after"`
+	RenewAt       time.Time     `json:"renew_at"`
 }
 
 const (
@@ -222,7 +233,14 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 	if r.ID == "" || len(r.Selectors) == 0 || len(r.SVID.Leaf) == 0 || len(r.SVID.Key) == 0 || r.SVID.Authority == "" {
 		return nil, nil, errors.New("record is incomplete")
 	}
-	e := &cache.Entry{ID: r.ID, SPIFFEID: id, Selectors: r.Selectors, Hint: r.Hint, Revision: r.Revision, CreatedAt: r.CreatedAt}
+	e := &cache.Entry{
+		ID: r.ID, SPIFFEID: id, Selectors: r.Selectors, Hint: r.Hint, DNSNames: r.DNSNames, X509TTL: r.X509TTL, JWTTTL: r.JWTTTL,
+		NoPrefetch: r.NoPrefetch, IncludeJTI: r.IncludeJTI, Revision: r.Revision, CreatedAt: r.CreatedAt,
+	}
+	if r.Version < recordVersion {
+		// The server names what it holds by revision: it is to tell the rest.
+		e.Revision = -1
+	}
 	for _, name := range r.FederatesWith {
 		td, err := spiffeid.TrustDomainFromString(name)
 		if err != nil {
@@ -241,7 +259,8 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 		return nil, nil, fmt.Errorf("read SPIFFE ID of the SVID: %w", err)
 	}
 	s := &cache.SVID{
-		ID: of, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
+		ID: of, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, TTL: r.SVID.TTL, DNSNames: leaf.DNSNames,
+		Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
 		Authority: r.SVID.Authority, NotBefore: r.SVID.NotBefore, NotAfter: r.SVID.NotAfter, RenewAt: r.SVID.RenewAt,
 	}
 	return e, s, nil
@@ -249,8 +268,9 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 
 func encode(e *cache.Entry, s *cache.SVID) ([]byte, error) {
 	r := record{
-		ID: e.ID, SPIFFEID: e.SPIFFEID.String(), Selectors: e.Selectors, Hint: e.Hint, Revision: e.Revision, CreatedAt: e.CreatedAt,
-		SVID: svid{Leaf: s.Leaf, Intermediates: s.Intermediates, Key: s.Key, Authority: s.Authority, Revision: s.Revision, Created: s.Created,
+		Version: recordVersion, ID: e.ID, SPIFFEID: e.SPIFFEID.String(), Selectors: e.Selectors, Hint: e.Hint, DNSNames: e.DNSNames,
+		X509TTL: e.X509TTL, JWTTTL: e.JWTTTL, NoPrefetch: e.NoPrefetch, IncludeJTI: e.IncludeJTI, Revision: e.Revision, CreatedAt: e.CreatedAt,
+		SVID: svid{Leaf: s.Leaf, Intermediates: s.Intermediates, Key: s.Key, Authority: s.Authority, Revision: s.Revision, Created: s.Created, TTL: s.TTL,
 			NotBefore: s.NotBefore, NotAfter: s.NotAfter, RenewAt: s.RenewAt},
 	}
 	for _, td := range e.FederatesWith {

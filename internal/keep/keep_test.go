@@ -311,6 +311,7 @@ func TestChangedEntryIsKept(t *testing.T) {
 		changed := *e
 		changed.Revision++
 		changed.Selectors = []cache.Selector{{Type: "unix", Value: "uid:2"}}
+		changed.X509TTL = time.Hour
 		c.Update([]*cache.Entry{&changed}, nil)
 		stop()
 		entries, svids, err := dir.Load(now)

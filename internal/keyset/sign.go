@@ -136,6 +136,27 @@ func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Dur
 // (DefaultJWTTTL when zero) or with the keyset, whichever is first. Empty
 // audiences are dropped; one must remain, and all must stay below 64 KiB.
 func (d *Deployment) SignJWT(id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
+	return d.signJWT(id, audience, ttl, "")
+}
+
+// SignJWTWithID is [Deployment.SignJWT] with a jti claim that no other token has
+// (RFC 7519, section 4.1.7).
+func (d *Deployment) SignJWTWithID(id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
+	return d.signJWT(id, audience, ttl, rand.Text())
+}
+
+// jwtClaims are the claims of a JWT-SVID (SPIFFE JWT-SVID, section 3). The
+// audience is an array whatever its length, as a SPIRE server writes it: clients
+// index it. RFC 7519 would allow a string, which [jwt.Audience] writes.
+type jwtClaims struct {
+	Subject  string           `json:"sub"`
+	Audience []string         `json:"aud"`
+	IssuedAt *jwt.NumericDate `json:"iat"`
+	Expiry   *jwt.NumericDate `json:"exp"`
+	ID       string           `json:"jti,omitempty"`
+}
+
+func (d *Deployment) signJWT(id spiffeid.ID, audience []string, ttl time.Duration, tokenID string) (JWTSVID, error) {
 	s := d.current.Load().active
 	now := d.now()
 	if err := d.signable(s, id, now); err != nil {
@@ -153,9 +174,8 @@ func (d *Deployment) SignJWT(id spiffeid.ID, audience []string, ttl time.Duratio
 		return JWTSVID{}, err
 	}
 	issuedAt := now.UTC().Truncate(time.Second)
-	// SPIFFE JWT-SVID, section 3: sub, aud and exp are required.
-	token, err := jwt.Signed(s.jwt).Claims(jwt.Claims{
-		Subject: id.String(), Audience: audience, IssuedAt: jwt.NewNumericDate(issuedAt), Expiry: jwt.NewNumericDate(expiresAt),
+	token, err := jwt.Signed(s.jwt).Claims(jwtClaims{
+		Subject: id.String(), Audience: audience, IssuedAt: jwt.NewNumericDate(issuedAt), Expiry: jwt.NewNumericDate(expiresAt), ID: tokenID,
 	}).Serialize()
 	if err != nil {
 		return JWTSVID{}, fmt.Errorf("sign JWT-SVID: %w", err)

@@ -222,6 +222,46 @@ func TestSignJWT(t *testing.T) {
 	}
 }
 
+// TestJWTClaims: clients index aud, so it is an array whatever its length, and
+// jti is there when it was asked for, another one each time.
+func TestJWTClaims(t *testing.T) {
+	t.Parallel()
+	d := open(t, keyset.Config{})
+	claims := func(svid keyset.JWTSVID, err error) map[string]any {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+		token, err := jwt.ParseSigned(svid.Token, []jose.SignatureAlgorithm{jose.ES256})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out map[string]any
+		if err := token.Claims(d.Bundle().JWT[0].PublicKey, &out); err != nil {
+			t.Fatal(err)
+		}
+		return out
+	}
+	for _, audience := range [][]string{{"a"}, {"a", "b"}} {
+		plain := claims(d.SignJWT(workload, audience, time.Hour))
+		if list, ok := plain["aud"].([]any); !ok || len(list) != len(audience) || list[0] != "a" {
+			t.Errorf("aud of %q is %v", audience, plain["aud"])
+		}
+		if len(plain) != 4 {
+			t.Errorf("claims %v, want sub, aud, iat and exp", plain)
+		}
+	}
+	seen := map[any]bool{}
+	for range 2 {
+		with := claims(d.SignJWTWithID(workload, []string{"a"}, time.Hour))
+		id, _ := with["jti"].(string)
+		if len(id) < 22 || seen[id] || len(with) != 5 { // 128 bits in base64url
+			t.Errorf("claims %v, jti before: %v", with, seen)
+		}
+		seen[id] = true
+	}
+}
+
 // TestSignsWithTheActiveKeyset follows the signatures through a rotation.
 func TestSignsWithTheActiveKeyset(t *testing.T) {
 	t.Parallel()

@@ -271,7 +271,8 @@ func protoEntry(e *server.Entry) *api.Entry {
 	if e == nil {
 		return nil
 	}
-	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint, DnsNames: e.DNSNames, Operator: e.Operator}
+	out := &api.Entry{Id: e.ID, SpiffeId: e.SPIFFEID.String(), Hint: e.Hint, DnsNames: e.DNSNames, Operator: e.Operator,
+		DisableX509SvidPrefetch: e.DisableX509SVIDPrefetch, JwtSvidIncludeJti: e.JWTSVIDIncludeJTI}
 	if !e.ParentID.IsZero() {
 		out.ParentId = e.ParentID.String()
 	}
@@ -299,6 +300,7 @@ func parseEntry(p *api.Entry) (server.Entry, error) {
 	e := server.Entry{
 		ID: p.GetId(), Operator: p.GetOperator(), Hint: p.GetHint(), DNSNames: p.GetDnsNames(),
 		X509TTL: p.GetX509Ttl().AsDuration(), JWTTTL: p.GetJwtTtl().AsDuration(),
+		DisableX509SVIDPrefetch: p.GetDisableX509SvidPrefetch(), JWTSVIDIncludeJTI: p.GetJwtSvidIncludeJti(),
 	}
 	var err error
 	if e.SPIFFEID, err = spiffeid.FromString(p.GetSpiffeId()); err != nil {

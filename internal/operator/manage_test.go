@@ -33,6 +33,7 @@ func TestEntries(t *testing.T) {
 		full.ParentId, full.Hint, full.FederatesWith = agent("a").String(), "main", []string{"other.example"}
 		full.DnsNames = []string{"web.example.org", "a.example.org"}
 		full.X509Ttl, full.JwtTtl = durationpb.New(2*time.Hour), durationpb.New(time.Minute)
+		full.DisableX509SvidPrefetch, full.JwtSvidIncludeJti = true, true
 		full.Selectors = append(full.Selectors, &api.Selector{Type: "unix", Value: "user:www"})
 		changes := func(of []*api.EntryChange) (out []string) {
 			for _, c := range of {

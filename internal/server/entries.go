@@ -33,6 +33,12 @@ type Entry struct {
 	// X509TTL is 1 to 168 hours, JWTTTL a second or more; the server's
 	// defaults when zero.
 	X509TTL, JWTTTL time.Duration
+	// DisableX509SVIDPrefetch has agents mint an X.509-SVID only when a workload
+	// asks for it.
+	DisableX509SVIDPrefetch bool `json:",omitempty"`
+	// JWTSVIDIncludeJTI puts a jti claim into JWT-SVIDs, and has agents hand each
+	// of them out once.
+	JWTSVIDIncludeJTI bool `json:",omitempty"`
 }
 
 // StoredEntry is an Entry as the server keeps it.

@@ -38,6 +38,7 @@ func TestEntryFieldsAndMask(t *testing.T) {
 			e.Selectors = []server.Selector{{"unix", "uid:2"}, {"unix", "gid:1"}}
 			e.FederatesWith = []spiffeid.TrustDomain{partner}
 			e.DNSNames = []string{"web.example.org", "*.Apps.Example.org", "a.example.org"}
+			e.DisableX509SVIDPrefetch, e.JWTSVIDIncludeJTI = true, true
 		})
 		s.apply(t, []server.Entry{full})
 		want := &types.Entry{
@@ -45,8 +46,9 @@ func TestEntryFieldsAndMask(t *testing.T) {
 			ParentId:    &types.SPIFFEID{TrustDomain: "example.org", Path: who.id.Path()},
 			Selectors:   []*types.Selector{{Type: "unix", Value: "gid:1"}, {Type: "unix", Value: "uid:2"}},
 			X509SvidTtl: 7200, JwtSvidTtl: 300, FederatesWith: []string{"partner.org"}, Hint: "main",
-			DnsNames:       []string{"web.example.org", "*.apps.example.org", "a.example.org"},
-			RevisionNumber: s.Entries()[0].Revision, CreatedAt: time.Now().Unix(),
+			DnsNames:             []string{"web.example.org", "*.apps.example.org", "a.example.org"},
+			AdditionalAttributes: &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: true, JwtSvidIncludeJti: true},
+			RevisionNumber:       s.Entries()[0].Revision, CreatedAt: time.Now().Unix(),
 		}
 		if got := s.fetch(t, who)["a"]; !proto.Equal(got, want) {
 			t.Errorf("entry\n%v, want\n%v", got, want)
@@ -65,6 +67,30 @@ func TestEntryFieldsAndMask(t *testing.T) {
 		masked = &types.Entry{Id: want.Id, DnsNames: want.DnsNames, RevisionNumber: want.RevisionNumber}
 		if !proto.Equal(entries[0], masked) {
 			t.Errorf("masked entry %v, want %v", entries[0], masked)
+		}
+		_, entries, _ = receive(t, openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: &types.EntryMask{AdditionalAttributes: true, RevisionNumber: true}}))
+		masked = &types.Entry{Id: want.Id, AdditionalAttributes: want.AdditionalAttributes, RevisionNumber: want.RevisionNumber}
+		if !proto.Equal(entries[0], masked) {
+			t.Errorf("masked entry %v, want %v", entries[0], masked)
+		}
+
+		// Each attribute alone is a change, and without any there is no message.
+		revision := want.RevisionNumber
+		for _, edit := range []func(*server.Entry){
+			func(e *server.Entry) { e.JWTSVIDIncludeJTI = false },
+			func(e *server.Entry) { e.DisableX509SVIDPrefetch = false },
+		} {
+			edit(&full)
+			s.apply(t, []server.Entry{full})
+			got := s.fetch(t, who)["a"]
+			if got.GetRevisionNumber() == revision || got.GetAdditionalAttributes().GetJwtSvidIncludeJti() != full.JWTSVIDIncludeJTI ||
+				got.GetAdditionalAttributes().GetDisableX509SvidPrefetch() != full.DisableX509SVIDPrefetch {
+				t.Errorf("after the edit: %v", got)
+			}
+			revision = got.GetRevisionNumber()
+		}
+		if got := s.fetch(t, who)["a"]; got.AdditionalAttributes != nil {
+			t.Errorf("attributes %v, want none", got.AdditionalAttributes)
 		}
 	})
 }

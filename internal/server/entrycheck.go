@@ -136,6 +136,7 @@ func canonical(e Entry) Entry {
 func equalEntry(a, b Entry) bool {
 	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Operator == b.Operator && a.Hint == b.Hint &&
 		a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
+		a.DisableX509SVIDPrefetch == b.DisableX509SVIDPrefetch && a.JWTSVIDIncludeJTI == b.JWTSVIDIncludeJTI &&
 		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith) &&
 		slices.Equal(a.DNSNames, b.DNSNames)
 }

@@ -92,6 +92,12 @@ func (e *StoredEntry) proto(agent spiffeid.ID, mask *types.EntryMask) *types.Ent
 	if all || mask.Hint {
 		out.Hint = e.Hint
 	}
+	// As a SPIRE server does it: the message is there only when one is set.
+	if (all || mask.AdditionalAttributes) && (e.DisableX509SVIDPrefetch || e.JWTSVIDIncludeJTI) {
+		out.AdditionalAttributes = &types.Entry_AdditionalAttributes{
+			DisableX509SvidPrefetch: e.DisableX509SVIDPrefetch, JwtSvidIncludeJti: e.JWTSVIDIncludeJTI,
+		}
+	}
 	if all || mask.RevisionNumber {
 		out.RevisionNumber = e.Revision
 	}

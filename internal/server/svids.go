@@ -134,7 +134,11 @@ func (v *svidService) jwt(ctx context.Context, agent spiffeid.ID, req *svidv1.Ne
 		return nil, status.Error(codes.NotFound, "entry not found or not authorized")
 	}
 	ttl := cmp.Or[time.Duration](entry.JWTTTL, v.s.config.JWTTTL)
-	svid, err := v.s.keysets.SignJWT(entry.SPIFFEID, req.GetAudience(), ttl)
+	sign := v.s.keysets.SignJWT
+	if entry.JWTSVIDIncludeJTI {
+		sign = v.s.keysets.SignJWTWithID
+	}
+	svid, err := sign(entry.SPIFFEID, req.GetAudience(), ttl)
 	switch {
 	case errors.Is(err, keyset.ErrSignNoAudience):
 		return nil, status.Error(codes.InvalidArgument, "at least one audience is required")

@@ -157,7 +157,10 @@ func TestNewJWTSVID(t *testing.T) {
 	seen := &counts{by: make(map[string]int)}
 	bubble(t, server.Config{Observer: seen}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
-		s.apply(t, []server.Entry{entry("a", func(e *server.Entry) { e.JWTTTL = 5 * time.Minute })})
+		s.apply(t, []server.Entry{
+			entry("a", func(e *server.Entry) { e.JWTTTL = 5 * time.Minute }),
+			entry("unique", func(e *server.Entry) { e.JWTSVIDIncludeJTI = true }),
+		})
 		mint := func(id string, audience ...string) (*types.JWTSVID, error) {
 			resp, err := c.NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: id, Audience: audience})
 			return resp.GetSvid(), err
@@ -187,13 +190,32 @@ func TestNewJWTSVID(t *testing.T) {
 		if err != nil || got.ID.Path() != "/workload/a" {
 			t.Errorf("validated %v, %v", got, err)
 		}
+		if id, has := got.Claims["jti"]; has {
+			t.Errorf("jti %v, which the entry does not ask for", id)
+		}
+		seen.by = make(map[string]int)
+		ids := map[any]bool{}
+		for range 2 {
+			svid, err := mint("unique", "y")
+			if err != nil {
+				t.Fatal(err)
+			}
+			got, err := jwtsvid.ParseAndValidate(svid.GetToken(), keys, []string{"y"})
+			if err != nil || got.Claims["jti"] == nil {
+				t.Fatalf("validated %v, %v", got, err)
+			}
+			ids[got.Claims["jti"]] = true
+		}
+		if len(ids) != 2 {
+			t.Errorf("two tokens have the jti %v", ids)
+		}
 		_, err = mint("a")
 		wantCode(t, err, codes.InvalidArgument)
 		_, err = mint("a", strings.Repeat("x", 64<<10))
 		wantCode(t, err, codes.InvalidArgument)
 		_, err = mint("unknown", "x")
 		wantCode(t, err, codes.NotFound)
-		if got, want := fmt.Sprint(seen.by), "map[jwt InvalidArgument:2 jwt NotFound:1 jwt OK:1]"; got != want {
+		if got, want := fmt.Sprint(seen.by), "map[jwt InvalidArgument:2 jwt NotFound:1 jwt OK:2]"; got != want {
 			t.Errorf("observed %s, want %s", got, want)
 		}
 	})

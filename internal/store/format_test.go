@@ -41,6 +41,7 @@ func TestFormat(t *testing.T) {
 			{"audit", "\x00\x00\x00\x00\x00\x00\x00\x01", `{"Number":1,"At":"2026-01-02T03:04:05.000000678Z","Actor":"uid 0","Operation":"taint","KeysetID":"ks_a","Before":{"ks_a":"PREPARED"},"After":{"ks_a":"TAINTED"},"Note":"n"}`},
 			{"entries", "e", `{"ID":"e","SPIFFEID":"spiffe://example.org/w","ParentID":"spiffe://example.org/a","Selectors":[{"Type":"unix","Value":"uid:0"}],"Hint":"h","FederatesWith":["example.net"],"X509TTL":3600000000000,"JWTTTL":1000000000,"Revision":7,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
 			{"entries", "f", `{"ID":"f","SPIFFEID":"spiffe://example.org/w","ParentID":"","Selectors":null,"Hint":"","FederatesWith":null,"DNSNames":["b.example.org","a.example.org"],"X509TTL":0,"JWTTTL":0,"Revision":8,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
+			{"entries", "g", `{"ID":"g","SPIFFEID":"spiffe://example.org/w","ParentID":"","Selectors":null,"Hint":"","FederatesWith":null,"DNSNames":null,"X509TTL":0,"JWTTTL":0,"DisableX509SVIDPrefetch":true,"JWTSVIDIncludeJTI":true,"Revision":9,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
 			{"keysets", "document", `{"Version":3,"Sequence":5,"RotatedAt":"2026-01-02T03:04:05.000000678Z","Records":[{"ID":"ks_a","State":"TAINTED","IssuedAt":"2026-01-02T03:04:05.000000678Z","ExpiresAt":"2026-01-02T03:04:05.000000678Z","SteppedDownAt":"2026-01-02T03:04:05.000000678Z","SteppedDownBy":"scheduler","TaintedAt":"2026-01-02T03:04:05.000000678Z","CA":"AQ==","CAKey":"` +
 				sealed("ca", "renewd signing key|example.org|default|ks_a|X.509") + `","JWTKeyID":"k","JWTKey":"` + sealed("jwt", "renewd signing key|example.org|default|ks_a|JWT") + `"}]}`},
 			{"ledger", "auth\x00spiffe://example.org/a\x00e", "\x00\x00\x00\x00\x69\x57\x35\xa5\x00\x00\x02\xa6"},
@@ -77,12 +78,14 @@ func TestFormat(t *testing.T) {
 	}}}, records, err)
 	entries, err := d.Entries(t.Context())
 	w := spiffeid.RequireFromString("spiffe://example.org/w")
-	check([]server.StoredEntry{{Entry: server.Entry{ // written before entries had DNS names
+	check([]server.StoredEntry{{Entry: server.Entry{ // written before entries had DNS names or attributes
 		ID: "e", SPIFFEID: w, ParentID: a, Selectors: []server.Selector{{Type: "unix", Value: "uid:0"}},
 		Hint: "h", FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("example.net")}, X509TTL: time.Hour, JWTTTL: time.Second,
 	}, Revision: 7, CreatedAt: start}, {Entry: server.Entry{
 		ID: "f", SPIFFEID: w, DNSNames: []string{"b.example.org", "a.example.org"},
-	}, Revision: 8, CreatedAt: start}}, entries, err)
+	}, Revision: 8, CreatedAt: start}, {Entry: server.Entry{
+		ID: "g", SPIFFEID: w, DisableX509SVIDPrefetch: true, JWTSVIDIncludeJTI: true,
+	}, Revision: 9, CreatedAt: start}}, entries, err)
 	doc, err := d.Load(t.Context())
 	check(keyset.Document{Version: 3, Sequence: 5, RotatedAt: start, Records: []keyset.Record{{
 		ID: "ks_a", State: keyset.Tainted, IssuedAt: start, ExpiresAt: start, SteppedDownAt: start, SteppedDownBy: "scheduler", TaintedAt: start,

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/url"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -51,7 +52,10 @@ type Config struct {
 	// Insecure lets Bootstrap take the bundle from whoever answers when there
 	// is none yet. Nothing else is ever done without verifying the server.
 	Insecure bool
-	// Dial connects to ServerAddress; nil means TCP.
+	// Proxy, when set, is the HTTP proxy through which ServerAddress is reached:
+	// http://HOST:PORT, with user and password if it wants them.
+	Proxy *url.URL
+	// Dial connects to ServerAddress, or to the proxy; nil means TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
 	// Version is reported to the server, cut to 255 bytes.
 	Version string
@@ -115,6 +119,9 @@ func New(cfg Config) (*Client, error) {
 			return nil, fmt.Errorf("server_address %q is not host:port: %w", cfg.ServerAddress, err)
 		}
 		cfg.Dial = dialTCP
+	}
+	if cfg.Proxy != nil {
+		cfg.Dial = throughProxy(cfg.Proxy, cfg.Dial)
 	}
 	if cfg.PollTimeout <= 0 {
 		cfg.PollTimeout = DefaultPollTimeout

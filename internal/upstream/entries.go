@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -35,6 +36,11 @@ var entryMask = &types.EntryMask{
 	RevisionNumber: true,
 	CreatedAt:      true,
 	StoreSvid:      true,
+	// What makes an SVID, beside the SPIFFE ID: see [cache.SVID.For].
+	DnsNames:             true,
+	X509SvidTtl:          true,
+	JwtSvidTtl:           true,
+	AdditionalAttributes: true,
 }
 
 // stamp tells apart the states of an entry. The creation time is part of it:
@@ -370,6 +376,12 @@ func parseEntry(td spiffeid.TrustDomain, in *types.Entry) (*cache.Entry, error) 
 		Hint:      in.GetHint(),
 		Revision:  in.GetRevisionNumber(),
 		CreatedAt: unixTime(in.GetCreatedAt()),
+
+		DNSNames:   in.GetDnsNames(),
+		X509TTL:    time.Duration(in.GetX509SvidTtl()) * time.Second,
+		JWTTTL:     time.Duration(in.GetJwtSvidTtl()) * time.Second,
+		NoPrefetch: in.GetAdditionalAttributes().GetDisableX509SvidPrefetch(),
+		IncludeJTI: in.GetAdditionalAttributes().GetJwtSvidIncludeJti(),
 	}
 	for i, sel := range in.GetSelectors() {
 		if sel.GetType() == "" || sel.GetValue() == "" {

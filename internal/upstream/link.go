@@ -61,7 +61,7 @@ func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error
 		// and would ask for service configurations in DNS.
 		"passthrough:///"+c.cfg.ServerAddress,
 		grpc.WithContextDialer(c.cfg.Dial),
-		grpc.WithNoProxy(),
+		grpc.WithNoProxy(), // Config.Proxy alone counts, in Dial
 		grpc.WithDisableServiceConfig(),
 		grpc.WithTransportCredentials(credentials.NewTLS(config)),
 		grpc.WithConnectParams(grpc.ConnectParams{

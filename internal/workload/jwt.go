@@ -38,7 +38,8 @@ var (
 // or the one with the SPIFFE ID asked for (SPIFFE Workload API, section 6.2.1).
 //
 // A token that is held is handed out while it is valid; past half of its life
-// another one is minted behind the answer. What is not held is tried for within
+// another one is minted behind the answer. Tokens of entries with IncludeJTI are
+// not held, and each call has its own. What is not held is tried for within
 // the caller's deadline. Entries whose token cannot be had are left out, as they
 // are from X.509-SVIDs: it is an error only when there is none at all. The first
 // one left is the default identity then; a caller that wants a certain one asks
@@ -118,20 +119,22 @@ func (r *jwtRequest) look() ([]*workloadpb.JWTSVID, error) {
 	if err := r.c.admit(&v); err != nil {
 		return nil, err
 	}
+	var hidden []*cache.Entry
+	v.Entries, hidden = cache.ByHint(v.Entries)
+	r.s.warnHidden(hidden)
 	if err := r.exists(&v); err != nil {
 		return nil, err
 	}
 	r.leave(func(e *cache.Entry) bool { return !slices.Contains(v.Entries, e) })
-	hints := cache.Hints(v.Entries)
 	svids := make([]*workloadpb.JWTSVID, 0, len(v.Entries))
 	var missing []*cache.Entry
-	for i, e := range v.Entries {
+	for _, e := range v.Entries {
 		if !r.wants(e) {
 			continue
 		}
 		jwt, ok := held.JWT(e, r.audience)
-		if ok && !jwt.Fresh(held.Now()) {
-			r.s.refresh(r.c, e, r.audience)
+		if ok && r.s.stale(jwt, v.Bundle) {
+			r.s.refresh(r, e)
 		}
 		if !ok {
 			jwt, ok = r.landed(e, v.Bundle)
@@ -140,7 +143,7 @@ func (r *jwtRequest) look() ([]*workloadpb.JWTSVID, error) {
 			missing = append(missing, e)
 			continue
 		}
-		svids = append(svids, &workloadpb.JWTSVID{SpiffeId: e.SPIFFEID.String(), Svid: jwt.Token, Hint: hints[i]})
+		svids = append(svids, &workloadpb.JWTSVID{SpiffeId: e.SPIFFEID.String(), Svid: jwt.Token, Hint: e.Hint})
 	}
 	r.join(missing, len(svids) == 0)
 	return svids, nil
@@ -162,7 +165,7 @@ func (r *jwtRequest) exists(v *cache.View) error {
 }
 
 // landed returns the token that this call has waited for, in case that the
-// cache has no room for it.
+// cache has no room for it, or that it is for this call alone.
 func (r *jwtRequest) landed(e *cache.Entry, b *bundle.Snapshot) (cache.JWT, bool) {
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
@@ -188,7 +191,7 @@ func (r *jwtRequest) join(entries []*cache.Entry, hurry bool) {
 		if w, joined := r.waits[e]; joined && (w.f == nil || !w.f.landed()) {
 			continue
 		}
-		w := wait{f: r.s.join(r.c, e, r.audience)}
+		w := wait{f: r.s.join(r, e)}
 		if w.f != nil {
 			w.tries = w.f.tries
 			w.f.waiting[r.wake] = struct{}{}

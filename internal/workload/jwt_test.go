@@ -258,7 +258,6 @@ func TestJWTForSeveralEntries(t *testing.T) {
 		var all []*cache.Entry
 		for i := range 3 {
 			e := entry(fmt.Sprintf("e%d", i), fmt.Sprintf("/w%d", i), 1000)
-			e.Hint = "same"
 			e.CreatedAt = time.Unix(int64(10-i), 0)
 			all = append(all, e)
 		}
@@ -271,15 +270,12 @@ func TestJWTForSeveralEntries(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		var got, hints []string
+		var got []string
 		for _, svid := range res.Svids {
-			got, hints = append(got, svid.SpiffeId), append(hints, svid.Hint)
+			got = append(got, svid.SpiffeId)
 		}
 		if want := []string{"spiffe://example.org/w0", "spiffe://example.org/w1", "spiffe://example.org/w2"}; !slices.Equal(got, want) {
 			t.Errorf("got %v, want %v", got, want)
-		}
-		if want := []string{"", "", "same"}; !slices.Equal(hints, want) {
-			t.Errorf("hints %q, want only the oldest entry's", hints)
 		}
 		res, err = c.FetchJWTSVID(withHeader(t.Context()),
 			&workloadpb.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://example.org/w1"})

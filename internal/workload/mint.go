@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 )
 
@@ -33,10 +34,12 @@ const (
 var errNoMinter = errors.New("this agent cannot have JWT-SVIDs minted")
 
 // flightKey is what is minted once for all who ask: the entry as it is, and the
-// audience sorted, without repeats, and joined by NUL.
+// audience sorted, without repeats, and joined by NUL. A token with a jti is for
+// the one call that asks for it.
 type flightKey struct {
 	entry    *cache.Entry
 	audience string
+	call     *jwtRequest // nil: whoever asks
 }
 
 // flight is a token being minted, with the pauses between failed tries: while
@@ -66,18 +69,21 @@ type lane struct {
 // landed reports whether the token is there.
 func (f *flight) landed() bool { return f.tries > 0 && f.err == nil }
 
-// join returns the flight for this token, started if need be, or nil when the
-// caller's user has too many, which is logged once the lock is free. It goes on
+// join returns the flight for a token of the entry, started if need be, or nil when
+// the caller's user has too many, which is logged once the lock is free. It goes on
 // whatever becomes of the caller, for Serve to wait for. It counts as the user's
 // until it ends: callers may give up and ask for another at once. service.mu is
 // held.
-func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
-	key := flightKey{e, strings.Join(audience, "\x00")}
+func (s *service) join(r *jwtRequest, e *cache.Entry) *flight {
+	key := flightKey{entry: e, audience: strings.Join(r.audience, "\x00")}
+	if e.IncludeJTI {
+		key.call = r
+	}
 	if f := s.flights[key]; f != nil {
 		f.asked = true
 		return f
 	}
-	uid := c.peer.UID()
+	uid := r.c.peer.UID()
 	if !s.flying.acquire(uid) {
 		return nil
 	}
@@ -88,7 +94,7 @@ func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 	}
 	l.flights++
 	f := &flight{
-		key: key, audience: audience, lane: l, begun: time.Now(),
+		key: key, audience: r.audience, lane: l, begun: time.Now(),
 		hurry: make(chan struct{}, 1), waiting: make(map[chan struct{}]struct{}),
 	}
 	s.flights[key] = f
@@ -99,13 +105,39 @@ func (s *service) join(c *caller, e *cache.Entry, audience []string) *flight {
 	return f
 }
 
-// refresh has a token minted that the caller does not wait for.
-func (s *service) refresh(c *caller, e *cache.Entry, audience []string) {
+// refresh has a token minted that the call does not wait for.
+func (s *service) refresh(r *jwtRequest, e *cache.Entry) {
 	s.mu.Lock()
-	f := s.join(c, e, audience)
+	f := s.join(r, e)
 	s.mu.Unlock()
 	if f == nil {
-		s.warnMints(c)
+		s.warnMints(r.c)
+	}
+}
+
+// taintedAgain is how old a token by a tainted key is when it is minted again. A
+// server that lags signs with the key that others have tainted: its tokens are not
+// asked for at each call.
+const taintedAgain = 10 * time.Second
+
+// stale reports whether a token that is held is to be minted again behind the
+// answer.
+func (s *service) stale(jwt cache.JWT, b *bundle.Snapshot) bool {
+	now := s.cfg.Cache.Now()
+	if !jwt.Fresh(now) {
+		return true
+	}
+	key, _ := b.Own.JWTKey(jwt.KeyID)
+	return s.cfg.ReplaceTainted && key.Tainted && now.Sub(jwt.AskedAt) >= taintedAgain
+}
+
+// warnHidden says which entries callers are not given because of their hints.
+func (s *service) warnHidden(entries []*cache.Entry) {
+	for _, e := range entries {
+		if s.said.first(about{kind: "hint " + e.ID}) {
+			s.log.Warn("entry not handed out, an older one of the caller has its hint", slog.String("entry_id", e.ID),
+				slog.String("spiffe_id", e.SPIFFEID.String()), slog.String("hint", e.Hint))
+		}
 	}
 }
 

@@ -72,6 +72,9 @@ type Config struct {
 	// JWT mints JWT-SVIDs. Nil: FetchJWTSVID hands out what is cached and is
 	// Unavailable otherwise.
 	JWT JWTMinter
+	// ReplaceTainted has a JWT-SVID that is held and was signed by a tainted key
+	// minted again when a caller asks for it. It is handed out meanwhile.
+	ReplaceTainted bool
 	// Log gets what an operator should know. Nil: nothing is logged.
 	Log *slog.Logger
 	// Observer is told what happens. Nil: nobody.

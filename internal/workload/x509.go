@@ -191,6 +191,7 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	if len(v.Identities) == 0 {
 		return false, 0, nil
 	}
+	x.s.warnHidden(v.Hidden)
 	// The first answer waits until it can be complete, but not for ever. A later
 	// one does not: renewals must reach the workload also while an entry that was
 	// just added has to wait for the server.
@@ -274,7 +275,7 @@ func newX509Answer(v *cache.View) x509Answer {
 		federated:  federated(v, (*bundle.Bundle).X509DER),
 	}
 	for i, id := range v.Identities {
-		a.identities[i] = x509Identity{id.SVID, id.Hint}
+		a.identities[i] = x509Identity{id.SVID, id.Entry.Hint}
 	}
 	return a
 }
