@@ -16,10 +16,22 @@ const namedHolders = 5
 
 // The reasons of a [Holder] that the estimate depends on.
 const (
-	reasonSilent   = "silent"
-	reasonBehind   = "behind"
-	reasonRestored = "restored"
+	reasonSilent       = "silent"
+	reasonUnidentified = "unidentified"
+	reasonCloned       = "cloned"
+	reasonBehind       = "behind"
+	reasonRestored     = "restored"
 )
+
+// unknown tells whether it is not known what the agent holds, so that only the
+// expiry of it ends the wait, or a person.
+func (h Holder) unknown() bool {
+	switch h.Reason {
+	case reasonSilent, reasonUnidentified, reasonCloned, reasonRestored:
+		return true
+	}
+	return false
+}
 
 // clocks is how long after its expiry a server counts an SVID, because clocks
 // differ.
@@ -35,10 +47,10 @@ func (h Holder) over() time.Time {
 }
 
 // end is when the agent is expected to hold nothing of the keyset any more;
-// zero when nobody can say. Silent agents, and whoever is not known of since a
-// restore, are expected nothing of: theirs ends when it has expired.
+// zero when nobody can say. Where it is not known what the agent holds, that is
+// when all of it has expired.
 func (h Holder) end(now time.Time) time.Time {
-	if h.Reason == reasonSilent || h.Reason == reasonRestored {
+	if h.unknown() {
 		return h.over()
 	}
 	begins := now
@@ -81,7 +93,7 @@ func estimated(holders []Holder, now time.Time) string {
 	case len(holders) == 0:
 		return ""
 	case end.IsZero():
-		return "has no known end: an agent is silent"
+		return "has no known end: an agent is " + reason
 	case reason == reasonRestored:
 		return "ends at the latest " + when(end, now) + ", when what is not known has expired by all clocks"
 	case reason == reasonSilent:
@@ -126,6 +138,14 @@ func (h Holder) says(now time.Time) string {
 		if h.Version != "" {
 			text += " (version " + cli.Printable(h.Version) + ")"
 		}
+	case reasonUnidentified:
+		text += ", unidentified: it exports no SPIFFE ID of its own"
+		if h.Version != "" {
+			text += " (version " + cli.Printable(h.Version) + ")"
+		}
+		text += "; wait until it is attested, or upgrade it"
+	case reasonCloned:
+		text += ", cloned: another agent has the same SPIFFE ID; stop one of them, remove its data_dir and attest it with an ID of its own"
 	case "waiting":
 		text += ", waiting for its random delay"
 		if h.BeginsAt.After(now) {
