@@ -296,6 +296,11 @@ func TestRules(t *testing.T) {
 			w.targets[1].drop("renewd_taint_settled")
 			w.targets = append(w.targets, twin)
 		}, "10.0.0.1:9090: behind", false, ""},
+		"one target for two clones": {func(w *world) {
+			clone := *agent(1).of("renewd_agent_info")
+			clone.labels["process_id"] = "another"
+			w.targets[1].series = append(w.targets[1].series, clone)
+		}, "node-1:9090: unidentified", true, ""},
 		"scraped twice is one of two": {func(w *world) {
 			twin := agent(1)
 			twin.instance = "10.0.0.1:9090"
@@ -502,6 +507,33 @@ func TestAgentsAndQueries(t *testing.T) {
 	}
 	if f, err := c.Figures(t.Context(), "old", "", nil); err != nil || !f.JWTExpiry.IsZero() || f.JWTSafe {
 		t.Errorf("without a JWT key: expiry %v, safe %v, %v", f.JWTExpiry, f.JWTSafe, err)
+	}
+}
+
+// TestScrapedTwice: of an agent that two targets show is known what both say.
+func TestScrapedTwice(t *testing.T) {
+	t.Parallel()
+	older, newer := agent(1), agent(1)
+	newer.instance, newer.scrape = "10.0.0.1:9090", now-1
+	for name, value := range map[string]float64{
+		"renewd_svids_held": 3, "renewd_taint_renewals_pending": 4, "renewd_taint_streams_waiting": 5,
+		"renewd_taint_settled": 0, "renewd_bundle_sequence_number": 6,
+	} {
+		older.of(name).value = value
+	}
+	for _, targets := range [][]*fakeTarget{{older, newer}, {newer, older}} {
+		s := httptest.NewServer(&fake{targets: targets})
+		defer s.Close()
+		c, err := prom.New(prom.Config{URL: s.URL})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := c.Figures(t.Context(), "old", "key", []string{id(1)})
+		want := []prom.Agent{{Instance: "10.0.0.1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-1, 0), Up: true, Version: "1.2.3",
+			Sequence: 6, SVIDs: 3, Pending: 4, Streams: 5, Seen: true}}
+		if err != nil || !slices.Equal(f.Agents, want) || f.X509Safe {
+			t.Errorf("%v, agents\n%+v, want\n%+v", err, f.Agents, want)
+		}
 	}
 }
 
