@@ -12,6 +12,7 @@
 package metrics
 
 import (
+	"crypto/rand"
 	"log/slog"
 	"time"
 
@@ -114,7 +115,7 @@ func New(cfg Config) *Metrics {
 	m.registry.MustRegister(m.renewals, m.refreshes, m.syncs, m.oversize)
 	m.info("agent", cfg.TrustDomain, cfg.Version, cfg.Deployment)
 	if cfg.Source != nil {
-		m.registry.MustRegister(stateCollector{cfg.Source})
+		m.registry.MustRegister(stateCollector{cfg.Source, rand.Text()})
 	}
 	m.zero()
 	return m

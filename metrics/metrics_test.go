@@ -176,6 +176,28 @@ func TestBadLabelDoesNotPanic(t *testing.T) {
 	}
 }
 
+// An agent says who it is, and which process: the same at each scrape, and another
+// one after a restart.
+func TestWhoIsWho(t *testing.T) {
+	t.Parallel()
+	process := func(m *metrics.Metrics) string {
+		s := series(t, m, "renewd_agent_info", "spiffe_id=spiffe://example.org/spire/agent/join_token/1")
+		if s == nil || s.GetGauge().GetValue() != 1 {
+			t.Fatalf("no ID of the agent: %v", s)
+		}
+		for _, l := range s.GetLabel() {
+			if l.GetName() == "process_id" {
+				return l.GetValue()
+			}
+		}
+		return ""
+	}
+	m := newMetrics(wave)
+	if first := process(m); first == "" || process(m) != first || process(newMetrics(wave)) == first {
+		t.Errorf("process %q, then %q, after a restart %q", first, process(m), process(newMetrics(wave)))
+	}
+}
+
 // The names and labels that dashboards outside this project read, and those
 // that must be there at 0 before anything happened.
 func TestNames(t *testing.T) {

@@ -127,6 +127,8 @@ var (
 		"When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.", "key_id")
 	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
 		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.", "spiffe_id")
+	descAgent = desc("renewd_agent_info",
+		"Always 1. The labels say which agent this is: its SPIFFE ID, empty before it has an SVID, and a random ID of this process. keysetctl tells agents apart by them.", "spiffe_id", "process_id")
 	descClockLag = desc("renewd_agent_clock_lag_seconds",
 		"How far this node's clock is behind the server's, at least, as the newest X.509-SVID tells: 0 when that one was valid at once. Above 0, set the clock: peers on this node may refuse each other's SVIDs.")
 	descLeftOut = desc("renewd_bundle_authorities_left_out",
@@ -140,7 +142,7 @@ var (
 		"1 while what is to be in this file of data_dir could not be written: a restart would find what was there before. The agent tries again every few seconds, and the log names the error.", "file")
 
 	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
-		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descClockLag, descMissing, descStreams, descUnsaved}
+		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descAgent, descClockLag, descMissing, descStreams, descUnsaved}
 )
 
 func desc(name, help string, labels ...string) *prometheus.Desc {
@@ -148,7 +150,10 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 }
 
 // stateCollector exports one snapshot for each scrape.
-type stateCollector struct{ source Source }
+type stateCollector struct {
+	source  Source
+	process string // a random ID
+}
 
 func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range stateDescs {
@@ -187,6 +192,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		stamp(descJWTExpiry, t, kid)
 	}
 	stamp(descOwnExpiry, s.OwnExpiry, s.OwnID)
+	gauge(descAgent, 1, s.OwnID, c.process)
 	gauge(descClockLag, s.ClockLag.Seconds())
 	stamp(descApplied, s.BundleApplied)
 	if !s.BundleApplied.IsZero() {

@@ -13,42 +13,43 @@ import (
 
 // The reasons of holders.
 const (
-	reasonSilent   = "silent"   // down, missing, or not heard of recently
-	reasonBehind   = "behind"   // has not seen that the authority is tainted
-	reasonRenewing = "renewing" // has SVIDs of it to replace
-	reasonStreams  = "streams"  // has replaced them, but workloads were not sent them yet
+	reasonSilent       = "silent"       // down, missing, or not heard of recently
+	reasonUnidentified = "unidentified" // does not say which agent it is
+	reasonDuplicated   = "duplicated"   // another one says that it is the same agent
+	reasonBehind       = "behind"       // has not seen that the authority is tainted
+	reasonRenewing     = "renewing"     // has SVIDs of it to replace
+	reasonStreams      = "streams"      // has replaced them, but workloads were not sent them yet
 )
 
 // component is what an agent's spirl_application_info calls it.
 const component = "agent"
 
-// judge says what follows from the targets and their scrapes.
-func judge(at time.Time, trustDomain string, targets []*target, jwtExpiry time.Time) Figures {
-	f := Figures{At: at, JWTExpiry: jwtExpiry}
-	scraped := make(map[identity]int, len(targets))
+// judge says what follows from the targets and their newest scrapes.
+func judge(at time.Time, trustDomain string, targets []*target) Figures {
+	f := Figures{At: at}
 	for _, t := range targets {
 		a, known := t.agent(at)
 		if known && t.foreign(trustDomain) {
 			continue
 		}
-		if who, ok := t.identity(); ok && known {
-			if i, again := scraped[who]; again {
-				if a.LastScrape.After(f.Agents[i].LastScrape) {
-					f.Agents[i] = a
-				}
-				continue
-			}
-			scraped[who] = len(f.Agents)
+		i := slices.IndexFunc(f.Agents, func(b Agent) bool { return a.Process != "" && b.Process == a.Process })
+		if i < 0 {
+			f.Agents = append(f.Agents, a)
+		} else {
+			f.Agents[i] = f.Agents[i].and(a)
 		}
-		f.Agents = append(f.Agents, a)
+	}
+	for i := range f.Agents {
+		a := &f.Agents[i]
+		a.Duplicated = a.Process != "" && slices.ContainsFunc(f.Agents, func(b Agent) bool {
+			return b.Process != "" && b.Process != a.Process && b.ID == a.ID
+		})
 	}
 	slices.SortStableFunc(f.Agents, func(a, b Agent) int { return cmp.Compare(a.Instance, b.Instance) })
 
 	f.Expected = len(f.Agents)
-	f.JWTSafe = !jwtExpiry.After(at)
 	for _, a := range f.Agents {
 		f.X509SVIDs += a.SVIDs
-		f.JWTSafe = f.JWTSafe && a.Up
 		if reason := a.reason(); reason != "" {
 			f.Holding++
 			f.Holders = append(f.Holders, runbook.Holder{
@@ -83,8 +84,7 @@ func (f *Figures) missNamed(expected []string, targets []*target) {
 }
 
 func (f *Figures) miss(n int, who string) {
-	f.Expected, f.Missing, f.Holding = f.Expected+n, f.Missing+n, f.Holding+n
-	f.X509Safe, f.JWTSafe = false, false
+	f.Expected, f.Missing, f.Holding, f.X509Safe = f.Expected+n, f.Missing+n, f.Holding+n, false
 	f.Holders = append(f.Holders, runbook.Holder{Agent: who, Reason: reasonSilent})
 }
 
@@ -97,13 +97,17 @@ func (t *target) agent(at time.Time) (a Agent, known bool) {
 		return a, false
 	}
 	settled, seen := t.values[seriesSettled]
-	return Agent{
+	a = Agent{
 		Instance: a.Instance, ID: a.ID, Up: true, LastScrape: t.scrape,
 		Version:  string(t.info["spirl_app_version"]),
 		Sequence: uint64(max(0, t.values[seriesSequence])),
 		SVIDs:    int(t.values[seriesHeld]), Pending: int(t.values[seriesPending]), Streams: int(t.values[seriesStreams]),
 		Seen: seen, Settled: seen && settled == 1,
-	}, true
+	}
+	if a.ID != "" && len(t.processes) == 1 {
+		a.Process = t.processes[0]
+	}
+	return a, true
 }
 
 // foreign tells whether the target says that it is no agent of the trust
@@ -113,21 +117,16 @@ func (t *target) foreign(trustDomain string) bool {
 	return says("spirl_component") != component || (trustDomain != "" && says("spirl_trust_domain") != trustDomain)
 }
 
-// identity is what two scrapes of one agent have in common and two agents do
-// not: the start of the process, the end of its own SVID, and the millisecond in
-// which it applied the bundle.
-type identity [3]float64
-
-func (t *target) identity() (identity, bool) {
-	var id identity
-	for i, name := range []string{seriesStart, seriesOwn, seriesApplied} {
-		v, ok := t.values[name]
-		if !ok {
-			return id, false
-		}
-		id[i] = v
+// and is the agent by two scrapes of its process: nothing that only one of them
+// says is known.
+func (a Agent) and(b Agent) Agent {
+	if b.LastScrape.After(a.LastScrape) {
+		a, b = b, a
 	}
-	return id, true
+	a.Sequence = min(a.Sequence, b.Sequence)
+	a.SVIDs, a.Pending, a.Streams = max(a.SVIDs, b.SVIDs), max(a.Pending, b.Pending), max(a.Streams, b.Streams)
+	a.Seen, a.Settled = a.Seen && b.Seen, a.Settled && b.Settled
+	return a
 }
 
 // reason says why the agent could still hold an SVID; empty when it cannot.
@@ -135,6 +134,10 @@ func (a Agent) reason() string {
 	switch {
 	case !a.Up:
 		return reasonSilent
+	case a.Process == "":
+		return reasonUnidentified
+	case a.Duplicated:
+		return reasonDuplicated
 	case !a.Seen:
 		return reasonBehind
 	case a.Settled && a.SVIDs == 0 && a.Pending == 0 && a.Streams == 0:

@@ -13,12 +13,17 @@
 // very time of the newest sample of up. Prometheus' lookback of five minutes
 // therefore cannot make a dead agent look settled.
 //
+// Who an agent is it exports itself, in renewd_agent_info: its SPIFFE ID, and an ID
+// of its process. Neither the instance label nor a time tells agents apart: one
+// may be scraped twice, and relabeled meanwhile; two may be started in one moment.
+// Scrapes of one process are of one agent. Two processes with one SPIFFE ID are
+// clones, and never safe; a program that does not say who it is is not, either.
+//
 // Ask the Prometheus that scrapes the agents, not one that federates from it:
 // only the first has the targets. Answers that replicas of it have been merged
-// into are understood. The job must hold every agent. One that is scraped twice
-// is found out when both scrapes show the same start, SVID and bundle. One that is
-// no target is found out by its SPIFFE ID, which agents export: the caller of
-// [Client.Figures] knows which there must be.
+// into are understood. The job must hold every agent, and a target must be one
+// agent, not an address that several share. An agent that is no target is found
+// out by its SPIFFE ID: the caller of [Client.Figures] knows which there must be.
 package prom
 
 import (
@@ -64,7 +69,7 @@ type Config struct {
 	Expected int
 	// JWTLife is how long a JWT-SVID lives at the most; 25 hours when 0. An
 	// agent that starts again forgets until when its tokens last, so that is how
-	// far back Prometheus is asked.
+	// far back Prometheus is asked, and as long again for who was there then.
 	JWTLife time.Duration
 	// Client is for what the URL cannot say, such as an own CA; when nil a
 	// usual one.
@@ -110,7 +115,9 @@ func New(c Config) (*Client, error) {
 // its Instance is known, and from before its last answer and what it held then.
 type Agent struct {
 	Instance   string    // the instance label
-	ID         string    // SPIFFE ID; empty: it has not said
+	ID         string    // SPIFFE ID; empty: it has not said, or more than one
+	Process    string    // its process ID; empty: it does not say who it is
+	Duplicated bool      // another process says that it has the same SPIFFE ID
 	Up         bool      // it answered the newest scrape, and that is recent
 	LastScrape time.Time // that it answered; zero: none within a day
 	Version    string
@@ -125,7 +132,7 @@ type Agent struct {
 // Figures are what Prometheus knows of one pair of authorities at one moment.
 type Figures struct {
 	At     time.Time // by Prometheus' clock
-	Agents []Agent   // by instance; each agent once
+	Agents []Agent   // by instance; each process once
 	// Expected is the number of agents there must be: those that were expected
 	// and those that are there all the same. Missing is how many of them are
 	// no targets.
@@ -135,14 +142,13 @@ type Figures struct {
 	// reported; zero when none has.
 	JWTExpiry time.Time
 	// Holders are the agents that could still hold an SVID of the X.509
-	// authority, with the reason silent, behind, renewing or streams: first the
-	// targets, by instance, then those that are missing, by SPIFFE ID. Where only
-	// their number is known they are one holder together.
+	// authority, with the reason silent, unidentified, duplicated, behind, renewing or
+	// streams: first the targets, by instance, then those that are missing, by
+	// SPIFFE ID. Where only their number is known they are one holder together.
 	Holders []runbook.Holder
 	Holding int // how many agents that is
-	// X509Safe is true when there are no holders, JWTSafe when the last
-	// JWT-SVID has ended, no agent is silent or missing, and Prometheus has
-	// scraped the job for as long as a JWT-SVID lives.
+	// X509Safe is true when there are no holders, JWTSafe when it is certain that
+	// the last JWT-SVID has ended.
 	X509Safe, JWTSafe bool
 }
 
@@ -161,8 +167,8 @@ func (f Figures) Behind(sequence uint64) int {
 // Figures asks for the figures of the X.509 authority and the JWT key with
 // these IDs. expected are the SPIFFE IDs of the agents there must be; with none,
 // and no number in the Config, the agents are those that Prometheus has as
-// targets. Without any target, and when Prometheus answers in part only, there
-// are no figures but an error.
+// targets. An empty jwtKeyID asks for no JWT-SVIDs. Without any target, and when
+// Prometheus answers in part only, there are no figures but an error.
 func (c *Client) Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expected []string) (Figures, error) {
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.Timeout)
 	defer cancel()
@@ -190,16 +196,7 @@ func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, 
 	if err := c.lastAnswers(ctx, at, x509AuthorityID, targets); err != nil {
 		return Figures{}, err
 	}
-	expiry, err := c.jwtExpiry(ctx, at, jwtKeyID)
-	if err != nil {
-		return Figures{}, err
-	}
-	remembers, err := c.remembers(ctx, at)
-	if err != nil {
-		return Figures{}, err
-	}
-	f := judge(at, c.cfg.TrustDomain, targets, expiry)
-	f.JWTSafe = f.JWTSafe && remembers
+	f := judge(at, c.cfg.TrustDomain, targets)
 	// A fleet without agents is one that was looked for in the wrong place.
 	if len(f.Agents) == 0 {
 		return Figures{}, fmt.Errorf("no target of the job %q is an agent of %s", c.cfg.Job, cmp.Or(c.cfg.TrustDomain, "any trust domain"))
@@ -208,6 +205,9 @@ func (c *Client) figures(ctx context.Context, x509AuthorityID, jwtKeyID string, 
 		f.missNumber(c.cfg.Expected)
 	} else {
 		f.missNamed(expected, targets)
+	}
+	if err := c.jwt(ctx, &f, jwtKeyID); err != nil {
+		return Figures{}, err
 	}
 	return f, nil
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math"
 	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -23,17 +24,18 @@ const (
 	seriesStreams  = "renewd_taint_streams_waiting"
 	seriesSettled  = "renewd_taint_settled"
 	seriesSequence = "renewd_bundle_sequence_number"
-	seriesApplied  = "renewd_bundle_applied_timestamp_seconds"
-	seriesOwn      = "renewd_agent_svid_expiry_timestamp_seconds"
-	seriesStart    = "process_start_time_seconds"
+	seriesAgent    = "renewd_agent_info"
 	seriesJWT      = "renewd_jwt_svid_latest_expiry_timestamp_seconds"
 )
 
-// labelID is the label of seriesOwn with the agent's SPIFFE ID.
-const labelID = "spiffe_id"
+// The labels of seriesAgent.
+const (
+	labelID      = "spiffe_id"
+	labelProcess = "process_id"
+)
 
 var seriesOfScrape = strings.Join([]string{seriesUp, seriesInfo, seriesHeld, seriesPending, seriesStreams,
-	seriesSettled, seriesSequence, seriesApplied, seriesOwn, seriesStart}, "|")
+	seriesSettled, seriesSequence, seriesAgent}, "|")
 
 // defaultInterval is Prometheus' own, for a target that does not say.
 const defaultInterval = time.Minute
@@ -47,6 +49,9 @@ type target struct {
 	scrape time.Time // of the newest sample of up; zero: none in the window
 	up     bool
 	info   model.Metric // of spirl_application_info; nil: none
+	// The processes that the newest scrape says it is of: one, unless the agent
+	// is too old to say so or the target answers for several.
+	processes []string
 	// What the newest scrape says, by series. Of settled it is the lowest, of
 	// what is counted the sum.
 	values map[string]float64
@@ -145,8 +150,11 @@ func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, ta
 	}
 	for _, s := range series {
 		if t := of(s); t != nil && s.Metric[model.MetricNameLabel] == seriesUp && len(s.Values) > 0 {
-			if last := s.Values[len(s.Values)-1]; last.Timestamp.Time().After(t.scrape) {
+			switch last := s.Values[len(s.Values)-1]; last.Timestamp.Time().Compare(t.scrape) {
+			case 1:
 				t.scrape, t.up = last.Timestamp.Time(), last.Value == 1
+			case 0: // of another replica
+				t.up = t.up && last.Value == 1
 			}
 		}
 	}
@@ -184,13 +192,15 @@ func (t *target) take(m model.Metric, s model.SamplePair) {
 	if t.values == nil {
 		t.values = make(map[string]float64)
 	}
-	if name == seriesOwn {
-		t.isAlso(m[labelID])
-	}
 	old, again := t.values[name]
 	switch {
 	case name == seriesInfo:
 		t.info = m
+	case name == seriesAgent:
+		t.isAlso(m[labelID])
+		if p := string(m[labelProcess]); p != "" && !slices.Contains(t.processes, p) {
+			t.processes = append(t.processes, p)
+		}
 	case again && name == seriesSettled:
 		t.values[name] = min(old, v)
 	default:
@@ -245,7 +255,7 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 	if err != nil {
 		return err
 	}
-	err = read(fmt.Sprintf(`last_over_time(%s{%s}[1d])`, seriesOwn, silent), func(t *target, m model.Metric, _ float64) {
+	err = read(fmt.Sprintf(`last_over_time(%s{%s}[1d])`, seriesAgent, silent), func(t *target, m model.Metric, _ float64) {
 		t.isAlso(m[labelID])
 	})
 	if err != nil {
@@ -255,44 +265,6 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 	return read(fmt.Sprintf(`last_over_time(%s{%s,authority=%s}[1d])`, seriesHeld, silent, label(exported(authority))), func(t *target, _ model.Metric, v float64) {
 		t.held = max(t.held, v)
 	})
-}
-
-// jwtExpiry is when the last JWT-SVID of the key ends that an agent has told
-// of, whether that agent still runs, or knows it, or not.
-func (c *Client) jwtExpiry(ctx context.Context, at time.Time, keyID string) (time.Time, error) {
-	if keyID == "" {
-		return time.Time{}, nil
-	}
-	query := fmt.Sprintf(`max(max_over_time(%s{job=%s,key_id=%s}[%dms]))`, seriesJWT, label(c.cfg.Job),
-		label(exported(keyID)), c.cfg.JWTLife.Milliseconds())
-	v, _, _, err := c.api.Query(ctx, query, at)
-	if err != nil {
-		return time.Time{}, fmt.Errorf("query the JWT-SVIDs: %w", err)
-	}
-	vector, ok := v.(model.Vector)
-	if !ok || len(vector) > 1 {
-		return time.Time{}, errors.New("query the JWT-SVIDs: the answer is no single value")
-	}
-	if len(vector) == 0 {
-		return time.Time{}, nil
-	}
-	// Up to the next second: an expiry must not be rounded into the past.
-	return time.Unix(int64(math.Ceil(float64(vector[0].Value))), 0), nil
-}
-
-// remembers reports whether Prometheus goes back by the life of a JWT-SVID: whether
-// it has seen agents then. One that has lost its data, or has scraped them for less
-// long, cannot know what an agent forgot that was started again since.
-func (c *Client) remembers(ctx context.Context, at time.Time) (bool, error) {
-	v, _, _, err := c.api.Query(ctx, fmt.Sprintf(`count(%s{job=%s})`, seriesUp, label(c.cfg.Job)), at.Add(-c.cfg.JWTLife))
-	if err != nil {
-		return false, fmt.Errorf("query the JWT-SVIDs: %w", err)
-	}
-	vector, ok := v.(model.Vector)
-	if !ok {
-		return false, errors.New("query the JWT-SVIDs: the answer is no vector")
-	}
-	return len(vector) > 0, nil
 }
 
 // exported is the label value that the agents export for an ID.

@@ -1,6 +1,7 @@
 package prom_test
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"maps"
@@ -34,6 +35,9 @@ type fakeTarget struct {
 // id is the SPIFFE ID of an agent.
 func id(n int) string { return fmt.Sprintf("spiffe://example.org/spire/agent/%d", n) }
 
+// process is the ID of an agent's process.
+func process(n int) string { return fmt.Sprint("P", n) }
+
 // agent is one that has nothing to do with the authority any more.
 func agent(n int) *fakeTarget {
 	none := map[string]string{"authority": "old"}
@@ -48,9 +52,7 @@ func agent(n int) *fakeTarget {
 			{name: "renewd_taint_streams_waiting", value: 0, labels: none},
 			{name: "renewd_taint_settled", value: 1, labels: none},
 			{name: "renewd_bundle_sequence_number", value: 7},
-			{name: "renewd_bundle_applied_timestamp_seconds", value: now - 100.123 - float64(n)},
-			{name: "renewd_agent_svid_expiry_timestamp_seconds", value: now + 1000 + float64(n), labels: map[string]string{"spiffe_id": id(n)}},
-			{name: "process_start_time_seconds", value: now - 5000},
+			{name: "renewd_agent_info", value: 1, labels: map[string]string{"spiffe_id": id(n), "process_id": process(n)}},
 		},
 	}
 }
@@ -67,9 +69,12 @@ func (f *fakeTarget) drop(name string) {
 // fake is a Prometheus that holds what it is given.
 type fake struct {
 	targets  []*fakeTarget
-	jwt      any               // result of the JWT query
-	young    bool              // it has not scraped the agents for long
-	override map[string]string // body by what the request is about: targets, time, agents, answered, ids, held, jwt, back
+	jwt      []any             // result of the JWT query
+	tainted  bool              // an agent has seen the JWT key tainted long ago
+	moments  int               // at which it has scraped agents while a JWT-SVID lives; 0: at all
+	since    []string          // processes that it has seen in that time beside those of the targets
+	before   []string          // processes that it has seen before; nil: those of the targets
+	override map[string]string // body by what the request is about: targets, time, agents, answered, ids, held, jwt, tainted, moments, since, before
 	queries  map[string]string
 	slow     chan struct{}
 }
@@ -96,16 +101,31 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	case query == "time()":
 		about, data = "time", map[string]any{"resultType": "scalar", "result": []any{now, fmt.Sprint(now)}}
 	case strings.HasPrefix(query, "max("):
-		about, data = "jwt", map[string]any{"resultType": "vector", "result": f.jwt}
-	case strings.HasPrefix(query, "count(up"):
-		result := []any{}
-		if !f.young {
-			result = []any{map[string]any{"metric": map[string]string{}, "value": []any{now, "3"}}}
+		about, data = "jwt", vector(f.jwt)
+	case strings.HasPrefix(query, "count(last_over_time(renewd_svids_held"):
+		about, data = "tainted", vector(nil)
+		if f.tainted {
+			data = vector(value(1))
 		}
-		about, data = "back", map[string]any{"resultType": "vector", "result": result}
+	case strings.HasPrefix(query, "count_over_time(count(up"):
+		about, data = "moments", vector(value(float64(cmp.Or(f.moments, 301))))
+	case strings.HasPrefix(query, "group by (process_id)"):
+		about = "since"
+		seen := append(f.processes(), f.since...)
+		if r.FormValue("time") != fmt.Sprint(int(now)) {
+			about, seen = "before", f.before
+			if seen == nil {
+				seen = f.processes()
+			}
+		}
+		found := []any{}
+		for _, p := range seen {
+			found = append(found, map[string]any{"metric": map[string]string{"process_id": p}, "value": []any{now, "1"}})
+		}
+		data = vector(found)
 	case strings.HasPrefix(query, "max_over_time(timestamp("):
 		about, data = "answered", f.silent(now-3600.5, now-7200)
-	case strings.HasPrefix(query, "last_over_time(renewd_agent_svid"):
+	case strings.HasPrefix(query, "last_over_time(renewd_agent_info"):
 		about, data = "ids", f.ids()
 	case strings.HasPrefix(query, "last_over_time("):
 		about, data = "held", f.silent(12, 11)
@@ -141,33 +161,56 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data})
 }
 
+// processes are those of the targets of the trust domain.
+func (f *fake) processes() (all []string) {
+	for _, t := range f.targets {
+		for _, s := range t.series {
+			if s.name == "renewd_agent_info" && strings.HasPrefix(s.labels["spiffe_id"], "spiffe://example.org/") {
+				all = append(all, s.labels["process_id"])
+			}
+		}
+	}
+	return all
+}
+
 // ids answers with the SPIFFE ID of each target.
 func (f *fake) ids() any {
-	vector := []any{}
+	found := []any{}
 	for _, t := range f.targets {
 		var n int
 		fmt.Sscanf(t.instance, "node-%d", &n)
 		labels := map[string]string{"job": t.job, "instance": t.instance, "spiffe_id": id(n)}
-		vector = append(vector, map[string]any{"metric": labels, "value": []any{now, "1"}})
+		found = append(found, map[string]any{"metric": labels, "value": []any{now, "1"}})
 	}
-	return map[string]any{"resultType": "vector", "result": vector}
+	return vector(found)
 }
 
 // silent answers with two series for each target, whether it is silent or not.
 func (f *fake) silent(values ...float64) any {
-	vector := []any{}
+	found := []any{}
 	for _, t := range f.targets {
 		for i, v := range values {
 			labels := map[string]string{"job": t.job, "instance": t.instance, "state": fmt.Sprint(i)}
-			vector = append(vector, map[string]any{"metric": labels, "value": []any{now, fmt.Sprintf("%.3f", v)}})
+			found = append(found, map[string]any{"metric": labels, "value": []any{now, fmt.Sprintf("%.3f", v)}})
 		}
 	}
-	return map[string]any{"resultType": "vector", "result": vector}
+	return vector(found)
 }
 
-func ends(in float64) any {
-	return []any{map[string]any{"metric": map[string]string{}, "value": []any{now, fmt.Sprintf("%.3f", now+in)}}}
+// vector is an answer with these results.
+func vector(result []any) any {
+	if result == nil {
+		result = []any{}
+	}
+	return map[string]any{"resultType": "vector", "result": result}
 }
+
+// value is the result of one series without labels.
+func value(v float64) []any {
+	return []any{map[string]any{"metric": map[string]string{}, "value": []any{now, fmt.Sprintf("%.3f", v)}}}
+}
+
+func ends(in float64) []any { return value(now + in) }
 
 // TestRules breaks each rule of what is safe once.
 func TestRules(t *testing.T) {
@@ -202,8 +245,20 @@ func TestRules(t *testing.T) {
 		}, id(0) + ": silent", true, ""},
 		"one more is there": {change: func(w *world) { w.targets = append(w.targets, agent(7)) }},
 		"the ID is of an old scrape": {func(w *world) {
-			w.targets[1].of("renewd_agent_svid_expiry_timestamp_seconds").at = now - 29
-		}, id(1) + ": silent", true, ""},
+			w.targets[1].of("renewd_agent_info").at = now - 29
+		}, "node-1:9090: unidentified, " + id(1) + ": silent", true, ""},
+		"an agent that is too old": {func(w *world) {
+			w.targets[1].drop("renewd_agent_info")
+			w.expected = nil
+		}, "node-1:9090: unidentified", true, ""},
+		"an agent that is not attested": {func(w *world) {
+			w.targets[1].of("renewd_agent_info").labels["spiffe_id"] = ""
+			w.expected = nil
+		}, "node-1:9090: unidentified", true, ""},
+		"one target for two agents": {func(w *world) {
+			w.targets[1].series = append(w.targets[1].series, *agent(2).of("renewd_agent_info"))
+			w.targets = w.targets[:2]
+		}, "node-1:9090: unidentified", true, ""},
 		"more than config says":    {func(w *world) { w.cfg.Expected = 5 }, "2 of 5 agents that Prometheus does not scrape: silent", true, ""},
 		"taint not seen":           {func(w *world) { w.targets[2].drop("renewd_taint_settled") }, "node-2:9090: behind", false, ""},
 		"settled before":           {func(w *world) { w.targets[2].of("renewd_taint_settled").at = now - 29 }, "node-2:9090: behind", false, ""},
@@ -217,6 +272,11 @@ func TestRules(t *testing.T) {
 			replica.value, replica.labels = 0, map[string]string{"authority": "old", "replica": "b"}
 			w.targets[2].series = append(w.targets[2].series, replica)
 		}, "node-2:9090: renewing", false, ""},
+		"two replicas, one cannot scrape it": {func(w *world) {
+			replica := *w.targets[2].of("up")
+			replica.value, replica.labels = 0, map[string]string{"replica": "b"}
+			w.targets[2].series = append(w.targets[2].series, replica)
+		}, "node-2:9090: silent", true, ""},
 		"one holds, one is silent": {func(w *world) {
 			w.targets[0].health = "down"
 			w.targets[2].of("renewd_taint_settled").value = 0
@@ -225,15 +285,46 @@ func TestRules(t *testing.T) {
 			twin := agent(1)
 			twin.instance, w.targets[2] = "10.0.0.1:9090", twin
 		}, id(2) + ": silent", true, ""},
-		"scraped twice, newest counts": {func(w *world) {
+		"scraped twice, the newer says less": {func(w *world) {
 			twin := agent(1)
 			twin.instance, twin.scrape, twin.of("renewd_taint_settled").value = "10.0.0.1:9090", now-1, 0
 			w.targets = append(w.targets, twin)
 		}, "10.0.0.1:9090: renewing", false, ""},
-		"a server in the job": {change: func(w *world) {
+		"scraped twice, the older says less": {func(w *world) {
+			twin := agent(1)
+			twin.instance, twin.scrape = "10.0.0.1:9090", now-1
+			w.targets[1].drop("renewd_taint_settled")
+			w.targets = append(w.targets, twin)
+		}, "10.0.0.1:9090: behind", false, ""},
+		"one target for two clones": {func(w *world) {
+			clone := *agent(1).of("renewd_agent_info")
+			clone.labels["process_id"] = "another"
+			w.targets[1].series = append(w.targets[1].series, clone)
+		}, "node-1:9090: unidentified", true, ""},
+		"scraped twice is one of two": {func(w *world) {
+			twin := agent(1)
+			twin.instance = "10.0.0.1:9090"
+			w.targets, w.cfg.Expected = []*fakeTarget{w.targets[1], twin}, 2
+		}, "1 of 2 agents that Prometheus does not scrape: silent", true, ""},
+		"scraped twice and attested meanwhile": {func(w *world) {
+			twin := agent(1)
+			twin.instance, twin.of("renewd_agent_info").labels["spiffe_id"] = "10.0.0.1:9090", id(2)
+			w.targets, w.cfg.Expected = []*fakeTarget{w.targets[1], twin}, 2
+		}, "1 of 2 agents that Prometheus does not scrape: silent", true, ""},
+		// One image, started at one moment: nothing but the ID tells them apart.
+		"one of two that are alike": {func(w *world) {
+			w.targets[1].scrape, w.targets[2].scrape = now-3, now-3
+			w.targets[2].of("renewd_taint_settled").value = 0
+		}, "node-2:9090: renewing", false, ""},
+		"a clone": {func(w *world) {
+			clone := agent(1)
+			clone.instance, clone.of("renewd_agent_info").labels["process_id"] = "10.0.0.1:9090", "another"
+			w.targets = append(w.targets, clone)
+		}, "10.0.0.1:9090: duplicated, node-1:9090: duplicated", true, ""}, "a server in the job": {change: func(w *world) {
 			s := agent(9)
 			s.of("spirl_application_info").labels["spirl_component"] = "server"
 			s.drop("renewd_taint_settled")
+			s.drop("renewd_agent_info")
 			w.targets = append(w.targets, s)
 		}},
 		"a server does not count": {func(w *world) {
@@ -247,6 +338,7 @@ func TestRules(t *testing.T) {
 		"another trust domain": {change: func(w *world) {
 			s := agent(9)
 			s.of("spirl_application_info").labels["spirl_trust_domain"] = "other.org"
+			s.of("renewd_agent_info").labels["spiffe_id"] = "spiffe://other.org/spire/agent/9"
 			s.drop("renewd_taint_settled")
 			w.targets = append(w.targets, s)
 		}},
@@ -269,36 +361,47 @@ func TestRules(t *testing.T) {
 		}, "node-1:9090: renewing, node-1:9090: silent", true, ""},
 		"JWT-SVIDs have ended": {change: func(w *world) { w.jwt = ends(-1) }},
 		"a JWT-SVID lives":     {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
-		// An agent that was started again since has forgotten its JWT-SVIDs, and so
-		// has a Prometheus that has lost its data or scrapes for less long.
-		"Prometheus is young": {change: func(w *world) { w.young = true }, jwt: true},
-		"no target":           {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
-		"no agent":            {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
-		"targets fail":        {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
-		"targets are half":    {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
-		"time fails":          {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
-		"time is a vector":    {change: func(w *world) { w.override["time"] = vector }, err: "no scalar"},
-		"agents fail":         {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
-		"agents are half":     {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
-		"agents are a vector": {change: func(w *world) { w.override["agents"] = vector }, err: "no matrix"},
-		"JWT fails":           {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
-		"silence fails":       {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
-		"identities fail":     {change: func(w *world) { w.targets[0].health, w.override["ids"] = "down", "" }, err: "query the silent agents: server_error"},
+		// An agent that was started again has forgotten its JWT-SVIDs, and one that is
+		// gone tells of none; and so does a Prometheus that was down meanwhile.
+		"an agent was started again":             {change: func(w *world) { w.since = []string{"P1 before"} }, jwt: true},
+		"an agent was not there at the begin":    {change: func(w *world) { w.before = []string{process(0), process(2)} }, jwt: true},
+		"an agent was gone before it":            {change: func(w *world) { w.before = append(w.processes(), "gone") }},
+		"Prometheus is young":                    {change: func(w *world) { w.before = []string{} }, jwt: true},
+		"Prometheus was down":                    {change: func(w *world) { w.moments = 299 }, jwt: true},
+		"Prometheus was never down":              {change: func(w *world) { w.moments = 300 }},
+		"tainted for the life of a JWT-SVID":     {change: func(w *world) { w.tainted, w.moments, w.before = true, 1, []string{} }},
+		"tainted for so long, and one is silent": {func(w *world) { w.tainted, w.targets[1].health = true, "down" }, "node-1:9090: silent", false, ""},
+		"no target":                              {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
+		"no agent":                               {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
+		"targets fail":                           {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
+		"targets are half":                       {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
+		"time fails":                             {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
+		"time is a vector":                       {change: func(w *world) { w.override["time"] = noVector }, err: "no scalar"},
+		"agents fail":                            {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
+		"agents are half":                        {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
+		"agents are a vector":                    {change: func(w *world) { w.override["agents"] = noVector }, err: "no matrix"},
+		"JWT fails":                              {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"silence fails":                          {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
+		"identities fail":                        {change: func(w *world) { w.targets[0].health, w.override["ids"] = "down", "" }, err: "query the silent agents: server_error"},
 		"silence is something else": {change: func(w *world) {
 			w.targets[0].health, w.override["answered"] = "down", `{"status":"success","data":{"resultType":"matrix","result":[]}}`
 		}, err: "no vector"},
-		"JWT is half":             {change: func(w *world) { w.override["jwt"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
-		"JWT is something else":   {change: func(w *world) { w.override["jwt"] = `{"status":"success","data":{"resultType":"matrix","result":[]}}` }, err: "no single value"},
-		"history fails":           {change: func(w *world) { w.override["back"] = "" }, err: "query the JWT-SVIDs: server_error"},
-		"history is half":         {change: func(w *world) { w.override["back"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
-		"history is something":    {change: func(w *world) { w.override["back"] = `{"status":"success","data":{"resultType":"matrix","result":[]}}` }, err: "no vector"},
-		"no Prometheus":           {change: func(w *world) { w.override["targets"] = "<html>" }, err: "targets: bad_response"},
-		"Prometheus is too slow":  {change: func(w *world) { w.slow, w.cfg.Timeout = make(chan struct{}), 20*time.Millisecond }, err: "deadline exceeded"},
-		"no label at all matches": {func(w *world) { w.targets[0].of("up").labels = map[string]string{"job": "relabeled"} }, "node-0:9090: silent", true, ""},
+		"JWT is half":               {change: func(w *world) { w.override["jwt"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"JWT is something else":     {change: func(w *world) { w.override["jwt"] = matrix }, err: "no vector"},
+		"taint fails":               {change: func(w *world) { w.override["tainted"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"taint is half":             {change: func(w *world) { w.override["tainted"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"moments fail":              {change: func(w *world) { w.override["moments"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"no moment":                 {change: func(w *world) { w.override["moments"] = noVector }, jwt: true},
+		"processes since fail":      {change: func(w *world) { w.override["since"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"processes before fail":     {change: func(w *world) { w.override["before"] = "" }, err: "query the JWT-SVIDs: server_error"},
+		"processes before are half": {change: func(w *world) { w.override["before"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"no Prometheus":             {change: func(w *world) { w.override["targets"] = "<html>" }, err: "targets: bad_response"},
+		"Prometheus is too slow":    {change: func(w *world) { w.slow, w.cfg.Timeout = make(chan struct{}), 20*time.Millisecond }, err: "deadline exceeded"},
+		"no label at all matches":   {func(w *world) { w.targets[0].of("up").labels = map[string]string{"job": "relabeled"} }, "node-0:9090: silent", true, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			w := &world{fake: &fake{targets: []*fakeTarget{agent(0), agent(1), agent(2)}, jwt: []any{}, override: map[string]string{}},
+			w := &world{fake: &fake{targets: []*fakeTarget{agent(0), agent(1), agent(2)}, override: map[string]string{}},
 				cfg: prom.Config{TrustDomain: "example.org"}, expected: []string{id(2), id(0), id(1)}}
 			if tt.change != nil {
 				tt.change(w)
@@ -345,7 +448,9 @@ func TestRules(t *testing.T) {
 	}
 }
 
-const vector = `{"status":"success","data":{"resultType":"vector","result":[]}}`
+const noVector = `{"status":"success","data":{"resultType":"vector","result":[]}}`
+
+const matrix = `{"status":"success","data":{"resultType":"matrix","result":[]}}`
 
 func half(data string) string {
 	return `{"status":"success","warnings":["store-2 is down"],"data":` + data + `}`
@@ -376,7 +481,7 @@ func TestAgentsAndQueries(t *testing.T) {
 	}
 	want := []prom.Agent{
 		{Instance: "node-0:9090", ID: id(0), LastScrape: time.UnixMilli(now*1000 - 3_600_500), SVIDs: 12},
-		{Instance: "node-1:9090", ID: id(1), LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
+		{Instance: "node-1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
 			SVIDs: 5, Pending: 5, Streams: 4, Seen: true},
 	}
 	if !slices.Equal(f.Agents, want) {
@@ -392,16 +497,67 @@ func TestAgentsAndQueries(t *testing.T) {
 		"agents":   `,job="a\"b\\",authority=~"o\\.d\\|�|"}[30000ms] at 1800000000`,
 		"answered": `max_over_time(timestamp(spirl_application_info{job="a\"b\\",instance=~"node-0:9090"})[1d:1m]) at 1800000000`,
 		"held":     `last_over_time(renewd_svids_held{job="a\"b\\",instance=~"node-0:9090",authority="o.d|�"}[1d]) at 1800000000`,
-		"ids":      `last_over_time(renewd_agent_svid_expiry_timestamp_seconds{job="a\"b\\",instance=~"node-0:9090"}[1d]) at 1800000000`,
+		"ids":      `last_over_time(renewd_agent_info{job="a\"b\\",instance=~"node-0:9090"}[1d]) at 1800000000`,
 		"jwt":      `max(max_over_time(renewd_jwt_svid_latest_expiry_timestamp_seconds{job="a\"b\\",key_id="k\"\\"}[3600000ms])) at 1800000000`,
-		"back":     `count(up{job="a\"b\\"}) at 1799996400`,
+		"tainted":  `count(last_over_time(renewd_svids_held{job="a\"b\\",svid_type="jwt",authority="k\"\\",state="tainted"}[3600000ms])) at 1799996400`,
 	} {
 		if !strings.HasSuffix(w.queries[about], want) {
 			t.Errorf("query of %s is\n%s, want\n%s", about, w.queries[about], want)
 		}
 	}
-	if f, err := c.Figures(t.Context(), "old", "", nil); err != nil || !f.JWTExpiry.IsZero() {
-		t.Errorf("without a JWT key: expiry %v, %v", f.JWTExpiry, err)
+	if f, err := c.Figures(t.Context(), "old", "", nil); err != nil || !f.JWTExpiry.IsZero() || f.JWTSafe {
+		t.Errorf("without a JWT key: expiry %v, safe %v, %v", f.JWTExpiry, f.JWTSafe, err)
+	}
+}
+
+// TestScrapedTwice: of an agent that two targets show is known what both say.
+func TestScrapedTwice(t *testing.T) {
+	t.Parallel()
+	older, newer := agent(1), agent(1)
+	newer.instance, newer.scrape = "10.0.0.1:9090", now-1
+	for name, value := range map[string]float64{
+		"renewd_svids_held": 3, "renewd_taint_renewals_pending": 4, "renewd_taint_streams_waiting": 5,
+		"renewd_taint_settled": 0, "renewd_bundle_sequence_number": 6,
+	} {
+		older.of(name).value = value
+	}
+	for _, targets := range [][]*fakeTarget{{older, newer}, {newer, older}} {
+		s := httptest.NewServer(&fake{targets: targets})
+		defer s.Close()
+		c, err := prom.New(prom.Config{URL: s.URL})
+		if err != nil {
+			t.Fatal(err)
+		}
+		f, err := c.Figures(t.Context(), "old", "key", []string{id(1)})
+		want := []prom.Agent{{Instance: "10.0.0.1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-1, 0), Up: true, Version: "1.2.3",
+			Sequence: 6, SVIDs: 3, Pending: 4, Streams: 5, Seen: true}}
+		if err != nil || !slices.Equal(f.Agents, want) || f.X509Safe {
+			t.Errorf("%v, agents\n%+v, want\n%+v", err, f.Agents, want)
+		}
+	}
+}
+
+func TestQueriesOfTheHistory(t *testing.T) {
+	t.Parallel()
+	w := &fake{targets: []*fakeTarget{agent(0)}}
+	s := httptest.NewServer(w)
+	defer s.Close()
+	c, err := prom.New(prom.Config{URL: s.URL, TrustDomain: "example.org", JWTLife: time.Hour})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if f, err := c.Figures(t.Context(), "old", "key", nil); err != nil || !f.JWTSafe {
+		t.Fatalf("safe %v, %v", f.JWTSafe, err)
+	}
+	processes := `group by (process_id) (last_over_time(renewd_agent_info{job="renewd-agent",spiffe_id=~"spiffe://example\\.org/.*"}[3600000ms])) at `
+	for about, want := range map[string]string{
+		"moments": `count_over_time(count(up{job="renewd-agent"})[3600000ms:300000ms]) at 1800000000`,
+		"since":   processes + "1800000000",
+		"before":  processes + "1799996400",
+	} {
+		if w.queries[about] != want {
+			t.Errorf("query of %s is\n%s, want\n%s", about, w.queries[about], want)
+		}
 	}
 }
 

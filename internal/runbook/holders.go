@@ -17,11 +17,22 @@ const namedHolders = 5
 
 // The reasons of a [Holder] that the estimate depends on.
 const (
-	reasonSilent     = "silent"
-	reasonBehind     = "behind"
-	reasonRestored   = "restored"
-	reasonDuplicated = "duplicated"
+	reasonSilent       = "silent"
+	reasonUnidentified = "unidentified"
+	reasonDuplicated   = "duplicated"
+	reasonBehind       = "behind"
+	reasonRestored     = "restored"
 )
+
+// unknown tells whether it is not known what the agent holds, so that only the
+// expiry of it ends the wait, or a person.
+func (h Holder) unknown() bool {
+	switch h.Reason {
+	case reasonSilent, reasonUnidentified, reasonDuplicated, reasonRestored:
+		return true
+	}
+	return false
+}
 
 // over is when what the agent holds has expired for everybody; zero when nobody
 // can say.
@@ -33,11 +44,10 @@ func (h Holder) over() time.Time {
 }
 
 // end is when the agent is expected to hold nothing of the keyset any more;
-// zero when nobody can say. Silent and duplicated agents, and whoever is not known of
-// since a restore, are expected nothing of: theirs ends when it has expired.
+// zero when nobody can say. Where it is not known what the agent holds, that is
+// when all of it has expired.
 func (h Holder) end(now time.Time) time.Time {
-	switch h.Reason {
-	case reasonSilent, reasonRestored, reasonDuplicated:
+	if h.unknown() {
 		return h.over()
 	}
 	begins := now
@@ -80,7 +90,7 @@ func estimated(holders []Holder, now time.Time) string {
 	case len(holders) == 0:
 		return ""
 	case end.IsZero():
-		return "has no known end: an agent is silent"
+		return "has no known end: an agent is " + reason
 	case reason == reasonRestored:
 		return "ends at the latest " + when(end, now) + ", when what is not known has expired by all clocks"
 	case reason == reasonDuplicated:
@@ -127,6 +137,14 @@ func (h Holder) says(now time.Time) string {
 		if h.Version != "" {
 			text += " (version " + cli.Printable(h.Version) + ")"
 		}
+	case reasonUnidentified:
+		text += ", unidentified: it exports no SPIFFE ID of its own"
+		if h.Version != "" {
+			text += " (version " + cli.Printable(h.Version) + ")"
+		}
+		text += "; wait until it is attested, or upgrade it"
+	case reasonDuplicated:
+		text += ", duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with an ID of its own"
 	case "waiting":
 		text += ", waiting for its random delay"
 		if h.BeginsAt.After(now) {
@@ -136,8 +154,6 @@ func (h Holder) says(now time.Time) string {
 		text += ", renewing"
 	case "streams":
 		text += ", replaced but not yet sent on " + counted(h.Streams, "stream")
-	case reasonDuplicated:
-		text += ", duplicated: two processes use its identity; evict it, and attest each node anew"
 	case "signing":
 		text += ", an answer to it is on its way"
 	default:

@@ -238,7 +238,7 @@ func TestRemoveWhatAClonedNodeHolds(t *testing.T) {
 			t.Fatal("removed")
 		}
 		for _, want := range []string{
-			"  spiffe://example.org/agent/a: 107 SVIDs, duplicated: two processes use its identity; evict it, and attest each node anew\n",
+			"  spiffe://example.org/agent/a: 107 SVIDs, duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with an ID of its own\n",
 			"It ends at the latest 2000-01-01 01:05:00 +0000 UTC (in 1h5m), when what duplicated agents hold has expired by all clocks.\n",
 		} {
 			if !strings.Contains(err.Error(), want) {

@@ -72,7 +72,7 @@ type Holder struct {
 	Version      string    `json:"version,omitempty"`
 	SVIDs        int       `json:"svids"`
 	Streams      int       `json:"streams"`
-	Reason       string    `json:"reason"` // silent, behind, waiting, renewing, streams, signing, restored, duplicated
+	Reason       string    `json:"reason"` // silent, unidentified, duplicated, behind, waiting, renewing, streams, signing, restored
 	LatestExpiry time.Time `json:"latest_expiry,omitzero"`
 	LastReport   time.Time `json:"last_report,omitzero"` // of "restored": when the copy was taken
 	BeginsAt     time.Time `json:"begins_at,omitzero"`

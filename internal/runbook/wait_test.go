@@ -112,6 +112,8 @@ func TestWaitEstimates(t *testing.T) {
 		"silent":                    {[]runbook.Holder{{SVIDs: 40, Reason: "silent", Rate: 20, LatestExpiry: in(300)}}, in(600)},
 		"the slowest of several":    {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 200, Reason: "renewing"}, {SVIDs: 2, Reason: "streams"}}, in(10)},
 		"one of them nobody knows":  {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 2, Reason: "silent"}}, time.Time{}},
+		"nobody knows who it is":    {[]runbook.Holder{{Reason: "unidentified"}}, time.Time{}},
+		"nobody knows how many":     {[]runbook.Holder{{SVIDs: 20, Reason: "duplicated"}, {SVIDs: 20, Reason: "duplicated"}}, time.Time{}},
 		"all that is left: streams": {[]runbook.Holder{{Streams: 3, Reason: "streams"}}, in(0)},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -124,6 +126,25 @@ func TestWaitEstimates(t *testing.T) {
 					t.Errorf("estimated %v (%v), want %v", r.Estimated, err, tt.want)
 				}
 			})
+		})
+	}
+}
+
+// An agent that waiting does not help is named with the remedy.
+func TestWaitNamesTheRemedy(t *testing.T) {
+	t.Parallel()
+	for reason, want := range map[string]string{
+		"unidentified": "node-1:9090: 0 SVIDs, unidentified: it exports no SPIFFE ID of its own (version 1.2); wait until it is attested, or upgrade it\nIt has no known end: an agent is unidentified.\n",
+		"duplicated":   "node-1:9090: 0 SVIDs, duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with an ID of its own\nIt has no known end: an agent is duplicated.\n",
+	} {
+		synctest.Test(t, func(t *testing.T) {
+			s, old := tainted(t)
+			s.HoldersAt = func(string, time.Time) []runbook.Holder {
+				return []runbook.Holder{{Agent: "node-1:9090", Version: "1.2", Reason: reason}}
+			}
+			if _, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: time.Nanosecond}); err == nil || !strings.Contains(err.Error(), want) {
+				t.Errorf("%v does not say %q", err, want)
+			}
 		})
 	}
 }

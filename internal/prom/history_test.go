@@ -1,0 +1,80 @@
+package prom_test
+
+import (
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/metrics"
+)
+
+// TestHistory: an agent that is started again, or is gone, tells of no JWT-SVID that
+// it handed out before. So that the last of them has ended is known only where the
+// history has no room for one that was forgotten. Each past is a job's of one
+// Prometheus, which all scrape the same agent; JWT-SVIDs live for an hour.
+func TestHistory(t *testing.T) {
+	t.Parallel()
+	const life = time.Hour
+	s := holding(1, 0, 0, 0)
+	s.Authorities = append(s.Authorities, metrics.Authority{Type: metrics.TypeJWT, ID: "key", State: metrics.StateTainted})
+	a := startNode(t, s)
+	running := strings.Split(a.info(t), `"`)[1] // its process ID
+	const (
+		up      = `up{`
+		tainted = `renewd_svids_held{svid_type="jwt",authority="key",state="tainted",`
+		gave    = `renewd_jwt_svid_latest_expiry_timestamp_seconds{key_id="key",`
+	)
+	process := func(id, spiffeID string) string {
+		return fmt.Sprintf("renewd_agent_info{process_id=%q,spiffe_id=%q,", id, spiffeID)
+	}
+	it, before := process(running, id(1)), process("before", id(1))
+	tests := []struct {
+		name string
+		past []past // of series that lack the labels of the target
+		safe bool
+	}{
+		{"the agent was there all the time", []past{{up, 2 * life, 0}, {it, 2 * life, 0}}, true},
+		{"Prometheus is new", nil, false},
+		{"Prometheus is young", []past{{up, life / 2, 0}, {it, life / 2, 0}}, false},
+		{"the agent was started again", []past{{up, 2 * life, 0}, {before, 2 * life, life / 2}, {it, life / 2, 0}}, false},
+		{"the agent was started again, long ago", []past{{up, 2 * life, 0}, {before, 2 * life, 3 * life / 2}, {it, 3 * life / 2, 0}}, true},
+		{"the agent is new", []past{{up, 2 * life, 0}, {it, life / 2, 0}}, false},
+		{"another agent is gone", []past{{up, 2 * life, 0}, {it, 2 * life, 0},
+			{process("gone", id(2)), 2 * life, life / 2}}, false},
+		{"another agent of another trust domain is gone", []past{{up, 2 * life, 0}, {it, 2 * life, 0},
+			{process("gone", "spiffe://other.org/spire/agent/2"), 2 * life, life / 2}}, true},
+		{"a gap in which the agent was started again", []past{{up, 2 * life, life * 3 / 4}, {up, life / 4, 0},
+			{before, 2 * life, life * 3 / 4}, {it, life / 4, 0}}, false},
+		// Others may have come and gone in it.
+		{"a gap", []past{{up, 2 * life, life * 3 / 4}, {up, life / 4, 0}, {it, 2 * life, life * 3 / 4}, {it, life / 4, 0}}, false},
+		{"a gap, long ago", []past{{up, 2 * life, life * 3 / 2}, {up, life * 5 / 4, 0},
+			{it, 2 * life, life * 3 / 2}, {it, life * 5 / 4, 0}}, true},
+		// It hides nothing: the process that was there before it is there after it.
+		{"a gap before the beginning", []past{{up, 2 * life, life + 10*time.Minute}, {up, life, 0},
+			{it, 2 * life, life + 10*time.Minute}, {it, life, 0}}, true},
+		{"a token was handed out, by a process that is gone", []past{{up, 2 * life, 0}, {it, 2 * life, 0},
+			{gave, life / 2, life / 3}}, true}, // value 1: it ended in 1970
+		// Nothing is signed with a tainted key, so all of it ended with the life after.
+		{"tainted for so long", []past{{tainted, life + 10*time.Minute, 0}, {before, 2 * life, life / 2}}, true},
+		{"tainted for less", []past{{tainted, life - 5*time.Minute, 0}, {before, 2 * life, life / 2}, {it, life / 2, 0}}, false},
+	}
+	var jobs []string
+	var history []past
+	for i, tt := range tests {
+		name := fmt.Sprint("job-", i)
+		jobs = append(jobs, job(name, "    scrape_interval: 5s\n", a))
+		for _, h := range tt.past {
+			history = append(history, past{h.series + fmt.Sprintf(`job=%q,instance="old"}`, name), h.from, h.to})
+		}
+	}
+	p := startPrometheus(t, "", jobs, history...)
+	for i, tt := range tests {
+		f := ask(t, p, prom.Config{Job: fmt.Sprint("job-", i), TrustDomain: "example.org", JWTLife: life}, 1)
+		f.becomes(tt.name)
+		if f.JWTSafe != tt.safe {
+			t.Errorf("%s: JWT safe is %v: %+v", tt.name, f.JWTSafe, f.Figures)
+		}
+	}
+}
