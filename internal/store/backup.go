@@ -26,12 +26,11 @@ const chunk = 256 << 10
 // and go with this call, and w gets it from there. As long as the store itself is
 // read nothing that is given up in it can be used again: it would grow for as
 // long as w takes, and once it has outgrown its mapping, every writer would wait
-// for w. Like this that is the time that the disk takes to copy the file as it is; it is
-// compacted after that, which takes longer, and w may take its own time.
+// for w. Like this that is the time that the disk takes to copy the file as it is. Where
+// more than half of that is free it is compacted after that, and w may take its own time.
 //
 // The folder must have room for two copies of the file: one for this one, and one left
-// for the server. Where that is not enough for another one, of what is in use, the copy
-// is not compacted. ctx ends what is under way, except a call of w and the compaction.
+// for the server. ctx ends what is under way, except a call of w and the compaction.
 func (s *Store) Backup(ctx context.Context, w io.Writer) (size int64, err error) {
 	select {
 	case s.copying <- struct{}{}:
@@ -99,8 +98,7 @@ func (p patient) Write(b []byte) (int, error) {
 }
 
 // compactCopy makes a compact copy of one that was taken at a time, marked as a copy, and
-// returns how much of the file it is. Where there is no room for it, that is the other
-// one. The files have no name, and nothing of them need outlive the process.
+// returns how much of the file it is. Where little is free in it that is the other one. The files have no name, and nothing of them need outlive the process.
 func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64, err error) {
 	use, err := readUsage(from)
 	if err != nil {
@@ -112,7 +110,7 @@ func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
 	f, db := from, src
-	if room(from, 2*use.live()) == nil {
+	if use.wasteful() {
 		if f, err = s.nameless(); err != nil {
 			return nil, 0, err
 		}

@@ -3,7 +3,6 @@ package store_test
 import (
 	"bytes"
 	"errors"
-	"io"
 	"log/slog"
 	"math/rand/v2"
 	"os"
@@ -306,31 +305,5 @@ func TestBackupIsCompact(t *testing.T) {
 	s = opened(t, backup)
 	if got := mustContents(t, s); got != want {
 		t.Errorf("%s\nwant %s", got, want)
-	}
-}
-
-// TestBackupWithoutRoomToCompact: the copy is as large as the store, and as good.
-func TestBackupWithoutRoomToCompact(t *testing.T) {
-	t.Parallel()
-	dir, _ := tmpfs(t, "size=64m")
-	s := opened(t, filepath.Join(dir, "server.db"))
-	d := s.Deployment("default")
-	if err := d.SaveLedger(t.Context(), ledger.Change{Put: rows(20_000)}); err != nil {
-		t.Fatal(err)
-	}
-	size, err := s.Backup(t.Context(), io.Discard)
-	if err != nil {
-		t.Fatal(err)
-	}
-	// Leave what the first copy needs, and less than the second.
-	var disk syscall.Statfs_t
-	if err := syscall.Statfs(dir, &disk); err != nil {
-		t.Fatal(err)
-	}
-	ballast := make([]byte, int64(disk.Bavail)*disk.Bsize-2*s.Used(t)-1<<20)
-	writeFile(t, filepath.Join(dir, "ballast"), ballast)
-	again, err := s.Backup(t.Context(), io.Discard)
-	if err != nil || again <= size {
-		t.Errorf("%d bytes, compact %d: %v", again, size, err)
 	}
 }

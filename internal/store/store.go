@@ -33,7 +33,7 @@
 // never changed by an Open that fails.
 //
 // A file of which more than half is free is compacted by Open. See [Store.Backup] for
-// copies, which are compact, too.
+// copies, which are compacted likewise.
 //
 // Writes share commits. One goroutine takes all changes that wait, makes one
 // transaction of them and syncs once, so 64 writers cost little more than one,
