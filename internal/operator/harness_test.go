@@ -237,13 +237,24 @@ func (r *records) lines(t testing.TB, begin string) (out []map[string]any) {
 
 // remote serves operators over mTLS, inside a bubble too.
 type remote struct {
-	lis  *bufconn.Listener
+	lis  dialer
 	stop func() error // ends it and waits for it
+}
+
+// dialer is a listener in memory.
+type dialer interface {
+	net.Listener
+	DialContext(ctx context.Context) (net.Conn, error)
 }
 
 func (w *world) serveTLS(t testing.TB) *remote {
 	t.Helper()
-	r := &remote{lis: bufconn.Listen(1 << 20)}
+	return w.serveOn(t, bufconn.Listen(1<<20))
+}
+
+func (w *world) serveOn(t testing.TB, lis dialer) *remote {
+	t.Helper()
+	r := &remote{lis: lis}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- w.ServeTLS(ctx, r.lis) }()
