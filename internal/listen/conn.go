@@ -5,6 +5,7 @@ import (
 	"errors"
 	"net"
 	"net/netip"
+	"time"
 )
 
 // maxAnonymousBytes is how much an anonymous caller can send on one connection: a
@@ -22,6 +23,7 @@ type conn struct {
 
 	// Guarded by owner.pool.mu.
 	state  state
+	began  time.Time     // its handshake
 	caller string        // of a known one
 	waits  *list.Element // in the pool's list of a state before the handshake is done
 

@@ -29,8 +29,9 @@ func TestLines(t *testing.T) {
 		for range 5000 {
 			l.Note(slog.LevelWarn, "call refused", "a", "client", "a")
 		}
-		if got := log.take(t); len(got) != 0 {
-			t.Errorf("again at once: %v", got)
+		l.Note(slog.LevelWarn, "call refused", "b")
+		if got := log.take(t); len(got) != 1 || got[0]["client"] != nil {
+			t.Errorf("again at once, and another: %v", got)
 		}
 		time.Sleep(time.Minute)
 		if got := log.take(t); len(got) != 1 || got[0]["count"] != 5000.0 {

@@ -14,7 +14,7 @@ import (
 const silentTime = 5 * time.Second
 
 var (
-	errNoRoom = errors.New("its handshake was not done when others needed the room")
+	errNoRoom = errors.New("there are too many whose handshake is not done")
 	errNewer  = errors.New("its caller has made a newer one")
 )
 
@@ -114,12 +114,15 @@ func (l *Listener) hear(c *conn) {
 	}
 	_ = c.SetReadDeadline(time.Time{})
 	c.heard = true
-	gone, err := l.pool.speak(c)
+	gone, err := l.pool.speak(c, time.Now())
 	if err != nil {
 		_ = c.Close()
 		return
 	}
 	l.refuse(gone, errNoRoom)
+	if gone == c {
+		return
+	}
 	select {
 	case l.ready <- c:
 	case <-l.ending:

@@ -96,7 +96,7 @@ func TestSilentConnections(t *testing.T) {
 }
 
 // TestHandshakesGiveWay: of one address, and of one /48, the oldest handshake ends
-// for a new one.
+// for a new one when it has taken a second.
 func TestHandshakesGiveWay(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -104,15 +104,21 @@ func TestHandshakesGiveWay(t *testing.T) {
 		other := l.net.dial(t, "10.0.0.2").say("x")
 		first := l.net.dial(t, "10.0.0.1").say("x")
 		second := l.net.dial(t, "10.0.0.1").say("x")
+		early := l.net.dial(t, "10.0.0.1").say("x")
+		wantOpen(t, map[client]bool{other: true, first: true, second: true, early: false})
+		time.Sleep(time.Second)
 		third := l.net.dial(t, "10.0.0.1").say("x")
 		wantOpen(t, map[client]bool{other: true, first: false, second: true, third: true})
-		if l.refused.by["10.0.0.1/32"] != 1 || len(l.refused.by) != 1 {
+		if l.refused.by["10.0.0.1/32"] != 2 || len(l.refused.by) != 1 {
 			t.Errorf("refused: %v", l.refused.by)
 		}
 
 		var site []client
 		elsewhere := l.net.dial(t, "2001:db8:2::1").say("x")
 		for i := range 20 { // eight addresses' worth
+			if i == 16 {
+				time.Sleep(time.Second)
+			}
 			site = append(site, l.net.dial(t, fmt.Sprintf("2001:db8:1:%x::1", i)).say("x"))
 		}
 		for i, c := range site {
@@ -168,6 +174,7 @@ func TestPoolIsOfTheProcess(t *testing.T) {
 		// The other four are handshakes, two at most, and silent ones.
 		h1 := relying.net.dial(t, "10.0.0.3").say("x")
 		h2 := agents.net.dial(t, "10.0.0.3").say("x")
+		time.Sleep(time.Second)
 		h3 := agents.net.dial(t, "10.0.0.3").say("x")
 		s1, s2 := agents.net.dial(t, "10.0.0.3"), relying.net.dial(t, "10.0.0.3")
 		wantOpen(t, map[client]bool{h1: false, h2: true, h3: true, s1: true, s2: true})
@@ -176,6 +183,7 @@ func TestPoolIsOfTheProcess(t *testing.T) {
 		s4 := relying.net.dial(t, "10.0.0.3").say("x")
 		wantOpen(t, map[client]bool{s2: false, h2: false, h3: true, s4: true})
 		last.Close()
+		time.Sleep(time.Second)
 		again, _ := served(relying, "10.0.0.2")
 		wantOpen(t, map[client]bool{a1: true, a2: true, r1: true, again: true})
 	})

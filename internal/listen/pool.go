@@ -9,6 +9,7 @@ import (
 	"slices"
 	"sync"
 	"syscall"
+	"time"
 )
 
 const (
@@ -25,6 +26,9 @@ const (
 	// siteFactor is how many clients' worth of handshakes and anonymous
 	// connections and calls the clients of one IPv6 /48 have together.
 	siteFactor = 8
+	// handshakeShare is how long a handshake may take when others need its room: less
+	// would end those of many agents behind one address that all come back at once.
+	handshakeShare = time.Second
 )
 
 // Pool bounds the connections of a process, over all its listeners: 256 fewer
@@ -34,8 +38,8 @@ const (
 // concurrent use.
 //
 // When a bound is reached, the oldest connection that says nothing gives way to a
-// new one, and the oldest handshake to one that begins, so that those who do not go
-// on keep nobody out. A connection whose handshake is done is closed for another one
+// new one, and the oldest handshake to one that begins if it has taken a second, so
+// that those who do not go on keep nobody out. A connection whose handshake is done is closed for another one
 // of the same caller only.
 type Pool struct {
 	max, silent, handshakes, anonymous int
@@ -73,8 +77,7 @@ func (p *Pool) Max() int { return p.max }
 // Limits are those of one listener, for each client (see [Client]) where nothing
 // else is said. Zero means no limit.
 type Limits struct {
-	// Handshakes is how many connections may be in their handshake. The oldest is
-	// closed for one more.
+	// Handshakes is how many connections may be in their handshake.
 	Handshakes int
 	// Anonymous is how many connections there may be whose caller is not known.
 	Anonymous int
@@ -137,21 +140,25 @@ func (p *Pool) enter(c *conn) (gone *conn, err error) {
 }
 
 // speak begins the handshake of a connection that has said something, and returns
-// the one that has to go for it.
-func (p *Pool) speak(c *conn) (gone *conn, err error) {
+// the one that has to go for it, which is itself when no other has had its time.
+func (p *Pool) speak(c *conn, now time.Time) (gone *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.state != silent {
 		return nil, net.ErrClosed
 	}
 	p.drop(c)
-	c.state = handshaking
+	c.state, c.began = handshaking, now
 	if full, ok := p.full(c); ok {
 		gone = p.oldest(handshaking, func(o *conn) bool { return o.owner == c.owner && slices.Contains(o.keys(), full) })
 	} else if p.waiting[handshaking].Len() >= p.handshakes {
 		gone = p.oldest(handshaking, func(*conn) bool { return true })
 	}
 	if gone != nil {
+		if now.Sub(gone.began) < handshakeShare {
+			c.state = closed
+			return c, nil
+		}
 		p.drop(gone)
 	}
 	p.add(c)
