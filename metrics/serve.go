@@ -37,7 +37,10 @@ type ServeConfig struct {
 	// return nil, 503 with the error's text otherwise. nil means always 200.
 	// They must return soon and be safe for concurrent use.
 	Live, Ready func() error
-	Log         *slog.Logger // discards when nil
+	// ConnState is told the states of connections, as that of [http.Server] is;
+	// nobody when nil.
+	ConnState func(net.Conn, http.ConnState)
+	Log       *slog.Logger // discards when nil
 }
 
 // Listen opens the listener that [Serve] would open. A caller that wants a bad
@@ -87,6 +90,7 @@ func Serve(ctx context.Context, cfg ServeConfig) error {
 	}
 	srv := &http.Server{
 		Handler:           handler(cfg),
+		ConnState:         cfg.ConnState,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       10 * time.Second,
 		WriteTimeout:      30 * time.Second,

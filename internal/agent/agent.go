@@ -18,6 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/attest/unix"
 	"github.com/renewd/renewd/internal/keep"
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/internal/upstream"
@@ -400,8 +401,10 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 	}
 	a.log.Info("metrics are served", "address", listener.Addr().String(), "web_config_file", a.cfg.WebConfigFile)
 	return func(ctx context.Context) error {
+		limited := listen.NewPool().Listen(listener, listen.HTTP, nil)
 		return named("metrics", metrics.Serve(ctx, metrics.ServeConfig{
-			Listener:      listener,
+			Listener:      limited,
+			ConnState:     limited.ConnState,
 			Metrics:       a.metrics,
 			WebConfigFile: a.cfg.WebConfigFile,
 			Ready:         a.ready,

@@ -16,6 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
@@ -38,6 +39,7 @@ type Domain struct {
 	proof       server.CertificateCache
 	metrics     *metrics.Server
 	rules       operator.Rules
+	connections *listen.Pool // of all listeners
 	operator    *operator.Service
 	endpoint    *endpoint.Server // nil without
 	federation  *federation.Follower
@@ -65,7 +67,7 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	if cfg, err = cfg.withDefaults(); err != nil {
 		return nil, err
 	}
-	d := &Domain{cfg: cfg}
+	d := &Domain{cfg: cfg, connections: listen.NewPool()}
 	if d.rules, err = operator.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
 		return nil, err
 	}
@@ -145,7 +147,8 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	rows := ledger.Config{Log: log, Clock: d.clock}
 	config := server.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
-		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Observer: d.metrics, Log: log, Now: d.cfg.Now, Sure: d.clock.Sure, Heard: d.heard,
+		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
+		Log: log, Now: d.cfg.Now, Sure: d.clock.Sure, Heard: d.heard,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
 	if d.store != nil {

@@ -22,7 +22,8 @@ import (
 func (d *Domain) openOperator() (err error) {
 	c := operator.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
-		Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.heard, ConfirmClock: d.confirmClock,
+		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.heard,
+		ConfirmClock: d.confirmClock,
 	}
 	if d.store != nil {
 		c.Backup = d.store.Backup
@@ -39,7 +40,7 @@ func (d *Domain) openOperator() (err error) {
 }
 
 func (d *Domain) endpointConfig() endpoint.Config {
-	c := endpoint.Config{TrustDomain: d.cfg.TrustDomain, Bundle: d.Published, RefreshHint: d.cfg.RefreshHint, Log: d.cfg.Log}
+	c := endpoint.Config{TrustDomain: d.cfg.TrustDomain, Bundle: d.Published, RefreshHint: d.cfg.RefreshHint, Connections: d.connections, Log: d.cfg.Log}
 	if d.cfg.EndpointProfile == ProfileWeb {
 		c.CertFile, c.KeyFile = d.cfg.EndpointCertFile, d.cfg.EndpointKeyFile
 	} else {

@@ -1,11 +1,13 @@
 package domain_test
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os/exec"
 	"slices"
@@ -293,4 +295,30 @@ func TestReady(t *testing.T) {
 	passed.Store(int64(91 * 24 * time.Hour))
 	r = run(t, served(c, "north"))
 	check(t, r.Ready())
+}
+
+// TestMetricsConnections: one address has 128 of them, so that a stranger who can reach
+// the port takes nothing from agents.
+func TestMetricsConnections(t *testing.T) {
+	t.Parallel()
+	r := run(t, newConfig(t, "default"))
+	ask := func() error { // on a connection that stays open
+		conn, err := net.Dial("tcp", r.address("metrics.address"))
+		check(t, err)
+		t.Cleanup(func() { conn.Close() })
+		if _, err := io.WriteString(conn, "GET /live HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			return err
+		}
+		resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+		if err == nil {
+			resp.Body.Close()
+		}
+		return err
+	}
+	for range 128 {
+		check(t, ask())
+	}
+	if ask() == nil {
+		t.Error("one address has 129 connections")
+	}
 }

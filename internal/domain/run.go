@@ -9,6 +9,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/metrics"
 )
@@ -133,8 +134,9 @@ func (l *listening) add(field string, lis net.Listener, serve serve) {
 }
 
 func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
+	limited := d.connections.Listen(lis, listen.HTTP, nil)
 	return metrics.Serve(ctx, metrics.ServeConfig{
-		Listener: lis, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
+		Listener: limited, ConnState: limited.ConnState, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
 	})
 }
 

@@ -26,18 +26,13 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	"golang.org/x/net/netutil"
 
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/listen"
 )
 
-const (
-	// maxConnections bounds what clients can make the server hold. It shares
-	// its file descriptors with what signs for agents.
-	maxConnections = 1000
-	// shutdownTimeout is how long requests in flight may take once Serve ends.
-	shutdownTimeout = 3 * time.Second
-)
+// shutdownTimeout is how long requests in flight may take once Serve ends.
+const shutdownTimeout = 3 * time.Second
 
 // Config is what a [Server] needs. TrustDomain, Bundle and one of the profiles
 // are required.
@@ -56,6 +51,10 @@ type Config struct {
 	// anew when they change, so that a renewed certificate needs no restart.
 	CertFile, KeyFile string
 
+	// Connections is where the connections of every Serve count, too; each has a
+	// bound of its own when nil.
+	Connections *listen.Pool
+
 	Log *slog.Logger // discards when nil
 }
 
@@ -71,6 +70,9 @@ type Server struct {
 func New(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
+	}
+	if c.Connections == nil {
+		c.Connections = listen.NewPool()
 	}
 	s := &Server{config: c, tls: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: c.Certificate}}
 	web := c.CertFile != "" || c.KeyFile != ""
@@ -94,8 +96,10 @@ func New(c Config) (*Server, error) {
 // Serve answers on lis, which it closes, until ctx ends; then it lets requests in
 // flight finish for a short time and returns nil. Any other end is an error.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+	limited := s.config.Connections.Listen(lis, listen.HTTP, nil)
 	srv := &http.Server{
 		Handler:           s.handler(),
+		ConnState:         limited.ConnState,
 		TLSConfig:         s.tls,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       5 * time.Second,
@@ -106,7 +110,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		ErrorLog: slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
 	}
 	done := make(chan error, 1)
-	go func() { done <- srv.ServeTLS(netutil.LimitListener(lis, maxConnections), "", "") }()
+	go func() { done <- srv.ServeTLS(limited, "", "") }()
 	var err error
 	select {
 	case err = <-done:

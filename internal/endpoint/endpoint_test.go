@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -13,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -398,57 +398,93 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// Clients that connect and say nothing cannot use up the file descriptors that
-// agents are answered with.
+// Thousands who connect and say nothing keep no relying party off, and those of one
+// address have 128 connections.
 func TestManyConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		const all, most = 1100, 1000
 		d := newDomain(t)
 		s, err := endpoint.New(endpoint.Config{TrustDomain: td, Bundle: d.Bundle, Certificate: d.svid})
 		d.must(err)
-		c := &crowd{size: all, end: make(chan struct{})}
+		c := newCrowd(5000)
 		ctx, cancel := context.WithCancel(t.Context())
 		done := make(chan error, 1)
 		go func() { done <- s.Serve(ctx, c) }()
-		synctest.Wait()
-		if n := c.in.Load(); n != most {
-			t.Errorf("%d connections were accepted, want %d", n, most)
+		get := func() error {
+			client := &http.Client{Transport: &http.Transport{
+				TLSClientConfig: &tls.Config{InsecureSkipVerify: true},
+				DialContext:     c.Dial,
+			}}
+			t.Cleanup(client.CloseIdleConnections)
+			resp, err := client.Get("https://endpoint/bundle")
+			if err == nil {
+				_, err = io.Copy(io.Discard, resp.Body)
+				resp.Body.Close()
+			}
+			return err
 		}
-		time.Sleep(time.Minute) // nobody is waited for that long
-		synctest.Wait()
-		if n := c.in.Load(); n != all {
-			t.Errorf("%d of %d were accepted in the end", n, all)
+		begin := time.Now()
+		for range 128 { // each on a connection of its own, which stays open
+			d.must(get())
 		}
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("relying parties wait for %v", took)
+		}
+		if err := get(); err == nil {
+			t.Error("one address has 129 connections")
+		}
+		time.Sleep(time.Minute) // those that are idle end
+		d.must(get())
 		cancel()
 		d.must(<-done)
 	})
 }
 
-// crowd is a listener at which that many connect at once and say nothing.
+// crowd is a listener at which that many connect at once and say nothing, and then
+// those who dial. All come from one address.
 type crowd struct {
-	size int64
-	in   atomic.Int64
-	end  chan struct{}
-	once sync.Once
+	from  net.Addr
+	size  int
+	conns chan net.Conn
+	end   chan struct{}
+	close func()
+}
+
+func newCrowd(size int) *crowd {
+	c := &crowd{from: &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1)}, size: size, conns: make(chan net.Conn), end: make(chan struct{})}
+	c.close = sync.OnceFunc(func() { close(c.end) })
+	return c
 }
 
 func (c *crowd) Accept() (net.Conn, error) {
-	if c.in.Load() == c.size {
-		<-c.end
+	if c.size > 0 {
+		c.size--
+		conn, _ := net.Pipe()
+		return connFrom{conn, c.from}, nil
+	}
+	select {
+	case conn := <-c.conns:
+		return connFrom{conn, c.from}, nil
+	case <-c.end:
 		return nil, net.ErrClosed
 	}
-	c.in.Add(1)
-	conn, _ := net.Pipe()
-	return conn, nil
 }
 
-func (c *crowd) Close() error {
-	c.once.Do(func() { close(c.end) })
-	return nil
+func (c *crowd) Dial(context.Context, string, string) (net.Conn, error) {
+	near, far := net.Pipe()
+	c.conns <- far
+	return near, nil
 }
 
-func (c *crowd) Addr() net.Addr { return &net.TCPAddr{} }
+func (c *crowd) Close() error   { c.close(); return nil }
+func (c *crowd) Addr() net.Addr { return c.from }
+
+type connFrom struct {
+	net.Conn
+	from net.Addr
+}
+
+func (c connFrom) RemoteAddr() net.Addr { return c.from }
 
 // A client that neither asks nor leaves does not keep the server from stopping;
 // serve waits for that.

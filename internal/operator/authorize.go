@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"fmt"
+	"log/slog"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/listen"
 )
 
 // roles are what each method takes: Manager wherever something is changed. A
@@ -50,7 +52,7 @@ var roles = map[string]Role{
 func (s *Service) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	actor, role, err := s.caller(ctx)
 	if err != nil {
-		s.log.Warn("operator refused", "method", info.FullMethodName, "error", err)
+		s.refused(ctx, "", Nobody, info.FullMethodName, err)
 		return nil, err
 	}
 	need, known := roles[info.FullMethodName]
@@ -69,17 +71,38 @@ func (s *Service) admit(ctx context.Context, info *tap.Info) (context.Context, e
 	default:
 		err = status.Errorf(codes.PermissionDenied, "%s is not in operators.managers", actor)
 	}
-	s.log.Warn("operator refused", "actor", actor, "role", role.String(), "method", info.FullMethodName)
+	s.refused(ctx, actor, role, info.FullMethodName, err)
 	return nil, err
+}
+
+// refused notes a call that is not let in.
+func (s *Service) refused(ctx context.Context, actor string, role Role, method string, err error) {
+	about := actor
+	if p, ok := peer.FromContext(ctx); ok && about == "" {
+		about = listen.Name(listen.Client(p.Addr))
+	}
+	s.lines.Note(slog.LevelWarn, "operator refused", about, "actor", actor, "role", role.String(), "method", method, "error", err)
+}
+
+// identity says whose connection it is, "" for who has no role.
+func (s *Service) identity(info credentials.AuthInfo) string {
+	actor, role, err := s.callerOf(info)
+	if err != nil || role == Nobody {
+		return ""
+	}
+	return actor
 }
 
 // caller says who calls, and what they may.
 func (s *Service) caller(ctx context.Context) (actor string, role Role, err error) {
-	p, _ := peer.FromContext(ctx)
-	if p == nil {
-		p = new(peer.Peer)
+	if p, ok := peer.FromContext(ctx); ok {
+		return s.callerOf(p.AuthInfo)
 	}
-	switch info := p.AuthInfo.(type) {
+	return s.callerOf(nil)
+}
+
+func (s *Service) callerOf(info credentials.AuthInfo) (actor string, role Role, err error) {
+	switch info := info.(type) {
 	case processInfo:
 		return info.process.actor(), s.rules.ofProcess(info.process), nil
 	case credentials.TLSInfo:

@@ -5,7 +5,6 @@ import (
 	"net"
 	"reflect"
 	"strings"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -271,6 +270,7 @@ func TestRefusedBeforeTheRequestIsRead(t *testing.T) {
 		if want := workload.String() + " is not in operators.managers"; status.Code(err) != codes.PermissionDenied || status.Convert(err).Message() != want {
 			t.Errorf("got %v, want %s", err, want)
 		}
+		synctest.Wait()
 		got := w.log.lines(t, "operator refused")
 		if len(got) != 1 || got[0]["actor"] != workload.String() || got[0]["method"] != service+"ApplyEntries" {
 			t.Errorf("the log says %v", got)
@@ -328,46 +328,69 @@ func TestSilentConnections(t *testing.T) {
 	})
 }
 
-// TestManyConnections: strangers at the operators' port cannot use up the file
-// descriptors that agents are answered with.
+// TestManyConnections: thousands who connect and say nothing keep no operator off,
+// and who has no role has 16 connections and 4 calls of an address.
 func TestManyConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		const all, most = 1100, 1000
 		w := newWorld(t)
-		c := &crowd{Listener: bufconn.Listen(1), size: all}
-		ctx, cancel := context.WithCancel(t.Context())
-		done := make(chan error, 1)
-		go func() { done <- w.ServeTLS(ctx, c) }()
-		synctest.Wait()
-		if n := c.in.Load(); n != most {
-			t.Errorf("%d connections were accepted, want %d", n, most)
+		r := w.serveOn(t, &crowd{Listener: bufconn.Listen(1 << 20), size: 5000, from: &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1)}})
+		begin := time.Now()
+		manager := r.as(t, w, boss)
+		list := func() error {
+			_, err := manager.ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+			return err
 		}
-		time.Sleep(time.Minute) // their handshakes end
-		synctest.Wait()
-		if n := c.in.Load(); n != all {
-			t.Errorf("%d of %d were accepted in the end", n, all)
+		check(t, list())
+		if took := time.Since(begin); took != 0 {
+			t.Errorf("a manager waits for %v", took)
 		}
-		cancel()
-		check(t, <-done)
+		nobody := func() error {
+			err := r.dial(t, w, w.only().sign(t, workload, time.Hour)).Invoke(t.Context(), service+"ListKeysets", &api.ListKeysetsRequest{}, new(emptypb.Empty))
+			return err
+		}
+		for range 16 {
+			if err := nobody(); status.Code(err) != codes.PermissionDenied {
+				t.Errorf("who has no role: %v", err)
+			}
+		}
+		if err := nobody(); status.Code(err) != codes.Unavailable {
+			t.Errorf("who has no role, on one connection more: %v", err)
+		}
+		check(t, list())
+		again := r.as(t, w, boss)
+		_, err := again.ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+		check(t, err)
+		if lines := w.log.lines(t, "operators' connections or calls refused"); len(lines) != 1 || lines[0]["client"] != "10.0.0.1/32" {
+			t.Errorf("the log says %v", lines)
+		}
 	})
 }
 
-// crowd is a listener at which that many connect at once and say nothing.
+// crowd is a listener at which that many connect at once and say nothing; then it is
+// the one in it. All come from one address.
 type crowd struct {
-	net.Listener
-	size int64
-	in   atomic.Int64
+	*bufconn.Listener
+	from net.Addr
+	size int
 }
 
-func (c *crowd) Accept() (net.Conn, error) {
-	if c.in.Load() == c.size {
-		return c.Listener.Accept() // nobody else comes
+func (c *crowd) Accept() (conn net.Conn, err error) {
+	if c.size > 0 {
+		c.size--
+		conn, _ = net.Pipe()
+	} else if conn, err = c.Listener.Accept(); err != nil {
+		return nil, err
 	}
-	c.in.Add(1)
-	conn, _ := net.Pipe()
-	return conn, nil
+	return connFrom{conn, c.from}, nil
 }
+
+type connFrom struct {
+	net.Conn
+	from net.Addr
+}
+
+func (c connFrom) RemoteAddr() net.Addr { return c.from }
 
 // TestNotAUnixSocket: the kernel has nothing to say about a caller elsewhere.
 func TestNotAUnixSocket(t *testing.T) {

@@ -9,6 +9,7 @@ import (
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/test/bufconn"
 	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
@@ -47,7 +48,7 @@ func TestOperatorsClockIsHeard(t *testing.T) {
 				w.heard = func(actor string, sentAt time.Time) {
 					heard = append(heard, fmt.Sprint(actor, " ", time.Since(sentAt)))
 				}
-				r := w.serve(t, wrap)
+				r := w.serve(t, bufconn.Listen(1<<20), wrap)
 				_, err := r.as(t, w, looker).ListKeysets(t.Context(), &api.ListKeysetsRequest{})
 				check(t, err)
 				_, err = r.as(t, w, boss).PrepareKeyset(t.Context(), &api.PrepareKeysetRequest{})

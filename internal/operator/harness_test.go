@@ -239,18 +239,30 @@ func (r *records) lines(t testing.TB, begin string) (out []map[string]any) {
 
 // remote serves operators over mTLS, inside a bubble too.
 type remote struct {
-	lis  *bufconn.Listener
+	lis  dialer
 	stop func() error // ends it and waits for it
+}
+
+// dialer is a listener in memory.
+type dialer interface {
+	net.Listener
+	DialContext(ctx context.Context) (net.Conn, error)
 }
 
 func (w *world) serveTLS(t testing.TB) *remote {
 	t.Helper()
-	return w.serve(t, func(lis net.Listener) net.Listener { return lis })
+	return w.serveOn(t, bufconn.Listen(1<<20))
 }
 
-func (w *world) serve(t testing.TB, wrap func(net.Listener) net.Listener) *remote {
+func (w *world) serveOn(t testing.TB, lis dialer) *remote {
 	t.Helper()
-	r := &remote{lis: bufconn.Listen(1 << 20)}
+	return w.serve(t, lis, func(lis net.Listener) net.Listener { return lis })
+}
+
+// serve serves on what wrap makes of a listener.
+func (w *world) serve(t testing.TB, lis dialer, wrap func(net.Listener) net.Listener) *remote {
+	t.Helper()
+	r := &remote{lis: lis}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- w.ServeTLS(ctx, wrap(r.lis)) }()

@@ -10,6 +10,8 @@ import (
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/credentials"
+
+	"github.com/renewd/renewd/internal/listen"
 )
 
 // process is a caller at the admin socket, by the kernel's word: the user and
@@ -38,10 +40,7 @@ func (processCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.Aut
 }
 
 func identify(c net.Conn) (p process, err error) {
-	if accepted, ok := c.(*conn); ok {
-		c = accepted.Conn
-	}
-	u, ok := c.(*net.UnixConn)
+	u, ok := listen.Raw(c).(*net.UnixConn)
 	if !ok {
 		return p, fmt.Errorf("%T is no connection of a Unix socket", c)
 	}

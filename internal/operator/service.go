@@ -30,6 +30,7 @@ import (
 	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/server"
 )
 
@@ -79,6 +80,9 @@ type Config struct {
 	// Certificate is what remote operators are shown; ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	Rules       Rules
+	// Connections is where the connections of every Serve count, too; each has a
+	// bound of its own when nil.
+	Connections *listen.Pool
 	// Options are added to every gRPC server.
 	Options []grpc.ServerOption
 	Log     *slog.Logger // discards when nil
@@ -97,6 +101,7 @@ type Service struct {
 	config Config
 	rules  Rules
 	log    *slog.Logger
+	lines  *listen.Lines
 	now    func() time.Time
 	calls  detach.Group
 }
@@ -122,6 +127,7 @@ func New(c Config) (*Service, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
+	s.lines = listen.NewLines(s.log)
 	return s, nil
 }
 

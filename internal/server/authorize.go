@@ -4,10 +4,14 @@ import (
 	"context"
 	"crypto/x509"
 	"fmt"
+	"log/slog"
+	"net/netip"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
@@ -18,22 +22,89 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/listen"
 )
 
-// agentOnly are the methods whose caller must present an active agent SVID.
-// AttestAgent and GetBundle are for anyone, and what is not implemented says
-// so to anyone.
-var agentOnly = map[string]bool{
-	agentv1.Agent_RenewAgent_FullMethodName:            true,
-	agentv1.Agent_PostStatus_FullMethodName:            true,
-	entryv1.Entry_GetAuthorizedEntries_FullMethodName:  true,
-	entryv1.Entry_SyncAuthorizedEntries_FullMethodName: true,
-	svidv1.SVID_BatchNewX509SVID_FullMethodName:        true,
-	svidv1.SVID_NewJWTSVID_FullMethodName:              true,
-	bundlev1.Bundle_GetFederatedBundle_FullMethodName:  true,
-	api.Fleet_Report_FullMethodName:                    true,
+// access is who may call a method.
+type access int
+
+const (
+	nowhere access = iota // it is not implemented here, and says so to anyone
+	anyone
+	agentOnly // whoever presents an active agent SVID
+)
+
+var methods = map[string]access{
+	agentv1.Agent_AttestAgent_FullMethodName:           anyone,
+	bundlev1.Bundle_GetBundle_FullMethodName:           anyone,
+	agentv1.Agent_RenewAgent_FullMethodName:            agentOnly,
+	agentv1.Agent_PostStatus_FullMethodName:            agentOnly,
+	entryv1.Entry_GetAuthorizedEntries_FullMethodName:  agentOnly,
+	entryv1.Entry_SyncAuthorizedEntries_FullMethodName: agentOnly,
+	svidv1.SVID_BatchNewX509SVID_FullMethodName:        agentOnly,
+	svidv1.SVID_NewJWTSVID_FullMethodName:              agentOnly,
+	bundlev1.Bundle_GetFederatedBundle_FullMethodName:  agentOnly,
+	api.Fleet_Report_FullMethodName:                    agentOnly,
+}
+
+// identity says whose connection it is, "" for who presents no agent's SVID: one of
+// a workload is worth no more here than none.
+func identity(info credentials.AuthInfo) string {
+	id, _, err := present(info)
+	if err != nil {
+		return ""
+	}
+	return id.String()
+}
+
+// present is the agent's SVID that a connection presents, verified when it was made.
+func present(info credentials.AuthInfo) (id spiffeid.ID, svid *x509.Certificate, err error) {
+	t, ok := info.(credentials.TLSInfo)
+	if !ok || len(t.State.PeerCertificates) == 0 {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+	}
+	svid = t.State.PeerCertificates[0]
+	if id, err = x509svid.IDFromCert(svid); err != nil {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+	}
+	if !strings.HasPrefix(id.Path(), agentPath) {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "%q is no agent", id)
+	}
+	return id, svid, nil
+}
+
+// screen refuses a call before anything of its request is read, unless it is for
+// anyone or its caller presents an agent's SVID. Whether that is the active one is
+// for authorize to say, which may have to wait for storage. It must not block.
+func (s *Server) screen(ctx context.Context, info *tap.Info) (context.Context, error) {
+	switch methods[info.FullMethodName] {
+	case anyone:
+		return ctx, nil
+	case agentOnly:
+		id, _, err := s.identify(ctx)
+		if err != nil {
+			s.refused(ctx, info.FullMethodName, id, err)
+			return nil, err
+		}
+		return ctx, nil
+	}
+	return nil, status.Errorf(codes.Unimplemented, "%s is not implemented", info.FullMethodName)
+}
+
+// refused notes a call that is not let in.
+func (s *Server) refused(ctx context.Context, method string, id spiffeid.ID, err error) {
+	var from netip.Prefix
+	if p, ok := peer.FromContext(ctx); ok {
+		from = listen.Client(p.Addr)
+	}
+	about := id.String()
+	if id.IsZero() {
+		about = listen.Name(from)
+	}
+	s.lines.Note(slog.LevelWarn, "call refused", about, "method", method, "agent", id.String(), "client", listen.Name(from), "error", err)
 }
 
 type callerKey struct{}
@@ -97,7 +168,7 @@ func (s *Server) enter(ctx context.Context, method string, items int) (context.C
 // current one, or the one that it was given last and now uses for the first
 // time, which makes it the current one. So is one that storage lost.
 func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
-	if !agentOnly[method] {
+	if methods[method] != agentOnly {
 		return ctx, nil
 	}
 	id, svid, err := s.identify(ctx)
@@ -105,7 +176,7 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 		err = s.admit(ctx, id, svid)
 	}
 	if err != nil {
-		s.log.Warn("call refused", "method", method, "agent", id.String(), "error", err)
+		s.refused(ctx, method, id, err)
 		return nil, err
 	}
 	return context.WithValue(ctx, callerKey{}, id), nil
@@ -116,20 +187,15 @@ func (s *Server) identify(ctx context.Context) (id spiffeid.ID, svid *x509.Certi
 	if !ok {
 		return id, nil, status.Error(codes.Internal, "call has no peer")
 	}
-	info, ok := p.AuthInfo.(credentials.TLSInfo)
-	if !ok || len(info.State.PeerCertificates) == 0 {
-		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
-	}
-	id, err = clientID(info.State.PeerCertificates)
+	id, svid, err = present(p.AuthInfo)
 	if err != nil {
-		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+		return id, nil, err
 	}
-	leaf := info.State.PeerCertificates[0]
 	// The connection was verified when it was made; it may be older than that.
-	if s.now().After(leaf.NotAfter) {
+	if s.now().After(svid.NotAfter) {
 		return id, nil, denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "SVID of agent %q has expired", id)
 	}
-	return id, leaf, nil
+	return id, svid, nil
 }
 
 func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certificate) error {

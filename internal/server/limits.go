@@ -3,7 +3,6 @@ package server
 import (
 	"context"
 	"log/slog"
-	"net"
 	"net/netip"
 	"path"
 	"sync"
@@ -17,6 +16,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/listen"
 )
 
 // budget is what calls of one kind draw from.
@@ -55,32 +55,24 @@ const (
 	// than one connection can have open, and no more requests in memory than two
 	// connections can send.
 	maxWaiting = 2 * maxStreams
-	// maxConnections is how many connections one client may have open. It is
-	// far above what the other limits can serve, and keeps one machine from
-	// taking every file descriptor of the server.
-	maxConnections = 2048
 	// maxClients is how many clients are told apart: 50 MB at most. They are
 	// found by their own handshakes, which nobody can make in another's name.
 	maxClients = 1 << 16
-	// generation is how long a client is remembered at least. It is more than
+	// maxOfSite is how many clients of one IPv6 /48 are told apart. The others of it
+	// are one client together: a /48 has as many /64s as maxClients.
+	maxOfSite = 1 << 10
+	// generationTime is how long a client is remembered at least. It is more than
 	// the minute between two statuses of an agent, and more than maxPatience
 	// and a second, when every budget is full again: so to be forgotten is of
 	// no use to anybody.
-	generation = 2 * time.Minute
-	// sayAgain is the least time between two log lines about a client, and
-	// sayAny that between lines about any, after the first sayFirst.
-	sayAgain = time.Minute
-	sayAny   = 10 * time.Second
-	sayFirst = 10
+	generationTime = 2 * time.Minute
 	// connecting stands in the metrics for the method of a connection that is
 	// refused.
 	connecting = "connect"
 )
 
-// limits is what every client may ask for. A client is an address, for IPv6 a
-// /64: that much every machine is given, or can make up, so single addresses would
-// bound nobody. Who comes without an IP address, over a Unix socket or in
-// memory, is not limited.
+// limits is what every client may ask for, as [listen.Client] tells them apart. Who
+// comes without an IP address is not limited.
 //
 // Clients are kept in two generations. Who is seen is in the young one; when that
 // is old enough it becomes the old one, and who was in the old one until
@@ -89,29 +81,43 @@ const (
 // ones keep what they have.
 type limits struct {
 	observer Observer
-	log      *slog.Logger
+	lines    *listen.Lines
 
 	mu         sync.Mutex // never held while a call waits
-	young, old map[netip.Prefix]*client
+	young, old generation
 	born       time.Time // of the young generation
 	strangers  client    // who comes when maxClients are known
-	lines      [outcomes]*rate.Limiter
 }
 
-// outcome is what became of a call that found no tokens.
-type outcome int
+// generation is the clients that were seen in a time, and how many of each site
+// they are.
+type generation struct {
+	clients map[netip.Prefix]*client
+	of      map[netip.Prefix]int
+}
 
-const (
-	waits outcome = iota // until its turn, or until the caller gave up
-	refusals
-	outcomes // how many there are
-)
+func newGeneration() generation {
+	return generation{clients: make(map[netip.Prefix]*client), of: make(map[netip.Prefix]int)}
+}
+
+func (g generation) add(from netip.Prefix, c *client) {
+	g.clients[from] = c
+	if site := listen.Site(from); site.IsValid() {
+		g.of[site]++
+	}
+}
+
+func (g generation) remove(from netip.Prefix) {
+	delete(g.clients, from)
+	if site := listen.Site(from); site.IsValid() {
+		if g.of[site]--; g.of[site] == 0 {
+			delete(g.of, site)
+		}
+	}
+}
 
 // client is what one client has left. It is guarded by limits.mu.
-type client struct {
-	queues [budgets]queue
-	said   [outcomes]time.Time // when the log last spoke of it
-}
+type client struct{ queues [budgets]queue }
 
 // queue is a budget with the calls that wait for it, first come, first served.
 type queue struct {
@@ -119,30 +125,8 @@ type queue struct {
 	waiting int
 }
 
-func newLimits(observer Observer, log *slog.Logger) *limits {
-	l := &limits{observer: observer, log: log, young: make(map[netip.Prefix]*client), born: time.Now()}
-	for i := range l.lines {
-		l.lines[i] = rate.NewLimiter(rate.Every(sayAny), sayFirst)
-	}
-	return l
-}
-
-// clientOf is who comes from an address; the zero Prefix for who is not limited.
-func clientOf(address net.Addr) netip.Prefix {
-	tcp, ok := address.(*net.TCPAddr)
-	if !ok {
-		return netip.Prefix{}
-	}
-	ip, ok := netip.AddrFromSlice(tcp.IP)
-	if !ok {
-		return netip.Prefix{}
-	}
-	ip = ip.Unmap() // IPv4, at a listener for both
-	bits := 64
-	if ip.Is4() {
-		bits = 32
-	}
-	return netip.PrefixFrom(ip, bits).Masked()
+func newLimits(observer Observer, lines *listen.Lines) *limits {
+	return &limits{observer: observer, lines: lines, young: newGeneration(), old: newGeneration(), born: time.Now()}
 }
 
 // wait returns when a call of n items may go on, and whether it had to wait for
@@ -160,7 +144,7 @@ func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, e
 	if !ok {
 		return false, nil
 	}
-	from := clientOf(p.Addr)
+	from := listen.Client(p.Addr)
 	if !from.IsValid() {
 		return false, nil
 	}
@@ -187,15 +171,15 @@ func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, e
 		q.waiting--
 		l.mu.Unlock()
 	}
-	what := waits
+	var refused error
 	switch {
 	case ctx.Err() != nil:
 		err = status.FromContextError(ctx.Err()).Err()
 	case err != nil || !room:
-		what = refusals
 		err = status.Errorf(codes.ResourceExhausted, "more than %d a second are asked for from %s: try again later", perSecond[kind], from)
+		refused = err
 	}
-	l.tell(c, what, from, path.Base(method))
+	l.tell(from, path.Base(method), refused)
 	return true, err
 }
 
@@ -212,48 +196,56 @@ func (q *queue) turn(ctx context.Context, n int) error {
 
 // find returns a client as it is known. The caller holds mu.
 func (l *limits) find(from netip.Prefix, now time.Time) *client {
-	if now.Sub(l.born) >= generation {
-		l.old, l.young, l.born = l.young, make(map[netip.Prefix]*client), now
+	if now.Sub(l.born) >= generationTime {
+		l.old, l.young, l.born = l.young, newGeneration(), now
 	}
-	if c, ok := l.young[from]; ok {
-		return c
+	c := l.known(from)
+	if site := listen.Site(from); c == nil && site.IsValid() && l.young.of[site]+l.old.of[site] >= maxOfSite {
+		from = site
+		c = l.known(site)
 	}
-	c, ok := l.old[from]
 	switch {
-	case ok:
-		delete(l.old, from)
-	case len(l.young)+len(l.old) >= maxClients:
+	case c != nil:
+		return c
+	case len(l.young.clients)+len(l.old.clients) >= maxClients:
 		return &l.strangers
-	default:
-		c = new(client)
 	}
-	l.young[from] = c
+	c = new(client)
+	l.young.add(from, c)
 	return c
 }
 
-// refuse takes note of a connection that was closed because its client has too many.
-func (l *limits) refuse(from netip.Prefix) {
-	l.mu.Lock()
-	c := l.find(from, time.Now())
-	l.mu.Unlock()
-	l.tell(c, refusals, from, connecting)
+// known returns a client that is kept, which stays so; nil for another.
+func (l *limits) known(from netip.Prefix) *client {
+	if c, ok := l.young.clients[from]; ok {
+		return c
+	}
+	c, ok := l.old.clients[from]
+	if !ok {
+		return nil
+	}
+	l.old.remove(from)
+	l.young.add(from, c)
+	return c
 }
 
-// tell counts what found no tokens, and logs it now and then.
-func (l *limits) tell(c *client, what outcome, from netip.Prefix, method string) {
+// refuse takes note of what listen.Serve refused.
+func (l *limits) refuse(from netip.Prefix, method string, reason error) {
+	if method == "" {
+		method = connecting
+	}
+	l.tell(from, path.Base(method), reason)
+}
+
+// tell counts what found no room, and has it logged now and then: refused is why a
+// call or a connection is refused, nil when it only had to wait.
+func (l *limits) tell(from netip.Prefix, method string, refused error) {
 	l.observer.Limited(method)
-	l.mu.Lock()
-	now := time.Now()
-	say := now.Sub(c.said[what]) >= sayAgain && l.lines[what].AllowN(now, 1)
-	if say {
-		c.said[what] = now
+	client := listen.Name(from)
+	about := []any{"client", client, "method", method}
+	if refused == nil {
+		l.lines.Note(slog.LevelInfo, "client does more than it may: calls wait", client, about...)
+		return
 	}
-	l.mu.Unlock()
-	switch {
-	case !say:
-	case what == waits:
-		l.log.Info("client does more than it may: calls wait", "client", from.String(), "method", method)
-	default:
-		l.log.Warn("client does more than it may: calls are refused", "client", from.String(), "method", method)
-	}
+	l.lines.Note(slog.LevelWarn, "client does more than it may: calls are refused", client, append(about, "error", refused)...)
 }

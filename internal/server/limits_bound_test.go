@@ -1,10 +1,11 @@
 package server
 
 import (
-	"net"
 	"net/netip"
 	"testing"
 	"time"
+
+	"github.com/renewd/renewd/internal/listen"
 )
 
 // Bounds of memory need more clients than a test has connections for, so these
@@ -18,7 +19,7 @@ func address(i int) netip.Prefix {
 // TestClientsAreBounded has more clients come than are told apart.
 func TestClientsAreBounded(t *testing.T) {
 	t.Parallel()
-	l := newLimits(nobody{}, nil)
+	l := newLimits(nobody{}, listen.NewLines(nil))
 	now := l.born
 	known := l.find(address(0), now)
 	for round := range 4 {
@@ -34,17 +35,17 @@ func TestClientsAreBounded(t *testing.T) {
 				t.Fatalf("round %d: client %d is told apart", round, i)
 			}
 		}
-		if n := len(l.young) + len(l.old); n != maxClients {
+		if n := len(l.young.clients) + len(l.old.clients); n != maxClients {
 			t.Fatalf("round %d: %d clients are kept, want %d", round, n, maxClients)
 		}
-		now = now.Add(generation)
+		now = now.Add(generationTime)
 	}
 	// There is room again when they have gone.
-	l.find(address(0), now.Add(generation))
-	if c := l.find(address(2*maxClients-1), now.Add(2*generation)); c == &l.strangers {
+	l.find(address(0), now.Add(generationTime))
+	if c := l.find(address(2*maxClients-1), now.Add(2*generationTime)); c == &l.strangers {
 		t.Error("a new client has no place though the others are gone")
 	}
-	if n := len(l.young) + len(l.old); n != 2 {
+	if n := len(l.young.clients) + len(l.old.clients); n != 2 {
 		t.Errorf("%d clients are kept, want 2", n)
 	}
 }
@@ -53,20 +54,20 @@ func TestClientsAreBounded(t *testing.T) {
 // then all its calls have had their turn, and its budgets are full.
 func TestForgettingGivesNothing(t *testing.T) {
 	t.Parallel()
-	l := newLimits(nobody{}, nil)
+	l := newLimits(nobody{}, listen.NewLines(nil))
 	begin := l.born
-	last := begin.Add(generation - 1) // the last moment of a generation
+	last := begin.Add(generationTime - 1) // the last moment of a generation
 	c := l.find(address(1), last)
 	next := last
 	for l.find(address(2), next); ; next = next.Add(time.Second) {
 		l.find(address(2), next)
-		_, young := l.young[address(1)]
-		_, old := l.old[address(1)]
+		_, young := l.young.clients[address(1)]
+		_, old := l.old.clients[address(1)]
 		if !young && !old {
 			break
 		}
 	}
-	if kept := next.Sub(last); kept < generation || kept < maxPatience+2*time.Second || kept > 2*generation {
+	if kept := next.Sub(last); kept < generationTime || kept < maxPatience+2*time.Second || kept > 2*generationTime {
 		t.Errorf("forgotten after %v", kept)
 	}
 	if l.find(address(1), next) == c {
@@ -74,22 +75,45 @@ func TestForgettingGivesNothing(t *testing.T) {
 	}
 }
 
-func TestWhoIsLimited(t *testing.T) {
+// TestOneSiteIsBounded has all /64s of one /48 come, as one customer of a provider
+// can. Others are still told apart, and who is known in that /48 stays so.
+func TestOneSiteIsBounded(t *testing.T) {
 	t.Parallel()
-	for want, address := range map[string]net.Addr{
-		"invalid Prefix":     &net.UnixAddr{Name: "/run/socket", Net: "unix"},
-		"10.1.2.3/32":        &net.TCPAddr{IP: net.ParseIP("10.1.2.3"), Port: 1},
-		"2001:db8:1:2::/64":  &net.TCPAddr{IP: net.ParseIP("2001:db8:1:2:3:4:5:6"), Port: 1},
-		"fe80::/64":          &net.TCPAddr{IP: net.ParseIP("fe80::1"), Zone: "eth0"},
-		"2001:db8:1:ff::/64": &net.TCPAddr{IP: net.ParseIP("2001:db8:1:ff::")},
-	} {
-		if got := clientOf(address).String(); got != want {
-			t.Errorf("%v is %s, want %s", address, got, want)
-		}
+	l := newLimits(nobody{}, listen.NewLines(nil))
+	now := l.born
+	network := func(site, i int) netip.Prefix {
+		return netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, byte(site >> 8), byte(site), byte(i >> 8), byte(i)}), 64)
 	}
-	for _, nobody := range []net.Addr{nil, &net.TCPAddr{}, &net.UDPAddr{IP: net.IPv4(10, 0, 0, 1)}} {
-		if got := clientOf(nobody); got.IsValid() {
-			t.Errorf("%v is %s", nobody, got)
+	neighbor := l.find(network(1, 0), now)
+	for range 3 {
+		for i := range 1 << 16 {
+			if i == 0 {
+				continue
+			}
+			if c := l.find(network(1, i), now); c == &l.strangers || c == neighbor {
+				t.Fatalf("network %d of the site shares what others have", i)
+			}
 		}
+		site := listen.Site(network(1, 0))
+		if n := l.young.of[site] + l.old.of[site]; n > maxOfSite+1 {
+			t.Fatalf("%d clients are kept for one site", n)
+		}
+		if c := l.find(network(1, 0), now); c != neighbor {
+			t.Fatal("a client of the site that was known is not told apart any more")
+		}
+		seen := make(map[*client]bool)
+		for i := range 1000 {
+			seen[l.find(network(2+i, 0), now)], seen[l.find(address(i), now)] = true, true
+		}
+		if len(seen) != 2000 || seen[&l.strangers] {
+			t.Fatalf("%d clients elsewhere are told apart, want 2000", len(seen))
+		}
+		now = now.Add(generationTime)
+	}
+	// There is room for others of the site when those have gone.
+	now = now.Add(generationTime)
+	l.find(address(0), now)
+	if l.find(network(1, 1), now) == l.find(network(1, 2), now) {
+		t.Error("two of the site are not told apart though the others are gone")
 	}
 }

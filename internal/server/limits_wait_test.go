@@ -115,7 +115,8 @@ func TestAttestThatWaitsKeepsItsToken(t *testing.T) {
 func TestPatience(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
-		c := s.from(t, "10.0.0.1").dial(t, nil)
+		who, _ := s.join(t) // only agents can make that many calls
+		c := s.from(t, "10.0.0.1").dial(t, who)
 		if err := c.knock(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -131,16 +132,16 @@ func TestPatience(t *testing.T) {
 	})
 }
 
-// TestWaitingIsBounded has more callers wait than may. They need several
-// connections for that.
+// TestWaitingIsBounded has more calls wait than may. That takes several agents and
+// several connections.
 func TestWaitingIsBounded(t *testing.T) {
 	t.Parallel()
 	bubble(t, server.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
 		s.apply(t, []server.Entry{entry("a")})
 		at := s.from(t, "10.0.0.1")
 		var conns []*client
 		for range 4 {
+			who, _ := s.join(t)
 			conns = append(conns, at.dial(t, who))
 		}
 		if err := conns[0].items(t.Context(), t, 500); err != nil {

@@ -17,7 +17,9 @@
 // attestation a second, 500 X.509-SVIDs (the agents' own included) and 500
 // JWT-SVIDs, 10 statuses and 10 reports; of X.509-SVIDs each item of a batch counts. What
 // is more than that waits, for half a minute at most, and fails with
-// ResourceExhausted when it would have to wait for longer.
+// ResourceExhausted when it would have to wait for longer. A caller without an
+// agent's SVID is refused before anything of its request is read, but for
+// AttestAgent and GetBundle, of which few can be in flight.
 package server
 
 import (
@@ -27,6 +29,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,12 +43,12 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
-	"google.golang.org/grpc/keepalive"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/detach/rpc"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/listen"
 )
 
 const (
@@ -58,11 +61,6 @@ const (
 	maxBatch = 500
 	// maxVersion is the most characters of an agent's version.
 	maxVersion = 255
-	// drainTime is how long Serve waits for calls in flight when it ends. A
-	// call that is cut off can cost an agent its join token.
-	drainTime = 2 * time.Second
-	// connectTime bounds a TLS handshake.
-	connectTime = 10 * time.Second
 	// connectionAge is when a client is asked to connect anew, so that no
 	// connection outlives the verification of its SVID by much; graceAge is
 	// what calls in flight then still have.
@@ -71,14 +69,18 @@ const (
 	// maxRequest is the largest request in bytes. A batch of 500 CSRs of RSA
 	// keys of 4096 bits fits. maxStreams is how many calls of one connection
 	// are served at a time; the client waits with the rest. An agent of renewd
-	// makes 80 when the server is slow. maxHeaders is the most bytes of a
-	// call's metadata. Together they bound what one connection can make the
-	// server hold: 128 MiB of requests. How many connections one client may have
-	// is maxConnections.
+	// makes 80 when the server is slow.
 	maxRequest = 1 << 20
 	maxStreams = 128
-	maxHeaders = 16 << 10
 )
+
+// Limits are those of the agents' port. An agent has two connections while it
+// moves to a new one. Together with maxRequest they bound what a client can make the
+// server hold: 4 MiB of requests without an agent's SVID, 256 MiB for one agent.
+var Limits = listen.Limits{
+	Handshakes: 64, Anonymous: 16, Known: 2048, Caller: 16,
+	AnonymousCalls: 4, CallerCalls: 2 * maxStreams,
+}
 
 // Observer is told of every workload's SVID that was asked for, the agents' own
 // are not among them, and of what was limited. Its methods must be fast and safe
@@ -91,7 +93,7 @@ type Observer interface {
 	Minted(svidType string, code codes.Code, took time.Duration)
 	// Limited reports a call that had to wait, or was refused, because its
 	// client did more than it may. The method has no package or service, and is
-	// "connect" for a connection that was refused.
+	// "connect" for a connection that was refused or closed.
 	Limited(method string)
 }
 
@@ -131,6 +133,9 @@ type Config struct {
 	// Ledger records every SVID before it is handed out; nothing is recorded,
 	// and no reports are taken, when nil.
 	Ledger Ledger
+	// Connections is where the connections of every Serve count, too; each has a
+	// bound of its own when nil.
+	Connections *listen.Pool
 	// Observer is told of every SVID asked for; nobody when nil.
 	Observer Observer
 	// Log receives what the server does; nothing is logged when nil.
@@ -141,7 +146,7 @@ type Config struct {
 	// Heard is told what an agent's own clock showed at a call; nobody when nil.
 	Heard func(agent string, sentAt time.Time)
 	// Options are added to every gRPC server that Serve makes. Interceptors
-	// in it see each call before anything else does.
+	// in it see each call that is read before anything else does.
 	Options []grpc.ServerOption
 }
 
@@ -158,6 +163,7 @@ type Server struct {
 	now      func() time.Time
 	observer Observer
 	ledger   Ledger
+	lines    *listen.Lines
 	limits   *limits
 	tls      *tls.Config
 
@@ -242,7 +248,8 @@ func New(c Config) (*Server, error) {
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.limits = newLimits(s.observer, s.log)
+	s.lines = listen.NewLines(s.log)
+	s.limits = newLimits(s.observer, s.lines)
 	s.serving.Now, s.serving.Issue = s.now, s.issue
 	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }
 	s.tls = s.newTLSConfig()
@@ -256,85 +263,36 @@ func (s *Server) Keysets() *keyset.Deployment { return s.keysets }
 // an agent's bootstrap bundle file holds.
 func (s *Server) BundlePEM() []byte { return s.config.Published().PEM() }
 
-// Serve answers on lis, which it closes, until ctx ends or lis fails. When ctx
-// ends, calls in flight have two seconds to finish; then they are canceled.
-// It returns when all its connections are closed and all its goroutines have
-// ended, but for those that storage does not let go: nil when ctx ended. Several may run at a time, on different
+// Serve answers on lis, which it closes, until ctx ends or lis fails, as
+// [listen.Serve] does, except that calls which storage does not let go may remain;
+// see [Server.Wait]. Several may run at a time, on different
 // listeners, and a later one serves the same state. They share the limits of
 // calls; connections are limited for each listener.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
-	gs := grpc.NewServer(s.options()...)
-	agentv1.RegisterAgentServer(gs, &agentService{s: s})
-	bundlev1.RegisterBundleServer(gs, &bundleService{s: s})
-	entryv1.RegisterEntryServer(gs, &entryService{s: s})
-	svidv1.RegisterSVIDServer(gs, &svidService{s: s})
-	if s.config.Ledger != nil {
-		api.RegisterFleetServer(gs, &fleetService{s: s})
-	}
-
-	tracked := newConns(lis, s.limits.refuse)
-	failed := make(chan struct{})
-	drained := make(chan struct{})
-	go func() {
-		defer close(drained)
-		select {
-		case <-ctx.Done():
-			drain(gs, tracked)
-		case <-failed:
-			tracked.closeAll()
-			gs.Stop()
-		}
-	}()
-	err := gs.Serve(tracked)
-	close(failed)
-	<-drained
-	if err == nil || ctx.Err() != nil {
-		return nil
-	}
-	return fmt.Errorf("serve: %w", err)
+	return listen.Serve(ctx, lis, listen.Config{
+		Credentials: credentials.NewTLS(s.tls), Identify: identity, Admit: s.screen,
+		Pool: s.config.Connections, Limits: Limits, Refused: s.limits.refuse, Lines: s.lines,
+		Age: s.config.ConnectionAge, Grace: graceAge, MaxRequest: maxRequest, MaxStreams: maxStreams,
+		Options: append(slices.Clone(s.config.Options),
+			grpc.ForceServerCodecV2(newCodec()),
+			grpc.ChainUnaryInterceptor(rpc.Unary(&s.calls), s.authorizeUnary),
+			grpc.ChainStreamInterceptor(rpc.Stream(&s.calls), s.authorizeStream)),
+		Register: s.register,
+	})
 }
 
-// drain lets calls in flight finish for a while. A stream that a client keeps
-// open would hold up a graceful stop for ever.
-func drain(gs *grpc.Server, open *conns) {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		gs.GracefulStop()
-	}()
-	timer := time.NewTimer(drainTime)
-	defer timer.Stop()
-	select {
-	case <-done:
-	case <-timer.C:
-		open.closeAll()
-		gs.Stop()
-		<-done
+func (s *Server) register(r grpc.ServiceRegistrar) {
+	agentv1.RegisterAgentServer(r, &agentService{s: s})
+	bundlev1.RegisterBundleServer(r, &bundleService{s: s})
+	entryv1.RegisterEntryServer(r, &entryService{s: s})
+	svidv1.RegisterSVIDServer(r, &svidService{s: s})
+	if s.config.Ledger != nil {
+		api.RegisterFleetServer(r, &fleetService{s: s})
 	}
 }
 
 // Wait returns when no call waits for storage any more. It is for who has closed that.
 func (s *Server) Wait() { s.calls.Wait() }
-
-func (s *Server) options() []grpc.ServerOption {
-	opts := []grpc.ServerOption{
-		grpc.Creds(credentials.NewTLS(s.tls)),
-		grpc.ConnectionTimeout(connectTime),
-		grpc.WaitForHandlers(true),
-		grpc.MaxRecvMsgSize(maxRequest),
-		grpc.MaxConcurrentStreams(maxStreams),
-		grpc.MaxHeaderListSize(maxHeaders),
-	}
-	if s.config.ConnectionAge > 0 {
-		opts = append(opts, grpc.KeepaliveParams(keepalive.ServerParameters{
-			MaxConnectionAge: s.config.ConnectionAge, MaxConnectionAgeGrace: graceAge,
-		}))
-	}
-	opts = append(opts, s.config.Options...)
-	return append(opts,
-		grpc.ChainUnaryInterceptor(rpc.Unary(&s.calls), s.authorizeUnary),
-		grpc.ChainStreamInterceptor(rpc.Stream(&s.calls), s.authorizeStream))
-}
 
 type nobody struct{}
 

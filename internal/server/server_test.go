@@ -189,7 +189,8 @@ func TestOptionsSeeEveryCall(t *testing.T) {
 		return nil, status.Error(codes.DataLoss, "broken on purpose")
 	})
 	bubble(t, server.Config{Options: []grpc.ServerOption{down}}, func(t *testing.T, s *running) {
-		wantCode(t, s.dial(t, nil).ping(t.Context()), codes.DataLoss)
+		_, c := s.join(t)
+		wantCode(t, c.ping(t.Context()), codes.DataLoss)
 	})
 }
 

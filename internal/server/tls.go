@@ -5,8 +5,6 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"errors"
 	"fmt"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -65,12 +63,4 @@ func (s *Server) verifyClient(state tls.ConnectionState) error {
 		return fmt.Errorf("client certificate: %w", err)
 	}
 	return nil
-}
-
-// clientID reads the SPIFFE ID of a verified client certificate.
-func clientID(certs []*x509.Certificate) (spiffeid.ID, error) {
-	if len(certs) == 0 {
-		return spiffeid.ID{}, errors.New("no client certificate")
-	}
-	return x509svid.IDFromCert(certs[0])
 }

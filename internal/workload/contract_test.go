@@ -242,6 +242,32 @@ func TestLimitOfCalls(t *testing.T) {
 	})
 }
 
+// TestLimitOfRequests: nobody sends more than 64 KiB in a request, or 8 KiB of
+// metadata with it.
+func TestLimitOfRequests(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newSystem(t, nil)
+		s.add(entry("e1", "/one", 1000))
+		c := s.client(1000)
+		ctx := withHeader(t.Context())
+		for size, want := range map[int]codes.Code{60 << 10: codes.InvalidArgument, 64 << 10: codes.ResourceExhausted} {
+			_, err := c.ValidateJWTSVID(ctx, &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: strings.Repeat("x", size)})
+			if status.Code(err) != want {
+				t.Errorf("a request of %d bytes: %v, want %v", size, err, want)
+			}
+		}
+		long := metadata.AppendToOutgoingContext(ctx, "x", strings.Repeat("x", 9<<10))
+		stream, err := c.FetchJWTBundles(long, &workloadpb.JWTBundlesRequest{})
+		if err == nil {
+			_, err = stream.Recv()
+		}
+		if err == nil {
+			t.Error("9 KiB of metadata are accepted")
+		}
+	})
+}
+
 func TestLimitOfConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

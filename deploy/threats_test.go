@@ -1,0 +1,71 @@
+package deploy
+
+import (
+	"go/ast"
+	"go/parser"
+	"go/token"
+	"io/fs"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// TestThreats: each row of THREATS.md names tests, and there are tests of these names.
+func TestThreats(t *testing.T) {
+	t.Parallel()
+	known := tests(t)
+	named := regexp.MustCompile("`([a-z0-9]+\\.Test[A-Za-z0-9_]+)`")
+	rows := 0
+	for line := range strings.Lines(string(read(t, "THREATS.md"))) {
+		if !strings.HasPrefix(line, "| ") || strings.HasPrefix(line, "| who ") {
+			continue
+		}
+		rows++
+		cells := strings.Split(strings.Trim(strings.TrimSpace(line), "|"), "|")
+		if len(cells) != 4 {
+			t.Errorf("%d cells, want 4: %s", len(cells), line)
+			continue
+		}
+		found := named.FindAllStringSubmatch(cells[3], -1)
+		if len(found) == 0 {
+			t.Errorf("no test shows:%s", strings.Join(cells[:3], ":"))
+		}
+		for _, name := range found {
+			if !known[name[1]] {
+				t.Errorf("there is no test %s, which is to show:%s", name[1], cells[0])
+			}
+		}
+	}
+	if rows < 20 {
+		t.Errorf("only %d rows were found", rows)
+	}
+}
+
+// tests are the names of all tests of this module, as package.TestName.
+func tests(t *testing.T) map[string]bool {
+	t.Helper()
+	known := make(map[string]bool)
+	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		if !strings.HasSuffix(path, "_test.go") {
+			return nil
+		}
+		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		if err != nil {
+			return err
+		}
+		for _, decl := range file.Decls {
+			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv == nil {
+				known[strings.TrimSuffix(file.Name.Name, "_test")+"."+f.Name.Name] = true
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return known
+}

@@ -1,0 +1,209 @@
+package listen_test
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"os"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
+
+	"github.com/renewd/renewd/internal/listen"
+)
+
+// network is a listener that clients of any address connect to.
+type network struct {
+	conns chan net.Conn
+	end   chan struct{}
+	close func()
+}
+
+func newNetwork() *network {
+	n := &network{conns: make(chan net.Conn), end: make(chan struct{})}
+	n.close = sync.OnceFunc(func() { close(n.end) })
+	return n
+}
+
+func (n *network) Accept() (net.Conn, error) {
+	select {
+	case c := <-n.conns:
+		return c, nil
+	case <-n.end:
+		return nil, net.ErrClosed
+	}
+}
+
+func (n *network) Close() error   { n.close(); return nil }
+func (n *network) Addr() net.Addr { return &net.TCPAddr{} }
+
+type accepted struct {
+	net.Conn
+	from net.Addr
+}
+
+func (a accepted) RemoteAddr() net.Addr { return a.from }
+
+// client is the other end of a connection.
+type client struct {
+	net.Conn
+	t *testing.T
+}
+
+// dial connects from an IP address; the bubble is then at rest.
+func (n *network) dial(t *testing.T, ip string) client {
+	t.Helper()
+	near, far := net.Pipe()
+	t.Cleanup(func() { near.Close() })
+	n.conns <- accepted{far, &net.TCPAddr{IP: net.ParseIP(ip), Port: 40000}}
+	synctest.Wait()
+	return client{near, t}
+}
+
+// say writes a text, as far as somebody reads it.
+func (c client) say(text string) client {
+	c.t.Helper()
+	c.SetWriteDeadline(time.Now().Add(time.Millisecond))
+	_, _ = io.WriteString(c, text)
+	synctest.Wait()
+	return c
+}
+
+// open reports whether the server has the connection open still.
+func (c client) open() bool {
+	c.SetReadDeadline(time.Now().Add(time.Millisecond))
+	for {
+		if _, err := c.Read(make([]byte, 1024)); err != nil {
+			return errors.Is(err, os.ErrDeadlineExceeded)
+		}
+	}
+}
+
+// wantOpen fails the test unless exactly those are open that are said to be.
+func wantOpen(t *testing.T, want map[client]bool) {
+	t.Helper()
+	for c, open := range want {
+		if c.open() != open {
+			t.Errorf("a connection is open: %v, want %v", !open, open)
+		}
+	}
+}
+
+// refusals counts the connections that were refused, by client.
+type refusals struct {
+	mu sync.Mutex
+	by map[string]int
+}
+
+func (r *refusals) count(from fmt.Stringer) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.by == nil {
+		r.by = make(map[string]int)
+	}
+	r.by[from.String()]++
+}
+
+// named has each client say who it is, in a letter; "-" is nobody known.
+type named struct {
+	credentials.TransportCredentials
+}
+
+type name struct {
+	credentials.CommonAuthInfo
+	letter string
+}
+
+func (name) AuthType() string { return "letter" }
+
+func (named) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	letter := make([]byte, 1)
+	if _, err := io.ReadFull(c, letter); err != nil {
+		return nil, nil, err
+	}
+	return c, name{letter: strings.Trim(string(letter), "-")}, nil
+}
+
+func (named) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{} }
+func (n named) Clone() credentials.TransportCredentials { return n }
+
+// reasons are why connections were refused, in order.
+type reasons struct {
+	mu  sync.Mutex
+	all []string
+}
+
+func (r *reasons) take() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.all
+}
+
+// serve serves nothing on a network, with limits.
+func serve(t *testing.T, limits listen.Limits, refused *reasons) *network {
+	t.Helper()
+	n := newNetwork()
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() {
+		done <- listen.Serve(ctx, n, listen.Config{
+			Credentials: named{}, Limits: limits, MaxRequest: 1 << 20, MaxStreams: 128,
+			Identify: func(info credentials.AuthInfo) string { return info.(name).letter },
+			Register: func(grpc.ServiceRegistrar) {},
+			Refused: func(from netip.Prefix, _ string, reason error) {
+				refused.mu.Lock()
+				defer refused.mu.Unlock()
+				refused.all = append(refused.all, fmt.Sprintf("%s: %v", from, reason))
+			},
+		})
+	}()
+	t.Cleanup(func() {
+		cancel()
+		if err := <-done; err != nil {
+			t.Errorf("Serve: %v", err)
+		}
+	})
+	return n
+}
+
+// lines is a log whose lines are read as records.
+type lines struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.buf.Write(p)
+}
+
+func (l *lines) logger() *slog.Logger { return slog.New(slog.NewJSONHandler(l, nil)) }
+
+// take returns what was written since the last time.
+func (l *lines) take(t *testing.T) (out []map[string]any) {
+	t.Helper()
+	synctest.Wait()
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for line := range strings.Lines(l.buf.String()) {
+		var rec map[string]any
+		if err := json.Unmarshal([]byte(line), &rec); err != nil {
+			t.Fatal(err)
+		}
+		out = append(out, rec)
+	}
+	l.buf.Reset()
+	return out
+}

@@ -1,0 +1,270 @@
+package listen_test
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/renewd/renewd/internal/listen"
+)
+
+// listener is a Listener whose connections are accepted and kept.
+type listener struct {
+	*listen.Listener
+	net      *network
+	accepted chan net.Conn
+	refused  refusals
+}
+
+func listenOn(t *testing.T, p *listen.Pool, limits listen.Limits) *listener {
+	t.Helper()
+	l := &listener{net: newNetwork(), accepted: make(chan net.Conn, 100)}
+	l.Listener = p.Listen(l.net, limits, func(from netip.Prefix, _ error) { l.refused.count(from) })
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			l.accepted <- c
+		}
+	}()
+	t.Cleanup(func() {
+		if err := l.Close(); err != nil {
+			t.Errorf("Close: %v", err)
+		}
+		<-done
+		close(l.accepted)
+		for c := range l.accepted {
+			c.Close()
+		}
+	})
+	return l
+}
+
+// active makes the connection that was accepted last one of a client that asks
+// something over HTTP.
+func (l *listener) active(t *testing.T) net.Conn {
+	t.Helper()
+	c := <-l.accepted
+	l.ConnState(c, http.StateActive)
+	return c
+}
+
+// TestSilentConnections: they are never handed on, end by themselves, and give
+// way to new ones.
+func TestSilentConnections(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := listenOn(t, listen.NewPoolOf(40), listen.Limits{})
+		var all []client
+		for range 25 { // half of 40 may be silent
+			all = append(all, l.net.dial(t, "10.0.0.1"))
+		}
+		for i, c := range all {
+			if open := c.open(); open != (i >= 5) {
+				t.Errorf("connection %d is open: %v", i, open)
+			}
+		}
+		// One who speaks is served meanwhile, wherever it comes from.
+		l.net.dial(t, "10.0.0.1").say("x")
+		l.net.dial(t, "10.0.0.2").say("x")
+		if n := len(l.accepted); n != 2 {
+			t.Fatalf("%d connections are handed on, want 2", n)
+		}
+		b := make([]byte, 10)
+		if n, err := (<-l.accepted).Read(b); n != 1 || b[0] != 'x' || err != nil {
+			t.Errorf("the first byte is read as %q, %v", b[:n], err)
+		}
+		time.Sleep(5 * time.Second)
+		for _, c := range all {
+			if c.open() {
+				t.Error("a silent connection is open after 5 s")
+			}
+		}
+	})
+}
+
+// TestHandshakesGiveWay: of one address, and of one /48, the oldest handshake ends
+// for a new one when it has taken a second.
+func TestHandshakesGiveWay(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := listenOn(t, listen.NewPoolOf(1000), listen.Limits{Handshakes: 2})
+		other := l.net.dial(t, "10.0.0.2").say("x")
+		first := l.net.dial(t, "10.0.0.1").say("x")
+		second := l.net.dial(t, "10.0.0.1").say("x")
+		early := l.net.dial(t, "10.0.0.1").say("x")
+		wantOpen(t, map[client]bool{other: true, first: true, second: true, early: false})
+		time.Sleep(time.Second)
+		third := l.net.dial(t, "10.0.0.1").say("x")
+		wantOpen(t, map[client]bool{other: true, first: false, second: true, third: true})
+		if l.refused.by["10.0.0.1/32"] != 2 || len(l.refused.by) != 1 {
+			t.Errorf("refused: %v", l.refused.by)
+		}
+
+		var site []client
+		elsewhere := l.net.dial(t, "2001:db8:2::1").say("x")
+		for i := range 20 { // eight addresses' worth
+			if i == 16 {
+				time.Sleep(time.Second)
+			}
+			site = append(site, l.net.dial(t, fmt.Sprintf("2001:db8:1:%x::1", i)).say("x"))
+		}
+		for i, c := range site {
+			if open := c.open(); open != (i >= 4) {
+				t.Errorf("handshake %d of the site is open: %v", i, open)
+			}
+		}
+		wantOpen(t, map[client]bool{elsewhere: true, other: true, third: true})
+	})
+}
+
+// TestHTTPClients: a request ends the handshake, and clients that have made one are
+// bounded apart.
+func TestHTTPClients(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := listenOn(t, listen.NewPoolOf(1000), listen.Limits{Handshakes: 1, Anonymous: 2})
+		first := l.net.dial(t, "10.0.0.1").say("x")
+		l.active(t)
+		second := l.net.dial(t, "10.0.0.1").say("x")
+		again := l.active(t)
+		l.ConnState(again, http.StateActive) // its next request
+		third := l.net.dial(t, "10.0.0.1").say("x")
+		l.active(t)
+		other := l.net.dial(t, "10.0.0.2").say("x")
+		l.active(t)
+		wantOpen(t, map[client]bool{first: true, second: true, third: false, other: true})
+		again.Close()
+		fourth := l.net.dial(t, "10.0.0.1").say("x")
+		l.active(t)
+		wantOpen(t, map[client]bool{first: true, fourth: true})
+	})
+}
+
+// TestPoolIsOfTheProcess: listeners share one bound, and who is served keeps its
+// place.
+func TestPoolIsOfTheProcess(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := listen.NewPoolOf(8)
+		agents, relying := listenOn(t, p, listen.Limits{}), listenOn(t, p, listen.Limits{})
+		served := func(l *listener, ip string) (client, net.Conn) {
+			c := l.net.dial(t, ip).say("x")
+			return c, l.active(t)
+		}
+		// A quarter of the pool is for the anonymous of each listener.
+		a1, _ := served(agents, "10.0.0.1")
+		a2, _ := served(agents, "10.0.0.2")
+		a3, _ := served(agents, "10.0.0.3")
+		r1, _ := served(relying, "10.0.0.1")
+		r2, last := served(relying, "10.0.0.2")
+		wantOpen(t, map[client]bool{a1: true, a2: true, a3: false, r1: true, r2: true})
+		// The other four are handshakes, two at most, and silent ones.
+		h1 := relying.net.dial(t, "10.0.0.3").say("x")
+		h2 := agents.net.dial(t, "10.0.0.3").say("x")
+		time.Sleep(time.Second)
+		h3 := agents.net.dial(t, "10.0.0.3").say("x")
+		s1, s2 := agents.net.dial(t, "10.0.0.3"), relying.net.dial(t, "10.0.0.3")
+		wantOpen(t, map[client]bool{h1: false, h2: true, h3: true, s1: true, s2: true})
+		s3 := relying.net.dial(t, "10.0.0.3")
+		wantOpen(t, map[client]bool{a1: true, a2: true, r1: true, r2: true, h2: true, h3: true, s1: false, s2: true, s3: true})
+		s4 := relying.net.dial(t, "10.0.0.3").say("x")
+		wantOpen(t, map[client]bool{s2: false, h2: false, h3: true, s4: true})
+		last.Close()
+		time.Sleep(time.Second)
+		again, _ := served(relying, "10.0.0.2")
+		wantOpen(t, map[client]bool{a1: true, a2: true, r1: true, again: true})
+	})
+}
+
+func TestPoolOfThisProcess(t *testing.T) {
+	t.Parallel()
+	var limit syscall.Rlimit
+	if err := syscall.Getrlimit(syscall.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	files := int(min(limit.Cur, math.MaxInt32))
+	if got, want := listen.NewPool().Max(), max(files-256, files/2); got != want {
+		t.Errorf("%d connections with %d open files, want %d", got, files, want)
+	}
+}
+
+// TestListenerFails: who accepts is told, once it can be tried again and for ever
+// when it cannot.
+func TestListenerFails(t *testing.T) {
+	t.Parallel()
+	broken := errors.New("broken")
+	l := listen.NewPool().Listen(&failing{errs: []error{syscall.EMFILE, broken}}, listen.Limits{}, nil)
+	defer l.Close()
+	for _, want := range []error{syscall.EMFILE, broken, broken} {
+		if _, err := l.Accept(); !errors.Is(err, want) {
+			t.Errorf("Accept: %v, want %v", err, want)
+		}
+	}
+}
+
+type failing struct {
+	network
+	errs []error
+}
+
+func (f *failing) Accept() (net.Conn, error) {
+	err := f.errs[0]
+	f.errs = f.errs[1:]
+	return nil, err
+}
+
+func (f *failing) Close() error { return nil }
+
+// TestConnectionsOfCallers: who is known is bounded apart from who is not, and one
+// caller's oldest connection gives way to its newest.
+func TestConnectionsOfCallers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var refused reasons
+		n := serve(t, listen.Limits{Handshakes: 1, Anonymous: 2, Known: 4, Caller: 3}, &refused)
+		say := func(ip, who string) client { return n.dial(t, ip).say(who) }
+		nobody1, nobody2 := say("10.0.0.1", "-"), say("10.0.0.1", "-")
+		nobody3 := say("10.0.0.1", "-")
+		a1, a2, a3 := say("10.0.0.1", "a"), say("10.0.0.1", "a"), say("10.0.0.2", "a")
+		wantOpen(t, map[client]bool{nobody1: true, nobody2: true, nobody3: false, a1: true, a2: true, a3: true})
+		a4 := say("10.0.0.2", "a")
+		wantOpen(t, map[client]bool{a1: false, a2: true, a3: true, a4: true})
+		b, c, d := say("10.0.0.1", "b"), say("10.0.0.1", "c"), say("10.0.0.1", "d")
+		// Those of a at 10.0.0.2 do not count here: a2, b, c and d do.
+		e1, e2 := say("10.0.0.1", "e"), say("10.0.0.3", "e")
+		wantOpen(t, map[client]bool{e1: false, e2: true, nobody1: true, nobody2: true, a2: true, b: true, c: true, d: true})
+		if got := refused.take(); !slices.Equal(got, []string{
+			"10.0.0.1/32: 10.0.0.1/32 has 2 connections of callers that are not known here: close some and try again",
+			"10.0.0.1/32: its caller has made a newer one",
+			"10.0.0.1/32: 10.0.0.1/32 has 4 connections already: close some and try again",
+		}) {
+			t.Errorf("the reasons are %q", got)
+		}
+	})
+}
+
+// TestHandshakesEnd: whoever begins one and does not go on is cut off.
+func TestHandshakesEnd(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		n := serve(t, listen.Limits{}, new(reasons))
+		c := n.dial(t, "10.0.0.1").say("-") // and never says that it speaks HTTP/2
+		time.Sleep(9 * time.Second)
+		wantOpen(t, map[client]bool{c: true})
+		time.Sleep(time.Second)
+		wantOpen(t, map[client]bool{c: false})
+	})
+}
