@@ -200,6 +200,7 @@ func TestHangingCallsLeaveTheNextWaveHalfOfTheRate(t *testing.T) {
 			// It is answered, so that the server is known to be there.
 			changed := *mustItem(t, r.cache, entryID(bad)).Entry
 			changed.Revision++
+			changed.X509TTL += time.Second
 			r.cache.Update([]*cache.Entry{&changed}, nil)
 		}
 		third := newCA(t, "third")
