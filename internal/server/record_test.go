@@ -86,7 +86,7 @@ func TestRecordedBeforeAnswered(t *testing.T) {
 			_, err := mint(t.Context())
 			answered <- err
 		}()
-		time.Sleep(time.Minute)
+		time.Sleep(30 * time.Second)
 		synctest.Wait()
 		if signing, records := b.state(); len(answered) > 0 || signing != 1 || records != before {
 			t.Errorf("%d answers, %d calls signing, %d records while the ledger waits", len(answered), signing, records-before)

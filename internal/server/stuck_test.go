@@ -38,9 +38,14 @@ func (s *hungDisk) wait() {
 	}
 }
 
-func (s *hungDisk) TakeToken(ctx context.Context, value string) (server.Token, error) {
+func (s *hungDisk) Token(ctx context.Context, value string) (server.Token, error) {
 	s.wait()
-	return s.Memory.TakeToken(ctx, value)
+	return s.Memory.Token(ctx, value)
+}
+
+func (s *hungDisk) Admit(ctx context.Context, a server.Admission) error {
+	s.wait()
+	return s.Memory.Admit(ctx, a)
 }
 
 func (s *hungDisk) Agent(ctx context.Context, id spiffeid.ID) (*server.Agent, error) {
