@@ -130,8 +130,8 @@ func (r *running) kept() string {
 	for _, name := range []string{"east", "west"} {
 		s := scope(name)
 		keysets := r.keysets(name)
-		keysets.AgentsBehind, keysets.Automatic = 0, nil // known again after a minute
-		keysets.Agents = 0                               // of all deployments that are served; the list below has each one's own
+		keysets.AgentsBehind, keysets.Automatic, keysets.Clock = 0, nil, nil // known again after a minute, or later each time
+		keysets.Agents = 0                                                   // of all deployments that are served; the list below has each one's own
 		entries, err := r.api.ListEntries(ctx, &api.ListEntriesRequest{Scope: s})
 		check(r.t, err)
 		agents, err := r.api.ListAgents(ctx, &api.ListAgentsRequest{Scope: s})
@@ -286,7 +286,9 @@ func TestRestartBeforeActivation(t *testing.T) {
 	r.join("east")
 	r.stop()
 	var later atomic.Int64 // than the real clock
+	begin := time.Now()
 	c.Now = func() time.Time { return time.Now().Add(time.Duration(later.Load())) }
+	c.Uptime = func() time.Duration { return time.Since(begin) + time.Duration(later.Load()) }
 	later.Store(int64(21 * time.Hour))
 	r = run(t, c)
 	states := func() string {

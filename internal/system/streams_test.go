@@ -3,6 +3,7 @@ package system_test
 import (
 	"context"
 	"crypto/x509"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -13,7 +14,9 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
@@ -22,7 +25,8 @@ import (
 type streamsKey struct{}
 
 // streams are FetchX509SVID streams that are read as they come. A client's
-// library gets over an end and a missing SVID; these write both down.
+// library gets over an end, a missing SVID and one that is not valid; these write
+// all of it down.
 type streams struct {
 	cancel []context.CancelFunc
 	work   sync.WaitGroup
@@ -30,6 +34,7 @@ type streams struct {
 	mu       sync.Mutex
 	all      []*stream
 	released map[string]bool // IDs that may go
+	answers  int
 	faults   []error
 }
 
@@ -39,6 +44,9 @@ type stream struct {
 	ids    map[string]bool
 	gone   map[string]bool // IDs that it had
 	trusts map[string]int  // X.509 authorities, by trust domain
+	until  time.Time       // the first of its SVIDs ends
+	// The X.509 authorities that signed its SVIDs, by the key ID in hex.
+	signers map[string]bool
 }
 
 // start opens n streams at each socket and waits for the first answer of each.
@@ -91,10 +99,22 @@ func (s *streams) read(ctx context.Context, conn *grpc.ClientConn, st *stream) {
 }
 
 func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
-	ids, trusts := make(map[string]bool), make(map[string]int)
+	now := time.Now()
+	ids, trusts, signers := make(map[string]bool), make(map[string]int), make(map[string]bool)
+	var until time.Time
+	var invalid []error
 	for _, svid := range answer.GetSvids() {
 		ids[svid.GetSpiffeId()] = true
 		trusts[trustDomain(svid.GetSpiffeId())] = count(svid.GetBundle())
+		chain, err := valid(svid, now)
+		if err != nil {
+			invalid = append(invalid, err)
+			continue
+		}
+		signers[hex.EncodeToString(chain[len(chain)-1].AuthorityKeyId)] = true
+		if end := chain[0].NotAfter; until.IsZero() || end.Before(until) {
+			until = end
+		}
 	}
 	for td, bundle := range answer.GetFederatedBundles() {
 		trusts[trustDomain(td)] = count(bundle)
@@ -102,7 +122,14 @@ func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	fault := func(what, id string) {
-		s.faults = append(s.faults, fmt.Errorf("%s: a stream %s %s at %s", st.socket, what, id, time.Now().Format(time.TimeOnly)))
+		s.faults = append(s.faults, fmt.Errorf("%s: a stream %s %s at %s", st.socket, what, id, now.Format(time.TimeOnly)))
+	}
+	s.answers++
+	if st.ids != nil && now.After(st.until) {
+		fault("was left with what ended at", st.until.Format(time.TimeOnly))
+	}
+	for _, err := range invalid {
+		fault("was sent", err.Error())
 	}
 	for id := range st.ids {
 		if ids[id] {
@@ -117,7 +144,24 @@ func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
 			fault("was shown again", id)
 		}
 	}
-	st.ids, st.trusts = ids, trusts
+	st.ids, st.trusts, st.until, st.signers = ids, trusts, until, signers
+}
+
+// valid verifies an SVID as its workload and its peers do, with the trust bundle that
+// it comes with, and returns its certificates.
+func valid(svid *workload.X509SVID, now time.Time) ([]*x509.Certificate, error) {
+	held, err := x509svid.ParseRaw(svid.GetX509Svid(), svid.GetX509SvidKey())
+	if err != nil {
+		return nil, err
+	}
+	bundle, err := x509bundle.ParseRaw(held.ID.TrustDomain(), svid.GetBundle())
+	if err != nil {
+		return nil, err
+	}
+	if _, _, err := x509svid.Verify(held.Certificates, bundle, x509svid.WithTime(now)); err != nil {
+		return nil, err
+	}
+	return held.Certificates, nil
 }
 
 func trustDomain(id string) string {
@@ -171,12 +215,13 @@ const settleLimit = 5 * time.Minute
 //	streams lack SOCKET ID...           wait until they have none of them
 //	streams trust SOCKET TD N [LIMIT]   wait until they have N X.509 authorities of a trust domain
 //	streams release ID...               these SPIFFE IDs may go from now on, once
-//	streams whole                       no stream has ended, none has lost a SPIFFE ID that was not released, and
-//	                                    none was shown a released one again
+//	streams free AUTHORITY              no stream has an SVID that this X.509 authority signed; with ! one has
+//	streams whole                       no stream has ended, none has lost a SPIFFE ID that was not released,
+//	                                    none was shown a released one again, and each had valid SVIDs all the time
 func followStreams(ts *testscript.TestScript, neg bool, args []string) {
 	s := ts.Value(streamsKey{}).(*streams)
 	usage := func() {
-		ts.Fatalf("usage: streams start N SOCKET... | have|lack SOCKET ID... | trust SOCKET TD N [LIMIT] | release ID... | whole")
+		ts.Fatalf("usage: streams start N SOCKET... | have|lack SOCKET ID... | trust SOCKET TD N [LIMIT] | release ID... | free AUTHORITY | whole")
 	}
 	if len(args) == 0 {
 		usage()
@@ -216,10 +261,26 @@ func followStreams(ts *testscript.TestScript, neg bool, args []string) {
 		for _, id := range args {
 			s.released[id] = true
 		}
+	case verb == "free" && len(args) == 1:
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		i := slices.IndexFunc(s.all, func(st *stream) bool { return st.signers[args[0]] })
+		switch {
+		case i >= 0 && !neg:
+			ts.Fatalf("a stream at %s has an SVID of %s", s.all[i].socket, args[0])
+		case i < 0 && neg:
+			ts.Fatalf("no stream has an SVID of %s", args[0])
+		}
 	case verb == "whole" && len(args) == 0:
 		s.mu.Lock()
 		defer s.mu.Unlock()
+		for _, st := range s.all {
+			if now := time.Now(); now.After(st.until) {
+				s.faults = append(s.faults, fmt.Errorf("%s: a stream is left with what ended at %s", st.socket, st.until.Format(time.TimeOnly)))
+			}
+		}
 		ts.Check(errors.Join(s.faults...))
+		ts.Logf("%d streams had %d answers, and a valid SVID at every moment", len(s.all), s.answers)
 	default:
 		usage()
 	}

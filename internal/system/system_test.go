@@ -269,7 +269,7 @@ func signal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
 				sent++
 				if sig == syscall.SIGSTOP {
 					// A process that stays stopped cannot be ended either.
-					time.AfterFunc(time.Minute, func() { cmd.Process.Signal(syscall.SIGCONT) })
+					time.AfterFunc(3*time.Minute, func() { cmd.Process.Signal(syscall.SIGCONT) })
 				}
 			}
 		}
@@ -348,9 +348,7 @@ func TestRestore(t *testing.T) {
 func TestRunbookUnderSPIRE(t *testing.T) {
 	t.Parallel()
 	path := withSPIRE(t)
-	if _, err := exec.LookPath("prometheus"); err != nil {
-		t.Skip("install prometheus (Debian package prometheus) to run this test with a real one")
-	}
+	needPrometheus(t)
 	run(t, "spire.txtar", path)
 }
 
@@ -358,6 +356,14 @@ func TestRunbookUnderSPIRE(t *testing.T) {
 func TestFederationWithSPIRE(t *testing.T) {
 	t.Parallel()
 	run(t, "spire-federation.txtar", withSPIRE(t))
+}
+
+// needPrometheus skips the test where there is none.
+func needPrometheus(t *testing.T) {
+	t.Helper()
+	if _, err := exec.LookPath("prometheus"); err != nil {
+		t.Skip("install prometheus (Debian package prometheus) to run this test with a real one")
+	}
 }
 
 // withSPIRE has a script find SPIRE's programs, or skips the test.
