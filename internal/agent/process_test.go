@@ -99,7 +99,7 @@ type connection struct {
 	process *process
 
 	mu   sync.Mutex
-	ends []net.Conn
+	ends []*workloadEnd
 }
 
 // connect opens a connection to the agent that runs now.
@@ -109,13 +109,14 @@ func (p *process) connect() *connection {
 	var err error
 	c.ClientConn, err = grpc.NewClient("passthrough:agent", grpc.WithTransportCredentials(insecure.NewCredentials()),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
-			conn, err := lis.dial(ctx, p)
-			if err == nil {
-				c.mu.Lock()
-				c.ends = append(c.ends, conn)
-				c.mu.Unlock()
+			end, err := lis.dial(ctx, p)
+			if err != nil {
+				return nil, err
 			}
-			return conn, err
+			c.mu.Lock()
+			c.ends = append(c.ends, end)
+			c.mu.Unlock()
+			return end, nil
 		}),
 		grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(64<<20)))
 	p.w.check(err)
@@ -151,6 +152,40 @@ type link struct {
 	process *process
 	mu      sync.Mutex
 	unread  int
+	reading chan struct{} // closed while it is read
+	closed  chan struct{}
+	close   sync.Once
+}
+
+// wait returns when the process runs and reads this connection, or has closed it.
+func (l *link) wait() {
+	for _, until := range []func() <-chan struct{}{l.process.runs, l.reads, l.process.runs} {
+		select {
+		case <-until():
+		case <-l.closed:
+			return
+		}
+	}
+}
+
+func (l *link) reads() <-chan struct{} {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.reading
+}
+
+// stall has the process read nothing on the connection until the returned function
+// is called.
+func (c *connection) stall() (read func()) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	reading := make(chan struct{})
+	for _, end := range c.ends {
+		end.link.mu.Lock()
+		end.link.reading = reading
+		end.link.mu.Unlock()
+	}
+	return sync.OnceFunc(func() { close(reading) })
 }
 
 type agentEnd struct {
@@ -177,16 +212,23 @@ type workloadEnd struct {
 }
 
 func (e *workloadEnd) Read(b []byte) (int, error) {
-	<-e.link.process.runs()
+	e.link.wait()
 	n, err := e.Conn.Read(b)
-	<-e.link.process.runs() // it was stopped while it waited
-	if e.link.process.alive() != nil {
+	e.link.wait() // it was stopped while it waited
+	select {
+	case <-e.link.closed: // what was read meanwhile is lost
 		return 0, net.ErrClosed
+	default:
 	}
 	e.link.mu.Lock()
 	e.link.unread -= n
 	e.link.mu.Unlock()
 	return n, err
+}
+
+func (e *workloadEnd) Close() error {
+	e.link.close.Do(func() { close(e.link.closed) })
+	return e.Conn.Close()
 }
 
 // pairListener accepts connections in memory that know their process.
@@ -216,7 +258,7 @@ func (l *pairListener) Close() error {
 
 func (*pairListener) Addr() net.Addr { return &net.UnixAddr{Name: "memory", Net: "unix"} }
 
-func (l *pairListener) dial(ctx context.Context, p *process) (net.Conn, error) {
+func (l *pairListener) dial(ctx context.Context, p *process) (*workloadEnd, error) {
 	pair := bufconn.Listen(256 << 10)
 	defer pair.Close()
 	accepted := make(chan net.Conn, 1)
@@ -229,7 +271,8 @@ func (l *pairListener) dial(ctx context.Context, p *process) (net.Conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	both := &link{process: p}
+	both := &link{process: p, reading: make(chan struct{}), closed: make(chan struct{})}
+	close(both.reading)
 	select {
 	case l.conns <- &agentEnd{<-accepted, both}:
 		return &workloadEnd{workload, both}, nil

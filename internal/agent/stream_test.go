@@ -31,8 +31,9 @@ type stream struct {
 // update is one message of a stream.
 type update struct {
 	at          time.Time
-	authorities []string  // that signed its SVIDs
-	expiry      time.Time // of the first to end
+	authorities []string             // that signed its SVIDs
+	ends        map[string]time.Time // when the last SVID of each of them ends
+	expiry      time.Time            // of the first to end
 	identities  int
 	ids         []string // SPIFFE IDs
 	names       []string // DNS names of the first identity
@@ -77,7 +78,7 @@ func (p *process) open() *stream {
 // read checks a message as a careful client would: every SVID valid now and
 // verified by the bundle beside it, by a clock that is right.
 func (w *world) read(res *workloadpb.X509SVIDResponse) update {
-	u := update{at: time.Now(), identities: len(res.Svids)}
+	u := update{at: time.Now(), identities: len(res.Svids), ends: make(map[string]time.Time)}
 	if len(res.Svids) == 0 {
 		w.t.Error("a stream was sent an answer without SVIDs")
 	}
@@ -104,8 +105,14 @@ func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 		if len(chain[0].URIs) != 1 || chain[0].URIs[0].String() != s.SpiffeId {
 			w.t.Errorf("an SVID of %v was shown as %s", chain[0].URIs, s.SpiffeId)
 		}
+		id := hex.EncodeToString(chain[0].AuthorityKeyId)
+		if !slices.Contains(u.authorities, id) {
+			u.authorities = append(u.authorities, id)
+		}
+		if chain[0].NotAfter.After(u.ends[id]) {
+			u.ends[id] = chain[0].NotAfter
+		}
 		if w.unchecked {
-			u.authorities = append(u.authorities, hex.EncodeToString(chain[0].AuthorityKeyId))
 			continue
 		}
 		if _, err := chain[0].Verify(x509.VerifyOptions{Roots: pool, KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny}}); err != nil {
@@ -119,10 +126,6 @@ func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 		}
 		if u.expiry.IsZero() || chain[0].NotAfter.Before(u.expiry) {
 			u.expiry = chain[0].NotAfter
-		}
-		id := hex.EncodeToString(chain[0].AuthorityKeyId)
-		if !slices.Contains(u.authorities, id) {
-			u.authorities = append(u.authorities, id)
 		}
 	}
 	return u

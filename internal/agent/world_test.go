@@ -554,8 +554,15 @@ func (w *world) fetchX509(selectors ...int) error {
 
 // askAs asks once, as a new caller with these selectors of the type test.
 func (w *world) askAs(values ...string) (update, error) {
-	conn := w.connectAs(values...)
-	defer conn.Close()
+	p := w.begin(values...)
+	defer p.kill()
+	return p.ask()
+}
+
+// ask has the process ask once, on a connection of its own.
+func (p *process) ask() (update, error) {
+	w, conn := p.w, p.connect()
+	defer conn.leave()
 	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 5*time.Second)
 	defer cancel()
 	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
