@@ -234,7 +234,13 @@ func (b *balancers) stop() {
 	b.work.Wait()
 }
 
-func (b *balancers) start(port string, targets []string) error {
+// route is how a connection is forwarded.
+type route struct {
+	life        time.Duration             // it is closed after that; zero means never
+	there, back func(io.Reader) io.Reader // what the connection is read through on either way; nil: as it is
+}
+
+func (b *balancers) start(port string, targets []string, r route) error {
 	lis, err := net.Listen("tcp", "127.0.0.1:"+port)
 	if err != nil {
 		return err
@@ -248,13 +254,13 @@ func (b *balancers) start(port string, targets []string) error {
 			if err != nil {
 				return
 			}
-			b.work.Go(func() { b.forward(in, targets[n%len(targets)]) })
+			b.work.Go(func() { b.forward(in, targets[n%len(targets)], r) })
 		}
 	})
 	return nil
 }
 
-func (b *balancers) forward(in net.Conn, target string) {
+func (b *balancers) forward(in net.Conn, target string, r route) {
 	if !b.hold(in) {
 		return
 	}
@@ -264,17 +270,23 @@ func (b *balancers) forward(in net.Conn, target string) {
 		return
 	}
 	defer b.drop(out)
-	end := time.Now().Add(connectionLife)
-	_ = in.SetDeadline(end)
-	_ = out.SetDeadline(end)
-	var back sync.WaitGroup
-	back.Go(func() {
-		_, _ = io.Copy(in, out)
+	if r.life > 0 {
+		end := time.Now().Add(r.life)
+		_ = in.SetDeadline(end)
+		_ = out.SetDeadline(end)
+	}
+	there, back := io.Reader(in), io.Reader(out)
+	if r.there != nil {
+		there, back = r.there(in), r.back(out)
+	}
+	var answers sync.WaitGroup
+	answers.Go(func() {
+		_, _ = io.Copy(in, back)
 		_ = in.Close()
 	})
-	_, _ = io.Copy(out, in)
+	_, _ = io.Copy(out, there)
 	_ = out.Close()
-	back.Wait()
+	answers.Wait()
 }
 
 // balance PORT TARGET... hands connections to a port to the targets in turn, and
@@ -283,5 +295,5 @@ func balance(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 2 {
 		ts.Fatalf("usage: balance PORT TARGET...")
 	}
-	ts.Check(ts.Value(balancersKey{}).(*balancers).start(args[0], args[1:]))
+	ts.Check(ts.Value(balancersKey{}).(*balancers).start(args[0], args[1:], route{life: connectionLife}))
 }

@@ -103,24 +103,29 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			forwarding := &balancers{open: make(map[io.Closer]bool)}
 			env.Values[balancersKey{}] = forwarding
 			env.Defer(forwarding.stop)
+			env.Values[stallsKey{}] = new([2]stalls)
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
-			"applied":     applied,
-			"expand":      expand,
-			"until":       until,
-			"keyset":      keysetVar,
-			"capture":     capture,
-			"spire-token": spireToken,
-			"trusts":      trusts,
-			"workloads":   workloads,
-			"streams":     followStreams,
-			"authority":   authority,
-			"settled":     settled,
-			"synced":      synced,
-			"balance":     balance,
-			"pause":       signal(syscall.SIGSTOP),
-			"resume":      signal(syscall.SIGCONT),
+			"applied":       applied,
+			"expand":        expand,
+			"until":         until,
+			"keyset":        keysetVar,
+			"capture":       capture,
+			"spire-token":   spireToken,
+			"trusts":        trusts,
+			"workloads":     workloads,
+			"streams":       followStreams,
+			"authority":     authority,
+			"settled":       settled,
+			"synced":        synced,
+			"balance":       balance,
+			"stall":         stall,
+			"spire-entries": spireEntries,
+			"held":          held,
+			"paced":         paced,
+			"pause":         signal(syscall.SIGSTOP),
+			"resume":        signal(syscall.SIGCONT),
 		},
 	})
 }
