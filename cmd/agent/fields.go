@@ -23,7 +23,7 @@ var fields = []config.Field[settings]{
 	{Path: "metrics.address", Value: func(c *settings) any { return &c.MetricsAddress }, Default: "127.0.0.1:9090", Doc: "Where /metrics, /live and /ready are served. Empty: nowhere."},
 	{Path: "metrics.web_config_file", Value: func(c *settings) any { return &c.WebConfigFile }, Doc: "Prometheus exporter web configuration file that turns on TLS and basic auth there."},
 	{Path: "renewal.taint_delay", Value: func(c *settings) any { return &c.TaintDelay }, Default: "60s", Doc: "Upper end of the random delay before SVIDs of a tainted authority are renewed."},
-	{Path: "renewal.taint_rate", Value: func(c *settings) any { return &c.TaintRate }, Default: "20", Doc: "Most renewals a second because of a taint."},
+	{Path: "renewal.taint_rate", Value: func(c *settings) any { return &c.TaintRate }, Default: "20", Doc: "Most SVIDs asked for in any second because of a taint, as the server counts them."},
 	{Path: "renewal.refresh_interval", Value: func(c *settings) any { return &c.RefreshInterval }, Default: "5s", Doc: "Time between polls of the bundle and of the entries."},
 	{Path: "renewal.batch_size", Value: func(c *settings) any { return &c.BatchSize }, Default: "500", Doc: "Most SVIDs asked for in one call."},
 	{Path: "renewal.key_type", Value: func(c *settings) any { return &c.KeyType }, Default: "ec-p256", Doc: "Keys of the SVIDs: ec-p256, ec-p384 or rsa-2048."},

@@ -126,5 +126,6 @@ that fails or whose outcome is not known. --timeout bounds each of the waits.
 const planHelp = `Computes what happens after a taint: when it starts, how many SVIDs the server has
 to mint in the busiest second, and when 50, 99 and 100 % are renewed. It uses the
 agents' own arithmetic and asks no server. Fleets are drawn at random; --seed
-draws others.
+draws others. The server is taken to answer at once: with answers that take half
+a second a wave takes half as long again, at a rate that is so much lower.
 `

@@ -48,7 +48,8 @@ type PlanOptions struct {
 //
 // An agent sees the taint at its next refresh, waits its delay, renews its own
 // SVID at once and then one SVID each time a token comes: the server
-// is taken to answer at once, and nothing else to be due.
+// is taken to answer at once, and nothing else to be due. With answers that take
+// L seconds the wave of an agent takes 1+L times as long, see [wave.Pace].
 type Plan struct {
 	Agents   int     `json:"agents"`
 	SVIDs    int     `json:"svids_per_agent"`
