@@ -312,39 +312,6 @@ func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
 	return next
 }
 
-// old reports whether an SVID that has just been minted is due again too soon:
-// this node's clock is far ahead of the server's, or the authority is about to
-// end. The next would be no better, so it is asked for with pauses.
-func old(s *cache.SVID, now time.Time) bool {
-	return s.RenewAt.Sub(now) < s.NotAfter.Sub(now)/4
-}
-
-// better reports whether got is no worse than held. One of a trusted authority
-// never is, also where it ends sooner: how long SVIDs live is the server's to
-// say. One of a tainted authority does not replace one of a trusted authority,
-// unless that one has less than a tenth of its life left: a tainted SVID is
-// better than none.
-func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
-	if held == nil || held.Revision != got.Revision || !held.Created.Equal(got.Created) || !held.NotAfter.After(now) {
-		return true
-	}
-	gotState, _ := r.snapshot.State(got.Authority)
-	heldState, _ := r.snapshot.State(held.Authority)
-	rank := map[bundle.State]int{bundle.Removed: 0, bundle.Tainted: 1, bundle.Trusted: 2}
-	switch {
-	case gotState == bundle.Trusted, rank[gotState] > rank[heldState]:
-		return true
-	case rank[gotState] == rank[heldState]:
-		return !got.NotAfter.Before(held.NotAfter)
-	}
-	return !now.Before(lastTenth(held))
-}
-
-// lastTenth is when the last tenth of an SVID's life begins.
-func lastTenth(s *cache.SVID) time.Time {
-	return s.NotAfter.Add(-s.NotAfter.Sub(s.NotBefore) / 10)
-}
-
 // lagged notes that a tainted authority still signs and has the item wait.
 func (r *Renewer) lagged(a *attempt, now time.Time) {
 	if !r.lagging[a.svid.Authority] {
