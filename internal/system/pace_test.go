@@ -9,7 +9,6 @@ import (
 	"os"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -178,10 +177,10 @@ func paced(ts *testscript.TestScript, neg bool, args []string) {
 		var line struct {
 			Time    time.Time
 			Message string `json:"msg"`
-			ID      string `json:"spiffe_id"`
+			Entry   string `json:"entry_id"`
 		}
 		ts.Check(json.Unmarshal(text, &line))
-		if line.Message == "Renewing agent SVID" || line.Message == "Signed X509 SVID" && strings.Contains(line.ID, "/workload/") {
+		if line.Message == "Renewing agent SVID" || line.Message == "Signed X509 SVID" && line.Entry != "" {
 			signed = append(signed, line.Time)
 		}
 	}
