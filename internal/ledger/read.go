@@ -83,7 +83,7 @@ const (
 	ReasonBehind   = "behind"   // it reports and has not seen the taint
 	ReasonWaiting  = "waiting"  // for its random delay
 	ReasonRenewing = "renewing" // or about to say that it is done
-	ReasonStreams  = "streams"  // all is replaced and not yet sent to all workloads
+	ReasonStreams  = "streams"  // all is replaced and not yet read by all workloads
 	ReasonSigning  = "signing"  // an answer is on its way
 	ReasonRestored = "restored" // the server was, and it is not known who was given what
 )

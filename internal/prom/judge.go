@@ -16,7 +16,7 @@ const (
 	reasonSilent   = "silent"   // down, missing, or not heard of recently
 	reasonBehind   = "behind"   // has not seen that the authority is tainted
 	reasonRenewing = "renewing" // has SVIDs of it to replace
-	reasonStreams  = "streams"  // has replaced them, but workloads were not sent them yet
+	reasonStreams  = "streams"  // has replaced them, but workloads have not read them yet
 )
 
 // component is what an agent's spirl_application_info calls it.
