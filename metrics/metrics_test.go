@@ -104,7 +104,7 @@ renewd_taint_renewals_pending{authority="ee"} 1
 # TYPE renewd_taint_settled gauge
 renewd_taint_settled{authority="cc"} 0
 renewd_taint_settled{authority="dd"} 1
-# HELP renewd_taint_streams_waiting Open Workload API streams that were sent an SVID of a tainted or removed authority and have not been sent its replacement, or that were sent nothing yet.
+# HELP renewd_taint_streams_waiting Open Workload API streams, and workload processes whose streams have ended, that were sent an SVID of a tainted or removed authority and have not read its replacement.
 # TYPE renewd_taint_streams_waiting gauge
 renewd_taint_streams_waiting{authority="cc"} 1
 renewd_taint_streams_waiting{authority="dd"} 0

@@ -86,9 +86,10 @@ type Authority struct {
 	State string // [StateActive], ...
 	Held  int    // SVIDs held that it signed
 	// Pending and Streams are the taint renewals that are waiting, and the open
-	// streams that were sent one of its SVIDs and not yet the replacement, or
-	// nothing yet, so that what their workloads have is not known. They
-	// are read for X.509 authorities that are tainted or removed.
+	// streams, and processes whose streams have ended, that were sent one of its
+	// SVIDs and have not read the replacement. After a restart of the agent an
+	// open stream that has read nothing yet is one of them. They are read for X.509
+	// authorities that are tainted or removed.
 	Pending, Streams int
 	// Settled says that the agent knows nothing on this node depends on the
 	// authority. It is exported as 0 while any of the three counts is not 0:
@@ -116,7 +117,7 @@ var (
 	descPending = desc("renewd_taint_renewals_pending",
 		"SVIDs of a tainted or removed authority that still wait for their renewal.", "authority")
 	descUnsent = desc("renewd_taint_streams_waiting",
-		"Open Workload API streams that were sent an SVID of a tainted or removed authority and have not been sent its replacement, or that were sent nothing yet.", "authority")
+		"Open Workload API streams, and workload processes whose streams have ended, that were sent an SVID of a tainted or removed authority and have not read its replacement.", "authority")
 	descSettled = desc("renewd_taint_settled",
 		"1 when nothing on this node depends on the tainted authority any more: it is safe to remove as far as this node goes. All nodes must say 1 before the key is removed.", "authority")
 	descApplied = desc("renewd_bundle_applied_timestamp_seconds",

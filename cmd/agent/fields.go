@@ -16,7 +16,7 @@ var fields = []config.Field[settings]{
 	{Path: "join_token", Value: func(c *settings) any { return &c.JoinToken }, Secret: true, Doc: "Join token that proves the node at the first start."},
 	{Path: "join_token_file", Value: func(c *settings) any { return &c.JoinTokenFile }, Doc: "File that holds the join token, read anew at each attempt. Instead of join_token."},
 	{Path: "data_dir", Value: func(c *settings) any { return &c.DataDir }, Default: "/var/lib/renewd", Doc: "Directory for the agent's own key and SVID and the last bundle, so that a restart needs no new token."},
-	{Path: "runtime_dir", Value: func(c *settings) any { return &c.RuntimeDir }, Doc: "Directory on a memory file system where workload SVIDs and keys survive a restart of the agent. They are kept in memory alone when not set."},
+	{Path: "runtime_dir", Value: func(c *settings) any { return &c.RuntimeDir }, Doc: "Directory on a memory file system where workload SVIDs and keys, and which processes use them, survive a restart of the agent. They are kept in memory alone when not set; a restarted agent then only waits three minutes for the workloads before it says settled."},
 	{Path: "socket_path", Value: func(c *settings) any { return &c.SocketPath }, Default: "/run/renewd/agent.sock", Doc: "Unix socket of the Workload API."},
 	{Path: "socket_mode", Value: func(c *settings) any { return &c.SocketMode }, Default: "0777", Doc: "Permissions of the socket. Callers are told apart by who they are, not by this."},
 	{Path: "log.level", Value: func(c *settings) any { return &c.LogLevel }, Default: "info", Doc: "debug, info, warn or error."},

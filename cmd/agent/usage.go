@@ -80,7 +80,7 @@ The agent serves what it holds all the while. /live is what a restart is decided
 const statusUsage = `Usage: agent status [-o text|json] [-url URL]
 
 Prints, for each signing authority, how many SVIDs this node holds, how many
-taint renewals wait, how many open streams have not been sent the replacement,
+taint renewals wait, how many workloads have not read the replacement,
 and whether the authority is safe to remove as far as this node goes. The agent's
 own SVID counts as a renewal that waits, and not as held.
 

@@ -111,15 +111,15 @@ func (h *readers) play() {
 	}()
 	h.pass(5 * time.Second)
 	for range 14 {
-		op := h.r.IntN(14)
+		op := h.r.IntN(18)
 		p := h.workloads[h.r.IntN(len(h.workloads))]
 		h.past = append(h.past, fmt.Sprintf("%d/%d", op, p.name.PID))
 		switch op {
-		case 0, 1:
+		case 0, 1, 14, 15:
 			h.rotate()
 		case 2, 3:
 			h.restart()
-		case 4:
+		case 4, 16:
 			// Of clients that come back one by one those that are late are known
 			// by the time that they have; a stopped process has no time.
 			if back := h.away(p); back == 0 || back == len(p.clients) {
@@ -142,7 +142,7 @@ func (h *readers) play() {
 					c.lost(h)
 				}
 			}
-		case 9:
+		case 9, 17:
 			if len(p.clients) > 0 && !p.stopped {
 				if c := p.clients[0]; c.read == nil && c.back.IsZero() {
 					c.read = c.stream.conn.stall()

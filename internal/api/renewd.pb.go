@@ -977,7 +977,7 @@ type Holder struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
 	AgentId string                 `protobuf:"bytes,1,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"`
 	Version string                 `protobuf:"bytes,2,opt,name=version,proto3" json:"version,omitempty"`
-	// SVIDs to be replaced, and open streams that have not been sent all
+	// SVIDs to be replaced, and workloads that have not read all
 	// replacements; of a silent agent, all SVIDs that it was given.
 	Svids           int64                  `protobuf:"varint,3,opt,name=svids,proto3" json:"svids,omitempty"`
 	Streams         int64                  `protobuf:"varint,4,opt,name=streams,proto3" json:"streams,omitempty"`
@@ -986,7 +986,7 @@ type Holder struct {
 	AppliedSequence uint64                 `protobuf:"varint,7,opt,name=applied_sequence,json=appliedSequence,proto3" json:"applied_sequence,omitempty"`
 	// Why it is counted: "silent" (it has not reported lately or ever), "behind" (it has
 	// not seen the taint), "waiting" (for its random delay), "renewing", "streams" (all
-	// is replaced and not yet sent to all workloads), "signing" (an answer is on its way),
+	// is replaced and not yet read by all workloads), "signing" (an answer is on its way),
 	// "restored" (the server was, from a copy of last_report: who was given what since is
 	// not known). Nobody is known of the last two: agent_id is empty. "duplicated" (two
 	// processes use the agent's identity) is counted until the SVIDs expire.
@@ -3118,7 +3118,7 @@ type AuthorityReport struct {
 	AuthorityId string                 `protobuf:"bytes,1,opt,name=authority_id,json=authorityId,proto3" json:"authority_id,omitempty"`
 	Tainted     bool                   `protobuf:"varint,2,opt,name=tainted,proto3" json:"tainted,omitempty"` // false: removed
 	Pending     int64                  `protobuf:"varint,3,opt,name=pending,proto3" json:"pending,omitempty"` // SVIDs to be replaced, the agent's own among them
-	Streams     int64                  `protobuf:"varint,4,opt,name=streams,proto3" json:"streams,omitempty"` // open streams not yet sent their replacement
+	Streams     int64                  `protobuf:"varint,4,opt,name=streams,proto3" json:"streams,omitempty"` // streams and processes that have not read their replacement
 	// settled: nothing on the node depends on the authority any more.
 	Settled bool `protobuf:"varint,5,opt,name=settled,proto3" json:"settled,omitempty"`
 	// When the wave begins on this node.

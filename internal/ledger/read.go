@@ -92,7 +92,7 @@ const (
 	ReasonBehind   = "behind"   // it reports and has not seen the taint
 	ReasonWaiting  = "waiting"  // for its random delay
 	ReasonRenewing = "renewing" // or about to say that it is done
-	ReasonStreams  = "streams"  // all is replaced and not yet sent to all workloads
+	ReasonStreams  = "streams"  // all is replaced and not yet read by all workloads
 	ReasonSigning  = "signing"  // an answer is on its way
 	// Two processes use its identity: neither is right about what the other holds.
 	ReasonDuplicated = "duplicated"

@@ -25,7 +25,7 @@ type AuthorityReport struct {
 	Authority string
 	Tainted   bool // false: removed
 	// SVIDs to be replaced, those on their way that were asked for before the
-	// taint was seen among them; streams not yet sent the replacement.
+	// taint was seen among them; workloads that have not read the replacement.
 	Pending, Streams int
 	Settled          bool // nothing on the node depends on it any more
 	BeginsAt         time.Time
@@ -58,9 +58,8 @@ const (
 // says settled like any other, and is believed. What it lost with its memory it
 // cannot hand out again; a row would stand for SVIDs that nobody can replace
 // and would keep the key for a day after each restart. The workloads of the
-// process before may hold them a little longer, but their streams have broken and
-// they get new ones when they come back. A server cannot see that a process is
-// new; so to wait until they are back is the agent's part of the word
+// process before may hold them longer. A server cannot see that a process is new; so
+// to wait until they have read their replacement is the agent's part of the word
 // "settled".
 func (l *Ledger) Report(ctx context.Context, agent string, r Report) error {
 	l.mu.Lock()

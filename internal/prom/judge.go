@@ -18,7 +18,7 @@ const (
 	reasonDuplicated   = "duplicated"   // another one says that it is the same agent
 	reasonBehind       = "behind"       // has not seen that the authority is tainted
 	reasonRenewing     = "renewing"     // has SVIDs of it to replace
-	reasonStreams      = "streams"      // has replaced them, but workloads were not sent them yet
+	reasonStreams      = "streams"      // has replaced them, but workloads have not read them yet
 )
 
 // component is what an agent's spirl_application_info calls it.

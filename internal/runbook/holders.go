@@ -153,7 +153,7 @@ func (h Holder) says(now time.Time) string {
 	case "renewing":
 		text += ", renewing"
 	case "streams":
-		text += ", replaced but not yet sent on " + counted(h.Streams, "stream")
+		text += ", replaced but not yet read by " + counted(h.Streams, "workload")
 	case "signing":
 		text += ", an answer to it is on its way"
 	default:

@@ -107,8 +107,8 @@ func TestRemoveRefuses(t *testing.T) {
   spiffe://example.org/agent/c: 2 SVIDs, silent since 2000-01-01 00:00:00 +0000 UTC (now), the last expires 2000-01-01 00:01:10 +0000 UTC (in 1m10s)
   spiffe://example.org/agent/b: 1 SVID, behind: it has not seen the taint yet
   spiffe://example.org/agent/a: 100 SVIDs, waiting for its random delay, begins in 20s
-  spiffe://example.org/agent/d0: 1 SVID, replaced but not yet sent on 2 streams
-  spiffe://example.org/agent/d1: 1 SVID, replaced but not yet sent on 2 streams
+  spiffe://example.org/agent/d0: 1 SVID, replaced but not yet read by 2 workloads
+  spiffe://example.org/agent/d1: 1 SVID, replaced but not yet read by 2 workloads
   and 2 more
 It ends at the latest 2000-01-01 00:06:10 +0000 UTC (in 6m10s), when what silent agents hold has expired by all clocks.
 JWT-SVIDs that ` + old + ` signed are valid until 2000-01-02 00:00:00 +0000 UTC (in 1d); relying parties reject them as soon as they fetch the trust bundle without it.

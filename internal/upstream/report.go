@@ -28,7 +28,7 @@ type Report struct {
 type AuthorityReport struct {
 	ID               string
 	Tainted          bool // false: removed
-	Pending, Streams int  // SVIDs to be replaced; streams not yet sent the replacement
+	Pending, Streams int  // SVIDs to be replaced; workloads that have not read the replacement
 	Settled          bool // nothing on the node depends on it any more
 	BeginsAt         time.Time
 }

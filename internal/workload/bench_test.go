@@ -43,7 +43,8 @@ func dialSocket(path string) (*grpc.ClientConn, error) {
 }
 
 // benchClient runs "what socket count": first answers over kept or new
-// connections, or streams that are held open and report when each answer came.
+// connections, streams that are held open and report when each answer came, or
+// go-spiffe's source.
 func benchClient(spec string) error {
 	f := strings.Fields(spec)
 	what, path := f[0], f[1]
@@ -51,8 +52,11 @@ func benchClient(spec string) error {
 	if err != nil {
 		return err
 	}
-	if what == "hold" {
+	switch what {
+	case "hold":
 		return holdStreams(path, n)
+	case "watch":
+		return watchSource(path)
 	}
 	return firstAnswers(path, n, what == "kept")
 }

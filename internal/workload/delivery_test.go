@@ -6,17 +6,21 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/attest"
 )
 
 // rawClient is an HTTP/2 client that reads when it is told to.
@@ -238,4 +242,75 @@ func unixPair(t *testing.T) (server, client *net.UnixConn) {
 	}
 	t.Cleanup(func() { s.Close(); c.Close() })
 	return s.(*net.UnixConn), c.(*net.UnixConn)
+}
+
+// watchSource is a workload with the reference client, until its standard input ends.
+func watchSource(path string) error {
+	source, err := workloadapi.NewX509Source(context.Background(), workloadapi.WithClientOptions(workloadapi.WithAddr("unix://"+path)))
+	if err != nil {
+		return err
+	}
+	defer source.Close()
+	_, _ = os.Stdin.Read(make([]byte, 1))
+	return nil
+}
+
+// A process that is stopped counts until it goes on and has read its replacement, or
+// is killed.
+func TestStoppedProcessIsCounted(t *testing.T) {
+	t.Parallel()
+	s, path, e := serveSocket(t, nil)
+	cmd := exec.Command(os.Args[0])
+	cmd.Env = append(os.Environ(), clientEnv+"=watch "+path+" 1")
+	stdin, err := cmd.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer stdin.Close()
+	defer cmd.Process.Kill()
+	signal := func(sig syscall.Signal) {
+		t.Helper()
+		if err := cmd.Process.Signal(sig); err != nil {
+			t.Fatal(err)
+		}
+	}
+	until := func(what string, ok func() bool) {
+		t.Helper()
+		for deadline := time.Now().Add(30 * time.Second); !ok(); time.Sleep(10 * time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: not within 30 s: %+v", what, s.cache.Authorities())
+			}
+		}
+	}
+	a, b, c := s.ca, newAuthority(t, td, "b"), newAuthority(t, td, "c")
+	until("first answer", func() bool { return s.streams(a) == 1 })
+	s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, a, b, c)})
+	time.Sleep(3 * PushSpacing)
+
+	signal(syscall.SIGSTOP)
+	s.ca = b
+	s.put(e)
+	time.Sleep(6 * PushSpacing)
+	if s.streams(a) != 1 {
+		t.Errorf("stopped before it has read its replacement, and not counted: %+v", s.cache.Authorities())
+	}
+	signal(syscall.SIGCONT)
+	until("replacement read", func() bool { return s.streams(a) == 0 && s.streams(b) == 1 })
+
+	signal(syscall.SIGSTOP)
+	s.ca = c
+	s.put(e)
+	time.Sleep(6 * PushSpacing)
+	if s.streams(b) != 1 {
+		t.Errorf("stopped once more, and not counted: %+v", s.cache.Authorities())
+	}
+	signal(syscall.SIGKILL)
+	_ = cmd.Wait() // killed
+	until("gone", func() bool {
+		s.cache.Sweep(attest.Running)
+		return s.streams(b)+s.streams(c) == 0
+	})
 }
