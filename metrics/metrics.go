@@ -12,7 +12,6 @@
 package metrics
 
 import (
-	"crypto/rand"
 	"log/slog"
 	"time"
 
@@ -65,6 +64,8 @@ type Config struct {
 	TrustDomain string // such as example.org
 	Deployment  string // the deployment whose keysets sign for this agent
 	Version     string
+	// Process is a random ID of this process, which renewd_agent_info shows.
+	Process string
 
 	// Source gives the gauges of state. It is called at each scrape, possibly
 	// from several goroutines at once.
@@ -115,7 +116,7 @@ func New(cfg Config) *Metrics {
 	m.registry.MustRegister(m.renewals, m.refreshes, m.syncs, m.oversize)
 	m.info("agent", cfg.TrustDomain, cfg.Version, cfg.Deployment)
 	if cfg.Source != nil {
-		m.registry.MustRegister(stateCollector{cfg.Source, rand.Text()})
+		m.registry.MustRegister(stateCollector{cfg.Source, cfg.Process})
 	}
 	m.zero()
 	return m

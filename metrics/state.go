@@ -153,7 +153,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 // stateCollector exports one snapshot for each scrape.
 type stateCollector struct {
 	source  Source
-	process string // a random ID
+	process string
 }
 
 func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {

@@ -17,7 +17,8 @@ import (
 type shownAgent struct {
 	ID              string     `json:"id"`
 	Type            string     `json:"attestation_type"`
-	State           string     `json:"state"` // attested, banned or expired
+	State           string     `json:"state"`                // attested, banned or expired
+	Duplicated      bool       `json:"duplicated,omitempty"` // two processes use its identity
 	ExpiresAt       *time.Time `json:"expires_at,omitempty"`
 	Version         string     `json:"version,omitempty"`
 	AppliedSequence uint64     `json:"applied_sequence,omitempty"` // of the trust bundle
@@ -26,7 +27,7 @@ type shownAgent struct {
 
 func showAgent(a *api.Agent, now time.Time) shownAgent {
 	out := shownAgent{
-		ID: a.GetId(), Type: a.GetAttestationType(), State: "attested", ExpiresAt: moment(a.GetExpiresAt()),
+		ID: a.GetId(), Type: a.GetAttestationType(), State: "attested", Duplicated: a.GetDuplicated(), ExpiresAt: moment(a.GetExpiresAt()),
 		Version: a.GetVersion(), AppliedSequence: a.GetAppliedSequence(), LastReport: moment(a.GetLastReport()),
 	}
 	switch {
@@ -65,7 +66,11 @@ func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
 			if a.LastReport != nil {
 				sequence = strconv.FormatUint(a.AppliedSequence, 10)
 			}
-			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), a.State, text(a.Version), sequence,
+			state := a.State
+			if a.Duplicated {
+				state += ", duplicated"
+			}
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), state, text(a.Version), sequence,
 				when(a.LastReport, now), when(a.ExpiresAt, now))
 		}
 		return flushed(table)

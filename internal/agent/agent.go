@@ -2,6 +2,7 @@ package agent
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -96,6 +97,7 @@ func (a *Agent) open() (err error) {
 	}
 	// To be without them for a while is no reason not to start.
 	a.keptFederated = a.store.LoadFederated()
+	process := rand.Text()
 	a.client, err = upstream.New(upstream.Config{
 		ServerAddress: cfg.ServerAddress,
 		TrustDomain:   cfg.TrustDomain,
@@ -105,6 +107,7 @@ func (a *Agent) open() (err error) {
 		Insecure:      cfg.InsecureBootstrap,
 		Proxy:         cfg.ServerProxy,
 		Dial:          cfg.Dial,
+		Process:       process,
 		Version:       cfg.Version,
 		Log:           a.log,
 		Now:           cfg.Now,
@@ -116,6 +119,7 @@ func (a *Agent) open() (err error) {
 		TrustDomain: cfg.TrustDomain.Name(),
 		Deployment:  cfg.DeploymentName,
 		Version:     cfg.Version,
+		Process:     process,
 		Source:      metrics.SourceFunc(a.State),
 		Log:         a.log,
 	})

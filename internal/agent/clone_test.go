@@ -62,3 +62,24 @@ func TestRestartIsNoClone(t *testing.T) {
 		}
 	})
 }
+
+// An agent's process has one random ID, in its reports and in its metrics, and the next
+// process another one.
+func TestProcessID(t *testing.T) {
+	inWorld(t, 1, nil, func(w *world) {
+		seen := map[string]bool{}
+		for range 2 {
+			w.fill(1)
+			time.Sleep(2 * time.Minute)
+			w.mu.Lock()
+			id := w.process
+			w.mu.Unlock()
+			if len(id) < 16 || seen[id] || w.gauge("renewd_agent_info", id, w.agent.State().OwnID) != 1 {
+				w.t.Errorf("the process reports as %q, before %v", id, seen)
+			}
+			seen[id] = true
+			w.stopAgent()
+			w.startAgent()
+		}
+	})
+}

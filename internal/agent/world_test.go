@@ -34,6 +34,7 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent"
+	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
@@ -78,6 +79,7 @@ type world struct {
 	mints       []mint
 	bundleCalls int
 	statusCalls int
+	process     string // of the last report
 	attesting   atomic.Int64
 	conns       []net.Conn // between agent and server
 	skew        time.Duration
@@ -284,6 +286,8 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 		w.mints = append(w.mints, m)
 	case *agentpb.RenewAgentRequest:
 		w.mints = append(w.mints, mint{at: time.Now()})
+	case *api.ReportRequest:
+		w.process = string(r.GetProcess())
 	}
 	f := w.faults
 	w.mu.Unlock()

@@ -97,6 +97,9 @@ func New(now func() time.Time, uptime func() time.Duration, heartbeat time.Time)
 // Now is what the wall clock shows.
 func (c *Clock) Now() time.Time { return c.now() }
 
+// Uptime is how long the Clock exists by the monotonic clock, which no step changes.
+func (c *Clock) Uptime() time.Duration { return c.uptime() }
+
 // Sure is the time that it is at least: what the wall clock shows, or less for
 // [Hold] after it went ahead by itself, or while it is in doubt. It follows a clock that
 // is set back at once.

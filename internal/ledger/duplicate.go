@@ -15,15 +15,15 @@ import (
 //   - A clone looks like this: reports of a process after those of another one that came
 //     after it, A B A.
 //   - A clone of a running machine has the process twice, its ID included: its reports
-//     have numbers that the server has had already.
+//     have numbers that the server has had already. That one arrives late says nothing.
 //
 // A process that may have taken the place of another one is believed after silence, in
 // which the other would have been heard of: every process reports once a minute.
 // Until then, and for as long as an agent counts as duplicated, a report adds to what
 // is known and takes nothing back: rows go when they expire, or by an operator's
-// word. An agent counts as duplicated until an SVID of the longest life that was given
-// when two were last noticed has expired; storage keeps that, since the server may be
-// restarted while one of the two is silent.
+// word. An agent counts as duplicated until all has expired that was given by when two
+// were last noticed; storage keeps that, since the server may be restarted while one of
+// the two is silent.
 //
 // What cannot be known: a copy that has not reported yet, as one that is resumed from
 // an old snapshot, or one that is cut off from the server for longer than silence while
@@ -46,67 +46,85 @@ const maxEarlier = 64
 // reporter is the process that reports for an agent.
 type reporter struct {
 	process string
-	number  uint64 // of its last report
-	earlier map[string]time.Time
-	// since is when the process was first heard of, when there may have been another
-	// one before it; zero otherwise.
-	since time.Time
+	number  uint64                   // the highest of its reports
+	seen    uint64                   // bit i: there was a report of number-i
+	earlier map[string]time.Duration // by ID, the uptime when the next one was heard of
+	// follows: there may have been another process before it. since is the uptime when
+	// it was heard of first: a clock that goes ahead makes nobody's silence longer.
+	follows bool
+	since   time.Duration
+}
+
+// first notes the number of a report, and says whether it is the first one with it. A
+// report may arrive after newer ones, as the parcels of RFC 4303 (3.4.3) may: one that
+// the network has held up while the agent, which took it for lost, has sent others. One
+// that is further behind than any network keeps it is of a machine that was set back.
+func (p *reporter) first(number uint64) bool {
+	if number > p.number {
+		p.seen, p.number = p.seen<<(number-p.number)|1, number
+		return true
+	}
+	bit := uint64(1) << (p.number - number) // zero when it is far behind
+	first := bit != 0 && p.seen&bit == 0
+	p.seen |= bit
+	return first
 }
 
 // duplicated reports whether two processes use the agent's identity, or did so lately.
 func (g *agent) duplicated() bool { return g.holdings[duplicates] != nil }
 
 // believed reports whether a report may take back what is known of the agent.
-func (g *agent) believed(now time.Time) bool {
-	return !g.duplicated() && (g.reporter.since.IsZero() || now.Sub(g.reporter.since) >= silence)
+func (g *agent) believed(up time.Duration) bool {
+	return !g.duplicated() && (!g.reporter.follows || up-g.reporter.since >= silence)
 }
 
 // heardFrom notes which process has sent a report, and reports whether there are two.
-func (g *agent) heardFrom(r Report, now time.Time) (two bool) {
+func (g *agent) heardFrom(r Report, up time.Duration) (two bool) {
 	p := &g.reporter
 	switch _, before := p.earlier[r.Process]; {
 	case g.reported.IsZero():
-		*p = reporter{process: r.Process, number: r.Number}
-		if g.known && r.Process != "" {
-			p.since = now
-		}
-		return false
-	case r.Process == p.process && (r.Process == "" || r.Number > p.number):
-		p.number = r.Number
+		*p = reporter{process: r.Process, number: r.Number, seen: 1, follows: g.known && r.Process != "", since: up}
 		return false
 	case r.Process == p.process:
-		return true
+		return r.Process != "" && !p.first(r.Number)
 	default:
 		two = before
 	}
 	if p.earlier == nil {
-		p.earlier = make(map[string]time.Time)
+		p.earlier = make(map[string]time.Duration)
 	}
-	p.earlier[p.process] = now
+	p.earlier[p.process] = up
 	if len(p.earlier) > maxEarlier {
 		oldest := p.process
 		for id, at := range p.earlier {
-			if at.Before(p.earlier[oldest]) {
+			if at < p.earlier[oldest] {
 				oldest = id
 			}
 		}
 		delete(p.earlier, oldest)
 	}
-	p.process, p.number, p.since = r.Process, r.Number, now
+	p.process, p.number, p.seen, p.follows, p.since = r.Process, r.Number, 1, true, up
 	return two
 }
 
 // duplicate has an agent count as duplicated, for the longest life of an SVID from now
-// on. It returns what the caller has to save, nil when that is stored already, and the
+// on, and until all rows of it have expired: what a clock that is ahead signs expires
+// later. It returns what the caller has to save, nil when that is stored already, and the
 // end that is then stored.
 func (l *Ledger) duplicate(g *agent, now time.Time) (b *batch, end int64) {
 	if !g.duplicated() {
 		l.log.Warn("two processes use the identity of one agent: evict it, and attest each node with a join token of its own", "agent_id", g.id)
 	}
-	if g.duplicatedUntil >= now.Add(longest).Unix() {
+	until := now.Add(longest)
+	for _, h := range g.holdings {
+		if last := at(h.latest); h.authority.id != duplicates && last.After(until) {
+			until = last
+		}
+	}
+	if g.duplicatedUntil >= until.Unix() {
 		return nil, 0
 	}
-	end = l.put(l.holding(duplicates, g.id), "", now.Add(longest+noted))
+	end = l.put(l.holding(duplicates, g.id), "", until.Add(noted))
 	l.pending.rows[rowKey{duplicates, g.id, ""}] = end
 	for _, h := range g.holdings {
 		h.version++ // what either of them has settled is not deleted any more

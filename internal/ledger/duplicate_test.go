@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
 )
 
@@ -119,6 +120,19 @@ func TestRestartOrClone(t *testing.T) {
 			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 8, says("A", 0, 0, true))))
 			d.is("a number comes twice", false, true)
 		},
+		"a report that arrives late": func(d *doubles) {
+			for _, number := range []uint64{1, 3, 70, 69, 8, 7} {
+				check(d.t, d.l.Report(d.t.Context(), "one", by("a", number, ledger.Report{})))
+				d.is("no number comes twice", false, false)
+			}
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 69, ledger.Report{})))
+			d.is("one comes twice", false, true)
+		},
+		"a machine that is set back": func(d *doubles) {
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 70, ledger.Report{})))
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 6, ledger.Report{})))
+			d.is("a number is far behind", false, true)
+		},
 		"one of a clone ends, and the server is restarted": func(d *doubles) {
 			d.settled("a")
 			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
@@ -139,6 +153,22 @@ func TestRestartOrClone(t *testing.T) {
 			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
 			d.settled("a")
 			d.is("believed again", true, false)
+		},
+		"an SVID that was signed by a clock that was ahead": func(d *doubles) {
+			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(9*day))))
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, ledger.Report{})))
+			d.settled("b")
+			d.settled("a")
+			time.Sleep(8 * day)
+			d.settled("b")
+			time.Sleep(5 * time.Minute)
+			d.settled("b")
+			d.is("before it has expired", false, true)
+			time.Sleep(day)
+			d.settled("b")
+			d.is("expired", true, true)
+			time.Sleep(time.Hour)
+			d.is("forgotten", true, false)
 		},
 		"the operator's word": func(d *doubles) {
 			d.settled("a")
@@ -218,5 +248,30 @@ func TestDuplicatesAreCheap(t *testing.T) {
 		if got := l.Duplicated(); !slices.Equal(got, []string{"one"}) {
 			t.Errorf("duplicated are %v", got)
 		}
+	})
+}
+
+// A clock that is believed to have gone ahead does not make the silence of the other one
+// of two longer.
+func TestClockIsNoSilence(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var ahead time.Duration
+		d := &doubles{t: t, m: newMemory()}
+		l, err := ledger.Open(t.Context(), ledger.Config{Storage: d.m, Clock: clock.New(func() time.Time { return time.Now().Add(ahead) }, nil, time.Time{})})
+		check(t, err)
+		d.l = l
+		check(t, l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(2*day)), row("A", "one", "x", time.Now().Add(2*day))))
+		ahead = 4 * time.Hour
+		d.is("the clock goes ahead", false, false)
+		time.Sleep(day - 30*time.Second)
+		check(t, l.Report(t.Context(), "one", by("a", 1, ledger.Report{})))
+		d.settled("b")
+		time.Sleep(time.Minute)
+		d.settled("b")
+		d.is("the clock is believed", false, false)
+		time.Sleep(2 * time.Minute)
+		d.settled("b")
+		d.is("the other would have been heard of", true, false)
 	})
 }

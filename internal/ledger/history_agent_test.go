@@ -25,7 +25,8 @@ type agent struct {
 	partitioned, evicted, destroyed bool
 
 	up      bool
-	life    int // grows with each restart
+	life    int    // grows with each restart
+	process string // ID of the one that runs, or ran last
 	started time.Time
 	disk    disk // what outlives the process, the cache a little late
 	cache   map[string]svid
@@ -39,6 +40,8 @@ type agent struct {
 	workloads []*workload
 	entries   []string // the agent's own first
 
+	cloned       bool      // there are two of it
+	heard        time.Time // when the server last took in a report
 	reporting    bool
 	reports      int // how many there were
 	last         ledger.Report
@@ -83,6 +86,7 @@ func newAgent(s *sim, n int) *agent {
 func (a *agent) begin() {
 	a.s.touched[a] = true
 	a.up, a.started = true, a.s.now
+	a.process = fmt.Sprint("process-", a.s.r.Uint64())
 	a.cache, a.bundle, a.seen = maps.Clone(a.disk.cache), a.disk.bundle, maps.Clone(a.disk.seen)
 	a.half = map[string]time.Time{}
 	a.calls, a.reporting, a.lastReported = map[*call]struct{}{}, false, time.Time{}
@@ -162,6 +166,30 @@ func (a *agent) rollBack() {
 	a.cache = maps.Clone(a.saved.cache)
 	a.saved = nil
 	a.unknown()
+}
+
+// clone has the node twice from now on: its disk, or all of a machine that runs.
+func (a *agent) clone(running bool) {
+	if a.cloned || !a.up || a.destroyed {
+		return
+	}
+	s := a.s
+	b := &agent{
+		s: s, id: a.id, ttl: a.ttl, slow: a.slow, entries: a.entries, evicted: a.evicted, cloned: true,
+		disk:    disk{cache: maps.Clone(a.disk.cache), bundle: a.disk.bundle, seen: maps.Clone(a.disk.seen)},
+		rowless: map[string]bool{}, spoke: map[string]bool{}, jwts: maps.Clone(a.jwts), delays: maps.Clone(a.delays),
+	}
+	for _, w := range a.workloads {
+		b.workloads = append(b.workloads, &workload{entries: w.entries, holds: maps.Clone(w.holds)})
+	}
+	b.begin()
+	if running {
+		b.process, b.reports, b.cache = a.process, a.reports, maps.Clone(a.cache)
+	}
+	a.cloned = true
+	b.unknown()
+	s.agents = append(s.agents, b)
+	s.after(s.between(0, 5*time.Second), b.tick)
 }
 
 // unknown notes that the server cannot know what the agent holds now.

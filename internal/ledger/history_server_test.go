@@ -12,6 +12,10 @@ import (
 	"github.com/renewd/renewd/internal/ledger"
 )
 
+// silence is after what time a node that is not heard of is taken for ended when
+// another one reports as the same agent.
+const silence = 3 * time.Minute
+
 // The lives of SVIDs, shorter than real ones to see them expire.
 const (
 	minTTL = 10 * time.Minute
@@ -164,8 +168,15 @@ func (v *server) crash() {
 		// What was signed and not sent is lost.
 		delete(v.calls, c)
 	}
+	rows := map[string]bool{}
+	for k := range v.memory.rows {
+		rows[k.agent] = true
+	}
 	for _, a := range v.s.agents {
 		clear(a.spoke)
+		if !rows[a.id] {
+			a.heard = time.Time{} // nothing is known of it
+		}
 	}
 	v.open()
 	v.s.after(v.s.between(0, time.Minute), func() { v.up = true })
@@ -334,9 +345,17 @@ func (v *server) report(a *agent, r ledger.Report) error {
 	if v.s.goes(20, "report given up on") {
 		stop()
 	}
+	if a.cloned && !slices.Contains(v.ledger.Duplicated(), a.id) {
+		// Of two, the one that is not heard of is taken for ended.
+		for _, b := range v.s.agents {
+			if b != a && b.id == a.id && v.s.now.Sub(b.heard) >= silence {
+				b.unknown()
+			}
+		}
+	}
 	err := v.ledger.Report(ctx, a.id, r)
 	if ctx.Err() == nil {
-		v.s.touched[a] = true
+		v.s.touched[a], a.heard = true, v.s.now
 		clear(a.spoke)
 		for _, x := range r.Authorities {
 			a.spoke[x.Authority] = x.Pending+x.Streams > 0

@@ -15,10 +15,10 @@ import (
 )
 
 // "Safe" is never true too early: random histories of a signing server with
-// several keysets and 50 agents, some of them silent, slow, restarted or
-// lagging; and the server's storage is put back from a copy. The truth is what the agents and the workloads hold in their hands,
-// and what is on its way to somebody who would take it. It is compared after
-// each step, and in the middle of each save.
+// several keysets and 50 agents, some of them silent, slow, restarted, cloned or
+// lagging; and the server's storage is put back from a copy. The truth is what the
+// agents and the workloads hold in their hands, and what is on its way to somebody
+// who would take it. It is compared after each step, and in the middle of each save.
 //
 // A history has no goroutines and no real time: an event is a function that
 // runs at a moment of simulated time. RENEWD_SEED replays one history;
@@ -101,7 +101,7 @@ func history(t *testing.T, seed uint64) *sim {
 		for _, k := range s.server.in(tainted) {
 			for _, h := range s.server.ledger.Holders(k.authority) {
 				a := s.byID[h.Agent]
-				if h.Reason == ledger.ReasonRestored {
+				if h.Reason == ledger.ReasonRestored || (a != nil && a.cloned) {
 					continue
 				}
 				if a == nil || (!a.partitioned && !a.evicted && !a.destroyed) {
@@ -114,7 +114,11 @@ func history(t *testing.T, seed uint64) *sim {
 			for _, h := range s.server.ledger.Holders(k.authority) {
 				// An agent's last word counts for longer where no row tells until
 				// when: it may have been about calls that came to nothing.
+				// So does that of either of two, until an operator evicts them.
 				a := s.byID[h.Agent]
+				if a != nil && a.cloned {
+					continue
+				}
 				if !h.Latest.IsZero() || a == nil || (!a.partitioned && !a.evicted && !a.destroyed) {
 					t.Errorf("%s is held, after everything has expired, by %+v", k.authority, h)
 				}
@@ -286,7 +290,7 @@ func (s *sim) trouble() {
 	}
 	s.after(s.between(0, 15*time.Second), s.trouble)
 	a := s.victim()
-	switch v := s.server; s.r.IntN(23) {
+	switch v := s.server; s.r.IntN(24) {
 	case 0, 1, 2:
 		a.restart(s.r.IntN(2) == 0)
 	case 3, 4:
@@ -309,10 +313,12 @@ func (s *sim) trouble() {
 		a.slow = s.r.IntN(2) == 0
 	case 16:
 		if s.goes(10, "evicted") {
-			a.evicted = true
+			for _, b := range s.agents {
+				b.evicted = b.evicted || b.id == a.id
+			}
 		}
 	case 17:
-		if s.goes(10, "destroyed") {
+		if !a.cloned && s.goes(10, "destroyed") {
 			a.destroy()
 			s.after(s.between(0, time.Hour), func() {
 				if v.up {
@@ -321,7 +327,7 @@ func (s *sim) trouble() {
 			})
 		}
 	case 18:
-		if v.up && s.goes(3, "wrongly gone") {
+		if v.up && !a.cloned && s.goes(3, "wrongly gone") {
 			a.unknown()
 			_ = v.ledger.Gone(s.t.Context(), a.id)
 		}
@@ -340,6 +346,10 @@ func (s *sim) trouble() {
 	case 22:
 		if s.goes(6, "restored") {
 			v.restore()
+		}
+	case 23:
+		if running := s.r.IntN(2) == 0; s.goes(2, fmt.Sprint("cloned, running ", running)) {
+			a.clone(running)
 		}
 	}
 }

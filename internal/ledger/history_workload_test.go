@@ -77,6 +77,7 @@ func (a *agent) report() {
 	}
 	a.reporting = true
 	a.reports++
+	r.Process, r.Number = a.process, uint64(a.reports)
 	life, n := a.life, a.reports
 	delay := s.between(0, 300*time.Millisecond)
 	if s.goes(10, "report late") {

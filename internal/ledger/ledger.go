@@ -106,6 +106,7 @@ type Ledger struct {
 	storage  Storage
 	restored []Restored
 	now      func() time.Time // what has passed for sure, not the wall clock
+	uptime   func() time.Duration
 	log      *slog.Logger
 	saving   chan struct{} // held by who is in SaveLedger
 
@@ -157,7 +158,7 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 	if c.Clock == nil {
 		c.Clock = clock.New(nil, nil, time.Time{})
 	}
-	l.now = c.Clock.Sure
+	l.now, l.uptime = c.Clock.Sure, c.Clock.Uptime
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}

@@ -67,17 +67,17 @@ func (l *Ledger) Report(ctx context.Context, agent string, r Report) error {
 		l.mu.Unlock()
 		return err
 	}
-	now := l.expire()
+	now, up := l.expire(), l.uptime()
 	g := l.agent(agent)
 	l.contacted(g, r.Sequence, now)
-	two := g.heardFrom(r, now)
+	two := g.heardFrom(r, up)
 	g.contact.Reports, g.reported, g.rate = true, now, r.Rate
 	var noted *batch
 	var until int64
 	if two {
 		noted, until = l.duplicate(g, now)
 	}
-	believed := g.believed(now)
+	believed := g.believed(up)
 
 	heard := l.heard(r.Authorities)
 	for id, h := range g.holdings {

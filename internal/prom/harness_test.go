@@ -2,6 +2,7 @@ package prom_test
 
 import (
 	"bytes"
+	"crypto/rand"
 	"fmt"
 	"net"
 	"net/http"
@@ -45,7 +46,7 @@ func (n *node) set(s metrics.State) { n.state.Store(&s) }
 func (n *node) restart(s metrics.State) {
 	n.set(s)
 	h := metrics.New(metrics.Config{
-		TrustDomain: "example.org", Version: "1.2.3",
+		TrustDomain: "example.org", Version: "1.2.3", Process: rand.Text(),
 		Source: metrics.SourceFunc(func() metrics.State { return *n.state.Load() }),
 	}).Handler()
 	n.process.Store(&h)

@@ -2,7 +2,6 @@ package upstream
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -57,6 +56,9 @@ type Config struct {
 	Proxy *url.URL
 	// Dial connects to ServerAddress, or to the proxy; nil means TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
+	// Process is a random ID of this process, which reports carry: it tells the process
+	// from another one of the same identity. Reports carry none when it is empty.
+	Process string
 	// Version is reported to the server, cut to 255 bytes.
 	Version string
 	// PollTimeout is the deadline of calls that ask for bundles or entries or
@@ -74,8 +76,6 @@ type Config struct {
 type Client struct {
 	cfg Config
 
-	// What tells this process from another one of the same identity.
-	process []byte
 	reports atomic.Uint64 // that were begun
 
 	ctx    context.Context // ends with Close
@@ -138,7 +138,6 @@ func New(cfg Config) (*Client, error) {
 	cfg.Version = strings.ToValidUTF8(cfg.Version[:min(len(cfg.Version), maxVersion)], "")
 	c := &Client{
 		cfg:     cfg,
-		process: []byte(rand.Text()),
 		links:   make(map[*link]struct{}),
 		proving: make(chan struct{}, 1),
 		pace:    newPace(),

@@ -36,7 +36,7 @@ type AuthorityReport struct {
 // Report tells the server where this node is in a rotation. It fails with
 // [ErrNoReports] at a server that does not want to know.
 func (c *Client) Report(ctx context.Context, r Report) error {
-	req := &api.ReportRequest{BundleSequence: r.Sequence, TaintRate: r.Rate, Process: c.process, Number: c.reports.Add(1)}
+	req := &api.ReportRequest{BundleSequence: r.Sequence, TaintRate: r.Rate, Process: []byte(c.cfg.Process), Number: c.reports.Add(1)}
 	for _, a := range r.Authorities {
 		p := &api.AuthorityReport{
 			AuthorityId: a.ID, Tainted: a.Tainted, Pending: int64(a.Pending), Streams: int64(a.Streams), Settled: a.Settled,

@@ -46,7 +46,7 @@ func TestReport(t *testing.T) {
 			t.Fatal(err)
 		}
 		// Two of one process: those that reached no server have a number, too.
-		if p, n := s.fleet.last.GetProcess(), s.fleet.last.GetNumber(); len(p) < 16 || n != 2 {
+		if p, n := s.fleet.last.GetProcess(), s.fleet.last.GetNumber(); string(p) != "p1" || n != 2 {
 			t.Errorf("process %q, number %d", p, n)
 		}
 		s.fleet.last.Process, s.fleet.last.Number = nil, 0
