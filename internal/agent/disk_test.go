@@ -71,7 +71,7 @@ func TestDrillDiskThatIsFullForAMoment(t *testing.T) {
 		w.fillDisk()
 		w.activate()
 		e := entryFor(0)
-		e.Hint = "changed" // minted again, by the new authority
+		e.DNSNames = []string{"changed.example.org"} // minted again, by the new authority
 		w.enter([]server.Entry{e})
 		time.Sleep(20 * time.Second)
 		if err := w.agent.Ready(); err == nil || !strings.Contains(err.Error(), "data_dir: bundle.json: ") || w.gauge("renewd_data_dir_unsaved", "bundle.json") != 1 {

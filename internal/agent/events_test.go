@@ -62,7 +62,7 @@ func TestDrillTaintAndEntryChangeTogether(t *testing.T) {
 		at := time.Now()
 		changed := entriesFor(svids)
 		for i := range changed[:10] {
-			changed[i].Hint = "changed"
+			changed[i].DNSNames = []string{"changed.example.org"}
 		}
 		changed = append(changed, entryFor(svids))
 		w.enter(changed)

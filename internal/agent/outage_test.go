@@ -185,7 +185,7 @@ func TestDrillUnknownSigner(t *testing.T) {
 		w.set(func(f *faults) { f.lag = unknown })
 		changed := entriesFor(svids)
 		for i := range changed {
-			changed[i].Hint = "changed"
+			changed[i].DNSNames = []string{"changed.example.org"}
 		}
 		w.enter(changed)
 		time.Sleep(time.Minute)

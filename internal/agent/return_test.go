@@ -105,14 +105,14 @@ func TestDrillRestartWithMoreStreamsThanTheCacheHolds(t *testing.T) {
 		w.set(func(f *faults) { f.down = false })
 		time.Sleep(2 * time.Minute)
 		changed := entriesFor(n)
-		changed[0].Hint = "changed"
+		changed[0].DNSNames = []string{"changed.example.org"}
 		w.enter(changed)
 		time.Sleep(10 * time.Second)
 		if w.held() != n {
 			w.t.Errorf("%d SVIDs held two minutes after the server is back, want all of %d: clients may be on their way", w.held(), n)
 		}
 		time.Sleep(time.Minute)
-		changed[0].Hint = "changed again"
+		changed[0].DNSNames = []string{"again.example.org"}
 		w.enter(changed)
 		w.until("the limit holds again", 10*time.Second, func() bool { return w.held() == limit })
 	})

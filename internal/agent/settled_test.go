@@ -191,7 +191,12 @@ func referenceClient(t *testing.T, away time.Duration) {
 		p := w.begin("1")
 		ctx, cancel := context.WithCancel(context.Background())
 		client, err := workloadapi.New(ctx, workloadapi.WithAddr("tcp://127.0.0.1:1"), workloadapi.WithDialOptions(
-			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return w.workloads.dial(ctx, p) })))
+			grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) {
+				w.mu.Lock()
+				lis := w.workloads
+				w.mu.Unlock()
+				return lis.dial(ctx, p)
+			})))
 		w.check(err)
 		told := &lastAuthority{}
 		done := make(chan error, 1)

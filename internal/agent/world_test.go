@@ -224,7 +224,9 @@ type nodeConn struct{ net.Conn }
 func (nodeConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 40000} }
 
 func (w *world) startAgent() {
+	w.mu.Lock()
 	w.workloads = newPairListener()
+	w.mu.Unlock()
 	w.cfg.Listener = w.workloads
 	a, err := agent.New(w.cfg)
 	w.check(err)
