@@ -100,6 +100,9 @@ func (c *Clock) Now() time.Time { return c.now() }
 // Uptime is how long the Clock exists by the monotonic clock, which no step changes.
 func (c *Clock) Uptime() time.Duration { return c.uptime() }
 
+// Start is when the Clock was made, by what the wall clock shows now.
+func (c *Clock) Start() time.Time { return c.now().Round(0).Add(-c.uptime()) }
+
 // Sure is the time that it is at least: what the wall clock shows, or less for
 // [Hold] after it went ahead by itself, or while it is in doubt. It follows a clock that
 // is set back at once.

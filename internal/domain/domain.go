@@ -154,7 +154,10 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if d.store != nil {
 		dep.kept = d.store.Deployment(c.Name)
 		keys.Storage, rows.Storage, config.Storage = dep.kept, dep.kept, dep.kept
-		rows.Restored, config.Lost = dep.kept.Restored(), d.store.Lost()
+		rows.Restored, rows.RestoredAt, config.Lost = dep.kept.Restored(), d.store.RestoredAt(), d.store.Lost()
+		if !rows.RestoredAt.IsZero() {
+			config.LostUntil = d.clock.Start
+		}
 	}
 	var err error
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {

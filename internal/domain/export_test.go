@@ -2,6 +2,7 @@ package domain
 
 import (
 	"context"
+	"io"
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
@@ -29,4 +30,10 @@ func (d *Domain) Automatic(deployment string) operator.Automatic {
 		}
 	}
 	return operator.Automatic{}
+}
+
+// Backup is a copy of what is stored.
+func (d *Domain) Backup(ctx context.Context, w io.Writer) error {
+	_, err := d.store.Backup(ctx, w)
+	return err
 }

@@ -245,8 +245,14 @@ func TestDuplicatesAreCheap(t *testing.T) {
 			check(t, l.Report(t.Context(), "two", by(fmt.Sprint(i), 1, ledger.Report{})))
 			time.Sleep(time.Second)
 		}
+		// Only so many are remembered: the first one is as good as new.
+		check(t, l.Report(t.Context(), "two", by("0", 2, ledger.Report{})))
 		if got := l.Duplicated(); !slices.Equal(got, []string{"one"}) {
 			t.Errorf("duplicated are %v", got)
+		}
+		check(t, l.Report(t.Context(), "two", by("998", 2, ledger.Report{})))
+		if got := l.Duplicated(); !slices.Equal(got, []string{"one", "two"}) {
+			t.Errorf("the last but one has come back: duplicated are %v", got)
 		}
 	})
 }

@@ -96,8 +96,11 @@ type Config struct {
 	Storage Storage // memory when nil
 	// Restored is what Storage cannot know, of each restore; it must not be modified.
 	Restored []Restored
-	Clock    *clock.Clock // one of the machine's, of which nothing is known, when nil
-	Log      *slog.Logger // discarded when nil
+	// RestoredAt is when this process began, if the last restore was then, by a clock that
+	// may have been behind; else zero.
+	RestoredAt time.Time
+	Clock      *clock.Clock // one of the machine's, of which nothing is known, when nil
+	Log        *slog.Logger // discarded when nil
 }
 
 // Ledger is the ledger of one deployment. All methods may be called
@@ -107,6 +110,7 @@ type Ledger struct {
 	restored []Restored
 	now      func() time.Time // what has passed for sure, not the wall clock
 	uptime   func() time.Duration
+	late     func() time.Duration // by how much the last of restored was later than it says
 	log      *slog.Logger
 	saving   chan struct{} // held by who is in SaveLedger
 
@@ -158,7 +162,10 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 	if c.Clock == nil {
 		c.Clock = clock.New(nil, nil, time.Time{})
 	}
-	l.now, l.uptime = c.Clock.Sure, c.Clock.Uptime
+	l.now, l.uptime, l.late = c.Clock.Sure, c.Clock.Uptime, func() time.Duration { return 0 }
+	if !c.RestoredAt.IsZero() {
+		l.late = func() time.Duration { return max(0, c.Clock.Start().Sub(c.RestoredAt)) }
+	}
 	if l.log == nil {
 		l.log = slog.New(slog.DiscardHandler)
 	}

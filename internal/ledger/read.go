@@ -34,7 +34,7 @@ func (l *Ledger) X509(authority string, tainted bool) Holding {
 		l.learn(&l.authority(authority).taint)
 	}
 	var h Holding
-	h.UnknownSince, h.UnknownUntil = l.unknown(now, func(r Restored) time.Time { return r.X509[authority] })
+	h.UnknownSince, h.UnknownUntil = l.unknownX509(now, authority)
 	a := l.authorities[authority]
 	if a == nil {
 		return h
@@ -43,6 +43,18 @@ func (l *Ledger) X509(authority string, tainted bool) Holding {
 	h.SVIDs, h.Agents, h.Latest = a.svids+calls, a.agents, at(a.latestOf())
 	h.Clear = tainted && a.agents == 0 && calls == 0 && h.UnknownUntil.IsZero()
 	return h
+}
+
+// unknownX509 is unknown for an X.509 authority. The last lost time is as long as it is
+// by what the clock shows now: at the restore it may have been behind.
+func (l *Ledger) unknownX509(now time.Time, authority string) (since, until time.Time) {
+	return l.unknown(now, func(r Restored) time.Time {
+		end := r.X509[authority]
+		if last := l.restored[len(l.restored)-1]; !end.IsZero() && r.CopiedAt.Equal(last.CopiedAt) {
+			end = end.Add(l.late())
+		}
+		return end
+	})
 }
 
 // unknown returns since when and until when something counts that is not known of,
@@ -124,7 +136,7 @@ func (l *Ledger) Holders(authority string) []Holder {
 	defer l.mu.Unlock()
 	now := l.expire()
 	var holders []Holder
-	if since, until := l.unknown(now, func(r Restored) time.Time { return r.X509[authority] }); !until.IsZero() {
+	if since, until := l.unknownX509(now, authority); !until.IsZero() {
 		holders = append(holders, Holder{Latest: until, LastReport: since, Reason: ReasonRestored})
 	}
 	a := l.authorities[authority]

@@ -241,8 +241,11 @@ func (s *Server) takesOver(a *Agent, serial string, svid *x509.Certificate) bool
 	}
 	// SVIDs begin a little before they are signed.
 	begin := svid.NotBefore.Add(time.Minute)
-	return slices.ContainsFunc(s.config.Lost, func(l Lost) bool { return begin.After(l.From) && svid.NotBefore.Before(l.To) }) &&
-		svid.NotAfter.After(a.ExpiresAt) && svid.NotAfter.After(a.NextExpiresAt)
+	lost := slices.ContainsFunc(s.config.Lost, func(l Lost) bool { return begin.After(l.From) && svid.NotBefore.Before(l.To) })
+	if n := len(s.config.Lost); n > 0 && s.config.LostUntil != nil {
+		lost = lost || begin.After(s.config.Lost[n-1].From) && svid.NotBefore.Before(s.config.LostUntil())
+	}
+	return lost && svid.NotAfter.After(a.ExpiresAt) && svid.NotAfter.After(a.NextExpiresAt)
 }
 
 // denied makes a PermissionDenied error that tells an agent what to do next.

@@ -114,6 +114,9 @@ type Config struct {
 	// put back from a copy: what happened after From, when it was copied, and before To.
 	// One in which nothing was signed that is still valid makes no difference.
 	Lost []Lost
+	// LostUntil is when the last of Lost ended, by what the clock shows now: at the restore
+	// it may have been behind. To counts when nil.
+	LostUntil func() time.Time
 	// X509TTL is the lifetime of an X.509-SVID whose entry names none, of the
 	// agents' own and of the server's certificate: 1 to 168 hours, 24 when
 	// zero.

@@ -199,7 +199,8 @@ func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 	if c == nil {
 		return nil
 	}
-	return tx.Bucket(bucketAbout).Put(keyHeartbeat, packTime(keyHeartbeat, c.Heartbeat()))
+	about := tx.Bucket(bucketAbout)
+	return errors.Join(s.correct(about, c), about.Put(keyHeartbeat, packTime(keyHeartbeat, c.Heartbeat())))
 }
 
 func (c *change) run(v state) (ops []op) {

@@ -4,11 +4,13 @@ import (
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"slices"
 	"time"
 
 	"go.etcd.io/bbolt"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server"
@@ -52,6 +54,39 @@ func (s *Store) Lost() []server.Lost {
 		}
 	}
 	return all
+}
+
+// RestoredAt is when this Open made a store of a copy, by a clock that may have been
+// behind; zero when it did not. It does not change while the store is open.
+func (s *Store) RestoredAt() time.Time {
+	if !s.tookOver {
+		return time.Time{}
+	}
+	return s.restored[len(s.restored)-1].At
+}
+
+// correct has the next process find when the restore of this one was, once the clock
+// is believed to have been behind.
+func (s *Store) correct(about *bbolt.Bucket, c *clock.Clock) error {
+	if !s.tookOver {
+		return nil
+	}
+	all := slices.Clone(s.restored)
+	last := &all[len(all)-1]
+	late := c.Heartbeat().Add(-c.Uptime()).Sub(last.At)
+	if late <= clock.Skew {
+		return nil
+	}
+	last.At = last.At.Add(late)
+	last.Deployments = maps.Clone(last.Deployments)
+	for name, unknown := range last.Deployments {
+		unknown.X509 = maps.Clone(unknown.X509)
+		for id, end := range unknown.X509 {
+			unknown.X509[id] = end.Add(late)
+		}
+		last.Deployments[name] = unknown
+	}
+	return putRestored(about, all)
 }
 
 // x509End is when the last X.509-SVID expires that the store may not know of.
@@ -169,7 +204,7 @@ func (s *Store) takeOver() error {
 		s.log.Warn("this store is a copy that was put back: what was signed since it was taken is not known, and no keyset of it is safe to remove before that has expired; join tokens were dropped",
 			"file", s.path, "copied_at", r.CopiedAt, "x509_unknown_until", r.x509End(), "join_tokens_dropped", dropped)
 	}
-	s.copied, s.restored = time.Time{}, kept
+	s.copied, s.restored, s.tookOver = time.Time{}, kept, !s.copied.IsZero()
 	return nil
 }
 

@@ -101,6 +101,7 @@ type Store struct {
 	heartbeat time.Time     // of the last commit before it was opened
 	copied    time.Time     // when this copy was taken; zero of a store in use
 	restored  []restored    // what is not known of it, by restore
+	tookOver  bool          // the last one is of this Open
 	copying   chan struct{} // held by who is in Backup
 	reading   chan struct{} // held by each of those who are in view
 
