@@ -236,17 +236,20 @@ func TestWhatIsReadOfAClosedConnection(t *testing.T) {
 			if c.read(d) {
 				t.Error("known to be read before the end of the connection was noted")
 			}
-			done := make(chan bool)
-			go func() { done <- c.readAtEnd(d) }()
-			if _, err := c.Write(data); err == nil {
-				t.Error("a write to nobody succeeds")
-			}
-			if _, err := c.Read(make([]byte, 1)); err == nil {
-				t.Error("the connection goes on")
-			}
-			if got := <-done; got != tt.want {
-				t.Errorf("read: %v, want %v", got, tt.want)
-			}
+			synctest.Test(t, func(t *testing.T) {
+				done := make(chan bool)
+				go func() { done <- c.readAtEnd(d) }()
+				synctest.Wait()
+				if _, err := c.Write(data); err == nil {
+					t.Error("a write to nobody succeeds")
+				}
+				if _, err := c.Read(make([]byte, 1)); err == nil {
+					t.Error("the connection goes on")
+				}
+				if got := <-done; got != tt.want {
+					t.Errorf("read: %v, want %v", got, tt.want)
+				}
+			})
 		})
 	}
 }
