@@ -7,6 +7,7 @@ import (
 	"net"
 	"slices"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -70,11 +71,36 @@ func (c *peerConn) read(d *delivery) bool {
 	return err == nil && n == 0
 }
 
+// endGrace is about how long it may take until what a client has read before it ended
+// a stream is known here.
+const endGrace = 500 * time.Millisecond
+
+// readAtEnd is read for a stream that its client has ended. A client that asks once
+// does so, and closes the connection, as soon as it has its answer: before the write
+// has returned here, and before gRPC has read that the connection ends, which
+// alone tells what was read of a closed one. So it is looked at several times.
+func (c *peerConn) readAtEnd(d *delivery) bool {
+	for pause := time.Millisecond; ; pause *= 2 {
+		if c.read(d) {
+			return true
+		}
+		c.mu.Lock()
+		broken := c.broken
+		c.mu.Unlock()
+		if broken || pause > endGrace/2 {
+			return false
+		}
+		time.Sleep(pause)
+	}
+}
+
 func (c *peerConn) Write(b []byte) (int, error) {
 	n, err := c.Conn.Write(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
+	case errors.Is(err, unix.EPIPE):
+		// The peer has closed the connection. What it had read by then, Read tells.
 	case err != nil:
 		c.broken = true
 	case n > 0:

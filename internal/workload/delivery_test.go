@@ -217,6 +217,47 @@ func TestWhatThePeerHasRead(t *testing.T) {
 	}
 }
 
+// A stream may end before gRPC has noticed that the client, which has read everything
+// or not, has closed its connection. A write that fails for that reason tells nothing.
+func TestWhatIsReadOfAClosedConnection(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		take int
+		want bool
+	}{"all": {10, true}, "a part": {9, false}} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			server, client := unixPair(t)
+			c := &peerConn{Conn: server, close: func() {}}
+			data := []byte("the answer")
+			d := c.await(data)
+			defer c.forget(d)
+			if _, err := c.Write(data); err != nil {
+				t.Fatal(err)
+			}
+			take(t, client, tt.take)
+			client.Close()
+			if c.read(d) {
+				t.Error("known to be read before the end of the connection was noted")
+			}
+			synctest.Test(t, func(t *testing.T) {
+				done := make(chan bool)
+				go func() { done <- c.readAtEnd(d) }()
+				synctest.Wait()
+				if _, err := c.Write(data); err == nil {
+					t.Error("a write to nobody succeeds")
+				}
+				if _, err := c.Read(make([]byte, 1)); err == nil {
+					t.Error("the connection goes on")
+				}
+				if got := <-done; got != tt.want {
+					t.Errorf("read: %v, want %v", got, tt.want)
+				}
+			})
+		})
+	}
+}
+
 func take(t *testing.T, c net.Conn, n int) {
 	t.Helper()
 	if _, err := io.ReadFull(c, make([]byte, n)); err != nil {

@@ -139,7 +139,10 @@ func (x *x509Stream) open() error {
 
 func (x *x509Stream) close() {
 	// A client that asks once is gone as soon as it has its answer.
-	if !x.read() {
+	if x.sending != nil {
+		if x.conn.readAtEnd(x.sending) {
+			x.sub.Read()
+		}
 		x.conn.forget(x.sending)
 	}
 	x.sub.Close()
