@@ -60,7 +60,7 @@ func (s *Service) about(req, resp any) (attrs []any) {
 		attrs = append(attrs, "keyset", r.GetKeysetId())
 	}
 	if r, ok := req.(interface{ GetAgentId() string }); ok {
-		attrs = append(attrs, "agent", r.GetAgentId())
+		attrs = append(attrs, "agent_id", r.GetAgentId())
 	}
 	switch r := req.(type) {
 	case *api.RemoveKeysetRequest:

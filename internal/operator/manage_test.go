@@ -418,7 +418,7 @@ func TestLog(t *testing.T) {
 		if err == nil {
 			t.Fatal("no error")
 		}
-		if got := line(); !strings.HasPrefix(got, by+"agent="+agent("z").String()+" deployment=default error=") {
+		if got := line(); !strings.HasPrefix(got, by+"agent_id="+agent("z").String()+" deployment=default error=") {
 			t.Errorf("got %s", got)
 		}
 		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: []*api.Entry{entry("a", "/a")}, DryRun: true, Remove: new(int64(0))})

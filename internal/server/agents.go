@@ -69,7 +69,7 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 		return err
 	}
 	s.remember(expiry{at: svid.NotAfter.Add(forgetAfter), agent: id})
-	s.log.Info("agent attested", "agent", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
+	s.log.Info("agent attested", "agent_id", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
 		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid)},
 	}})
@@ -138,7 +138,7 @@ func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	if err != nil {
 		return nil, err
 	}
-	s.log.Info("agent renewed", "agent", id.String(), "expires_at", svid.NotAfter)
+	s.log.Info("agent renewed", "agent_id", id.String(), "expires_at", svid.NotAfter)
 	return &agentv1.RenewAgentResponse{Svid: protoX509(svid)}, nil
 }
 

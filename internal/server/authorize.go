@@ -104,7 +104,7 @@ func (s *Server) refused(ctx context.Context, method string, id spiffeid.ID, err
 	if id.IsZero() {
 		about = listen.Name(from)
 	}
-	s.lines.Note(slog.LevelWarn, "call refused", about, "method", method, "agent", id.String(), "client", listen.Name(from), "error", err)
+	s.lines.Note(slog.LevelWarn, "call refused", about, "method", method, "agent_id", id.String(), "client", listen.Name(from), "error", err)
 }
 
 type callerKey struct{}

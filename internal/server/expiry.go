@@ -132,7 +132,7 @@ func (s *Server) forget(ctx context.Context, e expiry) (again time.Time, err err
 	if err != nil {
 		return time.Time{}, fmt.Errorf("delete agent: %w", err)
 	}
-	s.log.Info("agent forgotten: its SVID expired long ago", "agent", e.agent.String())
+	s.log.Info("agent forgotten: its SVID expired long ago", "agent_id", e.agent.String())
 	return time.Time{}, nil
 }
 

@@ -49,7 +49,7 @@ func (f *fleetService) Report(ctx context.Context, req *api.ReportRequest) (*api
 		if ctx.Err() != nil {
 			return nil, status.FromContextError(ctx.Err()).Err()
 		}
-		f.s.log.Error("report could not be stored", "agent", id.String(), "error", err)
+		f.s.log.Error("report could not be stored", "agent_id", id.String(), "error", err)
 		return nil, status.Error(codes.Unavailable, "failed to store the report")
 	}
 	return &api.ReportResponse{}, nil

@@ -244,8 +244,8 @@ func (l *limits) tell(from netip.Prefix, method string, refused error) {
 	client := listen.Name(from)
 	about := []any{"client", client, "method", method}
 	if refused == nil {
-		l.lines.Note(slog.LevelInfo, "client does more than it may: calls wait", client, about...)
+		l.lines.Note(slog.LevelInfo, "rate limited, calls delayed", client, about...)
 		return
 	}
-	l.lines.Note(slog.LevelWarn, "client does more than it may: calls are refused", client, append(about, "error", refused)...)
+	l.lines.Note(slog.LevelWarn, "rate limited, calls rejected", client, append(about, "error", refused)...)
 }

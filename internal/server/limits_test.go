@@ -256,7 +256,7 @@ func TestLimitsAreLogged(t *testing.T) {
 			flood(100, func(int) error { return c.knock(hurried) })
 			time.Sleep(time.Minute - time.Since(begin))
 		}
-		waits, refusals := log.take(t, "client does more than it may: calls wait"), log.take(t, "client does more than it may: calls are refused")
+		waits, refusals := log.take(t, "rate limited, calls delayed"), log.take(t, "rate limited, calls rejected")
 		if w, r := len(waits), len(refusals); w < 3 || w > 4 || r < 3 || r > 4 {
 			t.Errorf("%d lines about waiting, %d about refusals in three minutes", w, r)
 		}
@@ -267,13 +267,13 @@ func TestLimitsAreLogged(t *testing.T) {
 			t.Errorf("%d calls are counted, want all %d", n, 3*99)
 		}
 		time.Sleep(time.Hour)
-		log.take(t, "client does more than it may: calls wait")
+		log.take(t, "rate limited, calls delayed")
 		for i := range 50 {
 			c := s.from(t, fmt.Sprintf("10.0.1.%d", i)).dial(t, nil)
 			flood(2, func(int) error { return c.knock(t.Context()) })
 		}
 		time.Sleep(time.Minute)
-		waits = log.take(t, "client does more than it may: calls wait")
+		waits = log.take(t, "rate limited, calls delayed")
 		if n := len(waits); n < 10 || n > 35 || total(waits) != 50 {
 			t.Errorf("%d lines that count %d waits, about 50 clients", n, total(waits))
 		}

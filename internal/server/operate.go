@@ -52,7 +52,7 @@ func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
 	if err != nil {
 		return fmt.Errorf("ban agent %s: %w", id, err)
 	}
-	s.log.Info("agent banned", "agent", id.String())
+	s.log.Info("agent banned", "agent_id", id.String())
 	return nil
 }
 
@@ -79,6 +79,6 @@ func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) erro
 			return fmt.Errorf("evict agent %s: it has to attest again, but what it was given is still counted: %w", id, err)
 		}
 	}
-	s.log.Info("agent evicted", "agent", id.String(), "gone", gone)
+	s.log.Info("agent evicted", "agent_id", id.String(), "gone", gone)
 	return nil
 }
