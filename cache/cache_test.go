@@ -184,20 +184,20 @@ func TestHintsAreUnique(t *testing.T) {
 		e.Hint, e.CreatedAt = hint, time.Unix(1000, 0).Add(-age)
 		return e
 	}
-	entries := []*cache.Entry{hinted("a", "web", 0), hinted("b", "web", time.Hour), hinted("c", "web", time.Hour), hinted("d", "db", 0), hinted("e", "", 0)}
+	entries := []*cache.Entry{hinted("a", "web", 0), hinted("b", "web", time.Hour), hinted("c", "web", time.Hour), hinted("d", "db", 0), hinted("e", "", 0), hinted("f", "", time.Hour)}
 	c.Update(entries, nil)
 	for _, e := range entries {
 		put(t, c, svid(e, "A"))
 	}
 	v := c.Match(sel("x"))
-	if got, want := ids(v), []string{"b", "d", "e"}; !slices.Equal(got, want) {
+	if got, want := ids(v), []string{"b", "d", "e", "f"}; !slices.Equal(got, want) {
 		t.Errorf("shown are %q, want %q: the oldest entry with a hint, then the lowest ID", got, want)
 	}
 	if len(v.Hidden) != 2 || v.Hidden[0].ID != "a" || v.Hidden[1].ID != "c" {
 		t.Errorf("hidden are %v, want a and c", v.Hidden)
 	}
 	c.Update(nil, []string{"b"})
-	if got, want := ids(c.Match(sel("x"))), []string{"c", "d", "e"}; !slices.Equal(got, want) {
+	if got, want := ids(c.Match(sel("x"))), []string{"c", "d", "e", "f"}; !slices.Equal(got, want) {
 		t.Errorf("shown are %q without the oldest, want %q", got, want)
 	}
 }

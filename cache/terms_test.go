@@ -29,6 +29,9 @@ func TestWhatMakesAnotherSVID(t *testing.T) {
 		"X.509 TTL":          {func(e *cache.Entry, _ *cache.SVID) { e.X509TTL = 2 * time.Hour }, false},
 		"DNS name":           {func(e *cache.Entry, _ *cache.SVID) { e.DNSNames = []string{"a.example.org"} }, false},
 		"order of DNS names": {func(e *cache.Entry, _ *cache.SVID) { e.DNSNames = []string{"b.example.org", "a.example.org"} }, false},
+		"made again, otherwise": {func(e *cache.Entry, _ *cache.SVID) {
+			e.Revision, e.CreatedAt, e.X509TTL = 3, time.Unix(2000, 0), 2*time.Hour
+		}, false},
 		// The server signed while the entry had other names, and has these again.
 		"edited twice": {func(_ *cache.Entry, s *cache.SVID) { s.DNSNames = nil }, false},
 	} {
@@ -123,6 +126,37 @@ func TestNoPrefetch(t *testing.T) {
 	wanted("to be prefetched from now on", "other", "usual")
 	c.Update(nil, []string{"asked", "other"})
 	wanted("deleted", "usual")
+}
+
+// What was minted because it was asked for gives way when there is no room, but not
+// before whoever asked for it could have it.
+func TestNoPrefetchWithoutRoom(t *testing.T) {
+	c := cache.New(cache.Config{Limit: 1})
+	c.SetBundle(snapshot(t))
+	usual, asked, other := entry("usual", "1"), entry("asked", "2"), entry("other", "3")
+	asked.NoPrefetch, other.NoPrefetch = true, true
+	c.Update([]*cache.Entry{usual, asked, other}, nil)
+	put(t, c, svid(usual, "A"))
+	held := func(when string, want ...string) {
+		t.Helper()
+		var got []string
+		for _, e := range []*cache.Entry{asked, other, usual} {
+			if item, ok := c.Item(e.ID); ok && item.SVID != nil {
+				got = append(got, e.ID)
+			}
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s: held are %v, want %v", when, got, want)
+		}
+	}
+	for _, e := range []*cache.Entry{asked, other} {
+		sub := c.Subscribe(cache.Process{}, e.Selectors)
+		sub.Close()
+		put(t, c, svid(e, "A"))
+	}
+	held("the last one asked for, whose stream has ended", "other")
+	put(t, c, svid(other, "A"))
+	held("put again", "other")
 }
 
 // hour is an SVID that is good for an hour from now.
