@@ -200,7 +200,7 @@ func TestStuckDisk(t *testing.T) {
 					t.Errorf("the second, after %v: %v", took, err)
 				}
 				release()
-				w.Service.Wait()
+				w.Wait()
 				if got := call.then(t.Context(), w); got != call.wants {
 					t.Errorf("when the disk answers: %s, want %s", got, call.wants)
 				}

@@ -82,7 +82,6 @@ func mass(b *testing.B, n int) {
 	took := time.Since(begin)
 	b.Logf("%-30s %8.2f s; %.0f MB of heap", "ledger opened", took.Seconds(), float64(heap()-before)/1e6)
 	runtime.KeepAlive(l)
-	l = nil
 	runtime.GC()
 	begin = time.Now()
 	all(func(rows []ledger.Row) ledger.Change { return ledger.Change{Gone: rows} }, n/100)

@@ -54,7 +54,7 @@ func connectTo(ctx context.Context, conn net.Conn, proxy *url.URL, address strin
 		return err
 	}
 	r := bufio.NewReader(io.LimitReader(conn, maxProxyAnswer))
-	resp, err := http.ReadResponse(r, req)
+	resp, err := http.ReadResponse(r, req) //nolint:bodyclose // what follows is the connection, which is the caller's
 	switch {
 	case err != nil:
 		return fmt.Errorf("read the answer to CONNECT: %w", err)
