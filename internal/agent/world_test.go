@@ -77,6 +77,7 @@ type world struct {
 	states      map[string][]server.StoredEntry // every state that an entry was ever in, by SPIFFE ID
 	listings    int                             // answers with the server's own list of entries
 	mints       []mint
+	signing     map[*mint]string // lagging keysets that answers on their way will be of, by request
 	bundleCalls int
 	statusCalls int
 	process     string // of the last report
@@ -94,6 +95,7 @@ type faults struct {
 	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
 	bundle  func(*types.Bundle)                 // changes the bundle that is answered
 	lag     *keyset.Record                      // signs with this keyset whatever the state
+	life    func(entryID string) time.Duration  // ends SVIDs sooner than the server would
 	list    func([]*types.Entry) []*types.Entry // what a replica has instead of these entries
 	policy  bool                                // as SPIRE 1.13: it lets no agent post a status
 }
@@ -112,7 +114,7 @@ type mint struct {
 func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, storage: &keyset.Memory{}, logs: testLog(t)}
+		w := &world{t: t, storage: &keyset.Memory{}, logs: testLog(t), signing: make(map[*mint]string)}
 		deployment, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})
 		w.check(err)
 		w.ledger, err = ledger.Open(t.Context(), ledger.Config{})
@@ -290,6 +292,15 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 		w.process = string(r.GetProcess())
 	}
 	f := w.faults
+	if _, ok := req.(*svidpb.BatchNewX509SVIDRequest); ok && f.lag != nil {
+		asked := &mint{at: time.Now()}
+		w.signing[asked] = f.lag.ID
+		defer func() {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			delete(w.signing, asked)
+		}()
+	}
 	w.mu.Unlock()
 	if _, ok := req.(*agentpb.PostStatusRequest); ok && f.policy {
 		return nil, status.Error(codes.PermissionDenied, "authorization denied for the method")
@@ -309,10 +320,19 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 	}
 	if batch, ok := res.(*svidpb.BatchNewX509SVIDResponse); ok && err == nil {
 		asked := req.(*svidpb.BatchNewX509SVIDRequest)
-		if f.lag != nil {
-			for i := range batch.Results {
-				w.resign(f.lag, asked.Params[i].Csr, batch.Results[i])
+		by := f.lag
+		if by == nil && f.life != nil {
+			by = w.record(w.server.Keysets().Active().ID)
+		}
+		for i := range batch.Results {
+			if by == nil {
+				break
 			}
+			var life time.Duration
+			if f.life != nil {
+				life = f.life(asked.Params[i].EntryId)
+			}
+			w.resign(by, life, batch.Results[i])
 		}
 		if f.garble != nil {
 			return f.garble(asked, batch), nil
@@ -364,15 +384,19 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// resign replaces an answer's certificate by one that the old keyset signs: a
-// replica that has not heard of the rotation.
-func (w *world) resign(by *keyset.Record, _ []byte, r *svidpb.BatchNewX509SVIDResponse_Result) {
+// resign replaces an answer's certificate by one that another keyset signs: a
+// replica that has not heard of the rotation. A life that is not 0 is that of the new one.
+func (w *world) resign(by *keyset.Record, life time.Duration, r *svidpb.BatchNewX509SVIDResponse_Result) {
 	if r.Svid == nil {
 		return
 	}
 	leaf, err := x509.ParseCertificate(r.Svid.CertChain[0])
 	if err != nil {
 		panic(err)
+	}
+	if life != 0 {
+		leaf.NotAfter = time.Now().Add(life)
+		r.Svid.ExpiresAt = leaf.NotAfter.Unix()
 	}
 	r.Svid.CertChain[0] = signWith(by, leaf, nil)
 }
