@@ -96,7 +96,7 @@ type clientModel struct {
 }
 
 // readerLives are how long the SVIDs of each entry live.
-var readerLives = []time.Duration{5 * time.Minute, 10 * time.Minute, 20 * time.Minute}
+var readerLives = []time.Duration{5 * time.Minute, 10 * time.Minute, 40 * time.Minute}
 
 func (h *readers) play() {
 	w := h.w
@@ -173,7 +173,7 @@ func (h *readers) play() {
 }
 
 // begin starts a workload with one or two clients, or one that asks.
-func (h *readers) begin() {
+func (h *readers) begin() *workloadModel {
 	p := &workloadModel{process: h.w.begin(fmt.Sprint(h.r.IntN(len(readerLives))), fmt.Sprint(h.r.IntN(len(readerLives))))}
 	if p.asks = !h.forgets && h.r.IntN(3) == 0; !p.asks {
 		for range 1 + h.r.IntN(2) {
@@ -181,6 +181,7 @@ func (h *readers) begin() {
 		}
 	}
 	h.workloads = append(h.workloads, p)
+	return p
 }
 
 // rotate activates a new keyset, and taints one that was replaced.
@@ -222,6 +223,15 @@ func (h *readers) rotate() {
 func (h *readers) restart() {
 	w := h.w
 	kill := h.r.IntN(2) == 0
+	if kill && h.r.IntN(2) == 0 {
+		// What a workload has got this very moment must be known afterwards.
+		p := h.begin()
+		synctest.Wait()
+		if !h.forgets && h.r.IntN(2) == 0 {
+			p.stop()
+			p.stopped = true
+		}
+	}
 	synctest.Wait()
 	var dirs []string
 	if kill {
