@@ -128,33 +128,6 @@ func spireEntries(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[2]), text, 0o600))
 }
 
-// held N ID PORT waits until an agent holds N SVIDs of an authority.
-func held(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) != 3 {
-		ts.Fatalf("usage: held N ID PORT")
-	}
-	got := 0
-	for deadline := time.Now().Add(settleLimit); strconv.Itoa(got) != args[0]; time.Sleep(100 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			ts.Fatalf("%d SVIDs of %s after %v, want %s", got, args[1], settleLimit, args[0])
-		}
-		var status struct {
-			Authorities []struct {
-				ID   string
-				Held int
-			}
-		}
-		if ts.Exec("agent", "status", "-o", "json", "-url", "http://127.0.0.1:"+args[2]) == nil {
-			ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &status))
-		}
-		for _, a := range status.Authorities {
-			if a.ID == args[1] {
-				got = a.Held
-			}
-		}
-	}
-}
-
 // paced N TOTAL LOG LINE checks that a SPIRE server's log, which is in JSON, has at
 // least TOTAL SVIDs of an agent and its workloads after a line with the text LINE,
 // and at most N of them in any one second.

@@ -128,37 +128,6 @@ func authority(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[0], state[args[2]].ID)
 }
 
-// settled ID PORT... waits until nothing on the nodes whose agents have their
-// metrics there depends on a tainted X.509 authority any more.
-func settled(ts *testscript.TestScript, neg bool, args []string) {
-	if len(args) < 2 {
-		ts.Fatalf("usage: settled ID PORT...")
-	}
-	for _, port := range args[1:] {
-		for deadline := time.Now().Add(settleLimit); ; time.Sleep(100 * time.Millisecond) {
-			var status struct {
-				Authorities []struct {
-					ID   string
-					Safe bool `json:"safe_to_remove"`
-				}
-			}
-			if ts.Exec("agent", "status", "-o", "json", "-url", "http://127.0.0.1:"+port) == nil {
-				ts.Check(json.Unmarshal([]byte(ts.ReadFile("stdout")), &status))
-			}
-			safe := false
-			for _, a := range status.Authorities {
-				safe = safe || a.ID == args[0] && a.Safe
-			}
-			if safe {
-				break
-			}
-			if time.Now().After(deadline) {
-				ts.Fatalf("%s is not settled on the node of port %s within %v: %+v", args[0], port, settleLimit, status)
-			}
-		}
-	}
-}
-
 // synced N PORT... waits until each of the agents that have their metrics there has
 // synced its entries N more times.
 func synced(ts *testscript.TestScript, neg bool, args []string) {

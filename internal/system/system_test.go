@@ -26,6 +26,13 @@ import (
 var bin string
 
 func TestMain(m *testing.M) {
+	if len(os.Args) == 4 && os.Args[1] == "workload" {
+		if err := watch(os.Args[2], os.Args[3]); err != nil {
+			fmt.Fprintln(os.Stderr, err)
+			os.Exit(1)
+		}
+		return
+	}
 	flag.Parse()
 	os.Exit(func() int {
 		dir, err := os.MkdirTemp("", "renewd-bin-")
@@ -67,7 +74,7 @@ func ports(n int) ([]string, error) {
 
 // run runs the scripts that match a pattern. In a script $R is a short path to
 // its own folder, because a Unix socket's path has at most 107 bytes; $P1 to $P9
-// are free ports.
+// are free ports; $SELF is this program, which can be a workload.
 func run(t *testing.T, pattern string, extra map[string]string) {
 	testscript.Run(t, testscript.Params{
 		Files:               files(t, pattern),
@@ -86,7 +93,12 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			if err != nil {
 				return err
 			}
+			self, err := os.Executable()
+			if err != nil {
+				return err
+			}
 			env.Setenv("R", r)
+			env.Setenv("SELF", self)
 			env.Setenv("PATH", bin+string(os.PathListSeparator)+os.Getenv("PATH"))
 			env.Setenv("RENEWD_ADMIN_SOCKET", r+"/admin.sock")
 			for i, p := range free {
@@ -123,6 +135,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"stall":         stall,
 			"spire-entries": spireEntries,
 			"held":          held,
+			"unread":        unread,
 			"paced":         paced,
 			"pause":         signal(syscall.SIGSTOP),
 			"resume":        signal(syscall.SIGCONT),
@@ -268,8 +281,9 @@ func signal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
 				ts.Check(cmd.Process.Signal(sig))
 				sent++
 				if sig == syscall.SIGSTOP {
-					// A process that stays stopped cannot be ended either.
-					time.AfterFunc(3*time.Minute, func() { cmd.Process.Signal(syscall.SIGCONT) })
+					// A process that stays stopped cannot be ended either. No script has
+					// one stopped for as long.
+					time.AfterFunc(10*time.Minute, func() { cmd.Process.Signal(syscall.SIGCONT) })
 				}
 			}
 		}
