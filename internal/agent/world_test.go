@@ -593,7 +593,9 @@ func (w *world) askAs(values ...string) (update, error) {
 func (p *process) ask() (update, error) {
 	w, conn := p.w, p.connect()
 	defer conn.leave()
-	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 5*time.Second)
+	// An answer that comes the moment that its caller gives up was read by the process,
+	// and yet not by who asked. So this is no time that the agent waits for anything.
+	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 7777*time.Millisecond)
 	defer cancel()
 	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
 	if err != nil {

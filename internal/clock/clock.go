@@ -153,16 +153,14 @@ func (c *Clock) State() State {
 	return s
 }
 
-// Heartbeat is the time to be kept for the next process: [Clock.Sure], except that a
-// clock that was set back does not take it along while it is in doubt.
+// Heartbeat is the time to be kept for the next process: the one that was believed
+// last. A clock that was set back does not take it along, neither while it is in doubt nor
+// after it is right again, or the next process would doubt the one that is right.
 func (c *Clock) Heartbeat() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	_, up := c.look()
-	if c.doubted.Before(c.floor) && !c.doubted.IsZero() {
-		return c.floor.Add(up)
-	}
-	return c.seen[0].origin.Add(up)
+	return c.floor.Add(up)
 }
 
 // Verdict is what another clock says of one that is in doubt.

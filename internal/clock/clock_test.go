@@ -250,14 +250,14 @@ func TestHeartbeat(t *testing.T) {
 }
 
 // TestNextHeartbeat: what is kept for the next process is the time that is not in
-// doubt, whatever calls say.
+// doubt, whatever calls say, and at once the right one when a clock is set right.
 func TestNextHeartbeat(t *testing.T) {
 	t.Parallel()
 	m := &machine{up: time.Hour}
 	c := clock.New(m.now, m.uptime, start.Add(time.Hour))
 	for _, row := range []struct{ later, off, want time.Duration }{
 		{0, 91 * day, 0}, {time.Hour, 91 * day, 0}, {40 * day, 91 * day, 0}, {0, -time.Hour, 0}, {day, -time.Hour, 0},
-		{0, -time.Minute, -time.Hour}, {day, -time.Minute, -time.Minute}, {0, day, -time.Minute}, {day, day, day},
+		{0, -time.Minute, -time.Minute}, {day, -time.Minute, -time.Minute}, {0, day, -time.Minute}, {day, day, day},
 	} {
 		m.up += row.later
 		m.off = row.off
