@@ -3,6 +3,7 @@ package workload
 import (
 	"bytes"
 	"context"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -326,12 +327,18 @@ func TestStoppedProcessIsCounted(t *testing.T) {
 			}
 		}
 	}
+	// A signal is sent before every thread of the process has stopped.
+	stopped := func() bool {
+		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+		return err == nil && bytes.Contains(status, []byte("State:\tT"))
+	}
 	a, b, c := s.ca, newAuthority(t, td, "b"), newAuthority(t, td, "c")
 	until("first answer", func() bool { return s.streams(a) == 1 })
 	s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, a, b, c)})
 	time.Sleep(3 * PushSpacing)
 
 	signal(syscall.SIGSTOP)
+	until("stopped", stopped)
 	s.ca = b
 	s.put(e)
 	time.Sleep(6 * PushSpacing)
@@ -342,6 +349,7 @@ func TestStoppedProcessIsCounted(t *testing.T) {
 	until("replacement read", func() bool { return s.streams(a) == 0 && s.streams(b) == 1 })
 
 	signal(syscall.SIGSTOP)
+	until("stopped", stopped)
 	s.ca = c
 	s.put(e)
 	time.Sleep(6 * PushSpacing)

@@ -172,8 +172,9 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 					})
 					time.AfterFunc(time.Second, func() {
 						m.set(s.mintFor("/w9"))
-						tt.edit.Revision++
-						s.cache.Update([]*cache.Entry{tt.edit}, nil)
+						edit := *tt.edit
+						edit.Revision++
+						s.cache.Update([]*cache.Entry{&edit}, nil)
 						if landing {
 							close(release)
 						}
