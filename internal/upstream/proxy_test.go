@@ -36,6 +36,8 @@ type connectProxy struct {
 }
 
 func (p *connectProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	p.tunnel.Add(1) // before Hijack, after which the server does not wait for this call
+	defer p.tunnel.Done()
 	p.mu.Lock()
 	p.hosts = append(p.hosts, r.Method+" "+r.Host)
 	p.mu.Unlock()

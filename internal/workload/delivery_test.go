@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -27,6 +28,7 @@ import (
 // rawClient is an HTTP/2 client that reads when it is told to.
 type rawClient struct {
 	conn   net.Conn
+	mu     sync.Mutex // held while a frame is written
 	framer *http2.Framer
 	data   atomic.Int64 // bytes of DATA frames received
 }
@@ -78,10 +80,19 @@ func (c *rawClient) read() {
 			c.data.Add(int64(len(f.Data())))
 		case *http2.SettingsFrame:
 			if !f.IsAck() {
+				c.mu.Lock()
 				_ = c.framer.WriteSettingsAck() // the next read tells
+				c.mu.Unlock()
 			}
 		}
 	}
+}
+
+// widen lets that many more bytes through to the stream.
+func (c *rawClient) widen(bytes uint32) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.framer.WriteWindowUpdate(1, bytes)
 }
 
 // streams is how many count against the authority.
@@ -123,7 +134,7 @@ func TestQueuedAnswerIsNotRead(t *testing.T) {
 		if s.streams(a) != 1 {
 			t.Errorf("the stream does not count against the authority of what is queued")
 		}
-		if err := c.framer.WriteWindowUpdate(1, 1<<20); err != nil {
+		if err := c.widen(1 << 20); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(2*readLimit + time.Second)
