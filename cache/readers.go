@@ -18,11 +18,24 @@ const ReconnectGrace = 3 * time.Minute
 // its way; after the stream has ended, all that it may have been handed. The latter
 // counts until the process has ended, or for [ReconnectGrace] after a stream that it
 // opened later has read an answer without the authority: a process may have several
-// clients, which come back one after the other. Nothing counts beyond its NotAfter.
+// clients, which come back one after the other. That time begins again when a stream
+// of the process ends before it has read an answer, and does not end while one is
+// open that has not, or while the process is stopped. Nothing counts beyond its
+// NotAfter.
 type Process struct {
 	PID     int
 	Started uint64
 }
+
+// Life is what a process does.
+type Life int
+
+// The lives of a process. One that cannot be looked at counts as running.
+const (
+	Running Life = iota
+	Stopped      // by a signal or a tracer, until it is resumed
+	Ended
+)
 
 // Use says that SVIDs signed by an authority can be used, the last of them until
 // NotAfter.
@@ -53,7 +66,7 @@ type reader struct {
 type leftover struct {
 	Use
 	serial   uint64    // of the last such end: see Cache.serial; 0: in the agent process before
-	replaced time.Time // when a stream opened after it has read an answer without the authority
+	replaced time.Time // from when ReconnectGrace runs; zero: no stream opened later has read an answer without the authority
 }
 
 func (c *Cache) next() uint64 {
@@ -76,6 +89,9 @@ func (c *Cache) leave(s *Subscription) {
 	r := c.readers[s.process]
 	c.prune(s.process)
 	delete(r.open, s)
+	if !s.answered {
+		r.wait()
+	}
 	for _, uses := range [][]Use{s.held, s.sent} {
 		for _, u := range uses {
 			r.leave(leftover{Use: u, serial: c.next()})
@@ -108,41 +124,69 @@ func (r *reader) replaced(s *Subscription) {
 	}
 }
 
+// wait gives clients that could not come back until now the time to do so.
+func (r *reader) wait() {
+	for i := range r.left {
+		if l := &r.left[i]; !l.replaced.IsZero() {
+			l.replaced = time.Now()
+		}
+	}
+}
+
 // over reports whether what was left can be forgotten.
-func (l leftover) over(now time.Time) bool {
-	return !l.NotAfter.After(now) || !l.replaced.IsZero() && time.Since(l.replaced) >= ReconnectGrace
+func (r *reader) over(l leftover, now time.Time) bool {
+	return !l.NotAfter.After(now) || !l.replaced.IsZero() && time.Since(l.replaced) >= ReconnectGrace && !r.waiting()
+}
+
+// waiting reports whether a stream is open that has not read an answer.
+func (r *reader) waiting() bool {
+	for s := range r.open {
+		if !s.answered {
+			return true
+		}
+	}
+	return false
 }
 
 // prune forgets what is over of a process, and the process when nothing is left.
 func (c *Cache) prune(p Process) {
 	r, now := c.readers[p], c.now()
-	r.left = slices.DeleteFunc(r.left, func(l leftover) bool { return l.over(now) })
+	if r == nil {
+		return
+	}
+	r.left = slices.DeleteFunc(r.left, func(l leftover) bool { return r.over(l, now) })
 	if len(r.open)+len(r.left) == 0 {
 		delete(c.readers, p)
 	}
 }
 
 // Sweep forgets what processes that have ended were left, and whatever else has come
-// to be over. It calls running for processes whose streams have ended, with no lock held.
-func (c *Cache) Sweep(running func(Process) bool) {
-	var left []Process
+// to be over. It calls look for processes whose streams have ended, with no lock held.
+// What a process was left is not over before [ReconnectGrace] after the last Sweep that
+// found it stopped.
+func (c *Cache) Sweep(look func(Process) Life) {
+	lives := make(map[Process]Life)
 	c.mu.Lock()
 	for p, r := range c.readers {
 		if len(r.left) > 0 {
-			left = append(left, p)
+			lives[p] = Running
 		}
 	}
 	c.mu.Unlock()
-	ended := slices.DeleteFunc(slices.Clone(left), running)
+	for p := range lives {
+		lives[p] = look(p)
+	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	for _, p := range ended {
-		if r := c.readers[p]; r != nil {
+	for p, life := range lives {
+		c.prune(p)
+		r := c.readers[p]
+		switch {
+		case r == nil:
+		case life == Stopped:
+			r.wait()
+		case life == Ended:
 			r.left = nil
-		}
-	}
-	for _, p := range left {
-		if c.readers[p] != nil {
 			c.prune(p)
 		}
 	}
@@ -176,7 +220,7 @@ func (c *Cache) Uses() map[Process][]Use {
 			}
 		}
 		for _, l := range r.left {
-			if !l.over(now) {
+			if !r.over(l, now) {
 				all = AddUse(all, l.Use)
 			}
 		}
@@ -198,7 +242,7 @@ func (c *Cache) using(now time.Time) map[string]int {
 			}
 		}
 		for _, l := range r.left {
-			if !l.over(now) && !r.streams(l.Authority, now) {
+			if !r.over(l, now) && !r.streams(l.Authority, now) {
 				out[l.Authority]++
 			}
 		}

@@ -45,7 +45,7 @@ func TestStreamsCountUntilTheReplacementIsRead(t *testing.T) {
 	sub.Close()
 	sub.Close()
 	check("closed, the process goes on", cache.Usage{Authority: "B", Held: 1, Streams: 1})
-	c.Sweep(func(cache.Process) bool { return false })
+	c.Sweep(func(cache.Process) cache.Life { return cache.Ended })
 	check("the process has ended", cache.Usage{Authority: "B", Held: 1})
 }
 
@@ -117,6 +117,52 @@ func TestUnansweredCallsCountAfterARestart(t *testing.T) {
 	})
 }
 
+// A process may be stopped when one of its clients is back and another is not: the time
+// that the other has to come back begins when the process goes on.
+func TestStoppedProcessIsGivenItsTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := cache.New(cache.Config{})
+		c.SetBundle(snapshot(t))
+		e := entry("e", "x")
+		c.Update([]*cache.Entry{e}, nil)
+		life := cache.Running
+		read := func(authority string) *cache.Subscription {
+			v := svid(e, authority)
+			v.NotAfter = time.Now().Add(time.Hour)
+			put(t, c, v)
+			s := c.Subscribe(cache.Process{PID: 1, Started: 1}, sel("x"))
+			s.View()
+			s.Sending()
+			s.Read()
+			return s
+		}
+		pass := func(d time.Duration) {
+			for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(5 * time.Second) {
+				c.Sweep(func(cache.Process) cache.Life { return life })
+			}
+		}
+		want := func(when string, counts bool) {
+			t.Helper()
+			i := slices.IndexFunc(c.Authorities(), func(u cache.Usage) bool { return u.Authority == "A" && u.Streams > 0 })
+			if (i >= 0) != counts {
+				t.Errorf("%s: %+v, want A counted: %v", when, c.Authorities(), counts)
+			}
+		}
+		read("A").Close()
+		defer read("B").Close()
+		pass(time.Minute)
+		life = cache.Stopped
+		pass(10 * time.Minute)
+		want("stopped", true)
+		life = cache.Running
+		pass(cache.ReconnectGrace - 10*time.Second)
+		want("resumed", true)
+		pass(10 * time.Second)
+		want("after its time", false)
+	})
+}
+
 // For random histories of streams of several processes, over restarts: an authority
 // counts while a process that lives may use an SVID of it, as defined by the model in
 // plain words, and not otherwise.
@@ -144,7 +190,8 @@ type readersModel struct {
 
 type modelProcess struct {
 	name    cache.Process
-	dead    bool
+	life    cache.Life
+	stopped time.Time // the last look that found it stopped
 	streams []*modelStream
 }
 
@@ -154,6 +201,7 @@ type modelStream struct {
 	sub    *cache.Subscription
 	opened int                  // when, in steps
 	ended  int                  // 0 while it is open
+	cut    time.Time            // when it ended before it had read an answer
 	viewed map[string]time.Time // being put together
 	sent   map[string]time.Time // not read yet
 	may    map[string]time.Time // what the process may use because of it
@@ -179,14 +227,14 @@ func (m *readersModel) play() {
 				s = o
 			}
 		}
-		op := m.r.IntN(12)
+		op := m.r.IntN(16)
 		m.past = append(m.past, fmt.Sprint(op, "/", p.name.PID))
 		switch {
 		case op < 2:
 			v := svid(m.e, []string{"A", "B", "C"}[m.r.IntN(3)])
 			v.NotAfter = time.Now().Add(time.Duration(1+m.r.IntN(20)) * time.Minute)
 			put(m.t, m.c, v)
-		case op < 5 && !p.dead:
+		case op < 5 && p.life == cache.Running:
 			s := &modelStream{sub: m.c.Subscribe(p.name, sel("x")), opened: step, may: map[string]time.Time{}}
 			p.streams = append(p.streams, s)
 			m.send(s)
@@ -200,26 +248,31 @@ func (m *readersModel) play() {
 			s.view()
 		case op == 6 && s != nil && s.sent == nil:
 			m.send(s)
-		case op == 7 && s != nil && s.sent != nil:
+		case op == 7 && s != nil && s.sent != nil && p.life == cache.Running:
 			s.hasRead()
 		case op == 8 && s != nil:
 			s.end(step)
 		case op == 9 && m.r.IntN(4) == 0:
-			p.dead = true
+			p.life = cache.Ended
 			for _, s := range p.streams {
 				s.end(step)
 			}
-		case op == 10:
-			m.c.Sweep(func(name cache.Process) bool {
-				return !slices.ContainsFunc(m.processes, func(p *modelProcess) bool { return p.name == name && p.dead })
-			})
+		case op == 10 || op > 13:
+			m.c.Sweep(func(name cache.Process) cache.Life { return m.processes[name.PID].life })
 			for _, p := range m.processes {
-				if p.dead {
+				switch p.life {
+				case cache.Ended:
 					p.streams = nil
+				case cache.Stopped:
+					p.stopped = time.Now()
 				}
 			}
 		case op == 11 && m.r.IntN(4) == 0:
 			m.restart(step)
+		case op >= 12 && p.life == cache.Running:
+			p.life = cache.Stopped
+		case op >= 12 && p.life == cache.Stopped:
+			p.life = cache.Running
 		}
 		time.Sleep(time.Duration(1+m.r.IntN(90)) * time.Second)
 		m.check()
@@ -289,19 +342,30 @@ func (s *modelStream) end(step int) {
 	if s.ended == 0 {
 		s.sub.Close()
 		s.ended, s.viewed = step, nil
+		if len(s.read) == 0 {
+			s.cut = time.Now()
+		}
 	}
 }
 
 // replaced: a stream opened after the last end of one that left an SVID of the
-// authority has read an answer without it, and other clients have had time to be back.
+// authority has read an answer without it, and other clients have had time to be back:
+// none is waiting for its first answer, or was cut off a short time ago while it was,
+// and the process was not stopped a short time ago.
 func (m *readersModel) replaced(p *modelProcess, id string) bool {
-	last := -1
+	last, cut := -1, p.stopped
 	for _, s := range p.streams {
 		if _, may := s.may[id]; may && s.ended > 0 {
 			last = max(last, s.ended)
 		}
+		if s.ended == 0 && len(s.read) == 0 {
+			return false
+		}
+		if s.cut.After(cut) {
+			cut = s.cut
+		}
 	}
-	return last >= 0 && slices.ContainsFunc(p.streams, func(s *modelStream) bool {
+	return last >= 0 && time.Since(cut) >= cache.ReconnectGrace && slices.ContainsFunc(p.streams, func(s *modelStream) bool {
 		return s.opened > last && slices.ContainsFunc(s.read, func(answer modelAnswer) bool {
 			_, has := answer.uses[id]
 			return !has && time.Since(answer.at) >= cache.ReconnectGrace

@@ -170,6 +170,7 @@ func (c *Cache) Subscribe(p Process, selectors []Selector) *Subscription {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	s := &Subscription{cache: c, process: p, c: make(chan struct{}, 1), opened: time.Now(), serial: c.next(), early: c.returning}
+	c.prune(p) // what is over does not count again because this stream has read nothing
 	c.reader(p).open[s] = struct{}{}
 	c.choose(s, selectors)
 	return s

@@ -268,7 +268,7 @@ func (a *Agent) restore(kept *bundle.Bundle) error {
 		if entries, svids, err = dir.Load(a.cfg.Now()); err != nil {
 			return fmt.Errorf("load runtime_dir: %w", err)
 		}
-		if uses, err = dir.LoadProcesses(a.cfg.Now(), a.cfg.Running); err != nil {
+		if uses, err = dir.LoadProcesses(a.cfg.Now(), a.cfg.Life); err != nil {
 			return fmt.Errorf("load runtime_dir: %w", err)
 		}
 	}

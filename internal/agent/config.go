@@ -79,13 +79,13 @@ type Config struct {
 	// on. Bundle, entries and SVIDs may still be under way.
 	Started func()
 
-	// Dial, Listener, Attestors, Peers, Running and Now replace
+	// Dial, Listener, Attestors, Peers, Life and Now replace
 	// what the operating system gives, for running inside another process.
 	Dial      func(ctx context.Context, address string) (net.Conn, error)
 	Listener  net.Listener
 	Attestors []attest.Attestor
 	Peers     func(net.Conn) (*attest.Peer, error)
-	Running   func(cache.Process) bool // whether a process has not ended
+	Life      func(cache.Process) cache.Life
 	Now       func() time.Time
 }
 
@@ -147,8 +147,8 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
-	if c.Running == nil {
-		c.Running = attest.Running
+	if c.Life == nil {
+		c.Life = attest.Life
 	}
 	if c.Now == nil {
 		c.Now = time.Now

@@ -74,6 +74,15 @@ func (p *process) resume() {
 	}
 }
 
+func (p *process) stopped() bool {
+	select {
+	case <-p.runs():
+		return false
+	default:
+		return true
+	}
+}
+
 func (p *process) runs() <-chan struct{} {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -69,9 +69,9 @@ func (h *readers) uses() map[string]string {
 		}
 		for _, c := range p.clients {
 			if last, ok := c.stream.last(); ok {
-				has(&last, "workload %d (stopped: %v, back: %v)", p.name.PID, p.stopped, c.back)
+				has(&last, "workload %d (stopped: %v, back: %v)", p.name.PID, p.stopped(), c.back)
 			} else if c.has != nil {
-				has(c.has, "workload %d (stopped: %v, back: %v)", p.name.PID, p.stopped, c.back)
+				has(c.has, "workload %d (stopped: %v, back: %v)", p.name.PID, p.stopped(), c.back)
 			}
 		}
 	}

@@ -159,7 +159,7 @@ func (a *Agent) release(ctx context.Context) {
 // sweepInterval is how soon a workload that has ended counts no longer.
 const sweepInterval = 5 * time.Second
 
-// sweep notes which workloads have ended, until ctx is done.
+// sweep notes which workloads have ended or are stopped, until ctx is done.
 func (a *Agent) sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
@@ -168,7 +168,7 @@ func (a *Agent) sweep(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			a.cache.Sweep(a.cfg.Running)
+			a.cache.Sweep(a.cfg.Life)
 		}
 	}
 }

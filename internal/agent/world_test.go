@@ -132,7 +132,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w.cfg = agent.Config{
 			TrustDomain: td, ServerAddress: "server:8081", TrustBundle: w.trust(), JoinToken: token.Value, DataDir: dir,
 			TaintDelay: time.Minute, CacheSize: n + 1000, Log: w.logs,
-			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Running: w.running, Now: w.now,
+			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Life: w.life, Now: w.now,
 		}
 		if configure != nil {
 			configure(w)
@@ -422,9 +422,15 @@ func (w *world) peer(conn net.Conn) (*attest.Peer, error) {
 	return peer, nil
 }
 
-func (w *world) running(name cache.Process) bool {
+func (w *world) life(name cache.Process) cache.Life {
 	p, ok := w.processes.Load(name)
-	return ok && p.(*process).alive() == nil
+	switch {
+	case !ok || p.(*process).alive() != nil:
+		return cache.Ended
+	case p.(*process).stopped():
+		return cache.Stopped
+	}
+	return cache.Running
 }
 
 func (w *world) Name() string { return "test" }

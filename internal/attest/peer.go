@@ -113,7 +113,7 @@ func Made(process cache.Process, uid, gid uint32, alive func() error) *Peer {
 }
 
 func (p *Peer) byStartTime() (err error) {
-	p.started, err = p.readStartTime()
+	p.started, _, err = p.readStat()
 	return err
 }
 
@@ -125,22 +125,26 @@ func (p *Peer) PID() int { return p.pid }
 func (p *Peer) Process() cache.Process { return p.process() }
 
 func (p *Peer) name() cache.Process {
-	started, err := p.readStartTime()
+	started, _, err := p.readStat()
 	if err != nil || p.Alive() != nil { // the start time may be that of another one
 		started = 0
 	}
 	return cache.Process{PID: p.pid, Started: started}
 }
 
-// Running reports whether the process has not ended. One that cannot be looked at
-// counts as running.
-func Running(process cache.Process) bool {
+// Life says what the process does.
+func Life(process cache.Process) cache.Life {
 	if process.Started == 0 {
-		return true
+		return cache.Running
 	}
-	p := newPeer(process.PID, 0, 0)
-	started, err := p.readStartTime()
-	return !errors.Is(err, ErrGone) && (err != nil || started == process.Started)
+	started, life, err := newPeer(process.PID, 0, 0).readStat()
+	switch {
+	case errors.Is(err, ErrGone), err == nil && started != process.Started:
+		return cache.Ended
+	case err != nil:
+		return cache.Running
+	}
+	return life
 }
 
 // UID is the effective user ID at the time of the connect.
@@ -161,7 +165,7 @@ func (p *Peer) Alive() error {
 		return p.alive()
 	}
 	if p.pidfd < 0 {
-		started, err := p.readStartTime()
+		started, _, err := p.readStat()
 		if err == nil && started != p.started {
 			err = ErrGone
 		}

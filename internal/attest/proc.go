@@ -8,6 +8,8 @@ import (
 	"strconv"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/cache"
 )
 
 // Proc returns the path of a file of the process under /proc, such as
@@ -81,47 +83,53 @@ func retry(call func() (int, error)) (int, error) {
 	}
 }
 
-// readStartTime returns when the process started, and [ErrGone] when no thread
-// of it runs any more.
-func (p *Peer) readStartTime() (uint64, error) {
+// readStat returns when the process started and what it does, and [ErrGone] when it
+// has no thread left.
+func (p *Peer) readStat() (started uint64, life cache.Life, err error) {
 	stat, err := p.ReadProc("stat", nil, 64<<10)
 	if err != nil {
-		return 0, err
+		return 0, cache.Running, err
 	}
-	started, ended, err := parseStat(stat)
+	started, life, err = parseStat(stat)
 	switch {
 	case err != nil:
-		return 0, &fs.PathError{Op: "parse", Path: p.Proc("stat"), Err: err}
-	case ended:
-		return 0, ErrGone
+		return 0, cache.Running, &fs.PathError{Op: "parse", Path: p.Proc("stat"), Err: err}
+	case life == cache.Ended:
+		return 0, life, ErrGone
 	}
-	return started, nil
+	return started, life, nil
 }
 
-// parseStat finds the start time, field 22 of /proc/PID/stat, and whether the
-// process has ended and waits for its parent: its main thread is a zombie
-// (field 3) and no other thread is left (field 20). Field 2 is the command in
+// parseStat finds the start time, field 22 of /proc/PID/stat, and what the process
+// does by the state of its main thread, field 3: it is stopped, or has ended and waits
+// for its parent, if no other thread is left (field 20). Field 2 is the command in
 // parentheses and may itself hold spaces and parentheses, so the fields are
 // counted from the last one: proc_pid_stat(5).
-func parseStat(stat []byte) (started uint64, ended bool, err error) {
+func parseStat(stat []byte) (started uint64, life cache.Life, err error) {
 	const state, threads, start = 3, 20, 22
 	end := bytes.LastIndexByte(stat, ')')
 	if end < 0 {
-		return 0, false, errors.New("no command name")
+		return 0, cache.Running, errors.New("no command name")
 	}
 	zombie, n := false, state
 	for field := range bytes.FieldsSeq(stat[end+1:]) {
 		switch n {
 		case state:
-			zombie = string(field) == "Z" || string(field) == "X"
+			switch string(field) {
+			case "Z", "X":
+				zombie = true
+			case "T", "t":
+				life = cache.Stopped
+			}
 		case threads:
-			count := string(field)
-			ended = zombie && (count == "1" || count == "0")
+			if count := string(field); zombie && (count == "1" || count == "0") {
+				life = cache.Ended
+			}
 		case start:
 			started, err = strconv.ParseUint(string(field), 10, 64)
-			return started, ended, err
+			return started, life, err
 		}
 		n++
 	}
-	return 0, false, errors.New("no start time")
+	return 0, cache.Running, errors.New("no start time")
 }

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/cache"
 )
 
 func TestParseStat(t *testing.T) {
@@ -18,27 +20,29 @@ func TestParseStat(t *testing.T) {
 		return "42 (sleep)" + strings.NewReplacer(" S ", " "+state+" ", " 17 ", " "+threads+" ").Replace(rest)
 	}
 	for name, tt := range map[string]struct {
-		stat  string
-		want  uint64
-		ended bool
-		ok    bool
+		stat string
+		want uint64
+		life cache.Life
+		ok   bool
 	}{
-		"plain":                   {"42 (sleep)" + rest, 4711, false, true},
-		"spaces and brackets":     {"42 (a) S 9 (b ) 1)" + rest, 4711, false, true},
-		"line ends in command":    {"42 (a\nb)" + rest + "\n", 4711, false, true},
-		"zombie":                  {state("Z", "1"), 4711, true, true},
-		"zombie being reaped":     {state("X", "0"), 4711, true, true},
-		"main thread has ended":   {state("Z", "2"), 4711, false, true},
-		"a command like a zombie": {"42 (x) Z 1)" + rest, 4711, false, true},
-		"one thread":              {state("R", "1"), 4711, false, true},
-		"empty":                   {"", 0, false, false},
-		"cut short":               {"42 (sleep) S 1 2", 0, false, false},
-		"no number":               {"42 (sleep)" + strings.Replace(rest, "4711", "x", 1), 0, false, false},
-		"no command":              {"42 sleep" + rest, 0, false, false},
+		"plain":                   {"42 (sleep)" + rest, 4711, cache.Running, true},
+		"spaces and brackets":     {"42 (a) S 9 (b ) 1)" + rest, 4711, cache.Running, true},
+		"line ends in command":    {"42 (a\nb)" + rest + "\n", 4711, cache.Running, true},
+		"zombie":                  {state("Z", "1"), 4711, cache.Ended, true},
+		"zombie being reaped":     {state("X", "0"), 4711, cache.Ended, true},
+		"main thread has ended":   {state("Z", "2"), 4711, cache.Running, true},
+		"a command like a zombie": {"42 (x) Z 1)" + rest, 4711, cache.Running, true},
+		"stopped":                 {state("T", "3"), 4711, cache.Stopped, true},
+		"stopped by a tracer":     {state("t", "1"), 4711, cache.Stopped, true},
+		"one thread":              {state("R", "1"), 4711, cache.Running, true},
+		"empty":                   {"", 0, cache.Running, false},
+		"cut short":               {"42 (sleep) S 1 2", 0, cache.Running, false},
+		"no number":               {"42 (sleep)" + strings.Replace(rest, "4711", "x", 1), 0, cache.Running, false},
+		"no command":              {"42 sleep" + rest, 0, cache.Running, false},
 	} {
-		got, ended, err := parseStat([]byte(tt.stat))
-		if got != tt.want || ended != tt.ended || (err == nil) != tt.ok {
-			t.Errorf("%s: got %d, %v, %v", name, got, ended, err)
+		got, life, err := parseStat([]byte(tt.stat))
+		if got != tt.want || life != tt.life || (err == nil) != tt.ok {
+			t.Errorf("%s: got %d, %v, %v", name, got, life, err)
 		}
 	}
 }
@@ -52,11 +56,11 @@ func FuzzParseStat(f *testing.F) {
 	f.Add("1 (a ) (b) S")
 	f.Add(")")
 	f.Fuzz(func(t *testing.T, stat string) {
-		want, ended, err := parseStat([]byte(stat))
+		want, life, err := parseStat([]byte(stat))
 		// Whatever the command is called, the result is the same.
 		if i := strings.LastIndexByte(stat, ')'); i >= 0 {
-			got, endedToo, again := parseStat([]byte("1 (x) y) z" + stat[i:]))
-			if got != want || ended != endedToo || (again == nil) != (err == nil) {
+			got, lifeToo, again := parseStat([]byte("1 (x) y) z" + stat[i:]))
+			if got != want || life != lifeToo || (again == nil) != (err == nil) {
 				t.Errorf("%q: %d, %v; with another command: %d, %v", stat, want, err, got, again)
 			}
 		}

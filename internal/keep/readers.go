@@ -122,7 +122,7 @@ func (d *Dir) reportRecord(err error) {
 
 // LoadProcesses returns what processes could use when the agent ended, as far as
 // they run still and it has not expired at now. Other files, and broken ones, are removed.
-func (d *Dir) LoadProcesses(now time.Time, running func(cache.Process) bool) (map[cache.Process][]cache.Use, error) {
+func (d *Dir) LoadProcesses(now time.Time, life func(cache.Process) cache.Life) (map[cache.Process][]cache.Use, error) {
 	names, err := os.ReadDir(d.path)
 	if err != nil {
 		return nil, fmt.Errorf("read runtime_dir: %w", err)
@@ -153,7 +153,7 @@ func (d *Dir) LoadProcesses(now time.Time, running func(cache.Process) bool) (ma
 				valid = append(valid, u)
 			}
 		}
-		if err != nil || len(valid) == 0 || !running(p) {
+		if err != nil || len(valid) == 0 || life(p) == cache.Ended {
 			if err := d.remove(path); err != nil {
 				return nil, fmt.Errorf("drop the record of a process: %w", err)
 			}

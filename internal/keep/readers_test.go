@@ -21,7 +21,7 @@ import (
 	"github.com/renewd/renewd/internal/keep"
 )
 
-func runs(cache.Process) bool { return true }
+func runs(cache.Process) cache.Life { return cache.Running }
 
 func logTo(w *strings.Builder) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
@@ -49,13 +49,13 @@ func snapshot(t *testing.T) *bundle.Snapshot {
 }
 
 // reopened is what an agent finds that is started now.
-func reopened(t *testing.T, path string, running func(cache.Process) bool) map[cache.Process][]cache.Use {
+func reopened(t *testing.T, path string, life func(cache.Process) cache.Life) map[cache.Process][]cache.Use {
 	t.Helper()
 	d, err := keep.Open(path, quiet())
 	if err != nil {
 		t.Fatal(err)
 	}
-	uses, err := d.LoadProcesses(time.Now(), running)
+	uses, err := d.LoadProcesses(time.Now(), life)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -117,11 +117,11 @@ func TestProcessesAreKept(t *testing.T) {
 		sub.Close()
 		time.Sleep(11 * time.Second)
 		want("the stream has ended", "bb")
-		c.Sweep(func(cache.Process) bool { return false })
+		c.Sweep(func(cache.Process) cache.Life { return cache.Ended })
 		time.Sleep(11 * time.Second)
 		want("the process has ended")
 		d.Record(p, []cache.Use{{Authority: "bb", NotAfter: now.Add(time.Hour)}})
-		if got := reopened(t, path, func(cache.Process) bool { return false }); len(got) != 0 {
+		if got := reopened(t, path, func(cache.Process) cache.Life { return cache.Ended }); len(got) != 0 {
 			t.Errorf("after the process has ended: %v", got)
 		}
 		if files := processFiles(path); len(files) != 0 {

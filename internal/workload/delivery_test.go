@@ -370,7 +370,7 @@ func TestStoppedProcessIsCounted(t *testing.T) {
 	signal(syscall.SIGKILL)
 	_ = cmd.Wait() // killed
 	until("gone", func() bool {
-		s.cache.Sweep(attest.Running)
+		s.cache.Sweep(attest.Life)
 		return s.streams(b)+s.streams(c) == 0
 	})
 }

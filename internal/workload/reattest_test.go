@@ -126,7 +126,7 @@ func TestStreamsAreAttestedAgain(t *testing.T) {
 		}
 		cancel()
 		synctest.Wait()
-		s.cache.Sweep(func(cache.Process) bool { return false })
+		s.cache.Sweep(func(cache.Process) cache.Life { return cache.Ended })
 		for _, u := range s.cache.Authorities() {
 			if u.Streams != 0 {
 				t.Errorf("%d streams count after the last has ended", u.Streams)
