@@ -86,7 +86,8 @@ func retry(call func() (int, error)) (int, error) {
 // readStat returns when the process started and what it does, and [ErrGone] when it
 // has no thread left.
 func (p *Peer) readStat() (started uint64, life cache.Life, err error) {
-	stat, err := p.ReadProc("stat", nil, 64<<10)
+	// Most have some 300 bytes, and one is read for each connection.
+	stat, err := p.ReadProc("stat", make([]byte, 512), 64<<10)
 	if err != nil {
 		return 0, cache.Running, err
 	}
