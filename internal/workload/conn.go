@@ -35,7 +35,7 @@ func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 		p.Close()
 		return nil, nil, errTooManyConns
 	}
-	held := &peerConn{Conn: conn, close: sync.OnceFunc(func() {
+	held := &peerConn{joined: joined{Conn: conn}, close: sync.OnceFunc(func() {
 		c.s.conns.release(p.UID())
 		p.Close()
 	})}

@@ -20,7 +20,7 @@ import (
 // peerConn is a connection that knows which answers its peer has read. It lets go of
 // the process when it is closed.
 type peerConn struct {
-	net.Conn
+	joined
 	close func()
 
 	mu       sync.Mutex
@@ -95,7 +95,7 @@ func (c *peerConn) readAtEnd(d *delivery) bool {
 }
 
 func (c *peerConn) Write(b []byte) (int, error) {
-	n, err := c.Conn.Write(b)
+	n, err := c.joined.Write(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {

@@ -203,7 +203,7 @@ func TestWhatThePeerHasRead(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			server, client := unixPair(t)
-			c := &peerConn{Conn: server, close: func() {}}
+			c := &peerConn{joined: joined{Conn: server}, close: func() {}}
 			data := []byte(answer)
 			d := c.await(data)
 			defer c.forget(d)
@@ -240,7 +240,7 @@ func TestWhatIsReadOfAClosedConnection(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			server, client := unixPair(t)
-			c := &peerConn{Conn: server, close: func() {}}
+			c := &peerConn{joined: joined{Conn: server}, close: func() {}}
 			data := []byte("the answer")
 			d := c.await(data)
 			defer c.forget(d)
