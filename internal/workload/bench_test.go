@@ -279,7 +279,7 @@ func BenchmarkEncode(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				a := newX509Answer(&v)
-				a.encode(a.size())
+				a.encode(a.size()).Free()
 			}
 		})
 	}

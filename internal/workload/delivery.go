@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/mem"
 )
 
 // That gRPC has taken an answer says little: it queues what the client's flow control
@@ -35,25 +36,30 @@ type unreader interface{ Unread() (int, error) }
 
 // delivery is an answer on its way.
 type delivery struct {
-	last    *byte // the end of the answer as gRPC gets it
-	written bool  // guarded by peerConn.mu
+	answer  mem.Buffer // held, so that its memory is not another answer's meanwhile
+	last    *byte      // the end of the answer as gRPC gets it
+	written bool       // guarded by peerConn.mu
 }
 
 // await follows an answer that is about to be given to gRPC, which must not copy it:
-// the server has no write buffer. It must not be empty, nor change.
-func (c *peerConn) await(answer []byte) *delivery {
+// the server has no write buffer. It must not be empty, nor change. The reference to it
+// stays the caller's.
+func (c *peerConn) await(answer mem.Buffer) *delivery {
+	answer.Ref()
+	data := answer.ReadOnlyData()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	d := &delivery{last: &answer[len(answer)-1]}
+	d := &delivery{answer: answer, last: &data[len(data)-1]}
 	c.awaited = append(c.awaited, d)
 	return d
 }
 
-// forget ends what await has begun.
+// forget ends what await has begun, once.
 func (c *peerConn) forget(d *delivery) {
 	c.mu.Lock()
-	defer c.mu.Unlock()
 	c.awaited = slices.DeleteFunc(c.awaited, func(e *delivery) bool { return e == d })
+	c.mu.Unlock()
+	d.answer.Free()
 }
 
 // read reports whether the peer has read an answer.

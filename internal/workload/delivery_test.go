@@ -19,6 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 	"golang.org/x/net/http2"
 	"golang.org/x/net/http2/hpack"
+	"google.golang.org/grpc/mem"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
@@ -205,7 +206,7 @@ func TestWhatThePeerHasRead(t *testing.T) {
 			server, client := unixPair(t)
 			c := &peerConn{joined: joined{Conn: server}, close: func() {}}
 			data := []byte(answer)
-			d := c.await(data)
+			d := c.await(mem.SliceBuffer(data))
 			defer c.forget(d)
 			if c.read(d) {
 				t.Error("read before it was written")
@@ -242,7 +243,7 @@ func TestWhatIsReadOfAClosedConnection(t *testing.T) {
 			server, client := unixPair(t)
 			c := &peerConn{joined: joined{Conn: server}, close: func() {}}
 			data := []byte("the answer")
-			d := c.await(data)
+			d := c.await(mem.SliceBuffer(data))
 			defer c.forget(d)
 			if _, err := c.Write(data); err != nil {
 				t.Fatal(err)
@@ -268,6 +269,22 @@ func TestWhatIsReadOfAClosedConnection(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The memory of an answer belongs to no other one as long as it is awaited.
+func TestAwaitedAnswerKeepsItsMemory(t *testing.T) {
+	t.Parallel()
+	c := &peerConn{}
+	answer := fill(4000, func(b []byte) []byte { return b[:4000] })
+	d := c.await(answer)
+	answer.Free() // as gRPC does once it has written it
+	for range 100 {
+		other := fill(4000, func(b []byte) []byte { return b[:4000] })
+		if &other.ReadOnlyData()[3999] == d.last {
+			t.Fatal("another answer has its memory")
+		}
+	}
+	c.forget(d)
 }
 
 func take(t *testing.T, c net.Conn, n int) {

@@ -8,7 +8,7 @@ import (
 )
 
 // The answers that go to every stream at once are encoded here by hand, from
-// what the cache holds straight into one buffer: no message is built
+// what the cache holds straight into one pooled buffer: no message is built
 // and copied first. Field numbers are those of workload.proto.
 const (
 	responseSVIDs     = 1 // X509SVIDResponse
@@ -57,10 +57,13 @@ func (a *x509Answer) size() int {
 	return n + foreignSize(a.federated)
 }
 
-// encode returns the answer as an X509SVIDResponse of the given size. It is not from
-// a pool: its memory is how its delivery is recognized.
-func (a *x509Answer) encode(size int) []byte {
-	b := make([]byte, 0, size)
+// encode returns the answer as an X509SVIDResponse of the given size, in a pooled
+// buffer that is given back when it was written and its delivery is forgotten.
+func (a *x509Answer) encode(size int) mem.Buffer {
+	return fill(size, a.append)
+}
+
+func (a *x509Answer) append(b []byte) []byte {
 	for _, id := range a.identities {
 		b = appendHeader(b, responseSVIDs, a.svidSize(id))
 		b = appendField(b, svidID, svidName(id.svid))
@@ -98,8 +101,12 @@ func appendForeign(b []byte, field protowire.Number, m []foreign) []byte {
 // encodeMap returns a message that holds nothing but a map of bundles, in a pooled
 // buffer that is given back when it was written.
 func encodeMap(field protowire.Number, m []foreign) mem.Buffer {
-	size := foreignSize(m)
+	return fill(foreignSize(m), func(b []byte) []byte { return appendForeign(b, field, m) })
+}
+
+// fill has a pooled buffer of the given size filled.
+func fill(size int, with func([]byte) []byte) mem.Buffer {
 	buf := pool.Get(size)
-	*buf = appendForeign((*buf)[:0], field, m)
+	*buf = with((*buf)[:0])
 	return mem.NewBuffer(buf, pool)
 }

@@ -44,7 +44,9 @@ func FuzzEncode(f *testing.F) {
 			want.FederatedBundles = map[string][]byte{other.IDString(): foreignDER}
 			bundles.Bundles = want.FederatedBundles
 		}
-		answer := a.encode(a.size())
+		buf := a.encode(a.size())
+		defer buf.Free()
+		answer := buf.ReadOnlyData()
 		got := &workloadpb.X509SVIDResponse{}
 		if err := proto.Unmarshal(answer, got); err != nil {
 			t.Fatal(err)
@@ -52,7 +54,7 @@ func FuzzEncode(f *testing.F) {
 		if !proto.Equal(got, want) || len(answer) != a.size() {
 			t.Errorf("got %v, want %v", got, want)
 		}
-		buf := encodeMap(x509Bundles, a.federated)
+		buf = encodeMap(x509Bundles, a.federated)
 		defer buf.Free()
 		gotBundles := &workloadpb.X509BundlesResponse{}
 		if err := proto.Unmarshal(buf.ReadOnlyData(), gotBundles); err != nil || !proto.Equal(gotBundles, bundles) {

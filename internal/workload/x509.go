@@ -10,7 +10,6 @@ import (
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/mem"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
@@ -237,7 +236,7 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	answer := next.encode(size)
 	x.s.cfg.Record(x.process, x.sub.Sending())
 	x.sending, x.pause, x.last = x.conn.await(answer), PushSpacing, next
-	if err := x.stream.SendMsg(encoded{mem.SliceBuffer(answer)}); err != nil {
+	if err := x.stream.SendMsg(encoded{answer}); err != nil {
 		return false, 0, err
 	}
 	return true, x.pause, nil
