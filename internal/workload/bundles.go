@@ -41,29 +41,29 @@ func (s *service) streamBundles(method string, stream grpc.ServerStream, field p
 
 	opened := time.Now()
 	var last []foreign
-	return s.follow(stream.Context(), c, watch.C, func() (bool, time.Duration, error) {
+	return s.follow(stream.Context(), c, outcome{}, watch.C(), func() (outcome, error) {
 		if _, err := s.reattest(stream.Context(), c); err != nil {
-			return false, 0, err
+			return outcome{}, err
 		}
 		v := s.cfg.Cache.Match(c.selectors)
 		if err := c.admit(&v); err != nil {
-			return false, 0, err
+			return outcome{}, err
 		}
 		if left := bundleGrace - time.Since(opened); v.BundlesPending && last == nil && left > 0 {
-			return false, left, nil
+			return outcome{again: left}, nil
 		}
 		own := foreign{v.Bundle.Own.TrustDomain(), form(v.Bundle.Own)}
 		next := slices.Insert(federated(&v, form), 0, own)
 		if last != nil && equalForeign(next, last) {
-			return false, 0, nil
+			return outcome{}, nil
 		}
 		if c.peer.Alive() != nil {
-			return false, 0, errGone
+			return outcome{}, errGone
 		}
 		if err := stream.SendMsg(encoded{encodeMap(field, next)}); err != nil {
-			return false, 0, err
+			return outcome{}, err
 		}
 		last = next
-		return true, 0, nil
+		return outcome{sent: true}, nil
 	})
 }

@@ -11,17 +11,31 @@ import (
 // that come faster are told together.
 const PushSpacing = 250 * time.Millisecond
 
+// outcome is what one look at what a stream is to be told has come to.
+type outcome struct {
+	sent  bool          // there was something to tell
+	again time.Duration // when to look without a wake-up; 0: not before one
+}
+
 // follow runs one stream: it calls look when woken and lets at least
-// PushSpacing pass after each answer. look sends what has changed, if anything,
-// and reports whether it did. A look that is to be repeated without a wake-up
-// says so by again, the time until then; one is repeated in any case while the
-// caller waits to be attested again.
-func (s *service) follow(ctx context.Context, c *caller, wake func() <-chan struct{}, look func() (sent bool, again time.Duration, err error)) error {
+// PushSpacing pass after each answer. look sends what has changed, if anything.
+// It is repeated in any case while the caller waits to be attested again. before is
+// the outcome of a look that was done already, zero for none.
+func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-chan struct{}, look func() (outcome, error)) error {
 	var last time.Time // of the last answer
-	var again <-chan time.Time
 	for {
+		if before.sent {
+			last = time.Now()
+		}
+		var again <-chan time.Time
+		switch {
+		case before.again > 0:
+			again = time.After(before.again)
+		case c.outdated():
+			again = time.After(reattestPause)
+		}
 		select {
-		case <-wake():
+		case <-wake:
 		case <-again:
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
@@ -42,24 +56,14 @@ func (s *service) follow(ctx context.Context, c *caller, wake func() <-chan stru
 				}
 				// What came meanwhile is part of what look reads.
 				select {
-				case <-wake():
+				case <-wake:
 				default:
 				}
 			}
 		}
-		sent, wait, err := look()
-		if err != nil {
+		var err error
+		if before, err = look(); err != nil {
 			return err
-		}
-		if wait == 0 && c.outdated() {
-			wait = reattestPause
-		}
-		again = nil
-		if wait > 0 {
-			again = time.After(wait)
-		}
-		if sent {
-			last = time.Now()
 		}
 	}
 }

@@ -46,14 +46,22 @@ const fetchX509SVID = "FetchX509SVID"
 // a tenth smaller.
 func (s *service) streamX509SVIDs(stream grpc.ServerStream) error {
 	x := &x509Stream{s: s, stream: stream}
-	if err := aside(x.open); err != nil {
+	// Most callers get their answer in the first look. Together with open it needs
+	// one goroutine, whose stack grows once.
+	var first outcome
+	err := aside(func() (err error) {
+		if err = x.open(); err == nil {
+			first, err = x.look()
+		}
+		return err
+	})
+	defer x.close()
+	if err != nil {
 		return err
 	}
-	defer x.close()
-	wake := func() <-chan struct{} { return x.sub.C() }
-	return s.follow(stream.Context(), x.caller, wake, func() (sent bool, again time.Duration, err error) {
-		err = aside(func() error { sent, again, err = x.look(); return err })
-		return sent, again, err
+	return s.follow(stream.Context(), x.caller, first, x.sub.C(), func() (o outcome, err error) {
+		err = aside(func() error { o, err = x.look(); return err })
+		return o, err
 	})
 }
 
@@ -112,8 +120,8 @@ const partialGrace = 5 * time.Second
 // server is being asked for. It may be the only one that the workload reads.
 const bundleGrace = 2 * time.Second
 
-// open lets the caller in. Unless it fails, close has to follow. The call counts in
-// the cache before its caller is attested, which may take long.
+// open lets the caller in; close has to follow. The call counts in the cache before
+// its caller is attested, which may take long.
 func (x *x509Stream) open() error {
 	var req workloadpb.X509SVIDRequest // has no fields
 	if err := x.stream.RecvMsg(&req); err != nil {
@@ -127,12 +135,12 @@ func (x *x509Stream) open() error {
 	x.sub = x.s.cfg.Cache.Subscribe(x.process, nil)
 	c, err := x.s.enter(x.stream.Context())
 	if err != nil {
-		x.sub.Close()
 		return err
 	}
 	x.caller, x.opened = c, time.Now()
 	x.s.obs.StreamOpened(fetchX509SVID)
 	x.sub.Select(c.selectors)
+	<-x.sub.C() // look follows
 	return nil
 }
 
@@ -144,9 +152,13 @@ func (x *x509Stream) close() {
 		}
 		x.conn.forget(x.sending)
 	}
-	x.sub.Close()
-	x.s.obs.StreamClosed(fetchX509SVID)
-	x.caller.leave()
+	if x.sub != nil {
+		x.sub.Close()
+	}
+	if x.caller != nil {
+		x.s.obs.StreamClosed(fetchX509SVID)
+		x.caller.leave()
+	}
 }
 
 // reattest goes on with the selectors that the caller has by now.
@@ -173,25 +185,25 @@ func (x *x509Stream) read() bool {
 }
 
 // look sends what the caller is to know now, if it differs from what was sent.
-func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
+func (x *x509Stream) look() (outcome, error) {
 	if err := x.reattest(); err != nil {
-		return false, 0, err
+		return outcome{}, err
 	}
 	v := x.sub.View()
 	if left := startGrace - time.Since(x.opened); !v.Ready && left > 0 {
-		return false, left, nil
+		return outcome{again: left}, nil
 	}
 	if err := x.caller.admit(&v); err != nil {
-		return false, 0, err
+		return outcome{}, err
 	}
 	// One answer at a time: a client that reads none costs no more memory, and gets the
 	// newest when it goes on.
 	if !x.read() {
 		x.pause = min(2*x.pause, readLimit)
-		return false, x.pause, nil
+		return outcome{again: x.pause}, nil
 	}
 	if len(v.Identities) == 0 {
-		return false, 0, nil
+		return outcome{}, nil
 	}
 	x.s.warnHidden(v.Hidden)
 	// The first answer waits until it can be complete, but not for ever. A later
@@ -202,11 +214,11 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 			x.partial = time.Now()
 		}
 		if left := partialGrace - time.Since(x.partial); left > 0 {
-			return false, left, nil
+			return outcome{again: left}, nil
 		}
 	}
 	if left := bundleGrace - time.Since(x.opened); v.BundlesPending && x.last.identities == nil && left > 0 {
-		return false, left, nil
+		return outcome{again: left}, nil
 	}
 	if v.Orphaned == 0 {
 		x.orphaned = time.Time{}
@@ -215,15 +227,15 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 			x.orphaned = time.Now()
 		}
 		if left := orphanGrace - time.Since(x.orphaned); left > 0 {
-			return false, left, nil
+			return outcome{again: left}, nil
 		}
 	}
 	next := newX509Answer(&v)
 	if next.equal(&x.last) {
-		return false, 0, nil
+		return outcome{}, nil
 	}
 	if x.caller.peer.Alive() != nil {
-		return false, 0, errGone
+		return outcome{}, errGone
 	}
 	size := next.size()
 	if size > maxClientMessage {
@@ -237,9 +249,9 @@ func (x *x509Stream) look() (sent bool, again time.Duration, err error) {
 	x.s.cfg.Record(x.process, x.sub.Sending())
 	x.sending, x.pause, x.last = x.conn.await(answer), PushSpacing, next
 	if err := x.stream.SendMsg(encoded{answer}); err != nil {
-		return false, 0, err
+		return outcome{}, err
 	}
-	return true, x.pause, nil
+	return outcome{sent: true, again: x.pause}, nil
 }
 
 func (s *service) warnOversize(c *caller, identities, size int) {
