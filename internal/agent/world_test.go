@@ -72,18 +72,19 @@ type world struct {
 	cleared   map[string]bool   // keysets that the server called safe to remove
 	signers   map[string]string // authorities of certificates that were looked at
 
-	mu          sync.Mutex
-	faults      faults
-	states      map[string][]server.StoredEntry // every state that an entry was ever in, by SPIFFE ID
-	listings    int                             // answers with the server's own list of entries
-	mints       []mint
-	signing     map[*mint]string // lagging keysets that answers on their way will be of, by request
-	bundleCalls int
-	statusCalls int
-	process     string // of the last report
-	attesting   atomic.Int64
-	conns       []net.Conn // between agent and server
-	skew        time.Duration
+	mu           sync.Mutex
+	faults       faults
+	states       map[string][]server.StoredEntry // every state that an entry was ever in, by SPIFFE ID
+	listings     int                             // answers with the server's own list of entries
+	mints        []mint
+	signing      map[*mint]string // keysets that answers on their way are or will be of, by request
+	attestations int              // answers on their way that have an agent SVID
+	bundleCalls  int
+	statusCalls  int
+	process      string // of the last report
+	attesting    atomic.Int64
+	conns        []net.Conn // between agent and server
+	skew         time.Duration
 }
 
 // faults are what goes wrong between agent and server.
@@ -363,6 +364,9 @@ func (l *lateStream) SendMsg(m any) error {
 	l.w.mu.Lock()
 	d, list := l.w.faults.answer, l.w.faults.list
 	l.w.mu.Unlock()
+	if answer, ok := m.(*agentpb.AttestAgentResponse); ok && answer.GetResult() != nil {
+		defer l.w.attests()()
+	}
 	if err := sleep(l.Context(), d); err != nil {
 		return err
 	}
@@ -375,6 +379,22 @@ func (l *lateStream) SendMsg(m any) error {
 		l.w.mu.Unlock()
 	}
 	return l.ServerStream.SendMsg(m)
+}
+
+// attests notes that an agent SVID is on its way, which the active keyset has signed,
+// until done is called.
+func (w *world) attests() (done func()) {
+	by, asked := w.server.Keysets().Active().ID, &mint{at: time.Now()}
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.signing[asked] = by
+	w.attestations++
+	return func() {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		delete(w.signing, asked)
+		w.attestations--
+	}
 }
 
 func sleep(ctx context.Context, d time.Duration) error {
