@@ -38,6 +38,7 @@ import (
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/metrics"
 )
@@ -202,29 +203,14 @@ func (w *world) startServer() {
 	w.serverLis = bufconn.Listen(1 << 20)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	lis := w.serverLis
-	go func() { done <- w.server.Serve(ctx, fromNode{lis}) }()
+	// From one IP address: the server limits what the agent asks for.
+	lis := listentest.From(w.serverLis, &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 40000})
+	go func() { done <- w.server.Serve(ctx, lis) }()
 	w.stopServer = sync.OnceFunc(func() {
 		cancel()
 		w.check(<-done)
 	})
 }
-
-// fromNode has every connection come from one IP address, so that the server limits
-// what the agent asks for.
-type fromNode struct{ net.Listener }
-
-func (l fromNode) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return nodeConn{conn}, nil
-}
-
-type nodeConn struct{ net.Conn }
-
-func (nodeConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 40000} }
 
 func (w *world) startAgent() {
 	w.mu.Lock()
