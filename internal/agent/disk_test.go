@@ -37,6 +37,21 @@ func (w *world) tempFiles() []string {
 	return out
 }
 
+// hideRuntimeDir puts runtime_dir, with what is in it, out of the agent's reach, and has
+// every write to it fail, for root, too.
+func (w *world) hideRuntimeDir() {
+	w.check(os.Rename(w.cfg.RuntimeDir, w.hiddenRuntimeDir()))
+	w.check(os.WriteFile(w.cfg.RuntimeDir, nil, 0o600))
+}
+
+// showRuntimeDir takes back what hideRuntimeDir has done.
+func (w *world) showRuntimeDir() {
+	w.check(os.Remove(w.cfg.RuntimeDir))
+	w.check(os.Rename(w.hiddenRuntimeDir(), w.cfg.RuntimeDir))
+}
+
+func (w *world) hiddenRuntimeDir() string { return w.cfg.RuntimeDir + ".hidden" }
+
 // logBuffer is a log that can be read while it is written.
 type logBuffer struct {
 	mu   sync.Mutex

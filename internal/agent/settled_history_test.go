@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"slices"
 	"strconv"
 	"sync/atomic"
@@ -21,7 +22,8 @@ import (
 // before the taint was seen. That is read at the clients, over random histories of
 // restarts and kills of the agent, of workloads that are stopped, killed, do not read,
 // come back late, are attested slowly or only ask once, of evictions, outages, SVIDs
-// that end, a server that lags, and taints. And it is said: minutes after everything
+// that end, a server that lags, attestations of the agent, a full disk, a runtime_dir
+// that is out of reach, and taints. And it is said: minutes after everything
 // is in order again, and where workloads do not go on, once their SVIDs have ended.
 //
 // An agent without runtime_dir knows of workloads that come back in time, and its
@@ -41,6 +43,7 @@ func TestSettledIsTrueAtTheReader(t *testing.T) {
 		for i := range histories {
 			seed := base + uint64(i)
 			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
+				tokens := t.TempDir()
 				h := &readers{r: rand.New(rand.NewPCG(seed, 0)), certs: make(map[string]certificate)}
 				keeping(t, 0, func(w *world) {
 					w.cfg.TaintDelay, w.cfg.CacheSize, w.unchecked = 2*time.Second, 2, true
@@ -50,6 +53,10 @@ func TestSettledIsTrueAtTheReader(t *testing.T) {
 					if h.forgets = h.r.IntN(4) == 0; h.forgets {
 						w.cfg.RuntimeDir = ""
 					}
+					// It attests more than once.
+					h.token = filepath.Join(tokens, "token")
+					w.check(os.WriteFile(h.token, []byte(w.cfg.JoinToken), 0o600))
+					w.cfg.JoinToken, w.cfg.JoinTokenFile = "", h.token
 				}, func(w *world) {
 					h.w = w
 					h.play()
@@ -72,6 +79,8 @@ type readers struct {
 	tainted   []keyset.Keyset
 	workloads []*workloadModel
 	forgets   bool                   // no runtime_dir
+	token     string                 // path of the join token
+	entries   int                    // the last that was added
 	certs     map[string]certificate // by what they were read from
 	said      int
 	past      []string
@@ -99,7 +108,8 @@ var readerLives = []time.Duration{5 * time.Minute, 10 * time.Minute, 40 * time.M
 func (h *readers) play() {
 	w := h.w
 	w.set(h.clear)
-	w.enter(entriesFor(len(readerLives)))
+	h.entries = len(readerLives)
+	w.enter(entriesFor(h.entries))
 	h.keysets = []keyset.Keyset{w.server.Keysets().Active()}
 	time.Sleep(30 * time.Second)
 	for range 3 {
@@ -111,8 +121,8 @@ func (h *readers) play() {
 		}
 	}()
 	h.pass(5 * time.Second)
-	for range 14 {
-		op := h.r.IntN(19)
+	for range 8 {
+		op := h.r.IntN(24)
 		p := h.workloads[h.r.IntN(len(h.workloads))]
 		h.past = append(h.past, fmt.Sprintf("%d/%d", op, p.name.PID))
 		switch op {
@@ -136,12 +146,17 @@ func (h *readers) play() {
 			}
 		case 8:
 			for _, c := range p.clients {
-				if !p.stopped() && c.back.IsZero() && h.r.IntN(2) == 0 {
+				// What an agent without runtime_dir knows of a client from before a
+				// restart, it knows by its call.
+				_, told := c.stream.last()
+				if !p.stopped() && c.back.IsZero() && (told || !h.forgets) && h.r.IntN(2) == 0 {
 					c.lost(h)
 				}
 			}
 		case 9, 17:
-			if len(p.clients) > 0 && !p.stopped() && !h.forgets {
+			if h.forgets {
+				h.restart()
+			} else if len(p.clients) > 0 && !p.stopped() {
 				if c := p.clients[0]; c.read == nil && c.back.IsZero() {
 					c.read = c.stream.conn.stall()
 				}
@@ -161,6 +176,12 @@ func (h *readers) play() {
 			h.pass(time.Duration(h.r.IntN(900)) * time.Second)
 		case 18:
 			w.attesting.Store(int64(h.r.IntN(60)) * int64(time.Second))
+		case 19, 20:
+			h.late()
+		case 21, 22:
+			h.reattest()
+		case 23:
+			h.vanish()
 		}
 		h.pass(time.Duration(h.r.IntN(60)) * time.Second)
 	}
@@ -177,83 +198,6 @@ func (h *readers) begin() *workloadModel {
 	}
 	h.workloads = append(h.workloads, p)
 	return p
-}
-
-// rotate activates a new keyset, and taints one that was replaced.
-func (h *readers) rotate() {
-	w := h.w
-	var old []keyset.Keyset
-	for _, k := range h.keysets {
-		if !slices.ContainsFunc(h.tainted, func(t keyset.Keyset) bool { return t.ID == k.ID }) && k.ID != w.server.Keysets().Active().ID {
-			old = append(old, k)
-		}
-	}
-	if len(old) == 0 || h.r.IntN(3) == 0 {
-		// An operator goes on when the agents have the new bundle: without it they
-		// trust no server that uses it.
-		w.set(func(f *faults) { f.down = false })
-		next, err := w.server.Keysets().Prepare(w.t.Context())
-		w.check(err)
-		w.until("new bundle", time.Minute, func() bool {
-			b := w.agent.Bundle()
-			if b == nil {
-				return false
-			}
-			_, ok := b.Own.X509Authority(next.X509AuthorityID)
-			return ok && w.agent.Unsaved()["bundle.json"] == nil
-		})
-		h.check()
-		old = append(old, w.server.Keysets().Active())
-		w.check(w.server.Keysets().Activate(w.t.Context(), next.ID))
-		h.keysets = append(h.keysets, next)
-		h.pass(time.Duration(h.r.IntN(30)) * time.Second)
-	}
-	k := old[h.r.IntN(len(old))]
-	w.check(w.server.Keysets().Taint(w.t.Context(), k.ID))
-	h.tainted = append(h.tainted, k)
-}
-
-// restart restarts the agent, or kills it and starts it again: then its files are as
-// they were.
-func (h *readers) restart() {
-	w := h.w
-	kill := h.r.IntN(2) == 0
-	if kill && h.r.IntN(2) == 0 {
-		// What a workload has got this very moment must be known afterwards.
-		p := h.begin()
-		synctest.Wait()
-		if !h.forgets && h.r.IntN(2) == 0 {
-			p.stop()
-		}
-	}
-	synctest.Wait()
-	var dirs []string
-	if kill {
-		dirs = append(dirs, w.cfg.DataDir)
-		if !h.forgets {
-			dirs = append(dirs, w.cfg.RuntimeDir)
-		}
-	}
-	for _, dir := range dirs {
-		w.check(os.CopyFS(dir+".then", os.DirFS(dir)))
-	}
-	w.stopAgent()
-	for _, dir := range dirs {
-		w.check(os.RemoveAll(dir))
-		w.check(os.Rename(dir+".then", dir))
-		w.check(os.Chmod(dir, 0o700))
-	}
-	if h.r.IntN(2) == 0 {
-		time.Sleep(time.Duration(h.r.IntN(120)) * time.Second)
-	}
-	w.startAgent()
-	for _, p := range h.workloads {
-		for _, c := range p.clients {
-			if c.back.IsZero() {
-				c.lost(h)
-			}
-		}
-	}
 }
 
 // lost has the client's connection break. It comes back as go-spiffe does: after up to
@@ -330,7 +274,7 @@ func (h *readers) clear(f *faults) {
 				return life
 			}
 		}
-		return 0
+		return readerLives[0]
 	}}
 }
 

@@ -97,7 +97,9 @@ func (h *readers) uses() map[string]string {
 	}
 	kept, err := filepath.Glob(filepath.Join(w.cfg.RuntimeDir, "*.json"))
 	w.check(err)
-	for _, file := range kept {
+	hidden, err := filepath.Glob(filepath.Join(w.hiddenRuntimeDir(), "*.json"))
+	w.check(err)
+	for _, file := range append(kept, hidden...) {
 		raw, err := os.ReadFile(file)
 		if err != nil {
 			continue

@@ -145,6 +145,20 @@ func TestStoredAgentSVIDCountsByItsAuthority(t *testing.T) {
 	})
 }
 
+// A workload's SVID in runtime_dir that could neither be replaced nor removed may be
+// found by a restart.
+func TestSettledWaitsForRuntimeDir(t *testing.T) {
+	keeping(t, 1, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
+		w.fill(1)
+		w.hideRuntimeDir()
+		old, _ := w.rotate()
+		w.until("SVID replaced", time.Minute, func() bool { return w.authority(old).Held == 0 })
+		w.notSettled(old, time.Minute, "with an SVID of it in runtime_dir")
+		w.showRuntimeDir()
+		w.until("settled", time.Minute, func() bool { return settled(w.authority(old)) })
+	})
+}
+
 // A workload whose entry is never signed has nothing, so it does not count for ever.
 func TestUnsignedEntryDoesNotKeepFromSettled(t *testing.T) {
 	inWorld(t, 2, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {

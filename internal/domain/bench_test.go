@@ -17,6 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/store"
@@ -29,7 +30,7 @@ func BenchmarkMint(b *testing.B) {
 	c := newConfig(b, "default")
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(b, err)
-	c.Deployments[0].Listener = unlimited{lis}
+	c.Deployments[0].Listener = unlimited(lis)
 	r := run(b, c)
 	entries := make([]server.Entry, 500)
 	for i := range entries {
@@ -93,16 +94,7 @@ func BenchmarkMint(b *testing.B) {
 
 // unlimited has nobody come from an IP address, whose calls would be limited to
 // less than the server can do.
-type unlimited struct{ net.Listener }
-
-func (l unlimited) Accept() (net.Conn, error) {
-	conn, err := l.Listener.Accept()
-	return fromNowhere{conn}, err
-}
-
-type fromNowhere struct{ net.Conn }
-
-func (fromNowhere) RemoteAddr() net.Addr { return &net.UnixAddr{} }
+func unlimited(l net.Listener) net.Listener { return listentest.From(l, &net.UnixAddr{}) }
 
 // BenchmarkHeld is the memory of a server of 1,000 agents with 100 entries each,
 // all of whose SVIDs are out, and the time to open its store.

@@ -20,6 +20,7 @@ import (
 
 	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
@@ -153,7 +154,7 @@ func (h *clockHistory) restart(after time.Duration, off time.Duration) {
 	time.Sleep(after)
 	h.off.Store(int64(off))
 	h.lis = bufconn.Listen(1 << 16)
-	h.config.Deployments = []domain.DeploymentConfig{{Name: "default", Listener: elsewhere{h.lis}}}
+	h.config.Deployments = []domain.DeploymentConfig{{Name: "default", Listener: listentest.From(h.lis, listentest.Elsewhere)}}
 	h.running = run(h.t, h.config)
 }
 

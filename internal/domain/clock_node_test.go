@@ -47,21 +47,6 @@ func young(who *identity) bool {
 	return time.Now().Before(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2))
 }
 
-// elsewhere are connections from another machine.
-type elsewhere struct{ net.Listener }
-
-func (e elsewhere) Accept() (net.Conn, error) {
-	c, err := e.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return farConn{c}, nil
-}
-
-type farConn struct{ net.Conn }
-
-func (farConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 40000} }
-
 // reach connects as somebody, whatever the server's certificate looks like by a clock
 // that is right: agents take what an authority of theirs has signed already.
 func (h *clockHistory) reach(who *identity) *agent {

@@ -16,7 +16,7 @@ func BenchmarkRenewAgent(b *testing.B) {
 	c := newConfig(b, "default")
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(b, err)
-	c.Deployments[0].Listener = unlimited{lis}
+	c.Deployments[0].Listener = unlimited(lis)
 	a := run(b, c).join("default")
 	_, csr := newKey(b)
 	for _, callers := range []int{1, 16, 64} {

@@ -2,15 +2,7 @@ package keep_test
 
 import (
 	"bytes"
-	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
 	"encoding/base64"
-	"log/slog"
-	"math/big"
-	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -24,21 +16,6 @@ import (
 	"github.com/renewd/renewd/internal/keep"
 )
 
-var td = spiffeid.RequireTrustDomainFromString("example.org")
-
-// memory returns a folder on a memory file system.
-func memory(t *testing.T) string {
-	t.Helper()
-	dir, err := os.MkdirTemp("/dev/shm", "renewd-test-*")
-	if err != nil {
-		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	return dir
-}
-
-func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
-
 func TestOpenRefusesADisk(t *testing.T) {
 	if dir := t.TempDir(); !strings.HasPrefix(dir, "/dev/shm") {
 		_, err := keep.Open(dir, quiet())
@@ -48,58 +25,13 @@ func TestOpenRefusesADisk(t *testing.T) {
 	}
 }
 
-// leaf is the certificate of an X.509-SVID.
-func leaf(id spiffeid.ID) []byte {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), URIs: []*url.URL{id.URL()}}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		panic(err)
-	}
-	return der
-}
-
-func fill(c *cache.Cache, now time.Time) (*cache.Entry, *cache.SVID) {
-	e := &cache.Entry{
-		ID: "../odd/entry id", SPIFFEID: spiffeid.RequireFromPath(td, "/w"), Hint: "web", Revision: 3,
-		Selectors: []cache.Selector{{Type: "unix", Value: "uid:1"}}, CreatedAt: now.UTC().Truncate(time.Second),
-		FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("other.test")},
-	}
-	s := &cache.SVID{ID: e.SPIFFEID, EntryID: e.ID, Revision: 3, Created: e.CreatedAt, Leaf: leaf(e.SPIFFEID), Intermediates: []byte{2}, Key: []byte{3}, Authority: "aa",
-		NotBefore: now.UTC().Truncate(time.Second), NotAfter: now.Add(time.Hour).UTC().Truncate(time.Second), RenewAt: now.Add(time.Minute).UTC().Truncate(time.Second)}
-	c.Update([]*cache.Entry{e}, nil)
-	return e, s
-}
-
-// follow runs Follow until the returned function is called.
-func follow(t *testing.T, d *keep.Dir, c *cache.Cache) (stop func()) {
-	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- d.Follow(ctx, c) }()
-	return func() {
-		cancel()
-		if err := <-done; err != nil {
-			t.Errorf("Follow: %v", err)
-		}
-	}
-}
-
 func TestRestartFindsWhatWasHeld(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
-	dir, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, quiet())
 	c := cache.New(cache.Config{})
 	e, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*")
 	if len(files) != 1 {
@@ -115,9 +47,7 @@ func TestRestartFindsWhatWasHeld(t *testing.T) {
 	}
 	again := cache.New(cache.Config{})
 	again.Update(entries, nil)
-	if err := again.Put(svids[0]); err != nil {
-		t.Fatal(err)
-	}
+	put(t, again, svids[0])
 	got, _ := again.Item(e.ID)
 	if got.Entry.SPIFFEID != e.SPIFFEID || got.Entry.Hint != e.Hint || got.Entry.Selectors[0] != e.Selectors[0] ||
 		got.Entry.FederatesWith[0] != e.FederatesWith[0] || !got.Entry.CreatedAt.Equal(e.CreatedAt) {
@@ -139,15 +69,10 @@ func TestBrokenAndExpiredFilesAreDropped(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
 	var log strings.Builder
-	dir, err := keep.Open(path, slog.New(slog.NewTextHandler(&log, nil)))
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, logTo(&log))
 	c := cache.New(cache.Config{})
 	_, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	if err := os.WriteFile(path+"/broken.json", []byte(`{"svid":{"key":"c2VjcmV0`), 0o600); err != nil {
 		t.Fatal(err)
@@ -171,21 +96,14 @@ func TestBrokenAndExpiredFilesAreDropped(t *testing.T) {
 func TestHoldsWhatARestartWouldFind(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
-	dir, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, quiet())
 	c := cache.New(cache.Config{})
 	e, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	renewed := *s
 	renewed.Authority, renewed.NotAfter = "bb", s.NotAfter.Add(time.Hour)
-	if err := c.Put(&renewed); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, &renewed)
 	if !dir.Holds("aa", now) || dir.Holds("bb", now) {
 		t.Error("before the file was replaced: must hold the old authority's SVID alone")
 	}
@@ -194,10 +112,7 @@ func TestHoldsWhatARestartWouldFind(t *testing.T) {
 		t.Error("after the file was replaced: must hold the new authority's SVID alone")
 	}
 
-	again, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	again := open(t, path, quiet())
 	if _, _, err := again.Load(now); err != nil || !again.Holds("bb", now) {
 		t.Errorf("after a restart (%v): must hold what was loaded", err)
 	}
@@ -212,15 +127,10 @@ func TestHoldsWhatARestartWouldFind(t *testing.T) {
 func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
-	dir, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, quiet())
 	c := cache.New(cache.Config{})
 	_, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*.json")
 	if len(files) != 1 {
@@ -231,9 +141,7 @@ func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
 	}
 	renewed := *s
 	renewed.Authority, renewed.NotAfter = "bb", s.NotAfter.Add(time.Hour)
-	if err := c.Put(&renewed); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, &renewed)
 	follow(t, dir, c)()
 	if _, err := os.Stat(files[0]); !os.IsNotExist(err) || dir.Holds("aa", now) || dir.Holds("bb", now) {
 		t.Errorf("the old SVID is still there (%v)", err)
@@ -246,10 +154,7 @@ func FuzzLoad(f *testing.F) {
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		path := memory(t)
-		dir, err := keep.Open(path, quiet())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir := open(t, path, quiet())
 		if err := os.WriteFile(path+"/x.json", data, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -272,18 +177,13 @@ func FuzzLoad(f *testing.F) {
 func TestHalfWrittenFilesAreRemoved(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
-	dir, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, quiet())
 	if err := os.WriteFile(path+"/gone.json.tmp", []byte("a key"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c := cache.New(cache.Config{})
 	_, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*")
 	if len(files) != 1 || !strings.HasSuffix(files[0], ".json") {
@@ -297,15 +197,10 @@ func TestChangedEntryIsKept(t *testing.T) {
 	path := memory(t)
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now()
-		dir, err := keep.Open(path, quiet())
-		if err != nil {
-			t.Fatal(err)
-		}
+		dir := open(t, path, quiet())
 		c := cache.New(cache.Config{})
 		e, s := fill(c, now)
-		if err := c.Put(s); err != nil {
-			t.Fatal(err)
-		}
+		put(t, c, s)
 		stop := follow(t, dir, c)
 		synctest.Wait() // it is kept
 		changed := *e
@@ -329,15 +224,10 @@ func TestChangedEntryIsKept(t *testing.T) {
 func TestSVIDOfAnotherSPIFFEIDIsNotTheEntrys(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
-	dir, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, quiet())
 	c := cache.New(cache.Config{})
 	e, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*.json")
 	data, err := os.ReadFile(files[0])

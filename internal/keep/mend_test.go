@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keep"
 )
 
 // However a file comes to be missing, it is written within seconds of when that is
@@ -17,10 +16,7 @@ import (
 func TestFollowMendsTheFolder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		dir := memory(t)
-		d, err := keep.Open(dir, quiet())
-		if err != nil {
-			t.Fatal(err)
-		}
+		d := open(t, dir, quiet())
 		c := cache.New(cache.Config{})
 		_, s := fill(c, time.Now())
 		defer follow(t, d, c)()
@@ -30,13 +26,11 @@ func TestFollowMendsTheFolder(t *testing.T) {
 			out, _ := filepath.Glob(filepath.Join(dir, "*.json"))
 			return out
 		}
-		put := func() {
+		renew := func() {
 			next := *s
-			if err := c.Put(&next); err != nil {
-				t.Fatal(err)
-			}
+			put(t, c, &next)
 		}
-		put()
+		renew()
 		whole := files()
 		if len(whole) != 1 || d.Err() != nil {
 			t.Fatalf("kept %v, %v", whole, d.Err())
@@ -45,7 +39,7 @@ func TestFollowMendsTheFolder(t *testing.T) {
 		if err := os.MkdirAll(filepath.Join(block, "x"), 0o700); err != nil {
 			t.Fatal(err)
 		}
-		put()
+		renew()
 		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "odd/entry id") || d.Holds("aa", time.Now()) {
 			t.Errorf("with no room: %v, %v", got, d.Err())
 		}
@@ -67,7 +61,7 @@ func TestFollowMendsTheFolder(t *testing.T) {
 		if err := os.Symlink(t.TempDir(), dir); err != nil { // a disk
 			t.Fatal(err)
 		}
-		put()
+		renew()
 		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "tmpfs") {
 			t.Errorf("with a disk in the place of the folder: %v, %v", got, d.Err())
 		}

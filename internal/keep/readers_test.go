@@ -1,12 +1,6 @@
 package keep_test
 
 import (
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"log/slog"
-	"math/big"
 	"os"
 	"path/filepath"
 	"slices"
@@ -16,45 +10,13 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keep"
 )
-
-func runs(cache.Process) cache.Life { return cache.Running }
-
-func logTo(w *strings.Builder) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
-
-// snapshot has one authority, which signed nothing.
-func snapshot(t *testing.T) *bundle.Snapshot {
-	t.Helper()
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	template := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
-	if err != nil {
-		t.Fatal(err)
-	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		t.Fatal(err)
-	}
-	own, err := bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: cert}}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return &bundle.Snapshot{Own: own}
-}
 
 // reopened is what an agent finds that is started now.
 func reopened(t *testing.T, path string, life func(cache.Process) cache.Life) map[cache.Process][]cache.Use {
 	t.Helper()
-	d, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := open(t, path, quiet())
 	uses, err := d.LoadProcesses(time.Now(), life)
 	if err != nil {
 		t.Fatal(err)
@@ -73,16 +35,11 @@ func TestProcessesAreKept(t *testing.T) {
 	path := memory(t)
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now()
-		d, err := keep.Open(path, quiet())
-		if err != nil {
-			t.Fatal(err)
-		}
+		d := open(t, path, quiet())
 		c := cache.New(cache.Config{})
 		c.Restore(nil, nil, nil)
 		e, s := fill(c, now)
-		if err := c.Put(s); err != nil {
-			t.Fatal(err)
-		}
+		put(t, c, s)
 		stop := follow(t, d, c)
 		p := cache.Process{PID: 7, Started: 99}
 		sub := c.Subscribe(p, e.Selectors)
@@ -106,9 +63,7 @@ func TestProcessesAreKept(t *testing.T) {
 		sub.Read()
 		next := *s
 		next.Authority = "bb"
-		if err := c.Put(&next); err != nil {
-			t.Fatal(err)
-		}
+		put(t, c, &next)
 		answer()
 		want("replacement on its way", "aa", "bb")
 		sub.Read()
@@ -136,10 +91,7 @@ func TestProcessesAreKept(t *testing.T) {
 func TestRecordsOfProcesses(t *testing.T) {
 	path := memory(t)
 	var log strings.Builder
-	d, err := keep.Open(path, logTo(&log))
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := open(t, path, logTo(&log))
 	end := time.Now().Add(time.Hour)
 	p := cache.Process{PID: 7, Started: 99}
 	d.Record(p, []cache.Use{{Authority: "aa", NotAfter: end}})
@@ -164,10 +116,7 @@ func TestRecordsOfProcesses(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	again, err := keep.Open(path, logTo(&log))
-	if err != nil {
-		t.Fatal(err)
-	}
+	again := open(t, path, logTo(&log))
 	if got, err := again.LoadProcesses(time.Now(), runs); err != nil || len(got) != 1 {
 		t.Errorf("beside broken files: %v, %v", got, err)
 	}
@@ -184,15 +133,10 @@ func TestRecordThatCannotBeWritten(t *testing.T) {
 	path := memory(t)
 	synctest.Test(t, func(t *testing.T) {
 		var log strings.Builder
-		d, err := keep.Open(path, logTo(&log))
-		if err != nil {
-			t.Fatal(err)
-		}
+		d := open(t, path, logTo(&log))
 		c := cache.New(cache.Config{})
 		e, s := fill(c, time.Now())
-		if err := c.Put(s); err != nil {
-			t.Fatal(err)
-		}
+		put(t, c, s)
 		c.SetBundle(snapshot(t))
 		stop := follow(t, d, c)
 		p := cache.Process{PID: 7, Started: 99}
@@ -231,15 +175,10 @@ func TestRecordThatCannotBeWritten(t *testing.T) {
 func TestHoldsWhatIsBeingWritten(t *testing.T) {
 	path := memory(t)
 	now := time.Now()
-	d, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	d := open(t, path, quiet())
 	c := cache.New(cache.Config{})
 	_, s := fill(c, now)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, d, c)()
 	files, _ := filepath.Glob(path + "/*.json")
 	if len(files) != 1 {
@@ -261,18 +200,16 @@ func TestHoldsWhatIsBeingWritten(t *testing.T) {
 	if err := syscall.Mkfifo(files[0]+".tmp", 0o600); err != nil {
 		t.Fatal(err)
 	}
-	put := func(authority string) {
+	renew := func(authority string) {
 		next := *s
 		next.Authority = authority
-		if err := c.Put(&next); err != nil {
-			t.Fatal(err)
-		}
+		put(t, c, &next)
 	}
-	put("bb")
+	renew("bb")
 	for !d.Holds("bb", now) && time.Now().Before(deadline) {
 		time.Sleep(time.Millisecond)
 	}
-	put("cc")
+	renew("cc")
 	if !d.Holds("aa", now) || !d.Holds("bb", now) {
 		t.Errorf("while bb is written over aa: holds aa %v and bb %v, want both", d.Holds("aa", now), d.Holds("bb", now))
 	}

@@ -9,7 +9,6 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keep"
 )
 
 // What an entry says of its SVIDs comes back with it. A file that was written
@@ -18,19 +17,14 @@ import (
 func TestWhatAnEntrySaysOfItsSVIDsIsKept(t *testing.T) {
 	now := time.Now()
 	path := memory(t)
-	dir, err := keep.Open(path, quiet())
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := open(t, path, quiet())
 	c := cache.New(cache.Config{})
 	was, s := fill(c, now)
 	e := *was
 	e.DNSNames, e.X509TTL, e.JWTTTL, e.NoPrefetch, e.IncludeJTI = []string{"a.example.org"}, 2*time.Hour, time.Minute, true, true
 	s.TTL = e.X509TTL
 	c.Update([]*cache.Entry{&e}, nil)
-	if err := c.Put(s); err != nil {
-		t.Fatal(err)
-	}
+	put(t, c, s)
 	follow(t, dir, c)()
 	load := func() (*cache.Entry, *cache.SVID) {
 		t.Helper()

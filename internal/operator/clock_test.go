@@ -14,30 +14,16 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/operator"
 )
-
-// elsewhere are callers on another machine.
-type elsewhere struct{ net.Listener }
-
-func (e elsewhere) Accept() (net.Conn, error) {
-	c, err := e.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return farConn{c}, nil
-}
-
-type farConn struct{ net.Conn }
-
-func (farConn) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(192, 0, 2, 7), Port: 40000} }
 
 // TestOperatorsClockIsHeard: each call from another machine says what its clock shows;
 // one from this machine says nothing.
 func TestOperatorsClockIsHeard(t *testing.T) {
 	t.Parallel()
 	for name, wrap := range map[string]func(net.Listener) net.Listener{
-		"another machine": func(l net.Listener) net.Listener { return elsewhere{l} },
+		"another machine": func(l net.Listener) net.Listener { return listentest.From(l, listentest.Elsewhere) },
 		"this machine":    func(l net.Listener) net.Listener { return l },
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -1,0 +1,190 @@
+package agent_test
+
+import (
+	"fmt"
+	"os"
+	"slices"
+	"testing/synctest"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/node"
+)
+
+// replaced are the keysets that another one has replaced and that are not tainted.
+func (h *readers) replaced() []keyset.Keyset {
+	active := h.w.server.Keysets().Active()
+	return slices.DeleteFunc(slices.Clone(h.keysets), func(k keyset.Keyset) bool {
+		return k.ID == active.ID || slices.ContainsFunc(h.tainted, func(t keyset.Keyset) bool { return t.ID == k.ID })
+	})
+}
+
+// activate activates a new keyset and returns the one before.
+func (h *readers) activate() keyset.Keyset {
+	w := h.w
+	// An operator goes on when the agents have the new bundle: without it they
+	// trust no server that uses it.
+	w.set(func(f *faults) { f.down = false })
+	old := w.server.Keysets().Active()
+	next, err := w.server.Keysets().Prepare(w.t.Context())
+	w.check(err)
+	w.until("new bundle", time.Minute, func() bool {
+		b := w.agent.Bundle()
+		if b == nil {
+			return false
+		}
+		_, ok := b.Own.X509Authority(next.X509AuthorityID)
+		return ok && w.agent.Unsaved()["bundle.json"] == nil
+	})
+	h.check()
+	w.check(w.server.Keysets().Activate(w.t.Context(), next.ID))
+	h.keysets = append(h.keysets, next)
+	return old
+}
+
+func (h *readers) taint(k keyset.Keyset) {
+	h.w.check(h.w.server.Keysets().Taint(h.w.t.Context(), k.ID))
+	h.tainted = append(h.tainted, k)
+}
+
+// rotate activates a new keyset, and taints one that was replaced.
+func (h *readers) rotate() {
+	old := h.replaced()
+	if len(old) == 0 || h.r.IntN(3) == 0 {
+		old = append(old, h.activate())
+		h.pass(time.Duration(h.r.IntN(30)) * time.Second)
+	}
+	h.taint(old[h.r.IntN(len(old))])
+}
+
+// late has a lagging server take its time to sign an SVID that nobody had before, by
+// an authority that is tainted meanwhile.
+func (h *readers) late() {
+	w := h.w
+	k := h.activate()
+	h.entries++
+	w.enter(append(entriesFor(len(readerLives)), entryFor(h.entries)))
+	name := fmt.Sprint(h.entries)
+	w.until("new entry", time.Minute, func() bool {
+		return w.agent.Cache().Match([]cache.Selector{{Type: "test", Value: name}}).Matched > 0
+	})
+	lag := w.record(k.ID)
+	w.set(func(f *faults) { f.lag, f.signing = lag, 29*time.Second })
+	p := &workloadModel{process: w.begin(name)}
+	p.clients = append(p.clients, &clientModel{stream: p.open()})
+	h.workloads = append(h.workloads, p)
+	time.Sleep(time.Second)
+	w.set(func(f *faults) { f.lag, f.signing = nil, 0 })
+	h.taint(k)
+	h.pass(40 * time.Second)
+	p.kill()
+	h.workloads = slices.DeleteFunc(h.workloads, func(o *workloadModel) bool { return o == p })
+	w.enter(entriesFor(len(readerLives)))
+}
+
+// reattest has the server forget the agent. The authority that signs the new agent SVID
+// and all before are tainted while it is on its way, and half of the times it finds a
+// full disk.
+func (h *readers) reattest() {
+	w := h.w
+	h.activate()
+	h.newToken()
+	before := w.agent.State().OwnID
+	w.check(w.server.EvictAgent(w.t.Context(), spiffeid.RequireFromString(before), true))
+	w.set(func(f *faults) { f.answer = 50 * time.Second })
+	w.until("agent attests", time.Minute, func() bool {
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		return w.attestations > 0
+	})
+	w.set(func(f *faults) { f.answer = 0 })
+	h.activate()
+	if h.r.IntN(2) == 0 {
+		w.fillDisk()
+	}
+	for _, k := range h.replaced() {
+		h.taint(k)
+	}
+	h.pass(80 * time.Second)
+	w.freeDisk()
+	w.until("agent attested", time.Minute, func() bool {
+		return w.agent.State().OwnID != before && w.agent.Unsaved()[node.IdentityFile] == nil
+	})
+}
+
+// newToken lets the agent attest once more.
+func (h *readers) newToken() {
+	token, err := h.w.server.CreateJoinToken(h.w.t.Context(), time.Hour)
+	h.w.check(err)
+	h.w.check(os.WriteFile(h.token, []byte(token.Value), 0o600))
+}
+
+// vanish has runtime_dir out of reach over a rotation.
+func (h *readers) vanish() {
+	if h.forgets {
+		return
+	}
+	h.w.hideRuntimeDir()
+	h.rotate()
+	h.pass(40 * time.Second)
+	h.w.showRuntimeDir()
+	h.pass(11 * time.Second) // until what could not be written is
+}
+
+// restart restarts the agent, or kills it and starts it again: then its files are as
+// they were. Half of the times an authority is tainted meanwhile.
+func (h *readers) restart() {
+	w := h.w
+	away := h.r.IntN(2) == 0
+	if away && len(h.replaced()) == 0 {
+		h.activate()
+	}
+	kill := h.r.IntN(2) == 0
+	if kill && h.r.IntN(2) == 0 {
+		// What a workload has got this very moment must be known afterwards.
+		p := h.begin()
+		synctest.Wait()
+		if !h.forgets && h.r.IntN(2) == 0 {
+			p.stop()
+		}
+	}
+	synctest.Wait()
+	var dirs []string
+	if kill {
+		dirs = append(dirs, w.cfg.DataDir)
+		if !h.forgets {
+			dirs = append(dirs, w.cfg.RuntimeDir)
+		}
+	}
+	for _, dir := range dirs {
+		w.check(os.CopyFS(dir+".then", os.DirFS(dir)))
+	}
+	w.stopAgent()
+	for _, dir := range dirs {
+		w.check(os.RemoveAll(dir))
+		w.check(os.Rename(dir+".then", dir))
+		w.check(os.Chmod(dir, 0o700))
+	}
+	if h.r.IntN(2) == 0 {
+		time.Sleep(time.Duration(h.r.IntN(120)) * time.Second)
+	}
+	if away {
+		old := h.replaced()
+		h.taint(old[h.r.IntN(len(old))])
+	}
+	if h.r.IntN(2) == 0 {
+		// Workloads that come back are attested slowly, like all that is begun then.
+		w.attesting.Store(int64(h.r.IntN(150)) * int64(time.Second))
+	}
+	w.startAgent()
+	for _, p := range h.workloads {
+		for _, c := range p.clients {
+			if c.back.IsZero() {
+				c.lost(h)
+			}
+		}
+	}
+}
