@@ -22,7 +22,7 @@ import (
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 var trustDomain = spiffeid.RequireTrustDomainFromString("example.org")
@@ -30,8 +30,8 @@ var trustDomain = spiffeid.RequireTrustDomainFromString("example.org")
 // system is everything that runs: a signing server on the loopback interface,
 // an agent on a Unix socket in a temporary folder, and the workloads.
 type system struct {
-	server  *server.Server  // of the only deployment
-	backend runbook.Backend // the server, as keysetctl has it
+	server  *spireapi.Server // of the only deployment
+	backend runbook.Backend  // the server, as keysetctl has it
 	agent   *agent.Agent
 	fleet   *fleet
 	pace    pace
@@ -85,17 +85,17 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 
 // entries are the identities: the first are the workloads', and no process
 // asks for the rest.
-func entries(s settings) []server.Entry {
-	out := make([]server.Entry, s.svids)
+func entries(s settings) []spireapi.Entry {
+	out := make([]spireapi.Entry, s.svids)
 	for i := range out {
 		path, selector := "/idle/"+strconv.Itoa(i+1), "idle"
 		if i < s.workloads {
 			path, selector = "/workload/"+strconv.Itoa(i+1), workloadSelector(i+1)
 		}
-		out[i] = server.Entry{
+		out[i] = spireapi.Entry{
 			ID:        fmt.Sprintf("entry-%05d", i+1),
 			SPIFFEID:  spiffeid.RequireFromPath(trustDomain, path),
-			Selectors: []server.Selector{{Type: selectorType, Value: selector}},
+			Selectors: []spireapi.Selector{{Type: selectorType, Value: selector}},
 		}
 	}
 	return out

@@ -16,7 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // No history of answers that one correct server among lagging ones could give
@@ -63,8 +63,8 @@ type answers struct {
 	mu    sync.Mutex
 	lists []then // what the correct server had
 
-	moving  []server.Entry // edited in place, created and deleted
-	lasting []*stream      // each with an entry that nothing happens to
+	moving  []spireapi.Entry // edited in place, created and deleted
+	lasting []*stream        // each with an entry that nothing happens to
 	others  []*stream
 	checked map[*stream]int         // updates looked at
 	brought map[string]*cache.Entry // the latest state that the agent has taken in
@@ -85,7 +85,7 @@ const (
 func (h *answers) play() {
 	w := h.w
 	for range moving {
-		h.moving = append(h.moving, server.Entry{})
+		h.moving = append(h.moving, spireapi.Entry{})
 	}
 	for i := range h.moving {
 		h.edit(i)
@@ -151,14 +151,14 @@ func (h *answers) edit(i int) {
 		e.SPIFFEID = spiffeid.RequireFromPathf(td, "/moving/%d", h.r.IntN(3))
 	}
 	if change&2 != 0 || e.Selectors == nil {
-		e.Selectors = []server.Selector{{Type: "test", Value: fmt.Sprint("place-", h.r.IntN(places))}}
+		e.Selectors = []spireapi.Selector{{Type: "test", Value: fmt.Sprint("place-", h.r.IntN(places))}}
 	}
 	h.enter()
 }
 
 // enter makes the server's entries what they are to be.
 func (h *answers) enter() {
-	var entries []server.Entry
+	var entries []spireapi.Entry
 	for i := range lasting {
 		e := entryFor(i)
 		e.X509TTL = time.Hour
@@ -356,7 +356,7 @@ func (h *answers) check() {
 
 // inForce reports whether the agent has not been brought a later state of the
 // entry.
-func (h *answers) inForce(e server.StoredEntry) bool {
+func (h *answers) inForce(e spireapi.StoredEntry) bool {
 	was := h.brought[e.ID]
 	return was == nil || !earlier(&cache.Entry{Revision: e.Revision, CreatedAt: time.Unix(e.CreatedAt.Unix(), 0)}, was)
 }
@@ -385,7 +385,7 @@ func (h *answers) converged() {
 		w.t.Errorf("%d entries held, %d of them missing, the server has %d", len(held), missing, len(all))
 	}
 	for i := range places {
-		at := slices.ContainsFunc(all, func(e server.StoredEntry) bool { return e.Selectors[0].Value == fmt.Sprint("place-", i) })
+		at := slices.ContainsFunc(all, func(e spireapi.StoredEntry) bool { return e.Selectors[0].Value == fmt.Sprint("place-", i) })
 		if _, err := w.askAs(fmt.Sprint("place-", i)); isCode(err, codes.PermissionDenied) == at || (at && err != nil) {
 			w.t.Errorf("a caller at place %d: %v; an entry matches it: %v", i, err, at)
 		}

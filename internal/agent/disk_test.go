@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/node"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // fillDisk has every write to data_dir fail, for root, too.
@@ -87,7 +87,7 @@ func TestDrillDiskThatIsFullForAMoment(t *testing.T) {
 		w.activate()
 		e := entryFor(0)
 		e.DNSNames = []string{"changed.example.org"} // minted again, by the new authority
-		w.enter([]server.Entry{e})
+		w.enter([]spireapi.Entry{e})
 		time.Sleep(20 * time.Second)
 		if err := w.agent.Ready(); err == nil || !strings.Contains(err.Error(), "data_dir: bundle.json: ") || w.gauge("renewd_data_dir_unsaved", "bundle.json") != 1 {
 			w.t.Errorf("nothing is said of a bundle that is not on disk: %v", err)

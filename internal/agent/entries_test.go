@@ -11,15 +11,15 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // editedFor is entry 0 after an edit in place: another SPIFFE ID, for callers
 // with this selector.
-func editedFor(value string) server.Entry {
+func editedFor(value string) spireapi.Entry {
 	e := entryFor(0)
 	e.SPIFFEID = spiffeid.RequireFromPath(td, "/web")
-	e.Selectors = []server.Selector{{Type: "test", Value: value}}
+	e.Selectors = []spireapi.Selector{{Type: "test", Value: value}}
 	return e
 }
 
@@ -45,7 +45,7 @@ func TestDrillEditedEntryIsNotServedAsItWas(t *testing.T) {
 				defer s.close()
 				w.until("told", time.Minute, func() bool { _, ok := s.last(); return ok })
 				w.set(func(f *faults) { f.signing = time.Hour }) // mint hangs, sync works
-				w.enter([]server.Entry{editedFor(value), entryFor(1)})
+				w.enter([]spireapi.Entry{editedFor(value), entryFor(1)})
 				w.until("synced", 10*time.Second, func() bool { return w.agent.Cache().Entries()[entryID(0)].SPIFFEID.Path() == "/web" })
 				w.toldNothing(value)
 				time.Sleep(time.Second)
@@ -89,7 +89,7 @@ func TestDrillEditWhileTheAgentIsAway(t *testing.T) {
 	keeping(t, 2, nil, func(w *world) {
 		w.fill(2)
 		w.stopAgent()
-		w.enter([]server.Entry{editedFor("web-user"), entryFor(1)})
+		w.enter([]spireapi.Entry{editedFor("web-user"), entryFor(1)})
 		w.set(func(f *faults) { f.signing = time.Hour })
 		w.startAgent()
 		time.Sleep(10 * time.Second)

@@ -13,7 +13,7 @@ import (
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/keyset"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -92,7 +92,7 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 	withStreams(t, nil, func(w *world, streams []*stream) {
 		old, begins := w.rotate()
 		time.Sleep(time.Until(begins.Add(200 * time.Millisecond)))
-		var left []server.Entry
+		var left []spireapi.Entry
 		for i := range svids {
 			if i >= 5 && i < svids-20 {
 				left = append(left, entryFor(i))
@@ -258,7 +258,7 @@ func TestDrillJWT(t *testing.T) {
 	inWorld(t, 1, func(w *world) {
 		e := entryFor(0)
 		e.JWTTTL = 2 * time.Hour
-		w.enter([]server.Entry{e})
+		w.enter([]spireapi.Entry{e})
 	}, func(w *world) {
 		w.fill(1)
 		fetch := func() string {
@@ -330,7 +330,7 @@ func TestDrillOneStreamHoldsAll(t *testing.T) {
 		w.cfg.Log, w.cfg.TaintRate = syncedLog(&log), 80 // every answer costs as much as all its SVIDs
 		entries := entriesFor(n)
 		for i := range entries {
-			entries[i].Selectors = []server.Selector{{Type: "test", Value: "all"}}
+			entries[i].Selectors = []spireapi.Selector{{Type: "test", Value: "all"}}
 			entries[i].SPIFFEID = longID(i) // 4.5 KB and more for each identity
 		}
 		w.enter(entries)

@@ -12,7 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // firsts opens the workload's stream again and again for a while, as workloads
@@ -103,9 +103,9 @@ func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)
 		defer func() { ours.stop(); theirs.stop() }()
 		ours.federate(theirs, dir)
-		ours.enter([]server.Entry{{
+		ours.enter([]spireapi.Entry{{
 			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), FederatesWith: []spiffeid.TrustDomain{partnerTD},
-			Selectors: []server.Selector{{Type: "test", Value: "web"}}, X509TTL: 72 * time.Hour,
+			Selectors: []spireapi.Selector{{Type: "test", Value: "web"}}, X509TTL: 72 * time.Hour,
 		}})
 		dial := ours.cfg.Dial
 		ours.cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
@@ -149,8 +149,8 @@ func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
 		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)
 		defer func() { ours.stop(); theirs.stop() }()
 		ours.federate(theirs, dir)
-		alone := server.Entry{ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), Selectors: []server.Selector{{Type: "test", Value: "web"}}}
-		ours.enter([]server.Entry{alone})
+		alone := spireapi.Entry{ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), Selectors: []spireapi.Selector{{Type: "test", Value: "web"}}}
+		ours.enter([]spireapi.Entry{alone})
 		time.Sleep(settle)
 		dial := ours.cfg.Dial
 		ours.cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
@@ -163,14 +163,14 @@ func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
 		for range 5 {
 			federated := alone
 			federated.FederatesWith = []spiffeid.TrustDomain{partnerTD}
-			ours.enter([]server.Entry{federated})
+			ours.enter([]spireapi.Entry{federated})
 			for len(ours.agent.Cache().FederatesWith()) == 0 {
 				time.Sleep(time.Millisecond)
 			}
 			if with, without := ours.firsts(theirs, 3*time.Second); without > 0 || with == 0 {
 				t.Errorf("%d first answers with the bundle of the other side, %d without it", with, without)
 			}
-			ours.enter([]server.Entry{alone})
+			ours.enter([]spireapi.Entry{alone})
 			time.Sleep(time.Minute)
 		}
 	})

@@ -30,7 +30,7 @@ import (
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 var partnerTD = spiffeid.RequireTrustDomainFromString("partner.example")
@@ -78,9 +78,9 @@ func newSide(t *testing.T, n *network, dir string, td, with spiffeid.TrustDomain
 		RefreshHint: time.Minute, Rotation: rotation.Policy{Mode: rotation.Off}, Log: s.logs, FederationDial: n.dial,
 	}
 	s.up()
-	_, err := s.server.ApplyEntries(t.Context(), []server.Entry{{
+	_, err := s.server.ApplyEntries(t.Context(), []spireapi.Entry{{
 		ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), FederatesWith: []spiffeid.TrustDomain{with},
-		Selectors: []server.Selector{{Type: "test", Value: "web"}},
+		Selectors: []spireapi.Selector{{Type: "test", Value: "web"}},
 	}}, false)
 	s.check(err)
 	token, err := s.server.CreateJoinToken(t.Context(), time.Hour)

@@ -16,7 +16,7 @@ import (
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/keyset"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -125,7 +125,7 @@ func history(t *testing.T, seed uint64, sum *tally) {
 						}
 					}
 					if r.IntN(2) == 0 {
-						present = append([]server.Entry(nil), present[r.IntN(5):]...)
+						present = append([]spireapi.Entry(nil), present[r.IntN(5):]...)
 					}
 					w.enter(present)
 				case 8: // time passes

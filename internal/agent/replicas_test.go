@@ -10,17 +10,17 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // note keeps the states of entries. w.mu is held.
-func (w *world) note(entries []server.StoredEntry) {
+func (w *world) note(entries []spireapi.StoredEntry) {
 	if w.states == nil {
-		w.states = make(map[string][]server.StoredEntry)
+		w.states = make(map[string][]spireapi.StoredEntry)
 	}
 	for _, e := range entries {
 		of := w.states[e.SPIFFEID.String()]
-		if !slices.ContainsFunc(of, func(s server.StoredEntry) bool { return s.ID == e.ID && s.Revision == e.Revision }) {
+		if !slices.ContainsFunc(of, func(s spireapi.StoredEntry) bool { return s.ID == e.ID && s.Revision == e.Revision }) {
 			w.states[e.SPIFFEID.String()] = append(of, e)
 		}
 	}
@@ -28,16 +28,16 @@ func (w *world) note(entries []server.StoredEntry) {
 
 // gives reports whether an entry, in one of the states that it was ever in and
 // that fit, gives the SPIFFE ID to a workload with these selectors.
-func (w *world) gives(id string, values []string, fits func(server.StoredEntry) bool) bool {
+func (w *world) gives(id string, values []string, fits func(spireapi.StoredEntry) bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	return slices.ContainsFunc(w.states[id], func(e server.StoredEntry) bool {
-		return fits(e) && !slices.ContainsFunc(e.Selectors, func(s server.Selector) bool { return !slices.Contains(values, s.Value) })
+	return slices.ContainsFunc(w.states[id], func(e spireapi.StoredEntry) bool {
+		return fits(e) && !slices.ContainsFunc(e.Selectors, func(s spireapi.Selector) bool { return !slices.Contains(values, s.Value) })
 	})
 }
 
 // listing is an entry as a server tells it.
-func listing(e server.StoredEntry) *types.Entry {
+func listing(e spireapi.StoredEntry) *types.Entry {
 	out := &types.Entry{
 		Id: e.ID, SpiffeId: &types.SPIFFEID{TrustDomain: e.SPIFFEID.TrustDomain().Name(), Path: e.SPIFFEID.Path()},
 		Hint: e.Hint, RevisionNumber: e.Revision, CreatedAt: e.CreatedAt.Unix(),

@@ -9,7 +9,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // keeping is inWorld with a runtime_dir.
@@ -176,7 +176,7 @@ func TestDrillRestartAfterTheOwnSVIDHasEnded(t *testing.T) {
 	keeping(t, 0, func(w *world) { w.cfg.RefreshInterval = time.Minute }, func(w *world) {
 		e := entryFor(0)
 		e.X509TTL = 72 * time.Hour
-		w.enter([]server.Entry{e})
+		w.enter([]spireapi.Entry{e})
 		w.fill(1)
 		w.set(func(f *faults) { f.down = true })
 		time.Sleep(30 * time.Hour)

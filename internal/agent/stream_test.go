@@ -11,7 +11,7 @@ import (
 
 	workloadpb "github.com/spiffe/go-spiffe/v2/proto/spiffe/workload"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // stream is a workload with an open FetchX509SVID stream. It checks what it is
@@ -66,7 +66,7 @@ func (p *process) open() *stream {
 			s.updates = append(s.updates, u)
 			s.mu.Unlock()
 			for _, id := range u.ids {
-				if !w.gives(id, p.values, func(server.StoredEntry) bool { return true }) {
+				if !w.gives(id, p.values, func(spireapi.StoredEntry) bool { return true }) {
 					w.t.Errorf("a workload with %q was shown %s, which no entry has ever given it", p.values, id)
 				}
 			}

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // An edit that changes nothing of an SVID has nothing minted, as the server counts
@@ -18,7 +18,7 @@ func TestDrillEditThatChangesNoSVID(t *testing.T) {
 		s := w.open(0)
 		defer s.close()
 		w.until("first answer", time.Second, func() bool { _, ok := s.last(); return ok })
-		edit := func(change func(*server.Entry)) {
+		edit := func(change func(*spireapi.Entry)) {
 			w.t.Helper()
 			all := entriesFor(entries)
 			for i := range all {
@@ -26,24 +26,24 @@ func TestDrillEditThatChangesNoSVID(t *testing.T) {
 			}
 			w.enter(all)
 		}
-		for name, change := range map[string]func(*server.Entry){
-			"hint":                  func(e *server.Entry) { e.Hint = "h" },
-			"JWT TTL":               func(e *server.Entry) { e.JWTTTL = time.Minute },
-			"jti":                   func(e *server.Entry) { e.JWTSVIDIncludeJTI = true },
-			"no prefetch and back":  func(e *server.Entry) { e.DisableX509SVIDPrefetch = true },
-			"selectors given twice": func(e *server.Entry) { e.Selectors = slices.Concat(e.Selectors, e.Selectors) },
+		for name, change := range map[string]func(*spireapi.Entry){
+			"hint":                  func(e *spireapi.Entry) { e.Hint = "h" },
+			"JWT TTL":               func(e *spireapi.Entry) { e.JWTTTL = time.Minute },
+			"jti":                   func(e *spireapi.Entry) { e.JWTSVIDIncludeJTI = true },
+			"no prefetch and back":  func(e *spireapi.Entry) { e.DisableX509SVIDPrefetch = true },
+			"selectors given twice": func(e *spireapi.Entry) { e.Selectors = slices.Concat(e.Selectors, e.Selectors) },
 		} {
 			at := time.Now()
 			edit(change)
 			time.Sleep(20 * time.Second)
-			edit(func(*server.Entry) {})
+			edit(func(*spireapi.Entry) {})
 			time.Sleep(20 * time.Second)
 			if got := w.mintsSince(at); len(got) > 0 {
 				w.t.Errorf("%s: the server signed %v", name, got)
 			}
 		}
 		at := time.Now()
-		edit(func(e *server.Entry) { e.X509TTL = 2 * time.Hour })
+		edit(func(e *spireapi.Entry) { e.X509TTL = 2 * time.Hour })
 		time.Sleep(20 * time.Second)
 		n := 0
 		for _, m := range w.mintsSince(at) {

@@ -14,7 +14,7 @@ import (
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // withTrustFile has the agent get what it is given first, bundle and join token, from
@@ -56,7 +56,7 @@ func (w *world) newServer(keys *keyset.Deployment, n int) {
 	var err error
 	w.ledger, err = ledger.Open(w.t.Context(), ledger.Config{})
 	w.check(err)
-	w.server, err = server.New(server.Config{
+	w.server, err = spireapi.New(spireapi.Config{
 		TrustDomain: td, Keysets: keys, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 	})
 	w.check(err)

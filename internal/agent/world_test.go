@@ -27,7 +27,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/listen/listentest"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/metrics"
 )
 
@@ -39,7 +39,7 @@ type world struct {
 	t        *testing.T
 	storage  *keyset.Memory
 	stranger keyset.Memory
-	server   *server.Server
+	server   *spireapi.Server
 	ledger   *ledger.Ledger // of the server
 	cfg      agent.Config
 	logs     *slog.Logger
@@ -63,8 +63,8 @@ type world struct {
 
 	mu           sync.Mutex
 	faults       faults
-	states       map[string][]server.StoredEntry // every state that an entry was ever in, by SPIFFE ID
-	listings     int                             // answers with the server's own list of entries
+	states       map[string][]spireapi.StoredEntry // every state that an entry was ever in, by SPIFFE ID
+	listings     int                               // answers with the server's own list of entries
 	mints        []mint
 	signing      map[*mint]string // keysets that answers on their way are or will be of, by request
 	attestations int              // answers on their way that have an agent SVID
@@ -89,7 +89,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w.check(err)
 		w.ledger, err = ledger.Open(t.Context(), ledger.Config{})
 		w.check(err)
-		w.server, err = server.New(server.Config{
+		w.server, err = spireapi.New(spireapi.Config{
 			TrustDomain: td, Keysets: deployment, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 		})
 		w.check(err)
@@ -115,18 +115,18 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 	})
 }
 
-func entriesFor(n int) []server.Entry {
-	out := make([]server.Entry, n)
+func entriesFor(n int) []spireapi.Entry {
+	out := make([]spireapi.Entry, n)
 	for i := range out {
 		out[i] = entryFor(i)
 	}
 	return out
 }
 
-func entryFor(i int) server.Entry {
-	return server.Entry{
+func entryFor(i int) spireapi.Entry {
+	return spireapi.Entry{
 		ID: entryID(i), SPIFFEID: spiffeid.RequireFromPathf(td, "/workload/%d", i),
-		Selectors: []server.Selector{{Type: "test", Value: fmt.Sprint(i)}},
+		Selectors: []spireapi.Selector{{Type: "test", Value: fmt.Sprint(i)}},
 	}
 }
 
@@ -140,7 +140,7 @@ func (w *world) check(err error) {
 }
 
 // enter makes entries all that the server has.
-func (w *world) enter(entries []server.Entry) {
+func (w *world) enter(entries []spireapi.Entry) {
 	w.t.Helper()
 	_, err := w.server.ApplyEntries(w.t.Context(), entries, false)
 	w.check(err)

@@ -19,7 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -32,7 +32,7 @@ func BenchmarkMint(b *testing.B) {
 	check(b, err)
 	c.Deployments[0].Listener = unlimited(lis)
 	r := run(b, c)
-	entries := make([]server.Entry, 500)
+	entries := make([]spireapi.Entry, 500)
 	for i := range entries {
 		entries[i] = entry(i, spiffeid.ID{})
 	}
@@ -125,10 +125,10 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-func entry(i int, parent spiffeid.ID) server.Entry {
-	return server.Entry{
+func entry(i int, parent spiffeid.ID) spireapi.Entry {
+	return spireapi.Entry{
 		ID: fmt.Sprintf("%08x-0000-4000-8000-%012x", i%100, i), SPIFFEID: spiffeid.RequireFromPathf(td, "/workload/%06d", i), ParentID: parent,
-		Selectors: []server.Selector{{Type: "unix", Value: "uid:1000"}, {Type: "unix", Value: fmt.Sprintf("path:/usr/bin/workload-%06d", i)}},
+		Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:1000"}, {Type: "unix", Value: fmt.Sprintf("path:/usr/bin/workload-%06d", i)}},
 	}
 }
 
@@ -150,16 +150,16 @@ func populate(b *testing.B, c domain.Config, agents, each int) {
 	for n := range agents {
 		id := spiffeid.RequireFromPathf(td, "/spire/agent/join_token/%026d", n)
 		group.Go(func() error {
-			_, err := kept.UpdateAgent(b.Context(), id, func(*server.Agent) (*server.Agent, error) {
-				return &server.Agent{ID: id, Type: "join_token", Serial: fmt.Sprintf("%039d", n), ExpiresAt: end, Version: "1.2.3"}, nil
+			_, err := kept.UpdateAgent(b.Context(), id, func(*spireapi.Agent) (*spireapi.Agent, error) {
+				return &spireapi.Agent{ID: id, Type: "join_token", Serial: fmt.Sprintf("%039d", n), ExpiresAt: end, Version: "1.2.3"}, nil
 			})
 			return err
 		})
 		var change ledger.Change
-		var entries []server.StoredEntry
+		var entries []spireapi.StoredEntry
 		for i := range each {
 			e := entry(n*each+i, id)
-			entries = append(entries, server.StoredEntry{Entry: e, Revision: 1, CreatedAt: end.Add(-keyset.DefaultX509TTL)})
+			entries = append(entries, spireapi.StoredEntry{Entry: e, Revision: 1, CreatedAt: end.Add(-keyset.DefaultX509TTL)})
 			change.Put = append(change.Put, ledger.Row{Authority: authority, Agent: id.String(), Entry: e.ID, NotAfter: end.Add(time.Duration(i) * time.Second)})
 		}
 		group.Go(func() error { return kept.SaveLedger(b.Context(), change) })

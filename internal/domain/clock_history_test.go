@@ -23,7 +23,7 @@ import (
 	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // TestNoClockCostsAKeyset sets the clock of a whole server that rotates by itself, again
@@ -161,8 +161,8 @@ func (h *clockHistory) restart(after time.Duration, off time.Duration) {
 // entries are of workloads with SVIDs of a day and of three.
 func (h *clockHistory) entries() {
 	id := func(path string) spiffeid.ID { return spiffeid.RequireFromPath(td, path) }
-	selectors := []server.Selector{{Type: "unix", Value: "uid:0"}}
-	_, err := h.Server("default").ApplyEntries(h.t.Context(), []server.Entry{
+	selectors := []spireapi.Selector{{Type: "unix", Value: "uid:0"}}
+	_, err := h.Server("default").ApplyEntries(h.t.Context(), []spireapi.Entry{
 		{ID: "web", SPIFFEID: id("/web"), Selectors: selectors},
 		{ID: "long", SPIFFEID: id("/long"), Selectors: selectors, X509TTL: 3 * day},
 	}, false)

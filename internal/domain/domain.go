@@ -20,7 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 	"github.com/renewd/renewd/metrics"
 )
@@ -36,7 +36,7 @@ type Domain struct {
 	deployments []*deployment
 	union       atomic.Pointer[union]
 	unionM      sync.Mutex // held by who makes a new one
-	proof       server.CertificateCache
+	proof       spireapi.CertificateCache
 	metrics     *metrics.Server
 	rules       operator.Rules
 	connections *listen.Pool // of all listeners
@@ -55,7 +55,7 @@ type deployment struct {
 	DeploymentConfig
 	keysets   *keyset.Deployment
 	ledger    *ledger.Ledger
-	server    *server.Server
+	server    *spireapi.Server
 	scheduler *rotation.Scheduler
 	kept      *store.Deployment // nil in memory
 }
@@ -145,7 +145,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	log := d.cfg.Log.With("deployment", c.Name)
 	keys := keyset.Config{TrustDomain: d.cfg.TrustDomain, Name: c.Name, Lifetime: d.cfg.KeysetLifetime, Now: d.cfg.Now}
 	rows := ledger.Config{Log: log, Clock: d.clock}
-	config := server.Config{
+	config := spireapi.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
 		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
 		Log: log, Now: d.cfg.Now, Sure: d.clock.Sure, Heard: d.heard,
@@ -167,7 +167,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		return nil, err
 	}
 	config.Keysets, config.Ledger = dep.keysets, dep.ledger
-	if dep.server, err = server.New(config); err != nil {
+	if dep.server, err = spireapi.New(config); err != nil {
 		return nil, err
 	}
 	policy := d.cfg.Rotation
@@ -226,7 +226,7 @@ func (d *Domain) closeListeners() {
 
 // Server returns the services of a deployment that is configured, for running
 // inside another process; nil when there is none of that name.
-func (d *Domain) Server(name string) *server.Server {
+func (d *Domain) Server(name string) *spireapi.Server {
 	for _, dep := range d.deployments {
 		if dep.Name == name && dep.serves() {
 			return dep.server

@@ -19,7 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 const day = 24 * time.Hour
@@ -46,8 +46,8 @@ func years(t *testing.T) {
 	w.running = run(t, c)
 	for _, n := range w.nodes {
 		s := w.Server(n.name)
-		_, err := s.ApplyEntries(t.Context(), []server.Entry{{
-			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/"+n.name), Selectors: []server.Selector{{Type: "unix", Value: "uid:0"}},
+		_, err := s.ApplyEntries(t.Context(), []spireapi.Entry{{
+			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/"+n.name), Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:0"}},
 		}}, false)
 		check(t, err)
 		token, err := s.CreateJoinToken(t.Context(), time.Hour)

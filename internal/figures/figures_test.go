@@ -8,7 +8,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 const mb = 1e6
@@ -83,7 +83,7 @@ func BenchmarkStreams(b *testing.B) {
 }
 
 // withHint changes the first entry.
-func withHint(list []server.Entry) []server.Entry {
+func withHint(list []spireapi.Entry) []spireapi.Entry {
 	list = slices.Clone(list)
 	list[0].Hint = "changed"
 	return list

@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -26,7 +26,7 @@ var td = spiffeid.RequireTrustDomainFromString("example.org")
 type world struct {
 	b       *testing.B
 	dir     string
-	server  *server.Server
+	server  *spireapi.Server
 	address string
 	stop    func() // ends Serve
 
@@ -39,7 +39,7 @@ type world struct {
 	freezeAt int         // freeze at this many; 0: never
 }
 
-func newWorld(b *testing.B, entries []server.Entry) *world {
+func newWorld(b *testing.B, entries []spireapi.Entry) *world {
 	b.Helper()
 	// Not b.TempDir: its path can be too long for a Unix socket.
 	dir, err := os.MkdirTemp("", "figures")
@@ -51,7 +51,7 @@ func newWorld(b *testing.B, entries []server.Entry) *world {
 		b.Fatal(err)
 	}
 	w := &world{b: b, dir: dir, address: "127.0.0.1:0", bundles: make(chan struct{}, 1)}
-	w.server, err = server.New(server.Config{
+	w.server, err = spireapi.New(spireapi.Config{
 		TrustDomain: td, Observer: w, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept)},
 	})
 	if err != nil {
@@ -63,7 +63,7 @@ func newWorld(b *testing.B, entries []server.Entry) *world {
 	return w
 }
 
-func (w *world) set(entries []server.Entry) {
+func (w *world) set(entries []spireapi.Entry) {
 	w.b.Helper()
 	if _, err := w.server.ApplyEntries(context.Background(), entries, false); err != nil {
 		w.b.Fatal(err)
@@ -95,13 +95,13 @@ func (w *world) serve() {
 }
 
 // entries returns n entries for the users that uid names.
-func entries(n int, uid func(i int) int) []server.Entry {
-	out := make([]server.Entry, n)
+func entries(n int, uid func(i int) int) []spireapi.Entry {
+	out := make([]spireapi.Entry, n)
 	for i := range out {
-		out[i] = server.Entry{
+		out[i] = spireapi.Entry{
 			ID:        fmt.Sprintf("entry-%05d", i),
 			SPIFFEID:  spiffeid.RequireFromPath(td, fmt.Sprintf("/ns/prod/sa/service-%05d", i)),
-			Selectors: []server.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", uid(i))}},
+			Selectors: []spireapi.Selector{{Type: "unix", Value: fmt.Sprintf("uid:%d", uid(i))}},
 		}
 	}
 	return out
@@ -117,7 +117,7 @@ func firstOurs(i int) int {
 
 func allOurs(int) int { return os.Getuid() }
 
-// Minted implements server.Observer.
+// Minted implements spireapi.Observer.
 func (w *world) Minted(kind string, code codes.Code, _ time.Duration) {
 	if kind == "x509" && code == codes.OK {
 		w.mu.Lock()
@@ -130,7 +130,7 @@ func (w *world) Minted(kind string, code codes.Code, _ time.Duration) {
 	w.frozen.wait()
 }
 
-// Limited implements server.Observer.
+// Limited implements spireapi.Observer.
 func (w *world) Limited(string) {}
 
 func (w *world) intercept(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {

@@ -23,7 +23,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 const service = "/renewd.v1.Operator/"
@@ -104,9 +104,9 @@ func populate(t testing.TB, w *world) *world {
 		_, err := d.keysets.Prepare(t.Context())
 		check(t, err)
 	}
-	d.attest(t, server.Agent{ID: agent("a"), Type: "join_token", Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
-	_, err := d.server.ApplyEntries(t.Context(), []server.Entry{{
-		ID: "web", SPIFFEID: workload, Selectors: []server.Selector{{Type: "unix", Value: "uid:1000"}},
+	d.attest(t, spireapi.Agent{ID: agent("a"), Type: "join_token", Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
+	_, err := d.server.ApplyEntries(t.Context(), []spireapi.Entry{{
+		ID: "web", SPIFFEID: workload, Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:1000"}},
 	}}, false)
 	check(t, err)
 	return w
@@ -115,9 +115,9 @@ func populate(t testing.TB, w *world) *world {
 // state is all that operators could change.
 type state struct {
 	keysets []string
-	agents  []server.Agent
+	agents  []spireapi.Agent
 	tokens  int
-	entries []server.StoredEntry
+	entries []spireapi.StoredEntry
 	rows    int
 	audit   int
 }

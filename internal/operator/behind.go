@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // fetchTime is within how long an agent that says nothing has fetched a trust bundle
@@ -73,7 +73,7 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n tally, err error)
 // before the server was started, and has not since, may be out of reach, and counts.
 // One that never tells, as most stock spire-agents, cannot be asked: it is taken to
 // apply what it has had the time to fetch.
-func behind(a server.Agent, c ledger.Contact, heard bool, sequence uint64, fetched bool) bool {
+func behind(a spireapi.Agent, c ledger.Contact, heard bool, sequence uint64, fetched bool) bool {
 	switch {
 	case c.Reports || c.Sequence > 0:
 		return c.Sequence < sequence

@@ -8,7 +8,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // TestBehind has agents that say different things of the trust bundle: an operator and
@@ -28,7 +28,7 @@ func TestBehind(t *testing.T) {
 			"has-told-a-version": func(string, uint64) {},
 		}
 		for name := range says {
-			a := server.Agent{ID: agent(name), ExpiresAt: end}
+			a := spireapi.Agent{ID: agent(name), ExpiresAt: end}
 			if name == "has-told-a-version" || name == "posts-and-tells-no-bundle" {
 				a.Version = "1.0"
 			}
@@ -75,7 +75,7 @@ func TestDuplicated(t *testing.T) {
 		w := newWorld(t, "east", "west")
 		for _, name := range w.names {
 			for _, id := range []string{"cloned-" + name, "good-" + name} {
-				w.deployments[name].attest(t, server.Agent{ID: agent(id), ExpiresAt: time.Now().Add(time.Hour)})
+				w.deployments[name].attest(t, spireapi.Agent{ID: agent(id), ExpiresAt: time.Now().Add(time.Hour)})
 			}
 			for i, process := range []string{"a", "b", "a"} {
 				check(t, w.deployments[name].ledger.Report(t.Context(), agent("cloned-"+name).String(), ledger.Report{Process: process, Number: uint64(i)}))

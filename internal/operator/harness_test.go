@@ -29,7 +29,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 var (
@@ -60,9 +60,9 @@ func (w *world) backup(ctx context.Context, to io.Writer) (int64, error) {
 
 type deployment struct {
 	keysets *keyset.Deployment
-	server  *server.Server
+	server  *spireapi.Server
 	ledger  *ledger.Ledger
-	kept    *server.Memory
+	kept    *spireapi.Memory
 	storage *storage
 	rows    *rows
 }
@@ -88,12 +88,12 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
 	}
 	for _, name := range w.names {
-		d := &deployment{kept: server.NewMemory(), storage: new(storage), rows: new(rows)}
+		d := &deployment{kept: spireapi.NewMemory(), storage: new(storage), rows: new(rows)}
 		d.keysets, err = keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Name: name, Storage: d.storage})
 		check(t, err)
 		d.ledger, err = ledger.Open(t.Context(), ledger.Config{Storage: d.rows})
 		check(t, err)
-		d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Published: w.published, Storage: d.kept, Ledger: d.ledger})
+		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Published: w.published, Storage: d.kept, Ledger: d.ledger})
 		check(t, err)
 		w.deployments[name] = d
 		c.Deployments = append(c.Deployments, operator.Deployment{
@@ -313,9 +313,9 @@ func (r *remote) as(t testing.TB, w *world, id spiffeid.ID) *operator.Client {
 }
 
 // attest puts an agent into a deployment's storage.
-func (d *deployment) attest(t testing.TB, a server.Agent) {
+func (d *deployment) attest(t testing.TB, a spireapi.Agent) {
 	t.Helper()
-	_, err := d.kept.UpdateAgent(t.Context(), a.ID, func(*server.Agent) (*server.Agent, error) { return &a, nil })
+	_, err := d.kept.UpdateAgent(t.Context(), a.ID, func(*spireapi.Agent) (*spireapi.Agent, error) { return &a, nil })
 	check(t, err)
 }
 

@@ -20,7 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // bubble runs f with a world of one deployment that serves, and a manager's
@@ -46,10 +46,10 @@ func TestRotation(t *testing.T) {
 		}
 		check(t, d.ledger.GiveJWT(t.Context(), old.JWTKeyID, end))
 		for name, banned := range map[string]bool{"a": false, "b": false, "banned": true} {
-			d.attest(t, server.Agent{ID: agent(name), ExpiresAt: end, Banned: banned, Version: "v9"})
+			d.attest(t, spireapi.Agent{ID: agent(name), ExpiresAt: end, Banned: banned, Version: "v9"})
 		}
-		d.attest(t, server.Agent{ID: agent("expired"), ExpiresAt: time.Now().Add(-time.Second)})
-		d.attest(t, server.Agent{ID: agent("renewed"), ExpiresAt: time.Now().Add(-time.Second), NextSerial: "7", NextExpiresAt: end})
+		d.attest(t, spireapi.Agent{ID: agent("expired"), ExpiresAt: time.Now().Add(-time.Second)})
+		d.attest(t, spireapi.Agent{ID: agent("renewed"), ExpiresAt: time.Now().Add(-time.Second), NextSerial: "7", NextExpiresAt: end})
 
 		next, err := b.Prepare(t.Context())
 		check(t, err)

@@ -16,7 +16,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 func auditStates(of map[string]keyset.State) []*api.AuditState {
@@ -135,14 +135,14 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 	if err != nil {
 		return nil, err
 	}
-	entries := make([]server.Entry, len(req.GetEntries()))
+	entries := make([]spireapi.Entry, len(req.GetEntries()))
 	for i, e := range req.GetEntries() {
 		if entries[i], err = parseEntry(e); err != nil {
 			return nil, err
 		}
 	}
 	warnings := s.warnings(entries)
-	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff server.Diff) error {
+	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff spireapi.Diff) error {
 		err := checkRemoval(diff, req.Remove)
 		if unsaid := req.Remove == nil; err != nil && unsaid && req.GetDryRun() {
 			warnings = append(warnings, err.Error())
@@ -175,7 +175,7 @@ func (e removalError) Error() string { return string(e) }
 // checkRemoval says what is wrong with the removals of a change for a caller who
 // has said how many there will be, or has said nothing: a file that was cut
 // off, or is another deployment's, takes identities away from running workloads.
-func checkRemoval(diff server.Diff, said *int64) error {
+func checkRemoval(diff spireapi.Diff, said *int64) error {
 	removed, before := diff.Removed()
 	switch {
 	case said != nil && *said != int64(removed):
@@ -204,7 +204,7 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	if err != nil {
 		return nil, fail(err)
 	}
-	return &api.PutEntryResponse{Change: protoChange(c), Warnings: s.warnings([]server.Entry{e})}, nil
+	return &api.PutEntryResponse{Change: protoChange(c), Warnings: s.warnings([]spireapi.Entry{e})}, nil
 }
 
 // maxNamed is how many entries a warning names.
@@ -212,7 +212,7 @@ const maxNamed = 5
 
 // warnings says which entries federate with trust domains whose bundles nobody
 // fetches.
-func (s *Service) warnings(entries []server.Entry) []string {
+func (s *Service) warnings(entries []spireapi.Entry) []string {
 	if s.config.Follows == nil {
 		return nil
 	}
@@ -263,11 +263,11 @@ func (s *Service) GetBundle(_ context.Context, req *api.GetBundleRequest) (*api.
 	return &api.GetBundleResponse{Pem: b.PEM(), Sequence: b.Sequence}, nil
 }
 
-func protoChange(c server.EntryChange) *api.EntryChange {
+func protoChange(c spireapi.EntryChange) *api.EntryChange {
 	return &api.EntryChange{Before: protoEntry(c.Before), After: protoEntry(c.After)}
 }
 
-func protoEntry(e *server.Entry) *api.Entry {
+func protoEntry(e *spireapi.Entry) *api.Entry {
 	if e == nil {
 		return nil
 	}
@@ -293,11 +293,11 @@ func protoEntry(e *server.Entry) *api.Entry {
 
 // parseEntry reads the texts of an entry; what they mean is the server's to
 // check.
-func parseEntry(p *api.Entry) (server.Entry, error) {
-	wrong := func(field string, value any, err error) (server.Entry, error) {
-		return server.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)
+func parseEntry(p *api.Entry) (spireapi.Entry, error) {
+	wrong := func(field string, value any, err error) (spireapi.Entry, error) {
+		return spireapi.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)
 	}
-	e := server.Entry{
+	e := spireapi.Entry{
 		ID: p.GetId(), Operator: p.GetOperator(), Hint: p.GetHint(), DNSNames: p.GetDnsNames(),
 		X509TTL: p.GetX509Ttl().AsDuration(), JWTTTL: p.GetJwtTtl().AsDuration(),
 		DisableX509SVIDPrefetch: p.GetDisableX509SvidPrefetch(), JWTSVIDIncludeJTI: p.GetJwtSvidIncludeJti(),
@@ -312,7 +312,7 @@ func parseEntry(p *api.Entry) (server.Entry, error) {
 		}
 	}
 	for _, sel := range p.GetSelectors() {
-		e.Selectors = append(e.Selectors, server.Selector{Type: sel.GetType(), Value: sel.GetValue()})
+		e.Selectors = append(e.Selectors, spireapi.Selector{Type: sel.GetType(), Value: sel.GetValue()})
 	}
 	for _, name := range p.GetFederatesWith() {
 		td, err := spiffeid.TrustDomainFromString(name)

@@ -17,7 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 func entry(id, path string) *api.Entry {
@@ -133,11 +133,11 @@ func TestRemovedEntries(t *testing.T) {
 			{210, 21, true},
 			{500, 21, true},
 		} {
-			var had []server.Entry
+			var had []spireapi.Entry
 			var list []*api.Entry
 			for i := range tt.before {
 				e := entry(fmt.Sprintf("e%d", i), "/had")
-				had = append(had, server.Entry{ID: e.GetId(), SPIFFEID: workload, Selectors: []server.Selector{{Type: "unix", Value: "uid:1"}}})
+				had = append(had, spireapi.Entry{ID: e.GetId(), SPIFFEID: workload, Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:1"}}})
 				if i >= tt.removed {
 					list = append(list, e) // changed, and not removed
 				}
@@ -246,9 +246,9 @@ func TestAgents(t *testing.T) {
 		}
 
 		end := time.Now().Add(time.Hour)
-		d.attest(t, server.Agent{ID: agent("a"), Type: "join_token", ExpiresAt: end, Version: "v1"})
-		d.attest(t, server.Agent{ID: agent("b"), Type: "join_token", ExpiresAt: end})
-		d.attest(t, server.Agent{ID: agent("c"), Type: "join_token", ExpiresAt: end})
+		d.attest(t, spireapi.Agent{ID: agent("a"), Type: "join_token", ExpiresAt: end, Version: "v1"})
+		d.attest(t, spireapi.Agent{ID: agent("b"), Type: "join_token", ExpiresAt: end})
+		d.attest(t, spireapi.Agent{ID: agent("c"), Type: "join_token", ExpiresAt: end})
 		d.ledger.Applied(agent("a").String(), 7)
 		_, err := c.BanAgent(t.Context(), &api.BanAgentRequest{AgentId: agent("b").String()})
 		check(t, err)

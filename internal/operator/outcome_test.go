@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // hang waits until the caller has given up.
@@ -214,7 +214,7 @@ func TestTimeIsOverForTheRest(t *testing.T) {
 		w := newWorld(t)
 		d := w.only()
 		var err error
-		d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Storage: hanging{d.kept}})
+		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: hanging{d.kept}})
 		check(t, err)
 		rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
 		check(t, err)
@@ -233,9 +233,9 @@ func TestTimeIsOverForTheRest(t *testing.T) {
 }
 
 // hanging is a server's storage that takes no tokens.
-type hanging struct{ *server.Memory }
+type hanging struct{ *spireapi.Memory }
 
-func (hanging) PutToken(ctx context.Context, _ server.Token) error { return hang(ctx) }
+func (hanging) PutToken(ctx context.Context, _ spireapi.Token) error { return hang(ctx) }
 
 // TestForgottenThoughTheCallerIsGone: a removal that has happened is followed
 // by the ledger whether or not anybody waits for the answer.

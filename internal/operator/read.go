@@ -12,7 +12,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/keyset"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // Figures are what is known of a deployment's keysets and agents.
@@ -60,7 +60,7 @@ func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keys
 }
 
 // ends is when the last SVID of an agent does.
-func ends(a server.Agent) time.Time {
+func ends(a spireapi.Agent) time.Time {
 	if a.NextExpiresAt.After(a.ExpiresAt) {
 		return a.NextExpiresAt
 	}

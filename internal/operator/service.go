@@ -31,7 +31,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/listen"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // Deployment is one that operators may work on.
@@ -40,7 +40,7 @@ type Deployment struct {
 	// Retired: agents cannot reach it any more, so none of them is waited for.
 	Retired bool
 	Keysets *keyset.Deployment
-	Server  *server.Server
+	Server  *spireapi.Server
 	Ledger  *ledger.Ledger
 	// Audit returns the log of mutations with a number above after, at most
 	// limit; nil when none is kept.
@@ -324,14 +324,14 @@ func fail(err error) error {
 		}
 		return status.Error(code, refusal.Error())
 	}
-	if entry, ok := errors.AsType[*server.EntryError](err); ok {
+	if entry, ok := errors.AsType[*spireapi.EntryError](err); ok {
 		return status.Error(codes.InvalidArgument, entry.Error())
 	}
 	if removal, ok := errors.AsType[removalError](err); ok {
 		return status.Error(codes.FailedPrecondition, removal.Error())
 	}
 	switch {
-	case errors.Is(err, server.ErrNotFound):
+	case errors.Is(err, spireapi.ErrNotFound):
 		return status.Error(codes.NotFound, err.Error())
 	case errors.Is(err, context.DeadlineExceeded):
 		return status.Errorf(codes.DeadlineExceeded, "not known to be done in time: %v", err)

@@ -15,13 +15,13 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // stuck is a server's storage on a disk that can hang, in reads as in writes, and takes
 // no notice of anybody's time.
 type stuck struct {
-	*server.Memory
+	*spireapi.Memory
 	mu   sync.Mutex
 	gate chan struct{}
 }
@@ -49,32 +49,32 @@ func (s *stuck) wait() {
 	}
 }
 
-func (s *stuck) PutToken(ctx context.Context, t server.Token) error {
+func (s *stuck) PutToken(ctx context.Context, t spireapi.Token) error {
 	s.wait()
 	return s.Memory.PutToken(ctx, t)
 }
 
-func (s *stuck) TakeToken(ctx context.Context, value string) (server.Token, error) {
+func (s *stuck) TakeToken(ctx context.Context, value string) (spireapi.Token, error) {
 	s.wait()
 	return s.Memory.TakeToken(ctx, value)
 }
 
-func (s *stuck) Agent(ctx context.Context, id spiffeid.ID) (*server.Agent, error) {
+func (s *stuck) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent, error) {
 	s.wait()
 	return s.Memory.Agent(ctx, id)
 }
 
-func (s *stuck) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (*server.Agent, error) {
+func (s *stuck) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
 	s.wait()
 	return s.Memory.UpdateAgent(ctx, id, change)
 }
 
-func (s *stuck) Agents(ctx context.Context) ([]server.Agent, error) {
+func (s *stuck) Agents(ctx context.Context) ([]spireapi.Agent, error) {
 	s.wait()
 	return s.Memory.Agents(ctx)
 }
 
-func (s *stuck) PutEntries(ctx context.Context, put []server.StoredEntry, gone []string) error {
+func (s *stuck) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
 	s.wait()
 	return s.Memory.PutEntries(ctx, put, gone)
 }
@@ -86,7 +86,7 @@ func stuckWorld(t *testing.T) (*world, *stuck) {
 	d, disk := w.only(), new(stuck)
 	disk.Memory = d.kept
 	var err error
-	d.server, err = server.New(server.Config{TrustDomain: td, Keysets: d.keysets, Storage: disk, Ledger: d.ledger})
+	d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: disk, Ledger: d.ledger})
 	check(t, err)
 	rules, err := operator.ParseRules(td, []string{boss.String()}, []string{looker.String()})
 	check(t, err)
@@ -183,7 +183,7 @@ func TestStuckDisk(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w, disk := stuckWorld(t)
-				w.only().attest(t, server.Agent{ID: one, Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
+				w.only().attest(t, spireapi.Agent{ID: one, Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
 				r := w.serveTLS(t)
 				c := r.as(t, w, boss)
 				_, err := c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry("a")})

@@ -8,12 +8,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// Agent implements server.Storage.
-func (d *Deployment) Agent(ctx context.Context, id spiffeid.ID) (*server.Agent, error) {
-	var a *server.Agent
+// Agent implements spireapi.Storage.
+func (d *Deployment) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent, error) {
+	var a *spireapi.Agent
 	err := d.read(ctx, func(b *bbolt.Bucket) (err error) {
 		key := []byte(id.String())
 		a, err = decodeAgent(key, b.Bucket([]byte(agents)).Get(key))
@@ -22,14 +22,14 @@ func (d *Deployment) Agent(ctx context.Context, id spiffeid.ID) (*server.Agent, 
 	return a, err
 }
 
-// Agents implements server.Storage.
-func (d *Deployment) Agents(ctx context.Context) ([]server.Agent, error) {
-	return all(ctx, d, agents, decode[server.Agent])
+// Agents implements spireapi.Storage.
+func (d *Deployment) Agents(ctx context.Context) ([]spireapi.Agent, error) {
+	return all(ctx, d, agents, decode[spireapi.Agent])
 }
 
-// UpdateAgent implements server.Storage. change must not use the store.
-func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (*server.Agent, error) {
-	var next *server.Agent
+// UpdateAgent implements spireapi.Storage. change must not use the store.
+func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+	var next *spireapi.Agent
 	err := d.write(ctx, 1, func(v state) (ops []op, err error) {
 		ops, next, err = changeAgent(v, id, change)
 		return ops, err
@@ -40,8 +40,8 @@ func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change fun
 	return next, nil
 }
 
-// Admit implements server.Storage. Change and Row must not use the store.
-func (d *Deployment) Admit(ctx context.Context, a server.Admission) error {
+// Admit implements spireapi.Storage. Change and Row must not use the store.
+func (d *Deployment) Admit(ctx context.Context, a spireapi.Admission) error {
 	return d.write(ctx, 3, func(v state) ([]op, error) {
 		ops, _, err := changeAgent(v, a.ID, a.Change)
 		if err != nil {
@@ -54,7 +54,7 @@ func (d *Deployment) Admit(ctx context.Context, a server.Admission) error {
 				return nil, err
 			}
 			if stored == nil {
-				return nil, server.ErrNotFound
+				return nil, spireapi.ErrNotFound
 			}
 			ops = append(ops, op{tokens, key, nil})
 		}
@@ -64,7 +64,7 @@ func (d *Deployment) Admit(ctx context.Context, a server.Admission) error {
 }
 
 // changeAgent plans a change of an agent and returns what the agent is after it.
-func changeAgent(v state, id spiffeid.ID, change func(*server.Agent) (*server.Agent, error)) (ops []op, next *server.Agent, err error) {
+func changeAgent(v state, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (ops []op, next *spireapi.Agent, err error) {
 	key := []byte(id.String())
 	stored, err := v.get(agents, key)
 	if err != nil {
@@ -94,24 +94,24 @@ func changeAgent(v state, id spiffeid.ID, change func(*server.Agent) (*server.Ag
 	return []op{o}, &copied, nil
 }
 
-func decodeAgent(key, value []byte) (*server.Agent, error) {
+func decodeAgent(key, value []byte) (*spireapi.Agent, error) {
 	if value == nil {
 		return nil, nil
 	}
-	a, err := decode[server.Agent](key, value)
+	a, err := decode[spireapi.Agent](key, value)
 	if err != nil {
 		return nil, err
 	}
 	return &a, nil
 }
 
-// Entries implements server.Storage.
-func (d *Deployment) Entries(ctx context.Context) ([]server.StoredEntry, error) {
-	return all(ctx, d, entries, decode[server.StoredEntry])
+// Entries implements spireapi.Storage.
+func (d *Deployment) Entries(ctx context.Context) ([]spireapi.StoredEntry, error) {
+	return all(ctx, d, entries, decode[spireapi.StoredEntry])
 }
 
-// PutEntries implements server.Storage.
-func (d *Deployment) PutEntries(ctx context.Context, stored []server.StoredEntry, gone []string) error {
+// PutEntries implements spireapi.Storage.
+func (d *Deployment) PutEntries(ctx context.Context, stored []spireapi.StoredEntry, gone []string) error {
 	ops := make([]op, 0, len(stored)+len(gone))
 	for _, e := range stored {
 		o, err := put(entries, []byte(e.ID), e)
@@ -142,4 +142,4 @@ func all[T any](ctx context.Context, d *Deployment, bucket string, decode func(k
 	return list, nil
 }
 
-var _ server.Storage = (*Deployment)(nil)
+var _ spireapi.Storage = (*Deployment)(nil)

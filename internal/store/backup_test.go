@@ -20,7 +20,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -50,10 +50,10 @@ func TestBackupIsOneMoment(t *testing.T) {
 	for w := range done {
 		wg.Go(func() {
 			for n := int64(1); ctx.Err() == nil; n++ {
-				var pair []server.StoredEntry
+				var pair []spireapi.StoredEntry
 				for _, side := range []string{"left", "right"} {
 					hint := strings.Repeat("x", int(n*977%9000)) // pages come and go
-					pair = append(pair, server.StoredEntry{Entry: server.Entry{
+					pair = append(pair, spireapi.StoredEntry{Entry: spireapi.Entry{
 						ID: fmt.Sprintf("%s-%d", side, w), SPIFFEID: spiffeid.RequireFromPath(td, "/w"), Hint: hint,
 					}, Revision: n})
 				}
@@ -215,7 +215,7 @@ func TestInspect(t *testing.T) {
 		t.Fatal(err)
 	}
 	fill(t, s.Deployment("default"))
-	if err := s.Deployment("tokens").PutToken(t.Context(), server.Token{Value: "token"}); err != nil {
+	if err := s.Deployment("tokens").PutToken(t.Context(), spireapi.Token{Value: "token"}); err != nil {
 		t.Fatal(err)
 	}
 	backup := copyOf(t, s)

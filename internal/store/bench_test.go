@@ -7,7 +7,7 @@ import (
 	"testing"
 
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // rows are what a fleet of agents with 100 entries each is given.
@@ -78,9 +78,9 @@ func BenchmarkStart100k(b *testing.B) {
 		if err := d.SaveLedger(b.Context(), ledger.Change{Put: all[:1000]}); err != nil {
 			b.Fatal(err)
 		}
-		var batch []server.StoredEntry
+		var batch []spireapi.StoredEntry
 		for _, r := range all[:1000] {
-			batch = append(batch, server.StoredEntry{Entry: server.Entry{ID: r.Entry, SPIFFEID: agentID(1), ParentID: agentID(2), Selectors: []server.Selector{{Type: "unix", Value: "uid:1000"}}}})
+			batch = append(batch, spireapi.StoredEntry{Entry: spireapi.Entry{ID: r.Entry, SPIFFEID: agentID(1), ParentID: agentID(2), Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:1000"}}}})
 		}
 		if err := d.PutEntries(b.Context(), batch, nil); err != nil {
 			b.Fatal(err)

@@ -12,7 +12,7 @@ import (
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -23,10 +23,10 @@ func hold(t *testing.T, d *store.Deployment) (release func()) {
 	inside, gate := make(chan struct{}), make(chan struct{})
 	var wg sync.WaitGroup
 	wg.Go(func() {
-		if _, err := d.UpdateAgent(t.Context(), agentID(-1), func(*server.Agent) (*server.Agent, error) {
+		if _, err := d.UpdateAgent(t.Context(), agentID(-1), func(*spireapi.Agent) (*spireapi.Agent, error) {
 			close(inside)
 			<-gate
-			return &server.Agent{ID: agentID(-1)}, nil
+			return &spireapi.Agent{ID: agentID(-1)}, nil
 		}); err != nil {
 			t.Error(err)
 		}
@@ -71,17 +71,17 @@ func writersShareACommit(t *testing.T) {
 			return d.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{{Authority: "a"}}})
 		},
 		func() error {
-			return d.Admit(t.Context(), server.Admission{ID: agentID(21), Change: func(*server.Agent) (*server.Agent, error) {
-				return &server.Agent{ID: agentID(21)}, nil
+			return d.Admit(t.Context(), spireapi.Admission{ID: agentID(21), Change: func(*spireapi.Agent) (*spireapi.Agent, error) {
+				return &spireapi.Agent{ID: agentID(21)}, nil
 			}, Row: func() ledger.Row { return ledger.Row{Authority: "a"} }})
 		},
-		func() error { return other.PutToken(t.Context(), server.Token{Value: "a"}) },
+		func() error { return other.PutToken(t.Context(), spireapi.Token{Value: "a"}) },
 		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
 		// From here on they fail, alone.
 		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
 		func() error { _, err := d.TakeToken(t.Context(), "a"); return err },
 		func() error {
-			_, err := d.UpdateAgent(t.Context(), agentID(3), func(*server.Agent) (*server.Agent, error) { return nil, refused })
+			_, err := d.UpdateAgent(t.Context(), agentID(3), func(*spireapi.Agent) (*spireapi.Agent, error) { return nil, refused })
 			return err
 		},
 		func() error { return d.Save(t.Context(), document(1), keyset.Change{}) },
@@ -92,7 +92,7 @@ func writersShareACommit(t *testing.T) {
 		want := error(nil)
 		switch len(errs) - n {
 		case 5, 4:
-			want = server.ErrNotFound
+			want = spireapi.ErrNotFound
 		case 3:
 			want = refused
 		case 1:
@@ -129,7 +129,7 @@ func TestNothingToWrite(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	if _, err := d.TakeToken(t.Context(), "x"); !errors.Is(err, server.ErrNotFound) {
+	if _, err := d.TakeToken(t.Context(), "x"); !errors.Is(err, spireapi.ErrNotFound) {
 		t.Error(err)
 	}
 	if n := s.Commits(t); n != before {
@@ -198,9 +198,9 @@ func contexts(t *testing.T) {
 
 	// One that was taken gets its outcome.
 	ctx, cancel = context.WithCancel(t.Context())
-	if _, err := d.UpdateAgent(ctx, agentID(2), func(*server.Agent) (*server.Agent, error) {
+	if _, err := d.UpdateAgent(ctx, agentID(2), func(*spireapi.Agent) (*spireapi.Agent, error) {
 		cancel()
-		return &server.Agent{ID: agentID(2)}, nil
+		return &spireapi.Agent{ID: agentID(2)}, nil
 	}); err != nil {
 		t.Errorf("ended during its commit: %v", err)
 	}
@@ -222,7 +222,7 @@ func TestChangePanics(t *testing.T) {
 				t.Errorf("recovered %v", p)
 			}
 		}()
-		_, _ = d.UpdateAgent(t.Context(), agentID(1), func(*server.Agent) (*server.Agent, error) { panic("mine") })
+		_, _ = d.UpdateAgent(t.Context(), agentID(1), func(*spireapi.Agent) (*spireapi.Agent, error) { panic("mine") })
 	}()
 	if err := update(t.Context(), d, 1, "1"); err != nil {
 		t.Error(err)

@@ -14,7 +14,7 @@ import (
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // TestKeysetStorage holds each implementation to the contract of
@@ -106,12 +106,12 @@ func document(n byte) keyset.Document {
 }
 
 // TestServerStorage holds each implementation to the contract of
-// server.Storage.
+// spireapi.Storage.
 func TestServerStorage(t *testing.T) {
 	t.Parallel()
-	for name, make := range map[string]func(*testing.T) server.Storage{
-		"memory": func(*testing.T) server.Storage { return server.NewMemory() },
-		"store":  func(t *testing.T) server.Storage { return fresh(t) },
+	for name, make := range map[string]func(*testing.T) spireapi.Storage{
+		"memory": func(*testing.T) spireapi.Storage { return spireapi.NewMemory() },
+		"store":  func(t *testing.T) spireapi.Storage { return fresh(t) },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -123,20 +123,20 @@ func TestServerStorage(t *testing.T) {
 	}
 }
 
-func tokens(t *testing.T, s server.Storage) {
+func tokens(t *testing.T, s spireapi.Storage) {
 	ctx := t.Context()
-	if _, err := s.TakeToken(ctx, "a"); !errors.Is(err, server.ErrNotFound) {
+	if _, err := s.TakeToken(ctx, "a"); !errors.Is(err, spireapi.ErrNotFound) {
 		t.Errorf("none there: %v", err)
 	}
-	want := filled[server.Token](t)
+	want := filled[spireapi.Token](t)
 	want.Value = "a"
 	if err := s.PutToken(ctx, want); err != nil {
 		t.Fatal(err)
 	}
-	if all, err := s.Tokens(ctx); err != nil || !reflect.DeepEqual(all, []server.Token{want}) {
+	if all, err := s.Tokens(ctx); err != nil || !reflect.DeepEqual(all, []spireapi.Token{want}) {
 		t.Errorf("all tokens: %+v, %v", all, err)
 	}
-	if _, err := s.TakeToken(ctx, "b"); !errors.Is(err, server.ErrNotFound) {
+	if _, err := s.TakeToken(ctx, "b"); !errors.Is(err, spireapi.ErrNotFound) {
 		t.Errorf("another: %v", err)
 	}
 	for range 2 {
@@ -144,7 +144,7 @@ func tokens(t *testing.T, s server.Storage) {
 			t.Errorf("looked at: %+v, %v", token, err)
 		}
 	}
-	if _, err := s.Token(ctx, "b"); !errors.Is(err, server.ErrNotFound) {
+	if _, err := s.Token(ctx, "b"); !errors.Is(err, spireapi.ErrNotFound) {
 		t.Errorf("another: %v", err)
 	}
 	var got atomic.Int64
@@ -155,7 +155,7 @@ func tokens(t *testing.T, s server.Storage) {
 			switch {
 			case err == nil && reflect.DeepEqual(token, want):
 				got.Add(1)
-			case !errors.Is(err, server.ErrNotFound):
+			case !errors.Is(err, spireapi.ErrNotFound):
 				t.Errorf("%+v, %v", token, err)
 			}
 		})
@@ -169,19 +169,19 @@ func tokens(t *testing.T, s server.Storage) {
 	}
 }
 
-func admissions(t *testing.T, s server.Storage) {
+func admissions(t *testing.T, s spireapi.Storage) {
 	ctx := t.Context()
 	rows := 0
-	admit := func(token string, n int, change func(*server.Agent) (*server.Agent, error)) error {
-		return s.Admit(ctx, server.Admission{Token: token, ID: agentID(n), Change: change, Row: func() ledger.Row {
+	admit := func(token string, n int, change func(*spireapi.Agent) (*spireapi.Agent, error)) error {
+		return s.Admit(ctx, spireapi.Admission{Token: token, ID: agentID(n), Change: change, Row: func() ledger.Row {
 			rows++
 			return ledger.Row{Authority: "A", Agent: agentID(n).String(), NotAfter: start}
 		}})
 	}
-	as := func(a server.Agent) func(*server.Agent) (*server.Agent, error) {
-		return func(*server.Agent) (*server.Agent, error) { return &a, nil }
+	as := func(a spireapi.Agent) func(*spireapi.Agent) (*spireapi.Agent, error) {
+		return func(*spireapi.Agent) (*spireapi.Agent, error) { return &a, nil }
 	}
-	is := func(what string, tokens int, agents ...server.Agent) {
+	is := func(what string, tokens int, agents ...spireapi.Agent) {
 		t.Helper()
 		left, err := s.Tokens(ctx)
 		if err != nil || len(left) != tokens {
@@ -204,19 +204,19 @@ func admissions(t *testing.T, s server.Storage) {
 			t.Errorf("%s: %d rows were asked for, want %d", what, rows, len(agents))
 		}
 	}
-	first := filled[server.Agent](t)
+	first := filled[spireapi.Agent](t)
 	first.ID = agentID(1)
-	if err := admit("a", 1, as(first)); !errors.Is(err, server.ErrNotFound) {
+	if err := admit("a", 1, as(first)); !errors.Is(err, spireapi.ErrNotFound) {
 		t.Errorf("without a token: %v", err)
 	}
 	is("no token", 0)
 	for _, value := range []string{"a", "b"} {
-		if err := s.PutToken(ctx, server.Token{Value: value, ExpiresAt: start}); err != nil {
+		if err := s.PutToken(ctx, spireapi.Token{Value: value, ExpiresAt: start}); err != nil {
 			t.Fatal(err)
 		}
 	}
 	refused := errors.New("refused")
-	if err := admit("a", 1, func(a *server.Agent) (*server.Agent, error) { return a, refused }); err != refused { //nolint:errorlint // it is to be returned as it is
+	if err := admit("a", 1, func(a *spireapi.Agent) (*spireapi.Agent, error) { return a, refused }); err != refused { //nolint:errorlint // it is to be returned as it is
 		t.Errorf("refused: %v", err)
 	}
 	is("refused", 2)
@@ -229,7 +229,7 @@ func admissions(t *testing.T, s server.Storage) {
 			switch err := admit("a", 1, as(first)); {
 			case err == nil:
 				in.Add(1)
-			case !errors.Is(err, server.ErrNotFound):
+			case !errors.Is(err, spireapi.ErrNotFound):
 				t.Error(err)
 			}
 		})
@@ -242,7 +242,7 @@ func admissions(t *testing.T, s server.Storage) {
 
 	renewed := first
 	renewed.NextSerial = "another"
-	err := admit("", 1, func(a *server.Agent) (*server.Agent, error) {
+	err := admit("", 1, func(a *spireapi.Agent) (*spireapi.Agent, error) {
 		if !reflect.DeepEqual(*a, first) {
 			t.Errorf("change gets %+v", a)
 		}
@@ -255,23 +255,23 @@ func admissions(t *testing.T, s server.Storage) {
 	is("renewed", 1, renewed)
 }
 
-func agents(t *testing.T, s server.Storage) {
+func agents(t *testing.T, s spireapi.Storage) {
 	ctx := t.Context()
-	list := func() []server.Agent {
+	list := func() []spireapi.Agent {
 		all, err := s.Agents(ctx)
 		if err != nil {
 			t.Error(err)
 		}
 		return all
 	}
-	want := filled[server.Agent](t)
+	want := filled[spireapi.Agent](t)
 	want.ID = agentID(1)
 	if a, err := s.Agent(ctx, want.ID); a != nil || err != nil || len(list()) != 0 {
 		t.Errorf("at first: %v, %v", a, err)
 	}
 	refused := errors.New("refused")
 	for _, there := range []bool{false, true} {
-		if a, err := s.UpdateAgent(ctx, want.ID, func(a *server.Agent) (*server.Agent, error) {
+		if a, err := s.UpdateAgent(ctx, want.ID, func(a *spireapi.Agent) (*spireapi.Agent, error) {
 			if (a != nil) != there {
 				t.Errorf("change gets %v", a)
 			}
@@ -286,7 +286,7 @@ func agents(t *testing.T, s server.Storage) {
 			continue
 		}
 		given := want
-		a, err := s.UpdateAgent(ctx, want.ID, func(*server.Agent) (*server.Agent, error) { return &given, nil })
+		a, err := s.UpdateAgent(ctx, want.ID, func(*spireapi.Agent) (*spireapi.Agent, error) { return &given, nil })
 		if err != nil || !reflect.DeepEqual(*a, want) {
 			t.Errorf("stored: %+v, %v", a, err)
 		}
@@ -299,7 +299,7 @@ func agents(t *testing.T, s server.Storage) {
 		}
 		a.Version = "changed by a reader"
 	}
-	if all := list(); !reflect.DeepEqual(all, []server.Agent{want}) {
+	if all := list(); !reflect.DeepEqual(all, []spireapi.Agent{want}) {
 		t.Errorf("all agents: %+v", all)
 	}
 
@@ -309,9 +309,9 @@ func agents(t *testing.T, s server.Storage) {
 	for range writers {
 		wg.Go(func() {
 			for range rounds {
-				if _, err := s.UpdateAgent(ctx, agentID(2), func(a *server.Agent) (*server.Agent, error) {
+				if _, err := s.UpdateAgent(ctx, agentID(2), func(a *spireapi.Agent) (*spireapi.Agent, error) {
 					if a == nil {
-						a = &server.Agent{ID: agentID(2)}
+						a = &spireapi.Agent{ID: agentID(2)}
 					}
 					a.Version += "."
 					return a, nil
@@ -329,7 +329,7 @@ func agents(t *testing.T, s server.Storage) {
 		t.Errorf("%d agents", len(all))
 	}
 	for range 2 {
-		if a, err := s.UpdateAgent(ctx, want.ID, func(*server.Agent) (*server.Agent, error) { return nil, nil }); a != nil || err != nil {
+		if a, err := s.UpdateAgent(ctx, want.ID, func(*spireapi.Agent) (*spireapi.Agent, error) { return nil, nil }); a != nil || err != nil {
 			t.Errorf("deleted: %v, %v", a, err)
 		}
 	}
@@ -338,27 +338,27 @@ func agents(t *testing.T, s server.Storage) {
 	}
 }
 
-func entries(t *testing.T, s server.Storage) {
+func entries(t *testing.T, s spireapi.Storage) {
 	ctx := t.Context()
-	check := func(want ...server.StoredEntry) {
+	check := func(want ...spireapi.StoredEntry) {
 		t.Helper()
 		got, err := s.Entries(ctx)
-		slices.SortFunc(got, func(a, b server.StoredEntry) int { return strings.Compare(a.ID, b.ID) })
+		slices.SortFunc(got, func(a, b spireapi.StoredEntry) int { return strings.Compare(a.ID, b.ID) })
 		if err != nil || len(got)+len(want) > 0 && !reflect.DeepEqual(got, want) {
 			t.Errorf("%+v, %v, want %+v", got, err, want)
 		}
 	}
 	check()
-	a := filled[server.StoredEntry](t)
+	a := filled[spireapi.StoredEntry](t)
 	a.ID, a.SPIFFEID, a.ParentID = "a\x00/ä", agentID(1), agentID(2)
 	a.FederatesWith = []spiffeid.TrustDomain{td}
-	b := server.StoredEntry{Entry: server.Entry{ID: "b", SPIFFEID: agentID(3)}}
-	if err := s.PutEntries(ctx, []server.StoredEntry{b, a}, nil); err != nil {
+	b := spireapi.StoredEntry{Entry: spireapi.Entry{ID: "b", SPIFFEID: agentID(3)}}
+	if err := s.PutEntries(ctx, []spireapi.StoredEntry{b, a}, nil); err != nil {
 		t.Fatal(err)
 	}
 	check(a, b)
 	b.Revision++
-	if err := s.PutEntries(ctx, []server.StoredEntry{b}, []string{a.ID, "not there"}); err != nil {
+	if err := s.PutEntries(ctx, []spireapi.StoredEntry{b}, []string{a.ID, "not there"}); err != nil {
 		t.Fatal(err)
 	}
 	check(b)

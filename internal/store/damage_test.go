@@ -12,7 +12,7 @@ import (
 	"testing"
 
 	"github.com/renewd/renewd/internal/keyset"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -42,7 +42,7 @@ func sample(t testing.TB) (data []byte, want string) {
 	path = copyOf(t, s)
 	closed(t, s)
 	s = open(t, path)
-	if err := s.Deployment("small").PutToken(t.Context(), server.Token{Value: "token"}); err != nil {
+	if err := s.Deployment("small").PutToken(t.Context(), spireapi.Token{Value: "token"}); err != nil {
 		t.Fatal(err)
 	}
 	want = mustContents(t, s)

@@ -8,7 +8,7 @@ import (
 	"testing/synctest"
 
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -79,15 +79,15 @@ func TestFailedCommitFailsAll(t *testing.T) {
 func failedCommitFailsAll(t *testing.T) {
 	s := opened(t, newPath(t))
 	d := s.Deployment("default")
-	if err := d.PutToken(t.Context(), server.Token{Value: "a"}); err != nil {
+	if err := d.PutToken(t.Context(), spireapi.Token{Value: "a"}); err != nil {
 		t.Fatal(err)
 	}
 	take := func() error { _, err := d.TakeToken(t.Context(), "a"); return err }
 	var back func()
 	errs := together(t, d, take, take, func() error {
-		_, err := d.UpdateAgent(t.Context(), agentID(1), func(*server.Agent) (*server.Agent, error) {
+		_, err := d.UpdateAgent(t.Context(), agentID(1), func(*spireapi.Agent) (*spireapi.Agent, error) {
 			back = s.PutDevice(t, "/dev/full")
-			return &server.Agent{ID: agentID(1)}, nil
+			return &spireapi.Agent{ID: agentID(1)}, nil
 		})
 		return err
 	})
@@ -108,13 +108,13 @@ func TestAdmissionThatCannotBeStored(t *testing.T) {
 	path := newPath(t)
 	s := open(t, path)
 	d := s.Deployment("default")
-	if err := d.PutToken(t.Context(), server.Token{Value: "a"}); err != nil {
+	if err := d.PutToken(t.Context(), spireapi.Token{Value: "a"}); err != nil {
 		t.Fatal(err)
 	}
 	var back func()
-	admission := server.Admission{
+	admission := spireapi.Admission{
 		Token: "a", ID: agentID(1),
-		Change: func(*server.Agent) (*server.Agent, error) { return &server.Agent{ID: agentID(1)}, nil },
+		Change: func(*spireapi.Agent) (*spireapi.Agent, error) { return &spireapi.Agent{ID: agentID(1)}, nil },
 		Row: func() ledger.Row {
 			if back == nil {
 				back = s.PutDevice(t, "/dev/full")

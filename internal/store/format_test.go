@@ -12,7 +12,7 @@ import (
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -23,7 +23,7 @@ func TestFormat(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
 	s := open(t, path)
-	if err := s.Deployment("default").PutToken(t.Context(), server.Token{Value: "token", ExpiresAt: start}); err != nil {
+	if err := s.Deployment("default").PutToken(t.Context(), spireapi.Token{Value: "token", ExpiresAt: start}); err != nil {
 		t.Fatal(err)
 	}
 	closed(t, s)
@@ -70,7 +70,7 @@ func TestFormat(t *testing.T) {
 	}
 	a := spiffeid.RequireFromString("spiffe://example.org/a")
 	agent, err := d.Agent(t.Context(), a)
-	check(&server.Agent{ID: a, Type: "join_token", Serial: "1", ExpiresAt: start, NextSerial: "2", NextExpiresAt: start, Banned: true, Version: "1.2"}, agent, err)
+	check(&spireapi.Agent{ID: a, Type: "join_token", Serial: "1", ExpiresAt: start, NextSerial: "2", NextExpiresAt: start, Banned: true, Version: "1.2"}, agent, err)
 	records, err := d.Audit(t.Context(), 0, 0)
 	check([]store.AuditRecord{{Number: 1, Change: keyset.Change{
 		At: start, Actor: "uid 0", Operation: "taint", KeysetID: "ks_a", Note: "n",
@@ -78,12 +78,12 @@ func TestFormat(t *testing.T) {
 	}}}, records, err)
 	entries, err := d.Entries(t.Context())
 	w := spiffeid.RequireFromString("spiffe://example.org/w")
-	check([]server.StoredEntry{{Entry: server.Entry{ // written before entries had DNS names or attributes
-		ID: "e", SPIFFEID: w, ParentID: a, Selectors: []server.Selector{{Type: "unix", Value: "uid:0"}},
+	check([]spireapi.StoredEntry{{Entry: spireapi.Entry{ // written before entries had DNS names or attributes
+		ID: "e", SPIFFEID: w, ParentID: a, Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:0"}},
 		Hint: "h", FederatesWith: []spiffeid.TrustDomain{spiffeid.RequireTrustDomainFromString("example.net")}, X509TTL: time.Hour, JWTTTL: time.Second,
-	}, Revision: 7, CreatedAt: start}, {Entry: server.Entry{
+	}, Revision: 7, CreatedAt: start}, {Entry: spireapi.Entry{
 		ID: "f", SPIFFEID: w, DNSNames: []string{"b.example.org", "a.example.org"},
-	}, Revision: 8, CreatedAt: start}, {Entry: server.Entry{
+	}, Revision: 8, CreatedAt: start}, {Entry: spireapi.Entry{
 		ID: "g", SPIFFEID: w, DisableX509SVIDPrefetch: true, JWTSVIDIncludeJTI: true,
 	}, Revision: 9, CreatedAt: start}}, entries, err)
 	doc, err := d.Load(t.Context())

@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -68,9 +68,9 @@ func agentID(n int) spiffeid.ID { return spiffeid.RequireFromPathf(td, "/spire/a
 func entryID(n int) string { return fmt.Sprintf("entry-%06d", n) }
 
 // update stores an agent of a version.
-func update(ctx context.Context, d server.Storage, n int, version string) error {
-	_, err := d.UpdateAgent(ctx, agentID(n), func(*server.Agent) (*server.Agent, error) {
-		return &server.Agent{ID: agentID(n), Version: version}, nil
+func update(ctx context.Context, d spireapi.Storage, n int, version string) error {
+	_, err := d.UpdateAgent(ctx, agentID(n), func(*spireapi.Agent) (*spireapi.Agent, error) {
+		return &spireapi.Agent{ID: agentID(n), Version: version}, nil
 	})
 	return err
 }
@@ -87,9 +87,9 @@ func fill(t testing.TB, d *store.Deployment) {
 		t.Fatal(err)
 	}
 	change := ledger.Change{JWT: map[string]time.Time{"kid": start}}
-	var batch []server.StoredEntry
+	var batch []spireapi.StoredEntry
 	for n := range 100 {
-		stored := server.StoredEntry{Entry: server.Entry{ID: entryID(n), SPIFFEID: spiffeid.RequireFromPathf(td, "/w/%d", n)}, Revision: int64(n)}
+		stored := spireapi.StoredEntry{Entry: spireapi.Entry{ID: entryID(n), SPIFFEID: spiffeid.RequireFromPathf(td, "/w/%d", n)}, Revision: int64(n)}
 		if batch = append(batch, stored); n%10 == 9 {
 			if err := d.PutEntries(ctx, batch, nil); err != nil {
 				t.Fatal(err)
@@ -103,7 +103,7 @@ func fill(t testing.TB, d *store.Deployment) {
 			t.Fatal(err)
 		}
 	}
-	for _, err := range []error{d.SaveLedger(ctx, change), d.PutToken(ctx, server.Token{Value: "token", ExpiresAt: start})} {
+	for _, err := range []error{d.SaveLedger(ctx, change), d.PutToken(ctx, spireapi.Token{Value: "token", ExpiresAt: start})} {
 		if err != nil {
 			t.Fatal(err)
 		}

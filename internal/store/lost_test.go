@@ -7,7 +7,7 @@ import (
 
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -49,7 +49,7 @@ func TestLostTimesEnd(t *testing.T) {
 		reopen()
 	}
 	at := func(n int) time.Time { return start.Add(time.Duration(n) * time.Hour).UTC() }
-	want := func(what string, lost []server.Lost, restored ...time.Time) {
+	want := func(what string, lost []spireapi.Lost, restored ...time.Time) {
 		t.Helper()
 		if got := s.Lost(); !reflect.DeepEqual(got, lost) {
 			t.Errorf("%s: lost times %v, want %v", what, got, lost)
@@ -66,23 +66,23 @@ func TestLostTimesEnd(t *testing.T) {
 	reopen()
 	keysetsAt(t, s.Deployment("default"), start, 9*day)
 	putBack(time.Hour)
-	first := server.Lost{From: at(0), To: at(1)}
-	want("once", []server.Lost{first}, at(0))
+	first := spireapi.Lost{From: at(0), To: at(1)}
+	want("once", []spireapi.Lost{first}, at(0))
 	pass(5 * day)
 	putBack(time.Hour)
-	second := server.Lost{From: at(121), To: at(122)}
-	want("twice", []server.Lost{first, second}, at(0), at(121))
+	second := spireapi.Lost{From: at(121), To: at(122)}
+	want("twice", []spireapi.Lost{first, second}, at(0), at(121))
 
 	off = 91 * day
 	reopen()
-	want("a clock that is ahead", []server.Lost{first, second}, at(0), at(121))
+	want("a clock that is ahead", []spireapi.Lost{first, second}, at(0), at(121))
 	off = 0
 	// Seven days after the first restore no X.509-SVID of that time is valid; JWT-SVIDs
 	// may be until their keyset ends, which is not sooner for the first than for the second.
 	pass(2*day + 2*time.Hour)
-	want("the first has ended", []server.Lost{second}, at(0), at(121))
+	want("the first has ended", []spireapi.Lost{second}, at(0), at(121))
 	pass(3*day - time.Hour)
-	want("the keyset has ended", []server.Lost{second}, at(121))
+	want("the keyset has ended", []spireapi.Lost{second}, at(121))
 	pass(3 * day)
 	want("all has ended", nil)
 	if got := s.Deployment("default").Restored(); !reflect.DeepEqual(got, []ledger.Restored(nil)) {

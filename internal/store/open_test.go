@@ -17,7 +17,7 @@ import (
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -237,7 +237,7 @@ func TestEncryptionKeyRotation(t *testing.T) {
 		t.Fatal(err)
 	}
 	fill(t, s.Deployment("default"))
-	if err := s.Deployment("tokens").PutToken(t.Context(), server.Token{Value: "other"}); err != nil {
+	if err := s.Deployment("tokens").PutToken(t.Context(), spireapi.Token{Value: "other"}); err != nil {
 		t.Fatal(err)
 	}
 	want := mustContents(t, s)
@@ -270,10 +270,10 @@ func TestEncryptionKeyRotation(t *testing.T) {
 	if err := refuses(t, path, old); !errors.Is(err, seal.ErrWrongKey) {
 		t.Error(err)
 	}
-	if token, err := func() (server.Token, error) {
+	if token, err := func() (spireapi.Token, error) {
 		s, err := store.Open(path, manager())
 		if err != nil {
-			return server.Token{}, err
+			return spireapi.Token{}, err
 		}
 		defer closed(t, s)
 		return s.Deployment("tokens").TakeToken(t.Context(), "other")

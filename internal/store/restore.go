@@ -13,7 +13,7 @@ import (
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // What the bucket about has beside keyStore.
@@ -46,11 +46,11 @@ func (d *Deployment) Restored() []ledger.Restored {
 
 // Lost are the times between a copy and its restore that an X.509-SVID could be of
 // that was still valid when the store was opened, in order.
-func (s *Store) Lost() []server.Lost {
-	var all []server.Lost
+func (s *Store) Lost() []spireapi.Lost {
+	var all []spireapi.Lost
 	for _, r := range s.restored {
 		if !s.over(r.x509End()) {
-			all = append(all, server.Lost{From: r.CopiedAt, To: r.At})
+			all = append(all, spireapi.Lost{From: r.CopiedAt, To: r.At})
 		}
 	}
 	return all

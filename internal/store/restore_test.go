@@ -17,7 +17,7 @@ import (
 
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -88,8 +88,8 @@ func TestRestore(t *testing.T) {
 	keysetsAt(t, short, start, 3*day)
 	row := ledger.Row{Authority: "a", Agent: "b", NotAfter: start}
 	for _, err := range []error{
-		bare.PutToken(t.Context(), server.Token{Value: "one"}), long.PutToken(t.Context(), server.Token{Value: "two"}),
-		long.PutToken(t.Context(), server.Token{Value: "spent"}), update(t.Context(), long, 1, "1"), long.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{row}}),
+		bare.PutToken(t.Context(), spireapi.Token{Value: "one"}), long.PutToken(t.Context(), spireapi.Token{Value: "two"}),
+		long.PutToken(t.Context(), spireapi.Token{Value: "spent"}), update(t.Context(), long, 1, "1"), long.SaveLedger(t.Context(), ledger.Change{Put: []ledger.Row{row}}),
 	} {
 		if err != nil {
 			t.Fatal(err)
@@ -166,7 +166,7 @@ func TestRestore(t *testing.T) {
 	if _, err := keysetsAt(t, long, restoredAt, 90*day).Prepare(t.Context()); err != nil {
 		t.Fatal(err)
 	}
-	if err := long.PutToken(t.Context(), server.Token{Value: "new"}); err != nil {
+	if err := long.PutToken(t.Context(), spireapi.Token{Value: "new"}); err != nil {
 		t.Fatal(err)
 	}
 	text := mustContents(t, s)
@@ -191,7 +191,7 @@ func TestRestore(t *testing.T) {
 	if got := s.Deployment("long").Restored(); len(want[1].X509) != 3 || !reflect.DeepEqual(got, want) {
 		t.Errorf("the second time: %+v\nwant %+v", got, want)
 	}
-	lost := []server.Lost{{From: copied, To: restoredAt}, {From: restoredAt.Add(day), To: restoredAt.Add(2 * day)}}
+	lost := []spireapi.Lost{{From: copied, To: restoredAt}, {From: restoredAt.Add(day), To: restoredAt.Add(2 * day)}}
 	if got := s.Lost(); !reflect.DeepEqual(got, lost) {
 		t.Errorf("lost times: %v\nwant %v", got, lost)
 	}

@@ -160,7 +160,7 @@ func (s *Store) Deployments(ctx context.Context) ([]string, error) {
 }
 
 // Deployment keeps everything of one deployment. It implements keyset.Storage,
-// server.Storage and ledger.Storage, and is safe for concurrent use.
+// spireapi.Storage and ledger.Storage, and is safe for concurrent use.
 type Deployment struct {
 	s    *Store
 	name string

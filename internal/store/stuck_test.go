@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/ledger"
-	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // TestStuckCommit: who waits for a commit that hangs leaves in time and has changed
@@ -23,9 +23,9 @@ func TestStuckCommit(t *testing.T) {
 		d := s.Deployment("default")
 		release, first := make(chan struct{}), make(chan error, 1)
 		go func() {
-			_, err := d.UpdateAgent(t.Context(), agentID(1), func(*server.Agent) (*server.Agent, error) {
+			_, err := d.UpdateAgent(t.Context(), agentID(1), func(*spireapi.Agent) (*spireapi.Agent, error) {
 				<-release
-				return &server.Agent{ID: agentID(1)}, nil
+				return &spireapi.Agent{ID: agentID(1)}, nil
 			})
 			first <- err
 		}()

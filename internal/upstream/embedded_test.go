@@ -19,7 +19,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/internal/node"
-	embedded "github.com/renewd/renewd/internal/server"
+	embedded "github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/upstream"
 )
 

@@ -17,7 +17,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/node"
-	embedded "github.com/renewd/renewd/internal/server"
+	embedded "github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/upstream"
 )
 

@@ -1,0 +1,265 @@
+package spireapi
+
+import (
+	"context"
+	"crypto/x509"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/peer"
+	"google.golang.org/grpc/status"
+	"google.golang.org/grpc/tap"
+
+	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/listen"
+)
+
+// access is who may call a method.
+type access int
+
+const (
+	nowhere access = iota // it is not implemented here, and says so to anyone
+	anyone
+	agentOnly // whoever presents an active agent SVID
+)
+
+var methods = map[string]access{
+	agentv1.Agent_AttestAgent_FullMethodName:           anyone,
+	bundlev1.Bundle_GetBundle_FullMethodName:           anyone,
+	agentv1.Agent_RenewAgent_FullMethodName:            agentOnly,
+	agentv1.Agent_PostStatus_FullMethodName:            agentOnly,
+	entryv1.Entry_GetAuthorizedEntries_FullMethodName:  agentOnly,
+	entryv1.Entry_SyncAuthorizedEntries_FullMethodName: agentOnly,
+	svidv1.SVID_BatchNewX509SVID_FullMethodName:        agentOnly,
+	svidv1.SVID_NewJWTSVID_FullMethodName:              agentOnly,
+	bundlev1.Bundle_GetFederatedBundle_FullMethodName:  agentOnly,
+	api.Fleet_Report_FullMethodName:                    agentOnly,
+}
+
+// identity says whose connection it is, "" for who presents no agent's SVID: one of
+// a workload is worth no more here than none.
+func identity(info credentials.AuthInfo) string {
+	id, _, err := present(info)
+	if err != nil {
+		return ""
+	}
+	return id.String()
+}
+
+// present is the agent's SVID that a connection presents, verified when it was made.
+func present(info credentials.AuthInfo) (id spiffeid.ID, svid *x509.Certificate, err error) {
+	t, ok := info.(credentials.TLSInfo)
+	if !ok || len(t.State.PeerCertificates) == 0 {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+	}
+	svid = t.State.PeerCertificates[0]
+	if id, err = x509svid.IDFromCert(svid); err != nil {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
+	}
+	if !strings.HasPrefix(id.Path(), agentPath) {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "%q is no agent", id)
+	}
+	return id, svid, nil
+}
+
+// screen refuses a call before anything of its request is read, unless it is for
+// anyone or its caller presents an agent's SVID. Whether that is the active one is
+// for authorize to say, which may have to wait for storage. It must not block.
+func (s *Server) screen(ctx context.Context, info *tap.Info) (context.Context, error) {
+	switch methods[info.FullMethodName] {
+	case anyone:
+		return ctx, nil
+	case agentOnly:
+		id, _, err := s.identify(ctx)
+		if err != nil {
+			s.refused(ctx, info.FullMethodName, id, err)
+			return nil, err
+		}
+		return ctx, nil
+	}
+	return nil, status.Errorf(codes.Unimplemented, "%s is not implemented", info.FullMethodName)
+}
+
+// refused notes a call that is not let in.
+func (s *Server) refused(ctx context.Context, method string, id spiffeid.ID, err error) {
+	var from netip.Prefix
+	if p, ok := peer.FromContext(ctx); ok {
+		from = listen.Client(p.Addr)
+	}
+	about := id.String()
+	if id.IsZero() {
+		about = listen.Name(from)
+	}
+	s.lines.Note(slog.LevelWarn, "call refused", about, "method", method, "agent_id", id.String(), "client", listen.Name(from), "error", err)
+}
+
+type callerKey struct{}
+
+// caller is the agent that authorize found for this call.
+func caller(ctx context.Context) (spiffeid.ID, error) {
+	id, ok := ctx.Value(callerKey{}).(spiffeid.ID)
+	if !ok {
+		return spiffeid.ID{}, status.Error(codes.Internal, "call was not authorized")
+	}
+	return id, nil
+}
+
+func (s *Server) authorizeUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+	items := 1
+	if batch, ok := req.(*svidv1.BatchNewX509SVIDRequest); ok {
+		items = len(batch.GetParams())
+	}
+	ctx, err := s.enter(ctx, info.FullMethod, items)
+	if err != nil {
+		return nil, err
+	}
+	return handler(ctx, req)
+}
+
+func (s *Server) authorizeStream(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+	ctx, err := s.enter(stream.Context(), info.FullMethod, 1)
+	if err != nil {
+		return err
+	}
+	return handler(srv, &authorizedStream{ServerStream: stream, ctx: ctx})
+}
+
+type authorizedStream struct {
+	grpc.ServerStream
+	ctx context.Context
+}
+
+func (s *authorizedStream) Context() context.Context { return s.ctx }
+
+// enter returns when a call may be served. Who it is comes first, so that what
+// belongs to agents is not used up by others at their address. Until it returns
+// the call has done nothing: it holds no lock, has begun nothing in the ledger
+// and spent no token.
+func (s *Server) enter(ctx context.Context, method string, items int) (context.Context, error) {
+	allowed, err := s.authorize(ctx, method)
+	if err != nil {
+		return nil, err
+	}
+	waited, err := s.limits.wait(ctx, method, items)
+	switch {
+	case err != nil:
+		return nil, err
+	case waited: // and may have been banned meanwhile
+		return s.authorize(ctx, method)
+	}
+	return allowed, nil
+}
+
+// authorize lets an agent-only call through when its SVID is the agent's
+// current one, or the one that it was given last and now uses for the first
+// time, which makes it the current one. So is one that storage lost.
+func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
+	if methods[method] != agentOnly {
+		return ctx, nil
+	}
+	id, svid, err := s.identify(ctx)
+	if err == nil {
+		err = s.admit(ctx, id, svid)
+	}
+	if err != nil {
+		s.refused(ctx, method, id, err)
+		return nil, err
+	}
+	return context.WithValue(ctx, callerKey{}, id), nil
+}
+
+func (s *Server) identify(ctx context.Context) (id spiffeid.ID, svid *x509.Certificate, err error) {
+	p, ok := peer.FromContext(ctx)
+	if !ok {
+		return id, nil, status.Error(codes.Internal, "call has no peer")
+	}
+	id, svid, err = present(p.AuthInfo)
+	if err != nil {
+		return id, nil, err
+	}
+	// The connection was verified when it was made; it may be older than that.
+	if s.now().After(svid.NotAfter) {
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "SVID of agent %q has expired", id)
+	}
+	return id, svid, nil
+}
+
+func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certificate) error {
+	serial := svid.SerialNumber.String()
+	agent, err := s.storage.Agent(ctx, id)
+	if err != nil {
+		return s.internal("look up agent", err)
+	}
+	if s.takesOver(agent, serial, svid) {
+		agent, err = s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
+			// Looked at again: another call may have been first.
+			if s.takesOver(a, serial, svid) {
+				a.Serial, a.ExpiresAt, a.NextSerial = serial, svid.NotAfter, ""
+			}
+			return a, nil
+		})
+		if err != nil {
+			return s.internal("activate SVID of agent", err)
+		}
+	}
+	switch {
+	case agent == nil:
+		return denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q is not attested", id)
+	case agent.Banned:
+		return denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
+	case agent.Serial != serial:
+		return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "SVID %s is not the active one of agent %q", serial, id)
+	}
+	return nil
+}
+
+// takesOver reports whether an SVID that is not the agent's current one becomes
+// that with this call: it was given to it last, or it was given in a time that
+// storage knows nothing of and outlasts those that it knows. Without the latter a
+// server that was put back from a copy would refuse every agent that has renewed
+// since, and each would need a new join token.
+func (s *Server) takesOver(a *Agent, serial string, svid *x509.Certificate) bool {
+	if a == nil || a.Banned || a.Serial == serial {
+		return false
+	}
+	if a.NextSerial == serial {
+		return true
+	}
+	// SVIDs begin a little before they are signed.
+	begin := svid.NotBefore.Add(time.Minute)
+	lost := slices.ContainsFunc(s.config.Lost, func(l Lost) bool { return begin.After(l.From) && svid.NotBefore.Before(l.To) })
+	if n := len(s.config.Lost); n > 0 && s.config.LostUntil != nil {
+		lost = lost || begin.After(s.config.Lost[n-1].From) && svid.NotBefore.Before(s.config.LostUntil())
+	}
+	return lost && svid.NotAfter.After(a.ExpiresAt) && svid.NotAfter.After(a.NextExpiresAt)
+}
+
+// denied makes a PermissionDenied error that tells an agent what to do next.
+func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...any) error {
+	st := status.New(codes.PermissionDenied, fmt.Sprintf(format, args...))
+	if detailed, err := st.WithDetails(&types.PermissionDeniedDetails{Reason: reason}); err == nil {
+		st = detailed
+	}
+	return st.Err()
+}
+
+// internal logs an error that is none of the caller's business, and returns
+// what the caller may know of it.
+func (s *Server) internal(operation string, err error) error {
+	s.log.Error("storage or signing failed", "operation", operation, "error", err)
+	return status.Errorf(codes.Internal, "failed to %s", operation)
+}

@@ -1,0 +1,130 @@
+package spireapi_test
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/renewd/renewd/internal/server/spireapi"
+)
+
+// brokenEntries is a storage that cannot store entries.
+type brokenEntries struct{ *spireapi.Memory }
+
+func (brokenEntries) PutEntries(context.Context, []spireapi.StoredEntry, []string) error {
+	return errors.New("disk full")
+}
+
+func TestEntriesThatAreNotStoredDoNotCount(t *testing.T) {
+	t.Parallel()
+	bubble(t, spireapi.Config{Storage: brokenEntries{spireapi.NewMemory()}}, func(t *testing.T, s *running) {
+		_, applied := s.ApplyEntries(t.Context(), []spireapi.Entry{entry("a")}, false)
+		_, upserted := s.UpsertEntry(t.Context(), entry("a"))
+		if applied == nil || upserted == nil || len(s.Entries()) > 0 {
+			t.Errorf("%v, %v; entries are %v", applied, upserted, s.Entries())
+		}
+	})
+}
+
+// openEnded is a storage that stores entries and may then say that it failed.
+type openEnded struct {
+	*spireapi.Memory
+	fail func() // called after entries were stored; nil: all is well
+}
+
+func (o *openEnded) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
+	if err := o.Memory.PutEntries(ctx, put, gone); err != nil || o.fail == nil {
+		return err
+	}
+	o.fail()
+	return errors.New("sync failed")
+}
+
+func (o *openEnded) Entries(ctx context.Context) ([]spireapi.StoredEntry, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	return o.Memory.Entries(ctx)
+}
+
+// TestEntriesThatWereStoredAfterAll: what a failed change has stored is what the
+// next one is compared with. Otherwise an entry that nobody knows of would come
+// back with the next start.
+func TestEntriesThatWereStoredAfterAll(t *testing.T) {
+	t.Parallel()
+	storage := &openEnded{Memory: spireapi.NewMemory()}
+	bubble(t, spireapi.Config{Storage: storage}, func(t *testing.T, s *running) {
+		who, _ := s.join(t)
+		s.apply(t, []spireapi.Entry{entry("a"), entry("b")})
+		fail := func(want ...spireapi.Entry) {
+			t.Helper()
+			ctx, cancel := context.WithCancel(t.Context())
+			storage.fail = cancel
+			if _, err := s.ApplyEntries(ctx, want, false); err == nil {
+				t.Error("no error")
+			}
+			storage.fail = nil
+			got := s.fetch(t, who)
+			for _, e := range want {
+				if got[e.ID] == nil || len(got) != len(want) {
+					t.Errorf("served are %v, stored are %v", got, want)
+				}
+			}
+		}
+		fail(entry("a"), entry("c"))
+		c := s.Entries()[1]
+		fail(entry("a"))
+		if diff := s.apply(t, []spireapi.Entry{entry("a"), entry("c")}); len(diff.Changes) != 1 {
+			t.Errorf("%d changes, want c to be added", len(diff.Changes))
+		}
+		if again := s.Entries()[1]; again.ID != "c" || again.Revision <= c.Revision {
+			t.Errorf("entry %s has revision %d, before it was %d", again.ID, again.Revision, c.Revision)
+		}
+	})
+}
+
+// TestConcurrentChanges: of many writers at once nothing is lost, no two entries
+// have one revision, and what is stored is what is served.
+func TestConcurrentChanges(t *testing.T) {
+	t.Parallel()
+	storage := spireapi.NewMemory()
+	s, err := spireapi.New(spireapi.Config{TrustDomain: td, Storage: storage})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const writers, rounds = 8, 50
+	var wg sync.WaitGroup
+	for w := range writers {
+		wg.Go(func() {
+			for n := range rounds {
+				id := fmt.Sprintf("w%d-%d", w, n)
+				_, err := s.UpsertEntry(t.Context(), entry(id))
+				if err == nil && n%2 == 1 {
+					err = s.DeleteEntry(t.Context(), id)
+				}
+				if err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	served := s.Entries()
+	stored, err := storage.Entries(t.Context())
+	slices.SortFunc(stored, func(a, b spireapi.StoredEntry) int { return strings.Compare(a.ID, b.ID) })
+	if err != nil || len(served) != writers*rounds/2 || !reflect.DeepEqual(stored, served) {
+		t.Errorf("%d entries are served and %d stored, want %d, the same (%v)", len(served), len(stored), writers*rounds/2, err)
+	}
+	revisions := map[int64]string{}
+	for _, e := range served {
+		if other, twice := revisions[e.Revision]; twice {
+			t.Errorf("%s and %s have the same revision", e.ID, other)
+		}
+		revisions[e.Revision] = e.ID
+	}
+}

@@ -1,0 +1,142 @@
+package spireapi
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"google.golang.org/protobuf/proto"
+
+	"github.com/renewd/renewd/internal/keyset"
+)
+
+// The most bytes of an entry's ID, of a SPIFFE ID (SPIFFE-ID, section 2.3) and
+// of a hint, which is in every answer to a workload.
+const (
+	maxEntryID  = 255
+	maxSPIFFEID = 2048
+	maxHint     = 1024 // as under a SPIRE server
+)
+
+// maxEntrySize bounds an entry as agents get it, in bytes. One that fits no message
+// would keep all entries from every agent.
+const maxEntrySize = 64 << 10
+
+// EntryError says which field of which entry is wrong, and why.
+type EntryError struct {
+	Entry   string // ID
+	Field   string // as operators write it: id, spiffe_id, parent_id, ...; or size
+	Problem string
+}
+
+// Error implements error.
+func (e *EntryError) Error() string {
+	return fmt.Sprintf("entry %.*q: %s: %s", maxEntryID, e.Entry, e.Field, e.Problem)
+}
+
+func (s *Server) checkEntry(e Entry) error {
+	wrong := func(field, format string, args ...any) error {
+		return &EntryError{e.ID, field, fmt.Sprintf(format, args...)}
+	}
+	switch {
+	case e.ID == "":
+		return wrong("id", "is not set")
+	case len(e.ID) > maxEntryID:
+		return wrong("id", "is longer than %d bytes", maxEntryID)
+	case !e.SPIFFEID.MemberOf(s.td):
+		return wrong("spiffe_id", "%q is not of trust domain %q", e.SPIFFEID, s.td.Name())
+	case e.SPIFFEID.Path() == "":
+		return wrong("spiffe_id", "%q has no path", e.SPIFFEID)
+	case len(e.SPIFFEID.String()) > maxSPIFFEID:
+		return wrong("spiffe_id", "is longer than %d bytes", maxSPIFFEID)
+	case e.SPIFFEID.Path() == "/spire" || strings.HasPrefix(e.SPIFFEID.Path(), "/spire/"):
+		return wrong("spiffe_id", "%q is reserved for servers and agents", e.SPIFFEID)
+	case !e.ParentID.IsZero() && !e.ParentID.MemberOf(s.td):
+		return wrong("parent_id", "%q is not of trust domain %q", e.ParentID, s.td.Name())
+	case !e.ParentID.IsZero() && !strings.HasPrefix(e.ParentID.Path(), agentPath):
+		return wrong("parent_id", "%q is no agent's, nobody would serve the entry: leave it out for all agents", e.ParentID)
+	case e.ParentID.IsZero() && !e.Operator && s.config.IsOperator(e.SPIFFEID):
+		return wrong("parent_id", "is not set, and %q is an operator's: every agent could get an SVID of it and do what the operator may: name the agent that serves it, or set operator: true if that is meant", e.SPIFFEID)
+	case len(e.Selectors) == 0:
+		return wrong("selectors", "there are none: it would match every workload")
+	case len(e.Hint) > maxHint:
+		return wrong("hint", "is longer than %d bytes", maxHint)
+	case e.JWTTTL != 0 && e.JWTTTL < time.Second:
+		return wrong("jwt_ttl", "%v is shorter than a second", e.JWTTTL)
+	case slices.Contains(e.FederatesWith, s.td):
+		return wrong("federates_with", "%q is the entry's own trust domain", s.td.Name())
+	}
+	for _, sel := range e.Selectors {
+		if sel.Type == "" || sel.Value == "" || strings.Contains(sel.Type, ":") {
+			return wrong("selectors", "%q is not of the form type:value", sel.Type+":"+sel.Value)
+		}
+	}
+	if err := keyset.CheckDNSNames(e.DNSNames); err != nil {
+		return wrong("dns_names", "%v", err)
+	}
+	if err := checkX509TTL(e.X509TTL); err != nil {
+		return wrong("x509_ttl", "%v", err)
+	}
+	stored := StoredEntry{Entry: e}
+	if n := proto.Size(stored.proto(e.ParentID, nil)); n > maxEntrySize {
+		return wrong("size", "is %d bytes, at most %d are possible: shorten selectors, federates_with or dns_names", n, maxEntrySize)
+	}
+	return nil
+}
+
+// maxListed bounds how many entries [Server.listRefused] lists.
+const maxListed = 20
+
+// listRefused logs the stored entries that a change would refuse: they are older
+// than the rule, or their SPIFFE ID has become an operator's since. They stay.
+func (s *Server) listRefused() {
+	refused := 0
+	for _, e := range s.entries.Load().sorted {
+		err := s.checkEntry(e.Entry)
+		if err == nil {
+			continue
+		}
+		if refused++; refused <= maxListed {
+			s.log.Warn("stored entry would be refused", "entry_id", e.ID, "spiffe_id", e.SPIFFEID.String(), "error", err)
+		}
+	}
+	if refused > maxListed {
+		s.log.Warn("more stored entries would be refused", "listed", maxListed, "refused", refused)
+	}
+}
+
+func checkX509TTL(ttl time.Duration) error {
+	if ttl != 0 && (ttl < keyset.MinX509TTL || ttl > keyset.MaxX509TTL) {
+		return fmt.Errorf("%v is not within %v to %v", ttl, keyset.MinX509TTL, keyset.MaxX509TTL)
+	}
+	return nil
+}
+
+// canonical copies an entry that was checked, and orders what has no order, so
+// that equal entries compare equal.
+func canonical(e Entry) Entry {
+	e.Selectors = slices.Clone(e.Selectors)
+	slices.SortFunc(e.Selectors, func(a, b Selector) int {
+		return cmp.Or(cmp.Compare(a.Type, b.Type), cmp.Compare(a.Value, b.Value))
+	})
+	e.Selectors = slices.Compact(e.Selectors)
+	e.FederatesWith = slices.Clone(e.FederatesWith)
+	slices.SortFunc(e.FederatesWith, spiffeid.TrustDomain.Compare)
+	e.FederatesWith = slices.Compact(e.FederatesWith)
+	e.DNSNames = slices.Clone(e.DNSNames)
+	for i, name := range e.DNSNames {
+		e.DNSNames[i] = strings.ToLower(name)
+	}
+	return e
+}
+
+func equalEntry(a, b Entry) bool {
+	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Operator == b.Operator && a.Hint == b.Hint &&
+		a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
+		a.DisableX509SVIDPrefetch == b.DisableX509SVIDPrefetch && a.JWTSVIDIncludeJTI == b.JWTSVIDIncludeJTI &&
+		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith) &&
+		slices.Equal(a.DNSNames, b.DNSNames)
+}

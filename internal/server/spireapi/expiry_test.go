@@ -1,0 +1,162 @@
+package spireapi_test
+
+import (
+	"context"
+	"errors"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+
+	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/spireapi"
+)
+
+func counted(t *testing.T, store spireapi.Storage) (tokens, agents int) {
+	t.Helper()
+	ts, err := store.Tokens(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	as, err := store.Agents(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(ts), len(as)
+}
+
+// TestExpiredTokensGo makes tokens for years, with a restart on the way.
+func TestExpiredTokensGo(t *testing.T) {
+	t.Parallel()
+	keys, store := new(keyset.Memory), spireapi.NewMemory()
+	bubble(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
+		for range 30 {
+			s.token(t)
+		}
+		if tokens, _ := counted(t, store); tokens != 30 {
+			t.Fatalf("%d tokens: one that lives has gone", tokens)
+		}
+		s.stop()
+		again := start(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)})
+		for range 100 {
+			time.Sleep(10 * 24 * time.Hour)
+			again.token(t)
+		}
+		if tokens, _ := counted(t, store); tokens != 1 {
+			t.Errorf("%d tokens are kept", tokens)
+		}
+	})
+}
+
+// TestExpiredAgentsGo has one agent fall silent, one renew and one banned.
+func TestExpiredAgentsGo(t *testing.T) {
+	t.Parallel()
+	store := spireapi.NewMemory()
+	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
+		silent, _ := s.join(t)
+		banned, _ := s.join(t)
+		if err := s.BanAgent(t.Context(), banned.id); err != nil {
+			t.Fatal(err)
+		}
+		busy, _ := s.join(t)
+		forgotten := time.Now().Add(8 * 24 * time.Hour)
+		for time.Now().Before(forgotten) {
+			key, csr := newKey(t)
+			resp, err := s.dial(t, busy).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			busy = newIdentity(t, resp.GetSvid(), key)
+			if agents, err := s.Agents(t.Context()); err != nil || len(agents) != 3 {
+				t.Fatalf("%v before its time: %v, %v", time.Until(forgotten), agents, err)
+			}
+			time.Sleep(12 * time.Hour)
+			s.token(t)
+		}
+		time.Sleep(time.Second)
+		s.token(t)
+		agents, err := s.Agents(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		left := make(map[spiffeid.ID]bool)
+		for _, a := range agents {
+			left[a.ID] = true
+		}
+		if len(left) != 2 || left[silent.id] || !left[busy.id] || !left[banned.id] {
+			t.Errorf("left are %v", left)
+		}
+		// The busy one has ended its life, too, and is looked at again.
+		time.Sleep(9 * 24 * time.Hour)
+		s.token(t)
+		if _, agents := counted(t, store); agents != 1 {
+			t.Errorf("%d agents are kept", agents)
+		}
+	})
+}
+
+// stuck is a storage that for a while deletes nothing, and counts the tries.
+type stuck struct {
+	*spireapi.Memory
+	on    atomic.Bool
+	tries atomic.Int64
+}
+
+func (s *stuck) TakeToken(ctx context.Context, value string) (spireapi.Token, error) {
+	s.tries.Add(1)
+	if s.on.Load() {
+		return spireapi.Token{}, errors.New("disk full")
+	}
+	return s.Memory.TakeToken(ctx, value)
+}
+
+// TestForgettingIsCalm bounds what one call forgets, and leaves to the next one
+// what did not work.
+func TestForgettingIsCalm(t *testing.T) {
+	t.Parallel()
+	store := &stuck{Memory: spireapi.NewMemory()}
+	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
+		for range 25 {
+			s.token(t)
+		}
+		time.Sleep(time.Hour)
+		store.on.Store(true)
+		s.token(t)
+		if n := store.tries.Load(); n != 1 {
+			t.Errorf("%d tries while nothing can be deleted", n)
+		}
+		store.on.Store(false)
+		for i, want := range []int{17, 8, 5} {
+			s.token(t)
+			if tokens, _ := counted(t, store); tokens != want {
+				t.Errorf("%d tokens after call %d, want %d", tokens, i, want)
+			}
+		}
+		// The one that could not be deleted has not kept the others, and goes now.
+		time.Sleep(time.Hour + time.Second)
+		s.token(t)
+		if tokens, _ := counted(t, store); tokens != 1 {
+			t.Errorf("%d tokens are kept", tokens)
+		}
+	})
+}
+
+// TestNothingGoesByAClockThatIsAhead: a clock that is years ahead of what is sure makes
+// nobody forgotten.
+func TestNothingGoesByAClockThatIsAhead(t *testing.T) {
+	t.Parallel()
+	store := spireapi.NewMemory()
+	var ahead atomic.Int64
+	now := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
+	bubble(t, spireapi.Config{Storage: store, Now: now, Sure: time.Now}, func(t *testing.T, s *running) {
+		s.join(t)
+		s.token(t)
+		ahead.Store(int64(5 * 365 * 24 * time.Hour))
+		s.token(t)
+		if tokens, agents := counted(t, store); tokens != 2 || agents != 1 {
+			t.Errorf("%d tokens and %d agents are kept, want 2 and 1", tokens, agents)
+		}
+	})
+}

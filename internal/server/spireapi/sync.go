@@ -1,0 +1,137 @@
+package spireapi
+
+import (
+	"context"
+	"errors"
+	"io"
+
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/proto"
+)
+
+type entryService struct {
+	entryv1.UnimplementedEntryServer
+	s *Server
+}
+
+func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.GetAuthorizedEntriesRequest) (*entryv1.GetAuthorizedEntriesResponse, error) {
+	id, err := caller(ctx)
+	if err != nil {
+		return nil, err
+	}
+	entries := e.s.entries.Load().authorized(id)
+	resp := &entryv1.GetAuthorizedEntriesResponse{Entries: make([]*types.Entry, len(entries))}
+	for i, entry := range entries {
+		resp.Entries[i] = entry.proto(id, req.GetOutputMask())
+	}
+	return resp, nil
+}
+
+// SyncAuthorizedEntries answers a first request, which has an output mask
+// only, with all entries or, where they do not fit one page (of pageSize entries
+// and pageBytes), with their revisions. Then it answers each request with the
+// entries it names, a page's at most and each of them once, until the agent closes
+// the stream. All answers are of the moment of the first.
+func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse]) error {
+	id, err := caller(stream.Context())
+	if err != nil {
+		return err
+	}
+	req, err := stream.Recv()
+	if err != nil {
+		return ended(err)
+	}
+	mask := req.GetOutputMask()
+	switch {
+	case len(req.GetIds()) > 0:
+		return status.Error(codes.InvalidArgument, "the first request must not name entries")
+	case mask != nil && !mask.GetRevisionNumber():
+		return status.Error(codes.InvalidArgument, "the revision number must not be masked")
+	}
+	set := e.s.entries.Load()
+	entries := set.authorized(id)
+	if len(entries) <= pageSize {
+		p := newPage(len(entries))
+		for _, entry := range entries {
+			p.add(entry.proto(id, mask))
+		}
+		if p.bytes <= pageBytes {
+			return stream.Send(p.resp)
+		}
+	}
+	revisions := make([]*entryv1.EntryRevision, len(entries))
+	for i, entry := range entries {
+		revisions[i] = &entryv1.EntryRevision{Id: entry.ID, RevisionNumber: entry.Revision, CreatedAt: entry.CreatedAt.Unix()}
+	}
+	for from := 0; from < len(revisions); from += pageSize {
+		to := min(from+pageSize, len(revisions))
+		err := stream.Send(&entryv1.SyncAuthorizedEntriesResponse{EntryRevisions: revisions[from:to], More: to < len(revisions)})
+		if err != nil {
+			return err
+		}
+	}
+	for {
+		req, err := stream.Recv()
+		if err != nil {
+			return ended(err)
+		}
+		// SPIRE's agents ask for as many as the first page of revisions has.
+		if n := len(req.GetIds()); n > pageSize {
+			return status.Errorf(codes.InvalidArgument, "%d entries asked for at once: %d at most", n, pageSize)
+		}
+		p := newPage(len(req.GetIds()))
+		answered := make(map[string]bool, len(req.GetIds()))
+		for _, entryID := range req.GetIds() {
+			entry := set.find(id, entryID)
+			if entry == nil || answered[entryID] {
+				continue // not there, not for this agent, or named before
+			}
+			answered[entryID] = true
+			out := entry.proto(id, mask)
+			if !p.fits(out) {
+				p.resp.More = true
+				if err := stream.Send(p.resp); err != nil {
+					return err
+				}
+				p = newPage(pageSize)
+			}
+			p.add(out)
+		}
+		if err := stream.Send(p.resp); err != nil {
+			return err
+		}
+	}
+}
+
+// page is one message of entries.
+type page struct {
+	resp  *entryv1.SyncAuthorizedEntriesResponse
+	bytes int
+}
+
+func newPage(capacity int) *page {
+	return &page{resp: &entryv1.SyncAuthorizedEntriesResponse{Entries: make([]*types.Entry, 0, capacity)}}
+}
+
+// fits reports whether the page has room for an entry. An empty one has room for
+// any: entries that are stored may be of a time when they had no limit.
+func (p *page) fits(e *types.Entry) bool {
+	n := len(p.resp.Entries)
+	return n == 0 || n < pageSize && p.bytes+proto.Size(e) <= pageBytes
+}
+
+func (p *page) add(e *types.Entry) {
+	p.resp.Entries, p.bytes = append(p.resp.Entries, e), p.bytes+proto.Size(e)
+}
+
+// ended turns the regular ends of a stream into success.
+func ended(err error) error {
+	if errors.Is(err, io.EOF) || status.Code(err) == codes.Canceled {
+		return nil
+	}
+	return err
+}
