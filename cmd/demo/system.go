@@ -18,10 +18,10 @@ import (
 
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/attest"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -58,9 +58,9 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	}
 	sys.address = lis.Addr().String()
 	admin := filepath.Join(sys.dir, "admin.sock")
-	side, err := domain.Open(ctx, domain.Config{
+	side, err := server.Open(ctx, server.Config{
 		TrustDomain:   trustDomain,
-		Deployments:   []domain.DeploymentConfig{{Name: domain.DefaultDeployment, Listener: lis}},
+		Deployments:   []server.DeploymentConfig{{Name: server.DefaultDeployment, Listener: lis}},
 		AdminSocket:   admin,
 		Rotation:      rotation.Policy{Mode: rotation.Off},
 		Log:           log.With("part", "server"),
@@ -69,7 +69,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	if err != nil {
 		return sys, errors.Join(fmt.Errorf("make the server: %w", err), lis.Close())
 	}
-	sys.server = side.Server(domain.DefaultDeployment)
+	sys.server = side.Server(server.DefaultDeployment)
 	sys.background("server", side.Run)
 	if _, err := sys.server.ApplyEntries(ctx, entries(s), false); err != nil {
 		return sys, fmt.Errorf("enter the identities: %w", err)

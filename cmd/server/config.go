@@ -16,11 +16,11 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/server"
 )
 
 // settings is the server's whole configuration. Every field has one row in
@@ -77,7 +77,7 @@ var fields = []config.Field[settings]{
 	{Path: "operators.managers", Value: func(c *settings) any { return &c.Managers }, Doc: "Who may change things: unix:uid:0, unix:user:NAME, unix:gid:N or unix:group:NAME on the socket, spiffe://… over the network, whose entry names the agent that serves it (parent_id). Root and the server's own user when both lists are empty."},
 	{Path: "operators.readers", Value: func(c *settings) any { return &c.Readers }, Doc: "Who may look, written in the same way. Managers may, too."},
 	{Path: "bundle_endpoint.address", Value: func(c *settings) any { return &c.EndpointAddress }, Doc: "Host and port where relying parties get the trust bundle (/bundle) and the keys of JWT-SVIDs (/keys) over HTTPS. Empty: nowhere."},
-	{Path: "bundle_endpoint.profile", Value: func(c *settings) any { return &c.EndpointProfile }, Default: domain.ProfileSPIFFE, Doc: "https_spiffe: the server's own SVID is the certificate. https_web: it is in files."},
+	{Path: "bundle_endpoint.profile", Value: func(c *settings) any { return &c.EndpointProfile }, Default: server.ProfileSPIFFE, Doc: "https_spiffe: the server's own SVID is the certificate. https_web: it is in files."},
 	{Path: "bundle_endpoint.cert_file", Value: func(c *settings) any { return &c.EndpointCertFile }, Doc: "Certificate chain (PEM) for https_web, read again when it changes."},
 	{Path: "bundle_endpoint.key_file", Value: func(c *settings) any { return &c.EndpointKeyFile }, Doc: "Its private key (PEM)."},
 	{Path: "bundle_endpoint.refresh_hint", Value: func(c *settings) any { return &c.RefreshHint }, Default: "5m", Doc: "How often relying parties are told to ask for the bundle, in whole seconds. 0s: they are not told."},
@@ -99,7 +99,7 @@ var fields = []config.Field[settings]{
 }
 
 var (
-	profiles  = []string{domain.ProfileSPIFFE, domain.ProfileWeb}
+	profiles  = []string{server.ProfileSPIFFE, server.ProfileWeb}
 	modes     = []string{string(rotation.Off), string(rotation.On), string(rotation.Paused)}
 	plainName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,63}$`)
 )
@@ -151,7 +151,7 @@ func (c checker) places() {
 		listener(path, c.Config.Deployments[name], defaultAddress)
 	}
 	if len(c.Config.Deployments) == 0 {
-		taken[defaultAddress] = "deployment " + domain.DefaultDeployment
+		taken[defaultAddress] = "deployment " + server.DefaultDeployment
 	}
 	for _, l := range []struct{ path, address, example string }{
 		{"operators.address", c.Config.OperatorAddress, "0.0.0.0:8082"},
@@ -169,7 +169,7 @@ func (c checker) places() {
 
 // endpoint checks the bundle endpoint.
 func (c checker) endpoint() {
-	web := c.Config.EndpointProfile == domain.ProfileWeb
+	web := c.Config.EndpointProfile == server.ProfileWeb
 	if !slices.Contains(profiles, c.Config.EndpointProfile) {
 		c.Bad("bundle_endpoint.profile", "is not a profile", "use "+config.OneOf(profiles))
 		return
@@ -177,9 +177,9 @@ func (c checker) endpoint() {
 	for path, file := range map[string]string{"bundle_endpoint.cert_file": c.Config.EndpointCertFile, "bundle_endpoint.key_file": c.Config.EndpointKeyFile} {
 		switch {
 		case web && file == "":
-			c.Missing(path, "is not set and profile "+domain.ProfileWeb+" needs it", "give the PEM file")
+			c.Missing(path, "is not set and profile "+server.ProfileWeb+" needs it", "give the PEM file")
 		case !web && file != "":
-			c.Bad(path, "is of no use with profile "+domain.ProfileSPIFFE, "remove it or set bundle_endpoint.profile: "+domain.ProfileWeb)
+			c.Bad(path, "is of no use with profile "+server.ProfileSPIFFE, "remove it or set bundle_endpoint.profile: "+server.ProfileWeb)
 		}
 	}
 	if c.Config.RefreshHint < 0 || c.Config.RefreshHint%time.Second != 0 {

@@ -14,8 +14,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/server"
 )
 
 var update = flag.Bool("update", false, "write deploy/SERVER-CONFIG.md anew")
@@ -63,7 +63,7 @@ func TestDefaults(t *testing.T) {
 		t.Fatal(err)
 	}
 	if cfg.DataDir != "/var/lib/renewd-server" || cfg.AdminSocket != defaultSocket || cfg.AdminSocketMode != 0o660 ||
-		cfg.EndpointProfile != domain.ProfileSPIFFE || cfg.RefreshHint != 5*time.Minute || cfg.MetricsAddress != "127.0.0.1:9091" ||
+		cfg.EndpointProfile != server.ProfileSPIFFE || cfg.RefreshHint != 5*time.Minute || cfg.MetricsAddress != "127.0.0.1:9091" ||
 		cfg.KeysetLifetime != 90*24*time.Hour || cfg.X509TTL != 24*time.Hour || cfg.JWTTTL != 24*time.Hour ||
 		cfg.RotationMode != "on" || len(cfg.Deployments)+len(cfg.Managers)+len(cfg.Readers) != 0 {
 		t.Errorf("defaults: %+v", *cfg)

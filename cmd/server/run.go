@@ -8,9 +8,9 @@ import (
 	"slices"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/store"
 	"github.com/renewd/renewd/metrics"
 )
@@ -40,7 +40,7 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	cfg := domainConfig(s, e)
 	cfg.Started = cli.Started(e.Getenv, cfg.Log)
 	defer cli.Outlive(cfg.Log)()
-	d, err := domain.Open(ctx, cfg)
+	d, err := server.Open(ctx, cfg)
 	if err != nil {
 		return err
 	}
@@ -48,8 +48,8 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 }
 
 // domainConfig hands the configuration to the assembly.
-func domainConfig(s *settings, e cli.Env) domain.Config {
-	c := domain.Config{
+func domainConfig(s *settings, e cli.Env) server.Config {
+	c := server.Config{
 		TrustDomain:      s.TrustDomain,
 		DataDir:          s.DataDir,
 		KeyFile:          s.KeyFile,
@@ -77,7 +77,7 @@ func domainConfig(s *settings, e cli.Env) domain.Config {
 		Log:     cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Deployments)) {
-		c.Deployments = append(c.Deployments, domain.DeploymentConfig{Name: name, ListenAddress: s.Deployments[name]})
+		c.Deployments = append(c.Deployments, server.DeploymentConfig{Name: name, ListenAddress: s.Deployments[name]})
 	}
 	return c
 }

@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/server"
 )
 
 // Everything that can be configured reaches the assembly.
@@ -38,9 +38,9 @@ log: {format: json}
 		t.Errorf("log %v, version %q", got.Log, got.Version)
 	}
 	got.Log, got.Version = nil, ""
-	want := domain.Config{
+	want := server.Config{
 		TrustDomain: s.TrustDomain, DataDir: "/data", KeyFile: "/key",
-		Deployments: []domain.DeploymentConfig{{Name: "east", ListenAddress: ":1"}, {Name: "west", ListenAddress: ":2"}},
+		Deployments: []server.DeploymentConfig{{Name: "east", ListenAddress: ":1"}, {Name: "west", ListenAddress: ":2"}},
 		AdminSocket: "/admin.sock", AdminSocketMode: 0o600,
 		OperatorAddress: ":3", Managers: []string{"unix:uid:1"}, Readers: []string{"unix:uid:2"},
 		EndpointAddress: ":4", EndpointProfile: "https_web", EndpointCertFile: "/cert", EndpointKeyFile: "/cert.key", RefreshHint: 3 * time.Second,

@@ -26,10 +26,10 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/attest"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -45,8 +45,8 @@ const settle = 3 * time.Minute
 type side struct {
 	*world
 	td      spiffeid.TrustDomain
-	config  domain.Config
-	domain  *domain.Domain
+	config  server.Config
+	domain  *server.Domain
 	network *network
 	stop    func() // of the server
 	streams *streams
@@ -73,7 +73,7 @@ func newSide(t *testing.T, n *network, dir string, td, with spiffeid.TrustDomain
 	dir = filepath.Join(dir, td.Name())
 	s.check(os.MkdirAll(dir, 0o700))
 	s.check(seal.NewFile(filepath.Join(dir, "key")))
-	s.config = domain.Config{
+	s.config = server.Config{
 		TrustDomain: td, DataDir: filepath.Join(dir, "data"), KeyFile: filepath.Join(dir, "key"),
 		RefreshHint: time.Minute, Rotation: rotation.Policy{Mode: rotation.Off}, Log: s.logs, FederationDial: n.dial,
 	}
@@ -110,15 +110,15 @@ func (s *side) up() {
 	s.network.mu.Lock()
 	s.network.hosts[s.td.Name()+":443"] = endpoint
 	s.network.mu.Unlock()
-	s.config.Deployments = []domain.DeploymentConfig{{Name: "default", Listener: s.serverLis}}
+	s.config.Deployments = []server.DeploymentConfig{{Name: "default", Listener: s.serverLis}}
 	s.config.EndpointListener = endpoint
 	var err error
-	s.domain, err = domain.Open(s.t.Context(), s.config)
+	s.domain, err = server.Open(s.t.Context(), s.config)
 	s.check(err)
 	s.server = s.domain.Server("default")
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func(d *domain.Domain) { done <- d.Run(ctx) }(s.domain)
+	go func(d *server.Domain) { done <- d.Run(ctx) }(s.domain)
 	s.stop = sync.OnceFunc(func() {
 		cancel()
 		s.check(<-done)

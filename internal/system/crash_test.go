@@ -30,11 +30,11 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/store"
 	"github.com/renewd/renewd/internal/upstream"
 )
@@ -481,7 +481,7 @@ func (w *crashWorld) inspect() {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := store.Open(filepath.Join(w.dir, "data", domain.FileName), store.Options{TrustDomain: td, Seal: key, ReadOnly: true})
+	s, err := store.Open(filepath.Join(w.dir, "data", server.FileName), store.Options{TrustDomain: td, Seal: key, ReadOnly: true})
 	if err != nil {
 		t.Fatalf("after %+v: %v", w.step, err)
 	}

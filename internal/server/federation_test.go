@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"bytes"
@@ -17,21 +17,21 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/server"
 )
 
 var partner = spiffeid.RequireTrustDomainFromString("partner.example")
 
 // newPartner is the configuration of another trust domain.
-func newPartner(t *testing.T) domain.Config {
+func newPartner(t *testing.T) server.Config {
 	c := newConfig(t, "default")
 	c.TrustDomain, c.Managers, c.Readers = partner, nil, nil
 	return c
 }
 
 // follows has a configuration follow a partner.
-func follows(c domain.Config, p *running) domain.Config {
+func follows(c server.Config, p *running) server.Config {
 	file := filepath.Join(filepath.Dir(c.KeyFile), "partner.pem")
 	if err := os.WriteFile(file, p.Published().PEM(), 0o600); err != nil {
 		p.t.Fatal(err)
@@ -146,7 +146,7 @@ func TestEntriesThatFederateWithNobody(t *testing.T) {
 	r.stop()
 	var log bytes.Buffer
 	c.Log = slog.New(slog.NewTextHandler(&log, nil))
-	d, err := domain.Open(t.Context(), c)
+	d, err := server.Open(t.Context(), c)
 	check(t, err)
 	check(t, d.Close())
 	if got := log.String(); strings.Count(got, "entries federate with") != 1 || !strings.Contains(got, "deployment=default trust_domain=typo.example entries=1") {

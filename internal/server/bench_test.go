@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"context"
@@ -14,11 +14,11 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )
@@ -104,7 +104,7 @@ func BenchmarkHeld(b *testing.B) {
 	for b.Loop() {
 		before := heap()
 		begin := time.Now()
-		d, err := domain.Open(b.Context(), c)
+		d, err := server.Open(b.Context(), c)
 		check(b, err)
 		b.ReportMetric(time.Since(begin).Seconds(), "s-open")
 		b.ReportMetric(float64(heap()-before)/1e6, "MB")
@@ -133,15 +133,15 @@ func entry(i int, parent spiffeid.ID) spireapi.Entry {
 }
 
 // populate writes what agents with so many entries each leave in a store.
-func populate(b *testing.B, c domain.Config, agents, each int) {
+func populate(b *testing.B, c server.Config, agents, each int) {
 	b.Helper()
-	d, err := domain.Open(b.Context(), c) // makes the first keyset
+	d, err := server.Open(b.Context(), c) // makes the first keyset
 	check(b, err)
 	authority := d.Server("default").Keysets().Active().X509AuthorityID
 	check(b, d.Close())
 	key, err := seal.File(c.KeyFile)
 	check(b, err)
-	s, err := store.Open(filepath.Join(c.DataDir, domain.FileName), store.Options{TrustDomain: td, Seal: key})
+	s, err := store.Open(filepath.Join(c.DataDir, server.FileName), store.Options{TrustDomain: td, Seal: key})
 	check(b, err)
 	kept := s.Deployment("default")
 	end := time.Now().Add(keyset.DefaultX509TTL)

@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"errors"
@@ -11,9 +11,9 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/store"
 )
 
@@ -23,104 +23,104 @@ import (
 func TestErrors(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
-		spoil func(t *testing.T, c *domain.Config)
+		spoil func(t *testing.T, c *server.Config)
 		is    error
 		want  []string
 	}{
 		"no trust domain": {
-			func(_ *testing.T, c *domain.Config) { c.TrustDomain = spiffeid.TrustDomain{} },
+			func(_ *testing.T, c *server.Config) { c.TrustDomain = spiffeid.TrustDomain{} },
 			nil, []string{"trust_domain", "give the name"},
 		},
 		"two of a name": {
-			func(_ *testing.T, c *domain.Config) { c.Deployments[1].Name = "east" },
+			func(_ *testing.T, c *server.Config) { c.Deployments[1].Name = "east" },
 			nil, []string{"deployments.east", "given twice", "name of its own"},
 		},
 		"no address": {
-			func(_ *testing.T, c *domain.Config) { c.Deployments[1] = domain.DeploymentConfig{Name: "west"} },
+			func(_ *testing.T, c *server.Config) { c.Deployments[1] = server.DeploymentConfig{Name: "west"} },
 			nil, []string{"deployments.west.listen_address", "give host:port"},
 		},
 		"no name": {
-			func(_ *testing.T, c *domain.Config) { c.Deployments[1].Name = "" },
+			func(_ *testing.T, c *server.Config) { c.Deployments[1].Name = "" },
 			nil, []string{"deployments[1]", "give one"},
 		},
 		"profile": {
-			func(_ *testing.T, c *domain.Config) { c.EndpointProfile = "https" },
+			func(_ *testing.T, c *server.Config) { c.EndpointProfile = "https" },
 			nil, []string{"bundle_endpoint.profile", `"https"`, "use https_spiffe or https_web"},
 		},
 		"profile without files": {
-			func(_ *testing.T, c *domain.Config) { c.EndpointProfile = domain.ProfileWeb },
+			func(_ *testing.T, c *server.Config) { c.EndpointProfile = server.ProfileWeb },
 			nil, []string{"bundle_endpoint.profile", "give cert_file and key_file"},
 		},
 		"files without profile": {
-			func(_ *testing.T, c *domain.Config) { c.EndpointCertFile = "/cert" },
+			func(_ *testing.T, c *server.Config) { c.EndpointCertFile = "/cert" },
 			nil, []string{"bundle_endpoint.cert_file", "https_web"},
 		},
 		"certificate that is not there": {
-			func(_ *testing.T, c *domain.Config) {
-				c.EndpointProfile, c.EndpointCertFile, c.EndpointKeyFile = domain.ProfileWeb, "/nowhere/cert", "/nowhere/key"
+			func(_ *testing.T, c *server.Config) {
+				c.EndpointProfile, c.EndpointCertFile, c.EndpointKeyFile = server.ProfileWeb, "/nowhere/cert", "/nowhere/key"
 			},
 			os.ErrNotExist, []string{"bundle_endpoint", "/nowhere/cert"},
 		},
 		"refresh hint": {
-			func(_ *testing.T, c *domain.Config) { c.RefreshHint = time.Millisecond },
+			func(_ *testing.T, c *server.Config) { c.RefreshHint = time.Millisecond },
 			nil, []string{"bundle_endpoint.refresh_hint", "1ms", "whole seconds"},
 		},
 		"rule": {
-			func(_ *testing.T, c *domain.Config) { c.Readers = []string{"spiffe://example.com/bob"} },
+			func(_ *testing.T, c *server.Config) { c.Readers = []string{"spiffe://example.com/bob"} },
 			nil, []string{"operators.readers[0]", "spiffe://example.com/bob", "operators need an SVID of it"},
 		},
 		"rotation": {
-			func(_ *testing.T, c *domain.Config) {
+			func(_ *testing.T, c *server.Config) {
 				c.Rotation = rotation.Policy{PreparationThreshold: 80 * 24 * time.Hour}
 			},
 			nil, []string{"preparation_threshold", "1920h0m0s", "give at most"},
 		},
 		"key that is not there": {
-			func(_ *testing.T, c *domain.Config) { c.KeyFile = "/nowhere/key" },
+			func(_ *testing.T, c *server.Config) { c.KeyFile = "/nowhere/key" },
 			os.ErrNotExist, []string{"key_file", "/nowhere/key", "server key new"},
 		},
 		"no key": {
-			func(_ *testing.T, c *domain.Config) { c.KeyFile = "" },
+			func(_ *testing.T, c *server.Config) { c.KeyFile = "" },
 			nil, []string{"key_file", seal.CredentialName},
 		},
 		"another key": {
-			func(t *testing.T, c *domain.Config) {
+			func(t *testing.T, c *server.Config) {
 				c.KeyFile = filepath.Join(t.TempDir(), "key.json")
 				check(t, seal.NewFile(c.KeyFile))
 			},
-			seal.ErrWrongKey, []string{domain.FileName, "deployment"},
+			seal.ErrWrongKey, []string{server.FileName, "deployment"},
 		},
 		"another trust domain": {
-			func(_ *testing.T, c *domain.Config) {
+			func(_ *testing.T, c *server.Config) {
 				c.TrustDomain, c.Managers, c.Readers = spiffeid.RequireTrustDomainFromString("example.com"), nil, nil
 			},
 			nil, []string{"belongs to trust domain example.org", "example.com", "correct the trust domain or the path"},
 		},
 		"folder that is a file": {
-			func(_ *testing.T, c *domain.Config) { c.DataDir = c.KeyFile },
+			func(_ *testing.T, c *server.Config) { c.DataDir = c.KeyFile },
 			nil, []string{"data_dir", "key.json"},
 		},
 		"damaged": {
-			func(t *testing.T, c *domain.Config) {
+			func(t *testing.T, c *server.Config) {
 				// A copy: nobody repairs a damaged file.
-				from := filepath.Join(c.DataDir, domain.FileName)
+				from := filepath.Join(c.DataDir, server.FileName)
 				c.DataDir = t.TempDir()
 				data, err := os.ReadFile(from)
 				check(t, err)
 				for i := range data[8192:] {
 					data[8192+i] ^= 0xff
 				}
-				check(t, os.WriteFile(filepath.Join(c.DataDir, domain.FileName), data, 0o600))
+				check(t, os.WriteFile(filepath.Join(c.DataDir, server.FileName), data, 0o600))
 			},
-			store.ErrDamaged, []string{domain.FileName, "put a backup of it in its place"},
+			store.ErrDamaged, []string{server.FileName, "put a backup of it in its place"},
 		},
 		"store in use": {
-			func(t *testing.T, c *domain.Config) {
-				d, err := domain.Open(t.Context(), *c)
+			func(t *testing.T, c *server.Config) {
+				d, err := server.Open(t.Context(), *c)
 				check(t, err)
 				t.Cleanup(func() { check(t, d.Close()) })
 			},
-			store.ErrInUse, []string{domain.FileName, "end that process first"},
+			store.ErrInUse, []string{server.FileName, "end that process first"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -128,10 +128,10 @@ func TestErrors(t *testing.T) {
 			good := newConfig(t, "east", "west")
 			run(t, good).stop()
 			bad := good
-			bad.Deployments = append([]domain.DeploymentConfig(nil), good.Deployments...)
+			bad.Deployments = append([]server.DeploymentConfig(nil), good.Deployments...)
 			t.Run("start", func(t *testing.T) {
 				test.spoil(t, &bad)
-				d, err := domain.Open(t.Context(), bad)
+				d, err := server.Open(t.Context(), bad)
 				if err == nil {
 					check(t, d.Close())
 				}
@@ -169,12 +169,12 @@ func mustBeClosed(t *testing.T, lis net.Listener) {
 // none is left open when one cannot be.
 func TestAddressInUse(t *testing.T) {
 	t.Parallel()
-	for field, spoil := range map[string]func(t *testing.T, c *domain.Config){
-		"deployments.east.listen_address": func(t *testing.T, c *domain.Config) { c.Deployments[0].ListenAddress = occupied(t) },
-		"operators.address":               func(t *testing.T, c *domain.Config) { c.OperatorAddress = occupied(t) },
-		"bundle_endpoint.address":         func(t *testing.T, c *domain.Config) { c.EndpointAddress = occupied(t) },
-		"metrics.address":                 func(t *testing.T, c *domain.Config) { c.MetricsAddress = occupied(t) },
-		"admin_socket": func(t *testing.T, c *domain.Config) {
+	for field, spoil := range map[string]func(t *testing.T, c *server.Config){
+		"deployments.east.listen_address": func(t *testing.T, c *server.Config) { c.Deployments[0].ListenAddress = occupied(t) },
+		"operators.address":               func(t *testing.T, c *server.Config) { c.OperatorAddress = occupied(t) },
+		"bundle_endpoint.address":         func(t *testing.T, c *server.Config) { c.EndpointAddress = occupied(t) },
+		"metrics.address":                 func(t *testing.T, c *server.Config) { c.MetricsAddress = occupied(t) },
+		"admin_socket": func(t *testing.T, c *server.Config) {
 			lis, err := net.Listen("unix", c.AdminSocket)
 			check(t, err)
 			t.Cleanup(func() { lis.Close() })
@@ -189,7 +189,7 @@ func TestAddressInUse(t *testing.T) {
 			bad.Deployments[1].Listener = given
 			t.Run("start", func(t *testing.T) {
 				spoil(t, &bad)
-				d, err := domain.Open(t.Context(), bad)
+				d, err := server.Open(t.Context(), bad)
 				check(t, err)
 				err = d.Run(t.Context())
 				mustSay(t, err, nil, []string{field, "listens", "choose another"})
@@ -215,7 +215,7 @@ func TestServingFails(t *testing.T) {
 	check(t, err)
 	c.Deployments[0].Listener = lis
 	c.WebConfigFile = "/nowhere/web.yaml"
-	d, err := domain.Open(t.Context(), c)
+	d, err := server.Open(t.Context(), c)
 	check(t, err)
 	mustSay(t, d.Run(t.Context()), os.ErrNotExist, []string{"metrics", "/nowhere/web.yaml"})
 	mustBeClosed(t, lis)
@@ -230,7 +230,7 @@ func TestClose(t *testing.T) {
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	c.Deployments[0].Listener = lis
-	d, err := domain.Open(t.Context(), c)
+	d, err := server.Open(t.Context(), c)
 	check(t, err)
 	if d.Ready() == nil {
 		t.Error("ready before it runs")

@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"context"
@@ -30,10 +30,10 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 )
 
 var (
@@ -50,13 +50,13 @@ func check(t testing.TB, err error) {
 
 // newConfig is a durable server with everything that it can serve, on free
 // ports, and no automatic rotation.
-func newConfig(t testing.TB, deployments ...string) domain.Config {
+func newConfig(t testing.TB, deployments ...string) server.Config {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "rn") // a socket's path is short
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	check(t, seal.NewFile(filepath.Join(dir, "key.json")))
-	c := domain.Config{
+	c := server.Config{
 		TrustDomain: td, DataDir: filepath.Join(dir, "data"), KeyFile: filepath.Join(dir, "key.json"),
 		AdminSocket: filepath.Join(dir, "admin.sock"), OperatorAddress: "127.0.0.1:0",
 		Managers:        []string{"unix:uid:0", "unix:uid:" + strconv.Itoa(os.Geteuid()), "spiffe://example.org/ops/alice"},
@@ -68,10 +68,10 @@ func newConfig(t testing.TB, deployments ...string) domain.Config {
 }
 
 // served is the configuration with these deployments.
-func served(c domain.Config, names ...string) domain.Config {
+func served(c server.Config, names ...string) server.Config {
 	c.Deployments = nil
 	for _, name := range names {
-		c.Deployments = append(c.Deployments, domain.DeploymentConfig{Name: name, ListenAddress: "127.0.0.1:0"})
+		c.Deployments = append(c.Deployments, server.DeploymentConfig{Name: name, ListenAddress: "127.0.0.1:0"})
 	}
 	return c
 }
@@ -116,20 +116,20 @@ func (s *start) Handle(_ context.Context, r slog.Record) error {
 
 // running is a domain that serves until the test ends.
 type running struct {
-	*domain.Domain
+	*server.Domain
 	t      testing.TB
-	config domain.Config
+	config server.Config
 	start  *start
 	stop   func() // ends Run and waits for it
 	api    *operator.Client
 }
 
-func run(t testing.TB, c domain.Config) *running {
+func run(t testing.TB, c server.Config) *running {
 	t.Helper()
 	r := &running{t: t, config: c, start: &start{addresses: map[string]string{}, done: make(chan struct{})}}
 	c.Log = slog.New(r.start)
 	var err error
-	r.Domain, err = domain.Open(t.Context(), c)
+	r.Domain, err = server.Open(t.Context(), c)
 	check(t, err)
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)

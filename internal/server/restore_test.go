@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"errors"
@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/domain"
+	"github.com/renewd/renewd/internal/server"
 )
 
 // backup is a copy of what a running domain keeps.
@@ -37,7 +37,7 @@ func (r *running) backup() (data []byte) {
 func (r *running) restored(data []byte) *running {
 	r.t.Helper()
 	r.stop()
-	check(r.t, os.WriteFile(filepath.Join(r.config.DataDir, domain.FileName), data, 0o600))
+	check(r.t, os.WriteFile(filepath.Join(r.config.DataDir, server.FileName), data, 0o600))
 	return run(r.t, r.config)
 }
 

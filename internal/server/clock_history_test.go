@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"context"
@@ -18,11 +18,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -115,7 +115,7 @@ func inClockHistory(t *testing.T, seed uint64, lifetime time.Duration, f func(*c
 	check(t, seal.NewFile(filepath.Join(dir, "key.json")))
 	synctest.Test(t, func(t *testing.T) {
 		h := &clockHistory{t: t, rand: rand.New(rand.NewPCG(seed, 0)), known: map[string]keyset.Keyset{}}
-		h.config = domain.Config{
+		h.config = server.Config{
 			TrustDomain: td, DataDir: filepath.Join(dir, "data"), KeyFile: filepath.Join(dir, "key.json"),
 			KeysetLifetime: lifetime, Now: h.wall,
 		}
@@ -127,7 +127,7 @@ type clockHistory struct {
 	*running
 	t      *testing.T
 	rand   *rand.Rand
-	config domain.Config
+	config server.Config
 	met    *tally
 	off    atomic.Int64 // of the server's clock
 	lis    *bufconn.Listener
@@ -154,7 +154,7 @@ func (h *clockHistory) restart(after time.Duration, off time.Duration) {
 	time.Sleep(after)
 	h.off.Store(int64(off))
 	h.lis = bufconn.Listen(1 << 16)
-	h.config.Deployments = []domain.DeploymentConfig{{Name: "default", Listener: listentest.From(h.lis, listentest.Elsewhere)}}
+	h.config.Deployments = []server.DeploymentConfig{{Name: "default", Listener: listentest.From(h.lis, listentest.Elsewhere)}}
 	h.running = run(h.t, h.config)
 }
 

@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"bytes"

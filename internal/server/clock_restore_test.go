@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"bytes"
@@ -7,15 +7,15 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
 )
 
 // restored puts a copy back on a machine whose clock is wrong.
 func (h *clockHistory) restored(data []byte, off time.Duration) {
 	h.t.Helper()
 	h.stop()
-	check(h.t, os.WriteFile(filepath.Join(h.config.DataDir, domain.FileName), data, 0o600))
+	check(h.t, os.WriteFile(filepath.Join(h.config.DataDir, server.FileName), data, 0o600))
 	h.restart(0, off)
 }
 

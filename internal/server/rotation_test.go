@@ -1,4 +1,4 @@
-package domain_test
+package server_test
 
 import (
 	"context"
@@ -17,8 +17,8 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/domain"
 	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -36,12 +36,12 @@ func TestYears(t *testing.T) {
 func years(t *testing.T) {
 	const lifetime, length = 15 * day, 90 * day
 	w := &yearsWorld{t: t, rand: rand.New(rand.NewPCG(1, 2)), seen: map[string]bool{}}
-	c := domain.Config{TrustDomain: td, KeysetLifetime: lifetime, X509TTL: 2 * day}
+	c := server.Config{TrustDomain: td, KeysetLifetime: lifetime, X509TTL: 2 * day}
 	names := []string{"east", "west"}
 	for _, name := range names {
 		lis := bufconn.Listen(1 << 16)
 		w.nodes = append(w.nodes, &node{name: name, lis: lis})
-		c.Deployments = append(c.Deployments, domain.DeploymentConfig{Name: name, Listener: lis})
+		c.Deployments = append(c.Deployments, server.DeploymentConfig{Name: name, Listener: lis})
 	}
 	w.running = run(t, c)
 	for _, n := range w.nodes {

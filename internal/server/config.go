@@ -1,4 +1,4 @@
-// Package domain puts the signing side of one trust domain together: the
+// Package server puts the signing side of one trust domain together: the
 // store, and for each deployment its keysets, entries, agents, ledger and
 // automatic rotation, behind the SPIRE Server API; over all of them the
 // operators' API, the bundle endpoint and the metrics. The server command, the
@@ -7,7 +7,7 @@
 // The deployments of a trust domain sign with keysets of their own, rotated
 // each on its own, and trust each other: the published trust bundle is the union
 // of all their authorities.
-package domain
+package server
 
 import (
 	"context"
