@@ -16,9 +16,9 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/runbook/runbooktest"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // desk is an operator in front of a server in memory.

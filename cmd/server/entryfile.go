@@ -11,7 +11,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // maxEntriesFile bounds an entries file, in bytes.

@@ -7,7 +7,7 @@ import (
 	"encoding/pem"
 	"math/big"
 
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // signWith signs a copy of leaf with a stored keyset, whatever its state;

@@ -15,7 +15,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/metrics"
 )

@@ -10,8 +10,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // replaced are the keysets that another one has replaced and that are not tainted.

@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/metrics"
 )
 

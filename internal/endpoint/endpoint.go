@@ -27,8 +27,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // shutdownTimeout is how long requests in flight may take once Serve ends.

@@ -28,7 +28,7 @@ import (
 
 	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/federation"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 var (

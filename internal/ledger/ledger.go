@@ -47,7 +47,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // longest is how long anything can be held: an SVID of the longest life.

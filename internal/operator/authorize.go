@@ -15,8 +15,8 @@ import (
 	"google.golang.org/grpc/tap"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // roles are what each method takes: Manager wherever something is changed. A

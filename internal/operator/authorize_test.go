@@ -21,8 +21,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

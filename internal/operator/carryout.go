@@ -11,7 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/detach/rpc"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // mutationTime bounds whatever a manager asks for, a backup included. Package keyset bounds its

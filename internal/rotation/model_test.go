@@ -4,7 +4,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // This file is a model of the keysets of a deployment and of those who change

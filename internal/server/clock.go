@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // openClock makes the one clock of the signing side, after the store has said which

@@ -18,11 +18,11 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/listen/listentest"
 	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

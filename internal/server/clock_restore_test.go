@@ -7,8 +7,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // restored puts a copy back on a machine whose clock is wrong.

@@ -4,9 +4,9 @@ import (
 	"context"
 	"log/slog"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // follow drops what the ledger knows of keysets that are removed, whoever

@@ -13,8 +13,8 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/endpoint"
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/metrics"
 )
 

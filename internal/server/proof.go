@@ -4,7 +4,7 @@ import (
 	"crypto/tls"
 	"slices"
 
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // certificate returns the certificate that the server shows to relying parties and

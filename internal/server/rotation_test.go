@@ -17,8 +17,8 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

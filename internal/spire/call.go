@@ -7,8 +7,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // The two kinds of authority, in what people read.

@@ -11,7 +11,7 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )

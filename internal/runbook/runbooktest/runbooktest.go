@@ -11,8 +11,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // Server implements [runbook.Backend]. Its fields may be changed between calls

@@ -10,7 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // The most bytes of an entry's ID, of a SPIFFE ID (SPIFFE-ID, section 2.3) and

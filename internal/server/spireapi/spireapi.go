@@ -47,8 +47,8 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/detach/rpc"
-	"github.com/renewd/renewd/internal/keyset"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 const (

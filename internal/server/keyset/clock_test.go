@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/keyset"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // TestSuccessorOfAClockAhead prepares a keyset while the clock is far ahead. Its CA
