@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

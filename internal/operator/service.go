@@ -28,9 +28,9 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/detach"
-	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

@@ -10,7 +10,7 @@ import (
 
 	"go.etcd.io/bbolt"
 
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // rowKey is authority, agent and entry with a zero byte between them. An entry

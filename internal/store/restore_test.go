@@ -15,8 +15,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/ledger"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/store"
 )

@@ -6,7 +6,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // book is a ledger that writes down what it is told. What it is told to hand

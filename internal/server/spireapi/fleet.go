@@ -9,7 +9,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 const (

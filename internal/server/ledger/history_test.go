@@ -11,7 +11,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // "Safe" is never true too early: random histories of a signing server with

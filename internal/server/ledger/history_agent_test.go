@@ -5,7 +5,7 @@ import (
 	"maps"
 	"time"
 
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 const (

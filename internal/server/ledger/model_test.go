@@ -9,7 +9,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // The ledger against a model that is a list of rows and the last reports.

@@ -7,7 +7,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // machine is a server whose wall clock is off by what a test sets.

@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // The row of an SVID, as storage knows it.

@@ -9,7 +9,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // silence is after what time a node that is not heard of is taken for ended when

@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 // ids are entry IDs as a server holds them.

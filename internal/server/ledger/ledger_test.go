@@ -9,7 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/internal/ledger"
+	"github.com/renewd/renewd/internal/server/ledger"
 )
 
 const day = 24 * time.Hour
