@@ -19,9 +19,9 @@ import (
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

@@ -18,9 +18,9 @@ import (
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // settings is the server's whole configuration. Every field has one row in

@@ -8,8 +8,8 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // Everything that can be configured reaches the assembly.

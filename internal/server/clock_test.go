@@ -14,7 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
-	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // TestProofAfterClockSteps: the clock is two days off for a moment in which somebody

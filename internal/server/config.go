@@ -23,8 +23,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/federation"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // Config is what a [Domain] needs. TrustDomain is required; everything else

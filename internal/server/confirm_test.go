@@ -11,7 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // TestConfirmClock: after an outage of a week the clock, which is right, is in doubt. It

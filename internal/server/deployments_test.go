@@ -20,7 +20,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/rotation"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 func verifies(who *identity, b *spiffebundle.Bundle) error {

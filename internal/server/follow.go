@@ -5,8 +5,8 @@ import (
 	"log/slog"
 
 	"github.com/renewd/renewd/internal/operator"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // follow drops what the ledger knows of keysets that are removed, whoever

@@ -6,8 +6,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // at is a day of the test, counted from start.

@@ -10,8 +10,8 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // TestYears lets years go by in steps of hours, with agents that lag or never

@@ -7,8 +7,8 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 const day = 24 * time.Hour

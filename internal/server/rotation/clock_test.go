@@ -9,8 +9,8 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // machine is a server whose wall clock a test sets while it is up.

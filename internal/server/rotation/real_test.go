@@ -9,8 +9,8 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 var (

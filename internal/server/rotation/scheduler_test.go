@@ -14,8 +14,8 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/rotation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // rig is a scheduler that runs in a bubble on keysets that live an hour: they
