@@ -21,7 +21,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/seal"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // backupTime is how long a copy may take: a little longer than the server gives

@@ -21,7 +21,7 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/metrics"
 )
 

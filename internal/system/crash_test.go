@@ -35,7 +35,7 @@ import (
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/internal/upstream"
 )
 

@@ -21,7 +21,7 @@ import (
 
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // copyOf is a copy of a store as a file.

@@ -9,7 +9,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // TestFullDisk lets writes and syncs fail in different ways. Whatever fails,

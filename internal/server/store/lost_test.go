@@ -8,7 +8,7 @@ import (
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // TestLostTimesEnd: what is not known is kept for each restore until nothing of it is

@@ -16,7 +16,7 @@ import (
 
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server/ledger"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // wasteful leaves a store of which nine tenths are free, and returns what is in it.

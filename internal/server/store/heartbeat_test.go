@@ -5,7 +5,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // TestHeartbeat: each commit keeps the time for the next process, but not that of a

@@ -18,7 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // refuses checks that a store is not opened, that the error has each of the

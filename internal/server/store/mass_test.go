@@ -12,14 +12,14 @@ import (
 
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/ledger"
-	"github.com/renewd/renewd/internal/store"
+	"github.com/renewd/renewd/internal/server/store"
 )
 
 // BenchmarkMass is the life of a store with many ledger rows, 100,000 or RENEWD_ROWS, of
 // which 99 in 100 are deleted: what each step takes, what a commit takes after it, and the
 // file's size.
 //
-//	RENEWD_ROWS=10000000 go test -run '^$' -bench Mass -benchtime 1x -timeout 1h ./internal/store
+//	RENEWD_ROWS=10000000 go test -run '^$' -bench Mass -benchtime 1x -timeout 1h ./internal/server/store
 func BenchmarkMass(b *testing.B) {
 	n := 100_000
 	if rows, err := strconv.Atoi(os.Getenv("RENEWD_ROWS")); err == nil {
