@@ -9,7 +9,7 @@
 #             which Tink builds from single blocks, below what Go looks at.
 # Operators   A data file that was sealed with the usual key template cannot be opened after a switch to
 #             this mode, and that some template works says nothing about its approval.
-# renewd      seals with AES256-GCM (internal/seal): its server needs fips140=on or off, not only.
+# renewd      seals with AES256-GCM (internal/server/seal): its server needs fips140=on or off, not only.
 #
 # Output seen
 #   fips140=off   AES256_GCM      works

@@ -20,7 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 )
 

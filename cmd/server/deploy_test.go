@@ -19,7 +19,7 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server/seal"
 )
 
 // The unit sets variables that exist, loads the credential that is looked for,

@@ -5,7 +5,7 @@ import (
 	"flag"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server/seal"
 )
 
 // keyNewCommand is "key new".

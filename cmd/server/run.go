@@ -8,9 +8,9 @@ import (
 	"slices"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/metrics"
 )

@@ -27,9 +27,9 @@ import (
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/attest"
 	"github.com/renewd/renewd/internal/federation"
-	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

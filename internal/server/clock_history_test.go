@@ -19,10 +19,10 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/internal/listen/listentest"
-	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

@@ -31,10 +31,10 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/node"
-	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/internal/upstream"
 )

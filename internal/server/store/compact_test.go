@@ -14,8 +14,8 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server/ledger"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 )
 

@@ -15,8 +15,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 
-	"github.com/renewd/renewd/internal/seal"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/server/store"
 )

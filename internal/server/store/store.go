@@ -59,7 +59,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server/seal"
 )
 
 // The errors that tell one cause from another. They come wrapped, with the file

@@ -16,7 +16,7 @@ import (
 	"github.com/tink-crypto/tink-go/v2/keyset"
 	"github.com/tink-crypto/tink-go/v2/mac"
 
-	"github.com/renewd/renewd/internal/seal"
+	"github.com/renewd/renewd/internal/server/seal"
 )
 
 func newFile(t *testing.T) string {
