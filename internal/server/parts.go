@@ -12,8 +12,8 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/detach"
-	"github.com/renewd/renewd/internal/endpoint"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/metrics"
 )

@@ -25,7 +25,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/federation"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/endpoint"
+	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
