@@ -7,7 +7,7 @@
 # Operators   A gateway before a bundle endpoint that puts a JSON document with an empty list of
 #             "keys" into its error pages withdraws all trust while the endpoint is away.
 #             Let error pages of that host be text.
-# renewd      follows an answer with status 200 alone (internal/federation).
+# renewd      follows an answer with status 200 alone (internal/server/federation).
 #
 # Output seen
 #   status 200: a bundle of 0 authorities

@@ -9,7 +9,7 @@
 #             with this library never learn of the withdrawal: each refresh fails, and
 #             the old keys stay trusted.
 # renewd      takes an empty list for a withdrawal and writes what it has of others as "keys":[]
-#             (internal/federation).
+#             (internal/server/federation).
 #
 # Output seen
 #   marshal: {"keys":null}

@@ -9,7 +9,7 @@
 #             A partner that begins to publish keys for WIT-SVIDs, which the Workload API has
 #             now, ends the refresh of its bundle at SPIRE servers of this version. "bundle
 #             set" gets its other keys in until the server is newer.
-# renewd      leaves out the key, at its endpoint client and in files (internal/federation).
+# renewd      leaves out the key, at its endpoint client and in files (internal/server/federation).
 #
 # Output seen
 #   endpoint, two JWT keys: 2 keys

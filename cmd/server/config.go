@@ -16,9 +16,9 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
 )

@@ -14,8 +14,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/federation"
 )
 
 var update = flag.Bool("update", false, "write deploy/SERVER-CONFIG.md anew")

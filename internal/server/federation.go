@@ -11,7 +11,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 

@@ -17,8 +17,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/federation"
 )
 
 var partner = spiffeid.RequireTrustDomainFromString("partner.example")

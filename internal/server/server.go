@@ -12,10 +12,10 @@ import (
 
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/detach"
-	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/server/endpoint"
+	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/rotation"

@@ -8,7 +8,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 
-	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/server/federation"
 )
 
 // bucketFederation comes into being with the first bundle. It has one bucket.

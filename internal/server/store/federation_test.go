@@ -10,7 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 
-	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/store"
 )
 

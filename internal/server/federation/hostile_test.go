@@ -17,7 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/federation"
+	"github.com/renewd/renewd/internal/server/federation"
 )
 
 // Whatever an endpoint answers, the bundle that was held stays, it takes no

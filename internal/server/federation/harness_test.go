@@ -26,8 +26,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/renewd/renewd/internal/federation"
 	"github.com/renewd/renewd/internal/server/endpoint"
+	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
