@@ -9,8 +9,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/detach"
-	"github.com/renewd/renewd/internal/detach/rpc"
+	"github.com/renewd/renewd/internal/server/detach"
+	"github.com/renewd/renewd/internal/server/detach/rpc"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 

@@ -16,8 +16,8 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/detach/rpc"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/server/detach/rpc"
 )
 
 const (

@@ -11,8 +11,8 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/metrics"

@@ -11,9 +11,9 @@ import (
 	"sync/atomic"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/detach"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"

@@ -10,7 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
-	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/server/detach"
 )
 
 // DefaultLifetime is how long a keyset lives.

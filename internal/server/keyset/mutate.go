@@ -7,7 +7,7 @@ import (
 	"slices"
 	"time"
 
-	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/server/detach"
 )
 
 // mutationTimeout is when a mutation returns at the latest, whatever its checks

@@ -45,9 +45,9 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/detach"
-	"github.com/renewd/renewd/internal/detach/rpc"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/server/detach"
+	"github.com/renewd/renewd/internal/server/detach/rpc"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 

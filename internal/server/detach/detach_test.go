@@ -7,7 +7,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/server/detach"
 )
 
 // TestDo: who waits gets the outcome; who leaves is told that it is open, and the work

@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/renewd/renewd/internal/detach"
+	"github.com/renewd/renewd/internal/server/detach"
 )
 
 // Unary answers a call when its time is over or its caller is gone. The handler may
