@@ -9,7 +9,7 @@
 #             would choose next.
 # Operators   Of several servers behind one TCP balancer, one that hangs (and passes the
 #             balancer's TCP check) stops each client that meets it for 20 s.
-# renewd      gives a connection 5 s, TLS included (connectTimeout in internal/upstream;
+# renewd      gives a connection 5 s, TLS included (connectTimeout in internal/agent/upstream;
 #             TestTwoServersOnOneDatabase freezes a server behind a balancer).
 #
 # Output seen

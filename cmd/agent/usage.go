@@ -6,8 +6,8 @@ import (
 	"io"
 	"strings"
 
+	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/upstream"
 )
 
 // version is set by the linker (-X main.version=...); see the Makefile.

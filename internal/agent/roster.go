@@ -4,7 +4,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
 // longRemovalDelay is for absences that are rarely meant. New agents of a SPIRE

@@ -10,7 +10,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
 // listed is a roster that is given whole lists, and the clock.

@@ -7,9 +7,9 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/socket"
-	"github.com/renewd/renewd/internal/upstream"
 	"github.com/renewd/renewd/metrics"
 )
 

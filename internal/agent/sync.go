@@ -6,7 +6,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
 const (

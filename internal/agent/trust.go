@@ -8,7 +8,7 @@ import (
 	"sync"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
 // adoption remembers which authorities of trust_bundle_file are no news: those that

@@ -29,6 +29,7 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/internal/server"
@@ -36,7 +37,6 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
-	"github.com/renewd/renewd/internal/upstream"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")

@@ -18,9 +18,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/node"
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/upstream"
 )
 
 // The whole life of a node under the embedded server: bootstrap from a file,

@@ -14,7 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
 // nodeClock is a clock of a node that is not right.

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/proto"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/upstream"
+	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
 // holder does with the answers what a caller does.

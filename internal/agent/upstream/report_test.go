@@ -11,8 +11,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
+	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/upstream"
 )
 
 // fleet takes reports.

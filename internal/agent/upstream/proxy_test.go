@@ -16,9 +16,9 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/node"
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/internal/upstream"
 )
 
 // behindProxy is a name that only the proxy can connect to.
