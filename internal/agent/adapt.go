@@ -14,8 +14,8 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
-	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
 )

@@ -10,7 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 

@@ -10,7 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 

@@ -16,7 +16,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 )
 
 // An agent SVID counts for the authority in which its chain ends, as a workload's

@@ -11,7 +11,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew/wave"
 )

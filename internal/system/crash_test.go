@@ -29,9 +29,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/node"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"

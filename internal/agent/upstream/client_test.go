@@ -27,8 +27,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
-	"github.com/renewd/renewd/internal/node"
 )
 
 // agent is a client with everything around it.

@@ -18,8 +18,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
-	"github.com/renewd/renewd/internal/node"
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
 )
 

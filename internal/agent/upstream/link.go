@@ -20,7 +20,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 )
 
 const (

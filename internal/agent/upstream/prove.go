@@ -16,7 +16,7 @@ import (
 	"google.golang.org/grpc/peer"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 )
 
 // calmness is how long an identity must have been good for before the next

@@ -16,8 +16,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
-	"github.com/renewd/renewd/internal/node"
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
 )
 

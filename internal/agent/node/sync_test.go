@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 )
 
 // state is all that a node keeps, and the store that keeps it.

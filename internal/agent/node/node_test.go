@@ -32,7 +32,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/node"
+	"github.com/renewd/renewd/internal/agent/node"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
