@@ -9,7 +9,7 @@
 # Operators   A Node.js workload with 'grpc.keepalive_time_ms' and retries for UNAVAILABLE alone
 #             loses its Workload API stream for good. The text sends people to look for memory;
 #             look at the client's keepalive instead.
-# renewd      allows a ping in ten seconds on its socket, also without a call (internal/workload).
+# renewd      allows a ping in ten seconds on its socket, also without a call (internal/agent/workload).
 #
 # Output seen
 #   RESOURCE_EXHAUSTED: Bandwidth exhausted or memory limit exceeded

@@ -11,7 +11,7 @@
 #             ends every renewal of the workloads behind it, for good; what is seen is mTLS
 #             that fails hours later. Restart such workloads.
 # renewd      ends a stream with Unavailable when it stops, and with Canceled or
-#             InvalidArgument only when the client did that itself (tests of internal/workload).
+#             InvalidArgument only when the client did that itself (tests of internal/agent/workload).
 #
 # Output seen
 #   Unavailable: asked again

@@ -7,7 +7,7 @@
 #             single byte is left as for the whole. It is 0 when everything was read, and only then.
 #             For TCP the same call counts bytes that are not acknowledged, which says nothing of the reader.
 # Operators   The Send-Q column of `ss -x` is this number: it tells that a workload does not read, not how much.
-# renewd      only asks whether it is 0 (internal/workload): that is when an answer counts as read.
+# renewd      only asks whether it is 0 (internal/agent/workload): that is when an answer counts as read.
 #
 # Output seen
 #   1 byte written: more than 1
