@@ -8,7 +8,7 @@
 #             runs is there.
 # Operators   Attestation by path or hash (unix:path, unix:sha256 of SPIRE) reads /proc/PID/exe.
 #             Such a daemon cannot be told from one that has ended: it loses these selectors.
-# renewd      reads the executable at a live thread (internal/attest/unix).
+# renewd      reads the executable at a live thread (internal/agent/attest/unix).
 #
 # Output seen
 #   state: Z (zombie)

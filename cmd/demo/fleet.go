@@ -16,7 +16,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 // selectorType is that of the demo's selectors: demo:workload:1 for the first

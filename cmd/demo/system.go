@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/agent"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server"

@@ -14,11 +14,11 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/agent/attest/unix"
 	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/agent/workload"
-	"github.com/renewd/renewd/internal/attest"
-	"github.com/renewd/renewd/internal/attest/unix"
 	"github.com/renewd/renewd/internal/keep"
 	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/metrics"

@@ -25,7 +25,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/rotation"

@@ -13,7 +13,7 @@ import (
 	"testing/synctest"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 // process is a workload: it has connections and can be stopped or killed.

@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 // hasher is an attestor that hashes the caller's program while an entry needs

@@ -20,8 +20,8 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
-	"github.com/renewd/renewd/internal/attest/unix"
+	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/agent/attest/unix"
 	"github.com/renewd/renewd/internal/socket"
 )
 

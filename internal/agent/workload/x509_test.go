@@ -19,7 +19,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 type x509Answers = <-chan answer[workloadpb.X509SVIDResponse]

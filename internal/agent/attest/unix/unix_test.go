@@ -17,7 +17,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 // program copies the program "sleep" so that it can be changed.

@@ -7,7 +7,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 // A process is running or stopped until it has ended, reaped or not. One that started

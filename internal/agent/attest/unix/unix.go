@@ -24,7 +24,7 @@ import (
 	"sync"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/attest"
+	"github.com/renewd/renewd/internal/agent/attest"
 )
 
 // Name is the attestor's name and the type of its selectors.
