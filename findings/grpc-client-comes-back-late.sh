@@ -9,7 +9,7 @@
 # Operators   "The agent is up again" is not "the workloads have a stream again": after an outage of
 #             T seconds count on another 0.6 T, and on 150 s after a long one, before SVIDs
 #             that were renewed meanwhile reach the workloads. Keep outages of an agent short.
-# renewd      keeps SVIDs over a restart (internal/keep), so that clients find them whenever they
+# renewd      keeps SVIDs over a restart (internal/agent/svidstore), so that clients find them whenever they
 #             come, and does not call a node settled before they had time to.
 #
 # Output seen (the second line varies)

@@ -17,9 +17,9 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/agent/attest/unix"
 	"github.com/renewd/renewd/internal/agent/node"
+	"github.com/renewd/renewd/internal/agent/svidstore"
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/agent/workload"
-	"github.com/renewd/renewd/internal/keep"
 	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
@@ -38,7 +38,7 @@ type Agent struct {
 	renewer   *renew.Renewer
 	workload  *workload.Server
 	metrics   *metrics.Metrics
-	keeper    *keep.Dir      // nil without RuntimeDir
+	keeper    *svidstore.Dir // nil without RuntimeDir
 	processes *unix.Attestor // nil where Config.Attestors are given
 	own       *own
 	seed      [32]byte
@@ -257,7 +257,7 @@ func (a *Agent) restore(kept *bundle.Bundle) error {
 		uses    map[cache.Process][]cache.Use
 	)
 	if a.cfg.RuntimeDir != "" {
-		dir, err := keep.Open(a.cfg.RuntimeDir, a.log)
+		dir, err := svidstore.Open(a.cfg.RuntimeDir, a.log)
 		if err != nil {
 			return fmt.Errorf("open runtime_dir: %w", err)
 		}

@@ -1,4 +1,4 @@
-package keep_test
+package svidstore_test
 
 import (
 	"os"

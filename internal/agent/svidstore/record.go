@@ -1,4 +1,4 @@
-package keep
+package svidstore
 
 import (
 	"crypto/x509"

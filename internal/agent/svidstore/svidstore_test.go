@@ -1,4 +1,4 @@
-package keep_test
+package svidstore_test
 
 import (
 	"bytes"
@@ -13,12 +13,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keep"
+	"github.com/renewd/renewd/internal/agent/svidstore"
 )
 
 func TestOpenRefusesADisk(t *testing.T) {
 	if dir := t.TempDir(); !strings.HasPrefix(dir, "/dev/shm") {
-		_, err := keep.Open(dir, quiet())
+		_, err := svidstore.Open(dir, quiet())
 		if err == nil || !strings.Contains(err.Error(), "tmpfs") {
 			t.Errorf("Open(%s) on a disk: %v, want an error that names tmpfs", dir, err)
 		}
@@ -262,7 +262,7 @@ func TestOpenRefusesTheFolderOfAnotherUser(t *testing.T) {
 	if err := os.Chown(path, 54321, 54321); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := keep.Open(path, quiet()); err == nil || !strings.Contains(err.Error(), "54321") {
+	if _, err := svidstore.Open(path, quiet()); err == nil || !strings.Contains(err.Error(), "54321") {
 		t.Errorf("got %v, want an error that names the owner", err)
 	}
 }

@@ -1,11 +1,11 @@
-// Package keep holds workload SVIDs over a restart of the agent, so that a
+// Package svidstore holds workload SVIDs over a restart of the agent, so that a
 // restarted agent serves what it held even while the server is down.
 //
 // Private keys must never reach a disk, so a [Dir] is opened only on a memory
 // file system. Each entry is one file with its SVID, replaced by rename; a
 // write costs what changed and not what is held. What is loaded is only a
 // start: whether it is due is decided anew from the bundle.
-package keep
+package svidstore
 
 import (
 	"context"

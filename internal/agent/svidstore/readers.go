@@ -1,4 +1,4 @@
-package keep
+package svidstore
 
 import (
 	"encoding/json"

@@ -1,4 +1,4 @@
-package keep_test
+package svidstore_test
 
 import (
 	"context"
@@ -18,7 +18,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
-	"github.com/renewd/renewd/internal/keep"
+	"github.com/renewd/renewd/internal/agent/svidstore"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -38,9 +38,9 @@ func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func logTo(w *strings.Builder) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
-func open(t *testing.T, path string, log *slog.Logger) *keep.Dir {
+func open(t *testing.T, path string, log *slog.Logger) *svidstore.Dir {
 	t.Helper()
-	d, err := keep.Open(path, log)
+	d, err := svidstore.Open(path, log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -99,7 +99,7 @@ func put(t *testing.T, c *cache.Cache, s *cache.SVID) {
 }
 
 // follow runs Follow until the returned function is called.
-func follow(t *testing.T, d *keep.Dir, c *cache.Cache) (stop func()) {
+func follow(t *testing.T, d *svidstore.Dir, c *cache.Cache) (stop func()) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(t.Context())
 	done := make(chan error, 1)
