@@ -9,7 +9,7 @@
 #             the bundle is set again, such an agent trusts the domain for entries that do not
 #             federate with it any more. Update the entries as well, or restart the agents.
 # renewd      compares what entries federate with wherever the server sends it, whatever their
-#             revision is (spire-bundle-set.txtar in internal/system). A server that lists
+#             revision is (spire-bundle-set.txtar in test/system). A server that lists
 #             revisions in pages does not send it.
 #
 # Output seen

@@ -6,7 +6,7 @@
 #             whole seconds; with log_format = "text" it has nanoseconds.
 # Operators   Set log_format where a log is to tell the order of events on several machines, or how
 #             many SVIDs were signed in one second. A parser of the one form may not read the other.
-# renewd      counts the renewals of a wave in such a log, in its tests alone (internal/system).
+# renewd      counts the renewals of a wave in such a log, in its tests alone (test/system).
 #
 # Output seen
 #   not set: time="YYYY-MM-DDThh:mm:ssZ"

@@ -10,7 +10,7 @@
 #             its next start, or its next CA rotation. Give the downstream entry a selector of
 #             its own, and "-entryID" something that sorts first.
 # renewd      also gives entries in the order of their IDs, so it is the same under its agents
-#             (spire-nested.txtar in internal/system names its IDs for that reason).
+#             (spire-nested.txtar in test/system names its IDs for that reason).
 #
 # Output seen
 #   entries 1-nested, 2-web: the nested server starts

@@ -8,7 +8,7 @@
 # Operators   A program that reads the bundle from the Server API and takes a key ID for unique
 #             finds a bundle that cannot be right, or the state that happens to come last.
 # renewd      takes equal copies for one key, tainted if any copy is (TestNestedSPIRE in
-#             internal/system, tests of the bundle parser).
+#             test/system, tests of the bundle parser).
 #
 # Output seen
 #   root: tainted
