@@ -46,11 +46,11 @@ proto: ## internal/api from renewd.proto; needs protoc (Debian: protobuf-compile
 .PHONY: bench
 bench: ## benchmarks of the packages, into BENCHMARKS.txt; BENCH=regexp chooses, BENCHTIME=duration sets the length
 	go test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem \
-		$$(go list ./... | grep -v /internal/figures) | grep -v '^PASS$$\|no test files' | tee BENCHMARKS.txt
+		$$(go list ./... | grep -v /test/figures) | grep -v '^PASS$$\|no test files' | tee BENCHMARKS.txt
 
 .PHONY: figures
 figures: ## the whole daemon measured, into FIGURES.txt, in a quarter of an hour; BENCH=regexp chooses, SPIRE_BIN_DIR=folder measures its spire-agent beside it
-	go test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 1h ./internal/figures | tee FIGURES.txt
+	go test -run '^$$' -bench '$(BENCH)' -benchtime 1x -timeout 1h ./test/figures | tee FIGURES.txt
 
 .PHONY: fuzz
 fuzz: ## every fuzz target in turn, FUZZTIME each
