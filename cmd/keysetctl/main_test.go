@@ -17,8 +17,8 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/runbook/runbooktest"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/runbooktest"
 )
 
 // desk is an operator in front of a server in memory.

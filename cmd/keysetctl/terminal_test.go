@@ -15,7 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/runbook/runbooktest"
+	"github.com/renewd/renewd/test/runbooktest"
 )
 
 // On a terminal a rotation asks before each step, and Error is red there. An

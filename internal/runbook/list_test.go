@@ -11,7 +11,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/runbook/runbooktest"
+	"github.com/renewd/renewd/test/runbooktest"
 )
 
 func TestList(t *testing.T) {

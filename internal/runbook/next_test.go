@@ -10,7 +10,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/runbook/runbooktest"
+	"github.com/renewd/renewd/test/runbooktest"
 )
 
 // kind is all that Next may look at in one keyset.
