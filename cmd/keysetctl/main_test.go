@@ -16,8 +16,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/test/runbooktest"
 )
 
@@ -154,11 +154,11 @@ func TestTroubleshooting(t *testing.T) {
 		code   int
 		stderr string
 	}{
-		"another operation, or automatic rotation": {failing(keyset.ErrBusy), "prepare", 1,
+		"another operation, or automatic rotation": {failing(refusal.ErrBusy), "prepare", 1,
 			"Error: The request failed due to an internal error, please try again.\n" +
 				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
 				"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
-		"the same from a server that only sends its text": {failing(errors.New(keyset.ErrBusy.Error())), "taint ks_abc1234xyz", 1,
+		"the same from a server that only sends its text": {failing(errors.New(refusal.ErrBusy.Error())), "taint ks_abc1234xyz", 1,
 			"Error: The request failed due to an internal error, please try again.\n" +
 				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
 				"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},

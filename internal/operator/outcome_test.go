@@ -14,6 +14,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -91,7 +92,7 @@ func TestRaceAgainstAutomatic(t *testing.T) {
 			return err
 		}, nil)
 		_, err := c.Backend("", "").Prepare(t.Context())
-		if err == nil || err.Error() != keyset.ErrBusy.Error() {
+		if err == nil || err.Error() != refusal.ErrBusy.Error() {
 			t.Errorf("got %v", err)
 		}
 		if n := len(d.states(t)); n != 2 {

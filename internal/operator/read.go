@@ -11,6 +11,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -156,7 +157,7 @@ func (s *Service) ListHolders(ctx context.Context, req *api.ListHoldersRequest) 
 	}
 	i := slices.IndexFunc(list, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })
 	if i < 0 {
-		return nil, fail(keyset.ErrNotFound)
+		return nil, fail(refusal.ErrNotFound)
 	}
 	agents, err := d.Server.Agents(ctx)
 	if err != nil {

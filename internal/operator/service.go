@@ -28,6 +28,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
@@ -314,15 +315,15 @@ func fail(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
-	if refusal, ok := errors.AsType[keyset.Refusal](err); ok {
+	if refused, ok := errors.AsType[refusal.Error](err); ok {
 		code := codes.FailedPrecondition
-		switch refusal {
-		case keyset.ErrNotFound:
+		switch refused {
+		case refusal.ErrNotFound:
 			code = codes.NotFound
-		case keyset.ErrBusy:
+		case refusal.ErrBusy:
 			code = codes.Aborted
 		}
-		return status.Error(code, refusal.Error())
+		return status.Error(code, refused.Error())
 	}
 	if entry, ok := errors.AsType[*spireapi.EntryError](err); ok {
 		return status.Error(codes.InvalidArgument, entry.Error())

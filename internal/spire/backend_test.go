@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/spire"
 )
 
@@ -145,7 +145,7 @@ func TestEveryStepFromEveryState(t *testing.T) {
 				return
 			}
 			want := strings.ReplaceAll(tt.err, "ID", id)
-			if _, ok := err.(keyset.Refusal); !ok || err.Error() != want { //nolint:errorlint // a refusal is returned as it is
+			if _, ok := err.(refusal.Error); !ok || err.Error() != want { //nolint:errorlint // a refusal is returned as it is
 				t.Errorf("error %v, want %q", err, want)
 			}
 			if calls := f.made(); calls != "" {
@@ -231,7 +231,7 @@ func TestHalfMoves(t *testing.T) {
 					f.hook(fail, nil)
 				}
 				err := st.run(b, t.Context(), active, next)
-				if err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) != tt.unknown || (err == keyset.ErrBusy) != tt.busy { //nolint:errorlint // a refusal is returned as it is
+				if err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) != tt.unknown || (err == refusal.ErrBusy) != tt.busy { //nolint:errorlint // a refusal is returned as it is
 					t.Fatalf("error %v", err)
 				}
 				if !tt.busy && !strings.Contains(err.Error(), "the reason") {
@@ -303,10 +303,10 @@ func TestHalfStatesRefuse(t *testing.T) {
 		t.Errorf("prepare beside what is activated by half: %v", err)
 	}
 	for _, k := range s.Keysets {
-		if err := b.Taint(t.Context(), k.ID); err != keyset.ErrTaintActive { //nolint:errorlint // a refusal is returned as it is
+		if err := b.Taint(t.Context(), k.ID); err != refusal.ErrTaintActive { //nolint:errorlint // a refusal is returned as it is
 			t.Errorf("taint %s: %v", k.ID, err)
 		}
-		if err := b.Remove(t.Context(), k.ID, true); err != keyset.ErrRemoveActive { //nolint:errorlint // a refusal is returned as it is
+		if err := b.Remove(t.Context(), k.ID, true); err != refusal.ErrRemoveActive { //nolint:errorlint // a refusal is returned as it is
 			t.Errorf("remove %s: %v", k.ID, err)
 		}
 	}
@@ -366,7 +366,7 @@ func TestSPIRERotatesItself(t *testing.T) {
 	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "until it expires") || f.made() != "" {
 		t.Errorf("remove what SPIRE does not have: %v", err)
 	}
-	if err := b.Taint(t.Context(), old); err != keyset.ErrTaintTainted { //nolint:errorlint // a refusal is returned as it is
+	if err := b.Taint(t.Context(), old); err != refusal.ErrTaintTainted { //nolint:errorlint // a refusal is returned as it is
 		t.Errorf("taint: %v", err)
 	}
 }
@@ -400,7 +400,7 @@ func TestSomebodyWasFirst(t *testing.T) {
 		}
 		return nil
 	})
-	if _, err := b.Prepare(t.Context()); err != keyset.ErrBusy { //nolint:errorlint // a refusal is returned as it is
+	if _, err := b.Prepare(t.Context()); err != refusal.ErrBusy { //nolint:errorlint // a refusal is returned as it is
 		t.Errorf("prepare: %v", err)
 	}
 	f.hook(func(call string) error {
@@ -449,7 +449,7 @@ func TestTrustDomainAndDeployment(t *testing.T) {
 	if _, err := b.Status(t.Context()); err == nil || !strings.Contains(err.Error(), `"example.org", not "other.org"`) {
 		t.Errorf("another trust domain: %v", err)
 	}
-	if err := b.Taint(t.Context(), f.x.active); err == nil || errors.Is(err, keyset.ErrTaintActive) {
+	if err := b.Taint(t.Context(), f.x.active); err == nil || errors.Is(err, refusal.ErrTaintActive) {
 		t.Errorf("taint in another trust domain: %v", err)
 	}
 	b = f.serve(spire.Config{TrustDomain: "spiffe://example.org", Deployment: "east"})
@@ -563,7 +563,7 @@ func TestFigures(t *testing.T) {
 	if h, err := b.Holders(t.Context(), active); err != nil || len(h) != 1 || h[0].Reason != "signing" {
 		t.Errorf("holders of the active one %v, %v", h, err)
 	}
-	if _, err := b.Holders(t.Context(), "ks_unknown"); !errors.Is(err, keyset.ErrNotFound) {
+	if _, err := b.Holders(t.Context(), "ks_unknown"); !errors.Is(err, refusal.ErrNotFound) {
 		t.Errorf("holders of none: %v", err)
 	}
 	f.made()

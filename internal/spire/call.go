@@ -7,8 +7,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // The two kinds of authority, in what people read.
@@ -50,7 +50,7 @@ func failed(step, id, kind, done string, err error) error {
 	case codes.InvalidArgument:
 		// The state is not what was read a moment ago: somebody was first.
 		if done == "" {
-			return keyset.ErrBusy
+			return refusal.ErrBusy
 		}
 	case codes.FailedPrecondition, codes.NotFound, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
 	default:

@@ -7,8 +7,8 @@ import (
 
 	localv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // find returns the keyset that an operator's ID means: the keyset's own, or the
@@ -26,11 +26,11 @@ func (b *Backend) find(ctx context.Context, id string) (server, pair, error) {
 			return s, pair{}, refused("%s is in the trust bundle, but this SPIRE server does not have it: another server of the cluster has, or nobody", id)
 		}
 	}
-	return s, pair{}, keyset.ErrNotFound
+	return s, pair{}, refusal.ErrNotFound
 }
 
-func refused(format string, args ...any) keyset.Refusal {
-	return keyset.Refusal(fmt.Sprintf(format, args...))
+func refused(format string, args ...any) refusal.Error {
+	return refusal.Error(fmt.Sprintf(format, args...))
 }
 
 // Prepare makes a new keyset: first its X.509, then its JWT authority. One that
@@ -38,7 +38,7 @@ func refused(format string, args ...any) keyset.Refusal {
 // hold of an authority that is not removed yet.
 //
 // SPIRE takes the word of two who prepare at the same moment, and keeps what
-// came last; the one whose keyset is not there any more gets keyset.ErrBusy.
+// came last; the one whose keyset is not there any more gets refusal.ErrBusy.
 func (b *Backend) Prepare(ctx context.Context) (runbook.Keyset, error) {
 	s, err := b.read(ctx)
 	if err != nil {
@@ -78,7 +78,7 @@ func (b *Backend) Prepare(ctx context.Context) (runbook.Keyset, error) {
 			return now.keyset(), nil
 		}
 	}
-	return runbook.Keyset{}, keyset.ErrBusy
+	return runbook.Keyset{}, refusal.ErrBusy
 }
 
 // mayPrepare refuses what would make SPIRE lose hold of an authority; p is what
@@ -108,11 +108,11 @@ func (b *Backend) Activate(ctx context.Context, id string) error {
 	}
 	switch {
 	case p.any(func(h half) bool { return h.tainted }):
-		return keyset.ErrActivateTainted
+		return refusal.ErrActivateTainted
 	case p.any(in(old)):
 		return refused("cannot activate key set %s: a SPIRE server does not take back one that has stepped down; prepare a new one", p.id())
 	case !p.any(in(prepared)):
-		return keyset.ErrActivateActive
+		return refusal.ErrActivateActive
 	case !p.x509.here() || (!p.jwt.here() && !s.noJWT):
 		return refused("cannot activate key set %s: it is prepared by half, prepare again first", p.id())
 	}
@@ -134,13 +134,13 @@ func (b *Backend) Taint(ctx context.Context, id string) error {
 	}
 	switch {
 	case p.any(in(active)):
-		return keyset.ErrTaintActive
+		return refusal.ErrTaintActive
 	case s.upstream != "":
 		return s.underUpstream("tainted", "taint")
 	case p.any(in(prepared)):
 		return refused("cannot taint key set %s: a SPIRE server taints only one that has been active; activate it, then a successor", p.id())
 	case !p.any(func(h half) bool { return !h.tainted }):
-		return keyset.ErrTaintTainted
+		return refusal.ErrTaintTainted
 	}
 	return carryOut("taint", id, func(h half) bool { return !h.tainted }, call{x509Kind, p.x509, func(id string) error {
 		_, err := b.local.TaintX509Authority(ctx, &localv1.TaintX509AuthorityRequest{AuthorityId: id})
@@ -161,11 +161,11 @@ func (b *Backend) Remove(ctx context.Context, id string, force bool) error {
 	}
 	switch {
 	case p.any(in(active)):
-		return keyset.ErrRemoveActive
+		return refusal.ErrRemoveActive
 	case s.upstream != "":
 		return s.underUpstream("revoked", "revoke")
 	case p.any(func(h half) bool { return !h.tainted }):
-		return keyset.ErrRemovePrepared
+		return refusal.ErrRemovePrepared
 	case p.x509.here() && p.x509.place == nowhere:
 		return refused("cannot remove key set %s: this SPIRE server does not have its X.509 authority any more, because another was prepared in its place, or never had; it stays in the trust bundle until it expires (%s)",
 			p.id(), p.x509.expires)

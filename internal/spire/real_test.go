@@ -24,8 +24,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/runbook"
-	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/spire"
 )
 
@@ -172,14 +172,14 @@ func TestRotationOfSPIRE(t *testing.T) {
 	_, err = b.Prepare(ctx)
 	refuses("prepare beside what is prepared", err, "is prepared already")
 	refuses("taint what is prepared", b.Taint(ctx, n.ID), "taints only one that has been active")
-	refuses("taint the active one", b.Taint(ctx, a.ID), keyset.ErrTaintActive.Error())
-	refuses("remove the active one", b.Remove(ctx, a.ID, true), keyset.ErrRemoveActive.Error())
+	refuses("taint the active one", b.Taint(ctx, a.ID), refusal.ErrTaintActive.Error())
+	refuses("remove the active one", b.Remove(ctx, a.ID, true), refusal.ErrRemoveActive.Error())
 	r.again()
 	wantRows(t, b, "Active/Active Prepared/Prepared")
 	must(t, b.Activate(ctx, n.ID))
 	wantRows(t, b, "Prepared/Prepared Active/Active")
 	refuses("activate what has stepped down", b.Activate(ctx, a.ID), "does not take back")
-	refuses("remove what is not tainted", b.Remove(ctx, a.ID, true), keyset.ErrRemovePrepared.Error())
+	refuses("remove what is not tainted", b.Remove(ctx, a.ID, true), refusal.ErrRemovePrepared.Error())
 	_, err = b.Prepare(ctx)
 	refuses("prepare beside what is not removed", err, "would lose hold of "+a.ID)
 
@@ -189,8 +189,8 @@ func TestRotationOfSPIRE(t *testing.T) {
 	wantRows(t, b, "Tainted/Prepared Active/Active")
 	must(t, b.Taint(ctx, a.ID))
 	s := wantRows(t, b, "Tainted/Tainted Active/Active")
-	refuses("taint again", b.Taint(ctx, a.ID), keyset.ErrTaintTainted.Error())
-	refuses("activate what is tainted", b.Activate(ctx, a.ID), keyset.ErrActivateTainted.Error())
+	refuses("taint again", b.Taint(ctx, a.ID), refusal.ErrTaintTainted.Error())
+	refuses("activate what is tainted", b.Activate(ctx, a.ID), refusal.ErrActivateTainted.Error())
 	refuses("remove what is not safe", b.Remove(ctx, a.ID, false), "could still hold")
 	r.again()
 	if after := wantRows(t, b, "Tainted/Tainted Active/Active"); after.Keysets[0].ID != a.ID || after.Sequence < s.Sequence {
@@ -201,7 +201,7 @@ func TestRotationOfSPIRE(t *testing.T) {
 	if s := wantRows(t, b, "Active/Active"); s.Keysets[0].ID != n.ID {
 		t.Errorf("left is %+v", s.Keysets[0])
 	}
-	refuses("remove again", b.Remove(ctx, a.ID, true), keyset.ErrNotFound.Error())
+	refuses("remove again", b.Remove(ctx, a.ID, true), refusal.ErrNotFound.Error())
 
 	// SPIRE keeps the revoked one in its slot; the next rotation is not in its way.
 	n, err = b.Prepare(ctx)

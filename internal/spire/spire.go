@@ -18,7 +18,7 @@
 //   - Where an upstream authority signs the X.509 authorities they cannot be
 //     tainted or revoked here; Taint and Remove say so.
 //   - SPIRE also rotates by itself, and knows no lock: whoever comes second finds
-//     another state than it has read, and is refused with [keyset.ErrBusy].
+//     another state than it has read, and is refused with [refusal.ErrBusy].
 //   - A server that starts without its keys (KeyManager "memory") makes new ones;
 //     those from before stay in the bundle and are no keysets of it any more.
 //

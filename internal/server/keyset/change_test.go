@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -188,7 +189,7 @@ func TestCheck(t *testing.T) {
 		}
 	}
 	// A step that the state forbids is refused for that.
-	if err := d.Remove(t.Context(), prepared.ID, refuse); !errors.Is(err, keyset.ErrRemovePrepared) {
+	if err := d.Remove(t.Context(), prepared.ID, refuse); !errors.Is(err, refusal.ErrRemovePrepared) {
 		t.Errorf("remove of a prepared keyset: %v", err)
 	}
 	if err := d.Remove(t.Context(), tainted.ID, func([]keyset.Keyset) error { return nil }); err != nil {
@@ -206,12 +207,12 @@ func TestCheckIsAtomic(t *testing.T) {
 	check(t, err)
 	check(t, d.Taint(t.Context(), k.ID))
 	err = d.Remove(t.Context(), k.ID, func([]keyset.Keyset) error {
-		if err := d.Taint(t.Context(), k.ID); !errors.Is(err, keyset.ErrBusy) {
+		if err := d.Taint(t.Context(), k.ID); !errors.Is(err, refusal.ErrBusy) {
 			t.Errorf("another mutation during a check: %v", err)
 		}
 		return second(other.Prepare(t.Context()))
 	})
-	if !errors.Is(err, keyset.ErrBusy) || len(list(t, d)) != 3 {
+	if !errors.Is(err, refusal.ErrBusy) || len(list(t, d)) != 3 {
 		t.Errorf("remove: %v, then %v", err, list(t, d))
 	}
 }

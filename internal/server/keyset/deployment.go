@@ -10,6 +10,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/detach"
 )
 
@@ -76,7 +77,7 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 	} else {
 		_, err = d.mutate(ctx, "create", nil, d.first)
 	}
-	if errors.Is(err, ErrBusy) {
+	if errors.Is(err, refusal.ErrBusy) {
 		// Another process made the first keyset at the same moment.
 		_, err = d.List(ctx)
 	}
@@ -88,7 +89,7 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 
 func (d *Deployment) first(doc *Document, c *Change) error {
 	if len(doc.Records) > 0 {
-		return ErrBusy
+		return refusal.ErrBusy
 	}
 	r, err := newRecord(d.td, newID(), c.At, c.At, d.lifetime)
 	if err != nil {
@@ -198,11 +199,11 @@ func (d *Deployment) Activate(ctx context.Context, id string, checks ...Check) e
 		r := find(doc, id)
 		switch {
 		case r == nil:
-			return ErrNotFound
+			return refusal.ErrNotFound
 		case r.State == Active:
-			return ErrActivateActive
+			return refusal.ErrActivateActive
 		case r.State == Tainted:
-			return ErrActivateTainted
+			return refusal.ErrActivateTainted
 		case !c.At.Before(r.ExpiresAt):
 			return ErrActivateExpired
 		case c.At.Before(r.IssuedAt.Add(-backdate)):
@@ -229,11 +230,11 @@ func (d *Deployment) Taint(ctx context.Context, id string, checks ...Check) erro
 		r := find(doc, id)
 		switch {
 		case r == nil:
-			return ErrNotFound
+			return refusal.ErrNotFound
 		case r.State == Active:
-			return ErrTaintActive
+			return refusal.ErrTaintActive
 		case r.State == Tainted:
-			return ErrTaintTainted
+			return refusal.ErrTaintTainted
 		}
 		r.State, r.TaintedAt = Tainted, c.At
 		doc.Sequence++
@@ -257,11 +258,11 @@ func (d *Deployment) Remove(ctx context.Context, id string, checks ...Check) err
 		r := find(doc, id)
 		switch {
 		case r == nil:
-			return ErrNotFound
+			return refusal.ErrNotFound
 		case r.State == Active:
-			return ErrRemoveActive
+			return refusal.ErrRemoveActive
 		case r.State == Prepared:
-			return ErrRemovePrepared
+			return refusal.ErrRemovePrepared
 		}
 		doc.Records = slices.DeleteFunc(doc.Records, func(r Record) bool { return r.ID == id })
 		doc.Sequence++

@@ -9,7 +9,7 @@
 //	Taint    PREPARED  -> TAINTED    published with the taint mark
 //	Remove   TAINTED   -> gone       no longer published
 //
-// Every other step is refused with a [Refusal], so exactly one keyset is
+// Every other step is refused with a [refusal.Error], so exactly one keyset is
 // active at any time. [Deployment] applies the steps; what it signs and
 // publishes always follows from one committed [Document] in a [Storage].
 // The package knows no wire protocol.
@@ -18,35 +18,20 @@ package keyset
 import (
 	"fmt"
 	"time"
+
+	"github.com/renewd/renewd/internal/refusal"
 )
 
-// Refusal is an error that says why an operation was not carried out. It
-// leaves everything as it was. The texts are part of the operator's interface
-// and are returned as they are, never wrapped.
-type Refusal string
-
-// Error implements error.
-func (r Refusal) Error() string { return string(r) }
-
-// The refusals. ErrBusy means that another mutation of the same deployment is
-// in flight or was committed first: nothing was changed by this one.
+// Refusals beside those of package refusal, which every keeper of keysets has.
 const (
-	ErrBusy             Refusal = "The request failed due to an internal error, please try again."
-	ErrNotFound         Refusal = "key set not found"
-	ErrActivateActive   Refusal = "cannot activate active key set"
-	ErrActivateTainted  Refusal = "cannot activate tainted key set"
-	ErrActivateExpired  Refusal = "cannot activate expired key set"
-	ErrActivateEarly    Refusal = "cannot activate key set that is issued in the future: check the clock of the server"
-	ErrTaintActive      Refusal = "cannot taint active key set"
-	ErrTaintTainted     Refusal = "cannot taint tainted key set"
-	ErrRemoveActive     Refusal = "cannot remove active key set"
-	ErrRemovePrepared   Refusal = "cannot remove prepared key set"
-	ErrSignExpired      Refusal = "cannot sign with expired key set"
-	ErrSignForeign      Refusal = "cannot sign for a SPIFFE ID of another trust domain"
-	ErrSignReserved     Refusal = "cannot sign for the trust domain itself"
-	ErrSignNoAudience   Refusal = "cannot sign a JWT-SVID without audience"
-	ErrSignLongAudience Refusal = "cannot sign a JWT-SVID with an audience of 64 KiB and more"
-	ErrSignNegativeLife Refusal = "cannot sign for a negative lifetime"
+	ErrActivateExpired  refusal.Error = "cannot activate expired key set"
+	ErrActivateEarly    refusal.Error = "cannot activate key set that is issued in the future: check the clock of the server"
+	ErrSignExpired      refusal.Error = "cannot sign with expired key set"
+	ErrSignForeign      refusal.Error = "cannot sign for a SPIFFE ID of another trust domain"
+	ErrSignReserved     refusal.Error = "cannot sign for the trust domain itself"
+	ErrSignNoAudience   refusal.Error = "cannot sign a JWT-SVID without audience"
+	ErrSignLongAudience refusal.Error = "cannot sign a JWT-SVID with an audience of 64 KiB and more"
+	ErrSignNegativeLife refusal.Error = "cannot sign for a negative lifetime"
 )
 
 // State is where a keyset stands in its life.

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/detach"
 )
 
@@ -31,7 +32,7 @@ type Check func([]Keyset) error
 // line in the log.
 func (d *Deployment) mutate(ctx context.Context, operation string, checks []Check, change func(*Document, *Change) error) (*snapshot, error) {
 	if !d.mutating.CompareAndSwap(false, true) {
-		return nil, ErrBusy
+		return nil, refusal.ErrBusy
 	}
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
@@ -68,7 +69,7 @@ func (d *Deployment) step(ctx context.Context, operation string, checks []Check,
 	// stored.
 	c := Change{At: d.now().UTC(), Actor: Actor(ctx), Operation: operation, Before: states(doc), Note: note(ctx)}
 	if err := change(&doc, &c); err != nil {
-		if _, ok := errors.AsType[Refusal](err); ok {
+		if _, ok := errors.AsType[refusal.Error](err); ok {
 			return nil, err // the operator is to see its text as it is
 		}
 		return nil, failed("", err)
@@ -90,7 +91,7 @@ func (d *Deployment) step(ctx context.Context, operation string, checks []Check,
 	}
 	switch err := d.storage.Save(ctx, doc, c); {
 	case errors.Is(err, ErrConflict):
-		return nil, ErrBusy
+		return nil, refusal.ErrBusy
 	case err != nil:
 		return nil, failed("save: ", err)
 	}

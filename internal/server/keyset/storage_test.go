@@ -9,6 +9,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -33,7 +34,7 @@ func TestSecondMutationFailsAtOnce(t *testing.T) {
 			"taint":    d.Taint(t.Context(), d.Active().ID),
 			"remove":   d.Remove(t.Context(), "x"),
 		} {
-			if !errors.Is(err, keyset.ErrBusy) || err.Error() != want {
+			if !errors.Is(err, refusal.ErrBusy) || err.Error() != want {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
@@ -106,7 +107,7 @@ func TestStuckRead(t *testing.T) {
 				if err := mutate(); !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
 					t.Errorf("%s, in check %v: after %v: %v", operation, inCheck, time.Since(begin), err)
 				}
-				if err := mutate(); !errors.Is(err, keyset.ErrBusy) {
+				if err := mutate(); !errors.Is(err, refusal.ErrBusy) {
 					t.Errorf("%s, in check %v, another one meanwhile: %v", operation, inCheck, err)
 				}
 				gate <- struct{}{}
@@ -162,7 +163,7 @@ func TestStuckCommit(t *testing.T) {
 		if !errors.Is(err, context.DeadlineExceeded) || time.Since(begin) != 120*time.Second {
 			t.Errorf("after %v: %v", time.Since(begin), err)
 		}
-		if _, err := d.Prepare(t.Context()); !errors.Is(err, keyset.ErrBusy) {
+		if _, err := d.Prepare(t.Context()); !errors.Is(err, refusal.ErrBusy) {
 			t.Errorf("another one meanwhile: %v", err)
 		}
 		status := d.Status()
@@ -262,7 +263,7 @@ func TestLostRace(t *testing.T) {
 		}
 	}}
 	loser := open(t, keyset.Config{Storage: racing})
-	if _, err := loser.Prepare(t.Context()); !errors.Is(err, keyset.ErrBusy) {
+	if _, err := loser.Prepare(t.Context()); !errors.Is(err, refusal.ErrBusy) {
 		t.Errorf("the loser got %v", err)
 	}
 	if len(d.Bundle().X509) != 1 {

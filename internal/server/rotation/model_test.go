@@ -4,6 +4,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -58,12 +59,12 @@ func (d modelDoc) apply(o op, ours bool) (modelDoc, error) {
 	}
 	k := next.find(o.name)
 	if k == nil {
-		return d, keyset.ErrNotFound
+		return d, refusal.ErrNotFound
 	}
 	refused := map[string]map[keyset.State]error{
-		"activate": {keyset.Active: keyset.ErrActivateActive, keyset.Tainted: keyset.ErrActivateTainted},
-		"taint":    {keyset.Active: keyset.ErrTaintActive, keyset.Tainted: keyset.ErrTaintTainted},
-		"remove":   {keyset.Active: keyset.ErrRemoveActive, keyset.Prepared: keyset.ErrRemovePrepared},
+		"activate": {keyset.Active: refusal.ErrActivateActive, keyset.Tainted: refusal.ErrActivateTainted},
+		"taint":    {keyset.Active: refusal.ErrTaintActive, keyset.Tainted: refusal.ErrTaintTainted},
+		"remove":   {keyset.Active: refusal.ErrRemoveActive, keyset.Prepared: refusal.ErrRemovePrepared},
 	}
 	if err := refused[o.verb][k.state]; err != nil {
 		return d, err
@@ -173,7 +174,7 @@ func (m *model) step(i int) {
 		fallthrough
 	case atBegin:
 		if m.busy[t.on] {
-			t.outcome, t.at = keyset.ErrBusy, atEnd
+			t.outcome, t.at = refusal.ErrBusy, atEnd
 			return
 		}
 		m.busy[t.on] = true
@@ -195,7 +196,7 @@ func (m *model) step(i int) {
 		}
 	case atSave:
 		if m.stored.version != t.loaded.version {
-			end(keyset.ErrBusy)
+			end(refusal.ErrBusy)
 			return
 		}
 		m.stored, t.at = t.next, atPublish

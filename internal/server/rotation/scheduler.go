@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -193,7 +194,7 @@ func (s *Scheduler) complain(step Step, last *failure, err error) {
 	switch {
 	case errors.Is(err, errOvertaken):
 	case last != nil && last.err.Error() == err.Error():
-	case errors.Is(err, keyset.ErrBusy):
+	case errors.Is(err, refusal.ErrBusy):
 		s.log.Info("automatic rotation: somebody else changes the keysets; they are looked at again", "step", step.String())
 	default:
 		s.log.Error("automatic rotation failed and is tried again", "step", step.String(), "error", err)

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
 )
@@ -301,7 +302,7 @@ func TestLostRace(t *testing.T) {
 		}
 		r.store.mu.Unlock()
 		r.until(3040)
-		r.expect("active", "prepare", "3041, another attempt: "+keyset.ErrBusy.Error())
+		r.expect("active", "prepare", "3041, another attempt: "+refusal.ErrBusy.Error())
 		r.logged(`level=INFO msg="automatic rotation: somebody else changes the keysets; they are looked at again" step=prepare`)
 		r.until(3041)
 		// What the winner prepared is used.
