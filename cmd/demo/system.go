@@ -18,7 +18,7 @@ import (
 
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/agent/attest"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/rotation"
@@ -74,7 +74,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	if _, err := sys.server.ApplyEntries(ctx, entries(s), false); err != nil {
 		return sys, fmt.Errorf("enter the identities: %w", err)
 	}
-	operators, err := operator.DialSocket(admin)
+	operators, err := renewd.DialSocket(admin)
 	if err != nil {
 		return sys, err
 	}

@@ -9,8 +9,8 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/spire"
 )
@@ -110,7 +110,7 @@ func dial(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
 
 // dialAdmin connects to the admin socket of a renewd server on this machine.
 func dialAdmin(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
-	c, err := operator.DialSocket(t.AdminSocket)
+	c, err := renewd.DialSocket(t.AdminSocket)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -121,7 +121,7 @@ func dialAdmin(_ context.Context, t target) (runbook.Backend, io.Closer, error) 
 func dialServer(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
 	ctx, cancel := context.WithTimeout(ctx, svidTimeout)
 	defer cancel()
-	c, err := operator.DialServer(ctx, t.Server, t.WorkloadAPI)
+	c, err := renewd.DialServer(ctx, t.Server, t.WorkloadAPI)
 	if err != nil {
 		return nil, nil, err
 	}

@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 )
 
 // maxAnswer bounds an answer of the server, in bytes: 100,000 entries take
@@ -77,9 +77,9 @@ func (c *client) doWithin(ctx context.Context, wait time.Duration, operation str
 	return nil
 }
 
-func (c *client) dial(ctx context.Context, wait time.Duration, operation string) (*operator.Client, error) {
+func (c *client) dial(ctx context.Context, wait time.Duration, operation string) (*renewd.Client, error) {
 	if c.server == "" {
-		return operator.DialStarting(c.socket, wait, func() {
+		return renewd.DialStarting(c.socket, wait, func() {
 			if cli.IsTerminal(c.Stderr) {
 				_, _ = fmt.Fprintf(c.Stderr, "server: waiting for a server at %s\n", c.socket)
 			}
@@ -93,7 +93,7 @@ func (c *client) dial(ctx context.Context, wait time.Duration, operation string)
 	if workloadAPI == "" {
 		return nil, cli.Usagef("%s: -server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives this operator an SVID", operation, c.server)
 	}
-	return operator.DialServer(ctx, c.server, workloadAPI)
+	return renewd.DialServer(ctx, c.server, workloadAPI)
 }
 
 // explain says in people's words what a status of the server means.
@@ -105,9 +105,9 @@ func (c *client) explain(err error) error {
 	switch st.Code() {
 	case codes.Unavailable:
 		if c.server != "" {
-			return fmt.Errorf("no answer from %s: %s", c.server, operator.Reason(err))
+			return fmt.Errorf("no answer from %s: %s", c.server, renewd.Reason(err))
 		}
-		return fmt.Errorf("no answer: %s", operator.Reason(err))
+		return fmt.Errorf("no answer: %s", renewd.Reason(err))
 	case codes.DeadlineExceeded:
 		return fmt.Errorf("no answer within %v; what was asked for may have happened", c.timeout)
 	}

@@ -10,7 +10,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 )
 
 // shownClock is what the server believes of its clock, as -o json prints it.
@@ -87,7 +87,7 @@ func (c *client) printClock(p *api.Clock) error {
 	if err := flushed(table); err != nil {
 		return err
 	}
-	if why := operator.ClockDoubt(p); why != "" {
+	if why := renewd.ClockDoubt(p); why != "" {
 		return cli.Printf(c.Stderr, "The server's clock is in doubt: %s.\n", why)
 	}
 	return nil

@@ -22,6 +22,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -286,7 +287,7 @@ func TestBundleOfTheConnection(t *testing.T) {
 		w := newWorld(t)
 		r := w.serveTLS(t)
 		svid := w.only().sign(t, boss, 24*time.Hour)
-		c := operator.ClientOf(r.dial(t, w, svid))
+		c := renewd.NewClient(r.dial(t, w, svid))
 		old := w.only().keysets.Active()
 		b := c.Backend("", "")
 		next, err := b.Prepare(t.Context())
@@ -400,7 +401,7 @@ func TestNotAUnixSocket(t *testing.T) {
 	check(t, err)
 	address := lis.Addr().String()
 	serveUnix(t, w, lis)
-	conn, err := grpc.NewClient(address, operator.ClientOptions(insecure.NewCredentials())...)
+	conn, err := grpc.NewClient(address, renewd.DialOptions(insecure.NewCredentials())...)
 	check(t, err)
 	defer conn.Close()
 	for method, code := range everything(t, populate(t, w), conn) {

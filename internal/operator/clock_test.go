@@ -10,12 +10,11 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
-	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen/listentest"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 )
 
 // TestOperatorsClockIsHeard: each call from another machine says what its clock shows;
@@ -54,7 +53,7 @@ func TestOperatorsClockIsHeard(t *testing.T) {
 // TestConfirmClockRefuses: the time must be one, and the server's.
 func TestConfirmClockRefuses(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, _ *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, _ *world, _ *remote, c *renewd.Client) {
 		for _, row := range []struct {
 			req  *api.ConfirmClockRequest
 			code codes.Code
@@ -75,30 +74,4 @@ func TestConfirmClockRefuses(t *testing.T) {
 			}
 		}
 	})
-}
-
-// TestClockDoubt puts what the server says of its clock into words.
-func TestClockDoubt(t *testing.T) {
-	t.Parallel()
-	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
-	c := &api.Clock{Shows: timestamppb.New(at), AtLeast: timestamppb.New(at.Add(-96 * time.Hour))}
-	for _, row := range []struct {
-		doubt time.Duration
-		waits bool
-		want  string
-	}{
-		{0, false, ""},
-		{
-			96 * time.Hour, true, "it shows 2026-01-02 03:04:05 UTC, 96h0m0s ahead of what uptime explains, and what was valid on 2025-12-29 03:04:05 UTC counts as valid; " +
-				`automatic rotation waits; set it, or confirm it with "server clock confirm"`,
-		},
-		{-time.Hour, false, `it shows 2026-01-02 03:04:05 UTC, and was set back by 1h0m0s; set it, or confirm it with "server clock confirm"`},
-	} {
-		if c.Doubt, c.RotationWaits = nil, row.waits; row.doubt != 0 {
-			c.Doubt = durationpb.New(row.doubt)
-		}
-		if got := operator.ClockDoubt(c); got != row.want {
-			t.Errorf("%v: %q, want %q", row.doubt, got, row.want)
-		}
-	}
 }

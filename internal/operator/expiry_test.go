@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 )
 
@@ -15,7 +15,7 @@ import (
 // beforehand when it ends, and never that it should have ended already.
 func TestWaitForExpiry(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d := w.only()
 		check(t, d.ledger.GiveJWT(t.Context(), d.keysets.Active().JWTKeyID, time.Now().Add(10*time.Minute)))
 		old := d.tainted(t)

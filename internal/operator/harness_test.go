@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -299,7 +300,7 @@ func (r *remote) dial(t testing.TB, w *world, svid *x509svid.SVID) *grpc.ClientC
 	if svid != nil {
 		config = tlsconfig.MTLSClientConfig(svid, w, tlsconfig.AuthorizeID(serverID))
 	}
-	conn, err := grpc.NewClient("passthrough:///server", operator.ClientOptions(credentials.NewTLS(config),
+	conn, err := grpc.NewClient("passthrough:///server", renewd.DialOptions(credentials.NewTLS(config),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return r.lis.DialContext(ctx) }))...)
 	check(t, err)
 	t.Cleanup(func() { _ = conn.Close() })
@@ -307,9 +308,9 @@ func (r *remote) dial(t testing.TB, w *world, svid *x509svid.SVID) *grpc.ClientC
 }
 
 // as connects as somebody with an SVID of the first deployment.
-func (r *remote) as(t testing.TB, w *world, id spiffeid.ID) *operator.Client {
+func (r *remote) as(t testing.TB, w *world, id spiffeid.ID) *renewd.Client {
 	t.Helper()
-	return operator.ClientOf(r.dial(t, w, w.only().sign(t, id, time.Hour)))
+	return renewd.NewClient(r.dial(t, w, w.only().sign(t, id, time.Hour)))
 }
 
 // attest puts an agent into a deployment's storage.

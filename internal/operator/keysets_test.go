@@ -17,6 +17,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
@@ -25,7 +26,7 @@ import (
 
 // bubble runs f with a world of one deployment that serves, and a manager's
 // connection to it.
-func bubble(t *testing.T, f func(t *testing.T, w *world, r *remote, c *operator.Client)) {
+func bubble(t *testing.T, f func(t *testing.T, w *world, r *remote, c *renewd.Client)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -37,7 +38,7 @@ func bubble(t *testing.T, f func(t *testing.T, w *world, r *remote, c *operator.
 // TestRotation goes through the runbook's steps as an operator's programs do.
 func TestRotation(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("example.org", "default")
 		old := d.keysets.Active()
 		end := time.Now().Add(time.Hour).UTC()
@@ -143,7 +144,7 @@ func TestRotation(t *testing.T) {
 // TestSafeForJWT: a keyset is that when the last JWT-SVID has ended.
 func TestSafeForJWT(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		old := d.keysets.Active()
 		check(t, d.ledger.GiveJWT(t.Context(), old.JWTKeyID, time.Now().Add(10*time.Minute)))
@@ -173,7 +174,7 @@ func TestSafeForJWT(t *testing.T) {
 // on it.
 func TestForced(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		old := d.tainted(t)
 		held := d.rows.count()
@@ -202,7 +203,7 @@ func TestForced(t *testing.T) {
 // the taint may be signing.
 func TestSignatureOnItsWay(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		old := d.keysets.Active()
 		end := d.ledger.Begin()
@@ -228,7 +229,7 @@ func TestSignatureOnItsWay(t *testing.T) {
 // their codes.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		tainted := d.tainted(t).ID
 		active := d.keysets.Active().ID

@@ -15,6 +15,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -28,7 +29,7 @@ func entry(id, path string) *api.Entry {
 // what that changed.
 func TestEntries(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		full := entry("full", "/full")
 		full.ParentId, full.Hint, full.FederatesWith = agent("a").String(), "main", []string{"other.example"}
 		full.DnsNames = []string{"web.example.org", "a.example.org"}
@@ -115,7 +116,7 @@ func TestEntries(t *testing.T) {
 // knows how many there are at that moment, whatever the list and the number.
 func TestRemovedEntries(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		s := w.only().server
 		for _, tt := range []struct {
 			before, removed int
@@ -198,7 +199,7 @@ func TestManyEntries(t *testing.T) {
 	t.Parallel()
 	const n, size = 600, 50_000
 	w := newWorldFor(t, nil, nil)
-	c, err := operator.DialSocket(adminSocket(t, w))
+	c, err := renewd.DialSocket(adminSocket(t, w))
 	check(t, err)
 	defer c.Close()
 	for _, value := range []string{"a", "b"} {
@@ -223,7 +224,7 @@ func TestManyEntries(t *testing.T) {
 // TestAgents makes a token, and lists, bans and evicts agents.
 func TestAgents(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		d := w.only()
 		for _, ttl := range []time.Duration{0, time.Hour} {
 			req := &api.CreateJoinTokenRequest{}
@@ -303,7 +304,7 @@ func TestAgents(t *testing.T) {
 // TestAudit pages through the log.
 func TestAudit(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, _ *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, _ *renewd.Client) {
 		d := w.only()
 		old := d.tainted(t)
 		next := d.keysets.Active()
@@ -348,7 +349,7 @@ func TestAudit(t *testing.T) {
 // TestAuditLimit: an answer has a thousand records at most.
 func TestAuditLimit(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		for n := range 1500 {
 			w.only().storage.log = append(w.only().storage.log, operator.AuditRecord{Number: uint64(n), Change: keyset.Change{At: time.Now()}})
 		}
@@ -365,7 +366,7 @@ func TestAuditLimit(t *testing.T) {
 // TestBundle: what an agent's bootstrap bundle file holds.
 func TestBundle(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		w.only().tainted(t)
 		resp, err := c.GetBundle(t.Context(), &api.GetBundleRequest{})
 		check(t, err)
@@ -379,7 +380,7 @@ func TestBundle(t *testing.T) {
 // went; none for a look.
 func TestLog(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		line := func() string {
 			t.Helper()

@@ -15,6 +15,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/refusal"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -80,7 +81,7 @@ func TestSecondMutation(t *testing.T) {
 // TestRaceAgainstAutomatic: the loser of a race for the store changes nothing.
 func TestRaceAgainstAutomatic(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d := w.only()
 		d.storage.hooks(func(ctx context.Context) error {
 			d.storage.hooks(nil, nil)
@@ -102,11 +103,11 @@ func TestRaceAgainstAutomatic(t *testing.T) {
 }
 
 // lost are the ways in which an operator does not learn the outcome.
-var lost = map[string]func(t *testing.T, r *remote, c *operator.Client, cancel func()){
-	"the time is over": func(*testing.T, *remote, *operator.Client, func()) {},
-	"connection lost":  func(_ *testing.T, _ *remote, c *operator.Client, _ func()) { c.Close() },
-	"interrupted":      func(_ *testing.T, _ *remote, _ *operator.Client, cancel func()) { cancel() },
-	"server ends": func(t *testing.T, r *remote, _ *operator.Client, _ func()) {
+var lost = map[string]func(t *testing.T, r *remote, c *renewd.Client, cancel func()){
+	"the time is over": func(*testing.T, *remote, *renewd.Client, func()) {},
+	"connection lost":  func(_ *testing.T, _ *remote, c *renewd.Client, _ func()) { c.Close() },
+	"interrupted":      func(_ *testing.T, _ *remote, _ *renewd.Client, cancel func()) { cancel() },
+	"server ends": func(t *testing.T, r *remote, _ *renewd.Client, _ func()) {
 		begin := time.Now()
 		check(t, r.stop())
 		if took := time.Since(begin); took > 3*time.Second {
@@ -127,7 +128,7 @@ func TestOutcomeUnknown(t *testing.T) {
 				when := map[bool]string{false: "before", true: "after"}[stored]
 				t.Run(name+"/"+when+"/"+step, func(t *testing.T) {
 					t.Parallel()
-					bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+					bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 						d, b := w.only(), c.Backend("", "")
 						old := d.tainted(t).ID
 						next, err := d.keysets.Prepare(t.Context())
@@ -196,7 +197,7 @@ func TestOutcomeUnknown(t *testing.T) {
 // connection is to be made anew.
 func TestConnectionAges(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, _ *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		b := c.Backend("", "")
 		_, err := b.Status(t.Context())
 		check(t, err)
@@ -248,7 +249,7 @@ func TestForgottenThoughTheCallerIsGone(t *testing.T) {
 	}
 }
 
-func forgottenThoughTheCallerIsGone(t *testing.T, w *world, _ *remote, c *operator.Client) {
+func forgottenThoughTheCallerIsGone(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 	d := w.only()
 	old := d.tainted(t)
 	ctx, cancel := context.WithCancel(t.Context())
@@ -273,7 +274,7 @@ func forgottenThoughTheCallerIsGone(t *testing.T, w *world, _ *remote, c *operat
 // the outcome is open.
 func TestStorageFails(t *testing.T) {
 	t.Parallel()
-	bubble(t, func(t *testing.T, w *world, r *remote, c *operator.Client) {
+	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d := w.only()
 		full := errors.New("no space left on device")
 		d.storage.hooks(func(context.Context) error { return full }, nil)

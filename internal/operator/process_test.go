@@ -19,6 +19,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/socket"
 )
 
@@ -44,7 +45,7 @@ func TestMain(m *testing.M) {
 
 // try looks and changes something as this process.
 func try(path string) (look, change error) {
-	c, err := operator.DialSocket(path)
+	c, err := renewd.DialSocket(path)
 	if err != nil {
 		panic(err)
 	}

@@ -26,10 +26,6 @@ const (
 	// what a mutation in flight then still has.
 	connectionAge = 3 * time.Minute
 	graceAge      = mutationTime + 10*time.Second
-	// maxMessage bounds a request, and at the client an answer, in bytes:
-	// 100,000 entries take about 30 MB, and twice that when all have changed.
-	// Nobody without a role gets to send one.
-	maxMessage = 128 << 20
 	// maxStreams is how many calls of one connection are served at a time.
 	maxStreams = 16
 )
@@ -79,7 +75,7 @@ func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials
 	return listen.Serve(ctx, lis, listen.Config{
 		Credentials: creds, Identify: s.identity, Admit: s.admit,
 		Pool: s.config.Connections, Limits: Limits, Refused: s.limited, Lines: s.lines,
-		Age: connectionAge, Grace: graceAge, MaxRequest: maxMessage, MaxStreams: maxStreams,
+		Age: connectionAge, Grace: graceAge, MaxRequest: api.MaxMessage, MaxStreams: maxStreams,
 		Options: append(slices.Clone(s.config.Options),
 			grpc.ChainUnaryInterceptor(s.carryOut),
 			grpc.ChainStreamInterceptor(s.carryOutBackup, rpc.Stream(&s.calls))),

@@ -1,5 +1,5 @@
 // Package operator is what operators do with the signing server, over the
-// wire: the Operator service of package api, who may call it, and its client.
+// wire: the Operator service of package api, and who may call it.
 //
 // The service is reached at the admin socket, where the kernel says which user
 // calls, and over mTLS, where an X.509-SVID of the trust domain does. [Rules]
@@ -294,15 +294,9 @@ func counted(n int, noun string) string {
 	return strconv.Itoa(n) + " " + noun + "s"
 }
 
-// Reason and domain of the detail that marks a refusal as one for safety.
-const (
-	reasonNotSafe = "NOT_SAFE"
-	errorDomain   = "renewd"
-)
-
 func notSafe(id string, h ledger.Holding, more string) error {
 	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s%s", id, holds(h), more)
-	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: reasonNotSafe, Domain: errorDomain, Metadata: map[string]string{
+	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: api.ReasonNotSafe, Domain: api.ErrorDomain, Metadata: map[string]string{
 		"svids": strconv.Itoa(h.SVIDs), "agents": strconv.Itoa(h.Agents),
 	}}); err == nil {
 		st = detailed

@@ -15,6 +15,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -114,12 +115,12 @@ func TestStuckDisk(t *testing.T) {
 		return strings.Join(out, " ")
 	}
 	for name, call := range map[string]struct {
-		do    func(context.Context, *operator.Client) error
+		do    func(context.Context, *renewd.Client) error
 		then  func(context.Context, *world) string // when the disk answers
 		wants string
 	}{
 		"create a token": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{})
 				return err
 			},
@@ -129,7 +130,7 @@ func TestStuckDisk(t *testing.T) {
 			}, "true <nil>",
 		},
 		"ban": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.BanAgent(ctx, &api.BanAgentRequest{AgentId: one.String()})
 				return err
 			},
@@ -139,7 +140,7 @@ func TestStuckDisk(t *testing.T) {
 			}, "true <nil>",
 		},
 		"evict": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.EvictAgent(ctx, &api.EvictAgentRequest{AgentId: one.String(), Gone: true})
 				return err
 			},
@@ -149,31 +150,31 @@ func TestStuckDisk(t *testing.T) {
 			}, "true <nil>",
 		},
 		"apply entries": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.ApplyEntries(ctx, &api.ApplyEntriesRequest{Entries: []*api.Entry{entry("b"), entry("c")}, Remove: new(int64(1))})
 				return err
 			}, ids, "b c",
 		},
 		"put an entry": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.PutEntry(ctx, &api.PutEntryRequest{Entry: entry("b")})
 				return err
 			}, ids, "a b",
 		},
 		"delete an entry": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.DeleteEntry(ctx, &api.DeleteEntryRequest{Id: "a"})
 				return err
 			}, ids, "",
 		},
 		"list agents": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.ListAgents(ctx, &api.ListAgentsRequest{})
 				return err
 			}, ids, "a",
 		},
 		"list keysets": {
-			func(ctx context.Context, c *operator.Client) error {
+			func(ctx context.Context, c *renewd.Client) error {
 				_, err := c.ListKeysets(ctx, &api.ListKeysetsRequest{})
 				return err
 			}, ids, "a",

@@ -30,7 +30,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/seal"
@@ -121,7 +121,7 @@ type running struct {
 	config server.Config
 	start  *start
 	stop   func() // ends Run and waits for it
-	api    *operator.Client
+	api    *renewd.Client
 }
 
 func run(t testing.TB, c server.Config) *running {
@@ -148,7 +148,7 @@ func run(t testing.TB, c server.Config) *running {
 		t.Fatalf("Run: %v", err)
 	}
 	if c.AdminSocket != "" {
-		r.api, err = operator.DialSocket(c.AdminSocket)
+		r.api, err = renewd.DialSocket(c.AdminSocket)
 		check(t, err)
 		t.Cleanup(func() { r.api.Close() })
 	}

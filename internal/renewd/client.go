@@ -1,4 +1,7 @@
-package operator
+// Package renewd is the operator's side of our own signing server: the client of
+// its operators' API, and with it a [runbook.Backend]. A server is reached at its
+// admin socket, or over mTLS with an X.509-SVID.
+package renewd
 
 import (
 	"context"
@@ -35,10 +38,11 @@ type Client struct {
 	source io.Closer // nil at the admin socket
 }
 
-// options: a mutation that may have happened is the operator's to judge. What
-// gRPC still repeats by itself is a call that has not left this process, or of
-// which the server says that it has not looked at it.
-func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []grpc.DialOption {
+// DialOptions are what a client's connection is made with. A mutation that may
+// have happened is the operator's to judge: what gRPC still repeats by itself is a
+// call that has not left this process, or of which the server says that it has not
+// looked at it.
+func DialOptions(creds credentials.TransportCredentials, more ...grpc.DialOption) []grpc.DialOption {
 	return append(more,
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableRetry(),
@@ -50,7 +54,12 @@ func options(creds credentials.TransportCredentials, more ...grpc.DialOption) []
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: 20 * time.Second,
 		}),
-		grpc.WithDefaultCallOptions(grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(maxMessage), grpc.MaxCallSendMsgSize(maxMessage)))
+		grpc.WithDefaultCallOptions(grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(api.MaxMessage), grpc.MaxCallSendMsgSize(api.MaxMessage)))
+}
+
+// NewClient makes a Client of a connection that was made with [DialOptions].
+func NewClient(conn *grpc.ClientConn) *Client {
+	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn}
 }
 
 // DialSocket connects to the admin socket at path, with the first call.
@@ -86,11 +95,11 @@ func DialStarting(path string, wait time.Duration, slow func()) (*Client, error)
 			}
 		}
 	}
-	conn, err := grpc.NewClient("passthrough:///admin-socket", options(insecure.NewCredentials(), grpc.WithContextDialer(dialer))...)
+	conn, err := grpc.NewClient("passthrough:///admin-socket", DialOptions(insecure.NewCredentials(), grpc.WithContextDialer(dialer))...)
 	if err != nil {
 		return nil, fmt.Errorf("admin socket %s: %w", path, err)
 	}
-	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn}, nil
+	return NewClient(conn), nil
 }
 
 // startPoll is how often it is tried whether a server that is starting listens.
@@ -120,7 +129,7 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 		return nil, errors.Join(err, source.Close())
 	}
 	creds := credentials.NewTLS(tlsconfig.MTLSClientConfig(source, source, tlsconfig.AuthorizeID(id)))
-	conn, err := grpc.NewClient(address, options(creds)...)
+	conn, err := grpc.NewClient(address, DialOptions(creds)...)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("server %s: %w", address, err), source.Close())
 	}

@@ -1,4 +1,4 @@
-package operator
+package renewd
 
 import (
 	"context"
@@ -152,7 +152,7 @@ func mutate(id string, call func(grpc.CallOption) error) error {
 	switch st.Code() {
 	case codes.FailedPrecondition:
 		for _, d := range st.Details() {
-			if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetReason() == reasonNotSafe && info.GetDomain() == errorDomain {
+			if info, ok := d.(*errdetails.ErrorInfo); ok && info.GetReason() == api.ReasonNotSafe && info.GetDomain() == api.ErrorDomain {
 				return &runbook.NotSafeError{Keyset: id, Message: st.Message()}
 			}
 		}
