@@ -16,8 +16,8 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/server"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
@@ -305,7 +305,7 @@ func (c checker) operators() {
 	}
 	for path, rules := range map[string][]string{"operators.managers": c.Config.Managers, "operators.readers": c.Config.Readers} {
 		for i, rule := range rules {
-			if _, err := operator.ParseRules(c.Config.TrustDomain, []string{rule}, nil); err != nil {
+			if _, err := admin.ParseRules(c.Config.TrustDomain, []string{rule}, nil); err != nil {
 				// The error begins with where it would be in a list of its own.
 				_, what, _ := strings.Cut(err.Error(), strconv.Quote(rule)+" ")
 				c.Bad(fmt.Sprintf("%s[%d]", path, i), what, "")

@@ -48,7 +48,7 @@ type Config struct {
 	AdminSocketMode fs.FileMode // 0660 when zero
 	// OperatorAddress is host:port for operators over mTLS; empty means none.
 	OperatorAddress string
-	// Managers and Readers say who may; see package operator. Root and the
+	// Managers and Readers say who may; see package admin. Root and the
 	// server's own user are managers when both are empty.
 	Managers, Readers []string
 

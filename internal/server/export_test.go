@@ -6,11 +6,11 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/admin"
 )
 
 // Figures are what operators are told of a deployment, in a process without sockets.
-func (d *Domain) Figures(ctx context.Context, deployment string) (operator.Figures, error) {
+func (d *Domain) Figures(ctx context.Context, deployment string) (admin.Figures, error) {
 	return d.operator.Figures(ctx, deployment)
 }
 
@@ -23,13 +23,13 @@ func (d *Domain) ConfirmClock(ctx context.Context, at time.Time) (bool, error) {
 }
 
 // Automatic is what automatic rotation is about to do.
-func (d *Domain) Automatic(deployment string) operator.Automatic {
+func (d *Domain) Automatic(deployment string) admin.Automatic {
 	for _, dep := range d.deployments {
 		if dep.Name == deployment {
 			return dep.automatic()
 		}
 	}
-	return operator.Automatic{}
+	return admin.Automatic{}
 }
 
 // Backup is a copy of what is stored.

@@ -4,7 +4,7 @@ import (
 	"context"
 	"log/slog"
 
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
 )
@@ -36,8 +36,8 @@ func (dep *deployment) follow(ctx context.Context, log *slog.Logger) error {
 	}
 }
 
-func (dep *deployment) automatic() operator.Automatic {
-	return operator.Automatic(dep.scheduler.Automatic())
+func (dep *deployment) automatic() admin.Automatic {
+	return admin.Automatic(dep.scheduler.Automatic())
 }
 
 // facts are what automatic rotation has to know of a deployment.

@@ -11,7 +11,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -20,7 +20,7 @@ import (
 
 // openOperator makes the operators' API over all deployments.
 func (d *Domain) openOperator() (err error) {
-	c := operator.Config{
+	c := admin.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
 		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.heard,
 		ConfirmClock: d.confirmClock,
@@ -29,13 +29,13 @@ func (d *Domain) openOperator() (err error) {
 		c.Backup = d.store.Backup
 	}
 	for _, dep := range d.deployments {
-		part := operator.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
+		part := admin.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
 		if dep.kept != nil {
 			part.Audit = dep.audit
 		}
 		c.Deployments = append(c.Deployments, part)
 	}
-	d.operator, err = operator.New(c)
+	d.operator, err = admin.New(c)
 	return err
 }
 
@@ -49,11 +49,11 @@ func (d *Domain) endpointConfig() endpoint.Config {
 	return c
 }
 
-func (dep *deployment) audit(ctx context.Context, after uint64, limit int) ([]operator.AuditRecord, error) {
+func (dep *deployment) audit(ctx context.Context, after uint64, limit int) ([]admin.AuditRecord, error) {
 	records, err := dep.kept.Audit(ctx, after, limit)
-	out := make([]operator.AuditRecord, len(records))
+	out := make([]admin.AuditRecord, len(records))
 	for i, r := range records {
-		out[i] = operator.AuditRecord(r)
+		out[i] = admin.AuditRecord(r)
 	}
 	return out, err
 }
@@ -96,10 +96,10 @@ func (d *Domain) state() metrics.ServerState {
 const scrapeTime = 5 * time.Second
 
 // figures does not wait for a disk that is stuck.
-func (d *Domain) figures(deployment string) (operator.Figures, error) {
+func (d *Domain) figures(deployment string) (admin.Figures, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), scrapeTime)
 	defer cancel()
-	return detach.Do(ctx, &d.scrapes, func() (operator.Figures, error) { return d.operator.Figures(ctx, deployment) })
+	return detach.Do(ctx, &d.scrapes, func() (admin.Figures, error) { return d.operator.Figures(ctx, deployment) })
 }
 
 // initMetrics has the series of every RPC exist before the first call.

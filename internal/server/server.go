@@ -12,7 +12,7 @@ import (
 
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/listen"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/federation"
@@ -38,9 +38,9 @@ type Domain struct {
 	unionM      sync.Mutex // held by who makes a new one
 	proof       spireapi.CertificateCache
 	metrics     *metrics.Server
-	rules       operator.Rules
+	rules       admin.Rules
 	connections *listen.Pool // of all listeners
-	operator    *operator.Service
+	operator    *admin.Service
 	endpoint    *endpoint.Server // nil without
 	federation  *federation.Follower
 	clock       *clock.Clock
@@ -68,7 +68,7 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 		return nil, err
 	}
 	d := &Domain{cfg: cfg, connections: listen.NewPool()}
-	if d.rules, err = operator.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
+	if d.rules, err = admin.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
 		return nil, err
 	}
 	d.proof.Now, d.proof.Issue = cfg.Now, d.newCertificate

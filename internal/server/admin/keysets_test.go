@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"context"
@@ -16,9 +16,9 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -180,7 +180,7 @@ func TestForced(t *testing.T) {
 		held := d.rows.count()
 		end := time.Now().Add(time.Hour).UTC().Format(time.DateTime)
 		check(t, b.Remove(t.Context(), old.ID, true))
-		last := func() operator.AuditRecord {
+		last := func() admin.AuditRecord {
 			all := d.storage.records()
 			return all[len(all)-1]
 		}
@@ -332,24 +332,24 @@ func TestAutomatic(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 11, 23, 5, 6, 7, 0, time.UTC)
 	for _, c := range []struct {
-		is   operator.Automatic
+		is   admin.Automatic
 		want string
 	}{
-		{operator.Automatic{Mode: "off"}, ""},
-		{operator.Automatic{Mode: "on"}, "on, nothing to do"},
-		{operator.Automatic{Mode: "paused", Next: "prepare", At: at}, "paused, next: prepare at 2026-11-23 05:06:07 UTC"},
-		{operator.Automatic{Mode: "on", Next: "remove ks_x", At: at, WaitsFor: "3 agents"}, "on, next: remove ks_x, waits for 3 agents, at the latest on 2026-11-23 05:06:07 UTC"},
-		{operator.Automatic{Mode: "on", Next: "taint ks_x"}, "on, next: taint ks_x"},
-		{operator.Automatic{Mode: "on", Next: "taint ks_x", WaitsFor: "a"}, "on, next: taint ks_x, waits for a"},
+		{admin.Automatic{Mode: "off"}, ""},
+		{admin.Automatic{Mode: "on"}, "on, nothing to do"},
+		{admin.Automatic{Mode: "paused", Next: "prepare", At: at}, "paused, next: prepare at 2026-11-23 05:06:07 UTC"},
+		{admin.Automatic{Mode: "on", Next: "remove ks_x", At: at, WaitsFor: "3 agents"}, "on, next: remove ks_x, waits for 3 agents, at the latest on 2026-11-23 05:06:07 UTC"},
+		{admin.Automatic{Mode: "on", Next: "taint ks_x"}, "on, next: taint ks_x"},
+		{admin.Automatic{Mode: "on", Next: "taint ks_x", WaitsFor: "a"}, "on, next: taint ks_x, waits for a"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			w := newWorld(t)
 			d := w.only()
-			rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
+			rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
 			check(t, err)
-			w.Service, err = operator.New(operator.Config{
-				TrustDomain: td, Rules: rules, Published: w.published, Deployments: []operator.Deployment{{
-					Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger, Automatic: func() operator.Automatic { return c.is },
+			w.Service, err = admin.New(admin.Config{
+				TrustDomain: td, Rules: rules, Published: w.published, Deployments: []admin.Deployment{{
+					Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger, Automatic: func() admin.Automatic { return c.is },
 				}},
 				Certificate: d.certificate,
 			})

@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"context"
@@ -23,9 +23,9 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/status"
 
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/socket"
 )
 
@@ -202,10 +202,10 @@ func TestNoSVID(t *testing.T) {
 func impostor(t *testing.T, w *world) *world {
 	t.Helper()
 	svid := w.only().sign(t, workload, time.Hour)
-	rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
+	rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
 	check(t, err)
-	s, err := operator.New(operator.Config{
-		TrustDomain: td, Published: w.published, Rules: rules, Deployments: []operator.Deployment{{Name: "default", Keysets: w.only().keysets}},
+	s, err := admin.New(admin.Config{
+		TrustDomain: td, Published: w.published, Rules: rules, Deployments: []admin.Deployment{{Name: "default", Keysets: w.only().keysets}},
 		Certificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 			return &tls.Certificate{Certificate: [][]byte{svid.Certificates[0].Raw}, PrivateKey: svid.PrivateKey}, nil
 		},

@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"bytes"
@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/admin"
 )
 
 // received is a copy as a client gets it.
@@ -134,11 +134,11 @@ func TestNothingToBackUp(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
+		rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
 		check(t, err)
-		w.Service, err = operator.New(operator.Config{
+		w.Service, err = admin.New(admin.Config{
 			TrustDomain: td, Rules: rules, Published: w.published, Certificate: w.only().certificate,
-			Deployments: []operator.Deployment{{Name: "default", Keysets: w.only().keysets, Server: w.only().server, Ledger: w.only().ledger}},
+			Deployments: []admin.Deployment{{Name: "default", Keysets: w.only().keysets, Server: w.only().server, Ledger: w.only().ledger}},
 		})
 		check(t, err)
 		_, err = received(t.Context(), w.serveTLS(t).dial(t, w, w.only().sign(t, boss, time.Hour)))

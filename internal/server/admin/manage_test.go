@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"fmt"
@@ -14,8 +14,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -351,7 +351,7 @@ func TestAuditLimit(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		for n := range 1500 {
-			w.only().storage.log = append(w.only().storage.log, operator.AuditRecord{Number: uint64(n), Change: keyset.Change{At: time.Now()}})
+			w.only().storage.log = append(w.only().storage.log, admin.AuditRecord{Number: uint64(n), Change: keyset.Change{At: time.Now()}})
 		}
 		for limit, want := range map[uint32]int{0: 1000, 5: 5, 1000: 1000, 1001: 1000, 1 << 31: 1000} {
 			resp, err := c.ReadAudit(t.Context(), &api.ReadAuditRequest{Limit: limit})

@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"context"
@@ -13,10 +13,10 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -218,11 +218,11 @@ func TestTimeIsOverForTheRest(t *testing.T) {
 		var err error
 		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: hanging{d.kept}})
 		check(t, err)
-		rules, err := operator.ParseRules(td, []string{boss.String()}, nil)
+		rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
 		check(t, err)
-		w.Service, err = operator.New(operator.Config{
+		w.Service, err = admin.New(admin.Config{
 			TrustDomain: td, Rules: rules, Published: w.published, Certificate: d.certificate,
-			Deployments: []operator.Deployment{{Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger}},
+			Deployments: []admin.Deployment{{Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger}},
 		})
 		check(t, err)
 		c := w.serveTLS(t).as(t, w, boss)

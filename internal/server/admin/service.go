@@ -1,4 +1,4 @@
-// Package operator is what operators do with the signing server, over the
+// Package admin is what operators do with the signing server, over the
 // wire: the Operator service of package api, and who may call it.
 //
 // The service is reached at the admin socket, where the kernel says which user
@@ -6,7 +6,7 @@
 // give users and SPIFFE IDs a role; each method takes one; a method that is
 // not in the table takes none and is refused. Who asked for a mutation is in the
 // audit log.
-package operator
+package admin
 
 import (
 	"context"

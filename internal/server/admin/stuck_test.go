@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"context"
@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -89,11 +89,11 @@ func stuckWorld(t *testing.T) (*world, *stuck) {
 	var err error
 	d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: disk, Ledger: d.ledger})
 	check(t, err)
-	rules, err := operator.ParseRules(td, []string{boss.String()}, []string{looker.String()})
+	rules, err := admin.ParseRules(td, []string{boss.String()}, []string{looker.String()})
 	check(t, err)
-	w.Service, err = operator.New(operator.Config{
+	w.Service, err = admin.New(admin.Config{
 		TrustDomain: td, Rules: rules, Published: w.published, Certificate: d.certificate,
-		Deployments: []operator.Deployment{{Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger}},
+		Deployments: []admin.Deployment{{Name: "default", Keysets: d.keysets, Server: d.server, Ledger: d.ledger}},
 	})
 	check(t, err)
 	return w, disk

@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"fmt"
@@ -8,7 +8,7 @@ import (
 	"syscall"
 	"testing"
 
-	"github.com/renewd/renewd/internal/operator"
+	"github.com/renewd/renewd/internal/server/admin"
 )
 
 // TestParseRules: each wrong rule is named with its place and what to do.
@@ -35,16 +35,16 @@ func TestParseRules(t *testing.T) {
 		"spiffe://example.org/ops/":     `"spiffe://example.org/ops/" is not a SPIFFE ID: `,
 		"SPIFFE://example.org/ops/boss": `"SPIFFE://example.org/ops/boss" ` + forms,
 	} {
-		_, err := operator.ParseRules(td, []string{"unix:uid:0", rule}, nil)
+		_, err := admin.ParseRules(td, []string{"unix:uid:0", rule}, nil)
 		if err == nil || !strings.HasPrefix(err.Error(), "operators.managers[1]: "+want) {
 			t.Errorf("got %v\nwant %s", err, want)
 		}
-		_, err = operator.ParseRules(td, nil, []string{rule})
+		_, err = admin.ParseRules(td, nil, []string{rule})
 		if err == nil || !strings.HasPrefix(err.Error(), "operators.readers[0]: "+want) {
 			t.Errorf("got %v\nwant %s", err, want)
 		}
 	}
-	_, err := operator.ParseRules(td, []string{"x", boss.String(), "y"}, []string{"z"})
+	_, err := admin.ParseRules(td, []string{"x", boss.String(), "y"}, []string{"z"})
 	if err == nil || strings.Count(err.Error(), "\n") != 2 {
 		t.Errorf("three wrong rules: %v", err)
 	}
@@ -83,7 +83,7 @@ func TestUserNamespace(t *testing.T) {
 			t.Errorf("%q as user %d: %s%v, want %s", tt.rule, tt.inside, out, err, tt.want)
 		}
 	}
-	if _, err := operator.ParseRules(td, []string{"unix:uid:65534", "unix:gid:65534"}, nil); err != nil {
+	if _, err := admin.ParseRules(td, []string{"unix:uid:65534", "unix:gid:65534"}, nil); err != nil {
 		t.Errorf("where all users have a number: %v", err)
 	}
 }
@@ -92,13 +92,13 @@ func TestUserNamespace(t *testing.T) {
 // manager.
 func tryRule(rule string) {
 	if rule != "" {
-		_, err := operator.ParseRules(td, []string{rule}, nil)
+		_, err := admin.ParseRules(td, []string{rule}, nil)
 		fmt.Println(err)
 		return
 	}
-	rules, err := operator.ParseRules(td, nil, nil)
+	rules, err := admin.ParseRules(td, nil, nil)
 	if err != nil {
 		panic(err)
 	}
-	fmt.Println("manager:", operator.ManagesAs(rules, uint32(os.Geteuid())))
+	fmt.Println("manager:", admin.ManagesAs(rules, uint32(os.Geteuid())))
 }

@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"context"
@@ -21,8 +21,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -52,15 +52,15 @@ func TestEveryMethodHasARole(t *testing.T) {
 		names = append(names, m.MethodName)
 	}
 	for _, name := range names {
-		want := operator.Reader
+		want := admin.Reader
 		if changes(name) {
-			want = operator.Manager
+			want = admin.Manager
 		}
-		if got := operator.Roles[service+name]; got != want {
+		if got := admin.Roles[service+name]; got != want {
 			t.Errorf("%s takes %v, want %v", name, got, want)
 		}
 	}
-	if got, want := len(operator.Roles), len(names); got != want {
+	if got, want := len(admin.Roles), len(names); got != want {
 		t.Errorf("the table has %d methods, the service %d", got, want)
 	}
 }

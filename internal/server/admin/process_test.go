@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"context"
@@ -18,8 +18,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/socket"
 )
 
@@ -209,7 +209,7 @@ func TestCallerThatCannotBeIdentified(t *testing.T) {
 	conn, err := net.Dial("unix", lis.Addr().String())
 	check(t, err)
 	check(t, conn.Close())
-	if err := operator.Identify(conn); err == nil {
+	if err := admin.Identify(conn); err == nil {
 		t.Error("no error")
 	}
 }

@@ -1,4 +1,4 @@
-package operator_test
+package admin_test
 
 import (
 	"bytes"
@@ -26,8 +26,8 @@ import (
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/renewd/renewd/internal/operator"
 	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -43,7 +43,7 @@ var (
 
 // world is the signing side of a trust domain, without a listener.
 type world struct {
-	*operator.Service
+	*admin.Service
 	deployments map[string]*deployment
 	names       []string
 	log         *records
@@ -81,9 +81,9 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 	if len(names) == 0 {
 		w.names = []string{"default"}
 	}
-	rules, err := operator.ParseRules(td, managers, readers)
+	rules, err := admin.ParseRules(td, managers, readers)
 	check(t, err)
-	c := operator.Config{
+	c := admin.Config{
 		TrustDomain: td, Rules: rules, Published: w.published, Backup: w.backup, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
 		Heard:       func(actor string, sentAt time.Time) { w.heard(actor, sentAt) },
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
@@ -97,11 +97,11 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Published: w.published, Storage: d.kept, Ledger: d.ledger})
 		check(t, err)
 		w.deployments[name] = d
-		c.Deployments = append(c.Deployments, operator.Deployment{
+		c.Deployments = append(c.Deployments, admin.Deployment{
 			Name: name, Keysets: d.keysets, Server: d.server, Ledger: d.ledger, Audit: d.storage.audit,
 		})
 	}
-	w.Service, err = operator.New(c)
+	w.Service, err = admin.New(c)
 	check(t, err)
 	return w
 }
@@ -132,7 +132,7 @@ func (d *deployment) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error)
 type storage struct {
 	keyset.Memory
 	mu  sync.Mutex
-	log []operator.AuditRecord
+	log []admin.AuditRecord
 	// before is called before a change is stored, and after when it is.
 	before, after func(context.Context) error
 }
@@ -156,7 +156,7 @@ func (s *storage) Save(ctx context.Context, d keyset.Document, c keyset.Change) 
 		return err
 	}
 	s.mu.Lock()
-	s.log = append(s.log, operator.AuditRecord{Number: d.Version, Change: c})
+	s.log = append(s.log, admin.AuditRecord{Number: d.Version, Change: c})
 	s.mu.Unlock()
 	if after != nil {
 		return after(ctx)
@@ -164,14 +164,14 @@ func (s *storage) Save(ctx context.Context, d keyset.Document, c keyset.Change) 
 	return nil
 }
 
-func (s *storage) audit(_ context.Context, after uint64, limit int) ([]operator.AuditRecord, error) {
+func (s *storage) audit(_ context.Context, after uint64, limit int) ([]admin.AuditRecord, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	all := s.log[min(after, uint64(len(s.log))):]
 	return slices.Clone(all[:min(limit, len(all))]), nil
 }
 
-func (s *storage) records() []operator.AuditRecord {
+func (s *storage) records() []admin.AuditRecord {
 	all, _ := s.audit(context.Background(), 0, 1e6) // it never fails
 	return all
 }
