@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
-	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
 // maxAnswer bounds an answer of the server, in bytes: 100,000 entries take

@@ -10,7 +10,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
 // shownClock is what the server believes of its clock, as -o json prints it.

@@ -30,7 +30,7 @@ import (
 	"google.golang.org/grpc/credentials"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/seal"

@@ -14,7 +14,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen/listentest"
-	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
 // TestOperatorsClockIsHeard: each call from another machine says what its clock shows;

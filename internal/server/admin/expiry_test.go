@@ -7,7 +7,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 )
 

@@ -13,8 +13,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/refusal"
-	"github.com/renewd/renewd/internal/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"

@@ -17,7 +17,7 @@ import (
 	"google.golang.org/grpc/test/bufconn"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/renewd"
+	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/runbook"
 )
 
