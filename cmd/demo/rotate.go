@@ -11,7 +11,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew/wave"

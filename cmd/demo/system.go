@@ -19,7 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/operator/renewd"
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/spireapi"

@@ -16,8 +16,8 @@ import (
 
 	"github.com/spf13/cobra"
 
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/refusal"
-	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/test/runbooktest"
 )
 

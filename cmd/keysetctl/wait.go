@@ -12,7 +12,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
 // waitFlags are common to wait and rotate.

@@ -19,7 +19,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 )

@@ -7,8 +7,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/refusal"
-	"github.com/renewd/renewd/internal/runbook"
 )
 
 // The two kinds of authority, in what people read.

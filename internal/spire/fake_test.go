@@ -27,8 +27,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/prom"
-	"github.com/renewd/renewd/internal/runbook"
 	"github.com/renewd/renewd/internal/spire"
 )
 

@@ -7,8 +7,8 @@ import (
 
 	localv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/refusal"
-	"github.com/renewd/renewd/internal/runbook"
 )
 
 // find returns the keyset that an operator's ID means: the keyset's own, or the

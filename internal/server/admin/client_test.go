@@ -24,7 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/operator/renewd"
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/socket"
 )

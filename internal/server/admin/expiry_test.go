@@ -8,7 +8,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/operator/renewd"
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
 // TestWaitForExpiry: a wait for an agent that is silent and for JWT-SVIDs says

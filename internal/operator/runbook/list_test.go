@@ -10,7 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/test/runbooktest"
 )
 

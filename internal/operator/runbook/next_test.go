@@ -9,7 +9,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/test/runbooktest"
 )
 

@@ -12,7 +12,7 @@ import (
 	"golang.org/x/time/rate"
 	"pgregory.net/rapid"
 
-	"github.com/renewd/renewd/internal/runbook"
+	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
 func plan(t rapid.TB, o runbook.PlanOptions) runbook.Plan {
