@@ -7,7 +7,7 @@
 # Operators   A prepare that seemed to fail and is repeated leaves a trusted key behind until it
 #             expires. Look at "localauthority x509 show" before each prepare.
 # renewd      keysetctl refuses to prepare beside what is prepared, and lists what only the
-#             bundle has (internal/spire, TestRotationOfSPIRE).
+#             bundle has (internal/operator/spire, TestRotationOfSPIRE).
 #
 # Output seen, with the two IDs replaced
 #   authorities in the bundle: 3

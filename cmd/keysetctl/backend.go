@@ -11,8 +11,8 @@ import (
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/operator/runbook"
+	"github.com/renewd/renewd/internal/operator/spire"
 	"github.com/renewd/renewd/internal/prom"
-	"github.com/renewd/renewd/internal/spire"
 )
 
 const (

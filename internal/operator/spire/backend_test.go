@@ -14,9 +14,9 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/operator/runbook"
+	"github.com/renewd/renewd/internal/operator/spire"
 	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/refusal"
-	"github.com/renewd/renewd/internal/spire"
 )
 
 func must(t *testing.T, err error) {

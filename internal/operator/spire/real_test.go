@@ -24,9 +24,9 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/renewd/renewd/internal/operator/runbook"
+	"github.com/renewd/renewd/internal/operator/spire"
 	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/refusal"
-	"github.com/renewd/renewd/internal/spire"
 )
 
 // realSPIRE is a spire-server process that can be started again.
