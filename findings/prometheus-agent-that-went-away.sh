@@ -9,7 +9,7 @@
 #             scrape interval when the agents that still have work to do crash or are cut
 #             off. Ask for "up == 1" of every agent that there should be, too.
 # renewd      keysetctl counts an agent that the server knows and Prometheus does not scrape as
-#             not safe (internal/prom, internal/operator/spire; spire.txtar in test/system).
+#             not safe (internal/operator/prom, internal/operator/spire; spire.txtar in test/system).
 #
 # Output seen
 #   both agents up: 40 renewals pending, 0 targets down

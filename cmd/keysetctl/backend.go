@@ -9,10 +9,10 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/operator/spire"
-	"github.com/renewd/renewd/internal/prom"
 )
 
 const (

@@ -13,9 +13,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/operator/spire"
-	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/refusal"
 )
 

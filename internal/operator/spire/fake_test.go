@@ -27,9 +27,9 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/operator/spire"
-	"github.com/renewd/renewd/internal/prom"
 )
 
 // fakeSPIRE has the rules and the errors of SPIRE 1.15.3, seen on a real one.

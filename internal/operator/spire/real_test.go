@@ -23,9 +23,9 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/operator/spire"
-	"github.com/renewd/renewd/internal/prom"
 	"github.com/renewd/renewd/internal/refusal"
 )
 

@@ -45,8 +45,8 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
 
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/runbook"
-	"github.com/renewd/renewd/internal/prom"
 )
 
 // defaultX509Life is how long X.509-SVIDs live at the most unless the Config

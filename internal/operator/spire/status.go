@@ -6,8 +6,8 @@ import (
 	"errors"
 	"fmt"
 
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/runbook"
-	"github.com/renewd/renewd/internal/prom"
 )
 
 // Why figures are not to be had.

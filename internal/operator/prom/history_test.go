@@ -6,7 +6,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/metrics"
 )
 

@@ -20,7 +20,7 @@ import (
 	v1 "github.com/prometheus/client_golang/api/prometheus/v1"
 	"github.com/prometheus/common/model"
 
-	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/metrics"
 )
 

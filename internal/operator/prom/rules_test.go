@@ -12,7 +12,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/operator/prom"
 )
 
 // The fake Prometheus' clock stands still, far from this machine's.

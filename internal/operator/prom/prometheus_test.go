@@ -4,7 +4,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/operator/prom"
 )
 
 func TestUnderPrometheus(t *testing.T) {

@@ -5,7 +5,7 @@ import (
 	"testing"
 	"time"
 
-	"github.com/renewd/renewd/internal/prom"
+	"github.com/renewd/renewd/internal/operator/prom"
 )
 
 // Two agents of one image that were started in one moment differ in their SPIFFE IDs
