@@ -59,7 +59,7 @@ log: {format: json}
 	v := reflect.ValueOf(want)
 	for i := range v.NumField() {
 		if name := v.Type().Field(i).Name; v.Field(i).IsZero() && !slices.Contains(elsewhere, name) {
-			t.Errorf("domain.Config.%s is not configured", name)
+			t.Errorf("server.Config.%s is not configured", name)
 		}
 	}
 }
