@@ -23,6 +23,11 @@ build: ## static binaries of every command, in bin/
 	@mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
+.PHONY: check
+check: ## what CI runs: fuzzing for a minute, lint, all tests
+	$(MAKE) fuzz FUZZTIME=4s
+	$(MAKE) lint test
+
 .PHONY: test
 test: ## all tests with the race detector; several minutes, and a slow machine may take longer
 	go test -race -timeout 30m ./...
@@ -42,6 +47,18 @@ proto: ## internal/api from renewd.proto; needs protoc (Debian: protobuf-compile
 		google.golang.org/protobuf/cmd/protoc-gen-go google.golang.org/grpc/cmd/protoc-gen-go-grpc
 	PATH=$(CURDIR)/bin/proto:$$PATH protoc -I internal/api --go_out=internal/api --go_opt=paths=source_relative \
 		--go-grpc_out=internal/api --go-grpc_opt=paths=source_relative renewd.proto
+
+.PHONY: cover
+cover: ## what of the code the tests run, by function, into bin/cover.txt and bin/cover.html
+	@mkdir -p bin
+	go test -timeout 30m -coverpkg ./... -coverprofile bin/cover.out ./...
+	go tool cover -func bin/cover.out > bin/cover.txt
+	go tool cover -html bin/cover.out -o bin/cover.html
+	@tail -n 1 bin/cover.txt
+
+.PHONY: vuln
+vuln: ## known vulnerabilities in what the code calls; asks vuln.go.dev
+	go tool -modfile=tools/go.mod govulncheck ./...
 
 .PHONY: bench
 bench: ## benchmarks of the packages, into BENCHMARKS.txt; BENCH=regexp chooses, BENCHTIME=duration sets the length

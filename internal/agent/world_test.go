@@ -24,7 +24,7 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/agent/attest"
-	"github.com/renewd/renewd/internal/listen/listentest"
+	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"

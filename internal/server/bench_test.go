@@ -14,7 +14,7 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/renewd/renewd/internal/listen/listentest"
+	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"

@@ -13,7 +13,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/listen/listentest"
+	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
