@@ -177,7 +177,7 @@ func (h *readers) restart() {
 	}
 	if h.r.IntN(2) == 0 {
 		// Workloads that come back are attested slowly, like all that is begun then.
-		w.attesting.Store(int64(h.r.IntN(150)) * int64(time.Second))
+		w.attesting.Store(int64(60+h.r.IntN(90)) * int64(time.Second))
 	}
 	w.startAgent()
 	for _, p := range h.workloads {

@@ -121,7 +121,7 @@ func (h *readers) play() {
 		}
 	}()
 	h.pass(5 * time.Second)
-	for range 8 {
+	for range 10 {
 		op := h.r.IntN(24)
 		p := h.workloads[h.r.IntN(len(h.workloads))]
 		h.past = append(h.past, fmt.Sprintf("%d/%d", op, p.name.PID))
