@@ -24,11 +24,11 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/agent/attest"
-	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/test/listentest"
 )
 
 // world is a whole system in a bubble: the embedded server, an agent, and

@@ -14,13 +14,13 @@ import (
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"golang.org/x/sync/errgroup"
 
-	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/internal/server/store"
+	"github.com/renewd/renewd/test/listentest"
 )
 
 // BenchmarkMint puts the X.509-SVIDs a second of the durable server, over mTLS

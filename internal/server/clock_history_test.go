@@ -18,12 +18,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 	"google.golang.org/grpc/test/bufconn"
 
-	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/listentest"
 )
 
 // TestNoClockCostsAKeyset sets the clock of a whole server that rotates by itself, again

@@ -13,8 +13,8 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/test/listentest"
 	"github.com/renewd/renewd/internal/operator/renewd"
+	"github.com/renewd/renewd/test/listentest"
 )
 
 // TestOperatorsClockIsHeard: each call from another machine says what its clock shows;
