@@ -116,6 +116,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			env.Values[balancersKey{}] = forwarding
 			env.Defer(forwarding.stop)
 			env.Values[stallsKey{}] = new([2]stalls)
+			env.Values[scriptKey{}] = env.T()
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -134,6 +135,8 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"balance":       balance,
 			"stall":         stall,
 			"spire-entries": spireEntries,
+			"spire-entry":   spireEntry,
+			"tokens":        tokens,
 			"held":          held,
 			"unread":        unread,
 			"paced":         paced,
