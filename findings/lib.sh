@@ -42,23 +42,28 @@ need() {
 go_module() {
 	need go "Go 1.26 or later"
 	export GOFLAGS=-mod=mod GOWORK=off
-	go mod init finding 2>/dev/null
+	[ -e go.mod ] || go mod init finding 2>/dev/null
 	go get "$@" 2>get.log || { cat get.log >&2; exit 1; }
 }
 
-# spire_1_13_3 puts spire-server and spire-agent 1.13.3 into PATH: those of
-# SPIRE_BIN_DIR, or built from the Go module, which takes a quarter of an hour once.
-spire_1_13_3() {
-	if [ -z "${SPIRE_BIN_DIR:-}" ]; then
-		go_module -tool github.com/spiffe/spire/cmd/spire-server@v1.13.3 github.com/spiffe/spire/cmd/spire-agent@v1.13.3
+# spire VERSION puts spire-server and spire-agent of a release into PATH: those of
+# SPIRE_BIN_DIR if they are of that version, or built from the Go module, which takes a
+# quarter of an hour once.
+spire() {
+	local dir=${SPIRE_BIN_DIR:-} ejbca=github.com/Keyfactor/ejbca-go-client-sdk
+	case $("${dir:-$work}/spire-server" --version 2>&1) in
+	"$1"*) ;;
+	*)
+		dir=$work
+		# Of a plugin that no script uses. Not every module proxy has the version that
+		# releases since 1.15 name.
+		go mod init finding 2>/dev/null
+		go mod edit -replace="$ejbca=$ejbca@v1.0.2"
+		go_module -tool "github.com/spiffe/spire/cmd/spire-server@v$1" "github.com/spiffe/spire/cmd/spire-agent@v$1"
 		GOBIN=$work go install github.com/spiffe/spire/cmd/spire-server github.com/spiffe/spire/cmd/spire-agent
-		SPIRE_BIN_DIR=$work
-	fi
-	PATH=$SPIRE_BIN_DIR:$PATH
-	case $(spire-server --version 2>&1) in
-	1.13.3*) ;;
-	*) echo "SPIRE_BIN_DIR holds $(spire-server --version 2>&1); this was seen with 1.13.3" >&2; exit 1 ;;
+		;;
 	esac
+	PATH=$dir:$PATH
 }
 
 # until_true SECONDS COMMAND... repeats a command until it succeeds.

@@ -16,7 +16,7 @@
 #   before: revision 0, federates with ['partner.example']
 #   after:  revision 0, federates with []
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 spire_server spire
 api spire bundle show >bundle.pem
 api spire bundle set -id spiffe://partner.example -path bundle.pem >/dev/null

@@ -15,7 +15,7 @@
 #   before: {'federates_with': ['partner.example'], 'dns_names': ['web.example.org'], 'x509_svid_ttl': 600, 'hint': 'front', 'downstream': True}
 #   after:  {'federates_with': [], 'dns_names': [], 'x509_svid_ttl': 0, 'hint': '', 'downstream': False}
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 spire_server spire
 api spire bundle show >bundle.pem
 api spire bundle set -id spiffe://partner.example -path bundle.pem >/dev/null

@@ -12,7 +12,7 @@
 #   not set: time="YYYY-MM-DDThh:mm:ssZ"
 #   text: time="YYYY-MM-DDThh:mm:ss.nZ"
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 stamp() {
 	sed -n '1,/time=/s/.*\(time="[^"]*"\).*/\1/p' "$1" | head -1 |
 		sed -E 's/[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}/YYYY-MM-DDThh:mm:ss/; s/\.[0-9]+/.n/; s/(Z|[+-][0-9]{2}:[0-9]{2})"$/Z"/'

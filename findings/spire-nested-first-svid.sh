@@ -16,7 +16,7 @@
 #   entries 1-nested, 2-web: the nested server starts
 #   entries 2-nested, 1-web: PermissionDenied desc = authorization denied for method /spire.api.server.svid.v1.SVID/NewDownstreamX509CA
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 spire_server root
 entries() {
 	api root entry create -entryID "$1" -parentID spiffe://example.org/node -spiffeID spiffe://example.org/nested -selector unix:uid:"$(id -u)" -downstream

@@ -14,7 +14,7 @@
 #   root: tainted
 #   nested: not tainted, tainted
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 spire_server root
 api root entry create -parentID spiffe://example.org/node -spiffeID spiffe://example.org/nested -selector unix:uid:"$(id -u)" -downstream >/dev/null
 spire_agent root

@@ -15,7 +15,7 @@
 #   PostStatus: PermissionDenied, authorization denied for method /spire.api.server.agent.v1.Agent/PostStatus, 0 details
 #   errors in the server's log: 1
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 mkdir client && cd client
 go_module github.com/spiffe/spire-api-sdk@v1.15.3 google.golang.org/grpc@v1.85.0
 cat >main.go <<'GO'

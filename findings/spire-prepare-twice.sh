@@ -16,7 +16,7 @@
 #   Error: could not taint X.509 authority: rpc error: code = InvalidArgument desc = unexpected authority ID
 #   Error: could not revoke X.509 authority: rpc error: code = InvalidArgument desc = invalid authority ID: only Old local authority can be revoked
 source "$(dirname "$0")/lib.sh"
-spire_1_13_3
+spire 1.13.3
 spire_server spire
 x509() { api spire localauthority x509 "$@" -output json; }
 first=$(x509 prepare | json 'doc["prepared_authority"]["authority_id"]')

@@ -17,7 +17,7 @@
 #   endpoint, the same document: unrecognized use "wit-svid" for key entry 2
 source "$(dirname "$0")/lib.sh"
 need openssl openssl
-spire_1_13_3
+spire 1.13.3
 point='"x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"'
 key() { echo "{\"kty\":\"EC\",\"use\":\"$1\",\"kid\":\"$2\",\"crv\":\"P-256\",$point}"; }
 mkdir site

@@ -143,7 +143,7 @@ rotation: {mode: "off"}
 func (w *crashWorld) start() (kill func()) {
 	w.t.Helper()
 	var out bytes.Buffer
-	cmd := exec.Command(filepath.Join(bin, "server"), "run", "-config", w.dir+"/server.yaml")
+	cmd := exec.Command(filepath.Join(programs(), "server"), "run", "-config", w.dir+"/server.yaml")
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Start(); err != nil {
 		w.t.Fatal(err)

@@ -61,7 +61,7 @@ func TestNotify(t *testing.T) {
 func key(t *testing.T, dir string) string {
 	t.Helper()
 	path := filepath.Join(dir, "store.key")
-	if out, err := exec.Command(filepath.Join(bin, "server"), "key", "new", path).CombinedOutput(); err != nil {
+	if out, err := exec.Command(filepath.Join(programs(), "server"), "key", "new", path).CombinedOutput(); err != nil {
 		t.Fatalf("%v\n%s", err, out)
 	}
 	return path
@@ -87,7 +87,7 @@ func manage(t *testing.T, dir string, args ...string) *managed {
 		t.Fatal(err)
 	}
 	m := &managed{conn: conn, ended: make(chan struct{})}
-	cmd := exec.Command(filepath.Join(bin, args[0]), args[1:]...)
+	cmd := exec.Command(filepath.Join(programs(), args[0]), args[1:]...)
 	cmd.Env = append(os.Environ(), "NOTIFY_SOCKET="+name)
 	cmd.Stderr = &m.stderr
 	if err := cmd.Start(); err != nil {

@@ -34,7 +34,7 @@ func TestReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = os.RemoveAll(dir) })
-	if err := os.Symlink(bin, filepath.Join(dir, "bin")); err != nil {
+	if err := os.Symlink(programs(), filepath.Join(dir, "bin")); err != nil {
 		t.Fatal(err)
 	}
 	ownLoopback(t)

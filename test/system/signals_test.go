@@ -48,7 +48,7 @@ func outlive(t *testing.T, socket string, args []string) {
 		t.Fatal(err)
 	}
 	defer r.Close()
-	cmd := exec.CommandContext(t.Context(), filepath.Join(bin, args[0]), args[1:]...)
+	cmd := exec.CommandContext(t.Context(), filepath.Join(programs(), args[0]), args[1:]...)
 	cmd.Stdout, cmd.Stderr = w, w
 	err = cmd.Start()
 	_ = w.Close()

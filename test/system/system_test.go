@@ -3,7 +3,6 @@ package system_test
 import (
 	"context"
 	"encoding/json"
-	"flag"
 	"fmt"
 	"io"
 	"math/rand/v2"
@@ -21,35 +20,6 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
-
-// bin is the folder with the commands, built anew for these tests.
-var bin string
-
-func TestMain(m *testing.M) {
-	if len(os.Args) == 4 && os.Args[1] == "workload" {
-		if err := watch(os.Args[2], os.Args[3]); err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			os.Exit(1)
-		}
-		return
-	}
-	flag.Parse()
-	os.Exit(func() int {
-		dir, err := os.MkdirTemp("", "renewd-bin-")
-		if err != nil {
-			fmt.Fprintln(os.Stderr, err)
-			return 1
-		}
-		defer os.RemoveAll(dir)
-		build := exec.Command("go", "build", "-o", dir, "../../cmd/server", "../../cmd/agent", "../../cmd/keysetctl")
-		if out, err := build.CombinedOutput(); err != nil {
-			fmt.Fprintf(os.Stderr, "build the commands: %v\n%s", err, out)
-			return 1
-		}
-		bin = dir
-		return m.Run()
-	}())
-}
 
 // ports returns n TCP ports of the loopback interface that are free now. They are
 // below those that Linux gives to outgoing connections, of which there are many
@@ -99,7 +69,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			}
 			env.Setenv("R", r)
 			env.Setenv("SELF", self)
-			env.Setenv("PATH", bin+string(os.PathListSeparator)+os.Getenv("PATH"))
+			env.Setenv("PATH", programs()+string(os.PathListSeparator)+os.Getenv("PATH"))
 			env.Setenv("RENEWD_ADMIN_SOCKET", r+"/admin.sock")
 			for i, p := range free {
 				env.Setenv("P"+strconv.Itoa(i+1), p)
@@ -116,6 +86,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			env.Values[balancersKey{}] = forwarding
 			env.Defer(forwarding.stop)
 			env.Values[stallsKey{}] = new([2]stalls)
+			env.Values[scriptKey{}] = env.T()
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
@@ -134,6 +105,8 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"balance":       balance,
 			"stall":         stall,
 			"spire-entries": spireEntries,
+			"spire-entry":   spireEntry,
+			"tokens":        tokens,
 			"held":          held,
 			"unread":        unread,
 			"paced":         paced,
@@ -387,5 +360,5 @@ func withSPIRE(t *testing.T) map[string]string {
 	if dir == "" {
 		t.Skip("set SPIRE_BIN_DIR to a folder with spire-server and spire-agent to run this test under a real SPIRE server")
 	}
-	return map[string]string{"PATH": strings.Join([]string{bin, dir, os.Getenv("PATH")}, string(os.PathListSeparator))}
+	return map[string]string{"PATH": strings.Join([]string{programs(), dir, os.Getenv("PATH")}, string(os.PathListSeparator))}
 }
