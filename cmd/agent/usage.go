@@ -144,7 +144,7 @@ func dispatch(ctx context.Context, args []string, e cli.Env) error {
 func help(args []string, e cli.Env) error {
 	texts := map[string]string{
 		"": usage, "run": runUsage, "healthcheck": healthUsage, "status": statusUsage, "fetch": fetchUsage,
-		"config": checkUsage + "\n" + schema.Usage(), "version": "Usage: agent version\n",
+		"config": checkUsage + "\n" + schema.Usage(), "version": cli.VersionUsage("agent"),
 	}
 	topic := ""
 	if len(args) > 0 {

@@ -187,10 +187,7 @@ func (p *program) version() *cobra.Command {
 		Use: "version", Short: "print the version", Long: "Prints the version.\n", Args: noArgs,
 		Annotations: offline,
 		RunE: func(*cobra.Command, []string) error {
-			if p.output == "json" {
-				return cli.PrintJSON(p.stdout, map[string]string{"version": cli.Version(version)})
-			}
-			return cli.Printf(p.stdout, "renewd keysetctl %s\n", cli.Version(version))
+			return cli.ReadBuild("keysetctl", version).Print(p.stdout, p.output)
 		},
 	}
 }

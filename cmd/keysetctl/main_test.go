@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"strings"
 	"syscall"
 	"testing"
@@ -540,8 +541,9 @@ func TestVersion(t *testing.T) {
 	if code, out, _ := newDesk(t).run("--version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
 		t.Errorf("--version: exit %d, %s", code, out)
 	}
-	var as struct{ Version string }
-	if code, out, _ := newDesk(t).run("version -o json"); code != 0 || json.Unmarshal([]byte(out), &as) != nil || as.Version == "" {
+	var as struct{ Program, Version, Go string }
+	if code, out, _ := newDesk(t).run("version -o json"); code != 0 || json.Unmarshal([]byte(out), &as) != nil ||
+		as.Program != "keysetctl" || as.Version == "" || as.Go != runtime.Version() {
 		t.Errorf("-o json: exit %d, %s", code, out)
 	}
 }

@@ -234,7 +234,7 @@ func help(args []string, e cli.Env) error {
 		"": usage, "run": runUsage, "config": checkUsage + "\n" + schema.Usage(), "key": keyUsage, "token": tokenUsage,
 		"entries": entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList(),
 		"agent":   agentUsage, "clock": clockUsage, "audit": auditUsage, "backup": backupUsage, "bundle": bundleUsage, "health": healthUsage,
-		"version": "Usage: server version\n",
+		"version": cli.VersionUsage("server"),
 	}
 	topic := ""
 	if len(args) > 0 {

@@ -7,7 +7,6 @@ import (
 	"flag"
 	"fmt"
 	"io"
-	"runtime/debug"
 	"strconv"
 	"strings"
 	"time"
@@ -115,15 +114,6 @@ func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) 
 // IsHelp reports whether an argument asks for help.
 func IsHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
 
-// PrintVersion runs a program's version command.
-func PrintVersion(program, linked string, args []string, e Env) error {
-	fset := flag.NewFlagSet("version", flag.ContinueOnError)
-	if err := ParseOnlyFlags(fset, args, "Usage: "+program+" version\n", e); err != nil {
-		return err
-	}
-	return Printf(e.Stdout, "renewd %s %s\n", program, Version(linked))
-}
-
 // CheckOutput checks the value of a command's -o flag.
 func CheckOutput(command, output string) error {
 	if output != "text" && output != "json" {
@@ -151,15 +141,4 @@ func span(d time.Duration) string {
 		return strconv.Itoa(days) + " days"
 	}
 	return config.Short(d)
-}
-
-// Version returns the linker's version, otherwise the one that the Go tool recorded.
-func Version(linked string) string {
-	if linked != "" {
-		return linked
-	}
-	if info, ok := debug.ReadBuildInfo(); ok && info.Main.Version != "" {
-		return info.Main.Version
-	}
-	return "(unknown)"
 }
