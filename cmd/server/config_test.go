@@ -18,7 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/server/federation"
 )
 
-var update = flag.Bool("update", false, "write deploy/SERVER-CONFIG.md anew")
+var update = flag.Bool("update", false, "write docs/configuration-server.md")
 
 const minimal = "trust_domain: example.org\n"
 
@@ -156,11 +156,11 @@ func TestProblems(t *testing.T) {
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	want := "# Configuration of the server\n\n" +
-		"One YAML file, given with `-config`; [server.example.yaml](server.example.yaml) is a start. A flag wins over the\n" +
+		"One YAML file, given with `--config`; [server.example.yaml](../deploy/server.example.yaml) is a start. A flag wins over the\n" +
 		"environment, the environment over the file, the file over the default. In the file a dot is a section, and NAME or\n" +
 		"TRUSTDOMAIN a name of your choice. A list is written `[A, B]` in the file, and `A,B` in a flag or a variable. An empty variable is the\n" +
-		"same as none. `server config check -config FILE` says what is wrong, all of it at once.\n\n" + schema.Markdown()
-	file := filepath.Join("..", "..", "deploy", "SERVER-CONFIG.md")
+		"same as none. `server config check --config FILE` says what is wrong, all of it at once.\n\n" + schema.Markdown()
+	file := filepath.Join("..", "..", "docs", "configuration-server.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
 			t.Fatal(err)
