@@ -211,7 +211,8 @@ func TestConfigTable(t *testing.T) {
 	b.WriteString("# Configuration of the agent\n\n" +
 		"One YAML file, given with `--config`; [agent.example.yaml](../deploy/agent.example.yaml) is a start. A flag wins over the\n" +
 		"environment, the environment over the file, the file over the default. In the file a dot is a section. An empty\n" +
-		"variable is the same as none. `agent config check --config FILE` says what is wrong, all of it at once.\n\n")
+		"variable is the same as none. `agent config check --config FILE` prints every error at once, with file,\n" +
+		"line and remedy. An unknown or contradictory field is an error.\n\n")
 	b.WriteString(schema.Markdown())
 	file := filepath.Join("..", "..", "docs", "configuration-agent.md")
 	if *update {

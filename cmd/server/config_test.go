@@ -159,7 +159,8 @@ func TestConfigTable(t *testing.T) {
 		"One YAML file, given with `--config`; [server.example.yaml](../deploy/server.example.yaml) is a start. A flag wins over the\n" +
 		"environment, the environment over the file, the file over the default. In the file a dot is a section, and NAME or\n" +
 		"TRUSTDOMAIN a name of your choice. A list is written `[A, B]` in the file, and `A,B` in a flag or a variable. An empty variable is the\n" +
-		"same as none. `server config check --config FILE` says what is wrong, all of it at once.\n\n" + schema.Markdown()
+		"same as none. `server config check --config FILE` prints every error at once, with file,\n" +
+		"line and remedy. An unknown or contradictory field is an error.\n\n" + schema.Markdown()
 	file := filepath.Join("..", "..", "docs", "configuration-server.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {

@@ -1,0 +1,3 @@
+// Package docs tests that the documents of the repository point at each other
+// correctly.
+package docs
