@@ -138,9 +138,9 @@ func TestProblems(t *testing.T) {
 		{name: "far off", add: "zzzzzzzzz: /x", want: `agent.yaml:4: "zzzzzzzzz" is not a field; remove it; "agent help config" lists the fields`},
 		{name: "duplicate", add: "data_dir: /x\ndata_dir: /x", want: `agent.yaml:5: data_dir is given twice, first in line 4; keep one of the two`},
 		{name: "duplicate section", add: "log:\n  level: info\nlog:\n  level: warn", want: `agent.yaml:6: log is given twice, first in line 4; keep one of the two`},
-		{name: "number for text", add: "data_dir: 7", want: `agent.yaml:4: data_dir: "7" is not text; put quotes around it`},
-		{name: "text for number", add: "svid_cache_size: many", want: `agent.yaml:4: svid_cache_size: "many" is not a whole number; write the digits without quotes and without a unit`},
-		{name: "yes for true", add: "insecure_bootstrap: yes", want: `agent.yaml:4: insecure_bootstrap: "yes" is neither true nor false; write true or false without quotes`},
+		{name: "number for text", add: "data_dir: 7", want: `agent.yaml:4: data_dir: "7" is not a string; put quotes around it`},
+		{name: "text for number", add: "svid_cache_size: many", want: `agent.yaml:4: svid_cache_size: "many" is not an integer; write the digits without quotes and without a unit`},
+		{name: "yes for true", add: "insecure_bootstrap: yes", want: `agent.yaml:4: insecure_bootstrap: "yes" is not a boolean; write true, or false, without quotes`},
 		{name: "duration without unit", add: "renewal: {taint_delay: 60}", want: `agent.yaml:4: renewal.taint_delay: "60" has no unit; write it with a unit, such as 500ms, 60s or 5m`},
 		{name: "section for a value", add: "data_dir:\n  path: /x", want: `agent.yaml:4: data_dir takes one value, not a list or a section; write data_dir: /var/lib/renewd`},
 		{name: "value for a section", add: "log: debug", want: `agent.yaml:4: log is not a list of fields; write one "name: value" a line`},
@@ -151,7 +151,7 @@ func TestProblems(t *testing.T) {
 		{name: "contradicting trust", add: "insecure_bootstrap: true", want: `agent.yaml:4: insecure_bootstrap: true contradicts trust_bundle_file (agent.yaml:3); remove insecure_bootstrap: with a bundle file the first connection is authenticated`},
 		{name: "contradicting tokens", add: "join_token_file: /t", env: map[string]string{"RENEWD_JOIN_TOKEN": "s3cr3t"}, want: `RENEWD_JOIN_TOKEN: join_token contradicts join_token_file (agent.yaml:4); keep one of the two`},
 		{name: "token with space", add: `join_token: "s3cr3t x"`, want: `agent.yaml:4: join_token contains white space; give the token alone, as the server printed it`},
-		{name: "token of wrong type", add: `join_token: 1234`, want: `agent.yaml:4: join_token is not text; put quotes around it`},
+		{name: "token of wrong type", add: `join_token: 1234`, want: `agent.yaml:4: join_token is not a string; put quotes around it`},
 		{name: "rate 0", flags: map[string]string{"renewal.taint_rate": "0"}, want: `flag -renewal-taint-rate: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual`},
 		{name: "batch", env: map[string]string{"RENEWD_RENEWAL_BATCH_SIZE": "501"}, want: `RENEWD_RENEWAL_BATCH_SIZE: renewal.batch_size: 501 is not from 1 to 500, the most that a server accepts; set 500 or less`},
 		{name: "delay", add: "renewal: {taint_delay: 61m}", want: `agent.yaml:4: renewal.taint_delay: 1h1m is not from 0s to 1h; 60s spreads a fleet over a minute`},
@@ -174,7 +174,7 @@ func TestProblems(t *testing.T) {
 		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
 		{name: "syntax", add: "data_dir: [", want: `agent.yaml:4: is not YAML: did not find expected node content; check the indentation and the quotes around it`},
 		{name: "token as alias", add: "join_token: *s3cr3t", want: `agent.yaml: is not YAML: an alias has no anchor; check the indentation and the quotes around it`},
-		{name: "two documents", add: "---\ndata_dir: /x", want: `agent.yaml:4: the file holds more than one document; remove everything from the second --- on`},
+		{name: "two documents", add: "---\ndata_dir: /x", want: `agent.yaml:4: the file has more than one document; remove everything from the second --- on`},
 		{name: "all at once", add: "svid_cache_size: 0\nrenewal: {taint_rate: 0}", want: "agent.yaml:5: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual\n" +
 			"agent.yaml:4: svid_cache_size: 0 keeps nothing; set 1 or more; 1000 is usual"},
 	} {
@@ -209,10 +209,10 @@ func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	var b strings.Builder
 	b.WriteString("# Configuration of the agent\n\n" +
-		"One YAML file, given with `--config`; [agent.example.yaml](../deploy/agent.example.yaml) is a start. A flag wins over the\n" +
-		"environment, the environment over the file, the file over the default. In the file a dot is a section. An empty\n" +
-		"variable is the same as none. `agent config check --config FILE` prints every error at once, with file,\n" +
-		"line and remedy. An unknown or contradictory field is an error.\n\n")
+		"One YAML file, given with `--config`; start from [agent.example.yaml](../deploy/agent.example.yaml). A flag takes precedence over the\n" +
+		"environment, the environment over the file, and the file over the default. A dot separates sections of the file. An empty variable\n" +
+		"counts as unset. An unknown or contradictory field is an error. `agent config check --config FILE` reports all errors at once,\n" +
+		"with file, line and remedy.\n\n")
 	b.WriteString(schema.Markdown())
 	file := filepath.Join("..", "..", "docs", "configuration-agent.md")
 	if *update {

@@ -73,7 +73,7 @@ func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
 			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), state, text(a.Version), sequence,
 				when(a.LastReport, now), when(a.ExpiresAt, now))
 		}
-		return flushed(table)
+		return flush(table)
 	})
 }
 
@@ -110,7 +110,7 @@ func evictCommand(ctx context.Context, args []string, e cli.Env) error {
 	})
 }
 
-// done says that something was done.
+// done prints the result of a command.
 func (c *client) done(what, id, how string) error {
 	if c.json() {
 		return cli.PrintJSON(c.Stdout, map[string]string{what: id, "result": how})
@@ -134,17 +134,17 @@ func tokenCommand(ctx context.Context, args []string, e cli.Env) error {
 		if err != nil {
 			return err
 		}
-		ends := moment(resp.GetExpiresAt())
+		expires := moment(resp.GetExpiresAt())
 		if c.json() {
 			return cli.PrintJSON(c.Stdout, struct {
 				Token     string     `json:"token"`
 				ExpiresAt *time.Time `json:"expires_at"`
-			}{resp.GetToken(), ends})
+			}{resp.GetToken(), expires})
 		}
-		// The token alone, so that it can be written into a file.
+		// The token alone, so that standard output can be redirected to a file.
 		if err := cli.Printf(c.Stdout, "%s\n", resp.GetToken()); err != nil {
 			return err
 		}
-		return cli.Printf(c.Stderr, "It lets one agent in, until %s.\n", when(ends, time.Now()))
+		return cli.Printf(c.Stderr, "The token attests one agent. It expires %s.\n", when(expires, time.Now()))
 	})
 }

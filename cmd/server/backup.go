@@ -24,16 +24,16 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// backupTime is how long a copy may take: a little longer than the server gives
-// it, so that it is the server who says so.
-const backupTime = 130 * time.Second
+// backupTimeout is how long a backup may take. It is longer than the server's own limit,
+// so that the server's error is printed.
+const backupTimeout = 130 * time.Second
 
-// backup is one that is being made.
+// backup is a backup in progress.
 type backup struct {
 	*client
 	file     string
 	force    bool
-	keyFile  string // of the server; empty: what is sealed is not opened
+	keyFile  string // of the server; empty: the keys are not decrypted
 	progress *runbook.Screen
 }
 
@@ -44,7 +44,7 @@ type shownBackup struct {
 	TakenAt     time.Time           `json:"taken_at"`
 	TrustDomain string              `json:"trust_domain"`
 	Deployments []shownBackupOfPart `json:"deployments"`
-	// KeysChecked: the signing keys were opened, all of them.
+	// KeysChecked is set if all signing keys were decrypted.
 	KeysChecked bool `json:"keys_checked"`
 }
 
@@ -59,7 +59,7 @@ type shownBackupOfPart struct {
 func backupCommand(ctx context.Context, args []string, e cli.Env) error {
 	fset := flag.NewFlagSet("backup", flag.ContinueOnError)
 	b := backup{client: newClient(fset, e), progress: &runbook.Screen{W: e.Stderr}}
-	b.timeout = backupTime
+	b.timeout = backupTimeout
 	fset.BoolVar(&b.force, "force", false, "")
 	fset.StringVar(&b.keyFile, "key-file", "", "")
 	file, err := parse(fset, args, backupUsage, e, "file")
@@ -77,8 +77,8 @@ func backupCommand(ctx context.Context, args []string, e cli.Env) error {
 	return b.print(shown)
 }
 
-// make makes the backup beside its place and brings it there when it is durable
-// and checked.
+// make writes the backup to a temporary file and renames it when it is durable and
+// checked.
 func (b *backup) make(ctx context.Context, operation string) (shown shownBackup, err error) {
 	failed := func(err error) (shownBackup, error) {
 		return shownBackup{}, fmt.Errorf("%s: %w", operation, err)
@@ -89,12 +89,12 @@ func (b *backup) make(ctx context.Context, operation string) (shown shownBackup,
 			return failed(err)
 		}
 	}
-	if err := b.free(); err != nil {
+	if err := b.checkNotExist(); err != nil {
 		return failed(err)
 	}
 	f, err := os.CreateTemp(filepath.Dir(b.file), "."+filepath.Base(b.file)+".*") // mode 0600
 	if err != nil {
-		return failed(fmt.Errorf("%w: the folder must exist, and you be able to write in it", err))
+		return failed(fmt.Errorf("%w: the folder must exist, and you must be able to write to it", err))
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
@@ -117,10 +117,10 @@ func (b *backup) make(ctx context.Context, operation string) (shown shownBackup,
 	}
 	sum, err := store.Inspect(ctx, f.Name(), store.Options{TrustDomain: td, Seal: key})
 	if err != nil {
-		return failed(fmt.Errorf("the copy is not good, and nothing is kept of it: %w", err))
+		return failed(fmt.Errorf("copy rejected and deleted: %w", err))
 	}
 	if sum.CopiedAt.IsZero() {
-		return failed(errors.New("the copy does not say that it is one, and nothing is kept of it: a server that was restored from it would take it for complete"))
+		return failed(errors.New("copy rejected and deleted: it is not marked as a copy, so that a server would not detect its restore"))
 	}
 	if err := b.place(f.Name()); err != nil {
 		return failed(err)
@@ -133,13 +133,13 @@ func (b *backup) make(ctx context.Context, operation string) (shown shownBackup,
 	return shown, nil
 }
 
-// free checks that nothing is overwritten.
-func (b *backup) free() error {
+// checkNotExist checks that no file is overwritten.
+func (b *backup) checkNotExist() error {
 	if b.force {
 		return nil
 	}
 	if _, err := os.Lstat(b.file); !errors.Is(err, fs.ErrNotExist) {
-		return cmp.Or(err, fmt.Errorf("%s exists and is left as it is: choose another name, or overwrite it with -force", b.file))
+		return cmp.Or(err, fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with -force", b.file))
 	}
 	return nil
 }
@@ -155,11 +155,11 @@ func (b *backup) receive(ctx context.Context, o api.OperatorClient, w io.Writer)
 		part, err := stream.Recv()
 		switch {
 		case errors.Is(err, io.EOF) && (size == 0 || size != got):
-			return fmt.Errorf("%d bytes arrived and it is not complete", got)
+			return fmt.Errorf("the copy is incomplete after %d bytes", got)
 		case errors.Is(err, io.EOF):
 			return nil
 		case status.Code(err) == codes.DeadlineExceeded:
-			return fmt.Errorf("not complete after %v, %s have arrived: make it on the server's machine, at the admin socket, and copy it from there",
+			return fmt.Errorf("the copy is incomplete after %v and %s: run the backup on the server's machine, over the admin socket, and copy the file from there",
 				time.Since(begin).Round(time.Second), amount(got))
 		case err != nil:
 			return err
@@ -174,11 +174,11 @@ func (b *backup) receive(ctx context.Context, o api.OperatorClient, w io.Writer)
 	}
 }
 
-// place gives a file its name, for good.
+// place renames a file to its final name, durably.
 func (b *backup) place(temp string) error {
-	// A link fails where a rename would replace. Not every file system has it.
+	// A link never replaces a file, unlike a rename, but not every file system has links.
 	if b.force || os.Link(temp, b.file) != nil {
-		if err := b.free(); err != nil {
+		if err := b.checkNotExist(); err != nil {
 			return err
 		}
 		if err := os.Rename(temp, b.file); err != nil {
@@ -208,10 +208,10 @@ func (b *backup) print(s shownBackup) error {
 	}
 	_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n", text(s.File), s.TakenAt.Format("2006-01-02 15:04:05 UTC"), amount(s.Size),
 		text(s.TrustDomain), text(strings.Join(names, " ")), sum.Keysets, sum.Entries, sum.Agents, keys)
-	return flushed(table)
+	return flush(table)
 }
 
-// amount is a number of bytes as a person would say it.
+// amount formats a number of bytes.
 func amount(bytes int64) string {
 	if bytes < 1<<20 {
 		return fmt.Sprintf("%d KiB", (bytes+1<<10-1)>>10)

@@ -23,7 +23,7 @@ import (
 // about 30 MB.
 const maxAnswer = 256 << 20
 
-// client is how the operator's commands reach the running server.
+// client connects an operator's command to the running server.
 type client struct {
 	cli.Env
 	socket, server, trustDomain, deployment, output string
@@ -48,18 +48,18 @@ func (c *client) scope() *api.Scope {
 
 func (c *client) json() bool { return c.output == "json" }
 
-// startWait is how long a command waits for a server that does not listen yet:
-// who has just started it does not have to guess when that is. At most half of
-// -timeout, so that the reason is told.
+// startWait is how long a command waits for a server that is starting, so that it can
+// follow the start of the server at once. It is at most half of -timeout, so that the
+// cause is printed.
 const startWait = 5 * time.Second
 
-// do connects and calls f. What went wrong is named after the operation. A server
-// that is starting is waited for.
+// do connects and calls f. Its error begins with the operation. It waits for a server that
+// is starting.
 func (c *client) do(ctx context.Context, operation string, f func(context.Context, api.OperatorClient) error) error {
 	return c.doWithin(ctx, min(startWait, c.timeout/2), operation, f)
 }
 
-// doWithin is do for a command that waits this long for a server that is starting.
+// doWithin is do with another time to wait for a server that is starting.
 func (c *client) doWithin(ctx context.Context, wait time.Duration, operation string, f func(context.Context, api.OperatorClient) error) error {
 	if err := cli.CheckOutput(operation, c.output); err != nil {
 		return err
@@ -86,17 +86,17 @@ func (c *client) dial(ctx context.Context, wait time.Duration, operation string)
 		})
 	}
 	if wrong := config.BadAddress(c.server, true); wrong != "" {
-		// gRPC takes more than this, and 443 where there is no port.
+		// gRPC would accept other forms, and use 443 as the default port.
 		return nil, cli.Usagef("%s: -server %s %s: give it with its port, such as server.example.org:8082", operation, c.server, wrong)
 	}
 	workloadAPI := c.Getenv("SPIFFE_ENDPOINT_SOCKET")
 	if workloadAPI == "" {
-		return nil, cli.Usagef("%s: -server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives this operator an SVID", operation, c.server)
+		return nil, cli.Usagef("%s: -server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", operation, c.server)
 	}
 	return renewd.DialServer(ctx, c.server, workloadAPI)
 }
 
-// explain says in people's words what a status of the server means.
+// explain converts a gRPC status to an error for operators.
 func (c *client) explain(err error) error {
 	st, ok := status.FromError(err)
 	if !ok {
@@ -109,15 +109,15 @@ func (c *client) explain(err error) error {
 		}
 		return fmt.Errorf("no answer: %s", renewd.Reason(err))
 	case codes.DeadlineExceeded:
-		return fmt.Errorf("no answer within %v; what was asked for may have happened", c.timeout)
+		return fmt.Errorf("no answer within %v; the server may have carried out the request", c.timeout)
 	}
 	return errors.New(st.Message())
 }
 
-// large lets an answer be larger than gRPC's usual 4 MB.
+// large raises gRPC's limit of 4 MB for an answer.
 var large = grpc.MaxCallRecvMsgSize(maxAnswer)
 
-// moment is a time of the server's; nil when it is not known.
+// moment converts a timestamp; nil if it is not set.
 func moment(t *timestamppb.Timestamp) *time.Time {
 	if t == nil {
 		return nil
@@ -126,7 +126,7 @@ func moment(t *timestamppb.Timestamp) *time.Time {
 	return &at
 }
 
-// when prints a moment for a table.
+// when formats a time for a table.
 func when(t *time.Time, now time.Time) string {
 	if t == nil {
 		return "-"
@@ -134,7 +134,7 @@ func when(t *time.Time, now time.Time) string {
 	return cli.When(*t, now)
 }
 
-// text prints what came from the server for a table.
+// text formats a string of the server for a table.
 func text(s string) string {
 	if s == "" {
 		return "-"

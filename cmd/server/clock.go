@@ -13,11 +13,11 @@ import (
 	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
-// shownClock is what the server believes of its clock, as -o json prints it.
+// shownClock is the state of the server's clock as -o json prints it.
 type shownClock struct {
 	Shows         *time.Time `json:"shows"`
 	AtLeast       *time.Time `json:"at_least"`
-	DoubtSeconds  float64    `json:"doubt_seconds"` // ahead, or set back when negative; 0: not in doubt
+	DoubtSeconds  float64    `json:"doubt_seconds"` // positive: ahead; negative: set back; 0: not in doubt
 	SteadySeconds float64    `json:"steady_seconds,omitempty"`
 	RotationWaits bool       `json:"rotation_waits"`
 }
@@ -71,12 +71,12 @@ func (c *client) printClock(p *api.Clock) error {
 	if c.json() {
 		return cli.PrintJSON(c.Stdout, out)
 	}
-	cells := []string{"no", "-", "goes on"}
+	cells := []string{"no", "-", "continues"}
 	switch {
 	case doubt > 0:
-		cells = []string{doubt.Round(time.Minute).String() + " ahead", steady.Round(time.Second).String(), "goes on"}
+		cells = []string{doubt.Round(time.Minute).String() + " ahead", steady.Round(time.Second).String(), "continues"}
 	case doubt < 0:
-		cells = []string{"set back by " + (-doubt).Round(time.Minute).String(), steady.Round(time.Second).String(), "goes on"}
+		cells = []string{"set back by " + (-doubt).Round(time.Minute).String(), steady.Round(time.Second).String(), "continues"}
 	}
 	if out.RotationWaits {
 		cells[2] = "waits"
@@ -84,7 +84,7 @@ func (c *client) printClock(p *api.Clock) error {
 	table := cli.NewTable(c.Stdout)
 	_, _ = fmt.Fprintf(table, "CLOCK SHOWS\tAT LEAST\tIN DOUBT\tSTEADY FOR\tAUTOMATIC ROTATION\n%s\t%s\t%s\t%s\t%s\n",
 		utc(out.Shows), utc(out.AtLeast), cells[0], cells[1], cells[2])
-	if err := flushed(table); err != nil {
+	if err := flush(table); err != nil {
 		return err
 	}
 	if why := renewd.ClockDoubt(p); why != "" {
@@ -93,8 +93,8 @@ func (c *client) printClock(p *api.Clock) error {
 	return nil
 }
 
-// utc prints a moment alone: how far away it is would be by a clock that may be the one
-// in doubt.
+// utc formats a time without its distance from now, because this machine's clock may be
+// the one in doubt.
 func utc(t *time.Time) string {
 	if t == nil {
 		return "-"

@@ -23,8 +23,8 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// settings is the server's whole configuration. Every field has one row in
-// [fields], which names it in the file, as a flag and in the environment.
+// settings is the server's configuration. Every field has a row in [fields] with its
+// names in the file, as a flag and in the environment.
 type settings struct {
 	TrustDomain          spiffeid.TrustDomain
 	DataDir              string
@@ -57,7 +57,7 @@ type settings struct {
 	LogFormat            string
 }
 
-// schema is how the configuration is written, checked and documented.
+// schema describes the configuration.
 var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Check: validate}
 
 const (
@@ -65,35 +65,35 @@ const (
 	defaultSocket  = "/run/renewd-server/admin.sock"
 )
 
-// fields is the whole configuration, in the order in which it is documented.
+// fields are all fields, in the order of the documentation.
 var fields = []config.Field[settings]{
-	{Path: "trust_domain", Value: func(c *settings) any { return &c.TrustDomain }, Doc: "Trust domain that the server signs for. Required, and the same ever after."},
-	{Path: "data_dir", Value: func(c *settings) any { return &c.DataDir }, Default: "/var/lib/renewd-server", Doc: "Directory of the store: keysets, entries, agents, tokens, what was issued to whom, and the audit log."},
-	{Path: "key_file", Value: func(c *settings) any { return &c.KeyFile }, Doc: "Key that the signing keys in the store are encrypted under, as \"server key new\" makes it. The systemd credential renewd-store-key when not set."},
-	{Path: "deployments.NAME.listen_address", Value: func(c *settings) any { return &c.Deployments }, Doc: "Host and port where the deployment NAME listens for its agents. Each deployment has keysets, entries and agents of its own. One named default, on 0.0.0.0:8081, when none is given."},
+	{Path: "trust_domain", Value: func(c *settings) any { return &c.TrustDomain }, Doc: "Trust domain that the server signs for. Required. It cannot be changed later."},
+	{Path: "data_dir", Value: func(c *settings) any { return &c.DataDir }, Default: "/var/lib/renewd-server", Doc: "Directory of the store: keysets, entries, agents, tokens, the ledger of issued SVIDs, and the audit log."},
+	{Path: "key_file", Value: func(c *settings) any { return &c.KeyFile }, Doc: "File with the key that encrypts the signing keys in the store, created with \"server key new\". The systemd credential renewd-store-key when not set."},
+	{Path: "deployments.NAME.listen_address", Value: func(c *settings) any { return &c.Deployments }, Doc: "Host and port for the agents of the deployment NAME. Each deployment has its own keysets, entries and agents. When none is set, there is one named default, on 0.0.0.0:8081."},
 	{Path: "admin_socket", Value: func(c *settings) any { return &c.AdminSocket }, Default: defaultSocket, Doc: "Unix socket for operators on this machine."},
-	{Path: "admin_socket_mode", Value: func(c *settings) any { return &c.AdminSocketMode }, Default: "0660", Doc: "Permissions of the socket. With 0660 root and the server's group can connect, with 0666 everybody; what who connects may do is up to operators.managers and operators.readers."},
-	{Path: "operators.address", Value: func(c *settings) any { return &c.OperatorAddress }, Doc: "Host and port where operators connect from elsewhere, with X.509-SVIDs of the trust domain. Empty: nowhere."},
-	{Path: "operators.managers", Value: func(c *settings) any { return &c.Managers }, Doc: "Who may change things: unix:uid:0, unix:user:NAME, unix:gid:N or unix:group:NAME on the socket, spiffe://… over the network, whose entry names the agent that serves it (parent_id). Root and the server's own user when both lists are empty."},
-	{Path: "operators.readers", Value: func(c *settings) any { return &c.Readers }, Doc: "Who may look, written in the same way. Managers may, too."},
-	{Path: "bundle_endpoint.address", Value: func(c *settings) any { return &c.EndpointAddress }, Doc: "Host and port where relying parties get the trust bundle (/bundle) and the keys of JWT-SVIDs (/keys) over HTTPS. Empty: nowhere."},
-	{Path: "bundle_endpoint.profile", Value: func(c *settings) any { return &c.EndpointProfile }, Default: server.ProfileSPIFFE, Doc: "https_spiffe: the server's own SVID is the certificate. https_web: it is in files."},
-	{Path: "bundle_endpoint.cert_file", Value: func(c *settings) any { return &c.EndpointCertFile }, Doc: "Certificate chain (PEM) for https_web, read again when it changes."},
+	{Path: "admin_socket_mode", Value: func(c *settings) any { return &c.AdminSocketMode }, Default: "0660", Doc: "Permissions of the socket. With 0660 root and the server's group can connect, with 0666 everybody. operators.managers and operators.readers set what they may do."},
+	{Path: "operators.address", Value: func(c *settings) any { return &c.OperatorAddress }, Doc: "Host and port for remote operators, who connect with X.509-SVIDs of the trust domain. Empty: not served."},
+	{Path: "operators.managers", Value: func(c *settings) any { return &c.Managers }, Doc: "Operators who may read and change everything: unix:uid:0, unix:user:NAME, unix:gid:N or unix:group:NAME on the socket, spiffe://… over the network. The entry of such a SPIFFE ID needs a parent_id, or operator: true. Root and the server's own user when both lists are empty."},
+	{Path: "operators.readers", Value: func(c *settings) any { return &c.Readers }, Doc: "Operators who may only read, in the same syntax. Managers may read, too."},
+	{Path: "bundle_endpoint.address", Value: func(c *settings) any { return &c.EndpointAddress }, Doc: "Host and port where relying parties get the trust bundle (/bundle) and the keys of JWT-SVIDs (/keys) over HTTPS. Empty: not served."},
+	{Path: "bundle_endpoint.profile", Value: func(c *settings) any { return &c.EndpointProfile }, Default: server.ProfileSPIFFE, Doc: "https_spiffe: the certificate is the server's X.509-SVID. https_web: the certificate is in files."},
+	{Path: "bundle_endpoint.cert_file", Value: func(c *settings) any { return &c.EndpointCertFile }, Doc: "Certificate chain (PEM) for https_web, reloaded when it changes."},
 	{Path: "bundle_endpoint.key_file", Value: func(c *settings) any { return &c.EndpointKeyFile }, Doc: "Its private key (PEM)."},
-	{Path: "bundle_endpoint.refresh_hint", Value: func(c *settings) any { return &c.RefreshHint }, Default: "5m", Doc: "How often relying parties are told to ask for the bundle, in whole seconds. 0s: they are not told."},
-	{Path: "federation.TRUSTDOMAIN.endpoint_url", Value: func(c *settings) any { return &c.FederatedURL }, Doc: "Where the bundle of the trust domain TRUSTDOMAIN is: the https URL of its bundle endpoint. It is followed, and workloads whose entries federate with TRUSTDOMAIN get it. Without it what was held is forgotten."},
-	{Path: "federation.TRUSTDOMAIN.profile", Value: func(c *settings) any { return &c.FederatedProfile }, Doc: "https_web: the endpoint is verified as a web server is, with the roots of this machine. https_spiffe: it proves itself with an X.509-SVID."},
-	{Path: "federation.TRUSTDOMAIN.endpoint_spiffe_id", Value: func(c *settings) any { return &c.FederatedID }, Doc: "SPIFFE ID that an endpoint with https_spiffe has, of TRUSTDOMAIN itself, of trust_domain or of another trust domain that is followed."},
-	{Path: "federation.TRUSTDOMAIN.bundle_file", Value: func(c *settings) any { return &c.FederatedFile }, Doc: "File with the bundle to begin with, in SPIFFE's format or PEM; an endpoint of TRUSTDOMAIN itself needs it for its first proof. What was fetched since counts for more, until the file has other authorities."},
-	{Path: "metrics.address", Value: func(c *settings) any { return &c.MetricsAddress }, Default: "127.0.0.1:9091", Doc: "Where /metrics, /live and /ready are served. Empty: nowhere."},
-	{Path: "metrics.web_config_file", Value: func(c *settings) any { return &c.WebConfigFile }, Doc: "Prometheus exporter web configuration file that turns on TLS and basic auth there."},
-	{Path: "keysets.lifetime", Value: func(c *settings) any { return &c.KeysetLifetime }, Default: "2160h", Doc: "How long a new keyset lives: 90 days."},
-	{Path: "keysets.x509_ttl", Value: func(c *settings) any { return &c.X509TTL }, Default: "24h", Doc: "Lifetime of X.509-SVIDs whose entry names none, 1h to 168h."},
-	{Path: "keysets.jwt_ttl", Value: func(c *settings) any { return &c.JWTTTL }, Default: "24h", Doc: "Lifetime of JWT-SVIDs whose entry names none."},
-	{Path: "rotation.mode", Value: func(c *settings) any { return &c.RotationMode }, Default: "on", Doc: "Automatic rotation: off, on, or paused: it says what it would do and does nothing."},
-	{Path: "rotation.preparation_threshold", Value: func(c *settings) any { return &c.PreparationThreshold }, Doc: "How long before the active keyset's end its successor is prepared, at most half of keysets.lifetime. 14 days of a life of 90 when not set, and as much in proportion of another."},
-	{Path: "rotation.activation_threshold", Value: func(c *settings) any { return &c.ActivationThreshold }, Doc: "Least age of a keyset that takes over, so that everybody who verifies knows it by then. One ninetieth of the life when not set: a day of 90."},
-	{Path: "rotation.taint_threshold", Value: func(c *settings) any { return &c.TaintThreshold }, Doc: "How long after it was replaced a keyset is tainted. It is removed once that is safe. One ninetieth of the life when not set."},
+	{Path: "bundle_endpoint.refresh_hint", Value: func(c *settings) any { return &c.RefreshHint }, Default: "5m", Doc: "Refresh hint of the bundle: how often relying parties should ask for it, in whole seconds. 0s: no hint."},
+	{Path: "federation.TRUSTDOMAIN.endpoint_url", Value: func(c *settings) any { return &c.FederatedURL }, Doc: "https URL of the bundle endpoint of the trust domain TRUSTDOMAIN. The server keeps that bundle current, and workloads whose entries federate with TRUSTDOMAIN get it. When the field is removed, the bundle is deleted."},
+	{Path: "federation.TRUSTDOMAIN.profile", Value: func(c *settings) any { return &c.FederatedProfile }, Doc: "https_web: the endpoint is verified like a web server, with the root certificates of this machine. https_spiffe: it is verified by its X.509-SVID."},
+	{Path: "federation.TRUSTDOMAIN.endpoint_spiffe_id", Value: func(c *settings) any { return &c.FederatedID }, Doc: "SPIFFE ID of an endpoint with https_spiffe, in TRUSTDOMAIN itself, in trust_domain or in another trust domain of federation."},
+	{Path: "federation.TRUSTDOMAIN.bundle_file", Value: func(c *settings) any { return &c.FederatedFile }, Doc: "File with the initial bundle, in SPIFFE's format or PEM. It is required to verify an endpoint in TRUSTDOMAIN itself for the first time. A fetched bundle takes precedence, until the authorities in the file change."},
+	{Path: "metrics.address", Value: func(c *settings) any { return &c.MetricsAddress }, Default: "127.0.0.1:9091", Doc: "Host and port of /metrics, /live and /ready. Empty: not served."},
+	{Path: "metrics.web_config_file", Value: func(c *settings) any { return &c.WebConfigFile }, Doc: "Prometheus exporter web configuration file, for TLS and basic auth of metrics.address."},
+	{Path: "keysets.lifetime", Value: func(c *settings) any { return &c.KeysetLifetime }, Default: "2160h", Doc: "Lifetime of a new keyset; the default is 90 days."},
+	{Path: "keysets.x509_ttl", Value: func(c *settings) any { return &c.X509TTL }, Default: "24h", Doc: "Lifetime of X.509-SVIDs whose entry sets none, 1h to 168h."},
+	{Path: "keysets.jwt_ttl", Value: func(c *settings) any { return &c.JWTTTL }, Default: "24h", Doc: "Lifetime of JWT-SVIDs whose entry sets none."},
+	{Path: "rotation.mode", Value: func(c *settings) any { return &c.RotationMode }, Default: "on", Doc: "Automatic rotation: off, on, or paused, which shows and logs the next step and does not carry it out."},
+	{Path: "rotation.preparation_threshold", Value: func(c *settings) any { return &c.PreparationThreshold }, Doc: "How long before the active keyset expires its successor is prepared, at most half of keysets.lifetime. 14/90 of the lifetime when not set, which is 14 days of 90."},
+	{Path: "rotation.activation_threshold", Value: func(c *settings) any { return &c.ActivationThreshold }, Doc: "Minimum age of a keyset at its activation, so that every verifier has its authorities by then. 1/90 of the lifetime when not set, which is a day of 90."},
+	{Path: "rotation.taint_threshold", Value: func(c *settings) any { return &c.TaintThreshold }, Doc: "How long after its replacement a keyset is tainted. It is removed when that is safe. 1/90 of the lifetime when not set."},
 	{Path: "log.level", Value: func(c *settings) any { return &c.LogLevel }, Default: "info", Doc: "debug, info, warn or error."},
 	{Path: "log.format", Value: func(c *settings) any { return &c.LogFormat }, Default: "auto", Doc: "text, json, or auto: text on a terminal and JSON otherwise."},
 }
@@ -104,17 +104,17 @@ var (
 	plainName = regexp.MustCompile(`^[A-Za-z0-9_-]{1,63}$`)
 )
 
-// checker collects what is wrong with the configuration.
+// checker collects the problems of the configuration.
 type checker struct{ *config.Checker[settings] }
 
-// validate reports everything about the configuration that cannot work.
+// validate reports all problems of the configuration.
 func validate(shared *config.Checker[settings]) {
 	c := checker{shared}
 	if c.Origin("trust_domain") == "" {
 		c.Missing("trust_domain", "is not set", "give the trust domain to sign for, such as example.org")
 	}
 	c.NotEmpty("data_dir", "admin_socket")
-	c.places()
+	c.listeners()
 	c.operators()
 	c.endpoint()
 	c.federation()
@@ -124,10 +124,10 @@ func validate(shared *config.Checker[settings]) {
 	}
 }
 
-// places checks sockets and addresses, and that no two listeners share one.
-func (c checker) places() {
+// listeners checks the socket and the addresses, and that no address is used twice.
+func (c checker) listeners() {
 	if n := len(c.Config.AdminSocket); n > config.MaxSocketPath {
-		c.Bad("admin_socket", "is longer than the 107 bytes that the kernel takes", "choose a shorter path")
+		c.Bad("admin_socket", "is longer than the kernel's limit of 107 bytes", "choose a shorter path")
 	}
 	if c.Config.AdminSocketMode&0o600 != 0o600 {
 		c.Bad("admin_socket_mode", "does not let its owner connect", "set at least 0600")
@@ -137,7 +137,7 @@ func (c checker) places() {
 		if reason := config.BadAddress(address, false); reason != "" {
 			c.Bad(path, reason, "write it as host:port, such as "+example)
 		} else if other, dup := taken[address]; dup && !strings.HasSuffix(address, ":0") { // 0: a free one each
-			c.Bad(path, "is the address of "+other, "give each its own")
+			c.Bad(path, "is also the address of "+other, "use different addresses")
 		} else {
 			taken[address] = path
 		}
@@ -145,7 +145,7 @@ func (c checker) places() {
 	for _, name := range slices.Sorted(maps.Keys(c.Config.Deployments)) {
 		path := "deployments." + name + ".listen_address"
 		if !plainName.MatchString(name) {
-			c.Bad(path, "is of a deployment that cannot have this name", "use up to 63 letters, digits, - and _")
+			c.Bad(path, "belongs to a deployment with an invalid name", "use up to 63 letters, digits, - and _")
 			continue
 		}
 		listener(path, c.Config.Deployments[name], defaultAddress)
@@ -163,7 +163,7 @@ func (c checker) places() {
 		}
 	}
 	if c.Config.MetricsAddress == "" && c.Config.WebConfigFile != "" {
-		c.Bad("metrics.web_config_file", "is of no use without metrics.address", "set metrics.address or remove it")
+		c.Bad("metrics.web_config_file", "is not used without metrics.address", "set metrics.address or remove it")
 	}
 }
 
@@ -179,7 +179,7 @@ func (c checker) endpoint() {
 		case web && file == "":
 			c.Missing(path, "is not set and profile "+server.ProfileWeb+" needs it", "give the PEM file")
 		case !web && file != "":
-			c.Bad(path, "is of no use with profile "+server.ProfileSPIFFE, "remove it or set bundle_endpoint.profile: "+server.ProfileWeb)
+			c.Bad(path, "is not used with profile "+server.ProfileSPIFFE, "remove it or set bundle_endpoint.profile: "+server.ProfileWeb)
 		}
 	}
 	if c.Config.RefreshHint < 0 || c.Config.RefreshHint%time.Second != 0 {
@@ -197,7 +197,7 @@ func (c checker) federation() {
 	for _, field := range c.Config.federated() {
 		for _, name := range slices.Sorted(maps.Keys(field.values)) {
 			if _, err := spiffeid.TrustDomainFromString(name); err != nil {
-				bad(name, field.name, "is of a name that is no trust domain", "write it as federation: {partner.example: {…}}")
+				bad(name, field.name, "has a name that is not a trust domain", "write it as federation: {partner.example: {…}}")
 			} else if field.values[name] == "" {
 				bad(name, field.name, "is empty", "give a value or remove it")
 			} else if _, err := spiffeid.FromString(field.values[name]); field.name == "endpoint_spiffe_id" && err != nil {
@@ -210,7 +210,7 @@ func (c checker) federation() {
 	}
 }
 
-// endpoints reports each endpoint that cannot work.
+// endpoints reports each invalid field of an endpoint.
 func (c checker) endpoints(err error) {
 	if all, ok := err.(interface{ Unwrap() []error }); ok {
 		for _, err := range all.Unwrap() {
@@ -228,7 +228,7 @@ func (c checker) endpoints(err error) {
 	}
 }
 
-// federatedField is a field of all trust domains that are followed.
+// federatedField has the values of a field of federation.
 type federatedField struct {
 	name   string
 	values map[string]string
@@ -241,7 +241,7 @@ func (s *settings) federated() []federatedField {
 	}
 }
 
-// endpoints are those of the trust domains that are followed.
+// endpoints returns the bundle endpoints of federation.
 func (s *settings) endpoints() []federation.Endpoint {
 	all := make(map[string]bool)
 	for _, field := range s.federated() {
@@ -285,7 +285,7 @@ func (s *settings) policy() rotation.Policy {
 	}
 }
 
-// rotation reports the thresholds that do not fit.
+// rotation reports invalid thresholds.
 func (c checker) rotation(err error) {
 	if all, ok := err.(interface{ Unwrap() []error }); ok {
 		for _, err := range all.Unwrap() {
@@ -298,7 +298,7 @@ func (c checker) rotation(err error) {
 	}
 }
 
-// operators checks each rule of who may, as the server will read it.
+// operators checks each rule as the server will parse it.
 func (c checker) operators() {
 	if c.Config.TrustDomain.IsZero() {
 		return
@@ -306,7 +306,7 @@ func (c checker) operators() {
 	for path, rules := range map[string][]string{"operators.managers": c.Config.Managers, "operators.readers": c.Config.Readers} {
 		for i, rule := range rules {
 			if _, err := admin.ParseRules(c.Config.TrustDomain, []string{rule}, nil); err != nil {
-				// The error begins with where it would be in a list of its own.
+				// The error begins with the rule's place in the list passed to ParseRules.
 				_, what, _ := strings.Cut(err.Error(), strconv.Quote(rule)+" ")
 				c.Bad(fmt.Sprintf("%s[%d]", path, i), what, "")
 			}

@@ -18,7 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/server/federation"
 )
 
-var update = flag.Bool("update", false, "write docs/configuration-server.md")
+var update = flag.Bool("update", false, "update docs/configuration-server.md")
 
 const minimal = "trust_domain: example.org\n"
 
@@ -26,7 +26,7 @@ func loadText(text string, flags, env map[string]string) (*settings, error) {
 	return schema.Load("server.yaml", []byte(text), flags, func(k string) string { return env[k] })
 }
 
-// The tables and the structs describe the same fields.
+// TestFieldsCoverSettings: the tables and the structs have the same fields.
 func TestFieldsCoverSettings(t *testing.T) {
 	t.Parallel()
 	covers(t, schema.Fields)
@@ -70,7 +70,7 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-// Each wrong configuration is answered with exactly this.
+// TestProblems: each invalid configuration causes exactly this error.
 func TestProblems(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -81,43 +81,43 @@ func TestProblems(t *testing.T) {
 		{name: "unknown", add: "socket_path: /x", want: `server.yaml:2: "socket_path" is not a field; remove it; "server help config" lists the fields`},
 		{name: "field of a deployment", add: "deployments: {east: {address: ':1'}}", want: `server.yaml:2: "deployments.east.address" is not a field; did you mean deployments.east.listen_address?`},
 		{name: "deployment without fields", add: "deployments:\n  east: {}", want: `server.yaml:3: deployments.east has no fields; give one or remove it`},
-		{name: "name of a deployment", add: "deployments: {east/1: {listen_address: ':1'}}", want: `server.yaml:2: deployments.east/1.listen_address: ":1" is of a deployment that cannot have this name; use up to 63 letters, digits, - and _`},
+		{name: "name of a deployment", add: "deployments: {east/1: {listen_address: ':1'}}", want: `server.yaml:2: deployments.east/1.listen_address: ":1" belongs to a deployment with an invalid name; use up to 63 letters, digits, - and _`},
 		{name: "address of a deployment", add: "deployments: {east: {listen_address: here}}", want: `server.yaml:2: deployments.east.listen_address: "here" is not host:port; write it as host:port, such as 0.0.0.0:8081`},
-		{name: "same address", add: "deployments:\n  east: {listen_address: ':1'}\n  west: {listen_address: ':1'}", want: `server.yaml:4: deployments.west.listen_address: ":1" is the address of deployments.east.listen_address; give each its own`},
-		{name: "address of the default deployment", add: "operators: {address: '0.0.0.0:8081'}", want: `server.yaml:2: operators.address: "0.0.0.0:8081" is the address of deployment default; give each its own`},
+		{name: "same address", add: "deployments:\n  east: {listen_address: ':1'}\n  west: {listen_address: ':1'}", want: `server.yaml:4: deployments.west.listen_address: ":1" is also the address of deployments.east.listen_address; use different addresses`},
+		{name: "address of the default deployment", add: "operators: {address: '0.0.0.0:8081'}", want: `server.yaml:2: operators.address: "0.0.0.0:8081" is also the address of deployment default; use different addresses`},
 		{name: "rule", add: "operators:\n  managers:\n  - unix:uid:0\n  - nobody\n  readers: ['unix:user:does-not-exist']", want: "server.yaml:5: operators.managers[1]: \"nobody\" is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID\n" +
 			`server.yaml:6: operators.readers[0]: "unix:user:does-not-exist" names a user that this machine does not have: user: unknown user does-not-exist`},
 		{name: "operator of another trust domain", env: map[string]string{"RENEWD_SERVER_OPERATORS_READERS": "spiffe://other.org/ops"}, want: `RENEWD_SERVER_OPERATORS_READERS: operators.readers[0]: "spiffe://other.org/ops" is not of trust domain example.org: operators need an SVID of it`},
 		{name: "metrics", add: "metrics: {address: localhost}", want: `server.yaml:2: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9091`},
-		{name: "web config for nothing", add: `metrics: {address: "", web_config_file: w.yml}`, want: `server.yaml:2: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
-		{name: "socket", add: "admin_socket: /" + strings.Repeat("x", 107), want: `server.yaml:2: admin_socket: "/` + strings.Repeat("x", 107) + `" is longer than the 107 bytes that the kernel takes; choose a shorter path`},
+		{name: "web config without address", add: `metrics: {address: "", web_config_file: w.yml}`, want: `server.yaml:2: metrics.web_config_file: "w.yml" is not used without metrics.address; set metrics.address or remove it`},
+		{name: "socket", add: "admin_socket: /" + strings.Repeat("x", 107), want: `server.yaml:2: admin_socket: "/` + strings.Repeat("x", 107) + `" is longer than the kernel's limit of 107 bytes; choose a shorter path`},
 		{name: "no socket", add: `admin_socket: ""`, want: `server.yaml:2: admin_socket: "" is empty; remove it for the default, /run/renewd-server/admin.sock`},
-		{name: "socket for nobody", add: "admin_socket_mode: 0066", want: `server.yaml:2: admin_socket_mode: 0066 does not let its owner connect; set at least 0600`},
+		{name: "mode without owner", add: "admin_socket_mode: 0066", want: `server.yaml:2: admin_socket_mode: 0066 does not let its owner connect; set at least 0600`},
 		{name: "profile", add: "bundle_endpoint: {profile: http}", want: `server.yaml:2: bundle_endpoint.profile: "http" is not a profile; use https_spiffe or https_web`},
 		{name: "web profile without files", add: "bundle_endpoint: {profile: https_web, cert_file: /c}", want: `server.yaml: bundle_endpoint.key_file is not set and profile https_web needs it; give the PEM file`},
-		{name: "files without web profile", flags: map[string]string{"bundle_endpoint.cert_file": "/c"}, want: `flag -bundle-endpoint-cert-file: bundle_endpoint.cert_file: "/c" is of no use with profile https_spiffe; remove it or set bundle_endpoint.profile: https_web`},
+		{name: "files without web profile", flags: map[string]string{"bundle_endpoint.cert_file": "/c"}, want: `flag -bundle-endpoint-cert-file: bundle_endpoint.cert_file: "/c" is not used with profile https_spiffe; remove it or set bundle_endpoint.profile: https_web`},
 		{name: "refresh hint", add: "bundle_endpoint: {refresh_hint: 1500ms}", want: `server.yaml:2: bundle_endpoint.refresh_hint: 1.5s is not in whole seconds; 5m is usual`},
 		{name: "federation without anything", add: "federation:\n  partner.example: {}", want: `server.yaml:3: federation.partner.example has no fields; give one or remove it`},
 		{name: "federation, misspelled", add: "federation:\n  partner.example:\n    url: https://p", want: `server.yaml:4: "federation.partner.example.url" is not a field; did you mean federation.partner.example.profile?`},
 		{name: "federation without a trust domain", add: "federation: {endpoint_url: https://p}", want: `server.yaml:2: federation.endpoint_url is not a list of fields; write one "name: value" a line`},
-		{name: "federation with a name that is none", add: "federation: {Partner: {endpoint_url: https://p}}", want: `server.yaml:2: federation.Partner.endpoint_url: "https://p" is of a name that is no trust domain; write it as federation: {partner.example: {…}}`},
+		{name: "federation with an invalid name", add: "federation: {Partner: {endpoint_url: https://p}}", want: `server.yaml:2: federation.Partner.endpoint_url: "https://p" has a name that is not a trust domain; write it as federation: {partner.example: {…}}`},
 		{name: "federation with itself", add: "federation: {example.org: {endpoint_url: https://p}}", want: `server.yaml:2: federation.example.org.endpoint_url: "https://p" is of the server's own trust domain; remove it: its bundle is the server's own`},
 		{name: "federation without URL", add: "federation: {partner.example: {profile: https_web}}", want: `server.yaml: federation.partner.example.endpoint_url is not set; give the https URL of its bundle endpoint`},
 		{name: "federation over http", add: "federation:\n  b.example: {endpoint_url: 'http://p', profile: https_web}\n  a.example: {endpoint_url: 'https://me@p', profile: https_web}\n  c.example: {endpoint_url: 'https:///x', profile: https_web}", want: "server.yaml:4: federation.a.example.endpoint_url: \"https://me@p\" has a user in it; write it as https://host:port/path\n" +
 			"server.yaml:3: federation.b.example.endpoint_url: \"http://p\" is not an https URL; write it as https://host:port/path\n" +
 			`server.yaml:5: federation.c.example.endpoint_url: "https:///x" has no host; write it as https://host:port/path`},
-		{name: "federation without profile", add: "federation: {partner.example: {endpoint_url: 'https://p'}}", want: `server.yaml: federation.partner.example.profile is not set; ask who runs the endpoint and use https_spiffe or https_web`},
+		{name: "federation without profile", add: "federation: {partner.example: {endpoint_url: 'https://p'}}", want: `server.yaml: federation.partner.example.profile is not set; ask the endpoint's operator and use https_spiffe or https_web`},
 		{name: "federation with another profile", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https}}", want: `server.yaml:2: federation.partner.example.profile: "https" is not a profile; use https_spiffe or https_web`},
-		{name: "federation by whom", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe}}", want: `server.yaml: federation.partner.example.endpoint_spiffe_id is not set and profile https_spiffe needs it; give the SPIFFE ID of the endpoint, such as spiffe://partner.example/spire/server`},
-		{name: "federation by nobody", add: "federation:\n  partner.example:\n    endpoint_url: https://p\n    profile: https_spiffe\n    endpoint_spiffe_id: p", want: `server.yaml:6: federation.partner.example.endpoint_spiffe_id: "p" is not a SPIFFE ID; write it as spiffe://partner.example/spire/server`},
-		{name: "federation by an ID on the web", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_web, endpoint_spiffe_id: 'spiffe://partner.example/x'}}", want: `server.yaml:2: federation.partner.example.endpoint_spiffe_id: "spiffe://partner.example/x" is of no use with profile https_web; remove it or set profile: https_spiffe`},
-		{name: "federation without a beginning", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://partner.example/x'}}", want: `server.yaml: federation.partner.example.bundle_file is not set, and the endpoint is of this trust domain itself; give a file with its bundle, which the first connection is verified with`},
-		{name: "federation by a stranger", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://x.example/x'}}", want: `server.yaml:2: federation.partner.example.endpoint_spiffe_id: "spiffe://x.example/x" is of a trust domain whose bundle nothing leads to; follow x.example, too, under federation, or give a bundle_file there`},
+		{name: "federation without an ID", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe}}", want: `server.yaml: federation.partner.example.endpoint_spiffe_id is not set and profile https_spiffe needs it; give the SPIFFE ID of the endpoint, such as spiffe://partner.example/spire/server`},
+		{name: "federation with an invalid ID", add: "federation:\n  partner.example:\n    endpoint_url: https://p\n    profile: https_spiffe\n    endpoint_spiffe_id: p", want: `server.yaml:6: federation.partner.example.endpoint_spiffe_id: "p" is not a SPIFFE ID; write it as spiffe://partner.example/spire/server`},
+		{name: "federation with an ID on the web", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_web, endpoint_spiffe_id: 'spiffe://partner.example/x'}}", want: `server.yaml:2: federation.partner.example.endpoint_spiffe_id: "spiffe://partner.example/x" is not used with profile https_web; remove it or set profile: https_spiffe`},
+		{name: "federation without a file", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://partner.example/x'}}", want: `server.yaml: federation.partner.example.bundle_file is not set, and the endpoint is in this trust domain itself; give a file with its bundle to verify the first connection`},
+		{name: "federation with an ID of an unknown trust domain", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_spiffe, endpoint_spiffe_id: 'spiffe://x.example/x'}}", want: `server.yaml:2: federation.partner.example.endpoint_spiffe_id: "spiffe://x.example/x" is in a trust domain whose bundle is not available; configure x.example, too, under federation, or give a bundle_file there`},
 		{name: "federation with an empty file", add: "federation: {partner.example: {endpoint_url: 'https://p', profile: https_web, bundle_file: ''}}", want: `server.yaml:2: federation.partner.example.bundle_file: "" is empty; give a value or remove it`},
 		{name: "X.509 lifetime", env: map[string]string{"RENEWD_SERVER_KEYSETS_X509_TTL": "169h"}, want: `RENEWD_SERVER_KEYSETS_X509_TTL: keysets.x509_ttl: 169h is not from 1h to 168h; 24h is usual`},
 		{name: "JWT lifetime", add: "keysets: {jwt_ttl: 0s}", want: `server.yaml:2: keysets.jwt_ttl: 0s is shorter than a second; 24h is usual`},
 		{name: "mode", add: "rotation: {mode: manual}", want: `server.yaml:2: rotation.mode: "manual" is not a mode; use off, on or paused`},
-		{name: "mode as true", add: "rotation: {mode: true}", want: `server.yaml:2: rotation.mode: "true" is not text; put quotes around it`},
+		{name: "mode as true", add: "rotation: {mode: true}", want: `server.yaml:2: rotation.mode: "true" is not a string; put quotes around it`},
 		{name: "thresholds", add: "rotation:\n  preparation_threshold: 1081h\n  taint_threshold: 1500ms", want: "server.yaml:3: rotation.preparation_threshold: 1081h is 1081h0m0s, more than half of a keyset's lifetime, 2160h0m0s; give at most 1080h0m0s\n" +
 			`server.yaml:4: rotation.taint_threshold: 1.5s is 1.5s; give whole seconds, at least one`},
 		{name: "log", add: "log: {format: xml}", want: `server.yaml:2: log.format: "xml" is not a format; use auto, text or json`},
@@ -151,16 +151,16 @@ func TestProblems(t *testing.T) {
 	}
 }
 
-// The published table is the one in the code. After a change of a field:
+// TestConfigTable: the published table is that of the code. After a change of a field run
 // go test ./cmd/server -run TestConfigTable -update
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	want := "# Configuration of the server\n\n" +
-		"One YAML file, given with `--config`; [server.example.yaml](../deploy/server.example.yaml) is a start. A flag wins over the\n" +
-		"environment, the environment over the file, the file over the default. In the file a dot is a section, and NAME or\n" +
-		"TRUSTDOMAIN a name of your choice. A list is written `[A, B]` in the file, and `A,B` in a flag or a variable. An empty variable is the\n" +
-		"same as none. `server config check --config FILE` prints every error at once, with file,\n" +
-		"line and remedy. An unknown or contradictory field is an error.\n\n" + schema.Markdown()
+		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n" +
+		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME or\n" +
+		"TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n" +
+		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n" +
+		"with file, line and remedy.\n\n" + schema.Markdown()
 	file := filepath.Join("..", "..", "docs", "configuration-server.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
@@ -172,12 +172,12 @@ func TestConfigTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(have) != want {
-		t.Errorf("%s is not what the code says; run this test with -update", file)
+		t.Errorf("%s differs from the code; run this test with -update", file)
 	}
 }
 
-// FuzzEntries: no file makes the parser panic, every refusal says where and
-// what, and what is accepted has all that the server needs.
+// FuzzEntries: no file causes a panic, every error has a place and a cause, and accepted
+// entries have all required fields.
 func FuzzEntries(f *testing.F) {
 	f.Add("entries:\n- id: web\n  spiffe_id: spiffe://example.org/web\n  selectors: ['unix:uid:1']\n")
 	f.Add("entries: [{id: a, id: b}, &x {id: [c]}, *x, {x509_ttl: 1}]\n---\n")
@@ -189,7 +189,7 @@ func FuzzEntries(f *testing.F) {
 		}
 		for _, p := range problems {
 			if p.What == "" || !strings.HasPrefix(p.Where, "entries.yaml") {
-				t.Errorf("problem without place or reason: %+v", p)
+				t.Errorf("problem without place or cause: %+v", p)
 			}
 		}
 		for _, e := range entries {

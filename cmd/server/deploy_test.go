@@ -22,8 +22,8 @@ import (
 	"github.com/renewd/renewd/internal/server/seal"
 )
 
-// The unit sets variables that exist, loads the credential that is looked for,
-// and is not restarted after the exit codes that would only repeat.
+// TestUnitFitsServer: the unit sets variables that exist, loads the right credential, and
+// does not restart the server after a permanent error.
 func TestUnitFitsServer(t *testing.T) {
 	t.Parallel()
 	unit := string(deployFile(t, "renewd-server.service"))
@@ -38,7 +38,7 @@ func TestUnitFitsServer(t *testing.T) {
 	}
 	for _, want := range []string{
 		"\nRestart=always\n",
-		"\nEnvironment=GOTRACEBACK=crash\n", // else a crash ends with cli.ExitUsage
+		"\nEnvironment=GOTRACEBACK=crash\n", // otherwise a crash exits with cli.ExitUsage
 		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitStore) + "\n",
 		"\nLoadCredentialEncrypted=" + seal.CredentialName + ":",
 	} {
@@ -51,7 +51,7 @@ func TestUnitFitsServer(t *testing.T) {
 	}
 }
 
-// manifest is what the tests look at in server.kubernetes.yaml.
+// manifest has the fields of server.kubernetes.yaml that are tested.
 type manifest struct {
 	Kind     string
 	Metadata struct {
@@ -144,8 +144,8 @@ func TestStatefulSetFitsServer(t *testing.T) {
 		t.Errorf("pods have labels %v; the set selects %s, the service %s", labels, matched, service)
 	}
 
-	// What is listened on has a port of the pod, and but for the metrics a port of
-	// the service.
+	// Every listener has a port of the pod, and every one except metrics a port of the
+	// service.
 	ports := map[string]int{}
 	for _, p := range c.Ports {
 		ports[p.Name] = p.ContainerPort
@@ -174,7 +174,7 @@ func TestStatefulSetFitsServer(t *testing.T) {
 		}
 	}
 
-	// The user is that of the image, may open the volumes, and operates.
+	// The user is that of the image, can open the volumes, and is a manager.
 	user := pod.SecurityContext["runAsUser"]
 	if user != pod.SecurityContext["fsGroup"] || pod.SecurityContext["runAsNonRoot"] != true ||
 		!strings.Contains(string(deployFile(t, "Dockerfile")), fmt.Sprintf("USER %[1]v:%[1]v\nVOLUME %s\n", user, cfg.DataDir)) {

@@ -17,7 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// shownEntry is an entry as -o json prints it, with the names of the file.
+// shownEntry is an entry as -o json prints it, with the field names of the file.
 type shownEntry struct {
 	ID            string   `json:"id"`
 	SPIFFEID      string   `json:"spiffe_id"`
@@ -50,7 +50,7 @@ func showEntry(e *api.Entry) *shownEntry {
 	return out
 }
 
-// attributes lists those that are set, with the names of the file.
+// attributes lists the attributes that are set, with the field names of the file.
 func (e *shownEntry) attributes() []string {
 	var out []string
 	if e.DisableX509SVIDPrefetch {
@@ -94,7 +94,7 @@ func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
 			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
 				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL), text(strings.Join(e.attributes(), " ")))
 		}
-		return flushed(table)
+		return flush(table)
 	})
 }
 
@@ -178,7 +178,7 @@ func showChanges(resp *api.ApplyEntriesResponse, dryRun bool) shownChanges {
 	return out
 }
 
-// printChanges prints each change with what it changes, and their numbers.
+// printChanges prints each change and their numbers.
 func printChanges(w io.Writer, resp *api.ApplyEntriesResponse, dryRun bool) error {
 	var out strings.Builder
 	numbers := map[string]int{}
@@ -203,7 +203,7 @@ func printChanges(w io.Writer, resp *api.ApplyEntriesResponse, dryRun bool) erro
 		numbers[added], numbers[changed], numbers[removed], resp.GetUnchanged(), note)
 }
 
-// difference prints the fields that differ, with the names of the file.
+// difference prints the fields that differ, with the field names of the file.
 func difference(out *strings.Builder, before, after *shownEntry) {
 	for _, f := range []struct{ name, before, after string }{
 		{"spiffe_id", before.SPIFFEID, after.SPIFFEID},

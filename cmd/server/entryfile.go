@@ -34,30 +34,30 @@ type entry struct {
 	JWTSVIDIncludeJTI       bool
 }
 
-// entrySchema is how one element of an entries file is written and checked. What
-// needs the server's knowledge, such as its trust domain, is checked there.
+// entrySchema describes an element of an entries file. Checks that need the server's
+// state, such as its trust domain, are the server's.
 var entrySchema = config.Schema[entry]{
 	Help: "server help entries", Check: validateEntry,
 	Fields: []config.Field[entry]{
 		{Path: "id", Value: func(e *entry) any { return &e.ID }, Doc: "Name of the entry, unique in the file. Required."},
 		{Path: "spiffe_id", Value: func(e *entry) any { return &e.SPIFFEID }, Doc: "SPIFFE ID of the workloads. Required."},
-		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "SPIFFE ID of the one agent that serves the entry. Every agent when not set."},
-		{Path: "operator", Value: func(e *entry) any { return &e.Operator }, Doc: "true lets every agent serve an entry whose spiffe_id is in operators of the server's configuration. Otherwise such an entry needs a parent_id: with its SVID an agent may do what the operator may."},
-		{Path: "selectors", Value: func(e *entry) any { return &e.Selectors }, Doc: "What a workload must have, all of it, such as unix:uid:1000. Required."},
-		{Path: "hint", Value: func(e *entry) any { return &e.Hint }, Doc: "Tells a workload with several identities them apart."},
-		{Path: "federates_with", Value: func(e *entry) any { return &e.FederatesWith }, Doc: "Foreign trust domains whose bundles the workloads get."},
-		{Path: "dns_names", Value: func(e *entry) any { return &e.DNSNames }, Doc: "DNS names in X.509-SVIDs beside the SPIFFE ID, for clients that do not know it. The first is also the common name. At most 100; the first label may be *."},
-		{Path: "x509_ttl", Value: func(e *entry) any { return &e.X509TTL }, Doc: "Lifetime of X.509-SVIDs, 1h to 168h. The server's when not set."},
-		{Path: "jwt_ttl", Value: func(e *entry) any { return &e.JWTTTL }, Doc: "Lifetime of JWT-SVIDs. The server's when not set."},
-		{Path: "disable_x509_svid_prefetch", Value: func(e *entry) any { return &e.DisableX509SVIDPrefetch }, Doc: "true has agents mint an X.509-SVID only when a workload asks for it, and renew it while a workload has it open. For workloads that use JWT-SVIDs alone."},
-		{Path: "jwt_svid_include_jti", Value: func(e *entry) any { return &e.JWTSVIDIncludeJTI }, Doc: "true puts a jti claim into JWT-SVIDs, another one each time. Each request is answered with a new token, which the server has to sign meanwhile."},
+		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "SPIFFE ID of the one agent that serves the entry. Every agent serves it when not set."},
+		{Path: "operator", Value: func(e *entry) any { return &e.Operator }, Doc: "Set true to let every agent serve an entry whose spiffe_id is in operators of the server's configuration. Otherwise such an entry needs a parent_id, because an agent with its SVID has the operator's role."},
+		{Path: "selectors", Value: func(e *entry) any { return &e.Selectors }, Doc: "Selectors, such as unix:uid:1000. A workload must match all of them. Required."},
+		{Path: "hint", Value: func(e *entry) any { return &e.Hint }, Doc: "Tells a workload with several identities which one to use."},
+		{Path: "federates_with", Value: func(e *entry) any { return &e.FederatesWith }, Doc: "Other trust domains whose bundles the workloads get."},
+		{Path: "dns_names", Value: func(e *entry) any { return &e.DNSNames }, Doc: "DNS names in X.509-SVIDs, for clients without SPIFFE support. The first is also the common name. At most 100; the first label may be *."},
+		{Path: "x509_ttl", Value: func(e *entry) any { return &e.X509TTL }, Doc: "Lifetime of X.509-SVIDs, 1h to 168h. The server's default when not set."},
+		{Path: "jwt_ttl", Value: func(e *entry) any { return &e.JWTTTL }, Doc: "Lifetime of JWT-SVIDs. The server's default when not set."},
+		{Path: "disable_x509_svid_prefetch", Value: func(e *entry) any { return &e.DisableX509SVIDPrefetch }, Doc: "Set true to have an X.509-SVID minted only when a workload asks for it, and renewed only while a workload has a stream open. For workloads that use JWT-SVIDs only."},
+		{Path: "jwt_svid_include_jti", Value: func(e *entry) any { return &e.JWTSVIDIncludeJTI }, Doc: "Set true to add a unique jti claim to each JWT-SVID. Every request then waits for the server to sign a new one."},
 	},
 }
 
 func validateEntry(c *config.Checker[entry]) {
 	e := c.Config
 	if e.ID == "" {
-		c.Missing("id", "is not set", "give the entry a name of its own")
+		c.Missing("id", "is not set", "give the entry a unique name")
 	}
 	if e.SPIFFEID == "" {
 		c.Missing("spiffe_id", "is not set", "give the identity of the workloads, such as spiffe://example.org/web")
@@ -86,15 +86,14 @@ func validateEntry(c *config.Checker[entry]) {
 		c.Bad(fmt.Sprintf("dns_names[%d]", wrong.Index), wrong.Problem, wrong.Remedy)
 	}
 	if c.Origin("x509_ttl") != "" && (e.X509TTL < keyset.MinX509TTL || e.X509TTL > keyset.MaxX509TTL) {
-		c.Bad("x509_ttl", "is not from "+config.Short(keyset.MinX509TTL)+" to "+config.Short(keyset.MaxX509TTL), "leave it out for the server's")
+		c.Bad("x509_ttl", "is not from "+config.Short(keyset.MinX509TTL)+" to "+config.Short(keyset.MaxX509TTL), "remove it for the server's default")
 	}
 	if c.Origin("jwt_ttl") != "" && e.JWTTTL < time.Second {
-		c.Bad("jwt_ttl", "is shorter than a second", "leave it out for the server's")
+		c.Bad("jwt_ttl", "is shorter than a second", "remove it for the server's default")
 	}
 }
 
-// loadEntries reads an entries file. An error about its content is a
-// [config.Error] that names each place.
+// loadEntries loads an entries file. An error in its content is a [config.Error].
 func loadEntries(file string) ([]*api.Entry, error) {
 	data, err := config.ReadFile(file, maxEntriesFile)
 	if err != nil {
@@ -116,7 +115,7 @@ func parseEntries(file string, data []byte) ([]*api.Entry, error) {
 		if first, dup := lines[item.Config.ID]; dup {
 			problems = append(problems, config.Problem{
 				Where: fmt.Sprintf("%s:%d", file, item.Line), Path: "id", Value: fmt.Sprintf("%q", item.Config.ID),
-				What: fmt.Sprintf("is that of the entry in line %d, too", first), Remedy: "give each entry a name of its own",
+				What: fmt.Sprintf("is also the ID of the entry in line %d", first), Remedy: "give each entry a unique name",
 			})
 			continue
 		}

@@ -17,8 +17,8 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// fake is an Operator service in the middle of a rotation, with times that print
-// the same for centuries. The zero fake has one deployment and nothing in it.
+// fake is an Operator service during a rotation, with times far in the past and future.
+// The zero fake has an expired keyset and nothing else.
 type fake struct {
 	api.UnimplementedOperatorServer
 	busy bool
@@ -51,7 +51,7 @@ func (f *fake) ListKeysets(_ context.Context, r *api.ListKeysetsRequest) (*api.L
 	}}, nil
 }
 
-// ReadAudit has three records and hands out two at a time.
+// ReadAudit has three records and returns two at a time.
 func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadAuditResponse, error) {
 	state := func(id string, s api.KeysetState) *api.AuditState { return &api.AuditState{KeysetId: id, State: s} }
 	all := []*api.AuditRecord{
@@ -77,7 +77,7 @@ func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadA
 	return &api.ReadAuditResponse{Records: out}, nil
 }
 
-// GetClock is of a clock that went ahead where the fake is busy.
+// GetClock returns a clock in doubt if the fake is busy.
 func (f *fake) GetClock(context.Context, *api.GetClockRequest) (*api.GetClockResponse, error) {
 	c := &api.Clock{Shows: timestamppb.New(past.Add(91 * 24 * time.Hour)), AtLeast: timestamppb.New(past)}
 	if f.busy {
@@ -86,7 +86,7 @@ func (f *fake) GetClock(context.Context, *api.GetClockRequest) (*api.GetClockRes
 	return &api.GetClockResponse{Clock: c}, nil
 }
 
-// ConfirmClock takes one time.
+// ConfirmClock accepts one time.
 func (f *fake) ConfirmClock(_ context.Context, r *api.ConfirmClockRequest) (*api.ConfirmClockResponse, error) {
 	if !r.GetTime().AsTime().Equal(past.Truncate(time.Minute)) {
 		return nil, status.Errorf(codes.FailedPrecondition, "the server's clock does not show %s", r.GetTime().AsTime())
@@ -94,7 +94,7 @@ func (f *fake) ConfirmClock(_ context.Context, r *api.ConfirmClockRequest) (*api
 	return &api.ConfirmClockResponse{Clock: &api.Clock{Shows: timestamppb.New(past), AtLeast: timestamppb.New(past)}}, nil
 }
 
-// Backup sends something that is no store, all of it where the fake is busy.
+// Backup sends data that is not a store, incomplete unless the fake is busy.
 func (f *fake) Backup(_ *api.BackupRequest, stream grpc.ServerStreamingServer[api.BackupResponse]) error {
 	if err := stream.Send(&api.BackupResponse{Data: make([]byte, 9000)}); err != nil || !f.busy {
 		return err
@@ -177,7 +177,7 @@ func (f *fake) ApplyEntries(_ context.Context, r *api.ApplyEntriesRequest) (*api
 	return out, nil
 }
 
-// strict refuses everything.
+// strict rejects everything.
 type strict struct {
 	api.UnimplementedOperatorServer
 }

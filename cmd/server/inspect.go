@@ -48,8 +48,7 @@ func showRecord(r *api.AuditRecord) shownRecord {
 	return out
 }
 
-// title prints a state as keysetctl does; none is that of a keyset that was not
-// there.
+// title formats a state like keysetctl; "none" if the keyset did not exist.
 func title(state string) string {
 	if state == "" {
 		return "none"
@@ -89,7 +88,7 @@ func auditCommand(ctx context.Context, args []string, e cli.Env) error {
 			_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Number, r.At.UTC().Format("2006-01-02 15:04:05 UTC"),
 				text(r.Actor), text(r.Operation), text(r.Keyset), text(strings.Join(r.changes, ", ")), text(r.Note))
 		}
-		return flushed(table)
+		return flush(table)
 	})
 }
 
@@ -115,7 +114,7 @@ func bundleCommand(ctx context.Context, args []string, e cli.Env) error {
 	})
 }
 
-// deploymentHealth is what "health" says of one deployment.
+// deploymentHealth is the output of "health" for one deployment.
 type deploymentHealth struct {
 	Deployment   string     `json:"deployment"`
 	Healthy      bool       `json:"healthy"`
@@ -133,7 +132,7 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	if _, err := parse(fset, args, healthUsage, e); err != nil {
 		return err
 	}
-	// Whoever asks wants to know how it is now.
+	// Without waiting for a starting server, because the present state is asked for.
 	return c.doWithin(ctx, 0, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
 		names := []string{c.deployment}
 		if c.deployment == "" {
@@ -187,5 +186,5 @@ func (c *client) printHealth(all []deploymentHealth, now time.Time) error {
 		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n", text(d.Deployment), healthy, text(d.Keyset),
 			when(d.ExpiresAt, now), d.Agents, d.AgentsBehind, text(d.Rotation))
 	}
-	return flushed(table)
+	return flush(table)
 }

@@ -20,7 +20,7 @@ func keyNewCommand(_ context.Context, args []string, e cli.Env) error {
 	if err := seal.NewFile(file); err != nil {
 		return err
 	}
-	return cli.Printf(e.Stdout, "%s: made; keep a copy elsewhere, the store cannot be read without it\n", file)
+	return cli.Printf(e.Stdout, "%s: created; keep a copy elsewhere, the store cannot be read without it\n", file)
 }
 
 // keyAddCommand is "key add".
@@ -32,7 +32,7 @@ func keyAddCommand(_ context.Context, args []string, e cli.Env) error {
 	if err := seal.AddKey(file); err != nil {
 		return err
 	}
-	return cli.Printf(e.Stdout, "%s: a new key was added; restart the server to encrypt everything under it\n", file)
+	return cli.Printf(e.Stdout, "%s: new key added; restart the server to encrypt everything with it\n", file)
 }
 
 func keyFile(name string, args []string, e cli.Env) (string, error) {

@@ -1,6 +1,6 @@
-// Command server is the renewd signing server of a trust domain, and what an
-// operator does with its entries, agents and tokens: see the usage text in
-// usage.go or run it with no arguments. Keysets are rotated with keysetctl.
+// Command server is the renewd signing server of a trust domain, and the operator's
+// command for its entries, agents and tokens: see the usage text in usage.go or run
+// server help. Keysets are rotated with keysetctl.
 package main
 
 import (
@@ -12,6 +12,6 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // from then on a second signal ends the process at once
+	context.AfterFunc(ctx, stop) // so that a second signal ends the process at once
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
 }

@@ -18,9 +18,9 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"server": main})
 }
 
-// TestScripts runs the command lines in testdata/script against operator
-// services: a server in the middle of a rotation on the socket $ADMIN, one that
-// cannot sign on $SICK, one that refuses on $STRICT.
+// TestScripts runs the command lines in testdata/script against operator services: a
+// server during a rotation on the socket $ADMIN, one that cannot sign on $SICK, and one
+// that rejects everything on $STRICT.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	testscript.Run(t, testscript.Params{
@@ -61,7 +61,7 @@ func serveOperator(t *testing.T, e *testscript.Env, path string, service api.Ope
 	})
 }
 
-// A closed pipe must not look like success.
+// TestOutputError: a write to a closed pipe is a failure.
 func TestOutputError(t *testing.T) {
 	t.Parallel()
 	r, w, err := os.Pipe()

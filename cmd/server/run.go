@@ -16,14 +16,15 @@ import (
 )
 
 // exitStore is the exit status of a server whose store is damaged or was sealed
-// with another key: a restart would end the same way.
+// with another key.
 const exitStore = 3
 
-func hopeless(err error) bool {
+// isPermanent reports whether a restart would fail with the same error.
+func isPermanent(err error) bool {
 	return errors.Is(err, store.ErrDamaged) || errors.Is(err, seal.ErrWrongKey)
 }
 
-// runCommand runs the server until ctx ends.
+// runCommand runs the server until ctx is done.
 func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	fset := flag.NewFlagSet("run", flag.ContinueOnError)
 	load := schema.Flags(fset, e.Getenv)
@@ -47,7 +48,7 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	return d.Run(ctx)
 }
 
-// domainConfig hands the configuration to the assembly.
+// domainConfig converts the configuration.
 func domainConfig(s *settings, e cli.Env) server.Config {
 	c := server.Config{
 		TrustDomain:      s.TrustDomain,

@@ -17,159 +17,157 @@ const usage = `server signs the workload identities of one trust domain.
 
 Usage:
   server run -config FILE            run the server
-  server config check -config FILE   say what is wrong with a configuration, and start nothing
-  server key new FILE                make the key that signing keys are encrypted under
-  server key add FILE                add a new one to a key file, in order to rotate it
+  server config check -config FILE   check a configuration without starting the server
+  server key new FILE                create the key that encrypts the signing keys
+  server key add FILE                add a new key to a key file, to rotate the key
 
-Of the running server, over its admin socket or, with -server, from elsewhere:
-  server token create [-ttl 10m]     make a join token that lets one agent in
-  server entries apply FILE          make the entries of a file all there are
+Commands for the running server, over its admin socket or, with -server, over the network:
+  server token create [-ttl 10m]     create a join token for one agent
+  server entries apply FILE          replace all registration entries with those of a file
   server entries list                list the registration entries
   server agent list                  list the agents
-  server agent ban ID                refuse an agent from now on
-  server agent evict ID              forget an agent, so that it has to attest again
-  server clock show                  whether the server's clock is believed
-  server clock confirm TIME          say that it is right, by another clock
-  server backup FILE                 a copy of the store, checked, while the server goes on
-  server audit                       what was done to the keysets, and by whom
-  server bundle                      the trust bundle (PEM) that agents start from
-  server health                      exit 0 when the server can sign
+  server agent ban ID                reject an agent from now on
+  server agent evict ID              delete an agent, so that it has to re-attest
+  server clock show                  show whether the server's clock is in doubt
+  server clock confirm TIME          confirm the server's clock with the time of another clock
+  server backup FILE                 copy the store of the running server, and check the copy
+  server audit                       list the changes of the keysets, with time and operator
+  server bundle                      print the trust bundle (PEM) that agents start from
+  server health                      exit 0 if the server can sign
   server version                     print the version
 
 "server help COMMAND" describes one command, "server help config" every field of
-the configuration, "server help entries" every field of an entry. Keysets are
-rotated with keysetctl.
+the configuration, "server help entries" every field of an entry. Rotate keysets
+with keysetctl.
 
-Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 wrong
+Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 invalid
 command line, configuration or entries file; 3 the store is damaged or was
-encrypted under another key: no restart will change that.
+encrypted with another key, so that a restart does not help.
 `
 
 const runUsage = `Usage: server run [-config FILE] [-FIELD VALUE]...
 
-Runs until SIGTERM or SIGINT, then lets calls in flight end and exits 0. A second
-signal ends it at once. Every field of the configuration can be given as a flag
-or in the environment too, except deployments and federation, which are in the
-file alone: "server help config" lists them.
+Runs until SIGTERM or SIGINT, then finishes calls in flight and exits 0. A second
+signal ends it at once. Every field of the configuration can also be set by a flag
+or in the environment, except deployments and federation, which can be set in the
+file only: "server help config" lists the fields.
 `
 
 const checkUsage = `Usage: server config check -config FILE [-FIELD VALUE]...
 
-Reads the configuration as "server run" would and prints every error with its
-place and its remedy. Starts nothing and writes nothing.
+Loads the configuration like "server run" and prints every error with its place
+and its remedy. It starts nothing and writes nothing.
 `
 
 const keyUsage = `Usage: server key new FILE
        server key add FILE
 
-The signing keys in the store are encrypted under a key that lies elsewhere: in
-a file of mode 0600 (key_file) or in the systemd credential renewd-store-key. Keep
-a copy: a store cannot be read without it.
+The signing keys in the store are encrypted with a key that is not in the store.
+It is in a file of mode 0600 (key_file) or in the systemd credential renewd-store-key.
+Keep a copy: a store cannot be read without its key.
 
-new makes a key file and never overwrites one. With - as FILE it prints the key:
+new creates a key file and never overwrites one. With - as FILE it prints the key:
   server key new - | systemd-creds encrypt --name=renewd-store-key - /etc/renewd/store-key.cred
-add puts a new key before the ones that the file has. At its next start the
-server encrypts everything under the new one; the older ones can go then.
+add adds a new key to the file and makes it the primary one. At its next start the
+server encrypts everything with the new key; then you can remove the older ones.
 `
 
 const clientUsage = `
-  -admin-socket PATH      the server's admin socket (default /run/renewd-server/admin.sock, or what
-                          RENEWD_ADMIN_SOCKET or RENEWD_SERVER_ADMIN_SOCKET says). A server that is
-                          starting is waited for, 5s and at most half of -timeout
-  -server HOST:PORT       a server elsewhere (operators.address), with this operator's own SVID from
+  -admin-socket PATH      the server's admin socket (default RENEWD_ADMIN_SOCKET or
+                          RENEWD_SERVER_ADMIN_SOCKET, else /run/renewd-server/admin.sock). The command
+                          waits for a starting server, for 5s or half of -timeout if that is less
+  -server HOST:PORT       a remote server (operators.address), with the operator's X.509-SVID from
                           the Workload API at SPIFFE_ENDPOINT_SOCKET
   -trust-domain NAME      the trust domain (default TRUST_DOMAIN, else the server's own)
   -deployment-name NAME   the deployment (default DEPLOYMENT_NAME, else the only one)
   -timeout DURATION       how long to wait (default 1m)
-  -o text|json            how to print (default text)
+  -o text|json            the output format (default text)
 `
 
 const tokenUsage = `Usage: server token create [-ttl DURATION]
 
-Makes a join token that lets one agent in, once, within the time given (default
-10m). The token alone is printed to standard output, when it ends to standard
-error.
+Creates a join token. It attests one agent, once, within the given time (default
+10m). Standard output has the token alone, standard error the time when it expires.
 ` + clientUsage
 
 const entriesUsage = `Usage: server entries apply FILE [-dry-run] [-remove N]
        server entries list
 
-apply makes the entries of a YAML file all that the deployment has, in one atomic
-step, and prints what that changes: + added, ~ changed, - removed. With -dry-run
-nothing is changed.
+apply replaces all registration entries of the deployment with those of a YAML file,
+atomically, and prints the changes: + added, ~ changed, - removed. With -dry-run it
+changes nothing.
 
-A file that removes all entries, more than 20, or more than 5 and more than a tenth
-of them is refused unless -remove gives their number as the dry run prints it: a
-file that was cut off looks like that. With -remove, another number is refused.
+apply rejects a file that removes all entries, more than 20, or more than 5 and more
+than a tenth of them, because a truncated file looks like that. To apply it, give the
+number that the dry run prints with -remove. Any other number is rejected, too.
 ` + clientUsage
 
 const agentUsage = `Usage: server agent list
        server agent ban ID
        server agent evict ID [-gone]
 
-ID is the agent's SPIFFE ID as list shows it. A banned agent is refused and stops.
-An evicted one is forgotten and has to attest again. What either was given
-counts as held until it expires, unless -gone gives your word that the node no
-longer exists. An ID that the server has never heard of is an error.
+ID is the agent's SPIFFE ID as list shows it. The server rejects a banned agent, and
+the agent stops. It deletes an evicted agent, which has to re-attest. The SVIDs of
+either count as held until they expire. With -gone you confirm that the node no longer
+exists, and they stop counting at once. An unknown ID is an error.
 ` + clientUsage
 
 const clockUsage = `Usage: server clock show
        server clock confirm TIME
 
-show prints what the server's clock shows and what time it is at least: what is valid
-then counts as valid. A clock that went ahead of the last heartbeat and the uptime by
-more than three days, or was set back by more than five minutes, is in doubt.
-Automatic rotation waits then. It goes on when the clock has stayed there for an hour,
-a day if it was set back, and that of an agent or a remote operator fits it.
+show prints the time of the server's clock and the time that has certainly passed. An
+SVID that is valid at the latter counts as valid. A clock is in doubt if it is ahead of
+the last heartbeat and the uptime by more than three days, or was set back by more than
+five minutes. Automatic rotation waits then. It continues when the clock has been steady
+for an hour (a day if it was set back) and agrees with that of an agent or a remote operator.
 
-confirm ends the doubt. TIME is what another clock shows that you trust, within five
-minutes, such as 2026-01-02T15:04Z: that of this machine may be the one in doubt. It is
-written in the audit log.
+confirm ends the doubt. TIME is the time of another clock that you trust, such as
+2026-01-02T15:04Z, within five minutes. The clock of this machine may be the one in
+doubt. The audit log records the confirmation.
 ` + clientUsage
 
 const auditUsage = `Usage: server audit [-after NUMBER]
 
-Prints every mutation of the keysets, and every time that the clock was confirmed, oldest
-first: who did what, when, and what it changed. With -after only the records after
+Lists every change of the keysets and every confirmation of the clock, oldest first:
+the operator, the time and what changed. With -after it lists only the records after
 that number.
 ` + clientUsage
 
 const backupUsage = `Usage: server backup FILE [-key-file KEY] [-force]
 
-Makes a copy of the running server's store, of all deployments, as it is at one
-moment. It is written beside FILE, checked completely and then named FILE: a file
-of that name is whole. One that exists is replaced with -force only. Who does it
-must be in operators.managers. It may take two minutes (-timeout is 2m10s when not
-given), and data_dir must have room for two of it.
+Writes a consistent copy of the running server's store, with all deployments, to FILE.
+The copy is checked before it is renamed to FILE, so FILE is always complete. An existing
+file is replaced only with -force. You must be in operators.managers. A backup can take
+two minutes (-timeout is 2m10s by default), and data_dir needs room for two copies.
 
-The signing keys in it are encrypted, as in the store; the key that opens them is
-not in it. With -key-file, that key, it is also checked that it does open them.
+The signing keys in the copy are encrypted, as in the store. The encryption key is not
+in the copy. With -key-file the command also checks that this key decrypts them.
 
-To restore, stop the server, put the file in the place of renewd.db in data_dir,
-for the server's user, and start it. The server knows then that it does not know
-what was signed since the copy was taken: no keyset in it is safe to remove before
-all of that has expired, a week later at the latest for X.509-SVIDs. Join tokens
-are gone. A file that was copied in another way tells the server nothing of this.
+To restore, stop the server, replace renewd.db in data_dir with the file, owned by
+the server's user, and start the server. It detects the restore. It does not know the
+SVIDs that were signed after the copy, so no keyset of the copy is safe to remove before
+they have expired: X.509-SVIDs within a week, JWT-SVIDs with the keyset. Join tokens are
+deleted. The server does not detect a restore of a file that was copied in another way.
 ` + clientUsage
 
 const bundleUsage = `Usage: server bundle
 
-Prints the trust bundle as PEM certificates: what an agent's trust_bundle_file holds.
+Prints the trust bundle as PEM certificates, for an agent's trust_bundle_file.
 ` + clientUsage
 
 const healthUsage = `Usage: server health
 
-Exits 0 when the server answers and every deployment has an active keyset that
-can sign. Prints one line for each deployment. All deployments are looked at
-unless one is named. A server that is not up yet is not waited for.
+Exits 0 if the server answers and every deployment has an active keyset that can
+sign. Prints one line for each deployment, or for the named one only. It does not
+wait for a starting server.
 ` + clientUsage
 
-// run carries out one command line and returns the exit status.
+// run runs one command line and returns the exit status.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
 	err := dispatch(ctx, args, e)
 	code := cli.Report("server", err, e)
-	if code == cli.ExitFailed && hopeless(err) {
+	if code == cli.ExitFailed && isPermanent(err) {
 		return exitStore
 	}
 	return code
@@ -249,8 +247,8 @@ func help(args []string, e cli.Env) error {
 	return cli.Printf(e.Stdout, "%s", text)
 }
 
-// parse reads flags that may stand before and after the arguments, of which
-// there must be as many as names. It returns the arguments.
+// parse parses flags before, between and after the arguments, and returns the arguments.
+// There must be as many as names.
 func parse(fset *flag.FlagSet, args []string, helpText string, e cli.Env, names ...string) ([]string, error) {
 	var have []string
 	for {
@@ -272,8 +270,8 @@ func parse(fset *flag.FlagSet, args []string, helpText string, e cli.Env, names 
 	return have, nil
 }
 
-// flushed ends a table.
-func flushed(table interface{ Flush() error }) error {
+// flush writes a table.
+func flush(table interface{ Flush() error }) error {
 	if err := table.Flush(); err != nil {
 		return fmt.Errorf("write output: %w", err)
 	}

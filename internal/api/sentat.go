@@ -9,25 +9,25 @@ import (
 	"google.golang.org/grpc/peer"
 )
 
-// sentAtKey is the metadata in which a caller says what its own clock shows.
+// sentAtKey is the metadata key of the time of the caller's clock.
 const sentAtKey = "renewd-sent-at"
 
-// WithSentAt adds to an outgoing call what the caller's clock shows.
+// WithSentAt adds the time of the caller's clock to the metadata of an outgoing call.
 func WithSentAt(ctx context.Context, t time.Time) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, sentAtKey, t.UTC().Format(time.RFC3339Nano))
 }
 
-// SentAt returns what the clock of a caller showed when it made the call. ok is
-// false where that says nothing of another clock: the caller does not say it, or is on
-// this machine. A machine has one clock, also for the containers on it; of those that
-// have addresses of their own it cannot be seen that they are on this machine.
+// SentAt returns the time that the caller's clock showed when it made the call. ok is
+// false if that is not another clock's time: the caller did not send it, or is on this
+// machine. The containers on a machine share its clock, but those with their own
+// addresses cannot be recognized as being on this machine.
 func SentAt(ctx context.Context) (t time.Time, ok bool) {
-	said := metadata.ValueFromIncomingContext(ctx, sentAtKey)
+	sent := metadata.ValueFromIncomingContext(ctx, sentAtKey)
 	p, known := peer.FromContext(ctx)
-	if len(said) != 1 || !known || sameMachine(p.Addr, p.LocalAddr) {
+	if len(sent) != 1 || !known || sameMachine(p.Addr, p.LocalAddr) {
 		return time.Time{}, false
 	}
-	t, err := time.Parse(time.RFC3339Nano, said[0])
+	t, err := time.Parse(time.RFC3339Nano, sent[0])
 	return t, err == nil
 }
 

@@ -12,7 +12,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// TestSentAt: what a caller says of its clock counts where it is another clock.
+// TestSentAt: the time that a caller sends counts only if it is from another machine.
 func TestSentAt(t *testing.T) {
 	t.Parallel()
 	sent := time.Date(2026, 1, 2, 3, 4, 5, 6, time.FixedZone("", 3600))

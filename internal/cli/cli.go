@@ -1,5 +1,5 @@
-// Package cli is what the command lines of the daemons have in common: how a
-// wrong one is answered, help, output, and the log.
+// Package cli has what the command lines of all programs share: usage errors, help,
+// output and the log.
 package cli
 
 import (
@@ -15,30 +15,30 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// The exit statuses that all programs share. A service manager should not
-// restart one after ExitUsage: it would end the same way.
+// The exit statuses of all programs. A service manager should not restart a program after
+// ExitUsage, because it would fail again.
 const (
 	ExitOK     = 0
 	ExitFailed = 1
 	ExitUsage  = 2 // wrong command line or configuration
 )
 
-// Env is what a command may use of the process that it runs in.
+// Env is the process environment of a command.
 type Env struct {
 	Getenv         func(string) string
 	Stdout, Stderr io.Writer
 }
 
-// UsageError is a command line that cannot be carried out.
+// UsageError is the error of an invalid command line.
 type UsageError struct{ text string }
 
 func (e UsageError) Error() string { return e.text }
 
-// Usagef makes a [UsageError].
+// Usagef returns a [UsageError].
 func Usagef(format string, args ...any) error { return UsageError{fmt.Sprintf(format, args...)} }
 
-// Report prints the error that a command of the program ended with, nil or
-// not, and returns the exit status. Having been asked for help is no error.
+// Report prints the error of a command, if any, and returns the exit status. It treats
+// [flag.ErrHelp] as success.
 func Report(program string, err error, e Env) int {
 	var usage UsageError
 	var wrong config.Error
@@ -62,8 +62,8 @@ func Report(program string, err error, e Env) int {
 	return status
 }
 
-// ParseFlags parses args into fset and prints the help text when asked for it,
-// with [flag.ErrHelp] as the result. It returns what is left after the flags.
+// ParseFlags parses args into fset and returns the remaining arguments. If args ask for
+// help, it prints the help text and returns [flag.ErrHelp].
 func ParseFlags(fset *flag.FlagSet, args []string, help string, e Env) ([]string, error) {
 	fset.SetOutput(io.Discard)
 	fset.Usage = func() {}
@@ -79,7 +79,7 @@ func ParseFlags(fset *flag.FlagSet, args []string, help string, e Env) ([]string
 	return fset.Args(), nil
 }
 
-// ParseOnlyFlags is [ParseFlags] where arguments that are not flags are wrong.
+// ParseOnlyFlags is [ParseFlags] without remaining arguments.
 func ParseOnlyFlags(fset *flag.FlagSet, args []string, help string, e Env) error {
 	rest, err := ParseFlags(fset, args, help, e)
 	if err == nil && len(rest) > 0 {
@@ -88,8 +88,8 @@ func ParseOnlyFlags(fset *flag.FlagSet, args []string, help string, e Env) error
 	return err
 }
 
-// ConfigCheck carries out the arguments of a program's config command, whose one
-// subcommand is check: it loads the configuration and says whether it is fine.
+// ConfigCheck runs a program's config command. Its one subcommand, check, loads the
+// configuration and reports whether it is valid.
 func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) error {
 	if len(args) > 0 && IsHelp(args[0]) {
 		return Printf(e.Stdout, "%s", help)
@@ -115,7 +115,7 @@ func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) 
 // IsHelp reports whether an argument asks for help.
 func IsHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
 
-// PrintVersion carries out the arguments of a program's version command.
+// PrintVersion runs a program's version command.
 func PrintVersion(program, linked string, args []string, e Env) error {
 	fset := flag.NewFlagSet("version", flag.ContinueOnError)
 	if err := ParseOnlyFlags(fset, args, "Usage: "+program+" version\n", e); err != nil {
@@ -124,7 +124,7 @@ func PrintVersion(program, linked string, args []string, e Env) error {
 	return Printf(e.Stdout, "renewd %s %s\n", program, Version(linked))
 }
 
-// CheckOutput refuses a value of the -o flag of a command.
+// CheckOutput checks the value of a command's -o flag.
 func CheckOutput(command, output string) error {
 	if output != "text" && output != "json" {
 		return Usagef("%s: -o takes text or json, not %q", command, output)
@@ -132,7 +132,7 @@ func CheckOutput(command, output string) error {
 	return nil
 }
 
-// When prints a moment and how far away it is.
+// When formats a time and its distance from now.
 func When(t, now time.Time) string {
 	d := t.Sub(now).Truncate(time.Second)
 	text := t.UTC().Format("2006-01-02 15:04:05 UTC")
@@ -145,7 +145,7 @@ func When(t, now time.Time) string {
 	return text + " (in " + span(d) + ")"
 }
 
-// span is a duration as a person would say it.
+// span formats a duration, in days if it is long.
 func span(d time.Duration) string {
 	if days := int(d.Round(time.Hour) / (24 * time.Hour)); days >= 2 {
 		return strconv.Itoa(days) + " days"
@@ -153,7 +153,7 @@ func span(d time.Duration) string {
 	return config.Short(d)
 }
 
-// Version is the linker's version, else what the Go tool recorded.
+// Version returns the linker's version, otherwise the one that the Go tool recorded.
 func Version(linked string) string {
 	if linked != "" {
 		return linked

@@ -12,7 +12,7 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// What ended a command decides the exit status and where the text goes.
+// TestReport: the error of a command determines the exit status and the text.
 func TestReport(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

@@ -12,13 +12,12 @@ import (
 	"golang.org/x/term"
 )
 
-// LogFormats are the values of the format that NewLog takes.
+// LogFormats are the formats of NewLog.
 var LogFormats = []string{"auto", "text", "json"}
 
-// NewLog returns a daemon's log. Format auto means text on a terminal and
-// JSON otherwise. Text is colored only on a terminal and not when NO_COLOR is
-// set to anything (no-color.org). What goes to systemd's journal has the
-// journal's priorities.
+// NewLog returns a daemon's log. Format auto means text on a terminal and JSON
+// otherwise. Text has colors only on a terminal, and not if NO_COLOR is set to any value
+// (no-color.org). Lines to systemd's journal start with the journal's priority.
 func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) string) *slog.Logger {
 	if toJournal(w, getenv) {
 		l := &line{w: w}
@@ -30,43 +29,44 @@ func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) st
 func newHandler(w io.Writer, level slog.Level, format string, getenv func(string) string) slog.Handler {
 	terminal := IsTerminal(w)
 	if format == "json" || (format == "auto" && !terminal) {
-		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: spelledOut})
+		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: durationText})
 	}
 	return NewTextHandler(w, level, time.TimeOnly, terminal && getenv("NO_COLOR") == "")
 }
 
-// NewTextHandler returns a handler that writes a log for people. Text from
-// elsewhere reaches w as [PrintableLines] leaves it.
+// NewTextHandler returns a handler that writes readable text. It passes values through
+// [PrintableLines].
 func NewTextHandler(w io.Writer, level slog.Level, timeFormat string, color bool) slog.Handler {
 	return tint.NewTextHandler(w, &tint.Options{
 		Level: level, TimeFormat: timeFormat, NoColor: !color, ReplaceAttr: printable,
 	})
 }
 
-// unlikeTint replaces what tint 1.2.1 does not write as it is: in color, a
-// spelled-out \x1b in a quoted value becomes an escape character; without color,
-// a value ends before the first U+FFFD.
-var unlikeTint = strings.NewReplacer(`\x1b`, `\x1B`, string(utf8.RuneError), "?")
+// tintWorkaround replaces what tint 1.2.1 does not write correctly: with colors, a literal
+// \x1b in a quoted value becomes an escape character; without colors, a value ends before
+// the first U+FFFD.
+var tintWorkaround = strings.NewReplacer(`\x1b`, `\x1B`, string(utf8.RuneError), "?")
 
-// printable leaves values that hold no text, and the record's level, as they are.
+// printable makes text values printable. It does not change other values and the record's
+// level.
 func printable(_ []string, a slog.Attr) slog.Attr {
 	_, isLevel := a.Value.Any().(slog.Level)
 	if kind := a.Value.Kind(); kind == slog.KindString || kind == slog.KindAny && !isLevel {
-		a.Value = slog.StringValue(unlikeTint.Replace(PrintableLines(a.Value.String())))
+		a.Value = slog.StringValue(tintWorkaround.Replace(PrintableLines(a.Value.String())))
 	}
 	return a
 }
 
-// spelledOut writes durations as the text form has them, such as 1.5s: a bare
-// number of nanoseconds does not say what it counts.
-func spelledOut(_ []string, a slog.Attr) slog.Attr {
+// durationText formats durations with a unit, such as 1.5s. JSON would have a number of
+// nanoseconds.
+func durationText(_ []string, a slog.Attr) slog.Attr {
 	if a.Value.Kind() == slog.KindDuration {
 		a.Value = slog.StringValue(a.Value.Duration().String())
 	}
 	return a
 }
 
-// IsTerminal reports whether somebody sees what is written to w.
+// IsTerminal reports whether w is a terminal.
 func IsTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
 	return ok && term.IsTerminal(int(f.Fd()))

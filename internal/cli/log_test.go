@@ -15,8 +15,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-// Every combination of where the log goes, what format is asked for, and
-// NO_COLOR.
+// TestLogFormat: every combination of output, format and NO_COLOR.
 func TestLogFormat(t *testing.T) {
 	t.Parallel()
 	const color = "\x1b["
@@ -61,12 +60,12 @@ func TestLogFormat(t *testing.T) {
 	}
 }
 
-// A duration reads the same in both forms.
+// TestLogDuration: both formats write a duration with its unit.
 func TestLogDuration(t *testing.T) {
 	t.Parallel()
 	for format, want := range map[string]string{"text": "delay=1.5s", "json": `"delay":"1.5s"`} {
 		var b bytes.Buffer
-		cli.NewLog(&b, slog.LevelInfo, format, noEnv).Info("waits", "delay", 1500*time.Millisecond)
+		cli.NewLog(&b, slog.LevelInfo, format, noEnv).Info("call delayed", "delay", 1500*time.Millisecond)
 		if got := b.String(); !strings.Contains(got, want) {
 			t.Errorf("%s: no %s in %q", format, want, got)
 		}
@@ -78,15 +77,15 @@ func TestLogLevel(t *testing.T) {
 	for _, format := range []string{"text", "json"} {
 		var b bytes.Buffer
 		log := cli.NewLog(&b, slog.LevelWarn, format, noEnv)
-		log.Info("quiet")
-		log.Warn("loud")
-		if got := b.String(); strings.Contains(got, "quiet") || !strings.Contains(got, "loud") {
+		log.Info("below")
+		log.Warn("above")
+		if got := b.String(); strings.Contains(got, "below") || !strings.Contains(got, "above") {
 			t.Errorf("%s at warn: %q", format, got)
 		}
 	}
 }
 
-// openTerminal makes a pseudo-terminal (pty(7)).
+// openTerminal opens a pseudo-terminal (pty(7)).
 func openTerminal(t *testing.T) (master, slave *os.File) {
 	t.Helper()
 	master, err := os.OpenFile("/dev/ptmx", os.O_RDWR|unix.O_NOCTTY, 0)

@@ -11,8 +11,8 @@ import (
 	"unicode/utf8"
 )
 
-// Printf writes text to a command's output, as [PrintableLines] leaves it. A
-// broken pipe is an error like any other: what was asked for was not delivered.
+// Printf writes text to a command's output, through [PrintableLines]. A broken pipe is an
+// error, because the output was not delivered.
 func Printf(w io.Writer, format string, args ...any) error {
 	if _, err := io.WriteString(w, PrintableLines(fmt.Sprintf(format, args...))); err != nil {
 		return fmt.Errorf("write output: %w", err)
@@ -20,8 +20,8 @@ func Printf(w io.Writer, format string, args ...any) error {
 	return nil
 }
 
-// PrintJSON writes v as indented JSON. What a terminal would take for a command
-// is escaped (RFC 8259, section 7): a decoder returns v unchanged.
+// PrintJSON writes v as indented JSON. It escapes control characters (RFC 8259, section
+// 7), so that a terminal does not interpret them. A decoder returns v unchanged.
 func PrintJSON(w io.Writer, v any) error {
 	out, err := json.MarshalIndent(v, "", "  ")
 	if err != nil {
@@ -29,7 +29,7 @@ func PrintJSON(w io.Writer, v any) error {
 	}
 	var b strings.Builder
 	for _, r := range string(out) {
-		if onLines(r) {
+		if isPrintableInLines(r) {
 			b.WriteRune(r)
 			continue
 		}
@@ -40,13 +40,14 @@ func PrintJSON(w io.Writer, v any) error {
 	return Printf(w, "%s\n", b.String())
 }
 
-// NewTable starts an aligned table; Flush it. Cells reach w as [PrintableLines]
-// leaves them.
+// NewTable returns the writer of an aligned table, which the caller must flush. Cells
+// pass through [PrintableLines].
 func NewTable(w io.Writer) *tabwriter.Writer {
 	return tabwriter.NewWriter(printableWriter{w}, 0, 0, 2, ' ', 0)
 }
 
-// printableWriter is for writers that split no character.
+// printableWriter passes text through [PrintableLines]. A Write must not split a
+// character.
 type printableWriter struct{ w io.Writer }
 
 func (p printableWriter) Write(b []byte) (int, error) {
@@ -56,19 +57,18 @@ func (p printableWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// Printable replaces what a terminal would take for a command in text that came
-// from elsewhere and belongs on one line.
+// Printable replaces control characters in untrusted text for one line, so that a terminal
+// does not interpret them.
 func Printable(s string) string { return replaceUnless(unicode.IsPrint, s) }
 
-// PrintableLines is [Printable] for text of several lines: line feeds and tabs
-// stay.
-func PrintableLines(s string) string { return replaceUnless(onLines, s) }
+// PrintableLines is [Printable] for text of several lines: it keeps line feeds and tabs.
+func PrintableLines(s string) string { return replaceUnless(isPrintableInLines, s) }
 
-func onLines(r rune) bool { return unicode.IsPrint(r) || r == '\n' || r == '\t' }
+func isPrintableInLines(r rune) bool { return unicode.IsPrint(r) || r == '\n' || r == '\t' }
 
-func replaceUnless(fits func(rune) bool, s string) string {
+func replaceUnless(keep func(rune) bool, s string) string {
 	return strings.Map(func(r rune) rune {
-		if fits(r) {
+		if keep(r) {
 			return r
 		}
 		return utf8.RuneError

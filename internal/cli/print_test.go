@@ -15,7 +15,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-// What others say must not reach the terminal as a command.
+// TestPrintable: control characters in untrusted text do not reach a terminal.
 func TestPrintable(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]struct{ value, lines string }{
@@ -34,11 +34,11 @@ func TestPrintable(t *testing.T) {
 	}
 }
 
-// command is text with each kind of what a terminal obeys.
+// command is text with each kind of control sequence.
 const command = "a \\x1b[8m\x1b[2J\x1b]0;safe\a\u009b2J\r\u202e\U000E0001b"
 
-// Whatever a program writes with, the text keeps its place and gives no command.
-func TestOutputGivesNoCommand(t *testing.T) {
+// TestOutputHasNoControlSequences: no output function passes a control sequence.
+func TestOutputHasNoControlSequences(t *testing.T) {
 	t.Parallel()
 	var decoded []string
 	for name, write := range map[string]func(b *bytes.Buffer) error{
@@ -63,15 +63,15 @@ func TestOutputGivesNoCommand(t *testing.T) {
 		if err := write(&b); err != nil {
 			t.Errorf("%s: %v", name, err)
 		}
-		obeyed(t, name, b.String())
+		checkPrintable(t, name, b.String())
 	}
 	if len(decoded) != 1 || decoded[0] != command {
 		t.Errorf("JSON is decoded to %q, want %q", decoded, command)
 	}
 }
 
-// obeyed fails the test for each character that is more than text.
-func obeyed(t *testing.T, name, out string) {
+// checkPrintable fails the test for each character that is not printable.
+func checkPrintable(t *testing.T, name, out string) {
 	t.Helper()
 	for _, r := range out {
 		if !unicode.IsPrint(r) && r != '\n' {
@@ -80,8 +80,8 @@ func obeyed(t *testing.T, name, out string) {
 	}
 }
 
-// On a terminal a log has colors, and no other control sequence than those.
-func TestLogGivesNoCommand(t *testing.T) {
+// TestLogHasNoControlSequences: on a terminal a log has color sequences and no others.
+func TestLogHasNoControlSequences(t *testing.T) {
 	t.Parallel()
 	colors := regexp.MustCompile("\x1b\\[[0-9;]*m")
 	for _, noColor := range []string{"", "1"} {
@@ -96,6 +96,6 @@ func TestLogGivesNoCommand(t *testing.T) {
 			t.Errorf("NO_COLOR=%q: %q", noColor, line)
 		}
 		// The terminal itself ends lines with CR LF.
-		obeyed(t, "log, NO_COLOR="+noColor, colors.ReplaceAllString(strings.TrimSuffix(line, "\r\n"), ""))
+		checkPrintable(t, "log, NO_COLOR="+noColor, colors.ReplaceAllString(strings.TrimSuffix(line, "\r\n"), ""))
 	}
 }

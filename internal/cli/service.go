@@ -11,10 +11,9 @@ import (
 	"syscall"
 )
 
-// Started returns what a daemon calls once it listens everywhere. It tells the
-// service manager that started the process (sd_notify(3)), so that what is
-// ordered after the service, or waits for its start, finds it. Without such a
-// manager it does nothing.
+// Started returns a function that a daemon calls when all its listeners are open. It
+// notifies the service manager that the start is complete (sd_notify(3)), so that units
+// ordered after the service start then. Without a service manager it does nothing.
 func Started(getenv func(string) string, log *slog.Logger) func() {
 	return func() {
 		name := getenv("NOTIFY_SOCKET")
@@ -22,7 +21,7 @@ func Started(getenv func(string) string, log *slog.Logger) func() {
 			return
 		}
 		if err := notify(name, "READY=1"); err != nil {
-			log.Error("the service manager could not be told that the start is complete", "error", err)
+			log.Error("service manager not notified of the completed start", "error", err)
 		}
 	}
 }
@@ -50,8 +49,8 @@ const (
 	journalDebug   = "<7>"
 )
 
-// toJournal reports whether w is the stream to systemd's journal that the
-// environment speaks of (systemd.exec(5)), and not what it was redirected to.
+// toJournal reports whether w is the stream to systemd's journal that JOURNAL_STREAM
+// identifies (systemd.exec(5)), and was not redirected.
 func toJournal(w io.Writer, getenv func(string) string) bool {
 	f, ok := w.(*os.File)
 	if !ok || getenv("JOURNAL_STREAM") == "" {
@@ -65,22 +64,21 @@ func toJournal(w io.Writer, getenv func(string) string) bool {
 	return ok && getenv("JOURNAL_STREAM") == fmt.Sprintf("%d:%d", stat.Dev, stat.Ino)
 }
 
-// journal is a handler whose lines start with their priority: otherwise the
-// journal takes an error for information, and "journalctl -p warning" shows
-// nothing.
+// journal is a handler whose lines start with their priority. Without it every line has
+// priority info, and "journalctl -p warning" shows nothing.
 type journal struct {
 	slog.Handler
 	line *line
 }
 
-// line is where the wrapped handler writes to, a record with each Write.
+// line is the writer of the wrapped handler, which writes one record with each Write.
 type line struct {
 	w        io.Writer
 	mu       sync.Mutex
 	priority string
 }
 
-// Write is called with mu held.
+// Write writes a record with its priority. Handle calls it with mu held.
 func (l *line) Write(record []byte) (int, error) {
 	if _, err := l.w.Write(append([]byte(l.priority), record...)); err != nil {
 		return 0, err

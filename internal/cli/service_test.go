@@ -14,7 +14,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-// stream is a file that the environment says is the stream to the journal.
+// stream returns a file and an environment whose JOURNAL_STREAM identifies it.
 func stream(t *testing.T) (*os.File, func(string) string) {
 	t.Helper()
 	f, err := os.Create(filepath.Join(t.TempDir(), "journal"))
@@ -66,14 +66,14 @@ func TestJournalPriorities(t *testing.T) {
 	}
 }
 
-// Where standard error was sent to a file, a priority would only be in the way.
+// TestNoJournal: lines to a file have no priority.
 func TestNoJournal(t *testing.T) {
 	t.Parallel()
 	_, journal := stream(t)
-	elsewhere, _ := stream(t)
+	other, _ := stream(t)
 	for name, getenv := range map[string]func(string) string{"none": noEnv, "redirected": journal} {
-		cli.NewLog(elsewhere, slog.LevelInfo, "json", getenv).Error("failed")
-		if line := written(t, elsewhere)[0]; !strings.HasPrefix(line, "{") {
+		cli.NewLog(other, slog.LevelInfo, "json", getenv).Error("failed")
+		if line := written(t, other)[0]; !strings.HasPrefix(line, "{") {
 			t.Errorf("%s: %q", name, line)
 		}
 	}
@@ -110,7 +110,7 @@ func TestStarted(t *testing.T) {
 		t.Errorf("%q, %v; logged: %s", buf[:n], err, &b)
 	}
 
-	_ = conn.Close() // nobody listens: logged, and the daemon goes on
+	_ = conn.Close() // without a listener: logged, and the daemon continues
 	cli.Started(getenv, log)()
 	if !strings.Contains(b.String(), "NOTIFY_SOCKET") {
 		t.Errorf("logged: %q", b.String())

@@ -7,11 +7,10 @@ import (
 	"syscall"
 )
 
-// Outlive keeps a daemon running when whoever started it goes away: the terminal
-// (SIGHUP), or the reader of its output (SIGPIPE, which Go lets end a process
-// whose write to standard output or error fails). SIGHUP is also what many send
-// to make a daemon reload; the log tells them that it does not. The returned
-// function ends the watch; after it SIGHUP ends the process again.
+// Outlive keeps a daemon running when its terminal closes (SIGHUP) or the reader of its
+// output ends (SIGPIPE, which by default ends a Go process whose write to standard output
+// or error fails). Operators also send SIGHUP to make a daemon reload, so the log says
+// that it does not. After stop SIGHUP ends the process again.
 func Outlive(log *slog.Logger) (stop func()) {
 	signal.Ignore(syscall.SIGPIPE)
 	hangups := make(chan os.Signal, 1)

@@ -1,18 +1,18 @@
-// Package clock says how far the machine's wall clock can be believed.
+// Package clock decides how far the machine's wall clock can be trusted.
 //
-// A wall clock can be days or years off for a moment: a battery that is empty at
-// boot, a virtual machine that is resumed, an NTP server that is wrong. What is
-// done for good because of such a moment cannot be taken back when the clock is
-// right again. The monotonic clock has no such moments, but it does not know the
-// time. A [Clock] compares the two, from a time on that is known to have passed:
+// A wall clock can be days or years off for a moment: a battery is empty at boot, a
+// virtual machine is resumed, an NTP server is wrong. An irreversible step that is
+// taken in such a moment remains when the clock is right again. The monotonic clock
+// has no steps, but does not know the time. A [Clock] compares the two, starting
+// from a time that is known to have passed:
 //
-//   - A clock that went ahead by no more than three days is believed when it has held
-//     for [Hold] of uptime.
-//   - One that went ahead by more, or was set back, is in doubt. When it has stayed
-//     there, for an hour or for a day, and another machine's clock fits it and none
-//     that was heard within an hour says otherwise, what can be taken back goes on. It is
-//     still not believed: a caller's word makes nothing happen that is for good.
-//   - Only an operator's word ends a doubt, or the clock when it is right again.
+//   - A clock that was set ahead by up to three days is trusted after [Hold] of
+//     uptime without another step.
+//   - A clock that was set ahead by more, or was set back, is in doubt. Reversible
+//     steps continue once it has been steady, for an hour or for a day, and another
+//     machine's clock agrees with it and none has disagreed for an hour. It is still
+//     not trusted: a caller's clock alone causes no irreversible step.
+//   - The doubt ends when the clock is right again or an operator confirms it.
 package clock
 
 import (
@@ -20,62 +20,61 @@ import (
 	"time"
 )
 
-// Hold is for how much uptime a wall clock that went ahead has to stay there
-// before it is believed.
+// Hold is the uptime after which a wall clock that was set ahead is trusted.
 const Hold = 24 * time.Hour
 
 // Skew is how far the clocks of a trust domain's machines may differ, and how far the
-// server's own may be set, without anything being taken for over while somebody
-// takes it for valid; see [Over].
+// server's clock may be stepped, without an SVID that one machine accepts counting
+// as expired on another; see [Over].
 const Skew = 5 * time.Minute
 
-// A clock that went ahead by more than leap is in doubt: machines are suspended and
-// shut down for long. One that was set back is by more than [Skew], since time never
-// goes back. They stay where they are for probation, or for [Hold], before a caller's
-// clock can speak for them.
+// A clock that is ahead by more than maxAhead is in doubt. The limit is days, because
+// machines are suspended and shut down. A clock that was set back is in doubt beyond
+// [Skew]. A clock in doubt must be steady for probation if it is ahead, and for [Hold]
+// if it was set back, before a caller's clock counts.
 const (
-	leap      = 3 * 24 * time.Hour
+	maxAhead  = 3 * 24 * time.Hour
 	probation = time.Hour
 )
 
-// slewing is how far the two clocks may part without a step: by NTP, or because
-// they are not read at the same moment.
-const slewing = 5 * time.Second
+// maxSlew is the largest change of the difference between the two clocks that is not
+// a step: NTP slews the wall clock, and they are not read at the same moment.
+const maxSlew = 5 * time.Second
 
-// Clock is a wall clock that is watched. It notices what happens between two calls
-// of its methods only by what is left of it at the second one, so one of them should
-// be called every minute. All methods may be called concurrently.
+// Clock watches a wall clock. It samples both clocks with each call of a method, and
+// does not see a step that is undone between two calls, so a method should be called
+// every minute. All methods may be called concurrently.
 type Clock struct {
 	now    func() time.Time
 	uptime func() time.Duration
 
 	mu sync.Mutex
-	// The offsets of the last Hold that are below all that were seen after them, and
-	// the present one; the lowest first. One that is in doubt because it is ahead is not
-	// among them: the lowest goes on in its place.
+	// seen holds the offsets of the last Hold that are lower than all later ones, and
+	// the present offset, in ascending order. For an offset that is in doubt because
+	// the clock is ahead, the lowest one is used instead.
 	seen []offset
-	// floor is what an origin is measured by: the lowest of seen, except that it does
-	// not follow a clock that was set back.
+	// floor is the origin that a new one is compared with: the lowest of seen, except
+	// that it does not follow a clock that was set back.
 	floor time.Time
-	// doubted is the present origin while it is in doubt, since an uptime; else zero.
-	// fits says that calls speak for it. None can before deniedUntil.
+	// doubted is the present origin while it is in doubt, since is the uptime when that
+	// began; otherwise zero. fits says that a caller's clock agrees, which is not
+	// possible before deniedUntil.
 	doubted            time.Time
 	since, deniedUntil time.Duration
 	fits               bool
-	// confirmed is the uptime when an operator did, or zero, the start.
+	// confirmed is the uptime when an operator confirmed the clock last; initially zero.
 	confirmed time.Duration
 }
 
-// offset is by how much the wall clock was ahead of the uptime.
+// offset is the difference between the wall clock and the uptime.
 type offset struct {
-	origin time.Time     // what the wall clock showed, less the uptime
+	origin time.Time     // wall clock minus uptime
 	at     time.Duration // uptime when it was last seen
 }
 
-// New watches a wall clock, time.Now when nil. uptime is the monotonic clock, from any
-// moment on; the machine's when nil. heartbeat is a time that is known to have passed,
-// the later the better, and is what the wall clock is measured by at first; zero when
-// nothing is known.
+// New makes a Clock over a wall clock, time.Now when nil. uptime is the monotonic
+// clock, with any origin; the machine's when nil. heartbeat is the latest time that is
+// known to have passed, with which the wall clock is compared first; zero if unknown.
 func New(now func() time.Time, uptime func() time.Duration, heartbeat time.Time) *Clock {
 	if now == nil {
 		now = time.Now
@@ -90,37 +89,37 @@ func New(now func() time.Time, uptime func() time.Duration, heartbeat time.Time)
 		c.floor = now().Round(0)
 	}
 	c.seen = []offset{{c.floor, 0}}
-	c.look()
+	c.sampleLocked()
 	return c
 }
 
-// Now is what the wall clock shows.
+// Now returns the time of the wall clock.
 func (c *Clock) Now() time.Time { return c.now() }
 
-// Uptime is how long the Clock exists by the monotonic clock, which no step changes.
+// Uptime returns the age of the Clock by the monotonic clock, which has no steps.
 func (c *Clock) Uptime() time.Duration { return c.uptime() }
 
-// Start is when the Clock was made, by what the wall clock shows now.
+// Start returns when the Clock was made, by the present wall clock.
 func (c *Clock) Start() time.Time { return c.now().Round(0).Add(-c.uptime()) }
 
-// Sure is the time that it is at least: what the wall clock shows, or less for
-// [Hold] after it went ahead by itself, or while it is in doubt. It follows a clock that
+// AtLeast returns a lower bound of the true time. It is the wall clock, except for
+// [Hold] after that was set ahead, and while it is in doubt. It follows a clock that
 // is set back at once.
-func (c *Clock) Sure() time.Time {
+func (c *Clock) AtLeast() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, up := c.look()
+	_, up := c.sampleLocked()
 	return c.seen[0].origin.Add(up)
 }
 
-// PastFor is for how much uptime the wall clock has shown t or later without a
-// break, since the start or since an operator confirmed the clock, [Hold] at most;
-// negative before t, by how much it lacks. While the clock is in doubt because it went
-// ahead it is as if it had not.
+// PastFor returns for how much uptime the wall clock has continuously been at t or
+// later, at most [Hold]. It counts from the start, or from when an operator confirmed
+// the clock. Before t it is negative: the time until t. While the clock is in doubt
+// because it is ahead, that step is ignored.
 func (c *Clock) PastFor(t time.Time) time.Duration {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, up := c.look()
+	_, up := c.sampleLocked()
 	last := len(c.seen) - 1
 	since := t.Round(0).Sub(c.seen[last].origin)
 	for _, o := range c.seen[:last] {
@@ -129,23 +128,24 @@ func (c *Clock) PastFor(t time.Time) time.Duration {
 	return min(up-max(since, c.confirmed), Hold)
 }
 
-// State is what is believed of a clock at a moment.
+// State describes a clock at a moment.
 type State struct {
-	Shows   time.Time // by the wall clock
-	AtLeast time.Time // see [Clock.Sure]
-	// Doubt is by how much the wall clock is ahead of what uptime explains, by more than
-	// three days, or was set back, by more than five minutes and then negative; zero when it
-	// is not in doubt. SteadyFor is for how much uptime it has stayed there.
+	Shows   time.Time // the wall clock
+	AtLeast time.Time // see [Clock.AtLeast]
+	// Doubt is the step of a clock in doubt: positive, more than three days, if the wall
+	// clock is ahead of what the uptime explains; negative, more than five minutes, if it
+	// was set back; zero if the clock is not in doubt. SteadyFor is the uptime since the
+	// step.
 	Doubt, SteadyFor time.Duration
-	// Waits: nothing that can wait should be done because of the time.
+	// Waits says that steps which depend on the time should wait.
 	Waits bool
 }
 
-// State returns the present one.
+// State returns the present state.
 func (c *Clock) State() State {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now, up := c.look()
+	now, up := c.sampleLocked()
 	s := State{Shows: now, AtLeast: c.seen[0].origin.Add(up)}
 	if !c.doubted.IsZero() {
 		s.Doubt, s.SteadyFor, s.Waits = c.doubted.Sub(c.floor), up-c.since, !c.fits
@@ -153,33 +153,33 @@ func (c *Clock) State() State {
 	return s
 }
 
-// Heartbeat is the time to be kept for the next process: the one that was believed
-// last. A clock that was set back does not take it along, neither while it is in doubt nor
-// after it is right again, or the next process would doubt the one that is right.
+// Heartbeat returns the time to store for the next process: the latest one that was
+// not in doubt, plus the uptime since. It does not follow a clock that was set back.
+// Otherwise the next process would doubt the clock once it is right again.
 func (c *Clock) Heartbeat() time.Time {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	_, up := c.look()
+	_, up := c.sampleLocked()
 	return c.floor.Add(up)
 }
 
-// Verdict is what another clock says of one that is in doubt.
+// Verdict is the result of comparing a clock in doubt with another machine's.
 type Verdict int
 
 // The verdicts.
 const (
-	Unheard Verdict = iota // the clock is not in doubt, has not stayed long enough, or that was known
-	Fits                   // what can be taken back goes on
-	Denies                 // it waits for an hour more; said once in that hour
+	Unheard Verdict = iota // no change: the clock is not in doubt, or not steady for long enough, or the result is known
+	Fits                   // the clocks agree: reversible steps continue
+	Denies                 // the clocks disagree: steps wait for another hour; returned once in that hour
 )
 
-// Heard compares the clock with what another machine's shows at this moment. Where they
-// differ by more than [Skew] the other one may be wrong as well, so it only keeps what
-// waits waiting.
+// Heard compares the clock with the present time of another machine's. If they differ
+// by more than [Skew], the other clock may be wrong, so the only effect is that steps
+// wait.
 func (c *Clock) Heard(other time.Time) Verdict {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now, up := c.look()
+	now, up := c.sampleLocked()
 	limit := probation
 	if c.doubted.Before(c.floor) {
 		limit = Hold
@@ -199,13 +199,13 @@ func (c *Clock) Heard(other time.Time) Verdict {
 	return Unheard
 }
 
-// Confirm takes an operator's word that the wall clock is right, by another clock that
-// shows this time. It is believed from then on, except that [Clock.PastFor] begins anew.
-// It reports false, and changes nothing, where the two differ by more than [Skew].
+// Confirm accepts the wall clock as right, because an operator confirms it by another
+// clock, which shows the time other. [Clock.PastFor] starts over. If the two differ by
+// more than [Skew], it returns false and changes nothing.
 func (c *Clock) Confirm(other time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	now, up := c.look()
+	now, up := c.sampleLocked()
 	if now.Sub(other).Abs() > Skew {
 		return false
 	}
@@ -214,11 +214,11 @@ func (c *Clock) Confirm(other time.Time) bool {
 	return true
 }
 
-// look takes in the present offset and returns what the two clocks show.
-func (c *Clock) look() (now time.Time, up time.Duration) {
+// sampleLocked reads both clocks, and updates the offsets and the doubt.
+func (c *Clock) sampleLocked() (now time.Time, up time.Duration) {
 	now, up = c.now().Round(0), c.uptime()
 	origin := now.Add(-up)
-	c.judge(origin, up)
+	c.judgeLocked(origin, up)
 	if c.doubted.After(c.floor) {
 		origin = c.seen[0].origin
 	}
@@ -227,31 +227,31 @@ func (c *Clock) look() (now time.Time, up time.Duration) {
 		n--
 	}
 	c.seen = c.seen[:n]
-	if n > 0 && origin.Sub(c.seen[n-1].origin) <= slewing {
+	if n > 0 && origin.Sub(c.seen[n-1].origin) <= maxSlew {
 		c.seen[n-1].at = up
 	} else {
 		c.seen = append(c.seen, offset{origin, up})
 	}
-	gone := 0
-	for gone < len(c.seen)-1 && up-c.seen[gone].at >= Hold {
-		gone++
+	expired := 0
+	for expired < len(c.seen)-1 && up-c.seen[expired].at >= Hold {
+		expired++
 	}
-	c.seen = append(c.seen[:0], c.seen[gone:]...)
+	c.seen = append(c.seen[:0], c.seen[expired:]...)
 	if c.doubted.IsZero() && c.seen[0].origin.After(c.floor) {
 		c.floor = c.seen[0].origin
 	}
 	return now, up
 }
 
-// judge says whether the present origin is in doubt.
-func (c *Clock) judge(origin time.Time, up time.Duration) {
+// judgeLocked decides whether an origin is in doubt.
+func (c *Clock) judgeLocked(origin time.Time, up time.Duration) {
 	switch step := origin.Sub(c.floor); {
-	case -Skew <= step && step <= leap:
+	case -Skew <= step && step <= maxAhead:
 		c.doubted = time.Time{}
 		if step < 0 {
 			c.floor = origin
 		}
-	case c.doubted.IsZero() || origin.Sub(c.doubted).Abs() > slewing:
+	case c.doubted.IsZero() || origin.Sub(c.doubted).Abs() > maxSlew:
 		c.doubted, c.since, c.deniedUntil, c.fits = origin, up, 0, false
 	}
 }

@@ -13,7 +13,7 @@ const day = 24 * time.Hour
 
 var start = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 
-// machine has a wall clock that a test sets, and uptime.
+// machine has an uptime, and a wall clock that is off by a duration.
 type machine struct {
 	up, off time.Duration
 }
@@ -25,10 +25,10 @@ func TestStepAhead(t *testing.T) {
 	t.Parallel()
 	m := new(machine)
 	c := clock.New(m.now, m.uptime, time.Time{})
-	sure := func(want time.Duration) {
+	atLeast := func(want time.Duration) {
 		t.Helper()
-		if got := c.Sure().Sub(start); got != want {
-			t.Errorf("after %v, %v ahead: sure is %v, want %v", m.up, m.off, got, want)
+		if got := c.AtLeast().Sub(start); got != want {
+			t.Errorf("after %v, %v ahead: at least %v, want %v", m.up, m.off, got, want)
 		}
 	}
 	past := func(of, want time.Duration) {
@@ -38,36 +38,36 @@ func TestStepAhead(t *testing.T) {
 		}
 	}
 	m.up = 2 * day
-	sure(2 * day)
+	atLeast(2 * day)
 	past(day, day)
 	past(3*day, -day)
-	past(-10*day, day) // it says no more
+	past(-10*day, day) // the maximum
 	m.off = 60 * time.Hour
-	sure(2 * day)
+	atLeast(2 * day)
 	past(day, day)
 	past(3*day, 0)
 	past(5*day, -12*time.Hour)
 	m.up += time.Minute
 	past(3*day, time.Minute)
 	m.off = 0 // right again
-	sure(m.up)
+	atLeast(m.up)
 	past(3*day, -day+time.Minute)
 	m.off = 60 * time.Hour
-	sure(m.up)
+	atLeast(m.up)
 	m.up += day - time.Minute
-	sure(m.up)
+	atLeast(m.up)
 	past(3*day, day-time.Minute)
 	m.up += time.Minute // held
-	sure(m.up + m.off)
+	atLeast(m.up + m.off)
 	past(3*day, day)
 	m.off = -365 * day // set back
-	sure(m.up + m.off)
+	atLeast(m.up + m.off)
 	past(0, m.off+m.up)
 }
 
-// TestInDoubtIsNotBelieved: a clock that is further ahead is not believed however long
-// it stays there.
-func TestInDoubtIsNotBelieved(t *testing.T) {
+// TestInDoubtIsNotTrusted: a clock that is too far ahead is not trusted, however long
+// it is steady.
+func TestInDoubtIsNotTrusted(t *testing.T) {
 	t.Parallel()
 	m := new(machine)
 	c := clock.New(m.now, m.uptime, time.Time{})
@@ -75,8 +75,8 @@ func TestInDoubtIsNotBelieved(t *testing.T) {
 	for range 100 {
 		m.up += day
 		c.Heard(m.now())
-		if got := c.Sure(); !got.Equal(start.Add(m.up)) {
-			t.Fatalf("after %v: sure is %v", m.up, got)
+		if got := c.AtLeast(); !got.Equal(start.Add(m.up)) {
+			t.Fatalf("after %v: at least %v", m.up, got)
 		}
 		if got := c.PastFor(start.Add(m.up + time.Hour)); got != -time.Hour {
 			t.Fatalf("after %v: an hour later has been past for %v", m.up, got)
@@ -88,27 +88,27 @@ func TestInDoubtIsNotBelieved(t *testing.T) {
 	}
 }
 
-// TestRandomSteps compares the clock with one that remembers everything.
+// TestRandomSteps compares the clock with a model that remembers all samples.
 func TestRandomSteps(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
 		m := new(machine)
 		c := clock.New(m.now, m.uptime, time.Time{})
-		type sight struct{ up, off time.Duration }
-		all := []sight{{}}
+		type sample struct{ up, off time.Duration }
+		all := []sample{{}}
 		floor, lowest := time.Duration(0), time.Duration(0)
 		minutes := rapid.Int64Range(0, 3000)
-		for range rapid.IntRange(1, 60).Draw(t, "looks") {
+		for range rapid.IntRange(1, 60).Draw(t, "samples") {
 			m.up += time.Duration(minutes.Draw(t, "later")) * time.Minute
 			if rapid.Bool().Draw(t, "step") {
 				m.off = time.Duration(rapid.Int64Range(-200, 200).Draw(t, "hours")) * time.Hour
 			}
-			// What is in doubt because it is ahead is not seen.
+			// An offset that is in doubt because the clock is ahead is not used.
 			off, doubt := m.off, m.off < floor-clock.Skew || m.off > floor+3*day
 			if doubt && off > floor {
 				off = lowest
 			}
-			all = append(all, sight{m.up, off})
+			all = append(all, sample{m.up, off})
 			at := time.Duration(rapid.Int64Range(-1000, 2000).Draw(t, "t")) * time.Hour
 			since := max(0, at-off)
 			lowest = off
@@ -116,16 +116,16 @@ func TestRandomSteps(t *testing.T) {
 				if m.up-s.up < clock.Hold {
 					lowest = min(lowest, s.off)
 				}
-				since = max(since, min(at-s.off, s.up)) // before it by that clock
+				since = max(since, min(at-s.off, s.up)) // that clock showed a time before at
 			}
 			if !doubt {
 				floor = max(min(floor, off), lowest)
 			}
-			if got := c.Sure(); !got.Equal(start.Add(m.up + lowest)) {
-				t.Fatalf("sure is %v, want %v", got, start.Add(m.up+lowest))
+			if got := c.AtLeast(); !got.Equal(start.Add(m.up + lowest)) {
+				t.Fatalf("at least %v, want %v", got, start.Add(m.up+lowest))
 			}
 			if got := c.State().Doubt != 0; got != doubt {
-				t.Fatalf("%v off, measured by %v: in doubt is %v", m.off, floor, got)
+				t.Fatalf("%v off, floor %v: in doubt is %v", m.off, floor, got)
 			}
 			if got, want := c.PastFor(start.Add(at)), min(m.up-since, clock.Hold); got != want {
 				t.Fatalf("past %v for %v, want %v; %+v", at, got, want, all)
@@ -135,8 +135,8 @@ func TestRandomSteps(t *testing.T) {
 }
 
 // TestDoubt: a clock is in doubt while it is more than three days ahead of the lowest
-// of a day, or more than five minutes behind. What waits goes on when it has
-// stayed there, for an hour or a day, and a clock that is heard then fits.
+// offset of a day, or more than five minutes behind. Steps continue when it has been
+// steady, for an hour or a day, and then another clock agrees.
 func TestDoubt(t *testing.T) {
 	t.Parallel()
 	m := &machine{up: time.Hour}
@@ -172,8 +172,8 @@ func TestDoubt(t *testing.T) {
 	heard(-6*time.Minute, clock.Denies)
 	doubt(far, true)
 	m.up += time.Minute
-	heard(time.Hour, clock.Unheard) // said
-	heard(0, clock.Unheard)         // another one denies it
+	heard(time.Hour, clock.Unheard) // returned before
+	heard(0, clock.Unheard)         // another clock disagrees
 	m.up += time.Hour
 	heard(0, clock.Fits)
 	doubt(far, false)
@@ -193,8 +193,8 @@ func TestDoubt(t *testing.T) {
 	doubt(0, false)
 }
 
-// TestConfirm: an operator's word ends a doubt at once, and what has expired by it has
-// been past for no uptime.
+// TestConfirm: a confirmation ends the doubt at once. A time that has passed by the
+// confirmed clock has been past for no uptime.
 func TestConfirm(t *testing.T) {
 	t.Parallel()
 	for name, off := range map[string]time.Duration{"ahead": 91 * day, "behind": -91 * day, "ahead a little": day} {
@@ -227,8 +227,7 @@ func TestConfirm(t *testing.T) {
 	}
 }
 
-// TestHeartbeat: what is known of the time before the start is what the clock is
-// measured by.
+// TestHeartbeat: the clock is compared with the heartbeat from before the start.
 func TestHeartbeat(t *testing.T) {
 	t.Parallel()
 	for off, want := range map[time.Duration]time.Duration{
@@ -240,8 +239,8 @@ func TestHeartbeat(t *testing.T) {
 		if got := c.State().Doubt; got != want {
 			t.Errorf("%v off: in doubt by %v, want %v", off, got, want)
 		}
-		if got := c.Sure().Sub(start.Add(m.up)); got != min(off, 0) {
-			t.Errorf("%v off: sure is %v off", off, got)
+		if got := c.AtLeast().Sub(start.Add(m.up)); got != min(off, 0) {
+			t.Errorf("%v off: the lower bound is %v off", off, got)
 		}
 		if got := c.PastFor(start.Add(day)); off == 2*day && got != time.Minute {
 			t.Errorf("%v off: past the next day for %v", off, got)
@@ -249,8 +248,8 @@ func TestHeartbeat(t *testing.T) {
 	}
 }
 
-// TestNextHeartbeat: what is kept for the next process is the time that is not in
-// doubt, whatever calls say, and at once the right one when a clock is set right.
+// TestNextHeartbeat: the heartbeat for the next process follows the time that is not
+// in doubt, whatever callers' clocks show. It is right as soon as the clock is.
 func TestNextHeartbeat(t *testing.T) {
 	t.Parallel()
 	m := &machine{up: time.Hour}

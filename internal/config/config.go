@@ -1,11 +1,10 @@
 // Package config loads the configuration of a program from a YAML file, the
-// environment and flags, by one table of fields. The table is also what the
-// help and the published list of fields are made of, so that they cannot
-// differ from what is accepted.
+// environment and flags, according to one table of fields. The help and the
+// published list of fields are generated from the same table.
 //
-// A flag wins over the environment, the environment over the file, the file
-// over the default. Loading reports everything that is wrong, not only the
-// first: each [Problem] says where, what and what to do about it.
+// A flag takes precedence over the environment, the environment over the file, and
+// the file over the default. Loading reports all errors, not only the first. Each
+// [Problem] has the place, the cause and the remedy.
 package config
 
 import (
@@ -21,32 +20,29 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Schema is a program's configuration, held in a C. It is not modified once it
-// is in use, and its methods may be called concurrently.
+// Schema describes a program's configuration, whose values are in a C. It must not be
+// modified while it is in use. Its methods may be called concurrently.
 type Schema[C any] struct {
-	// Fields is the whole configuration, in the order in which it is
-	// documented.
+	// Fields are all fields, in the order of the documentation.
 	Fields []Field[C]
-	// Env is what the names of environment variables begin with, such as
-	// RENEWD_.
+	// Env is the prefix of the environment variables, such as RENEWD_.
 	Env string
 	// Help is the command that lists the fields, such as agent help config.
 	Help string
-	// Check reports what the values contradict. It is called only when every
-	// value could be read; nil checks nothing.
+	// Check reports invalid values. It is called only if every value was parsed; nil
+	// checks nothing.
 	Check func(*Checker[C])
 }
 
-// Field is one row of a configuration: one place where its names, its default
-// and its meaning are written.
+// Field describes a field of a configuration: its names, default and meaning.
 type Field[C any] struct {
 	// Path names the field in the file; a dot is a section. One part in capitals
-	// may stand for a name that the operator chooses, which may have dots:
+	// may be a placeholder for a name that the operator chooses, which may have dots:
 	// deployments.NAME.address.
 	Path string
 	// Value returns a pointer to the field, of type *string, *[]string, *bool,
 	// *int, *int64, *time.Duration, *fs.FileMode, *slog.Level,
-	// *spiffeid.TrustDomain or, where Path has a name to choose,
+	// *spiffeid.TrustDomain or, if Path has a placeholder,
 	// *map[string]string. Such a map has neither flag nor variable.
 	Value   func(*C) any
 	Default string // in the same syntax as in the file; lists are empty
@@ -54,7 +50,7 @@ type Field[C any] struct {
 	Doc     string // one line
 }
 
-// Flag is the field's flag without the dash, or "" when it has none.
+// Flag returns the field's flag without the dash; "" if it has none.
 func (f *Field[C]) Flag() string {
 	if f.Secret || f.chosen() {
 		return ""
@@ -62,7 +58,7 @@ func (f *Field[C]) Flag() string {
 	return strings.NewReplacer(".", "-", "_", "-").Replace(f.Path)
 }
 
-// Variable is the field's environment variable, or "" when it has none.
+// Variable returns the field's environment variable; "" if it has none.
 func (s *Schema[C]) Variable(f *Field[C]) string {
 	if f.chosen() {
 		return ""
@@ -70,18 +66,18 @@ func (s *Schema[C]) Variable(f *Field[C]) string {
 	return s.Env + strings.ToUpper(strings.ReplaceAll(f.Path, ".", "_"))
 }
 
-// The kinds of values, as an operator would call them.
+// The types of values in the documentation.
 const (
-	kindText     = "text"
-	kindList     = "list of texts"
-	kindBool     = "true or false"
-	kindNumber   = "whole number"
+	kindText     = "string"
+	kindList     = "list of strings"
+	kindBool     = "boolean"
+	kindNumber   = "integer"
 	kindDuration = "duration"
 	kindMode     = "octal mode"
 	kindLevel    = "level"
 )
 
-// Kind is the type of the field's value as an operator would call it.
+// Kind returns the type of the field's value for the documentation.
 func (f *Field[C]) Kind() string {
 	switch f.Value(new(C)).(type) {
 	case *[]string:
@@ -101,7 +97,7 @@ func (f *Field[C]) Kind() string {
 	}
 }
 
-// Defaults returns the configuration of a program that nobody told anything.
+// Defaults returns a configuration of all default values.
 func (s *Schema[C]) Defaults() *C {
 	c := new(C)
 	for i := range s.Fields {
@@ -114,8 +110,8 @@ func (s *Schema[C]) Defaults() *C {
 	return c
 }
 
-// parse stores text in c, for a map under name. The error says what text
-// should be and does not repeat it.
+// parse stores text in c, in a map under name. The error says what text should be and
+// does not contain it.
 func (f *Field[C]) parse(c *C, name, text string) error {
 	var err error
 	switch p := f.Value(c).(type) {
@@ -136,16 +132,16 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 		}
 	case *bool:
 		if text != "true" && text != "false" {
-			return errors.New("is neither true nor false")
+			return errors.New("is not a boolean")
 		}
 		*p = text == "true"
 	case *int:
 		if *p, err = strconv.Atoi(text); err != nil {
-			return errors.New("is not a whole number")
+			return errors.New("is not an integer")
 		}
 	case *int64:
 		if *p, err = strconv.ParseInt(text, 10, 64); err != nil {
-			return errors.New("is not a whole number")
+			return errors.New("is not an integer")
 		}
 	case *time.Duration:
 		if *p, err = time.ParseDuration(text); err != nil {
@@ -178,8 +174,8 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 	return nil
 }
 
-// show prints the field's value, or nothing of a secret. key is the name of one
-// value of a map, or the index of one item of a list; empty for all.
+// show formats the field's value; "" for a secret. key is the name of one value of a map or
+// the index of one item of a list; empty for all.
 func (f *Field[C]) show(c *C, key string) string {
 	if f.Secret {
 		return ""
@@ -212,13 +208,13 @@ func (f *Field[C]) show(c *C, key string) string {
 	return ""
 }
 
-// chosen reports whether the path has a part that the operator chooses.
+// chosen reports whether the path has a placeholder.
 func (f *Field[C]) chosen() bool { return slices.ContainsFunc(strings.Split(f.Path, "."), isChosen) }
 
 func isChosen(part string) bool { return part != "" && part == strings.ToUpper(part) }
 
-// index finds the field that a path of the file belongs to, -1 when there is
-// none, and the name that was chosen in it.
+// index returns the index of the field for a path of the file, -1 if there is none, and
+// the name in the place of the placeholder.
 func (s *Schema[C]) index(path string) (i int, name string) {
 	i = slices.IndexFunc(s.Fields, func(f Field[C]) bool {
 		chosen, ok := match(f.Path, path)
@@ -228,12 +224,12 @@ func (s *Schema[C]) index(path string) (i int, name string) {
 	return i, name
 }
 
-// match compares a field's path with one of a file and returns the name that
-// was chosen.
+// match compares a field's path with one of a file and returns the name in the place of
+// the placeholder.
 func match(pattern, path string) (name string, ok bool) {
 	want, have := strings.Split(pattern, "."), strings.Split(path, ".")
 	if i := slices.IndexFunc(want, isChosen); i >= 0 && len(have) >= len(want) {
-		// What is between the parts before and behind it.
+		// The name is between the parts before and after the placeholder.
 		end := i + 1 + len(have) - len(want)
 		name = strings.Join(have[i:end], ".")
 		if strings.Contains("."+name+".", "..") {
@@ -252,8 +248,8 @@ func (s *Schema[C]) field(path string) (f *Field[C], name string) {
 	return &s.Fields[i], name
 }
 
-// section reports whether fields lie below path, which is nested so deep in the
-// file, and whether the operator chose its name.
+// section reports whether path, at this depth of the file, is a section with fields, and
+// whether the operator chose its name.
 func (s *Schema[C]) section(path string, depth int) (ok, chosen bool) {
 	for i := range s.Fields {
 		parts := strings.Split(s.Fields[i].Path, ".")
@@ -267,7 +263,7 @@ func (s *Schema[C]) section(path string, depth int) (ok, chosen bool) {
 	return false, false
 }
 
-// Short prints a duration without its zero parts: 1m, not 1m0s.
+// Short formats a duration without its zero parts: 1m, not 1m0s.
 func Short(d time.Duration) string {
 	s := d.String()
 	if strings.HasSuffix(s, "m0s") {

@@ -10,8 +10,7 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// settings has what the programs have beyond single values: a list, names that
-// the operator chooses, and a list of sections.
+// settings has a field of each kind that is more than a single value.
 type settings struct {
 	Name     string
 	Managers []string
@@ -23,7 +22,7 @@ var schema = config.Schema[settings]{
 	Env: "X_", Help: "x help config",
 	Fields: []config.Field[settings]{
 		{Path: "name", Value: func(s *settings) any { return &s.Name }, Doc: "Name."},
-		{Path: "who.managers", Value: func(s *settings) any { return &s.Managers }, Doc: "Managers."},
+		{Path: "team.managers", Value: func(s *settings) any { return &s.Managers }, Doc: "Managers."},
 		{Path: "places.NAME.listen_address", Value: func(s *settings) any { return &s.Places }, Doc: "Address."},
 		{Path: "wait", Value: func(s *settings) any { return &s.Wait }, Default: "5s", Doc: "Wait."},
 	},
@@ -37,7 +36,7 @@ var schema = config.Schema[settings]{
 			}
 		}
 		if len(c.Config.Managers) > 1 && c.Config.Managers[1] == "bad" {
-			c.Bad("who.managers[1]", "is bad", "remove it")
+			c.Bad("team.managers[1]", "is bad", "remove it")
 		}
 	},
 }
@@ -48,7 +47,7 @@ func load(text string, flags, env map[string]string) (*settings, error) {
 
 func TestListsAndNames(t *testing.T) {
 	t.Parallel()
-	file := "name: n\nwho:\n  managers:\n  - a,b\n  - c\nplaces:\n  east: {listen_address: ':1'}\n  west-2:\n    listen_address: :2\n"
+	file := "name: n\nteam:\n  managers:\n  - a,b\n  - c\nplaces:\n  east: {listen_address: ':1'}\n  west-2:\n    listen_address: :2\n"
 	places := map[string]string{"east": ":1", "west-2": ":2"}
 	for _, tt := range []struct {
 		name       string
@@ -57,12 +56,12 @@ func TestListsAndNames(t *testing.T) {
 		want       settings
 	}{
 		{name: "file", text: file, want: settings{"n", []string{"a,b", "c"}, places, 5 * time.Second}},
-		{name: "environment over file", text: file, env: map[string]string{"X_WHO_MANAGERS": "x, y"},
+		{name: "environment over file", text: file, env: map[string]string{"X_TEAM_MANAGERS": "x, y"},
 			want: settings{"n", []string{"x", "y"}, places, 5 * time.Second}},
-		{name: "flag over environment", text: file, env: map[string]string{"X_WHO_MANAGERS": "x, y"}, flags: map[string]string{"who.managers": "z"},
+		{name: "flag over environment", text: file, env: map[string]string{"X_TEAM_MANAGERS": "x, y"}, flags: map[string]string{"team.managers": "z"},
 			want: settings{"n", []string{"z"}, places, 5 * time.Second}},
 		{name: "names with dots", text: "places:\n  a.b.c: {listen_address: ':1'}\n  d: {listen_address: ':2'}\n", want: settings{Places: map[string]string{"a.b.c": ":1", "d": ":2"}, Wait: 5 * time.Second}},
-		{name: "alias", text: "name: &a n\nwho: {managers: &l [*a]}\n", want: settings{Name: "n", Managers: []string{"n"}, Wait: 5 * time.Second}},
+		{name: "alias", text: "name: &a n\nteam: {managers: &l [*a]}\n", want: settings{Name: "n", Managers: []string{"n"}, Wait: 5 * time.Second}},
 		{name: "nothing", want: settings{Wait: 5 * time.Second}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -85,20 +84,20 @@ func TestProblems(t *testing.T) {
 		env        map[string]string
 		want       string
 	}{
-		{name: "value for a list", text: "who: {managers: a}", want: `x.yaml:1: who.managers: "a" is not a list; write managers: [A, B], or one "- value" a line`},
+		{name: "value for a list", text: "team: {managers: a}", want: `x.yaml:1: team.managers: "a" is not a list; write managers: [A, B], or one "- value" a line`},
 		{name: "list for a value", text: "wait: [1s]", want: `x.yaml:1: wait takes one value, not a list or a section; write wait: 5s`},
-		{name: "number in a list", text: "who:\n  managers:\n  - a\n  - 7", want: `x.yaml:4: who.managers[1] is not text; put quotes around it`},
-		{name: "section in a list", text: "who:\n  managers:\n  - a: b", want: `x.yaml:3: who.managers[0] is not text; put quotes around it`},
-		{name: "empty list", text: "who: {managers: }", want: `x.yaml:1: who.managers has no value; give one or remove the line`},
-		{name: "an item has its own line", text: "who:\n  managers:\n  - a\n  - bad", want: `x.yaml:4: who.managers[1]: "bad" is bad; remove it`},
-		{name: "an item of the environment", text: "who:\n  managers:\n  - a\n  - good", env: map[string]string{"X_WHO_MANAGERS": "a,bad"}, want: `X_WHO_MANAGERS: who.managers[1]: "bad" is bad; remove it`},
-		{name: "an empty item", env: map[string]string{"X_WHO_MANAGERS": "a,,b"}, want: `X_WHO_MANAGERS: who.managers: "a,,b" is not a list such as A,B`},
-		{name: "an item as a key", text: "who: {'managers[0]': a}", want: `x.yaml:1: "who.managers[0]" is not a field; did you mean who.managers?`},
+		{name: "number in a list", text: "team:\n  managers:\n  - a\n  - 7", want: `x.yaml:4: team.managers[1] is not a string; put quotes around it`},
+		{name: "section in a list", text: "team:\n  managers:\n  - a: b", want: `x.yaml:3: team.managers[0] is not a string; put quotes around it`},
+		{name: "empty list", text: "team: {managers: }", want: `x.yaml:1: team.managers has no value; give one or remove the line`},
+		{name: "an item has its own line", text: "team:\n  managers:\n  - a\n  - bad", want: `x.yaml:4: team.managers[1]: "bad" is bad; remove it`},
+		{name: "an item of the environment", text: "team:\n  managers:\n  - a\n  - good", env: map[string]string{"X_TEAM_MANAGERS": "a,bad"}, want: `X_TEAM_MANAGERS: team.managers[1]: "bad" is bad; remove it`},
+		{name: "an empty item", env: map[string]string{"X_TEAM_MANAGERS": "a,,b"}, want: `X_TEAM_MANAGERS: team.managers: "a,,b" is not a list such as A,B`},
+		{name: "an item as a key", text: "team: {'managers[0]': a}", want: `x.yaml:1: "team.managers[0]" is not a field; did you mean team.managers?`},
 		{name: "misspelled under a name", text: "places:\n  east:\n    listen_addr: :1", want: `x.yaml:3: "places.east.listen_addr" is not a field; did you mean places.east.listen_address?`},
 		{name: "misspelled under a name with dots", text: "places:\n  a.b:\n    listen_addr: :1", want: `x.yaml:3: "places.a.b.listen_addr" is not a field; did you mean places.a.b.listen_address?`},
 		{name: "a name with dots as sections", text: "places:\n  a:\n    b: {listen_address: ':1'}", want: `x.yaml:3: "places.a.b" is not a field; did you mean places.a.listen_address?`},
 		{name: "a name with dots twice", text: "places:\n  a.b: {listen_address: ':1'}\n  a.b: {listen_address: ':1'}", want: `x.yaml:3: places.a.b is given twice, first in line 2; keep one of the two`},
-		{name: "a value of a name with dots", text: "places:\n  a.b:\n    listen_address: nowhere", want: `x.yaml:3: places.a.b.listen_address: "nowhere" is not host:port; write it as host:port`},
+		{name: "a value of a name with dots", text: "places:\n  a.b:\n    listen_address: x", want: `x.yaml:3: places.a.b.listen_address: "x" is not host:port; write it as host:port`},
 		{name: "an empty name", text: "places:\n  a.: {listen_address: ':1'}", want: `x.yaml:2: "places.a." is not a field; remove it; "x help config" lists the fields`},
 		{name: "left out of its section", text: "listen_address: :1", want: `x.yaml:1: "listen_address" is not a field; did you mean places.NAME.listen_address?`},
 		{name: "unknown", text: "zzzzzzzzzz: 1", want: `x.yaml:1: "zzzzzzzzzz" is not a field; remove it; "x help config" lists the fields`},
@@ -106,7 +105,7 @@ func TestProblems(t *testing.T) {
 		{name: "a name with nothing", text: "places:\n  east:", want: `x.yaml:2: places.east is not a list of fields; write one "name: value" a line`},
 		{name: "a value for the names", text: "places: :1", want: `x.yaml:1: places is not a list of fields; write one "name: value" a line`},
 		{name: "a name twice", text: "places:\n  a: {listen_address: ':1'}\n  a: {listen_address: ':1'}", want: `x.yaml:3: places.a is given twice, first in line 2; keep one of the two`},
-		{name: "one of many values", text: "places:\n  a: {listen_address: ':1'}\n  b:\n    listen_address: nowhere", want: `x.yaml:4: places.b.listen_address: "nowhere" is not host:port; write it as host:port`},
+		{name: "one of many values", text: "places:\n  a: {listen_address: ':1'}\n  b:\n    listen_address: x", want: `x.yaml:4: places.b.listen_address: "x" is not host:port; write it as host:port`},
 		{name: "in the order of the fields", text: "wait: -1s\nplaces: {a: {listen_address: x}}", want: "x.yaml:2: places.a.listen_address: \"x\" is not host:port; write it as host:port\n" +
 			"x.yaml:1: wait: -1s is negative; set 5s"},
 	} {
@@ -123,13 +122,13 @@ func TestProblems(t *testing.T) {
 	}
 }
 
-// A file that is a list of sections is read as strictly as a configuration.
+// TestLoadList: a list of sections is parsed as strictly as a configuration.
 func TestLoadList(t *testing.T) {
 	t.Parallel()
 	elements := func(text string) ([]config.Item[settings], error) {
 		return schema.LoadList("x.yaml", []byte(text), "entries")
 	}
-	items, err := elements("entries:\n- name: a\n  wait: 1s\n# between\n-\n  name: b\n  who: {managers: [c]}\n")
+	items, err := elements("entries:\n- name: a\n  wait: 1s\n# between\n-\n  name: b\n  team: {managers: [c]}\n")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -146,17 +145,17 @@ func TestLoadList(t *testing.T) {
 	const unset = `x.yaml: entries is not set; write "entries: []" if the list is meant to be empty`
 	for _, tt := range []struct{ text, want string }{
 		{"", unset},
-		{"# nobody", unset},
+		{"# a comment", unset},
 		{"---", unset},
 		{"null", unset},
 		{"{}", unset},
 		{"entries:", `x.yaml:1: entries is not a list; write each element as "- name: value" and its further fields below`},
 		{"entries: []\nentries: []", "x.yaml:2: entries is given twice, first in line 1; keep one of the two"},
-		{"entries: []\n---\nentries: []", "x.yaml:2: the file holds more than one document; remove everything from the second --- on"},
+		{"entries: []\n---\nentries: []", "x.yaml:2: the file has more than one document; remove everything from the second --- on"},
 		{"- name: a", `x.yaml:1: is not a list of fields; write one "name: value" a line`},
 		{"entry: []", `x.yaml:1: "entry" is not a field; the only one is entries`},
 		{"entries: a", `x.yaml:1: entries is not a list; write each element as "- name: value" and its further fields below`},
-		{"entries:\n- a", `x.yaml:2: entries has an element that is no section; write it as "- name: value" and its further fields below`},
+		{"entries:\n- a", `x.yaml:2: entries has an element that is not a section; write it as "- name: value" and its further fields below`},
 		{"entries:\n- name: a\n  nam: b", `x.yaml:3: "nam" is not a field; did you mean name?`},
 		{"entries:\n- name: a\n  name: b", `x.yaml:3: name is given twice, first in line 2; keep one of the two`},
 		{"entries:\n- wait: -1s\n- wait: 5", "x.yaml:2: wait: -1s is negative; set 5s\nx.yaml:3: wait: \"5\" has no unit; write it with a unit, such as 500ms, 60s or 5m"},
@@ -168,30 +167,29 @@ func TestLoadList(t *testing.T) {
 	}
 }
 
-// What cannot be given as a flag or a variable is not documented as one.
+// TestUsage: fields without a flag or a variable are documented without them.
 func TestUsage(t *testing.T) {
 	t.Parallel()
 	usage, table := schema.Usage(), schema.Markdown()
 	for _, want := range []string{
-		"who.managers (list of texts)\n    -who-managers, X_WHO_MANAGERS\n    Managers.\n",
-		"places.NAME.listen_address (text)\n    Address.\n",
+		"team.managers (list of strings)\n    -team-managers, X_TEAM_MANAGERS\n    Managers.\n",
+		"places.NAME.listen_address (string)\n    Address.\n",
 		"wait (duration, default 5s)\n",
 	} {
 		if !strings.Contains(usage, want) {
 			t.Errorf("no %q in\n%s", want, usage)
 		}
 	}
-	if want := "| `places.NAME.listen_address` | text | – | – | – | Address. |\n"; !strings.Contains(table, want) {
+	if want := "| `places.NAME.listen_address` | string | – | – | – | Address. |\n"; !strings.Contains(table, want) {
 		t.Errorf("no %q in\n%s", want, table)
 	}
 }
 
-// FuzzLoad: no file makes the loader panic, and every refusal says where and
-// what.
+// FuzzLoad: no file causes a panic, and every error has a place and a cause.
 func FuzzLoad(f *testing.F) {
-	f.Add("name: n\nwho: {managers: [a, 'b']}\nplaces: {east: {listen_address: ':1'}}\n")
+	f.Add("name: n\nteam: {managers: [a, 'b']}\nplaces: {east: {listen_address: ':1'}}\n")
 	f.Add("entries:\n- name: a\n- &x {wait: 1s}\n- *x\n")
-	f.Add("places: {'': {'': 1}, a.b: {listen_address: x}}\nwho: {'managers[0]': a}\n")
+	f.Add("places: {'': {'': 1}, a.b: {listen_address: x}}\nteam: {'managers[0]': a}\n")
 	f.Fuzz(func(t *testing.T, text string) {
 		_, err := load(text, nil, nil)
 		_, listErr := schema.LoadList("x.yaml", []byte(text), "entries")

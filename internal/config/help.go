@@ -5,13 +5,13 @@ import (
 	"strings"
 )
 
-// Usage lists every field for a terminal, with its flag and its variable.
+// Usage lists every field for a terminal, with its flag and variable.
 func (s *Schema[C]) Usage() string {
-	return "A flag wins over the environment, the environment over the file, the file over\nthe default. In the file a dot is a section.\n\n" +
+	return "A flag takes precedence over the environment, the environment over the file, and\nthe file over the default. A dot separates sections of the file.\n\n" +
 		s.fieldList(true)
 }
 
-// FieldList lists every field for a terminal, of what is only ever in a file.
+// FieldList lists every field for a terminal, without flags and variables.
 func (s *Schema[C]) FieldList() string { return s.fieldList(false) }
 
 func (s *Schema[C]) fieldList(names bool) string {
@@ -55,9 +55,9 @@ func (s *Schema[C]) Markdown() string {
 	return b.String()
 }
 
-// suggest names the field that was probably meant by a key at this depth of a
-// section: the same last part in another section, or the fewest letters away. Below
-// a name that the operator chose, it is always one of the section.
+// suggest returns the remedy for an unknown key at this depth of a section: the field with
+// the same last part in another section, or the one with the smallest edit distance. Below
+// a name that the operator chose, it is always a field of the section.
 func (s *Schema[C]) suggest(path, section string, depth int) string {
 	last, chosen := path[strings.LastIndex(path, ".")+1:], false
 	if depth > 1 {
@@ -89,10 +89,10 @@ func (s *Schema[C]) suggest(path, section string, depth int) string {
 	return "remove it; \"" + s.Help + "\" lists the fields"
 }
 
-// maxPath is more letters than a field's path has.
+// maxPath is longer than any field's path.
 const maxPath = 100
 
-// distance is the number of letters to insert, remove or change (Levenshtein).
+// distance returns the Levenshtein distance.
 func distance(a, b string) int {
 	if len(a) > 64 {
 		return len(a)

@@ -6,16 +6,16 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Item is one element of a list that [Schema.LoadList] has read.
+// Item is an element of a list that [Schema.LoadList] returns.
 type Item[C any] struct {
 	Config *C
-	Line   int // where it begins
+	Line   int // its first line
 }
 
-// LoadList reads a file whose one field, key, is a list of sections with the
-// fields of the schema, as strictly as [Schema.Load] reads a configuration. A
-// file without the field is wrong: a list of nothing is written as key: []. The
-// check is called for each section. Its error is an [Error].
+// LoadList parses a file whose only field, key, is a list of sections with the fields of
+// the schema, as strictly as [Schema.Load] parses a configuration. A file without the
+// field is an error; an empty list is written as key: []. Schema.Check is called for each
+// section. The error is an [Error].
 func (s *Schema[C]) LoadList(file string, data []byte, key string) ([]Item[C], error) {
 	r := &reader{file: file}
 	var items []Item[C]
@@ -48,10 +48,10 @@ func (s *Schema[C]) items(r *reader, key string, k, v *yaml.Node) []Item[C] {
 		if n.Kind == yaml.MappingNode {
 			l.section("", n, n.Line, 1)
 		} else {
-			l.at(n.Line, key, "has an element that is no section", "write it as \"- name: value\" and its further fields below")
+			l.at(n.Line, key, "has an element that is not a section", "write it as \"- name: value\" and its further fields below")
 		}
 		if len(l.out) == 0 {
-			l.file = l.place(n.Line) // for what is missing
+			l.file = l.place(n.Line) // for missing fields
 			l.out = l.check()
 		}
 		r.out = append(r.out, l.out...)

@@ -14,9 +14,9 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Flags adds -config and one flag for each field to fset. The returned
-// function, called after fset.Parse, loads the configuration. Its error is an
-// [Error] unless the file cannot be read.
+// Flags adds -config and a flag for each field to fset. The returned function, to be
+// called after fset.Parse, loads the configuration. Its error is an [Error] unless the
+// file cannot be read.
 func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func() (*C, error) {
 	file := fset.String("config", "", "")
 	flags := map[string]string{}
@@ -44,9 +44,8 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 	}
 }
 
-// Load puts a configuration together from the content of the file that is
-// called file, the environment, and flags by the path of their field. Its
-// error is an [Error].
+// Load loads a configuration from the content of file, the environment, and flags by the
+// path of their field. The error is an [Error].
 func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, getenv func(string) string) (*C, error) {
 	l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: file}, origins: map[string]string{}}
 	if root := l.document(data); root != nil {
@@ -63,7 +62,7 @@ func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, gete
 			l.store(f, "", v, "flag -"+f.Flag())
 		}
 	}
-	// What a value contradicts is worth saying only when the values are known.
+	// Check the values only if all of them are known.
 	if len(l.out) == 0 {
 		l.out = l.check()
 	}
@@ -79,7 +78,7 @@ type reader struct {
 	out  []Problem
 }
 
-// loader collects the values of one C, and where each was set (by path).
+// loader collects the values of one C, and where each was set, by path.
 type loader[C any] struct {
 	*reader
 	schema  *Schema[C]
@@ -97,7 +96,7 @@ func (l *loader[C]) check() []Problem {
 	return c.sorted()
 }
 
-// store parses one value and remembers where it came from.
+// store parses a value and records where it came from.
 func (l *loader[C]) store(f *Field[C], name, text, where string) {
 	path := f.Path
 	if name != "" {
@@ -115,7 +114,7 @@ func (l *loader[C]) store(f *Field[C], name, text, where string) {
 	}
 }
 
-// concrete puts a name in the place of the part that is chosen.
+// concrete replaces the placeholder of a path with a name.
 func concrete(pattern, name string) string {
 	parts := strings.Split(pattern, ".")
 	for i := range parts {
@@ -133,8 +132,7 @@ func shown[C any](f *Field[C], text string) string {
 	return strconv.Quote(text)
 }
 
-// document reads a file that holds one YAML document and returns its root, or
-// nil when there is nothing in it.
+// document parses a file of one YAML document and returns its root; nil if it is empty.
 func (r *reader) document(data []byte) *yaml.Node {
 	dec := yaml.NewDecoder(bytes.NewReader(data))
 	var doc, more yaml.Node
@@ -146,7 +144,7 @@ func (r *reader) document(data []byte) *yaml.Node {
 		return nil
 	}
 	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {
-		r.at(more.Line, "", "the file holds more than one document", "remove everything from the second --- on")
+		r.at(more.Line, "", "the file has more than one document", "remove everything from the second --- on")
 	}
 	root := doc.Content[0]
 	if root.Kind == yaml.ScalarNode && root.Tag == "!!null" {
@@ -157,22 +155,22 @@ func (r *reader) document(data []byte) *yaml.Node {
 
 var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
 
-// syntax turns the parser's error into one with file:line.
+// syntax converts an error of the YAML parser to one with file:line.
 func syntax(file string, err error) Problem {
-	where, text := file+":1", err.Error() // the parser leaves out the first line
+	where, text := file+":1", err.Error() // the parser omits the number of the first line
 	if m := yamlLine.FindStringSubmatch(text); m != nil {
 		if m[1] != "" {
 			where = file + ":" + m[1]
 		}
 		text = text[len(m[0]):]
 	}
-	if strings.Contains(text, "anchor") { // no line, and its name may be a secret that begins with *
+	if strings.Contains(text, "anchor") { // it has no line, and the name may be a secret that begins with *
 		where, text = file, "an alias has no anchor"
 	}
 	return Problem{Where: where, What: "is not YAML: " + text, Remedy: "check the indentation and the quotes around it"}
 }
 
-// place is a line of the file.
+// place formats a line of the file.
 func (r *reader) place(line int) string {
 	if line > 0 {
 		return fmt.Sprintf("%s:%d", r.file, line)
@@ -185,8 +183,7 @@ func (r *reader) at(line int, path, what, remedy string) {
 	r.out = append(r.out, Problem{Where: r.place(line), Path: path, What: what, Remedy: remedy})
 }
 
-// pairs calls each with the keys and values of a mapping whose keys are below
-// prefix.
+// pairs calls each with the keys and values of a mapping below prefix.
 func (r *reader) pairs(prefix string, n *yaml.Node, line int, each func(path string, key, value *yaml.Node)) {
 	if n.Kind != yaml.MappingNode {
 		r.at(max(n.Line, line), strings.TrimSuffix(prefix, "."), "is not a list of fields", "write one \"name: value\" a line")
@@ -205,7 +202,7 @@ func (r *reader) pairs(prefix string, n *yaml.Node, line int, each func(path str
 	}
 }
 
-// section reads one mapping whose keys are below prefix, at this depth.
+// section loads a mapping below prefix, at this depth.
 func (l *loader[C]) section(prefix string, n *yaml.Node, line, depth int) {
 	l.pairs(prefix, n, line, func(path string, key, value *yaml.Node) {
 		f, name := l.schema.field(path)
@@ -224,8 +221,8 @@ func (l *loader[C]) section(prefix string, n *yaml.Node, line, depth int) {
 	})
 }
 
-// value stores one value of the file, when it has the YAML type that the field
-// asks for: a bare 60 for a duration is more likely a mistake than 60 ns.
+// value stores a value of the file if it has the YAML type of the field. So 60 is not
+// accepted as a duration: it is more likely a mistake than 60 ns.
 func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	if v.Kind == yaml.AliasNode {
 		v = v.Alias
@@ -256,7 +253,7 @@ func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	}
 }
 
-// list stores the items of a list, each with its own line.
+// list stores the items of a list, each with its line.
 func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
 	var items []string
 	for i, n := range v.Content {
@@ -265,7 +262,7 @@ func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
 		}
 		item := fmt.Sprintf("%s[%d]", path, i)
 		if n.Kind != yaml.ScalarNode || n.ShortTag() != "!!str" || n.Value == "" {
-			l.at(n.Line, item, "is not text", "put quotes around it")
+			l.at(n.Line, item, "is not a string", "put quotes around it")
 			continue
 		}
 		l.origins[item] = l.place(n.Line)
@@ -275,18 +272,17 @@ func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
 	l.origins[path] = l.place(key.Line)
 }
 
-// wrongTag says what is wrong with a value that YAML takes for another type
-// than the field has.
+// wrongTag returns the problem of a value whose YAML type is not that of the field.
 func wrongTag(kind, tag string) (what, remedy string) {
 	switch kind {
-	case kindMode: // 0770 is a number to YAML and "0770" is text
+	case kindMode: // in YAML 0770 is an integer and "0770" a string
 	case kindBool:
 		if tag != "!!bool" {
-			return "is neither true nor false", "write true or false without quotes"
+			return "is not a boolean", "write true, or false, without quotes"
 		}
 	case kindNumber:
 		if tag != "!!int" {
-			return "is not a whole number", "write the digits without quotes and without a unit"
+			return "is not an integer", "write the digits without quotes and without a unit"
 		}
 	case kindDuration:
 		if tag != "!!str" {
@@ -294,13 +290,13 @@ func wrongTag(kind, tag string) (what, remedy string) {
 		}
 	default:
 		if tag != "!!str" {
-			return "is not text", "put quotes around it"
+			return "is not a string", "put quotes around it"
 		}
 	}
 	return "", ""
 }
 
-// example is a value of the right form.
+// example returns an example value.
 func (f *Field[C]) example() string {
 	if f.Default != "" {
 		return f.Default
@@ -308,10 +304,11 @@ func (f *Field[C]) example() string {
 	return "VALUE"
 }
 
-// maxFileSize keeps a wrong path, a device say, from filling the memory.
+// maxFileSize bounds a configuration file, so that a wrong path, such as a device, does
+// not fill the memory.
 const maxFileSize = 1 << 20
 
-// ReadFile reads a file of at most limit bytes.
+// ReadFile reads a file of limit bytes at most.
 func ReadFile(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {

@@ -7,16 +7,16 @@ import (
 	"strings"
 )
 
-// Problem is one thing that is wrong with a configuration.
+// Problem is an error in a configuration.
 type Problem struct {
 	Where  string // file:line, file, flag or variable; may be empty
-	Path   string // the field; empty when it is about the file as a whole
-	Value  string // as given, quoted; empty for secrets and where there is none
-	What   string // "is not a duration"
-	Remedy string // what to do
+	Path   string // the field; empty for the file as a whole
+	Value  string // quoted; empty for secrets and missing values
+	What   string // the cause, such as "is not a duration"
+	Remedy string // in one imperative sentence
 }
 
-// String is the problem in one line.
+// String returns the problem in one line.
 func (p Problem) String() string {
 	var b strings.Builder
 	if p.Where != "" {
@@ -36,7 +36,7 @@ func (p Problem) String() string {
 	return b.String()
 }
 
-// Error is everything that is wrong with a configuration.
+// Error is all errors in a configuration.
 type Error []Problem
 
 // Error returns one line for each problem.
@@ -48,9 +48,9 @@ func (e Error) Error() string {
 	return strings.Join(lines, "\n")
 }
 
-// Checker collects what is wrong with the values of Config, each problem with
-// the place that its value came from. A path may also name one item of a list,
-// operators.managers[0], or one value of a map, deployments.default.address.
+// Checker collects the problems of Config, each with the place of its value. A path may
+// also be that of an item of a list, operators.managers[0], or of a value of a map,
+// deployments.default.address.
 type Checker[C any] struct {
 	Config *C
 
@@ -60,7 +60,7 @@ type Checker[C any] struct {
 	out     []Problem
 }
 
-// Bad reports the value of the field at path.
+// Bad reports an invalid value of the field at path.
 func (c *Checker[C]) Bad(path, what, remedy string) {
 	i, key := c.index(path)
 	f := &c.schema.Fields[i]
@@ -69,15 +69,15 @@ func (c *Checker[C]) Bad(path, what, remedy string) {
 	})
 }
 
-// Missing reports a field that has no value and needs one.
+// Missing reports a required field without a value.
 func (c *Checker[C]) Missing(path, what, remedy string) {
 	c.out = append(c.out, Problem{Where: c.file, Path: path, What: what, Remedy: remedy})
 }
 
-// Origin says where the field was set; empty for a default.
+// Origin returns where the field was set; empty for a default.
 func (c *Checker[C]) Origin(path string) string { return c.origins[path] }
 
-// NotEmpty reports text fields that have a default and were made empty.
+// NotEmpty reports string fields that have a default and were set to an empty value.
 func (c *Checker[C]) NotEmpty(paths ...string) {
 	for _, path := range paths {
 		if f, _ := c.schema.field(path); *f.Value(c.Config).(*string) == "" {
@@ -93,7 +93,7 @@ func (c *Checker[C]) sorted() []Problem {
 	return c.out
 }
 
-// index finds the field of a path, and the name or the index in it.
+// index returns the index of the field of a path, and the name or list index in the path.
 func (c *Checker[C]) index(path string) (i int, key string) {
 	if list, item, ok := strings.Cut(path, "["); ok {
 		i, _ = c.schema.index(list)
@@ -102,8 +102,8 @@ func (c *Checker[C]) index(path string) (i int, key string) {
 	return c.schema.index(path)
 }
 
-// BadAddress says what is wrong with a host:port, or "". A server to connect
-// to needs a host; a listener may leave it out.
+// BadAddress returns what is wrong with a host:port, or "". The address of a server to
+// connect to needs a host, that of a listener does not.
 func BadAddress(s string, needHost bool) string {
 	host, port, err := net.SplitHostPort(s)
 	if err != nil {
@@ -118,11 +118,11 @@ func BadAddress(s string, needHost bool) string {
 	return ""
 }
 
-// MaxSocketPath is the longest path of a Unix socket: sun_path of unix(7)
+// MaxSocketPath is the maximum length of a Unix socket's path: sun_path of unix(7)
 // without its closing NUL.
 const MaxSocketPath = 107
 
-// OneOf lists the values that are accepted.
+// OneOf lists values as "a, b or c".
 func OneOf(values []string) string {
 	last := len(values) - 1
 	return strings.Join(values[:last], ", ") + " or " + values[last]

@@ -5,10 +5,10 @@ import (
 	"net/netip"
 )
 
-// Client is who comes from an address: an IPv4 address, and of IPv6 a /64: that
-// much every machine is given, or can make up, so single addresses would bound
-// nobody. It is the zero Prefix for a peer without an IP address, over a Unix
-// socket or in memory, whom no limit of addresses applies to.
+// Client returns the client that an address belongs to: the IPv4 address, or the /64
+// of an IPv6 address. Every machine can use a whole /64, so a limit for each address
+// would have no effect. It returns the zero Prefix for a peer without an IP address,
+// such as over a Unix socket or in memory; limits of clients do not apply to it.
 func Client(address net.Addr) netip.Prefix {
 	tcp, ok := address.(*net.TCPAddr)
 	if !ok {
@@ -18,7 +18,7 @@ func Client(address net.Addr) netip.Prefix {
 	if !ok {
 		return netip.Prefix{}
 	}
-	ip = ip.Unmap() // IPv4, at a listener for both
+	ip = ip.Unmap() // IPv4 at a dual-stack listener
 	bits := 64
 	if ip.Is4() {
 		bits = 32
@@ -26,7 +26,7 @@ func Client(address net.Addr) netip.Prefix {
 	return netip.PrefixFrom(ip, bits).Masked()
 }
 
-// Name is a client for people.
+// Name returns the text for a client in logs.
 func Name(client netip.Prefix) string {
 	if !client.IsValid() {
 		return "no IP address"
@@ -34,11 +34,11 @@ func Name(client netip.Prefix) string {
 	return client.String()
 }
 
-// siteBits is the size of a [Site].
+// siteBits is the prefix length of a [Site].
 const siteBits = 48
 
-// Site is the /48 that an IPv6 client is in: what one customer of a provider is
-// given, with 65,536 clients in it. It is the zero Prefix for any other client.
+// Site returns the /48 of an IPv6 client, which contains 65,536 clients: a provider
+// typically gives one to a customer. It returns the zero Prefix for any other client.
 func Site(client netip.Prefix) netip.Prefix {
 	if !client.IsValid() || client.Addr().Is4() {
 		return netip.Prefix{}

@@ -20,9 +20,9 @@ func TestClient(t *testing.T) {
 			t.Errorf("%v is %s, want %s", address, got, want)
 		}
 	}
-	for _, nobody := range []net.Addr{nil, &net.TCPAddr{}, &net.UDPAddr{IP: net.IPv4(10, 0, 0, 1)}} {
-		if got := listen.Client(nobody); got.IsValid() {
-			t.Errorf("%v is %s", nobody, got)
+	for _, address := range []net.Addr{nil, &net.TCPAddr{}, &net.UDPAddr{IP: net.IPv4(10, 0, 0, 1)}} {
+		if got := listen.Client(address); got.IsValid() {
+			t.Errorf("%v is %s", address, got)
 		}
 	}
 }

@@ -2,20 +2,20 @@ package listen
 
 import (
 	"container/list"
-	"errors"
+	"fmt"
 	"net"
 	"net/netip"
 	"time"
 )
 
-// maxAnonymousBytes is how much an anonymous caller can send on one connection: a
-// hundred times what an attestation takes, and what TLS adds. Each byte can cost
-// the server many in memory before it is part of a message.
+// maxAnonymousBytes is how much an anonymous caller may send on one connection, TLS
+// included: a hundred times an attestation. Each byte can take the server many bytes
+// of memory before it is part of a message.
 const maxAnonymousBytes = 256 << 10
 
-var errTooMuch = errors.New("more was sent than an anonymous caller may send on one connection")
+var errTooMuch = fmt.Errorf("anonymous caller has sent more than %d bytes on one connection", maxAnonymousBytes)
 
-// conn is a connection that was accepted.
+// conn is an accepted connection.
 type conn struct {
 	net.Conn
 	owner *Listener
@@ -23,23 +23,23 @@ type conn struct {
 
 	// Guarded by owner.pool.mu.
 	state  state
-	began  time.Time     // its handshake
-	caller string        // of a known one
-	waits  *list.Element // in the pool's list of a state before the handshake is done
+	began  time.Time     // start of the handshake
+	caller string        // empty unless known
+	waits  *list.Element // in the pool's list for its state, until the handshake is done
 
-	// The first byte, which was read before the connection was handed on, until it is
-	// read again.
-	first [1]byte
-	heard bool
+	// The first byte, which was read before the connection was accepted, until the
+	// server reads it.
+	first    [1]byte
+	buffered bool
 
-	// What an anonymous caller may still send, if it is bounded: set before the
-	// first call is read, and used by the goroutine that reads.
+	// How much an anonymous caller may still send, if it is bounded: set before the
+	// first call is read, and used by the reading goroutine.
 	bounded bool
 	left    int
 }
 
-// keys are what a connection counts for.
-func (c *conn) keys() []key {
+// keysLocked returns the keys that a connection is counted by.
+func (c *conn) keysLocked() []key {
 	keys := []key{{state: c.state}}
 	if c.from.IsValid() {
 		keys = append(keys, key{state: c.state, from: c.from})
@@ -52,8 +52,8 @@ func (c *conn) keys() []key {
 
 // Read implements net.Conn.
 func (c *conn) Read(b []byte) (int, error) {
-	if c.heard && len(b) > 0 {
-		c.heard = false
+	if c.buffered && len(b) > 0 {
+		c.buffered = false
 		b[0] = c.first[0]
 		return 1, nil
 	}
@@ -72,12 +72,13 @@ func (c *conn) Read(b []byte) (int, error) {
 // Close implements net.Conn.
 func (c *conn) Close() error {
 	c.owner.pool.mu.Lock()
-	c.owner.pool.drop(c)
+	c.owner.pool.dropLocked(c)
 	c.owner.pool.mu.Unlock()
 	return c.Conn.Close()
 }
 
-// Raw is the connection that a listener gave a [Listener], for c of that.
+// Raw returns the underlying connection of c, if c is from a [Listener], and c
+// otherwise.
 func Raw(c net.Conn) net.Conn {
 	if accepted, ok := c.(*conn); ok {
 		return accepted.Conn

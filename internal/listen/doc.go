@@ -1,6 +1,5 @@
-// Package listen owns what everybody can reach: the listeners of the signing side.
-// It bounds the connections of the process, of each client and of each caller,
-// differently before and after a caller is known, and the calls that they have in
-// flight; it serves gRPC within these bounds and ends in order; and it writes what
-// strangers cause to the log without letting them fill it.
+// Package listen serves the network listeners of the signing side. It limits the
+// connections of the process, of each client and of each caller, with separate limits
+// for anonymous callers, and the calls in flight. It serves gRPC within these limits
+// and shuts down in order. It also limits the log lines that remote clients can cause.
 package listen

@@ -23,7 +23,7 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 )
 
-// network is a listener that clients of any address connect to.
+// network is a listener in memory, for clients at any address.
 type network struct {
 	conns chan net.Conn
 	end   chan struct{}
@@ -55,13 +55,13 @@ type accepted struct {
 
 func (a accepted) RemoteAddr() net.Addr { return a.from }
 
-// client is the other end of a connection.
+// client is the client's end of a connection.
 type client struct {
 	net.Conn
 	t *testing.T
 }
 
-// dial connects from an IP address; the bubble is then at rest.
+// dial connects from an IP address and waits until the bubble is idle.
 func (n *network) dial(t *testing.T, ip string) client {
 	t.Helper()
 	near, far := net.Pipe()
@@ -71,7 +71,7 @@ func (n *network) dial(t *testing.T, ip string) client {
 	return client{near, t}
 }
 
-// say writes a text, as far as somebody reads it.
+// say writes a text, as far as the server reads it.
 func (c client) say(text string) client {
 	c.t.Helper()
 	c.SetWriteDeadline(time.Now().Add(time.Millisecond))
@@ -80,7 +80,7 @@ func (c client) say(text string) client {
 	return c
 }
 
-// open reports whether the server has the connection open still.
+// open reports whether the connection is still open.
 func (c client) open() bool {
 	c.SetReadDeadline(time.Now().Add(time.Millisecond))
 	for {
@@ -90,7 +90,7 @@ func (c client) open() bool {
 	}
 }
 
-// wantOpen fails the test unless exactly those are open that are said to be.
+// wantOpen fails the test unless each connection is open or closed as wanted.
 func wantOpen(t *testing.T, want map[client]bool) {
 	t.Helper()
 	for c, open := range want {
@@ -115,7 +115,7 @@ func (r *refusals) count(from fmt.Stringer) {
 	r.by[from.String()]++
 }
 
-// named has each client say who it is, in a letter; "-" is nobody known.
+// named are credentials by which a client sends its name, one letter; "-" is anonymous.
 type named struct {
 	credentials.TransportCredentials
 }
@@ -138,7 +138,7 @@ func (named) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error)
 func (named) Info() credentials.ProtocolInfo            { return credentials.ProtocolInfo{} }
 func (n named) Clone() credentials.TransportCredentials { return n }
 
-// reasons are why connections were refused, in order.
+// reasons holds why connections were refused, in order.
 type reasons struct {
 	mu  sync.Mutex
 	all []string
@@ -150,7 +150,7 @@ func (r *reasons) take() []string {
 	return r.all
 }
 
-// serve serves nothing on a network, with limits.
+// serve runs a server without services on a network, with limits.
 func serve(t *testing.T, limits listen.Limits, refused *reasons) *network {
 	t.Helper()
 	n := newNetwork()
@@ -177,7 +177,7 @@ func serve(t *testing.T, limits listen.Limits, refused *reasons) *network {
 	return n
 }
 
-// lines is a log whose lines are read as records.
+// lines is a log whose lines a test can read.
 type lines struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -191,7 +191,7 @@ func (l *lines) Write(p []byte) (int, error) {
 
 func (l *lines) logger() *slog.Logger { return slog.New(slog.NewJSONHandler(l, nil)) }
 
-// take returns what was written since the last time.
+// take returns the lines since the last take.
 func (l *lines) take(t *testing.T) (out []map[string]any) {
 	t.Helper()
 	synctest.Wait()

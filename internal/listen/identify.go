@@ -7,8 +7,8 @@ import (
 	"google.golang.org/grpc/credentials"
 )
 
-// identifying is credentials that say whose connection it is once the handshake is
-// done. Only then has the client shown that it has the key of its certificate.
+// identifying are credentials that identify the caller of a connection after the
+// handshake. Only then has the client shown that it has its certificate's key.
 type identifying struct {
 	credentials.TransportCredentials
 	s *server

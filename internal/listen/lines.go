@@ -11,55 +11,55 @@ import (
 )
 
 const (
-	// lineInterval is the least time between two log lines that say the same of the
-	// same.
-	lineInterval = time.Minute
-	// maxLines is how many different lines there are in that time. What is more is
-	// counted in one line for each message.
+	// logInterval is the least time between two log lines with the same message
+	// about the same subject.
+	logInterval = time.Minute
+	// maxLines is how many different lines are kept for that time. Further ones are
+	// counted together, in one line for each message.
 	maxLines = 16
-	// others stands in that line for what it is about.
+	// others is the subject of those.
 	others = "others"
 )
 
-// Lines writes to a log what strangers can make happen as often as they like: a
-// line at once, then one a minute with a count. Make it with [NewLines], and
-// have [Lines.Run] write what [Lines.Note] notes.
+// Lines limits log lines that remote clients can cause at any rate: the first is
+// written at once, then one a minute with a count. Make it with [NewLines];
+// [Lines.Run] writes the lines that [Lines.Note] adds.
 type Lines struct {
 	log  *slog.Logger
 	wake chan struct{} // of capacity one
 
-	mu    sync.Mutex
-	noted map[subject]*line
+	mu      sync.Mutex
+	pending map[subject]*line
 }
 
-// subject is what a line is about.
+// subject identifies lines that are counted together.
 type subject struct{ message, about string }
 
 type line struct {
 	level   slog.Level
-	attrs   []any // of the last time
-	count   int   // times that are not written yet
+	attrs   []any // of the last Note
+	count   int   // since the last write
 	written time.Time
 }
 
 // NewLines makes a Lines that writes to log.
 func NewLines(log *slog.Logger) *Lines {
-	return &Lines{log: log, wake: make(chan struct{}, 1), noted: make(map[subject]*line)}
+	return &Lines{log: log, wake: make(chan struct{}, 1), pending: make(map[subject]*line)}
 }
 
-// Note notes that message happened to what about names, such as a client. It
-// never waits. The attributes that are written are those of the last time.
+// Note adds a line with a message about something, such as a client. It never waits.
+// The line is written with the attributes of the last Note.
 func (l *Lines) Note(level slog.Level, message, about string, attrs ...any) {
 	l.mu.Lock()
 	s := subject{message, about}
-	n, ok := l.noted[s]
-	if !ok && len(l.noted) >= maxLines {
+	n, ok := l.pending[s]
+	if !ok && len(l.pending) >= maxLines {
 		s.about, attrs = others, nil
-		n, ok = l.noted[s]
+		n, ok = l.pending[s]
 	}
 	if !ok {
 		n = new(line)
-		l.noted[s] = n
+		l.pending[s] = n
 	}
 	n.level, n.attrs = level, attrs
 	n.count++
@@ -69,12 +69,11 @@ func (l *Lines) Note(level slog.Level, message, about string, attrs ...any) {
 	}
 	select {
 	case l.wake <- struct{}{}:
-	default: // it looks anyway
+	default: // Run is about to write
 	}
 }
 
-// Run writes what is noted until ctx ends, and then what is left. Several may run
-// at a time.
+// Run writes lines until ctx ends, and then the rest. Several may run at a time.
 func (l *Lines) Run(ctx context.Context) {
 	for {
 		next := l.write(time.Now(), false)
@@ -91,19 +90,19 @@ func (l *Lines) Run(ctx context.Context) {
 	}
 }
 
-// write writes what is due, or all there is, and returns when to look again.
+// write writes the lines that are due, or all, and returns when the next is due.
 func (l *Lines) write(now time.Time, all bool) (next time.Duration) {
 	due := make(map[subject]line)
-	next = lineInterval
+	next = logInterval
 	l.mu.Lock()
-	for s, n := range l.noted {
-		wait := lineInterval - now.Sub(n.written)
+	for s, n := range l.pending {
+		wait := logInterval - now.Sub(n.written)
 		switch {
 		case n.count > 0 && (all || wait <= 0):
 			due[s] = *n
 			n.count, n.written = 0, now
 		case wait <= 0:
-			delete(l.noted, s)
+			delete(l.pending, s)
 		default:
 			next = min(next, wait)
 		}

@@ -11,8 +11,8 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 )
 
-// TestLines: what happens again and again is one line at once and one a minute,
-// with nothing left out of the counts.
+// TestLines: a repeated event is logged at once and then once a minute, and the counts
+// include all of them.
 func TestLines(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -22,16 +22,16 @@ func TestLines(t *testing.T) {
 		done := make(chan struct{})
 		go func() { defer close(done); l.Run(ctx) }()
 
-		l.Note(slog.LevelWarn, "call refused", "a", "client", "a")
-		if got := log.take(t); len(got) != 1 || got[0]["count"] != 1.0 || got[0]["client"] != "a" || got[0]["level"] != "WARN" {
+		l.Note(slog.LevelWarn, "call refused", "a", "address", "a")
+		if got := log.take(t); len(got) != 1 || got[0]["count"] != 1.0 || got[0]["address"] != "a" || got[0]["level"] != "WARN" {
 			t.Errorf("the first time: %v", got)
 		}
 		for range 5000 {
-			l.Note(slog.LevelWarn, "call refused", "a", "client", "a")
+			l.Note(slog.LevelWarn, "call refused", "a", "address", "a")
 		}
 		l.Note(slog.LevelWarn, "call refused", "b")
-		if got := log.take(t); len(got) != 1 || got[0]["client"] != nil {
-			t.Errorf("again at once, and another: %v", got)
+		if got := log.take(t); len(got) != 1 || got[0]["address"] != nil {
+			t.Errorf("repeated at once, and another subject: %v", got)
 		}
 		time.Sleep(time.Minute)
 		if got := log.take(t); len(got) != 1 || got[0]["count"] != 5000.0 {
@@ -44,7 +44,7 @@ func TestLines(t *testing.T) {
 		}
 		time.Sleep(3 * time.Minute)
 		for i := range 5000 {
-			l.Note(slog.LevelWarn, "call refused", fmt.Sprint(i), "client", i)
+			l.Note(slog.LevelWarn, "call refused", fmt.Sprint(i), "address", i)
 		}
 		time.Sleep(time.Minute)
 		cancel()
@@ -59,7 +59,7 @@ func TestLines(t *testing.T) {
 	})
 }
 
-// TestLinesAtTheEnd: what is counted is written when Run ends.
+// TestLinesAtTheEnd: Run writes the remaining counts when it ends.
 func TestLinesAtTheEnd(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -10,17 +10,16 @@ import (
 	"time"
 )
 
-// silentTime is how long a connection may say nothing before its handshake.
+// silentTime is how long a connection may be silent before its handshake.
 const silentTime = 5 * time.Second
 
 var (
-	errNoRoom = errors.New("there are too many whose handshake is not done")
-	errNewer  = errors.New("its caller has made a newer one")
+	errNoRoom = errors.New("too many connections without completed handshake")
+	errNewer  = errors.New("its caller has made a newer connection")
 )
 
-// Listener is a listener with limits. It accepts by itself and hands on the
-// connections that have said something, so that those that say nothing cost no more
-// than a file descriptor and a small goroutine.
+// Listener is a listener with limits. Accept returns a connection after its first
+// byte, so that a silent one costs only a file descriptor and a small goroutine.
 type Listener struct {
 	net.Listener
 	pool    *Pool
@@ -28,23 +27,23 @@ type Listener struct {
 	refused func(from netip.Prefix, reason error)
 
 	ready  chan net.Conn
-	failed chan error    // of the listener
+	failed chan error    // temporary errors of the listener
 	ending chan struct{} // closed by Close
-	ended  error         // why the listener failed for good, once broken is closed
+	ended  error         // the listener's permanent error, once broken is closed
 	broken chan struct{}
 	group  sync.WaitGroup
 	close  func() error
 
 	// Guarded by pool.mu.
 	open    map[*conn]struct{}
-	by      map[key]int
+	counts  map[key]int
 	callers map[string][]*conn // the oldest first
 	closed  bool
 }
 
-// Listen returns lis with limits, which has to be closed. Refused is told the client
-// of each connection that was closed for them, and why, by several goroutines at a
-// time; nil for nobody.
+// Listen returns lis with limits. The caller must close it. refused, if not nil, is
+// called with the client of each connection that is closed because of a limit, and
+// the reason, by several goroutines at a time.
 func (p *Pool) Listen(lis net.Listener, limits Limits, refused func(from netip.Prefix, reason error)) *Listener {
 	if refused == nil {
 		refused = func(netip.Prefix, error) {}
@@ -52,7 +51,7 @@ func (p *Pool) Listen(lis net.Listener, limits Limits, refused func(from netip.P
 	l := &Listener{
 		Listener: lis, pool: p, limits: limits, refused: refused,
 		ready: make(chan net.Conn), failed: make(chan error), ending: make(chan struct{}), broken: make(chan struct{}),
-		open: make(map[*conn]struct{}), by: make(map[key]int), callers: make(map[string][]*conn),
+		open: make(map[*conn]struct{}), counts: make(map[key]int), callers: make(map[string][]*conn),
 	}
 	l.close = sync.OnceValue(l.end)
 	l.group.Go(l.accept)
@@ -73,18 +72,18 @@ func (l *Listener) Accept() (net.Conn, error) {
 	}
 }
 
-// accept takes connections in until the listener fails for good.
+// accept accepts connections until the listener fails permanently.
 func (l *Listener) accept() {
 	for {
 		raw, err := l.Listener.Accept()
 		if err != nil {
-			var passing interface{ Temporary() bool }
-			if !errors.As(err, &passing) || !passing.Temporary() {
+			var temporary interface{ Temporary() bool }
+			if !errors.As(err, &temporary) || !temporary.Temporary() {
 				l.ended = err
 				close(l.broken)
 				return
 			}
-			// Such as too many open files: who serves waits and asks again.
+			// Such as too many open files: the server waits and calls Accept again.
 			select {
 			case l.failed <- err:
 			case <-l.ending:
@@ -92,20 +91,20 @@ func (l *Listener) accept() {
 			continue
 		}
 		c := &conn{Conn: raw, owner: l, from: Client(raw.RemoteAddr())}
-		gone, err := l.pool.enter(c)
+		evicted, err := l.pool.enter(c)
 		if err != nil {
 			_ = raw.Close()
-			continue // until the listener is closed, too
+			continue // the pool refuses because of Close; lis follows
 		}
-		l.refuse(gone, errNoRoom)
-		if gone != c {
-			l.group.Go(func() { l.hear(c) })
+		l.refuse(evicted, errNoRoom)
+		if evicted != c {
+			l.group.Go(func() { l.awaitFirst(c) })
 		}
 	}
 }
 
-// hear waits for a connection's first byte and hands it on.
-func (l *Listener) hear(c *conn) {
+// awaitFirst waits for a connection's first byte and passes the connection to Accept.
+func (l *Listener) awaitFirst(c *conn) {
 	_ = c.SetReadDeadline(time.Now().Add(silentTime))
 	n, err := c.Conn.Read(c.first[:])
 	if n == 0 || err != nil {
@@ -113,14 +112,14 @@ func (l *Listener) hear(c *conn) {
 		return
 	}
 	_ = c.SetReadDeadline(time.Time{})
-	c.heard = true
-	gone, err := l.pool.speak(c, time.Now())
+	c.buffered = true
+	evicted, err := l.pool.beginHandshake(c, time.Now())
 	if err != nil {
 		_ = c.Close()
 		return
 	}
-	l.refuse(gone, errNoRoom)
-	if gone == c {
+	l.refuse(evicted, errNoRoom)
+	if evicted == c {
 		return
 	}
 	select {
@@ -130,23 +129,23 @@ func (l *Listener) hear(c *conn) {
 	}
 }
 
-// refuse closes a connection that had to go.
-func (l *Listener) refuse(gone *conn, reason error) {
-	if gone != nil {
-		_ = gone.Conn.Close()
-		gone.owner.refused(gone.from, reason)
+// refuse closes a connection that was evicted, if any.
+func (l *Listener) refuse(evicted *conn, reason error) {
+	if evicted != nil {
+		_ = evicted.Conn.Close()
+		evicted.owner.refused(evicted.from, reason)
 	}
 }
 
 // identify ends a connection's handshake; see [Pool.identify].
 func (l *Listener) identify(c *conn, caller string) error {
-	gone, err := l.pool.identify(c, caller)
-	l.refuse(gone, errNewer)
+	evicted, err := l.pool.identify(c, caller)
+	l.refuse(evicted, errNewer)
 	return err
 }
 
-// ConnState is for [http.Server]: the first request ends the handshake. HTTP
-// clients are anonymous.
+// ConnState is for the field of [http.Server]: the first request ends the handshake.
+// HTTP clients are anonymous.
 func (l *Listener) ConnState(c net.Conn, s http.ConnState) {
 	if s != http.StateActive {
 		return
@@ -164,34 +163,34 @@ func (l *Listener) ConnState(c net.Conn, s http.ConnState) {
 	}
 }
 
-// Close implements net.Listener. It closes the connections that were not accepted
-// yet, too, and returns when all goroutines have ended.
+// Close implements net.Listener. It also closes the connections that Accept has not
+// returned, and returns when all goroutines have ended.
 func (l *Listener) Close() error { return l.close() }
 
 func (l *Listener) end() error {
 	close(l.ending)
 	err := l.Listener.Close()
-	l.closeThose(func(c *conn) bool { return c.state == silent })
+	l.closeMatching(func(c *conn) bool { return c.state == silent })
 	l.group.Wait()
 	return err
 }
 
-// closeAll closes every open connection. gRPC waits for those that are still in
-// their handshake and cannot close them, so without this a client that says one word
-// would hold up the end.
+// closeAll closes every open connection. gRPC waits for those in their handshake and
+// cannot close them, so a client could delay the shutdown by sending one byte.
 func (l *Listener) closeAll() {
-	l.closeThose(func(*conn) bool { return true })
+	l.closeMatching(func(*conn) bool { return true })
 }
 
-// closeThose closes the open connections that fit, and any that is accepted later.
-func (l *Listener) closeThose(fits func(*conn) bool) {
+// closeMatching closes the open connections that match, and all that are accepted
+// later.
+func (l *Listener) closeMatching(matches func(*conn) bool) {
 	l.pool.mu.Lock()
 	l.closed = true
 	var open []*conn
 	for c := range l.open {
-		if fits(c) {
+		if matches(c) {
 			open = append(open, c)
-			l.pool.drop(c)
+			l.pool.dropLocked(c)
 		}
 	}
 	l.pool.mu.Unlock()

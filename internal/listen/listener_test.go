@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 )
 
-// listener is a Listener whose connections are accepted and kept.
+// listener is a Listener with the connections that it has accepted.
 type listener struct {
 	*listen.Listener
 	net      *network
@@ -52,8 +52,7 @@ func listenOn(t *testing.T, p *listen.Pool, limits listen.Limits) *listener {
 	return l
 }
 
-// active makes the connection that was accepted last one of a client that asks
-// something over HTTP.
+// active makes the next accepted connection one with an HTTP request.
 func (l *listener) active(t *testing.T) net.Conn {
 	t.Helper()
 	c := <-l.accepted
@@ -61,8 +60,7 @@ func (l *listener) active(t *testing.T) net.Conn {
 	return c
 }
 
-// TestSilentConnections: they are never handed on, end by themselves, and give
-// way to new ones.
+// TestSilentConnections: they are not accepted, time out, and are evicted for new ones.
 func TestSilentConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -76,11 +74,11 @@ func TestSilentConnections(t *testing.T) {
 				t.Errorf("connection %d is open: %v", i, open)
 			}
 		}
-		// One who speaks is served meanwhile, wherever it comes from.
+		// A client that sends something is served meanwhile, at any address.
 		l.net.dial(t, "10.0.0.1").say("x")
 		l.net.dial(t, "10.0.0.2").say("x")
 		if n := len(l.accepted); n != 2 {
-			t.Fatalf("%d connections are handed on, want 2", n)
+			t.Fatalf("%d connections are accepted, want 2", n)
 		}
 		b := make([]byte, 10)
 		if n, err := (<-l.accepted).Read(b); n != 1 || b[0] != 'x' || err != nil {
@@ -95,9 +93,9 @@ func TestSilentConnections(t *testing.T) {
 	})
 }
 
-// TestHandshakesGiveWay: of one address, and of one /48, the oldest handshake ends
-// for a new one when it has taken a second.
-func TestHandshakesGiveWay(t *testing.T) {
+// TestHandshakesAreEvicted: a new handshake evicts the oldest one of its address, or of
+// its /48, if that has taken a second.
+func TestHandshakesAreEvicted(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := listenOn(t, listen.NewPoolOf(1000), listen.Limits{Handshakes: 2})
@@ -115,7 +113,7 @@ func TestHandshakesGiveWay(t *testing.T) {
 
 		var site []client
 		elsewhere := l.net.dial(t, "2001:db8:2::1").say("x")
-		for i := range 20 { // eight addresses' worth
+		for i := range 20 { // the site's limit is that of eight addresses
 			if i == 16 {
 				time.Sleep(time.Second)
 			}
@@ -130,8 +128,8 @@ func TestHandshakesGiveWay(t *testing.T) {
 	})
 }
 
-// TestHTTPClients: a request ends the handshake, and clients that have made one are
-// bounded apart.
+// TestHTTPClients: a request ends the handshake, and connections with a request have
+// their own limit.
 func TestHTTPClients(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -153,9 +151,8 @@ func TestHTTPClients(t *testing.T) {
 	})
 }
 
-// TestPoolIsOfTheProcess: listeners share one bound, and who is served keeps its
-// place.
-func TestPoolIsOfTheProcess(t *testing.T) {
+// TestPoolIsShared: listeners share one bound, and accepted connections are not evicted.
+func TestPoolIsShared(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		p := listen.NewPoolOf(8)
@@ -164,7 +161,7 @@ func TestPoolIsOfTheProcess(t *testing.T) {
 			c := l.net.dial(t, ip).say("x")
 			return c, l.active(t)
 		}
-		// A quarter of the pool is for the anonymous of each listener.
+		// At most a quarter of the pool is for the anonymous callers of each listener.
 		a1, _ := served(agents, "10.0.0.1")
 		a2, _ := served(agents, "10.0.0.2")
 		a3, _ := served(agents, "10.0.0.3")
@@ -201,8 +198,7 @@ func TestPoolOfThisProcess(t *testing.T) {
 	}
 }
 
-// TestListenerFails: who accepts is told, once it can be tried again and for ever
-// when it cannot.
+// TestListenerFails: Accept returns a temporary error once, and a permanent one always.
 func TestListenerFails(t *testing.T) {
 	t.Parallel()
 	broken := errors.New("broken")
@@ -228,27 +224,27 @@ func (f *failing) Accept() (net.Conn, error) {
 
 func (f *failing) Close() error { return nil }
 
-// TestConnectionsOfCallers: who is known is bounded apart from who is not, and one
-// caller's oldest connection gives way to its newest.
+// TestConnectionsOfCallers: known and anonymous callers have separate limits, and a new
+// connection of a caller evicts its oldest.
 func TestConnectionsOfCallers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var refused reasons
 		n := serve(t, listen.Limits{Handshakes: 1, Anonymous: 2, Known: 4, Caller: 3}, &refused)
-		say := func(ip, who string) client { return n.dial(t, ip).say(who) }
-		nobody1, nobody2 := say("10.0.0.1", "-"), say("10.0.0.1", "-")
-		nobody3 := say("10.0.0.1", "-")
+		say := func(ip, caller string) client { return n.dial(t, ip).say(caller) }
+		anonymous1, anonymous2 := say("10.0.0.1", "-"), say("10.0.0.1", "-")
+		anonymous3 := say("10.0.0.1", "-")
 		a1, a2, a3 := say("10.0.0.1", "a"), say("10.0.0.1", "a"), say("10.0.0.2", "a")
-		wantOpen(t, map[client]bool{nobody1: true, nobody2: true, nobody3: false, a1: true, a2: true, a3: true})
+		wantOpen(t, map[client]bool{anonymous1: true, anonymous2: true, anonymous3: false, a1: true, a2: true, a3: true})
 		a4 := say("10.0.0.2", "a")
 		wantOpen(t, map[client]bool{a1: false, a2: true, a3: true, a4: true})
 		b, c, d := say("10.0.0.1", "b"), say("10.0.0.1", "c"), say("10.0.0.1", "d")
-		// Those of a at 10.0.0.2 do not count here: a2, b, c and d do.
+		// The limit of 10.0.0.1 counts a2, b, c and d, and not those of a at 10.0.0.2.
 		e1, e2 := say("10.0.0.1", "e"), say("10.0.0.3", "e")
-		wantOpen(t, map[client]bool{e1: false, e2: true, nobody1: true, nobody2: true, a2: true, b: true, c: true, d: true})
+		wantOpen(t, map[client]bool{e1: false, e2: true, anonymous1: true, anonymous2: true, a2: true, b: true, c: true, d: true})
 		if got := refused.take(); !slices.Equal(got, []string{
-			"10.0.0.1/32: 10.0.0.1/32 has 2 connections of callers that are not known here: close some and try again",
-			"10.0.0.1/32: its caller has made a newer one",
+			"10.0.0.1/32: 10.0.0.1/32 has 2 connections of anonymous callers already: close some and try again",
+			"10.0.0.1/32: its caller has made a newer connection",
 			"10.0.0.1/32: 10.0.0.1/32 has 4 connections already: close some and try again",
 		}) {
 			t.Errorf("the reasons are %q", got)
@@ -256,7 +252,7 @@ func TestConnectionsOfCallers(t *testing.T) {
 	})
 }
 
-// TestHandshakesEnd: whoever begins one and does not go on is cut off.
+// TestHandshakesEnd: a handshake that does not proceed is ended.
 func TestHandshakesEnd(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -13,40 +13,40 @@ import (
 )
 
 const (
-	// ownFiles is how many file descriptors a process keeps for itself: the store
-	// and copies of it, configuration and certificate files, sockets that it
-	// listens on, and the bundle endpoints that it follows.
+	// ownFiles is how many file descriptors are reserved for the process: the store
+	// and its copies, configuration and certificate files, listening sockets, and
+	// connections to bundle endpoints.
 	ownFiles = 256
-	// maxSilent is how many connections of a Pool have said nothing yet, about 5 KB
-	// each, maxHandshakes how many are in their handshake, and maxAnonymous how many
-	// of a listener are of anonymous callers, about 20 KB each.
+	// maxSilent is how many connections of a Pool may be silent, about 5 KB each,
+	// maxHandshakes how many may be in their handshake, and maxAnonymous how many of
+	// a listener may be of anonymous callers, about 20 KB each.
 	maxSilent     = 8192
 	maxHandshakes = 1024
 	maxAnonymous  = 1024
-	// siteFactor is how many clients' worth of handshakes and anonymous
-	// connections and calls the clients of one IPv6 /48 have together.
+	// siteFactor is how many times the limits of one client for handshakes, anonymous
+	// connections and anonymous calls all clients of one IPv6 /48 have together.
 	siteFactor = 8
-	// handshakeShare is how long a handshake may take when others need its room: less
-	// would end those of many agents behind one address that all come back at once.
+	// handshakeShare is the age from which a handshake is evicted for a new one. With
+	// less, many agents behind one address that reconnect at once would fail.
 	handshakeShare = time.Second
 )
 
-// Pool bounds the connections of a process, over all its listeners: 256 fewer
-// than it may have files open (RLIMIT_NOFILE), at least half of those. At most half of
-// them say nothing yet, a quarter are in their handshake, and a quarter of each
-// listener are of anonymous callers. Make it with [NewPool]. It is safe for
-// concurrent use.
+// Pool bounds the connections of a process, over all its listeners: by 256 less than
+// the limit of open files (RLIMIT_NOFILE), but at least half of that. At most half of
+// the connections may be silent, a quarter in their handshake, and, for each listener,
+// a quarter of anonymous callers. Make it with [NewPool]. It is safe for concurrent
+// use.
 //
-// When a bound is reached, the oldest connection that says nothing gives way to a
-// new one, and the oldest handshake to one that begins if it has taken a second, so
-// that those who do not go on keep nobody out. A connection whose handshake is done is closed for another one
-// of the same caller only.
+// When a bound is reached, a new connection evicts the oldest silent one, and a new
+// handshake evicts the oldest one that has taken a second, so that clients which do
+// not proceed do not block others. A connection whose handshake is done is closed only
+// for a newer one of the same caller.
 type Pool struct {
 	max, silent, handshakes, anonymous int
 
 	mu      sync.Mutex // never held over IO
 	open    int
-	waiting [anonymous]*list.List // of *conn in each state before, the oldest first
+	waiting [anonymous]*list.List // *conn by each earlier state, the oldest first
 }
 
 // NewPool makes a Pool for this process.
@@ -59,7 +59,7 @@ func NewPool() *Pool {
 	return NewPoolOf(int(max(files/2, files-min(files, ownFiles))))
 }
 
-// NewPoolOf makes a Pool of so many connections.
+// NewPoolOf makes a Pool with a given bound of connections.
 func NewPoolOf(connections int) *Pool {
 	p := &Pool{
 		max: connections, silent: min(maxSilent, connections/2),
@@ -71,30 +71,31 @@ func NewPoolOf(connections int) *Pool {
 	return p
 }
 
-// Max is how many connections there can be at a time.
+// Max returns how many connections there can be at a time.
 func (p *Pool) Max() int { return p.max }
 
-// Limits are those of one listener, for each client (see [Client]) where nothing
-// else is said. Zero means no limit.
+// Limits are the limits of one listener, for each client (see [Client]) unless the
+// field says otherwise. Zero means no limit.
 type Limits struct {
 	// Handshakes is how many connections may be in their handshake.
 	Handshakes int
-	// Anonymous is how many connections there may be whose caller is not known.
+	// Anonymous is how many connections of anonymous callers there may be.
 	Anonymous int
-	// Known is how many connections of callers that are known there may be.
+	// Known is how many connections of known callers there may be.
 	Known int
-	// Caller is how many connections there may be of one caller that is known,
-	// wherever it comes from. The oldest is closed for one more: a network that
-	// fails leaves connections behind that only the caller knows to be dead.
+	// Caller is how many connections one known caller may have, from all its
+	// addresses. The oldest is closed for one more: after a network failure only the
+	// caller knows which of its connections are dead.
 	Caller int
 	// AnonymousCalls is how many calls anonymous callers may have in flight, and
-	// CallerCalls how many one caller that is known may have.
+	// CallerCalls how many calls one known caller may have in flight.
 	AnonymousCalls, CallerCalls int
 }
 
-// HTTP are the limits of listeners for HTTP. Many clients may be behind one address.
+// HTTP are the limits of HTTP listeners. Many clients may share one address.
 var HTTP = Limits{Handshakes: 64, Anonymous: 128}
 
+// state is the state of a connection.
 type state int
 
 const (
@@ -105,70 +106,70 @@ const (
 	closed
 )
 
-// key is what connections are counted by: those of one state, of a client, of a
-// site or of all together.
+// key selects connections that are counted together: those in one state, of a client,
+// of a site, or of all clients if from is zero.
 type key struct {
 	state state
 	from  netip.Prefix
 }
 
-// enter takes a new connection in, silent, and returns the one that has to go for
-// it, which is itself when there is no other.
-func (p *Pool) enter(c *conn) (gone *conn, err error) {
+// enter adds a new connection, in state silent, and returns the one that is evicted
+// for it, which is c if there is no other.
+func (p *Pool) enter(c *conn) (evicted *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.owner.closed {
 		return nil, net.ErrClosed
 	}
 	if p.waiting[silent].Len() >= p.silent {
-		gone = p.oldest(silent, func(*conn) bool { return true })
+		evicted = p.oldestLocked(silent, func(*conn) bool { return true })
 	} else if p.open >= p.max {
 		for s := range p.waiting {
-			if gone == nil {
-				gone = p.oldest(state(s), func(*conn) bool { return true })
+			if evicted == nil {
+				evicted = p.oldestLocked(state(s), func(*conn) bool { return true })
 			}
 		}
-		if gone == nil {
+		if evicted == nil {
 			return c, nil
 		}
 	}
-	if gone != nil {
-		p.drop(gone)
+	if evicted != nil {
+		p.dropLocked(evicted)
 	}
-	p.add(c)
-	return gone, nil
+	p.addLocked(c)
+	return evicted, nil
 }
 
-// speak begins the handshake of a connection that has said something, and returns
-// the one that has to go for it, which is itself when no other has had its time.
-func (p *Pool) speak(c *conn, now time.Time) (gone *conn, err error) {
+// beginHandshake moves a connection to state handshaking, and returns the one that is
+// evicted for it, which is c if no other has had its time.
+func (p *Pool) beginHandshake(c *conn, now time.Time) (evicted *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.state != silent {
 		return nil, net.ErrClosed
 	}
-	p.drop(c)
+	p.dropLocked(c)
 	c.state, c.began = handshaking, now
-	if full, ok := p.full(c); ok {
-		gone = p.oldest(handshaking, func(o *conn) bool { return o.owner == c.owner && slices.Contains(o.keys(), full) })
+	if full, ok := p.fullLocked(c); ok {
+		evicted = p.oldestLocked(handshaking, func(o *conn) bool { return o.owner == c.owner && slices.Contains(o.keysLocked(), full) })
 	} else if p.waiting[handshaking].Len() >= p.handshakes {
-		gone = p.oldest(handshaking, func(*conn) bool { return true })
+		evicted = p.oldestLocked(handshaking, func(*conn) bool { return true })
 	}
-	if gone != nil {
-		if now.Sub(gone.began) < handshakeShare {
+	if evicted != nil {
+		if now.Sub(evicted.began) < handshakeShare {
 			c.state = closed
 			return c, nil
 		}
-		p.drop(gone)
+		p.dropLocked(evicted)
 	}
-	p.add(c)
-	return gone, nil
+	p.addLocked(c)
+	return evicted, nil
 }
 
-// identify ends a connection's handshake, once: caller is who it is of, "" when
-// that is not known. It returns the one that has to go for it. The error says which
-// limit does not allow it; then the connection counts no more and has to be closed.
-func (p *Pool) identify(c *conn, caller string) (gone *conn, err error) {
+// identify ends a connection's handshake, once, with its caller, "" if that is
+// anonymous. It returns the connection that is evicted for it. An error says which
+// limit is exceeded; then the connection is no longer counted and must be closed.
+func (p *Pool) identify(c *conn, caller string) (evicted *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch c.state {
@@ -177,46 +178,46 @@ func (p *Pool) identify(c *conn, caller string) (gone *conn, err error) {
 	case anonymous, known:
 		return nil, nil
 	}
-	p.drop(c)
+	p.dropLocked(c)
 	c.state, c.caller = anonymous, caller
 	if caller != "" {
 		c.state = known
 	}
-	if full, ok := p.full(c); ok {
+	if full, ok := p.fullLocked(c); ok {
 		c.state = closed
 		return nil, full.error(p.limit(c.owner, full))
 	}
 	l := c.owner
 	if of := l.callers[caller]; caller != "" && l.limits.Caller > 0 && len(of) >= l.limits.Caller {
-		gone = of[0]
-		p.drop(gone)
+		evicted = of[0]
+		p.dropLocked(evicted)
 	}
-	p.add(c)
-	return gone, nil
+	p.addLocked(c)
+	return evicted, nil
 }
 
-// oldest is the connection of a state before the handshake is done that goes first,
-// of those that fit; nil for none.
-func (p *Pool) oldest(s state, fits func(*conn) bool) *conn {
+// oldestLocked returns the oldest connection in a state before the end of the
+// handshake that matches; nil for none.
+func (p *Pool) oldestLocked(s state, matches func(*conn) bool) *conn {
 	for e := p.waiting[s].Front(); e != nil; e = e.Next() {
-		if c := e.Value.(*conn); fits(c) {
+		if c := e.Value.(*conn); matches(c) {
 			return c
 		}
 	}
 	return nil
 }
 
-// full is a key that has no room for one more connection like c.
-func (p *Pool) full(c *conn) (key, bool) {
-	for _, k := range c.keys() {
-		if limit := p.limit(c.owner, k); limit > 0 && c.owner.by[k] >= limit {
+// fullLocked returns a key of c whose limit is reached.
+func (p *Pool) fullLocked(c *conn) (key, bool) {
+	for _, k := range c.keysLocked() {
+		if limit := p.limit(c.owner, k); limit > 0 && c.owner.counts[k] >= limit {
 			return k, true
 		}
 	}
 	return key{}, false
 }
 
-// limit is how many connections of a key there may be; 0 for any number.
+// limit returns how many connections of a key there may be; 0 for any number.
 func (p *Pool) limit(l *Listener, k key) int {
 	var each int
 	switch k.state {
@@ -243,13 +244,13 @@ func (k key) error(limit int) error {
 	case k.state == known:
 		return fmt.Errorf("%s has %d connections already: close some and try again", k.from, limit)
 	case k.from.IsValid():
-		return fmt.Errorf("%s has %d connections of callers that are not known here: close some and try again", k.from, limit)
+		return fmt.Errorf("%s has %d connections of anonymous callers already: close some and try again", k.from, limit)
 	}
-	return fmt.Errorf("there are %d connections of callers that are not known here: try again later", limit)
+	return fmt.Errorf("there are %d connections of anonymous callers already: try again later", limit)
 }
 
-// add counts a connection by its state, and drop takes it out. The caller holds mu.
-func (p *Pool) add(c *conn) {
+// addLocked counts a connection by its state; dropLocked undoes that.
+func (p *Pool) addLocked(c *conn) {
 	l := c.owner
 	l.open[c] = struct{}{}
 	p.open++
@@ -259,12 +260,12 @@ func (p *Pool) add(c *conn) {
 	if c.caller != "" {
 		l.callers[c.caller] = append(l.callers[c.caller], c)
 	}
-	for _, k := range c.keys() {
-		l.by[k]++
+	for _, k := range c.keysLocked() {
+		l.counts[k]++
 	}
 }
 
-func (p *Pool) drop(c *conn) {
+func (p *Pool) dropLocked(c *conn) {
 	if c.state == closed {
 		return
 	}
@@ -279,9 +280,9 @@ func (p *Pool) drop(c *conn) {
 	} else {
 		delete(l.callers, c.caller)
 	}
-	for _, k := range c.keys() {
-		if l.by[k]--; l.by[k] == 0 {
-			delete(l.by, k)
+	for _, k := range c.keysLocked() {
+		if l.counts[k]--; l.counts[k] == 0 {
+			delete(l.counts, k)
 		}
 	}
 	c.state = closed

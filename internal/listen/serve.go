@@ -22,58 +22,57 @@ import (
 const (
 	// connectTime bounds a handshake.
 	connectTime = 10 * time.Second
-	// drainTime is how long calls in flight may take when serving ends. A call
-	// that is cut off can cost an agent its join token; a mutation that is cut off
-	// has happened or has not.
+	// drainTime is how long calls in flight may take when serving ends. A canceled
+	// attestation can cost an agent its join token, and the outcome of a canceled
+	// mutation is unknown to its caller.
 	drainTime = 2 * time.Second
-	// anonymousTime is how long a call of an anonymous caller may take: twice as long
-	// as it waits for its turn at most.
+	// anonymousTime is how long a call of an anonymous caller may take: twice the
+	// longest delay by a rate limit.
 	anonymousTime = time.Minute
-	// maxHeaders is the most bytes of a call's metadata.
+	// maxHeaders is the most bytes in a call's metadata.
 	maxHeaders = 16 << 10
-	// streamWindow is how much of a request that nobody reads yet is taken, for each
-	// call. A request that is being read gets a window of its size. connWindow
-	// only bounds what is on its way, which is read at once.
+	// streamWindow is how much of a request is buffered before its call reads it; a
+	// request that is being read gets a window of its size. connWindow only bounds
+	// data in transit, which is read at once.
 	streamWindow = 64 << 10
 	connWindow   = 1 << 20
 )
 
-// Config says how a gRPC server is served. Credentials, Identify and Register
-// are required.
+// Config configures a gRPC server. Credentials, Identify and Register are required.
 type Config struct {
 	Credentials credentials.TransportCredentials
-	// Identify says whose connection it is after its handshake, "" for an anonymous
-	// caller.
+	// Identify returns the caller of a connection after its handshake, "" for an
+	// anonymous one.
 	Identify func(credentials.AuthInfo) (caller string)
-	// Admit is asked before anything of a call's request is read, and must not
-	// block. What it refuses holds nothing and is not counted as a call in flight.
+	// Admit is called before a call's request is read, and must not block. A call that
+	// it refuses is not counted as in flight. Optional.
 	Admit tap.ServerInHandle
-	// Pool is where the connections count, too; nil for one of its own.
+	// Pool bounds the connections; when nil, the server has its own.
 	Pool   *Pool
 	Limits Limits
-	// Refused is told of what the limits refused: the client, who may be none, the
-	// full method of a call, "" for a connection, and why. It is called by several
-	// goroutines at a time and must not block. Nil for nobody.
+	// Refused is called for each call or connection that a limit refuses, with the
+	// client, which may be the zero Prefix, the full method of a call, "" for a
+	// connection, and the reason. It is called by several goroutines at a time and
+	// must not block. Optional.
 	Refused func(from netip.Prefix, method string, reason error)
-	// Age is when a client is asked to connect again, so that no connection
-	// outlives the verification of its SVID by much; never when not positive.
-	// Grace is what calls in flight then still have.
+	// Age is when a client is asked to reconnect, so that no connection is used long
+	// after its SVID was verified; never if it is not positive. Calls in flight may
+	// continue for Grace after that.
 	Age, Grace time.Duration
 	// MaxRequest is the largest request in bytes, and MaxStreams how many calls of
-	// one connection are served at a time; the client waits with the rest.
+	// one connection are served at a time; the client delays further calls.
 	MaxRequest, MaxStreams int
-	// Lines is what Admit and Refused write to the log, if they do; it is run
-	// meanwhile.
+	// Lines are run while serving, for Admit and Refused. Optional.
 	Lines *Lines
-	// Options come before those that Serve adds, which they cannot replace.
+	// Options come before those that Serve adds, and cannot replace them.
 	Options  []grpc.ServerOption
 	Register func(grpc.ServiceRegistrar)
 }
 
-// Serve answers gRPC calls on lis, which it closes, until ctx ends or lis fails.
-// When ctx ends, calls in flight have two seconds to finish; then they are
-// canceled. It returns when all its connections are closed and all its goroutines
-// have ended: nil when ctx ended.
+// Serve serves gRPC on lis, which it closes, until ctx ends or lis fails. When ctx
+// ends, calls in flight have two seconds to finish; then they are canceled. It returns
+// when all its connections are closed and all its goroutines have ended: nil if ctx
+// has ended.
 func Serve(ctx context.Context, lis net.Listener, c Config) error {
 	if c.Pool == nil {
 		c.Pool = NewPool()
@@ -117,8 +116,8 @@ func Serve(ctx context.Context, lis net.Listener, c Config) error {
 	return fmt.Errorf("serve: %w", err)
 }
 
-// drain lets calls in flight finish for a while. A stream that a client keeps
-// open would hold up a graceful stop for ever.
+// drain stops gs and gives calls in flight drainTime to finish. A graceful stop alone
+// would wait for streams that clients keep open.
 func drain(gs *grpc.Server, open *Listener) {
 	done := make(chan struct{})
 	go func() {
@@ -136,12 +135,12 @@ func drain(gs *grpc.Server, open *Listener) {
 	}
 }
 
-// server is what Serve serves.
+// server is one running Serve.
 type server struct {
 	Config
 
 	mu       sync.Mutex
-	inFlight map[string]int // calls, by who makes them
+	inFlight map[string]int // calls by caller, client or site
 }
 
 func (s *server) options() []grpc.ServerOption {
@@ -154,8 +153,8 @@ func (s *server) options() []grpc.ServerOption {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.StaticStreamWindowSize(streamWindow),
 		grpc.StaticConnWindowSize(connWindow),
-		// TLS reads whole records by itself, and an idle connection needs no
-		// buffer: 32 KiB less for each.
+		// TLS reads full records by itself. Without a buffer an idle connection
+		// takes 32 KiB less.
 		grpc.ReadBufferSize(0),
 		grpc.InTapHandle(s.admit),
 	}
@@ -165,7 +164,7 @@ func (s *server) options() []grpc.ServerOption {
 	return opts
 }
 
-// admit lets a call in that may be made and has room.
+// admit refuses a call that Admit refuses or that exceeds a limit of calls in flight.
 func (s *server) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	stream := ctx // gRPC cancels it at the end of the call
 	if s.Admit != nil {
@@ -181,7 +180,7 @@ func (s *server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 	from, caller := Client(p.Addr), s.Identify(p.AuthInfo)
 	of := s.countedFor(caller, from)
 	if full, ok := s.begin(of); !ok {
-		err := status.Errorf(codes.ResourceExhausted, "%s has %d calls in flight: try again later", full.who, full.limit)
+		err := status.Errorf(codes.ResourceExhausted, "%s has %d calls in flight: try again later", full.name, full.limit)
 		s.Refused(from, info.FullMethodName, err)
 		return nil, err
 	}
@@ -194,13 +193,13 @@ func (s *server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 	return ctx, nil
 }
 
-// counter counts the calls of somebody.
+// counter counts the calls in flight of a caller, client or site.
 type counter struct {
-	who   string
+	name  string
 	limit int
 }
 
-// countedFor are the counters of a call, with a limit each.
+// countedFor returns the counters of a call.
 func (s *server) countedFor(caller string, from netip.Prefix) (of []counter) {
 	switch {
 	case caller != "" && s.Limits.CallerCalls > 0:
@@ -214,17 +213,17 @@ func (s *server) countedFor(caller string, from netip.Prefix) (of []counter) {
 	return of
 }
 
-// begin counts a call, or says which counter has no room for it.
+// begin counts a call, or returns the counter whose limit is reached.
 func (s *server) begin(of []counter) (full counter, ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range of {
-		if s.inFlight[c.who] >= c.limit {
+		if s.inFlight[c.name] >= c.limit {
 			return c, false
 		}
 	}
 	for _, c := range of {
-		s.inFlight[c.who]++
+		s.inFlight[c.name]++
 	}
 	return counter{}, true
 }
@@ -233,8 +232,8 @@ func (s *server) end(of []counter) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, c := range of {
-		if s.inFlight[c.who]--; s.inFlight[c.who] == 0 {
-			delete(s.inFlight, c.who)
+		if s.inFlight[c.name]--; s.inFlight[c.name] == 0 {
+			delete(s.inFlight, c.name)
 		}
 	}
 }

@@ -1,11 +1,9 @@
-// Package refusal has the errors by which a step of a rotation is refused, for
-// whoever keeps keysets: our signing server, and a SPIRE server as the operator's
-// commands see it.
+// Package refusal has the errors by which a step of a rotation is refused: by our own
+// signing server, and by a SPIRE server as the operator's commands see it.
 package refusal
 
-// Error says why an operation was not carried out. It leaves everything as it
-// was. The texts are part of the operator's interface and are returned as they
-// are, never wrapped.
+// Error says why an operation was refused. Nothing was changed then. The texts are part
+// of the operators' interface and are never wrapped.
 type Error string
 
 // Error implements error.

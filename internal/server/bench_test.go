@@ -23,9 +23,8 @@ import (
 	"github.com/renewd/renewd/test/listentest"
 )
 
-// BenchmarkMint puts the X.509-SVIDs a second of the durable server, over mTLS
-// and with its store on the disk of the temporary folder, beside the bare cost of
-// a signature.
+// BenchmarkMint measures the X.509-SVIDs a second of a server over mTLS, with its store
+// in the temporary folder, and the bare cost of a signature.
 func BenchmarkMint(b *testing.B) {
 	c := newConfig(b, "default")
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
@@ -92,12 +91,12 @@ func BenchmarkMint(b *testing.B) {
 	})
 }
 
-// unlimited has nobody come from an IP address, whose calls would be limited to
-// less than the server can do.
+// unlimited hides the callers' IP addresses. The limits for one address are below what
+// the server can do.
 func unlimited(l net.Listener) net.Listener { return listentest.From(l, &net.UnixAddr{}) }
 
-// BenchmarkHeld is the memory of a server of 1,000 agents with 100 entries each,
-// all of whose SVIDs are out, and the time to open its store.
+// BenchmarkHeld measures the memory of a server of 1,000 agents with 100 entries each,
+// all with a valid SVID, and the time to open its store.
 func BenchmarkHeld(b *testing.B) {
 	c := newConfig(b, "default")
 	populate(b, c, 1000, 100)
@@ -119,7 +118,7 @@ func BenchmarkHeld(b *testing.B) {
 
 func heap() uint64 {
 	runtime.GC()
-	runtime.GC() // what finalizers and pools have let go
+	runtime.GC() // frees what finalizers and pools have released
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc
@@ -132,7 +131,7 @@ func entry(i int, parent spiffeid.ID) spireapi.Entry {
 	}
 }
 
-// populate writes what agents with so many entries each leave in a store.
+// populate fills a store with agents that have so many entries each.
 func populate(b *testing.B, c server.Config, agents, each int) {
 	b.Helper()
 	d, err := server.Open(b.Context(), c) // makes the first keyset
@@ -146,7 +145,7 @@ func populate(b *testing.B, c server.Config, agents, each int) {
 	kept := s.Deployment("default")
 	end := time.Now().Add(keyset.DefaultX509TTL)
 	var group errgroup.Group
-	group.SetLimit(64) // who share commits
+	group.SetLimit(64) // concurrent writers share commits
 	for n := range agents {
 		id := spiffeid.RequireFromPathf(td, "/spire/agent/join_token/%026d", n)
 		group.Go(func() error {

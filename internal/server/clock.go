@@ -9,8 +9,8 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// openClock makes the one clock of the signing side, after the store has said which
-// time is known to have passed.
+// openClock makes the clock that the whole signing side shares. It starts from the
+// store's heartbeat, a time that is known to have passed.
 func (d *Domain) openClock() {
 	var heartbeat time.Time
 	if d.store != nil {
@@ -18,24 +18,24 @@ func (d *Domain) openClock() {
 	}
 	d.clock = clock.New(d.cfg.Now, d.cfg.Uptime, heartbeat)
 	if d.store != nil {
-		d.store.Follow(d.clock)
+		d.store.SetClock(d.clock)
 	}
 }
 
 const (
-	// lookTime is how often the clock is looked at, at least.
-	lookTime = time.Minute
-	// beatTime is how often the store is written at least, so that the next process
-	// knows that the time has passed.
-	beatTime = time.Hour
+	// clockInterval is how often the state of the clock is read.
+	clockInterval = time.Minute
+	// heartbeatInterval is how often the store is written at least, so that the next
+	// process knows that the time has passed.
+	heartbeatInterval = time.Hour
 )
 
-// watchClock says when the clock is in doubt and when that is over, and writes the
-// store's heartbeat, until ctx is done.
+// watchClock logs when a doubt about the clock begins and ends, and stores the heartbeat,
+// until ctx is done.
 func (d *Domain) watchClock(ctx context.Context) error {
-	look, beat := time.NewTicker(lookTime), time.NewTicker(beatTime)
-	defer look.Stop()
-	defer beat.Stop()
+	check, heartbeat := time.NewTicker(clockInterval), time.NewTicker(heartbeatInterval)
+	defer check.Stop()
+	defer heartbeat.Stop()
 	for doubted := false; ; {
 		if s := d.clock.State(); (s.Doubt != 0) != doubted {
 			doubted = !doubted
@@ -49,44 +49,45 @@ func (d *Domain) watchClock(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-look.C:
+		case <-check.C:
 			continue
-		case <-beat.C:
+		case <-heartbeat.C:
 		}
-		if err := d.beat(ctx); err != nil && ctx.Err() == nil {
-			d.cfg.Log.Error("heartbeat not stored, tried again in an hour", "error", err)
+		if err := d.storeHeartbeat(ctx); err != nil && ctx.Err() == nil {
+			d.cfg.Log.Error("heartbeat not stored", "delay", heartbeatInterval, "error", err)
 		}
 	}
 }
 
-func (d *Domain) beat(ctx context.Context) error {
+func (d *Domain) storeHeartbeat(ctx context.Context) error {
 	if d.store == nil {
 		return nil
 	}
-	return d.store.Beat(ctx)
+	return d.store.StoreHeartbeat(ctx)
 }
 
-// heard compares the clock with what that of an agent or an operator elsewhere showed
-// at a call.
-func (d *Domain) heard(who string, sentAt time.Time) {
+// compareClock compares the clock with sentAt, the time that the clock of an agent or a
+// remote operator showed at a call.
+func (d *Domain) compareClock(spiffeID string, sentAt time.Time) {
 	switch d.clock.Heard(sentAt) {
 	case clock.Fits:
-		d.cfg.Log.Info("clock in doubt fits that of a caller, automatic rotation goes on", "spiffe_id", who, "callers_clock", sentAt, "clock", d.cfg.Now().UTC())
+		d.cfg.Log.Info("clock in doubt agrees with a caller's, automatic rotation continues", "spiffe_id", spiffeID, "callers_clock", sentAt, "clock", d.cfg.Now().UTC())
 	case clock.Denies:
-		d.cfg.Log.Warn("clock in doubt differs from that of a caller, automatic rotation waits", "spiffe_id", who, "callers_clock", sentAt, "clock", d.cfg.Now().UTC())
+		d.cfg.Log.Warn("clock in doubt differs from a caller's, automatic rotation waits", "spiffe_id", spiffeID, "callers_clock", sentAt, "clock", d.cfg.Now().UTC())
 	}
 }
 
-// confirmClock takes an operator's word that the clock is right. It is in the audit log
-// of every deployment before it counts, and stored before it returns true. It returns
-// false, with nothing done, where the clock does not show about this time.
+// confirmClock records an operator's confirmation that the clock is right. The audit log
+// of every deployment has it before it takes effect. It is stored when true is returned.
+// If the clock differs from at by more than [clock.Skew], nothing is done and false is
+// returned.
 func (d *Domain) confirmClock(ctx context.Context, at time.Time) (bool, error) {
 	s := d.clock.State()
 	if s.Shows.Sub(at).Abs() > clock.Skew {
 		return false, nil
 	}
 	for _, dep := range d.deployments {
-		note := fmt.Sprintf("by another clock it was %s UTC; what was sure before is %s UTC", at.UTC().Format(time.DateTime), s.AtLeast.UTC().Format(time.DateTime))
+		note := fmt.Sprintf("another clock showed %s UTC; before, the time was known to be at least %s UTC", at.UTC().Format(time.DateTime), s.AtLeast.UTC().Format(time.DateTime))
 		if err := dep.keysets.Note(keyset.WithNote(ctx, note), "confirm clock"); err != nil {
 			return false, fmt.Errorf("deployment %s: %w", dep.Name, err)
 		}
@@ -94,8 +95,8 @@ func (d *Domain) confirmClock(ctx context.Context, at time.Time) (bool, error) {
 	if !d.clock.Confirm(at) {
 		return false, nil
 	}
-	if err := d.beat(ctx); err != nil {
-		return true, fmt.Errorf("the clock is confirmed until the server is started again: %w", err)
+	if err := d.storeHeartbeat(ctx); err != nil {
+		return true, fmt.Errorf("clock confirmed until the next restart only: %w", err)
 	}
 	return true, nil
 }

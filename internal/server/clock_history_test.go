@@ -26,20 +26,19 @@ import (
 	"github.com/renewd/renewd/test/listentest"
 )
 
-// TestNoClockCostsAKeyset sets the clock of a whole server that rotates by itself, again
-// and again, ahead and back, by minutes to years, while it runs and while it is started,
-// under agents that report, that are silent, and one that says whatever the server's
-// clock shows. A clock that is up to three days ahead is so for less than a day, any other
-// for as long as it will. By the true time:
+// TestNoClockCostsAKeyset repeatedly sets the clock of a server with automatic rotation,
+// ahead and back, by minutes to years, at runtime and at restarts. Some agents report,
+// others do not, and one reports the time of the server's clock. A clock that is up to
+// three days ahead is corrected within a day, any other at any time. By the true time:
 //
-//   - No keyset leaves the trust bundle that an SVID of depends on which is valid, or will be.
-//   - None is said to be safe to remove before.
-//   - None that an operator replaced is tainted before it has expired.
-//   - Nothing is done while the clock is in doubt and nobody has said that it fits.
-//   - A minute after the clock is right the server attests and signs, and what it signs
-//     verifies.
+//   - No keyset is removed from the trust bundle while an SVID that it signed is valid or
+//     will be.
+//   - No keyset is reported safe to remove before.
+//   - No keyset that an operator replaced is tainted before it has expired.
+//   - Nothing is done while the clock is in doubt and no other clock agrees with it.
+//   - A minute after the clock is right the server attests and signs, and the SVIDs verify.
 //
-// RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
+// RENEWD_SEED replays one history; RENEWD_HISTORIES sets their number.
 func TestNoClockCostsAKeyset(t *testing.T) {
 	t.Parallel()
 	histories := 2
@@ -58,16 +57,16 @@ func TestNoClockCostsAKeyset(t *testing.T) {
 			return
 		}
 	}
-	// A check of nothing would pass, too.
+	// Without any of these the checks above would check nothing.
 	if histories >= 8 && (met.removed == 0 || met.safe == 0 || met.doubts == 0) {
-		t.Errorf("met %+v: must be some", met)
+		t.Errorf("met %+v, want some of each", met)
 	}
 }
 
-// TestCallsLiftTheWait: after an outage of four days automatic rotation waits for an
-// hour, and then for an agent whose clock fits. A stock agent does not say what its clock
-// shows. Nothing that has expired meanwhile is forgotten because of it.
-func TestCallsLiftTheWait(t *testing.T) {
+// TestCallsEndTheWait: after an outage of four days automatic rotation waits for an
+// hour, and then for an agent whose clock agrees. A stock agent does not report its
+// clock. An agent's report does not make the server believe its clock.
+func TestCallsEndTheWait(t *testing.T) {
 	t.Parallel()
 	inClockHistory(t, 1, 90*day, func(h *clockHistory) {
 		h.config.X509TTL = 3 * day
@@ -92,13 +91,13 @@ func TestCallsLiftTheWait(t *testing.T) {
 		time.Sleep(2 * day)
 		visit(stock, 4*day, false)
 		if s := h.Clock(); time.Until(s.AtLeast).Round(time.Hour) != -4*day {
-			h.t.Errorf("an agent's word has it %v at least, now %v", s.AtLeast, time.Now())
+			h.t.Errorf("after an agent's report it is at least %v, now %v", s.AtLeast, time.Now())
 		}
 		h.stop()
 	})
 }
 
-// tally is what histories have met.
+// tally counts what the histories have covered.
 type tally struct{ removed, safe, doubts, lies int }
 
 func playClock(t *testing.T, seed uint64, met *tally) {
@@ -133,8 +132,8 @@ type clockHistory struct {
 	lis    *bufconn.Listener
 	nodes  []*clockNode
 	known  map[string]keyset.Keyset
-	lied   bool          // since the clock is wrong
-	down   time.Duration // that uptime does not explain
+	lied   bool          // an agent has reported a wrong time since the clock is wrong
+	down   time.Duration // total of the outages since the last confirmation
 }
 
 func (h *clockHistory) wall() time.Time { return time.Now().Add(time.Duration(h.off.Load())) }
@@ -146,7 +145,7 @@ func (h *clockHistory) between(least, most time.Duration) time.Duration {
 
 func (h *clockHistory) chance(of int) bool { return h.rand.IntN(of) == 0 }
 
-// restart ends the process, if there is one, and begins another after a while.
+// restart stops the server, if one runs, and starts another after a while.
 func (h *clockHistory) restart(after time.Duration, off time.Duration) {
 	if h.running != nil {
 		h.stop()
@@ -158,7 +157,7 @@ func (h *clockHistory) restart(after time.Duration, off time.Duration) {
 	h.running = run(h.t, h.config)
 }
 
-// entries are of workloads with SVIDs of a day and of three.
+// entries creates the entries of two workloads, with SVIDs of one day and of three.
 func (h *clockHistory) entries() {
 	id := func(path string) spiffeid.ID { return spiffeid.RequireFromPath(td, path) }
 	selectors := []spireapi.Selector{{Type: "unix", Value: "uid:0"}}
@@ -195,7 +194,7 @@ func (h *clockHistory) play() {
 	h.stop()
 }
 
-// live lets agents come by, at least every so often.
+// live lets agents call for d, at intervals of every at most.
 func (h *clockHistory) live(d, every time.Duration) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		for _, n := range h.nodes {
@@ -203,16 +202,16 @@ func (h *clockHistory) live(d, every time.Duration) {
 				continue
 			}
 			if err := h.visit(n); err != nil && h.chance(3) {
-				n.own = nil // it has to attest again
+				n.own = nil // it re-attests
 			}
 		}
-		h.look()
+		h.checkInvariants()
 		time.Sleep(min(h.between(time.Minute, every), time.Until(end)))
-		h.look()
+		h.checkInvariants()
 	}
 }
 
-// operate is an operator who replaces the active keyset by hand.
+// operate replaces the active keyset as an operator does.
 func (h *clockHistory) operate() {
 	ctx := keyset.WithActor(h.t.Context(), "unix:uid:0")
 	keysets := h.Server("default").Keysets()
@@ -221,13 +220,13 @@ func (h *clockHistory) operate() {
 	check(h.t, keysets.Activate(ctx, k.ID))
 }
 
-// outage is a server that is away for days. After more than three of them its clock is in
+// outage stops the server for up to five days. After more than three its clock is in
 // doubt although it is right, until the operator confirms it.
 func (h *clockHistory) outage() {
 	d := h.between(time.Hour, 5*day)
 	h.restart(d, 0)
 	h.down += d
-	h.right("an outage of " + d.String())
+	h.checkRecovered("an outage of " + d.String())
 }
 
 // wrong sets the clock, lets time pass and sets it right again.
@@ -264,7 +263,7 @@ func (h *clockHistory) wrong() {
 	} else {
 		h.off.Store(0)
 	}
-	h.right(fmt.Sprintf("a clock that was %v off for %v", far, long))
+	h.checkRecovered(fmt.Sprintf("a clock that was %v off for %v", far, long))
 }
 
 func (h *clockHistory) states() map[string]keyset.State {
@@ -275,8 +274,9 @@ func (h *clockHistory) states() map[string]keyset.State {
 	return out
 }
 
-// right checks that the server serves a minute after its clock is.
-func (h *clockHistory) right(after string) {
+// checkRecovered checks that the server attests and signs a minute after its clock was
+// corrected.
+func (h *clockHistory) checkRecovered(after string) {
 	h.t.Helper()
 	time.Sleep(time.Second)
 	if s := h.Clock(); s.Doubt != 0 {
@@ -290,8 +290,8 @@ func (h *clockHistory) right(after string) {
 		}
 		h.down = 0
 	}
-	time.Sleep(time.Minute + time.Second) // the scheduler may have looked just before
-	h.look()
+	time.Sleep(time.Minute + time.Second) // the scheduler runs once a minute at least
+	h.checkInvariants()
 	cert, err := h.Server("default").Certificate()
 	if err != nil {
 		h.t.Fatalf("a minute after %s: %v", after, err)
@@ -307,17 +307,17 @@ func (h *clockHistory) right(after string) {
 	if _, _, err := x509svid.Verify(n.svids["web"][0].chain, trust); err != nil {
 		h.t.Fatalf("a minute after %s a workload gets: %v", after, err)
 	}
-	n.jwts, n.svids = nil, nil // its node ends
+	n.jwts, n.svids = nil, nil // the node is gone
 }
 
-// look checks what holds at every moment.
-func (h *clockHistory) look() {
+// checkInvariants checks what must hold at every moment.
+func (h *clockHistory) checkInvariants() {
 	h.t.Helper()
-	x509, keys := map[string]time.Time{}, map[string]time.Time{} // until when what is held lives
+	x509, keys := map[string]time.Time{}, map[string]time.Time{} // latest expiry of the SVIDs held
 	for _, n := range h.nodes {
-		for _, who := range n.holds() {
-			if end := who.chain[0].NotAfter; end.After(x509[authorityOf(who)]) {
-				x509[authorityOf(who)] = end
+		for _, ident := range n.holds() {
+			if end := ident.chain[0].NotAfter; end.After(x509[authorityOf(ident)]) {
+				x509[authorityOf(ident)] = end
 			}
 		}
 		for _, j := range n.jwts {
@@ -330,7 +330,7 @@ func (h *clockHistory) look() {
 	check(h.t, err)
 	fail := func(k keyset.Keyset, what string, end time.Time) {
 		h.t.Helper()
-		h.t.Fatalf("%v, clock %v off: keyset %s %s, and what it signed lives until %v: %+v", time.Now(), time.Duration(h.off.Load()), k.ID, what, end, k)
+		h.t.Fatalf("%v, clock %v off: keyset %s %s, but is needed until %v: %+v", time.Now(), time.Duration(h.off.Load()), k.ID, what, end, k)
 	}
 	there := map[string]bool{}
 	for _, k := range f.Keysets {
@@ -338,10 +338,10 @@ func (h *clockHistory) look() {
 		before, known := h.known[k.ID]
 		h.known[k.ID] = k.Keyset
 		if end, held := x509[k.X509AuthorityID]; held && k.X509Safe {
-			fail(k.Keyset, "is said to be safe", end)
+			fail(k.Keyset, "is reported safe", end)
 		}
 		if end, held := keys[k.JWTKeyID]; held && k.JWTSafe {
-			fail(k.Keyset, "is said to be safe for JWT-SVIDs", end)
+			fail(k.Keyset, "is reported safe for JWT-SVIDs", end)
 		}
 		if k.X509Safe {
 			h.met.safe++
@@ -364,6 +364,6 @@ func (h *clockHistory) look() {
 		}
 	}
 	if s := h.Clock(); s.AtLeast.After(time.Now().Add(time.Second)) {
-		h.t.Fatalf("%v, clock %v off: it is said to be %v at least", time.Now(), time.Duration(h.off.Load()), s.AtLeast)
+		h.t.Fatalf("%v, clock %v off: reported to be at least %v", time.Now(), time.Duration(h.off.Load()), s.AtLeast)
 	}
 }

@@ -21,10 +21,10 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// clockNode is an agent whose clock is right, and what its workloads hold.
+// clockNode is an agent whose clock is right, and its workloads' SVIDs.
 type clockNode struct {
-	reports bool // else it is a stock agent
-	lies    bool // it says that its clock shows what the server's does
+	reports bool // false for a stock agent
+	lies    bool // reports the time of the server's clock as its own
 	own     *identity
 	svids   map[string][]*identity // by entry
 	jwts    []heldJWT
@@ -35,36 +35,36 @@ type heldJWT struct {
 	exp time.Time
 }
 
-// authorityOf is the ID of the authority that signed an SVID.
-func authorityOf(who *identity) string { return hex.EncodeToString(who.chain[0].AuthorityKeyId) }
+// authorityOf returns the ID of the authority that signed an SVID.
+func authorityOf(ident *identity) string { return hex.EncodeToString(ident.chain[0].AuthorityKeyId) }
 
-// lives reports whether somebody may take an SVID for valid, now or later.
-func lives(who *identity) bool { return time.Now().Before(who.chain[0].NotAfter) }
+// lives reports whether an SVID is valid now or later.
+func lives(ident *identity) bool { return time.Now().Before(ident.chain[0].NotAfter) }
 
 // young reports whether an SVID need not be renewed by its age.
-func young(who *identity) bool {
-	leaf := who.chain[0]
+func young(ident *identity) bool {
+	leaf := ident.chain[0]
 	return time.Now().Before(leaf.NotBefore.Add(leaf.NotAfter.Sub(leaf.NotBefore) / 2))
 }
 
-// reach connects as somebody, whatever the server's certificate looks like by a clock
-// that is right: agents take what an authority of theirs has signed already.
-func (h *clockHistory) reach(who *identity) *agent {
+// reach connects with an identity. It does not verify the server's certificate, which may
+// be invalid by the true time: agents accept it for its authority alone.
+func (h *clockHistory) reach(ident *identity) *agent {
 	c := &tls.Config{InsecureSkipVerify: true, NextProtos: []string{"h2"}}
-	if who != nil {
-		c.Certificates = []tls.Certificate{{Certificate: [][]byte{who.chain[0].Raw}, PrivateKey: who.key}}
+	if ident != nil {
+		c.Certificates = []tls.Certificate{{Certificate: [][]byte{ident.chain[0].Raw}, PrivateKey: ident.key}}
 	}
 	lis := h.lis
 	conn, err := grpc.NewClient("passthrough:///server", grpc.WithTransportCredentials(credentials.NewTLS(c)),
 		grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return lis.DialContext(ctx) }))
 	check(h.t, err)
 	return &agent{
-		identity: who, ClientConn: conn, AgentClient: agentv1.NewAgentClient(conn), BundleClient: bundlev1.NewBundleClient(conn),
+		identity: ident, ClientConn: conn, AgentClient: agentv1.NewAgentClient(conn), BundleClient: bundlev1.NewBundleClient(conn),
 		SVIDClient: svidv1.NewSVIDClient(conn), FleetClient: api.NewFleetClient(conn), t: h.t,
 	}
 }
 
-// attestNode gives a node an identity by a new join token.
+// attestNode attests a node with a new join token.
 func (h *clockHistory) attestNode(ctx context.Context, n *clockNode) error {
 	token, err := h.Server("default").CreateJoinToken(ctx, time.Hour)
 	if err != nil {
@@ -88,7 +88,7 @@ func (h *clockHistory) attestNode(ctx context.Context, n *clockNode) error {
 	return nil
 }
 
-// visit does what an agent does now and then: what is due is renewed, and reported.
+// visit does what an agent does from time to time: it renews what is due, and reports.
 func (h *clockHistory) visit(n *clockNode) error {
 	ctx, cancel := context.WithTimeout(h.t.Context(), 10*time.Second)
 	defer cancel()
@@ -109,7 +109,7 @@ func (h *clockHistory) visit(n *clockNode) error {
 		check(h.t, err)
 		tainted[hex.EncodeToString(cert.SubjectKeyId)] = x.GetTainted()
 	}
-	due := func(who *identity) bool { return tainted[authorityOf(who)] || !young(who) }
+	due := func(ident *identity) bool { return tainted[authorityOf(ident)] || !young(ident) }
 	if due(n.own) {
 		key, csr := newKey(h.t)
 		resp, err := a.RenewAgent(ctx, &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
@@ -150,8 +150,8 @@ func (h *clockHistory) visit(n *clockNode) error {
 	for id, is := range tainted {
 		if is {
 			left := int64(0)
-			for _, who := range n.holds() {
-				if authorityOf(who) == id {
+			for _, ident := range n.holds() {
+				if authorityOf(ident) == id {
 					left++
 				}
 			}
@@ -169,15 +169,15 @@ func (h *clockHistory) visit(n *clockNode) error {
 	return err
 }
 
-// holds are all X.509-SVIDs of a node that somebody may take for valid.
+// holds returns all X.509-SVIDs of a node that are valid now or later.
 func (n *clockNode) holds() []*identity {
 	var all []*identity
 	if n.own != nil {
 		all = append(all, n.own)
 	}
 	for entry, have := range n.svids {
-		n.svids[entry] = slices.DeleteFunc(have, func(who *identity) bool { return !lives(who) })
+		n.svids[entry] = slices.DeleteFunc(have, func(ident *identity) bool { return !lives(ident) })
 		all = append(all, n.svids[entry]...)
 	}
-	return slices.DeleteFunc(all, func(who *identity) bool { return !lives(who) })
+	return slices.DeleteFunc(all, func(ident *identity) bool { return !lives(ident) })
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// restored puts a copy back on a machine whose clock is wrong.
+// restored restores a backup on a machine whose clock is wrong.
 func (h *clockHistory) restored(data []byte, off time.Duration) {
 	h.t.Helper()
 	h.stop()
@@ -19,15 +19,15 @@ func (h *clockHistory) restored(data []byte, off time.Duration) {
 	h.restart(0, off)
 }
 
-func (h *clockHistory) copied() []byte {
+func (h *clockHistory) backup() []byte {
 	h.t.Helper()
 	var data bytes.Buffer
 	check(h.t, h.Backup(h.t.Context(), &data))
 	return data.Bytes()
 }
 
-// TestRestoreByAClockThatIsBehind: a restore is as late as the clock says when it is
-// right. Until then the server takes a part of the lost time for its own.
+// TestRestoreByAClockThatIsBehind: the time of a restore follows the clock when it is
+// corrected. Until then the server takes a part of the lost time for its own.
 func TestRestoreByAClockThatIsBehind(t *testing.T) {
 	t.Parallel()
 	t.Run("an agent that renewed in the lost time", func(t *testing.T) {
@@ -36,7 +36,7 @@ func TestRestoreByAClockThatIsBehind(t *testing.T) {
 			h.entries()
 			n := &clockNode{svids: map[string][]*identity{}}
 			check(h.t, h.visit(n))
-			data := h.copied()
+			data := h.backup()
 			time.Sleep(13 * time.Hour)
 			check(h.t, h.visit(n))
 			check(h.t, h.visit(n)) // it uses the new SVID
@@ -45,12 +45,12 @@ func TestRestoreByAClockThatIsBehind(t *testing.T) {
 			time.Sleep(time.Minute)
 			h.off.Store(0)
 			if err := h.visit(n); err != nil {
-				h.t.Errorf("it is not let in: %v", err)
+				h.t.Errorf("agent rejected: %v", err)
 			}
 			h.stop()
 		})
 	})
-	// What was signed in the lost time counts for as long as it lives.
+	// SVIDs signed in the lost time count until they expire.
 	for name, restart := range map[string]bool{"same process": false, "next process": true} {
 		t.Run(name, func(t *testing.T) {
 			inClockHistory(t, 1, 90*day, func(h *clockHistory) {
@@ -59,7 +59,7 @@ func TestRestoreByAClockThatIsBehind(t *testing.T) {
 				n := &clockNode{svids: map[string][]*identity{}}
 				h.nodes = append(h.nodes, n)
 				check(h.t, h.visit(n))
-				data := h.copied()
+				data := h.backup()
 				for range 6 * 4 {
 					time.Sleep(6 * time.Hour)
 					check(h.t, h.visit(n))
@@ -79,7 +79,7 @@ func TestRestoreByAClockThatIsBehind(t *testing.T) {
 				}
 				for range 2*24 + 12 { // seven days after what the clock showed at the restore
 					time.Sleep(time.Hour)
-					h.look()
+					h.checkInvariants()
 				}
 				h.stop()
 			})

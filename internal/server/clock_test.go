@@ -17,9 +17,9 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// TestProofAfterClockSteps: the clock is two days off for a moment in which somebody
-// asks; then every port proves the server with a certificate that is valid.
-func TestProofAfterClockSteps(t *testing.T) {
+// TestCertificateAfterClockSteps: the clock is two days off during a handshake. At the
+// next handshake every port shows a certificate that is valid by the present clock.
+func TestCertificateAfterClockSteps(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "default")
 	base := time.Now()
@@ -41,9 +41,9 @@ func TestProofAfterClockSteps(t *testing.T) {
 	}
 }
 
-// TestStartWithAWrongClock: the clock is days or years off at a start, as a battery
-// that is empty leaves it. That is shown, and automatic rotation does nothing. When
-// the clock is right again all is as it was.
+// TestStartWithAWrongClock: the clock is days or years off at the start, as after an
+// empty battery. The server shows that, and automatic rotation does nothing. After the
+// clock is corrected nothing has changed.
 func TestStartWithAWrongClock(t *testing.T) {
 	t.Parallel()
 	for name, far := range map[string]time.Duration{"ahead": 91 * day, "years ahead": 5 * 365 * day, "behind": -30 * 365 * day} {
@@ -81,12 +81,12 @@ func TestStartWithAWrongClock(t *testing.T) {
 			}
 			trust := x509bundle.FromX509Authorities(td, r.Published().Certificates())
 			if _, _, err := x509svid.Verify(workload.chain, trust); err != nil {
-				t.Errorf("an SVID of before: %v", err)
+				t.Errorf("SVID signed before: %v", err)
 			}
 			cert, err := r.Server("default").Certificate()
 			check(t, err)
 			if _, _, err := x509svid.ParseAndVerify(cert.Certificate, trust); err != nil {
-				t.Errorf("the server itself: %v", err)
+				t.Errorf("server certificate: %v", err)
 			}
 		})
 	}

@@ -1,12 +1,12 @@
-// Package server puts the signing side of one trust domain together: the
-// store, and for each deployment its keysets, entries, agents, ledger and
-// automatic rotation, behind the SPIRE Server API; over all of them the
-// operators' API, the bundle endpoint and the metrics. The server command, the
-// demo and the whole-system tests run this same assembly.
+// Package server assembles the signing side of one trust domain. It has one store.
+// Each deployment has its own keysets, entries, agents, ledger and automatic rotation,
+// served over the SPIRE Server API. The operators' API, the bundle endpoint and the
+// metrics cover all deployments. The server command, the demo and the system tests
+// run this same assembly.
 //
-// The deployments of a trust domain sign with keysets of their own, rotated
-// each on its own, and trust each other: the published trust bundle is the union
-// of all their authorities.
+// Each deployment signs with its own keysets and rotates them independently.
+// The deployments trust each other: the published trust bundle is the union of all
+// their authorities.
 package server
 
 import (
@@ -27,20 +27,19 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// Config is what a [Domain] needs. TrustDomain is required; everything else
-// has a default.
+// Config configures a [Domain]. Only TrustDomain is required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 
-	// DataDir keeps the store over a restart; empty means that everything ends
-	// with the process.
+	// DataDir is the folder of the store. If empty, everything is in memory and is
+	// lost when the process ends.
 	DataDir string
-	// KeyFile holds the key that signing keys are encrypted under; empty means
+	// KeyFile holds the key that encrypts the signing keys; empty means
 	// the systemd credential renewd-store-key ([seal.CredentialName]). Not used
 	// without DataDir.
 	KeyFile string
 
-	// Deployments are those that are served; one, named default, when empty.
+	// Deployments are the deployments to serve; one named default when empty.
 	Deployments []DeploymentConfig
 
 	// AdminSocket is the path of the operators' Unix socket; empty means none.
@@ -48,8 +47,8 @@ type Config struct {
 	AdminSocketMode fs.FileMode // 0660 when zero
 	// OperatorAddress is host:port for operators over mTLS; empty means none.
 	OperatorAddress string
-	// Managers and Readers say who may; see package admin. Root and the
-	// server's own user are managers when both are empty.
+	// Managers and Readers are the rules that grant operators access; see package
+	// admin. Root and the server's own user are managers when both are empty.
 	Managers, Readers []string
 
 	// EndpointAddress is host:port of the SPIFFE bundle endpoint; empty means
@@ -57,12 +56,12 @@ type Config struct {
 	// needs certificate and key files.
 	EndpointAddress, EndpointProfile  string
 	EndpointCertFile, EndpointKeyFile string
-	// EndpointListener is used in the place of EndpointAddress when set; it belongs
-	// to the Domain from a successful [Open] on.
+	// EndpointListener replaces EndpointAddress when set. After a successful [Open]
+	// the Domain owns and closes it.
 	EndpointListener net.Listener
 
-	// Federation are the bundle endpoints of other trust domains that are
-	// followed; see [federation.Check].
+	// Federation are the bundle endpoints of the trust domains to federate with; see
+	// [federation.Check].
 	Federation []federation.Endpoint
 
 	// RefreshHint tells relying parties and agents how often to ask for the
@@ -72,22 +71,21 @@ type Config struct {
 	MetricsAddress string // empty means no HTTP listener
 	WebConfigFile  string // TLS and basic auth of the HTTP listener
 
-	// KeysetLifetime is how long a keyset lives; 90 days when zero. X509TTL and
-	// JWTTTL are the lifetimes of SVIDs whose entry names none; 24 hours when
-	// zero.
+	// KeysetLifetime is the lifetime of a keyset; 90 days when zero. X509TTL and
+	// JWTTTL are the lifetimes of SVIDs whose entry sets none; 24 hours when zero.
 	KeysetLifetime, X509TTL, JWTTTL time.Duration
 
-	// Rotation says when keysets are rotated by themselves.
+	// Rotation is the policy of automatic rotation.
 	Rotation rotation.Policy
 
 	Version string
 	Log     *slog.Logger
-	// Started is called once, when all addresses and sockets are listened on.
+	// Started is called once, when all listeners are open.
 	Started func()
 
-	// ServerOptions are added to the gRPC server of every deployment, and Now and
-	// Uptime replace the wall clock and the monotonic one, for running inside another
-	// process.
+	// For a Domain inside another process: ServerOptions are added to the gRPC server
+	// of every deployment; Now and Uptime replace the wall clock and the monotonic
+	// clock.
 	ServerOptions []grpc.ServerOption
 	Now           func() time.Time
 	Uptime        func() time.Duration
@@ -95,17 +93,17 @@ type Config struct {
 	FederationDial func(ctx context.Context, network, address string) (net.Conn, error)
 }
 
-// DeploymentConfig is a deployment that is served.
+// DeploymentConfig is a deployment to serve.
 type DeploymentConfig struct {
 	Name string
-	// ListenAddress is host:port for agents; ignored when Listener is set. A
-	// listener belongs to the Domain from a successful [Open] on.
+	// ListenAddress is host:port for agents; ignored when Listener is set. After a
+	// successful [Open] the Domain owns and closes the listener.
 	ListenAddress string
 	Listener      net.Listener
 }
 
-// serves reports whether the deployment has agents. One that only the store
-// knows has none.
+// serves reports whether the deployment serves agents. A deployment that is in the
+// store and not configured serves none.
 func (c DeploymentConfig) serves() bool { return c.ListenAddress != "" || c.Listener != nil }
 
 // The profiles of the bundle endpoint (SPIFFE Federation, section 5.2).
@@ -114,7 +112,7 @@ const (
 	ProfileWeb    = federation.ProfileWeb
 )
 
-// withDefaults checks the configuration and fills in what is left open. The
+// withDefaults checks the configuration and sets the defaults of empty fields. Its
 // errors name the field and the remedy.
 func (c Config) withDefaults() (Config, error) {
 	var errs []error
@@ -132,7 +130,7 @@ func (c Config) withDefaults() (Config, error) {
 		case d.Name == "":
 			fail("deployments[%d] has no name: give one", i)
 		case seen[d.Name]:
-			fail("deployments.%s is given twice: give each deployment a name of its own", d.Name)
+			fail("deployments.%s is given twice: give each deployment a unique name", d.Name)
 		case !d.serves():
 			fail("deployments.%s.listen_address is not set: give host:port for its agents", d.Name)
 		}
@@ -150,7 +148,7 @@ func (c Config) withDefaults() (Config, error) {
 	switch c.EndpointProfile {
 	case ProfileSPIFFE:
 		if c.EndpointCertFile != "" || c.EndpointKeyFile != "" {
-			fail("bundle_endpoint.cert_file and key_file are of no use with profile %s: remove them or use %s", ProfileSPIFFE, ProfileWeb)
+			fail("bundle_endpoint.cert_file and key_file are not used with profile %s: remove them or use %s", ProfileSPIFFE, ProfileWeb)
 		}
 	case ProfileWeb:
 		if c.EndpointCertFile == "" || c.EndpointKeyFile == "" {
@@ -174,5 +172,5 @@ func (c Config) withDefaults() (Config, error) {
 	return c, errors.Join(errs...)
 }
 
-// DefaultDeployment is the name of a deployment that nobody named.
+// DefaultDeployment is the name of the one deployment when none is configured.
 const DefaultDeployment = "default"

@@ -14,9 +14,9 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// TestConfirmClock: after an outage of a week the clock, which is right, is in doubt. It
-// is said where automatic rotation is off, too. An operator confirms it, by name, and a
-// restart does not forget that.
+// TestConfirmClock: after an outage of a week the clock, which is right, is in doubt. The
+// server shows that even if automatic rotation is off. An operator confirms the clock; the
+// audit log names the operator, and the confirmation survives a restart.
 func TestConfirmClock(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east", "west")
@@ -31,7 +31,7 @@ func TestConfirmClock(t *testing.T) {
 		s, err := r.api.Backend("", "east").Status(t.Context())
 		check(t, err)
 		if (s.ClockDoubt != "") != want || s.Automatic != "" {
-			t.Errorf("list says %q and %q of the clock", s.ClockDoubt, s.Automatic)
+			t.Errorf("list shows %q and %q", s.ClockDoubt, s.Automatic)
 		}
 		resp, err := r.api.GetClock(t.Context(), &api.GetClockRequest{})
 		check(t, err)
@@ -43,7 +43,7 @@ func TestConfirmClock(t *testing.T) {
 	shown(true)
 	_, err := r.api.ConfirmClock(t.Context(), &api.ConfirmClockRequest{Time: timestamppb.Now()})
 	if st := status.Convert(err); st.Code() != codes.FailedPrecondition || !strings.Contains(st.Message(), "set the clock of the server's machine") {
-		t.Errorf("by another time: %v", err)
+		t.Errorf("confirmed with another time: %v", err)
 	}
 	shown(true)
 	_, err = r.api.ConfirmClock(t.Context(), &api.ConfirmClockRequest{Time: timestamppb.New(c.Now())})
@@ -54,7 +54,7 @@ func TestConfirmClock(t *testing.T) {
 		check(t, err)
 		all := resp.GetRecords()
 		last := all[len(all)-1]
-		if len(all) != 2 || last.GetOperation() != "confirm clock" || !strings.HasPrefix(last.GetActor(), "unix:uid:") || !strings.HasPrefix(last.GetNote(), "by another clock it was ") {
+		if len(all) != 2 || last.GetOperation() != "confirm clock" || !strings.HasPrefix(last.GetActor(), "unix:uid:") || !strings.HasPrefix(last.GetNote(), "another clock showed ") {
 			t.Errorf("audit log of %s: %v", name, all)
 		}
 	}
@@ -63,8 +63,8 @@ func TestConfirmClock(t *testing.T) {
 	shown(false)
 }
 
-// TestBehindWhenTheClockSteps: an agent that has not applied the trust bundle is
-// waited for although its SVID has expired by a clock that is two days ahead.
+// TestBehindWhenTheClockSteps: automatic rotation waits for an agent that has not applied
+// the trust bundle, although its SVID has expired by a clock that is two days ahead.
 func TestBehindWhenTheClockSteps(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "default")

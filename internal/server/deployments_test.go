@@ -23,8 +23,8 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-func verifies(who *identity, b *spiffebundle.Bundle) error {
-	_, _, err := x509svid.Verify(who.chain, b)
+func verifies(ident *identity, b *spiffebundle.Bundle) error {
+	_, _, err := x509svid.Verify(ident.chain, b)
 	return err
 }
 
@@ -35,8 +35,8 @@ func (a *agent) token(entry string) string {
 	return resp.GetSvid().GetToken()
 }
 
-// TestDeploymentsTrustEachOther: two deployments sign with keysets of their own,
-// and the agents of each are told the authorities of both.
+// TestDeploymentsTrustEachOther: two deployments sign with their own keysets, and the
+// agents of each get the authorities of both.
 func TestDeploymentsTrustEachOther(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "east", "west"))
@@ -68,13 +68,13 @@ func TestDeploymentsTrustEachOther(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
-	// What is trusted is not let in everywhere: entries are a deployment's own.
-	stranger := r.dial("west", agents["east"].identity)
-	if _, err := stranger.PostStatus(t.Context(), &agentv1.PostStatusRequest{}); status.Code(err) != codes.PermissionDenied {
+	// Trusted is not authorized: agents and entries belong to one deployment.
+	foreign := r.dial("west", agents["east"].identity)
+	if _, err := foreign.PostStatus(t.Context(), &agentv1.PostStatusRequest{}); status.Code(err) != codes.PermissionDenied {
 		t.Errorf("an agent of east at west: %v", err)
 	}
 
-	// The agents of both verify what either signs: an operator waits for all.
+	// The agents of both verify what either signs, so an operator waits for all.
 	for _, name := range []string{"east", "west"} {
 		if list := r.keysets(name); list.GetAgents() != 2 || list.GetAgentsBehind() != 2 {
 			t.Errorf("%s: %d agents, %d behind; want 2 and 2", name, list.GetAgents(), list.GetAgentsBehind())
@@ -122,16 +122,16 @@ func TestDeploymentsTrustEachOther(t *testing.T) {
 	check(t, verifies(workloads["west"], trust))
 }
 
-// kept is all that a restart must not change, as text.
-func (r *running) kept() string {
+// stored returns all that a restart must not change, as text.
+func (r *running) stored() string {
 	r.t.Helper()
 	var out strings.Builder
 	ctx := r.t.Context()
 	for _, name := range []string{"east", "west"} {
 		s := scope(name)
 		keysets := r.keysets(name)
-		keysets.AgentsBehind, keysets.Automatic, keysets.Clock = 0, nil, nil // known again after a minute, or later each time
-		keysets.Agents = 0                                                   // of all deployments that are served; the list below has each one's own
+		keysets.AgentsBehind, keysets.Automatic, keysets.Clock = 0, nil, nil // known after a minute, or different each time
+		keysets.Agents = 0                                                   // counts all served deployments; the list below is for each
 		entries, err := r.api.ListEntries(ctx, &api.ListEntriesRequest{Scope: s})
 		check(r.t, err)
 		agents, err := r.api.ListAgents(ctx, &api.ListAgentsRequest{Scope: s})
@@ -148,23 +148,23 @@ func (r *running) kept() string {
 	return out.String()
 }
 
-// canonical is a message as text, without prototext's deliberate noise.
+// canonical returns a message as text, without the random spaces of prototext.
 func canonical(m proto.Message) string {
 	return strings.Join(strings.Fields(prototext.Format(m)), " ")
 }
 
-// TestRestart stops the server and starts it on the same store, with one of the
-// deployments no longer configured, and with it again.
+// TestRestart restarts the server on the same store, also with one deployment no longer
+// configured, and then with both again.
 func TestRestart(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east", "west")
 	r := run(t, c)
-	who := map[string]*identity{}
+	ident := map[string]*identity{}
 	tokens := map[string]string{}
 	for i, name := range []string{"east", "west"} {
 		r.put(name, "web", "/"+name)
 		a := r.join(name)
-		who[name], tokens[name] = a.identity, r.token(name)
+		ident[name], tokens[name] = a.identity, r.token(name)
 		for range i + 1 {
 			a.workload("web")
 			a.token("web")
@@ -173,13 +173,13 @@ func TestRestart(t *testing.T) {
 		_, err := a.PostStatus(t.Context(), &agentv1.PostStatusRequest{AgentVersion: "7." + name, CurrentBundleSerial: 3})
 		check(t, err)
 	}
-	want, sequence, pem := r.kept(), r.Published().Sequence, string(r.Published().PEM())
+	want, sequence, pem := r.stored(), r.Published().Sequence, string(r.Published().PEM())
 	if !strings.Contains(want, "live_x509_svids: 2") || !strings.Contains(want, "7.west") || !strings.Contains(want, "unix:uid:") {
-		t.Fatalf("too little to be kept:\n%s", want)
+		t.Fatalf("too little is stored:\n%s", want)
 	}
 	same := func() {
 		t.Helper()
-		got := strings.Split(r.kept(), "\n")
+		got := strings.Split(r.stored(), "\n")
 		for i, line := range strings.Split(want, "\n") {
 			if got[i] != line {
 				t.Errorf("after a restart\n%s\nbefore it\n%s", got[i], line)
@@ -194,12 +194,12 @@ func TestRestart(t *testing.T) {
 	r.stop()
 	r = run(t, c)
 	same()
-	for name := range who {
-		r.dial(name, who[name]).workload("web")
+	for name := range ident {
+		r.dial(name, ident[name]).workload("web")
 	}
-	want = r.kept()
+	want = r.stored()
 
-	// West is not configured: nobody is served, and everybody trusts it still.
+	// West is not configured: it is not served, and its authorities are still trusted.
 	r.stop()
 	c.Rotation.Mode = "on"
 	r = run(t, served(c, "east"))
@@ -208,7 +208,7 @@ func TestRestart(t *testing.T) {
 		t.Error("west is served")
 	}
 	if n := r.keysets("east").GetAgents(); n != 1 {
-		t.Errorf("%d agents are waited for at east, want its own alone: nobody can reach west", n)
+		t.Errorf("east waits for %d agents, want only its own: west is not served", n)
 	}
 	if mode := r.keysets("east").GetAutomatic().GetMode(); mode != "on" {
 		t.Errorf("automatic rotation of east is %q", mode)
@@ -220,20 +220,20 @@ func TestRestart(t *testing.T) {
 	c.Rotation.Mode = "off"
 	r = run(t, c)
 	same()
-	for name := range who {
-		r.dial(name, who[name]).workload("web")
+	for name := range ident {
+		r.dial(name, ident[name]).workload("web")
 		r.attest(name, tokens[name])
 	}
 }
 
-// shifted is the real clock, so much later.
+// shifted returns the real clock, ahead by a duration.
 func shifted(by time.Duration) func() time.Time {
 	return func() time.Time { return time.Now().Add(by) }
 }
 
-// TestNotServedAnyMore: a deployment that is not served needs no keyset that
-// signs, and none is asked for: it is not among those that operators are told of.
-func TestNotServedAnyMore(t *testing.T) {
+// TestNoLongerServed: a deployment that is not served needs no valid keyset, and
+// operators do not find it in the list of deployments.
+func TestNoLongerServed(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east", "west")
 	r := run(t, c)
@@ -246,14 +246,14 @@ func TestNotServedAnyMore(t *testing.T) {
 	if got := resp.GetDeployments(); !slices.Equal(got, []string{"east"}) {
 		t.Errorf("deployments %q", got)
 	}
-	// By its name it is shown all the same.
+	// It is shown by its name.
 	if n := len(r.keysets("west").GetKeysets()); n != 1 {
 		t.Errorf("%d keysets of west", n)
 	}
 }
 
-// TestExpiredBesideAnother: where one deployment cannot sign, another one proves
-// the server to relying parties and remote operators.
+// TestExpiredBesideAnother: if one deployment cannot sign, another one signs the
+// certificate for relying parties and remote operators.
 func TestExpiredBesideAnother(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east")
@@ -275,8 +275,8 @@ func TestExpiredBesideAnother(t *testing.T) {
 	}
 }
 
-// TestRestartBeforeActivation: after a restart the agents are waited for that may
-// not have had the time to say that they have applied the bundle.
+// TestRestartBeforeActivation: after a restart automatic rotation waits for agents that
+// have not had the time to report that they have applied the bundle.
 func TestRestartBeforeActivation(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east")

@@ -18,14 +18,14 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// disk is a small file system of its own.
+// disk mounts a small file system.
 func disk(t *testing.T, size string) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "rn")
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
 	if err := syscall.Mount("tmpfs", dir, "tmpfs", 0, "mode=0700,size="+size); err != nil {
-		t.Skipf("a full disk needs a file system of its own, and mounting one is not allowed (be root): %v", err)
+		t.Skipf("mounting a file system is not allowed, run as root: %v", err)
 	}
 	t.Cleanup(func() { check(t, syscall.Unmount(dir, 0)) })
 	return dir
@@ -47,8 +47,8 @@ func fillUp(t *testing.T, dir string) (path string) {
 	return path
 }
 
-// TestFullDisk: nothing is handed out that cannot be recorded, nothing is half
-// done, reading goes on, and all is well as soon as there is room again.
+// TestFullDisk: an SVID that cannot be recorded is not handed out, no change is half
+// done, and reads succeed. Everything recovers when there is room again.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east", "west")
@@ -71,7 +71,7 @@ func TestFullDisk(t *testing.T) {
 
 	before, published := r.keysets("east"), r.Published()
 	filler := fillUp(t, dir)
-	// Pages that are free within the store are used up first.
+	// The store uses up its own free pages first.
 	for i := 1; err == nil; i++ {
 		if i == n {
 			t.Fatal("the disk is not full")
@@ -108,7 +108,7 @@ func TestFullDisk(t *testing.T) {
 	_, err = r.api.ApplyEntries(ctx, replace)
 	clear("entries", err)
 
-	// Reading goes on, and nothing is half done.
+	// Reads succeed, and no change is half done.
 	after := r.keysets("east")
 	if len(after.GetKeysets()) != 1 || after.GetKeysets()[0].GetId() != before.GetKeysets()[0].GetId() || after.GetSequence() != published.Sequence {
 		t.Errorf("keysets: %v", after)
@@ -123,7 +123,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	text := get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK)
 	if !bytes.Contains(text, fmt.Appendf(nil, `spirl_server_mint_svid_total{status_code="Unavailable",svid_type="x509"} %d`, n+1)) {
-		t.Error("what was not handed out is not counted")
+		t.Error("failed mints are not counted")
 	}
 
 	check(t, os.Remove(filler))
@@ -147,7 +147,7 @@ func TestFullDisk(t *testing.T) {
 	if got := r.keysets("east").GetKeysets(); len(got) != 2 || got[0].GetLiveX509Svids() != live {
 		t.Errorf("after a restart: %v", got)
 	} else if got[0].GetJwtLatestExpiry().GetSeconds() < token.GetSvid().GetExpiresAt() {
-		t.Errorf("a JWT-SVID was handed out, %v, and is not known: %v", token, got[0])
+		t.Errorf("handed out JWT-SVID %v, which is not known: %v", token, got[0])
 	}
 	r.stop()
 }

@@ -9,20 +9,20 @@ import (
 	"github.com/renewd/renewd/internal/server/admin"
 )
 
-// Figures are what operators are told of a deployment, in a process without sockets.
+// Figures returns the figures that operators see of a deployment, without a socket.
 func (d *Domain) Figures(ctx context.Context, deployment string) (admin.Figures, error) {
 	return d.operator.Figures(ctx, deployment)
 }
 
-// Clock is what they are told of the clock.
+// Clock returns the state of the clock that operators see.
 func (d *Domain) Clock() clock.State { return d.clock.State() }
 
-// ConfirmClock is their word that it is right.
+// ConfirmClock confirms the clock as an operator does.
 func (d *Domain) ConfirmClock(ctx context.Context, at time.Time) (bool, error) {
 	return d.confirmClock(ctx, at)
 }
 
-// Automatic is what automatic rotation is about to do.
+// Automatic returns the next step of automatic rotation.
 func (d *Domain) Automatic(deployment string) admin.Automatic {
 	for _, dep := range d.deployments {
 		if dep.Name == deployment {
@@ -32,7 +32,7 @@ func (d *Domain) Automatic(deployment string) admin.Automatic {
 	return admin.Automatic{}
 }
 
-// Backup is a copy of what is stored.
+// Backup writes a copy of the store.
 func (d *Domain) Backup(ctx context.Context, w io.Writer) error {
 	_, err := d.store.Backup(ctx, w)
 	return err

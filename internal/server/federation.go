@@ -15,12 +15,13 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// openFederation has the servers of all deployments know the bundles of other
-// trust domains that are held, and says which entries want more.
+// openFederation gives the servers of all deployments the stored bundles of federated
+// trust domains. It logs entries that federate with a trust domain that is not
+// configured.
 func (d *Domain) openFederation(ctx context.Context) error {
 	c := federation.Config{
 		TrustDomain: d.cfg.TrustDomain, Own: func() []*x509.Certificate { return d.Published().Certificates() },
-		Endpoints: d.cfg.Federation, Publish: d.federate, Dial: d.cfg.FederationDial, Log: d.cfg.Log, Now: d.cfg.Now,
+		Endpoints: d.cfg.Federation, Publish: d.setFederatedBundle, Dial: d.cfg.FederationDial, Log: d.cfg.Log, Now: d.cfg.Now,
 		Observe: func(td spiffeid.TrustDomain, outcome string) { d.metrics.FederatedBundleRefreshed(td.Name(), outcome) },
 	}
 	if d.store != nil {
@@ -40,39 +41,39 @@ func (d *Domain) openFederation(ctx context.Context) error {
 			}
 		}
 		for _, name := range slices.Sorted(maps.Keys(unknown)) {
-			d.cfg.Log.Warn("entries federate with a trust domain that is not followed: their workloads do not get its bundle",
+			d.cfg.Log.Warn("entries federate with a trust domain that is not configured: their workloads do not get its bundle",
 				"deployment", dep.Name, "trust_domain", name, "entries", unknown[name])
 		}
 	}
 	return nil
 }
 
-// federate gives the servers the bundle of another trust domain; nil takes it
-// away.
-func (d *Domain) federate(td spiffeid.TrustDomain, b *spiffebundle.Bundle) {
+// setFederatedBundle gives all servers the bundle of another trust domain; nil
+// withdraws it.
+func (d *Domain) setFederatedBundle(td spiffeid.TrustDomain, b *spiffebundle.Bundle) {
 	var out *keyset.Bundle
 	var hint time.Duration
 	if b != nil {
-		out = foreign(b)
+		out = convertBundle(b)
 		hint, _ = b.RefreshHint()
 	}
 	for _, dep := range d.deployments {
 		if err := dep.server.SetFederatedBundle(td, out, hint); err != nil {
-			d.cfg.Log.Error("federated bundle cannot be served", "deployment", dep.Name, "error", err)
+			d.cfg.Log.Error("federated bundle rejected", "deployment", dep.Name, "trust_domain", td.Name(), "error", err)
 		}
 	}
 }
 
-// foreign is a bundle in the form of our own. SPIFFE's format knows neither taints
-// nor when a key ends.
-func foreign(b *spiffebundle.Bundle) *keyset.Bundle {
+// convertBundle converts a federated bundle. SPIFFE's format has neither taint marks nor
+// expiry times of JWT keys.
+func convertBundle(b *spiffebundle.Bundle) *keyset.Bundle {
 	out := new(keyset.Bundle)
 	out.Sequence, _ = b.SequenceNumber()
 	for _, cert := range b.X509Authorities() {
 		out.X509 = append(out.X509, keyset.X509Authority{Certificate: cert})
 	}
 	for id, key := range b.JWTAuthorities() {
-		// The follower takes only keys that this form exists of.
+		// The follower accepts only keys that can be encoded.
 		if pkix, err := x509.MarshalPKIXPublicKey(key); err == nil {
 			out.JWT = append(out.JWT, keyset.JWTAuthority{KeyID: id, PublicKey: key, PKIX: pkix})
 		}
@@ -81,7 +82,7 @@ func foreign(b *spiffebundle.Bundle) *keyset.Bundle {
 	return out
 }
 
-func followed(endpoints []federation.Endpoint) []string {
+func federatedNames(endpoints []federation.Endpoint) []string {
 	var names []string
 	for _, e := range endpoints {
 		names = append(names, e.TrustDomain.Name())

@@ -23,15 +23,15 @@ import (
 
 var partner = spiffeid.RequireTrustDomainFromString("partner.example")
 
-// newPartner is the configuration of another trust domain.
+// newPartner returns the configuration of another trust domain.
 func newPartner(t *testing.T) server.Config {
 	c := newConfig(t, "default")
 	c.TrustDomain, c.Managers, c.Readers = partner, nil, nil
 	return c
 }
 
-// follows has a configuration follow a partner.
-func follows(c server.Config, p *running) server.Config {
+// federateWith returns the configuration with p's bundle endpoint.
+func federateWith(c server.Config, p *running) server.Config {
 	file := filepath.Join(filepath.Dir(c.KeyFile), "partner.pem")
 	if err := os.WriteFile(file, p.Published().PEM(), 0o600); err != nil {
 		p.t.Fatal(err)
@@ -43,7 +43,7 @@ func follows(c server.Config, p *running) server.Config {
 	return c
 }
 
-// federated waits until an agent is told of the partner's bundle what ok wants.
+// federated waits until an agent gets a bundle of the partner that ok accepts.
 func (a *agent) federated(ok func(*types.Bundle) bool) *types.Bundle {
 	a.t.Helper()
 	for begin := time.Now(); ; time.Sleep(20 * time.Millisecond) {
@@ -58,14 +58,14 @@ func (a *agent) federated(ok func(*types.Bundle) bool) *types.Bundle {
 	}
 }
 
-// TestFederation: the agents of all deployments get the bundle of a trust domain
-// that is followed, also after a restart while that is down, and not any more once
-// it is not.
+// TestFederation: the agents of all deployments get the bundle of a federated trust
+// domain, even after a restart while its endpoint is down. They no longer get it when
+// the configuration no longer has the endpoint.
 func TestFederation(t *testing.T) {
 	t.Parallel()
 	p := run(t, newPartner(t))
 	base := newConfig(t, "east", "west")
-	c := follows(base, p)
+	c := federateWith(base, p)
 	r := run(t, c)
 	want := p.Published()
 	fetched := func(b *types.Bundle) bool { return b.GetRefreshHint() == 60 } // the file has none
@@ -77,11 +77,11 @@ func TestFederation(t *testing.T) {
 		if b.GetTrustDomain() != partner.Name() || b.GetSequenceNumber() != want.Sequence || len(b.GetX509Authorities()) != 1 || len(b.GetJwtAuthorities()) != 1 ||
 			!bytes.Equal(b.GetX509Authorities()[0].GetAsn1(), want.X509[0].Certificate.Raw) || b.GetJwtAuthorities()[0].GetKeyId() != want.JWT[0].KeyID ||
 			!bytes.Equal(b.GetJwtAuthorities()[0].GetPublicKey(), want.JWT[0].PKIX) || b.GetJwtAuthorities()[0].GetExpiresAt() != 0 {
-			t.Errorf("%s is told %v", name, b)
+			t.Errorf("%s gets %v", name, b)
 		}
 		_, err := a.GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: "unknown.example"})
 		if status.Code(err) != codes.NotFound {
-			t.Errorf("of another: %v", err)
+			t.Errorf("unknown trust domain: %v", err)
 		}
 	}
 	shown := string(get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK))
@@ -105,16 +105,16 @@ func TestFederation(t *testing.T) {
 	r = run(t, base)
 	_, err := r.dial("east", agents["east"]).GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: partner.Name()})
 	if status.Code(err) != codes.NotFound {
-		t.Errorf("not followed any more: %v", err)
+		t.Errorf("no longer configured: %v", err)
 	}
 }
 
-// TestEntriesThatFederateWithNobody: who puts an entry whose bundle nobody fetches is
-// told so, and who looks into the log after the start, too.
-func TestEntriesThatFederateWithNobody(t *testing.T) {
+// TestEntriesWithUnknownTrustDomain: an entry that federates with a trust domain that is
+// not configured causes a warning, when it is put and in the log of each start.
+func TestEntriesWithUnknownTrustDomain(t *testing.T) {
 	t.Parallel()
 	p := run(t, newPartner(t))
-	c := follows(newConfig(t, "default"), p)
+	c := federateWith(newConfig(t, "default"), p)
 	r := run(t, c)
 	entry := func(id string, with ...string) *api.Entry {
 		return &api.Entry{Id: id, SpiffeId: "spiffe://example.org/" + id, Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}, FederatesWith: with}

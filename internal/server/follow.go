@@ -9,9 +9,9 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// follow drops what the ledger knows of keysets that are removed, whoever
-// removes them. What it misses when the process dies expires by itself.
-func (dep *deployment) follow(ctx context.Context, log *slog.Logger) error {
+// pruneLedger deletes the ledger's rows of every keyset that is removed. Rows that it
+// misses because the process ends expire.
+func (dep *deployment) pruneLedger(ctx context.Context, log *slog.Logger) error {
 	status := dep.keysets.Status()
 	for {
 		select {
@@ -30,7 +30,7 @@ func (dep *deployment) follow(ctx context.Context, log *slog.Logger) error {
 				continue
 			}
 			if err := dep.ledger.Removed(ctx, k.X509AuthorityID, k.JWTKeyID); err != nil && ctx.Err() == nil {
-				log.Warn("the ledger still has rows of a removed keyset, until they expire", "deployment", dep.Name, "keyset", k.ID, "error", err)
+				log.Warn("ledger rows of a removed keyset not deleted, they stay until they expire", "deployment", dep.Name, "keyset_id", k.ID, "error", err)
 			}
 		}
 	}
@@ -40,23 +40,23 @@ func (dep *deployment) automatic() admin.Automatic {
 	return admin.Automatic(dep.scheduler.Automatic())
 }
 
-// facts are what automatic rotation has to know of a deployment.
+// facts implements [rotation.Facts] for a deployment.
 type facts struct {
 	d   *Domain
 	dep *deployment
 }
 
-// Behind implements rotation.Facts. Operators are told the same.
+// Behind returns the number that operators see, too.
 func (f *facts) Behind() int {
 	behind, err := f.d.operator.AgentsBehind(context.Background())
 	if err != nil {
-		f.d.cfg.Log.Warn("agents could not be read: automatic rotation takes one for behind", "error", err)
+		f.d.cfg.Log.Warn("agents not read, automatic rotation counts one as behind", "error", err)
 		return 1
 	}
 	return behind
 }
 
-// Holding implements rotation.Facts.
+// Holding returns what the ledger knows of a keyset.
 func (f *facts) Holding(k keyset.Keyset) rotation.Holding {
 	tainted := k.State == keyset.Tainted
 	x509 := f.dep.ledger.X509(k.X509AuthorityID, tainted)

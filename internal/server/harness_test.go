@@ -48,8 +48,8 @@ func check(t testing.TB, err error) {
 	}
 }
 
-// newConfig is a durable server with everything that it can serve, on free
-// ports, and no automatic rotation.
+// newConfig returns a server with a store and every listener, on free ports, without
+// automatic rotation.
 func newConfig(t testing.TB, deployments ...string) server.Config {
 	t.Helper()
 	dir, err := os.MkdirTemp("", "rn") // a socket's path is short
@@ -67,7 +67,7 @@ func newConfig(t testing.TB, deployments ...string) server.Config {
 	return served(c, deployments...)
 }
 
-// served is the configuration with these deployments.
+// served returns the configuration with these deployments.
 func served(c server.Config, names ...string) server.Config {
 	c.Deployments = nil
 	for _, name := range names {
@@ -76,11 +76,11 @@ func served(c server.Config, names ...string) server.Config {
 	return c
 }
 
-// start is a log handler that learns from the log what listens where.
+// start is a log handler that collects the addresses of the listeners.
 type start struct {
 	mu        sync.Mutex
-	addresses map[string]string // by field
-	refused   []string          // IDs of entries that are stored and would be refused
+	addresses map[string]string // by configuration field
+	refused   []string          // IDs of stored entries that would be refused
 	done      chan struct{}
 }
 
@@ -92,7 +92,7 @@ func (s *start) Handle(_ context.Context, r slog.Record) error {
 	var field, address, entry string
 	r.Attrs(func(a slog.Attr) bool {
 		switch a.Key {
-		case "for":
+		case "endpoint":
 			field = a.Value.String()
 		case "address":
 			address = a.Value.String()
@@ -104,11 +104,11 @@ func (s *start) Handle(_ context.Context, r slog.Record) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	switch r.Message {
-	case "listens":
+	case "listening":
 		s.addresses[field] = address
 	case "stored entry would be refused":
 		s.refused = append(s.refused, entry)
-	case "server starts":
+	case "server started":
 		close(s.done)
 	}
 	return nil
@@ -155,12 +155,12 @@ func run(t testing.TB, c server.Config) *running {
 	return r
 }
 
-// address is where the listener of a field of the configuration is.
+// address returns the address of the listener of a configuration field.
 func (r *running) address(field string) string {
 	r.t.Helper()
 	a := r.start.addresses[field]
 	if a == "" {
-		r.t.Fatalf("nothing listens for %s", field)
+		r.t.Fatalf("no listener of %s", field)
 	}
 	return a
 }
@@ -174,7 +174,7 @@ type identity struct {
 	key   crypto.Signer
 }
 
-// agent is a connection of a deployment's agent, with all services on it.
+// agent is an agent's connection to a deployment, with clients of all services.
 type agent struct {
 	*identity
 	*grpc.ClientConn
@@ -186,35 +186,35 @@ type agent struct {
 	t testing.TB
 }
 
-// credentials prove who, nobody when nil, to a server of the trust domain.
-func (r *running) credentials(who *identity) credentials.TransportCredentials {
+// credentials authenticate a client, anonymous when nil, to a server of the trust domain.
+func (r *running) credentials(client *identity) credentials.TransportCredentials {
 	authorities := x509bundle.FromX509Authorities(td, r.Published().Certificates())
 	config := tlsconfig.TLSClientConfig(authorities, tlsconfig.AuthorizeID(serverID))
-	if who != nil {
-		svid := &x509svid.SVID{ID: who.id, Certificates: who.chain, PrivateKey: who.key}
+	if client != nil {
+		svid := &x509svid.SVID{ID: client.id, Certificates: client.chain, PrivateKey: client.key}
 		config = tlsconfig.MTLSClientConfig(svid, authorities, tlsconfig.AuthorizeID(serverID))
 	}
 	return credentials.NewTLS(config)
 }
 
 // dial connects to a deployment.
-func (r *running) dial(deployment string, who *identity) *agent {
+func (r *running) dial(deployment string, client *identity) *agent {
 	r.t.Helper()
-	return r.connect(who, r.address("deployments."+deployment+".listen_address"))
+	return r.connect(client, r.address("deployments."+deployment+".listen_address"))
 }
 
-func (r *running) connect(who *identity, address string, options ...grpc.DialOption) *agent {
+func (r *running) connect(client *identity, address string, options ...grpc.DialOption) *agent {
 	r.t.Helper()
-	conn, err := grpc.NewClient("passthrough:///"+address, append(options, grpc.WithTransportCredentials(r.credentials(who)))...)
+	conn, err := grpc.NewClient("passthrough:///"+address, append(options, grpc.WithTransportCredentials(r.credentials(client)))...)
 	check(r.t, err)
 	r.t.Cleanup(func() { conn.Close() })
 	return &agent{
-		who, conn, agentv1.NewAgentClient(conn), bundlev1.NewBundleClient(conn), entryv1.NewEntryClient(conn),
+		client, conn, agentv1.NewAgentClient(conn), bundlev1.NewBundleClient(conn), entryv1.NewEntryClient(conn),
 		svidv1.NewSVIDClient(conn), api.NewFleetClient(conn), r.t,
 	}
 }
 
-// join lets a new agent into a deployment.
+// join attests a new agent to a deployment.
 func (r *running) join(deployment string) *agent {
 	r.t.Helper()
 	return r.attest(deployment, r.token(deployment))
@@ -232,7 +232,7 @@ func (r *running) attest(deployment, token string) *agent {
 	return r.dial(deployment, r.dial(deployment, nil).attest(token))
 }
 
-// attest spends a token on an agent's identity.
+// attest exchanges a join token for an agent SVID.
 func (a *agent) attest(token string) *identity {
 	a.t.Helper()
 	key, csr := newKey(a.t)
@@ -264,16 +264,16 @@ func newKey(t testing.TB) (crypto.Signer, []byte) {
 
 func parse(t testing.TB, svid *types.X509SVID, key crypto.Signer) *identity {
 	t.Helper()
-	who := &identity{id: spiffeid.RequireFromPath(td, svid.GetId().GetPath()), key: key}
+	client := &identity{id: spiffeid.RequireFromPath(td, svid.GetId().GetPath()), key: key}
 	for _, der := range svid.GetCertChain() {
 		cert, err := x509.ParseCertificate(der)
 		check(t, err)
-		who.chain = append(who.chain, cert)
+		client.chain = append(client.chain, cert)
 	}
-	return who
+	return client
 }
 
-// mint has X.509-SVIDs signed for entries, of one key.
+// mint requests X.509-SVIDs of entries, with one key.
 func (a *agent) mint(entries ...string) ([]*identity, error) {
 	a.t.Helper()
 	key, csr := newKey(a.t)
@@ -284,7 +284,7 @@ func (a *agent) mint(entries ...string) ([]*identity, error) {
 	resp, err := a.BatchNewX509SVID(a.t.Context(), req)
 	if err != nil {
 		if len(resp.GetResults()) > 0 {
-			a.t.Errorf("an error, and results: %v", resp)
+			a.t.Errorf("error with results: %v", resp)
 		}
 		return nil, err
 	}
@@ -298,7 +298,7 @@ func (a *agent) mint(entries ...string) ([]*identity, error) {
 	return out, nil
 }
 
-// workload is the SVID of one entry.
+// workload requests the X.509-SVID of one entry.
 func (a *agent) workload(entry string) *identity {
 	a.t.Helper()
 	all, err := a.mint(entry)
@@ -306,7 +306,7 @@ func (a *agent) workload(entry string) *identity {
 	return all[0]
 }
 
-// bundle is what the agent is told to trust, as it is and for verifying.
+// bundle returns the trust bundle that the agent gets, as received and parsed.
 func (a *agent) bundle() (*types.Bundle, *spiffebundle.Bundle) {
 	a.t.Helper()
 	b, err := a.GetBundle(a.t.Context(), &bundlev1.GetBundleRequest{})
@@ -325,7 +325,7 @@ func (a *agent) bundle() (*types.Bundle, *spiffebundle.Bundle) {
 	return b, out
 }
 
-// put enters a workload spiffe://example.org/PATH into a deployment.
+// put creates an entry for spiffe://example.org/PATH in a deployment.
 func (r *running) put(deployment, entry, path string) {
 	r.t.Helper()
 	_, err := r.api.PutEntry(r.t.Context(), &api.PutEntryRequest{Scope: scope(deployment), Entry: &api.Entry{
@@ -334,8 +334,8 @@ func (r *running) put(deployment, entry, path string) {
 	check(r.t, err)
 }
 
-// rotate prepares and activates a keyset and taints the one before, whose ID it
-// returns.
+// rotate prepares and activates a keyset and taints the previous one. It returns the
+// previous one's ID.
 func (r *running) rotate(deployment string) (old string) {
 	r.t.Helper()
 	ctx, s := r.t.Context(), scope(deployment)
@@ -360,7 +360,7 @@ func (r *running) keysets(deployment string) *api.ListKeysetsResponse {
 	return resp
 }
 
-// occupied is an address that somebody else listens on.
+// occupied returns an address that is in use.
 func occupied(t testing.TB) string {
 	t.Helper()
 	lis, err := net.Listen("tcp", "127.0.0.1:0")

@@ -12,8 +12,8 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// An agent gets the SVID of an operator, and with it the operator's role, only
-// when the operator's entry names that agent or says that this is meant.
+// TestOperatorEntries: an agent gets the SVID of an operator, and with it the operator's
+// role, only if the entry names that agent as its parent or has operator set.
 func TestOperatorEntries(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "default"))
@@ -21,13 +21,13 @@ func TestOperatorEntries(t *testing.T) {
 	for name, tt := range map[string]struct {
 		entry           *api.Entry
 		code            codes.Code
-		atHome, atOther codes.Code // of an SVID, where the entry is taken
+		atHome, atOther codes.Code // of a request for an SVID, if the entry is accepted
 	}{
 		"manager, every agent":             {entry: operatorEntry("alice", spiffeid.ID{}, false), code: codes.InvalidArgument},
 		"reader, every agent":              {entry: operatorEntry("bob", spiffeid.ID{}, false), code: codes.InvalidArgument},
 		"manager, one agent":               {entry: operatorEntry("alice", home.id, false), atOther: codes.NotFound},
 		"manager, every agent, on purpose": {entry: operatorEntry("alice", spiffeid.ID{}, true)},
-		"nobody's ID, every agent":         {entry: operatorEntry("carol", spiffeid.ID{}, false)},
+		"no operator, every agent":         {entry: operatorEntry("carol", spiffeid.ID{}, false)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx := t.Context()
@@ -47,12 +47,12 @@ func TestOperatorEntries(t *testing.T) {
 			if got := put.GetChange().GetAfter().GetOperator(); got != tt.entry.GetOperator() {
 				t.Errorf("operator: %v", got)
 			}
-			for who, want := range map[*agent]codes.Code{home: tt.atHome, other: tt.atOther} {
+			for caller, want := range map[*agent]codes.Code{home: tt.atHome, other: tt.atOther} {
 				_, csr := newKey(t)
-				resp, err := who.BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: []*svidv1.NewX509SVIDParams{{EntryId: tt.entry.GetId(), Csr: csr}}})
+				resp, err := caller.BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{Params: []*svidv1.NewX509SVIDParams{{EntryId: tt.entry.GetId(), Csr: csr}}})
 				check(t, err)
 				if got := codes.Code(resp.GetResults()[0].GetStatus().GetCode()); got != want {
-					t.Errorf("SVID for %s: %v, want %v", who.id, got, want)
+					t.Errorf("SVID for %s: %v, want %v", caller.id, got, want)
 				}
 			}
 			_, err = r.api.DeleteEntry(ctx, &api.DeleteEntryRequest{Id: tt.entry.GetId()})
@@ -61,8 +61,8 @@ func TestOperatorEntries(t *testing.T) {
 	}
 }
 
-// Whoever makes the ID of an entry that every agent serves an operator's is told
-// at the start, each time, until the entry is mended.
+// TestOperatorEntriesThatAreStored: if the SPIFFE ID of a stored entry for every agent
+// becomes an operator's, each start logs the entry until it is corrected.
 func TestOperatorEntriesThatAreStored(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "default")
@@ -86,7 +86,7 @@ func TestOperatorEntriesThatAreStored(t *testing.T) {
 		r = run(t, c)
 		listed("alice is a manager", "alice")
 		_, err := r.api.PutEntry(t.Context(), &api.PutEntryRequest{Entry: operatorEntry("carol", spiffeid.ID{}, false)})
-		check(t, err) // other entries can be changed meanwhile
+		check(t, err) // other entries can be changed
 		r.stop()
 	}
 	r = run(t, c)
@@ -94,5 +94,5 @@ func TestOperatorEntriesThatAreStored(t *testing.T) {
 	check(t, err)
 	r.stop()
 	r = run(t, c)
-	listed("the entry says that it is meant")
+	listed("the entry has operator set")
 }

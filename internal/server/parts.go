@@ -22,7 +22,7 @@ import (
 func (d *Domain) openOperator() (err error) {
 	c := admin.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
-		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.heard,
+		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.compareClock,
 		ConfirmClock: d.confirmClock,
 	}
 	if d.store != nil {
@@ -30,7 +30,7 @@ func (d *Domain) openOperator() (err error) {
 	}
 	for _, dep := range d.deployments {
 		part := admin.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
-		if dep.kept != nil {
+		if dep.stored != nil {
 			part.Audit = dep.audit
 		}
 		c.Deployments = append(c.Deployments, part)
@@ -50,7 +50,7 @@ func (d *Domain) endpointConfig() endpoint.Config {
 }
 
 func (dep *deployment) audit(ctx context.Context, after uint64, limit int) ([]admin.AuditRecord, error) {
-	records, err := dep.kept.Audit(ctx, after, limit)
+	records, err := dep.stored.Audit(ctx, after, limit)
 	out := make([]admin.AuditRecord, len(records))
 	for i, r := range records {
 		out[i] = admin.AuditRecord(r)
@@ -62,7 +62,7 @@ var keysetStates = map[keyset.State]string{
 	keyset.Prepared: metrics.StatePrepared, keyset.Active: metrics.StateActive, keyset.Tainted: metrics.StateTainted,
 }
 
-// state is what the metrics show. What cannot be read is left out.
+// state returns what the metrics show. A deployment that cannot be read is left out.
 func (d *Domain) state() metrics.ServerState {
 	s := metrics.ServerState{Federated: make(map[string]time.Time), LeftOut: make(map[string]int), ClockDoubt: d.clock.State().Doubt}
 	for td, at := range d.federation.Refreshed() {
@@ -74,7 +74,7 @@ func (d *Domain) state() metrics.ServerState {
 	for _, dep := range d.deployments {
 		f, err := d.figures(dep.Name)
 		if err != nil {
-			d.cfg.Log.Warn("figures could not be read", "deployment", dep.Name, "error", err)
+			d.cfg.Log.Warn("figures not read", "deployment", dep.Name, "error", err)
 			continue
 		}
 		out := metrics.Deployment{
@@ -91,18 +91,19 @@ func (d *Domain) state() metrics.ServerState {
 	return s
 }
 
-// scrapeTime is how long a scrape waits for the figures of a deployment: less than
-// what Prometheus gives it.
-const scrapeTime = 5 * time.Second
+// scrapeTimeout bounds how long a scrape waits for the figures of a deployment. It is
+// shorter than Prometheus's default timeout.
+const scrapeTimeout = 5 * time.Second
 
-// figures does not wait for a disk that is stuck.
+// figures returns after scrapeTimeout even when the disk hangs.
 func (d *Domain) figures(deployment string) (admin.Figures, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), scrapeTime)
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeTimeout)
 	defer cancel()
 	return detach.Do(ctx, &d.scrapes, func() (admin.Figures, error) { return d.operator.Figures(ctx, deployment) })
 }
 
-// initMetrics has the series of every RPC exist before the first call.
+// initMetrics creates the series of every RPC, so that they exist before the first
+// call.
 func initMetrics(m *metrics.Server) {
 	s := grpc.NewServer()
 	agentv1.RegisterAgentServer(s, agentv1.UnimplementedAgentServer{})

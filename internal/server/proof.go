@@ -7,15 +7,15 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// certificate returns the certificate that the server shows to relying parties and
-// remote operators. It is kept when another keyset becomes active, as long as its
-// authority is published and half of its life is not over: a relying
-// party asks for the bundle every few minutes only, and one that has not seen the
-// new authority by then could never ask again.
-func (d *Domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) { return d.proof.Get() }
+// certificate returns the server's X.509-SVID for relying parties and remote operators.
+// It outlives the activation of another keyset, as long as its authority is published
+// and half of its lifetime is left. A relying party fetches the bundle every few minutes
+// only. If it has not seen the new authority by then, it could not fetch the bundle that
+// has it.
+func (d *Domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) { return d.certs.Get() }
 
-// newCertificate is one of any deployment, since all agree on the server's ID and
-// trust all authorities: of the first whose keyset has not expired.
+// newCertificate issues the certificate from the first deployment whose active keyset
+// has not expired. Any will do: they share the server's ID and trust all authorities.
 func (d *Domain) newCertificate() (*tls.Certificate, error) {
 	now := d.cfg.Now()
 	for _, dep := range d.deployments {
@@ -23,7 +23,7 @@ func (d *Domain) newCertificate() (*tls.Certificate, error) {
 			return dep.server.Certificate()
 		}
 	}
-	return d.deployments[0].server.Certificate() // the error says it
+	return d.deployments[0].server.Certificate() // its error says that the keyset has expired
 }
 
 func publishes(b *keyset.Bundle, authority string) bool {

@@ -26,8 +26,8 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// TestEndpointFollows: a relying party that has a bundle gets every later one
-// from the endpoint, through a whole rotation.
+// TestEndpointFollows: a relying party that has a bundle gets every later one from the
+// endpoint during a rotation.
 func TestEndpointFollows(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "east", "west"))
@@ -64,10 +64,10 @@ func TestEndpointFollows(t *testing.T) {
 	follow(5, 2)
 }
 
-// TestEndpointForThoseWhoComeLate: a relying party that asks every few minutes
-// follows a rotation of which it missed the beginning, as long as what it trusts
-// is not removed.
-func TestEndpointForThoseWhoComeLate(t *testing.T) {
+// TestEndpointDuringFastRotation: a relying party that polls every few minutes follows a
+// rotation even if it missed the first steps, as long as the authority that it trusts is
+// not removed.
+func TestEndpointDuringFastRotation(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "default"))
 	_, trust := r.dial("default", nil).bundle()
@@ -83,15 +83,15 @@ func TestEndpointForThoseWhoComeLate(t *testing.T) {
 	trust = next
 	_, err = r.api.RemoveKeyset(t.Context(), &api.RemoveKeysetRequest{Scope: scope("default"), KeysetId: old})
 	check(t, err)
-	for range 2 { // the second time it trusts nothing else
+	for range 2 { // the second time it trusts the new authority only
 		if trust, err = fetch(); err != nil || len(trust.X509Authorities()) != 1 {
 			t.Fatalf("after remove: %v, %v", trust, err)
 		}
 	}
 }
 
-// TestEndpointCertificateEnds: it is a new one when half of its life is over.
-func TestEndpointCertificateEnds(t *testing.T) {
+// TestEndpointCertificateRenewal: the certificate is renewed at its half-life.
+func TestEndpointCertificateRenewal(t *testing.T) {
 	t.Parallel()
 	var later atomic.Int64 // than the real clock
 	c := newConfig(t, "default")
@@ -106,15 +106,15 @@ func TestEndpointCertificateEnds(t *testing.T) {
 	first := serial()
 	later.Store(int64(11 * time.Hour))
 	if serial() != first {
-		t.Error("another one after 11 of 24 hours")
+		t.Error("renewed after 11 of 24 hours")
 	}
 	later.Store(int64(13 * time.Hour))
 	if serial() == first {
-		t.Error("the same after 13 of 24 hours")
+		t.Error("not renewed after 13 of 24 hours")
 	}
 }
 
-// keys is the plain JWK set of the endpoint.
+// keys returns the JWK set of the endpoint.
 func (r *running) keys(trust *spiffebundle.Bundle) []any {
 	r.t.Helper()
 	client := http.Client{Transport: &http.Transport{TLSClientConfig: tlsconfig.TLSClientConfig(trust, tlsconfig.AuthorizeID(serverID)), DisableKeepAlives: true}}
@@ -138,8 +138,8 @@ func get(t testing.TB, client *http.Client, url string, code int) []byte {
 	return body
 }
 
-// operatorEntry is the one entry of an operator's workload; the zero parent is
-// every agent.
+// operatorEntry returns the entry of an operator's workload; the zero parent means every
+// agent.
 func operatorEntry(name string, parent spiffeid.ID, operator bool) *api.Entry {
 	e := &api.Entry{Id: name, SpiffeId: "spiffe://example.org/ops/" + name, Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}, Operator: operator}
 	if !parent.IsZero() {
@@ -148,8 +148,8 @@ func operatorEntry(name string, parent spiffeid.ID, operator bool) *api.Entry {
 	return e
 }
 
-// TestRemoteOperators manage a deployment with an SVID that another deployment
-// has signed for them, also one of a new keyset.
+// TestRemoteOperators: operators manage a deployment with an SVID that another deployment
+// signed, also with a new keyset.
 func TestRemoteOperators(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "east", "west"))
@@ -170,15 +170,15 @@ func TestRemoteOperators(t *testing.T) {
 		check(t, err)
 		_, err = as("bob").PrepareKeyset(ctx, &api.PrepareKeysetRequest{Scope: scope("east")})
 		if status.Code(err) != codes.PermissionDenied {
-			t.Errorf("a reader prepares: %v", err)
+			t.Errorf("prepare by a reader: %v", err)
 		}
 		_, err = as("carol").ListKeysets(ctx, &api.ListKeysetsRequest{Scope: scope("east")})
 		if status.Code(err) != codes.PermissionDenied {
-			t.Errorf("a stranger looks: %v", err)
+			t.Errorf("list by an ID without a role: %v", err)
 		}
 		_, err = api.NewOperatorClient(r.connect(nil, r.address("operators.address")).ClientConn).ListKeysets(ctx, &api.ListKeysetsRequest{Scope: scope("east")})
 		if err == nil {
-			t.Error("somebody without an SVID looks")
+			t.Error("list without an SVID succeeds")
 		}
 		r.rotate("west")
 	}
@@ -193,8 +193,8 @@ func TestRemoteOperators(t *testing.T) {
 	}
 }
 
-// TestMetrics: the series of every call exist before the first one, and those of
-// keysets follow a rotation.
+// TestMetrics: the series of every RPC exist before the first call, and those of keysets
+// follow a rotation.
 func TestMetrics(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "east", "west"))
@@ -202,7 +202,7 @@ func TestMetrics(t *testing.T) {
 		t.Helper()
 		return string(get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK))
 	}
-	has := func(lines ...string) {
+	hasLines := func(lines ...string) {
 		t.Helper()
 		all := strings.Split(scrape(), "\n")
 		for _, want := range lines {
@@ -221,9 +221,9 @@ func TestMetrics(t *testing.T) {
 		`grpc_method="Report",grpc_service="` + api.Fleet_ServiceDesc.ServiceName + `",grpc_type="unary"`,
 		`grpc_method="RemoveKeyset",grpc_service="` + api.Operator_ServiceDesc.ServiceName + `",grpc_type="unary"`,
 	} {
-		has("grpc_server_started_total{" + call + "} 0")
+		hasLines("grpc_server_started_total{" + call + "} 0")
 	}
-	has(`spirl_application_info{spirl_app_version="1.2.3",spirl_component="server",spirl_trust_domain="example.org",spirl_trust_domain_deployment="east"} 1`)
+	hasLines(`spirl_application_info{spirl_app_version="1.2.3",spirl_component="server",spirl_trust_domain="example.org",spirl_trust_domain_deployment="east"} 1`)
 
 	for _, name := range []string{"east", "west"} {
 		r.put(name, "web", "/"+name)
@@ -241,7 +241,7 @@ func TestMetrics(t *testing.T) {
 	safe := func(kind string, is int) string {
 		return fmt.Sprintf(`renewd_server_keyset_safe{deployment="east",keyset="%s",svid_type="%s"} %d`, old, kind, is)
 	}
-	has(state(old, "active", 1), state(old, "prepared", 0), gauge("x509_svids", old, 2), gauge("agents_holding", old, 1),
+	hasLines(state(old, "active", 1), state(old, "prepared", 0), gauge("x509_svids", old, 2), gauge("agents_holding", old, 1),
 		`renewd_server_bundle_sequence_number{deployment="east"} 2`, `renewd_server_bundle_sequence_number{deployment="west"} 2`,
 		`renewd_server_agents{deployment="east"} 1`, `renewd_server_agents_behind{deployment="east"} 1`, `renewd_server_agents{deployment="west"} 0`,
 		`renewd_server_rotation_mode{deployment="west",mode="off"} 1`,
@@ -249,14 +249,14 @@ func TestMetrics(t *testing.T) {
 
 	r.rotate("east")
 	next := r.keysets("east").GetKeysets()[1].GetId()
-	has(state(old, "tainted", 1), state(old, "active", 0), state(next, "active", 1), gauge("x509_svids", old, 2), gauge("agents_holding", old, 1),
+	hasLines(state(old, "tainted", 1), state(old, "active", 0), state(next, "active", 1), gauge("x509_svids", old, 2), gauge("agents_holding", old, 1),
 		gauge("x509_svids", next, 0), safe("x509", 0), safe("jwt", 0), `renewd_server_bundle_sequence_number{deployment="west"} 4`)
 	_, err := a.Report(t.Context(), &api.ReportRequest{BundleSequence: 4, Authorities: []*api.AuthorityReport{{
 		AuthorityId: r.keysets("east").GetKeysets()[0].GetX509AuthorityId(), Tainted: true, Settled: true,
 	}}})
 	check(t, err)
 	a.workload("web")
-	has(gauge("x509_svids", old, 0), gauge("agents_holding", old, 0), gauge("x509_svids", next, 1), safe("x509", 1), safe("jwt", 0),
+	hasLines(gauge("x509_svids", old, 0), gauge("agents_holding", old, 0), gauge("x509_svids", next, 1), safe("x509", 1), safe("jwt", 0),
 		`renewd_server_agents_behind{deployment="east"} 0`, `spirl_server_mint_svid_total{status_code="OK",svid_type="x509"} 2`)
 	_, err = r.api.RemoveKeyset(t.Context(), &api.RemoveKeysetRequest{Scope: scope("east"), KeysetId: old})
 	check(t, err)
@@ -271,7 +271,7 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// TestReady: the server is not ready when it can sign nothing, and says why.
+// TestReady: the server is not ready if a deployment cannot sign, and says why.
 func TestReady(t *testing.T) {
 	t.Parallel()
 	var passed atomic.Int64
@@ -288,17 +288,17 @@ func TestReady(t *testing.T) {
 	r.stop()
 	passed.Store(0)
 	if r.Ready() == nil {
-		t.Error("ready at the end")
+		t.Error("ready after Run")
 	}
 
-	// What is not served any more need not sign.
+	// A deployment that is not served need not sign.
 	passed.Store(int64(91 * 24 * time.Hour))
 	r = run(t, served(c, "north"))
 	check(t, r.Ready())
 }
 
-// TestMetricsConnections: one address has 128 of them, so that a stranger who can reach
-// the port takes nothing from agents.
+// TestMetricsConnections: one address can open 128 connections, so that a client of the
+// metrics port cannot take connections from agents.
 func TestMetricsConnections(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "default"))
@@ -319,6 +319,6 @@ func TestMetricsConnections(t *testing.T) {
 		check(t, ask())
 	}
 	if ask() == nil {
-		t.Error("one address has 129 connections")
+		t.Error("one address can open 129 connections")
 	}
 }

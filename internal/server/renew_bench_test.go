@@ -10,8 +10,8 @@ import (
 	"golang.org/x/sync/errgroup"
 )
 
-// BenchmarkRenewAgent puts the agent renewals a second of the durable server, by one
-// caller and by many at a time.
+// BenchmarkRenewAgent measures the agent renewals a second of a server with a store, by
+// one caller and by many.
 func BenchmarkRenewAgent(b *testing.B) {
 	c := newConfig(b, "default")
 	lis, err := net.Listen("tcp", "127.0.0.1:0")

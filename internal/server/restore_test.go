@@ -18,7 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/server"
 )
 
-// backup is a copy of what a running domain keeps.
+// backup returns a backup of a running domain.
 func (r *running) backup() (data []byte) {
 	r.t.Helper()
 	stream, err := r.api.Backup(r.t.Context(), &api.BackupRequest{})
@@ -33,7 +33,7 @@ func (r *running) backup() (data []byte) {
 	}
 }
 
-// restored stops a domain, and runs another on a copy.
+// restored stops a domain and runs another on a backup.
 func (r *running) restored(data []byte) *running {
 	r.t.Helper()
 	r.stop()
@@ -41,7 +41,7 @@ func (r *running) restored(data []byte) *running {
 	return run(r.t, r.config)
 }
 
-// settled says of a tainted authority that nothing is left of it.
+// settled reports that the agent has replaced every SVID of a tainted authority.
 func (a *agent) settled(r *running, authority string) {
 	a.t.Helper()
 	_, err := a.Report(a.t.Context(), &api.ReportRequest{
@@ -51,8 +51,9 @@ func (a *agent) settled(r *running, authority string) {
 	check(a.t, err)
 }
 
-// TestRestore loses all that happened after a backup. What the server cannot know
-// of counts, whoever says what; what is made from then on does not.
+// TestRestore restores a backup after further changes. A keyset of the backup is not
+// safe to remove, whatever agents report, because the server does not know what else it
+// signed. A keyset made after the restore is not affected.
 func TestRestore(t *testing.T) {
 	t.Parallel()
 	r := run(t, newConfig(t, "east", "west"))
@@ -65,8 +66,8 @@ func TestRestore(t *testing.T) {
 	taken := time.Now()
 	data := r.backup()
 
-	// An agent that nobody will know of, with SVIDs of the keyset that the backup has
-	// and of one that it has not; and a sequence that agents have seen.
+	// An agent that the backup does not have, with SVIDs of the backup's keyset and of a
+	// later one; and a sequence number that agents have seen.
 	after := r.attest("east", spent)
 	after.workload("web")
 	after.token("web")
@@ -96,11 +97,11 @@ func TestRestore(t *testing.T) {
 	}
 	for _, authority := range trust.X509Authorities() {
 		if lost.chain[0].CheckSignatureFrom(authority) == nil {
-			t.Error("what a lost keyset signed verifies still")
+			t.Error("an SVID of a lost keyset still verifies")
 		}
 	}
 	if _, err := r.dial("east", after.identity).PostStatus(ctx, &agentv1.PostStatusRequest{}); status.Code(err) != codes.PermissionDenied {
-		t.Errorf("an agent that is not known: %v", err)
+		t.Errorf("unknown agent: %v", err)
 	}
 	if stream, err := r.dial("east", nil).AttestAgent(ctx); err != nil {
 		t.Error(err)
@@ -108,11 +109,11 @@ func TestRestore(t *testing.T) {
 		_, csr := newKey(t)
 		check(t, stream.Send(attestation(spent, csr)))
 		if _, err := stream.Recv(); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "does not exist") {
-			t.Errorf("a token that was spent: %v", err)
+			t.Errorf("spent token: %v", err)
 		}
 	}
 
-	// The keyset is rotated away, and every agent there is has replaced everything.
+	// The keyset is replaced, and every known agent has renewed all its SVIDs.
 	r.rotate("east")
 	before.workload("web")
 	before.settled(r, old.GetX509AuthorityId())
@@ -137,7 +138,7 @@ func TestRestore(t *testing.T) {
 		t.Errorf("the metrics do not say %s", want)
 	}
 
-	// So it is after another restart. One that was made since is as any other.
+	// The same holds after another restart. A keyset made since the restore is safe.
 	r.stop()
 	r = run(t, r.config)
 	before = r.dial("east", before.identity)
@@ -160,13 +161,13 @@ func TestRestore(t *testing.T) {
 	check(t, err)
 	audit, err := r.api.ReadAudit(ctx, &api.ReadAuditRequest{Scope: s})
 	check(t, err)
-	var said []string
+	var notes []string
 	for _, rec := range audit.GetRecords() {
 		if rec.GetOperation() == "restore" || rec.GetNote() != "" {
-			said = append(said, rec.GetActor()+" "+rec.GetOperation()+" "+rec.GetNote())
+			notes = append(notes, rec.GetActor()+" "+rec.GetOperation()+" "+rec.GetNote())
 		}
 	}
-	if len(said) != 2 || !strings.HasPrefix(said[0], "server restore from a copy of ") || !strings.Contains(said[1], "remove forced: the server was restored from a copy of ") {
-		t.Errorf("the audit log says %q", said)
+	if len(notes) != 2 || !strings.HasPrefix(notes[0], "server restore from a copy of ") || !strings.Contains(notes[1], "remove forced: the server was restored from a copy of ") {
+		t.Errorf("audit log: %q", notes)
 	}
 }

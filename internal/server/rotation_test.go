@@ -24,10 +24,9 @@ import (
 
 const day = 24 * time.Hour
 
-// TestYears lets two deployments rotate by themselves for many lives of a keyset,
-// under agents that come by every few hours and sometimes stay away for a day.
-// Their workloads trust each other all the time, with the bundles and SVIDs
-// that they have at that moment.
+// TestYears runs automatic rotation of two deployments for many lifetimes of a keyset.
+// Agents call every few hours and are sometimes away for a day. Their workloads verify
+// each other at every moment, with the bundles and SVIDs that they have then.
 func TestYears(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, years)
@@ -59,19 +58,19 @@ func years(t *testing.T) {
 	}
 	for begin := time.Now(); time.Since(begin) < length; {
 		next := w.nodes[0]
-		if w.nodes[1].comes.Before(next.comes) {
+		if w.nodes[1].nextVisit.Before(next.nextVisit) {
 			next = w.nodes[1]
 		}
-		time.Sleep(time.Until(next.comes))
+		time.Sleep(time.Until(next.nextVisit))
 		w.visit(next)
 		w.trusted()
 		for _, name := range names {
-			w.look(w.Server(name).Keysets())
+			w.checkKeysets(w.Server(name).Keysets())
 		}
 	}
-	// As many as in a year and a half of keysets of 90 days.
+	// As many rotations as in a year and a half of keysets of 90 days.
 	if got, least := len(w.seen), 2*int(length/lifetime); got < least || w.away < 20 {
-		t.Errorf("%d keysets, and agents were away %d times: at least %d and 20 are to be expected", got, w.away, least)
+		t.Errorf("%d keysets, agents were away %d times: want at least %d and 20", got, w.away, least)
 	}
 	w.stop()
 }
@@ -91,7 +90,7 @@ type node struct {
 	lis       *bufconn.Listener
 	own, svid *identity
 	trust     *spiffebundle.Bundle
-	comes     time.Time
+	nextVisit time.Time
 }
 
 // reach connects to the node's deployment.
@@ -99,7 +98,7 @@ func (w *yearsWorld) reach(n *node) *agent {
 	return w.connect(n.own, "server", grpc.WithContextDialer(func(ctx context.Context, _ string) (net.Conn, error) { return n.lis.DialContext(ctx) }))
 }
 
-// visit does what an agent does in time, and says so.
+// visit does what an agent does when it is due, and reports it.
 func (w *yearsWorld) visit(n *node) {
 	w.t.Helper()
 	ctx := w.t.Context()
@@ -131,10 +130,10 @@ func (w *yearsWorld) visit(n *node) {
 		stay = time.Duration(8+w.rand.IntN(16)) * time.Hour
 		w.away++
 	}
-	n.comes = time.Now().Add(stay)
+	n.nextVisit = time.Now().Add(stay)
 }
 
-// trusted checks that every workload takes every other for who it is.
+// trusted checks that every workload verifies every other.
 func (w *yearsWorld) trusted() {
 	for _, n := range w.nodes {
 		for _, other := range w.nodes {
@@ -145,8 +144,8 @@ func (w *yearsWorld) trusted() {
 	}
 }
 
-// look checks what holds of keysets at every moment.
-func (w *yearsWorld) look(d *keyset.Deployment) {
+// checkKeysets checks what must hold of keysets at every moment.
+func (w *yearsWorld) checkKeysets(d *keyset.Deployment) {
 	active := 0
 	list := d.Status().Keysets
 	for _, k := range list {
@@ -155,7 +154,7 @@ func (w *yearsWorld) look(d *keyset.Deployment) {
 			active++
 		}
 		if time.Now().After(k.ExpiresAt.Add(25 * time.Hour)) {
-			w.t.Fatalf("%v: expired, and still there: %v", time.Now(), k)
+			w.t.Fatalf("%v: expired and not removed: %v", time.Now(), k)
 		}
 	}
 	if active != 1 || len(list) > 3 {

@@ -14,17 +14,17 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// Run serves until ctx is done, and returns nil then, or the error that made
-// going on useless, such as an address that is in use. When it returns,
-// everything has ended and the store is closed.
+// Run serves until ctx is done and then returns nil. It returns an error if it cannot
+// start or continue, such as an address that is in use. When it returns, every
+// goroutine has ended and the store is closed.
 func (d *Domain) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, d.Close()) }()
 	start, err := d.listen()
 	if err != nil {
 		return err
 	}
-	// The proof is of the keyset that is active now, whenever somebody asks for it
-	// first. Without one nobody gets an answer, and is told why.
+	// Issue the certificate now, so that the keyset that is active at the start signs it.
+	// The error is not lost: each later handshake fails with it.
 	_, _ = d.certificate(nil)
 	group, ctx := errgroup.WithContext(ctx)
 	for _, serve := range start {
@@ -33,18 +33,17 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 	for _, dep := range d.deployments {
 		group.Go(func() error { return dep.ledger.Run(ctx) })
 		group.Go(func() error { return dep.scheduler.Run(ctx) })
-		group.Go(func() error { return dep.follow(ctx, d.cfg.Log) })
+		group.Go(func() error { return dep.pruneLedger(ctx, d.cfg.Log) })
 	}
 	group.Go(func() error { return d.federation.Run(ctx) })
 	group.Go(func() error { return d.watchClock(ctx) })
 	d.running.Store(true)
 	group.Go(func() error {
-		// From here on calls in flight end, and no new ones are answered.
-		<-ctx.Done()
+		<-ctx.Done() // calls in flight end, and no new ones are answered
 		d.running.Store(false)
 		return nil
 	})
-	d.cfg.Log.Info("server starts", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
+	d.cfg.Log.Info("server started", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
 	if d.cfg.Started != nil {
 		d.cfg.Started()
 	}
@@ -53,18 +52,18 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 	return err
 }
 
-// listening are the listeners that are open, and what serves each of them.
-type listening struct {
+// listeners are the open listeners, and a function that serves each of them.
+type listeners struct {
 	d     *Domain
 	open  []net.Listener
 	start []func(context.Context) error
 }
 
-// listen opens every listener before anything is served, so that an address
-// that is in use is an error of the start and not of the night after.
+// listen opens every listener before anything is served, so that an address in use
+// fails the start.
 func (d *Domain) listen() ([]func(context.Context) error, error) {
-	l := &listening{d: d}
-	if err := l.all(); err != nil {
+	l := &listeners{d: d}
+	if err := l.openAll(); err != nil {
 		for _, lis := range l.open {
 			_ = lis.Close()
 		}
@@ -73,7 +72,7 @@ func (d *Domain) listen() ([]func(context.Context) error, error) {
 	return l.start, nil
 }
 
-func (l *listening) all() error {
+func (l *listeners) openAll() error {
 	d := l.d
 	for _, dep := range d.deployments {
 		field := "deployments." + dep.Name + ".listen_address"
@@ -106,15 +105,15 @@ func (l *listening) all() error {
 
 type serve = func(context.Context, net.Listener) error
 
-// tcp listens on an address; on none when it is empty.
-func (l *listening) tcp(field, address string, serve serve) error {
+// tcp listens on an address. It does nothing if the address is empty.
+func (l *listeners) tcp(field, address string, serve serve) error {
 	if address == "" {
 		return nil
 	}
 	lis, err := net.Listen("tcp", address)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
-		return fmt.Errorf("%s: %w: stop who listens there (ss -ltnp shows it) or choose another address", field, err)
+		return fmt.Errorf("%s: %w: stop the process that listens there (ss -ltnp shows it) or choose another address", field, err)
 	case err != nil:
 		return fmt.Errorf("%s: %w: give host:port of this machine", field, err)
 	}
@@ -122,9 +121,9 @@ func (l *listening) tcp(field, address string, serve serve) error {
 	return nil
 }
 
-func (l *listening) add(field string, lis net.Listener, serve serve) {
+func (l *listeners) add(field string, lis net.Listener, serve serve) {
 	l.open = append(l.open, lis)
-	l.d.cfg.Log.Info("listens", "for", field, "address", lis.Addr().String())
+	l.d.cfg.Log.Info("listening", "endpoint", field, "address", lis.Addr().String())
 	l.start = append(l.start, func(ctx context.Context) error {
 		if err := serve(ctx, lis); err != nil {
 			return fmt.Errorf("%s: %w", field, err)
@@ -140,11 +139,10 @@ func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
 	})
 }
 
-// Ready is nil while agents and operators are answered and everything could be
-// signed.
+// Ready returns nil while the server answers and every served deployment can sign.
 func (d *Domain) Ready() error {
 	if !d.running.Load() {
-		return errors.New("starting or ending")
+		return errors.New("starting or stopping")
 	}
 	for _, dep := range d.deployments {
 		if dep.serves() && !d.cfg.Now().Before(dep.keysets.Active().ExpiresAt) {

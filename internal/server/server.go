@@ -28,20 +28,20 @@ import (
 // FileName is the store's name in the data folder.
 const FileName = "renewd.db"
 
-// Domain is the signing side of one trust domain. Make it with [Open], run it
+// Domain is the signing side of one trust domain. Create it with [Open] and run it
 // once with [Domain.Run].
 type Domain struct {
 	cfg         Config
 	store       *store.Store // nil in memory
 	deployments []*deployment
 	union       atomic.Pointer[union]
-	unionM      sync.Mutex // held by who makes a new one
-	proof       spireapi.CertificateCache
+	unionMu     sync.Mutex // held while a new union is made
+	certs       spireapi.CertificateCache
 	metrics     *metrics.Server
 	rules       admin.Rules
 	connections *listen.Pool // of all listeners
 	operator    *admin.Service
-	endpoint    *endpoint.Server // nil without
+	endpoint    *endpoint.Server // nil if not configured
 	federation  *federation.Follower
 	clock       *clock.Clock
 	running     atomic.Bool
@@ -49,20 +49,21 @@ type Domain struct {
 	close       func() error // closes the store, once
 }
 
-// deployment is one deployment of the trust domain. One that serves nobody was
-// served once: its keysets are published for what they signed.
+// deployment is one deployment of the trust domain. If it is in the store and no
+// longer configured, it serves no agents; its authorities stay published, because
+// SVIDs that they signed may still be valid.
 type deployment struct {
 	DeploymentConfig
 	keysets   *keyset.Deployment
 	ledger    *ledger.Ledger
 	server    *spireapi.Server
 	scheduler *rotation.Scheduler
-	kept      *store.Deployment // nil in memory
+	stored    *store.Deployment // nil in memory
 }
 
-// Open checks the configuration, opens the store and loads what it holds. It
-// listens nowhere and starts nothing but the store. The Domain has to be
-// closed, or run.
+// Open checks the configuration, opens the store and loads its contents. It opens no
+// listener and starts nothing but the store. The caller must run or close the
+// Domain.
 func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	if cfg, err = cfg.withDefaults(); err != nil {
 		return nil, err
@@ -71,27 +72,27 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	if d.rules, err = admin.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
 		return nil, err
 	}
-	d.proof.Now, d.proof.Issue = cfg.Now, d.newCertificate
-	d.proof.Usable = func(authority string) bool { return publishes(d.Published(), authority) }
+	d.certs.Now, d.certs.Issue = cfg.Now, d.newCertificate
+	d.certs.Usable = func(authority string) bool { return publishes(d.Published(), authority) }
 	d.close = sync.OnceValue(d.closeStore)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close())
 		}
 	}()
-	names := cfg.Deployments
+	deployments := cfg.Deployments
 	if cfg.DataDir != "" {
-		if names, err = d.openStore(ctx); err != nil {
+		if deployments, err = d.openStore(ctx); err != nil {
 			return nil, err
 		}
 	}
 	d.openClock()
 	d.metrics = metrics.NewServer(metrics.ServerConfig{
-		TrustDomain: cfg.TrustDomain.Name(), Deployments: served(cfg.Deployments), Version: cfg.Version,
-		Federated: followed(cfg.Federation), Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
+		TrustDomain: cfg.TrustDomain.Name(), Deployments: deploymentNames(cfg.Deployments), Version: cfg.Version,
+		Federated: federatedNames(cfg.Federation), Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
 	})
 	initMetrics(d.metrics)
-	for _, c := range names {
+	for _, c := range deployments {
 		dep, err := d.openDeployment(ctx, c)
 		if err != nil {
 			return nil, fmt.Errorf("deployment %s: %w", c.Name, err)
@@ -112,8 +113,8 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	return d, nil
 }
 
-// openStore opens the store and returns the deployments that are configured
-// and those that only the store knows.
+// openStore opens the store. It returns the configured deployments, followed by
+// those that are in the store only.
 func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
 	key, err := seal.Find(d.cfg.KeyFile, os.Getenv)
 	if err != nil {
@@ -133,7 +134,7 @@ func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
 	}
 	for _, name := range known {
 		if !slices.ContainsFunc(all, func(c DeploymentConfig) bool { return c.Name == name }) {
-			d.cfg.Log.Warn("deployment is not configured any more: it is not served, and its authorities stay in the trust bundle", "deployment", name)
+			d.cfg.Log.Warn("stored deployment not configured: it is not served, and its authorities stay in the trust bundle", "deployment", name)
 			all = append(all, DeploymentConfig{Name: name})
 		}
 	}
@@ -148,13 +149,13 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	config := spireapi.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
 		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
-		Log: log, Now: d.cfg.Now, Sure: d.clock.Sure, Heard: d.heard,
+		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, Heard: d.compareClock,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
 	if d.store != nil {
-		dep.kept = d.store.Deployment(c.Name)
-		keys.Storage, rows.Storage, config.Storage = dep.kept, dep.kept, dep.kept
-		rows.Restored, rows.RestoredAt, config.Lost = dep.kept.Restored(), d.store.RestoredAt(), d.store.Lost()
+		dep.stored = d.store.Deployment(c.Name)
+		keys.Storage, rows.Storage, config.Storage = dep.stored, dep.stored, dep.stored
+		rows.Restored, rows.RestoredAt, config.Lost = dep.stored.Restored(), d.store.RestoredAt(), d.store.Lost()
 		if !rows.RestoredAt.IsZero() {
 			config.LostUntil = d.clock.Start
 		}
@@ -172,7 +173,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	}
 	policy := d.cfg.Rotation
 	if !c.serves() {
-		// It signs nothing that a new keyset would be for.
+		// It signs nothing, so it needs no new keysets.
 		policy.Mode = rotation.Off
 	}
 	dep.scheduler, err = rotation.New(rotation.Config{
@@ -181,7 +182,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	return dep, err
 }
 
-func served(all []DeploymentConfig) []string {
+func deploymentNames(all []DeploymentConfig) []string {
 	var names []string
 	for _, c := range all {
 		names = append(names, c.Name)
@@ -189,8 +190,8 @@ func served(all []DeploymentConfig) []string {
 	return names
 }
 
-// Close closes the store and the listeners of a Domain that is not to be run.
-// [Domain.Run] does it by itself; after it Close does nothing.
+// Close closes the store and the configured listeners of a Domain that is not run.
+// [Domain.Run] closes them itself; after it Close does nothing.
 func (d *Domain) Close() error {
 	d.closeListeners()
 	return d.close()
@@ -212,7 +213,7 @@ func (d *Domain) closeStore() error {
 	return err
 }
 
-// closeListeners closes those that came with the configuration.
+// closeListeners closes the listeners of the configuration.
 func (d *Domain) closeListeners() {
 	for _, c := range d.cfg.Deployments {
 		if c.Listener != nil {
@@ -224,8 +225,8 @@ func (d *Domain) closeListeners() {
 	}
 }
 
-// Server returns the services of a deployment that is configured, for running
-// inside another process; nil when there is none of that name.
+// Server returns the services of a configured deployment; nil if there is none of
+// that name. It is for a Domain inside another process.
 func (d *Domain) Server(name string) *spireapi.Server {
 	for _, dep := range d.deployments {
 		if dep.Name == name && dep.serves() {
@@ -235,14 +236,14 @@ func (d *Domain) Server(name string) *spireapi.Server {
 	return nil
 }
 
-// union is the bundle of several deployments.
+// union is the trust bundle of several deployments.
 type union struct {
 	of     []*keyset.Bundle
 	bundle *keyset.Bundle
 }
 
-// Published returns the trust bundle: the authorities of all deployments. As
-// long as nothing changes it returns the same pointer.
+// Published returns the trust bundle: the authorities of all deployments. It returns
+// the same pointer until an authority changes.
 func (d *Domain) Published() *keyset.Bundle {
 	if len(d.deployments) == 1 {
 		return d.deployments[0].keysets.Bundle()
@@ -250,9 +251,9 @@ func (d *Domain) Published() *keyset.Bundle {
 	if u := d.union.Load(); u != nil && d.current(u) {
 		return u.bundle
 	}
-	// One at a time, so that nobody puts an older union in the place of a newer.
-	d.unionM.Lock()
-	defer d.unionM.Unlock()
+	// One at a time, so that an older union never replaces a newer one.
+	d.unionMu.Lock()
+	defer d.unionMu.Unlock()
 	if u := d.union.Load(); u != nil && d.current(u) {
 		return u.bundle
 	}

@@ -17,9 +17,9 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// TestErrors: what keeps a server from its start names the field, the value and
-// the remedy, and leaves nothing open: the same store, socket and addresses
-// work at once when it is put right.
+// TestErrors: an error of the start names the field, the value and the remedy, and
+// leaves nothing open: the corrected configuration works at once with the same store,
+// socket and addresses.
 func TestErrors(t *testing.T) {
 	t.Parallel()
 	for name, test := range map[string]struct {
@@ -33,7 +33,7 @@ func TestErrors(t *testing.T) {
 		},
 		"two of a name": {
 			func(_ *testing.T, c *server.Config) { c.Deployments[1].Name = "east" },
-			nil, []string{"deployments.east", "given twice", "name of its own"},
+			nil, []string{"deployments.east", "given twice", "unique name"},
 		},
 		"no address": {
 			func(_ *testing.T, c *server.Config) { c.Deployments[1] = server.DeploymentConfig{Name: "west"} },
@@ -57,9 +57,9 @@ func TestErrors(t *testing.T) {
 		},
 		"certificate that is not there": {
 			func(_ *testing.T, c *server.Config) {
-				c.EndpointProfile, c.EndpointCertFile, c.EndpointKeyFile = server.ProfileWeb, "/nowhere/cert", "/nowhere/key"
+				c.EndpointProfile, c.EndpointCertFile, c.EndpointKeyFile = server.ProfileWeb, "/missing/cert", "/missing/key"
 			},
-			os.ErrNotExist, []string{"bundle_endpoint", "/nowhere/cert"},
+			os.ErrNotExist, []string{"bundle_endpoint", "/missing/cert"},
 		},
 		"refresh hint": {
 			func(_ *testing.T, c *server.Config) { c.RefreshHint = time.Millisecond },
@@ -76,8 +76,8 @@ func TestErrors(t *testing.T) {
 			nil, []string{"preparation_threshold", "1920h0m0s", "give at most"},
 		},
 		"key that is not there": {
-			func(_ *testing.T, c *server.Config) { c.KeyFile = "/nowhere/key" },
-			os.ErrNotExist, []string{"key_file", "/nowhere/key", "server key new"},
+			func(_ *testing.T, c *server.Config) { c.KeyFile = "/missing/key" },
+			os.ErrNotExist, []string{"key_file", "/missing/key", "server key new"},
 		},
 		"no key": {
 			func(_ *testing.T, c *server.Config) { c.KeyFile = "" },
@@ -102,7 +102,7 @@ func TestErrors(t *testing.T) {
 		},
 		"damaged": {
 			func(t *testing.T, c *server.Config) {
-				// A copy: nobody repairs a damaged file.
+				// A copy, because the original has to work afterwards.
 				from := filepath.Join(c.DataDir, server.FileName)
 				c.DataDir = t.TempDir()
 				data, err := os.ReadFile(from)
@@ -112,7 +112,7 @@ func TestErrors(t *testing.T) {
 				}
 				check(t, os.WriteFile(filepath.Join(c.DataDir, server.FileName), data, 0o600))
 			},
-			store.ErrDamaged, []string{server.FileName, "put a backup of it in its place"},
+			store.ErrDamaged, []string{server.FileName, "restore a backup"},
 		},
 		"store in use": {
 			func(t *testing.T, c *server.Config) {
@@ -120,7 +120,7 @@ func TestErrors(t *testing.T) {
 				check(t, err)
 				t.Cleanup(func() { check(t, d.Close()) })
 			},
-			store.ErrInUse, []string{server.FileName, "end that process first"},
+			store.ErrInUse, []string{server.FileName, "stop that process first"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -135,14 +135,14 @@ func TestErrors(t *testing.T) {
 				if err == nil {
 					check(t, d.Close())
 				}
-				mustSay(t, err, test.is, test.want)
+				checkError(t, err, test.is, test.want)
 			})
 			run(t, good)
 		})
 	}
 }
 
-func mustSay(t *testing.T, err, is error, want []string) {
+func checkError(t *testing.T, err, is error, want []string) {
 	t.Helper()
 	if err == nil {
 		t.Fatal("no error")
@@ -157,16 +157,16 @@ func mustSay(t *testing.T, err, is error, want []string) {
 	}
 }
 
-func mustBeClosed(t *testing.T, lis net.Listener) {
+func checkClosed(t *testing.T, lis net.Listener) {
 	t.Helper()
-	// Accept would wait for ever on one that is open.
+	// On an open listener Accept would block; an expired deadline fails differently.
 	if err := lis.(*net.TCPListener).SetDeadline(time.Now()); !errors.Is(err, net.ErrClosed) {
-		t.Errorf("a listener is open: %v", err)
+		t.Errorf("listener is open: %v", err)
 	}
 }
 
-// TestAddressInUse: so is every listener opened before anything is served, and
-// none is left open when one cannot be.
+// TestAddressInUse: every listener is opened before anything is served, and all are
+// closed if one cannot be opened.
 func TestAddressInUse(t *testing.T) {
 	t.Parallel()
 	for field, spoil := range map[string]func(t *testing.T, c *server.Config){
@@ -192,8 +192,8 @@ func TestAddressInUse(t *testing.T) {
 				d, err := server.Open(t.Context(), bad)
 				check(t, err)
 				err = d.Run(t.Context())
-				mustSay(t, err, nil, []string{field, "listens", "choose another"})
-				mustBeClosed(t, given)
+				checkError(t, err, nil, []string{field, "listens", "choose another"})
+				checkClosed(t, given)
 				if d.Ready() == nil {
 					t.Error("ready")
 				}
@@ -207,18 +207,18 @@ func TestAddressInUse(t *testing.T) {
 	}
 }
 
-// TestServingFails: what turns out only while serving ends everything else.
+// TestServingFails: an error of one server stops all others.
 func TestServingFails(t *testing.T) {
 	t.Parallel()
 	c := newConfig(t, "east")
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	check(t, err)
 	c.Deployments[0].Listener = lis
-	c.WebConfigFile = "/nowhere/web.yaml"
+	c.WebConfigFile = "/missing/web.yaml"
 	d, err := server.Open(t.Context(), c)
 	check(t, err)
-	mustSay(t, d.Run(t.Context()), os.ErrNotExist, []string{"metrics", "/nowhere/web.yaml"})
-	mustBeClosed(t, lis)
+	checkError(t, d.Run(t.Context()), os.ErrNotExist, []string{"metrics", "/missing/web.yaml"})
+	checkClosed(t, lis)
 	c.Deployments[0].Listener, c.WebConfigFile = nil, ""
 	run(t, c)
 }
@@ -237,5 +237,5 @@ func TestClose(t *testing.T) {
 	}
 	check(t, d.Close())
 	check(t, d.Close())
-	mustBeClosed(t, lis)
+	checkClosed(t, lis)
 }

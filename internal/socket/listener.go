@@ -13,16 +13,16 @@ import (
 )
 
 const (
-	// checkInterval is how often the socket file is looked at: one lstat(2).
+	// checkInterval is how often the socket file is checked, with one lstat(2).
 	checkInterval = time.Second
-	// maxListening is how many sockets are listened on, the one at the path and
-	// those that were there before. A container into which the file itself was
-	// mounted still connects to the one that it got.
+	// maxListening bounds the sockets that are served: the one at the path and earlier
+	// ones. A container that has the file itself mounted connects to the socket that
+	// was at the path then.
 	maxListening = 8
 )
 
-// Listener is a [net.Listener] of the Unix socket at a path. Connections stay
-// what they are when the socket is made again. It is safe for concurrent use.
+// Listener is a [net.Listener] of the Unix socket at a path. Recreating the socket file
+// does not affect open connections. It is safe for concurrent use.
 type Listener struct {
 	path string
 	mode fs.FileMode
@@ -34,7 +34,7 @@ type Listener struct {
 	mu        sync.Mutex
 	closed    bool
 	listening []*net.UnixListener // the newest last
-	file      fs.FileInfo         // of the socket that was made last
+	file      fs.FileInfo         // of the newest socket
 	err       error
 }
 
@@ -49,7 +49,7 @@ func newListener(path string, mode fs.FileMode) *Listener {
 	return &Listener{path: path, mode: mode, accepted: make(chan accepted), closing: make(chan struct{})}
 }
 
-// bind makes the socket file and accepts connections of it, too.
+// bind creates the socket file and accepts its connections, too.
 func (l *Listener) bind() error {
 	lis, file, err := bind(l.path, l.mode)
 	if err != nil {
@@ -100,8 +100,8 @@ func (l *Listener) Accept() (net.Conn, error) {
 // Addr returns the socket's address.
 func (l *Listener) Addr() net.Addr { return &net.UnixAddr{Name: l.path, Net: "unix"} }
 
-// Close ends listening and removes the socket file, unless another process has
-// made one in its place.
+// Close stops listening and removes the socket file, unless another process has replaced
+// it.
 func (l *Listener) Close() error {
 	l.mu.Lock()
 	if l.closed {
@@ -111,7 +111,7 @@ func (l *Listener) Close() error {
 	l.closed = true
 	close(l.closing)
 	l.mu.Unlock()
-	// From here on bind adds no other socket: what is in place now is the last.
+	// Since closed is set, bind adds no other socket.
 	var errs []error
 	if l.inPlace() {
 		if err := os.Remove(l.path); !errors.Is(err, fs.ErrNotExist) {
@@ -125,20 +125,20 @@ func (l *Listener) Close() error {
 	return errors.Join(errs...)
 }
 
-// inPlace reports whether callers who connect to the path reach this process. A
-// file that is not as it was made has been renamed, linked or given other
-// permissions, or it is another one under the same inode number.
+// inPlace reports whether a client that connects to the path reaches this process. If the
+// file's ctime has changed, the file was renamed, linked or given other permissions, or it
+// is another file with the same inode number.
 func (l *Listener) inPlace() bool {
 	l.mu.Lock()
-	made := l.file
+	created := l.file
 	l.mu.Unlock()
 	found, err := os.Lstat(l.path)
 	switch {
 	case err != nil || found.Mode().Type() != fs.ModeSocket:
 		return false
-	case os.SameFile(made, found) && ctime(made) == ctime(found):
+	case os.SameFile(created, found) && ctime(created) == ctime(found):
 		return true
-	case !listenedOnHere(l.path):
+	case !isOurs(l.path):
 		return false
 	}
 	l.mu.Lock()
@@ -149,18 +149,18 @@ func (l *Listener) inPlace() bool {
 
 func ctime(info fs.FileInfo) syscall.Timespec { return info.Sys().(*syscall.Stat_t).Ctim }
 
-// Err is nil while the socket file is in its place, as far as [Listener.Watch]
-// knows. Otherwise it says why new callers do not reach this process.
+// Err returns nil if the socket file was in place at the last check of [Listener.Watch],
+// otherwise why new clients do not reach this process.
 func (l *Listener) Err() error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.err
 }
 
-// Watch makes the socket again when its file was removed, until ctx is done. It
-// leaves alone what another process listens on and what is no socket; then, and
-// where the file cannot be made, it tries again until it can, and [Listener.Err]
-// says why. Log gets one line for each of these events.
+// Watch recreates the socket when its file was removed, until ctx is done. It does not
+// replace the socket of another process or a file that is not a socket. In that case, or if
+// the file cannot be created, it retries, and [Listener.Err] returns the cause. It logs
+// each of these events once.
 func (l *Listener) Watch(ctx context.Context, log *slog.Logger) {
 	tick := time.NewTicker(checkInterval)
 	defer tick.Stop()
@@ -176,7 +176,7 @@ func (l *Listener) Watch(ctx context.Context, log *slog.Logger) {
 	}
 }
 
-// check looks at the socket file once.
+// check checks the socket file once and recreates it if needed.
 func (l *Listener) check(log *slog.Logger) {
 	before := l.Err()
 	var err error

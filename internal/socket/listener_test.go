@@ -13,7 +13,7 @@ import (
 	"testing"
 )
 
-// echo is a listener at a path whose connections send back what they get.
+// echo is a listener that echoes everything.
 type echo struct {
 	*Listener
 	t    *testing.T
@@ -43,7 +43,7 @@ func newEcho(t *testing.T, path string) *echo {
 	return e
 }
 
-// connect opens a connection to the path.
+// connect dials the path.
 func connect(t *testing.T, path string) (net.Conn, error) {
 	conn, err := net.Dial("unix", path)
 	if err == nil {
@@ -52,7 +52,7 @@ func connect(t *testing.T, path string) (net.Conn, error) {
 	return conn, err
 }
 
-// works reports whether the connection's other end is an echo.
+// works checks that the other end of a connection is an echo.
 func works(conn net.Conn) error {
 	if _, err := conn.Write([]byte("x")); err != nil {
 		return err
@@ -61,7 +61,7 @@ func works(conn net.Conn) error {
 	return err
 }
 
-// reached fails the test unless new callers reach the listener.
+// reached fails the test unless new clients reach the listener.
 func (e *echo) reached() {
 	e.t.Helper()
 	conn, err := connect(e.t, e.path)
@@ -69,14 +69,14 @@ func (e *echo) reached() {
 		err = works(conn)
 	}
 	if err != nil {
-		e.t.Errorf("a new caller: %v", err)
+		e.t.Errorf("new client: %v", err)
 	}
 	if err := e.Err(); err != nil {
 		e.t.Errorf("Err: %v", err)
 	}
 }
 
-// lines returns what was logged since the last call, a message a line.
+// lines returns the messages logged since the last call.
 func (e *echo) lines() []string {
 	var out []string
 	for line := range strings.Lines(e.logs.String()) {
@@ -87,7 +87,7 @@ func (e *echo) lines() []string {
 	return out
 }
 
-func TestSocketFileIsMadeAgain(t *testing.T) {
+func TestSocketFileRecreated(t *testing.T) {
 	t.Parallel()
 	must := func(err error) {
 		if err != nil {
@@ -144,7 +144,7 @@ func TestSocketFileIsMadeAgain(t *testing.T) {
 	}
 }
 
-// leave leaves a socket file that nobody listens on.
+// leave creates a socket file without a listener.
 func leave(t *testing.T, path string) {
 	t.Helper()
 	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
@@ -155,15 +155,15 @@ func leave(t *testing.T, path string) {
 	lis.Close()
 }
 
-// A container has the socket file itself mounted: it reaches the process through
-// the file that it got, however often that is made again.
-func TestSocketBeforeTheLastIsListenedOn(t *testing.T) {
+// TestEarlierSocketsAreServed: a container that has the socket file itself mounted reaches
+// the process through that file after the socket was recreated.
+func TestEarlierSocketsAreServed(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "api.sock")
 	e := newEcho(t, path)
 	for i := range 3 * maxListening {
-		// A hard link is another name of the file, as a mount is.
+		// A hard link is another name of the file, like a mount.
 		mounted := filepath.Join(dir, fmt.Sprint("mounted", i))
 		if err := os.Link(path, mounted); err != nil {
 			t.Fatal(err)
@@ -188,9 +188,9 @@ func TestSocketBeforeTheLastIsListenedOn(t *testing.T) {
 	}
 }
 
-// Whoever has taken the path keeps it, and the listener says that it is not
-// reached. When the path is free again it is taken back.
-func TestSocketPathTakenBySomebodyElse(t *testing.T) {
+// TestSocketPathInUse: the listener does not replace the socket of another process or
+// another file, and Err reports it. When the path is free, the socket is recreated.
+func TestSocketPathInUse(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		take func(t *testing.T, path string, e *echo) (free func())
@@ -234,7 +234,7 @@ func TestSocketPathTakenBySomebodyElse(t *testing.T) {
 				t.Fatal(err)
 			}
 			return func() { os.Remove(dir) }
-		}, "make its folder"},
+		}, "create its folder"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -263,7 +263,7 @@ func TestSocketPathTakenBySomebodyElse(t *testing.T) {
 	}
 }
 
-// A listener that ends does not take away the socket of the one after it.
+// TestCloseKeepsTheSocketOfAnother: Close does not remove the socket of another process.
 func TestCloseKeepsTheSocketOfAnother(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "api.sock")
@@ -277,7 +277,7 @@ func TestCloseKeepsTheSocketOfAnother(t *testing.T) {
 		t.Error(err)
 	}
 	if conn, err := connect(t, path); err != nil || works(conn) != nil {
-		t.Errorf("the other one is not reached any more: %v", err)
+		t.Errorf("the other process is not reached: %v", err)
 	}
 	if err := e.Close(); err != nil {
 		t.Errorf("closed again: %v", err)
@@ -287,8 +287,8 @@ func TestCloseKeepsTheSocketOfAnother(t *testing.T) {
 	}
 }
 
-// A listener that ends while its socket is made again leaves no file behind.
-func TestCloseWhileTheSocketIsMadeAgain(t *testing.T) {
+// TestCloseDuringRecreation: Close leaves no file behind while the socket is recreated.
+func TestCloseDuringRecreation(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "api.sock")
 	for range 100 {

@@ -8,8 +8,8 @@ import (
 	"time"
 )
 
-// TestMain lets the test binary be another process that listens on the socket in
-// RENEWD_TEST_SOCKET until its standard input ends.
+// TestMain runs the tests or, if RENEWD_TEST_SOCKET is set, listens on that socket until
+// standard input ends.
 func TestMain(m *testing.M) {
 	path := os.Getenv("RENEWD_TEST_SOCKET")
 	if path == "" {
@@ -33,8 +33,7 @@ func TestMain(m *testing.M) {
 	lis.Close()
 }
 
-// listenElsewhere has another process listen on the path until it is told to
-// free it.
+// listenElsewhere starts another process that listens on the path until free is called.
 func listenElsewhere(t *testing.T, path string) (free func()) {
 	t.Helper()
 	cmd := exec.Command(os.Args[0])

@@ -1,5 +1,4 @@
-// Package socket makes the Unix sockets that the programs listen on, and keeps
-// them reachable.
+// Package socket opens the Unix sockets of the programs and keeps their files in place.
 package socket
 
 import (
@@ -15,18 +14,17 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxPath is the room for a path in sockaddr_un, without the final NUL:
+// maxPath is the maximum length of a path in sockaddr_un, without the final NUL:
 // unix(7).
 const maxPath = 107
 
-// Listen makes the Unix socket at path with the given permissions. The folder
-// is made when it is missing (0755). A socket that nobody listens on, left by
-// a process that was killed, is replaced. One that is listened on, or a file
-// that is not a socket, is an error. The socket file is removed when the
-// listener is closed. [Listener.Watch] keeps it in place until then.
+// Listen listens on the Unix socket at path with the given permissions. It creates a
+// missing folder (0755) and replaces the socket file of a process that was killed. It
+// fails if another process listens on the socket or the file is not a socket. Closing the
+// listener removes the socket file. [Listener.Watch] keeps the file in place until then.
 func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	if len(path) > maxPath {
-		return nil, fmt.Errorf("socket %s: the path has %d bytes, and no more than %d are possible: choose a shorter one",
+		return nil, fmt.Errorf("socket %s: the path has %d bytes, the maximum is %d: choose a shorter one",
 			path, len(path), maxPath)
 	}
 	l := newListener(path, mode)
@@ -36,10 +34,10 @@ func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	return l, nil
 }
 
-// bind makes the socket file and a listener for it.
+// bind creates the socket file and a listener for it.
 func bind(path string, mode fs.FileMode) (*net.UnixListener, fs.FileInfo, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, nil, fmt.Errorf("socket %s: make its folder: %w", path, err)
+		return nil, nil, fmt.Errorf("socket %s: create its folder: %w", path, err)
 	}
 	if err := removeStale(path); err != nil {
 		return nil, nil, fmt.Errorf("socket %s: %w", path, err)
@@ -56,8 +54,7 @@ func bind(path string, mode fs.FileMode) (*net.UnixListener, fs.FileInfo, error)
 	if err != nil {
 		return nil, nil, errors.Join(fmt.Errorf("socket %s: %w", path, err), lis.Close())
 	}
-	// The listener would remove whatever is at the path by then.
-	lis.SetUnlinkOnClose(false)
+	lis.SetUnlinkOnClose(false) // it would also remove a file that has replaced the socket
 	return lis, file, nil
 }
 
@@ -75,7 +72,7 @@ func removeStale(path string) error {
 	switch {
 	case err == nil:
 		conn.Close()
-		return errors.New("another process listens on it: stop that one (ss -xlp shows it) or choose another path")
+		return errors.New("another process listens on it: stop that process (ss -xlp shows it) or choose another path")
 	case errors.Is(err, syscall.ECONNREFUSED):
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove the stale socket: %w", err)
@@ -84,11 +81,11 @@ func removeStale(path string) error {
 	case errors.Is(err, fs.ErrNotExist):
 		return nil
 	}
-	return fmt.Errorf("find out whether another process listens on it: %w", err)
+	return fmt.Errorf("check whether another process listens on it: %w", err)
 }
 
-// listenedOnHere reports whether this process listens on the socket at path.
-func listenedOnHere(path string) bool {
+// isOurs reports whether this process listens on the socket at path.
+func isOurs(path string) bool {
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	if err != nil {
 		return false
@@ -98,11 +95,11 @@ func listenedOnHere(path string) bool {
 	if err != nil {
 		return false
 	}
-	here := false
+	ours := false
 	err = raw.Control(func(fd uintptr) {
-		// The kernel noted it when that process began to listen: unix(7).
+		// The credentials are those of the process that called listen(2): unix(7).
 		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		here = err == nil && int(cred.Pid) == os.Getpid()
+		ours = err == nil && int(cred.Pid) == os.Getpid()
 	})
-	return err == nil && here
+	return err == nil && ours
 }

@@ -301,7 +301,7 @@ func TestListen(t *testing.T) {
 		t.Error("the file was harmed")
 	}
 	refused(filepath.Join(dir, strings.Repeat("x", 108)), "choose a shorter one")
-	refused(filepath.Join(file, "sub", "s"), "make its folder")
+	refused(filepath.Join(file, "sub", "s"), "create its folder")
 }
 
 func TestNewRefuses(t *testing.T) {

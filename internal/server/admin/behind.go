@@ -46,7 +46,7 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n tally, err error)
 	}
 	duplicated := d.Ledger.Duplicated()
 	// An agent counts as long as its SVID may be valid by any clock.
-	now, sequence := s.config.Clock.Sure(), s.config.Published().Sequence
+	now, sequence := s.config.Clock.AtLeast(), s.config.Published().Sequence
 	// By uptime: a step of the clock gives nobody the time to fetch.
 	fetched := s.config.Clock.PastFor(s.changed()) >= fetchTime
 	for _, a := range agents {

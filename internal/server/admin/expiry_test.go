@@ -17,7 +17,7 @@ func TestWaitForExpiry(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d := w.only()
-		check(t, d.ledger.GiveJWT(t.Context(), d.keysets.Active().JWTKeyID, time.Now().Add(10*time.Minute)))
+		check(t, d.ledger.RecordJWT(t.Context(), d.keysets.Active().JWTKeyID, time.Now().Add(10*time.Minute)))
 		old := d.tainted(t)
 		for _, what := range []runbook.For{runbook.JWT, runbook.X509} {
 			b := r.as(t, w, boss).Backend("", "")

@@ -329,7 +329,7 @@ func (d *deployment) tainted(t testing.TB) keyset.Keyset {
 	t.Helper()
 	old := d.keysets.Active()
 	for _, entry := range []string{"", "web"} {
-		check(t, d.ledger.GiveX509(t.Context(), ledger.Row{
+		check(t, d.ledger.RecordX509(t.Context(), ledger.Row{
 			Authority: old.X509AuthorityID, Agent: agent("a").String(), Entry: entry, NotAfter: time.Now().Add(time.Hour),
 		}))
 	}

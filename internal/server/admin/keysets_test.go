@@ -43,9 +43,9 @@ func TestRotation(t *testing.T) {
 		old := d.keysets.Active()
 		end := time.Now().Add(time.Hour).UTC()
 		for _, entry := range []string{"", "web", "db"} {
-			check(t, d.ledger.GiveX509(t.Context(), ledger.Row{Authority: old.X509AuthorityID, Agent: agent("a").String(), Entry: entry, NotAfter: end}))
+			check(t, d.ledger.RecordX509(t.Context(), ledger.Row{Authority: old.X509AuthorityID, Agent: agent("a").String(), Entry: entry, NotAfter: end}))
 		}
-		check(t, d.ledger.GiveJWT(t.Context(), old.JWTKeyID, end))
+		check(t, d.ledger.RecordJWT(t.Context(), old.JWTKeyID, end))
 		for name, banned := range map[string]bool{"a": false, "b": false, "banned": true} {
 			d.attest(t, spireapi.Agent{ID: agent(name), ExpiresAt: end, Banned: banned, Version: "v9"})
 		}
@@ -147,7 +147,7 @@ func TestSafeForJWT(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		old := d.keysets.Active()
-		check(t, d.ledger.GiveJWT(t.Context(), old.JWTKeyID, time.Now().Add(10*time.Minute)))
+		check(t, d.ledger.RecordJWT(t.Context(), old.JWTKeyID, time.Now().Add(10*time.Minute)))
 		next, err := d.keysets.Prepare(t.Context())
 		check(t, err)
 		check(t, d.keysets.Activate(t.Context(), next.ID))

@@ -276,7 +276,7 @@ func TestAgents(t *testing.T) {
 
 		// Only with gone does it not count any more.
 		k := d.keysets.Active()
-		check(t, d.ledger.GiveX509(t.Context(), ledger.Row{Authority: k.X509AuthorityID, Agent: agent("a").String(), NotAfter: end}))
+		check(t, d.ledger.RecordX509(t.Context(), ledger.Row{Authority: k.X509AuthorityID, Agent: agent("a").String(), NotAfter: end}))
 		for i, c2 := range []struct {
 			gone bool
 			left int

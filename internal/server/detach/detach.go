@@ -1,10 +1,9 @@
-// Package detach lets a caller leave work that hangs.
+// Package detach lets a caller return from work that hangs.
 //
-// A disk can be stuck for longer than anybody waits, in a read as in a commit, and
-// nothing can interrupt that. So what may wait for a disk runs on a goroutine of its
-// own, and its caller leaves when its time is over. The work is not cut off: it ends
-// as if the caller had waited, and what follows from it happens then. The caller can
-// only say that the outcome is open.
+// A disk can hang for long, in a read or in a commit, and nothing can interrupt that.
+// So work that may wait for a disk runs on its own goroutine, and its caller returns
+// at its deadline. The work is not canceled: it ends as if the caller had waited, with
+// all its effects. The caller only knows that the outcome is open.
 package detach
 
 import (
@@ -15,29 +14,29 @@ import (
 	"sync/atomic"
 )
 
-// ErrOpen is what a caller gets who has left: whether the work succeeds, or has, is
-// open. It wraps the error of the context, too.
+// ErrOpen is returned to a caller whose context is done before its work: the outcome
+// of the work is unknown. The error wraps the context's error, too.
 var ErrOpen = errors.New("storage does not answer in time, the outcome is open")
 
-// ErrStuck is what a caller gets when so many have left that nothing more is begun.
+// ErrStuck is returned without starting the work, when too much detached work hangs.
 var ErrStuck = errors.New("storage does not answer, nothing was done")
 
-// most is how many pieces of work may hang whose callers have left: as many as one
-// commit of the store takes at most.
-const most = 4096
+// maxDetached is how much work may hang after its callers have returned: as much as
+// one commit of the store takes at most.
+const maxDetached = 4096
 
-// Group owns the work whose callers have left. The zero value is ready. All functions
-// may be called concurrently.
+// Group owns the goroutines of detached work. The zero value is ready to use. All
+// functions may be called concurrently.
 type Group struct {
 	work sync.WaitGroup
 	left atomic.Int64
 }
 
-// Do runs work and returns what it returns, or ErrOpen as soon as ctx is done. What
-// work uses must be its own from then on. A panic in it ends the process.
+// Do runs work and returns its results, or ErrOpen as soon as ctx is done. After that
+// the caller must not touch data that work uses. A panic in work ends the process.
 func Do[T any](ctx context.Context, g *Group, work func() (T, error)) (T, error) {
 	var none T
-	if g.left.Load() >= most {
+	if g.left.Load() >= maxDetached {
 		return none, ErrStuck
 	}
 	type outcome struct {
@@ -45,7 +44,7 @@ func Do[T any](ctx context.Context, g *Group, work func() (T, error)) (T, error)
 		err   error
 	}
 	done := make(chan outcome, 1)
-	var ends atomic.Bool // set by the first of the two that leave
+	var ends atomic.Bool // set by whichever ends first, the work or the caller
 	g.work.Go(func() {
 		o := outcome{err: errGone}
 		defer func() {
@@ -68,9 +67,8 @@ func Do[T any](ctx context.Context, g *Group, work func() (T, error)) (T, error)
 	}
 }
 
-// errGone is what a caller gets whose work has ended its goroutine, as a test does
-// that fails.
-var errGone = errors.New("the work has ended its goroutine")
+// errGone is returned if work calls runtime.Goexit, as a failing test does.
+var errGone = errors.New("work ended its goroutine")
 
-// Wait returns when all work has ended. Nothing may be begun then.
+// Wait returns when all work has ended. Do must not be called at the same time.
 func (g *Group) Wait() { g.work.Wait() }

@@ -10,8 +10,8 @@ import (
 	"github.com/renewd/renewd/internal/server/detach"
 )
 
-// TestDo: who waits gets the outcome; who leaves is told that it is open, and the work
-// ends as if it had been waited for.
+// TestDo: a caller that waits gets the outcome. A caller that leaves gets ErrOpen, and
+// its work ends all the same.
 func TestDo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -35,8 +35,8 @@ func TestDo(t *testing.T) {
 	})
 }
 
-// TestStuck: who leaves without end does not pile up work, and all is well when it has
-// ended.
+// TestStuck: the work of callers that have left is bounded, and new work runs when it
+// has ended.
 func TestStuck(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -14,7 +14,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// documents is what is published of one bundle. It is immutable.
+// documents are the published documents of one bundle. They are immutable.
 type documents struct {
 	of           *keyset.Bundle
 	bundle, keys document
@@ -22,11 +22,11 @@ type documents struct {
 
 type document struct {
 	body []byte
-	tag  string // ETag: quoted, and the same for the same content
+	tag  string // ETag: quoted, a hash of the body
 }
 
-// documents returns what is published now, rendered when the bundle is another
-// than the last. Two requests that come first may both render it.
+// documents returns the documents of the published bundle. It renders a new bundle once;
+// concurrent requests may render it, too.
 func (s *Server) documents() (*documents, error) {
 	now := s.config.Bundle()
 	if d := s.rendered.Load(); d != nil && d.of == now {
@@ -50,7 +50,7 @@ func (s *Server) render(b *keyset.Bundle) (*documents, error) {
 	keys := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
 	for _, a := range b.JWT {
 		key := jose.JSONWebKey{Key: a.PublicKey, KeyID: a.KeyID, Use: "sig", Algorithm: algorithm(a.PublicKey)}
-		// A private key would be encoded as gladly.
+		// The encoder would write a private key as well.
 		if !key.IsPublic() || !key.Valid() {
 			return nil, fmt.Errorf("JWT key %s is not a public key", a.KeyID)
 		}
@@ -75,8 +75,8 @@ func newDocument(body []byte) document {
 	return document{body: body, tag: `"` + hex.EncodeToString(sum[:16]) + `"`}
 }
 
-// algorithm is the one that a key can be used with (RFC 7518, 3.1), empty where
-// the key alone does not decide it.
+// algorithm returns the algorithm of a key (RFC 7518, section 3.1); empty if the key
+// does not determine it.
 func algorithm(key crypto.PublicKey) string {
 	if k, ok := key.(*ecdsa.PublicKey); ok {
 		switch k.Curve.Params().BitSize {

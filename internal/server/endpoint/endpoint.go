@@ -1,15 +1,15 @@
 // Package endpoint publishes a trust domain's keys to relying parties, over
 // HTTPS: the trust bundle as a SPIFFE bundle endpoint (SPIFFE Federation,
 // section 5) at / and /bundle, and the keys of JWT-SVIDs as a plain JWK set
-// (RFC 7517) at /keys, for verifiers that know nothing of SPIFFE.
+// (RFC 7517) at /keys, for verifiers without SPIFFE support.
 //
-// There are the two profiles of the specification. With https_spiffe the
-// endpoint proves itself with an X.509-SVID of the trust domain; a relying party
-// needs the bundle once, from elsewhere, and follows from there. With
-// https_web it has a certificate that its clients' usual roots vouch for.
+// It supports both profiles of the specification. With https_spiffe the endpoint
+// has an X.509-SVID of the trust domain. A relying party needs an initial bundle
+// from elsewhere and verifies each later one with the last. With https_web the
+// endpoint has a certificate of a CA that its clients trust.
 //
-// Everything published is public. There is nothing to be changed here, nobody
-// is asked who they are, and what a client can make the server hold is bounded.
+// Everything published is public. Clients are anonymous, cannot change anything,
+// and can use a bounded amount of the server's resources.
 package endpoint
 
 import (
@@ -31,42 +31,41 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// shutdownTimeout is how long requests in flight may take once Serve ends.
+// shutdownTimeout is how long requests in flight may take after ctx of Serve is done.
 const shutdownTimeout = 3 * time.Second
 
-// Config is what a [Server] needs. TrustDomain, Bundle and one of the profiles
-// are required.
+// Config configures a [Server]. TrustDomain, Bundle and the fields of a profile are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	// Bundle returns what is published now. While that is the same it should
-	// return the same pointer: each is rendered once.
+	// Bundle returns the published bundle. It should return the same pointer until the
+	// bundle changes, because each pointer is rendered once.
 	Bundle func() *keyset.Bundle
 	// RefreshHint tells relying parties how often to ask, in whole seconds. It is
-	// also how long a cache on the way may keep an answer. No hint when zero.
+	// also how long an HTTP cache may keep an answer. No hint when zero.
 	RefreshHint time.Duration
 
-	// Certificate gives the server's own X.509-SVID, for profile https_spiffe.
+	// Certificate returns the server's X.509-SVID, for profile https_spiffe.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
-	// CertFile and KeyFile are PEM files, for profile https_web. They are read
-	// anew when they change, so that a renewed certificate needs no restart.
+	// CertFile and KeyFile are PEM files, for profile https_web. They are reloaded when
+	// they change.
 	CertFile, KeyFile string
 
-	// Connections is where the connections of every Serve count, too; each has a
-	// bound of its own when nil.
+	// Connections bounds the connections together with those of other listeners; each
+	// Serve has its own bound when nil.
 	Connections *listen.Pool
 
 	Log *slog.Logger // discards when nil
 }
 
-// Server answers relying parties. Its methods are safe for concurrent use.
+// Server serves relying parties. Its methods are safe for concurrent use.
 type Server struct {
 	config   Config
 	tls      *tls.Config
 	rendered atomic.Pointer[documents]
 }
 
-// New makes a Server. It fails when the configuration is incomplete or the
-// certificate files cannot be used.
+// New returns a Server. It fails if the configuration is incomplete or the certificate
+// files cannot be loaded.
 func New(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -82,7 +81,7 @@ func New(c Config) (*Server, error) {
 	case c.RefreshHint < 0 || c.RefreshHint%time.Second != 0:
 		return nil, fmt.Errorf("refresh hint %v is not in whole seconds", c.RefreshHint)
 	case web == (c.Certificate != nil):
-		return nil, errors.New("needs either its own SVID or certificate files")
+		return nil, errors.New("it needs either an X.509-SVID or certificate files")
 	case web:
 		files := &certFiles{cert: c.CertFile, key: c.KeyFile, log: c.Log}
 		if _, err := files.get(nil); err != nil {
@@ -93,8 +92,9 @@ func New(c Config) (*Server, error) {
 	return s, nil
 }
 
-// Serve answers on lis, which it closes, until ctx ends; then it lets requests in
-// flight finish for a short time and returns nil. Any other end is an error.
+// Serve serves on lis until ctx is done. Then it closes lis, lets requests in flight
+// finish for a short time and returns nil. If it ends for another reason, it closes lis
+// and returns an error.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	limited := s.config.Connections.Listen(lis, listen.HTTP, nil)
 	srv := &http.Server{
@@ -106,7 +106,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		WriteTimeout:      10 * time.Second,
 		IdleTimeout:       30 * time.Second,
 		MaxHeaderBytes:    8 << 10,
-		// Handshakes that fail are the clients' affair.
+		// At debug level: anonymous clients cause failed handshakes.
 		ErrorLog: slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
 	}
 	done := make(chan error, 1)
@@ -118,7 +118,7 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer cancel()
 		if srv.Shutdown(stop) != nil {
-			_ = srv.Close() // cut off what did not finish; Shutdown has closed the listener
+			_ = srv.Close() // ends the remaining requests; Shutdown has closed the listener
 		}
 		err = <-done
 	}
@@ -137,7 +137,7 @@ func (s *Server) handler() http.Handler {
 	return mux
 }
 
-// answer serves one of the documents, GET and HEAD, with the means of caching it.
+// answer returns a handler that serves one of the documents with caching headers.
 func (s *Server) answer(contentType string, choose func(*documents) document) http.Handler {
 	caching := "no-cache"
 	if s.config.RefreshHint > 0 {
@@ -146,7 +146,7 @@ func (s *Server) answer(contentType string, choose func(*documents) document) ht
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		docs, err := s.documents()
 		if err != nil {
-			s.config.Log.Error("bundle endpoint: the bundle cannot be published", "error", err)
+			s.config.Log.Error("bundle not published at the bundle endpoint", "error", err)
 			w.Header().Set("Cache-Control", "no-store")
 			http.Error(w, "the bundle is not available", http.StatusInternalServerError)
 			return

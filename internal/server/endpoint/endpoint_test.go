@@ -48,7 +48,7 @@ func newDomain(t *testing.T) *domain {
 	return &domain{d, t}
 }
 
-// svid is a certificate by the active keyset, as the server's own is.
+// svid issues the server's certificate with the active keyset.
 func (d *domain) svid(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	key := newKey(d.t)
 	svid, err := d.SignX509(serverID, key.Public(), time.Hour)
@@ -93,7 +93,7 @@ func serve(t *testing.T, c endpoint.Config) string {
 	return "https://" + l.Addr().String()
 }
 
-// A relying party that has the bundle once follows a whole rotation.
+// TestFollowRotation: a relying party with an initial bundle follows a rotation.
 func TestFollowRotation(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
@@ -135,7 +135,7 @@ func TestFollowRotation(t *testing.T) {
 	next, err := d.Prepare(t.Context())
 	d.must(err)
 	expect("prepared", 2)
-	// From here on the endpoint proves itself with the new keyset.
+	// From here on the endpoint's certificate is of the new keyset.
 	d.must(d.Activate(t.Context(), next.ID))
 	d.must(d.Taint(t.Context(), old.ID))
 	expect("tainted", 2)
@@ -146,7 +146,7 @@ func TestFollowRotation(t *testing.T) {
 	}
 }
 
-// watcher trusts what it was told last, as a relying party does.
+// watcher trusts the bundle that it got last, like a relying party.
 type watcher struct {
 	updates chan *spiffebundle.Bundle
 	stop    <-chan struct{}
@@ -154,7 +154,7 @@ type watcher struct {
 }
 
 func (w *watcher) NextRefresh(time.Duration) time.Duration { return time.Millisecond }
-func (w *watcher) OnError(error)                           {} // the watch goes on; no update comes
+func (w *watcher) OnError(error)                           {} // the watch continues, without an update
 func (w *watcher) OnUpdate(b *spiffebundle.Bundle) {
 	w.trusted.SetX509Authorities(b.X509Authorities())
 	select {
@@ -163,25 +163,25 @@ func (w *watcher) OnUpdate(b *spiffebundle.Bundle) {
 	}
 }
 
-// Who asks the endpoint for another identity than it has is refused by TLS.
+// TestSPIFFEAuth: a client that expects another identity fails in the TLS handshake.
 func TestSPIFFEAuth(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
 	url := serve(t, endpoint.Config{Bundle: d.Bundle, Certificate: d.svid})
 	for _, tt := range []struct {
-		name    string
-		bundle  *x509bundle.Bundle
-		id      spiffeid.ID
-		refused bool
+		name   string
+		bundle *x509bundle.Bundle
+		id     spiffeid.ID
+		fails  bool
 	}{
-		{"its own", x509bundle.FromX509Authorities(td, d.Bundle().Certificates()), serverID, false},
+		{"right", x509bundle.FromX509Authorities(td, d.Bundle().Certificates()), serverID, false},
 		{"another ID", x509bundle.FromX509Authorities(td, d.Bundle().Certificates()), spiffeid.RequireFromString("spiffe://example.org/other"), true},
 		{"another authority", x509bundle.FromX509Authorities(td, newDomain(t).Bundle().Certificates()), serverID, true},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			b, err := federation.FetchBundle(t.Context(), td, url, federation.WithSPIFFEAuth(tt.bundle, tt.id))
-			if (err != nil) != tt.refused {
+			if (err != nil) != tt.fails {
 				t.Fatalf("error %v", err)
 			}
 			if _, hint := func() (time.Duration, bool) {
@@ -190,14 +190,14 @@ func TestSPIFFEAuth(t *testing.T) {
 				}
 				return b.RefreshHint()
 			}(); hint {
-				t.Error("a refresh hint that nobody asked for")
+				t.Error("a refresh hint that is not configured")
 			}
 		})
 	}
 }
 
-// With files, a certificate that is replaced is used without a restart, and one
-// that cannot be used is not.
+// TestWebProfile: a replaced certificate is used without a restart, unless it cannot be
+// loaded.
 func TestWebProfile(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
@@ -231,8 +231,8 @@ func TestWebProfile(t *testing.T) {
 			t.Errorf("between the two files: %v", err)
 		}
 	}
-	if n := strings.Count(log.String(), "cannot be used"); n != 1 {
-		t.Errorf("said %d times that the new certificate cannot be used:\n%s", n, log.String())
+	if n := strings.Count(log.String(), "not reloaded"); n != 1 {
+		t.Errorf("logged %d times that the new certificate cannot be used:\n%s", n, log.String())
 	}
 	second.writeKey(t, keyFile)
 	if err := fetch(second); err != nil {
@@ -249,7 +249,7 @@ func TestWebProfile(t *testing.T) {
 	}
 }
 
-// The rules of HTTP: methods, paths, and the means of caching.
+// TestHTTP: methods, paths and caching headers.
 func TestHTTP(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
@@ -293,17 +293,17 @@ func TestHTTP(t *testing.T) {
 		t.Fatal("no ETag")
 	}
 	if resp := do(t, client, "GET", url+"/bundle", tag); resp.code != http.StatusNotModified || len(resp.body) != 0 {
-		t.Errorf("with the ETag of what is published: %d", resp.code)
+		t.Errorf("with the ETag of the present bundle: %d", resp.code)
 	}
 	_, err := d.Prepare(t.Context())
 	d.must(err)
 	if resp := do(t, client, "GET", url+"/bundle", tag); resp.code != http.StatusOK || resp.header.Get("ETag") == tag {
-		t.Errorf("with the ETag of the bundle before: %d %s", resp.code, resp.header.Get("ETag"))
+		t.Errorf("with the ETag of the previous bundle: %d %s", resp.code, resp.header.Get("ETag"))
 	}
 }
 
-// The plain JWK set verifies a JWT-SVID, with a library that knows nothing of
-// SPIFFE, and neither document holds anything private.
+// TestKeys: a library without SPIFFE support verifies a JWT-SVID with the JWK set, and
+// neither document contains private keys.
 func TestKeys(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
@@ -343,7 +343,7 @@ func TestKeys(t *testing.T) {
 	}
 }
 
-// A private key in the place of a public one is not published.
+// TestNothingPrivate: a private key in a bundle is not published.
 func TestNothingPrivate(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
@@ -361,11 +361,11 @@ func TestNothingPrivate(t *testing.T) {
 	}
 }
 
-// What is published is rendered once for each bundle.
+// TestRenderedOnce: each bundle is rendered once.
 func TestRenderedOnce(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)
-	for range 2 { // the order of three keys in a map differs mostly
+	for range 2 { // three keys, whose order in a map is random
 		_, err := d.Prepare(t.Context())
 		d.must(err)
 	}
@@ -385,8 +385,8 @@ func TestNew(t *testing.T) {
 	d := newDomain(t)
 	missing := filepath.Join(t.TempDir(), "none.pem")
 	for want, c := range map[string]endpoint.Config{
-		"no trust domain or no bundle":             {Bundle: d.Bundle, Certificate: d.svid},
-		"either its own SVID or certificate files": {TrustDomain: td, Bundle: d.Bundle},
+		"no trust domain or no bundle":              {Bundle: d.Bundle, Certificate: d.svid},
+		"either an X.509-SVID or certificate files": {TrustDomain: td, Bundle: d.Bundle},
 		"needs either": {TrustDomain: td, Bundle: d.Bundle, Certificate: d.svid, CertFile: missing},
 		missing:        {TrustDomain: td, Bundle: d.Bundle, CertFile: missing, KeyFile: missing},
 		"refresh hint 1.5s is not in whole seconds": {TrustDomain: td, Bundle: d.Bundle, Certificate: d.svid, RefreshHint: 1500 * time.Millisecond},
@@ -398,8 +398,8 @@ func TestNew(t *testing.T) {
 	}
 }
 
-// Thousands who connect and say nothing keep no relying party off, and those of one
-// address have 128 connections.
+// TestManyConnections: thousands of silent connections do not delay a relying party. One
+// address can have 128 connections.
 func TestManyConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -424,24 +424,24 @@ func TestManyConnections(t *testing.T) {
 			return err
 		}
 		begin := time.Now()
-		for range 128 { // each on a connection of its own, which stays open
+		for range 128 { // each on its own connection, which stays open
 			d.must(get())
 		}
 		if took := time.Since(begin); took != 0 {
-			t.Errorf("relying parties wait for %v", took)
+			t.Errorf("relying parties waited for %v", took)
 		}
 		if err := get(); err == nil {
 			t.Error("one address has 129 connections")
 		}
-		time.Sleep(time.Minute) // those that are idle end
+		time.Sleep(time.Minute) // idle connections are closed
 		d.must(get())
 		cancel()
 		d.must(<-done)
 	})
 }
 
-// crowd is a listener at which that many connect at once and say nothing, and then
-// those who dial. All come from one address.
+// crowd is a listener that accepts size silent connections and then those of Dial, all
+// from one address.
 type crowd struct {
 	from  net.Addr
 	size  int
@@ -486,8 +486,8 @@ type connFrom struct {
 
 func (c connFrom) RemoteAddr() net.Addr { return c.from }
 
-// A client that neither asks nor leaves does not keep the server from stopping;
-// serve waits for that.
+// TestStopsWithIdleConnection: an idle connection does not keep the server from stopping;
+// serve checks that.
 func TestStopsWithIdleConnection(t *testing.T) {
 	t.Parallel()
 	d := newDomain(t)

@@ -10,20 +10,20 @@ import (
 	"sync/atomic"
 )
 
-// certFiles is a certificate in files that are replaced while it is in use.
+// certFiles loads a certificate from files and reloads it when they are replaced.
 type certFiles struct {
 	cert, key string
 	log       *slog.Logger
 
 	loaded atomic.Pointer[tls.Certificate]
 	mu     sync.Mutex
-	read   [2]fs.FileInfo // of the files that were read last, whatever came of it
+	read   [2]fs.FileInfo // of the files at the last attempt to load them
 }
 
-// get returns the certificate, read again when a file is another than the last
-// time. What cannot be used, such as a new certificate beside the old key, is
-// said once, and the certificate before it stays in use. One handshake at a time
-// looks at the files, and the others do not wait for it.
+// get returns the certificate, after reloading files that have changed. Files that cannot
+// be used, such as a new certificate with the old key, are logged once, and the previous
+// certificate stays in use. One handshake at a time checks the files; the others do not
+// wait for it.
 func (f *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	before := f.loaded.Load()
 	if before == nil {
@@ -34,7 +34,7 @@ func (f *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	defer f.mu.Unlock()
 	var now [2]fs.FileInfo
 	for i, name := range []string{f.cert, f.key} {
-		// A file that is missing for a moment is nil, as one never read.
+		// A file that is missing, perhaps for a moment, is nil.
 		now[i], _ = os.Stat(name)
 	}
 	if before != nil && same(now[0], f.read[0]) && same(now[1], f.read[1]) {
@@ -45,13 +45,13 @@ func (f *certFiles) get(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	switch {
 	case err == nil:
 		if before != nil {
-			f.log.Info("bundle endpoint: certificate read again", "expires_at", loaded.Leaf.NotAfter)
+			f.log.Info("bundle endpoint certificate reloaded", "expires_at", loaded.Leaf.NotAfter)
 		}
 		f.loaded.Store(&loaded)
 	case before == nil:
 		return nil, fmt.Errorf("certificate files: %w", err)
 	default:
-		f.log.Error("bundle endpoint: the new certificate cannot be used, the one before it stays", "error", err)
+		f.log.Error("bundle endpoint certificate not reloaded, the previous one stays in use", "error", err)
 	}
 	return f.loaded.Load(), nil
 }

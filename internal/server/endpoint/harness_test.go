@@ -25,7 +25,7 @@ func insecureClient(t *testing.T) *http.Client {
 	return &http.Client{Transport: transport, Timeout: 10 * time.Second}
 }
 
-// reply is an answer that was read to its end.
+// reply is a complete response.
 type reply struct {
 	code   int
 	header http.Header
@@ -53,7 +53,7 @@ func do(t *testing.T, client *http.Client, method, url, ifNoneMatch string) repl
 	return reply{resp.StatusCode, resp.Header, body}
 }
 
-// webCert is a certificate for 127.0.0.1 that vouches for itself.
+// webCert is a self-signed certificate for 127.0.0.1.
 type webCert struct {
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
@@ -94,7 +94,7 @@ func (c *webCert) writeKey(t *testing.T, file string) {
 
 func (c *webCert) writeCert(t *testing.T, file string) { writePEM(t, file, "CERTIFICATE", c.cert.Raw) }
 
-// writePEM replaces a file in one step, as tools that renew certificates do.
+// writePEM replaces a file atomically, like tools that renew certificates.
 func writePEM(t *testing.T, file, typ string, der []byte) {
 	t.Helper()
 	tmp := file + ".new"
@@ -115,7 +115,7 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 	return key
 }
 
-// lockedBuffer takes a log that several goroutines write.
+// lockedBuffer is a buffer that is safe for concurrent use.
 type lockedBuffer struct {
 	mu sync.Mutex
 	b  bytes.Buffer

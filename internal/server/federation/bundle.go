@@ -17,13 +17,12 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// maxBytes bounds a bundle as an endpoint or a file has it. An authority takes 1
-// to 2 KiB.
+// maxBytes bounds the bundle of an endpoint or a file. An authority takes 1 to 2 KiB.
 const maxBytes = 1 << 20
 
-// parse reads a bundle in SPIFFE's format and returns what of it cannot be used,
-// too; see [bundle.ReadJSON]. There may be no authority at all: all trust is
-// withdrawn then.
+// parse parses a bundle in SPIFFE's format. It also returns the authorities that cannot
+// be used; see [bundle.ReadJSON]. A bundle without authorities is valid: the trust domain
+// has withdrawn its keys.
 func parse(td spiffeid.TrustDomain, data []byte) (*spiffebundle.Bundle, []bundle.LeftOut, error) {
 	doc, err := bundle.ReadJSON(data)
 	if err != nil {
@@ -53,8 +52,7 @@ func fromDocument(td spiffeid.TrustDomain, doc *bundle.Document) *spiffebundle.B
 	return b
 }
 
-// marshal is the reverse of parse. The library writes "keys":null where there are
-// none.
+// marshal is the inverse of parse. The library writes "keys":null for an empty bundle.
 func marshal(b *spiffebundle.Bundle) ([]byte, error) {
 	data, err := b.Marshal()
 	if b.Empty() {
@@ -80,10 +78,10 @@ func readFile(path string) (*bundle.Document, error) {
 	return doc, nil
 }
 
-// maxListed is how many authorities a line of the log names.
+// maxListed bounds the authorities that a log line lists.
 const maxListed = 16
 
-// names lists the authorities of a bundle, as logs name them; nil has none.
+// names returns the authorities of a bundle for the log; none of a nil bundle.
 func names(b *spiffebundle.Bundle) []string {
 	if b == nil {
 		return nil
@@ -103,7 +101,7 @@ func names(b *spiffebundle.Bundle) []string {
 	return out
 }
 
-// without returns what one list has and the other has not, at most maxListed.
+// without returns the elements of list that other does not have, at most maxListed.
 func without(list, other []string) []string {
 	var out []string
 	for _, name := range list {

@@ -8,8 +8,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// EndpointError says what is wrong with an endpoint. Field is as operators write
-// it, below federation.TRUSTDOMAIN.
+// EndpointError describes an invalid field of an [Endpoint]. Field is its name in the
+// configuration file, below federation.TRUSTDOMAIN.
 type EndpointError struct {
 	TrustDomain            spiffeid.TrustDomain
 	Field, Problem, Remedy string
@@ -20,8 +20,8 @@ func (e *EndpointError) Error() string {
 	return fmt.Sprintf("federation.%s.%s %s: %s", e.TrustDomain.Name(), e.Field, e.Problem, e.Remedy)
 }
 
-// Check reports everything about endpoints that cannot work for a server of the
-// trust domain own, each as an [EndpointError].
+// Check reports every invalid field of the endpoints of a server in the trust domain own,
+// each as an [EndpointError].
 func Check(own spiffeid.TrustDomain, endpoints []Endpoint) error {
 	var errs []error
 	byName := make(map[spiffeid.TrustDomain]Endpoint)
@@ -47,25 +47,25 @@ func Check(own spiffeid.TrustDomain, endpoints []Endpoint) error {
 		self := e.ID.TrustDomain() == e.TrustDomain
 		switch {
 		case e.Profile == "":
-			bad("profile", "is not set", "ask who runs the endpoint and use "+ProfileSPIFFE+" or "+ProfileWeb)
+			bad("profile", "is not set", "ask the endpoint's operator and use "+ProfileSPIFFE+" or "+ProfileWeb)
 		case e.Profile == ProfileWeb && !e.ID.IsZero():
-			bad("endpoint_spiffe_id", "is of no use with profile "+ProfileWeb, "remove it or set profile: "+ProfileSPIFFE)
+			bad("endpoint_spiffe_id", "is not used with profile "+ProfileWeb, "remove it or set profile: "+ProfileSPIFFE)
 		case e.Profile == ProfileWeb:
 		case e.Profile != ProfileSPIFFE:
 			bad("profile", "is not a profile", "use "+ProfileSPIFFE+" or "+ProfileWeb)
 		case e.ID.IsZero():
 			bad("endpoint_spiffe_id", "is not set and profile "+ProfileSPIFFE+" needs it", "give the SPIFFE ID of the endpoint, such as spiffe://"+e.TrustDomain.Name()+"/spire/server")
 		case self && e.BundleFile == "":
-			bad("bundle_file", "is not set, and the endpoint is of this trust domain itself", "give a file with its bundle, which the first connection is verified with")
-		case !self && !begins(own, e, byName):
-			bad("endpoint_spiffe_id", "is of a trust domain whose bundle nothing leads to", "follow "+e.ID.TrustDomain().Name()+", too, under federation, or give a bundle_file there")
+			bad("bundle_file", "is not set, and the endpoint is in this trust domain itself", "give a file with its bundle to verify the first connection")
+		case !self && !verifiable(own, e, byName):
+			bad("endpoint_spiffe_id", "is in a trust domain whose bundle is not available", "configure "+e.ID.TrustDomain().Name()+", too, under federation, or give a bundle_file there")
 		}
 	}
 	return errors.Join(errs...)
 }
 
-// badURL says why a URL cannot be that of a bundle endpoint (SPIFFE Federation,
-// sections 5.2.1.1 and 5.2.2.1); empty when it can.
+// badURL returns why a URL cannot be that of a bundle endpoint (SPIFFE Federation,
+// sections 5.2.1.1 and 5.2.2.1); empty if it can.
 func badURL(text string) string {
 	u, err := url.Parse(text)
 	switch {
@@ -81,9 +81,9 @@ func badURL(text string) string {
 	return ""
 }
 
-// begins reports whether the way from an endpoint to that of its own trust domain,
-// and on from there, ends at one that can be verified.
-func begins(own spiffeid.TrustDomain, e Endpoint, byName map[spiffeid.TrustDomain]Endpoint) bool {
+// verifiable reports whether an endpoint can be verified: the bundle of its trust domain
+// is known, or the endpoint of that trust domain is verifiable.
+func verifiable(own spiffeid.TrustDomain, e Endpoint, byName map[spiffeid.TrustDomain]Endpoint) bool {
 	for range len(byName) + 1 {
 		td := e.ID.TrustDomain()
 		next, ok := byName[td]
@@ -97,5 +97,5 @@ func begins(own spiffeid.TrustDomain, e Endpoint, byName map[spiffeid.TrustDomai
 		}
 		e = next
 	}
-	return false // it leads in a circle
+	return false // a cycle
 }

@@ -1,6 +1,6 @@
 package federation
 
-// What the fuzz test needs beside the public interface.
+// For the fuzz test.
 var (
 	Parse   = parse
 	Marshal = marshal

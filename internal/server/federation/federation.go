@@ -1,17 +1,17 @@
-// Package federation follows the trust bundles of other trust domains at their
-// bundle endpoints (SPIFFE Federation, sections 4 to 6), so that workloads can
-// verify who comes from there.
+// Package federation fetches the trust bundles of other trust domains from their
+// bundle endpoints (SPIFFE Federation, sections 4 to 6), so that workloads can verify
+// workloads of those trust domains.
 //
-// The endpoint of a trust domain is asked as often as its bundle says, within
-// limits. With https_web it is verified as any web server. With https_spiffe it
-// proves itself with an X.509-SVID, which is verified with the newest bundle that
-// is held of the trust domain it belongs to: so the other side can replace its
-// keys, and each bundle leads to the next. The first one is in a file.
+// It polls each endpoint as often as the bundle's refresh hint says, within limits. An
+// endpoint with profile https_web is verified like any web server. An endpoint with
+// profile https_spiffe has an X.509-SVID, which is verified with the newest bundle of
+// the endpoint's trust domain. So the other side can replace its keys, and each bundle
+// verifies the fetch of the next. The first one comes from a file.
 //
-// An answer that cannot be right changes nothing, and one that is older than what
-// is held does not before it has stayed for [staleLimit]: a replica that lags
-// behind would take back that a key was removed. What an endpoint can make this
-// process hold, and for how long, is bounded. What is held outlives a restart.
+// An invalid answer changes nothing. An answer that is older than the current bundle
+// is accepted only after [staleLimit], because a lagging replica would undo the
+// removal of a key. The size of an answer and the time of a fetch are bounded. The
+// bundles survive a restart.
 package federation
 
 import (
@@ -36,88 +36,84 @@ const (
 	ProfileWeb    = "https_web"
 )
 
-// Endpoint is where the bundle of a trust domain is, and how that is verified.
-// [Check] says what is required.
+// Endpoint is the bundle endpoint of a trust domain. [Check] checks its fields.
 type Endpoint struct {
 	TrustDomain spiffeid.TrustDomain
 	URL         string
 	Profile     string
-	// ID is the SPIFFE ID of an endpoint with profile https_spiffe. It may be of
-	// any trust domain whose bundle is held.
+	// ID is the SPIFFE ID of an endpoint with profile https_spiffe. It may be in any
+	// trust domain whose bundle the [Follower] has.
 	ID spiffeid.ID
-	// BundleFile has the bundle to begin with, in SPIFFE's format or as PEM. Once
-	// something was fetched it is not used any more, until its content changes.
+	// BundleFile has the initial bundle, in SPIFFE's format or as PEM. After the first
+	// fetch it is not used, until its content changes.
 	BundleFile string
 }
 
-// Record is what is kept of a trust domain over a restart.
+// Record is the stored bundle of a trust domain.
 type Record struct {
 	TrustDomain spiffeid.TrustDomain
 	// Bundle is in SPIFFE's format.
 	Bundle []byte
-	// FetchedAt is when it came from the endpoint; zero when it is from the file.
+	// FetchedAt is when it was fetched from the endpoint; zero if it is from the file.
 	FetchedAt time.Time
-	// File names the content of the file that all began with; empty when there
-	// was none.
+	// File is the digest of the file with the initial bundle; empty if there was none.
 	File string
 }
 
-// Storage keeps records. What a method has changed is durable when it returns
-// nil. Implementations are safe for concurrent use.
+// Storage stores records. A change is durable when the method returns nil.
+// Implementations are safe for concurrent use.
 type Storage interface {
 	// Federated returns all records, in any order.
 	Federated(ctx context.Context) ([]Record, error)
-	// SaveFederated adds a record or replaces that of its trust domain.
+	// SaveFederated adds a record or replaces the one of its trust domain.
 	SaveFederated(ctx context.Context, r Record) error
 	// ForgetFederated deletes the record of a trust domain.
 	ForgetFederated(ctx context.Context, td spiffeid.TrustDomain) error
 }
 
-// The outcomes of a refresh that [Config.Observe] is told.
+// The outcomes of a refresh that are passed to [Config.Observe].
 const (
-	OutcomeApplied   = "applied"   // the bundle is another one
-	OutcomeUnchanged = "unchanged" // it is the one held
-	OutcomeRejected  = "rejected"  // the answer cannot be right, or is older
+	OutcomeApplied   = "applied"   // the bundle has changed
+	OutcomeUnchanged = "unchanged" // the bundle is the current one
+	OutcomeRejected  = "rejected"  // the answer is invalid or older
 	OutcomeFailed    = "failed"    // there was no answer
 )
 
-// Config is what a [Follower] needs. TrustDomain and Publish are required.
+// Config configures a [Follower]. TrustDomain and Publish are required.
 type Config struct {
-	// TrustDomain is this server's own, and Own returns its X.509 authorities, for
-	// endpoints that belong to it.
+	// TrustDomain is this server's trust domain. Own returns its X.509 authorities, for
+	// endpoints whose SPIFFE ID is in it.
 	TrustDomain spiffeid.TrustDomain
 	Own         func() []*x509.Certificate
 	// Endpoints are checked with [Check].
 	Endpoints []Endpoint
-	// Storage keeps what is held; nothing outlives the process when nil.
+	// Storage stores the bundles; they are lost with the process when nil.
 	Storage Storage
-	// Publish is given each bundle that comes to be held, which must not be
-	// modified, and nil when that has no X.509 authority: then nothing from there
-	// is to be trusted any more. It is called by [New] and Run, for one trust
-	// domain never concurrently.
+	// Publish is called with each new bundle, which must not be modified, and with nil
+	// if it has no X.509 authority: that trust domain is then no longer trusted. [New]
+	// and Run call it, never concurrently for one trust domain.
 	Publish func(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
-	// Observe, when set, is told the outcome of each refresh.
+	// Observe, if set, is called with the outcome of each refresh.
 	Observe func(td spiffeid.TrustDomain, outcome string)
 
 	// Roots verify endpoints with profile https_web; the system's when nil.
 	Roots *x509.CertPool
-	// Dial connects to endpoints; as usual, with the proxy that the environment
-	// names, when nil.
+	// Dial connects to endpoints. When nil, a plain dialer with the proxy of the
+	// environment is used.
 	Dial func(ctx context.Context, network, address string) (net.Conn, error)
 	Log  *slog.Logger     // discards when nil
 	Now  func() time.Time // time.Now when nil
 }
 
-// Follower holds the bundles of other trust domains and keeps them current. Make
-// it with [New]; its methods are safe for concurrent use.
+// Follower keeps the bundles of other trust domains current. Create it with [New]. Its
+// methods are safe for concurrent use.
 type Follower struct {
 	cfg   Config
 	peers map[spiffeid.TrustDomain]*peer
 }
 
-// New checks the configuration, reads the bundles that are kept and those in
-// files, and publishes them. What is kept of a trust domain that is not configured
-// any more is deleted.
+// New checks the configuration, loads the bundles from the storage and from files, and
+// publishes them. It deletes the records of trust domains that are no longer configured.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -135,26 +131,25 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 		return nil, err
 	}
 	f := &Follower{cfg: cfg, peers: make(map[spiffeid.TrustDomain]*peer)}
-	kept, err := f.load(ctx)
+	stored, err := f.load(ctx)
 	if err != nil {
 		return nil, err
 	}
 	for _, e := range cfg.Endpoints {
 		p := f.newPeer(e)
 		f.peers[e.TrustDomain] = p
-		if err := f.begin(ctx, p, kept[e.TrustDomain]); err != nil {
+		if err := f.setInitial(ctx, p, stored[e.TrustDomain]); err != nil {
 			return nil, err
 		}
 	}
 	return f, nil
 }
 
-// load returns the records of trust domains that are configured and deletes the
-// others.
+// load returns the records of configured trust domains and deletes the others.
 func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, error) {
-	kept := make(map[spiffeid.TrustDomain]*Record)
+	stored := make(map[spiffeid.TrustDomain]*Record)
 	if f.cfg.Storage == nil {
-		return kept, nil
+		return stored, nil
 	}
 	records, err := f.cfg.Storage.Federated(ctx)
 	if err != nil {
@@ -166,22 +161,22 @@ func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, 
 	}
 	for i, r := range records {
 		if configured[r.TrustDomain] {
-			kept[r.TrustDomain] = &records[i]
+			stored[r.TrustDomain] = &records[i]
 			continue
 		}
 		if err := f.cfg.Storage.ForgetFederated(ctx, r.TrustDomain); err != nil {
-			return nil, fmt.Errorf("forget the bundle of %q: %w", r.TrustDomain.Name(), err)
+			return nil, fmt.Errorf("delete the bundle of %q: %w", r.TrustDomain.Name(), err)
 		}
-		f.cfg.Log.Warn("trust domain is not followed any more: its bundle is forgotten, and workloads do not get it any more",
+		f.cfg.Log.Warn("federated bundle deleted, its trust domain is no longer configured: workloads do not get it",
 			"trust_domain", r.TrustDomain.Name())
 	}
-	return kept, nil
+	return stored, nil
 }
 
-// begin decides what is held at first: what was fetched, or what the file has. A
-// file with another content than the one that all began with is the operator's word
-// and counts for more (SPIFFE Federation, section 4.2).
-func (f *Follower) begin(ctx context.Context, p *peer, kept *Record) error {
+// setInitial sets the initial bundle: the stored one or the one of the file. A file whose
+// content differs from the file of the stored bundle takes precedence, because an operator
+// has changed it (SPIFFE Federation, section 4.2).
+func (f *Follower) setInitial(ctx context.Context, p *peer, stored *Record) error {
 	name := p.TrustDomain.Name()
 	var first *bundle.Document
 	file := ""
@@ -192,30 +187,29 @@ func (f *Follower) begin(ctx context.Context, p *peer, kept *Record) error {
 		}
 		file = first.Digest()
 	}
-	if kept != nil && (first == nil || file == kept.File) {
-		b, left, err := parse(p.TrustDomain, kept.Bundle)
+	if stored != nil && (first == nil || file == stored.File) {
+		b, left, err := parse(p.TrustDomain, stored.Bundle)
 		if err == nil {
-			p.file = kept.File
-			p.hold(&held{bundle: b, leftOut: left, fetchedAt: kept.FetchedAt, kept: true})
+			p.file = stored.File
+			p.set(&current{bundle: b, leftOut: left, fetchedAt: stored.FetchedAt, stored: true})
 			return nil
 		}
-		// It could be read when it was kept. To serve nobody because of it would
-		// be worse than to fetch it again.
-		f.cfg.Log.Warn("federated bundle that was kept cannot be used", "trust_domain", name, "error", err)
+		// Fetching it again is better than a server that does not start.
+		f.cfg.Log.Warn("stored federated bundle cannot be used", "trust_domain", name, "error", err)
 	}
 	if first == nil {
 		return nil
 	}
 	b := fromDocument(p.TrustDomain, first)
-	f.cfg.Log.Info("federated bundle is taken from its file", append(p.about(b), "file", p.BundleFile)...)
+	f.cfg.Log.Info("federated bundle read from its file", append(p.attrs(b), "path", p.BundleFile)...)
 	f.logLeftOut(p, nil, first.LeftOut)
 	p.file = file
-	p.hold(&held{bundle: b, leftOut: first.LeftOut})
-	return f.keep(ctx, p)
+	p.set(&current{bundle: b, leftOut: first.LeftOut})
+	return f.save(ctx, p)
 }
 
-// Run follows all endpoints until ctx is done and returns nil then. It is to be
-// called once.
+// Run polls all endpoints until ctx is done and then returns nil. It must be called
+// once.
 func (f *Follower) Run(ctx context.Context) error {
 	var work sync.WaitGroup
 	for _, p := range f.peers {
@@ -225,45 +219,44 @@ func (f *Follower) Run(ctx context.Context) error {
 	return nil
 }
 
-// Follows reports whether the trust domain has an endpoint that is followed.
+// Follows reports whether an endpoint of the trust domain is configured.
 func (f *Follower) Follows(td spiffeid.TrustDomain) bool { return f.peers[td] != nil }
 
-// Refreshed returns when each endpoint last gave its bundle, or of one that has
-// not since the start of the process, the one that was kept. The time is zero when
-// there is none.
+// Refreshed returns when each bundle was last fetched, possibly by an earlier process;
+// zero if never.
 func (f *Follower) Refreshed() map[spiffeid.TrustDomain]time.Time {
 	out := make(map[spiffeid.TrustDomain]time.Time, len(f.peers))
 	for td, p := range f.peers {
 		out[td] = time.Time{}
-		if h := p.held.Load(); h != nil {
-			out[td] = h.fetchedAt
+		if c := p.current.Load(); c != nil {
+			out[td] = c.fetchedAt
 		}
 	}
 	return out
 }
 
-// LeftOut returns how many authorities of the bundle that is held of each trust
-// domain cannot be used.
+// LeftOut returns how many authorities of the current bundle of each trust domain
+// cannot be used.
 func (f *Follower) LeftOut() map[spiffeid.TrustDomain]int {
 	out := make(map[spiffeid.TrustDomain]int, len(f.peers))
 	for td, p := range f.peers {
 		out[td] = 0
-		if h := p.held.Load(); h != nil {
-			out[td] = len(h.leftOut)
+		if c := p.current.Load(); c != nil {
+			out[td] = len(c.leftOut)
 		}
 	}
 	return out
 }
 
-// authorities are what an endpoint of a trust domain is verified with.
+// authorities returns the X.509 authorities that verify an endpoint in a trust domain.
 func (f *Follower) authorities(td spiffeid.TrustDomain) ([]*x509.Certificate, error) {
 	if td == f.cfg.TrustDomain {
 		return f.cfg.Own(), nil
 	}
 	if p := f.peers[td]; p != nil {
-		if h := p.held.Load(); h != nil {
-			return h.bundle.X509Authorities(), nil
+		if c := p.current.Load(); c != nil {
+			return c.bundle.X509Authorities(), nil
 		}
 	}
-	return nil, errors.New("no bundle of trust domain " + td.Name() + " is held yet")
+	return nil, errors.New("no bundle of trust domain " + td.Name() + " was fetched yet")
 }

@@ -19,19 +19,19 @@ import (
 )
 
 const (
-	// fetchTimeout is for everything, from the connection to the last byte.
+	// fetchTimeout bounds a fetch, from the connection to the last byte.
 	fetchTimeout = 30 * time.Second
 	// maxHeader bounds an answer's header, in bytes.
 	maxHeader = 64 << 10
-	// maxRedirects is how many an answer may be away.
+	// maxRedirects bounds the redirects of one fetch.
 	maxRedirects = 3
 )
 
-// newClient makes the client for an endpoint. The library's FetchBundle reads an
+// newClient returns the client for an endpoint. The library's FetchBundle reads an
 // answer of any size and any status, and leaves its connection open.
 //
-// Each fetch has a connection of its own, so that the endpoint is verified with
-// what is held then.
+// Each fetch opens a new connection, so that the endpoint is verified with the bundle that
+// is current then.
 func (f *Follower) newClient(e Endpoint) *http.Client {
 	config := &tls.Config{RootCAs: f.cfg.Roots, MinVersion: tls.VersionTLS12}
 	if e.Profile == ProfileSPIFFE {
@@ -46,9 +46,9 @@ func (f *Follower) newClient(e Endpoint) *http.Client {
 	}
 	return &http.Client{
 		Transport: transport,
-		// They are followed to URLs that an endpoint may have, where it proves
-		// itself in the same way, and for this time only (SPIFFE Federation,
-		// sections 5.2.1.4, 5.2.2.4 and 7.5.1).
+		// A redirect must lead to a valid URL of an endpoint. The new place must
+		// authenticate in the same way, and the next fetch starts at the old one (SPIFFE
+		// Federation, sections 5.2.1.4, 5.2.2.4 and 7.5.1).
 		CheckRedirect: func(req *http.Request, via []*http.Request) error {
 			if len(via) > maxRedirects {
 				return fmt.Errorf("more than %d redirects", maxRedirects)
@@ -62,7 +62,7 @@ func (f *Follower) newClient(e Endpoint) *http.Client {
 	}
 }
 
-// newest verifies with the newest bundle that is held.
+// newest is the source of the current bundles.
 type newest struct{ *Follower }
 
 // GetX509BundleForTrustDomain implements x509bundle.Source.
@@ -74,10 +74,11 @@ func (f newest) GetX509BundleForTrustDomain(td spiffeid.TrustDomain) (*x509bundl
 	return x509bundle.FromX509Authorities(td, certs), nil
 }
 
-// errAnswer is of an answer that came and cannot be right.
+// errAnswer is the error of an invalid answer.
 var errAnswer = errors.New("the answer is not a bundle")
 
-// fetch asks an endpoint for its bundle, and returns what of it cannot be used, too.
+// fetch fetches the bundle of an endpoint. It also returns the authorities that cannot be
+// used.
 func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, []bundle.LeftOut, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, p.URL, nil)
 	if err != nil {
@@ -86,7 +87,7 @@ func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, []bundle.LeftOu
 	resp, err := p.client.Do(req)
 	if err != nil {
 		if id := spiffeIDOf(err); id != "" && p.Profile == ProfileWeb {
-			return nil, nil, fmt.Errorf("%w (it proves itself as %s: is its profile %s?)", err, id, ProfileSPIFFE)
+			return nil, nil, fmt.Errorf("%w (its certificate is of %s: is its profile %s?)", err, id, ProfileSPIFFE)
 		}
 		return nil, nil, err
 	}
@@ -108,8 +109,8 @@ func (p *peer) fetch(ctx context.Context) (*spiffebundle.Bundle, []bundle.LeftOu
 	return b, left, nil
 }
 
-// spiffeIDOf returns the SPIFFE ID of a certificate that could not be verified,
-// empty when it has none.
+// spiffeIDOf returns the SPIFFE ID of a certificate that was not verified; empty if it
+// has none.
 func spiffeIDOf(err error) string {
 	failed, ok := errors.AsType[*tls.CertificateVerificationError](err)
 	if !ok || len(failed.UnverifiedCertificates) == 0 {

@@ -16,80 +16,78 @@ import (
 )
 
 const (
-	// minInterval and maxInterval are the limits of what a refresh hint can ask
-	// for, and defaultInterval is for bundles without (SPIFFE Federation, section
-	// 4.1).
+	// minInterval and maxInterval bound the interval that a refresh hint sets.
+	// defaultInterval is for bundles without a hint (SPIFFE Federation, section 4.1).
 	minInterval, maxInterval = time.Minute, 24 * time.Hour
 	defaultInterval          = 5 * time.Minute
-	// firstRetry is the pause after a first failure. It doubles up to the
-	// interval, and to at most defaultInterval.
+	// firstRetry is the pause after a first failure. It doubles up to the interval, but
+	// not beyond defaultInterval.
 	firstRetry = 10 * time.Second
-	// staleLimit is how long answers older than the one held are taken for those
-	// of a replica that lags behind. Bundles that stay older are of a server whose
-	// data was restored.
+	// staleLimit is how long older answers are attributed to a lagging replica. If the
+	// bundle is older for longer, the data of the server was restored.
 	staleLimit = 10 * time.Minute
 )
 
-// peer is a trust domain that is followed.
+// peer is a trust domain whose endpoint is polled.
 type peer struct {
 	Endpoint
 	client  *http.Client
 	publish func(*spiffebundle.Bundle)
-	held    atomic.Pointer[held] // nil: nothing yet
-	kick    chan struct{}        // the X.509 authorities that verify the endpoint have changed
+	current atomic.Pointer[current] // nil: none yet
+	refetch chan struct{}           // the X.509 authorities that verify the endpoint have changed
 
-	// Of New, and then of the goroutine that follows.
-	file       string // see Record
-	pace       *backoff.ExponentialBackOff
-	failing    bool
-	unkept     bool // the storage failed
-	staleSince time.Time
+	// Owned by New, and then by the goroutine of follow.
+	file           string // see Record
+	retry          *backoff.ExponentialBackOff
+	failing        bool // the last fetch failed
+	storageFailing bool
+	staleSince     time.Time
 }
 
-// held is a bundle that is held. It is immutable.
-type held struct {
+// current is a bundle that is in use. It is immutable.
+type current struct {
 	bundle    *spiffebundle.Bundle
-	leftOut   []bundle.LeftOut // what of the answer or the file cannot be used
+	leftOut   []bundle.LeftOut // authorities of the answer or the file that cannot be used
 	fetchedAt time.Time        // zero: from the file
-	kept      bool             // in the storage
+	stored    bool
 }
 
 func (f *Follower) newPeer(e Endpoint) *peer {
-	p := &peer{Endpoint: e, client: f.newClient(e), kick: make(chan struct{}, 1), pace: backoff.NewExponentialBackOff()}
+	p := &peer{Endpoint: e, client: f.newClient(e), refetch: make(chan struct{}, 1), retry: backoff.NewExponentialBackOff()}
 	p.publish = func(b *spiffebundle.Bundle) { f.cfg.Publish(e.TrustDomain, b) }
-	p.pace.InitialInterval, p.pace.Multiplier = firstRetry, 2
-	p.pace.Reset()
+	p.retry.InitialInterval, p.retry.Multiplier = firstRetry, 2
+	p.retry.Reset()
 	return p
 }
 
-// hold makes a bundle the one that is held and published.
-func (p *peer) hold(h *held) {
-	p.held.Store(h)
-	if len(h.bundle.X509Authorities()) == 0 {
+// set makes a bundle the current one and publishes it.
+func (p *peer) set(c *current) {
+	p.current.Store(c)
+	if len(c.bundle.X509Authorities()) == 0 {
 		p.publish(nil)
 		return
 	}
-	p.publish(h.bundle)
+	p.publish(c.bundle)
 }
 
-// follow refreshes until ctx is done. A kick brings a refresh forward once in
-// [minInterval]: two endpoints that are verified with each other's bundles would
-// else have each other fetched without end.
+// follow refreshes until ctx is done. A signal on refetch causes an early refresh at most
+// once in [minInterval]: otherwise two endpoints that are verified with each other's
+// bundles could trigger each other without end.
 func (f *Follower) follow(ctx context.Context, p *peer) {
 	timer, unlock := time.NewTimer(0), time.NewTimer(0)
 	defer timer.Stop()
 	defer unlock.Stop()
-	var kick <-chan struct{} // nil: a kick waits
+	var refetch <-chan struct{} // nil until unlock fires
 	for {
 		select {
 		case <-ctx.Done():
 			return
 		case <-unlock.C:
-			kick = p.kick
+			refetch = p.refetch
 			continue
 		case <-timer.C:
-		case <-kick:
-			kick = nil
+		case <-refetch:
+			refetch = nil
 			unlock.Reset(minInterval)
 		}
 		outcome := f.refresh(ctx, p)
@@ -99,19 +97,19 @@ func (f *Follower) follow(ctx context.Context, p *peer) {
 		f.cfg.Observe(p.TrustDomain, outcome)
 		interval := p.interval()
 		if outcome == OutcomeApplied || outcome == OutcomeUnchanged {
-			p.pace.Reset()
+			p.retry.Reset()
 			timer.Reset(time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))) // not in step with others
 		} else {
-			p.pace.MaxInterval = min(interval, defaultInterval)
-			timer.Reset(p.pace.NextBackOff())
+			p.retry.MaxInterval = min(interval, defaultInterval)
+			timer.Reset(p.retry.NextBackOff())
 		}
 	}
 }
 
-// interval is how often the bundle that is held wants to be refreshed.
+// interval returns the refresh interval of the current bundle.
 func (p *peer) interval() time.Duration {
-	if h := p.held.Load(); h != nil {
-		if hint, ok := h.bundle.RefreshHint(); ok && hint > 0 {
+	if c := p.current.Load(); c != nil {
+		if hint, ok := c.bundle.RefreshHint(); ok && hint > 0 {
 			return min(max(hint, minInterval), maxInterval)
 		}
 	}
@@ -123,9 +121,9 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	if ctx.Err() != nil {
 		return OutcomeFailed
 	}
-	before := p.held.Load()
+	before := p.current.Load()
 	if err != nil {
-		f.failed(p, before, err)
+		f.logFailure(p, before, err)
 		if errors.Is(err, errAnswer) {
 			return OutcomeRejected
 		}
@@ -134,32 +132,32 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	now := f.cfg.Now()
 	if p.failing {
 		p.failing = false
-		f.cfg.Log.Info("federated bundle refresh works again", "trust_domain", p.TrustDomain.Name())
+		f.cfg.Log.Info("federated bundle refresh recovered", "trust_domain", p.TrustDomain.Name())
 	}
 	if f.stale(p, before, b, now) {
 		return OutcomeRejected
 	}
 	f.logLeftOut(p, before, left)
 	if before != nil && !before.fetchedAt.IsZero() && b.Equal(before.bundle) {
-		p.held.Store(&held{bundle: before.bundle, leftOut: left, fetchedAt: now, kept: before.kept})
-		f.keepAgain(ctx, p)
+		p.current.Store(&current{bundle: before.bundle, leftOut: left, fetchedAt: now, stored: before.stored})
+		f.saveIfNeeded(ctx, p)
 		return OutcomeUnchanged
 	}
 	f.logChange(p, before, b)
-	p.hold(&held{bundle: b, leftOut: left, fetchedAt: now})
-	f.keepAgain(ctx, p)
+	p.set(&current{bundle: b, leftOut: left, fetchedAt: now})
+	f.saveIfNeeded(ctx, p)
 	if before == nil || !sameAuthorities(before.bundle, b) {
-		f.kickVerifiedWith(p)
+		f.refetchVerifiedWith(p)
 	}
 	return OutcomeApplied
 }
 
-// kickVerifiedWith has the endpoints fetched that are verified with p's bundle.
-func (f *Follower) kickVerifiedWith(p *peer) {
+// refetchVerifiedWith triggers a fetch from the endpoints that p's bundle verifies.
+func (f *Follower) refetchVerifiedWith(p *peer) {
 	for _, other := range f.peers {
 		if other != p && other.ID.TrustDomain() == p.TrustDomain {
 			select {
-			case other.kick <- struct{}{}:
+			case other.refetch <- struct{}{}:
 			default:
 			}
 		}
@@ -171,69 +169,69 @@ func sameAuthorities(a, b *spiffebundle.Bundle) bool {
 	return a.X509Bundle().Equal(b.X509Bundle())
 }
 
-// failed logs the first of a row of failures as a warning and the rest as debug
-// lines.
-func (f *Follower) failed(p *peer, before *held, err error) {
+// logFailure logs the first of several consecutive failures as a warning and the others
+// as debug lines.
+func (f *Follower) logFailure(p *peer, before *current, err error) {
 	level := slog.LevelDebug
 	if !p.failing {
 		p.failing, level = true, slog.LevelWarn
 	}
-	what := "federated bundle refresh failed, keeping the bundle held"
+	msg := "federated bundle refresh failed, keeping the current bundle"
 	if before == nil {
-		what = "federated bundle refresh failed, and none is held yet: workloads cannot verify who comes from there"
+		msg = "federated bundle refresh failed, there is none yet: workloads cannot verify peers of this trust domain"
 	}
-	f.cfg.Log.Log(context.Background(), level, what, "trust_domain", p.TrustDomain.Name(), "error", err)
+	f.cfg.Log.Log(context.Background(), level, msg, "trust_domain", p.TrustDomain.Name(), "error", err)
 }
 
-// stale reports whether an answer is older than what is held and not to be
-// followed yet. A bundle from the file is older than any answer.
-func (f *Follower) stale(p *peer, before *held, b *spiffebundle.Bundle, now time.Time) bool {
+// stale reports whether an answer is older than the current bundle and must not replace
+// it yet. A bundle from the file is older than any answer.
+func (f *Follower) stale(p *peer, before *current, b *spiffebundle.Bundle, now time.Time) bool {
 	older := false
-	var was, is uint64
+	var sequence, held uint64
 	if before != nil && !before.fetchedAt.IsZero() {
-		var had, has bool
-		was, had = before.bundle.SequenceNumber()
-		is, has = b.SequenceNumber()
-		older = had && has && is < was
+		var hadNumber, hasNumber bool
+		held, hadNumber = before.bundle.SequenceNumber()
+		sequence, hasNumber = b.SequenceNumber()
+		older = hadNumber && hasNumber && sequence < held
 	}
 	if !older {
 		p.staleSince = time.Time{}
 		return false
 	}
-	args := []any{"trust_domain", p.TrustDomain.Name(), "sequence", is, "held", was}
+	args := []any{"trust_domain", p.TrustDomain.Name(), "sequence", sequence, "held", held}
 	if p.staleSince.IsZero() {
 		p.staleSince = now
-		f.cfg.Log.Warn("bundle endpoint answered with an older bundle, keeping the newer one", args...)
+		f.cfg.Log.Warn("older federated bundle rejected, keeping the newer one", args...)
 	}
 	if now.Sub(p.staleSince) < staleLimit {
 		return true
 	}
-	f.cfg.Log.Warn("bundle endpoint keeps answering with an older bundle, following it", args...)
+	f.cfg.Log.Warn("older federated bundle accepted, the endpoint keeps returning it", args...)
 	p.staleSince = time.Time{}
 	return false
 }
 
-// about says in a log line which bundle it is about.
-func (p *peer) about(b *spiffebundle.Bundle) []any {
+// attrs returns the attributes of a log line about a bundle.
+func (p *peer) attrs(b *spiffebundle.Bundle) []any {
 	sequence, _ := b.SequenceNumber()
 	return []any{"trust_domain", p.TrustDomain.Name(), "sequence", sequence, "x509_authorities", len(b.X509Authorities()), "jwt_authorities", len(b.JWTAuthorities())}
 }
 
-func (f *Follower) logChange(p *peer, before *held, b *spiffebundle.Bundle) {
+func (f *Follower) logChange(p *peer, before *current, b *spiffebundle.Bundle) {
 	var old []string
 	if before != nil {
 		old = names(before.bundle)
 	}
-	args := append(p.about(b), "added", without(names(b), old), "removed", without(old, names(b)))
+	args := append(p.attrs(b), "added", without(names(b), old), "removed", without(old, names(b)))
 	if len(b.X509Authorities()) == 0 {
-		f.cfg.Log.Warn("federated bundle has no X.509 authority any more: workloads do not get it, and trust nobody from there", args...)
+		f.cfg.Log.Warn("federated bundle has no X.509 authority left: workloads do not get it and do not trust its trust domain", args...)
 		return
 	}
 	f.cfg.Log.Info("federated bundle changed", args...)
 }
 
-// logLeftOut says what of a bundle cannot be used, when that has changed.
-func (f *Follower) logLeftOut(p *peer, before *held, left []bundle.LeftOut) {
+// logLeftOut logs the authorities of a bundle that cannot be used, if they have changed.
+func (f *Follower) logLeftOut(p *peer, before *current, left []bundle.LeftOut) {
 	var was []bundle.LeftOut
 	if before != nil {
 		was = before.leftOut
@@ -241,34 +239,34 @@ func (f *Follower) logLeftOut(p *peer, before *held, left []bundle.LeftOut) {
 	bundle.LogLeftOut(f.cfg.Log, p.TrustDomain, was, left)
 }
 
-// keepAgain keeps what is held unless it is kept already. A storage that fails
-// does not keep workloads from what is newest.
-func (f *Follower) keepAgain(ctx context.Context, p *peer) {
-	if p.held.Load().kept {
+// saveIfNeeded stores the current bundle if it is not stored. If the storage fails,
+// workloads still get the bundle.
+func (f *Follower) saveIfNeeded(ctx context.Context, p *peer) {
+	if p.current.Load().stored {
 		return
 	}
-	err := f.keep(ctx, p)
+	err := f.save(ctx, p)
 	switch {
-	case err != nil && !p.unkept && ctx.Err() == nil:
-		f.cfg.Log.Warn("federated bundle could not be stored: until it is, a restart brings back the one before", "trust_domain", p.TrustDomain.Name(), "error", err)
-	case err == nil && p.unkept:
-		f.cfg.Log.Info("federated bundle is stored again", "trust_domain", p.TrustDomain.Name())
+	case err != nil && !p.storageFailing && ctx.Err() == nil:
+		f.cfg.Log.Warn("federated bundle not stored, a restart would restore the previous one", "trust_domain", p.TrustDomain.Name(), "error", err)
+	case err == nil && p.storageFailing:
+		f.cfg.Log.Info("federated bundle storage recovered", "trust_domain", p.TrustDomain.Name())
 	}
-	p.unkept = err != nil
+	p.storageFailing = err != nil
 }
 
-// keep stores what is held.
-func (f *Follower) keep(ctx context.Context, p *peer) error {
-	h := p.held.Load()
+// save stores the current bundle.
+func (f *Follower) save(ctx context.Context, p *peer) error {
+	c := p.current.Load()
 	if f.cfg.Storage != nil {
-		data, err := marshal(h.bundle)
+		data, err := marshal(c.bundle)
 		if err != nil {
 			return err
 		}
-		if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: h.fetchedAt, File: p.file}); err != nil {
+		if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: c.fetchedAt, File: p.file}); err != nil {
 			return err
 		}
 	}
-	p.held.Store(&held{bundle: h.bundle, leftOut: h.leftOut, fetchedAt: h.fetchedAt, kept: true})
+	p.current.Store(&current{bundle: c.bundle, leftOut: c.leftOut, fetchedAt: c.fetchedAt, stored: true})
 	return nil
 }

@@ -23,9 +23,9 @@ import (
 
 func writeFile(path string, data []byte) error { return os.WriteFile(path, data, 0o600) }
 
-// The other side replaces its keys, twice. Each time its endpoint proves itself
-// with the new one from the activation on, and is followed to the end, where what
-// was in the file verifies nothing any more.
+// TestRotation: the other side replaces its keys, twice. From the activation on its
+// endpoint has a certificate of the new keyset. The follower gets every bundle, until the
+// authority of the file is no longer trusted.
 func TestRotation(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
@@ -33,7 +33,7 @@ func TestRotation(t *testing.T) {
 		first := p.certificates()
 		w.start(p.follow())
 		w.holds(partner, first...)
-		w.said("federated bundle is taken from its file|trust_domain=partner.example", "federated bundle changed|sequence=1|jwt_authorities=1|added=|jwt:")
+		w.logged("federated bundle read from its file|trust_domain=partner.example", "federated bundle changed|sequence=1|jwt_authorities=1|added=|jwt:")
 		for range 2 {
 			old := p.Active()
 			step := func(mutate func() error) {
@@ -48,36 +48,36 @@ func TestRotation(t *testing.T) {
 			}
 			var next keyset.Keyset
 			step(func() (err error) { next, err = p.Prepare(w.t.Context()); return err })
-			w.said("federated bundle changed|sequence=|x509_authorities=2|added=|x509:" + next.X509AuthorityID + "|removed=[]")
+			w.logged("federated bundle changed|sequence=|x509_authorities=2|added=|x509:" + next.X509AuthorityID + "|removed=[]")
 			step(func() error { return p.Activate(w.t.Context(), next.ID) })
-			w.said() // the bundle is the same
+			w.logged() // an activation does not change the bundle
 			step(func() error { return p.Taint(w.t.Context(), old.ID) })
-			w.said("federated bundle changed|added=[]|removed=[]") // its number is another
+			w.logged("federated bundle changed|added=[]|removed=[]") // only the sequence number changes
 			step(func() error { return p.Remove(w.t.Context(), old.ID) })
-			w.said("federated bundle changed|x509_authorities=1|added=[]|removed=|x509:" + old.X509AuthorityID)
+			w.logged("federated bundle changed|x509_authorities=1|added=[]|removed=|x509:" + old.X509AuthorityID)
 		}
 		if w.held(partner).HasX509Authority(first[0]) {
 			w.t.Error("the first authority is still trusted")
 		}
-		if got := w.counted(); strings.Contains(got, "failed") || strings.Contains(got, "rejected") {
+		if got := w.observed(); strings.Contains(got, "failed") || strings.Contains(got, "rejected") {
 			w.t.Errorf("outcomes %s", got)
 		}
-		// The file, which has not changed, does not bring back what was removed.
+		// The file has not changed, so it does not restore the removed authority.
 		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileSPIFFE, ID: p.id(), BundleFile: firstFile(w, first)})
 		w.holds(partner, p.certificates()...)
-		w.said()
+		w.logged()
 	})
 }
 
-// firstFile has certificates in the other format, with a number that no answer has.
+// firstFile writes certificates in SPIFFE's format, with a higher number than any answer.
 func firstFile(w *world, certs []*x509.Certificate) string {
 	path := w.t.TempDir() + "/bundle.json"
 	w.check(writeFile(path, document(partner, 99, certs...)))
 	return path
 }
 
-// A rotation that was missed as a whole cannot be followed: the endpoint proves
-// itself with a key that nobody vouches for. A new file leads on from there.
+// TestMissedRotation: after a rotation that was missed completely the endpoint's
+// certificate does not verify. A new file continues from there.
 func TestMissedRotation(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
@@ -91,21 +91,21 @@ func TestMissedRotation(t *testing.T) {
 		w.check(p.Activate(w.t.Context(), next.ID))
 		w.check(p.Taint(w.t.Context(), old.ID))
 		w.check(p.Remove(w.t.Context(), old.ID))
-		w.said("taken from its file", "changed")
+		w.logged("read from its file", "changed")
 		w.start(follow)
 		time.Sleep(time.Hour)
 		w.holds(partner, first...)
-		w.said("federated bundle refresh failed, keeping the bundle held|certificate signed by unknown authority")
+		w.logged("federated bundle refresh failed, keeping the current bundle|certificate signed by unknown authority")
 		follow.BundleFile = p.file()
 		w.start(follow)
 		w.holds(partner, p.certificates()...)
-		w.said("taken from its file", "federated bundle changed")
+		w.logged("read from its file", "federated bundle changed")
 	})
 }
 
-// While the other side is down its bundle stays, over a restart, too. It is asked
-// with growing pauses, and the log has one line when that begins and one when it
-// ends.
+// TestOutage: while the endpoint is down its bundle stays, also after a restart. The
+// pauses between the fetches grow, and the log has one line at the first failure and one
+// at the recovery.
 func TestOutage(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
@@ -114,21 +114,20 @@ func TestOutage(t *testing.T) {
 		w.start(p.follow())
 		at := time.Now()
 		p.down()
-		w.said("file", "changed")
+		w.logged("file", "changed")
 		w.mu.Lock()
 		w.dials = nil
 		w.mu.Unlock()
 		time.Sleep(3 * time.Hour)
 		w.holds(partner, p.certificates()...)
-		w.said("level=WARN|federated bundle refresh failed, keeping the bundle held|trust_domain=partner.example|connection refused")
+		w.logged("level=WARN|federated bundle refresh failed, keeping the current bundle|trust_domain=partner.example|connection refused")
 		if got := w.follower.Refreshed()[partner]; !got.Equal(at) {
 			w.t.Errorf("refreshed at %v, want %v", got, at)
 		}
 		w.mu.Lock()
 		dials := w.dials
 		w.mu.Unlock()
-		// 10 s, 20 s, ..., each half as much more or less, to 5 min. The hint says
-		// 10 min.
+		// 10 s, 20 s, ... up to 5 min, each ±50 %. The hint is 10 min.
 		if n := len(dials); n < 25 || n > 75 {
 			w.t.Errorf("asked %d times in 3 h", n)
 		}
@@ -145,18 +144,18 @@ func TestOutage(t *testing.T) {
 		if got := w.follower.Refreshed()[partner]; !got.Equal(at) {
 			w.t.Errorf("after a restart refreshed at %v, want %v", got, at)
 		}
-		w.said("refresh failed")
+		w.logged("refresh failed")
 		p.up()
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		w.said("level=INFO|federated bundle refresh works again|partner.example")
-		if got := w.counted(); !strings.HasPrefix(got, "applied failed failed") || !strings.Contains(got, "failed unchanged") {
+		w.logged("level=INFO|federated bundle refresh recovered|partner.example")
+		if got := w.observed(); !strings.HasPrefix(got, "applied failed failed") || !strings.Contains(got, "failed unchanged") {
 			w.t.Errorf("outcomes %s", got)
 		}
 	})
 }
 
-// The bundle's own hint says how often it is asked for, within limits.
+// TestInterval: the refresh hint sets the interval, within limits.
 func TestInterval(t *testing.T) {
 	for _, tt := range []struct {
 		hint string
@@ -171,7 +170,7 @@ func TestInterval(t *testing.T) {
 	} {
 		t.Run(tt.hint, func(t *testing.T) {
 			inWorld(t, func(w *world) {
-				w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+				w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
 					fmt.Fprintf(rw, `%s%s}`, strings.TrimSuffix(string(document(partner, 1, w.web.cert)), "}"), tt.hint)
 				})
 				w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
@@ -198,8 +197,8 @@ func TestInterval(t *testing.T) {
 	}
 }
 
-// An answer with a lower number is a replica that lags behind, and is followed
-// only when it stays. One without a number is as new as it can be.
+// TestOlderBundle: an answer with a lower number comes from a lagging replica, and is
+// accepted only if it stays. An answer without a number is never older.
 func TestOlderBundle(t *testing.T) {
 	inWorld(t, func(w *world) {
 		a, b := newAuthority(w.t).cert, newAuthority(w.t).cert
@@ -208,11 +207,11 @@ func TestOlderBundle(t *testing.T) {
 			doc = append(doc[:len(doc)-1], `,"spiffe_refresh_hint":60}`...)
 			answer.Store(&doc)
 		}
-		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) { rw.Write(*answer.Load()) })
+		w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) { rw.Write(*answer.Load()) })
 		set(document(partner, 5, a, b))
 		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
 		w.holds(partner, a, b)
-		w.said("changed")
+		w.logged("changed")
 		pass := func(d time.Duration) {
 			time.Sleep(d)
 			synctest.Wait()
@@ -220,34 +219,35 @@ func TestOlderBundle(t *testing.T) {
 		set(document(partner, 4, a))
 		pass(9 * time.Minute)
 		w.holds(partner, a, b)
-		w.said("level=WARN|answered with an older bundle, keeping the newer one|sequence=4 held=5")
+		w.logged("level=WARN|older federated bundle rejected, keeping the newer one|sequence=4 held=5")
 		set(document(partner, 6, b))
 		pass(2 * time.Minute)
 		w.holds(partner, b)
-		w.said("federated bundle changed|sequence=6")
-		set(document(partner, 3, a)) // the clock begins anew
+		w.logged("federated bundle changed|sequence=6")
+		set(document(partner, 3, a)) // the time limit starts again
 		pass(9 * time.Minute)
 		w.holds(partner, b)
-		w.said("keeping the newer one")
+		w.logged("keeping the newer one")
 		pass(5 * time.Minute)
 		w.holds(partner, a)
-		w.said("level=WARN|following it|sequence=3 held=6", "changed")
+		w.logged("level=WARN|older federated bundle accepted|sequence=3 held=6", "changed")
 		noNumber := strings.Replace(string(document(partner, 3, b)), `,"spiffe_sequence":3`, "", 1)
 		set([]byte(noNumber))
 		pass(minInterval)
 		w.holds(partner, b)
-		if got := w.counted(); !strings.Contains(got, "rejected rejected") {
+		if got := w.observed(); !strings.Contains(got, "rejected rejected") {
 			w.t.Errorf("outcomes %s", got)
 		}
 	})
 }
 
-// A trust domain that publishes no keys has withdrawn them (SPIFFE Trust Domain and
-// Bundle, section 4.1.3): nobody gets its bundle any more, after a restart neither.
+// TestWithdrawn: a trust domain that publishes no keys has withdrawn them (SPIFFE Trust
+// Domain and Bundle, section 4.1.3). Its bundle is no longer published, also after a
+// restart.
 func TestWithdrawn(t *testing.T) {
 	inWorld(t, func(w *world) {
 		var empty atomic.Bool
-		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+		w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
 			if empty.Load() {
 				fmt.Fprint(rw, `{"keys":[]}`)
 			} else {
@@ -257,19 +257,19 @@ func TestWithdrawn(t *testing.T) {
 		follow := federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb, BundleFile: firstFile(w, []*x509.Certificate{w.web.cert})}
 		w.start(follow)
 		w.holds(partner, w.web.cert)
-		w.said("file", "changed")
+		w.logged("file", "changed")
 		empty.Store(true)
 		time.Sleep(6 * time.Minute)
 		synctest.Wait()
 		if b := w.held(partner); b != nil {
 			w.t.Errorf("published: %v", b)
 		}
-		w.said("level=WARN|no X.509 authority any more|removed=|" + authorityID(w.web.cert))
+		w.logged("level=WARN|no X.509 authority left|removed=|" + authorityID(w.web.cert))
 		w.start(follow)
 		if b := w.held(partner); b != nil {
 			w.t.Errorf("published after a restart: %v", b)
 		}
-		w.said()
+		w.logged()
 		empty.Store(false)
 		time.Sleep(6 * time.Minute)
 		synctest.Wait()
@@ -277,8 +277,8 @@ func TestWithdrawn(t *testing.T) {
 	})
 }
 
-// The endpoint of one trust domain belongs to another, which is followed, too, and
-// replaces its keys; and one belongs to the server's own.
+// TestEndpointsOfOthers: the SPIFFE ID of an endpoint is in another trust domain, which is
+// configured, too, and replaces its keys. Another one is in the server's own.
 func TestEndpointsOfOthers(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p, o, self := w.domain(partner), w.domain(other), w.domain(own)
@@ -327,12 +327,12 @@ func TestEndpointsOfOthers(t *testing.T) {
 	})
 }
 
-// What an endpoint is verified with has just come: it is asked at once, and not
-// after the pause that follows a failure.
+// TestEndpointOfOneOnTheWeb: when the bundle that verifies an endpoint arrives, the
+// endpoint is asked at once, without the pause after a failure.
 func TestEndpointOfOneOnTheWeb(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p, o := w.domain(partner), w.domain(other)
-		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+		w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
 			time.Sleep(time.Second)
 			rw.Write(document(partner, 1, p.certificates()...))
 		})
@@ -342,58 +342,59 @@ func TestEndpointOfOneOnTheWeb(t *testing.T) {
 			federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb},
 		)
 		w.holds(other)
-		w.said("none is held yet|trust_domain=other.example|no bundle of trust domain partner.example")
+		w.logged("there is none yet|trust_domain=other.example|no bundle of trust domain partner.example")
 		time.Sleep(time.Second)
 		synctest.Wait()
 		w.holds(other, o.certificates()...)
 	})
 }
 
-// What is kept of a trust domain that is not configured any more is forgotten.
-func TestForgotten(t *testing.T) {
+// TestNoLongerConfigured: the bundle of a trust domain that is no longer configured is
+// deleted.
+func TestNoLongerConfigured(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
 		w.start(p.follow()) // from the file: its endpoint is down
 		w.holds(partner, p.certificates()...)
-		w.said("file", "refresh failed")
+		w.logged("file", "refresh failed")
 		if !w.follower.Follows(partner) || w.follower.Follows(other) || !w.follower.Refreshed()[partner].IsZero() {
-			w.t.Error("what is followed, or when it was refreshed")
+			w.t.Error("Follows or Refreshed is wrong")
 		}
 		w.start()
 		w.holds(partner)
-		w.said("level=WARN|trust domain is not followed any more|trust_domain=partner.example")
+		w.logged("level=WARN|federated bundle deleted|trust_domain=partner.example")
 		if len(w.storage.records) != 0 {
-			w.t.Error("its bundle is still kept")
+			w.t.Error("its bundle is still stored")
 		}
 		w.start()
-		w.said()
+		w.logged()
 	})
 }
 
-// A storage that fails keeps nobody from what is newest, and gets it when it works
-// again. What it holds and cannot be read is fetched anew.
+// TestStorageFails: if the storage fails, the newest bundle is published, and stored when
+// the storage recovers. A stored bundle that cannot be read is fetched again.
 func TestStorageFails(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
 		p.up()
 		w.start(p.follow())
-		w.said("file", "changed")
+		w.logged("file", "changed")
 		saved := w.storage.saved
 		w.storage.fail(errors.New("disk full"))
 		_, err := p.Prepare(w.t.Context())
 		w.check(err)
 		time.Sleep(10 * time.Minute)
 		w.holds(partner, p.certificates()...)
-		w.said("changed", "level=WARN|could not be stored|disk full")
+		w.logged("changed", "level=WARN|federated bundle not stored|disk full")
 		w.storage.fail(nil)
 		time.Sleep(10 * time.Minute)
-		w.said("is stored again")
+		w.logged("federated bundle storage recovered")
 		if n := w.storage.saved - saved; n != 1 {
 			w.t.Errorf("stored %d times", n)
 		}
 		p.down()
 		w.start(p.follow())
-		w.said("file", "refresh failed") // this file has both keys
+		w.logged("file", "refresh failed") // this file has both keys
 		w.stop()
 
 		w.storage.records[0].Bundle = []byte("{")
@@ -401,7 +402,7 @@ func TestStorageFails(t *testing.T) {
 		follow := p.follow()
 		w.start(follow)
 		w.holds(partner, p.certificates()...)
-		w.said("that was kept cannot be used", "taken from its file", "changed")
+		w.logged("stored federated bundle cannot be used", "read from its file", "changed")
 		w.stop()
 		w.storage.fail(errors.New("damaged"))
 		if err := w.open(follow); err == nil || !strings.Contains(err.Error(), "damaged") {
@@ -410,7 +411,7 @@ func TestStorageFails(t *testing.T) {
 	})
 }
 
-// as is a certificate for another path.
+// as issues a certificate for another path.
 func (d *domain) as(path string) (*tls.Certificate, error) {
 	key := newKey(d.w.t)
 	svid, err := d.SignX509(spiffeid.RequireFromPath(d.td, path), key.Public(), time.Hour)
@@ -420,9 +421,9 @@ func (d *domain) as(path string) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
 }
 
-// Two trust domains whose endpoints are verified with each other's bundles, and
-// answer with another bundle each time. A bundle with the same X.509 authorities
-// verifies nothing new and has nobody else fetched; others do so once a minute.
+// TestEndpointsOfEachOther: two endpoints are verified with each other's bundles and
+// return a changed bundle each time. A bundle with the same X.509 authorities triggers no
+// other fetch; any other triggers one at most once a minute.
 func TestEndpointsOfEachOther(t *testing.T) {
 	for name, tt := range map[string]struct {
 		replaced bool // an authority in each answer
@@ -436,14 +437,14 @@ func TestEndpointsOfEachOther(t *testing.T) {
 				a, b := w.domain(partner), w.domain(other)
 				var requests atomic.Int64
 				serve := func(of, verifier *domain) {
-					w.hand(of.td.Name()+":443", verifier.certificate, func(rw http.ResponseWriter, _ *http.Request) {
+					w.handle(of.td.Name()+":443", verifier.certificate, func(rw http.ResponseWriter, _ *http.Request) {
 						n := requests.Add(1)
 						certs := of.certificates()
 						if tt.replaced {
 							certs = append(certs, newAuthority(t).cert)
 						}
 						if n > 10*tt.limit {
-							n, certs = 10*tt.limit, of.certificates() // for a follower without a limit no time passes
+							n, certs = 10*tt.limit, of.certificates() // ends the loop of a follower without a limit
 						}
 						rw.Write(document(of.td, uint64(n), certs...))
 					})

@@ -39,7 +39,7 @@ var (
 
 const minInterval = 66 * time.Second // a minute, and at most 10 % more
 
-// world is a network in memory, in a bubble, with a server that follows others.
+// world is a network in memory, in a synctest bubble, with a follower.
 type world struct {
 	t     *testing.T
 	hosts map[string]*bufconn.Listener // by address
@@ -88,7 +88,7 @@ func (w *world) dial(ctx context.Context, _, address string) (net.Conn, error) {
 	return lis.DialContext(ctx)
 }
 
-// listen opens an address until the function that it returns is called.
+// listen opens an address until the returned function is called.
 func (w *world) listen(address string) (net.Listener, func()) {
 	lis := bufconn.Listen(1 << 16)
 	w.mu.Lock()
@@ -101,7 +101,7 @@ func (w *world) listen(address string) (net.Listener, func()) {
 	}
 }
 
-// publish is the follower's.
+// publish is the Publish function of the follower.
 func (w *world) publish(td spiffeid.TrustDomain, b *spiffebundle.Bundle) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -116,7 +116,7 @@ func (w *world) observe(td spiffeid.TrustDomain, outcome string) {
 	}
 }
 
-// open makes a server that follows endpoints; Run is up to the caller.
+// open creates a follower of endpoints without running it.
 func (w *world) open(endpoints ...federation.Endpoint) error {
 	w.bundles = map[spiffeid.TrustDomain]*spiffebundle.Bundle{}
 	var err error
@@ -127,7 +127,7 @@ func (w *world) open(endpoints ...federation.Endpoint) error {
 	return err
 }
 
-// start opens and runs it, in the place of the one before.
+// start stops the previous follower and runs another.
 func (w *world) start(endpoints ...federation.Endpoint) {
 	w.t.Helper()
 	w.stop()
@@ -149,7 +149,7 @@ func (w *world) held(td spiffeid.TrustDomain) *spiffebundle.Bundle {
 	return w.bundles[td]
 }
 
-// holds fails the test unless just these X.509 authorities are published.
+// holds fails the test unless exactly these X.509 authorities are published.
 func (w *world) holds(td spiffeid.TrustDomain, want ...*x509.Certificate) {
 	w.t.Helper()
 	var got []*x509.Certificate
@@ -157,12 +157,12 @@ func (w *world) holds(td spiffeid.TrustDomain, want ...*x509.Certificate) {
 		got = b.X509Authorities()
 	}
 	if !slices.EqualFunc(got, want, (*x509.Certificate).Equal) {
-		w.t.Errorf("%d X.509 authorities of %s are held, want %d", len(got), td.Name(), len(want))
+		w.t.Errorf("%d X.509 authorities of %s are published, want %d", len(got), td.Name(), len(want))
 	}
 }
 
-// counted are the outcomes for partner since the last call.
-func (w *world) counted() string {
+// observed returns the outcomes for partner since the last call.
+func (w *world) observed() string {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	out := strings.Join(w.outcomes, " ")
@@ -192,19 +192,19 @@ func (d *domain) id() spiffeid.ID { return spiffeid.RequireFromPath(d.td, "/spir
 
 func (d *domain) certificates() []*x509.Certificate { return d.Bundle().Certificates() }
 
-// follow says where the domain's own endpoint is, and where it begins.
+// follow returns the domain's endpoint, with a file of its present bundle.
 func (d *domain) follow() federation.Endpoint {
 	return federation.Endpoint{TrustDomain: d.td, URL: "https://" + d.td.Name() + "/bundle", Profile: federation.ProfileSPIFFE, ID: d.id(), BundleFile: d.file()}
 }
 
-// file is one with the domain's bundle.
+// file writes the domain's bundle to a file.
 func (d *domain) file() string {
 	path := d.w.t.TempDir() + "/bundle.pem"
 	d.w.check(writeFile(path, d.Bundle().PEM()))
 	return path
 }
 
-// certificate is one by the active keyset.
+// certificate issues a certificate with the active keyset.
 func (d *domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	key := newKey(d.w.t)
 	svid, err := d.SignX509(d.id(), key.Public(), time.Hour)
@@ -214,7 +214,7 @@ func (d *domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
 }
 
-// up serves the bundle by profile https_spiffe.
+// up serves the bundle with profile https_spiffe.
 func (d *domain) up() { d.serve(d.td, d.Bundle, d.certificate) }
 
 // serve serves a trust domain's bundle at an address of its name.
@@ -234,8 +234,8 @@ func (d *domain) serve(of spiffeid.TrustDomain, bundle func() *keyset.Bundle, ce
 	d.w.t.Cleanup(d.down)
 }
 
-// hand serves whatever a handler does, at an address.
-func (w *world) hand(address string, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error), h http.HandlerFunc) (down func()) {
+// handle serves a handler at an address.
+func (w *world) handle(address string, cert func(*tls.ClientHelloInfo) (*tls.Certificate, error), h http.HandlerFunc) (down func()) {
 	lis, unlisten := w.listen(address)
 	srv := &http.Server{Handler: h, TLSConfig: &tls.Config{GetCertificate: cert}, ErrorLog: slog.NewLogLogger(slog.DiscardHandler, 0)}
 	done := make(chan struct{})
@@ -252,7 +252,7 @@ func (w *world) hand(address string, cert func(*tls.ClientHelloInfo) (*tls.Certi
 	return down
 }
 
-// document is a bundle in SPIFFE's format.
+// document returns a bundle in SPIFFE's format.
 func document(td spiffeid.TrustDomain, sequence uint64, certs ...*x509.Certificate) []byte {
 	b := spiffebundle.FromX509Authorities(td, certs)
 	b.SetSequenceNumber(sequence)
@@ -300,7 +300,7 @@ func (a *authority) pool() *x509.CertPool {
 	return pool
 }
 
-// certificate is one for a host.
+// certificate issues a certificate for a host.
 func (a *authority) certificate(host string) func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	key := newKey(a.t)
 	cert := a.sign(&x509.Certificate{DNSNames: []string{host}, ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth}}, key)
@@ -317,7 +317,7 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 	return key
 }
 
-// lines is a log.
+// lines collects a log.
 type lines struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -329,9 +329,9 @@ func (l *lines) Write(p []byte) (int, error) {
 	return l.buf.Write(p)
 }
 
-// said fails the test unless the log since the last call has just these lines, each
-// with all of the words that | separates.
-func (w *world) said(want ...string) {
+// logged fails the test unless the log since the last call has exactly these lines, each
+// with all of the texts that | separates.
+func (w *world) logged(want ...string) {
 	w.t.Helper()
 	w.log.mu.Lock()
 	defer w.log.mu.Unlock()
@@ -351,7 +351,7 @@ func (w *world) said(want ...string) {
 	}
 }
 
-// memory is a storage that outlives a follower.
+// memory is a storage that survives a follower.
 type memory struct {
 	mu      sync.Mutex
 	records []federation.Record
@@ -388,7 +388,7 @@ func (m *memory) delete(td spiffeid.TrustDomain) {
 	m.records = slices.DeleteFunc(m.records, func(r federation.Record) bool { return r.TrustDomain == td })
 }
 
-// fail has all methods fail, or none when err is nil.
+// fail makes all methods fail with err, or none when it is nil.
 func (m *memory) fail(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()

@@ -20,8 +20,8 @@ import (
 	"github.com/renewd/renewd/internal/server/federation"
 )
 
-// Whatever an endpoint answers, the bundle that was held stays, it takes no
-// more than half a minute and a mebibyte, and once it answers again it is followed.
+// TestBadAnswers: a bad answer does not change the bundle and costs no more than half a
+// minute and a mebibyte. The next good answer is accepted.
 func TestBadAnswers(t *testing.T) {
 	text := func(s string) http.HandlerFunc {
 		return func(rw http.ResponseWriter, _ *http.Request) { fmt.Fprint(rw, s) }
@@ -74,11 +74,11 @@ func TestBadAnswers(t *testing.T) {
 		{"HTML", text("<html>captive portal</html>"), "rejected", "not a bundle"},
 		{"JSON of another kind", text(`{"status":"ok"}`), "rejected", `no \"keys\"`},
 		{"null", text(`null`), "rejected", `no \"keys\"`},
-		{"no list", text(`{"keys":{}}`), "rejected", "not a bundle"},
-		{"keys that are none", text(`{"keys":[1]}`), "rejected", "it is not a key"},
-		{"a number that is none", text(`{"keys":[],"spiffe_sequence":-1}`), "rejected", "sequence"},
+		{"not a list", text(`{"keys":{}}`), "rejected", "not a bundle"},
+		{"invalid key", text(`{"keys":[1]}`), "rejected", "it is not a key"},
+		{"invalid number", text(`{"keys":[],"spiffe_sequence":-1}`), "rejected", "sequence"},
 		{"no certificate", text(key(`"use":"x509-svid","kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM"`)), "rejected", "0 certificates"},
-		{"a certificate that is none", text(key(`"use":"x509-svid","kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM","x5c":["AAAA"]`)), "rejected", "x5c"},
+		{"invalid certificate", text(key(`"use":"x509-svid","kty":"EC","crv":"P-256","x":"MKBCTNIcKUSDii11ySs3526iDZ8AiTo7Tu6KPAqv7D4","y":"4Etl6SRW2YiLUrN5vfvVHuhp7x8PxltmWWlbbM4IFyM","x5c":["AAAA"]`)), "rejected", "x5c"},
 		{"a redirect to http", redirect("http://partner.example/"), "failed", "not an https URL"},
 		{"a redirect with a user", redirect("https://me:secret@partner.example/"), "failed", "has a user"},
 		{"a redirect to itself", redirect("https://partner.example/"), "failed", "more than 3 redirects"},
@@ -89,33 +89,33 @@ func TestBadAnswers(t *testing.T) {
 				answer := http.HandlerFunc(func(rw http.ResponseWriter, _ *http.Request) { rw.Write(document(partner, 1, w.web.cert)) })
 				good := answer
 				cert := w.web.certificate("partner.example")
-				down := w.hand("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) { answer(rw, r) })
-				// Somebody with a certificate, but not one of this host.
-				w.hand("elsewhere.example:443", cert, good)
+				down := w.handle("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) { answer(rw, r) })
+				// A server without a certificate for this host.
+				w.handle("elsewhere.example:443", cert, good)
 				follow := federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb}
 				w.start(follow)
 				w.holds(partner, w.web.cert)
-				w.said("changed")
-				w.counted()
+				w.logged("changed")
+				w.observed()
 				down()
 
 				answer = tt.answer
-				down = w.hand("partner.example:443", cert, answer)
+				down = w.handle("partner.example:443", cert, answer)
 				// The next refresh begins within 5.5 min, and ends in 30 s more.
 				time.Sleep(6 * time.Minute)
 				synctest.Wait()
-				if got := w.counted(); !strings.HasPrefix(got, tt.outcome) || strings.Contains(got, "applied") || strings.Contains(got, "unchanged") {
+				if got := w.observed(); !strings.HasPrefix(got, tt.outcome) || strings.Contains(got, "applied") || strings.Contains(got, "unchanged") {
 					t.Errorf("outcomes %q, want %s", got, tt.outcome)
 				}
 				w.holds(partner, w.web.cert)
-				w.said("level=WARN|federated bundle refresh failed, keeping the bundle held|" + tt.why)
+				w.logged("level=WARN|federated bundle refresh failed, keeping the current bundle|" + tt.why)
 				down()
 
-				w.hand("partner.example:443", cert, good)
+				w.handle("partner.example:443", cert, good)
 				time.Sleep(10 * time.Minute)
 				synctest.Wait()
 				w.holds(partner, w.web.cert)
-				w.said("federated bundle refresh works again")
+				w.logged("federated bundle refresh recovered")
 			})
 		})
 	}
@@ -125,7 +125,7 @@ func redirect(to string) http.HandlerFunc {
 	return func(rw http.ResponseWriter, r *http.Request) { http.Redirect(rw, r, to, http.StatusTemporaryRedirect) }
 }
 
-// Who is not the endpoint is not believed.
+// TestWrongCertificate: a server that is not the endpoint is rejected.
 func TestWrongCertificate(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -135,27 +135,27 @@ func TestWrongCertificate(t *testing.T) {
 		why   string
 	}{
 		{name: "of another authority of the same name", serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", w.domain(partner).certificate, nil)
+			w.handle("partner.example:443", w.domain(partner).certificate, nil)
 		}, why: "unknown authority"},
 		{name: "of another SPIFFE ID", serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.as("/workload") }, nil)
+			w.handle("partner.example:443", func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.as("/workload") }, nil)
 		}, why: "unexpected ID"},
 		{name: "of the web", serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", w.web.certificate("partner.example"), nil)
+			w.handle("partner.example:443", w.web.certificate("partner.example"), nil)
 		}, why: "certificate contains no URI"},
 		{name: "redirect to another SPIFFE ID", serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", p.certificate, redirect("https://cdn.example"))
-			w.hand("cdn.example:443", func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.as("/cdn") }, nil)
+			w.handle("partner.example:443", p.certificate, redirect("https://cdn.example"))
+			w.handle("cdn.example:443", func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return p.as("/cdn") }, nil)
 		}, why: "unexpected ID"},
 		{name: "of another host", web: true, serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", w.web.certificate("other.example"), nil)
+			w.handle("partner.example:443", w.web.certificate("other.example"), nil)
 		}, why: "is valid for other.example"},
 		{name: "of another authority of the web", web: true, serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", newAuthority(w.t).certificate("partner.example"), nil)
+			w.handle("partner.example:443", newAuthority(w.t).certificate("partner.example"), nil)
 		}, why: "unknown authority"},
 		{name: "an SVID on the web", web: true, serve: func(w *world, p *domain) {
-			w.hand("partner.example:443", p.certificate, nil)
-		}, why: "it proves itself as spiffe://partner.example/spire/server: is its profile https_spiffe?"},
+			w.handle("partner.example:443", p.certificate, nil)
+		}, why: "its certificate is of spiffe://partner.example/spire/server: is its profile https_spiffe?"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			inWorld(t, func(w *world) {
@@ -170,8 +170,8 @@ func TestWrongCertificate(t *testing.T) {
 				time.Sleep(time.Minute)
 				synctest.Wait()
 				w.holds(partner, first...)
-				w.said("taken from its file", "refresh failed|"+tt.why)
-				if got := w.counted(); !strings.HasPrefix(got, "failed failed") {
+				w.logged("read from its file", "refresh failed|"+tt.why)
+				if got := w.observed(); !strings.HasPrefix(got, "failed failed") {
 					t.Errorf("outcomes %s", got)
 				}
 			})
@@ -179,8 +179,8 @@ func TestWrongCertificate(t *testing.T) {
 	}
 }
 
-// A redirect is followed where the new place proves itself as the endpoint, and the
-// next time the old one is asked again.
+// TestRedirect: a redirect is followed if the new place authenticates as the endpoint. The
+// next fetch starts at the old place.
 func TestRedirect(t *testing.T) {
 	t.Parallel()
 	for _, profile := range []string{federation.ProfileWeb, federation.ProfileSPIFFE} {
@@ -193,18 +193,18 @@ func TestRedirect(t *testing.T) {
 					cert, cdn = w.web.certificate("partner.example"), w.web.certificate("cdn.example")
 					follow.Profile, follow.ID, follow.BundleFile = profile, spiffeid.ID{}, ""
 				}
-				w.hand("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) {
+				w.handle("partner.example:443", cert, func(rw http.ResponseWriter, r *http.Request) {
 					if !r.Close {
 						w.t.Error("the connection stays open, and would not be verified again")
 					}
 					http.Redirect(rw, r, "https://cdn.example/b", http.StatusMovedPermanently)
 				})
-				w.hand("cdn.example:443", cdn, func(rw http.ResponseWriter, r *http.Request) { rw.Write(document(partner, 7, p.certificates()...)) })
+				w.handle("cdn.example:443", cdn, func(rw http.ResponseWriter, r *http.Request) { rw.Write(document(partner, 7, p.certificates()...)) })
 				w.start(follow)
 				w.holds(partner, p.certificates()...)
 				time.Sleep(6 * time.Minute)
 				synctest.Wait()
-				if got := w.counted(); got != "applied unchanged" {
+				if got := w.observed(); got != "applied unchanged" {
 					t.Errorf("outcomes %s", got)
 				}
 				var asked []string
@@ -219,9 +219,9 @@ func TestRedirect(t *testing.T) {
 	}
 }
 
-// What of an answer cannot be used, kinds that are not known (SPIFFE Trust Domain
-// and Bundle, section 4.2) or broken ones, is left out alone. The log has one line
-// when that changes, over a restart, too, and the metrics have the number.
+// TestUnusableAuthorities: authorities that cannot be used, of an unknown kind (SPIFFE
+// Trust Domain and Bundle, section 4.2) or invalid, are left out, and the others are used.
+// The log has one line when that changes or at a restart, and LeftOut returns the number.
 func TestUnusableAuthorities(t *testing.T) {
 	inWorld(t, func(w *world) {
 		junk := []string{
@@ -231,7 +231,7 @@ func TestUnusableAuthorities(t *testing.T) {
 		var parts atomic.Pointer[[]string]
 		parts.Store(&junk)
 		known := strings.TrimSuffix(strings.TrimPrefix(string(document(partner, 3, w.web.cert)), `{"keys":[`), `],"spiffe_sequence":3}`)
-		w.hand("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+		w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
 			fmt.Fprintf(rw, `{"more":true,"spiffe_sequence":3,"keys":[%s]}`, strings.Join(append(slices.Clone(*parts.Load()), known, known), ","))
 		})
 		follow := federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb}
@@ -240,22 +240,22 @@ func TestUnusableAuthorities(t *testing.T) {
 		if n := len(w.held(partner).JWTAuthorities()); n != 0 {
 			t.Errorf("%d JWT authorities", n)
 		}
-		w.said("level=WARN|unusable authorities left out|trust_domain=partner.example left_out=5|jwt:b: it is not a public key", "changed")
+		w.logged("level=WARN|unusable authorities left out|trust_domain=partner.example left_out=5|jwt:b: it is not a public key", "changed")
 		if n := w.follower.LeftOut()[partner]; n != 5 {
 			t.Errorf("%d left out", n)
 		}
 		time.Sleep(time.Hour)
-		w.said()
+		w.logged()
 		fewer, none := junk[:2], []string{}
 		parts.Store(&fewer)
 		time.Sleep(6 * time.Minute)
-		w.said("unusable authorities left out|left_out=2")
+		w.logged("unusable authorities left out|left_out=2")
 		w.start(follow)
-		w.said("unusable authorities left out|left_out=2")
+		w.logged("unusable authorities left out|left_out=2")
 		parts.Store(&none)
 		time.Sleep(6 * time.Minute)
-		w.said("no authority left out of the bundle any more")
-		if n := w.follower.LeftOut()[partner]; n != 0 || !strings.HasPrefix(w.counted(), "applied unchanged") {
+		w.logged("no authority left out of the bundle any more")
+		if n := w.follower.LeftOut()[partner]; n != 0 || !strings.HasPrefix(w.observed(), "applied unchanged") {
 			t.Errorf("%d left out", n)
 		}
 	})
@@ -282,9 +282,9 @@ func TestCheck(t *testing.T) {
 		{"the server's", []federation.Endpoint{by(partner, own, "")}, ""},
 		{"by one on the web", []federation.Endpoint{by(partner, other, ""), web(other)}, ""},
 		{"by one by one with a file", []federation.Endpoint{by(partner, other, ""), by(other, third, ""), by(third, third, "f")}, ""},
-		{"a circle with a file", []federation.Endpoint{by(partner, other, ""), by(other, partner, "f")}, ""},
+		{"a cycle with a file", []federation.Endpoint{by(partner, other, ""), by(other, partner, "f")}, ""},
 		{"no file", []federation.Endpoint{by(partner, partner, "")}, "bundle_file"},
-		{"by one that is not followed", []federation.Endpoint{by(partner, other, "f")}, "endpoint_spiffe_id"},
+		{"by one that is not configured", []federation.Endpoint{by(partner, other, "f")}, "endpoint_spiffe_id"},
 		{"twice", []federation.Endpoint{web(partner), web(partner)}, "endpoint_url"},
 		{"the server itself", []federation.Endpoint{web(own)}, "endpoint_url"},
 	} {
@@ -295,13 +295,13 @@ func TestCheck(t *testing.T) {
 		}
 	}
 	err := federation.Check(own, []federation.Endpoint{by(partner, other, ""), by(other, partner, "")})
-	if err == nil || strings.Count(err.Error(), "nothing leads to") != 2 {
-		t.Errorf("a circle: %v", err)
+	if err == nil || strings.Count(err.Error(), "is not available") != 2 {
+		t.Errorf("a cycle: %v", err)
 	}
 }
 
-// FuzzAnswer: no answer makes the follower panic, and what it takes can be kept,
-// read again and told to agents.
+// FuzzAnswer: no answer causes a panic, and a bundle that is accepted can be stored,
+// loaded and given to agents.
 func FuzzAnswer(f *testing.F) {
 	cert := newAuthority(&testing.T{}).cert
 	f.Add(string(document(partner, 7, cert)))
@@ -322,14 +322,14 @@ func FuzzAnswer(f *testing.F) {
 		}
 		again, left, err := federation.Parse(partner, data)
 		if err != nil || len(left) > 0 || !again.Equal(b) {
-			t.Fatalf("kept as %s: %v", data, err)
+			t.Fatalf("stored as %s: %v", data, err)
 		}
-		told(t, b)
+		checkAgentBundle(t, b)
 	})
 }
 
-// told makes of a bundle what agents make of it.
-func told(t *testing.T, b *spiffebundle.Bundle) {
+// checkAgentBundle checks that an agent accepts a bundle.
+func checkAgentBundle(t *testing.T, b *spiffebundle.Bundle) {
 	var c bundle.Content
 	for _, cert := range b.X509Authorities() {
 		c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert})

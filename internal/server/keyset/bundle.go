@@ -24,17 +24,17 @@ type JWTAuthority struct {
 	Tainted   bool
 }
 
-// Bundle is what is published: the authorities of every keyset, whatever its
+// Bundle is a published trust bundle: the authorities of every keyset, whatever its
 // state, in order of issue. It is immutable; callers must not modify it.
 type Bundle struct {
-	// Sequence grows with every change of the authorities or their marks.
+	// Sequence grows with every change of the authorities or their taint marks.
 	Sequence uint64
 	X509     []X509Authority
 	JWT      []JWTAuthority
 }
 
-// Union is the bundle of a trust domain with several deployments: the
-// authorities of all bundles, in the order given. Its sequence is the sum of
+// Union returns the bundle of a trust domain with several deployments: the
+// authorities of all bundles, in the order given. Its sequence number is the sum of
 // theirs, so it grows when one of them does.
 func Union(bundles ...*Bundle) *Bundle {
 	out := new(Bundle)
@@ -55,13 +55,12 @@ func (b *Bundle) Certificates() []*x509.Certificate {
 	return certs
 }
 
-// PEM returns the X.509 authorities as PEM certificates, the form that an
-// agent's bootstrap bundle file has.
+// PEM returns the X.509 authorities as PEM certificates, the format of an agent's
+// bootstrap bundle file.
 func (b *Bundle) PEM() []byte {
 	var out bytes.Buffer
 	for _, a := range b.X509 {
-		// A bytes.Buffer accepts every write, and the block has no headers
-		// that could be refused.
+		// A bytes.Buffer accepts every write, and a block without headers is valid.
 		_ = pem.Encode(&out, &pem.Block{Type: "CERTIFICATE", Bytes: a.Certificate.Raw})
 	}
 	return out.Bytes()

@@ -34,7 +34,7 @@ func check(t *testing.T, err error) {
 	}
 }
 
-// TestAudit walks through a rotation and compares what is noted of each step.
+// TestAudit checks the audit records of a rotation.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	c := &clock{start}
@@ -70,7 +70,7 @@ func TestAudit(t *testing.T) {
 		want[i].At = at[i]
 	}
 	if len(store.log) != len(want) {
-		t.Fatalf("%d changes were noted, want %d: %v", len(store.log), len(want), store.log)
+		t.Fatalf("%d audit records, want %d: %v", len(store.log), len(want), store.log)
 	}
 	for i, got := range store.log {
 		if !reflect.DeepEqual(got, want[i]) {
@@ -79,9 +79,9 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// TestWhoAndWhen compares what is kept of the steps in the keysets themselves,
-// before and after they are read back.
-func TestWhoAndWhen(t *testing.T) {
+// TestActorsAndTimes checks the actors and times in the keysets, before and after they
+// are loaded from storage.
+func TestActorsAndTimes(t *testing.T) {
 	t.Parallel()
 	c := &clock{start}
 	store := new(keyset.Memory)
@@ -110,7 +110,7 @@ func TestWhoAndWhen(t *testing.T) {
 	expect(c.now, first.ID, "alice", c.now, never)
 	expect(c.now, next.ID, "", never, never)
 
-	// Back again: who signs has not stepped down.
+	// Active again: the keyset that signs has not stepped down.
 	c.now = start.Add(2 * time.Hour)
 	check(t, d.Activate(keyset.WithActor(t.Context(), "bob"), first.ID))
 	expect(c.now, first.ID, "", never, never)
@@ -122,9 +122,8 @@ func TestWhoAndWhen(t *testing.T) {
 	expect(down, next.ID, "bob", down, c.now)
 }
 
-// TestTimesAreOnesThatCanBeStored uses the real clock, whose times also hold a
-// reading of the monotonic clock.
-func TestTimesAreOnesThatCanBeStored(t *testing.T) {
+// TestTimesCanBeStored uses the real clock, whose times have a monotonic reading.
+func TestTimesCanBeStored(t *testing.T) {
 	t.Parallel()
 	store := new(audited)
 	d := open(t, keyset.Config{Storage: store})
@@ -145,8 +144,8 @@ func TestTimesAreOnesThatCanBeStored(t *testing.T) {
 	}
 }
 
-// TestCheck refuses each operation by a Check, and looks at what the Check is
-// shown.
+// TestCheck refuses each operation by a Check, and compares the keysets that the Check
+// receives.
 func TestCheck(t *testing.T) {
 	t.Parallel()
 	not := errors.New("not now")
@@ -157,7 +156,7 @@ func TestCheck(t *testing.T) {
 	check(t, d.Taint(t.Context(), tainted.ID))
 	prepared, err := d.Prepare(t.Context())
 	check(t, err)
-	// Another process prepares: what is stored is what the Check decides on.
+	// Another process prepares a keyset: the Check receives the stored keysets.
 	_, err = open(t, keyset.Config{Storage: store}).Prepare(t.Context())
 	check(t, err)
 
@@ -168,7 +167,7 @@ func TestCheck(t *testing.T) {
 			t.Errorf("shown %v, in force is %v", all, got)
 		}
 		shown = slices.Clone(all)
-		all[0].State = keyset.Tainted // its own copy
+		all[0].State = keyset.Tainted // must be a copy
 		return not
 	}
 	for name, do := range map[string]func(keyset.Check) error{
@@ -188,7 +187,7 @@ func TestCheck(t *testing.T) {
 			t.Errorf("%s: refused, and something has changed", name)
 		}
 	}
-	// A step that the state forbids is refused for that.
+	// A step that the state does not allow is refused for that reason.
 	if err := d.Remove(t.Context(), prepared.ID, refuse); !errors.Is(err, refusal.ErrRemovePrepared) {
 		t.Errorf("remove of a prepared keyset: %v", err)
 	}
@@ -197,7 +196,7 @@ func TestCheck(t *testing.T) {
 	}
 }
 
-// TestCheckIsAtomic has another process change the keysets after the Check.
+// TestCheckIsAtomic: another process changes the keysets after the Check.
 func TestCheckIsAtomic(t *testing.T) {
 	t.Parallel()
 	store := new(keyset.Memory)
@@ -237,12 +236,12 @@ func TestChanged(t *testing.T) {
 	}
 	store.save = nil
 	if d.List(t.Context()); closed(s) || d.Bundle() != s.Bundle {
-		t.Error("a look changed something")
+		t.Error("List changed something")
 	}
 	k, err := d.Prepare(t.Context())
 	check(t, err)
 	if !closed(s) {
-		t.Error("prepare: not heard")
+		t.Error("prepare: Changed is not closed")
 	}
 	s = d.Status()
 	if len(s.Keysets) != 2 || s.Bundle != d.Bundle() || s.Bundle.Sequence != 2 {
@@ -252,13 +251,13 @@ func TestChanged(t *testing.T) {
 	if d.Status().Keysets[0].ID == "mine" {
 		t.Error("status is shared")
 	}
-	// By another process: heard when it is looked for.
+	// A change of another process is seen by List.
 	check(t, open(t, keyset.Config{Storage: store.Storage}).Activate(t.Context(), k.ID))
 	if closed(s) {
-		t.Error("heard of a change before it was read")
+		t.Error("Changed is closed before the change was loaded")
 	}
 	if d.List(t.Context()); !closed(s) || d.Status().Bundle.Sequence != 2 {
-		t.Error("activation by another process: not heard")
+		t.Error("activation by another process: Changed is not closed")
 	}
 }
 
@@ -267,25 +266,25 @@ func TestUnknownOutcome(t *testing.T) {
 	t.Parallel()
 	store := &failing{Storage: new(keyset.Memory)}
 	d := open(t, keyset.Config{Storage: store})
-	store.Storage = after{store.Storage, errors.New("connection lost")}
+	store.Storage = failsAfterSave{store.Storage, errors.New("connection lost")}
 	if _, err := d.Prepare(t.Context()); err == nil || err.Error() != "prepare keyset: save: connection lost" {
 		t.Errorf("prepare: %v", err)
 	}
 	if n := len(d.Bundle().X509); n != 1 {
-		t.Errorf("%d keysets are published before anybody has looked", n)
+		t.Errorf("%d keysets are published before List", n)
 	}
 	if got := list(t, d); len(got) != 2 || len(d.Bundle().X509) != 2 {
-		t.Errorf("after a look: %v", got)
+		t.Errorf("after List: %v", got)
 	}
 }
 
-// after is a storage that saves and says that it has not.
-type after struct {
+// failsAfterSave is a storage that saves and returns an error.
+type failsAfterSave struct {
 	keyset.Storage
 	err error
 }
 
-func (a after) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+func (a failsAfterSave) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	if err := a.Storage.Save(ctx, d, c); err != nil {
 		return err
 	}

@@ -36,14 +36,14 @@ func TestSuccessorOfAClockAhead(t *testing.T) {
 			t.Errorf("the CA certificate begins %v, keyset %v, its predecessor %v; it is %v", begins, k.ValidFrom, first.ValidFrom, c.now)
 		}
 	}
-	// One of whose predecessor the clock was ahead begins with its own issue.
+	// If the clock was ahead for the predecessor, the certificate begins with its own issue.
 	if k, err = d.Prepare(t.Context()); err != nil || k.ValidFrom.After(c.now) || c.now.Sub(k.ValidFrom) > time.Minute {
 		t.Errorf("valid from %v, issued %v, %v", k.ValidFrom, k.IssuedAt, err)
 	}
 }
 
-// TestActivateRefusesTheFuture: what was issued by a clock that was ahead signs
-// nothing before that time has come.
+// TestActivateRefusesTheFuture: a keyset that was issued by a clock that was ahead
+// cannot be activated before that time.
 func TestActivateRefusesTheFuture(t *testing.T) {
 	t.Parallel()
 	c := &clock{start.Add(48 * time.Hour)}
@@ -59,7 +59,7 @@ func TestActivateRefusesTheFuture(t *testing.T) {
 			t.Errorf("after %v: %v, active is %s", at, err, d.Active().ID)
 		}
 	}
-	c.now = k.IssuedAt.Add(-time.Second) // clocks are not that exact
+	c.now = k.IssuedAt.Add(-time.Second) // within the tolerance
 	if err := d.Activate(t.Context(), k.ID); err != nil {
 		t.Error(err)
 	}

@@ -14,10 +14,10 @@ import (
 	"github.com/renewd/renewd/internal/server/detach"
 )
 
-// DefaultLifetime is how long a keyset lives.
+// DefaultLifetime is the default lifetime of a keyset.
 const DefaultLifetime = 90 * 24 * time.Hour
 
-// Config says which deployment to open. Only TrustDomain is required.
+// Config describes the deployment to open. Only TrustDomain is required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Name is the deployment's name within the trust domain; "default" when
@@ -25,8 +25,8 @@ type Config struct {
 	Name string
 	// Storage keeps the keysets; memory when nil.
 	Storage Storage
-	// Lifetime is how long a new keyset lives; DefaultLifetime when zero. It
-	// must be at least an hour.
+	// Lifetime is the lifetime of a new keyset; DefaultLifetime when zero. It must
+	// be at least an hour.
 	Lifetime time.Duration
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
@@ -46,8 +46,8 @@ type Deployment struct {
 	current   atomic.Pointer[snapshot]
 }
 
-// Open loads the keysets of a deployment. Where none was ever stored it makes
-// the first one, which is active.
+// Open loads the keysets of a deployment. If none was ever stored, it makes the first
+// one, which is active.
 func Open(ctx context.Context, c Config) (*Deployment, error) {
 	if c.TrustDomain.IsZero() {
 		return nil, errors.New("open keysets: no trust domain")
@@ -103,18 +103,18 @@ func (d *Deployment) first(doc *Document, c *Change) error {
 	return nil
 }
 
-// TrustDomain is the trust domain that the keysets sign for.
+// TrustDomain returns the trust domain that the keysets sign for.
 func (d *Deployment) TrustDomain() spiffeid.TrustDomain { return d.td }
 
-// Name is the deployment's name.
+// Name returns the deployment's name.
 func (d *Deployment) Name() string { return d.name }
 
-// Lifetime is how long a new keyset lives.
+// Lifetime returns the lifetime of a new keyset.
 func (d *Deployment) Lifetime() time.Duration { return d.lifetime }
 
-// List reads the keysets from storage, in order of issue. After a mutation
-// whose outcome is unknown this is the way to learn it; what is found is also
-// what is signed with and published from then on.
+// List loads the keysets from storage and returns them in order of issue. It also
+// resolves the unknown outcome of a mutation: the Deployment signs with the loaded
+// keysets and publishes them from then on.
 func (d *Deployment) List(ctx context.Context) ([]Keyset, error) {
 	doc, err := d.storage.Load(ctx)
 	if err != nil {
@@ -126,48 +126,48 @@ func (d *Deployment) List(ctx context.Context) ([]Keyset, error) {
 	return d.Status().Keysets, nil
 }
 
-// Status is a deployment at one moment.
+// Status is a consistent view of a deployment.
 type Status struct {
 	Keysets   []Keyset // in order of issue
 	RotatedAt time.Time
-	Bundle    *Bundle // what is published
-	// Changed is closed when something else is in force. Who follows a
-	// deployment takes a Status, does what follows from it, waits for Changed
-	// and takes the next: no change is missed, and several may become one.
+	Bundle    *Bundle // the published one
+	// Changed is closed when the status is replaced. To follow a deployment, take a
+	// Status, act on it, wait for Changed and take the next: no change is missed,
+	// and several may be combined.
 	Changed <-chan struct{}
 }
 
-// Status returns what this process signs with and publishes at this moment. It
-// reads no storage.
+// Status returns the keysets that this process signs with and the bundle that it
+// publishes. It does not read storage.
 func (d *Deployment) Status() Status {
 	s := d.current.Load()
 	return Status{Keysets: slices.Clone(s.keysets), RotatedAt: s.rotatedAt, Bundle: s.bundle, Changed: s.replaced}
 }
 
-// Active describes the keyset that signs at this moment.
+// Active returns the keyset that signs.
 func (d *Deployment) Active() Keyset { return d.current.Load().active.keyset }
 
-// Bundle returns what is published at this moment. As long as nothing changes it
-// returns the same pointer.
+// Bundle returns the published bundle. It returns the same pointer until the bundle
+// changes.
 func (d *Deployment) Bundle() *Bundle { return d.current.Load().bundle }
 
 // BundlePEM returns the published X.509 authorities as PEM certificates.
 func (d *Deployment) BundlePEM() []byte { return d.Bundle().PEM() }
 
-// Prepare makes a new keyset: published, not signing. Its CA certificate begins
+// Prepare makes a new keyset: published, not signing. Its CA certificate is valid from
 // when the active keyset was issued; see [Keyset].
 //
-// Like every mutation it returns after the new state is stored and published,
-// at the latest after two minutes, and is never retried. It is refused with
-// ErrBusy while another mutation of the deployment is in flight. Any other
-// error from storage leaves the outcome open until the next List.
+// Like every mutation, it returns after the new state is stored and published, at the
+// latest after two minutes, and is never retried. It is refused with ErrBusy while
+// another mutation of the deployment is in flight. After any other error from storage
+// the outcome is unknown until the next List.
 func (d *Deployment) Prepare(ctx context.Context, checks ...Check) (Keyset, error) {
 	then, err := d.mutate(ctx, "prepare", checks, func(doc *Document, c *Change) error {
 		c.KeysetID = newID()
 		for find(doc, c.KeysetID) != nil {
 			c.KeysetID = newID()
 		}
-		r, err := newRecord(d.td, c.KeysetID, predecessor(doc), c.At, d.lifetime)
+		r, err := newRecord(d.td, c.KeysetID, activeSince(doc), c.At, d.lifetime)
 		if err != nil {
 			return err
 		}
@@ -181,8 +181,8 @@ func (d *Deployment) Prepare(ctx context.Context, checks ...Check) (Keyset, erro
 	return then.keysets[len(then.keysets)-1], nil
 }
 
-// predecessor is when the active keyset was issued.
-func predecessor(doc *Document) time.Time {
+// activeSince returns when the active keyset was issued.
+func activeSince(doc *Document) time.Time {
 	for _, r := range doc.Records {
 		if r.State == Active {
 			return r.IssuedAt
@@ -191,9 +191,9 @@ func predecessor(doc *Document) time.Time {
 	return time.Time{} // newSnapshot refuses such a document
 }
 
-// Activate makes a prepared keyset the one that signs. The one that did steps
-// down to PREPARED: still published and trusted. One that was issued in the future,
-// by a clock that was ahead, is refused until then.
+// Activate makes a prepared keyset the one that signs. The previous one steps down to
+// PREPARED: still published and trusted. A keyset that was issued in the future, by a
+// clock that was ahead, is refused until that time.
 func (d *Deployment) Activate(ctx context.Context, id string, checks ...Check) error {
 	_, err := d.mutate(ctx, "activate", checks, func(doc *Document, c *Change) error {
 		r := find(doc, id)
@@ -223,8 +223,8 @@ func (d *Deployment) Activate(ctx context.Context, id string, checks ...Check) e
 	return err
 }
 
-// Taint marks a prepared keyset: still published and trusted, and everything
-// that it signed is to be replaced.
+// Taint marks a prepared keyset as tainted: it is still published and trusted, and
+// everything that it signed is to be replaced.
 func (d *Deployment) Taint(ctx context.Context, id string, checks ...Check) error {
 	_, err := d.mutate(ctx, "taint", checks, func(doc *Document, c *Change) error {
 		r := find(doc, id)
@@ -244,15 +244,15 @@ func (d *Deployment) Taint(ctx context.Context, id string, checks ...Check) erro
 	return err
 }
 
-// Note adds a line to the audit log of what was done that changes no keyset; see
+// Note adds a line to the audit log for an operation that changes no keyset; see
 // [WithActor] and [WithNote].
 func (d *Deployment) Note(ctx context.Context, operation string) error {
 	_, err := d.mutate(ctx, operation, nil, func(*Document, *Change) error { return nil })
 	return err
 }
 
-// Remove deletes a tainted keyset with its keys, for good. What it signed no
-// longer verifies: a Check can refuse that while something hangs on it.
+// Remove deletes a tainted keyset and its keys irreversibly. SVIDs that it signed no
+// longer verify: a Check can refuse the removal while SVIDs depend on the keyset.
 func (d *Deployment) Remove(ctx context.Context, id string, checks ...Check) error {
 	_, err := d.mutate(ctx, "remove", checks, func(doc *Document, c *Change) error {
 		r := find(doc, id)

@@ -172,7 +172,7 @@ func TestEveryStepFromEveryState(t *testing.T) {
 				if name == "activate" && after[first].State != keyset.Prepared {
 					t.Errorf("the old active keyset is %v, want PREPARED", after[first].State)
 				}
-				// Activation changes who signs, not what is published.
+				// Activation does not change the bundle.
 				if changed := d.Bundle().Sequence > sequence; changed != (name != "activate") {
 					t.Errorf("sequence went from %d to %d", sequence, d.Bundle().Sequence)
 				}
@@ -195,8 +195,8 @@ func TestActivateExpired(t *testing.T) {
 	}
 }
 
-// TestBundleFollows walks through a rotation and compares what is published.
-func TestBundleFollows(t *testing.T) {
+// TestBundleOfARotation checks the published bundle after each step.
+func TestBundleOfARotation(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
 	published := func(want ...bool) {
@@ -239,8 +239,8 @@ func TestBundleFollows(t *testing.T) {
 	}
 }
 
-// TestHistories tries random histories of operations on known and unknown
-// keysets, and checks after each step what must always hold.
+// TestHistories carries out random operations on known and unknown keysets, and checks
+// the invariants after each step.
 func TestHistories(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -326,10 +326,10 @@ func TestStateText(t *testing.T) {
 	}
 	var s keyset.State
 	if err := s.UnmarshalText([]byte("Active")); err == nil {
-		t.Error("read a state that is none")
+		t.Error("parsed an invalid state")
 	}
 	if _, err := keyset.State(0).MarshalText(); err == nil {
-		t.Error("wrote a state that is none")
+		t.Error("encoded an invalid state")
 	}
 }
 

@@ -9,12 +9,12 @@ import (
 	"golang.org/x/net/idna"
 )
 
-// The limits of the DNS names of an X.509-SVID. With as many of the longest
-// names a certificate has less than 30 KB, so that a batch of 500 stays below
-// the 16 MiB that agents take.
+// The limits of the DNS names of an X.509-SVID. A certificate with the most and
+// longest names has less than 30 KB, so a batch of 500 is below the 16 MiB that agents
+// accept.
 const (
 	MaxDNSNames = 100
-	maxDNSName  = 253 // RFC 1035, section 2.3.4, without the dot at the end
+	maxDNSName  = 253 // RFC 1035, section 2.3.4, without the trailing dot
 	maxLabel    = 63
 )
 
@@ -29,20 +29,20 @@ type DNSNameError struct {
 	Remedy  string // what to do
 }
 
-// Error implements error. A long name is cut off.
+// Error implements error. A long name is truncated.
 func (e *DNSNameError) Error() string {
-	const enough = 80
-	if len(e.Name) > enough {
-		return fmt.Sprintf("%.*q... %s; %s", enough, e.Name, e.Problem, e.Remedy)
+	const shown = 80
+	if len(e.Name) > shown {
+		return fmt.Sprintf("%.*q... %s; %s", shown, e.Name, e.Problem, e.Remedy)
 	}
 	return fmt.Sprintf("%q %s; %s", e.Name, e.Problem, e.Remedy)
 }
 
-// CheckDNSNames checks the DNS names for an X.509-SVID as a SPIRE server does,
-// and returns a [*DNSNameError] about the first that is wrong. Names are made of
-// labels as in RFC 1123, section 2.1, international ones in ASCII (xn--...); the
-// whole first label may be a wildcard. Upper case counts as lower case, a name
-// that is there twice and an IP address are wrong.
+// CheckDNSNames checks the DNS names for an X.509-SVID as a SPIRE server does, and
+// returns a [*DNSNameError] about the first that is invalid. Names consist of labels
+// as in RFC 1123, section 2.1, international ones in ASCII (xn--...). The first label
+// may be a wildcard as a whole. Case does not matter. A duplicate and an IP address
+// are invalid.
 func CheckDNSNames(names []string) error {
 	seen := make(map[string]bool, min(len(names), MaxDNSNames))
 	for i, name := range names {
@@ -62,8 +62,8 @@ func CheckDNSNames(names []string) error {
 	return nil
 }
 
-// checkDNSName returns what is wrong with a name and what to do; nothing when it
-// is right.
+// checkDNSName returns what is wrong with a name and what to do; empty texts if it is
+// valid.
 func checkDNSName(name string) (problem, remedy string) {
 	switch {
 	case name == "":
@@ -96,8 +96,7 @@ func checkDNSName(name string) (problem, remedy string) {
 	if strings.Trim(last, "0123456789") == "" {
 		return "ends in a number, as an IP address does", "give the name that clients connect to"
 	}
-	// Two hyphens in third place stand for an international name, and such a
-	// label has to be one.
+	// A label with two hyphens in third place must be a valid international name.
 	if ascii, err := idna.Lookup.ToASCII(rest); err != nil || ascii != rest {
 		return "has a label with -- in third place and is no valid international name", "write it as it is registered"
 	}
@@ -123,9 +122,9 @@ func checkLabel(label string) (problem, remedy string) {
 	return "", ""
 }
 
-// commonName is what the subject of an X.509-SVID with DNS names is called: the
-// first of them, as under a SPIRE server, for software that reads no other
-// place. A longer one than a common name may be is left out.
+// commonName returns the common name of an X.509-SVID with DNS names: the first of
+// them, as from a SPIRE server, for software that reads only the common name. A name
+// that is too long for a common name is left out.
 func commonName(dnsNames []string) string {
 	if len(dnsNames) == 0 || len(dnsNames[0]) > maxCommonName {
 		return ""

@@ -99,8 +99,8 @@ func TestCheckDNSNames(t *testing.T) {
 	}
 }
 
-// A certificate with DNS names is an X.509-SVID as before, and what a TLS client
-// that knows nothing of SPIFFE accepts for each of the names.
+// A certificate with DNS names is an X.509-SVID, and is accepted by a TLS client
+// without SPIFFE for each of the names.
 func TestSignX509WithDNSNames(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
@@ -140,8 +140,8 @@ func TestSignX509WithDNSNames(t *testing.T) {
 	}
 }
 
-// As many of the longest names fit what agents take of one answer, with all that
-// can be long beside them.
+// A batch of SVIDs with the most and longest names, and all else as long as possible,
+// fits the largest answer that agents accept.
 func TestLargestSVIDs(t *testing.T) {
 	t.Parallel()
 	names := make([]string, keyset.MaxDNSNames)
@@ -163,8 +163,8 @@ func TestLargestSVIDs(t *testing.T) {
 
 var label = regexp.MustCompile(`^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$`)
 
-// FuzzCheckDNSNames: what is accepted looks as it must, and a certificate for it
-// says what a TLS client looks for.
+// FuzzCheckDNSNames: accepted names are well-formed, and a TLS client accepts a
+// certificate for them.
 func FuzzCheckDNSNames(f *testing.F) {
 	for _, seed := range []string{
 		"web.example.org", "*.example.org", "xn--bcher-kva.example", "10-0-0-1.pod", "1.2.3.4", "WEB", "*", "*.", ".", "a..b", "a\x00b", "\u212a", name253, "-a", "a.0x1", "xn--a",

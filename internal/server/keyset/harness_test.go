@@ -19,7 +19,7 @@ var (
 	start    = time.Date(2026, 1, 2, 3, 4, 5, 678e6, time.UTC)
 )
 
-// clock is a time that a test moves by hand.
+// clock is a clock that a test sets.
 type clock struct{ now time.Time }
 
 func (c *clock) Now() time.Time { return c.now }

@@ -22,7 +22,7 @@ import (
 	"github.com/renewd/renewd/internal/refusal"
 )
 
-// Refusals beside those of package refusal, which every keeper of keysets has.
+// Refusals beside those of package refusal.
 const (
 	ErrActivateExpired  refusal.Error = "cannot activate expired key set"
 	ErrActivateEarly    refusal.Error = "cannot activate key set that is issued in the future: check the clock of the server"
@@ -34,10 +34,10 @@ const (
 	ErrSignNegativeLife refusal.Error = "cannot sign for a negative lifetime"
 )
 
-// State is where a keyset stands in its life.
+// State is the state of a keyset.
 type State int
 
-// The states. The zero State is none of them.
+// The states. The zero State is invalid.
 const (
 	Prepared State = iota + 1
 	Active
@@ -54,15 +54,15 @@ func (s State) String() string {
 	return fmt.Sprintf("State(%d)", int(s))
 }
 
-// MarshalText returns the state's name; it fails for a value that is no state.
+// MarshalText returns the state's name; it fails for an invalid state.
 func (s State) MarshalText() ([]byte, error) {
 	if _, ok := stateNames[s]; !ok {
-		return nil, fmt.Errorf("%v is no keyset state", s)
+		return nil, fmt.Errorf("%v is not a keyset state", s)
 	}
 	return []byte(s.String()), nil
 }
 
-// UnmarshalText reads what MarshalText wrote.
+// UnmarshalText parses the result of MarshalText.
 func (s *State) UnmarshalText(text []byte) error {
 	for state, name := range stateNames {
 		if name == string(text) {
@@ -70,14 +70,14 @@ func (s *State) UnmarshalText(text []byte) error {
 			return nil
 		}
 	}
-	return fmt.Errorf("%q is no keyset state", text)
+	return fmt.Errorf("%q is not a keyset state", text)
 }
 
-// Keyset describes one keyset. It holds no private key.
+// Keyset describes one keyset, without its private keys.
 type Keyset struct {
 	ID    string `json:"id"` // ks_ and ten lower-case letters or digits
 	State State  `json:"state"`
-	// IssuedAt and ExpiresAt are UTC, in whole seconds.
+	// IssuedAt and ExpiresAt are UTC, in full seconds.
 	IssuedAt  time.Time `json:"issued_at"`
 	ExpiresAt time.Time `json:"expires_at"`
 	// SteppedDownAt is when the keyset last stopped signing, because another
@@ -90,8 +90,8 @@ type Keyset struct {
 	X509AuthorityID string `json:"x509_authority_id"`
 	// JWTKeyID is the key ID ("kid") of the JWT key.
 	JWTKeyID string `json:"jwt_key_id"`
-	// ValidFrom is when the CA certificate begins. It is no later than IssuedAt:
-	// a successor's begins with its predecessor, so that it is valid even if it was
-	// issued by a clock that was ahead.
+	// ValidFrom is the NotBefore of the CA certificate. It is not later than
+	// IssuedAt: that of a successor is when its predecessor was issued, so that the
+	// certificate is valid even if the clock was ahead when it was issued.
 	ValidFrom time.Time `json:"valid_from"`
 }

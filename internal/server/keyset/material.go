@@ -21,12 +21,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// backdate is how far before now a certificate begins, so that a verifier
-// whose clock is a little late accepts it at once.
+// backdate is how far before now the NotBefore of a certificate is, so that a
+// verifier whose clock is slightly behind accepts it at once.
 const backdate = 10 * time.Second
 
-// newRecord makes the keys of a new keyset in state Prepared. Its CA certificate
-// is valid from the given time on, or from the issue if that is earlier.
+// newRecord makes a new keyset with its keys, in state Prepared. Its CA certificate is
+// valid from the given time on, or from the issue if that is earlier.
 func newRecord(td spiffeid.TrustDomain, id string, from, now time.Time, lifetime time.Duration) (Record, error) {
 	now = now.UTC().Truncate(time.Second)
 	if from.After(now) {
@@ -55,9 +55,9 @@ func newRecord(td spiffeid.TrustDomain, id string, from, now time.Time, lifetime
 	return r, nil
 }
 
-// newCA makes the self-signed certificate of a signing authority as SPIFFE
-// X.509-SVID (sections 3 and 4) has it: the trust domain's own ID as the only
-// URI SAN, CA set, keyCertSign and cRLSign and nothing else.
+// newCA makes the self-signed certificate of a signing authority by SPIFFE X.509-SVID
+// (sections 3 and 4): the trust domain's ID as the only URI SAN, CA set, and only the
+// key usages keyCertSign and cRLSign.
 func newCA(td spiffeid.TrustDomain, r Record, notBefore time.Time, key *ecdsa.PrivateKey) ([]byte, error) {
 	ski, err := subjectKeyID(key.Public())
 	if err != nil {
@@ -65,9 +65,9 @@ func newCA(td spiffeid.TrustDomain, r Record, notBefore time.Time, key *ecdsa.Pr
 	}
 	template := &x509.Certificate{
 		SerialNumber: newSerial(),
-		// RFC 5280 (4.1.2.6) wants a CA to have a subject. The keyset's ID
-		// makes it unique, so that verifiers that look issuers up by name
-		// never confuse two keysets.
+		// RFC 5280 (4.1.2.6) requires a CA to have a subject. The keyset's ID
+		// makes it unique, so that verifiers that find issuers by name do not
+		// confuse two keysets.
 		Subject:               pkix.Name{Organization: []string{"renewd"}, CommonName: r.ID},
 		NotBefore:             notBefore,
 		NotAfter:              r.ExpiresAt,
@@ -86,11 +86,11 @@ func newCA(td spiffeid.TrustDomain, r Record, notBefore time.Time, key *ecdsa.Pr
 	return der, nil
 }
 
-// newID draws a keyset ID: fifty random bits in the alphabet a-z2-7.
+// newID returns a keyset ID: fifty random bits in the alphabet a-z2-7.
 func newID() string { return "ks_" + strings.ToLower(rand.Text()[:10]) }
 
-// newSerial draws a certificate serial number: positive and at most twenty
-// octets (RFC 5280, 4.1.2.2), random enough never to repeat.
+// newSerial returns a random certificate serial number: positive and at most twenty
+// octets (RFC 5280, 4.1.2.2), with enough random bits never to repeat.
 func newSerial() *big.Int {
 	b := make([]byte, 16)
 	_, _ = rand.Read(b)  // never fails (crypto/rand)
@@ -98,7 +98,7 @@ func newSerial() *big.Int {
 	return new(big.Int).SetBytes(b)
 }
 
-// subjectKeyID derives a key identifier by RFC 7093, section 2, method 1.
+// subjectKeyID returns a key identifier by RFC 7093, section 2, method 1.
 func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
 	der, err := x509.MarshalPKIXPublicKey(pub)
 	if err != nil {
@@ -115,17 +115,17 @@ func subjectKeyID(pub crypto.PublicKey) ([]byte, error) {
 	return sum[:20], nil
 }
 
-// snapshot is everything that follows from one Document. It is immutable.
+// snapshot is the parsed form of one Document. It is immutable.
 type snapshot struct {
 	version   uint64
 	keysets   []Keyset
 	rotatedAt time.Time
 	active    *signer
 	bundle    *Bundle
-	replaced  chan struct{} // closed when another is in force
+	replaced  chan struct{} // closed when it is replaced
 }
 
-// signer is the active keyset's private half.
+// signer holds the active keyset's private keys.
 type signer struct {
 	keyset Keyset
 	ca     *x509.Certificate
@@ -133,8 +133,8 @@ type signer struct {
 	jwt    jose.Signer
 }
 
-// newSnapshot parses a Document and checks what must always hold: keysets of
-// this trust domain, IDs that differ, exactly one active.
+// newSnapshot parses a Document and checks its invariants: all keysets are of this
+// trust domain, their IDs differ, and exactly one is active.
 func newSnapshot(td spiffeid.TrustDomain, doc Document) (*snapshot, error) {
 	s := &snapshot{
 		version: doc.Version, rotatedAt: doc.RotatedAt, bundle: &Bundle{Sequence: doc.Sequence},
@@ -187,7 +187,7 @@ func (s *snapshot) add(td spiffeid.TrustDomain, r Record) error {
 	switch k.State {
 	case Active:
 		if s.active != nil {
-			return fmt.Errorf("active beside %s", s.active.keyset.ID)
+			return fmt.Errorf("active in addition to %s", s.active.keyset.ID)
 		}
 		jwtSigner, err := newJWTSigner(jwtKey, k.JWTKeyID)
 		if err != nil {
@@ -220,8 +220,7 @@ func newJWTSigner(key *ecdsa.PrivateKey, keyID string) (jose.Signer, error) {
 func parseKey(der []byte) (*ecdsa.PrivateKey, error) {
 	key, err := x509.ParsePKCS8PrivateKey(der)
 	if err != nil {
-		// The parser's error is dropped: nothing about a private key belongs
-		// into a message.
+		// The parser's error could reveal something about the private key.
 		return nil, errors.New("malformed private key")
 	}
 	ec, ok := key.(*ecdsa.PrivateKey)

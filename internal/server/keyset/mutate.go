@@ -11,25 +11,23 @@ import (
 	"github.com/renewd/renewd/internal/server/detach"
 )
 
-// mutationTimeout is when a mutation returns at the latest, whatever its checks
-// and its storage do.
+// mutationTimeout is the longest that a mutation takes to return, even if its checks
+// or its storage hang.
 const mutationTimeout = 120 * time.Second
 
-// Check has the last word on a mutation that its state allows. It is called
-// with the keysets as they are before the step, in order of issue. When it
-// returns an error nothing is changed and the mutation returns that error as
-// it is. What it has seen is what the step is applied to: another mutation in
-// between makes this one fail with ErrBusy. Other mutations are refused while
-// it runs, so it must be fast. It runs on another goroutine, and may do so still
-// when the mutation has returned because its time was over.
+// Check can refuse a mutation that the keyset's state allows. It is called with the
+// keysets before the step, in order of issue. If it returns an error, nothing is
+// changed and the mutation returns that error unwrapped. The step is applied to exactly
+// the keysets that the Check has seen: another mutation in between makes this one fail
+// with ErrBusy. Other mutations are refused while a Check runs, so it must be fast. It
+// runs on another goroutine, possibly after the mutation has returned at its timeout.
 type Check func([]Keyset) error
 
-// mutate commits one change and publishes what follows from it, at the latest when
-// its time is up. A disk can be stuck for longer, in a read as in a commit. The
-// mutation is still in flight then and keeps others out. One whose commit had not
-// begun changes nothing; what a commit leads to is published when it is done. A
-// caller who is gone before that does not end the wait: how it ended is worth its
-// line in the log.
+// mutate commits one change and publishes the result. It returns at mutationTimeout at
+// the latest, but a disk can hang for longer, in a read or in a commit. Until it answers,
+// the mutation is in flight and others are refused. If its commit had not begun, it
+// changes nothing; otherwise its result is published when the commit is done. mutate
+// keeps waiting if ctx is canceled, so that its caller can log the outcome.
 func (d *Deployment) mutate(ctx context.Context, operation string, checks []Check, change func(*Document, *Change) error) (*snapshot, error) {
 	if !d.mutating.CompareAndSwap(false, true) {
 		return nil, refusal.ErrBusy
@@ -49,9 +47,9 @@ func (d *Deployment) mutate(ctx context.Context, operation string, checks []Chec
 	return then, err
 }
 
-// step carries out a mutation. What is stored decides, not what this process
-// published last. change alters the document and names the keyset that it is
-// about; it is told who acts, and when. step returns what is in force then.
+// step carries out a mutation of the stored document, which may be newer than the one
+// that this process published last. change modifies the document and sets the keyset's
+// ID in the Change, which has the time and the actor. step returns the new snapshot.
 func (d *Deployment) step(ctx context.Context, operation string, checks []Check, change func(*Document, *Change) error) (then *snapshot, err error) {
 	failed := func(what string, err error) error { return fmt.Errorf("%s keyset: %s%w", operation, what, err) }
 	doc, err := d.storage.Load(ctx)
@@ -60,17 +58,16 @@ func (d *Deployment) step(ctx context.Context, operation string, checks []Check,
 	}
 	before := new(snapshot)
 	if doc.Version > 0 {
-		// A Check is to find in force what it is shown.
+		// A Check must see the published keysets.
 		if before, err = d.publish(doc); err != nil {
 			return nil, failed("", err)
 		}
 	}
-	// UTC also drops the reading of the monotonic clock, which would not be
-	// stored.
+	// UTC also drops the monotonic clock reading, which would not be stored.
 	c := Change{At: d.now().UTC(), Actor: Actor(ctx), Operation: operation, Before: states(doc), Note: note(ctx)}
 	if err := change(&doc, &c); err != nil {
 		if _, ok := errors.AsType[refusal.Error](err); ok {
-			return nil, err // the operator is to see its text as it is
+			return nil, err // never wrapped
 		}
 		return nil, failed("", err)
 	}
@@ -81,11 +78,11 @@ func (d *Deployment) step(ctx context.Context, operation string, checks []Check,
 	}
 	c.After = states(doc)
 	doc.Version++
-	// Parse before the commit: what could not be used must not be stored.
+	// Parse before the commit: an unusable document must not be stored.
 	if then, err = newSnapshot(d.td, doc); err != nil {
 		return nil, failed("", err)
 	}
-	// The caller may have been told long ago that the time is over.
+	// The caller may have got ErrOpen: do not begin a commit after that.
 	if err := ctx.Err(); err != nil {
 		return nil, failed("", err)
 	}
@@ -99,8 +96,7 @@ func (d *Deployment) step(ctx context.Context, operation string, checks []Check,
 	return then, nil
 }
 
-// Wait returns when no mutation waits for its storage any more. It is for who
-// has closed that.
+// Wait returns when no mutation is waiting for storage. Call it after closing storage.
 func (d *Deployment) Wait() { d.mutations.Wait() }
 
 func states(doc Document) map[string]State {
@@ -111,8 +107,8 @@ func states(doc Document) map[string]State {
 	return out
 }
 
-// publish makes a stored Document the one that is signed with, unless a newer
-// one is already, and returns what follows from it.
+// publish makes a stored Document the current one, unless the current one is as new,
+// and returns the current snapshot.
 func (d *Deployment) publish(doc Document) (*snapshot, error) {
 	if cur := d.current.Load(); cur != nil && cur.version >= doc.Version {
 		return cur, nil
@@ -125,7 +121,7 @@ func (d *Deployment) publish(doc Document) (*snapshot, error) {
 	return s, nil
 }
 
-// advance swaps the snapshot unless one that is as new is in place already.
+// advance replaces the current snapshot unless it is as new as next.
 func (d *Deployment) advance(next *snapshot) {
 	for {
 		cur := d.current.Load()

@@ -19,7 +19,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// The lifetimes of what is signed.
+// The lifetimes of SVIDs.
 const (
 	DefaultX509TTL = 24 * time.Hour
 	MinX509TTL     = time.Hour
@@ -27,15 +27,15 @@ const (
 	DefaultJWTTTL  = 24 * time.Hour
 )
 
-// The RSA keys that are signed, in bits and by their largest exponent. The upper
-// limits bound the work that a caller's key can cause.
+// The limits of the RSA keys that are signed. The upper limits bound the work that a
+// caller's key can cause.
 const (
 	minRSABits     = 2048
 	maxRSABits     = 4096
 	maxRSAExponent = 65537
 )
 
-// maxAudience bounds the audience of a JWT-SVID, in bytes as it is in the token.
+// maxAudience bounds the audience of a JWT-SVID, in bytes of its JSON.
 const maxAudience = 64 << 10
 
 // X509SVID is a signed X.509-SVID. The authority signs leaves directly, so the
@@ -44,7 +44,7 @@ type X509SVID struct {
 	ID                  spiffeid.ID
 	DER                 []byte
 	Serial              string // decimal
-	Authority           string // ID of the X.509 authority that signed
+	Authority           string // X.509 authority ID
 	NotBefore, NotAfter time.Time
 }
 
@@ -56,11 +56,11 @@ type JWTSVID struct {
 	IssuedAt, ExpiresAt time.Time
 }
 
-// ParseCSR returns the public key of a PKCS#10 request in DER, whose signature
-// proves that the sender holds the private key. Nothing else in the request
-// counts. Keys are what SPIRE's agents send, ECDSA P-256 and P-384 and RSA of 2048
-// to 4096 bits with an exponent of at most 65537, and P-521. Another key is refused
-// before its signature is verified.
+// ParseCSR returns the public key of a PKCS#10 request in DER, after verifying its
+// signature, which shows that the sender has the private key. The rest of the request
+// is ignored. The supported keys are those that SPIRE's agents send, ECDSA P-256 and
+// P-384 and RSA of 2048 to 4096 bits with an exponent of at most 65537, and P-521. Any
+// other key is refused before its signature is verified.
 func ParseCSR(der []byte) (crypto.PublicKey, error) {
 	csr, err := x509.ParseCertificateRequest(der)
 	if err != nil {
@@ -87,15 +87,14 @@ func ParseCSR(der []byte) (crypto.PublicKey, error) {
 	return csr.PublicKey, nil
 }
 
-// SignX509 signs an X.509-SVID for a key with the active keyset. It begins ten
-// seconds ago and ends after ttl (DefaultX509TTL when zero) or with the
-// keyset, whichever is first. dnsNames, in lower case and as [CheckDNSNames]
-// wants them, are signed beside the ID; the first is the common name, too, when
-// it is not too long for one.
+// SignX509 signs an X.509-SVID for a key with the active keyset. It is valid from ten
+// seconds ago until ttl (DefaultX509TTL when zero) is over or the keyset expires,
+// whichever is first. dnsNames must be in lower case and pass [CheckDNSNames]; the
+// first is also the common name if it is not too long.
 func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Duration, dnsNames ...string) (X509SVID, error) {
 	s := d.current.Load().active
 	now := d.now()
-	if err := d.signable(s, id, now); err != nil {
+	if err := d.checkSignable(s, id, now); err != nil {
 		return X509SVID{}, err
 	}
 	notAfter, err := expiry(s, now, ttl, DefaultX509TTL)
@@ -107,8 +106,8 @@ func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Dur
 		return X509SVID{}, fmt.Errorf("sign X.509-SVID: %w", err)
 	}
 	// SPIFFE X.509-SVID, sections 2, 4.3 and 4.4: one URI SAN and any DNS SANs,
-	// critical where the subject is empty (RFC 5280, 4.2.1.6), no CA, both TLS
-	// uses.
+	// critical if the subject is empty (RFC 5280, 4.2.1.6), not a CA, usable for both
+	// ends of TLS.
 	template := &x509.Certificate{
 		SerialNumber:          newSerial(),
 		Subject:               pkix.Name{CommonName: commonName(dnsNames)},
@@ -132,22 +131,22 @@ func (d *Deployment) SignX509(id spiffeid.ID, key crypto.PublicKey, ttl time.Dur
 	}, nil
 }
 
-// SignJWT signs a JWT-SVID with the active keyset. It ends after ttl
-// (DefaultJWTTTL when zero) or with the keyset, whichever is first. Empty
-// audiences are dropped; one must remain, and all must stay below 64 KiB.
+// SignJWT signs a JWT-SVID with the active keyset. It expires after ttl (DefaultJWTTTL
+// when zero) or with the keyset, whichever is first. Empty audiences are dropped; at
+// least one must remain, and all together must be below 64 KiB.
 func (d *Deployment) SignJWT(id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
 	return d.signJWT(id, audience, ttl, "")
 }
 
-// SignJWTWithID is [Deployment.SignJWT] with a jti claim that no other token has
-// (RFC 7519, section 4.1.7).
+// SignJWTWithID is [Deployment.SignJWT] with a unique jti claim (RFC 7519, section
+// 4.1.7).
 func (d *Deployment) SignJWTWithID(id spiffeid.ID, audience []string, ttl time.Duration) (JWTSVID, error) {
 	return d.signJWT(id, audience, ttl, rand.Text())
 }
 
-// jwtClaims are the claims of a JWT-SVID (SPIFFE JWT-SVID, section 3). The
-// audience is an array whatever its length, as a SPIRE server writes it: clients
-// index it. RFC 7519 would allow a string, which [jwt.Audience] writes.
+// jwtClaims are the claims of a JWT-SVID (SPIFFE JWT-SVID, section 3). The audience is
+// always an array, as from a SPIRE server, because clients index it. [jwt.Audience]
+// would write a single one as a string, which RFC 7519 allows.
 type jwtClaims struct {
 	Subject  string           `json:"sub"`
 	Audience []string         `json:"aud"`
@@ -159,7 +158,7 @@ type jwtClaims struct {
 func (d *Deployment) signJWT(id spiffeid.ID, audience []string, ttl time.Duration, tokenID string) (JWTSVID, error) {
 	s := d.current.Load().active
 	now := d.now()
-	if err := d.signable(s, id, now); err != nil {
+	if err := d.checkSignable(s, id, now); err != nil {
 		return JWTSVID{}, err
 	}
 	audience = slices.DeleteFunc(slices.Clone(audience), func(a string) bool { return a == "" })
@@ -183,7 +182,7 @@ func (d *Deployment) signJWT(id spiffeid.ID, audience []string, ttl time.Duratio
 	return JWTSVID{ID: id, Token: token, KeyID: s.keyset.JWTKeyID, IssuedAt: issuedAt, ExpiresAt: expiresAt}, nil
 }
 
-func (d *Deployment) signable(s *signer, id spiffeid.ID, now time.Time) error {
+func (d *Deployment) checkSignable(s *signer, id spiffeid.ID, now time.Time) error {
 	switch {
 	case !id.MemberOf(d.td):
 		return ErrSignForeign
@@ -195,8 +194,8 @@ func (d *Deployment) signable(s *signer, id spiffeid.ID, now time.Time) error {
 	return nil
 }
 
-// expiry is the end of what is signed now, in whole seconds and never after
-// the end of the keyset: a verifier would refuse it from then on.
+// expiry returns the expiry of an SVID that is signed now, in full seconds. It is
+// never after that of the keyset, since a verifier would refuse the SVID from then on.
 func expiry(s *signer, now time.Time, ttl, byDefault time.Duration) (time.Time, error) {
 	if ttl < 0 {
 		return time.Time{}, ErrSignNegativeLife

@@ -74,7 +74,7 @@ func TestSignX509(t *testing.T) {
 		t.Errorf("valid from %v to %v", cert.NotBefore, cert.NotAfter)
 	}
 	if !cert.NotBefore.Equal(svid.NotBefore) || !cert.NotAfter.Equal(svid.NotAfter) || cert.SerialNumber.String() != svid.Serial {
-		t.Errorf("the certificate has %v, %v, %v; told was %v", cert.NotBefore, cert.NotAfter, cert.SerialNumber, svid)
+		t.Errorf("the certificate has %v, %v, %v; SignX509 returned %v", cert.NotBefore, cert.NotAfter, cert.SerialNumber, svid)
 	}
 	if cert.IsCA || cert.KeyUsage != x509.KeyUsageDigitalSignature|x509.KeyUsageKeyEncipherment|x509.KeyUsageKeyAgreement {
 		t.Errorf("CA %v, key usage %b", cert.IsCA, cert.KeyUsage)
@@ -151,7 +151,7 @@ func TestSignRefuses(t *testing.T) {
 	}
 	c.now = start
 	if _, err := d.SignX509(workload, "no key", 0); err == nil {
-		t.Error("signed what is no key")
+		t.Error("signed an invalid key")
 	}
 	for _, audience := range [][]string{nil, {""}} {
 		if _, err := d.SignJWT(workload, audience, 0); !errors.Is(err, keyset.ErrSignNoAudience) {
@@ -160,8 +160,8 @@ func TestSignRefuses(t *testing.T) {
 	}
 }
 
-// An audience is in each token: how large it makes one is bounded, in few long
-// values, many short ones, and those that JSON makes longer.
+// The size of a token is bounded: with few long audiences, with many short ones, and
+// with those that are longer in JSON.
 func TestSignJWTBoundsAudience(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
@@ -207,7 +207,7 @@ func TestSignJWT(t *testing.T) {
 	}
 	if claims.Subject != workload.String() || fmt.Sprint(claims.Audience) != "[a b]" ||
 		!claims.Expiry.Time().Equal(svid.ExpiresAt) || !claims.IssuedAt.Time().Equal(svid.IssuedAt) {
-		t.Errorf("claims %+v, told was %v", claims, svid)
+		t.Errorf("claims %+v, SignJWT returned %v", claims, svid)
 	}
 	fromPKIX, err := x509.ParsePKIXPublicKey(key.PKIX)
 	if err != nil || !fromPKIX.(*ecdsa.PublicKey).Equal(key.PublicKey) {
@@ -222,8 +222,8 @@ func TestSignJWT(t *testing.T) {
 	}
 }
 
-// TestJWTClaims: clients index aud, so it is an array whatever its length, and
-// jti is there when it was asked for, another one each time.
+// TestJWTClaims: aud is always an array, because clients index it, and jti is there if
+// it was asked for and is unique.
 func TestJWTClaims(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
@@ -262,7 +262,7 @@ func TestJWTClaims(t *testing.T) {
 	}
 }
 
-// TestSignsWithTheActiveKeyset follows the signatures through a rotation.
+// TestSignsWithTheActiveKeyset checks the authority of signatures during a rotation.
 func TestSignsWithTheActiveKeyset(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
@@ -349,8 +349,8 @@ func TestParseCSR(t *testing.T) {
 	}
 }
 
-// The work for an RSA key grows with its size and its exponent: what is too large
-// is refused before its signature is looked at.
+// The work for an RSA key grows with its size and its exponent: a key that is too large
+// is refused before its signature is verified.
 func TestParseCSRBoundsRSA(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -371,7 +371,7 @@ func TestParseCSRBoundsRSA(t *testing.T) {
 	}
 }
 
-// unsigned is a request for a key (RFC 2986, section 4) with a signature of zeros.
+// unsigned returns a request for a key (RFC 2986, section 4) with a signature of zeros.
 func unsigned(t *testing.T, key *rsa.PublicKey) []byte {
 	t.Helper()
 	public, err := x509.MarshalPKIXPublicKey(key)
@@ -398,8 +398,7 @@ func unsigned(t *testing.T, key *rsa.PublicKey) []byte {
 	return der
 }
 
-// FuzzParseCSR gives what is parsed to the signer: whatever passes is signed
-// for exactly the key it conveyed.
+// FuzzParseCSR signs for each parsed CSR: exactly its key is signed.
 func FuzzParseCSR(f *testing.F) {
 	key := newKey(f)
 	der, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)

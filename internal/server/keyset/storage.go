@@ -11,22 +11,21 @@ import (
 // ErrConflict is returned by [Storage.Save] when another writer was first.
 var ErrConflict = errors.New("the stored keysets have changed")
 
-// Document is everything that is stored about a deployment's keysets. It
-// contains private keys.
+// Document is the stored state of a deployment's keysets. It contains private keys.
 type Document struct {
-	// Version grows by one with each committed change; zero means that
-	// nothing was ever stored.
+	// Version grows by one with each committed change; zero if nothing was ever
+	// stored.
 	Version uint64
-	// Sequence is the trust bundle's sequence number. It grows by one with
-	// each change of what is published, which activation is not.
+	// Sequence is the trust bundle's sequence number. It grows by one with each
+	// change of the bundle. An activation does not change the bundle.
 	Sequence uint64
-	// RotatedAt is when a keyset was last activated, or the first one made.
+	// RotatedAt is when a keyset was last activated, or the first one was made.
 	RotatedAt time.Time
 	// Records are in order of issue.
 	Records []Record
 }
 
-// Change is what an audit log keeps of one mutation.
+// Change is the record of one mutation in the audit log.
 type Change struct {
 	At        time.Time
 	Actor     string // see [WithActor]
@@ -57,17 +56,16 @@ type Record struct {
 
 // Storage keeps one deployment's Document. It must be safe for concurrent use.
 type Storage interface {
-	// Load returns what was last saved, or the zero Document.
+	// Load returns the Document that was saved last, or the zero Document.
 	Load(ctx context.Context) (Document, error)
-	// Save replaces the stored Document, whose version must be
-	// d.Version - 1, and returns only when the new one is durable. It
-	// returns ErrConflict, having changed nothing, when the stored version is
-	// a different one. Compare, replace and the note of the change in the
-	// audit log, where there is one, are one atomic step.
+	// Save replaces the stored Document if its version is d.Version - 1, and adds
+	// the change to the audit log, if there is one, in one atomic step. It returns
+	// when that is durable. If the stored version differs, it changes nothing and
+	// returns ErrConflict.
 	Save(ctx context.Context, d Document, c Change) error
 }
 
-// Memory is a Storage that ends with the process, without audit log. The zero value is empty.
+// Memory is a Storage in memory, without audit log. The zero value is empty.
 type Memory struct {
 	mu  sync.Mutex
 	doc Document

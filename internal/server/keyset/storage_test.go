@@ -13,7 +13,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// TestSecondMutationFailsAtOnce holds one mutation in its commit.
+// TestSecondMutationFailsAtOnce blocks one mutation in its commit.
 func TestSecondMutationFailsAtOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -77,10 +77,9 @@ func TestMutationIsBounded(t *testing.T) {
 	})
 }
 
-// TestStuckRead has a disk that does not let go of a read, as a page of a mapped
-// file does, or a check that does not end. Neither takes notice of the caller's
-// time. The mutation ends in time, is in flight until the disk is done, and changes
-// nothing then: its caller was told that the time is over.
+// TestStuckRead: a disk hangs in a read, as with a page of a mapped file, or a Check
+// does not end. Both ignore the context. The mutation returns in time, is in flight
+// until the disk answers, and changes nothing: its caller has got an error.
 func TestStuckRead(t *testing.T) {
 	t.Parallel()
 	for _, inCheck := range []bool{false, true} {
@@ -116,7 +115,7 @@ func TestStuckRead(t *testing.T) {
 			store.hold(nil)
 			all, err := d.List(t.Context())
 			if err != nil || len(all) != 2 || all[1].State != keyset.Prepared {
-				t.Errorf("in check %v: what nobody waited for was done: %+v, %v", inCheck, all, err)
+				t.Errorf("in check %v: a mutation that had failed was committed: %+v, %v", inCheck, all, err)
 			}
 			if err := d.Activate(t.Context(), k.ID); err != nil {
 				t.Errorf("in check %v: another one after it: %v", inCheck, err)
@@ -125,7 +124,7 @@ func TestStuckRead(t *testing.T) {
 	}
 }
 
-// stuckRead is a storage whose reads wait for the gate, when there is one.
+// stuckRead is a storage whose reads wait for the gate, if there is one.
 type stuckRead struct {
 	keyset.Memory
 	mu   sync.Mutex
@@ -148,9 +147,8 @@ func (s *stuckRead) Load(ctx context.Context) (keyset.Document, error) {
 	return s.Memory.Load(ctx)
 }
 
-// TestStuckCommit has a disk that does not let go of a commit, and takes no
-// notice of the caller's time. The mutation ends in time and is in flight all the
-// same; what it did is in force when the disk is done.
+// TestStuckCommit: a disk hangs in a commit and ignores the context. The mutation
+// returns in time and remains in flight; its result is published when the disk answers.
 func TestStuckCommit(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -193,7 +191,7 @@ func (s *stuck) Save(ctx context.Context, d keyset.Document, c keyset.Change) er
 	return s.Memory.Save(ctx, d, c)
 }
 
-// hanging is a storage that answers only while nothing is stored.
+// hanging is a storage that hangs once something is stored.
 type hanging struct {
 	keyset.Memory
 	stored bool
@@ -212,14 +210,14 @@ func (h *hanging) Save(ctx context.Context, d keyset.Document, c keyset.Change) 
 	return h.Memory.Save(ctx, d, c)
 }
 
-// TestNewsOnce reads what a mutation has stored before the mutation has ended:
-// that is in force then, and the end of the mutation is no news.
-func TestNewsOnce(t *testing.T) {
+// TestChangedOnce loads the result of a mutation before the mutation has ended: it is
+// published then, and the end of the mutation is not another change.
+func TestChangedOnce(t *testing.T) {
 	t.Parallel()
 	store := &failing{Storage: new(keyset.Memory)}
 	d := open(t, keyset.Config{Storage: store})
 	var read keyset.Status
-	store.Storage = then{store.Storage, func() {
+	store.Storage = afterSave{store.Storage, func() {
 		if got := list(t, d); len(got) != 2 {
 			t.Errorf("read %v", got)
 		}
@@ -228,7 +226,7 @@ func TestNewsOnce(t *testing.T) {
 	check(t, second(d.Prepare(t.Context())))
 	select {
 	case <-read.Changed:
-		t.Error("what was in force has been replaced by the same")
+		t.Error("the snapshot was replaced by the same")
 	default:
 	}
 	if d.Bundle() != read.Bundle {
@@ -236,19 +234,19 @@ func TestNewsOnce(t *testing.T) {
 	}
 }
 
-// then is a storage that does something after a save.
-type then struct {
+// afterSave is a storage that runs a function after a save.
+type afterSave struct {
 	keyset.Storage
 	do func()
 }
 
-func (s then) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+func (s afterSave) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	err := s.Storage.Save(ctx, d, c)
 	s.do()
 	return err
 }
 
-// TestLostRace has two deployments over one storage, as two servers would be.
+// TestLostRace uses two deployments on one storage, as two servers would.
 func TestLostRace(t *testing.T) {
 	t.Parallel()
 	store := new(keyset.Memory)
@@ -257,7 +255,7 @@ func TestLostRace(t *testing.T) {
 	if d.Active() != other.Active() {
 		t.Fatal("both should have the same active keyset")
 	}
-	racing := &before{Storage: store, do: func() {
+	racing := &beforeSave{Storage: store, do: func() {
 		if _, err := other.Prepare(t.Context()); err != nil {
 			t.Error(err)
 		}
@@ -267,12 +265,12 @@ func TestLostRace(t *testing.T) {
 		t.Errorf("the loser got %v", err)
 	}
 	if len(d.Bundle().X509) != 1 {
-		t.Error("a deployment knows of the change before it looked")
+		t.Error("a deployment knows of the change before it loads it")
 	}
 	if got := list(t, d); len(got) != 2 || len(d.Bundle().X509) != 2 {
 		t.Errorf("after List: %v, %d published", got, len(d.Bundle().X509))
 	}
-	// What is stored decides: a step on what another one prepared is legal.
+	// The stored document decides: a step on a keyset that the other prepared is legal.
 	for id, k := range list(t, other) {
 		if k.State == keyset.Prepared {
 			if err := loser.Activate(t.Context(), id); err != nil || loser.Active().ID != id {
@@ -287,7 +285,7 @@ func TestOpenRace(t *testing.T) {
 	t.Parallel()
 	store := new(keyset.Memory)
 	var winner *keyset.Deployment
-	d := open(t, keyset.Config{Storage: &before{Storage: store, do: func() { winner = open(t, keyset.Config{Storage: store}) }}})
+	d := open(t, keyset.Config{Storage: &beforeSave{Storage: store, do: func() { winner = open(t, keyset.Config{Storage: store}) }}})
 	if d.Active() != winner.Active() {
 		t.Errorf("active is %v and %v", d.Active(), winner.Active())
 	}
@@ -319,7 +317,7 @@ func TestStorageErrors(t *testing.T) {
 	}
 }
 
-// TestReopen keeps the keys over a restart.
+// TestReopen: a restart keeps the keys.
 func TestReopen(t *testing.T) {
 	t.Parallel()
 	store := new(keyset.Memory)
@@ -340,9 +338,9 @@ func TestReopen(t *testing.T) {
 	}
 }
 
-// TestParsesWhatChanged reads a version that is in force already, which is not
-// worth a second look at its keys.
-func TestParsesWhatChanged(t *testing.T) {
+// TestParsesNewVersionsOnly loads the version that is current: its keys are not parsed
+// again.
+func TestParsesNewVersionsOnly(t *testing.T) {
 	t.Parallel()
 	store := &failing{Storage: new(keyset.Memory)}
 	d := open(t, keyset.Config{Storage: store})
@@ -351,7 +349,7 @@ func TestParsesWhatChanged(t *testing.T) {
 	doc.Records[0].CA = nil
 	store.Storage = fixed{doc}
 	if _, err := d.List(t.Context()); err != nil {
-		t.Errorf("the version in force was parsed again: %v", err)
+		t.Errorf("the current version was parsed again: %v", err)
 	}
 	doc.Version++
 	store.Storage = fixed{doc}
@@ -363,7 +361,7 @@ func TestParsesWhatChanged(t *testing.T) {
 	}
 }
 
-// TestConcurrentUse lets everything happen at once; the race detector judges.
+// TestConcurrentUse calls all methods concurrently, for the race detector.
 func TestConcurrentUse(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{})
@@ -400,7 +398,7 @@ func TestConcurrentUse(t *testing.T) {
 	wg.Wait()
 }
 
-// fixed is a storage that always holds the same.
+// fixed is a storage that always returns the same document.
 type fixed struct{ doc keyset.Document }
 
 func (f fixed) Load(context.Context) (keyset.Document, error)              { return f.doc, nil }
@@ -426,7 +424,7 @@ func (f failing) Save(ctx context.Context, d keyset.Document, c keyset.Change) e
 	return f.Storage.Save(ctx, d, c)
 }
 
-// slow is a storage that saves when its gate is open.
+// slow is a storage whose saves wait for a gate.
 type slow struct {
 	keyset.Memory
 	gate chan struct{}
@@ -441,13 +439,13 @@ func (s *slow) Save(ctx context.Context, d keyset.Document, c keyset.Change) err
 	}
 }
 
-// before does something once, right before a save.
-type before struct {
+// beforeSave is a storage that runs a function once, before a save.
+type beforeSave struct {
 	keyset.Storage
 	do func()
 }
 
-func (b *before) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
+func (b *beforeSave) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	if do := b.do; do != nil {
 		b.do = nil
 		do()

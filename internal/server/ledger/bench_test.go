@@ -9,7 +9,7 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// ids are entry IDs as a server holds them.
+// ids returns entry IDs as a server holds them.
 func ids() []string {
 	out := make([]string, 100_000)
 	for i := range out {
@@ -18,7 +18,7 @@ func ids() []string {
 	return out
 }
 
-// fill gives 100 rows to each of 1,000 agents.
+// fill records 100 rows for each of 1,000 agents.
 func fill(b *testing.B, l *ledger.Ledger, entries []string) {
 	end := time.Now().Add(day)
 	rows := make([]ledger.Row, 100)
@@ -28,12 +28,12 @@ func fill(b *testing.B, l *ledger.Ledger, entries []string) {
 			rows[i] = row("d5a9c2f4e1b07a8d6c3f9e2b4a7c1d0e8f6b5a43", agent, entries[a*100+i],
 				end.Add(time.Duration(a*100+i)*time.Second/2))
 		}
-		check(b, l.GiveX509(b.Context(), rows...))
+		check(b, l.RecordX509(b.Context(), rows...))
 	}
 }
 
-// The bytes of 100,000 rows in memory, beside those of the entry IDs, which a
-// server holds anyway.
+// The bytes of 100,000 rows in memory, without the entry IDs, which a server holds
+// anyway.
 func BenchmarkMemory(b *testing.B) {
 	entries := ids()
 	for b.Loop() {
@@ -50,7 +50,7 @@ func BenchmarkMemory(b *testing.B) {
 	}
 }
 
-func BenchmarkGiveX509(b *testing.B) {
+func BenchmarkRecordX509(b *testing.B) {
 	for _, n := range []int{1, 100} {
 		b.Run(fmt.Sprint("rows=", n), func(b *testing.B) {
 			l := open(b, newMemory(), nil)
@@ -62,7 +62,7 @@ func BenchmarkGiveX509(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				end := l.Begin()
-				check(b, l.GiveX509(b.Context(), rows...))
+				check(b, l.RecordX509(b.Context(), rows...))
 				end()
 			}
 		})

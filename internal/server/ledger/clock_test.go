@@ -10,7 +10,7 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// machine is a server whose wall clock is off by what a test sets.
+// machine is a server whose wall clock is off by a duration.
 type machine struct {
 	up, off   time.Duration
 	heartbeat time.Time
@@ -29,14 +29,14 @@ func (m *machine) open(t testing.TB) *ledger.Ledger {
 	return l
 }
 
-// TestClockAheadForAMoment: a clock that is 25 hours ahead for one look takes no row
-// away. One that stays there is believed after a day.
+// TestClockAheadForAMoment: a clock that is 25 hours ahead once expires no row. One that
+// stays there is trusted after a day.
 func TestClockAheadForAMoment(t *testing.T) {
 	t.Parallel()
 	m := &machine{memory: newMemory()}
 	l := m.open(t)
-	check(t, l.GiveX509(t.Context(), row("A", "silent", "x", boot.Add(36*time.Hour))))
-	check(t, l.GiveJWT(t.Context(), "a", boot.Add(36*time.Hour)))
+	check(t, l.RecordX509(t.Context(), row("A", "silent", "x", boot.Add(36*time.Hour))))
+	check(t, l.RecordJWT(t.Context(), "a", boot.Add(36*time.Hour)))
 	safe := func(want bool) {
 		t.Helper()
 		h := l.X509("A", true)
@@ -53,7 +53,7 @@ func TestClockAheadForAMoment(t *testing.T) {
 	m.off = 48 * time.Hour
 	m.up += 23 * time.Hour
 	safe(false)
-	m.up += time.Hour // a day after it was right
+	m.up += time.Hour // a day after the step
 	safe(true)
 }
 
@@ -85,7 +85,7 @@ func TestRandomClockSteps(t *testing.T) {
 			if notAfter.After(last) {
 				last = notAfter
 			}
-			check(t, l.GiveX509(t.Context(), row("A", "silent", notAfter.String(), notAfter)))
+			check(t, l.RecordX509(t.Context(), row("A", "silent", notAfter.String(), notAfter)))
 			m.heartbeat = m.now()
 			m.off = minutes("far", []int{60, 24 * 60, 100 * 24 * 60, 5 * 365 * 24 * 60}[rapid.IntRange(0, 3).Draw(rt, "scale")])
 			if rapid.Bool().Draw(rt, "behind") {

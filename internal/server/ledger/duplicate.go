@@ -6,41 +6,41 @@ import (
 	"time"
 )
 
-// A node that is cloned has its identity twice: two processes renew, get SVIDs and
-// report as one agent. Each is right about itself, and neither about the other. So the
-// ledger tells processes apart by what their reports carry, and believes none of an
-// agent that has two.
+// If a node is cloned, two processes have one identity: both renew, get SVIDs and
+// report as one agent. The reports of each are true for itself only. So the ledger
+// distinguishes processes by their reports, and trusts no report of an agent that has
+// two.
 //
-//   - A restart looks like this: reports of one process, and then of another, A A B B.
-//   - A clone looks like this: reports of a process after those of another one that came
-//     after it, A B A.
-//   - A clone of a running machine has the process twice, its ID included: its reports
-//     have numbers that the server has had already. That one arrives late says nothing.
+//   - With a restart, reports of one process are followed by those of another: A A B B.
+//   - With a clone, a process reports after the one that followed it: A B A.
+//   - A clone of a running machine has the same process ID: its reports have numbers
+//     that the server has received before. A report that is only late is no sign of a
+//     clone.
 //
-// A process that may have taken the place of another one is believed after silence, in
-// which the other would have been heard of: every process reports once a minute.
-// Until then, and for as long as an agent counts as duplicated, a report adds to what
-// is known and takes nothing back: rows go when they expire, or by an operator's
-// word. An agent counts as duplicated until all has expired that was given by when two
-// were last noticed; storage keeps that, since the server may be restarted while one of
-// the two is silent.
+// A process that may have replaced another one is trusted after silence, because the
+// other would have reported in that time: every process reports once a minute. Until
+// then, and while an agent counts as duplicated, its reports can only add: rows go when
+// they expire or when an operator confirms that the node is gone. An agent counts as
+// duplicated until all SVIDs have expired that were issued before the second process
+// was last seen. That is stored, since the server may restart while one of the two is
+// silent.
 //
-// What cannot be known: a copy that has not reported yet, as one that is resumed from
-// an old snapshot, or one that is cut off from the server for longer than silence while
-// the other reports. It is taken for ended. When it is back it is noticed, and what
-// it says that it holds counts again; a key that was called safe meanwhile may be gone.
-// Nor are processes told apart whose reports carry no ID, and spire-agents report
-// nothing: their rows stay until they expire.
+// The ledger cannot notice a copy that has not reported yet, such as one that was
+// resumed from an old snapshot, or one without connection to the server for longer than
+// silence while the other reports. It counts as ended. When it reports again it is
+// noticed, and the SVIDs that it reports count again; but a key may have been called
+// safe, and removed, in the meantime. The ledger does not distinguish processes whose
+// reports have no ID. A spire-agent does not report: its rows stay until they expire.
 
-// duplicates is where the rows are that say which agents are duplicated, as if they
-// were of an authority. No authority has such an ID: theirs are hexadecimal.
+// duplicates is the authority ID of the rows that record which agents are duplicated.
+// It cannot be the ID of an authority, because those are hexadecimal.
 const duplicates = "duplicated"
 
-// noted is how much longer than necessary it is stored that an agent is duplicated, so
-// that each report of the two need not be a write.
-const noted = time.Hour
+// duplicateMargin is added to the stored time until which an agent is duplicated, so
+// that not each report of the two has to be stored.
+const duplicateMargin = time.Hour
 
-// maxEarlier bounds the earlier processes of an agent that are remembered.
+// maxEarlier bounds the earlier processes of an agent that are kept.
 const maxEarlier = 64
 
 // reporter is the process that reports for an agent.
@@ -48,18 +48,18 @@ type reporter struct {
 	process string
 	number  uint64                   // the highest of its reports
 	seen    uint64                   // bit i: there was a report of number-i
-	earlier map[string]time.Duration // by ID, the uptime when the next one was heard of
-	// follows: there may have been another process before it. since is the uptime when
-	// it was heard of first: a clock that goes ahead makes nobody's silence longer.
+	earlier map[string]time.Duration // by ID, the uptime when the next one first reported
+	// follows: there may have been another process before it. since is the uptime of its
+	// first report: a step of the clock does not shorten the wait.
 	follows bool
 	since   time.Duration
 }
 
-// first notes the number of a report, and says whether it is the first one with it. A
-// report may arrive after newer ones, as the parcels of RFC 4303 (3.4.3) may: one that
-// the network has held up while the agent, which took it for lost, has sent others. One
-// that is further behind than any network keeps it is of a machine that was set back.
-func (p *reporter) first(number uint64) bool {
+// isNew records the number of a report, and returns whether no other report had it. A
+// report may arrive after newer ones, as in RFC 4303 (3.4.3): the network delayed it,
+// and the agent has sent others. A report whose number is too low for that is from a
+// machine that was rolled back.
+func (p *reporter) isNew(number uint64) bool {
 	if number > p.number {
 		p.seen, p.number = p.seen<<(number-p.number)|1, number
 		return true
@@ -70,23 +70,24 @@ func (p *reporter) first(number uint64) bool {
 	return first
 }
 
-// duplicated reports whether two processes use the agent's identity, or did so lately.
+// duplicated reports whether two processes use the agent's identity, or did so recently.
 func (g *agent) duplicated() bool { return g.holdings[duplicates] != nil }
 
-// believed reports whether a report may take back what is known of the agent.
-func (g *agent) believed(up time.Duration) bool {
+// trusted reports whether a report may remove rows and claims of the agent.
+func (g *agent) trusted(up time.Duration) bool {
 	return !g.duplicated() && (!g.reporter.follows || up-g.reporter.since >= silence)
 }
 
-// heardFrom notes which process has sent a report, and reports whether there are two.
-func (g *agent) heardFrom(r Report, up time.Duration) (two bool) {
+// noteReporter records which process has sent a report, and returns whether there are
+// two.
+func (g *agent) noteReporter(r Report, up time.Duration) (two bool) {
 	p := &g.reporter
 	switch _, before := p.earlier[r.Process]; {
 	case g.reported.IsZero():
 		*p = reporter{process: r.Process, number: r.Number, seen: 1, follows: g.known && r.Process != "", since: up}
 		return false
 	case r.Process == p.process:
-		return r.Process != "" && !p.first(r.Number)
+		return r.Process != "" && !p.isNew(r.Number)
 	default:
 		two = before
 	}
@@ -107,38 +108,38 @@ func (g *agent) heardFrom(r Report, up time.Duration) (two bool) {
 	return two
 }
 
-// duplicate has an agent count as duplicated, for the longest life of an SVID from now
-// on, and until all rows of it have expired: what a clock that is ahead signs expires
-// later. It returns what the caller has to save, nil when that is stored already, and the
-// end that is then stored.
-func (l *Ledger) duplicate(g *agent, now time.Time) (b *batch, end int64) {
+// markDuplicatedLocked makes an agent count as duplicated, for the longest lifetime of
+// an SVID from now on, and until all its rows have expired: an SVID that was signed
+// while the clock was ahead expires later. It returns the batch that the caller must
+// save, nil if that is not necessary, and the end that is stored with it.
+func (l *Ledger) markDuplicatedLocked(g *agent, now time.Time) (b *batch, end int64) {
 	if !g.duplicated() {
-		l.log.Warn("two processes use the identity of one agent: evict it, and attest each node with a join token of its own", "agent_id", g.id)
+		l.log.Warn("agent identity used by two processes: evict the agent and attest each node with its own join token", "agent_id", g.id)
 	}
 	until := now.Add(longest)
 	for _, h := range g.holdings {
-		if last := at(h.latest); h.authority.id != duplicates && last.After(until) {
+		if last := fromUnix(h.latest); h.authority.id != duplicates && last.After(until) {
 			until = last
 		}
 	}
 	if g.duplicatedUntil >= until.Unix() {
 		return nil, 0
 	}
-	end = l.put(l.holding(duplicates, g.id), "", until.Add(noted))
+	end = l.putLocked(l.holdingLocked(duplicates, g.id), "", until.Add(duplicateMargin))
 	l.pending.rows[rowKey{duplicates, g.id, ""}] = end
 	for _, h := range g.holdings {
-		h.version++ // what either of them has settled is not deleted any more
-		l.recount(h)
+		h.version++ // cancels deletions in progress
+		l.recountLocked(h)
 	}
 	return l.pending, end
 }
 
-// Duplicated returns the agents whose identity two processes use, or did so lately,
-// ordered. What they were given counts until it expires, or until [Ledger.Gone].
+// Duplicated returns the agents whose identity two processes use, or did so recently,
+// ordered. Their SVIDs count until they expire, or until [Ledger.RemoveAgent].
 func (l *Ledger) Duplicated() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	l.expire()
+	l.expireLocked()
 	a := l.authorities[duplicates]
 	if a == nil {
 		return nil

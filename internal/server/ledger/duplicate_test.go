@@ -14,14 +14,14 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// by is a report of a process.
+// by returns a report with a process and number.
 func by(process string, number uint64, r ledger.Report) ledger.Report {
 	r.Process, r.Number = process, number
 	return r
 }
 
-// doubles is an agent "one" that was given two SVIDs of authority A, with a server
-// that may be restarted.
+// doubles is an agent "one" with two SVIDs of authority A, and a server that may be
+// restarted.
 type doubles struct {
 	t      *testing.T
 	m      *memory
@@ -33,7 +33,7 @@ type doubles struct {
 func newDoubles(t *testing.T) *doubles {
 	d := &doubles{t: t, m: newMemory()}
 	d.restart()
-	check(t, d.l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(day)), row("A", "one", "x", time.Now().Add(day))))
+	check(t, d.l.RecordX509(t.Context(), row("A", "one", "", time.Now().Add(day)), row("A", "one", "x", time.Now().Add(day))))
 	return d
 }
 
@@ -44,7 +44,7 @@ func (d *doubles) restart() {
 	d.l = l
 }
 
-// settled has a process say that nothing depends on A any more.
+// settled reports, from a process, that nothing depends on A.
 func (d *doubles) settled(process string) {
 	d.t.Helper()
 	d.number++
@@ -62,7 +62,7 @@ func (d *doubles) is(when string, clear, duplicated bool) {
 	}
 }
 
-// A restart and a clone: who says settled is believed when there can be no other.
+// A restart and a clone: a report of settled is trusted if there can be no other process.
 func TestRestartOrClone(t *testing.T) {
 	t.Parallel()
 	for name, f := range map[string]func(d *doubles){
@@ -135,12 +135,12 @@ func TestRestartOrClone(t *testing.T) {
 		},
 		"one of a clone ends, and the server is restarted": func(d *doubles) {
 			d.settled("a")
-			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
+			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
 			d.settled("b")
 			d.settled("a")
 			d.restart()
 			d.log.Reset()
-			d.log.WriteString("two processes") // was said before the restart
+			d.log.WriteString("two processes") // was logged before the restart
 			for range 10 {
 				time.Sleep(time.Minute)
 				d.settled("a")
@@ -150,12 +150,12 @@ func TestRestartOrClone(t *testing.T) {
 			d.is("expired", true, true)
 			time.Sleep(7 * day)
 			d.is("forgotten", true, false)
-			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
+			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
 			d.settled("a")
 			d.is("believed again", true, false)
 		},
 		"an SVID that was signed by a clock that was ahead": func(d *doubles) {
-			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(9*day))))
+			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(9*day))))
 			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, ledger.Report{})))
 			d.settled("b")
 			d.settled("a")
@@ -172,11 +172,11 @@ func TestRestartOrClone(t *testing.T) {
 		},
 		"the operator's word": func(d *doubles) {
 			d.settled("a")
-			check(d.t, d.l.GiveX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
+			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
 			d.settled("b")
 			d.settled("a")
 			d.is("duplicated", false, true)
-			check(d.t, d.l.Gone(d.t.Context(), "one"))
+			check(d.t, d.l.RemoveAgent(d.t.Context(), "one"))
 			d.is("gone", true, false)
 			d.restart()
 			d.is("after a restart", true, false)
@@ -209,7 +209,7 @@ func TestRestartOrClone(t *testing.T) {
 	}
 }
 
-// What one of two says that it holds, the other does not take back.
+// The report of one of two processes does not remove what the other reports to hold.
 func TestClaimsOfTwo(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -226,8 +226,8 @@ func TestClaimsOfTwo(t *testing.T) {
 	})
 }
 
-// Two that report each minute cost a write an hour, and any number of restarts no more
-// than some memory.
+// Two processes that report each minute cost a write an hour. The memory for restarts is
+// bounded.
 func TestDuplicatesAreCheap(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -245,7 +245,7 @@ func TestDuplicatesAreCheap(t *testing.T) {
 			check(t, l.Report(t.Context(), "two", by(fmt.Sprint(i), 1, ledger.Report{})))
 			time.Sleep(time.Second)
 		}
-		// Only so many are remembered: the first one is as good as new.
+		// The number of earlier processes is bounded: the first one counts as new.
 		check(t, l.Report(t.Context(), "two", by("0", 2, ledger.Report{})))
 		if got := l.Duplicated(); !slices.Equal(got, []string{"one"}) {
 			t.Errorf("duplicated are %v", got)
@@ -257,8 +257,7 @@ func TestDuplicatesAreCheap(t *testing.T) {
 	})
 }
 
-// A clock that is believed to have gone ahead does not make the silence of the other one
-// of two longer.
+// A clock step that is trusted does not shorten the wait for the other process.
 func TestClockIsNoSilence(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -267,7 +266,7 @@ func TestClockIsNoSilence(t *testing.T) {
 		l, err := ledger.Open(t.Context(), ledger.Config{Storage: d.m, Clock: clock.New(func() time.Time { return time.Now().Add(ahead) }, nil, time.Time{})})
 		check(t, err)
 		d.l = l
-		check(t, l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(2*day)), row("A", "one", "x", time.Now().Add(2*day))))
+		check(t, l.RecordX509(t.Context(), row("A", "one", "", time.Now().Add(2*day)), row("A", "one", "x", time.Now().Add(2*day))))
 		ahead = 4 * time.Hour
 		d.is("the clock goes ahead", false, false)
 		time.Sleep(day - 30*time.Second)

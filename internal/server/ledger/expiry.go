@@ -9,24 +9,24 @@ import (
 	"github.com/renewd/renewd/internal/clock"
 )
 
-// calendar says what is to be looked at when, to the minute. The minutes are a
-// heap and not walked through, so that a clock may be set to whatever it will.
-type calendar struct {
+// expiryQueue holds rows and agents by the minute in which they may expire. The minutes
+// are a heap, so that the cost of a clock step does not depend on its size.
+type expiryQueue struct {
 	minutes minuteHeap
-	at      map[int64][]appointment
+	at      map[int64][]expiryItem
 }
 
-// appointment is a row to be looked at, once for each row: one that was given a
-// later expiry meanwhile gets another. An agent's own visit has no holding.
-type appointment struct {
+// expiryItem is a row whose expiry is to be checked. There is one for each row: if the
+// row's expiry has moved, it is added again. The item of an agent has no holding.
+type expiryItem struct {
 	*holding
 	entry string // or the agent's ID
 }
 
-func newCalendar() calendar { return calendar{at: make(map[int64][]appointment)} }
+func newExpiryQueue() expiryQueue { return expiryQueue{at: make(map[int64][]expiryItem)} }
 
-// add files what ends at a Unix time.
-func (c *calendar) add(end int64, a appointment) {
+// add adds an item that expires at a time in Unix seconds.
+func (c *expiryQueue) add(end int64, a expiryItem) {
 	const minute = 60
 	m := (clock.Over(time.Unix(end, 0)).Unix() + minute - 1) / minute
 	list, ok := c.at[m]
@@ -36,9 +36,9 @@ func (c *calendar) add(end int64, a appointment) {
 	c.at[m] = append(list, a)
 }
 
-// due takes out what is filed up to now.
-func (c *calendar) due(now time.Time) []appointment {
-	var due []appointment
+// due removes and returns the items up to now.
+func (c *expiryQueue) due(now time.Time) []expiryItem {
+	var due []expiryItem
 	for len(c.minutes) > 0 && c.minutes[0] <= now.Unix()/60 {
 		m := heap.Pop(&c.minutes).(int64)
 		due = append(due, c.at[m]...)
@@ -60,65 +60,64 @@ func (h *minuteHeap) Pop() any {
 	return m
 }
 
-// expire drops from memory what is over. Every method that reads calls it, so
-// that what they say does not depend on when Run comes by.
-func (l *Ledger) expire() time.Time {
+// expireLocked drops expired rows and agents from memory. Every method that reads calls
+// it, so that their results do not depend on when Run does.
+func (l *Ledger) expireLocked() time.Time {
 	now := l.now()
-	for _, a := range l.calendar.due(now) {
+	for _, a := range l.expiryQueue.due(now) {
 		if a.holding == nil {
-			l.visit(a.entry, now)
+			l.expireAgentLocked(a.entry, now)
 			continue
 		}
 		expiry, ok := a.rows[a.entry]
 		switch {
 		case !ok:
-			// Gone before, with the agent's word.
+			// Deleted before, after a report of the agent.
 		case !over(expiry, now):
-			l.calendar.add(expiry, a)
+			l.expiryQueue.add(expiry, a)
 		default:
 			delete(a.rows, a.entry)
 			l.expired = append(l.expired, Row{Authority: a.authority.id, Agent: a.agent.id, Entry: a.entry})
 			if len(a.rows) == 0 {
-				// Whatever it said that it holds has expired with them.
-				a.said = claim{}
+				// The SVIDs that the agent reported have expired, too.
+				a.claim = claim{}
 			}
-			l.recount(a.holding)
+			l.recountLocked(a.holding)
 		}
 	}
 	return now
 }
 
-// visit looks whether an agent that was heard of is to be remembered still.
-// What it said that it holds, where no row tells until when, has expired after
-// the longest life of an SVID.
-func (l *Ledger) visit(id string, now time.Time) {
+// expireAgentLocked drops the reports of an agent whose last contact is longer ago than
+// the longest lifetime of an SVID. Claims without a row have expired by then, too.
+func (l *Ledger) expireAgentLocked(id string, now time.Time) {
 	g := l.agents[id]
 	if g == nil || g.contact.At.IsZero() {
 		return
 	}
 	if end := g.contact.At.Add(longest); end.After(now) {
-		l.calendar.add(end.Unix(), appointment{entry: id})
+		l.expiryQueue.add(end.Unix(), expiryItem{entry: id})
 		return
 	}
-	g.forget()
+	g.resetReports()
 	g.known = true
 	for _, h := range g.holdings {
-		h.said = claim{}
-		l.recount(h)
+		h.claim = claim{}
+		l.recountLocked(h)
 	}
-	l.forgetAgent(g)
+	l.pruneAgentLocked(g)
 }
 
-// sweep is how often what has expired is deleted from storage.
-const sweep = time.Minute
+// sweepInterval is how often expired rows are deleted from storage.
+const sweepInterval = time.Minute
 
-// perSave bounds one change that nobody waits for, so that those who wait for
-// theirs are not kept.
-const perSave = 4096
+// maxPerSave bounds the rows that are deleted in one change, so that calls which wait
+// for storage are not delayed.
+const maxPerSave = 4096
 
-// Run deletes from storage what has expired, until ctx ends, and returns nil.
+// Run deletes expired rows from storage until ctx ends, and returns nil.
 func (l *Ledger) Run(ctx context.Context) error {
-	ticker := time.NewTicker(sweep)
+	ticker := time.NewTicker(sweepInterval)
 	defer ticker.Stop()
 	for {
 		select {
@@ -129,7 +128,7 @@ func (l *Ledger) Run(ctx context.Context) error {
 		for {
 			n, err := l.sweep(ctx)
 			if err != nil && ctx.Err() == nil {
-				l.log.Error("expired rows not deleted, tried again in a minute", "rows", n, "error", err)
+				l.log.Error("expired rows not deleted", "count", n, "error", err, "delay", sweepInterval)
 			}
 			if err != nil || n == 0 {
 				break
@@ -138,18 +137,18 @@ func (l *Ledger) Run(ctx context.Context) error {
 	}
 }
 
-// sweep deletes some expired rows and says how many.
+// sweep deletes some expired rows and returns how many.
 func (l *Ledger) sweep(ctx context.Context) (int, error) {
 	l.mu.Lock()
-	l.expire()
-	n := min(len(l.expired), perSave)
-	gone := slices.Clone(l.expired[:n])
+	l.expireLocked()
+	n := min(len(l.expired), maxPerSave)
+	expired := slices.Clone(l.expired[:n])
 	if l.expired = l.expired[n:]; len(l.expired) == 0 {
 		l.expired = nil
 	}
 	b := l.pending
-	for _, r := range gone {
-		// It may have come back since.
+	for _, r := range expired {
+		// It may have been added again.
 		if a := l.authorities[r.Authority]; a != nil {
 			if h := a.holdings[r.Agent]; h != nil {
 				if _, back := h.rows[r.Entry]; back {
@@ -166,7 +165,7 @@ func (l *Ledger) sweep(ctx context.Context) (int, error) {
 	err := l.save(ctx, b)
 	if err != nil {
 		l.mu.Lock()
-		l.expired = append(l.expired, gone...)
+		l.expired = append(l.expired, expired...)
 		l.mu.Unlock()
 	}
 	return n, err

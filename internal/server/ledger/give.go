@@ -7,12 +7,11 @@ import (
 	"time"
 )
 
-// Begin says that a signature is on its way: whoever signs calls it before it
-// looks which key is active, and end after GiveX509 or GiveJWT has returned and
-// the answer is made. A key is not clear before the calls have ended that
-// began while it may have signed: so there is no moment in which an SVID is
-// neither on its way nor in a row. end may be called more than once; one that
-// is never called keeps every key of its time from being clear.
+// Begin announces a signature. Call it before reading which key is active, and call end
+// after RecordX509 or RecordJWT has returned and the answer is complete. A key is not
+// clear until all calls have ended that began while it may have been active: so at any
+// moment an SVID is in flight or in a row. end may be called more than once. If it is
+// never called, no key that was active since then becomes clear.
 func (l *Ledger) Begin() (end func()) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -27,17 +26,17 @@ func (l *Ledger) Begin() (end func()) {
 	})
 }
 
-// learn notes that a key signs nothing any more. What has begun by now may have
-// met it active.
-func (l *Ledger) learn(t *taint) {
+// learnTaintLocked records that a key no longer signs. Calls that have begun before may
+// still sign with it.
+func (l *Ledger) learnTaintLocked(t *taint) {
 	if !t.known {
 		*t = taint{known: true, barrier: l.generation}
 		l.generation++
 	}
 }
 
-// onTheirWay counts the calls that may have met the key active.
-func (l *Ledger) onTheirWay(t taint) int {
+// inFlightLocked counts the calls in flight that may sign with a tainted key.
+func (l *Ledger) inFlightLocked(t taint) int {
 	n := 0
 	for generation, calls := range l.signing { // seldom more than one
 		if t.known && generation <= t.barrier {
@@ -47,15 +46,14 @@ func (l *Ledger) onTheirWay(t taint) int {
 	return n
 }
 
-// GiveX509 stores that agents are given X.509-SVIDs; it is durable when it
-// returns nil, and counts from the call on. With an error the SVIDs must not
-// be handed out; that they count until they expire all the same harms nobody,
-// and they may have been stored.
+// RecordX509 records that agents may hold X.509-SVIDs. The rows count from the call on,
+// and are durable if it returns nil. With an error the SVIDs must not be sent; the rows
+// count until they expire all the same, because they may have been stored.
 //
-// A row replaces one of the same authority, agent and entry, of which the later
-// expiry stays: the agent may hold either. Entry IDs are kept as they are; give
-// those that are in memory anyway.
-func (l *Ledger) GiveX509(ctx context.Context, rows ...Row) error {
+// A row replaces one with the same authority, agent and entry, and the later expiry of
+// the two counts, because the agent may hold either SVID. The ledger keeps the strings
+// of entry IDs, so pass those that are in memory anyway.
+func (l *Ledger) RecordX509(ctx context.Context, rows ...Row) error {
 	if len(rows) == 0 {
 		return nil
 	}
@@ -64,32 +62,31 @@ func (l *Ledger) GiveX509(ctx context.Context, rows ...Row) error {
 	var h *holding
 	for _, r := range rows {
 		if h == nil || h.authority.id != r.Authority || h.agent.id != r.Agent {
-			h = l.holding(r.Authority, r.Agent)
+			h = l.holdingLocked(r.Authority, r.Agent)
 		}
-		b.rows[rowKey{h.authority.id, h.agent.id, r.Entry}] = l.put(h, r.Entry, r.NotAfter)
+		b.rows[rowKey{h.authority.id, h.agent.id, r.Entry}] = l.putLocked(h, r.Entry, r.NotAfter)
 	}
 	l.mu.Unlock()
 	if err := l.save(ctx, b); err != nil {
-		return fmt.Errorf("store who is given X.509-SVIDs: %w", err)
+		return fmt.Errorf("record X.509-SVIDs: %w", err)
 	}
 	return nil
 }
 
-// GiveWith is [Ledger.GiveX509] for one row that is stored together with something
-// else: by store, which makes the row that give returns durable in the ledger's
-// Storage in one atomic step with the rest, and calls give once, when nothing but a
-// failure of the storage can refuse the step any more. The row counts from then on.
-// give waits for nothing but the ledger's lock. An error of store is returned as it
-// is; the row counts all the same if give was called.
-func (l *Ledger) GiveWith(ctx context.Context, r Row, store func(ctx context.Context, give func() Row) error) error {
+// RecordWith is [Ledger.RecordX509] for one row that is stored together with other data.
+// store makes the row that add returns durable in the ledger's Storage, in one atomic
+// step with that data. It calls add once, when only a failure of storage can refuse the
+// step. The row counts from then on. add waits only for the ledger's mutex. An error of
+// store is returned unwrapped; the row counts all the same if add was called.
+func (l *Ledger) RecordWith(ctx context.Context, r Row, store func(ctx context.Context, add func() Row) error) error {
 	var h *holding
 	var again *batch
-	give := sync.OnceValue(func() Row {
+	add := sync.OnceValue(func() Row {
 		l.mu.Lock()
 		defer l.mu.Unlock()
-		h = l.holding(r.Authority, r.Agent)
-		expiry := l.put(h, r.Entry, r.NotAfter)
-		h.giving++
+		h = l.holdingLocked(r.Authority, r.Agent)
+		expiry := l.putLocked(h, r.Entry, r.NotAfter)
+		h.recording++
 		k := rowKey{h.authority.id, h.agent.id, r.Entry}
 		if _, ok := l.storing.rows[k]; ok {
 			again = l.pending
@@ -99,32 +96,32 @@ func (l *Ledger) GiveWith(ctx context.Context, r Row, store func(ctx context.Con
 		if again != nil {
 			again.rows[k] = expiry
 		}
-		r.NotAfter = at(expiry)
+		r.NotAfter = fromUnix(expiry)
 		return r
 	})
 	defer func() {
 		l.mu.Lock()
 		defer l.mu.Unlock()
 		if h != nil {
-			h.giving--
+			h.recording--
 		}
 	}()
-	if err := store(ctx, give); err != nil || again == nil {
+	if err := store(ctx, add); err != nil || again == nil {
 		return err
 	}
-	// A change of the same row was on its way and may have come after this one.
+	// A change of the same row was in flight and may have been stored after this one.
 	return l.save(ctx, again)
 }
 
-// GiveJWT stores until when a JWT-SVID that a key signed is valid; it is durable
-// when it returns nil. With an error the JWT-SVID must not be handed out.
+// RecordJWT records the expiry of a JWT-SVID that a key signed; it is durable if it
+// returns nil. With an error the JWT-SVID must not be sent.
 //
-// Only the latest expiry of each key is kept, as the next full minute: a busy
-// key costs one write a minute.
-func (l *Ledger) GiveJWT(ctx context.Context, keyID string, expiresAt time.Time) error {
+// Only the latest expiry of each key is kept, rounded up to a minute, so that a busy key
+// causes one write a minute.
+func (l *Ledger) RecordJWT(ctx context.Context, keyID string, expiresAt time.Time) error {
 	expiry := expiresAt.Add(time.Minute - 1).Truncate(time.Minute).Unix()
 	l.mu.Lock()
-	k := l.jwtKey(keyID)
+	k := l.jwtKeyLocked(keyID)
 	k.latest = max(k.latest, expiry)
 	if k.durable >= expiry {
 		l.mu.Unlock()
@@ -134,7 +131,7 @@ func (l *Ledger) GiveJWT(ctx context.Context, keyID string, expiresAt time.Time)
 	b.jwt[keyID] = latest
 	l.mu.Unlock()
 	if err := l.save(ctx, b); err != nil {
-		return fmt.Errorf("store the expiry of JWT-SVIDs: %w", err)
+		return fmt.Errorf("record JWT-SVID: %w", err)
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -142,7 +139,7 @@ func (l *Ledger) GiveJWT(ctx context.Context, keyID string, expiresAt time.Time)
 	return nil
 }
 
-func (l *Ledger) jwtKey(id string) *jwtKey {
+func (l *Ledger) jwtKeyLocked(id string) *jwtKey {
 	k := l.jwt[id]
 	if k == nil {
 		k = new(jwtKey)

@@ -11,17 +11,17 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// The row of an SVID, as storage knows it.
+// key identifies a row in storage.
 type key struct{ authority, agent, entry string }
 
-// memory is a Storage whose saves a test can look into, hold up and let fail.
+// memory is a Storage whose saves a test can inspect, block and make fail.
 type memory struct {
 	mu    sync.Mutex
 	rows  map[key]time.Time
 	jwt   map[string]time.Time
 	saves int
-	// hook is called in SaveLedger, before anything is stored and once more
-	// after; its error is that of the save.
+	// hook is called in SaveLedger, before and after the change is stored; its
+	// error is that of the save.
 	hook func(c ledger.Change, stored bool) error
 }
 
@@ -97,7 +97,7 @@ func row(authority, agent, entry string, notAfter time.Time) ledger.Row {
 	return ledger.Row{Authority: authority, Agent: agent, Entry: entry, NotAfter: notAfter}
 }
 
-// says is a report about one tainted authority.
+// says returns a report on one tainted authority.
 func says(authority string, pending, streams int, settled bool) ledger.Report {
 	return ledger.Report{Sequence: 7, Rate: 20, Authorities: []ledger.AuthorityReport{
 		{Authority: authority, Tainted: true, Pending: pending, Streams: streams, Settled: settled},

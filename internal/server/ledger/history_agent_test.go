@@ -9,47 +9,47 @@ import (
 )
 
 const (
-	// reconnects is within what time the workloads are back after a restart of
-	// their agent; before, the agent does not say that anything is settled.
+	// reconnects is the time in which workloads reconnect after a restart of their
+	// agent. Until then the agent does not report settled.
 	reconnects = 30 * time.Second
-	timeout    = 30 * time.Second // of calls
+	timeout    = 30 * time.Second // for calls
 )
 
 // agent is a node with its workloads.
 type agent struct {
 	s    *sim
 	id   string
-	ttl  time.Duration // of what is signed for it
+	ttl  time.Duration // of its SVIDs
 	slow bool
 
 	partitioned, evicted, destroyed bool
 
 	up      bool
 	life    int    // grows with each restart
-	process string // ID of the one that runs, or ran last
+	process string // ID of the present or last process
 	started time.Time
-	disk    disk // what outlives the process, the cache a little late
+	disk    disk // survives the process; the cache is a little outdated
 	cache   map[string]svid
-	half    map[string]time.Time // when each is half over
+	half    map[string]time.Time // when half of each lifetime is over
 	bundle  *bundle
-	seen    map[string]time.Time // when the taint of an authority was
+	seen    map[string]time.Time // when the agent saw the taint of an authority
 	delays  map[string]time.Duration
 	calls   map[*call]struct{}
-	jwts    map[string]time.Time // what the workloads have, by key
+	jwts    map[string]time.Time // expiry of the workloads' JWT-SVIDs, by key
 
 	workloads []*workload
-	entries   []string // the agent's own first
+	entries   []string // the agent SVID first
 
 	cloned       bool      // there are two of it
-	heard        time.Time // when the server last took in a report
+	heard        time.Time // when the server last stored a report
 	reporting    bool
-	reports      int // how many there were
+	reports      int // number of reports
 	last         ledger.Report
 	lastReported time.Time
 
 	saved *image
-	// rowless: it holds SVIDs that the server cannot know of before the agent
-	// says so; spoke: it has, last, to the process that runs.
+	// rowless: it holds SVIDs that the server cannot know of before it reports;
+	// spoke: it has reported them to the present server process.
 	rowless, spoke map[string]bool
 }
 
@@ -82,7 +82,7 @@ func newAgent(s *sim, n int) *agent {
 	return a
 }
 
-// begin starts a process of the agent with what is on disk.
+// begin starts a process of the agent with its data on disk.
 func (a *agent) begin() {
 	a.s.touched[a] = true
 	a.up, a.started = true, a.s.now
@@ -112,8 +112,7 @@ func (a *agent) end() {
 	}
 }
 
-// restart ends the process and begins a new one, with what is on disk or with
-// nothing.
+// restart ends the process and begins a new one, with the data on disk or without.
 func (a *agent) restart(lost bool) {
 	if !a.up || a.destroyed {
 		return
@@ -136,7 +135,7 @@ func (a *agent) destroy() {
 	a.destroyed = true
 }
 
-// image is all that a virtual machine held at a moment.
+// image is a snapshot of a virtual machine.
 type image struct {
 	disk  disk
 	cache map[string]svid
@@ -152,7 +151,7 @@ func (a *agent) snapshot() {
 	}
 }
 
-// rollBack sets the machine back to its image: it holds again what was settled.
+// rollBack restores the machine's image: it holds SVIDs again that were settled.
 func (a *agent) rollBack() {
 	if a.saved == nil || !a.up || a.destroyed {
 		return
@@ -168,7 +167,7 @@ func (a *agent) rollBack() {
 	a.unknown()
 }
 
-// clone has the node twice from now on: its disk, or all of a machine that runs.
+// clone adds a second node with the same disk, or with all of a running machine.
 func (a *agent) clone(running bool) {
 	if a.cloned || !a.up || a.destroyed {
 		return
@@ -192,9 +191,9 @@ func (a *agent) clone(running bool) {
 	s.after(s.between(0, 5*time.Second), b.tick)
 }
 
-// unknown notes that the server cannot know what the agent holds now.
+// unknown records that the server cannot know which SVIDs the agent holds now.
 func (a *agent) unknown() {
-	for _, m := range a.hands() {
+	for _, m := range a.places() {
 		for _, v := range m {
 			a.rowless[v.authority] = true
 		}
@@ -207,22 +206,22 @@ func (a *agent) unknown() {
 	clear(a.spoke)
 }
 
-// hands is where SVIDs are on the node.
-func (a *agent) hands() map[string]map[string]svid {
+// places returns the SVIDs on the node by their place.
+func (a *agent) places() map[string]map[string]svid {
 	out := map[string]map[string]svid{"the cache": a.cache, "the disk": a.disk.cache}
 	if !a.up {
 		delete(out, "the cache")
 	}
 	for i, w := range a.workloads {
-		out[fmt.Sprint("the hands of workload ", i)] = w.holds
+		out[fmt.Sprint("workload ", i)] = w.holds
 		out[fmt.Sprint("an answer to workload ", i)] = w.viewed
 	}
 	return out
 }
 
-// has says who on the node has an unexpired SVID of the authority.
+// has returns the place on the node of an unexpired SVID of the authority, "" for none.
 func (a *agent) has(authority string) string {
-	look := func(m map[string]svid) bool {
+	valid := func(m map[string]svid) bool {
 		for _, v := range m {
 			if v.authority == authority && v.notAfter.After(a.s.now) {
 				return true
@@ -231,20 +230,20 @@ func (a *agent) has(authority string) string {
 		return false
 	}
 	switch {
-	case a.up && look(a.cache):
-		return "its cache"
-	case look(a.disk.cache):
-		return "what it keeps"
+	case a.up && valid(a.cache):
+		return "the cache"
+	case valid(a.disk.cache):
+		return "the disk"
 	}
 	for i, w := range a.workloads {
-		if look(w.holds) || look(w.viewed) {
+		if valid(w.holds) || valid(w.viewed) {
 			return fmt.Sprint("workload ", i)
 		}
 	}
 	return ""
 }
 
-// tick is what the agent does every five seconds.
+// tick runs every five seconds.
 func (a *agent) tick() {
 	s := a.s
 	if a.destroyed {
@@ -258,7 +257,7 @@ func (a *agent) tick() {
 	if !a.up {
 		return
 	}
-	if s.server.reaches(a) && !s.goes(20, "refresh lost") {
+	if s.server.reaches(a) && !s.happens(20, "refresh lost") {
 		b, life := s.server.bundle, a.life
 		delay := s.between(0, time.Second)
 		if a.slow {
@@ -281,7 +280,7 @@ func (a *agent) apply(b *bundle) {
 	a.bundle = b
 	for id, mark := range b.tainted {
 		if !mark {
-			delete(a.seen, id) // a restore has taken it back
+			delete(a.seen, id) // a restore has undone the taint
 		}
 		if _, known := a.seen[id]; mark && !known {
 			a.seen[id] = a.s.now
@@ -293,8 +292,7 @@ func (a *agent) apply(b *bundle) {
 	a.disk.bundle, a.disk.seen = b, maps.Clone(a.seen)
 }
 
-// renew asks for what is missing or old, and at a slow pace for what is
-// tainted.
+// renew asks for missing and old SVIDs, and at a slow rate for tainted ones.
 func (a *agent) renew() {
 	now := a.s.now
 	asked := map[string]bool{}
@@ -343,7 +341,7 @@ func (a *agent) bundleOrNone() map[string]bool {
 	return a.bundle.tainted
 }
 
-// call asks the server, and gives up after a while.
+// call sends a request to the server, with a timeout.
 func (a *agent) call(c *call) {
 	c.agent, c.began, c.open = a, a.s.now, true
 	a.calls[c] = struct{}{}
@@ -357,7 +355,7 @@ func (a *agent) call(c *call) {
 	})
 }
 
-// take puts an answer in, unless what is held is better.
+// take stores an answer, unless the agent holds something better.
 func (a *agent) take(c *call) {
 	a.s.touched[a] = true
 	delete(a.calls, c)

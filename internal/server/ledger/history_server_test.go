@@ -12,11 +12,11 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// silence is after what time a node that is not heard of is taken for ended when
-// another one reports as the same agent.
+// silence is the time without a report after which a node counts as ended if another
+// one reports as the same agent.
 const silence = 3 * time.Minute
 
-// The lives of SVIDs, shorter than real ones to see them expire.
+// The lifetimes of SVIDs, shorter than real ones, so that they expire.
 const (
 	minTTL = 10 * time.Minute
 	maxTTL = time.Hour
@@ -33,12 +33,12 @@ const (
 	removed
 )
 
-// keyset is never lost: the keysets have a storage of their own.
+// keyset is never lost: the keysets have their own storage.
 type keyset struct {
 	server         *server
 	authority, key string
 	state          state
-	safe, met      bool // said to be, last and ever
+	safe, met      bool // the ledger's last answer; whether it was ever safe
 }
 
 func (k *keyset) taint() {
@@ -48,7 +48,7 @@ func (k *keyset) taint() {
 	}
 }
 
-// bundle is what was published at one moment.
+// bundle is a published bundle.
 type bundle struct {
 	sequence uint64
 	tainted  map[string]bool // by authority
@@ -60,7 +60,7 @@ type server struct {
 	life    int           // grows with each restart
 	offset  time.Duration // of its clock from the true time
 	slow    bool
-	trouble bool // of the storage
+	trouble bool // storage fails
 
 	memory  *memory
 	ledger  *ledger.Ledger
@@ -71,10 +71,10 @@ type server struct {
 	calls   map[*call]struct{}
 
 	restored []ledger.Restored // is stored, too
-	copied   *copied           // the last one
+	copied   *copied           // the last copy
 }
 
-// copied is all that was stored at a moment.
+// copied is a copy of all that was stored.
 type copied struct {
 	at       time.Time
 	rows     map[key]time.Time
@@ -84,13 +84,13 @@ type copied struct {
 	restored []ledger.Restored
 }
 
-// call is a request for SVIDs, seen from both ends.
+// call is a request for SVIDs, with the state of both ends.
 type call struct {
 	agent   *agent
 	entries []string // of X.509-SVIDs
 	jwt     bool
 	began   time.Time
-	open    bool // the agent waits, and would take the answer
+	open    bool // the agent waits for the answer
 	signer  *keyset
 	svids   map[string]svid
 	expiry  time.Time // of the JWT-SVID
@@ -123,17 +123,17 @@ func (v *server) open() {
 	v.ledger = l
 }
 
-// save looks at the ledger while it waits for storage, and lets it fail or
-// crash on either side of the moment in which a change becomes durable.
+// save checks the ledger while it waits for storage, and makes it fail or crash before
+// or after the change is durable.
 func (v *server) save(_ ledger.Change, stored bool) error {
 	if v.ledger == nil {
 		return nil
 	}
 	v.s.check()
 	switch {
-	case v.trouble && v.s.goes(4, fmt.Sprint("save failed, stored ", stored)):
+	case v.trouble && v.s.happens(4, fmt.Sprint("save failed, stored ", stored)):
 		return errDisk
-	case v.s.goes(1500, fmt.Sprint("crash in a save, stored ", stored)):
+	case v.s.happens(1500, fmt.Sprint("crash in a save, stored ", stored)):
 		panic(errCrashed)
 	}
 	return nil
@@ -156,7 +156,7 @@ func (v *server) survives(f func()) {
 	f()
 }
 
-// crash ends the process. It comes back after a while with what is in storage.
+// crash ends the process. It starts again after a while with the data in storage.
 func (v *server) crash() {
 	if !v.up {
 		return
@@ -165,7 +165,7 @@ func (v *server) crash() {
 	v.up, v.ledger = false, nil
 	v.life++
 	for c := range v.calls {
-		// What was signed and not sent is lost.
+		// SVIDs that were signed and not sent are lost.
 		delete(v.calls, c)
 	}
 	rows := map[string]bool{}
@@ -175,7 +175,7 @@ func (v *server) crash() {
 	for _, a := range v.s.agents {
 		clear(a.spoke)
 		if !rows[a.id] {
-			a.heard = time.Time{} // nothing is known of it
+			a.heard = time.Time{} // its reports are lost
 		}
 	}
 	v.open()
@@ -190,9 +190,8 @@ func (v *server) copy() {
 	v.copied = c
 }
 
-// restore loses the process and all that was stored since the copy: keysets that
-// were made are gone, those that were tainted or removed are what they were, and
-// what they signed is not known.
+// restore ends the process and discards all that was stored since the copy: new keysets
+// are gone, taints and removals are undone, and the SVIDs signed since are unknown.
 func (v *server) restore() {
 	c := v.copied
 	if c == nil || !v.up {
@@ -271,12 +270,12 @@ func (v *server) publish() {
 	v.bundle = b
 }
 
-// reaches reports whether a request of the agent arrives and is let in.
+// reaches reports whether a request of the agent arrives and is authorized.
 func (v *server) reaches(a *agent) bool {
 	return v.up && !a.partitioned && !a.evicted && !a.destroyed
 }
 
-// delay is how long one step of a call takes.
+// delay returns how long one step of a call takes.
 func (v *server) delay() time.Duration {
 	if v.slow {
 		return v.s.between(0, 40*time.Second)
@@ -284,7 +283,7 @@ func (v *server) delay() time.Duration {
 	return v.s.between(0, 100*time.Millisecond)
 }
 
-// mint serves a call as the server does: step by step, and others in between.
+// mint serves a call in the steps of the server, with other events in between.
 func (v *server) mint(c *call) {
 	s, life := v.s, v.life
 	if !v.reaches(c.agent) {
@@ -305,7 +304,7 @@ func (v *server) mint(c *call) {
 		step(func() {
 			defer end()
 			err := v.give(l, c)
-			if err != nil || c.agent.partitioned || s.goes(20, "answer lost") {
+			if err != nil || c.agent.partitioned || s.happens(20, "answer lost") {
 				delete(v.calls, c)
 				return
 			}
@@ -321,13 +320,13 @@ func (v *server) mint(c *call) {
 
 func (v *server) give(l *ledger.Ledger, c *call) error {
 	ttl := c.agent.ttl
-	if v.s.goes(4, "short life") {
-		ttl = minTTL // the entry was changed
+	if v.s.happens(4, "short life") {
+		ttl = minTTL // the entry has changed
 	}
 	notAfter := v.now().Add(ttl).Truncate(time.Second)
 	if c.jwt {
 		c.expiry = notAfter
-		return l.GiveJWT(v.s.t.Context(), c.signer.key, notAfter)
+		return l.RecordJWT(v.s.t.Context(), c.signer.key, notAfter)
 	}
 	c.svids = map[string]svid{}
 	var rows []ledger.Row
@@ -335,18 +334,18 @@ func (v *server) give(l *ledger.Ledger, c *call) error {
 		c.svids[e] = svid{c.signer.authority, notAfter}
 		rows = append(rows, row(c.signer.authority, c.agent.id, e, notAfter))
 	}
-	return l.GiveX509(v.s.t.Context(), rows...)
+	return l.RecordX509(v.s.t.Context(), rows...)
 }
 
-// report takes in what an agent said.
+// report stores a report of an agent.
 func (v *server) report(a *agent, r ledger.Report) error {
 	ctx, stop := context.WithCancel(v.s.t.Context())
 	defer stop()
-	if v.s.goes(20, "report given up on") {
+	if v.s.happens(20, "report given up on") {
 		stop()
 	}
 	if a.cloned && !slices.Contains(v.ledger.Duplicated(), a.id) {
-		// Of two, the one that is not heard of is taken for ended.
+		// Of two nodes, the one that does not report counts as ended.
 		for _, b := range v.s.agents {
 			if b != a && b.id == a.id && v.s.now.Sub(b.heard) >= silence {
 				b.unknown()

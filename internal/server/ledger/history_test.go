@@ -14,16 +14,16 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// "Safe" is never true too early: random histories of a signing server with
-// several keysets and 50 agents, some of them silent, slow, restarted, cloned or
-// lagging; and the server's storage is put back from a copy. The truth is what the
-// agents and the workloads hold in their hands, and what is on its way to somebody
-// who would take it. It is compared after each step, and in the middle of each save.
+// A keyset is never called safe too early, in random histories of a signing server with
+// several keysets and 50 agents. Some agents are silent, slow, restarted, cloned or
+// lagging, and the server's storage is restored from a copy. The ledger's answer is
+// compared with the SVIDs that agents and workloads hold, and with those in flight to a
+// waiting agent, after each step and in the middle of each save.
 //
-// A history has no goroutines and no real time: an event is a function that
-// runs at a moment of simulated time. RENEWD_SEED replays one history;
-// RENEWD_HISTORIES sets how many there are.
-func TestSafeIsNeverSaidTooEarly(t *testing.T) {
+// A history has no goroutines and no real time: an event is a function that runs at a
+// moment of simulated time. RENEWD_SEED replays one history; RENEWD_HISTORIES sets how
+// many there are.
+func TestSafeIsNeverTooEarly(t *testing.T) {
 	t.Parallel()
 	histories := 2
 	if n, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
@@ -45,14 +45,14 @@ func TestSafeIsNeverSaidTooEarly(t *testing.T) {
 			return
 		}
 	}
-	// A check of nothing would pass, too.
+	// Without such events the test would check nothing.
 	if histories >= 2 && (cleared == 0 || met == 0) {
-		t.Errorf("%d keysets came to be safe, %d troubles were met", cleared, met)
+		t.Errorf("%d keysets became safe, %d kinds of trouble happened", cleared, met)
 	}
 }
 
-// In calm days a keyset is safe minutes after its taint, although its SVIDs
-// live for hours: the check is not passed by never saying it.
+// Without trouble a keyset is safe minutes after its taint, although its SVIDs are valid
+// for hours: a ledger that never answers safe does not pass.
 func TestSafeComesInTime(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(3) {
@@ -79,7 +79,7 @@ func TestSafeComesInTime(t *testing.T) {
 
 type count int
 
-// history plays one.
+// history runs one history.
 func history(t *testing.T, seed uint64) *sim {
 	var s *sim
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
@@ -88,8 +88,8 @@ func history(t *testing.T, seed uint64) *sim {
 		s.after(s.between(0, 5*time.Minute), s.operator)
 		s.run(75 * time.Minute)
 
-		// Then nothing more goes wrong: what is not safe a little later is held
-		// up by agents that are not heard of, and ends with what they hold.
+		// Then the trouble ends: a keyset that is not safe a little later is held by
+		// agents that do not report, until their SVIDs expire.
 		s.calm = true
 		s.server.heal()
 		for _, a := range s.agents {
@@ -105,16 +105,16 @@ func history(t *testing.T, seed uint64) *sim {
 					continue
 				}
 				if a == nil || (!a.partitioned && !a.evicted && !a.destroyed) {
-					t.Errorf("%s is held, in calm days, by %+v", k.authority, h)
+					t.Errorf("%s is held, without trouble, by %+v", k.authority, h)
 				}
 			}
 		}
 		s.run(maxTTL + 10*time.Minute)
 		for _, k := range s.server.in(tainted) {
 			for _, h := range s.server.ledger.Holders(k.authority) {
-				// An agent's last word counts for longer where no row tells until
-				// when: it may have been about calls that came to nothing.
-				// So does that of either of two, until an operator evicts them.
+				// A claim without a row counts for longer: it may have been about
+				// calls that failed. So does a claim of duplicated agents, until an
+				// operator evicts them.
 				a := s.byID[h.Agent]
 				if a != nil && a.cloned {
 					continue
@@ -139,10 +139,10 @@ type sim struct {
 	calm   bool
 
 	server  *server
-	touched map[*agent]bool // by the event that runs: what is on their nodes has changed
+	touched map[*agent]bool // by the current event: SVIDs on their nodes have changed
 	agents  []*agent
 	byID    map[string]*agent
-	cleared count            // keysets that came to be safe
+	cleared count            // keysets that became safe
 	met     map[string]count // what went wrong
 }
 
@@ -165,7 +165,7 @@ func newSim(t *testing.T, seed uint64) *sim {
 
 type event struct {
 	at time.Time
-	n  int // those of one moment run in the order in which they were made
+	n  int // events of one moment run in the order in which they were made
 	f  func()
 }
 
@@ -192,14 +192,13 @@ func (s *sim) after(d time.Duration, f func()) {
 	heap.Push(&s.events, event{s.now.Add(d), s.made, f})
 }
 
-// between draws a duration.
+// between returns a random duration.
 func (s *sim) between(low, high time.Duration) time.Duration {
 	return low + time.Duration(s.r.Int64N(int64(high-low)))
 }
 
-// goes reports whether something happens that does in one of n cases, and not
-// in calm days.
-func (s *sim) goes(n int, what string) bool {
+// happens reports whether a trouble happens that does in one of n cases.
+func (s *sim) happens(n int, what string) bool {
 	if s.calm || s.r.IntN(n) > 0 {
 		return false
 	}
@@ -219,7 +218,7 @@ func (s *sim) run(d time.Duration) {
 	s.now = end
 }
 
-// check compares what the ledger says with what is so.
+// check compares the ledger's answers with the SVIDs that exist.
 func (s *sim) check() {
 	if !s.server.up {
 		return
@@ -230,10 +229,10 @@ func (s *sim) check() {
 		}
 		h := s.server.ledger.X509(k.authority, true)
 		if !h.Clear && h.SVIDs < 1 && h.UnknownUntil.IsZero() {
-			s.t.Fatalf("%v: %s is not safe, and nothing is shown: %+v", s.at(), k.authority, h)
+			s.t.Fatalf("%v: %s is not safe, without a reason: %+v", s.at(), k.authority, h)
 		}
 		if h.Clear {
-			s.honest(k, "said to be safe", !k.safe)
+			s.checkSafe(k, "said to be safe", !k.safe)
 			if !k.met {
 				k.met = true
 				s.cleared++
@@ -243,47 +242,47 @@ func (s *sim) check() {
 		if _, clear := s.server.ledger.JWT(k.key, true); clear {
 			for _, a := range s.agents {
 				if !a.destroyed && a.jwts[k.key].After(s.now) {
-					s.t.Fatalf("%v: %s is said to be safe, a workload of %s has a JWT-SVID of it until %v", s.at(), k.key, a.id, a.jwts[k.key])
+					s.t.Fatalf("%v: %s is called safe, but a workload of %s has a JWT-SVID of it until %v", s.at(), k.key, a.id, a.jwts[k.key])
 				}
 			}
 			for c := range s.server.calls {
 				if c.jwt && c.signer == k && c.open {
-					s.t.Fatalf("%v: %s is said to be safe, a JWT-SVID of it is on its way to %s", s.at(), k.key, c.agent.id)
+					s.t.Fatalf("%v: %s is called safe, but a JWT-SVID of it is in flight to %s", s.at(), k.key, c.agent.id)
 				}
 			}
 		}
 	}
 	for _, k := range s.server.removed {
-		s.honest(k, "removed as safe", false)
+		s.checkSafe(k, "removed as safe", false)
 	}
 }
 
 func (s *sim) at() time.Duration { return s.now.Sub(s.start) }
 
-// honest fails when somebody has an SVID of the keyset that the server could
-// know of. Of an authority that was safe before the event it looks mostly at
-// those whom the event has touched.
-func (s *sim) honest(k *keyset, what string, anew bool) {
-	look := maps.Keys(s.touched)
-	if anew || s.made%500 == 0 {
-		look = slices.Values(s.agents)
+// checkSafe fails if an agent has an SVID of the keyset that the server could know of.
+// If the authority was safe before the event, it mostly checks only the agents that the
+// event has touched.
+func (s *sim) checkSafe(k *keyset, what string, newlySafe bool) {
+	agents := maps.Keys(s.touched)
+	if newlySafe || s.made%500 == 0 {
+		agents = slices.Values(s.agents)
 	}
-	for a := range look {
+	for a := range agents {
 		if a.destroyed || (a.rowless[k.authority] && (k.state == removed || !a.spoke[k.authority])) {
 			continue
 		}
-		if who := a.has(k.authority); who != "" {
-			s.t.Fatalf("%v: %s is %s, but %s has an SVID of it, in %s", s.at(), k.authority, what, a.id, who)
+		if place := a.has(k.authority); place != "" {
+			s.t.Fatalf("%v: %s is %s, but %s has an SVID of it, in %s", s.at(), k.authority, what, a.id, place)
 		}
 	}
 	for c := range s.server.calls {
 		if !c.jwt && c.signer == k && c.open && !c.agent.destroyed {
-			s.t.Fatalf("%v: %s is %s, but an SVID of it is on its way to %s", s.at(), k.authority, what, c.agent.id)
+			s.t.Fatalf("%v: %s is %s, but an SVID of it is in flight to %s", s.at(), k.authority, what, c.agent.id)
 		}
 	}
 }
 
-// trouble is what befalls somebody every few seconds.
+// trouble disturbs an agent or the server every few seconds.
 func (s *sim) trouble() {
 	if s.calm {
 		return
@@ -297,7 +296,7 @@ func (s *sim) trouble() {
 		a.partitioned = true
 		s.after(s.between(0, 10*time.Minute), func() { a.partitioned = false })
 	case 5:
-		if s.goes(4, "silent") {
+		if s.happens(4, "silent") {
 			a.partitioned = true // until the end
 		}
 	case 6, 7:
@@ -305,50 +304,50 @@ func (s *sim) trouble() {
 	case 8, 9:
 		v.trouble = s.r.IntN(3) > 0
 	case 10, 11:
-		// By a clock that is set, and wrong by up to two minutes each way.
+		// The clock is set wrong by up to two minutes in either direction.
 		v.offset = s.between(-2*time.Minute, 2*time.Minute)
 	case 12, 13:
 		v.slow = s.r.IntN(2) == 0
 	case 14, 15:
 		a.slow = s.r.IntN(2) == 0
 	case 16:
-		if s.goes(10, "evicted") {
+		if s.happens(10, "evicted") {
 			for _, b := range s.agents {
 				b.evicted = b.evicted || b.id == a.id
 			}
 		}
 	case 17:
-		if !a.cloned && s.goes(10, "destroyed") {
+		if !a.cloned && s.happens(10, "destroyed") {
 			a.destroy()
 			s.after(s.between(0, time.Hour), func() {
 				if v.up {
-					_ = v.ledger.Gone(s.t.Context(), a.id)
+					_ = v.ledger.RemoveAgent(s.t.Context(), a.id)
 				}
 			})
 		}
 	case 18:
-		if v.up && !a.cloned && s.goes(3, "wrongly gone") {
+		if v.up && !a.cloned && s.happens(3, "wrongly gone") {
 			a.unknown()
-			_ = v.ledger.Gone(s.t.Context(), a.id)
+			_ = v.ledger.RemoveAgent(s.t.Context(), a.id)
 		}
 	case 19:
-		if s.goes(2, "snapshot") {
+		if s.happens(2, "snapshot") {
 			a.snapshot()
 		}
 	case 20:
-		if s.goes(2, "rolled back") {
+		if s.happens(2, "rolled back") {
 			a.rollBack()
 		}
 	case 21:
-		if v.copied == nil || s.goes(6, "copied") {
+		if v.copied == nil || s.happens(6, "copied") {
 			v.copy()
 		}
 	case 22:
-		if s.goes(6, "restored") {
+		if s.happens(6, "restored") {
 			v.restore()
 		}
 	case 23:
-		if running := s.r.IntN(2) == 0; s.goes(2, fmt.Sprint("cloned, running ", running)) {
+		if running := s.r.IntN(2) == 0; s.happens(2, fmt.Sprint("cloned, running ", running)) {
 			a.clone(running)
 		}
 	}
@@ -368,7 +367,7 @@ func (s *sim) victim() *agent {
 	return a
 }
 
-// operator rotates, at all speeds, and removes what is safe.
+// operator rotates, at all speeds, and removes keysets that are safe.
 func (s *sim) operator() {
 	if s.calm {
 		return
@@ -393,7 +392,7 @@ func (s *sim) operator() {
 		v.rotate()
 		s.after(s.between(0, time.Minute), func() { old.taint() })
 	case 1:
-		// One that signs for a moment only.
+		// The new keyset signs for a moment only.
 		v.rotate()
 		brief := v.active()
 		s.after(s.between(0, 15*time.Second), func() {
@@ -408,7 +407,7 @@ func (s *sim) operator() {
 				k.taint()
 			}
 		}
-	case 3: // back to one that has signed before
+	case 3: // activate a keyset that has signed before
 		for _, k := range v.in(prepared) {
 			v.activate(k)
 			break

@@ -8,17 +8,17 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// workload is told SVIDs on a stream and holds what it was told last.
+// workload receives SVIDs on a stream and holds the last ones.
 type workload struct {
 	entries []string
 	holds   map[string]svid
 	open    bool
-	viewed  map[string]svid // what is being sent
-	sent    map[string]svid // by the process of the agent that runs; nil: nothing
+	viewed  map[string]svid // being sent
+	sent    map[string]svid // by the present process of the agent; nil: none
 	pushing bool
 }
 
-// push sends a workload what it is to have, as soon as there is all of it.
+// push sends a workload its SVIDs, once the agent has all of them.
 func (a *agent) push(w *workload) {
 	if !w.open || w.pushing {
 		return
@@ -54,7 +54,7 @@ func (a *agent) push(w *workload) {
 	})
 }
 
-// follow sends again when something has changed meanwhile.
+// follow sends again if an SVID has changed meanwhile.
 func (a *agent) follow(w *workload) {
 	for e, v := range w.sent {
 		if a.cache[e] != v {
@@ -64,8 +64,8 @@ func (a *agent) follow(w *workload) {
 	}
 }
 
-// report tells the server, when something has changed and once a minute. There
-// is one report on its way at a time, as far as the agent knows.
+// report sends a report, after a change and once a minute. As far as the agent knows, at
+// most one report is in flight.
 func (a *agent) report() {
 	s := a.s
 	if a.bundle == nil || a.reporting {
@@ -80,16 +80,16 @@ func (a *agent) report() {
 	r.Process, r.Number = a.process, uint64(a.reports)
 	life, n := a.life, a.reports
 	delay := s.between(0, 300*time.Millisecond)
-	if s.goes(10, "report late") {
+	if s.happens(10, "report late") {
 		delay = s.between(0, time.Minute)
 	}
-	lost := s.goes(10, "report lost")
+	lost := s.happens(10, "report lost")
 	s.after(delay, func() {
-		// The connection ends with the process, and what it carried.
+		// The connection ends with the process, and loses the report.
 		if lost || a.life != life || !s.server.reaches(a) || s.server.report(a, r) != nil {
 			return
 		}
-		if !s.goes(10, "report's answer lost") && a.reports == n && a.reporting {
+		if !s.happens(10, "report's answer lost") && a.reports == n && a.reporting {
 			a.reporting, a.last, a.lastReported = false, r, s.now
 		}
 	})
@@ -100,7 +100,7 @@ func (a *agent) report() {
 	})
 }
 
-// newReport counts as an agent does; see State of the agent.
+// newReport counts in the same way as an agent.
 func (a *agent) newReport() ledger.Report {
 	r := ledger.Report{Sequence: a.bundle.sequence, Rate: 0.4}
 	ids := slices.Collect(maps.Keys(a.bundle.tainted))

@@ -2,8 +2,8 @@ package ledger
 
 import "time"
 
-// authority is an X.509 authority that somebody could hold SVIDs of, or that is
-// known to be tainted.
+// authority is an X.509 authority of which agents could hold SVIDs, or that is known to
+// be tainted.
 type authority struct {
 	id       string
 	taint    taint
@@ -11,10 +11,10 @@ type authority struct {
 	// Sums over holdings.
 	svids, agents int
 	latest        int64 // Unix seconds
-	stale         bool  // latest is of a holding that has gone
+	stale         bool  // latest is of a holding that was dropped
 }
 
-// agent is one that could hold something, or that was heard of.
+// agent is an agent that could hold SVIDs, or that was in contact.
 type agent struct {
 	id       string
 	holdings map[string]*holding // by authority
@@ -22,42 +22,41 @@ type agent struct {
 	rate     float64
 	reported time.Time // zero: never
 	reporter reporter
-	// known: there may be a process of it that has reported, and is not remembered.
+	// known: an earlier process may have reported that reporter does not include.
 	known           bool
-	duplicatedUntil int64 // as far as it is stored, in Unix seconds
+	duplicatedUntil int64 // the latest that is stored, in Unix seconds
 }
 
-// forget drops what the agent has said.
-func (g *agent) forget() {
+// resetReports drops all that the agent has reported.
+func (g *agent) resetReports() {
 	g.contact, g.reported, g.reporter = Contact{}, time.Time{}, reporter{}
 }
 
-// holding is what one agent could hold of one authority: its rows, and what it
-// last said.
+// holding is what one agent could hold of one authority: its rows and its last claim.
 type holding struct {
 	authority *authority
 	agent     *agent
 	rows      map[string]int64 // by entry, expiry in Unix seconds
-	// latest is the highest expiry in rows. Rows go all at once or in the order
-	// of their expiry, so it never has to be looked for.
+	// latest is the highest expiry in rows. Rows go all at once or in the order of
+	// their expiry, so it never has to be computed from rows.
 	latest int64
-	said   claim
-	// version grows with everything that speaks against deleting the rows, and
-	// giving counts those who are storing one by themselves.
-	version uint64
-	giving  int
-	counted int // what the sums of the authority have of it
+	claim  claim
+	// version grows with every event that cancels a deletion of the rows, and giving
+	// counts the calls of RecordWith in progress.
+	version   uint64
+	recording int
+	counted   int // its part of the authority's sums
 }
 
-// claim is an agent's last word on an authority; the zero value is none.
+// claim is what an agent last reported of an authority; the zero value is none.
 type claim struct {
 	made             bool
 	pending, streams int
 	beginsAt         time.Time
 }
 
-// and is the claim of two processes, or of one that is not believed yet.
-func (c claim) and(d claim) claim {
+// merge returns a claim that covers both, for two processes or one that is not trusted.
+func (c claim) merge(d claim) claim {
 	if !c.made || d.beginsAt.After(c.beginsAt) {
 		c.beginsAt = d.beginsAt
 	}
@@ -68,34 +67,34 @@ func (c claim) and(d claim) claim {
 
 func (c claim) holds() bool { return c.pending > 0 || c.streams > 0 }
 
-// count is how many SVIDs are to be shown: what the agent says of itself where
-// it has spoken, but never nothing while something is in the way.
+// count returns how many SVIDs to show: as many as the agent has reported, if it has,
+// but at least one while the holding keeps the authority from being clear.
 func (h *holding) count() int {
 	switch {
-	case len(h.rows) == 0 && !h.said.holds():
+	case len(h.rows) == 0 && !h.claim.holds():
 		return 0
 	case h.agent.duplicated():
-		return max(1, h.said.pending, len(h.rows))
-	case h.said.made:
-		return max(1, h.said.pending)
+		return max(1, h.claim.pending, len(h.rows))
+	case h.claim.made:
+		return max(1, h.claim.pending)
 	}
 	return len(h.rows)
 }
 
-// holding finds or makes what an agent could hold of an authority. Who makes
-// one calls recount before mu is released.
-func (l *Ledger) holding(authorityID, agentID string) *holding {
-	a := l.authority(authorityID)
+// holdingLocked returns the holding of an agent and an authority, and makes it if
+// necessary. After making one, recountLocked must be called before mu is released.
+func (l *Ledger) holdingLocked(authorityID, agentID string) *holding {
+	a := l.authorityLocked(authorityID)
 	h := a.holdings[agentID]
 	if h == nil {
-		g := l.agent(agentID)
+		g := l.agentLocked(agentID)
 		h = &holding{authority: a, agent: g, rows: make(map[string]int64)}
 		a.holdings[g.id], g.holdings[a.id] = h, h
 	}
 	return h
 }
 
-func (l *Ledger) authority(id string) *authority {
+func (l *Ledger) authorityLocked(id string) *authority {
 	a := l.authorities[id]
 	if a == nil {
 		a = &authority{id: id, holdings: make(map[string]*holding)}
@@ -104,7 +103,7 @@ func (l *Ledger) authority(id string) *authority {
 	return a
 }
 
-func (l *Ledger) agent(id string) *agent {
+func (l *Ledger) agentLocked(id string) *agent {
 	g := l.agents[id]
 	if g == nil {
 		g = &agent{id: id, holdings: make(map[string]*holding)}
@@ -113,35 +112,35 @@ func (l *Ledger) agent(id string) *agent {
 	return g
 }
 
-// put adds a row. One that is there already never gets shorter: the agent may
-// hold either SVID.
-func (l *Ledger) put(h *holding, entry string, notAfter time.Time) (expiry int64) {
+// putLocked adds a row, and returns its expiry. That of an existing row never becomes
+// earlier: the agent may hold either SVID.
+func (l *Ledger) putLocked(h *holding, entry string, notAfter time.Time) (expiry int64) {
 	before, known := h.rows[entry]
 	expiry = max(before, notAfter.Unix())
 	h.rows[entry] = expiry
 	h.version++
 	if !known {
-		l.calendar.add(expiry, appointment{h, entry})
+		l.expiryQueue.add(expiry, expiryItem{h, entry})
 	}
 	h.latest = max(h.latest, expiry)
 	h.authority.latest = max(h.authority.latest, expiry)
-	l.recount(h)
+	l.recountLocked(h)
 	return expiry
 }
 
-// drop forgets the rows of a holding and what was said of it.
-func (l *Ledger) drop(h *holding) {
-	// Not only emptied: the calendar knows the holding for a while still.
-	h.rows, h.said = nil, claim{}
-	l.recount(h)
+// dropLocked drops the rows and the claim of a holding.
+func (l *Ledger) dropLocked(h *holding) {
+	// The expiry queue still refers to the holding, so its fields are cleared, too.
+	h.rows, h.claim = nil, claim{}
+	l.recountLocked(h)
 }
 
-// recount keeps the sums after a change of a holding, and drops what nothing
-// is known of any more.
-func (l *Ledger) recount(h *holding) {
+// recountLocked updates the sums after a change of a holding, and drops the holding, its
+// authority and its agent if they are empty.
+func (l *Ledger) recountLocked(h *holding) {
 	a, n := h.authority, h.count()
 	if a.holdings[h.agent.id] != h {
-		return // dropped before, and perhaps there is another by now
+		return // dropped before, and possibly replaced
 	}
 	a.svids += n - h.counted
 	switch {
@@ -160,24 +159,24 @@ func (l *Ledger) recount(h *holding) {
 	}
 	delete(a.holdings, h.agent.id)
 	delete(h.agent.holdings, a.id)
-	l.forgetAuthority(a)
-	l.forgetAgent(h.agent)
+	l.pruneAuthorityLocked(a)
+	l.pruneAgentLocked(h.agent)
 }
 
-func (l *Ledger) forgetAuthority(a *authority) {
+func (l *Ledger) pruneAuthorityLocked(a *authority) {
 	if len(a.holdings) == 0 && !a.taint.known {
 		delete(l.authorities, a.id)
 	}
 }
 
-func (l *Ledger) forgetAgent(g *agent) {
+func (l *Ledger) pruneAgentLocked(g *agent) {
 	if len(g.holdings) == 0 && g.contact.At.IsZero() {
 		delete(l.agents, g.id)
 	}
 }
 
-// latestOf is the highest expiry of an authority's rows.
-func (a *authority) latestOf() int64 {
+// latestExpiry returns the highest expiry of the authority's rows.
+func (a *authority) latestExpiry() int64 {
 	if a.stale {
 		a.latest, a.stale = 0, false
 		for _, h := range a.holdings {

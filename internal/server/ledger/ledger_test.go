@@ -19,7 +19,7 @@ func TestRowsCountUntilTheyExpireOrAreSettled(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		l := open(t, nil, nil)
 		now := time.Now()
-		check(t, l.GiveX509(t.Context(),
+		check(t, l.RecordX509(t.Context(),
 			row("A", "one", "", now.Add(day)), row("A", "one", "x", now.Add(day/2)),
 			row("A", "two", "", now.Add(2*day)), row("B", "two", "", now.Add(day))))
 		want := func(what string, tainted bool, svids, agents int, latest time.Duration, clear bool) {
@@ -46,15 +46,15 @@ func TestRowsCountUntilTheyExpireOrAreSettled(t *testing.T) {
 	})
 }
 
-// Of two SVIDs of one entry the agent may hold either.
+// The agent may hold either of two SVIDs of one entry.
 func TestLaterExpiryStays(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
 		l := open(t, m, nil)
 		late := time.Now().Add(day)
-		check(t, l.GiveX509(t.Context(), row("A", "one", "x", late)))
-		check(t, l.GiveX509(t.Context(), row("A", "one", "x", late.Add(-day/2))))
+		check(t, l.RecordX509(t.Context(), row("A", "one", "x", late)))
+		check(t, l.RecordX509(t.Context(), row("A", "one", "x", late.Add(-day/2))))
 		for _, l := range []*ledger.Ledger{l, open(t, m, nil)} {
 			if h := l.X509("A", true); !h.Latest.Equal(late) || h.SVIDs != 1 {
 				t.Errorf("%+v, want one until %v", h, late)
@@ -67,12 +67,12 @@ func TestLaterExpiryStays(t *testing.T) {
 	})
 }
 
-func TestGone(t *testing.T) {
+func TestRemoveAgent(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
 		l := open(t, m, nil)
-		check(t, l.GiveX509(t.Context(), row("A", "one", "x", time.Now().Add(day)), row("A", "two", "x", time.Now().Add(day)),
+		check(t, l.RecordX509(t.Context(), row("A", "one", "x", time.Now().Add(day)), row("A", "two", "x", time.Now().Add(day)),
 			row("B", "one", "x", time.Now().Add(day))))
 		check(t, l.Report(t.Context(), "one", says("C", 1, 0, false)))
 		l.Applied("three", 7)
@@ -81,11 +81,11 @@ func TestGone(t *testing.T) {
 				t.Errorf("knows %s: %v", id, got)
 			}
 		}
-		check(t, l.Gone(t.Context(), "nobody"))
-		check(t, l.Gone(t.Context(), "one"))
-		check(t, l.Gone(t.Context(), "three"))
+		check(t, l.RemoveAgent(t.Context(), "nobody"))
+		check(t, l.RemoveAgent(t.Context(), "one"))
+		check(t, l.RemoveAgent(t.Context(), "three"))
 		if l.Knows("one") || l.Knows("three") {
-			t.Error("knows who is gone")
+			t.Error("knows an agent that was removed")
 		}
 		if _, ok := l.Contact("one"); ok || m.count() != 1 || !m.has("A", "two", "x") {
 			t.Errorf("kept: %v", m.rows)
@@ -95,10 +95,10 @@ func TestGone(t *testing.T) {
 				t.Errorf("%s: %+v, want %d agents", authority, h, agents)
 			}
 		}
-		// The word was wrong.
+		// The node exists after all.
 		check(t, l.Report(t.Context(), "one", says("B", 1, 0, false)))
 		if h := l.X509("B", true); h.Clear {
-			t.Errorf("%+v of an agent that is there after all", h)
+			t.Errorf("%+v of an agent that reports after its removal", h)
 		}
 	})
 }
@@ -109,11 +109,11 @@ func TestRemoved(t *testing.T) {
 		m := newMemory()
 		l := open(t, m, nil)
 		for i := range 10_000 {
-			check(t, l.GiveX509(t.Context(), row("A", fmt.Sprint(i%100), fmt.Sprint(i), time.Now().Add(day))))
+			check(t, l.RecordX509(t.Context(), row("A", fmt.Sprint(i%100), fmt.Sprint(i), time.Now().Add(day))))
 		}
-		check(t, l.GiveX509(t.Context(), row("B", "0", "x", time.Now().Add(day))))
-		check(t, l.GiveJWT(t.Context(), "a", time.Now().Add(day)))
-		check(t, l.GiveJWT(t.Context(), "b", time.Now().Add(day)))
+		check(t, l.RecordX509(t.Context(), row("B", "0", "x", time.Now().Add(day))))
+		check(t, l.RecordJWT(t.Context(), "a", time.Now().Add(day)))
+		check(t, l.RecordJWT(t.Context(), "b", time.Now().Add(day)))
 		l.X509("A", true)
 		check(t, l.Removed(t.Context(), "A", "a"))
 		if m.count() != 1 || len(m.jwt) != 1 || !m.has("B", "0", "x") {
@@ -128,8 +128,8 @@ func TestRemoved(t *testing.T) {
 	})
 }
 
-// A call that began before the taint may be signing with the key still.
-func TestCallsOnTheirWay(t *testing.T) {
+// A call that began before the taint may still sign with the key.
+func TestCallsInFlight(t *testing.T) {
 	t.Parallel()
 	l := open(t, nil, nil)
 	first, second := l.Begin(), l.Begin()
@@ -176,8 +176,8 @@ func TestJWT(t *testing.T) {
 		l := open(t, m, nil)
 		start := time.Now()
 		for range 600 { // ten minutes
-			check(t, l.GiveJWT(t.Context(), "a", time.Now().Add(time.Hour)))
-			check(t, l.GiveJWT(t.Context(), "a", time.Now().Add(time.Minute)))
+			check(t, l.RecordJWT(t.Context(), "a", time.Now().Add(time.Hour)))
+			check(t, l.RecordJWT(t.Context(), "a", time.Now().Add(time.Minute)))
 			time.Sleep(time.Second)
 		}
 		if m.saves != 11 {
@@ -205,20 +205,20 @@ func TestJWT(t *testing.T) {
 			t.Error("a key that signed nothing is not clear")
 		}
 		l = open(t, m, nil)
-		check(t, l.GiveJWT(t.Context(), "b", time.Now().Add(time.Hour)))
+		check(t, l.RecordJWT(t.Context(), "b", time.Now().Add(time.Hour)))
 		if _, kept := m.jwt["a"]; kept {
-			t.Error("expired, and in storage for ever")
+			t.Error("expired, but not deleted from storage")
 		}
 	})
 }
 
-// A server that was restarted knows the rows and no reports.
+// A restarted server has the rows and no reports.
 func TestReopen(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
 		l := open(t, m, nil)
-		check(t, l.GiveX509(t.Context(), row("A", "one", "x", time.Now().Add(day)), row("A", "one", "y", time.Now().Add(time.Hour))))
+		check(t, l.RecordX509(t.Context(), row("A", "one", "x", time.Now().Add(day)), row("A", "one", "y", time.Now().Add(time.Hour))))
 		check(t, l.Report(t.Context(), "one", says("A", 1, 0, false)))
 		time.Sleep(2 * time.Hour)
 		l = open(t, m, nil)
@@ -240,8 +240,8 @@ func TestReopen(t *testing.T) {
 	})
 }
 
-// What has expired goes from storage too, also after a time in which storage
-// failed, unless it has come back.
+// Expired rows are deleted from storage, also after storage has failed for a while,
+// unless they were recorded again.
 func TestRun(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -256,14 +256,14 @@ func TestRun(t *testing.T) {
 		l := open(t, m, nil)
 		go func() { _ = l.Run(t.Context()) }()
 		for i := range 10_000 {
-			check(t, l.GiveX509(t.Context(), row("A", fmt.Sprint(i%7), fmt.Sprint(i), time.Now().Add(time.Hour+time.Duration(i)*time.Second/10))))
+			check(t, l.RecordX509(t.Context(), row("A", fmt.Sprint(i%7), fmt.Sprint(i), time.Now().Add(time.Hour+time.Duration(i)*time.Second/10))))
 		}
 		failing.Store(true)
 		time.Sleep(2 * time.Hour)
 		if h := l.X509("A", true); !h.Clear || m.count() != 10_000 {
 			t.Errorf("%+v and %d rows in storage, want reads not to wait for it", h, m.count())
 		}
-		check(t, l.GiveX509(t.Context(), row("A", "1", "1", time.Now().Add(time.Hour))))
+		check(t, l.RecordX509(t.Context(), row("A", "1", "1", time.Now().Add(time.Hour))))
 		failing.Store(false)
 		time.Sleep(2 * time.Minute)
 		if m.count() != 1 || !m.has("A", "1", "1") {

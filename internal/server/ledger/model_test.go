@@ -12,7 +12,7 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// The ledger against a model that is a list of rows and the last reports.
+// TestModel compares the ledger with a model of rows and last reports.
 func TestModel(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -31,7 +31,7 @@ func TestModel(t *testing.T) {
 		}
 		l, ctx := openNow(), context.Background()
 		rows := map[key]time.Time{}
-		pending := map[[2]string]int{} // by authority and agent, where said
+		pending := map[[2]string]int{} // by authority and agent, if reported
 		noError := func(err error) {
 			if err != nil {
 				t.Fatal(err)
@@ -47,7 +47,7 @@ func TestModel(t *testing.T) {
 			"give": func(t *rapid.T) {
 				r := row(authority.Draw(t, "authority"), agent.Draw(t, "agent"), entry.Draw(t, "entry"),
 					now.Add(time.Duration(life.Draw(t, "hours"))*time.Hour))
-				noError(l.GiveX509(ctx, r))
+				noError(l.RecordX509(ctx, r))
 				if k := (key{r.Authority, r.Agent, r.Entry}); r.NotAfter.After(rows[k]) {
 					rows[k] = r.NotAfter
 				}
@@ -65,13 +65,13 @@ func TestModel(t *testing.T) {
 				for k := range rows {
 					known = known || (k.authority == a && k.agent == g)
 				}
-				if known { // else it says nothing
+				if known { // a claim without rows is ignored
 					pending[[2]string{a, g}] = n
 				}
 			},
 			"gone": func(t *rapid.T) {
 				g := agent.Draw(t, "agent")
-				noError(l.Gone(ctx, g))
+				noError(l.RemoveAgent(ctx, g))
 				of(func(k key) bool { return k.agent == g })
 			},
 			"removed": func(t *rapid.T) {
@@ -103,7 +103,7 @@ func TestModel(t *testing.T) {
 						}
 					}
 				}
-				// Reports that stand for no row are kept for a week.
+				// Claims without a row are kept for a week.
 				for _, g := range []string{"one", "two", "three"} {
 					if c, ok := l.Contact(g); ok && now.Sub(c.At) < 6*day {
 						continue

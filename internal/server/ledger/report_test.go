@@ -23,7 +23,7 @@ func TestReports(t *testing.T) {
 		reports []ledger.AuthorityReport
 		svids   int
 		streams int
-		reason  string // empty: holds nothing
+		reason  string // empty: no holder
 	}{
 		{"settled", 3, []ledger.AuthorityReport{report(true, 0, 0, true)}, 0, 0, ""},
 		{"pending", 3, []ledger.AuthorityReport{report(true, 2, 1, false)}, 2, 1, ledger.ReasonRenewing},
@@ -49,9 +49,9 @@ func TestReports(t *testing.T) {
 				m := newMemory()
 				l := open(t, m, nil)
 				for i := range tt.rows {
-					check(t, l.GiveX509(t.Context(), row("A", "one", fmt.Sprint(i), time.Now().Add(day))))
+					check(t, l.RecordX509(t.Context(), row("A", "one", fmt.Sprint(i), time.Now().Add(day))))
 				}
-				check(t, l.GiveX509(t.Context(), row("B", "one", "", time.Now().Add(day))))
+				check(t, l.RecordX509(t.Context(), row("B", "one", "", time.Now().Add(day))))
 				check(t, l.Report(t.Context(), "one", ledger.Report{Sequence: 4, Rate: 5, Authorities: tt.reports}))
 				got, holders := l.X509("A", true), l.Holders("A")
 				if tt.reason == "" {
@@ -67,7 +67,7 @@ func TestReports(t *testing.T) {
 				if !m.has("B", "one", "") {
 					t.Error("a row of another authority is gone")
 				}
-				// The next report replaces all of it.
+				// The next report replaces it.
 				check(t, l.Report(t.Context(), "one", ledger.Report{}))
 				if got := l.X509("A", true); tt.reason != "" && got.SVIDs != tt.rows {
 					t.Errorf("after a report of nothing: %+v, want the rows", got)
@@ -81,7 +81,7 @@ func TestReasonSilent(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := open(t, nil, nil)
-		check(t, l.GiveX509(t.Context(), row("A", "never", "", time.Now().Add(day)), row("A", "away", "", time.Now().Add(day)),
+		check(t, l.RecordX509(t.Context(), row("A", "never", "", time.Now().Add(day)), row("A", "away", "", time.Now().Add(day)),
 			row("A", "posts", "", time.Now().Add(day))))
 		check(t, l.Report(t.Context(), "away", says("A", 1, 0, false)))
 		time.Sleep(4 * time.Minute)
@@ -100,7 +100,7 @@ func TestContact(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		l := open(t, nil, nil)
-		check(t, l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(day))))
+		check(t, l.RecordX509(t.Context(), row("A", "one", "", time.Now().Add(day))))
 		if c, ok := l.Contact("one"); ok {
 			t.Errorf("before any: %+v", c)
 		}
@@ -124,8 +124,7 @@ func TestContact(t *testing.T) {
 	})
 }
 
-// What an agent says that it holds, and the ledger knows no row of, counts
-// until it must have expired.
+// A claim without a row counts until the SVIDs must have expired.
 func TestClaimWithoutRowEnds(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -144,11 +143,11 @@ func TestClaimWithoutRowEnds(t *testing.T) {
 	})
 }
 
-// A hostile agent can keep a key from being clear, and no more.
+// A hostile agent can only keep a key from being clear.
 func TestReportIsBounded(t *testing.T) {
 	t.Parallel()
 	l := open(t, nil, nil)
-	check(t, l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(day))))
+	check(t, l.RecordX509(t.Context(), row("A", "one", "", time.Now().Add(day))))
 	var r ledger.Report
 	for i := range 100_000 {
 		r.Authorities = append(r.Authorities, ledger.AuthorityReport{Authority: fmt.Sprint(i), Tainted: true, Pending: 1})
@@ -157,19 +156,19 @@ func TestReportIsBounded(t *testing.T) {
 		ledger.AuthorityReport{Authority: strings.Repeat("x", 1000), Tainted: true, Pending: 1})
 	check(t, l.Report(t.Context(), "one", r))
 	if h := l.X509("A", true); h.SVIDs != 3 {
-		t.Errorf("%+v: surplus was at the cost of what is known", h)
+		t.Errorf("%+v: unknown authorities excluded a known one", h)
 	}
 	remembered := 0
 	for _, a := range r.Authorities {
 		remembered += l.X509(a.Authority, false).Agents
 	}
 	if remembered != 32 {
-		t.Errorf("%d authorities of one agent remembered", remembered)
+		t.Errorf("%d authorities of one agent stored", remembered)
 	}
 	check(t, l.Report(t.Context(), "one", ledger.Report{}))
 	for _, a := range r.Authorities[:100_000] {
 		if h := l.X509(a.Authority, false); h.Agents != 0 {
-			t.Fatalf("%s is held after the last report has said otherwise: %+v", a.Authority, h)
+			t.Fatalf("%s is held although the last report does not have it: %+v", a.Authority, h)
 		}
 	}
 }

@@ -9,8 +9,8 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// restoredLedger is one that knows of no row of A, and not what A signed in the
-// hour before now: for its own day X.509-SVIDs, and JWT-SVIDs for ten.
+// restoredLedger returns a ledger without rows of A, that was restored from a copy of an
+// hour ago: X.509-SVIDs signed since are valid for a day, and JWT-SVIDs for ten.
 func restoredLedger(t *testing.T, m *memory) (l *ledger.Ledger, copied, until time.Time) {
 	t.Helper()
 	copied, until = time.Now().Add(-time.Hour).UTC(), time.Now().Add(day).UTC()
@@ -21,8 +21,8 @@ func restoredLedger(t *testing.T, m *memory) (l *ledger.Ledger, copied, until ti
 	return l, copied, until
 }
 
-// TestRestored: what was signed after the copy is nowhere, and counts until it has
-// expired, whatever anybody says.
+// TestRestored: SVIDs that were signed after the copy have no row. They count until they
+// have expired, whatever agents report.
 func TestRestored(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -39,8 +39,7 @@ func TestRestored(t *testing.T) {
 			}
 		}
 		unknown("at first")
-		// An agent that was there all the time, and one that was let in after the
-		// copy and comes back.
+		// An agent that was known before the copy, and one that attested after it.
 		for _, agent := range []string{"one", "two"} {
 			check(t, l.Report(ctx, agent, says("A", 2, 0, false)))
 			if h := l.X509("A", true); h.Clear || h.SVIDs != 2 || h.Agents != 1 || h.UnknownUntil.IsZero() || len(l.Holders("A")) != 2 {
@@ -49,8 +48,8 @@ func TestRestored(t *testing.T) {
 			check(t, l.Report(ctx, agent, says("A", 0, 0, true)))
 			unknown(agent + " has settled")
 		}
-		check(t, l.Gone(ctx, "one"))
-		check(t, l.Gone(ctx, ""))
+		check(t, l.RemoveAgent(ctx, "one"))
+		check(t, l.RemoveAgent(ctx, ""))
 		unknown("all are gone")
 		time.Sleep(day + 4*time.Minute)
 		unknown("expired, by this clock")
@@ -64,7 +63,7 @@ func TestRestored(t *testing.T) {
 	})
 }
 
-// TestNotConcernedByARestore: a keyset that was made after it, or is not tainted.
+// TestNotConcernedByARestore: a keyset that was made after the restore, or is not tainted.
 func TestNotConcernedByARestore(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -75,7 +74,7 @@ func TestNotConcernedByARestore(t *testing.T) {
 		if latest, clear := l.JWT("b", true); !latest.IsZero() || !clear {
 			t.Errorf("another's JWT-SVIDs: %v, %v", latest, clear)
 		}
-		// It is said of one that signs, too: it will matter.
+		// The period is also returned for the active keyset.
 		if h := l.X509("A", false); h != (ledger.Holding{UnknownSince: copied, UnknownUntil: until}) {
 			t.Errorf("active: %+v", h)
 		}
@@ -85,7 +84,7 @@ func TestNotConcernedByARestore(t *testing.T) {
 	})
 }
 
-// TestRestoredTwice: what was signed before either restore counts, each for its own
+// TestRestoredTwice: SVIDs that were signed before either restore count, each for its own
 // time.
 func TestRestoredTwice(t *testing.T) {
 	t.Parallel()
@@ -121,8 +120,7 @@ func TestRestoredTwice(t *testing.T) {
 	})
 }
 
-// TestRestoredJWT: those that are known and those that are not, whichever ends
-// later.
+// TestRestoredJWT: recorded and unknown JWT-SVIDs count, whichever expire later.
 func TestRestoredJWT(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -136,7 +134,7 @@ func TestRestoredJWT(t *testing.T) {
 			}
 		}
 		want(until.Add(9*day), false)
-		check(t, l.GiveJWT(t.Context(), "a", until.Add(10*day)))
+		check(t, l.RecordJWT(t.Context(), "a", until.Add(10*day)))
 		want(until.Add(10*day), false)
 		time.Sleep(11*day + 5*time.Minute)
 		want(time.Time{}, true)

@@ -6,9 +6,9 @@ import (
 	"time"
 )
 
-// batch gathers the changes of those who wait for storage at the same time.
+// batch combines the changes of calls that wait for storage at the same time.
 type batch struct {
-	rows map[rowKey]int64 // expiry in Unix seconds; gone when zero
+	rows map[rowKey]int64 // expiry in Unix seconds; zero deletes
 	jwt  map[string]int64
 	done chan struct{} // closed when err is set
 	err  error
@@ -23,7 +23,7 @@ func newBatch() *batch {
 func (b *batch) change() Change {
 	var c Change
 	for k, notAfter := range b.rows {
-		r := Row{Authority: k.authority, Agent: k.agent, Entry: k.entry, NotAfter: at(notAfter)}
+		r := Row{Authority: k.authority, Agent: k.agent, Entry: k.entry, NotAfter: fromUnix(notAfter)}
 		if notAfter == 0 {
 			c.Gone = append(c.Gone, r)
 		} else {
@@ -33,16 +33,16 @@ func (b *batch) change() Change {
 	if len(b.jwt) > 0 {
 		c.JWT = make(map[string]time.Time, len(b.jwt))
 		for id, expiry := range b.jwt {
-			c.JWT[id] = at(expiry)
+			c.JWT[id] = fromUnix(expiry)
 		}
 	}
 	return c
 }
 
-// save returns when a batch, to which the caller has added under mu, is
-// durable. One batch is stored at a time, by one of those who wait for it: two
-// changes of one row reach storage in the order in which they were made.
-// When ctx ends first, the batch is stored with the next one's.
+// save returns when a batch, to which the caller has added under mu, is durable. One
+// batch is stored at a time, by one of the calls that wait for it: changes of the same
+// row reach storage in the order in which they were made. If ctx ends first, the batch
+// remains pending and is stored by a later call.
 func (l *Ledger) save(ctx context.Context, b *batch) error {
 	select {
 	case l.saving <- struct{}{}:
@@ -60,22 +60,22 @@ func (l *Ledger) save(ctx context.Context, b *batch) error {
 	l.mu.Unlock()
 	if mine {
 		defer close(b.done)
-		defer l.stored()
+		defer l.finishSave()
 		b.err = errUnfinished // unless storage returns
-		// The others in the batch do not give up with this caller.
+		// Other calls wait for the batch, too.
 		b.err = l.storage.SaveLedger(context.WithoutCancel(ctx), b.change())
 	}
-	// A batch that is pending no more was done before saving was free.
+	// A batch that is no longer pending was stored before this call got saving.
 	return b.err
 }
 
-// stored says that nothing is in SaveLedger any more.
-func (l *Ledger) stored() {
+// finishSave records that no batch is in SaveLedger.
+func (l *Ledger) finishSave() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.storing = newBatch()
 }
 
-// errUnfinished is what those learn who shared a batch with a caller in whose
-// hands storage panicked.
+// errUnfinished is returned to calls that share a batch with one in which storage
+// panicked.
 var errUnfinished = errors.New("storage did not finish")

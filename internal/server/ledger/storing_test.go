@@ -13,8 +13,8 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// held makes saves of m wait, each for a value sent to the channel returned,
-// which is the save's error.
+// held makes each save of m wait for a value from the returned channel, which is the
+// save's error.
 func held(m *memory) chan error {
 	c := make(chan error)
 	m.hook = func(_ ledger.Change, stored bool) error {
@@ -33,8 +33,8 @@ func async(f func() error) chan error {
 	return done
 }
 
-// While storage works, everything can be read, a row is seen already, and those
-// who come meanwhile share the next save.
+// During a save, reads do not wait, a row counts already, and calls that come meanwhile
+// share the next save.
 func TestReadsDoNotWaitForStorage(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -44,9 +44,9 @@ func TestReadsDoNotWaitForStorage(t *testing.T) {
 		in := time.Now().Add(day)
 		var done []chan error
 		for i := range 10 {
-			done = append(done, async(func() error { return l.GiveX509(t.Context(), row("A", fmt.Sprint(i), "", in)) }))
+			done = append(done, async(func() error { return l.RecordX509(t.Context(), row("A", fmt.Sprint(i), "", in)) }))
 		}
-		jwt := async(func() error { return l.GiveJWT(t.Context(), "a", in) })
+		jwt := async(func() error { return l.RecordJWT(t.Context(), "a", in) })
 		l.Begin()()
 		l.Applied("0", 1)
 		_, known := l.Contact("0")
@@ -69,38 +69,37 @@ func TestReadsDoNotWaitForStorage(t *testing.T) {
 	})
 }
 
-// Who gives up waits no longer; what was to be stored counts, and is stored
-// with what comes next.
-func TestGivingUp(t *testing.T) {
+// A canceled call returns at once; its row counts, and is stored with the next change.
+func TestCanceledCall(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
 		release := held(m)
 		l := open(t, m, nil)
 		in := time.Now().Add(day)
-		first := async(func() error { return l.GiveX509(t.Context(), row("A", "one", "", in)) })
+		first := async(func() error { return l.RecordX509(t.Context(), row("A", "one", "", in)) })
 		ctx, stop := context.WithCancel(t.Context())
-		second := async(func() error { return l.GiveX509(ctx, row("A", "two", "", in)) })
+		second := async(func() error { return l.RecordX509(ctx, row("A", "two", "", in)) })
 		stop()
 		if err := <-second; !errors.Is(err, context.Canceled) {
-			t.Errorf("given up: %v", err)
+			t.Errorf("canceled: %v", err)
 		}
 		release <- nil
 		check(t, <-first)
 		if h := l.X509("A", true); h.Agents != 2 {
 			t.Errorf("%+v, want both to count", h)
 		}
-		third := async(func() error { return l.GiveX509(t.Context(), row("A", "three", "", in)) })
+		third := async(func() error { return l.RecordX509(t.Context(), row("A", "three", "", in)) })
 		release <- nil
 		check(t, <-third)
 		if !m.has("A", "two", "") {
-			t.Error("seen, and not stored with the next")
+			t.Error("counts, and is not stored with the next change")
 		}
 	})
 }
 
-// An error reaches all whose change it was, and their rows count: they may have
-// been stored.
+// All calls of a failed save return its error, and their rows count: they may have been
+// stored.
 func TestStorageFails(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -109,9 +108,9 @@ func TestStorageFails(t *testing.T) {
 		l := open(t, m, nil)
 		in := time.Now().Add(day)
 		full := errors.New("disk full")
-		first := async(func() error { return l.GiveX509(t.Context(), row("A", "one", "", in)) })
-		second := async(func() error { return l.GiveX509(t.Context(), row("A", "two", "", in)) })
-		jwt := async(func() error { return l.GiveJWT(t.Context(), "a", in) })
+		first := async(func() error { return l.RecordX509(t.Context(), row("A", "one", "", in)) })
+		second := async(func() error { return l.RecordX509(t.Context(), row("A", "two", "", in)) })
+		jwt := async(func() error { return l.RecordJWT(t.Context(), "a", in) })
 		release <- nil
 		check(t, <-first)
 		release <- full
@@ -123,7 +122,7 @@ func TestStorageFails(t *testing.T) {
 		if h := l.X509("A", true); h.Agents != 2 {
 			t.Errorf("%+v, want both to count", h)
 		}
-		again := async(func() error { return l.GiveJWT(t.Context(), "a", in) })
+		again := async(func() error { return l.RecordJWT(t.Context(), "a", in) })
 		release <- nil
 		check(t, <-again)
 		if m.jwt["a"].IsZero() {
@@ -132,7 +131,7 @@ func TestStorageFails(t *testing.T) {
 
 		for what, drop := range map[string]func() error{
 			"settled": func() error { return l.Report(t.Context(), "one", says("A", 0, 0, true)) },
-			"gone":    func() error { return l.Gone(t.Context(), "one") },
+			"gone":    func() error { return l.RemoveAgent(t.Context(), "one") },
 			"removed": func() error { return l.Removed(t.Context(), "A", "a") },
 		} {
 			dropped := async(drop)
@@ -147,7 +146,7 @@ func TestStorageFails(t *testing.T) {
 	})
 }
 
-// A storage that panics takes its caller with it, and nobody else.
+// If storage panics, only the call that saves panics.
 func TestStoragePanics(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -162,7 +161,7 @@ func TestStoragePanics(t *testing.T) {
 						err = errCrashed
 					}
 				}()
-				return l.GiveX509(t.Context(), row("A", agent, "", in))
+				return l.RecordX509(t.Context(), row("A", agent, "", in))
 			}
 		}
 		first, second, third := async(give("one")), async(give("two")), async(give("three"))
@@ -193,7 +192,7 @@ func TestStoragePanics(t *testing.T) {
 	})
 }
 
-// Of two changes of one row in one save the later one counts.
+// The later of two changes of one row in one save counts.
 func TestOneSave(t *testing.T) {
 	t.Parallel()
 	for _, last := range []string{"given", "settled"} {
@@ -203,14 +202,14 @@ func TestOneSave(t *testing.T) {
 				m := newMemory()
 				l := open(t, m, nil)
 				in := time.Now().Add(day)
-				check(t, l.GiveX509(t.Context(), row("A", "one", "", in)))
-				give := func() error { return l.GiveX509(t.Context(), row("A", "one", "", in)) }
+				check(t, l.RecordX509(t.Context(), row("A", "one", "", in)))
+				give := func() error { return l.RecordX509(t.Context(), row("A", "one", "", in)) }
 				settle := func() error { return l.Report(t.Context(), "one", says("A", 0, 0, true)) }
 				if last == "given" {
 					give, settle = settle, give
 				}
 				release := held(m)
-				before := async(func() error { return l.GiveX509(t.Context(), row("B", "one", "", in)) })
+				before := async(func() error { return l.RecordX509(t.Context(), row("B", "one", "", in)) })
 				first, second := async(give), async(settle)
 				release <- nil
 				release <- nil
@@ -225,31 +224,31 @@ func TestOneSave(t *testing.T) {
 	}
 }
 
-// A report that says that something is held again wins over the one before,
-// which is being stored still.
+// A report that an SVID is held again overrides the one before, which is still being
+// stored.
 func TestNewerReportWins(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory()
 		l := open(t, m, nil)
-		check(t, l.GiveX509(t.Context(), row("A", "one", "", time.Now().Add(day)), row("A", "one", "x", time.Now().Add(day))))
+		check(t, l.RecordX509(t.Context(), row("A", "one", "", time.Now().Add(day)), row("A", "one", "x", time.Now().Add(day))))
 		release := held(m)
 		settled := async(func() error { return l.Report(t.Context(), "one", says("A", 0, 0, true)) })
 		check(t, l.Report(t.Context(), "one", says("A", 2, 0, false)))
 		release <- nil
 		check(t, <-settled)
 		if h := l.X509("A", true); h.SVIDs != 2 {
-			t.Errorf("%+v, want the two that it says that it holds", h)
+			t.Errorf("%+v, want the two that the last report has", h)
 		}
 		ctx, stop := context.WithCancel(t.Context())
 		stop()
 		if err := l.Report(ctx, "one", says("A", 0, 0, true)); !errors.Is(err, context.Canceled) || l.X509("A", true).Clear {
-			t.Errorf("of a caller that has gone: %v, %+v", err, l.X509("A", true))
+			t.Errorf("report with a canceled context: %v, %+v", err, l.X509("A", true))
 		}
 	})
 }
 
-// However calls meet, in the end memory and storage are the same.
+// After any concurrent calls, memory and storage are the same.
 func TestMemoryIsWhatIsStored(t *testing.T) {
 	t.Parallel()
 	m := newMemory()
@@ -269,22 +268,22 @@ func TestMemoryIsWhatIsStored(t *testing.T) {
 				case 1:
 					err = l.Report(t.Context(), pick("agent", 4), says(pick("A", 3), 1, 0, false))
 				case 2:
-					err = l.Gone(t.Context(), pick("agent", 4))
+					err = l.RemoveAgent(t.Context(), pick("agent", 4))
 				case 3:
 					err = l.Removed(t.Context(), pick("A", 3), pick("J", 2))
 				case 4:
-					err = l.GiveJWT(t.Context(), pick("J", 2), in.Add(time.Duration(r.IntN(9))*time.Hour))
+					err = l.RecordJWT(t.Context(), pick("J", 2), in.Add(time.Duration(r.IntN(9))*time.Hour))
 				case 5:
 					l.X509(pick("A", 3), r.IntN(2) == 0)
 					l.Holders(pick("A", 3))
-				case 6: // expired already
-					err = l.GiveX509(t.Context(), row(pick("A", 3), pick("agent", 4), pick("x", 2), in.Add(-2*day)))
+				case 6: // already expired
+					err = l.RecordX509(t.Context(), row(pick("A", 3), pick("agent", 4), pick("x", 2), in.Add(-2*day)))
 				case 8:
-					err = giveWith(t.Context(), l, m, row(pick("A", 3), pick("agent", 4), pick("", 4), in.Add(time.Duration(r.IntN(9))*time.Hour)), func() {})
+					err = recordWith(t.Context(), l, m, row(pick("A", 3), pick("agent", 4), pick("", 4), in.Add(time.Duration(r.IntN(9))*time.Hour)), func() {})
 				case 7:
 					_, err = ledger.Sweep(l, t.Context())
 				default:
-					err = l.GiveX509(t.Context(), row(pick("A", 3), pick("agent", 4), pick("", 4), in.Add(time.Duration(r.IntN(9))*time.Hour)),
+					err = l.RecordX509(t.Context(), row(pick("A", 3), pick("agent", 4), pick("", 4), in.Add(time.Duration(r.IntN(9))*time.Hour)),
 						row(pick("A", 3), pick("agent", 4), pick("", 4), in))
 				}
 				end()
@@ -300,7 +299,7 @@ func TestMemoryIsWhatIsStored(t *testing.T) {
 		n, err = ledger.Sweep(l, t.Context())
 		check(t, err)
 	}
-	for i := range 4 { // what was said counts in memory only
+	for i := range 4 { // claims are in memory only
 		check(t, l.Report(t.Context(), fmt.Sprint("agent", i), ledger.Report{}))
 	}
 	again := open(t, m, nil)

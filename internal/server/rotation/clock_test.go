@@ -27,8 +27,7 @@ type machine struct {
 func (m *machine) now() time.Time        { return start.Add(m.up + m.off) }
 func (m *machine) uptime() time.Duration { return m.up }
 
-// restart begins a process, at whatever the clock shows, a moment after the last
-// heartbeat.
+// restart starts a process just after the last heartbeat, whatever the clock shows.
 func (m *machine) restart(t testing.TB, f rotation.Facts) {
 	t.Helper()
 	m.keysets = open(t, keyset.Config{Storage: m.store, Now: m.now})
@@ -40,53 +39,52 @@ func (m *machine) restart(t testing.TB, f rotation.Facts) {
 	check(t, err)
 }
 
-// look lets the scheduler do all that it does at a moment.
-func (m *machine) look(t testing.TB) {
+// runDue runs the scheduler until no more steps are due.
+func (m *machine) runDue(t testing.TB) {
 	t.Helper()
 	for n := -1; n != len(m.store.saves); {
 		n = len(m.store.saves)
-		m.scheduler.Look(t.Context())
+		m.scheduler.RunDue(t.Context())
 	}
 }
 
-// holding of a keyset that agents have SVIDs of.
+// held are the facts if agents hold SVIDs of every keyset.
 var held = facts{
 	behind:  func() int { return 100 },
 	holding: func(keyset.Keyset) rotation.Holding { return rotation.Holding{Agents: 100} },
 }
 
-// TestClockAheadForAMoment: nothing is done because of a clock that is 91 days ahead,
-// and it is said.
+// TestClockAheadForAMoment: a clock that is 91 days ahead causes no step, and is logged.
 func TestClockAheadForAMoment(t *testing.T) {
 	t.Parallel()
 	m := &machine{store: new(store)}
 	m.restart(t, held)
 	first := m.keysets.Active()
 	m.up = day
-	m.look(t)
+	m.runDue(t)
 	m.off = 91 * day
 	for range 48 {
 		m.up += time.Hour
-		m.look(t)
+		m.runDue(t)
 	}
 	if p := m.scheduler.Automatic(); p.Next != "prepare" || p.WaitsFor != "the clock, which went ahead by 2184h0m0s" {
 		t.Errorf("next is %+v", p)
 	}
 	lines := m.log.take()
-	if len(lines) != 1 || !strings.Contains(lines[0], `msg="clock in doubt, automatic rotation waits until it is right, fits another machine's, or is confirmed" step_of_clock=2184h0m0s step=prepare`) {
+	if len(lines) != 1 || !strings.Contains(lines[0], `msg="clock in doubt, automatic rotation waits until it is right, agrees with another machine's, or is confirmed" step_of_clock=2184h0m0s step=prepare`) {
 		t.Errorf("logged %q", lines)
 	}
 	m.off = 0
-	m.look(t)
+	m.runDue(t)
 	if k := m.keysets.Status().Keysets; len(k) != 1 || k[0].ID != first.ID || len(m.store.saves) != 1 {
 		t.Errorf("keysets are %v", k)
 	}
-	// One that fits another one is right as far as anybody knows. Still nothing is done
-	// for good.
+	// A clock that agrees with another machine's may be right. Still no step is done that
+	// cannot be undone.
 	m.off = 91 * day
 	for range 23 * 60 {
 		m.up += time.Minute
-		m.look(t)
+		m.runDue(t)
 		m.clock.Heard(m.now())
 	}
 	if k := m.keysets.Status().Keysets; len(k) != 2 || k[0].State != keyset.Prepared || k[1].State != keyset.Active {
@@ -94,11 +92,10 @@ func TestClockAheadForAMoment(t *testing.T) {
 	}
 }
 
-// TestRandomClockSteps sets the clock again and again, by minutes to years, while the
-// server is up and while it is started, each time for less than a day. Nothing is
-// done while it is in doubt. No keyset that agents depend on by the true time is
-// removed, whatever the ledger says of others, and a minute after the clock is right
-// again something is signed that verifies.
+// TestRandomClockSteps repeatedly sets the clock, by minutes to years, at runtime and at
+// starts, each time for less than a day. No step is done while the clock is in doubt. No
+// keyset that agents depend on by the true time is removed. A minute after the clock is
+// right again, the active keyset is valid.
 func TestRandomClockSteps(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(rt *rapid.T) {
@@ -108,15 +105,15 @@ func TestRandomClockSteps(t *testing.T) {
 		minutes := func(most int64) time.Duration {
 			return time.Duration(rapid.Int64Range(1, most).Draw(rt, "minutes")) * time.Minute
 		}
-		looks := func(d time.Duration) {
+		run := func(d time.Duration) {
 			for end := m.up + d; m.up < end; {
 				m.up = min(m.up+max(d/8, time.Minute), end)
-				m.look(t)
+				m.runDue(t)
 			}
 		}
 		for range rapid.IntRange(1, 6).Draw(rt, "steps") {
 			m.off = 0
-			looks(time.Duration(rapid.Int64Range(1, 30).Draw(rt, "days")) * day)
+			run(time.Duration(rapid.Int64Range(1, 30).Draw(rt, "days")) * day)
 			far := minutes([]int64{60, 24 * 60, 100 * 24 * 60, 5 * 365 * 24 * 60}[rapid.IntRange(0, 3).Draw(rt, "scale")])
 			if rapid.Bool().Draw(rt, "behind") {
 				far = -far
@@ -127,12 +124,12 @@ func TestRandomClockSteps(t *testing.T) {
 				m.restart(t, f)
 			}
 			saves := len(m.store.saves)
-			looks(minutes(23 * 60))
+			run(minutes(23 * 60))
 			if n := len(m.store.saves); n != saves && (far > 3*day || far < -5*time.Minute) {
 				rt.Fatalf("%v after the start, clock is %v off: %+v", m.up, far, m.store.saves[saves:])
 			}
 			m.off = 0
-			looks(time.Minute)
+			run(time.Minute)
 			for _, c := range m.store.saves {
 				if c.Operation == "remove" {
 					rt.Fatalf("removed: %+v", c)

@@ -4,16 +4,15 @@ import (
 	"testing"
 )
 
-// TestEveryCrash ends the process before and after each point of every operation,
-// and of automatic rotation, in every state of up to three keysets, and opens the
-// keysets again. They are on one of the two sides of the step, and automatic rotation
-// goes on from there.
+// TestEveryCrash crashes at each point of every operation and of automatic rotation, in
+// every state of up to three keysets, and opens the keysets again. They must be in the
+// state before the step or after it, and automatic rotation must continue from there.
 func TestEveryCrash(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
 	crashes := 0
 	for _, initial := range initialStates() {
-		threads := []modelThread{{auto: true, at: atLook}}
+		threads := []modelThread{{auto: true, at: atDecide}}
 		for _, o := range initial.operations() {
 			threads = append(threads, modelThread{op: o, at: atBegin})
 		}
@@ -32,11 +31,11 @@ func TestEveryCrash(t *testing.T) {
 				if wrong := r.differs(m); wrong != "" {
 					t.Fatalf("%v, %+v, crash after %d points: %s", initial, thread, points, wrong)
 				}
-				r.giveUp()
-				r.store.over = false
+				r.cancel()
+				r.store.failing = false
 
-				// The rest is the next process's.
-				m.busy[0], m.threads = false, []modelThread{{auto: true, at: atLook}}
+				// The next process continues.
+				m.busy[0], m.threads = false, []modelThread{{auto: true, at: atDecide}}
 				r.begin(m.threads)
 				for m.threads[0].at != atEnd {
 					m.step(0)

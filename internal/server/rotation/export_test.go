@@ -5,13 +5,13 @@ import (
 	"time"
 )
 
-// ErrOvertaken is what an attempt ends with that came too late.
-var ErrOvertaken = errOvertaken
+// ErrSuperseded is the error of a step that was no longer the next one.
+var ErrSuperseded = errSuperseded
 
-// Look is one round of Run.
-func (s *Scheduler) Look(ctx context.Context) time.Duration { return s.look(ctx) }
+// RunDue is one iteration of Run.
+func (s *Scheduler) RunDue(ctx context.Context) time.Duration { return s.runDue(ctx) }
 
-// Failed is what the last attempt failed with.
+// Failed returns the error of the last attempt.
 func (s *Scheduler) Failed() error {
 	if f := s.failed.Load(); f != nil {
 		return f.err

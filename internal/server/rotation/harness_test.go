@@ -18,7 +18,7 @@ var (
 	start = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
 )
 
-// facts are what a test says that the ledger says.
+// facts is a rotation.Facts with functions of the test.
 type facts struct {
 	behind  func() int                           // nil: 0
 	holding func(keyset.Keyset) rotation.Holding // nil: safe

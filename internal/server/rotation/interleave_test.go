@@ -11,15 +11,14 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// TestEveryInterleaving carries out, from every state of up to three keysets,
-// every operation of two operators and the step of automatic rotation that is
-// due, in every order in which they can come between each other: on one
-// deployment, and on two over the same storage, as two processes would. After each
-// move it compares the real code with the model: what is stored, what is in
-// force in each process, and what each one was answered.
+// TestEveryInterleaving runs, from every state of up to three keysets, every pair of
+// operations of two operators and the due step of automatic rotation, in every
+// interleaving: on one deployment, and on two with the same storage, like two processes.
+// After each move it compares the real code with the model: what is stored, what is in
+// force in each process, and the result of each operation.
 //
-// Orders that lead through the same state of the model go on the same way, so
-// each way on is tried once.
+// Interleavings that reach the same state of the model continue in the same way, so each
+// continuation is tried once.
 func TestEveryInterleaving(t *testing.T) {
 	t.Parallel()
 	f := newFixture(t)
@@ -42,20 +41,20 @@ func TestEveryInterleaving(t *testing.T) {
 	}
 }
 
-// initialStates are all with one to three keysets, one of them active, for each
-// two ways to have come there: what is prepared has never signed and the active one
-// expires soon, or automatic rotation has replaced the others some time ago.
+// initialStates returns all states with one to three keysets, one of them active, in two
+// variants each: urgent, in which the prepared keysets have never signed and the active
+// one expires soon; and another in which automatic rotation has replaced the others.
 func initialStates() (all []modelDoc) {
 	var add func(keysets []modelKeyset, active bool)
 	add = func(keysets []modelKeyset, active bool) {
 		if active {
-			for _, pressing := range []bool{true, false} {
+			for _, urgent := range []bool{true, false} {
 				d := modelDoc{version: 1, sequence: 4, made: len(keysets), keysets: slices.Clone(keysets)}
 				for i := range d.keysets {
 					k := &d.keysets[i]
-					k.expires = pressing && k.state == keyset.Active
-					k.signed = !pressing && k.state != keyset.Active
-					k.ours = k.signed
+					k.expires = urgent && k.state == keyset.Active
+					k.signed = !urgent && k.state != keyset.Active
+					k.automatic = k.signed
 				}
 				all = append(all, d)
 			}
@@ -79,20 +78,19 @@ func (d modelDoc) String() string {
 		names = append(names, k.state.String())
 	}
 	if d.active().expires {
-		names = append(names, "pressing")
+		names = append(names, "urgent")
 	}
 	return strings.Join(names, " ")
 }
 
-// sets are those who act at the same time: each operation alone and automatic
-// rotation alone; and, where the state is not another one's in a different order,
-// each two operations that are not refused in any case and automatic rotation in
-// one process; and each two operations, and each operation and automatic rotation,
-// in two.
+// sets returns the sets of threads to interleave: each operation alone and automatic
+// rotation alone. States that are a permutation of another one have no more. For the
+// others: in one process, automatic rotation and each two operations that can succeed; in
+// two processes, each two operations, and each operation and automatic rotation.
 func (d modelDoc) sets() (sets [][]modelThread) {
-	auto := modelThread{auto: true, at: atLook}
-	elsewhere := auto
-	elsewhere.on = 1
+	auto := modelThread{auto: true, at: atDecide}
+	autoOther := auto
+	autoOther.on = 1
 	sets = append(sets, []modelThread{auto})
 	ops := d.operations()
 	for i, a := range ops {
@@ -101,12 +99,12 @@ func (d modelDoc) sets() (sets [][]modelThread) {
 		if !slices.IsSortedFunc(d.keysets, func(a, b modelKeyset) int { return cmp.Compare(a.state, b.state) }) {
 			continue
 		}
-		sets = append(sets, []modelThread{first, elsewhere})
+		sets = append(sets, []modelThread{first, autoOther})
 		for _, b := range ops[i:] {
 			second := modelThread{op: b, at: atBegin}
 			other := second
 			other.on = 1
-			if !d.active().expires { // which does not matter to operators
+			if !d.active().expires { // for operators both variants are the same
 				sets = append(sets, []modelThread{first, other})
 			}
 			if d.possible(a) && d.possible(b) {
@@ -117,8 +115,7 @@ func (d modelDoc) sets() (sets [][]modelThread) {
 	return sets
 }
 
-// possible reports whether an operation can come to be allowed while two others
-// act.
+// possible reports whether an operation can become allowed by two others.
 func (d modelDoc) possible(o op) bool {
 	if o.verb == "prepare" {
 		return true
@@ -127,7 +124,8 @@ func (d modelDoc) possible(o op) bool {
 	return k != nil && (k.state == keyset.Prepared || (k.state == keyset.Tainted) == (o.verb == "remove"))
 }
 
-// operations are all on each keyset, and one on none.
+// operations returns all operations on each keyset, and one on a keyset that does not
+// exist.
 func (d modelDoc) operations() []op {
 	ops := []op{{verb: "prepare"}, {"activate", 99}}
 	for _, k := range d.keysets {
@@ -136,13 +134,13 @@ func (d modelDoc) operations() []op {
 	return ops
 }
 
-// explorer tries all ways from a state of the model.
+// explorer tries all interleavings from a state of the model.
 type explorer struct {
 	t       *testing.T
 	fixture *fixture
 	initial model
-	seen    map[string]bool // states of the model whose ways on are being tried
-	todo    [][]int         // moves, by thread, that lead to a way on that was not tried
+	seen    map[string]bool // states of the model that were reached
+	todo    [][]int         // sequences of moves, by thread, whose continuation was not tried
 	runs    int
 	moves   int
 }
@@ -156,34 +154,34 @@ func (x *explorer) explore() {
 	}
 }
 
-// run begins anew, makes the moves, and goes on until all have ended or the way
-// on is one that was tried.
+// run starts from the initial state, makes the moves, and continues until all threads have
+// ended or a state was reached before.
 func (x *explorer) run(moves []int) {
 	x.runs++
 	r := x.fixture.start(x.t, x.initial)
 	m := x.initial.clone()
 	var made []int
 	for {
-		var can []int
+		var runnable []int
 		for i, t := range m.threads {
 			if t.at != atEnd {
-				can = append(can, i)
+				runnable = append(runnable, i)
 			}
 		}
-		if len(can) == 0 {
+		if len(runnable) == 0 {
 			return
 		}
-		next := can[0]
+		next := runnable[0]
 		if len(made) < len(moves) {
 			next = moves[len(made)]
 		} else {
 			at := fmt.Sprint(m)
 			if x.seen[at] {
-				r.giveUp()
+				r.cancel()
 				return
 			}
 			x.seen[at] = true
-			for _, other := range can[1:] {
+			for _, other := range runnable[1:] {
 				x.todo = append(x.todo, append(slices.Clone(made), other))
 			}
 		}

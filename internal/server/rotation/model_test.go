@@ -8,24 +8,24 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// This file is a model of the keysets of a deployment and of those who change
-// them: how it ought to be, written down a second time and in small. It takes
-// each mutation apart at the points where others may come between. real_test.go compares the real code with it.
+// This file is a small model of the keysets of a deployment and of the threads that change
+// them. It splits each mutation at the points where other threads can run. real_test.go
+// compares the real code with it.
 
 // modelKeyset is a keyset. Keysets are named by numbers, in order of issue.
 type modelKeyset struct {
-	name    int
-	state   keyset.State
-	signed  bool // and has stepped down
-	ours    bool // stepped down because of automatic rotation
-	recent  bool // issued or stepped down in this run, and so not yet due for anything
-	expires bool // soon, so that a successor is due
+	name      int
+	state     keyset.State
+	signed    bool // was active and was replaced
+	automatic bool // was replaced by automatic rotation
+	recent    bool // issued or replaced in this run, so that no step is due
+	expires   bool // soon, so that a successor is due
 }
 
 // modelDoc is what is stored.
 type modelDoc struct {
 	version, sequence uint64
-	made              int // keysets, ever
+	made              int // number of keysets ever prepared
 	keysets           []modelKeyset
 }
 
@@ -43,14 +43,14 @@ func (d modelDoc) active() *modelKeyset {
 	return &d.keysets[i]
 }
 
-// op is an operation; name is that of the keyset, 0 for none.
+// op is an operation.
 type op struct {
-	verb string // prepare, activate, taint, remove; empty: nothing
-	name int
+	verb string // prepare, activate, taint, remove; empty: none
+	name int    // of the keyset; 0: none
 }
 
-// apply returns the document after an operation, or why it is refused.
-func (d modelDoc) apply(o op, ours bool) (modelDoc, error) {
+// apply returns the document after an operation, or the error if it is not allowed.
+func (d modelDoc) apply(o op, automatic bool) (modelDoc, error) {
 	next := modelDoc{d.version + 1, d.sequence + 1, d.made, slices.Clone(d.keysets)}
 	if o.verb == "prepare" {
 		next.made++
@@ -61,19 +61,19 @@ func (d modelDoc) apply(o op, ours bool) (modelDoc, error) {
 	if k == nil {
 		return d, refusal.ErrNotFound
 	}
-	refused := map[string]map[keyset.State]error{
+	rejected := map[string]map[keyset.State]error{
 		"activate": {keyset.Active: refusal.ErrActivateActive, keyset.Tainted: refusal.ErrActivateTainted},
 		"taint":    {keyset.Active: refusal.ErrTaintActive, keyset.Tainted: refusal.ErrTaintTainted},
 		"remove":   {keyset.Active: refusal.ErrRemoveActive, keyset.Prepared: refusal.ErrRemovePrepared},
 	}
-	if err := refused[o.verb][k.state]; err != nil {
+	if err := rejected[o.verb][k.state]; err != nil {
 		return d, err
 	}
 	switch o.verb {
 	case "activate":
 		old := next.active()
-		old.state, old.signed, old.ours, old.recent = keyset.Prepared, true, ours, true
-		k.state, k.signed, k.ours = keyset.Active, false, false
+		old.state, old.signed, old.automatic, old.recent = keyset.Prepared, true, automatic, true
+		k.state, k.signed, k.automatic = keyset.Active, false, false
 		next.sequence--
 	case "taint":
 		k.state = keyset.Tainted
@@ -83,8 +83,8 @@ func (d modelDoc) apply(o op, ours bool) (modelDoc, error) {
 	return next, nil
 }
 
-// decide is what automatic rotation does when everything that is waited for has
-// come to be and only what is recent has to wait.
+// decide returns the step of automatic rotation when every condition holds and every
+// keyset that is not recent is past its thresholds.
 func (d modelDoc) decide() op {
 	if d.active().expires {
 		i := slices.IndexFunc(d.keysets, func(k modelKeyset) bool {
@@ -98,28 +98,27 @@ func (d modelDoc) decide() op {
 		}
 	}
 	for _, k := range d.keysets {
-		if k.state == keyset.Prepared && k.ours && !k.recent {
+		if k.state == keyset.Prepared && k.automatic && !k.recent {
 			return op{"taint", k.name}
 		}
 	}
 	for _, k := range d.keysets {
-		if k.state == keyset.Tainted && k.ours {
+		if k.state == keyset.Tainted && k.automatic {
 			return op{"remove", k.name}
 		}
 	}
 	return op{}
 }
 
-// Where a thread stands: what it does when it goes on. Between two points
-// nothing happens that others could come between with another result: while a
-// mutation has begun and has not loaded, only another process can store
-// something, which then might as well have been first.
+// point is where a thread is paused: what it does next. Between two points no other
+// thread can change the result: between the begin of a mutation and its load only another
+// process can store something, with the same result as before the begin.
 type point int
 
 const (
-	atLook  point = iota // read the keysets, decide and begin; automatic rotation only
-	atBegin              // begin a mutation and load
-	atLoad               // automatic rotation only: what it has decided can be overtaken
+	atDecide point = iota // read the keysets, decide and begin; automatic rotation only
+	atBegin               // begin a mutation and load
+	atLoad                // automatic rotation only: its decision can be superseded
 	atSave
 	atPublish
 	atEnd
@@ -127,7 +126,7 @@ const (
 
 // modelThread is an operator with an operation, or automatic rotation.
 type modelThread struct {
-	on      int // its deployment: 0 or 1
+	on      int // index of its deployment: 0 or 1
 	auto    bool
 	op      op
 	at      point
@@ -136,8 +135,8 @@ type modelThread struct {
 	outcome error
 }
 
-// model is everything there is. A deployment is a process: it has in force what
-// it read or committed last, and carries out one mutation at a time.
+// model is the whole state. A deployment is a process: it has in force what it read or
+// committed last, and carries out one mutation at a time.
 type model struct {
 	stored  modelDoc
 	inForce [2]modelDoc
@@ -156,7 +155,7 @@ func (m *model) learn(on int, d modelDoc) {
 	}
 }
 
-// step lets a thread go on to its next point.
+// step runs a thread to its next point.
 func (m *model) step(i int) {
 	t := &m.threads[i]
 	end := func(err error) {
@@ -165,7 +164,7 @@ func (m *model) step(i int) {
 		m.busy[t.on] = false
 	}
 	switch t.at {
-	case atLook:
+	case atDecide:
 		m.learn(t.on, m.stored)
 		if t.op = m.stored.decide(); t.op.verb == "" {
 			t.at = atEnd
@@ -190,7 +189,7 @@ func (m *model) step(i int) {
 		case err != nil:
 			end(err)
 		case t.auto && m.stored.decide() != t.op:
-			end(errOvertaken)
+			end(errSuperseded)
 		default:
 			t.loaded, t.next, t.at = m.stored, next, atSave
 		}
@@ -206,7 +205,7 @@ func (m *model) step(i int) {
 	}
 }
 
-// modelTimes gives a keyset the times that make its marks true at now.
+// modelTimes sets the times of a keyset so that the fields of k are true at now.
 func modelTimes(r *keyset.Record, k modelKeyset, now time.Time) {
 	r.State, r.IssuedAt, r.ExpiresAt = k.state, now.Add(-30*day), now.Add(80*day)
 	if k.expires {
@@ -214,7 +213,7 @@ func modelTimes(r *keyset.Record, k modelKeyset, now time.Time) {
 	}
 	if k.signed {
 		r.SteppedDownAt, r.SteppedDownBy = now.Add(-5*day), "alice"
-		if k.ours {
+		if k.automatic {
 			r.SteppedDownBy = "scheduler"
 		}
 	}

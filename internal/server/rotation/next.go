@@ -1,11 +1,11 @@
-// Package rotation rotates the keysets of a deployment by itself: it prepares a
-// successor in time, activates it, and taints and removes what it has replaced
-// once that is safe.
+// Package rotation rotates the keysets of a deployment automatically: it prepares a
+// successor in time, activates it, taints the keyset that it has replaced, and removes
+// that when it is safe.
 //
-// What is to be done is a pure function of the keysets, the clock and what the
-// ledger says: [Next]. There is no plan that could be lost in a restart or
-// upset by an operator, who may carry out any step at any time. [Scheduler] is
-// the loop around it.
+// The next step is a pure function of the keysets, the clock and the ledger: [Next].
+// There is no stored plan that a restart could lose or that an operator could
+// invalidate, who may carry out any step at any time. [Scheduler] is the loop around
+// it.
 package rotation
 
 import (
@@ -17,7 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// Actor is who carries out the steps, as the keysets and the audit log have it.
+// Actor is the actor of automatic steps in the keysets and the audit log.
 const Actor = "scheduler"
 
 // Action is a step of a rotation.
@@ -36,15 +36,15 @@ const (
 type Step struct {
 	Action Action
 	Keyset string // ID; empty for None and Prepare
-	// At is when it is done. Where WaitsFor is set it is done earlier if that
-	// comes to be, and at that time all the same; a removal only if it has come to
-	// be by then.
+	// At is when the step is due. If WaitsFor is set, the step is due earlier once that
+	// condition holds. At the time At it is done without the condition, except for a
+	// removal, which always needs it.
 	At       time.Time
 	WaitsFor string
 	Why      string // for the log and the audit log
 }
 
-// Due reports whether the step is to be done now.
+// Due reports whether the step is due now.
 func (s Step) Due(now time.Time) bool { return s.Action != None && !s.At.After(now) }
 
 // String names the step, such as "activate ks_abc1234xyz".
@@ -55,52 +55,52 @@ func (s Step) String() string {
 	return string(s.Action) + " " + s.Keyset
 }
 
-// Facts is what the ledger says at the moment of a call. It is asked only when
-// the answer decides, also while a mutation is in flight, so it must be fast. It
-// must be safe for concurrent use.
+// Facts is the present state of the ledger. [Next] calls it only when the answer
+// matters, also while a mutation is in flight, so the methods must be fast. They must be
+// safe for concurrent use.
 type Facts interface {
-	// Behind counts the agents that have not said that they have applied the
-	// published trust bundle, of those that say such things at all. One that may not
-	// have had the time to say so since the server was started counts.
+	// Behind counts the agents that report which trust bundle they apply and have not
+	// reported the published one. An agent that may not have had the time to report
+	// since the start of the server counts.
 	Behind() int
-	// Holding says what hangs on a tainted keyset.
+	// Holding returns what still depends on a tainted keyset.
 	Holding(k keyset.Keyset) Holding
 }
 
-// Holding is what hangs on a tainted keyset. What is not known is not safe.
+// Holding describes what still depends on a tainted keyset. A keyset is not safe as
+// long as anything is unknown.
 type Holding struct {
-	Agents            int       // that could still hold X.509-SVIDs of it
-	UnknownSince      time.Time // what was signed then and later may be valid, and is not known; mostly zero
+	Agents            int       // that may still hold its X.509-SVIDs
+	UnknownSince      time.Time // SVIDs signed since then are not known and may be valid; zero: none
 	X509Safe, JWTSafe bool
-	JWTExpiry         time.Time // of the last JWT-SVID; zero when not known
+	JWTExpiry         time.Time // of the last JWT-SVID; zero if not known
 }
 
-// Past says for how much uptime the wall clock has been past a time; see
+// Past returns for how much uptime the wall clock has been past a time; see
 // [clock.Clock.PastFor].
 type Past func(time.Time) time.Duration
 
-// Next decides what is to be done next: of all that is due what is most urgent,
-// or else what comes first. The policy is one that [Policy.For] has returned,
-// the keysets are in order of issue, and one of them is active.
+// Next returns the next step: of the steps that are due the most urgent one, otherwise
+// the earliest. The policy must be one that [Policy.For] has returned, the keysets must be
+// in order of issue, and one of them must be active.
 //
-// Succession. The active keyset's successor is the first one that is prepared,
-// has never signed, and outlives it by the preparation threshold, whoever made it;
-// when there is none at that threshold, one is prepared. It takes over at the
-// activation threshold, counted from its issue or from the preparation
-// threshold, whichever is later; where it was made late, after half of the
-// time that is left. Then the agents that are behind are waited for, but no
-// longer than half of the time that is left from there: an agent that has not
-// applied a new bundle by then will not, and an active keyset that expires takes
-// all others with it. When the active keyset has expired, the newest that could
-// take over does so at once, and is prepared first if need be. So it does when the
-// active keyset is not valid yet, because it was made by a clock that was ahead.
+// Succession. The active keyset's successor is the first prepared keyset that has never
+// signed and outlives it by the preparation threshold, whoever prepared it. If there is
+// none at that threshold, one is prepared. It is activated at the activation threshold,
+// counted from its issue or from the preparation threshold, whichever is later, but after
+// half of the remaining time at the latest. If agents are behind then, the activation
+// waits for them for half of the time that remains then: an agent that has not applied a
+// new bundle by then will not, and when the active keyset expires all agents fail. If the
+// active keyset has expired, the newest keyset that can succeed it is activated at once;
+// one is prepared if there is none. The same applies if the active keyset is not yet
+// valid, because it was made by a clock that was ahead.
 //
-// Retirement. Only a keyset that was replaced by automatic rotation is tainted,
-// at the taint threshold, and removed, when nothing hangs on it any more. The
-// others belong to the operator who stepped in, until they have expired: every
-// expired keyset is tainted, and removed when the ledger knows of nothing that
-// hangs on it. What has expired is for a clock to say, and a clock can be wrong:
-// such a step waits until the process has been up for [clock.Hold] past the expiry.
+// Retirement. A keyset that automatic rotation has replaced is tainted at the taint
+// threshold, and removed when nothing depends on it. Any other keyset is left to the
+// operators until it has expired. Every expired keyset is tainted, and removed when the
+// ledger knows nothing that depends on it. The clock that determines the expiry may be
+// wrong, so such a step waits until the process has been up for [clock.Hold] past the
+// expiry.
 func Next(now time.Time, past Past, p Policy, keysets []keyset.Keyset, f Facts) Step {
 	var next Step
 	if p.Mode == Off {
@@ -111,7 +111,7 @@ func Next(now time.Time, past Past, p Policy, keysets []keyset.Keyset, f Facts) 
 			next = s
 		}
 	}
-	// In order of urgency.
+	// The most urgent first.
 	consider(succession(now, p, keysets, f))
 	for _, k := range keysets {
 		if k.State == keyset.Prepared {
@@ -135,7 +135,7 @@ func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step 
 	}
 	expires := active.ExpiresAt
 	if now.Before(active.ValidFrom) {
-		expires = now // nobody can verify what it signs
+		expires = now // its SVIDs do not verify
 	}
 	begin := expires.Add(-p.PreparationThreshold)
 	why := fmt.Sprintf("active keyset %s expires %s", active.ID, text(expires))
@@ -159,25 +159,24 @@ func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step 
 		return s
 	}
 	if n := f.Behind(); n > 0 {
-		behind := agents(n) + " that have not applied the trust bundle"
+		waitsFor := agents(n) + " that have not applied the trust bundle"
 		if n == 1 {
-			behind = "1 agent that has not applied the trust bundle"
+			waitsFor = "1 agent that has not applied the trust bundle"
 		}
 		if limit := middle(ready, expires); now.Before(limit) {
-			s.At, s.WaitsFor = limit, behind
+			s.At, s.WaitsFor = limit, waitsFor
 		} else {
-			s.Why += ", no longer waiting for " + behind
+			s.Why += ", no longer waiting for " + waitsFor
 		}
 	}
 	return s
 }
 
-// successor is the keyset that is to take over from the active one, which
-// expires. One that is issued in the future cannot yet.
+// successor returns the keyset that succeeds the active one, which expires at expires. A
+// keyset that is issued in the future does not count.
 func successor(now time.Time, p Policy, keysets []keyset.Keyset, expires time.Time) (last keyset.Keyset, ok bool) {
-	// The least is measured from the active keyset's expiry, not from now, so
-	// that one that is fit today is fit tomorrow: otherwise another one would be
-	// prepared while it waits.
+	// Counted from the active keyset's expiry, not from now: a keyset that qualifies once
+	// has to qualify until its activation, or another one would be prepared meanwhile.
 	least := expires.Add(p.PreparationThreshold)
 	for _, k := range keysets {
 		if k.State != keyset.Prepared || !k.SteppedDownAt.IsZero() || now.Before(k.IssuedAt) || !now.Before(k.ExpiresAt) {
@@ -219,10 +218,10 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 	case !h.JWTSafe:
 		s.WaitsFor = "JWT-SVIDs that are valid until " + text(h.JWTExpiry)
 	case !due:
-		s.At, s.Why = now, "nothing hangs on it any more"
+		s.At, s.Why = now, "nothing depends on it"
 	}
 	if s.WaitsFor != "" {
-		// The ledger says when it is over, soon after the expiry.
+		// The ledger decides, soon after the expiry.
 		if s.At = clock.Over(k.ExpiresAt); !s.At.After(now) {
 			s.At = now.Add(longestSleep)
 		}
@@ -230,9 +229,8 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 	return s
 }
 
-// expired is when a keyset has expired beyond doubt: nothing that it signed is valid
-// by anybody's clock, and that is not the word of a clock that was ahead for a
-// moment.
+// expired returns when a keyset has certainly expired: nothing that it signed is valid by
+// any machine's clock, and the clock that says so has not just gone ahead.
 func expired(now time.Time, past Past, k keyset.Keyset) time.Time {
 	return now.Add(clock.Hold - past(clock.Over(k.ExpiresAt)))
 }

@@ -13,12 +13,12 @@ import (
 // at is a day of the test, counted from start.
 func at(days float64) time.Time { return start.Add(time.Duration(days * float64(day))) }
 
-// ks makes a keyset that was issued on a day and lives for 90.
+// ks returns a keyset that was issued on a day, with a lifetime of 90 days.
 func ks(id string, state keyset.State, issued float64) keyset.Keyset {
 	return keyset.Keyset{ID: id, State: state, IssuedAt: at(issued), ExpiresAt: at(issued + 90), ValidFrom: at(issued)}
 }
 
-// upSince is a clock that has been right since then.
+// upSince returns the Past of a clock that has been right since then.
 func upSince(now, since time.Time) rotation.Past {
 	return func(t time.Time) time.Duration {
 		if t.Before(since) {
@@ -44,8 +44,8 @@ const (
 	tainted  = keyset.Tainted
 )
 
-// TestNext has one row for each rule, with the defaults: 14 days, one day, one
-// day. The active keyset a is of day 0 unless the row says otherwise.
+// TestNext has one row for each rule, with the default thresholds of 14 days, one day and
+// one day. The active keyset a is issued on day 0 unless the row says otherwise.
 func TestNext(t *testing.T) {
 	t.Parallel()
 	const minutes = 1.0 / 24 / 60
@@ -54,10 +54,10 @@ func TestNext(t *testing.T) {
 	holds := func(h rotation.Holding) facts {
 		return facts{holding: func(keyset.Keyset) rotation.Holding { return h }}
 	}
-	unasked := facts{
-		behind: func() int { t.Error("asked who is behind, and it decides nothing"); return 0 },
+	unused := facts{
+		behind: func() int { t.Error("Behind called without need"); return 0 },
 		holding: func(keyset.Keyset) rotation.Holding {
-			t.Error("asked what hangs on a keyset, and it decides nothing")
+			t.Error("Holding called without need")
 			return rotation.Holding{}
 		},
 	}
@@ -69,62 +69,62 @@ func TestNext(t *testing.T) {
 		at       float64
 		waitsFor string
 	}{
-		"long before":          {10, []keyset.Keyset{a}, unasked, "prepare", 76, ""},
-		"at the threshold":     {76, []keyset.Keyset{a}, unasked, "prepare", 76, ""},
-		"prepared, too young":  {76.5, []keyset.Keyset{a, ks("b", prepared, 76)}, unasked, "activate b", 77, ""},
+		"long before":          {10, []keyset.Keyset{a}, unused, "prepare", 76, ""},
+		"at the threshold":     {76, []keyset.Keyset{a}, unused, "prepare", 76, ""},
+		"prepared, too young":  {76.5, []keyset.Keyset{a, ks("b", prepared, 76)}, unused, "activate b", 77, ""},
 		"prepared, old enough": {77, []keyset.Keyset{a, ks("b", prepared, 76)}, facts{}, "activate b", 77, ""},
 		"agents are behind":    {77, []keyset.Keyset{a, ks("b", prepared, 76)}, behind, "activate b", 83.5, "3 agents that have not applied the trust bundle"},
 		"one agent is behind":  {77, []keyset.Keyset{a, ks("b", prepared, 76)}, facts{behind: func() int { return 1 }}, "activate b", 83.5, "1 agent that has not applied the trust bundle"},
 		"behind for too long":  {83.5, []keyset.Keyset{a, ks("b", prepared, 76)}, behind, "activate b", 77, ""},
 
-		"by an operator, in advance":     {40, []keyset.Keyset{a, ks("b", prepared, 30)}, unasked, "activate b", 77, ""},
-		"by an operator, too long ago":   {40, []keyset.Keyset{a, shorter(ks("b", prepared, 13), 103)}, unasked, "prepare", 76, ""},
-		"two are prepared":               {77, []keyset.Keyset{a, ks("b", prepared, 70), ks("c", prepared, 71)}, facts{}, "activate b", 77, ""},
-		"the first is too short":         {77, []keyset.Keyset{a, shorter(ks("b", prepared, 70), 100), ks("c", prepared, 71)}, facts{}, "activate c", 77, ""},
-		"one that signed before is none": {76, []keyset.Keyset{a, replaced(ks("b", prepared, 50), 60, "alice")}, unasked, "prepare", 76, ""},
+		"by an operator, in advance":   {40, []keyset.Keyset{a, ks("b", prepared, 30)}, unused, "activate b", 77, ""},
+		"by an operator, too long ago": {40, []keyset.Keyset{a, shorter(ks("b", prepared, 13), 103)}, unused, "prepare", 76, ""},
+		"two are prepared":             {77, []keyset.Keyset{a, ks("b", prepared, 70), ks("c", prepared, 71)}, facts{}, "activate b", 77, ""},
+		"the first is too short":       {77, []keyset.Keyset{a, shorter(ks("b", prepared, 70), 100), ks("c", prepared, 71)}, facts{}, "activate c", 77, ""},
+		"one that has signed":          {76, []keyset.Keyset{a, replaced(ks("b", prepared, 50), 60, "alice")}, unused, "prepare", 76, ""},
 
-		// Late: half of the time that is left, and half of the rest.
-		"prepared late":            {89.25, []keyset.Keyset{a, ks("b", prepared, 89)}, unasked, "activate b", 89.5, ""},
+		// Late: after half of the remaining time, and half of the rest.
+		"prepared late":            {89.25, []keyset.Keyset{a, ks("b", prepared, 89)}, unused, "activate b", 89.5, ""},
 		"late and agents behind":   {89.5, []keyset.Keyset{a, ks("b", prepared, 89)}, behind, "activate b", 89.75, "3 agents that have not applied the trust bundle"},
 		"late and over the limit":  {89.75, []keyset.Keyset{a, ks("b", prepared, 89)}, behind, "activate b", 89.5, ""},
-		"expired, none prepared":   {90, []keyset.Keyset{a}, unasked, "prepare", 76, ""},
+		"expired, none prepared":   {90, []keyset.Keyset{a}, unused, "prepare", 76, ""},
 		"expired, prepared then":   {95, []keyset.Keyset{a, ks("b", prepared, 95)}, behind, "activate b", 90, ""},
 		"expired, short successor": {95, []keyset.Keyset{a, shorter(ks("b", prepared, 20), 96)}, behind, "activate b", 77, ""},
-		"all expired":              {200, []keyset.Keyset{a, ks("b", prepared, 20)}, unasked, "prepare", 76, ""},
-		"expired, clock set back":  {95, []keyset.Keyset{a, ks("b", prepared, 110)}, unasked, "prepare", 76, ""},
-		"not valid yet":            {-400, []keyset.Keyset{a}, unasked, "prepare", -414, ""},
+		"all expired":              {200, []keyset.Keyset{a, ks("b", prepared, 20)}, unused, "prepare", 76, ""},
+		"expired, clock set back":  {95, []keyset.Keyset{a, ks("b", prepared, 110)}, unused, "prepare", 76, ""},
+		"not valid yet":            {-400, []keyset.Keyset{a}, unused, "prepare", -414, ""},
 		"not valid yet, prepared":  {-400, []keyset.Keyset{a, ks("b", prepared, -400)}, behind, "activate b", -400, ""},
 
-		"replaced, not yet to be tainted": {77.5, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "scheduler"), ks("a", active, 76)}, unasked, "taint o", 78, ""},
-		"to be tainted":                   {78, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "scheduler"), ks("a", active, 76)}, unasked, "taint o", 78, ""},
+		"replaced, not yet to be tainted": {77.5, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "scheduler"), ks("a", active, 76)}, unused, "taint o", 78, ""},
+		"to be tainted":                   {78, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "scheduler"), ks("a", active, 76)}, unused, "taint o", 78, ""},
 		"tainted and safe":                {78, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)}, facts{}, "remove o", 78, ""},
-		"X.509 is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+		"X.509-SVIDs are in use": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{Agents: 4, JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs of 4 agents"},
-		"X.509 of one agent is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+		"X.509-SVIDs of one agent are in use": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{Agents: 1, JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs of 1 agent"},
-		"X.509 is on its way": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+		"X.509-SVIDs are being signed": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{JWTSafe: true}), "remove o", 90 + 5*minutes, "X.509-SVIDs that are being signed"},
-		"what is out is not known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+		"not known since a restore": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{UnknownSince: at(75), Agents: 2}), "remove o", 90 + 5*minutes, "X.509-SVIDs that were signed after 2026-03-17 00:00:00 UTC and are not known since a restore"},
-		"JWT is out": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+		"JWT-SVIDs are in use": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{X509Safe: true, JWTExpiry: at(80)}), "remove o", 90 + 5*minutes, "JWT-SVIDs that are valid until 2026-03-22 00:00:00 UTC"},
-		"nothing is known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
+		"JWT-SVIDs are not known": {79, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{X509Safe: true}), "remove o", 90 + 5*minutes, "JWT-SVIDs"},
 		"expired, never settled": {91 + 5*minutes, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "scheduler"), ks("a", active, 76)},
 			holds(rotation.Holding{Agents: 1, JWTSafe: true}), "remove o", 91 + 6*minutes, "X.509-SVIDs of 1 agent"},
 		"expired, settled": {91 + 5*minutes, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)},
 			facts{}, "remove o", 91 + 5*minutes, ""},
 
-		"an operator's, replaced":           {80, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unasked, "taint o", 91 + 5*minutes, ""},
-		"an operator's, tainted":            {80, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unasked, "remove o", 91 + 5*minutes, ""},
-		"never active and tainted":          {80, []keyset.Keyset{ks("o", tainted, 0), ks("a", active, 76)}, unasked, "remove o", 91 + 5*minutes, ""},
-		"an operator's, expired":            {91, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unasked, "taint o", 91 + 5*minutes, ""},
-		"an operator's, tainted, expired":   {91, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unasked, "remove o", 91 + 5*minutes, ""},
-		"never active, expired":             {91, []keyset.Keyset{ks("o", prepared, 0), ks("a", active, 76)}, unasked, "taint o", 91 + 5*minutes, ""},
+		"an operator's, replaced":           {80, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unused, "taint o", 91 + 5*minutes, ""},
+		"an operator's, tainted":            {80, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unused, "remove o", 91 + 5*minutes, ""},
+		"never active and tainted":          {80, []keyset.Keyset{ks("o", tainted, 0), ks("a", active, 76)}, unused, "remove o", 91 + 5*minutes, ""},
+		"an operator's, expired":            {91, []keyset.Keyset{replaced(ks("o", prepared, 0), 77, "alice"), ks("a", active, 76)}, unused, "taint o", 91 + 5*minutes, ""},
+		"an operator's, tainted, expired":   {91, []keyset.Keyset{replaced(ks("o", tainted, 0), 77, "alice"), ks("a", active, 76)}, unused, "remove o", 91 + 5*minutes, ""},
+		"never active, expired":             {91, []keyset.Keyset{ks("o", prepared, 0), ks("a", active, 76)}, unused, "taint o", 91 + 5*minutes, ""},
 		"succession goes before the rest":   {77, []keyset.Keyset{replaced(ks("o", tainted, -20), 60, "scheduler"), a}, facts{}, "prepare", 76, ""},
-		"what waits holds up nothing":       {77, []keyset.Keyset{replaced(ks("o", tainted, -12), 60, "scheduler"), a}, holds(rotation.Holding{}), "prepare", 76, ""},
+		"waiting steps block no others":     {77, []keyset.Keyset{replaced(ks("o", tainted, -12), 60, "scheduler"), a}, holds(rotation.Holding{}), "prepare", 76, ""},
 		"removal while activation waits":    {77, []keyset.Keyset{replaced(ks("o", tainted, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, facts{behind: behind.behind}, "remove o", 77, ""},
-		"taint while activation is to come": {76.5, []keyset.Keyset{replaced(ks("o", prepared, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, unasked, "taint o", 61, ""},
+		"taint while activation is to come": {76.5, []keyset.Keyset{replaced(ks("o", prepared, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, unused, "taint o", 61, ""},
 	} {
 		got := rotation.Next(at(row.now), upSince(at(row.now), at(row.now-2)), policy(t, rotation.Policy{}), row.keysets, row.facts)
 		if got.String() != row.want || got.WaitsFor != row.waitsFor {
@@ -137,13 +137,14 @@ func TestNext(t *testing.T) {
 			t.Errorf("%s: due is %v, want %v: %+v", name, !due, due, got)
 		}
 		off := policy(t, rotation.Policy{Mode: rotation.Off})
-		if got := rotation.Next(at(row.now), upSince(at(row.now), start), off, row.keysets, unasked); got != (rotation.Step{}) || got.Due(at(row.now)) || got.String() != "" {
-			t.Errorf("%s: off, and %v", name, got)
+		if got := rotation.Next(at(row.now), upSince(at(row.now), start), off, row.keysets, unused); got != (rotation.Step{}) || got.Due(at(row.now)) || got.String() != "" {
+			t.Errorf("%s: mode off: %v", name, got)
 		}
 	}
 }
 
-// TestExpiredWaitsForUptime: what a clock alone says is done after a day of uptime.
+// TestExpiredWaitsForUptime: a step for an expired keyset needs a day of uptime past the
+// expiry.
 func TestExpiredWaitsForUptime(t *testing.T) {
 	t.Parallel()
 	for _, state := range []keyset.State{prepared, tainted} {

@@ -6,35 +6,34 @@ import (
 	"time"
 )
 
-// Mode says what automatic rotation does.
+// Mode is the mode of automatic rotation.
 type Mode string
 
-// The modes. Paused looks and shows what it would do, and does nothing.
+// The modes. Paused shows and logs the next step and does not carry it out.
 const (
 	Off    Mode = "off"
 	On     Mode = "on"
 	Paused Mode = "paused"
 )
 
-// Policy says when keysets are rotated. The zero value works; [Policy.For]
-// fills in what is left open. The thresholds are in whole seconds.
+// Policy sets when keysets are rotated. The zero value works; [Policy.For] sets the
+// defaults of zero fields. The thresholds are whole seconds.
 type Policy struct {
 	Mode Mode // On when empty
-	// PreparationThreshold is how long before the active keyset's expiry its
-	// successor is prepared: 14 days of a life of 90 days when zero, and as much
-	// in proportion of another.
+	// PreparationThreshold is how long before the active keyset's expiry its successor
+	// is prepared; 14/90 of the lifetime when zero, which is 14 days of 90.
 	PreparationThreshold time.Duration
-	// ActivationThreshold is the least age of a keyset that takes over, so
-	// that everybody who verifies knows it before they meet it: one ninetieth
-	// of the life when zero, which is a day of 90.
+	// ActivationThreshold is the minimum age of a keyset at its activation, so that
+	// every verifier has its authorities before it signs; 1/90 of the lifetime when
+	// zero, which is a day of 90.
 	ActivationThreshold time.Duration
-	// TaintThreshold is how long after it was replaced a keyset is tainted. When
-	// it is no shorter than an SVID's life, hardly anything is left to be renewed
-	// because of the taint. One ninetieth of the life when zero.
+	// TaintThreshold is how long after its replacement a keyset is tainted; 1/90 of the
+	// lifetime when zero. If it is at least the lifetime of SVIDs, the taint forces few
+	// renewals.
 	TaintThreshold time.Duration
 }
 
-// PolicyError is a field of a [Policy] that does not fit.
+// PolicyError describes an invalid field of a [Policy].
 type PolicyError struct {
 	Field   string // mode, preparation_threshold, activation_threshold or taint_threshold
 	Problem string // "is …"
@@ -46,11 +45,10 @@ func (e *PolicyError) Error() string {
 	return fmt.Sprintf("rotation: %s %s: %s", e.Field, e.Problem, e.Remedy)
 }
 
-// For fills in what is left open for keysets of the lifetime, and checks that
-// the thresholds fit: a keyset is replaced in the second half of its life, takes
-// over in the first half of what is left, and is tainted before it has
-// expired. Everything that does not fit is in the error, each a [*PolicyError],
-// joined. The lifetime is at least an hour.
+// For sets the defaults for keysets of a lifetime of at least an hour, and checks the
+// thresholds: a keyset is replaced in the second half of its lifetime, its successor is
+// activated in the first half of the remaining time, and it is tainted before it expires.
+// The error joins a [*PolicyError] for each invalid field.
 func (p Policy) For(lifetime time.Duration) (Policy, error) {
 	if p.Mode == "" {
 		p.Mode = On

@@ -14,11 +14,11 @@ import (
 )
 
 var (
-	errOvertaken = rotation.ErrOvertaken
-	errOver      = errors.New("over")
+	errSuperseded = rotation.ErrSuperseded
+	errCanceled   = errors.New("canceled")
 )
 
-// fixture is what is needed to set up any state.
+// fixture has the records of three keysets, to set up any state.
 type fixture struct{ records []keyset.Record }
 
 func newFixture(t *testing.T) *fixture {
@@ -33,7 +33,7 @@ func newFixture(t *testing.T) *fixture {
 	return &fixture{doc.Records}
 }
 
-// real is the real code in the place of a model.
+// real is the real code in the state of a model.
 type real struct {
 	t           *testing.T
 	store       *steps
@@ -42,19 +42,19 @@ type real struct {
 	names       map[string]int // of keysets, by ID
 }
 
-// thread is a goroutine that waits at a point until it is told to go on.
+// thread is a goroutine that pauses at each point until resume.
 type thread struct {
 	auto   bool
 	loads  int
-	goOn   chan struct{}
-	paused chan bool // here and whether the model has no such point, or at the end
+	resume chan struct{}
+	paused chan bool // true if the model has no such point
 	ended  bool
 	err    error
 }
 
 type threadKey struct{}
 
-// pause waits at a point. Calls of nobody's thread do not wait.
+// pause waits at a point. Calls outside a thread do not wait.
 func pause(ctx context.Context, load bool) {
 	t, ok := ctx.Value(threadKey{}).(*thread)
 	if !ok {
@@ -65,28 +65,28 @@ func pause(ctx context.Context, load bool) {
 	}
 	// Only automatic rotation, which loads twice, has a point before a load.
 	t.paused <- load && (t.loads == 1 || !t.auto)
-	<-t.goOn
+	<-t.resume
 }
 
 // steps is a storage that pauses before it loads and before and after it saves.
 type steps struct {
 	keyset.Memory
-	saves []keyset.Change
-	over  bool // every call fails
+	saves   []keyset.Change
+	failing bool // every call fails
 }
 
 func (s *steps) Load(ctx context.Context) (keyset.Document, error) {
 	pause(ctx, true)
-	if s.over {
-		return keyset.Document{}, errOver
+	if s.failing {
+		return keyset.Document{}, errCanceled
 	}
 	return s.Memory.Load(ctx)
 }
 
 func (s *steps) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	pause(ctx, false)
-	if s.over {
-		return errOver
+	if s.failing {
+		return errCanceled
 	}
 	if err := s.Memory.Save(ctx, d, c); err != nil {
 		return err
@@ -118,14 +118,14 @@ func (r *real) reopen(on int) {
 	r.deployments[on] = open(r.t, keyset.Config{Storage: r.store, Now: func() time.Time { return start }})
 }
 
-// begin has threads wait to be told to go on.
+// begin starts threads, which wait for resume.
 func (r *real) begin(threads []modelThread) {
 	r.threads = nil
 	for _, mt := range threads {
-		th := &thread{goOn: make(chan struct{}), paused: make(chan bool), auto: mt.auto}
+		th := &thread{resume: make(chan struct{}), paused: make(chan bool), auto: mt.auto}
 		r.threads = append(r.threads, th)
 		go func() {
-			<-th.goOn
+			<-th.resume
 			th.err = r.do(context.WithValue(context.Background(), threadKey{}, th), mt)
 			th.ended = true
 			th.paused <- false
@@ -133,7 +133,7 @@ func (r *real) begin(threads []modelThread) {
 	}
 }
 
-// document is one with the states of the model.
+// document returns a document with the states of the model.
 func (f *fixture) document(m modelDoc, now time.Time) keyset.Document {
 	doc := keyset.Document{Version: m.version, Sequence: m.sequence}
 	for i, k := range m.keysets {
@@ -144,7 +144,7 @@ func (f *fixture) document(m modelDoc, now time.Time) keyset.Document {
 	return doc
 }
 
-// do is what a thread does.
+// do runs the operation of a thread.
 func (r *real) do(ctx context.Context, t modelThread) error {
 	d := r.deployments[t.on]
 	if t.auto {
@@ -152,7 +152,7 @@ func (r *real) do(ctx context.Context, t modelThread) error {
 		if err != nil {
 			return err
 		}
-		s.Look(ctx)
+		s.RunDue(ctx)
 		return s.Failed()
 	}
 	switch ctx := keyset.WithActor(ctx, "alice"); t.op.verb {
@@ -177,13 +177,12 @@ func (r *real) id(name int) string {
 	return "ks_unknown000"
 }
 
-// step lets a thread go on to its next point. The storage also pauses where the
-// model has no point.
+// step runs a thread to the next point of the model. The storage also pauses at others.
 func (r *real) step(i int) {
 	t := r.threads[i]
 	known := len(r.store.saves)
 	for again := true; again && !t.ended; {
-		t.goOn <- struct{}{}
+		t.resume <- struct{}{}
 		again = <-t.paused
 	}
 	if len(r.store.saves) > known {
@@ -193,9 +192,9 @@ func (r *real) step(i int) {
 	}
 }
 
-// giveUp ends all threads.
-func (r *real) giveUp() {
-	r.store.over = true
+// cancel ends all threads.
+func (r *real) cancel() {
+	r.store.failing = true
 	for i, t := range r.threads {
 		if !t.ended {
 			r.step(i)
@@ -203,7 +202,7 @@ func (r *real) giveUp() {
 	}
 }
 
-// differs says in what the real code is not as the model; empty: in nothing.
+// differs describes a difference between the real code and the model; empty: none.
 func (r *real) differs(m model) string {
 	doc, err := r.store.Memory.Load(context.Background())
 	if err != nil {
@@ -244,7 +243,7 @@ func (r *real) differs(m model) string {
 		case th.ended != (t.at == atEnd):
 			return fmt.Sprintf("thread %d has ended: %v, %v; want %v", i, th.ended, th.err, t.at == atEnd)
 		case th.ended && !errors.Is(th.err, t.outcome):
-			return fmt.Sprintf("thread %d was answered %v, want %v", i, th.err, t.outcome)
+			return fmt.Sprintf("thread %d returned %v, want %v", i, th.err, t.outcome)
 		case th.ended && t.outcome == nil && th.err != nil:
 			return fmt.Sprintf("thread %d failed: %v", i, th.err)
 		}
@@ -252,7 +251,7 @@ func (r *real) differs(m model) string {
 	return invariants(doc)
 }
 
-// text is what of a document can be compared: as it is stored, or in force.
+// text returns the comparable parts of a document, as it is stored or in force.
 func (d modelDoc) text(stored bool) string {
 	out := fmt.Sprint(d.sequence)
 	if stored {
@@ -265,7 +264,7 @@ func (d modelDoc) text(stored bool) string {
 			if k.signed {
 				by = "alice"
 			}
-			if k.ours {
+			if k.automatic {
 				by = "scheduler"
 			}
 			out += fmt.Sprintf(" %q", by)
@@ -274,7 +273,7 @@ func (d modelDoc) text(stored bool) string {
 	return out
 }
 
-// invariants holds whatever the model says.
+// invariants checks what must hold regardless of the model.
 func invariants(doc keyset.Document) string {
 	active := 0
 	ids := map[string]bool{}

@@ -14,25 +14,24 @@ import (
 )
 
 const (
-	// longestSleep bounds the time between two looks: facts change without
-	// anybody saying so, and the clock may be set.
+	// longestSleep bounds the time between two checks, because there is no notification
+	// of changed facts or of a clock that was set.
 	longestSleep = time.Minute
-	// The pause after a step that failed doubles from the first to the longest.
+	// The pause after a failed step doubles from firstPause to longestPause.
 	firstPause   = time.Second
 	longestPause = time.Minute
 )
 
-// Config says what to rotate. Keysets and Facts are required.
+// Config configures a [Scheduler]. Keysets and Facts are required.
 type Config struct {
 	Keysets *keyset.Deployment
 	Policy  Policy
 	Facts   Facts
 	Log     *slog.Logger // discarded when nil
-	Clock   *clock.Clock // one of the machine's, of which nothing is known, when nil
+	Clock   *clock.Clock // a new one of the machine when nil
 }
 
-// Scheduler rotates the keysets of one deployment. Make it with [New], run it
-// once.
+// Scheduler rotates the keysets of one deployment. Create it with [New] and run it once.
 type Scheduler struct {
 	keysets *keyset.Deployment
 	policy  Policy
@@ -41,9 +40,9 @@ type Scheduler struct {
 	clock   *clock.Clock
 
 	failed atomic.Pointer[failure] // nil: the last attempt succeeded
-	// Run's own.
-	told    string // the step that a pause was last told to hold up
-	doubted bool   // it was told that the clock is in doubt
+	// Owned by Run.
+	loggedPaused string // the step last logged as held up by the mode paused
+	loggedDoubt  bool   // the present doubt about the clock is logged
 }
 
 // failure is an attempt that did not succeed.
@@ -73,9 +72,9 @@ func New(c Config) (*Scheduler, error) {
 	return s, nil
 }
 
-// Run does what is due until ctx is done, and returns nil then. It looks at the
-// keysets when they change, when the next step is due, and at least once a
-// minute. What fails is logged once and tried again after a pause.
+// Run carries out due steps until ctx is done, and then returns nil. It checks the
+// keysets when they change, when the next step is due, and at least once a minute. It
+// logs a failure once and retries the step after a pause.
 func (s *Scheduler) Run(ctx context.Context) error {
 	if s.policy.Mode == Off {
 		<-ctx.Done()
@@ -83,7 +82,7 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	}
 	for {
 		changed := s.keysets.Status().Changed
-		timer := time.NewTimer(s.look(ctx))
+		timer := time.NewTimer(s.runDue(ctx))
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -95,13 +94,14 @@ func (s *Scheduler) Run(ctx context.Context) error {
 	}
 }
 
-// look does what is due and returns how long to sleep if nothing changes.
-func (s *Scheduler) look(ctx context.Context) time.Duration {
+// runDue carries out the next step if it is due, and returns how long to sleep if nothing
+// changes.
+func (s *Scheduler) runDue(ctx context.Context) time.Duration {
 	now := s.clock.Now()
 	last := s.failed.Load()
 	if last != nil {
 		// A clock that was set back must not make the pause longer.
-		if left := last.again().Sub(now); left > 0 && left <= last.pause {
+		if left := last.retryAt().Sub(now); left > 0 && left <= last.pause {
 			return left
 		}
 	}
@@ -115,16 +115,16 @@ func (s *Scheduler) look(ctx context.Context) time.Duration {
 			f.pause = min(2*last.pause, longestPause)
 		}
 		s.failed.Store(f)
-		s.complain(step, last, err)
+		s.logFailure(f, step, last)
 		return f.pause
 	}
 	s.failed.Store(nil)
 	return min(max(step.At.Sub(now), 0), longestSleep)
 }
 
-// attempt does the next step if it is due, and returns it.
+// attempt carries out the next step if it is due, and returns it.
 func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
-	// Read, because the outcome of somebody's mutation may be unknown.
+	// List reads the storage, because the outcome of a failed mutation may be unknown.
 	keysets, err := s.keysets.List(ctx)
 	if err != nil {
 		return Step{}, err
@@ -132,21 +132,21 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 	step := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
 	c := s.clock.State()
 	if !c.Waits {
-		s.doubted = false
+		s.loggedDoubt = false
 	}
 	switch {
 	case !step.Due(now):
 	case c.Waits:
-		if !s.doubted {
-			s.doubted = true
-			s.log.Warn("clock in doubt, automatic rotation waits until it is right, fits another machine's, or is confirmed",
+		if !s.loggedDoubt {
+			s.loggedDoubt = true
+			s.log.Warn("clock in doubt, automatic rotation waits until it is right, agrees with another machine's, or is confirmed",
 				"step_of_clock", c.Doubt, "step", step.String(), "reason", step.Why)
 		}
 		step.At = now.Add(longestSleep)
 	case s.policy.Mode == Paused:
-		if s.told != step.String() {
-			s.told = step.String()
-			s.log.Warn("automatic rotation is paused and does not do what is due", "step", s.told, "reason", step.Why)
+		if s.loggedPaused != step.String() {
+			s.loggedPaused = step.String()
+			s.log.Warn("automatic rotation paused, step is due and not carried out", "step", s.loggedPaused, "reason", step.Why)
 		}
 		step.At = now.Add(longestSleep)
 	default:
@@ -155,68 +155,69 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 	return step, nil
 }
 
-// errOvertaken says that a step was no longer the next one when it came to it.
-var errOvertaken = errors.New("the keysets or what hangs on them have changed meanwhile")
+// errSuperseded is the error of a step that was no longer the next one when its mutation
+// began.
+var errSuperseded = errors.New("the keysets or what depends on them have changed")
 
 func (s *Scheduler) do(ctx context.Context, step Step) error {
 	ctx = keyset.WithNote(keyset.WithActor(ctx, Actor), step.Why)
-	still := func(keysets []keyset.Keyset) error {
+	stillNext := func(keysets []keyset.Keyset) error {
 		now := s.clock.Now()
 		again := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
 		if s.clock.State().Waits || !again.Due(now) || again.String() != step.String() {
-			return errOvertaken
+			return errSuperseded
 		}
 		return nil
 	}
 	var err error
-	id, done := step.Keyset, ""
+	id := step.Keyset
 	switch step.Action {
 	case Prepare:
 		var k keyset.Keyset
-		k, err = s.keysets.Prepare(ctx, still)
-		id, done = k.ID, "prepared"
+		k, err = s.keysets.Prepare(ctx, stillNext)
+		id = k.ID
 	case Activate:
-		err, done = s.keysets.Activate(ctx, id, still), "activated"
+		err = s.keysets.Activate(ctx, id, stillNext)
 	case Taint:
-		err, done = s.keysets.Taint(ctx, id, still), "tainted"
+		err = s.keysets.Taint(ctx, id, stillNext)
 	case Remove:
-		err, done = s.keysets.Remove(ctx, id, still), "removed"
+		err = s.keysets.Remove(ctx, id, stillNext)
 	}
 	if err != nil {
 		return err
 	}
-	s.log.Info("automatic rotation: keyset "+done, "keyset", id, "reason", step.Why)
+	s.log.Info("automatic rotation step completed", "step", string(step.Action), "keyset_id", id, "reason", step.Why)
 	return nil
 }
 
-// complain logs a failure, unless it is that of the last time again.
-func (s *Scheduler) complain(step Step, last *failure, err error) {
+// logFailure logs a failure that differs from the last one.
+func (s *Scheduler) logFailure(f *failure, step Step, last *failure) {
 	switch {
-	case errors.Is(err, errOvertaken):
-	case last != nil && last.err.Error() == err.Error():
-	case errors.Is(err, refusal.ErrBusy):
-		s.log.Info("automatic rotation: somebody else changes the keysets; they are looked at again", "step", step.String())
+	case errors.Is(f.err, errSuperseded):
+	case last != nil && last.err.Error() == f.err.Error():
+	case errors.Is(f.err, refusal.ErrBusy):
+		s.log.Info("automatic rotation step delayed, another change of the keysets is in flight", "step", step.String(), "delay", f.pause)
 	default:
-		s.log.Error("automatic rotation failed and is tried again", "step", step.String(), "error", err)
+		s.log.Error("automatic rotation step failed", "step", step.String(), "delay", f.pause, "error", f.err)
 	}
 }
 
-func (f *failure) again() time.Time { return f.at.Add(f.pause) }
+func (f *failure) retryAt() time.Time { return f.at.Add(f.pause) }
 
-// Preview is what a [Scheduler] is about to do.
+// Preview is the next step of a [Scheduler].
 type Preview struct {
-	Mode, Next string    // Next is such as "activate ks_abc1234xyz"; empty: nothing
-	At         time.Time // see [Step]; past when it is due
+	Mode, Next string    // Next is a step such as "activate ks_abc1234xyz"; empty: none
+	At         time.Time // see [Step]; in the past if it is due
 	WaitsFor   string
 }
 
-// Automatic says what comes next. It may be called at any time.
+// Automatic returns the next step. It may be called at any time.
 func (s *Scheduler) Automatic() Preview {
 	now := s.clock.Now()
 	step := Next(now, s.clock.PastFor, s.policy, s.keysets.Status().Keysets, s.facts)
 	p := Preview{Mode: string(s.policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
 	if f := s.failed.Load(); f != nil && step.Due(now) {
-		p.At, p.WaitsFor = f.again(), fmt.Sprintf("another attempt: %v", f.err)
+		p.At, p.WaitsFor = f.retryAt(), fmt.Sprintf("another attempt: %v", f.err)
 	}
 	if c := s.clock.State(); c.Waits {
 		p.WaitsFor = fmt.Sprintf("the clock, which went ahead by %v", c.Doubt.Round(time.Minute))

@@ -19,9 +19,9 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// rig is a scheduler that runs in a bubble on keysets that live an hour: they
-// are prepared 560 s before the end, activated 40 s after that and tainted 40 s
-// later.
+// rig is a scheduler in a synctest bubble, with keysets of a lifetime of an hour: a
+// successor is prepared 560 s before the expiry and activated 40 s later, and the old
+// keyset is tainted 40 s after that.
 type rig struct {
 	*testing.T
 	store     *store
@@ -59,15 +59,15 @@ func inRig(t *testing.T, p rotation.Policy, f facts, do func(*rig)) {
 	})
 }
 
-// until sleeps until so many seconds have passed, and a moment more.
+// until sleeps until just after so many seconds have passed.
 func (r *rig) until(seconds int) {
 	r.Helper()
 	time.Sleep(time.Until(r.begin.Add(time.Duration(seconds)*time.Second + time.Millisecond)))
 	synctest.Wait()
 }
 
-// expect compares the states of all keysets, and what comes next: its time in
-// seconds, and after a comma what it waits for.
+// expect compares the states of all keysets, the next step, and its time in seconds,
+// followed by a comma and what it waits for.
 func (r *rig) expect(states, next, at string) {
 	r.Helper()
 	var got []string
@@ -92,7 +92,7 @@ func (r *rig) expect(states, next, at string) {
 	}
 }
 
-// logged compares the log's messages since the last time.
+// logged compares the log since the last call.
 func (r *rig) logged(want ...string) {
 	r.Helper()
 	lines := r.log.take()
@@ -122,7 +122,7 @@ func (l *logs) take() []string {
 	return lines
 }
 
-// store is a storage whose calls can be made to fail, and that counts.
+// store is a storage that counts calls and can be made to fail.
 type store struct {
 	keyset.Memory
 	mu         sync.Mutex
@@ -184,24 +184,24 @@ func TestRotation(t *testing.T) {
 		r.until(3120)
 		r.expect("tainted active", "remove 0", "3900, X.509-SVIDs of 2 agents")
 		r.logged(
-			`msg="automatic rotation: keyset prepared" keyset=`+r.keysets.Active().ID+` reason="active keyset `,
-			`msg="automatic rotation: keyset activated" keyset=`+r.keysets.Active().ID,
-			`msg="automatic rotation: keyset tainted" keyset=`,
+			`msg="automatic rotation step completed" step=prepare keyset_id=`+r.keysets.Active().ID+` reason="active keyset `,
+			`msg="automatic rotation step completed" step=activate keyset_id=`+r.keysets.Active().ID,
+			`msg="automatic rotation step completed" step=taint keyset_id=`,
 		)
 		settled.Store(true)
 		r.until(3181) // a minute is the longest sleep
 		r.expect("active", "prepare", fmt.Sprint(6640-560))
-		r.logged(`msg="automatic rotation: keyset removed" keyset=`)
+		r.logged(`msg="automatic rotation step completed" step=remove keyset_id=`)
 		for _, c := range r.store.saves[1:] {
 			if c.Actor != "scheduler" || c.Note == "" {
-				r.Errorf("noted as %+v", c)
+				r.Errorf("audit record %+v", c)
 			}
 		}
 	})
 }
 
-// TestForgotten lets a scheduler begin when everything is over.
-func TestForgotten(t *testing.T) {
+// TestStartAfterExpiry starts a scheduler when the active keyset has long expired.
+func TestStartAfterExpiry(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		d := open(t, keyset.Config{Lifetime: time.Hour})
@@ -215,12 +215,12 @@ func TestForgotten(t *testing.T) {
 		if k := d.Status().Keysets; len(k) != 2 || k[0].State != keyset.Prepared || !d.Active().ExpiresAt.After(time.Now().Add(50*time.Minute)) {
 			t.Errorf("keysets are %v", k)
 		}
-		time.Sleep(23 * time.Hour) // meanwhile each is replaced in its turn
+		time.Sleep(23 * time.Hour) // of rotations
 		old := d.Status().Keysets[0].ID
 		time.Sleep(time.Hour)
 		synctest.Wait()
 		if k := d.Status().Keysets; k[0].ID == old {
-			t.Errorf("what expired long ago is still there: %v", k)
+			t.Errorf("the expired keyset is not removed: %v", k)
 		}
 		cancel()
 		wg.Wait()
@@ -234,7 +234,7 @@ func TestPaused(t *testing.T) {
 		r.logged()
 		r.until(7000)
 		r.expect("active", "prepare", "3040")
-		r.logged(`level=WARN msg="automatic rotation is paused and does not do what is due" step=prepare reason="active keyset `)
+		r.logged(`level=WARN msg="automatic rotation paused, step is due and not carried out" step=prepare reason="active keyset `)
 		if p := r.scheduler.Automatic(); p.Mode != "paused" || len(r.store.saves) != 1 {
 			r.Errorf("%+v, %d changes", p, len(r.store.saves))
 		}
@@ -242,9 +242,9 @@ func TestPaused(t *testing.T) {
 }
 
 func TestOff(t *testing.T) {
-	f := facts{behind: func() int { panic("asked") }}
+	f := facts{behind: func() int { panic("called") }}
 	inRig(t, rotation.Policy{Mode: rotation.Off}, f, func(r *rig) {
-		r.store.set(errors.New("nobody reads"), nil)
+		r.store.set(errors.New("not called"), nil)
 		r.until(7000)
 		r.logged()
 		if p := r.scheduler.Automatic(); p != (rotation.Preview{Mode: "off"}) || len(r.store.saves) != 1 {
@@ -253,7 +253,8 @@ func TestOff(t *testing.T) {
 	})
 }
 
-// TestWakesAtOnce has an operator taint what automatic rotation replaced.
+// TestWakesAtOnce: when an operator taints a keyset that automatic rotation replaced, it is
+// removed at once.
 func TestWakesAtOnce(t *testing.T) {
 	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
 		r.until(3085)
@@ -271,26 +272,26 @@ func TestStorageFails(t *testing.T) {
 		r.store.set(nil, errors.New("disk is full"))
 		r.until(3160)
 		r.expect("active", "prepare", "3163, another attempt: prepare keyset: save: disk is full")
-		r.logged(`level=ERROR msg="automatic rotation failed and is tried again" step=prepare error="prepare keyset: save: disk is full"`)
+		r.logged(`level=ERROR msg="automatic rotation step failed" step=prepare delay=1s error="prepare keyset: save: disk is full"`)
 		// After 0, 1, 3, 7, 15, 31, 63 and 123 seconds.
 		if n := len(r.store.saves) - 1; n != 8-1 {
 			r.Errorf("%d attempts", n)
 		}
 		r.store.set(errors.New("disk is gone"), nil)
 		r.until(3400)
-		r.logged(`level=ERROR msg="automatic rotation failed and is tried again" step="" error="list keysets: load: disk is gone"`)
+		r.logged(`level=ERROR msg="automatic rotation step failed" step="" delay=1m0s error="list keysets: load: disk is gone"`)
 		r.store.set(nil, nil)
 		r.until(3410)
 		r.expect("active prepared", "activate 1", "3443")
-		r.logged(`msg="automatic rotation: keyset prepared"`)
+		r.logged(`msg="automatic rotation step completed" step=prepare`)
 		// The next failure is a new one.
 		r.store.set(errors.New("disk is gone"), nil)
 		r.until(3443)
-		r.logged(`msg="automatic rotation failed and is tried again" step="" error="list keysets: load: disk is gone"`)
+		r.logged(`msg="automatic rotation step failed" step="" delay=1s error="list keysets: load: disk is gone"`)
 	})
 }
 
-// TestLostRace has somebody else commit at the same moment.
+// TestLostRace: another process commits at the same moment.
 func TestLostRace(t *testing.T) {
 	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
 		other := open(r, keyset.Config{Storage: &r.store.Memory, Lifetime: time.Hour})
@@ -303,19 +304,18 @@ func TestLostRace(t *testing.T) {
 		r.store.mu.Unlock()
 		r.until(3040)
 		r.expect("active", "prepare", "3041, another attempt: "+refusal.ErrBusy.Error())
-		r.logged(`level=INFO msg="automatic rotation: somebody else changes the keysets; they are looked at again" step=prepare`)
+		r.logged(`level=INFO msg="automatic rotation step delayed, another change of the keysets is in flight" step=prepare delay=1s`)
 		r.until(3041)
-		// What the winner prepared is used.
+		// It uses the keyset that the other process prepared.
 		r.expect("active prepared", "activate 1", "3080")
 		r.until(3080)
 		r.expect("prepared active", "taint 0", "3120")
 	})
 }
 
-// TestOvertaken lets something happen after automatic rotation has decided on a
-// step, and before its mutation begins: the states of the keysets still allow the
-// step, and it is not to be done.
-func TestOvertaken(t *testing.T) {
+// TestSuperseded: between the decision of automatic rotation and its mutation something
+// changes. The states of the keysets still allow the step, but it must not be done.
+func TestSuperseded(t *testing.T) {
 	t.Parallel()
 	alice := keyset.WithActor(t.Context(), "alice")
 	for name, c := range map[string]struct {
@@ -330,7 +330,7 @@ func TestOvertaken(t *testing.T) {
 		"taint": {2, func(t *testing.T, other *keyset.Deployment, _, _ *atomic.Bool) {
 			old, now := other.Status().Keysets[0].ID, other.Active().ID
 			check(t, other.Activate(alice, old))
-			check(t, other.Activate(alice, now)) // and so it is alice who has replaced it
+			check(t, other.Activate(alice, now)) // so that alice has replaced the old one
 		}},
 		"remove": {3, func(_ *testing.T, _ *keyset.Deployment, unsafe, _ *atomic.Bool) { unsafe.Store(true) }},
 	} {
@@ -359,11 +359,11 @@ func TestOvertaken(t *testing.T) {
 			for _, to := range []int{76, 77, 78, 78}[:c.steps+1] {
 				now = start.Add(time.Duration(to) * day)
 				if len(st.saves)-1 < c.steps {
-					s.Look(t.Context())
+					s.RunDue(t.Context())
 				}
 			}
 			if p := s.Automatic(); len(st.saves)-1 != c.steps || !strings.HasPrefix(p.Next, name) || p.At.After(now) {
-				t.Fatalf("after %d steps comes %+v", len(st.saves)-1, p)
+				t.Fatalf("next after %d steps: %+v", len(st.saves)-1, p)
 			}
 			log.take()
 			other := open(t, keyset.Config{Storage: &st.Memory, Now: wall})
@@ -375,23 +375,22 @@ func TestOvertaken(t *testing.T) {
 				}
 			}
 			st.mu.Unlock()
-			s.Look(t.Context())
-			if !errors.Is(s.Failed(), rotation.ErrOvertaken) || len(st.saves)-1 != c.steps {
+			s.RunDue(t.Context())
+			if !errors.Is(s.Failed(), rotation.ErrSuperseded) || len(st.saves)-1 != c.steps {
 				t.Errorf("%v, %d changes", s.Failed(), len(st.saves)-1)
 			}
 			if lines := log.take(); len(lines) > 0 {
 				t.Errorf("logged %v", lines)
 			}
 			now = now.Add(time.Second)
-			if s.Look(t.Context()); s.Failed() != nil || len(st.saves)-1 != c.steps {
+			if s.RunDue(t.Context()); s.Failed() != nil || len(st.saves)-1 != c.steps {
 				t.Errorf("then %v, %d changes", s.Failed(), len(st.saves)-1)
 			}
 		})
 	}
 }
 
-// TestClockSetBack fails, and then the clock is set back: the pause after the
-// failure does not become longer.
+// TestClockSetBack: a clock that is set back does not prolong the pause after a failure.
 func TestClockSetBack(t *testing.T) {
 	t.Parallel()
 	now := start.Add(100 * day)
@@ -401,15 +400,15 @@ func TestClockSetBack(t *testing.T) {
 	s, err := rotation.New(rotation.Config{Keysets: d, Facts: facts{}, Clock: clock.New(wall, nil, time.Time{})})
 	check(t, err)
 	st.set(errors.New("disk is gone"), nil)
-	if pause := s.Look(t.Context()); pause != time.Second || s.Failed() == nil {
+	if pause := s.RunDue(t.Context()); pause != time.Second || s.Failed() == nil {
 		t.Errorf("pause is %v after %v", pause, s.Failed())
 	}
 	st.set(nil, nil)
-	if pause := s.Look(t.Context()); pause != time.Second || s.Failed() == nil {
+	if pause := s.RunDue(t.Context()); pause != time.Second || s.Failed() == nil {
 		t.Errorf("pause is %v after %v", pause, s.Failed())
 	}
 	now = start.Add(100*day - 4*time.Minute)
-	if s.Look(t.Context()); s.Failed() != nil || len(d.Status().Keysets) != 2 {
+	if s.RunDue(t.Context()); s.Failed() != nil || len(d.Status().Keysets) != 2 {
 		t.Errorf("still pausing: %v", s.Failed())
 	}
 }
@@ -435,7 +434,7 @@ func TestPreviewWhileRunning(t *testing.T) {
 	})
 }
 
-func TestNewRefuses(t *testing.T) {
+func TestNewRejects(t *testing.T) {
 	t.Parallel()
 	d := open(t, keyset.Config{Lifetime: time.Hour})
 	for name, c := range map[string]rotation.Config{

@@ -14,9 +14,9 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// TestYears lets years go by in steps of hours, with agents that lag or never
-// settle, operators who step in, a server that is down for weeks, and a disk that
-// fails, and checks after each step what must always hold.
+// TestYears simulates years in steps of hours, with agents that lag or never finish,
+// operators who intervene, a server that is down for weeks, and a disk that fails. It
+// checks after each step what must always hold.
 func TestYears(t *testing.T) {
 	t.Parallel()
 	const histories, years = 40, 3
@@ -31,7 +31,7 @@ func TestYears(t *testing.T) {
 			done[c.Actor+" "+c.Operation]++
 		}
 	}
-	t.Logf("%d histories of %d years, %d looks: %v", histories, years, steps, done)
+	t.Logf("%d histories of %d years, %d checks: %v", histories, years, steps, done)
 }
 
 // world is a deployment, its agents and its operators.
@@ -50,11 +50,11 @@ type world struct {
 	lag       time.Duration        // of the agents
 	published time.Time            // the last change
 	settles   map[string]time.Time // when a keyset is safe, by ID
-	disturbed time.Time            // the last event that is not automatic rotation's doing
+	disturbed time.Time            // the last event that automatic rotation did not cause
 	events    int
 	replaced  map[string]bool // by automatic rotation, not by operators
-	longest   time.Duration   // between two looks
-	started   time.Time       // the process
+	longest   time.Duration   // between two checks
+	started   time.Time       // of the process
 }
 
 func newWorld(t *testing.T, seed uint64) *world {
@@ -79,7 +79,7 @@ func (w *world) between(least, most int) int { return least + w.rand.IntN(most-l
 
 func (w *world) one(of ...int) int { return of[w.rand.IntN(len(of))] }
 
-// Fatalf fails with what leads here again.
+// Fatalf fails with the history and the day.
 func (w *world) Fatalf(format string, args ...any) {
 	w.Helper()
 	w.T.Fatalf("history %d, day %.2f: %s", w.seed, w.now.Sub(start).Hours()/24, fmt.Sprintf(format, args...))
@@ -110,7 +110,7 @@ func (w *world) Save(ctx context.Context, d keyset.Document, c keyset.Change) er
 	if err := w.memory.Save(ctx, d, c); err != nil {
 		return err
 	}
-	w.noted(before, c)
+	w.checkStep(before, c)
 	if w.failing == 2 {
 		return errors.New("the disk is gone")
 	}
@@ -130,8 +130,8 @@ func (w *world) Holding(k keyset.Keyset) rotation.Holding {
 	return rotation.Holding{Agents: 1, X509Safe: safe, JWTSafe: safe}
 }
 
-// noted judges a step that was committed.
-func (w *world) noted(before keyset.Document, c keyset.Change) {
+// checkStep checks a step that was committed.
+func (w *world) checkStep(before keyset.Document, c keyset.Change) {
 	w.log = append(w.log, c)
 	if c.Operation != "activate" {
 		w.published = w.now
@@ -185,7 +185,7 @@ func (w *world) noted(before keyset.Document, c keyset.Change) {
 	}
 }
 
-// pass lets some hours go by, or an event happen, and automatic rotation look.
+// pass advances the time by hours or simulates an event, and runs automatic rotation.
 func (w *world) pass() {
 	w.failing = 0
 	step := time.Duration(w.between(1, 12)) * time.Hour
@@ -208,7 +208,7 @@ func (w *world) pass() {
 	}
 	for range 20 {
 		commits := len(w.log)
-		w.scheduler.Look(context.Background())
+		w.scheduler.RunDue(context.Background())
 		if len(w.log) == commits {
 			break
 		}
@@ -217,13 +217,13 @@ func (w *world) pass() {
 		}
 	}
 	if up {
-		w.judge()
+		w.checkInvariants()
 	}
 }
 
 func (w *world) event() { w.disturbed, w.events = w.now, w.events+1 }
 
-// operate lets an operator do whatever is possible.
+// operate carries out a random operation of an operator.
 func (w *world) operate() {
 	ctx := keyset.WithActor(context.Background(), "alice")
 	all := w.keysets.Status().Keysets
@@ -241,29 +241,29 @@ func (w *world) operate() {
 	w.event()
 }
 
-// judge checks what must hold after automatic rotation has looked.
-func (w *world) judge() {
+// checkInvariants checks what must hold after automatic rotation has run.
+func (w *world) checkInvariants() {
 	all, err := w.keysets.List(context.Background())
 	if err != nil {
 		w.Fatal(err)
 	}
 	p := w.policy
-	calm := w.now.Sub(w.disturbed)
+	undisturbed := w.now.Sub(w.disturbed)
 	active := w.keysets.Active()
 	left := active.ExpiresAt.Sub(w.now)
 	if left <= 0 {
-		w.Fatalf("the active keyset expired %v ago, and nothing is done: %v", -left, all)
+		w.Fatalf("the active keyset expired %v ago and was not replaced: %v", -left, all)
 	}
-	if calm > p.PreparationThreshold && left < (p.PreparationThreshold-p.ActivationThreshold)/2-w.longest {
-		w.Fatalf("%v are left of the active keyset, and nobody was in the way for %v: %v", left, calm, all)
+	if undisturbed > p.PreparationThreshold && left < (p.PreparationThreshold-p.ActivationThreshold)/2-w.longest {
+		w.Fatalf("the active keyset expires in %v, undisturbed for %v: %v", left, undisturbed, all)
 	}
 	for _, k := range all {
-		// A day of uptime, of which a look can miss some.
+		// A day of uptime, plus the time between two checks.
 		safe := k.State != keyset.Tainted || w.Holding(k).X509Safe
 		if w.now.After(k.ExpiresAt.Add(5*time.Minute+day+w.longest)) && w.now.Sub(w.started) > day+w.longest && safe {
-			w.Fatalf("keyset %v has expired and is still there", k)
+			w.Fatalf("keyset %v has expired and is not removed", k)
 		}
-		// Within a look of when it is due, and one more for the state before it.
+		// At the first check after it is due.
 		if k.SteppedDownBy != rotation.Actor {
 			continue
 		}
@@ -271,7 +271,7 @@ func (w *world) judge() {
 			w.Fatalf("keyset %v was replaced and is not tainted", k)
 		}
 		if k.State == keyset.Tainted && w.Holding(k).X509Safe {
-			w.Fatalf("keyset %v is safe to remove and still there", k)
+			w.Fatalf("keyset %v is safe to remove and not removed", k)
 		}
 	}
 	prepared, activated := 0, 0

@@ -1,11 +1,10 @@
-// Package seal encrypts what must not lie readable on a disk: the signing keys
-// in the store.
+// Package seal encrypts the secrets in the store: signing keys and join tokens.
 //
-// A [Manager] is all that the store knows of it. The one here keeps its keys in
-// a file of mode 0600 or in a systemd credential: a keyset of Tink (AES-256-GCM)
-// as JSON. The file may hold several keys. The primary one seals, and each of
-// them opens what it has sealed, which is how the key is rotated ([AddKey]). A
-// manager that asks a key service fits behind the same interface.
+// The store uses a [Manager]. The implementation here reads its keys from a file of
+// mode 0600 or a systemd credential: a Tink keyset (AES-256-GCM) as JSON. The file
+// may have several keys. The primary key encrypts, and every key decrypts what it has
+// encrypted, so that keys can be rotated ([AddKey]). A Manager that uses a key
+// management service fits the same interface.
 package seal
 
 import (
@@ -27,26 +26,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrWrongKey is returned for what cannot be opened: it was sealed with a key
-// that is not at hand or under another context, or it is damaged.
+// ErrWrongKey is returned for a value that cannot be decrypted: it was sealed with a key
+// that is not in the file or with another context, or it is damaged.
 var ErrWrongKey = errors.New("it was not sealed with this encryption key")
 
-// Manager seals and opens. It is safe for concurrent use. Its errors hold no
-// key material.
+// Manager encrypts and decrypts secrets. It is safe for concurrent use. Its errors
+// contain no key material.
 type Manager interface {
-	// Seal encrypts and authenticates plaintext. The context is authenticated
-	// and not stored: it says what the plaintext is for, so that one sealed
-	// value cannot take the place of another.
+	// Seal encrypts and authenticates plaintext. The context is authenticated and not
+	// stored: it identifies the purpose of the plaintext, so that one sealed value
+	// cannot replace another.
 	Seal(plaintext, context []byte) ([]byte, error)
-	// Open returns what Seal was given, or ErrWrongKey.
+	// Open returns the plaintext of a sealed value, or ErrWrongKey.
 	Open(sealed, context []byte) ([]byte, error)
-	// Current reports whether Seal would use the key that sealed was sealed
-	// with. What is not current is to be sealed again, so that the older key
-	// can go.
+	// Current reports whether sealed was sealed with the key that Seal uses. The caller
+	// should seal other values again, so that older keys can be removed.
 	Current(sealed []byte) bool
 }
 
-// CredentialName is the systemd credential that is looked for when no key file
+// CredentialName is the name of the systemd credential that [Find] reads if no key file
 // is configured.
 const CredentialName = "renewd-store-key"
 
@@ -55,7 +53,7 @@ const maxFile = 1 << 20
 
 type manager struct {
 	aead   tink.AEAD
-	prefix []byte // of all that the primary key seals
+	prefix []byte // of every value that the primary key has sealed
 }
 
 func newManager(h *keyset.Handle) (*manager, error) {
@@ -89,7 +87,7 @@ func (m *manager) Open(sealed, context []byte) ([]byte, error) {
 
 func (m *manager) Current(sealed []byte) bool { return bytes.HasPrefix(sealed, m.prefix) }
 
-// Ephemeral makes a manager whose key ends with the process.
+// Ephemeral returns a Manager with a new key that exists in memory only.
 func Ephemeral() Manager {
 	h, err := newHandle()
 	if err == nil {
@@ -103,22 +101,22 @@ func Ephemeral() Manager {
 
 func newHandle() (*keyset.Handle, error) { return keyset.NewHandle(aead.AES256GCMKeyTemplate()) }
 
-// Find reads the configured key file or, when path is empty, the credential
-// [CredentialName] that systemd has put into $CREDENTIALS_DIRECTORY.
+// Find reads the configured key file or, if path is empty, the credential
+// [CredentialName] in $CREDENTIALS_DIRECTORY, which systemd sets.
 func Find(path string, getenv func(string) string) (Manager, error) {
 	if path != "" {
 		return File(path)
 	}
 	dir := getenv("CREDENTIALS_DIRECTORY")
 	if dir == "" {
-		return nil, fmt.Errorf("no encryption key: name a key file in the configuration, or give the service the systemd credential %s", CredentialName)
+		return nil, fmt.Errorf("no encryption key: set key_file in the configuration, or give the service the systemd credential %s", CredentialName)
 	}
-	// For a service that does not run as root, systemd grants access by an
-	// access control list, whose mask shows as permissions of the group.
+	// systemd grants a service that does not run as root access by an access control
+	// list, whose mask shows as the group's permissions.
 	return load(filepath.Join(dir, CredentialName), 0o007)
 }
 
-// File reads a key file. It refuses one that the group or others can access.
+// File reads a key file. It rejects one that the group or others can access.
 func File(path string) (Manager, error) { return load(path, 0o077) }
 
 func load(path string, forbidden fs.FileMode) (Manager, error) {
@@ -156,19 +154,19 @@ func read(path string, forbidden fs.FileMode) (*keyset.Handle, error) {
 	h, err := insecurecleartextkeyset.Read(keyset.NewJSONReader(bytes.NewReader(data)))
 	if err != nil {
 		// The library's error may quote the content.
-		return nil, fmt.Errorf("key file %s holds no key: it should be what \"server key new\" writes; restore it from a backup", path)
+		return nil, fmt.Errorf("key file %s has no valid key: restore it from a backup", path)
 	}
 	return h, nil
 }
 
 func openError(path string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("key file: %w: put back the one that the store was made with, or, for a new store, make one with \"server key new %s\"", err, path)
+		return fmt.Errorf("key file: %w: restore the one of the store, or, for a new store, create one with \"server key new %s\"", err, path)
 	}
 	return fmt.Errorf("key file: %w", err)
 }
 
-// NewKey writes a new key, as a key file holds it, to w.
+// NewKey writes a new key to w, in the format of a key file.
 func NewKey(w io.Writer) error {
 	h, err := newHandle()
 	if err != nil {
@@ -187,8 +185,8 @@ func write(h *keyset.Handle, w io.Writer) error {
 	return err
 }
 
-// NewFile makes a key file of mode 0600 with a new key. It never overwrites: a
-// key that is lost takes everything with it that was sealed.
+// NewFile creates a key file of mode 0600 with a new key. It never overwrites a file,
+// because what a lost key has sealed is lost, too.
 func NewFile(path string) error {
 	h, err := newHandle()
 	if err != nil {
@@ -197,22 +195,22 @@ func NewFile(path string) error {
 	// A link fails where a rename would replace.
 	err = place(path, h, os.Link)
 	if errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("key file %s exists and is left as it is: what was sealed with it could not be opened without it", path)
+		return fmt.Errorf("key file %s exists and is not replaced: a store may need it; give another path", path)
 	}
 	return err
 }
 
-// AddKey adds a new key to a key file and makes it the primary one. The older
-// keys stay for what they have sealed; the store seals its keys anew when it is
-// opened the next time. Several calls, of several processes, take turns: a file
-// written from what another call has replaced would lose the key that it added.
+// AddKey adds a new key to a key file and makes it the primary one. The older keys stay
+// for what they have sealed; the store seals its secrets again when it is next opened.
+// Concurrent calls, also of several processes, are serialized, so that no added key is
+// lost.
 func AddKey(path string) error {
-	// The file itself is replaced, not a link to it.
+	// Replace the file itself, not a link to it.
 	file, err := filepath.EvalSymlinks(path)
 	if err != nil {
 		return openError(path, err)
 	}
-	// The folder stays the same file while what is in it is replaced.
+	// Lock the folder, because the file is replaced.
 	dir, err := os.Open(filepath.Dir(file))
 	if err != nil {
 		return fmt.Errorf("key file: %w", err)
@@ -237,16 +235,16 @@ func AddKey(path string) error {
 		return fmt.Errorf("add an encryption key: %w", err)
 	}
 	return place(file, h, func(from, to string) error {
-		if err := giveAs(from, to); err != nil {
+		if err := copyOwner(from, to); err != nil {
 			return err
 		}
 		return os.Rename(from, to)
 	})
 }
 
-// giveAs makes a file that of another's owner. Root may add a key for a server
-// that is another user's and could not read it at its next start.
-func giveAs(path, other string) error {
+// copyOwner gives a file the owner of another, for root, who may add a key for a server
+// that runs as another user.
+func copyOwner(path, other string) error {
 	info, err := os.Stat(other)
 	if err != nil {
 		return err
@@ -258,7 +256,7 @@ func giveAs(path, other string) error {
 	return os.Chown(path, int(is.Uid), int(is.Gid))
 }
 
-// place writes a complete file beside path and lets put bring it there.
+// place writes a complete file beside path and calls put to move it to path.
 func place(path string, h *keyset.Handle, put func(from, to string) error) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // mode 0600

@@ -144,8 +144,8 @@ func TestAddKey(t *testing.T) {
 	}
 }
 
-// The file stays where it is, and its owner's: root may add a key for a server
-// that is another user's.
+// TestAddKeyInPlace: the file keeps its path and its owner, because root may add a key for
+// a server that runs as another user.
 func TestAddKeyInPlace(t *testing.T) {
 	t.Parallel()
 	path := newFile(t)
@@ -154,7 +154,7 @@ func TestAddKeyInPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	const owner, group = 4242, 4343
-	root := os.Geteuid() == 0 // who else cannot give a file away
+	root := os.Geteuid() == 0 // only root can give a file away
 	if root {
 		if err := os.Chown(path, owner, group); err != nil {
 			t.Fatal(err)
@@ -178,11 +178,11 @@ func TestAddKeyInPlace(t *testing.T) {
 		t.Fatal(err)
 	}
 	if is := info.Sys().(*syscall.Stat_t); root && (is.Uid != owner || is.Gid != group) || info.Mode() != 0o600 {
-		t.Errorf("it is of user %d, group %d, mode %v", is.Uid, is.Gid, info.Mode())
+		t.Errorf("owner %d, group %d, mode %v", is.Uid, is.Gid, info.Mode())
 	}
 }
 
-func TestFileRefuses(t *testing.T) {
+func TestFileRejected(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	good, err := os.ReadFile(newFile(t))
@@ -205,10 +205,10 @@ func TestFileRefuses(t *testing.T) {
 	}{
 		"group":      {good, 0o640, "chmod 600"},
 		"others":     {good, 0o604, "chmod 600"},
-		"empty":      {nil, 0o600, "holds no key"},
-		"half":       {good[:len(good)/2], 0o600, "holds no key"},
-		"other JSON": {[]byte(`{"secret":"hunter2"}`), 0o600, "holds no key"},
-		"no JSON":    {[]byte("hunter2"), 0o600, "holds no key"},
+		"empty":      {nil, 0o600, "has no valid key"},
+		"half":       {good[:len(good)/2], 0o600, "has no valid key"},
+		"other JSON": {[]byte(`{"secret":"hunter2"}`), 0o600, "has no valid key"},
+		"no JSON":    {[]byte("hunter2"), 0o600, "has no valid key"},
 		"no primary": {noPrimary, 0o600, "key"},
 		"other use":  {macs.Bytes(), 0o600, "AEAD"},
 	} {
@@ -262,9 +262,9 @@ func TestFind(t *testing.T) {
 	}
 }
 
-// Several operators add a key at once, and the server is restarted after each:
-// what it seals then is opened with the file that is there in the end.
-func TestAddKeyAtOnce(t *testing.T) {
+// TestAddKeyConcurrently: several operators add a key at the same time, and a server
+// reads the file after each. What those servers seal can be opened with the final file.
+func TestAddKeyConcurrently(t *testing.T) {
 	t.Parallel()
 	path := newFile(t)
 	const n = 16
@@ -298,7 +298,7 @@ func TestAddKeyAtOnce(t *testing.T) {
 	m := file(t, path)
 	for _, s := range sealed {
 		if _, err := m.Open(s, nil); err != nil {
-			t.Fatalf("a key that was in use is lost: %v", err)
+			t.Fatalf("a key in use is lost: %v", err)
 		}
 	}
 }

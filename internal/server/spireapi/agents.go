@@ -16,10 +16,10 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// joinToken names the one way of attestation that the server knows.
+// joinToken is the only attestation type that the server supports.
 const joinToken = "join_token"
 
-// agentPath is what the path of every agent's SPIFFE ID begins with.
+// agentPath is the prefix of the path of every agent ID.
 const agentPath = "/spire/agent/"
 
 type agentService struct {
@@ -49,7 +49,7 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
 	token := string(data.GetPayload())
-	id, err := s.invited(ctx, token)
+	id, err := s.agentForToken(ctx, token)
 	if err != nil {
 		return err
 	}
@@ -57,9 +57,9 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	defer end()
 	svid, err := s.keysets.SignX509(id, key, s.config.X509TTL)
 	if err != nil {
-		return s.internal("sign SVID", err)
+		return s.internalError("sign SVID", err)
 	}
-	err = s.admitWith(ctx, token, svid, func(old *Agent) (*Agent, error) {
+	err = s.recordAgentSVID(ctx, token, svid, func(old *Agent) (*Agent, error) {
 		if old != nil && old.Banned {
 			return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
 		}
@@ -68,48 +68,48 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	if err != nil {
 		return err
 	}
-	s.remember(expiry{at: svid.NotAfter.Add(forgetAfter), agent: id})
+	s.addExpiry(expiry{at: svid.NotAfter.Add(retention), agent: id})
 	s.log.Info("agent attested", "agent_id", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
 	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
 		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid)},
 	}})
 }
 
-// errNoToken is what whoever brings a token that is not there is told.
-var errNoToken = status.Error(codes.InvalidArgument, "join token does not exist or has already been used")
+// errUnknownToken is the answer to an unknown join token.
+var errUnknownToken = status.Error(codes.InvalidArgument, "join token does not exist or has already been used")
 
-// invited returns the ID of the agent that brings a join token. The token is spent
-// when the agent is admitted, so that a failure costs none.
-func (s *Server) invited(ctx context.Context, value string) (spiffeid.ID, error) {
+// agentForToken returns the agent ID that a join token stands for. The token is
+// spent later, by recordAgentSVID, so that a failure does not cost it.
+func (s *Server) agentForToken(ctx context.Context, value string) (spiffeid.ID, error) {
 	t, err := s.storage.Token(ctx, value)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		return spiffeid.ID{}, errNoToken
+		return spiffeid.ID{}, errUnknownToken
 	case err != nil:
-		return spiffeid.ID{}, s.internal("look up join token", err)
+		return spiffeid.ID{}, s.internalError("look up join token", err)
 	case s.now().After(t.ExpiresAt):
 		return spiffeid.ID{}, status.Error(codes.InvalidArgument, "join token has expired")
 	}
 	id, err := spiffeid.FromSegments(s.td, "spire", "agent", joinToken, t.Value)
 	if err != nil {
-		return spiffeid.ID{}, s.internal("name agent", err)
+		return spiffeid.ID{}, s.internalError("name agent", err)
 	}
 	return id, nil
 }
 
-// admitWith returns when it is durable, in one step, that an agent may hold an SVID:
-// the token, if one is given, is spent, the agent is changed, and the ledger has the
-// row. With an error the SVID must not be handed out, and the token is still good
-// unless the step may have happened.
-func (s *Server) admitWith(ctx context.Context, token string, svid keyset.X509SVID, change func(*Agent) (*Agent, error)) error {
-	err := s.ledger.GiveWith(ctx, row(svid, svid.ID, ""), func(ctx context.Context, give func() ledger.Row) error {
-		return s.storage.Admit(ctx, Admission{Token: token, ID: svid.ID, Change: change, Row: give})
+// recordAgentSVID makes durable, in one step, that an agent may hold an SVID: it
+// spends the token, if there is one, changes the agent and adds the row to the
+// ledger. With an error the SVID must not be sent. The token is still good then,
+// unless storage cannot say whether the step has happened.
+func (s *Server) recordAgentSVID(ctx context.Context, token string, svid keyset.X509SVID, change func(*Agent) (*Agent, error)) error {
+	err := s.ledger.RecordWith(ctx, ledgerRow(svid, svid.ID, ""), func(ctx context.Context, add func() ledger.Row) error {
+		return s.storage.Admit(ctx, Admission{Token: token, ID: svid.ID, Change: change, Row: add})
 	})
 	switch {
 	case errors.Is(err, ErrNotFound):
-		return errNoToken // another call was first
+		return errUnknownToken // another call has used it
 	case err != nil && status.Code(err) != codes.PermissionDenied:
-		return s.unrecorded(ctx, err)
+		return s.recordError(ctx, err)
 	}
 	return err
 }
@@ -132,9 +132,9 @@ func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	defer end()
 	svid, err := s.keysets.SignX509(id, key, s.config.X509TTL)
 	if err != nil {
-		return nil, s.internal("sign SVID", err)
+		return nil, s.internalError("sign SVID", err)
 	}
-	err = s.admitWith(ctx, "", svid, attested(id, func(a *Agent) { a.NextSerial, a.NextExpiresAt = svid.Serial, svid.NotAfter }))
+	err = s.recordAgentSVID(ctx, "", svid, ifAttested(id, func(a *Agent) { a.NextSerial, a.NextExpiresAt = svid.Serial, svid.NotAfter }))
 	if err != nil {
 		return nil, err
 	}
@@ -155,23 +155,23 @@ func (a *agentService) PostStatus(ctx context.Context, req *agentv1.PostStatusRe
 	// Agents post every minute, and every write costs a commit.
 	agent, err := a.s.storage.Agent(ctx, id)
 	if err != nil {
-		return nil, a.s.internal("look up agent", err)
+		return nil, a.s.internalError("look up agent", err)
 	}
 	if version != "" && agent != nil && agent.Version != version {
-		_, err := a.s.storage.UpdateAgent(ctx, id, attested(id, func(a *Agent) { a.Version = version }))
+		_, err := a.s.storage.UpdateAgent(ctx, id, ifAttested(id, func(a *Agent) { a.Version = version }))
 		if status.Code(err) == codes.PermissionDenied {
 			return nil, err
 		}
 		if err != nil {
-			return nil, a.s.internal("update agent", err)
+			return nil, a.s.internalError("update agent", err)
 		}
 	}
 	return &agentv1.PostStatusResponse{}, nil
 }
 
-// attested makes a change of an agent that was admitted to this call, unless it
-// was evicted or banned meanwhile.
-func attested(id spiffeid.ID, change func(*Agent)) func(*Agent) (*Agent, error) {
+// ifAttested returns a change for [Storage] that fails if the agent was evicted or
+// banned after its call was authorized.
+func ifAttested(id spiffeid.ID, change func(*Agent)) func(*Agent) (*Agent, error) {
 	return func(a *Agent) (*Agent, error) {
 		switch {
 		case a == nil:

@@ -43,14 +43,14 @@ func TestAttestWithJoinToken(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		who := newIdentity(t, svid, key)
-		if got, want := who.id.String(), "spiffe://example.org/spire/agent/join_token/"+token; got != want {
+		caller := newIdentity(t, svid, key)
+		if got, want := caller.id.String(), "spiffe://example.org/spire/agent/join_token/"+token; got != want {
 			t.Errorf("agent ID %s, want %s", got, want)
 		}
-		if len(who.chain) != 1 || svid.GetExpiresAt() != time.Now().Add(keyset.DefaultX509TTL).Unix() {
-			t.Errorf("chain of %d, expires at %v", len(who.chain), svid.GetExpiresAt())
+		if len(caller.chain) != 1 || svid.GetExpiresAt() != time.Now().Add(keyset.DefaultX509TTL).Unix() {
+			t.Errorf("chain of %d, expires at %v", len(caller.chain), svid.GetExpiresAt())
 		}
-		if err := s.dial(t, who).ping(t.Context()); err != nil {
+		if err := s.dial(t, caller).ping(t.Context()); err != nil {
 			t.Errorf("first call: %v", err)
 		}
 		_, err = c.attest(t.Context(), "join_token", token, csr)
@@ -80,7 +80,7 @@ func TestAttestRefuses(t *testing.T) {
 			t.Log(name, err)
 			wantCode(t, err, tt.code)
 		}
-		// None of that has spent the token, but time does.
+		// None of these has spent the token; then it expires.
 		time.Sleep(61 * time.Second)
 		_, err := c.attest(t.Context(), "join_token", token, csr)
 		wantCode(t, err, codes.InvalidArgument)
@@ -93,8 +93,8 @@ func TestAttestRefuses(t *testing.T) {
 	})
 }
 
-// TestTokenLetsOneIn has many agents bring the same token at once.
-func TestTokenLetsOneIn(t *testing.T) {
+// TestTokenIsUsedOnce attests many agents with the same token at once.
+func TestTokenIsUsedOnce(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
 		token := s.token(t)
@@ -114,14 +114,14 @@ func TestTokenLetsOneIn(t *testing.T) {
 		}
 		wg.Wait()
 		if in != 1 {
-			t.Errorf("%d agents were let in", in)
+			t.Errorf("%d agents attested", in)
 		}
 	})
 }
 
-// TestTokenOutlivesAFailure has signing fail and then the ledger: nobody is let in,
-// and the token is as good as before.
-func TestTokenOutlivesAFailure(t *testing.T) {
+// TestFailedAttestationKeepsToken: signing fails, and then the ledger. No agent
+// attests, and the token remains valid.
+func TestFailedAttestationKeepsToken(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var ahead atomic.Int64 // of the keysets' clock
@@ -129,7 +129,7 @@ func TestTokenOutlivesAFailure(t *testing.T) {
 			return time.Now().Add(time.Duration(ahead.Load()))
 		}})
 		check(t, err)
-		b := newBook()
+		b := newFakeLedger()
 		s := start(t, spireapi.Config{Keysets: keys, Ledger: b})
 		token := s.token(t)
 		_, csr := newKey(t)
@@ -141,7 +141,7 @@ func TestTokenOutlivesAFailure(t *testing.T) {
 			_, err := c.attest(t.Context(), "join_token", token, csr)
 			wantCode(t, err, code)
 			if agents, err := s.Agents(t.Context()); err != nil || len(agents) > 0 {
-				t.Errorf("let in: %v, %v", agents, err)
+				t.Errorf("attested: %v, %v", agents, err)
 			}
 			if _, records := b.state(); records > 0 {
 				t.Errorf("%d records", records)
@@ -171,17 +171,17 @@ func TestCallerMustBeAnAgent(t *testing.T) {
 		}
 		wantCode(t, err, codes.PermissionDenied, notAttested)
 
-		// A workload's SVID is none of an agent.
+		// A workload's SVID is not an agent SVID.
 		key, _ := newKey(t)
 		id := spiffeid.RequireFromPath(td, "/workload")
 		svid, err := s.Keysets().SignX509(id, key.Public(), 0)
 		if err != nil {
 			t.Fatal(err)
 		}
-		who := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
-		wantCode(t, s.dial(t, who).ping(t.Context()), codes.PermissionDenied, notAttested)
+		caller := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
+		wantCode(t, s.dial(t, caller).ping(t.Context()), codes.PermissionDenied, notAttested)
 
-		// What another authority signed does not get through the handshake.
+		// The handshake fails with an SVID of another authority.
 		other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
 		if err != nil {
 			t.Fatal(err)
@@ -190,8 +190,8 @@ func TestCallerMustBeAnAgent(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		who = newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
-		wantCode(t, s.dial(t, who).ping(t.Context()), codes.Unavailable)
+		caller = newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
+		wantCode(t, s.dial(t, caller).ping(t.Context()), codes.Unavailable)
 	})
 }
 
@@ -213,7 +213,7 @@ func TestRenewAgent(t *testing.T) {
 		if next.id != old.id {
 			t.Errorf("renewed as %v, was %v", next.id, old.id)
 		}
-		// Until the new one is used, the old one counts; of two new ones, the last.
+		// The old SVID is active until the new one is used; of two new ones, the last counts.
 		if err := oldConn.ping(t.Context()); err != nil {
 			t.Errorf("old SVID before the first use of the new one: %v", err)
 		}
@@ -237,16 +237,16 @@ func TestRenewAgent(t *testing.T) {
 func TestBanAndEvict(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
-		if err := s.BanAgent(t.Context(), who.id); err != nil {
+		caller, c := s.join(t)
+		if err := s.BanAgent(t.Context(), caller.id); err != nil {
 			t.Fatal(err)
 		}
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, banned)
-		if err := s.EvictAgent(t.Context(), who.id, false); err != nil {
+		if err := s.EvictAgent(t.Context(), caller.id, false); err != nil {
 			t.Fatal(err)
 		}
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, notAttested)
-		for _, err := range []error{s.BanAgent(t.Context(), who.id), s.EvictAgent(t.Context(), who.id, false)} {
+		for _, err := range []error{s.BanAgent(t.Context(), caller.id), s.EvictAgent(t.Context(), caller.id, false)} {
 			if !errors.Is(err, spireapi.ErrNotFound) {
 				t.Errorf("unknown agent: %v", err)
 			}
@@ -254,11 +254,11 @@ func TestBanAndEvict(t *testing.T) {
 	})
 }
 
-// TestSVIDExpiresOnTheConnection keeps one connection open over the SVID's end.
-func TestSVIDExpiresOnTheConnection(t *testing.T) {
+// TestSVIDExpiresOnOpenConnection keeps a connection open until its SVID has expired.
+func TestSVIDExpiresOnOpenConnection(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{X509TTL: time.Hour, ConnectionAge: -1}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		if err := c.ping(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -280,8 +280,8 @@ func TestSVIDExpiresOnTheConnection(t *testing.T) {
 		}
 		time.Sleep(2*time.Minute + time.Second)
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, expired)
-		// A new connection does not come about at all.
-		wantCode(t, s.dial(t, who).ping(t.Context()), codes.Unavailable)
+		// The handshake of a new connection fails.
+		wantCode(t, s.dial(t, caller).ping(t.Context()), codes.Unavailable)
 	})
 }
 
@@ -289,7 +289,7 @@ func TestPostStatus(t *testing.T) {
 	t.Parallel()
 	store := spireapi.NewMemory()
 	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		post := func(version string) error {
 			_, err := c.PostStatus(t.Context(), &agentv1.PostStatusRequest{AgentVersion: version})
 			return err
@@ -302,13 +302,13 @@ func TestPostStatus(t *testing.T) {
 		if err := post(""); err != nil {
 			t.Errorf("no version: %v", err)
 		}
-		if a, err := store.Agent(t.Context(), who.id); err != nil || a.Version != long {
+		if a, err := store.Agent(t.Context(), caller.id); err != nil || a.Version != long {
 			t.Errorf("stored %v, %v", a, err)
 		}
 	})
 }
 
-func TestOthersAreUnimplemented(t *testing.T) {
+func TestOtherMethodsAreUnimplemented(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
@@ -319,31 +319,31 @@ func TestOthersAreUnimplemented(t *testing.T) {
 	})
 }
 
-// TestRestart gives a new server the storage of an old one.
+// TestRestart starts a second server on the storage of the first.
 func TestRestart(t *testing.T) {
 	t.Parallel()
 	keys, store := new(keyset.Memory), spireapi.NewMemory()
 	bubble(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
 		s.apply(t, []spireapi.Entry{entry("a")})
-		who, _ := s.join(t)
-		before := s.fetch(t, who)
+		caller, _ := s.join(t)
+		before := s.fetch(t, caller)
 		s.stop()
 		again := start(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)})
-		after := again.fetch(t, who)
+		after := again.fetch(t, caller)
 		if len(after) != 1 || after["a"].String() != before["a"].String() {
 			t.Errorf("entries are %v, were %v", after, before)
 		}
 		if _, err := again.UpsertEntry(t.Context(), entry("a", func(e *spireapi.Entry) { e.Hint = "new" })); err != nil {
 			t.Fatal(err)
 		}
-		if got := again.fetch(t, who)["a"].GetRevisionNumber(); got <= before["a"].GetRevisionNumber() {
+		if got := again.fetch(t, caller)["a"].GetRevisionNumber(); got <= before["a"].GetRevisionNumber() {
 			t.Errorf("revision %d after %d", got, before["a"].GetRevisionNumber())
 		}
 	})
 }
 
-// TestRestoredAgents gives a new server the agents as they were before some
-// of them renewed their SVIDs.
+// TestRestoredAgents starts a server on a copy of storage from before some agents
+// renewed their SVIDs.
 func TestRestoredAgents(t *testing.T) {
 	t.Parallel()
 	keys, store := new(keyset.Memory), spireapi.NewMemory()
@@ -354,14 +354,14 @@ func TestRestoredAgents(t *testing.T) {
 			return d
 		}
 		s := start(t, spireapi.Config{Storage: store, Keysets: open()})
-		renew := func(who *identity) *identity {
+		renew := func(caller *identity) *identity {
 			t.Helper()
 			key, csr := newKey(t)
-			resp, err := s.dial(t, who).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
+			resp, err := s.dial(t, caller).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
 			check(t, err)
 			return newIdentity(t, resp.GetSvid(), key)
 		}
-		quiet, _ := s.join(t)
+		idle, _ := s.join(t)
 		busy, _ := s.join(t)
 		banned, _ := s.join(t)
 		old, _ := s.join(t)
@@ -394,9 +394,9 @@ func TestRestoredAgents(t *testing.T) {
 		plain.stop()
 
 		s = start(t, spireapi.Config{Storage: copyOf, Keysets: open(), Lost: []spireapi.Lost{{From: copied, To: restored}, {From: time.Now(), To: time.Now()}}})
-		for name, who := range map[string]*identity{"that has not renewed": quiet, "that has renewed before the copy": old2, "that has renewed twice since": busy3} {
+		for name, caller := range map[string]*identity{"that has not renewed": idle, "that has renewed before the copy": old2, "that has renewed twice since": busy3} {
 			for range 2 {
-				if err := s.dial(t, who).ping(t.Context()); err != nil {
+				if err := s.dial(t, caller).ping(t.Context()); err != nil {
 					t.Errorf("an agent %s: %v", name, err)
 				}
 			}
@@ -407,8 +407,8 @@ func TestRestoredAgents(t *testing.T) {
 		wantCode(t, s.dial(t, banned2).ping(t.Context()), codes.PermissionDenied, types.PermissionDeniedDetails_AGENT_BANNED)
 		wantCode(t, s.dial(t, late).ping(t.Context()), codes.PermissionDenied, types.PermissionDeniedDetails_AGENT_NOT_ATTESTED)
 
-		// What is signed from now on is known: a renewal that is replaced before it
-		// was used stays out.
+		// SVIDs that are signed from now on are in storage: one that is replaced before
+		// its first use is refused.
 		forgotten := renew(busy3)
 		time.Sleep(time.Second)
 		renew(busy3)
@@ -416,7 +416,7 @@ func TestRestoredAgents(t *testing.T) {
 	})
 }
 
-// openKeysets uses the bubble's clock: it starts in 2000, and so must the keys.
+// openKeysets uses the bubble's clock, which starts in 2000.
 func openKeysets(t *testing.T, store keyset.Storage) *keyset.Deployment {
 	t.Helper()
 	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: store, Now: func() time.Time {
@@ -428,10 +428,10 @@ func openKeysets(t *testing.T, store keyset.Storage) *keyset.Deployment {
 	return d
 }
 
-// fetch returns all entries of an agent by GetAuthorizedEntries.
-func (r *running) fetch(t *testing.T, who *identity) map[string]*types.Entry {
+// fetch returns all entries of an agent, with GetAuthorizedEntries.
+func (r *running) fetch(t *testing.T, caller *identity) map[string]*types.Entry {
 	t.Helper()
-	resp, err := r.dial(t, who).GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{})
+	resp, err := r.dial(t, caller).GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -27,7 +27,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// records is a log whose lines are read as records.
+// records is a log whose lines a test can read.
 type records struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -62,7 +62,7 @@ func (r *records) take(t *testing.T, message string) (out []map[string]any) {
 	return out
 }
 
-// total is how many times lines speak of.
+// total returns the sum of the counts in lines.
 func total(lines []map[string]any) (n int) {
 	for _, l := range lines {
 		n += int(l["count"].(float64))
@@ -70,7 +70,7 @@ func total(lines []map[string]any) (n int) {
 	return n
 }
 
-// workload is an identity that is no agent's.
+// workload returns a workload's identity.
 func (r *running) workload(t *testing.T) *identity {
 	t.Helper()
 	key, _ := newKey(t)
@@ -79,13 +79,13 @@ func (r *running) workload(t *testing.T) *identity {
 	return newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: "/workload"}}, key)
 }
 
-// TestRefusedBeforeTheRequestIsRead: who is no agent cannot make the server read a
-// request that is for agents. The clients here never send one.
+// TestRefusedBeforeTheRequestIsRead: the server does not read a request of an
+// agent-only method from other callers. The clients here never send the request.
 func TestRefusedBeforeTheRequestIsRead(t *testing.T) {
 	t.Parallel()
-	bubble(t, spireapi.Config{Ledger: newBook()}, func(t *testing.T, s *running) {
-		for _, who := range []*identity{nil, s.workload(t)} {
-			c := s.dial(t, who)
+	bubble(t, spireapi.Config{Ledger: newFakeLedger()}, func(t *testing.T, s *running) {
+		for _, caller := range []*identity{nil, s.workload(t)} {
+			c := s.dial(t, caller)
 			for _, method := range []string{
 				agentv1.Agent_RenewAgent_FullMethodName, agentv1.Agent_PostStatus_FullMethodName,
 				entryv1.Entry_GetAuthorizedEntries_FullMethodName, entryv1.Entry_SyncAuthorizedEntries_FullMethodName,
@@ -94,14 +94,14 @@ func TestRefusedBeforeTheRequestIsRead(t *testing.T) {
 			} {
 				wantCode(t, silentCall(t, c, method), codes.PermissionDenied, notAttested)
 			}
-			for _, method := range []string{agentv1.Agent_CountAgents_FullMethodName, entryv1.Entry_BatchCreateEntry_FullMethodName, "/nobody.knows/This"} {
+			for _, method := range []string{agentv1.Agent_CountAgents_FullMethodName, entryv1.Entry_BatchCreateEntry_FullMethodName, "/unknown.Service/Method"} {
 				wantCode(t, silentCall(t, c, method), codes.Unimplemented)
 			}
 		}
 	})
 }
 
-// silentCall begins a call, sends nothing and waits a second for its end.
+// silentCall begins a call, sends nothing and waits at most a second for its end.
 func silentCall(t *testing.T, c *client, method string) error {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -113,13 +113,13 @@ func silentCall(t *testing.T, c *client, method string) error {
 	return stream.RecvMsg(new(emptypb.Empty))
 }
 
-// TestAnonymousCalls: one address has four of them in flight, for a minute at most.
-// Agents there make theirs meanwhile.
+// TestAnonymousCalls: one address has at most four of them in flight, each for at
+// most a minute. Agents at that address are not affected.
 func TestAnonymousCalls(t *testing.T) {
 	t.Parallel()
 	seen := &counts{by: make(map[string]int)}
 	bubble(t, spireapi.Config{Observer: seen}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		at := s.from(t, "10.0.0.1")
 		a, b := at.dial(t, nil), at.dial(t, s.workload(t))
 		var streams []grpc.BidiStreamingClient[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse]
@@ -137,13 +137,13 @@ func TestAnonymousCalls(t *testing.T) {
 			_, err := c.GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
 			wantCode(t, err, codes.ResourceExhausted)
 			if !strings.Contains(err.Error(), "10.0.0.1/32") {
-				t.Errorf("the error does not say whose calls: %v", err)
+				t.Errorf("the error does not name the address: %v", err)
 			}
 		}
 		if n := seen.limited("GetBundle"); n != 2 {
 			t.Errorf("%d calls are counted as limited, want 2", n)
 		}
-		check(t, at.dial(t, who).ping(t.Context()))
+		check(t, at.dial(t, caller).ping(t.Context()))
 		_, err := s.from(t, "10.0.0.2").dial(t, nil).GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
 		check(t, err)
 
@@ -162,8 +162,8 @@ func TestAnonymousCalls(t *testing.T) {
 	})
 }
 
-// TestAnonymousCallsOfOneSite: a /48 has 65,536 addresses by the count of /64s, and 32
-// calls.
+// TestAnonymousCallsOfOneSite: all clients of a /48, of which there can be 65,536,
+// have at most 32 calls in flight.
 func TestAnonymousCallsOfOneSite(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
@@ -189,29 +189,29 @@ func TestAnonymousCallsOfOneSite(t *testing.T) {
 	})
 }
 
-// TestCallsOfOneAgent: 256 are in flight, on however many connections.
+// TestCallsOfOneAgent: at most 256 are in flight, over all its connections.
 func TestCallsOfOneAgent(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		another, _ := s.join(t)
 		s.apply(t, many(501))
 		at := s.from(t, "10.0.0.1")
 		for range 3 {
-			c := at.dial(t, who)
+			c := at.dial(t, caller)
 			for range 85 {
 				receive(t, openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{}))
 			}
 		}
-		c := at.dial(t, who)
+		c := at.dial(t, caller)
 		receive(t, openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{}))
 		wantCode(t, c.ping(t.Context()), codes.ResourceExhausted)
 		check(t, at.dial(t, another).ping(t.Context()))
 	})
 }
 
-// TestAnonymousConnections: one address has 16, and agents there as many as they
-// need.
+// TestAnonymousConnections: one address has at most 16. Agents at that address are
+// not affected.
 func TestAnonymousConnections(t *testing.T) {
 	t.Parallel()
 	seen := &counts{by: make(map[string]int)}
@@ -223,11 +223,11 @@ func TestAnonymousConnections(t *testing.T) {
 		}
 		var all []*client
 		for i := range 16 {
-			var who *identity
+			var caller *identity
 			if i%2 == 1 {
-				who = s.workload(t)
+				caller = s.workload(t)
 			}
-			c := at.dial(t, who)
+			c := at.dial(t, caller)
 			check(t, bundle(c))
 			all = append(all, c)
 		}
@@ -237,13 +237,13 @@ func TestAnonymousConnections(t *testing.T) {
 			t.Errorf("%d refused connections are counted, want 1", n)
 		}
 		for range 5 {
-			who, _ := s.join(t)
+			caller, _ := s.join(t)
 			for range 4 {
-				check(t, at.dial(t, who).ping(t.Context()))
+				check(t, at.dial(t, caller).ping(t.Context()))
 			}
 		}
 		for _, c := range all {
-			check(t, bundle(c)) // on the connection of before
+			check(t, bundle(c)) // on the connection that is open
 		}
 		check(t, all[0].Close())
 		synctest.Wait()
@@ -251,11 +251,11 @@ func TestAnonymousConnections(t *testing.T) {
 	})
 }
 
-// TestAnonymousBytes: who is no agent sends 256 KiB on a connection and no more.
+// TestAnonymousBytes: an anonymous caller can send 256 KiB on one connection.
 func TestAnonymousBytes(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		at := s.from(t, "10.0.0.1")
 		large := func(c *client, size int) error {
 			_, err := c.attest(t.Context(), "join_token", strings.Repeat("x", size), []byte("x"))
@@ -265,13 +265,13 @@ func TestAnonymousBytes(t *testing.T) {
 		wantCode(t, large(at.dial(t, nil), 300<<10), codes.Unavailable)
 		c := at.dial(t, nil)
 		for range 5 {
-			_ = large(c, 200<<10) // the second ends the connection, and another is made
+			_ = large(c, 200<<10) // the second ends the connection, and gRPC reconnects
 		}
-		wantCode(t, large(at.dial(t, who), 900<<10), codes.InvalidArgument)
+		wantCode(t, large(at.dial(t, caller), 900<<10), codes.InvalidArgument)
 	})
 }
 
-// TestRefusedCallsAreLogged: thousands of them are a line a minute, with their number.
+// TestRefusedCallsAreLogged: thousands of them are logged once a minute, with a count.
 func TestRefusedCallsAreLogged(t *testing.T) {
 	t.Parallel()
 	log := new(records)
@@ -285,15 +285,15 @@ func TestRefusedCallsAreLogged(t *testing.T) {
 		if n := len(lines); n > 2 || total(lines) != 2000 {
 			t.Errorf("%d lines that count %d calls, want 2 and 2000", n, total(lines))
 		}
-		if l := lines[0]; l["client"] != "10.0.0.1/32" || l["method"] != agentv1.Agent_PostStatus_FullMethodName || l["error"] == "" {
+		if l := lines[0]; l["address"] != "10.0.0.1/32" || l["method"] != agentv1.Agent_PostStatus_FullMethodName || l["error"] == "" {
 			t.Errorf("the log says %v", l)
 		}
 	})
 }
 
-// TestFieldsAreBounded: a request of many empty elements takes little to send and much
-// to hold. It is refused before it is decoded; one that has only too many items for
-// a batch is told so.
+// TestFieldsAreBounded: a request of many empty elements is small, and large once
+// decoded. It is refused before it is decoded. A batch with a few items too many is
+// refused by its method.
 func TestFieldsAreBounded(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {

@@ -28,13 +28,13 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 )
 
-// access is who may call a method.
+// access says which callers may call a method.
 type access int
 
 const (
-	nowhere access = iota // it is not implemented here, and says so to anyone
+	unimplemented access = iota
 	anyone
-	agentOnly // whoever presents an active agent SVID
+	agentOnly // callers that present an active agent SVID
 )
 
 var methods = map[string]access{
@@ -50,18 +50,19 @@ var methods = map[string]access{
 	api.Fleet_Report_FullMethodName:                    agentOnly,
 }
 
-// identity says whose connection it is, "" for who presents no agent's SVID: one of
-// a workload is worth no more here than none.
+// identity returns the SPIFFE ID of the agent that a connection is of, "" without
+// an agent SVID: a caller with a workload's SVID counts as anonymous.
 func identity(info credentials.AuthInfo) string {
-	id, _, err := present(info)
+	id, _, err := presentedSVID(info)
 	if err != nil {
 		return ""
 	}
 	return id.String()
 }
 
-// present is the agent's SVID that a connection presents, verified when it was made.
-func present(info credentials.AuthInfo) (id spiffeid.ID, svid *x509.Certificate, err error) {
+// presentedSVID returns the agent SVID that a connection presents. The handshake
+// has verified it.
+func presentedSVID(info credentials.AuthInfo) (id spiffeid.ID, svid *x509.Certificate, err error) {
 	t, ok := info.(credentials.TLSInfo)
 	if !ok || len(t.State.PeerCertificates) == 0 {
 		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
@@ -71,22 +72,22 @@ func present(info credentials.AuthInfo) (id spiffeid.ID, svid *x509.Certificate,
 		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "caller presents no SVID")
 	}
 	if !strings.HasPrefix(id.Path(), agentPath) {
-		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "%q is no agent", id)
+		return id, nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "%q is not an agent ID", id)
 	}
 	return id, svid, nil
 }
 
-// screen refuses a call before anything of its request is read, unless it is for
-// anyone or its caller presents an agent's SVID. Whether that is the active one is
-// for authorize to say, which may have to wait for storage. It must not block.
-func (s *Server) screen(ctx context.Context, info *tap.Info) (context.Context, error) {
+// preauthorize refuses a call before its request is read, unless anyone may call
+// the method or the caller presents an agent SVID. It must not block. Whether the
+// SVID is the active one is checked by authorize, which may wait for storage.
+func (s *Server) preauthorize(ctx context.Context, info *tap.Info) (context.Context, error) {
 	switch methods[info.FullMethodName] {
 	case anyone:
 		return ctx, nil
 	case agentOnly:
 		id, _, err := s.identify(ctx)
 		if err != nil {
-			s.refused(ctx, info.FullMethodName, id, err)
+			s.logRefused(ctx, info.FullMethodName, id, err)
 			return nil, err
 		}
 		return ctx, nil
@@ -94,8 +95,8 @@ func (s *Server) screen(ctx context.Context, info *tap.Info) (context.Context, e
 	return nil, status.Errorf(codes.Unimplemented, "%s is not implemented", info.FullMethodName)
 }
 
-// refused notes a call that is not let in.
-func (s *Server) refused(ctx context.Context, method string, id spiffeid.ID, err error) {
+// logRefused logs a call that is not authorized.
+func (s *Server) logRefused(ctx context.Context, method string, id spiffeid.ID, err error) {
 	var from netip.Prefix
 	if p, ok := peer.FromContext(ctx); ok {
 		from = listen.Client(p.Addr)
@@ -104,12 +105,12 @@ func (s *Server) refused(ctx context.Context, method string, id spiffeid.ID, err
 	if id.IsZero() {
 		about = listen.Name(from)
 	}
-	s.lines.Note(slog.LevelWarn, "call refused", about, "method", method, "agent_id", id.String(), "client", listen.Name(from), "error", err)
+	s.lines.Note(slog.LevelWarn, "call refused", about, "method", method, "agent_id", id.String(), "address", listen.Name(from), "error", err)
 }
 
 type callerKey struct{}
 
-// caller is the agent that authorize found for this call.
+// caller returns the agent that authorize found for this call.
 func caller(ctx context.Context) (spiffeid.ID, error) {
 	id, ok := ctx.Value(callerKey{}).(spiffeid.ID)
 	if !ok {
@@ -145,10 +146,10 @@ type authorizedStream struct {
 
 func (s *authorizedStream) Context() context.Context { return s.ctx }
 
-// enter returns when a call may be served. Who it is comes first, so that what
-// belongs to agents is not used up by others at their address. Until it returns
-// the call has done nothing: it holds no lock, has begun nothing in the ledger
-// and spent no token.
+// enter returns when a call may be served: authorized, and within the rate limits.
+// Authorization comes first, so that unauthorized clients do not use up the limits
+// of agents at the same address. A call that waits here holds no lock, has begun
+// nothing in the ledger and spent no token.
 func (s *Server) enter(ctx context.Context, method string, items int) (context.Context, error) {
 	allowed, err := s.authorize(ctx, method)
 	if err != nil {
@@ -158,15 +159,14 @@ func (s *Server) enter(ctx context.Context, method string, items int) (context.C
 	switch {
 	case err != nil:
 		return nil, err
-	case waited: // and may have been banned meanwhile
+	case waited: // the agent may have been banned meanwhile
 		return s.authorize(ctx, method)
 	}
 	return allowed, nil
 }
 
-// authorize lets an agent-only call through when its SVID is the agent's
-// current one, or the one that it was given last and now uses for the first
-// time, which makes it the current one. So is one that storage lost.
+// authorize accepts an agent-only call if its SVID is the agent's active one, or
+// becomes that with this call; see becomesActive.
 func (s *Server) authorize(ctx context.Context, method string) (context.Context, error) {
 	if methods[method] != agentOnly {
 		return ctx, nil
@@ -176,7 +176,7 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 		err = s.admit(ctx, id, svid)
 	}
 	if err != nil {
-		s.refused(ctx, method, id, err)
+		s.logRefused(ctx, method, id, err)
 		return nil, err
 	}
 	return context.WithValue(ctx, callerKey{}, id), nil
@@ -187,11 +187,11 @@ func (s *Server) identify(ctx context.Context) (id spiffeid.ID, svid *x509.Certi
 	if !ok {
 		return id, nil, status.Error(codes.Internal, "call has no peer")
 	}
-	id, svid, err = present(p.AuthInfo)
+	id, svid, err = presentedSVID(p.AuthInfo)
 	if err != nil {
 		return id, nil, err
 	}
-	// The connection was verified when it was made; it may be older than that.
+	// The SVID was verified in the handshake and may have expired since.
 	if s.now().After(svid.NotAfter) {
 		return id, nil, denied(types.PermissionDeniedDetails_AGENT_EXPIRED, "SVID of agent %q has expired", id)
 	}
@@ -202,18 +202,18 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certifica
 	serial := svid.SerialNumber.String()
 	agent, err := s.storage.Agent(ctx, id)
 	if err != nil {
-		return s.internal("look up agent", err)
+		return s.internalError("look up agent", err)
 	}
-	if s.takesOver(agent, serial, svid) {
+	if s.becomesActive(agent, serial, svid) {
 		agent, err = s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
-			// Looked at again: another call may have been first.
-			if s.takesOver(a, serial, svid) {
+			// Checked again: another call may have been first.
+			if s.becomesActive(a, serial, svid) {
 				a.Serial, a.ExpiresAt, a.NextSerial = serial, svid.NotAfter, ""
 			}
 			return a, nil
 		})
 		if err != nil {
-			return s.internal("activate SVID of agent", err)
+			return s.internalError("activate SVID of agent", err)
 		}
 	}
 	switch {
@@ -227,19 +227,19 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certifica
 	return nil
 }
 
-// takesOver reports whether an SVID that is not the agent's current one becomes
-// that with this call: it was given to it last, or it was given in a time that
-// storage knows nothing of and outlasts those that it knows. Without the latter a
-// server that was put back from a copy would refuse every agent that has renewed
-// since, and each would need a new join token.
-func (s *Server) takesOver(a *Agent, serial string, svid *x509.Certificate) bool {
+// becomesActive reports whether an SVID that is not the agent's active one becomes
+// that with this call: RenewAgent issued it last, or it was issued in a lost period
+// and expires later than those in storage. Without the second rule a restored
+// server would refuse every agent that has renewed since the copy, and each would
+// need a new join token.
+func (s *Server) becomesActive(a *Agent, serial string, svid *x509.Certificate) bool {
 	if a == nil || a.Banned || a.Serial == serial {
 		return false
 	}
 	if a.NextSerial == serial {
 		return true
 	}
-	// SVIDs begin a little before they are signed.
+	// NotBefore is a little before the time of signing.
 	begin := svid.NotBefore.Add(time.Minute)
 	lost := slices.ContainsFunc(s.config.Lost, func(l Lost) bool { return begin.After(l.From) && svid.NotBefore.Before(l.To) })
 	if n := len(s.config.Lost); n > 0 && s.config.LostUntil != nil {
@@ -248,7 +248,7 @@ func (s *Server) takesOver(a *Agent, serial string, svid *x509.Certificate) bool
 	return lost && svid.NotAfter.After(a.ExpiresAt) && svid.NotAfter.After(a.NextExpiresAt)
 }
 
-// denied makes a PermissionDenied error that tells an agent what to do next.
+// denied makes a PermissionDenied error. Agents act on its reason.
 func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...any) error {
 	st := status.New(codes.PermissionDenied, fmt.Sprintf(format, args...))
 	if detailed, err := st.WithDetails(&types.PermissionDeniedDetails{Reason: reason}); err == nil {
@@ -257,9 +257,9 @@ func denied(reason types.PermissionDeniedDetails_Reason, format string, args ...
 	return st.Err()
 }
 
-// internal logs an error that is none of the caller's business, and returns
-// what the caller may know of it.
-func (s *Server) internal(operation string, err error) error {
+// internalError logs an error whose details a caller must not see, and returns an
+// error without them.
+func (s *Server) internalError(operation string, err error) error {
 	s.log.Error("storage or signing failed", "operation", operation, "error", err)
 	return status.Errorf(codes.Internal, "failed to %s", operation)
 }

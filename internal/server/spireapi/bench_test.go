@@ -12,9 +12,9 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// BenchmarkMint puts the server's X.509-SVIDs a second, over mTLS and with a
-// ledger in memory, beside the bare cost of a signature, with and without
-// checking the request.
+// BenchmarkMint compares the server's X.509-SVIDs a second, over mTLS and with a
+// ledger in memory, with the bare cost of a signature, with and without checking
+// the CSR.
 func BenchmarkMint(b *testing.B) {
 	s := start(b, spireapi.Config{Ledger: openLedger(b)})
 	_, c := s.join(b)
@@ -60,16 +60,16 @@ func BenchmarkMint(b *testing.B) {
 	}
 }
 
-// BenchmarkSync is one agent's look at its 100 entries among more and more
-// of other agents.
+// BenchmarkSync measures one agent's sync of its 100 entries, with more and more
+// entries of other agents.
 func BenchmarkSync(b *testing.B) {
 	for _, agents := range []int{1, 1000} {
 		b.Run(fmt.Sprintf("%d entries", 100*agents), func(b *testing.B) {
 			s := start(b, spireapi.Config{})
-			who, c := s.join(b)
+			caller, c := s.join(b)
 			entries := many(100 * agents)
 			for i := range entries {
-				entries[i].ParentID = who.id
+				entries[i].ParentID = caller.id
 				if i >= 100 {
 					entries[i].ParentID = spiffeid.RequireFromPathf(td, "/spire/agent/join_token/%d", i/100)
 				}

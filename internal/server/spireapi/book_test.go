@@ -9,9 +9,9 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// book is a ledger that writes down what it is told. What it is told to hand
-// out goes through hold, which may wait or fail.
-type book struct {
+// fakeLedger is a Ledger that remembers its calls. hold runs before each of them
+// and may wait or fail.
+type fakeLedger struct {
 	mu      sync.Mutex
 	begun   int // not ended yet
 	calls   [][]ledger.Row
@@ -24,14 +24,14 @@ type book struct {
 	hold    func(ctx context.Context) error
 }
 
-func newBook() *book {
-	return &book{
+func newFakeLedger() *fakeLedger {
+	return &fakeLedger{
 		jwt: make(map[string]time.Time), reports: make(map[string]ledger.Report), applied: make(map[string]uint64),
 		onBegin: func() {}, hold: func(context.Context) error { return nil },
 	}
 }
 
-func (b *book) Begin() func() {
+func (b *fakeLedger) Begin() func() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.onBegin()
@@ -43,7 +43,7 @@ func (b *book) Begin() func() {
 	}
 }
 
-func (b *book) GiveX509(ctx context.Context, rows ...ledger.Row) error {
+func (b *fakeLedger) RecordX509(ctx context.Context, rows ...ledger.Row) error {
 	if err := b.holding()(ctx); err != nil {
 		return err
 	}
@@ -53,7 +53,7 @@ func (b *book) GiveX509(ctx context.Context, rows ...ledger.Row) error {
 	return nil
 }
 
-func (b *book) GiveWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
+func (b *fakeLedger) RecordWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
 	if err := b.holding()(ctx); err != nil {
 		return err
 	}
@@ -66,7 +66,7 @@ func (b *book) GiveWith(ctx context.Context, r ledger.Row, store func(context.Co
 	return nil
 }
 
-func (b *book) GiveJWT(ctx context.Context, keyID string, expiresAt time.Time) error {
+func (b *fakeLedger) RecordJWT(ctx context.Context, keyID string, expiresAt time.Time) error {
 	if err := b.holding()(ctx); err != nil {
 		return err
 	}
@@ -76,7 +76,7 @@ func (b *book) GiveJWT(ctx context.Context, keyID string, expiresAt time.Time) e
 	return nil
 }
 
-func (b *book) Report(ctx context.Context, agent string, r ledger.Report) error {
+func (b *fakeLedger) Report(ctx context.Context, agent string, r ledger.Report) error {
 	if err := b.holding()(ctx); err != nil {
 		return err
 	}
@@ -86,13 +86,13 @@ func (b *book) Report(ctx context.Context, agent string, r ledger.Report) error 
 	return nil
 }
 
-func (b *book) Applied(agent string, sequence uint64) {
+func (b *fakeLedger) Applied(agent string, sequence uint64) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.applied[agent] = sequence
 }
 
-func (b *book) Knows(agent string) bool {
+func (b *fakeLedger) Knows(agent string) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if slices.Contains(b.gone, agent) {
@@ -101,7 +101,7 @@ func (b *book) Knows(agent string) bool {
 	return slices.ContainsFunc(slices.Concat(b.calls...), func(r ledger.Row) bool { return r.Agent == agent })
 }
 
-func (b *book) Gone(ctx context.Context, agent string) error {
+func (b *fakeLedger) RemoveAgent(ctx context.Context, agent string) error {
 	if err := b.holding()(ctx); err != nil {
 		return err
 	}
@@ -111,27 +111,27 @@ func (b *book) Gone(ctx context.Context, agent string) error {
 	return nil
 }
 
-func (b *book) holding() func(context.Context) error {
+func (b *fakeLedger) holding() func(context.Context) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.hold
 }
 
-func (b *book) set(hold func(ctx context.Context) error) {
+func (b *fakeLedger) set(hold func(ctx context.Context) error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.hold = hold
 }
 
-// state is how many calls are signing, and how many records there are.
-func (b *book) state() (signing, records int) {
+// state returns how many calls are signing, and how many records there are.
+func (b *fakeLedger) state() (signing, records int) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.begun, len(b.calls) + len(b.jwt)
 }
 
 // last returns the rows of the last call.
-func (b *book) last() []ledger.Row {
+func (b *fakeLedger) last() []ledger.Row {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.calls[len(b.calls)-1]

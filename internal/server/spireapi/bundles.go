@@ -16,15 +16,15 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// published is a bundle as it is served and verified against. It is made once
-// for each bundle.
+// published is a bundle in the forms that are served and verified against. It is
+// made once for each bundle.
 type published struct {
 	bundle      *keyset.Bundle
 	proto       *types.Bundle
 	authorities *x509bundle.Bundle
 }
 
-// published is the bundle in force.
+// published returns the published bundle.
 func (s *Server) published() *published {
 	b := s.config.Published()
 	if p := s.rendered.Load(); p != nil && p.bundle == b {
@@ -34,14 +34,14 @@ func (s *Server) published() *published {
 		bundle: b, proto: protoBundle(s.td, b, s.config.RefreshHint),
 		authorities: x509bundle.FromX509Authorities(s.td, b.Certificates()),
 	}
-	// Where an older one is stored last, the next caller makes it anew.
+	// If a concurrent call stores an older one last, the next call replaces it.
 	s.rendered.Store(p)
 	return p
 }
 
-// SetFederatedBundle sets the bundle of another trust domain, with the refresh
-// hint that goes with it; a nil bundle removes it. It is held in memory. Its JWT
-// authorities may have no expiry.
+// SetFederatedBundle sets the bundle of another trust domain and its refresh hint;
+// a nil bundle removes it. It is kept in memory only. Its JWT authorities may have
+// no expiry.
 func (s *Server) SetFederatedBundle(td spiffeid.TrustDomain, b *keyset.Bundle, hint time.Duration) error {
 	switch {
 	case td.IsZero():
@@ -49,8 +49,8 @@ func (s *Server) SetFederatedBundle(td spiffeid.TrustDomain, b *keyset.Bundle, h
 	case td == s.td:
 		return fmt.Errorf("set federated bundle: %q is the server's own trust domain", td.Name())
 	}
-	s.federatedM.Lock()
-	defer s.federatedM.Unlock()
+	s.federatedMu.Lock()
+	defer s.federatedMu.Unlock()
 	if b == nil {
 		delete(s.federated, td)
 		return nil
@@ -76,9 +76,9 @@ func (b *bundleService) GetFederatedBundle(_ context.Context, req *bundlev1.GetF
 	if td == b.s.td {
 		return nil, status.Error(codes.InvalidArgument, "this is the server's own trust domain")
 	}
-	b.s.federatedM.RLock()
+	b.s.federatedMu.RLock()
 	f := b.s.federated[td]
-	b.s.federatedM.RUnlock()
+	b.s.federatedMu.RUnlock()
 	if f == nil {
 		return nil, status.Errorf(codes.NotFound, "no bundle of %q", td.Name())
 	}
@@ -100,8 +100,8 @@ func protoBundle(td spiffeid.TrustDomain, b *keyset.Bundle, hint time.Duration) 
 	return out
 }
 
-// masked returns what a mask wants of a bundle, all when it is nil, in a
-// message of its own that shares the authorities.
+// masked returns the fields of a bundle that a mask selects, all when it is nil.
+// The result shares the authorities with b.
 func masked(b *types.Bundle, mask *types.BundleMask) *types.Bundle {
 	all := mask == nil
 	out := &types.Bundle{TrustDomain: b.TrustDomain}

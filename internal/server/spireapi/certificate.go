@@ -9,10 +9,9 @@ import (
 	"time"
 )
 
-// CertificateCache keeps a certificate that the server proves itself with as long as
-// it holds: it has begun, half of its life is not over, and its authority is one that
-// Usable accepts. Every clock step can end that, so it is looked at for each
-// handshake. All fields are required.
+// CertificateCache keeps a TLS certificate of the server until half of its
+// lifetime is over or Usable rejects its authority. Because the clock can be
+// stepped, this is checked for each handshake. All fields are required.
 type CertificateCache struct {
 	Now    func() time.Time
 	Usable func(authorityID string) bool
@@ -20,10 +19,10 @@ type CertificateCache struct {
 
 	mu   sync.Mutex
 	cert *tls.Certificate
-	leaf *x509.Certificate // nil: none yet
+	leaf *x509.Certificate // nil before the first is issued
 }
 
-// Get returns the certificate, after issuing another one if need be.
+// Get returns the certificate, and issues a new one if necessary.
 func (c *CertificateCache) Get() (*tls.Certificate, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()

@@ -12,8 +12,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// TestServerCertificateAfterClockSteps: the clock is days off for a moment in which
-// somebody connects. The certificate of each moment is valid in it.
+// TestServerCertificateAfterClockSteps: clients connect while the clock is days off.
+// The certificate is valid by the clock of each handshake.
 func TestServerCertificateAfterClockSteps(t *testing.T) {
 	t.Parallel()
 	base := time.Now()

@@ -9,13 +9,13 @@ import (
 	"google.golang.org/protobuf/encoding/protowire"
 )
 
-// maxFields is the most fields of a request, each element of a list counted: far
-// more than a batch of maxBatch has. An empty element takes two bytes to send and fifty
-// to hold, so without it a request of 1 MiB could take 50 MiB.
+// maxFields is the most fields in a request, each element of a list counted. A
+// batch of maxBatch has far fewer. An empty element takes two bytes in a request
+// and fifty in memory, so without the bound a request of 1 MiB could take 50 MiB.
 const maxFields = 4096
 
-// codec is gRPC's own for protocol buffers, which looks at a request before it is
-// decoded.
+// codec is gRPC's codec for protocol buffers. It checks the number of fields of a
+// request before decoding it.
 type codec struct{ encoding.CodecV2 }
 
 func newCodec() codec { return codec{encoding.GetCodecV2(proto.Name)} }
@@ -30,11 +30,12 @@ func (c codec) Unmarshal(data mem.BufferSlice, v any) error {
 	return c.CodecV2.Unmarshal(mem.BufferSlice{whole}, v)
 }
 
-// checkFields counts the fields of a message. None of a request has a list in a list.
+// checkFields counts the top-level fields of a message: no request of the served
+// APIs has a list within a list.
 func checkFields(message []byte) error {
 	for n := 0; len(message) > 0; n++ {
 		if n == maxFields {
-			return fmt.Errorf("the request has more than %d fields: ask for less at a time", maxFields)
+			return fmt.Errorf("request has more than %d fields: ask for less at a time", maxFields)
 		}
 		_, _, size := protowire.ConsumeField(message)
 		if size < 0 {

@@ -14,44 +14,44 @@ import (
 // Selector is a property of a workload.
 type Selector struct{ Type, Value string }
 
-// Entry says that workloads with all the Selectors have the identity SPIFFEID.
+// Entry gives the identity SPIFFEID to workloads that have all the Selectors.
 type Entry struct {
 	ID       string // at most 255 bytes
 	SPIFFEID spiffeid.ID
 	// ParentID is the agent that serves the entry; every agent when zero.
 	ParentID spiffeid.ID
-	// Operator says that every agent may serve the entry of an operator: without
-	// it such an entry needs a ParentID; see [Config.IsOperator].
+	// Operator allows an entry of an operator's SPIFFE ID without ParentID; see
+	// [Config.IsOperator].
 	Operator  bool `json:",omitempty"`
 	Selectors []Selector
-	// Hint tells a workload with several identities them apart.
+	// Hint lets a workload tell its identities apart.
 	Hint          string
 	FederatesWith []spiffeid.TrustDomain
-	// DNSNames are in X.509-SVIDs beside the SPIFFE ID, in this order and in
-	// lower case; see [keyset.CheckDNSNames]. The first is the common name.
+	// DNSNames are in X.509-SVIDs in addition to the SPIFFE ID, in this order and
+	// in lower case; see [keyset.CheckDNSNames]. The first is the common name.
 	DNSNames []string
 	// X509TTL is 1 to 168 hours, JWTTTL a second or more; the server's
 	// defaults when zero.
 	X509TTL, JWTTTL time.Duration
-	// DisableX509SVIDPrefetch has agents mint an X.509-SVID only when a workload
+	// DisableX509SVIDPrefetch makes agents mint an X.509-SVID only when a workload
 	// asks for it.
 	DisableX509SVIDPrefetch bool `json:",omitempty"`
-	// JWTSVIDIncludeJTI puts a jti claim into JWT-SVIDs, and has agents hand each
-	// of them out once.
+	// JWTSVIDIncludeJTI adds a jti claim to JWT-SVIDs, and makes agents use each of
+	// them for one answer only.
 	JWTSVIDIncludeJTI bool `json:",omitempty"`
 }
 
-// StoredEntry is an Entry as the server keeps it.
+// StoredEntry is an Entry as the server stores it.
 type StoredEntry struct {
 	Entry
-	// Revision differs from that of every earlier content under the same ID,
-	// also when the ID was deleted in between.
+	// Revision differs from that of every earlier entry with the same ID, even if
+	// the ID was deleted in between.
 	Revision  int64
 	CreatedAt time.Time
 }
 
 // EntryChange is one entry that was added (Before is nil), removed (After is
-// nil) or changed. What it points to must not be modified.
+// nil) or changed. The entries must not be modified.
 type EntryChange struct{ Before, After *Entry }
 
 func (c EntryChange) id() string {
@@ -61,14 +61,14 @@ func (c EntryChange) id() string {
 	return c.Before.ID
 }
 
-// Diff is what a list of entries changes, ordered by ID, and how many entries
-// stay as they are.
+// Diff is the difference between two sets of entries: the changes, ordered by ID,
+// and how many entries are the same.
 type Diff struct {
 	Changes   []EntryChange
 	Unchanged int
 }
 
-// Removed is how many entries are removed, of how many there were before.
+// Removed returns how many entries are removed, and how many there were before.
 func (d Diff) Removed() (removed, before int) {
 	before = d.Unchanged
 	for _, c := range d.Changes {
@@ -93,20 +93,19 @@ func (s *Server) Entries() []StoredEntry {
 	return out
 }
 
-// ApplyEntries makes entries all there are, in one atomic step, and returns
-// what that changes. An entry that is the same as before keeps its revision,
-// one that has changed gets a new one. Nothing changes when dryRun is set, when
-// any of the entries is wrong (an [EntryError]) or, as a rule, when storage fails:
-// where that leaves open what it has stored, [Server.Entries] says what it has.
+// ApplyEntries replaces all entries in one atomic step and returns the difference.
+// An unchanged entry keeps its revision, a changed one gets a new one. Nothing
+// changes if dryRun is set, if one of the entries is invalid (an [EntryError]) or,
+// as a rule, if storage fails. If the outcome is unknown then, [Server.Entries]
+// returns what storage has.
 func (s *Server) ApplyEntries(ctx context.Context, entries []Entry, dryRun bool) (Diff, error) {
-	return s.ApplyEntriesIf(ctx, entries, dryRun, noObjection)
+	return s.ApplyEntriesIf(ctx, entries, dryRun, acceptAny)
 }
 
-// ApplyEntriesIf is [Server.ApplyEntries] for a caller who decides by the change
-// whether it is wanted. accept is called with what would be changed at that
-// moment, also in a dry run and when that is nothing; no other change comes
-// between. When it returns an error, nothing is changed and that error returned.
-// It must not call the Server.
+// ApplyEntriesIf is [Server.ApplyEntries] with a check of the difference. accept is
+// called with what would change, even in a dry run or if that is nothing. If it
+// returns an error, nothing changes and ApplyEntriesIf returns that error. No other
+// change happens in between, so accept must not call the Server.
 func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun bool, accept func(Diff) error) (Diff, error) {
 	keep := make(map[string]bool, len(entries))
 	for _, e := range entries {
@@ -116,13 +115,13 @@ func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun boo
 		keep[e.ID] = true
 	}
 	d, err := s.changeEntries(ctx, entries, func(cur *entrySet) []string {
-		var gone []string
+		var remove []string
 		for _, e := range cur.sorted {
 			if !keep[e.ID] {
-				gone = append(gone, e.ID)
+				remove = append(remove, e.ID)
 			}
 		}
-		return gone
+		return remove
 	}, dryRun, accept)
 	if err != nil {
 		return Diff{}, fmt.Errorf("apply entries: %w", err)
@@ -130,13 +129,13 @@ func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun boo
 	return d, nil
 }
 
-func noObjection(Diff) error { return nil }
+func acceptAny(Diff) error { return nil }
 
-// UpsertEntry adds an entry or replaces the one that has its ID. It returns
-// what was there before and what is now: equal when nothing has changed. A
-// wrong entry is refused with an [EntryError].
+// UpsertEntry adds an entry or replaces the one with the same ID. In the result,
+// Before and After are equal if nothing has changed. An invalid entry is refused
+// with an [EntryError].
 func (s *Server) UpsertEntry(ctx context.Context, e Entry) (EntryChange, error) {
-	d, err := s.changeEntries(ctx, []Entry{e}, func(*entrySet) []string { return nil }, false, noObjection)
+	d, err := s.changeEntries(ctx, []Entry{e}, func(*entrySet) []string { return nil }, false, acceptAny)
 	switch {
 	case err != nil:
 		return EntryChange{}, fmt.Errorf("upsert entry: %w", err)
@@ -154,7 +153,7 @@ func (s *Server) DeleteEntry(ctx context.Context, id string) error {
 			return nil
 		}
 		return []string{id}
-	}, false, noObjection)
+	}, false, acceptAny)
 	switch {
 	case err != nil:
 		return fmt.Errorf("delete entry %q: %w", id, err)
@@ -164,18 +163,18 @@ func (s *Server) DeleteEntry(ctx context.Context, id string) error {
 	return nil
 }
 
-// changeEntries stores entries and drops those that gone names of the current
-// set, unless accept objects to what that changes. Writers wait for each other here, also while storage works; readers
-// never wait.
-func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(cur *entrySet) []string, dryRun bool, accept func(Diff) error) (Diff, error) {
+// changeEntries stores entries and deletes those whose IDs remove returns, unless
+// accept returns an error. One writer at a time runs here, the call of storage
+// included; readers never wait.
+func (s *Server) changeEntries(ctx context.Context, entries []Entry, remove func(cur *entrySet) []string, dryRun bool, accept func(Diff) error) (Diff, error) {
 	for _, e := range entries {
 		if err := s.checkEntry(e); err != nil {
 			return Diff{}, err
 		}
 	}
 	select {
-	case s.entriesM <- struct{}{}:
-		defer func() { <-s.entriesM }()
+	case s.entriesSem <- struct{}{}:
+		defer func() { <-s.entriesSem }()
 	case <-ctx.Done():
 		return Diff{}, fmt.Errorf("wait for another change of entries: %w", ctx.Err())
 	}
@@ -200,7 +199,7 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 		put = append(put, stored)
 		d.Changes = append(d.Changes, change)
 	}
-	drop := gone(cur)
+	drop := remove(cur)
 	for _, id := range drop {
 		d.Changes = append(d.Changes, EntryChange{Before: &cur.byID[id].Entry})
 	}
@@ -212,9 +211,9 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 		return d, nil
 	}
 	if err := s.storage.PutEntries(ctx, put, drop); err != nil {
-		// Stored or not, what is served and compared with is what storage has.
-		if again := s.loadEntries(context.WithoutCancel(ctx)); again != nil {
-			s.log.Error("entries could neither be stored nor read again", "error", again)
+		// The change may have been stored: serve what storage has.
+		if loadErr := s.loadEntries(context.WithoutCancel(ctx)); loadErr != nil {
+			s.log.Error("entries neither stored nor reloaded", "error", loadErr)
 		}
 		return Diff{}, err
 	}
@@ -230,7 +229,7 @@ func (s *Server) changeEntries(ctx context.Context, entries []Entry, gone func(c
 	return d, nil
 }
 
-// loadEntries makes what storage has the entries that are served.
+// loadEntries replaces the served entries with those in storage.
 func (s *Server) loadEntries(ctx context.Context) error {
 	stored, err := s.storage.Entries(ctx)
 	if err != nil {

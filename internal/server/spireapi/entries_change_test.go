@@ -31,13 +31,13 @@ func TestEntriesThatAreNotStoredDoNotCount(t *testing.T) {
 	})
 }
 
-// openEnded is a storage that stores entries and may then say that it failed.
-type openEnded struct {
+// failsAfterStoring is a storage that stores entries and may then return an error.
+type failsAfterStoring struct {
 	*spireapi.Memory
-	fail func() // called after entries were stored; nil: all is well
+	fail func() // called after entries were stored; nil: no error
 }
 
-func (o *openEnded) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
+func (o *failsAfterStoring) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
 	if err := o.Memory.PutEntries(ctx, put, gone); err != nil || o.fail == nil {
 		return err
 	}
@@ -45,21 +45,20 @@ func (o *openEnded) PutEntries(ctx context.Context, put []spireapi.StoredEntry, 
 	return errors.New("sync failed")
 }
 
-func (o *openEnded) Entries(ctx context.Context) ([]spireapi.StoredEntry, error) {
+func (o *failsAfterStoring) Entries(ctx context.Context) ([]spireapi.StoredEntry, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
 	return o.Memory.Entries(ctx)
 }
 
-// TestEntriesThatWereStoredAfterAll: what a failed change has stored is what the
-// next one is compared with. Otherwise an entry that nobody knows of would come
-// back with the next start.
-func TestEntriesThatWereStoredAfterAll(t *testing.T) {
+// TestFailedChangeThatWasStored: the next change is compared with what the failed
+// one has stored. Otherwise that entry would reappear with the next start.
+func TestFailedChangeThatWasStored(t *testing.T) {
 	t.Parallel()
-	storage := &openEnded{Memory: spireapi.NewMemory()}
+	storage := &failsAfterStoring{Memory: spireapi.NewMemory()}
 	bubble(t, spireapi.Config{Storage: storage}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		s.apply(t, []spireapi.Entry{entry("a"), entry("b")})
 		fail := func(want ...spireapi.Entry) {
 			t.Helper()
@@ -69,7 +68,7 @@ func TestEntriesThatWereStoredAfterAll(t *testing.T) {
 				t.Error("no error")
 			}
 			storage.fail = nil
-			got := s.fetch(t, who)
+			got := s.fetch(t, caller)
 			for _, e := range want {
 				if got[e.ID] == nil || len(got) != len(want) {
 					t.Errorf("served are %v, stored are %v", got, want)
@@ -88,8 +87,8 @@ func TestEntriesThatWereStoredAfterAll(t *testing.T) {
 	})
 }
 
-// TestConcurrentChanges: of many writers at once nothing is lost, no two entries
-// have one revision, and what is stored is what is served.
+// TestConcurrentChanges: with many writers at once, no change is lost, all
+// revisions differ, and the stored entries are the served ones.
 func TestConcurrentChanges(t *testing.T) {
 	t.Parallel()
 	storage := spireapi.NewMemory()

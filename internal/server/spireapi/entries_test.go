@@ -32,9 +32,9 @@ func many(n int) []spireapi.Entry {
 func TestEntryFieldsAndMask(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		full := entry("a", func(e *spireapi.Entry) {
-			e.ParentID, e.Hint, e.X509TTL, e.JWTTTL = who.id, "main", 2*time.Hour, 5*time.Minute
+			e.ParentID, e.Hint, e.X509TTL, e.JWTTTL = caller.id, "main", 2*time.Hour, 5*time.Minute
 			e.Selectors = []spireapi.Selector{{"unix", "uid:2"}, {"unix", "gid:1"}}
 			e.FederatesWith = []spiffeid.TrustDomain{partner}
 			e.DNSNames = []string{"web.example.org", "*.Apps.Example.org", "a.example.org"}
@@ -43,14 +43,14 @@ func TestEntryFieldsAndMask(t *testing.T) {
 		s.apply(t, []spireapi.Entry{full})
 		want := &types.Entry{
 			Id: "a", SpiffeId: &types.SPIFFEID{TrustDomain: "example.org", Path: "/workload/a"},
-			ParentId:    &types.SPIFFEID{TrustDomain: "example.org", Path: who.id.Path()},
+			ParentId:    &types.SPIFFEID{TrustDomain: "example.org", Path: caller.id.Path()},
 			Selectors:   []*types.Selector{{Type: "unix", Value: "gid:1"}, {Type: "unix", Value: "uid:2"}},
 			X509SvidTtl: 7200, JwtSvidTtl: 300, FederatesWith: []string{"partner.org"}, Hint: "main",
 			DnsNames:             []string{"web.example.org", "*.apps.example.org", "a.example.org"},
 			AdditionalAttributes: &types.Entry_AdditionalAttributes{DisableX509SvidPrefetch: true, JwtSvidIncludeJti: true},
 			RevisionNumber:       s.Entries()[0].Revision, CreatedAt: time.Now().Unix(),
 		}
-		if got := s.fetch(t, who)["a"]; !proto.Equal(got, want) {
+		if got := s.fetch(t, caller)["a"]; !proto.Equal(got, want) {
 			t.Errorf("entry\n%v, want\n%v", got, want)
 		}
 		resp, err := c.GetAuthorizedEntries(t.Context(), &entryv1.GetAuthorizedEntriesRequest{
@@ -74,7 +74,7 @@ func TestEntryFieldsAndMask(t *testing.T) {
 			t.Errorf("masked entry %v, want %v", entries[0], masked)
 		}
 
-		// Each attribute alone is a change, and without any there is no message.
+		// Each attribute alone is a change, and without any the message is absent.
 		revision := want.RevisionNumber
 		for _, edit := range []func(*spireapi.Entry){
 			func(e *spireapi.Entry) { e.JWTSVIDIncludeJTI = false },
@@ -82,14 +82,14 @@ func TestEntryFieldsAndMask(t *testing.T) {
 		} {
 			edit(&full)
 			s.apply(t, []spireapi.Entry{full})
-			got := s.fetch(t, who)["a"]
+			got := s.fetch(t, caller)["a"]
 			if got.GetRevisionNumber() == revision || got.GetAdditionalAttributes().GetJwtSvidIncludeJti() != full.JWTSVIDIncludeJTI ||
 				got.GetAdditionalAttributes().GetDisableX509SvidPrefetch() != full.DisableX509SVIDPrefetch {
 				t.Errorf("after the edit: %v", got)
 			}
 			revision = got.GetRevisionNumber()
 		}
-		if got := s.fetch(t, who)["a"]; got.AdditionalAttributes != nil {
+		if got := s.fetch(t, caller)["a"]; got.AdditionalAttributes != nil {
 			t.Errorf("attributes %v, want none", got.AdditionalAttributes)
 		}
 	})
@@ -105,13 +105,13 @@ func TestEntriesBelongToTheirParent(t *testing.T) {
 			entry("one", func(e *spireapi.Entry) { e.ParentID = one.id }),
 			entry("two", func(e *spireapi.Entry) { e.ParentID = two.id }),
 		})
-		for who, own := range map[*identity]string{one: "one", two: "two"} {
-			got := s.fetch(t, who)
+		for caller, own := range map[*identity]string{one: "one", two: "two"} {
+			got := s.fetch(t, caller)
 			if len(got) != 3 || got["all"] == nil || got["zero"] == nil || got[own] == nil {
 				t.Errorf("agent %s has %v", own, got)
 			}
 			for _, e := range got {
-				if e.GetParentId().GetPath() != who.id.Path() {
+				if e.GetParentId().GetPath() != caller.id.Path() {
 					t.Errorf("parent of %s is %v", e.GetId(), e.GetParentId())
 				}
 			}
@@ -133,10 +133,10 @@ func TestEntriesBelongToTheirParent(t *testing.T) {
 func TestRevisions(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		revision := func(id string) int64 {
 			t.Helper()
-			e, ok := s.fetch(t, who)[id]
+			e, ok := s.fetch(t, caller)[id]
 			if !ok {
 				t.Fatalf("no entry %s", id)
 			}
@@ -155,19 +155,19 @@ func TestRevisions(t *testing.T) {
 		s.apply(t, []spireapi.Entry{a, b})
 		ra, rb := revision("a"), revision("b")
 
-		// The same in another order is the same.
+		// Another order is no change.
 		slices.Reverse(a.Selectors)
 		s.apply(t, []spireapi.Entry{b, a})
 		if revision("a") != ra || revision("b") != rb {
 			t.Error("what did not change has a new revision")
 		}
-		created := s.fetch(t, who)["a"].GetCreatedAt()
+		created := s.fetch(t, caller)["a"].GetCreatedAt()
 		time.Sleep(time.Hour)
 		a.Hint = "x"
 		if change := upsert(a); change.Before == nil || change.Before.Hint != "" || change.After.Hint != "x" {
 			t.Errorf("the change of a is %+v", change)
 		}
-		if got := s.fetch(t, who)["a"]; got.GetRevisionNumber() <= ra || revision("b") != rb || got.GetCreatedAt() != created {
+		if got := s.fetch(t, caller)["a"]; got.GetRevisionNumber() <= ra || revision("b") != rb || got.GetCreatedAt() != created {
 			t.Errorf("after a change of a: %v", got)
 		}
 		ra = revision("a")
@@ -177,7 +177,7 @@ func TestRevisions(t *testing.T) {
 		if err := s.DeleteEntry(t.Context(), "a"); err != nil {
 			t.Fatal(err)
 		}
-		if _, ok := s.fetch(t, who)["a"]; ok {
+		if _, ok := s.fetch(t, caller)["a"]; ok {
 			t.Error("deleted, but still there")
 		}
 		if err := s.DeleteEntry(t.Context(), "a"); !errors.Is(err, spireapi.ErrNotFound) {
@@ -186,13 +186,13 @@ func TestRevisions(t *testing.T) {
 		if change := upsert(a); change.Before != nil {
 			t.Errorf("added, but before it was %+v", change.Before)
 		}
-		if got := s.fetch(t, who)["a"]; got.GetRevisionNumber() <= ra || got.GetCreatedAt() == created {
+		if got := s.fetch(t, caller)["a"]; got.GetRevisionNumber() <= ra || got.GetCreatedAt() == created {
 			t.Errorf("an ID that is used again: %v, the old revision was %d", got, ra)
 		}
 	})
 }
 
-// TestRevisionsOfDNSNames: their order counts, upper and lower case do not.
+// TestRevisionsOfDNSNames: another order is a change, another case is not.
 func TestRevisionsOfDNSNames(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
@@ -222,8 +222,8 @@ func TestRevisionsOfDNSNames(t *testing.T) {
 	})
 }
 
-// TestRevisionsOverARestart uses an ID again whose entry had the highest
-// revision, and was deleted before the server restarted.
+// TestRevisionsOverARestart reuses the ID of an entry that had the highest revision
+// and was deleted before the server restarted.
 func TestRevisionsOverARestart(t *testing.T) {
 	t.Parallel()
 	keys, store := new(keyset.Memory), spireapi.NewMemory()
@@ -287,10 +287,10 @@ func TestDiff(t *testing.T) {
 	})
 }
 
-func TestWrongEntriesChangeNothing(t *testing.T) {
+func TestInvalidEntriesChangeNothing(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		s.apply(t, []spireapi.Entry{entry("a")})
 		foreign := spiffeid.RequireFromString("spiffe://partner.org/x")
 		wrong := func(name, id, field string, entries ...spireapi.Entry) {
@@ -344,10 +344,10 @@ func TestWrongEntriesChangeNothing(t *testing.T) {
 			t.Errorf("the error about an ID of 10,000 bytes: %v", err)
 		}
 		wrong("twice the same ID", "b", "id", entry("b"), entry("b"))
-		if got := s.fetch(t, who); len(got) != 1 || got["a"] == nil {
+		if got := s.fetch(t, caller); len(got) != 1 || got["a"] == nil {
 			t.Errorf("entries are %v", got)
 		}
-		// As much as there may be is right.
+		// The maximum is valid.
 		s.apply(t, []spireapi.Entry{entry("most", func(e *spireapi.Entry) {
 			e.ID, e.Hint, e.JWTTTL = strings.Repeat("x", 255), strings.Repeat("x", 1024), time.Second
 			e.SPIFFEID = spiffeid.RequireFromPath(td, "/"+strings.Repeat("x", 2047-len("spiffe://example.org")))

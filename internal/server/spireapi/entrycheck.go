@@ -13,22 +13,22 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// The most bytes of an entry's ID, of a SPIFFE ID (SPIFFE-ID, section 2.3) and
-// of a hint, which is in every answer to a workload.
+// The most bytes in an entry's ID, in a SPIFFE ID (SPIFFE-ID, section 2.3) and in
+// a hint, which is in every answer to a workload.
 const (
 	maxEntryID  = 255
 	maxSPIFFEID = 2048
 	maxHint     = 1024 // as under a SPIRE server
 )
 
-// maxEntrySize bounds an entry as agents get it, in bytes. One that fits no message
-// would keep all entries from every agent.
+// maxEntrySize bounds an entry in the form sent to agents, in bytes. With an entry
+// that fits no message, no agent could fetch its entries.
 const maxEntrySize = 64 << 10
 
-// EntryError says which field of which entry is wrong, and why.
+// EntryError says which field of which entry is invalid, and why.
 type EntryError struct {
 	Entry   string // ID
-	Field   string // as operators write it: id, spiffe_id, parent_id, ...; or size
+	Field   string // as in an entries file: id, spiffe_id, parent_id, ...; or size
 	Problem string
 }
 
@@ -57,11 +57,11 @@ func (s *Server) checkEntry(e Entry) error {
 	case !e.ParentID.IsZero() && !e.ParentID.MemberOf(s.td):
 		return wrong("parent_id", "%q is not of trust domain %q", e.ParentID, s.td.Name())
 	case !e.ParentID.IsZero() && !strings.HasPrefix(e.ParentID.Path(), agentPath):
-		return wrong("parent_id", "%q is no agent's, nobody would serve the entry: leave it out for all agents", e.ParentID)
+		return wrong("parent_id", "%q is not an agent ID: name an agent, or leave it out for all agents", e.ParentID)
 	case e.ParentID.IsZero() && !e.Operator && s.config.IsOperator(e.SPIFFEID):
-		return wrong("parent_id", "is not set, and %q is an operator's: every agent could get an SVID of it and do what the operator may: name the agent that serves it, or set operator: true if that is meant", e.SPIFFEID)
+		return wrong("parent_id", "is not set, and %q is an operator's ID, so every agent could act as that operator: name the agent that serves the entry, or set operator: true to allow every agent", e.SPIFFEID)
 	case len(e.Selectors) == 0:
-		return wrong("selectors", "there are none: it would match every workload")
+		return wrong("selectors", "is empty, so the entry would match every workload: add a selector")
 	case len(e.Hint) > maxHint:
 		return wrong("hint", "is longer than %d bytes", maxHint)
 	case e.JWTTTL != 0 && e.JWTTTL < time.Second:
@@ -82,17 +82,18 @@ func (s *Server) checkEntry(e Entry) error {
 	}
 	stored := StoredEntry{Entry: e}
 	if n := proto.Size(stored.proto(e.ParentID, nil)); n > maxEntrySize {
-		return wrong("size", "is %d bytes, at most %d are possible: shorten selectors, federates_with or dns_names", n, maxEntrySize)
+		return wrong("size", "is %d bytes, more than %d: shorten selectors, federates_with or dns_names", n, maxEntrySize)
 	}
 	return nil
 }
 
-// maxListed bounds how many entries [Server.listRefused] lists.
+// maxListed bounds how many entries [Server.logInvalidEntries] lists.
 const maxListed = 20
 
-// listRefused logs the stored entries that a change would refuse: they are older
-// than the rule, or their SPIFFE ID has become an operator's since. They stay.
-func (s *Server) listRefused() {
+// logInvalidEntries logs the stored entries that checkEntry refuses: they are
+// older than the rule, or their SPIFFE ID has become an operator's since. They are
+// served all the same.
+func (s *Server) logInvalidEntries() {
 	refused := 0
 	for _, e := range s.entries.Load().sorted {
 		err := s.checkEntry(e.Entry)
@@ -115,8 +116,8 @@ func checkX509TTL(ttl time.Duration) error {
 	return nil
 }
 
-// canonical copies an entry that was checked, and orders what has no order, so
-// that equal entries compare equal.
+// canonical copies a valid entry and sorts the fields whose order has no meaning,
+// so that equal entries compare equal.
 func canonical(e Entry) Entry {
 	e.Selectors = slices.Clone(e.Selectors)
 	slices.SortFunc(e.Selectors, func(a, b Selector) int {

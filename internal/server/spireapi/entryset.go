@@ -10,15 +10,14 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 )
 
-// entrySet is all entries at one moment. It is immutable.
+// entrySet holds all entries at one moment. It is immutable.
 type entrySet struct {
 	sorted   []*StoredEntry // by ID
 	byID     map[string]*StoredEntry
-	byParent map[spiffeid.ID][]*StoredEntry // by ID; zero: every agent's
-	// revision is the highest given, as far as it is known: that of an entry
-	// which was deleted before a restart is not. Revisions therefore also never
-	// lag behind the clock, in nanoseconds since 1970, and an ID that is used
-	// again gets one that no agent holds.
+	byParent map[spiffeid.ID][]*StoredEntry // each ordered by ID; zero: every agent's
+	// revision is the highest that is known. That of an entry which was deleted
+	// before a restart is not known. So a new revision is never below the clock,
+	// in nanoseconds since 1970: an ID that is reused gets one that no agent has.
 	revision int64
 }
 
@@ -50,7 +49,7 @@ func (set *entrySet) authorized(agent spiffeid.ID) []*StoredEntry {
 	return out
 }
 
-// find returns an entry that an agent serves; nil when there is none.
+// find returns an entry by ID; nil if the agent serves none with that ID.
 func (set *entrySet) find(agent spiffeid.ID, id string) *StoredEntry {
 	if e := set.byID[id]; e != nil && (e.ParentID.IsZero() || e.ParentID == agent) {
 		return e
@@ -58,8 +57,9 @@ func (set *entrySet) find(agent spiffeid.ID, id string) *StoredEntry {
 	return nil
 }
 
-// proto renders an entry for an agent. An entry of every agent names the one
-// that asks as its parent, because agents expect one. A nil mask wants all.
+// proto returns the fields of an entry that a mask selects, all when it is nil. The
+// parent of an entry for every agent is the agent that asks, because agents expect
+// a parent.
 func (e *StoredEntry) proto(agent spiffeid.ID, mask *types.EntryMask) *types.Entry {
 	all := mask == nil
 	out := &types.Entry{Id: e.ID}
@@ -92,7 +92,7 @@ func (e *StoredEntry) proto(agent spiffeid.ID, mask *types.EntryMask) *types.Ent
 	if all || mask.Hint {
 		out.Hint = e.Hint
 	}
-	// As a SPIRE server does it: the message is there only when one is set.
+	// As from a SPIRE server, the message is absent when no attribute is set.
 	if (all || mask.AdditionalAttributes) && (e.DisableX509SVIDPrefetch || e.JWTSVIDIncludeJTI) {
 		out.AdditionalAttributes = &types.Entry_AdditionalAttributes{
 			DisableX509SvidPrefetch: e.DisableX509SVIDPrefetch, JwtSvidIncludeJti: e.JWTSVIDIncludeJTI,

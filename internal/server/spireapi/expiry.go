@@ -13,25 +13,25 @@ import (
 )
 
 const (
-	// forgetAfter is how long an agent whose SVID has expired is kept. As no
-	// SVID lives longer, nothing that it was given is valid after that.
-	forgetAfter = keyset.MaxX509TTL
-	// sweepSize is the most that one sweep looks at: more than what is added
-	// between two of them, and few enough commits for somebody to wait for.
+	// retention is how long an agent whose SVID has expired is kept. No SVID lives
+	// longer, so nothing that was issued to the agent is valid after that.
+	retention = keyset.MaxX509TTL
+	// sweepSize is how many agents and tokens one sweep checks: more than are
+	// added between two sweeps, and few enough commits for a caller to wait for.
 	sweepSize = 10
-	// sweepPause is when what could not be forgotten is tried again.
-	sweepPause = time.Hour
+	// sweepRetry is the delay after a deletion that failed.
+	sweepRetry = time.Hour
 )
 
-// expiry is a join token, or an agent, that can be forgotten at a time. An agent
-// is known by when its first SVID ends and looked at again then.
+// expiry is when a join token, or an agent, can be deleted. That of an agent
+// follows from its first SVID, and is corrected when it is reached.
 type expiry struct {
 	at    time.Time
 	token string
 	agent spiffeid.ID // zero for a token
 }
 
-// expiries is a heap, the soonest first.
+// expiries is a heap with the earliest first.
 type expiries []expiry
 
 func (e expiries) Len() int           { return len(e) }
@@ -51,61 +51,60 @@ func (s *Server) loadExpiries(ctx context.Context) error {
 		return fmt.Errorf("load join tokens: %w", err)
 	}
 	for _, t := range tokens {
-		s.remember(expiry{at: t.ExpiresAt, token: t.Value})
+		s.addExpiry(expiry{at: t.ExpiresAt, token: t.Value})
 	}
 	agents, err := s.storage.Agents(ctx)
 	if err != nil {
 		return fmt.Errorf("load agents: %w", err)
 	}
 	for _, a := range agents {
-		s.remember(expiry{at: a.forgetAt(), agent: a.ID})
+		s.addExpiry(expiry{at: a.deletableAt(), agent: a.ID})
 	}
 	return nil
 }
 
-func (s *Server) remember(e expiry) {
-	s.expiriesM.Lock()
-	defer s.expiriesM.Unlock()
+func (s *Server) addExpiry(e expiry) {
+	s.expiriesMu.Lock()
+	defer s.expiriesMu.Unlock()
 	heap.Push(&s.expiries, e)
 }
 
-// sweep forgets join tokens that have expired, and agents that expired so long
-// ago that nothing depends on them; who is banned stays banned. It is done
-// whenever a join token is made, because every agent costs one: so what is kept
-// does not grow without end, and no task has to look at all of it.
+// sweep deletes expired join tokens, and agents after their retention. Banned
+// agents are kept. It runs whenever a join token is made, because every agent needs
+// one: so storage does not grow without bound, and no task has to scan all of it.
 func (s *Server) sweep(ctx context.Context) {
 	for range sweepSize {
-		e, ok := s.overdue()
+		e, ok := s.popExpired()
 		if !ok {
 			return
 		}
-		again, err := s.forget(ctx, e)
+		again, err := s.deleteExpired(ctx, e)
 		if err != nil {
-			// Later, so that what cannot be deleted does not keep the rest.
-			e.at = s.config.Sure().Add(sweepPause)
-			s.remember(e)
-			s.log.Warn("could not forget what has expired", "error", err, "again_in", sweepPause)
+			// Retried later, so that it does not block the others.
+			e.at = s.config.AtLeast().Add(sweepRetry)
+			s.addExpiry(e)
+			s.log.Warn("expired agent or join token not deleted", "error", err, "delay", sweepRetry)
 			return
 		}
 		if !again.IsZero() {
 			e.at = again
-			s.remember(e)
+			s.addExpiry(e)
 		}
 	}
 }
 
-func (s *Server) overdue() (expiry, bool) {
-	s.expiriesM.Lock()
-	defer s.expiriesM.Unlock()
-	if len(s.expiries) == 0 || !s.expiries[0].at.Before(s.config.Sure()) {
+func (s *Server) popExpired() (expiry, bool) {
+	s.expiriesMu.Lock()
+	defer s.expiriesMu.Unlock()
+	if len(s.expiries) == 0 || !s.expiries[0].at.Before(s.config.AtLeast()) {
 		return expiry{}, false
 	}
 	return heap.Pop(&s.expiries).(expiry), true
 }
 
-// forget deletes a token or an agent. It returns when to look at an agent
-// again that has been renewed since.
-func (s *Server) forget(ctx context.Context, e expiry) (again time.Time, err error) {
+// deleteExpired deletes a token or an agent. If the agent has renewed its SVID, it
+// returns when the agent can be deleted instead.
+func (s *Server) deleteExpired(ctx context.Context, e expiry) (again time.Time, err error) {
 	if e.agent.IsZero() {
 		// ErrNotFound: it has been used.
 		if _, err := s.storage.TakeToken(ctx, e.token); err != nil && !errors.Is(err, ErrNotFound) {
@@ -118,13 +117,13 @@ func (s *Server) forget(ctx context.Context, e expiry) (again time.Time, err err
 	case err != nil:
 		return time.Time{}, fmt.Errorf("look up agent: %w", err)
 	case agent == nil || agent.Banned:
-		return time.Time{}, nil // it need not be looked at again
-	case !agent.forgetAt().Before(s.config.Sure()):
-		return agent.forgetAt(), nil
+		return time.Time{}, nil
+	case !agent.deletableAt().Before(s.config.AtLeast()):
+		return agent.deletableAt(), nil
 	}
 	_, err = s.storage.UpdateAgent(ctx, e.agent, func(a *Agent) (*Agent, error) {
-		// Looked at again: it may have been banned, or attested anew.
-		if a != nil && (a.Banned || !a.forgetAt().Before(s.config.Sure())) {
+		// Checked again: it may have been banned, or have attested again.
+		if a != nil && (a.Banned || !a.deletableAt().Before(s.config.AtLeast())) {
 			return a, nil
 		}
 		return nil, nil
@@ -132,14 +131,14 @@ func (s *Server) forget(ctx context.Context, e expiry) (again time.Time, err err
 	if err != nil {
 		return time.Time{}, fmt.Errorf("delete agent: %w", err)
 	}
-	s.log.Info("agent forgotten: its SVID expired long ago", "agent_id", e.agent.String())
+	s.log.Info("expired agent deleted", "agent_id", e.agent.String())
 	return time.Time{}, nil
 }
 
-func (a *Agent) forgetAt() time.Time {
+func (a *Agent) deletableAt() time.Time {
 	end := a.ExpiresAt
 	if a.NextSerial != "" && a.NextExpiresAt.After(end) {
 		end = a.NextExpiresAt
 	}
-	return end.Add(forgetAfter)
+	return end.Add(retention)
 }

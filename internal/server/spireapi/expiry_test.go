@@ -27,8 +27,8 @@ func counted(t *testing.T, store spireapi.Storage) (tokens, agents int) {
 	return len(ts), len(as)
 }
 
-// TestExpiredTokensGo makes tokens for years, with a restart on the way.
-func TestExpiredTokensGo(t *testing.T) {
+// TestExpiredTokensAreDeleted makes tokens for years, with a restart in between.
+func TestExpiredTokensAreDeleted(t *testing.T) {
 	t.Parallel()
 	keys, store := new(keyset.Memory), spireapi.NewMemory()
 	bubble(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
@@ -36,7 +36,7 @@ func TestExpiredTokensGo(t *testing.T) {
 			s.token(t)
 		}
 		if tokens, _ := counted(t, store); tokens != 30 {
-			t.Fatalf("%d tokens: one that lives has gone", tokens)
+			t.Fatalf("%d tokens: a valid one was deleted", tokens)
 		}
 		s.stop()
 		again := start(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)})
@@ -50,8 +50,8 @@ func TestExpiredTokensGo(t *testing.T) {
 	})
 }
 
-// TestExpiredAgentsGo has one agent fall silent, one renew and one banned.
-func TestExpiredAgentsGo(t *testing.T) {
+// TestExpiredAgentsAreDeleted: one agent stops, one renews and one is banned.
+func TestExpiredAgentsAreDeleted(t *testing.T) {
 	t.Parallel()
 	store := spireapi.NewMemory()
 	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
@@ -61,8 +61,8 @@ func TestExpiredAgentsGo(t *testing.T) {
 			t.Fatal(err)
 		}
 		busy, _ := s.join(t)
-		forgotten := time.Now().Add(8 * 24 * time.Hour)
-		for time.Now().Before(forgotten) {
+		deleted := time.Now().Add(8 * 24 * time.Hour)
+		for time.Now().Before(deleted) {
 			key, csr := newKey(t)
 			resp, err := s.dial(t, busy).RenewAgent(t.Context(), &agentv1.RenewAgentRequest{Params: &agentv1.AgentX509SVIDParams{Csr: csr}})
 			if err != nil {
@@ -70,7 +70,7 @@ func TestExpiredAgentsGo(t *testing.T) {
 			}
 			busy = newIdentity(t, resp.GetSvid(), key)
 			if agents, err := s.Agents(t.Context()); err != nil || len(agents) != 3 {
-				t.Fatalf("%v before its time: %v, %v", time.Until(forgotten), agents, err)
+				t.Fatalf("%v before its time: %v, %v", time.Until(deleted), agents, err)
 			}
 			time.Sleep(12 * time.Hour)
 			s.token(t)
@@ -88,7 +88,7 @@ func TestExpiredAgentsGo(t *testing.T) {
 		if len(left) != 2 || left[silent.id] || !left[busy.id] || !left[banned.id] {
 			t.Errorf("left are %v", left)
 		}
-		// The busy one has ended its life, too, and is looked at again.
+		// The retention of the one that renewed is over, too.
 		time.Sleep(9 * 24 * time.Hour)
 		s.token(t)
 		if _, agents := counted(t, store); agents != 1 {
@@ -97,7 +97,7 @@ func TestExpiredAgentsGo(t *testing.T) {
 	})
 }
 
-// stuck is a storage that for a while deletes nothing, and counts the tries.
+// stuck is a storage whose deletions fail for a while, and which counts them.
 type stuck struct {
 	*spireapi.Memory
 	on    atomic.Bool
@@ -112,9 +112,9 @@ func (s *stuck) TakeToken(ctx context.Context, value string) (spireapi.Token, er
 	return s.Memory.TakeToken(ctx, value)
 }
 
-// TestForgettingIsCalm bounds what one call forgets, and leaves to the next one
-// what did not work.
-func TestForgettingIsCalm(t *testing.T) {
+// TestSweepIsBounded: one call deletes a bounded number of tokens, and a failed
+// deletion is retried later.
+func TestSweepIsBounded(t *testing.T) {
 	t.Parallel()
 	store := &stuck{Memory: spireapi.NewMemory()}
 	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
@@ -134,7 +134,7 @@ func TestForgettingIsCalm(t *testing.T) {
 				t.Errorf("%d tokens after call %d, want %d", tokens, i, want)
 			}
 		}
-		// The one that could not be deleted has not kept the others, and goes now.
+		// The one that could not be deleted has not blocked the others, and is deleted now.
 		time.Sleep(time.Hour + time.Second)
 		s.token(t)
 		if tokens, _ := counted(t, store); tokens != 1 {
@@ -143,14 +143,14 @@ func TestForgettingIsCalm(t *testing.T) {
 	})
 }
 
-// TestNothingGoesByAClockThatIsAhead: a clock that is years ahead of what is sure makes
-// nobody forgotten.
-func TestNothingGoesByAClockThatIsAhead(t *testing.T) {
+// TestClockAheadDeletesNothing: a clock that is years ahead of the lower bound of
+// the time deletes no agent.
+func TestClockAheadDeletesNothing(t *testing.T) {
 	t.Parallel()
 	store := spireapi.NewMemory()
 	var ahead atomic.Int64
 	now := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
-	bubble(t, spireapi.Config{Storage: store, Now: now, Sure: time.Now}, func(t *testing.T, s *running) {
+	bubble(t, spireapi.Config{Storage: store, Now: now, AtLeast: time.Now}, func(t *testing.T, s *running) {
 		s.join(t)
 		s.token(t)
 		ahead.Store(int64(5 * 365 * 24 * time.Hour))

@@ -13,16 +13,16 @@ import (
 )
 
 const (
-	// maxAuthorities is the most authorities in one report: as many tainted or
-	// removed ones as nobody has at a time.
+	// maxAuthorities is the most authorities in one report: far more than are
+	// tainted or removed at a time.
 	maxAuthorities = 64
-	// maxAuthorityID is the most characters of an authority's ID.
+	// maxAuthorityID is the most characters in an authority's ID.
 	maxAuthorityID = 128
-	// maxCount and maxRate are more than any node has, so that sums over a fleet
-	// mean something whatever an agent says.
+	// maxCount and maxRate are more than any node has. They keep sums over a fleet
+	// meaningful whatever an agent reports.
 	maxCount = math.MaxInt32
 	maxRate  = 1e6
-	// maxProcess is the most bytes of the ID of an agent's process.
+	// maxProcess is the most bytes in the ID of an agent's process.
 	maxProcess = 64
 )
 
@@ -31,8 +31,8 @@ type fleetService struct {
 	s *Server
 }
 
-// Report takes an agent's word on what it holds. It can speak of itself only:
-// who it is is what its SVID says.
+// Report stores an agent's report on the SVIDs that it holds. The agent is the one
+// that its SVID identifies, so an agent can report on itself only.
 func (f *fleetService) Report(ctx context.Context, req *api.ReportRequest) (*api.ReportResponse, error) {
 	id, err := caller(ctx)
 	if err != nil {
@@ -49,7 +49,7 @@ func (f *fleetService) Report(ctx context.Context, req *api.ReportRequest) (*api
 		if ctx.Err() != nil {
 			return nil, status.FromContextError(ctx.Err()).Err()
 		}
-		f.s.log.Error("report could not be stored", "agent_id", id.String(), "error", err)
+		f.s.log.Error("report not stored", "agent_id", id.String(), "error", err)
 		return nil, status.Error(codes.Unavailable, "failed to store the report")
 	}
 	return &api.ReportResponse{}, nil
@@ -64,7 +64,7 @@ func checkReport(req *api.ReportRequest) (ledger.Report, error) {
 	case math.IsNaN(rate) || rate < 0 || rate > maxRate:
 		return wrong("taint_rate: %v is not within 0 to %v", rate, float64(maxRate))
 	case n > maxAuthorities:
-		return wrong("authorities: there are %d, %d at most", n, maxAuthorities)
+		return wrong("authorities: has %d elements, more than %d", n, maxAuthorities)
 	case len(req.GetProcess()) > maxProcess:
 		return wrong("process: is longer than %d bytes", maxProcess)
 	}

@@ -29,9 +29,9 @@ func (c *client) report(ctx context.Context, req *api.ReportRequest) error {
 
 func TestReport(t *testing.T) {
 	t.Parallel()
-	b := newBook()
+	b := newFakeLedger()
 	bubble(t, spireapi.Config{Ledger: b}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		begins := time.Now().Add(30 * time.Second).UTC()
 		err := c.report(t.Context(), &api.ReportRequest{
 			BundleSequence: 7, TaintRate: 20, Process: []byte("p"), Number: 3,
@@ -43,7 +43,7 @@ func TestReport(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		want := map[string]ledger.Report{who.id.String(): {
+		want := map[string]ledger.Report{caller.id.String(): {
 			Sequence: 7, Rate: 20, Process: "p", Number: 3,
 			Authorities: []ledger.AuthorityReport{
 				{Authority: "old", Tainted: true, Pending: 3, Streams: 2, BeginsAt: begins},
@@ -58,26 +58,26 @@ func TestReport(t *testing.T) {
 	})
 }
 
-// TestReportsOfAClone has a node and its clone report that they have replaced
-// everything, with the same SVID, each on a connection of its own.
+// TestReportsOfAClone: a node and its clone, with the same SVID and each on its own
+// connection, report that they have replaced everything.
 func TestReportsOfAClone(t *testing.T) {
 	t.Parallel()
 	l := openLedger(t)
 	bubble(t, spireapi.Config{Ledger: l}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		old := s.Keysets().Active()
 		next, err := s.Keysets().Prepare(t.Context())
 		check(t, err)
 		check(t, s.Keysets().Activate(t.Context(), next.ID))
 		check(t, s.Keysets().Taint(t.Context(), old.ID))
-		node, clone := s.dial(t, who), s.dial(t, who)
+		node, clone := s.dial(t, caller), s.dial(t, caller)
 		settled := func(c *client, process string, number uint64) {
 			t.Helper()
 			check(t, c.report(t.Context(), &api.ReportRequest{Process: []byte(process), Number: number, Authorities: []*api.AuthorityReport{
 				{AuthorityId: old.X509AuthorityID, Tainted: true, Settled: true},
 			}}))
 			if l.X509(old.X509AuthorityID, true).Clear {
-				t.Errorf("safe, on the word of %s", process)
+				t.Errorf("safe by the report of %s", process)
 			}
 		}
 		check(t, node.report(t.Context(), &api.ReportRequest{Process: []byte("node"), Number: 1}))
@@ -86,21 +86,21 @@ func TestReportsOfAClone(t *testing.T) {
 			settled(node, "node", i+2)
 			time.Sleep(time.Minute)
 		}
-		if got := l.Duplicated(); len(got) != 1 || got[0] != who.id.String() {
+		if got := l.Duplicated(); len(got) != 1 || got[0] != caller.id.String() {
 			t.Errorf("duplicated are %v", got)
 		}
-		check(t, s.EvictAgent(t.Context(), who.id, true))
+		check(t, s.EvictAgent(t.Context(), caller.id, true))
 		if got := l.Duplicated(); len(got) > 0 || !l.X509(old.X509AuthorityID, true).Clear {
 			t.Errorf("evicted and gone: duplicated are %v, %+v", got, l.X509(old.X509AuthorityID, true))
 		}
 	})
 }
 
-// TestReportIsForAgents has everybody else refused, and an agent heard about
-// itself only.
+// TestReportIsForAgents: other callers are refused, and an agent reports on itself
+// only.
 func TestReportIsForAgents(t *testing.T) {
 	t.Parallel()
-	b := newBook()
+	b := newFakeLedger()
 	bubble(t, spireapi.Config{Ledger: b}, func(t *testing.T, s *running) {
 		wantCode(t, s.dial(t, nil).report(t.Context(), &api.ReportRequest{}), codes.PermissionDenied, notAttested)
 
@@ -110,8 +110,8 @@ func TestReportIsForAgents(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			who := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: path}}, key)
-			wantCode(t, s.dial(t, who).report(t.Context(), &api.ReportRequest{}), codes.PermissionDenied, notAttested)
+			caller := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: path}}, key)
+			wantCode(t, s.dial(t, caller).report(t.Context(), &api.ReportRequest{}), codes.PermissionDenied, notAttested)
 		}
 
 		one, oneConn := s.join(t)
@@ -136,7 +136,7 @@ func TestReportIsForAgents(t *testing.T) {
 
 func TestReportRefuses(t *testing.T) {
 	t.Parallel()
-	b := newBook()
+	b := newFakeLedger()
 	bubble(t, spireapi.Config{Ledger: b}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
 		of := func(all ...*api.AuthorityReport) *api.ReportRequest { return &api.ReportRequest{Authorities: all} }
@@ -182,7 +182,7 @@ func TestReportRefuses(t *testing.T) {
 	})
 }
 
-func TestNoLedgerTakesNoReports(t *testing.T) {
+func TestNoReportsWithoutLedger(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
 		_, c := s.join(t)
@@ -190,7 +190,7 @@ func TestNoLedgerTakesNoReports(t *testing.T) {
 	})
 }
 
-// writes is a storage that counts what is written of agents.
+// writes is a storage that counts the updates of agents.
 type writes struct {
 	*spireapi.Memory
 	n atomic.Int64
@@ -201,13 +201,13 @@ func (w *writes) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*s
 	return w.Memory.UpdateAgent(ctx, id, change)
 }
 
-// TestPostStatusTellsTheLedger posts as an agent does each minute: only a new
-// version is written.
-func TestPostStatusTellsTheLedger(t *testing.T) {
+// TestPostStatusReachesLedger posts as an agent does each minute: storage is written
+// only for a new version.
+func TestPostStatusReachesLedger(t *testing.T) {
 	t.Parallel()
-	b, store := newBook(), &writes{Memory: spireapi.NewMemory()}
+	b, store := newFakeLedger(), &writes{Memory: spireapi.NewMemory()}
 	bubble(t, spireapi.Config{Ledger: b, Storage: store}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		post := func(version string, sequence uint64) {
 			t.Helper()
 			if _, err := c.PostStatus(t.Context(), &agentv1.PostStatusRequest{AgentVersion: version, CurrentBundleSerial: sequence}); err != nil {
@@ -215,18 +215,18 @@ func TestPostStatusTellsTheLedger(t *testing.T) {
 			}
 		}
 		post("1.0", 0)
-		if sequence, heard := b.applied[who.id.String()]; !heard || sequence > 0 {
-			t.Errorf("who says nothing of a bundle: heard of %v, applies %d", heard, sequence)
+		if sequence, heard := b.applied[caller.id.String()]; !heard || sequence > 0 {
+			t.Errorf("status without a bundle: contact %v, applies %d", heard, sequence)
 		}
 		before := store.n.Load()
 		for i := range 10 {
 			post("1.0", uint64(i+1))
 		}
-		if n := store.n.Load() - before; n != 0 || b.applied[who.id.String()] != 10 {
+		if n := store.n.Load() - before; n != 0 || b.applied[caller.id.String()] != 10 {
 			t.Errorf("%d writes; applied is %v", n, b.applied)
 		}
 		post("1.1", 10)
-		if a, err := store.Agent(t.Context(), who.id); err != nil || a.Version != "1.1" || store.n.Load() != before+1 {
+		if a, err := store.Agent(t.Context(), caller.id); err != nil || a.Version != "1.1" || store.n.Load() != before+1 {
 			t.Errorf("%v, %v after %d writes", a, err, store.n.Load()-before)
 		}
 	})

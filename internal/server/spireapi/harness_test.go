@@ -50,7 +50,7 @@ type running struct {
 // listener counts the connections that it accepts.
 type listener struct {
 	*bufconn.Listener
-	from     net.Addr // where they come from; nowhere in particular when nil
+	from     net.Addr // their remote address, if not nil
 	accepted atomic.Int64
 }
 
@@ -66,7 +66,7 @@ func (l *listener) Accept() (net.Conn, error) {
 	return conn, nil
 }
 
-// connFrom is a connection that comes from an address.
+// connFrom is a connection with a given remote address.
 type connFrom struct {
 	net.Conn
 	from net.Addr
@@ -74,8 +74,8 @@ type connFrom struct {
 
 func (c *connFrom) RemoteAddr() net.Addr { return c.from }
 
-// bubble runs f with a server in a bubble of its own, where time is simulated
-// and a goroutine that is left over fails the test.
+// bubble runs f with a server in its own synctest bubble. A goroutine that is left
+// over fails the test.
 func bubble(t *testing.T, c spireapi.Config, f func(t *testing.T, s *running)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) { f(t, start(t, c)) })
@@ -128,13 +128,13 @@ type client struct {
 }
 
 // dial connects, authenticating the server by its SPIFFE ID; who may be nil.
-func (r *running) dial(t testing.TB, who *identity) *client {
+func (r *running) dial(t testing.TB, caller *identity) *client {
 	t.Helper()
 	authorities := x509bundle.FromX509Authorities(td, r.Keysets().Bundle().Certificates())
 	config := tlsconfig.TLSClientConfig(authorities, tlsconfig.AuthorizeID(serverID))
 	config.MinVersion = tls.VersionTLS12
-	if who != nil {
-		svid := &x509svid.SVID{ID: who.id, Certificates: who.chain, PrivateKey: who.key}
+	if caller != nil {
+		svid := &x509svid.SVID{ID: caller.id, Certificates: caller.chain, PrivateKey: caller.key}
 		config = tlsconfig.MTLSClientConfig(svid, authorities, tlsconfig.AuthorizeID(serverID))
 	}
 	return r.dialTLS(t, credentials.NewTLS(config))
@@ -196,7 +196,7 @@ func (c *client) attest(ctx context.Context, kind, payload string, csr []byte) (
 	return resp.GetResult().GetSvid(), nil
 }
 
-// token makes a join token of one minute.
+// token makes a join token that is valid for one minute.
 func (r *running) token(t testing.TB) string {
 	t.Helper()
 	token, err := r.CreateJoinToken(t.Context(), time.Minute)
@@ -206,7 +206,7 @@ func (r *running) token(t testing.TB) string {
 	return token.Value
 }
 
-// apply makes entries all there are.
+// apply replaces all entries.
 func (r *running) apply(t testing.TB, entries []spireapi.Entry) spireapi.Diff {
 	t.Helper()
 	diff, err := r.ApplyEntries(t.Context(), entries, false)
@@ -216,8 +216,7 @@ func (r *running) apply(t testing.TB, entries []spireapi.Entry) spireapi.Diff {
 	return diff
 }
 
-// join lets a new agent in and returns its identity with a connection that
-// uses it.
+// join attests a new agent and returns its identity and a connection that uses it.
 func (r *running) join(t testing.TB) (*identity, *client) {
 	t.Helper()
 	token := r.token(t)
@@ -226,25 +225,24 @@ func (r *running) join(t testing.TB) (*identity, *client) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	who := newIdentity(t, svid, key)
-	return who, r.dial(t, who)
+	caller := newIdentity(t, svid, key)
+	return caller, r.dial(t, caller)
 }
 
 func newIdentity(t testing.TB, svid *types.X509SVID, key crypto.Signer) *identity {
 	t.Helper()
-	who := &identity{id: spiffeid.RequireFromPath(td, svid.GetId().GetPath()), key: key}
+	caller := &identity{id: spiffeid.RequireFromPath(td, svid.GetId().GetPath()), key: key}
 	for _, der := range svid.GetCertChain() {
 		cert, err := x509.ParseCertificate(der)
 		if err != nil {
 			t.Fatal(err)
 		}
-		who.chain = append(who.chain, cert)
+		caller.chain = append(caller.chain, cert)
 	}
-	return who
+	return caller
 }
 
-// wantCode fails the test unless err has the code and, where one is given, the
-// reason for a refusal.
+// wantCode fails the test unless err has the code and, if one is given, the reason.
 func wantCode(t *testing.T, err error, code codes.Code, reason ...types.PermissionDeniedDetails_Reason) {
 	t.Helper()
 	st := status.Convert(err)
@@ -272,7 +270,7 @@ func entry(id string, change ...func(*spireapi.Entry)) spireapi.Entry {
 	return e
 }
 
-// check fails the test at once for an error.
+// check fails the test if err is not nil.
 func check(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {

@@ -21,8 +21,8 @@ func openLedger(t testing.TB) *ledger.Ledger {
 	return l
 }
 
-// TestRotationWithALedger carries two agents through a rotation: one says that
-// it has replaced everything, the other that it is gone by an operator's word.
+// TestRotationWithALedger takes two agents through a rotation: one reports that it
+// has replaced everything, and the node of the other is confirmed gone.
 func TestRotationWithALedger(t *testing.T) {
 	t.Parallel()
 	l := openLedger(t)
@@ -65,7 +65,7 @@ func TestRotationWithALedger(t *testing.T) {
 		}
 		holds(8, 2, false)
 		mint(good)
-		holds(8, 2, false) // what it has been given may not have arrived
+		holds(8, 2, false) // the replacements may not have arrived
 
 		_, err = good.PostStatus(t.Context(), &agentv1.PostStatusRequest{CurrentBundleSerial: s.Keysets().Bundle().Sequence})
 		if err != nil {

@@ -19,7 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 )
 
-// budget is what calls of one kind draw from.
+// budget is the kind of rate limit that a call counts against.
 type budget int
 
 const (
@@ -28,17 +28,17 @@ const (
 	signingJWT
 	posting
 	reporting
-	budgets // how many there are
+	budgets // the number of budgets
 )
 
-// perSecond are the budgets of one client, those of a SPIRE server. What a
-// second gives is also what can be saved up. Reports are limited like statuses,
-// which they accompany, and apart from them: an agent sends one of each a
-// minute, and during a wave a report every few seconds.
+// perSecond are the rate limits of one client, those of a SPIRE server. The burst
+// is the same number. Reports have a limit of their own, the same as statuses: an
+// agent sends one of each a minute, and a report every few seconds during a taint
+// wave.
 var perSecond = [budgets]int{attesting: 1, signingX509: maxBatch, signingJWT: 500, posting: 10, reporting: 10}
 
-// limited are the methods that are limited. Of a batch, each item counts.
-var limited = map[string]budget{
+// methodBudgets are the methods that are limited. Each item of a batch counts.
+var methodBudgets = map[string]budget{
 	agentv1.Agent_AttestAgent_FullMethodName:    attesting,
 	agentv1.Agent_RenewAgent_FullMethodName:     signingX509,
 	svidv1.SVID_BatchNewX509SVID_FullMethodName: signingX509,
@@ -48,96 +48,92 @@ var limited = map[string]budget{
 }
 
 const (
-	// maxPatience is the longest that a call waits for its turn. It is less
-	// than graceAge, so that no call is cut off after it has had its turn.
-	maxPatience = 30 * time.Second
+	// maxWait is the longest that a call is delayed. It is less than graceAge, so
+	// that a call is not cut off after its delay.
+	maxWait = 30 * time.Second
 	// maxWaiting is how many calls of one client may wait for one budget: more
 	// than one connection can have open, and no more requests in memory than two
 	// connections can send.
 	maxWaiting = 2 * maxStreams
-	// maxClients is how many clients are told apart: 50 MB at most. They are
-	// found by their own handshakes, which nobody can make in another's name.
+	// maxClients is how many clients are distinguished, which takes 50 MB at most.
+	// A client needs a handshake to be counted, so its address cannot be forged.
 	maxClients = 1 << 16
-	// maxOfSite is how many clients of one IPv6 /48 are told apart. The others of it
-	// are one client together: a /48 has as many /64s as maxClients.
-	maxOfSite = 1 << 10
-	// generationTime is how long a client is remembered at least. It is more than
-	// the minute between two statuses of an agent, and more than maxPatience
-	// and a second, when every budget is full again: so to be forgotten is of
-	// no use to anybody.
+	// maxPerSite is how many clients of one IPv6 /48 are distinguished. The others
+	// of that /48 share one budget: a /48 has as many /64s as maxClients.
+	maxPerSite = 1 << 10
+	// generationTime is how long an idle client is kept at least. It is more than
+	// the minute between two statuses of an agent, and more than maxWait and a
+	// second, after which every budget is full: so a client gains nothing by being
+	// evicted.
 	generationTime = 2 * time.Minute
-	// connecting stands in the metrics for the method of a connection that is
-	// refused.
+	// connecting is the method, in the metrics, of a connection that is refused.
 	connecting = "connect"
 )
 
-// limits is what every client may ask for, as [listen.Client] tells them apart. Who
-// comes without an IP address is not limited.
+// limits are the rate limits of all clients, as [listen.Client] distinguishes them.
+// A client without an IP address is not limited.
 //
-// Clients are kept in two generations. Who is seen is in the young one; when that
-// is old enough it becomes the old one, and who was in the old one until
-// then is forgotten. Time alone does that, never the number of clients: when
-// maxClients are known, those that are not are one client together, and the known
-// ones keep what they have.
+// Clients are kept in two generations. A client that makes a call is moved to the
+// young one. After generationTime the old generation is evicted, and the young one
+// becomes the old one. The number of clients never causes an eviction: once
+// maxClients are kept, all further clients share the overflow client.
 type limits struct {
 	observer Observer
 	lines    *listen.Lines
 
 	mu         sync.Mutex // never held while a call waits
 	young, old generation
-	born       time.Time // of the young generation
-	strangers  client    // who comes when maxClients are known
+	createdAt  time.Time // of the young generation
+	overflow   client    // shared by all clients beyond maxClients
 }
 
-// generation is the clients that were seen in a time, and how many of each site
-// they are.
+// generation holds clients, and how many there are of each site.
 type generation struct {
 	clients map[netip.Prefix]*client
-	of      map[netip.Prefix]int
+	perSite map[netip.Prefix]int
 }
 
 func newGeneration() generation {
-	return generation{clients: make(map[netip.Prefix]*client), of: make(map[netip.Prefix]int)}
+	return generation{clients: make(map[netip.Prefix]*client), perSite: make(map[netip.Prefix]int)}
 }
 
 func (g generation) add(from netip.Prefix, c *client) {
 	g.clients[from] = c
 	if site := listen.Site(from); site.IsValid() {
-		g.of[site]++
+		g.perSite[site]++
 	}
 }
 
 func (g generation) remove(from netip.Prefix) {
 	delete(g.clients, from)
 	if site := listen.Site(from); site.IsValid() {
-		if g.of[site]--; g.of[site] == 0 {
-			delete(g.of, site)
+		if g.perSite[site]--; g.perSite[site] == 0 {
+			delete(g.perSite, site)
 		}
 	}
 }
 
-// client is what one client has left. It is guarded by limits.mu.
+// client holds the budgets of one client. It is guarded by limits.mu.
 type client struct{ queues [budgets]queue }
 
-// queue is a budget with the calls that wait for it, first come, first served.
+// queue is a budget and the number of calls that wait for it, in order of arrival.
 type queue struct {
 	tokens  *rate.Limiter // nil before the first call
 	waiting int
 }
 
 func newLimits(observer Observer, lines *listen.Lines) *limits {
-	return &limits{observer: observer, lines: lines, young: newGeneration(), old: newGeneration(), born: time.Now()}
+	return &limits{observer: observer, lines: lines, young: newGeneration(), old: newGeneration(), createdAt: time.Now()}
 }
 
-// wait returns when a call of n items may go on, and whether it had to wait for
-// that. It waits until ctx ends, with the error of that, but no longer than
-// maxPatience, and not longer than half of the time that the caller gives: of the
-// rest it needs some to be served, and a join token that is spent for
-// nobody is lost. A call whose turn would come later is refused at once, with
-// ResourceExhausted, and has used up nothing.
+// wait returns when a call of n items may proceed, and whether it was delayed. It
+// waits for maxWait at most, and at most half of the time until ctx's deadline: the
+// call needs the rest, and a join token that is spent for a caller that has left is
+// lost. A call that would have to wait longer is refused at once, with
+// ResourceExhausted, and does not count. If ctx ends, its error is returned.
 func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, err error) {
-	kind, ok := limited[method]
-	if !ok || n > perSecond[kind] { // such a batch is refused whenever it comes
+	kind, ok := methodBudgets[method]
+	if !ok || n > perSecond[kind] { // the method refuses such a batch
 		return false, nil
 	}
 	p, ok := peer.FromContext(ctx)
@@ -150,7 +146,7 @@ func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, e
 	}
 	l.mu.Lock()
 	now := time.Now()
-	c := l.find(from, now)
+	c := l.findLocked(from, now)
 	q := &c.queues[kind]
 	if q.tokens == nil {
 		q.tokens = rate.NewLimiter(rate.Limit(perSecond[kind]), perSecond[kind])
@@ -176,47 +172,47 @@ func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, e
 	case ctx.Err() != nil:
 		err = status.FromContextError(ctx.Err()).Err()
 	case err != nil || !room:
-		err = status.Errorf(codes.ResourceExhausted, "more than %d a second are asked for from %s: try again later", perSecond[kind], from)
+		err = status.Errorf(codes.ResourceExhausted, "rate limit of %d a second exceeded by %s: try again later", perSecond[kind], from)
 		refused = err
 	}
-	l.tell(from, path.Base(method), refused)
+	l.report(from, path.Base(method), refused)
 	return true, err
 }
 
-// turn waits for n tokens, as long as is worthwhile.
+// turn waits for n tokens.
 func (q *queue) turn(ctx context.Context, n int) error {
-	patience := maxPatience
+	limit := maxWait
 	if end, ok := ctx.Deadline(); ok {
-		patience = min(patience, time.Until(end)/2)
+		limit = min(limit, time.Until(end)/2)
 	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
 	return q.tokens.WaitN(ctx, n)
 }
 
-// find returns a client as it is known. The caller holds mu.
-func (l *limits) find(from netip.Prefix, now time.Time) *client {
-	if now.Sub(l.born) >= generationTime {
-		l.old, l.young, l.born = l.young, newGeneration(), now
+// findLocked returns a client, which is added if there is room.
+func (l *limits) findLocked(from netip.Prefix, now time.Time) *client {
+	if now.Sub(l.createdAt) >= generationTime {
+		l.old, l.young, l.createdAt = l.young, newGeneration(), now
 	}
-	c := l.known(from)
-	if site := listen.Site(from); c == nil && site.IsValid() && l.young.of[site]+l.old.of[site] >= maxOfSite {
+	c := l.touchLocked(from)
+	if site := listen.Site(from); c == nil && site.IsValid() && l.young.perSite[site]+l.old.perSite[site] >= maxPerSite {
 		from = site
-		c = l.known(site)
+		c = l.touchLocked(site)
 	}
 	switch {
 	case c != nil:
 		return c
 	case len(l.young.clients)+len(l.old.clients) >= maxClients:
-		return &l.strangers
+		return &l.overflow
 	}
 	c = new(client)
 	l.young.add(from, c)
 	return c
 }
 
-// known returns a client that is kept, which stays so; nil for another.
-func (l *limits) known(from netip.Prefix) *client {
+// touchLocked returns a client, moved to the young generation; nil if it is not kept.
+func (l *limits) touchLocked(from netip.Prefix) *client {
 	if c, ok := l.young.clients[from]; ok {
 		return c
 	}
@@ -229,23 +225,23 @@ func (l *limits) known(from netip.Prefix) *client {
 	return c
 }
 
-// refuse takes note of what listen.Serve refused.
+// refuse reports a call or connection that listen.Serve refused.
 func (l *limits) refuse(from netip.Prefix, method string, reason error) {
 	if method == "" {
 		method = connecting
 	}
-	l.tell(from, path.Base(method), reason)
+	l.report(from, path.Base(method), reason)
 }
 
-// tell counts what found no room, and has it logged now and then: refused is why a
-// call or a connection is refused, nil when it only had to wait.
-func (l *limits) tell(from netip.Prefix, method string, refused error) {
+// report counts and logs a call or connection that exceeded a limit. refused is why
+// it is refused, nil if it was delayed.
+func (l *limits) report(from netip.Prefix, method string, refused error) {
 	l.observer.Limited(method)
-	client := listen.Name(from)
-	about := []any{"client", client, "method", method}
+	address := listen.Name(from)
+	attrs := []any{"address", address, "method", method}
 	if refused == nil {
-		l.lines.Note(slog.LevelInfo, "rate limited, calls delayed", client, about...)
+		l.lines.Note(slog.LevelInfo, "rate limited, calls delayed", address, attrs...)
 		return
 	}
-	l.lines.Note(slog.LevelWarn, "rate limited, calls rejected", client, append(about, "error", refused)...)
+	l.lines.Note(slog.LevelWarn, "rate limited, calls rejected", address, append(attrs, "error", refused)...)
 }

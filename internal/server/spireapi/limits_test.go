@@ -22,7 +22,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// from is the same server as clients at an IP address reach it.
+// from returns the same server, reached from an IP address.
 func (r *running) from(t testing.TB, ip string) *running {
 	t.Helper()
 	return serveOn(t, r.Server, &listener{
@@ -30,7 +30,7 @@ func (r *running) from(t testing.TB, ip string) *running {
 	})
 }
 
-// took is how long f takes. An error of f fails the test.
+// took returns how long f takes. An error of f fails the test.
 func took(t *testing.T, f func() error) time.Duration {
 	t.Helper()
 	begin := time.Now()
@@ -40,7 +40,7 @@ func took(t *testing.T, f func() error) time.Duration {
 	return time.Since(begin)
 }
 
-// items asks for n X.509-SVIDs at once.
+// items asks for n X.509-SVIDs in one batch.
 func (c *client) items(ctx context.Context, t *testing.T, n int) error {
 	_, csr := newKey(t)
 	_, err := c.BatchNewX509SVID(ctx, &svidv1.BatchNewX509SVIDRequest{
@@ -60,22 +60,23 @@ func (c *client) jwt(ctx context.Context) error {
 	return err
 }
 
-// knock attests with a token that does not exist: it uses up no token.
+// knock attests with a token that does not exist.
 func (c *client) knock(ctx context.Context) error {
 	_, err := c.attest(ctx, "join_token", "guessed", []byte("x"))
 	if status.Code(err) == codes.InvalidArgument {
-		return nil // it was looked at
+		return nil // it was not limited
 	}
 	return err
 }
 
-// TestLimits has a client do at once what a second gives, and then more.
+// TestLimits: a client makes as many calls at once as the limit of a second, and
+// then more.
 func TestLimits(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name string
 		rate int
-		many func(t *testing.T, c *client) error // draws all that a second gives
+		many func(t *testing.T, c *client) error // uses up the limit of a second
 		one  func(t *testing.T, c *client) error
 	}{
 		{
@@ -89,7 +90,7 @@ func TestLimits(t *testing.T) {
 			func(t *testing.T, c *client) error { return c.items(t.Context(), t, 1) },
 		},
 		{
-			"RenewAgent", 500, // together with BatchNewX509SVID
+			"RenewAgent", 500, // shared with BatchNewX509SVID
 			func(t *testing.T, c *client) error {
 				return errors.Join(c.items(t.Context(), t, 200), c.renew(t.Context(), t), c.items(t.Context(), t, 299))
 			},
@@ -107,7 +108,7 @@ func TestLimits(t *testing.T) {
 		},
 		{
 			"Report", 10,
-			func(t *testing.T, c *client) error { // not together with PostStatus
+			func(t *testing.T, c *client) error { // not shared with PostStatus
 				return times(10, func() error { return errors.Join(c.report(t.Context(), &api.ReportRequest{}), c.ping(t.Context())) })
 			},
 			func(t *testing.T, c *client) error { return c.report(t.Context(), &api.ReportRequest{}) },
@@ -116,10 +117,10 @@ func TestLimits(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			seen := &counts{by: make(map[string]int)}
-			bubble(t, spireapi.Config{Ledger: newBook(), Observer: seen}, func(t *testing.T, s *running) {
-				who, local := s.join(t)
+			bubble(t, spireapi.Config{Ledger: newFakeLedger(), Observer: seen}, func(t *testing.T, s *running) {
+				caller, local := s.join(t)
 				s.apply(t, []spireapi.Entry{entry("a")})
-				c := s.from(t, "10.0.0.1").dial(t, who)
+				c := s.from(t, "10.0.0.1").dial(t, caller)
 				share := time.Second / time.Duration(tt.rate)
 				if d := took(t, func() error { return tt.many(t, c) }); d != 0 {
 					t.Errorf("what a second gives takes %v", d)
@@ -135,13 +136,13 @@ func TestLimits(t *testing.T) {
 				if n := seen.limited(tt.name); n != 3 {
 					t.Errorf("%d calls are counted as limited, want 3", n)
 				}
-				// Others do not wait: at another address, or at none.
-				for _, other := range []*client{s.from(t, "10.0.0.2").dial(t, who), local, local} {
+				// Clients at another address, or without one, do not wait.
+				for _, other := range []*client{s.from(t, "10.0.0.2").dial(t, caller), local, local} {
 					if d := took(t, func() error { return tt.many(t, other) }); d != 0 {
 						t.Errorf("somebody else waits for %v", d)
 					}
 				}
-				// After a second without calls everything is there again, and not more.
+				// After a second without calls the budget is full again.
 				time.Sleep(time.Hour)
 				if d := took(t, func() error { return tt.many(t, c) }); d != 0 {
 					t.Errorf("what a second gives takes %v after a pause", d)
@@ -163,8 +164,8 @@ func times(n int, f func() error) error {
 	return nil
 }
 
-// TestWhoIsOneClient attests from pairs of addresses.
-func TestWhoIsOneClient(t *testing.T) {
+// TestAddressesOfOneClient attests from pairs of addresses.
+func TestAddressesOfOneClient(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		a, b string
@@ -190,15 +191,14 @@ func TestWhoIsOneClient(t *testing.T) {
 	}
 }
 
-// TestThousandAtOnce is an agent's start: two batches, the second of which
-// waits for its turn.
+// TestThousandAtOnce is an agent's start: two batches, of which the second waits.
 func TestThousandAtOnce(t *testing.T) {
 	t.Parallel()
 	seen := &counts{by: make(map[string]int)}
 	bubble(t, spireapi.Config{Observer: seen}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		s.apply(t, []spireapi.Entry{entry("a")})
-		c := s.from(t, "10.0.0.1").dial(t, who)
+		c := s.from(t, "10.0.0.1").dial(t, caller)
 		// The deadline of a stock agent.
 		ctx, cancel := context.WithTimeout(t.Context(), 30*time.Second)
 		defer cancel()
@@ -210,7 +210,7 @@ func TestThousandAtOnce(t *testing.T) {
 		if d != time.Second {
 			t.Errorf("1,000 SVIDs take %v", d)
 		}
-		// Too much for one call is refused as ever, and costs nothing.
+		// A batch that is too large is refused, and does not count.
 		time.Sleep(time.Second)
 		wantCode(t, c.items(ctx, t, 501), codes.ResourceExhausted)
 		wantCode(t, c.items(ctx, t, 0), codes.InvalidArgument)
@@ -223,16 +223,16 @@ func TestThousandAtOnce(t *testing.T) {
 	})
 }
 
-// TestStrangersDrawNothingOfAgents has somebody without an SVID ask for what is
-// agents' at the address of one.
-func TestStrangersDrawNothingOfAgents(t *testing.T) {
+// TestAnonymousCallsDoNotCountForAgents: a caller without an SVID calls agent-only
+// methods from an agent's address.
+func TestAnonymousCallsDoNotCountForAgents(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
+		caller, _ := s.join(t)
 		at := s.from(t, "10.0.0.1")
-		stranger, c := at.dial(t, nil), at.dial(t, who)
+		anonymous, c := at.dial(t, nil), at.dial(t, caller)
 		for range 50 {
-			wantCode(t, stranger.ping(t.Context()), codes.PermissionDenied, notAttested)
+			wantCode(t, anonymous.ping(t.Context()), codes.PermissionDenied, notAttested)
 		}
 		if d := took(t, func() error { return c.ping(t.Context()) }); d != 0 {
 			t.Errorf("the agent waits for %v", d)
@@ -240,15 +240,15 @@ func TestStrangersDrawNothingOfAgents(t *testing.T) {
 	})
 }
 
-// TestLimitsAreLogged: at most once a minute for each client, with the number of
-// times, and not without bound for all of them.
+// TestLimitsAreLogged: at most once a minute for each client, with a count, and at
+// most so many lines for all clients.
 func TestLimitsAreLogged(t *testing.T) {
 	t.Parallel()
 	log := new(records)
 	seen := &counts{by: make(map[string]int)}
 	bubble(t, spireapi.Config{Log: log.logger(), Observer: seen}, func(t *testing.T, s *running) {
-		who, _ := s.join(t)
-		c := s.from(t, "10.0.0.1").dial(t, who)
+		caller, _ := s.join(t)
+		c := s.from(t, "10.0.0.1").dial(t, caller)
 		hurried, cancel := context.WithTimeout(t.Context(), time.Hour)
 		defer cancel()
 		for range 3 {
@@ -260,8 +260,8 @@ func TestLimitsAreLogged(t *testing.T) {
 		if w, r := len(waits), len(refusals); w < 3 || w > 4 || r < 3 || r > 4 {
 			t.Errorf("%d lines about waiting, %d about refusals in three minutes", w, r)
 		}
-		if r := refusals[0]; r["level"] != "WARN" || r["client"] != "10.0.0.1/32" || r["method"] != "AttestAgent" {
-			t.Errorf("the log does not say who and what: %v", r)
+		if r := refusals[0]; r["level"] != "WARN" || r["address"] != "10.0.0.1/32" || r["method"] != "AttestAgent" {
+			t.Errorf("the log line has the wrong level, address or method: %v", r)
 		}
 		if n := seen.limited("AttestAgent"); n != 3*99 {
 			t.Errorf("%d calls are counted, want all %d", n, 3*99)
@@ -317,8 +317,8 @@ func TestLimitsOverTCP(t *testing.T) {
 		defer cancel()
 		return status.Code((&client{AgentClient: agentv1.NewAgentClient(conn)}).knock(ctx))
 	}
-	// Half of the patience is less than what the second call would have to wait for,
-	// so that it is refused at once, unless this machine is very slow.
+	// Half of the time until the deadline is less than the second call would have to
+	// wait, so it is refused at once, unless this machine is very slow.
 	for range 50 {
 		if knock("127.0.0.1", time.Second) == codes.ResourceExhausted {
 			before := seen.limited("AttestAgent")
@@ -328,5 +328,5 @@ func TestLimitsOverTCP(t *testing.T) {
 			return
 		}
 	}
-	t.Error("nothing was refused")
+	t.Error("no call was refused")
 }

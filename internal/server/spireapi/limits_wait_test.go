@@ -14,8 +14,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// TestWaitingHoldsNothing looks at the ledger while calls that sign wait, and
-// bans their agent: none is served then.
+// TestWaitingHoldsNothing: delayed calls have begun nothing in the ledger. When
+// their agent is banned, none of them is served.
 func TestWaitingHoldsNothing(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
@@ -45,11 +45,11 @@ func TestWaitingHoldsNothing(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			b := newBook()
+			b := newFakeLedger()
 			bubble(t, spireapi.Config{Ledger: b}, func(t *testing.T, s *running) {
-				who, _ := s.join(t)
+				caller, _ := s.join(t)
 				s.apply(t, []spireapi.Entry{entry("a")})
-				c := s.from(t, "10.0.0.1").dial(t, who)
+				c := s.from(t, "10.0.0.1").dial(t, caller)
 				if err := tt.drain(t, c); err != nil {
 					t.Fatal(err)
 				}
@@ -60,7 +60,7 @@ func TestWaitingHoldsNothing(t *testing.T) {
 				if signing, records := b.state(); len(done) > 0 || signing != 0 || records != before {
 					t.Errorf("while it waits: %d answers, %d calls signing, %d records", len(done), signing, records-before)
 				}
-				if err := s.BanAgent(t.Context(), who.id); err != nil {
+				if err := s.BanAgent(t.Context(), caller.id); err != nil {
 					t.Fatal(err)
 				}
 				wantCode(t, <-done, tt.after)
@@ -72,9 +72,8 @@ func TestWaitingHoldsNothing(t *testing.T) {
 	}
 }
 
-// TestAttestThatWaitsKeepsItsToken: it is spent by the call that is served and
-// by no other.
-func TestAttestThatWaitsKeepsItsToken(t *testing.T) {
+// TestDelayedAttestationKeepsToken: only the call that is served spends the token.
+func TestDelayedAttestationKeepsToken(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
 		c := s.from(t, "10.0.0.1").dial(t, nil)
@@ -90,33 +89,33 @@ func TestAttestThatWaitsKeepsItsToken(t *testing.T) {
 		if err := c.knock(t.Context()); err != nil {
 			t.Fatal(err)
 		}
-		// More than half of the time would be over: refused at once.
+		// The delay would take more than half of the time: refused at once.
 		d, err := attest(1900 * time.Millisecond)
 		wantCode(t, err, codes.ResourceExhausted)
 		if d != 0 || !strings.Contains(err.Error(), "10.0.0.1") {
 			t.Errorf("after %v: %v", d, err)
 		}
-		// Given up while it waits.
+		// Canceled while it waits.
 		ctx, cancel := context.WithCancel(t.Context())
 		time.AfterFunc(300*time.Millisecond, cancel)
 		_, err = c.attest(ctx, "join_token", token, csr)
 		wantCode(t, err, codes.Canceled)
 		synctest.Wait()
-		// The two have used up nothing.
+		// The two do not count.
 		if d, err = attest(time.Minute); err != nil || d != 700*time.Millisecond {
-			t.Errorf("let in after %v: %v", d, err)
+			t.Errorf("attested after %v: %v", d, err)
 		}
 		_, err = attest(time.Minute)
 		wantCode(t, err, codes.InvalidArgument)
 	})
 }
 
-// TestPatience floods the slowest limit with callers that would wait for ever.
-func TestPatience(t *testing.T) {
+// TestMaxWait floods the slowest limit with callers that would wait for ever.
+func TestMaxWait(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, _ := s.join(t) // only agents can make that many calls
-		c := s.from(t, "10.0.0.1").dial(t, who)
+		caller, _ := s.join(t) // only agents can make that many calls
+		c := s.from(t, "10.0.0.1").dial(t, caller)
 		if err := c.knock(t.Context()); err != nil {
 			t.Fatal(err)
 		}
@@ -132,8 +131,8 @@ func TestPatience(t *testing.T) {
 	})
 }
 
-// TestWaitingIsBounded has more calls wait than may. That takes several agents and
-// several connections.
+// TestWaitingIsBounded: more calls than may wait. That takes several agents and
+// connections.
 func TestWaitingIsBounded(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
@@ -141,8 +140,8 @@ func TestWaitingIsBounded(t *testing.T) {
 		at := s.from(t, "10.0.0.1")
 		var conns []*client
 		for range 4 {
-			who, _ := s.join(t)
-			conns = append(conns, at.dial(t, who))
+			caller, _ := s.join(t)
+			conns = append(conns, at.dial(t, caller))
 		}
 		if err := conns[0].items(t.Context(), t, 500); err != nil {
 			t.Fatal(err)
@@ -160,7 +159,7 @@ func TestWaitingIsBounded(t *testing.T) {
 				t.Errorf("256 turns take %v", d)
 			}
 		}
-		// Who waits for something else has room of its own.
+		// Each limit has its own bound of waiting calls.
 		done := make(chan map[codes.Code]int, 1)
 		go func() { done <- flood(400, func(i int) error { return conns[i%4].jwt(t.Context()) }) }()
 		synctest.Wait()

@@ -12,9 +12,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// CreateJoinToken makes a token that lets one agent in, once, within ttl. The
-// agent will be spiffe://<trust domain>/spire/agent/join_token/<token>: the
-// token is no secret once it has been used.
+// CreateJoinToken makes a token with which one agent can attest, once, within ttl.
+// The agent's ID will be spiffe://<trust domain>/spire/agent/join_token/<token>:
+// the token is no longer a secret once it has been used.
 func (s *Server) CreateJoinToken(ctx context.Context, ttl time.Duration) (Token, error) {
 	if ttl <= 0 {
 		return Token{}, fmt.Errorf("create join token: lifetime %v is not positive", ttl)
@@ -23,13 +23,13 @@ func (s *Server) CreateJoinToken(ctx context.Context, ttl time.Duration) (Token,
 	if err := s.storage.PutToken(ctx, t); err != nil {
 		return Token{}, fmt.Errorf("create join token: %w", err)
 	}
-	s.remember(expiry{at: t.ExpiresAt, token: t.Value})
+	s.addExpiry(expiry{at: t.ExpiresAt, token: t.Value})
 	s.sweep(ctx)
 	return t, nil
 }
 
-// Agents returns all agents, ordered by ID: also those that are banned or whose
-// SVID has expired lately.
+// Agents returns all agents, ordered by ID, including those that are banned or
+// whose SVID has expired and that are not yet deleted.
 func (s *Server) Agents(ctx context.Context) ([]Agent, error) {
 	agents, err := s.storage.Agents(ctx)
 	if err != nil {
@@ -39,8 +39,8 @@ func (s *Server) Agents(ctx context.Context) ([]Agent, error) {
 	return agents, nil
 }
 
-// BanAgent refuses an agent from now on and for good. It returns ErrNotFound
-// for an agent that is not attested.
+// BanAgent bans an agent: all its calls are refused until it is evicted. It returns
+// ErrNotFound for an agent that is not attested.
 func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
 	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
 		if a == nil {
@@ -56,13 +56,13 @@ func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
 	return nil
 }
 
-// EvictAgent forgets an agent, banned or not: it has to attest again. It
-// returns ErrNotFound for an agent that is not attested.
+// EvictAgent deletes an agent, banned or not: it has to attest again. It returns
+// ErrNotFound for an agent that is not attested.
 //
-// What it was given counts in the ledger until it expires, unless gone is the
-// operator's word that the node no longer exists. With gone ErrNotFound is returned
-// only when the ledger knows nothing of the agent either: it may have been evicted
-// before.
+// SVIDs that were issued to the agent count in the ledger until they expire. With
+// gone, by which the operator confirms that the node no longer exists, they are
+// removed from the ledger. An agent that was evicted before may still be in the
+// ledger: with gone, ErrNotFound is returned only if it is in neither place.
 func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) error {
 	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
 		if a == nil {
@@ -70,13 +70,13 @@ func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) erro
 		}
 		return nil, nil
 	})
-	forgotten := errors.Is(err, ErrNotFound) && gone && s.ledger.Knows(id.String())
-	if err != nil && !forgotten {
+	evictedBefore := errors.Is(err, ErrNotFound) && gone && s.ledger.Knows(id.String())
+	if err != nil && !evictedBefore {
 		return fmt.Errorf("evict agent %s: %w", id, err)
 	}
 	if gone {
-		if err := s.ledger.Gone(ctx, id.String()); err != nil {
-			return fmt.Errorf("evict agent %s: it has to attest again, but what it was given is still counted: %w", id, err)
+		if err := s.ledger.RemoveAgent(ctx, id.String()); err != nil {
+			return fmt.Errorf("evict agent %s: the agent is evicted, but its SVIDs are still counted: %w", id, err)
 		}
 	}
 	s.log.Info("agent evicted", "agent_id", id.String(), "gone", gone)

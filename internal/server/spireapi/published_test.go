@@ -46,7 +46,7 @@ func TestPublishedBundle(t *testing.T) {
 		anyone := s.dial(t, nil)
 		look := func(sequence uint64, n int) {
 			t.Helper()
-			// A mask for one caller leaves the answer to the others whole.
+			// A mask of one caller does not change the answers to others.
 			mask := &types.BundleMask{SequenceNumber: true}
 			if _, err := anyone.GetBundle(t.Context(), &bundlev1.GetBundleRequest{OutputMask: mask}); err != nil {
 				t.Fatal(err)
@@ -77,8 +77,8 @@ func TestPublishedBundle(t *testing.T) {
 		publish()
 		look(3, 3)
 
-		// An agent of the other deployment gets through the handshake, with what a
-		// new authority signed, too; that makes it no agent of this one.
+		// An agent of the other deployment, also one with an SVID of a new authority,
+		// completes the handshake. It is not an agent of this deployment.
 		if err := other.Activate(t.Context(), next.ID); err != nil {
 			t.Fatal(err)
 		}
@@ -88,12 +88,12 @@ func TestPublishedBundle(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		who := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: id.Path()}}, key)
-		wantCode(t, s.dial(t, who).ping(t.Context()), codes.PermissionDenied, notAttested)
+		caller := newIdentity(t, &types.X509SVID{CertChain: [][]byte{svid.DER}, Id: &types.SPIFFEID{Path: id.Path()}}, key)
+		wantCode(t, s.dial(t, caller).ping(t.Context()), codes.PermissionDenied, notAttested)
 	})
 }
 
-// TestRequestsAreBounded sends what is too large, without being anybody.
+// TestRequestsAreBounded sends requests that are too large, anonymously.
 func TestRequestsAreBounded(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
@@ -113,7 +113,7 @@ func TestRequestsAreBounded(t *testing.T) {
 func TestStreamsAreBounded(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		s.apply(t, many(501))
 		var streams []syncStream
 		for range 128 {
@@ -125,7 +125,7 @@ func TestStreamsAreBounded(t *testing.T) {
 		defer cancel()
 		_, err := c.PostStatus(brief, &agentv1.PostStatusRequest{})
 		wantCode(t, err, codes.DeadlineExceeded)
-		if err := s.dial(t, who).ping(t.Context()); err != nil {
+		if err := s.dial(t, caller).ping(t.Context()); err != nil {
 			t.Errorf("another connection: %v", err)
 		}
 		if err := streams[0].CloseSend(); err != nil {

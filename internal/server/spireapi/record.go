@@ -10,54 +10,53 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// Ledger learns of every SVID before it is handed out, and what agents say
-// about those that they hold; a *[ledger.Ledger] is one. It must be safe for
-// concurrent use.
+// Ledger records every SVID before it is sent, and the agents' reports on those
+// that they hold; a *[ledger.Ledger] is one. It must be safe for concurrent use.
 //
-// Every call that signs does it in this order: Begin, sign, Give…, answer, end.
-// So the ledger knows, at any time, of every SVID that somebody could have, and
-// of signatures that it has not been told about yet. When Give… fails
-// nothing is handed out.
+// Every call that signs follows this order: Begin, sign, Record…, answer, end. So
+// at any time the ledger knows every SVID that an agent could have, and how many
+// signatures are in flight. If Record… fails, the SVID is not sent.
 type Ledger interface {
-	// Begin says that something may be signed, with what is the active keyset
-	// now or later, until end is called.
+	// Begin announces a signature with the keyset that is active now or later,
+	// until end is called.
 	Begin() (end func())
-	// GiveX509 and GiveJWT return when it is durable that the SVIDs may be held.
-	GiveX509(ctx context.Context, rows ...ledger.Row) error
-	GiveJWT(ctx context.Context, keyID string, expiresAt time.Time) error
-	// GiveWith is GiveX509 for a row that store makes durable together with something
-	// else; see [ledger.Ledger.GiveWith].
-	GiveWith(ctx context.Context, r ledger.Row, store func(ctx context.Context, give func() ledger.Row) error) error
-	// Report takes an agent's word on what it holds.
+	// RecordX509 and RecordJWT return when it is durable that the SVIDs may be
+	// held.
+	RecordX509(ctx context.Context, rows ...ledger.Row) error
+	RecordJWT(ctx context.Context, keyID string, expiresAt time.Time) error
+	// RecordWith is RecordX509 for a row that store makes durable together with
+	// other data; see [ledger.Ledger.RecordWith].
+	RecordWith(ctx context.Context, r ledger.Row, store func(ctx context.Context, add func() ledger.Row) error) error
+	// Report stores an agent's report on the SVIDs that it holds.
 	Report(ctx context.Context, agent string, r ledger.Report) error
-	// Applied takes an agent's word on the bundle that it applies; zero: it has been
-	// heard of, and does not say.
+	// Applied stores that an agent was in contact and the sequence number of the
+	// bundle that it applies; zero if it did not say.
 	Applied(agent string, sequence uint64)
-	// Knows reports whether there is anything of an agent.
+	// Knows reports whether the ledger has data of an agent.
 	Knows(agent string) bool
-	// Gone takes an operator's word that the agent's node does not exist.
-	Gone(ctx context.Context, agent string) error
+	// RemoveAgent removes the rows of an agent whose node no longer exists.
+	RemoveAgent(ctx context.Context, agent string) error
 }
 
-// unrecorded is what a caller is told when the ledger could not be written.
-func (s *Server) unrecorded(ctx context.Context, err error) error {
+// recordError logs an error of the ledger and returns the error for the caller.
+func (s *Server) recordError(ctx context.Context, err error) error {
 	if ctx.Err() != nil {
 		return status.FromContextError(ctx.Err()).Err()
 	}
-	s.log.Error("ledger could not be written: nothing is handed out", "error", err)
-	return status.Error(codes.Unavailable, "failed to record what was signed")
+	s.log.Error("ledger not written, SVIDs not sent", "error", err)
+	return status.Error(codes.Unavailable, "failed to record the SVIDs")
 }
 
-// noLedger is the Ledger of a server without one.
-type noLedger struct{}
+// noopLedger is the Ledger of a server without one.
+type noopLedger struct{}
 
-func (noLedger) Begin() func()                                 { return func() {} }
-func (noLedger) GiveX509(context.Context, ...ledger.Row) error { return nil }
-func (noLedger) GiveWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
+func (noopLedger) Begin() func()                                   { return func() {} }
+func (noopLedger) RecordX509(context.Context, ...ledger.Row) error { return nil }
+func (noopLedger) RecordWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
 	return store(ctx, func() ledger.Row { return r })
 }
-func (noLedger) GiveJWT(context.Context, string, time.Time) error    { return nil }
-func (noLedger) Report(context.Context, string, ledger.Report) error { return nil }
-func (noLedger) Applied(string, uint64)                              {}
-func (noLedger) Knows(string) bool                                   { return false }
-func (noLedger) Gone(context.Context, string) error                  { return nil }
+func (noopLedger) RecordJWT(context.Context, string, time.Time) error  { return nil }
+func (noopLedger) Report(context.Context, string, ledger.Report) error { return nil }
+func (noopLedger) Applied(string, uint64)                              {}
+func (noopLedger) Knows(string) bool                                   { return false }
+func (noopLedger) RemoveAgent(context.Context, string) error           { return nil }

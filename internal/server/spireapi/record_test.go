@@ -22,8 +22,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// signing is every way to have something signed. Each returns what the server
-// handed out.
+// signing are all calls that sign. Each returns the SVID that the server sent.
 var signing = map[string]func(ctx context.Context, t *testing.T, s *running, c *client) (any, error){
 	"AttestAgent": func(ctx context.Context, t *testing.T, s *running, _ *client) (any, error) {
 		_, csr := newKey(t)
@@ -59,11 +58,11 @@ var signing = map[string]func(ctx context.Context, t *testing.T, s *running, c *
 }
 
 // eachSigning runs f for each of them, with an agent and an entry "a" in place.
-func eachSigning(t *testing.T, f func(t *testing.T, s *running, b *book, seen *counts, mint func(context.Context) (any, error))) {
+func eachSigning(t *testing.T, f func(t *testing.T, s *running, b *fakeLedger, seen *counts, mint func(context.Context) (any, error))) {
 	for name, call := range signing {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			b, seen := newBook(), &counts{by: make(map[string]int)}
+			b, seen := newFakeLedger(), &counts{by: make(map[string]int)}
 			bubble(t, spireapi.Config{Ledger: b, Observer: seen}, func(t *testing.T, s *running) {
 				_, c := s.join(t)
 				s.apply(t, []spireapi.Entry{entry("a")})
@@ -73,11 +72,11 @@ func eachSigning(t *testing.T, f func(t *testing.T, s *running, b *book, seen *c
 	}
 }
 
-// TestRecordedBeforeAnswered holds the ledger up: no answer comes until it has
-// been written.
+// TestRecordedBeforeAnswered blocks the ledger: no call is answered until the ledger
+// has been written.
 func TestRecordedBeforeAnswered(t *testing.T) {
 	t.Parallel()
-	eachSigning(t, func(t *testing.T, _ *running, b *book, _ *counts, mint func(context.Context) (any, error)) {
+	eachSigning(t, func(t *testing.T, _ *running, b *fakeLedger, _ *counts, mint func(context.Context) (any, error)) {
 		release := make(chan struct{})
 		b.set(func(context.Context) error { <-release; return nil })
 		_, before := b.state()
@@ -102,10 +101,10 @@ func TestRecordedBeforeAnswered(t *testing.T) {
 	})
 }
 
-// TestNothingIsHandedOutUnrecorded has the ledger fail.
-func TestNothingIsHandedOutUnrecorded(t *testing.T) {
+// TestUnrecordedIsNotSent: the ledger fails.
+func TestUnrecordedIsNotSent(t *testing.T) {
 	t.Parallel()
-	eachSigning(t, func(t *testing.T, s *running, b *book, seen *counts, mint func(context.Context) (any, error)) {
+	eachSigning(t, func(t *testing.T, s *running, b *fakeLedger, seen *counts, mint func(context.Context) (any, error)) {
 		b.set(func(context.Context) error { return errors.New("disk full") })
 		got, err := mint(t.Context())
 		wantCode(t, err, codes.Unavailable)
@@ -119,7 +118,7 @@ func TestNothingIsHandedOutUnrecorded(t *testing.T) {
 		if n := seen.total("OK"); n > 0 {
 			t.Errorf("%d mints are counted as OK", n)
 		}
-		// It goes on as soon as the ledger can be written.
+		// Calls succeed as soon as the ledger can be written.
 		b.set(func(context.Context) error { return nil })
 		if _, err := mint(t.Context()); err != nil {
 			t.Errorf("afterwards: %v", err)
@@ -127,11 +126,11 @@ func TestNothingIsHandedOutUnrecorded(t *testing.T) {
 	})
 }
 
-// TestCallerGoesAway cancels the call while the ledger is at work. The ledger
-// may record it all the same; the caller has nothing.
-func TestCallerGoesAway(t *testing.T) {
+// TestCallerLeaves cancels the call while the ledger writes. The ledger may record
+// the SVID, and the caller does not receive it.
+func TestCallerLeaves(t *testing.T) {
 	t.Parallel()
-	eachSigning(t, func(t *testing.T, _ *running, b *book, seen *counts, mint func(context.Context) (any, error)) {
+	eachSigning(t, func(t *testing.T, _ *running, b *fakeLedger, seen *counts, mint func(context.Context) (any, error)) {
 		b.set(func(ctx context.Context) error { <-ctx.Done(); return ctx.Err() })
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
@@ -150,11 +149,11 @@ func TestCallerGoesAway(t *testing.T) {
 	})
 }
 
-// TestBegunBeforeSigning activates another keyset in Begin: what is signed
-// before that would be of the old one.
+// TestBegunBeforeSigning activates another keyset in Begin: an SVID that was signed
+// before Begin would be of the old one.
 func TestBegunBeforeSigning(t *testing.T) {
 	t.Parallel()
-	eachSigning(t, func(t *testing.T, s *running, b *book, _ *counts, mint func(context.Context) (any, error)) {
+	eachSigning(t, func(t *testing.T, s *running, b *fakeLedger, _ *counts, mint func(context.Context) (any, error)) {
 		keys := s.Keysets()
 		next, err := keys.Prepare(t.Context())
 		if err != nil {
@@ -210,14 +209,14 @@ func only(t *testing.T, m map[string]time.Time) string {
 	return ""
 }
 
-// TestWhatIsRecorded compares records with answers: one record for a batch, with
-// what was signed and nothing else.
-func TestWhatIsRecorded(t *testing.T) {
+// TestRecordsMatchAnswers: there is one record for a batch, with exactly the SVIDs
+// that were signed.
+func TestRecordsMatchAnswers(t *testing.T) {
 	t.Parallel()
-	b, seen := newBook(), &counts{by: make(map[string]int)}
+	b, seen := newFakeLedger(), &counts{by: make(map[string]int)}
 	bubble(t, spireapi.Config{Ledger: b, Observer: seen}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
-		if rows := b.last(); len(rows) != 1 || rows[0] != rowOf(t, who, "", who.chain[0].NotAfter) {
+		caller, c := s.join(t)
+		if rows := b.last(); len(rows) != 1 || rows[0] != rowOf(t, caller, "", caller.chain[0].NotAfter) {
 			t.Errorf("after joining: %v", rows)
 		}
 		s.apply(t, []spireapi.Entry{entry("a"), entry("b", func(e *spireapi.Entry) { e.X509TTL = time.Hour })})
@@ -237,15 +236,15 @@ func TestWhatIsRecorded(t *testing.T) {
 		_, before := b.state()
 		results := batch(csr, "b", "unknown", "a")
 		want := []ledger.Row{
-			rowOf(t, who, "b", time.Unix(results[0].GetSvid().GetExpiresAt(), 0)),
-			rowOf(t, who, "a", time.Unix(results[2].GetSvid().GetExpiresAt(), 0)),
+			rowOf(t, caller, "b", time.Unix(results[0].GetSvid().GetExpiresAt(), 0)),
+			rowOf(t, caller, "a", time.Unix(results[2].GetSvid().GetExpiresAt(), 0)),
 		}
 		if _, after := b.state(); after != before+1 || fmt.Sprint(b.last()) != fmt.Sprint(want) {
 			t.Errorf("%d records, the last is %v, want %v", after-before, b.last(), want)
 		}
 		batch([]byte("x"), "a", "b")
 		if _, after := b.state(); after != before+1 {
-			t.Error("a batch of which nothing was signed is recorded")
+			t.Error("a batch without any signature is recorded")
 		}
 
 		key, renewed := newKey(t)
@@ -253,12 +252,12 @@ func TestWhatIsRecorded(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		who = newIdentity(t, resp.GetSvid(), key)
-		if rows := b.last(); len(rows) != 1 || rows[0] != rowOf(t, who, "", who.chain[0].NotAfter) {
+		caller = newIdentity(t, resp.GetSvid(), key)
+		if rows := b.last(); len(rows) != 1 || rows[0] != rowOf(t, caller, "", caller.chain[0].NotAfter) {
 			t.Errorf("after the renewal: %v", rows)
 		}
 
-		token, err := s.dial(t, who).NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: "a", Audience: []string{"x"}})
+		token, err := s.dial(t, caller).NewJWTSVID(t.Context(), &svidv1.NewJWTSVIDRequest{EntryId: "a", Audience: []string{"x"}})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -267,10 +266,10 @@ func TestWhatIsRecorded(t *testing.T) {
 			t.Errorf("recorded %v, want %s until %d", b.jwt, kid, token.GetSvid().GetExpiresAt())
 		}
 
-		// A ledger that fails is what the mints are counted with, in a batch only
-		// those that were signed.
+		// If the ledger fails, the mints are counted with its code; in a batch only those
+		// that were signed.
 		b.set(func(context.Context) error { return errors.New("disk full") })
-		c = s.dial(t, who)
+		c = s.dial(t, caller)
 		_, err = c.BatchNewX509SVID(t.Context(), &svidv1.BatchNewX509SVIDRequest{
 			Params: []*svidv1.NewX509SVIDParams{{EntryId: "a", Csr: csr}, {EntryId: "unknown", Csr: csr}},
 		})
@@ -284,27 +283,27 @@ func TestWhatIsRecorded(t *testing.T) {
 	})
 }
 
-func rowOf(t *testing.T, who *identity, entryID string, notAfter time.Time) ledger.Row {
+func rowOf(t *testing.T, caller *identity, entryID string, notAfter time.Time) ledger.Row {
 	t.Helper()
 	return ledger.Row{
-		Authority: hex.EncodeToString(who.chain[0].AuthorityKeyId), Agent: who.id.String(), Entry: entryID, NotAfter: notAfter.UTC(),
+		Authority: hex.EncodeToString(caller.chain[0].AuthorityKeyId), Agent: caller.id.String(), Entry: entryID, NotAfter: notAfter.UTC(),
 	}
 }
 
-// TestWhoIsNotLetInIsNotRecorded bans an agent between its admission and its
-// renewal's record, and attests with a token that nobody made.
-func TestWhoIsNotLetInIsNotRecorded(t *testing.T) {
+// TestRefusedIsNotRecorded bans an agent between the authorization and the record
+// of its renewal, and attests with a token that does not exist.
+func TestRefusedIsNotRecorded(t *testing.T) {
 	t.Parallel()
-	b := newBook()
+	b := newFakeLedger()
 	bubble(t, spireapi.Config{Ledger: b}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		_, before := b.state()
 		_, csr := newKey(t)
 		_, err := s.dial(t, nil).attest(t.Context(), "join_token", "guessed", csr)
 		wantCode(t, err, codes.InvalidArgument)
 		b.mu.Lock()
 		b.onBegin = func() {
-			if err := s.BanAgent(t.Context(), who.id); err != nil {
+			if err := s.BanAgent(t.Context(), caller.id); err != nil {
 				t.Error(err)
 			}
 		}
@@ -319,28 +318,28 @@ func TestWhoIsNotLetInIsNotRecorded(t *testing.T) {
 
 func TestEvictAgentThatIsGone(t *testing.T) {
 	t.Parallel()
-	b := newBook()
+	b := newFakeLedger()
 	bubble(t, spireapi.Config{Ledger: b}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
-		if err := s.EvictAgent(t.Context(), who.id, false); err != nil || len(b.gone) > 0 {
+		caller, c := s.join(t)
+		if err := s.EvictAgent(t.Context(), caller.id, false); err != nil || len(b.gone) > 0 {
 			t.Fatalf("evicted: %v, gone are %v", err, b.gone)
 		}
 		wantCode(t, c.ping(t.Context()), codes.PermissionDenied, notAttested)
-		// The server has forgotten it, the ledger has not.
+		// The server has no data of it, the ledger has.
 		b.set(func(context.Context) error { return errors.New("disk full") })
-		if err := s.EvictAgent(t.Context(), who.id, true); err == nil {
+		if err := s.EvictAgent(t.Context(), caller.id, true); err == nil {
 			t.Error("no error, although it is still counted")
 		}
 		b.set(func(context.Context) error { return nil })
-		if err := s.EvictAgent(t.Context(), who.id, true); err != nil || fmt.Sprint(b.gone) != fmt.Sprint([]string{who.id.String()}) {
+		if err := s.EvictAgent(t.Context(), caller.id, true); err != nil || fmt.Sprint(b.gone) != fmt.Sprint([]string{caller.id.String()}) {
 			t.Errorf("gone: %v, %v", err, b.gone)
 		}
-		who, c = s.join(t)
-		if err := s.EvictAgent(t.Context(), who.id, true); err != nil || len(b.gone) != 2 {
+		caller, c = s.join(t)
+		if err := s.EvictAgent(t.Context(), caller.id, true); err != nil || len(b.gone) != 2 {
 			t.Errorf("evicted and gone at once: %v, %v", err, b.gone)
 		}
-		// It was the operator's word on somebody nobody has heard of.
-		for _, id := range []spiffeid.ID{who.id, spiffeid.RequireFromPath(td, "/spire/agent/join_token/MISTYPED"), spiffeid.RequireFromPath(td, "/web"), spiffeid.RequireFromString("spiffe://other.org/spire/agent/join_token/X")} {
+		// An agent that is unknown to both is not found.
+		for _, id := range []spiffeid.ID{caller.id, spiffeid.RequireFromPath(td, "/spire/agent/join_token/MISTYPED"), spiffeid.RequireFromPath(td, "/web"), spiffeid.RequireFromString("spiffe://other.org/spire/agent/join_token/X")} {
 			if err := s.EvictAgent(t.Context(), id, true); !errors.Is(err, spireapi.ErrNotFound) || len(b.gone) != 2 {
 				t.Errorf("%s: %v, gone are %v", id, err, b.gone)
 			}

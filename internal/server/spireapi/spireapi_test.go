@@ -42,7 +42,7 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-// handshake connects without gRPC and returns the authority and the end of the
+// handshake connects without gRPC and returns the authority and the expiry of the
 // server's certificate.
 func handshake(t *testing.T, r *running) (authority string, notAfter time.Time) {
 	t.Helper()
@@ -62,9 +62,9 @@ func handshake(t *testing.T, r *running) (authority string, notAfter time.Time) 
 	return hex.EncodeToString(leaf.AuthorityKeyId), leaf.NotAfter
 }
 
-// TestServingCertificateFollows reissues at half-life and after a rotation,
-// and not otherwise.
-func TestServingCertificateFollows(t *testing.T) {
+// TestCertificateIsReissued: at half of its lifetime and after a rotation, and not
+// otherwise.
+func TestCertificateIsReissued(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{X509TTL: 10 * time.Hour}, func(t *testing.T, s *running) {
 		authority, first := handshake(t, s)
@@ -96,8 +96,8 @@ func TestServingCertificateFollows(t *testing.T) {
 	})
 }
 
-// TestServeEndsWithOpenStream leaves a stream open and a client that never
-// finishes its handshake. The bubble fails when a goroutine is left over.
+// TestServeEndsWithOpenStream: one client leaves a stream open, another never
+// finishes its handshake. The bubble fails if a goroutine is left over.
 func TestServeEndsWithOpenStream(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
@@ -150,15 +150,15 @@ func TestServeLetsCallsFinish(t *testing.T) {
 	})
 }
 
-// TestServeAgain stops and starts on the same state.
+// TestServeAgain stops serving and serves the same Server again.
 func TestServeAgain(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		s.stop()
 		wantCode(t, c.ping(t.Context()), codes.Unavailable)
 		again := serve(t, s.Server)
-		if err := again.dial(t, who).ping(t.Context()); err != nil {
+		if err := again.dial(t, caller).ping(t.Context()); err != nil {
 			t.Errorf("after a pause: %v", err)
 		}
 	})

@@ -19,8 +19,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// TestStockAgent runs an unmodified spire-agent under the server, in real
-// time, and carries it through a rotation.
+// TestStockAgent runs an unmodified spire-agent with the server, in real time,
+// through a rotation.
 func TestStockAgent(t *testing.T) {
 	bin := os.Getenv("SPIRE_BIN_DIR")
 	if bin == "" {
@@ -45,7 +45,7 @@ func TestStockAgent(t *testing.T) {
 			t.Errorf("Serve: %v", err)
 		}
 	}()
-	// Enough entries for the sparse form of the sync; two are this process's.
+	// Enough entries for a sync by revisions; two are for this process.
 	entries := many(600)
 	for i := range entries {
 		uid := os.Getuid()
@@ -111,7 +111,7 @@ plugins {
 		t.Fatal(err)
 	}
 	defer client.Close()
-	// signedBy waits until both SVIDs come from an authority.
+	// signedBy waits until an authority has signed both SVIDs.
 	signedBy := func(authority string) {
 		t.Helper()
 		seen := make(chan struct{})

@@ -16,11 +16,11 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// hungDisk is a storage on a disk that can hang and takes no notice of anybody's time.
+// hungDisk is a storage on a disk that can hang, whatever the caller's deadline is.
 type hungDisk struct {
 	*spireapi.Memory
 	mu   sync.Mutex
-	gate chan struct{} // nil: it answers
+	gate chan struct{} // nil: it does not hang
 }
 
 func (s *hungDisk) set(gate chan struct{}) {
@@ -58,8 +58,8 @@ func (s *hungDisk) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(
 	return s.Memory.UpdateAgent(ctx, id, change)
 }
 
-// TestStuckDisk: a call that signs ends by the deadline of its caller, or with its
-// connection, whether storage or the ledger hangs; what hangs ends with the disk.
+// TestStuckDisk: a call that signs ends by its caller's deadline, or with its
+// connection, if storage or the ledger hangs. Its work ends when the disk answers.
 func TestStuckDisk(t *testing.T) {
 	t.Parallel()
 	for what := range map[string]bool{"storage": true, "ledger": true} {
@@ -76,7 +76,7 @@ func TestStuckDisk(t *testing.T) {
 }
 
 func stuckDisk(t *testing.T, what string, call func(context.Context, *testing.T, *running, *client) (any, error), deadline bool) {
-	disk, b := &hungDisk{Memory: spireapi.NewMemory()}, newBook()
+	disk, b := &hungDisk{Memory: spireapi.NewMemory()}, newFakeLedger()
 	var serving atomic.Int64
 	s := start(t, spireapi.Config{Storage: disk, Ledger: b, Options: []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
@@ -117,7 +117,7 @@ func stuckDisk(t *testing.T, what string, call func(context.Context, *testing.T,
 	if n := serving.Load(); n != 0 {
 		t.Errorf("%d calls are still served", n)
 	}
-	// Who needs no storage is answered, and serving ends.
+	// Calls that need no storage are answered, and Serve returns.
 	if what == "storage" {
 		_, err := s.dial(t, nil).attest(t.Context(), "x509pop", "x", []byte("x"))
 		wantCode(t, err, codes.FailedPrecondition)
@@ -136,7 +136,8 @@ func (s *hungDisk) PutEntries(ctx context.Context, put []spireapi.StoredEntry, g
 	return s.Memory.PutEntries(ctx, put, gone)
 }
 
-// TestEntriesBehindAStuckDisk: who waits for another change of entries leaves in time.
+// TestEntriesBehindAStuckDisk: a writer that waits for another change of entries
+// returns in time.
 func TestEntriesBehindAStuckDisk(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -28,8 +28,8 @@ type signed struct {
 	took time.Duration
 }
 
-// BatchNewX509SVID answers each item in order, with a status of its own. What
-// was signed is recorded as a whole: all of the batch is answered, or nothing.
+// BatchNewX509SVID answers each item in order, with its own status. The SVIDs are
+// recorded together: if that fails, so does the call.
 func (v *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
 	agent, err := caller(ctx)
 	if err != nil {
@@ -39,14 +39,14 @@ func (v *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	case n == 0:
 		return nil, status.Error(codes.InvalidArgument, "missing parameters")
 	case n > maxBatch:
-		return nil, status.Errorf(codes.ResourceExhausted, "%d SVIDs asked for at once: %d at most", n, maxBatch)
+		return nil, status.Errorf(codes.ResourceExhausted, "batch of %d SVIDs: ask for at most %d", n, maxBatch)
 	}
 	end := v.s.ledger.Begin()
 	defer end()
 	items := make([]signed, 0, len(req.GetParams()))
 	rows := make([]ledger.Row, 0, len(req.GetParams()))
 	for _, p := range req.GetParams() {
-		// The rest would be signed for nobody.
+		// The caller has left: do not sign the rest.
 		if ctx.Err() != nil {
 			err = status.FromContextError(ctx.Err()).Err()
 			break
@@ -60,8 +60,8 @@ func (v *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	}
 	begin := v.s.now()
 	if err == nil && len(rows) > 0 {
-		if err = v.s.ledger.GiveX509(ctx, rows...); err != nil {
-			err = v.s.unrecorded(ctx, err)
+		if err = v.s.ledger.RecordX509(ctx, rows...); err != nil {
+			err = v.s.recordError(ctx, err)
 		}
 	}
 	recording := v.s.now().Sub(begin)
@@ -100,15 +100,15 @@ func (v *svidService) x509(agent spiffeid.ID, p *svidv1.NewX509SVIDParams) (*typ
 	}
 	svid, err := v.s.keysets.SignX509(entry.SPIFFEID, key, cmp.Or(entry.X509TTL, v.s.config.X509TTL), entry.DNSNames...)
 	if err != nil {
-		return refused(v.s.internal("sign X.509-SVID", err))
+		return refused(v.s.internalError("sign X.509-SVID", err))
 	}
 	out := protoX509(svid)
 	out.Hint = entry.Hint
-	return out, row(svid, agent, entry.ID), nil
+	return out, ledgerRow(svid, agent, entry.ID), nil
 }
 
-// row is what the ledger has to know of an SVID.
-func row(v keyset.X509SVID, agent spiffeid.ID, entryID string) ledger.Row {
+// ledgerRow returns the ledger's row for an SVID.
+func ledgerRow(v keyset.X509SVID, agent spiffeid.ID, entryID string) ledger.Row {
 	return ledger.Row{Authority: v.Authority, Agent: agent.String(), Entry: entryID, NotAfter: v.NotAfter}
 }
 
@@ -145,10 +145,10 @@ func (v *svidService) jwt(ctx context.Context, agent spiffeid.ID, req *svidv1.Ne
 	case errors.Is(err, keyset.ErrSignLongAudience):
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	case err != nil:
-		return nil, v.s.internal("sign JWT-SVID", err)
+		return nil, v.s.internalError("sign JWT-SVID", err)
 	}
-	if err := v.s.ledger.GiveJWT(ctx, svid.KeyID, svid.ExpiresAt); err != nil {
-		return nil, v.s.unrecorded(ctx, err)
+	if err := v.s.ledger.RecordJWT(ctx, svid.KeyID, svid.ExpiresAt); err != nil {
+		return nil, v.s.recordError(ctx, err)
 	}
 	return &types.JWTSVID{
 		Token: svid.Token, Id: protoID(svid.ID), Hint: entry.Hint,

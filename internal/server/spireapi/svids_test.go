@@ -44,14 +44,14 @@ func (c *counts) Limited(method string) {
 	c.by["limited "+method]++
 }
 
-// limited is how many calls of a method were limited.
+// limited returns how many calls of a method were limited.
 func (c *counts) limited(method string) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.by["limited "+method]
 }
 
-// total is how many were counted with a code.
+// total returns how many were counted with a code.
 func (c *counts) total(code string) int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -71,7 +71,7 @@ func TestBatchNewX509SVID(t *testing.T) {
 			entry("foreign", func(e *spireapi.Entry) { e.ParentID = other.id }),
 		})
 		key, _ := newKey(t)
-		// Of the CSR only the key counts.
+		// Only the key of the CSR is used.
 		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{
 			Subject: pkix.Name{CommonName: "forged"}, DNSNames: []string{"forged.example.org"}, IPAddresses: []net.IP{net.IPv4(192, 0, 2, 1)},
 		}, key)
@@ -221,7 +221,7 @@ func TestNewJWTSVID(t *testing.T) {
 	})
 }
 
-// TestRotation carries an agent's view through the four steps.
+// TestRotation checks what an agent sees in each of the four steps.
 func TestRotation(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{RefreshHint: 5 * time.Minute}, func(t *testing.T, s *running) {
@@ -300,7 +300,7 @@ func TestFederatedBundle(t *testing.T) {
 		if err != nil || b.GetTrustDomain() != "partner.org" || b.GetRefreshHint() != 60 || len(b.GetX509Authorities()) != 1 {
 			t.Errorf("bundle %v, %v", b, err)
 		}
-		// SPIFFE's format of bundles says of no key when it ends.
+		// A key in a SPIFFE bundle has no expiry.
 		endless := *theirs.Bundle()
 		endless.JWT = slices.Clone(endless.JWT)
 		endless.JWT[0].ExpiresAt = time.Time{}

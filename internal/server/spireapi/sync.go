@@ -31,11 +31,11 @@ func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.Ge
 	return resp, nil
 }
 
-// SyncAuthorizedEntries answers a first request, which has an output mask
-// only, with all entries or, where they do not fit one page (of pageSize entries
-// and pageBytes), with their revisions. Then it answers each request with the
-// entries it names, a page's at most and each of them once, until the agent closes
-// the stream. All answers are of the moment of the first.
+// SyncAuthorizedEntries answers the first request, which has an output mask only,
+// with all entries if they fit one page (of pageSize entries and pageBytes), and
+// with their revisions otherwise. Then it answers each request with the entries
+// that it names, at most pageSize and each of them once, until the agent closes the
+// stream. All answers are from the same set of entries.
 func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse]) error {
 	id, err := caller(stream.Context())
 	if err != nil {
@@ -43,7 +43,7 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 	}
 	req, err := stream.Recv()
 	if err != nil {
-		return ended(err)
+		return streamError(err)
 	}
 	mask := req.GetOutputMask()
 	switch {
@@ -77,18 +77,18 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 	for {
 		req, err := stream.Recv()
 		if err != nil {
-			return ended(err)
+			return streamError(err)
 		}
-		// SPIRE's agents ask for as many as the first page of revisions has.
+		// SPIRE's agents ask for as many as are in the first page of revisions.
 		if n := len(req.GetIds()); n > pageSize {
-			return status.Errorf(codes.InvalidArgument, "%d entries asked for at once: %d at most", n, pageSize)
+			return status.Errorf(codes.InvalidArgument, "request names %d entries: name at most %d", n, pageSize)
 		}
 		p := newPage(len(req.GetIds()))
 		answered := make(map[string]bool, len(req.GetIds()))
 		for _, entryID := range req.GetIds() {
 			entry := set.find(id, entryID)
 			if entry == nil || answered[entryID] {
-				continue // not there, not for this agent, or named before
+				continue // does not exist, is of another agent, or was named before
 			}
 			answered[entryID] = true
 			out := entry.proto(id, mask)
@@ -117,8 +117,8 @@ func newPage(capacity int) *page {
 	return &page{resp: &entryv1.SyncAuthorizedEntriesResponse{Entries: make([]*types.Entry, 0, capacity)}}
 }
 
-// fits reports whether the page has room for an entry. An empty one has room for
-// any: entries that are stored may be of a time when they had no limit.
+// fits reports whether the page has room for an entry. An empty page has room for
+// any: stored entries may be older than the limit of their size.
 func (p *page) fits(e *types.Entry) bool {
 	n := len(p.resp.Entries)
 	return n == 0 || n < pageSize && p.bytes+proto.Size(e) <= pageBytes
@@ -128,8 +128,8 @@ func (p *page) add(e *types.Entry) {
 	p.resp.Entries, p.bytes = append(p.resp.Entries, e), p.bytes+proto.Size(e)
 }
 
-// ended turns the regular ends of a stream into success.
-func ended(err error) error {
+// streamError returns the error that ends a stream, nil for a regular end.
+func streamError(err error) error {
 	if errors.Is(err, io.EOF) || status.Code(err) == codes.Canceled {
 		return nil
 	}

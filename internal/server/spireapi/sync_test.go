@@ -29,7 +29,7 @@ func openSync(t *testing.T, c *client, req *entryv1.SyncAuthorizedEntriesRequest
 	return stream
 }
 
-// receive reads messages until one says that no more follow.
+// receive reads messages until the last one of an answer.
 func receive(t *testing.T, stream syncStream) (revisions []*entryv1.EntryRevision, entries []*types.Entry, pages []int) {
 	t.Helper()
 	for {
@@ -74,9 +74,9 @@ func TestSyncOfOnePage(t *testing.T) {
 func TestSyncOfManyPages(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		who, c := s.join(t)
+		caller, c := s.join(t)
 		s.apply(t, many(1001))
-		all := s.fetch(t, who)
+		all := s.fetch(t, caller)
 		stream := openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: syncMask})
 		revisions, entries, pages := receive(t, stream)
 		if len(revisions) != 1001 || len(entries) > 0 || !slices.Equal(pages, []int{500, 500, 1}) {
@@ -109,7 +109,7 @@ func TestSyncOfManyPages(t *testing.T) {
 				t.Errorf("entry %v", e)
 			}
 		}
-		ask(slices.Repeat(ids[:1], 500), 1) // named again and again, answered once
+		ask(slices.Repeat(ids[:1], 500), 1) // named 500 times, answered once
 		if err := stream.CloseSend(); err != nil {
 			t.Fatal(err)
 		}
@@ -126,9 +126,9 @@ func TestSyncOfManyPages(t *testing.T) {
 	})
 }
 
-// TestSyncOfLargeEntries: a client with gRPC's default limit of 4 MiB gets the
-// largest entries, too, as many in one message as fit, and one that was stored
-// before entries had a limit.
+// TestSyncOfLargeEntries: a client with gRPC's default limit of 4 MiB receives the
+// largest entries, as many in one message as fit, and an entry that is older than
+// the limit of their size.
 func TestSyncOfLargeEntries(t *testing.T) {
 	t.Parallel()
 	large := func(bytes int) func(*spireapi.Entry) {
@@ -175,7 +175,7 @@ func TestSyncOfLargeEntries(t *testing.T) {
 			}
 		}
 
-		// Without what is large in them they are one page.
+		// Without the large fields they fit one page.
 		revisions, full, pages = receive(t, openSync(t, c, &entryv1.SyncAuthorizedEntriesRequest{OutputMask: syncMask}))
 		if len(revisions) > 0 || len(full) != 400 || len(pages) != 1 {
 			t.Errorf("%d revisions and %d entries in pages of %v, want one page", len(revisions), len(full), pages)

@@ -19,17 +19,17 @@ func (s *Server) newTLSConfig() *tls.Config {
 		MinVersion:       tls.VersionTLS12,
 		Time:             s.now,
 		GetCertificate:   func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return s.Certificate() },
-		ClientAuth:       tls.RequestClientCert, // verified below, as a SPIFFE ID
+		ClientAuth:       tls.RequestClientCert, // verifyClient verifies it as an X.509-SVID
 		VerifyConnection: s.verifyClient,
-		// Every connection is verified against the bundle of its own time.
+		// A resumed session would not be verified against the present bundle.
 		SessionTicketsDisabled: true,
 	}
 }
 
-// Certificate returns what the server proves itself with: a new one when another keyset
-// has become active, half the life of the old one is over, or it has not begun by
-// the present clock. It is not in the ledger: nobody else holds it, and no handshake
-// of an agent uses that of a keyset which is not the active one.
+// Certificate returns the server's TLS certificate. It issues a new one if another
+// keyset has become active, half of the present one's lifetime is over, or the
+// present one is not yet valid by the present clock. It is not in the ledger: only
+// the server holds it, and agents are never served one of an inactive keyset.
 func (s *Server) Certificate() (*tls.Certificate, error) { return s.serving.Get() }
 
 // issue signs a certificate for the server itself.
@@ -44,17 +44,17 @@ func (s *Server) issue() (*tls.Certificate, error) {
 	}
 	svid, err := s.keysets.SignX509(id, key.Public(), s.config.X509TTL)
 	if err != nil {
-		s.log.Error("no server certificate", "error", err)
+		s.log.Error("server certificate not issued", "error", err)
 		return nil, fmt.Errorf("server certificate: %w", err)
 	}
-	s.log.Info("server certificate issued", "authority", svid.Authority, "expires_at", svid.NotAfter)
+	s.log.Info("server certificate issued", "authority_id", svid.Authority, "expires_at", svid.NotAfter)
 	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
 }
 
 // verifyClient accepts a connection without client certificate, and one whose
-// certificate is an X.509-SVID of the trust domain. Whether its holder is an
-// agent of this server is for authorize to say: the published bundle may be of
-// several deployments.
+// certificate is an X.509-SVID of the trust domain. Whether the client is an agent
+// of this server is checked by authorize: the published bundle may be of several
+// deployments.
 func (s *Server) verifyClient(state tls.ConnectionState) error {
 	if len(state.PeerCertificates) == 0 {
 		return nil

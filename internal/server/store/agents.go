@@ -24,7 +24,7 @@ func (d *Deployment) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent
 
 // Agents implements spireapi.Storage.
 func (d *Deployment) Agents(ctx context.Context) ([]spireapi.Agent, error) {
-	return all(ctx, d, agents, decode[spireapi.Agent])
+	return readAll(ctx, d, agents, decode[spireapi.Agent])
 }
 
 // UpdateAgent implements spireapi.Storage. change must not use the store.
@@ -63,7 +63,7 @@ func (d *Deployment) Admit(ctx context.Context, a spireapi.Admission) error {
 	})
 }
 
-// changeAgent plans a change of an agent and returns what the agent is after it.
+// changeAgent plans a change of an agent and returns the changed agent.
 func changeAgent(v state, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (ops []op, next *spireapi.Agent, err error) {
 	key := []byte(id.String())
 	stored, err := v.get(agents, key)
@@ -107,7 +107,7 @@ func decodeAgent(key, value []byte) (*spireapi.Agent, error) {
 
 // Entries implements spireapi.Storage.
 func (d *Deployment) Entries(ctx context.Context) ([]spireapi.StoredEntry, error) {
-	return all(ctx, d, entries, decode[spireapi.StoredEntry])
+	return readAll(ctx, d, entries, decode[spireapi.StoredEntry])
 }
 
 // PutEntries implements spireapi.Storage.
@@ -126,8 +126,8 @@ func (d *Deployment) PutEntries(ctx context.Context, stored []spireapi.StoredEnt
 	return d.write(ctx, len(ops), func(state) ([]op, error) { return ops, nil })
 }
 
-// all decodes what a bucket holds.
-func all[T any](ctx context.Context, d *Deployment, bucket string, decode func(key, value []byte) (T, error)) ([]T, error) {
+// readAll decodes all values of a bucket.
+func readAll[T any](ctx context.Context, d *Deployment, bucket string, decode func(key, value []byte) (T, error)) ([]T, error) {
 	var list []T
 	err := d.read(ctx, func(b *bbolt.Bucket) error {
 		return b.Bucket([]byte(bucket)).ForEach(func(k, value []byte) error {

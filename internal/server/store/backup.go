@@ -17,20 +17,18 @@ import (
 // chunk is the most that [Store.Backup] writes at a time, in bytes.
 const chunk = 256 << 10
 
-// Backup writes a copy of the store, as it is at one moment, to w, in parts of at
-// most 256 KiB, and returns its size in bytes. It carries the mark of a copy;
-// see [Deployment.Restored]. Everybody else reads and writes meanwhile. Of several
-// calls one is served at a time.
+// Backup writes a consistent copy of the store to w, in parts of at most 256 KiB, and
+// returns its size in bytes. The copy is marked as one; see [Deployment.Restored].
+// Other reads and writes proceed meanwhile. Concurrent calls are served one at a time.
 //
-// The copy is made in the store's own folder first, in files that have no name
-// and go with this call, and w gets it from there. As long as the store itself is
-// read nothing that is given up in it can be used again: it would grow for as
-// long as w takes, and once it has outgrown its mapping, every writer would wait
-// for w. Like this that is the time that the disk takes to copy the file as it is. Where
-// more than half of that is free it is compacted after that, and w may take its own time.
+// Backup first copies the file to an unlinked file in the same folder, compacts that if
+// more than half of it is free, and then writes it to w. Reading the store at the pace
+// of w instead would keep freed pages from being reused: the file would grow, and once it
+// has outgrown its mapping, every writer would wait for w.
 //
-// The folder must have room for two copies of the file: one for this one, and one left
-// for the server. ctx ends what is under way, except a call of w and the compaction.
+// The folder must have room for two copies of the file: one for this copy, and one left
+// for the server. When ctx is done Backup returns, after the compaction or write to w in
+// progress.
 func (s *Store) Backup(ctx context.Context, w io.Writer) (size int64, err error) {
 	select {
 	case s.copying <- struct{}{}:
@@ -38,13 +36,12 @@ func (s *Store) Backup(ctx context.Context, w io.Writer) (size int64, err error)
 	case <-ctx.Done():
 		return 0, ctx.Err()
 	}
-	f, err := s.nameless()
+	f, err := s.unlinkedFile()
 	if err != nil {
 		return 0, fmt.Errorf("copy store %s: %w", s.path, err)
 	}
 	defer f.Close()
-	// Before the copy, so that all that was given out by then is in it.
-	at := s.now()
+	at := s.now() // before the copy, so that it has everything signed until then
 	if err := s.copyTo(ctx, f); err != nil {
 		return 0, err
 	}
@@ -56,62 +53,63 @@ func (s *Store) Backup(ctx context.Context, w io.Writer) (size int64, err error)
 		return 0, fmt.Errorf("copy store %s: %w", s.path, err)
 	}
 	r := io.NewSectionReader(f, 0, size)
-	if _, err := io.CopyBuffer(patient{ctx, w}, struct{ io.Reader }{r}, make([]byte, chunk)); err != nil {
+	if _, err := io.CopyBuffer(contextWriter{ctx, w}, struct{ io.Reader }{r}, make([]byte, chunk)); err != nil {
 		return 0, fmt.Errorf("copy store %s: %w", s.path, err)
 	}
 	return size, nil
 }
 
-// nameless makes a file beside the store that ends with its descriptor.
-func (s *Store) nameless() (*os.File, error) {
+// unlinkedFile creates a file beside the store without a name. It is gone when it is
+// closed.
+func (s *Store) unlinkedFile() (*os.File, error) {
 	f, err := os.CreateTemp(filepath.Dir(s.path), "."+filepath.Base(s.path)+".copy.*") // mode 0600
 	if err != nil {
-		return nil, fmt.Errorf("make a file beside it: %w", cause(err))
+		return nil, fmt.Errorf("create a file beside it: %w", cause(err))
 	}
 	if err := os.Remove(f.Name()); err != nil {
-		return nil, errors.Join(fmt.Errorf("make a file beside it: %w", cause(err)), f.Close())
+		return nil, errors.Join(fmt.Errorf("create a file beside it: %w", cause(err)), f.Close())
 	}
 	return f, nil
 }
 
 func (s *Store) copyTo(ctx context.Context, f *os.File) error {
 	return s.view(ctx, func(tx *bbolt.Tx) error {
-		if err := room(f, 2*uint64(tx.Size())); err != nil {
+		if err := checkSpace(f, 2*uint64(tx.Size())); err != nil {
 			return fmt.Errorf("a copy of %d bytes needs twice its size: %w", tx.Size(), err)
 		}
-		_, err := tx.WriteTo(patient{ctx, f})
+		_, err := tx.WriteTo(contextWriter{ctx, f})
 		return err
 	})
 }
 
-// patient is a writer until ctx is done.
-type patient struct {
+// contextWriter fails once ctx is done.
+type contextWriter struct {
 	ctx context.Context
 	w   io.Writer
 }
 
-func (p patient) Write(b []byte) (int, error) {
-	if err := p.ctx.Err(); err != nil {
+func (c contextWriter) Write(b []byte) (int, error) {
+	if err := c.ctx.Err(); err != nil {
 		return 0, err
 	}
-	return p.w.Write(b)
+	return c.w.Write(b)
 }
 
-// compactCopy makes a compact copy of one that was taken at a time, marked as a copy, and
-// returns how much of the file it is. Where little is free in it that is the other one. The files have no name, and nothing of them need outlive the process.
+// compactCopy marks a copy with the time when it was taken. It returns a compacted file,
+// or from itself if little of it is free, and how many bytes of the file are the copy.
 func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64, err error) {
 	use, err := readUsage(from)
 	if err != nil {
 		return nil, 0, err
 	}
-	src, err := openNameless(from)
+	src, err := openUnlinked(from)
 	if err != nil {
 		return nil, 0, err
 	}
 	defer func() { err = errors.Join(err, src.Close()) }()
 	f, db := from, src
 	if use.wasteful() {
-		if f, err = s.nameless(); err != nil {
+		if f, err = s.unlinkedFile(); err != nil {
 			return nil, 0, err
 		}
 		defer func() {
@@ -119,7 +117,7 @@ func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64
 				_ = f.Close()
 			}
 		}()
-		if db, err = openNameless(f); err != nil {
+		if db, err = openUnlinked(f); err != nil {
 			return nil, 0, err
 		}
 		defer func() { err = errors.Join(err, db.Close()) }()
@@ -141,11 +139,11 @@ func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64
 	return f, size, err
 }
 
-// openNameless opens a database in a file without a name. Closing it leaves the file
-// open.
-func openNameless(f *os.File) (db *bbolt.DB, err error) {
+// openUnlinked opens a database in a file without a name, which need not survive a
+// crash. Closing the database leaves the file open.
+func openUnlinked(f *os.File) (db *bbolt.DB, err error) {
 	o := options(false, func(string, int, fs.FileMode) (*os.File, error) {
-		// Closing a database closes its file.
+		// A duplicate, because closing a database closes its file.
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		return os.NewFile(uintptr(fd), f.Name()), err
 	})
@@ -160,22 +158,22 @@ func openNameless(f *os.File) (db *bbolt.DB, err error) {
 	return db, err
 }
 
-// Summary is what [Inspect] finds in a copy.
+// Summary describes a copy; see [Inspect].
 type Summary struct {
 	Size        int64     // of the file, in bytes
-	CopiedAt    time.Time // zero: it does not carry the mark of a copy
+	CopiedAt    time.Time // zero if it is not marked as a copy
 	Deployments []DeploymentSummary
 }
 
-// DeploymentSummary counts what a copy has of one deployment.
+// DeploymentSummary counts the objects of one deployment in a copy.
 type DeploymentSummary struct {
 	Name                     string
 	Keysets, Entries, Agents int
 }
 
-// Inspect checks a file as [Open] does and says what is in it. It changes
-// nothing. Where o has no Seal, signing keys and join tokens stay sealed: whether
-// they can be opened is not looked at, all else is.
+// Inspect checks a file as [Open] does and summarizes its contents. It changes nothing.
+// If o has no Seal, it checks everything except whether signing keys and join tokens can
+// be decrypted.
 func Inspect(ctx context.Context, path string, o Options) (Summary, error) {
 	o.ReadOnly = true
 	s, err := open(path, o)

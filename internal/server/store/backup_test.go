@@ -24,22 +24,22 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// copyOf is a copy of a store as a file.
+// copyOf backs up a store to a new file.
 func copyOf(t testing.TB, s *store.Store) (path string) {
 	t.Helper()
 	var out bytes.Buffer
 	size, err := s.Backup(context.Background(), &out)
 	if err != nil || size != int64(out.Len()) {
-		t.Fatalf("%d bytes, told %d: %v", out.Len(), size, err)
+		t.Fatalf("%d bytes, returned %d: %v", out.Len(), size, err)
 	}
 	path = newPath(t)
 	writeFile(t, path, out.Bytes())
 	return path
 }
 
-// TestBackupIsOneMoment copies while everybody writes: of each commit all is in
-// the copy or nothing, and all that was done before.
-func TestBackupIsOneMoment(t *testing.T) {
+// TestBackupIsConsistent: a backup during writes has every commit completely or not at
+// all, and every commit that returned before.
+func TestBackupIsConsistent(t *testing.T) {
 	t.Parallel()
 	s := opened(t, newPath(t))
 	d := s.Deployment("default")
@@ -72,7 +72,7 @@ func TestBackupIsOneMoment(t *testing.T) {
 		}
 		path := copyOf(t, s)
 		for w := range done {
-			after[w] = done[w].Load() + 1 // durable, and not said yet
+			after[w] = done[w].Load() + 1 // may be durable already
 		}
 		c := open(t, path)
 		got := map[string]int64{}
@@ -95,7 +95,7 @@ func TestBackupIsOneMoment(t *testing.T) {
 	wg.Wait()
 }
 
-// blocked is a writer that takes nothing before it is let go.
+// blocked is a writer whose Write blocks until gate.
 type blocked struct {
 	reached chan struct{}
 	gate    chan error
@@ -109,9 +109,9 @@ func (b blocked) Write(p []byte) (int, error) {
 	return len(p), <-b.gate
 }
 
-// TestBackupToWhoIsSlow: who does not take the copy holds up neither writers nor
-// the reuse of what they give up.
-func TestBackupToWhoIsSlow(t *testing.T) {
+// TestSlowBackup: a slow reader of the copy delays neither writers nor the reuse of pages
+// that they free.
+func TestSlowBackup(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := open(t, newPath(t))
@@ -135,7 +135,7 @@ func TestBackupToWhoIsSlow(t *testing.T) {
 		if grown := s.Used(t) - used; grown > 200_000 { // of a million that was written
 			t.Errorf("the store grew by %d bytes", grown)
 		}
-		// Another waits for its turn as long as it likes.
+		// A second backup waits until its deadline.
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 		defer cancel()
 		if _, err := s.Backup(ctx, io.Discard); !errors.Is(err, context.DeadlineExceeded) {
@@ -149,7 +149,7 @@ func TestBackupToWhoIsSlow(t *testing.T) {
 		if _, err := s.Backup(t.Context(), io.Discard); err != nil {
 			t.Errorf("the third: %v", err)
 		}
-		// One whose time is over between two parts gets no other.
+		// A backup ends at the first part after its context is done.
 		if err := update(t.Context(), d, 8, strings.Repeat("x", 300_000)); err != nil {
 			t.Fatal(err)
 		}
@@ -167,7 +167,7 @@ func TestBackupToWhoIsSlow(t *testing.T) {
 	})
 }
 
-// TestBackupNeedsRoom: a copy never takes the last of the disk from the server.
+// TestBackupNeedsRoom: a copy never fills the server's disk.
 func TestBackupNeedsRoom(t *testing.T) {
 	t.Parallel()
 	dir, _ := tmpfs(t, "size=8m")
@@ -185,12 +185,12 @@ func TestBackupNeedsRoom(t *testing.T) {
 	}
 }
 
-// TestBackupFails: of a store whose disk fails, or that is closed, there is no copy.
+// TestBackupFails: there is no copy of a store whose disk fails, or that is closed.
 func TestBackupFails(t *testing.T) {
 	t.Parallel()
 	s := open(t, newPath(t))
 	fill(t, s.Deployment("default"))
-	back := s.PutDevice(t, "/dev/full") // which reads as zeros
+	back := s.PutDevice(t, "/dev/full") // reads as zeros
 	var out bytes.Buffer
 	if _, err := s.Backup(t.Context(), &out); err == nil || out.Len() > 0 {
 		t.Errorf("%d bytes, %v", out.Len(), err)
@@ -219,7 +219,7 @@ func TestInspect(t *testing.T) {
 		t.Fatal(err)
 	}
 	backup := copyOf(t, s)
-	if err := refuses(t, path, options()); !errors.Is(err, store.ErrInUse) {
+	if err := openFails(t, path, options()); !errors.Is(err, store.ErrInUse) {
 		t.Error(err)
 	}
 	closed(t, s)

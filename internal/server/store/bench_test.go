@@ -10,7 +10,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// rows are what a fleet of agents with 100 entries each is given.
+// rows returns n rows of agents with 100 entries each.
 func rows(n int) []ledger.Row {
 	list := make([]ledger.Row, n)
 	for i := range list {
@@ -53,7 +53,7 @@ func BenchmarkCommit64Writers(b *testing.B) {
 	b.ReportMetric(float64(b.N)/float64(s.Commits(b)-before), "writes/commit")
 }
 
-// BenchmarkLedger500 is a full batch of SVIDs: 500 rows in one call.
+// BenchmarkLedger500 stores a full batch of SVIDs: 500 rows in one call.
 func BenchmarkLedger500(b *testing.B) {
 	d := opened(b, newPath(b)).Deployment("default")
 	all := rows(100_000)

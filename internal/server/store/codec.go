@@ -11,8 +11,8 @@ import (
 	"go.etcd.io/bbolt"
 )
 
-// formatVersion is that of the layout in the package comment. Version 1 had no
-// heartbeat, and up to version 2 the last restore was all that was kept of them.
+// formatVersion is the version of the layout in the package comment. Version 1 had no
+// heartbeat. Up to version 2 only the last restore was stored.
 const formatVersion = 3
 
 var (
@@ -36,9 +36,9 @@ const (
 
 var buckets = []string{agents, audit, entries, jwt, keysets, rows, tokens}
 
-// about is the value of about/store. The place of the version, and how it is
-// encoded, stay the same in all versions of the format. Whatever an older program
-// would take for damage, or would lose, needs a new one.
+// about is the value of about/store. Its key and the encoding of the version stay the
+// same in all versions of the format. A change that an older program would take for
+// damage, or would lose, needs a new version.
 type about struct {
 	version
 	TrustDomain string `json:"trust_domain"`
@@ -54,14 +54,14 @@ func checksum(key, payload []byte) uint32 {
 	return crc32.Update(crc32.Checksum(key, castagnoli), castagnoli, payload)
 }
 
-// pack makes a value of a payload.
+// pack returns the payload followed by its checksum.
 func pack(key, payload []byte) []byte {
 	value := make([]byte, 0, len(payload)+4)
 	value = append(value, payload...)
 	return binary.BigEndian.AppendUint32(value, checksum(key, payload))
 }
 
-// unpack returns the payload of a value, which is part of value.
+// unpack checks a value that pack made and returns its payload, a part of value.
 func unpack(key, value []byte) ([]byte, error) {
 	if len(value) < 4 {
 		return nil, fmt.Errorf("%w: the value of %q is cut off", ErrDamaged, key)
@@ -73,7 +73,7 @@ func unpack(key, value []byte) ([]byte, error) {
 	return payload, nil
 }
 
-// decode reads a value that packJSON made.
+// decode decodes a value that packJSON made.
 func decode[T any](key, value []byte) (T, error) {
 	var v T
 	payload, err := unpack(key, value)
@@ -95,7 +95,7 @@ func packJSON(key []byte, v any) ([]byte, error) {
 	return pack(key, payload), nil
 }
 
-// put is the op that stores v as JSON.
+// put returns the op that stores v as JSON.
 func put(bucket string, key []byte, v any) (op, error) {
 	if err := checkKey(key); err != nil {
 		return op{}, err
@@ -114,7 +114,7 @@ func checkKey(key []byte) error {
 	return nil
 }
 
-// packTime keeps a time to the nanosecond, without its location.
+// packTime encodes a time to the nanosecond, without its location.
 func packTime(key []byte, t time.Time) []byte {
 	payload := binary.BigEndian.AppendUint64(make([]byte, 0, 12), uint64(t.Unix()))
 	return pack(key, binary.BigEndian.AppendUint32(payload, uint32(t.Nanosecond())))

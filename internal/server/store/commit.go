@@ -10,8 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxCommit bounds the work of one commit, in operations; one change is never
-// divided.
+// maxCommit bounds the work of one commit, in operations. A change is never split.
 const maxCommit = 4096
 
 // op stores a value, or deletes it when value is nil.
@@ -21,26 +20,26 @@ type op struct {
 	value  []byte
 }
 
-// change is what one caller wants to have written.
+// change is one caller's write.
 type change struct {
-	deployment string // empty: what belongs to none
-	size       int    // about how many operations it makes
-	beat       bool   // it is only for the heartbeat, and has no plan
-	// plan looks at the state that the change is to be applied to and returns
-	// the operations. It cannot write, so that a change that is refused leaves
-	// nothing in the transaction that it shares with others.
+	deployment string // empty for the federation bucket
+	size       int    // approximate number of operations
+	heartbeat  bool   // stores the heartbeat alone; there is no plan
+	// plan reads the state that the change applies to and returns the operations. It
+	// cannot write, so that a rejected change leaves nothing in the transaction that it
+	// shares with others.
 	plan func(v state) ([]op, error)
 
 	// Set when done is closed.
 	err      error
-	panicked any // by plan; goes on in the caller
+	panicked any // value of a panic in plan; write panics with it again
 	done     chan struct{}
 }
 
-// state is a deployment, or what belongs to none, as a change finds it.
-type state struct{ bucket *bbolt.Bucket } // nil when it is not there yet
+// state is the bucket of a change before the change.
+type state struct{ bucket *bbolt.Bucket } // nil if it does not exist
 
-// get returns the payload under a key, nil when there is none.
+// get returns the value under a key with its checksum, nil if there is none.
 func (v state) get(bucket string, key []byte) (value []byte, err error) {
 	if v.bucket == nil {
 		return nil, nil
@@ -52,8 +51,8 @@ func (v state) get(bucket string, key []byte) (value []byte, err error) {
 	return value, err
 }
 
-// write hands a change over to the next commit and returns when it is durable.
-// When ctx ends before the change was taken, it will not be applied.
+// write adds a change to the next commit and returns when it is durable. If ctx ends
+// before a commit takes the change, it is not applied.
 func (d *Deployment) write(ctx context.Context, size int, plan func(v state) ([]op, error)) error {
 	if d.name == "" {
 		return errors.New("the deployment has no name")
@@ -82,8 +81,8 @@ func (s *Store) write(ctx context.Context, c *change) error {
 	return c.err
 }
 
-// run commits what is handed over until stop is closed. The channel has no
-// buffer: who waits to send is who has not been taken.
+// run commits changes until stop is closed. The channel has no buffer, so that a change
+// whose sender still waits was not taken.
 func (s *Store) run() {
 	defer close(s.stopped)
 	for {
@@ -97,15 +96,14 @@ func (s *Store) run() {
 		err := s.commit(batch)
 		for _, c := range batch {
 			if err != nil {
-				// What plan saw and answered may not have come to be.
-				c.err = err
+				c.err = err // replaces plan's answer, which may refer to changes that failed
 			}
 			close(c.done)
 		}
 	}
 }
 
-// gather takes all that wait at this moment.
+// gather takes all changes that wait now, up to maxCommit.
 func (s *Store) gather(first *change) []*change {
 	batch, size := []*change{first}, first.size
 	for size < maxCommit {
@@ -119,14 +117,14 @@ func (s *Store) gather(first *change) []*change {
 	return batch
 }
 
-// errNothing ends a transaction that nothing was written in.
+// errNothing rolls back a transaction without changes.
 var errNothing = errors.New("nothing to write")
 
 func (s *Store) commit(batch []*change) error {
 	if s.broken != nil {
 		return s.broken
 	}
-	if err := s.settle(); err != nil {
+	if err := s.syncHeader(); err != nil {
 		return s.writeError(err)
 	}
 	var id int
@@ -143,21 +141,21 @@ func (s *Store) commit(batch []*change) error {
 	case err == nil, errors.Is(err, errNothing):
 		return nil
 	case !finished:
-		// Whether bbolt is still fit to write is unknown.
-		s.broken = s.writeError(fmt.Errorf("%w; nothing more is written; %s", err, restore))
-		s.log.Error("the store is damaged, nothing more is written", "file", s.path, "error", err)
+		// bbolt panicked: its state in memory is unknown.
+		s.broken = s.writeError(fmt.Errorf("%w; all writes are rejected; %s", err, restore))
+		s.log.Error("store damaged, all writes are rejected", "path", s.path, "error", err)
 		return s.broken
 	}
-	return s.failed(id, err)
+	return s.commitFailed(id, err)
 }
 
-// apply plans and writes one change after the other, each on top of the ones
-// before it, and the heartbeat.
+// apply plans and writes the changes in order, each on top of those before it, and
+// the heartbeat.
 func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 	deployments := tx.Bucket(bucketDeployments)
 	wrote := false
 	for _, c := range batch {
-		if c.beat {
+		if c.heartbeat {
 			wrote = true
 			continue
 		}
@@ -200,7 +198,7 @@ func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 		return nil
 	}
 	about := tx.Bucket(bucketAbout)
-	return errors.Join(s.correct(about, c), about.Put(keyHeartbeat, packTime(keyHeartbeat, c.Heartbeat())))
+	return errors.Join(s.correctRestore(about, c), about.Put(keyHeartbeat, packTime(keyHeartbeat, c.Heartbeat())))
 }
 
 func (c *change) run(v state) (ops []op) {
@@ -229,13 +227,14 @@ func newDeployment(deployments *bbolt.Bucket, name string) (*bbolt.Bucket, error
 	return b, b.Put(keyName, pack(keyName, []byte(name)))
 }
 
-// failed says what has become of a commit that returned an error.
+// commitFailed finds out whether a commit that returned an error was applied, and
+// completes it if so.
 //
-// bbolt syncs the data, writes the header and syncs that. When only the last
-// step fails, the commit can be seen already and yet may be gone after a crash.
-// The kernel reports such an error once, so another sync alone would prove
-// nothing: the header has to be written again.
-func (s *Store) failed(id int, err error) error {
+// bbolt syncs the data, writes the header and syncs that. If only the last step fails,
+// the commit is visible but may be lost in a crash. The kernel reports such an error
+// once, so that another sync alone could succeed without effect: the header has to be
+// written again.
+func (s *Store) commitFailed(id int, err error) error {
 	visible := 0
 	if err := guard(func() error {
 		return s.db.View(func(tx *bbolt.Tx) error { visible = tx.ID(); return nil })
@@ -246,19 +245,19 @@ func (s *Store) failed(id int, err error) error {
 	if visible < id || id == 0 {
 		return s.writeError(fmt.Errorf("%w; nothing was changed", err))
 	}
-	s.unsettled = true
-	if again := s.settle(); again != nil {
-		return s.writeError(fmt.Errorf("%w; whether the change outlives a crash is open until a later one succeeds", again))
+	s.headerDirty = true
+	if again := s.syncHeader(); again != nil {
+		return s.writeError(fmt.Errorf("%w; a crash may undo the change until a later write succeeds", again))
 	}
-	s.log.Warn("a commit was completed at the second attempt", "file", s.path, "error", err)
+	s.log.Warn("commit completed at the second attempt", "path", s.path, "error", err)
 	return nil
 }
 
-// settle makes a commit durable whose header may not have reached the disk.
-// Before that nothing else may be written: the pages that the commit gave up
-// would be used again, and the header on the disk may still need them.
-func (s *Store) settle() error {
-	if !s.unsettled {
+// syncHeader makes the last commit durable if its header may not be on the disk.
+// Nothing else may be written before: it would reuse pages that the commit freed, and
+// the header on the disk may still refer to them.
+func (s *Store) syncHeader() error {
+	if !s.headerDirty {
 		return nil
 	}
 	var id int
@@ -276,7 +275,7 @@ func (s *Store) settle() error {
 	if err := unix.Fdatasync(int(s.file.Fd())); err != nil {
 		return err
 	}
-	s.unsettled = false
+	s.headerDirty = false
 	return nil
 }
 

@@ -16,8 +16,8 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// hold keeps a commit from going on until release is called. What is written
-// meanwhile shares the next one.
+// hold blocks a commit until release is called. Changes that are written meanwhile share
+// the next one.
 func hold(t *testing.T, d *store.Deployment) (release func()) {
 	t.Helper()
 	inside, gate := make(chan struct{}), make(chan struct{})
@@ -35,8 +35,8 @@ func hold(t *testing.T, d *store.Deployment) (release func()) {
 	return sync.OnceFunc(func() { close(gate); wg.Wait() })
 }
 
-// together starts writers that wait for the next commit when the one that is
-// held is released, and returns their errors after it. It wants a bubble.
+// together runs writers that share one commit and returns their errors. It must be called
+// in a synctest bubble.
 func together(t *testing.T, d *store.Deployment, writers ...func() error) []error {
 	t.Helper()
 	release := hold(t, d)
@@ -60,7 +60,7 @@ func TestWritersShareACommit(t *testing.T) {
 func writersShareACommit(t *testing.T) {
 	s := opened(t, newPath(t))
 	d, other := s.Deployment("default"), s.Deployment("other")
-	refused := errors.New("refused")
+	rejected := errors.New("rejected")
 	before := s.Commits(t)
 	var writers []func() error
 	for n := range 20 {
@@ -77,11 +77,11 @@ func writersShareACommit(t *testing.T) {
 		},
 		func() error { return other.PutToken(t.Context(), spireapi.Token{Value: "a"}) },
 		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
-		// From here on they fail, alone.
+		// The following fail alone, except for the first Save.
 		func() error { _, err := other.TakeToken(t.Context(), "a"); return err },
 		func() error { _, err := d.TakeToken(t.Context(), "a"); return err },
 		func() error {
-			_, err := d.UpdateAgent(t.Context(), agentID(3), func(*spireapi.Agent) (*spireapi.Agent, error) { return nil, refused })
+			_, err := d.UpdateAgent(t.Context(), agentID(3), func(*spireapi.Agent) (*spireapi.Agent, error) { return nil, rejected })
 			return err
 		},
 		func() error { return d.Save(t.Context(), document(1), keyset.Change{}) },
@@ -94,7 +94,7 @@ func writersShareACommit(t *testing.T) {
 		case 5, 4:
 			want = spireapi.ErrNotFound
 		case 3:
-			want = refused
+			want = rejected
 		case 1:
 			want = keyset.ErrConflict
 		}
@@ -111,7 +111,7 @@ func writersShareACommit(t *testing.T) {
 	}
 }
 
-// TestNothingToWrite costs no commit.
+// TestNothingToWrite: a change without operations causes no commit.
 func TestNothingToWrite(t *testing.T) {
 	t.Parallel()
 	s := opened(t, newPath(t))
@@ -133,11 +133,12 @@ func TestNothingToWrite(t *testing.T) {
 		t.Error(err)
 	}
 	if n := s.Commits(t); n != before {
-		t.Errorf("%d commits for nothing", n-before)
+		t.Errorf("%d commits without a change", n-before)
 	}
 }
 
-// TestCommitIsBounded divides what waits, between changes.
+// TestCommitIsBounded: many waiting changes are committed in several commits, none of
+// which splits a change.
 func TestCommitIsBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, commitIsBounded)
@@ -182,7 +183,7 @@ func contexts(t *testing.T) {
 		t.Errorf("reading: %v", err)
 	}
 
-	// One that waits behind another returns at once and is not applied.
+	// A change that still waits returns at once and is not applied.
 	release := hold(t, d)
 	ctx, cancel := context.WithCancel(t.Context())
 	var wg sync.WaitGroup
@@ -196,7 +197,7 @@ func contexts(t *testing.T) {
 	wg.Wait() // while the other is still held
 	release()
 
-	// One that was taken gets its outcome.
+	// A change that a commit has taken returns its outcome.
 	ctx, cancel = context.WithCancel(t.Context())
 	if _, err := d.UpdateAgent(ctx, agentID(2), func(*spireapi.Agent) (*spireapi.Agent, error) {
 		cancel()
@@ -211,7 +212,7 @@ func contexts(t *testing.T) {
 	}
 }
 
-// TestChangePanics goes on in who called, and only there.
+// TestChangePanics: a panic in a change reaches its caller and no other.
 func TestChangePanics(t *testing.T) {
 	t.Parallel()
 	s := opened(t, newPath(t))
@@ -229,8 +230,8 @@ func TestChangePanics(t *testing.T) {
 	}
 }
 
-// TestConcurrentUse reads while others write; the race detector judges, and
-// each reader sees what was there when its writer returned.
+// TestConcurrentUse reads during writes, for the race detector. Each reader sees what its
+// writer wrote before.
 func TestConcurrentUse(t *testing.T) {
 	t.Parallel()
 	s := open(t, newPath(t))
@@ -264,7 +265,7 @@ func TestConcurrentUse(t *testing.T) {
 	}
 }
 
-// TestCloseWhileWriting refuses some and keeps its word to the others.
+// TestCloseWhileWriting: writes fail with ErrClosed or are durable.
 func TestCloseWhileWriting(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)

@@ -14,27 +14,27 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// usage is how the pages of a file are used.
+// usage counts the pages of a file.
 type usage struct{ free, count, pageSize uint64 }
 
-// live is how many bytes are in use.
+// live returns how many bytes are in use.
 func (u usage) live() uint64 { return (u.count - u.free) * u.pageSize }
 
-// wasteful reports whether more than half of the file is free. bbolt never makes a file
-// smaller, and writes the list of all its free pages with each commit. A small file is
-// not worth the copy.
+// wasteful reports whether compaction pays off: more than half of the file is free, and
+// at least allocSize. bbolt never shrinks a file, and writes the list of all its free
+// pages with each commit.
 func (u usage) wasteful() bool { return u.free > u.count/2 && u.free*u.pageSize >= allocSize }
 
-// Compaction writes in transactions of this many bytes.
+// compactCommit is the size of the transactions of a compaction, in bytes.
 const compactCommit = 8 << 20
 
-// compact copies what is in use to a new file, which takes the place of the store's when
-// it is complete, checked and durable. Until then the store's is as it was, so that a
-// crash leaves one or the other. What is in the way of it, such as a lack of room, is
-// logged, and the store goes on as it is; an error means that it cannot go on.
+// compact copies the pages in use to a new file, which replaces the store's file when it is
+// complete, checked and durable. A crash leaves the old file or the new one. If the file
+// cannot be compacted, for example because the disk is full, compact logs that and the
+// store stays as it is. An error means that the store cannot be used.
 //
-// The file is locked, so nobody else makes such a copy, and one that is there already
-// is left of a process that was killed.
+// The file is locked, so no other process compacts it. A temporary file that exists is
+// left over from a process that was killed.
 func (s *Store) compact(use usage) error {
 	path, err := filepath.EvalSymlinks(s.path)
 	if err != nil {
@@ -42,34 +42,34 @@ func (s *Store) compact(use usage) error {
 	}
 	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".compact")
 	if err := os.Remove(temp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("remove what is left of a compaction: %w", err)
+		return fmt.Errorf("remove the file of an interrupted compaction: %w", err)
 	}
 	if !use.wasteful() {
 		return nil
 	}
 	begin := time.Now()
-	db, f, err := s.compacted(temp, use)
+	db, f, err := s.compactTo(temp, use)
 	if err == nil {
 		if err = os.Rename(temp, path); err != nil {
 			err = errors.Join(fmt.Errorf("put it in its place: %w", err), db.Close(), os.Remove(temp))
 		}
 	}
 	if err != nil {
-		s.log.Warn("store not compacted, each commit is slower than it could be", "file", s.path, "free_bytes", use.free*use.pageSize, "used_bytes", use.live(), "error", err)
+		s.log.Warn("store not compacted, each commit is slower than it could be", "path", s.path, "free_bytes", use.free*use.pageSize, "used_bytes", use.live(), "error", err)
 		return nil
 	}
-	// The lock of the old file, which has no name any more, goes with it.
-	err = s.db.Close()
+	err = s.db.Close() // and unlocks the old file, which no longer has a name
 	s.db, s.file = db, f
 	if err := errors.Join(err, syncFolder(path)); err != nil {
 		return fmt.Errorf("make its compaction durable: %w", err)
 	}
-	s.log.Info("store compacted", "file", s.path, "bytes_before", use.count*use.pageSize, "bytes", s.size(), "took", time.Since(begin))
+	s.log.Info("store compacted", "path", s.path, "bytes_before", use.count*use.pageSize, "bytes", s.size(), "duration", time.Since(begin))
 	return nil
 }
 
-// compacted makes a file, locked, of what is in use. It is whole and durable.
-func (s *Store) compacted(temp string, use usage) (db *bbolt.DB, f *os.File, err error) {
+// compactTo copies the pages in use to a new file. The file is locked, checked and
+// durable.
+func (s *Store) compactTo(temp string, use usage) (db *bbolt.DB, f *os.File, err error) {
 	f, err = os.OpenFile(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, nil, err
@@ -85,11 +85,11 @@ func (s *Store) compacted(temp string, use usage) (db *bbolt.DB, f *os.File, err
 		}
 		err = errors.Join(err, os.Remove(temp))
 	}()
-	if err := room(f, use.live()+use.live()/8+2*allocSize); err != nil {
+	if err := checkSpace(f, use.live()+use.live()/8+2*allocSize); err != nil {
 		return nil, f, err
 	}
-	if err := s.sameOwner(f); err != nil {
-		return nil, f, fmt.Errorf("give it mode and owner: %w", err)
+	if err := s.copyOwner(f); err != nil {
+		return nil, f, fmt.Errorf("set its mode and owner: %w", err)
 	}
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, f, fmt.Errorf("lock: %w", err)
@@ -113,7 +113,7 @@ func (s *Store) compacted(temp string, use usage) (db *bbolt.DB, f *os.File, err
 		if err := f.Sync(); err != nil {
 			return err
 		}
-		// It is about to be all there is.
+		// It replaces the only other copy.
 		if _, err := checkStructure(f); err != nil {
 			return err
 		}
@@ -123,8 +123,8 @@ func (s *Store) compacted(temp string, use usage) (db *bbolt.DB, f *os.File, err
 	return db, f, err
 }
 
-// sameOwner gives a file the mode and the owner of the store's.
-func (s *Store) sameOwner(f *os.File) error {
+// copyOwner gives a file the mode and the owner of the store's file.
+func (s *Store) copyOwner(f *os.File) error {
 	info, err := s.file.Stat()
 	if err != nil {
 		return err
@@ -137,8 +137,8 @@ func (s *Store) sameOwner(f *os.File) error {
 	return f.Chmod(info.Mode().Perm())
 }
 
-// room checks that a file system has so many bytes left.
-func room(f *os.File, need uint64) error {
+// checkSpace checks that the file system of f has so many bytes left.
+func checkSpace(f *os.File, need uint64) error {
 	var disk unix.Statfs_t
 	if err := unix.Fstatfs(int(f.Fd()), &disk); err != nil {
 		return fmt.Errorf("ask for the free space: %w", err)
@@ -149,7 +149,7 @@ func room(f *os.File, need uint64) error {
 	return nil
 }
 
-// syncFolder makes durable which file has a name.
+// syncFolder makes the folder entry of path durable.
 func syncFolder(path string) error {
 	d, err := os.Open(filepath.Dir(path))
 	if err != nil {
@@ -158,14 +158,14 @@ func syncFolder(path string) error {
 	return errors.Join(d.Sync(), d.Close())
 }
 
-// size is how many bytes of the file are in use, free pages among them.
+// size returns the length of the file's pages in bytes, free pages included.
 func (s *Store) size() (n int64) {
 	_ = s.view(context.Background(), func(tx *bbolt.Tx) error { n = tx.Size(); return nil })
 	return n
 }
 
-// progress logs what is under way, after a second and then every ten, until stop is
-// called, so that a long start does not look like one that hangs.
+// progress logs msg after one second and then every ten, until stop is called, so that a
+// long start does not look like a hang.
 func (s *Store) progress(msg string, attrs ...any) (stop func()) {
 	begin, end, ended := time.Now(), make(chan struct{}), make(chan struct{})
 	go func() {
@@ -175,7 +175,7 @@ func (s *Store) progress(msg string, attrs ...any) (stop func()) {
 			case <-end:
 				return
 			case <-time.After(wait):
-				s.log.Info(msg, append([]any{"file", s.path, "elapsed", time.Since(begin).Round(time.Second)}, attrs...)...)
+				s.log.Info(msg, append([]any{"path", s.path, "duration", time.Since(begin).Round(time.Second)}, attrs...)...)
 			}
 		}
 	}()

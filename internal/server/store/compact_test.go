@@ -19,7 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// wasteful leaves a store of which nine tenths are free, and returns what is in it.
+// wasteful makes a store of which nine tenths are free, and returns its contents.
 func wasteful(t testing.TB, path string, o store.Options) (contents string) {
 	t.Helper()
 	s, err := store.Open(path, o)
@@ -48,7 +48,7 @@ func sizeOf(t testing.TB, path string) int64 {
 	return info.Size()
 }
 
-// logged opens a store and returns what is logged meanwhile.
+// logged opens a store and returns its log.
 func logged(t *testing.T, path string, o store.Options) (s *store.Store, log string) {
 	t.Helper()
 	var out bytes.Buffer
@@ -60,16 +60,16 @@ func logged(t *testing.T, path string, o store.Options) (s *store.Store, log str
 	return s, out.String()
 }
 
-// alone checks that a store has left nothing beside it.
-func alone(t *testing.T, path string) {
+// checkNoOtherFiles checks that the store is the only file in its folder.
+func checkNoOtherFiles(t *testing.T, path string) {
 	t.Helper()
 	if names, err := os.ReadDir(filepath.Dir(path)); err != nil || len(names) != 1 {
 		t.Errorf("files left behind: %v, %v", names, err)
 	}
 }
 
-// TestCompaction: a start makes a file small of which most is free, and changes nothing
-// else of it.
+// TestCompaction: Open shrinks a file of which most is free, and keeps its contents, mode
+// and owner.
 func TestCompaction(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -85,7 +85,7 @@ func TestCompaction(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	// Who only reads leaves it as it is.
+	// Opening it read-only does not change it.
 	o := options()
 	o.ReadOnly = true
 	s, log := logged(t, path, o)
@@ -104,8 +104,8 @@ func TestCompaction(t *testing.T) {
 	if err != nil || info.Mode() != 0o640 || os.Getuid() == 0 && info.Sys().(*syscall.Stat_t).Uid != uint32(owner) {
 		t.Errorf("mode %v of %v, %v", info.Mode(), info.Sys(), err)
 	}
-	// It is a store like any other: in use, durable, and compact.
-	if err := refuses(t, path, options()); !errors.Is(err, store.ErrInUse) {
+	// The new file is locked, durable and compact.
+	if err := openFails(t, path, options()); !errors.Is(err, store.ErrInUse) {
 		t.Error(err)
 	}
 	if err := update(t.Context(), s.Deployment("default"), 1000, "1"); err != nil {
@@ -118,12 +118,12 @@ func TestCompaction(t *testing.T) {
 		t.Errorf("opened again: %s\nwant %s\nlog %s", got, want, log)
 	}
 	closed(t, s)
-	alone(t, path)
+	checkNoOtherFiles(t, path)
 }
 
-// TestCompactionAtOnce: who waits for the file while another process compacts it gets the
-// new one.
-func TestCompactionAtOnce(t *testing.T) {
+// TestCompactionWithWaiters: an Open that waits for the lock during a compaction gets the
+// new file.
+func TestCompactionWithWaiters(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
 	wasteful(t, path, options())
@@ -148,12 +148,12 @@ func TestCompactionAtOnce(t *testing.T) {
 	}
 }
 
-// TestCompactionFails: what is in the way of it is logged, and the store is used as it is.
+// TestCompactionFails: a failed compaction is logged, and the store is used as it is.
 func TestCompactionFails(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		hinder func(t *testing.T, path string)
-		says   string
+		want   string // in the log
 	}{
 		"no room": {func(t *testing.T, path string) { fillUp(t, filepath.Join(filepath.Dir(path), "ballast")) }, "make room"},
 		// The file alone is mounted, as in a container.
@@ -173,7 +173,7 @@ func TestCompactionFails(t *testing.T) {
 			c.hinder(t, path)
 			s, log := logged(t, path, options())
 			defer closed(t, s)
-			if !strings.Contains(log, "store not compacted") || !strings.Contains(log, c.says) || sizeOf(t, path) != before {
+			if !strings.Contains(log, "store not compacted") || !strings.Contains(log, c.want) || sizeOf(t, path) != before {
 				t.Errorf("%d bytes, before %d; the log says %s", sizeOf(t, path), before, log)
 			}
 			if got := mustContents(t, s); got != want {
@@ -189,11 +189,11 @@ func TestCompactionFails(t *testing.T) {
 	}
 }
 
-// openEnv makes a test process one that opens a store: its path, and its key's.
+// openEnv and keyEnv make a test process open a store with a key file and kill itself.
 const openEnv, keyEnv = "RENEWD_TEST_OPEN", "RENEWD_TEST_KEY"
 
-// TestCompactionKilled kills processes that compact a store, at any moment. The next one
-// finds it whole.
+// TestCompactionKilled kills processes during a compaction, at random moments. The next
+// Open finds a complete store.
 func TestCompactionKilled(t *testing.T) {
 	t.Parallel()
 	if path := os.Getenv(openEnv); path != "" {
@@ -231,7 +231,7 @@ func TestCompactionKilled(t *testing.T) {
 		if err := cmd.Start(); err != nil {
 			t.Fatal(err)
 		}
-		// From when the copy is begun on: that is what is to be met.
+		// Wait until the copy exists, to kill the process during the compaction.
 		gone := make(chan struct{})
 		go func() { _ = cmd.Wait(); close(gone) }()
 		for end := time.After(life); ; {
@@ -247,7 +247,7 @@ func TestCompactionKilled(t *testing.T) {
 			break
 		}
 		select {
-		case <-gone: // it has ended by itself
+		case <-gone: // the process killed itself
 			life = max(10*time.Millisecond, time.Since(begin))
 		case <-time.After(time.Duration(random.Int64N(int64(120 * time.Millisecond)))):
 			_ = cmd.Process.Kill()
@@ -255,11 +255,11 @@ func TestCompactionKilled(t *testing.T) {
 		}
 		switch _, err := os.Stat(temp); {
 		case err == nil:
-			met["in it"]++
+			met["during"]++
 		case sizeOf(t, path) < int64(len(data)):
-			met["after it"]++
+			met["after"]++
 		default:
-			met["before it"]++
+			met["before"]++
 		}
 		s, err := store.Open(path, o)
 		if err != nil {
@@ -269,24 +269,24 @@ func TestCompactionKilled(t *testing.T) {
 			t.Errorf("process %d: %s\nwant %s", n, got, want)
 		}
 		closed(t, s)
-		alone(t, path)
+		checkNoOtherFiles(t, path)
 		if size := sizeOf(t, path); size > int64(len(data))/3 {
 			t.Errorf("process %d: %d bytes afterwards", n, size)
 		}
 	}
-	if met["in it"] == 0 {
-		t.Errorf("no compaction was met: %v", met)
+	if met["during"] == 0 {
+		t.Errorf("no process was killed during the compaction: %v", met)
 	}
 }
 
-// TestBackupIsCompact: of what is free nothing is copied, nor restored.
+// TestBackupIsCompact: free pages are not copied.
 func TestBackupIsCompact(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
 	wasteful(t, path, options())
 	data := readFile(t, path)
 	small := sizeOf(t, copyOf(t, opened(t, path)))
-	// A store that became so while it was open.
+	// Now a store whose pages were freed while it was open.
 	path = newPath(t)
 	s := open(t, path)
 	d := s.Deployment("default")
@@ -299,7 +299,7 @@ func TestBackupIsCompact(t *testing.T) {
 	want := mustContents(t, s)
 	backup := copyOf(t, s)
 	if size := sizeOf(t, backup); size > sizeOf(t, path)/3 {
-		t.Errorf("%d bytes of %d; of one that was compacted %d of %d", size, sizeOf(t, path), small, len(data))
+		t.Errorf("%d bytes of %d; after a compaction %d of %d", size, sizeOf(t, path), small, len(data))
 	}
 	closed(t, s)
 	s = opened(t, backup)

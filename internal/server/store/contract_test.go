@@ -17,8 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// TestKeysetStorage holds each implementation to the contract of
-// keyset.Storage.
+// TestKeysetStorage checks that each implementation satisfies keyset.Storage.
 func TestKeysetStorage(t *testing.T) {
 	t.Parallel()
 	for name, make := range map[string]func(*testing.T) keyset.Storage{
@@ -64,7 +63,7 @@ func TestKeysetStorage(t *testing.T) {
 				t.Error("a conflict changed something")
 			}
 
-			// Of many who save the same version one wins each time.
+			// Of several concurrent writers of one version one wins.
 			const writers, rounds = 8, 10
 			var won atomic.Int64
 			var wg sync.WaitGroup
@@ -105,8 +104,7 @@ func document(n byte) keyset.Document {
 	}}
 }
 
-// TestServerStorage holds each implementation to the contract of
-// spireapi.Storage.
+// TestServerStorage checks that each implementation satisfies spireapi.Storage.
 func TestServerStorage(t *testing.T) {
 	t.Parallel()
 	for name, make := range map[string]func(*testing.T) spireapi.Storage{
@@ -141,7 +139,7 @@ func tokens(t *testing.T, s spireapi.Storage) {
 	}
 	for range 2 {
 		if token, err := s.Token(ctx, "a"); err != nil || !reflect.DeepEqual(token, want) {
-			t.Errorf("looked at: %+v, %v", token, err)
+			t.Errorf("Token: %+v, %v", token, err)
 		}
 	}
 	if _, err := s.Token(ctx, "b"); !errors.Is(err, spireapi.ErrNotFound) {
@@ -181,7 +179,7 @@ func admissions(t *testing.T, s spireapi.Storage) {
 	as := func(a spireapi.Agent) func(*spireapi.Agent) (*spireapi.Agent, error) {
 		return func(*spireapi.Agent) (*spireapi.Agent, error) { return &a, nil }
 	}
-	is := func(what string, tokens int, agents ...spireapi.Agent) {
+	check := func(what string, tokens int, agents ...spireapi.Agent) {
 		t.Helper()
 		left, err := s.Tokens(ctx)
 		if err != nil || len(left) != tokens {
@@ -209,36 +207,36 @@ func admissions(t *testing.T, s spireapi.Storage) {
 	if err := admit("a", 1, as(first)); !errors.Is(err, spireapi.ErrNotFound) {
 		t.Errorf("without a token: %v", err)
 	}
-	is("no token", 0)
+	check("no token", 0)
 	for _, value := range []string{"a", "b"} {
 		if err := s.PutToken(ctx, spireapi.Token{Value: value, ExpiresAt: start}); err != nil {
 			t.Fatal(err)
 		}
 	}
-	refused := errors.New("refused")
-	if err := admit("a", 1, func(a *spireapi.Agent) (*spireapi.Agent, error) { return a, refused }); err != refused { //nolint:errorlint // it is to be returned as it is
-		t.Errorf("refused: %v", err)
+	rejected := errors.New("rejected")
+	if err := admit("a", 1, func(a *spireapi.Agent) (*spireapi.Agent, error) { return a, rejected }); err != rejected { //nolint:errorlint // it must be returned unwrapped
+		t.Errorf("rejected: %v", err)
 	}
-	is("refused", 2)
+	check("rejected", 2)
 
-	// Of many with one token one is admitted.
-	var in atomic.Int64
+	// Of several admissions with one token one succeeds.
+	var admitted atomic.Int64
 	var wg sync.WaitGroup
 	for range 16 {
 		wg.Go(func() {
 			switch err := admit("a", 1, as(first)); {
 			case err == nil:
-				in.Add(1)
+				admitted.Add(1)
 			case !errors.Is(err, spireapi.ErrNotFound):
 				t.Error(err)
 			}
 		})
 	}
 	wg.Wait()
-	if in.Load() != 1 {
-		t.Errorf("%d were admitted with one token", in.Load())
+	if admitted.Load() != 1 {
+		t.Errorf("%d were admitted with one token", admitted.Load())
 	}
-	is("admitted", 1, first)
+	check("admitted", 1, first)
 
 	renewed := first
 	renewed.NextSerial = "another"
@@ -248,11 +246,11 @@ func admissions(t *testing.T, s spireapi.Storage) {
 		}
 		return &renewed, nil
 	})
-	rows-- // of the same SVID's owner
+	rows-- // replaces the agent's row
 	if err != nil {
 		t.Errorf("without a token: %v", err)
 	}
-	is("renewed", 1, renewed)
+	check("renewed", 1, renewed)
 }
 
 func agents(t *testing.T, s spireapi.Storage) {
@@ -269,18 +267,18 @@ func agents(t *testing.T, s spireapi.Storage) {
 	if a, err := s.Agent(ctx, want.ID); a != nil || err != nil || len(list()) != 0 {
 		t.Errorf("at first: %v, %v", a, err)
 	}
-	refused := errors.New("refused")
+	rejected := errors.New("rejected")
 	for _, there := range []bool{false, true} {
 		if a, err := s.UpdateAgent(ctx, want.ID, func(a *spireapi.Agent) (*spireapi.Agent, error) {
 			if (a != nil) != there {
 				t.Errorf("change gets %v", a)
 			}
 			if a != nil {
-				a.Version = "changed and refused"
+				a.Version = "changed and rejected"
 			}
-			return a, refused
-		}); a != nil || err != refused { //nolint:errorlint // it is to be returned as it is
-			t.Errorf("refused: %v, %v", a, err)
+			return a, rejected
+		}); a != nil || err != rejected { //nolint:errorlint // it must be returned unwrapped
+			t.Errorf("rejected: %v, %v", a, err)
 		}
 		if there {
 			continue
@@ -303,7 +301,7 @@ func agents(t *testing.T, s spireapi.Storage) {
 		t.Errorf("all agents: %+v", all)
 	}
 
-	// Read and write are one step.
+	// Concurrent updates are serialized.
 	const writers, rounds = 8, 20
 	var wg sync.WaitGroup
 	for range writers {
@@ -368,7 +366,7 @@ func entries(t *testing.T, s spireapi.Storage) {
 	check(b)
 }
 
-// filled has a value in each field, so that one which is not kept is noticed.
+// filled returns a value with each field set, to detect a field that is not stored.
 func filled[T any](t *testing.T) (v T) {
 	t.Helper()
 	var set func(f reflect.Value)

@@ -18,9 +18,8 @@ import (
 
 const pageSize = 4096
 
-// sample is the file of a store with something of everything, free pages, and
-// pages with overflow, without the part at the end that was never used. It was
-// put back from a copy.
+// sample returns the file of a store with values of each kind, free pages and pages with
+// overflow, without the unused end. The store was restored from a copy.
 func sample(t testing.TB) (data []byte, want string) {
 	t.Helper()
 	path := newPath(t)
@@ -51,8 +50,9 @@ func sample(t testing.TB) (data []byte, want string) {
 	return readFile(t, path)[:used], want
 }
 
-// look opens a file. It must be refused, and left alone, or hold what it held.
-func look(t testing.TB, path string, data []byte, want, what string) (opened bool) {
+// openBroken writes and opens a file. Open must reject it and leave it as it is, or the
+// store must have the contents want.
+func openBroken(t testing.TB, path string, data []byte, want, what string) (opened bool) {
 	t.Helper()
 	writeFile(t, path, data)
 	o := options()
@@ -78,34 +78,34 @@ func TestTruncated(t *testing.T) {
 	data, want := sample(t)
 	path := newPath(t)
 	for n := 0; n < len(data); n += 701 {
-		if look(t, path, data[:n], want, "cut off") {
+		if openBroken(t, path, data[:n], want, "cut off") {
 			t.Errorf("opened with %d bytes of %d", n, len(data))
 		}
 	}
 	for n := 0; n < len(data); n += pageSize {
 		for _, end := range []int{n, n + 1, n + pageSize - 1} {
-			if look(t, path, data[:end], want, "cut off") {
+			if openBroken(t, path, data[:end], want, "cut off") {
 				t.Errorf("opened with %d bytes of %d", end, len(data))
 			}
 		}
 	}
-	if !look(t, path, data, want, "whole") || !look(t, path, append(bytes.Clone(data), make([]byte, 999)...), want, "longer") {
-		t.Error("a good file was refused")
+	if !openBroken(t, path, data, want, "whole") || !openBroken(t, path, append(bytes.Clone(data), make([]byte, 999)...), want, "longer") {
+		t.Error("a good file was rejected")
 	}
 }
 
-// TestFlippedBits changes one bit at a time: each of the bits in the headers,
-// which decide most, and many in between.
+// TestFlippedBits flips single bits: one in each byte of the headers, and random ones in
+// the rest.
 func TestFlippedBits(t *testing.T) {
 	t.Parallel()
 	data, want := sample(t)
 	path := newPath(t)
 	random := rand.New(rand.NewPCG(1, 2))
-	noticed, all := 0, 0
+	detected, all := 0, 0
 	flip := func(at int, bit byte) {
 		data[at] ^= bit
-		if !look(t, path, data, want, "a bit at "+place(at)) {
-			noticed++
+		if !openBroken(t, path, data, want, "a bit at "+place(at)) {
+			detected++
 		}
 		all++
 		data[at] ^= bit
@@ -123,9 +123,9 @@ func TestFlippedBits(t *testing.T) {
 		flip(16+at, 1<<random.IntN(8))
 		flip(pageSize+16+at, 1<<random.IntN(8))
 	}
-	t.Logf("%d of %d changes were noticed, the others changed nothing that is used", noticed, all)
-	if noticed < all/4 {
-		t.Errorf("only %d of %d changes were noticed", noticed, all)
+	t.Logf("%d of %d changes were detected, the others were in unused bytes", detected, all)
+	if detected < all/4 {
+		t.Errorf("only %d of %d changes were detected", detected, all)
 	}
 }
 
@@ -148,7 +148,7 @@ func TestLostPages(t *testing.T) {
 		for what, page := range map[string][]byte{"zeros": make([]byte, pageSize), "noise": noise, "another": data[other : other+pageSize]} {
 			broken := bytes.Clone(data)
 			copy(broken[at:], page)
-			look(t, path, broken, want, what+" at "+place(at))
+			openBroken(t, path, broken, want, what+" at "+place(at))
 		}
 	}
 	for n := range 20 {
@@ -156,28 +156,28 @@ func TestLostPages(t *testing.T) {
 		for i := range garbage {
 			garbage[i] = byte(random.Uint32())
 		}
-		if look(t, path, garbage, want, "garbage") {
+		if openBroken(t, path, garbage, want, "garbage") {
 			t.Errorf("garbage %d was opened", n)
 		}
 	}
 }
 
-// TestLyingPages changes the numbers in pages that decide what belongs to them.
-func TestLyingPages(t *testing.T) {
+// TestWrongPageHeaders changes the numbers in pages that define their extent.
+func TestWrongPageHeaders(t *testing.T) {
 	t.Parallel()
 	data, want := sample(t)
 	path := newPath(t)
 	le := binary.NativeEndian
-	lie := func(page int, what string, change func(b []byte)) {
+	breakPage := func(page int, what string, change func(b []byte)) {
 		t.Helper()
 		broken := bytes.Clone(data)
 		change(broken[page*pageSize:])
-		if look(t, path, broken, want, what) {
+		if openBroken(t, path, broken, want, what) {
 			t.Errorf("page %d: %s: opened", page, what)
 		}
 	}
 	const leaf = 0x02
-	// A free page may hold anything, also an older list of free pages.
+	// A free page may contain anything, also an older list of free pages.
 	free := map[int]bool{}
 	list := store.FreelistPage(data)
 	for i := range int(le.Uint16(data[list*pageSize+10:])) {
@@ -191,29 +191,28 @@ func TestLyingPages(t *testing.T) {
 		used = page
 		count := le.Uint16(data[page*pageSize+10:])
 		for _, n := range []uint16{0, count - 1, count + 1, 0xffff} {
-			lie(page, "another number of elements", func(b []byte) { le.PutUint16(b[10:], n) })
+			breakPage(page, "another number of elements", func(b []byte) { le.PutUint16(b[10:], n) })
 		}
-		lie(page, "more overflow", func(b []byte) { b[12]++ })
-		lie(page, "huge overflow", func(b []byte) { le.PutUint32(b[12:], 1<<31) })
+		breakPage(page, "more overflow", func(b []byte) { b[12]++ })
+		breakPage(page, "huge overflow", func(b []byte) { le.PutUint32(b[12:], 1<<31) })
 		if le.Uint16(data[page*pageSize+8:]) == leaf {
-			lie(page, "a huge key", func(b []byte) { le.PutUint32(b[16+8:], 1<<31) })
+			breakPage(page, "a huge key", func(b []byte) { le.PutUint32(b[16+8:], 1<<31) })
 		} else {
-			lie(page, "a circle", func(b []byte) { le.PutUint64(b[16+8:], uint64(page)) })
-			lie(page, "a page beyond the end", func(b []byte) { le.PutUint64(b[16+8:], 1<<40) })
+			breakPage(page, "a circle", func(b []byte) { le.PutUint64(b[16+8:], uint64(page)) })
+			breakPage(page, "a page beyond the end", func(b []byte) { le.PutUint64(b[16+8:], 1<<40) })
 		}
 	}
-	lie(list, "a used page is free", func(b []byte) {
+	breakPage(list, "a used page is free", func(b []byte) {
 		n := le.Uint16(b[10:])
 		le.PutUint16(b[10:], n+1)
 		le.PutUint64(b[16+8*n:], uint64(used))
 	})
-	lie(list, "a free page is missing", func(b []byte) { le.PutUint16(b[10:], le.Uint16(b[10:])-1) })
-	lie(list, "a huge list", func(b []byte) { le.PutUint16(b[10:], 0xffff); le.PutUint64(b[16:], 1<<62) })
+	breakPage(list, "a free page is missing", func(b []byte) { le.PutUint16(b[10:], le.Uint16(b[10:])-1) })
+	breakPage(list, "a huge list", func(b []byte) { le.PutUint16(b[10:], 0xffff); le.PutUint64(b[16:], 1<<62) })
 }
 
-// TestCrash stops commits at each moment. Until the header of a commit is on
-// the disk, any of its pages may be there or not; the header itself comes when
-// all of them are.
+// TestCrash stops commits at every stage. Until the header of a commit is on the disk,
+// any of its pages may be missing. The header is written after all of them.
 func TestCrash(t *testing.T) {
 	t.Parallel()
 	path, crashed := newPath(t), newPath(t)
@@ -247,7 +246,7 @@ func TestCrash(t *testing.T) {
 			header = pageSize
 		}
 		for range 4 {
-			// Some pages and not the header.
+			// Some pages without the header.
 			torn := bytes.Clone(before)
 			if random.IntN(2) == 0 { // the file has grown
 				torn = append(torn, make([]byte, len(after)-len(before))...)
@@ -257,21 +256,21 @@ func TestCrash(t *testing.T) {
 					copy(torn[at:at+pageSize], after[at:])
 				}
 			}
-			if !look(t, crashed, torn, beforeText, "some pages") {
-				t.Error("refused after a crash before the header")
+			if !openBroken(t, crashed, torn, beforeText, "some pages") {
+				t.Error("rejected after a crash before the header")
 			}
 		}
 		torn := bytes.Clone(after)
 		copy(torn[header:header+pageSize], before[header:])
-		if !look(t, crashed, torn, beforeText, "all but the header") || !look(t, crashed, after, afterText, "everything") {
-			t.Error("refused after a crash")
+		if !openBroken(t, crashed, torn, beforeText, "all but the header") || !openBroken(t, crashed, after, afterText, "everything") {
+			t.Error("rejected after a crash")
 		}
 		before, beforeText = after, afterText
 	}
 	closed(t, s)
 }
 
-// FuzzOpen changes a good file: at is where data is written over it.
+// FuzzOpen overwrites a good file with data at the offset at.
 func FuzzOpen(f *testing.F) {
 	good, want := sample(f)
 	dir := f.TempDir()
@@ -286,6 +285,6 @@ func FuzzOpen(f *testing.F) {
 		defer os.Remove(file.Name())
 		broken := bytes.Clone(good)
 		copy(broken[int(at)%len(broken):], data)
-		look(t, file.Name(), broken, want, filepath.Base(file.Name()))
+		openBroken(t, file.Name(), broken, want, filepath.Base(file.Name()))
 	})
 }

@@ -12,9 +12,8 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// PutDevice puts a device in the place of the store's file, behind its
-// descriptor, until the function that it returns is called: of /dev/full each
-// write fails as on a full disk, of /dev/null each sync.
+// PutDevice replaces the store's file behind its descriptor with a device, until back is
+// called. On /dev/full each write fails as on a full disk, on /dev/null each sync.
 func (s *Store) PutDevice(t testing.TB, path string) (back func()) {
 	t.Helper()
 	device, err := os.OpenFile(path, os.O_RDWR, 0)
@@ -39,8 +38,8 @@ func (s *Store) PutDevice(t testing.TB, path string) (back func()) {
 	}
 }
 
-// FailSync lets the last step of the next commit fail, the sync of the header.
-// Before it answers, it calls then.
+// FailSync makes the last step of the next commit fail, the sync of the header. It calls
+// then before it returns the error.
 func (s *Store) FailSync(then func()) {
 	s.update = func(fn func(*bbolt.Tx) error) error {
 		s.update = s.db.Update
@@ -52,7 +51,7 @@ func (s *Store) FailSync(then func()) {
 	}
 }
 
-// Panic lets the next commit meet a damaged page.
+// Panic makes the next commit panic as on a damaged page.
 func (s *Store) Panic() {
 	s.update = func(fn func(*bbolt.Tx) error) error {
 		s.update = s.db.Update
@@ -62,7 +61,7 @@ func (s *Store) Panic() {
 	}
 }
 
-// Commits is the number of commits so far.
+// Commits returns the number of commits so far.
 func (s *Store) Commits(t testing.TB) (n int) {
 	t.Helper()
 	if err := s.db.View(func(tx *bbolt.Tx) error { n = tx.ID(); return nil }); err != nil {
@@ -71,16 +70,16 @@ func (s *Store) Commits(t testing.TB) (n int) {
 	return n
 }
 
-// Settled reports whether the last commit is known to be durable.
-func (s *Store) Settled() bool { return !s.unsettled }
+// HeaderSynced reports whether the last commit is known to be durable.
+func (s *Store) HeaderSynced() bool { return !s.headerDirty }
 
 // Create makes an empty store.
 var Create = create
 
-// Pack makes a value with its checksum.
+// Pack returns a value with its checksum.
 var Pack = pack
 
-// SealedDocument reads keysets as they are in the file.
+// SealedDocument returns the keysets of a deployment, sealed as in the file.
 func SealedDocument(t testing.TB, tx *bbolt.Tx, deployment string) keyset.Document {
 	t.Helper()
 	doc, err := decodeDocument(tx.Bucket(bucketDeployments).Bucket([]byte(deployment)))
@@ -90,7 +89,7 @@ func SealedDocument(t testing.TB, tx *bbolt.Tx, deployment string) keyset.Docume
 	return doc
 }
 
-// PutSealedDocument writes keysets as they are to be in the file.
+// PutSealedDocument writes keysets without sealing them.
 func PutSealedDocument(t testing.TB, tx *bbolt.Tx, deployment string, doc keyset.Document) {
 	t.Helper()
 	o, err := put(keysets, keyDocument, doc)
@@ -102,10 +101,10 @@ func PutSealedDocument(t testing.TB, tx *bbolt.Tx, deployment string, doc keyset
 	}
 }
 
-// Path is the file's.
+// Path returns the path of the file.
 func (s *Store) Path() string { return s.path }
 
-// Used is how many bytes at the beginning of the file are in use.
+// Used returns how many bytes at the beginning of the file are in use.
 func (s *Store) Used(t testing.TB) (n int64) {
 	t.Helper()
 	if err := s.db.View(func(tx *bbolt.Tx) error { n = tx.Size(); return nil }); err != nil {
@@ -114,7 +113,7 @@ func (s *Store) Used(t testing.TB) (n int64) {
 	return n
 }
 
-// FreelistPage is where a file has its list of free pages.
+// FreelistPage returns the number of the page with the list of free pages.
 func FreelistPage(data []byte) int {
 	_, freelist, _, err := readMeta(bytes.NewReader(data), uint64(len(data)))
 	if err != nil {

@@ -12,8 +12,8 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// TestFullDisk lets writes and syncs fail in different ways. Whatever fails,
-// nothing of it is kept, reading goes on, and writing does when it is over.
+// TestFullDisk makes writes and syncs fail in different ways. A failed change is not
+// stored, reads succeed, and writes succeed again when the disk works.
 func TestFullDisk(t *testing.T) {
 	t.Parallel()
 	for device, want := range map[string]error{"/dev/full": syscall.ENOSPC, "/dev/null": syscall.EINVAL} {
@@ -45,7 +45,7 @@ func TestFullDisk(t *testing.T) {
 						t.Errorf("%s\nwant %s", got, before)
 					}
 				}
-				errs := together(t, d, // on their way when the disk is well again
+				errs := together(t, d, // waiting when the disk recovers
 					func() error { return update(t.Context(), d, 1001, "1") },
 					func() error { back(); return update(t.Context(), d, 1002, "2") },
 				)
@@ -69,8 +69,9 @@ func TestFullDisk(t *testing.T) {
 	}
 }
 
-// TestFailedCommitFailsAll also fails those who would have been refused: what
-// they saw did not come to be.
+// TestFailedCommitFailsAll: a failed commit also fails changes with the error of the
+// commit that would have been rejected, because they were rejected for changes that did
+// not happen.
 func TestFailedCommitFailsAll(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, failedCommitFailsAll)
@@ -102,7 +103,8 @@ func failedCommitFailsAll(t *testing.T) {
 	}
 }
 
-// TestAdmissionThatCannotBeStored leaves the token, no agent and no row.
+// TestAdmissionThatCannotBeStored: a failed admission keeps the token and stores neither
+// agent nor row.
 func TestAdmissionThatCannotBeStored(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -147,7 +149,7 @@ func TestAdmissionThatCannotBeStored(t *testing.T) {
 	closed(t, s)
 }
 
-// TestHeaderNotSynced is the one failure after which a commit can be seen.
+// TestHeaderNotSynced: the failure after which a commit is visible and may not be durable.
 func TestHeaderNotSynced(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -160,21 +162,21 @@ func TestHeaderNotSynced(t *testing.T) {
 	if err := update(t.Context(), d, 1, "2"); err != nil {
 		t.Error(err)
 	}
-	// It fails as well: nobody may write before it was made good.
+	// The second attempt fails, too: no write succeeds before the header is synced.
 	var back func()
 	s.FailSync(func() { back = s.PutDevice(t, "/dev/full") })
-	if err := update(t.Context(), d, 1, "3"); !errors.Is(err, syscall.ENODEV) && !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "open until") {
+	if err := update(t.Context(), d, 1, "3"); !errors.Is(err, syscall.ENODEV) && !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "a crash may undo the change") {
 		t.Errorf("first: %v", err)
 	}
 	commits := s.Commits(t)
 	if err := update(t.Context(), d, 2, "4"); err == nil {
-		t.Error("written on top of a commit that may not last")
+		t.Error("written on top of a commit that may not be durable")
 	}
-	if s.Commits(t) != commits || s.Settled() {
-		t.Error("the header was overtaken")
+	if s.Commits(t) != commits || s.HeaderSynced() {
+		t.Error("another commit before the header was synced")
 	}
 	back()
-	if err := update(t.Context(), d, 3, "5"); err != nil || !s.Settled() {
+	if err := update(t.Context(), d, 3, "5"); err != nil || !s.HeaderSynced() {
 		t.Error(err)
 	}
 	closed(t, s)
@@ -186,7 +188,7 @@ func TestHeaderNotSynced(t *testing.T) {
 	}
 }
 
-// TestDamageWhileOpen ends writing, not reading, and not the process.
+// TestDamageWhileOpen: after damage writes fail, and reads succeed.
 func TestDamageWhileOpen(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -200,10 +202,10 @@ func TestDamageWhileOpen(t *testing.T) {
 		}
 	}
 	if got := mustContents(t, s); got != want {
-		t.Error("what is read has changed")
+		t.Error("the contents have changed")
 	}
 	closed(t, s)
 	if got := mustContents(t, opened(t, path)); got != want {
-		t.Error("what was written has changed")
+		t.Error("the contents have changed after Close")
 	}
 }

@@ -11,7 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/server/federation"
 )
 
-// bucketFederation comes into being with the first bundle. It has one bucket.
+// bucketFederation is created with the first bundle. It has one bucket.
 var bucketFederation = []byte("federation")
 
 const bundles = "bundles"
@@ -34,7 +34,7 @@ func newFederation(tx *bbolt.Tx) (*bbolt.Bucket, error) {
 
 // eachFederated calls fn with each record.
 func eachFederated(b *bbolt.Bucket, fn func(federation.Record)) error {
-	if err := exactly(b.Cursor(), []byte(bundles)); err != nil {
+	if err := checkKeys(b.Cursor(), []byte(bundles)); err != nil {
 		return err
 	}
 	values := b.Bucket([]byte(bundles))
@@ -48,7 +48,7 @@ func eachFederated(b *bbolt.Bucket, fn func(federation.Record)) error {
 		}
 		td, err := spiffeid.TrustDomainFromString(string(k))
 		if err != nil {
-			return fmt.Errorf("%w: %q is no trust domain", ErrDamaged, k)
+			return fmt.Errorf("%w: %q is not a trust domain", ErrDamaged, k)
 		}
 		fn(federation.Record{TrustDomain: td, Bundle: f.Bundle, FetchedAt: f.FetchedAt, File: f.File})
 		return nil

@@ -18,8 +18,8 @@ func record(td, bundle string) federation.Record {
 	return federation.Record{TrustDomain: spiffeid.RequireTrustDomainFromString(td), Bundle: []byte(bundle), FetchedAt: start, File: "f"}
 }
 
-// TestFederationStorage: records outlive the process, and a store that never had
-// one has no place for them, as those made by earlier programs.
+// TestFederationStorage: records survive a restart. A store that never had one has no
+// bucket for them, like a store of an earlier program.
 func TestFederationStorage(t *testing.T) {
 	t.Parallel()
 	path, ctx := newPath(t), t.Context()
@@ -44,7 +44,7 @@ func TestFederationStorage(t *testing.T) {
 	closed(t, s)
 	edit(t, path, func(tx *bbolt.Tx) error {
 		if tx.Bucket([]byte("federation")) != nil {
-			t.Error("a place was made for what there is not")
+			t.Error("the bucket exists before the first record")
 		}
 		return nil
 	})
@@ -68,7 +68,7 @@ func TestFederationStorage(t *testing.T) {
 	}
 }
 
-// TestFederationFormat reads what is in its place, and refuses what is not.
+// TestFederationFormat: Open accepts valid records and rejects others.
 func TestFederationFormat(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -96,7 +96,7 @@ func TestFederationFormat(t *testing.T) {
 	}
 	closed(t, s)
 	for key, value := range map[string]string{
-		"b.example":       packed("a.example", value), // another's
+		"b.example":       packed("a.example", value), // checksum of another key
 		"B":               packed("B", value),
 		"c.example":       packed("c.example", "[]"),
 		"c.another":       "",

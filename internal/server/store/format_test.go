@@ -16,9 +16,8 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// TestFormat reads what version 1 of the format has in its places, as an upgrade
-// leaves it. A field that
-// is renamed elsewhere needs a name for the file, or a new version.
+// TestFormat reads values of version 1 of the format after an upgrade. A field that is
+// renamed in another package needs a JSON name here, or a new version of the format.
 func TestFormat(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)

@@ -42,7 +42,7 @@ func open(t testing.TB, path string) *store.Store {
 	return s
 }
 
-// opened is a store that is closed with the test.
+// opened opens a store and closes it at the end of the test.
 func opened(t testing.TB, path string) *store.Store {
 	t.Helper()
 	s := open(t, path)
@@ -57,7 +57,7 @@ func closed(t testing.TB, s *store.Store) {
 	}
 }
 
-// fresh is a deployment of a new store.
+// fresh returns a deployment of a new store.
 func fresh(t testing.TB) *store.Deployment {
 	t.Helper()
 	return opened(t, newPath(t)).Deployment("default")
@@ -67,7 +67,7 @@ func agentID(n int) spiffeid.ID { return spiffeid.RequireFromPathf(td, "/spire/a
 
 func entryID(n int) string { return fmt.Sprintf("entry-%06d", n) }
 
-// update stores an agent of a version.
+// update stores an agent with a version.
 func update(ctx context.Context, d spireapi.Storage, n int, version string) error {
 	_, err := d.UpdateAgent(ctx, agentID(n), func(*spireapi.Agent) (*spireapi.Agent, error) {
 		return &spireapi.Agent{ID: agentID(n), Version: version}, nil
@@ -110,7 +110,7 @@ func fill(t testing.TB, d *store.Deployment) {
 	}
 }
 
-// contents is everything that a store answers, as text.
+// contents returns everything in a store as text.
 func contents(s *store.Store) (text string, err error) {
 	ctx := context.Background()
 	names, err := s.Deployments(ctx)
@@ -159,8 +159,8 @@ func readFile(t testing.TB, path string) []byte {
 	return data
 }
 
-// writeFile writes in place: file systems flush what is cut off and written
-// anew.
+// writeFile overwrites a file in place. Truncating it first is slower, because some file
+// systems then flush it when it is closed.
 func writeFile(t testing.TB, path string, data []byte) {
 	t.Helper()
 	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o600)

@@ -8,8 +8,8 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// TestHeartbeat: each commit keeps the time for the next process, but not that of a
-// clock that went ahead or was set back a moment ago.
+// TestHeartbeat: each commit stores the time for the next process, but not the time of a
+// clock that has just gone ahead or was set back.
 func TestHeartbeat(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -21,7 +21,7 @@ func TestHeartbeat(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		s.Follow(clock.New(now, func() time.Duration { return up }, s.Heartbeat()))
+		s.SetClock(clock.New(now, func() time.Duration { return up }, s.Heartbeat()))
 		defer closed(t, s)
 		if got := s.Heartbeat(); !got.Equal(want) {
 			t.Errorf("after %v, %v off: heartbeat is %v, want %v", up, off, got, want)
@@ -29,7 +29,7 @@ func TestHeartbeat(t *testing.T) {
 		then(s)
 	}
 	beat := func(s *store.Store) {
-		if err := s.Beat(t.Context()); err != nil {
+		if err := s.StoreHeartbeat(t.Context()); err != nil {
 			t.Error(err)
 		}
 	}

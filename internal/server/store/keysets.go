@@ -26,7 +26,7 @@ func (d *Deployment) Load(ctx context.Context) (keyset.Document, error) {
 
 // Save implements keyset.Storage. The audit record is part of the same commit.
 func (d *Deployment) Save(ctx context.Context, doc keyset.Document, c keyset.Change) error {
-	sealed, err := d.sealed(doc)
+	sealed, err := d.seal(doc)
 	if err != nil {
 		return err
 	}
@@ -67,16 +67,16 @@ func (v state) document() (keyset.Document, error) {
 	return decode[keyset.Document](keyDocument, value)
 }
 
-// AuditRecord is what the audit log keeps of one mutation of the keysets.
+// AuditRecord is the audit log's record of one mutation of the keysets.
 type AuditRecord struct {
 	// Number counts the records of a deployment from 1, without a gap. It is
-	// the version of the document that the mutation led to.
+	// the version of the document after the mutation.
 	Number uint64
 	keyset.Change
 }
 
-// Audit returns records with a number above after, in order, at most limit;
-// all when limit is zero. Records are never changed or deleted.
+// Audit returns the records with a number above after, in order, limit at most; all of
+// them when limit is zero. Records are never changed or deleted.
 func (d *Deployment) Audit(ctx context.Context, after uint64, limit int) ([]AuditRecord, error) {
 	var records []AuditRecord
 	err := d.read(ctx, func(b *bbolt.Bucket) error {

@@ -13,8 +13,8 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// rowKey is authority, agent and entry with a zero byte between them. An entry
-// ID may hold anything.
+// rowKey returns authority, agent and entry, separated by zero bytes. The entry ID, which
+// is last, may contain any byte.
 func rowKey(r ledger.Row) ([]byte, error) {
 	if strings.Contains(r.Authority, "\x00") || strings.Contains(r.Agent, "\x00") {
 		return nil, errors.New("a zero byte in an authority or agent")
@@ -63,15 +63,15 @@ func (d *Deployment) SaveLedger(ctx context.Context, c ledger.Change) error {
 func (d *Deployment) LoadLedger(ctx context.Context, row func(ledger.Row)) (map[string]time.Time, error) {
 	latest := make(map[string]time.Time)
 	err := d.read(ctx, func(b *bbolt.Bucket) error {
-		// Neighbors share their authority, and most of them their agent.
+		// Neighbors have the same authority, and most of them the same agent.
 		var r ledger.Row
 		err := b.Bucket([]byte(rows)).ForEach(func(k, v []byte) (err error) {
 			authority, rest, _ := bytes.Cut(k, []byte{0})
 			agent, entry, ok := bytes.Cut(rest, []byte{0})
 			if !ok {
-				return fmt.Errorf("%w: %q is no key of the ledger", ErrDamaged, k)
+				return fmt.Errorf("%w: %q is not a key of the ledger", ErrDamaged, k)
 			}
-			r.Authority, r.Agent, r.Entry = same(r.Authority, authority), same(r.Agent, agent), string(entry)
+			r.Authority, r.Agent, r.Entry = reuse(r.Authority, authority), reuse(r.Agent, agent), string(entry)
 			if r.NotAfter, err = unpackTime(k, v); err != nil {
 				return err
 			}
@@ -92,8 +92,8 @@ func (d *Deployment) LoadLedger(ctx context.Context, row func(ledger.Row)) (map[
 	return latest, nil
 }
 
-// same returns b as a string, the same one as before where it is equal.
-func same(before string, b []byte) string {
+// reuse returns b as a string; before itself, without an allocation, if it is equal.
+func reuse(before string, b []byte) string {
 	if before == string(b) {
 		return before
 	}

@@ -15,7 +15,7 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// TestLedgerStorage holds the store to the contract of ledger.Storage.
+// TestLedgerStorage checks that the store satisfies ledger.Storage.
 func TestLedgerStorage(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -75,7 +75,7 @@ func TestLedgerStorage(t *testing.T) {
 	check()
 }
 
-// TestAudit has a record for each mutation, in the same step.
+// TestAudit: each mutation has a record, stored in the same commit.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)

@@ -11,8 +11,8 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// TestLostTimesEnd: what is not known is kept for each restore until nothing of it is
-// valid, by a clock that can be believed.
+// TestLostTimesEnd: each restore is stored until everything that is not known because of
+// it has expired, by a clock that is not in doubt.
 func TestLostTimesEnd(t *testing.T) {
 	t.Parallel()
 	const day = 24 * time.Hour
@@ -30,9 +30,9 @@ func TestLostTimesEnd(t *testing.T) {
 		if s, err = store.Open(path, o); err != nil {
 			t.Fatal(err)
 		}
-		s.Follow(clock.New(o.Now, func() time.Duration { return up }, s.Heartbeat()))
+		s.SetClock(clock.New(o.Now, func() time.Duration { return up }, s.Heartbeat()))
 	}
-	putBack := func(after time.Duration) {
+	restore := func(after time.Duration) {
 		t.Helper()
 		copied := copyOf(t, s)
 		up += after
@@ -43,7 +43,7 @@ func TestLostTimesEnd(t *testing.T) {
 	pass := func(d time.Duration) {
 		t.Helper()
 		up += d
-		if err := s.Beat(t.Context()); err != nil {
+		if err := s.StoreHeartbeat(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		reopen()
@@ -65,11 +65,11 @@ func TestLostTimesEnd(t *testing.T) {
 
 	reopen()
 	keysetsAt(t, s.Deployment("default"), start, 9*day)
-	putBack(time.Hour)
+	restore(time.Hour)
 	first := spireapi.Lost{From: at(0), To: at(1)}
 	want("once", []spireapi.Lost{first}, at(0))
 	pass(5 * day)
-	putBack(time.Hour)
+	restore(time.Hour)
 	second := spireapi.Lost{From: at(121), To: at(122)}
 	want("twice", []spireapi.Lost{first, second}, at(0), at(121))
 
@@ -77,8 +77,8 @@ func TestLostTimesEnd(t *testing.T) {
 	reopen()
 	want("a clock that is ahead", []spireapi.Lost{first, second}, at(0), at(121))
 	off = 0
-	// Seven days after the first restore no X.509-SVID of that time is valid; JWT-SVIDs
-	// may be until their keyset ends, which is not sooner for the first than for the second.
+	// Seven days after the first restore the X.509-SVIDs of its lost time have expired.
+	// Its JWT-SVIDs expire with the keyset, not before those of the second.
 	pass(2*day + 2*time.Hour)
 	want("the first has ended", []spireapi.Lost{second}, at(0), at(121))
 	pass(3*day - time.Hour)

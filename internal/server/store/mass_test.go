@@ -15,9 +15,9 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// BenchmarkMass is the life of a store with many ledger rows, 100,000 or RENEWD_ROWS, of
-// which 99 in 100 are deleted: what each step takes, what a commit takes after it, and the
-// file's size.
+// BenchmarkMass fills a store with 100,000 or RENEWD_ROWS ledger rows and deletes 99 of
+// 100. It measures the time of each step, the time of a commit after it, and the file's
+// size.
 //
 //	RENEWD_ROWS=10000000 go test -run '^$' -bench Mass -benchtime 1x -timeout 1h ./internal/server/store
 func BenchmarkMass(b *testing.B) {
@@ -95,7 +95,7 @@ func mass(b *testing.B, n int) {
 	closed(b, s)
 }
 
-// rowsFrom are some of what a fleet is given; see rows.
+// rowsFrom returns a range of rows; see rows.
 func rowsFrom(from, to int) []ledger.Row {
 	list := make([]ledger.Row, 0, to-from)
 	for i := from; i < to; i++ {
@@ -104,7 +104,7 @@ func rowsFrom(from, to int) []ledger.Row {
 	return list
 }
 
-// peak is the most memory that the process has had, in MB, the mapped file included.
+// peak returns the peak memory of the process in MB, the mapped file included.
 func peak() float64 {
 	var kb float64
 	status, _ := os.ReadFile("/proc/self/status")

@@ -18,12 +18,12 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// lockWait is how long Open waits for a process that is about to end.
-const lockWait = time.Second
+// lockTimeout is how long Open waits for another process to release the file.
+const lockTimeout = time.Second
 
-// Open opens a store and looks at everything in it. Where there is no file it
-// makes one, of mode 0600, complete or not at all. A copy that [Store.Backup] has
-// made becomes a store when it is opened for writing; see [Deployment.Restored].
+// Open opens a store and checks everything in it. If there is no file, it atomically
+// creates one with mode 0600. A copy that [Store.Backup] wrote becomes a store when it
+// is opened for writing; see [Deployment.Restored].
 func Open(path string, o Options) (*Store, error) {
 	if o.TrustDomain.IsZero() || o.Seal == nil {
 		return nil, fmt.Errorf("open store %s: it needs a trust domain and an encryption key", path)
@@ -38,7 +38,7 @@ func Open(path string, o Options) (*Store, error) {
 	return s, nil
 }
 
-// open opens a store, with what is sealed left unopened where there is no Seal.
+// open opens a store. Without a Seal it does not decrypt what is sealed.
 func open(path string, o Options) (*Store, error) {
 	f, err := openFile(path, o)
 	if err != nil {
@@ -46,13 +46,13 @@ func open(path string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		path: path, td: o.TrustDomain, seal: o.Seal, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), now: o.Now, file: f,
-		copying: make(chan struct{}, 1), reading: make(chan struct{}, maxReading),
+		copying: make(chan struct{}, 1), reading: make(chan struct{}, maxReads),
 		changes: make(chan *change), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	if s.now == nil {
 		s.now = time.Now
 	}
-	// Under the file's lock, and before bbolt, which trusts what it maps.
+	// The file is locked now. Check it before bbolt maps it, because bbolt does not.
 	stop := s.progress("store check in progress")
 	defer func() { stop() }()
 	use, err := checkStructure(f)
@@ -85,7 +85,7 @@ func open(path string, o Options) (*Store, error) {
 			err = s.upgrade()
 		}
 		if err == nil {
-			err = s.takeOver()
+			err = s.adoptCopy()
 		}
 		if err != nil {
 			return nil, errors.Join(err, s.db.Close())
@@ -97,36 +97,36 @@ func open(path string, o Options) (*Store, error) {
 		return s, nil
 	}
 	for _, name := range stale {
-		if err := s.Deployment(name).sealAnew(context.Background()); err != nil {
+		if err := s.Deployment(name).reseal(context.Background()); err != nil {
 			return nil, errors.Join(fmt.Errorf("seal the keys of deployment %s with the new encryption key: %w", name, err), s.Close())
 		}
-		s.log.Info("signing keys were sealed with the new encryption key", "deployment", name, "file", path)
+		s.log.Info("signing keys sealed with the new encryption key", "deployment", name, "path", path)
 	}
 	return s, nil
 }
 
-// allocSize is by how much the file grows, in bytes. Each time costs a sync.
+// allocSize is the step in which the file grows, in bytes. Each step costs a sync.
 const allocSize = 1 << 20
 
-// mapSize is how much address space is reserved for the file, in bytes. As long
-// as the file is smaller, writing never waits for those who read.
+// mapSize is the address space reserved for the file, in bytes. As long as the file is
+// smaller, a write never waits for readers.
 const mapSize = 256 << 20
 
 func options(readOnly bool, openFile func(string, int, fs.FileMode) (*os.File, error)) *bbolt.Options {
 	return &bbolt.Options{
 		ReadOnly: readOnly,
 		OpenFile: openFile,
-		// The list of free pages stays in the file. Without it bbolt finds
-		// them with a scan at each start and after each failed write, in a
-		// goroutine whose panic on a damaged page nobody could catch.
+		// Keep the list of free pages in the file. Without it bbolt scans for them at
+		// each start and after each failed write, in a goroutine whose panic on a
+		// damaged page cannot be recovered.
 		NoFreelistSync:  false,
 		FreelistType:    bbolt.FreelistMapType, // constant time however fragmented
 		InitialMmapSize: mapSize,
-		NoStatistics:    true, // nobody reads them
+		NoStatistics:    true,
 	}
 }
 
-// openFile opens and locks the file, after making it if need be.
+// openFile opens and locks the file. It creates a missing one.
 func openFile(path string, o Options) (*os.File, error) {
 	flag, lock := os.O_RDWR, unix.LOCK_EX
 	if o.ReadOnly {
@@ -150,11 +150,11 @@ func openFile(path string, o Options) (*os.File, error) {
 	}
 	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), lock|unix.LOCK_NB)
-		if err == nil && named(f, path) {
+		if err == nil && isFileAt(f, path) {
 			return f, nil
 		}
 		if err == nil {
-			// Who had it has put another file in its place.
+			// The process that had the lock has replaced the file.
 			if err := f.Close(); err != nil {
 				return nil, cause(err)
 			}
@@ -163,14 +163,14 @@ func openFile(path string, o Options) (*os.File, error) {
 		if !errors.Is(err, unix.EWOULDBLOCK) {
 			return nil, errors.Join(fmt.Errorf("lock: %w", err), f.Close())
 		}
-		if time.Since(begin) >= lockWait {
-			return nil, errors.Join(fmt.Errorf("%w: end that process first, such as a server that runs already", ErrInUse), f.Close())
+		if time.Since(begin) >= lockTimeout {
+			return nil, errors.Join(fmt.Errorf("%w: stop that process first, such as a running server", ErrInUse), f.Close())
 		}
 	}
 }
 
-// named reports whether a file is the one that has the name.
-func named(f *os.File, path string) bool {
+// isFileAt reports whether f is the file at path.
+func isFileAt(f *os.File, path string) bool {
 	mine, err := f.Stat()
 	if err != nil {
 		return false
@@ -179,7 +179,7 @@ func named(f *os.File, path string) bool {
 	return err == nil && os.SameFile(mine, there)
 }
 
-// cause drops the path from an error that will be wrapped with it.
+// cause drops the path from an error, for a caller that adds the path.
 func cause(err error) error {
 	if e, ok := errors.AsType[*fs.PathError](err); ok {
 		return e.Err
@@ -187,24 +187,24 @@ func cause(err error) error {
 	return err
 }
 
-// create makes an empty store beside path and links it into place when it is
-// complete and durable. It leaves alone what is there already.
+// create makes an empty store beside path and links it to path when it is complete and
+// durable. It never replaces an existing file.
 func create(path string, o Options) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // mode 0600
 	if err != nil {
-		return fmt.Errorf("make it: %w: its folder must exist and the server be able to write in it", cause(err))
+		return fmt.Errorf("create it: %w: its folder must exist, and the server must be able to write to it", cause(err))
 	}
 	temp := f.Name()
 	defer os.Remove(temp)
 	if err := f.Close(); err != nil {
-		return fmt.Errorf("make it: %w", err)
+		return fmt.Errorf("create it: %w", err)
 	}
 	if err := initialize(temp, o); err != nil {
-		return fmt.Errorf("make it: %w", err)
+		return fmt.Errorf("create it: %w", err)
 	}
 	if err := os.Link(temp, path); err != nil && !errors.Is(err, fs.ErrExist) {
-		return fmt.Errorf("make it: %w", err)
+		return fmt.Errorf("create it: %w", err)
 	}
 	if err := syncFolder(path); err != nil {
 		return fmt.Errorf("make it durable: %w", err)
@@ -212,8 +212,8 @@ func create(path string, o Options) error {
 	return nil
 }
 
-// upgrade notes that a store of an older format is written by this program from
-// now on, which an older one would take for damage.
+// upgrade sets the format version of an older store to the current one, so that an older
+// program rejects it instead of taking new values for damage.
 func (s *Store) upgrade() error {
 	if s.format == formatVersion {
 		return nil
@@ -227,7 +227,7 @@ func (s *Store) upgrade() error {
 	if err != nil {
 		return fmt.Errorf("upgrade it from format %d to %d: %w", s.format, formatVersion, err)
 	}
-	s.log.Info("store upgraded", "file", s.path, "from_format", s.format, "format", formatVersion)
+	s.log.Info("store upgraded", "path", s.path, "from_format", s.format, "format", formatVersion)
 	s.format = formatVersion
 	return nil
 }
@@ -259,20 +259,20 @@ func initialize(path string, o Options) error {
 	return errors.Join(err, db.Close())
 }
 
-// checkContents looks at what bbolt knows nothing of, and returns the
-// deployments that have keys to be sealed anew.
+// checkContents checks the keys and values of the file. It returns the deployments
+// with secrets that are sealed with an older encryption key.
 func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 	b := tx.Bucket(bucketAbout)
 	if b == nil || b.Get(keyStore) == nil {
 		return nil, fmt.Errorf("%w, or it is not a store of this program", ErrDamaged)
 	}
-	// First the format alone: all else may be another in a newer one.
+	// First the format alone: a newer format may differ in everything else.
 	v, err := decode[version](keyStore, b.Get(keyStore))
 	switch {
 	case err != nil:
 		return nil, err
 	case v.Format > formatVersion:
-		return nil, fmt.Errorf("it has format %d, this program knows up to %d: a newer version of the program has used it, run that", v.Format, formatVersion)
+		return nil, fmt.Errorf("it has format %d, this program supports up to %d: a newer version of the program has used it, run that", v.Format, formatVersion)
 	case v.Format < 1:
 		return nil, fmt.Errorf("%w: format %d", ErrDamaged, v.Format)
 	}
@@ -294,7 +294,7 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 			return nil, fmt.Errorf("federation: %w", err)
 		}
 	}
-	if err := exactly(tx.Cursor(), top...); err != nil {
+	if err := checkKeys(tx.Cursor(), top...); err != nil {
 		return nil, err
 	}
 	deployments := tx.Bucket(bucketDeployments)
@@ -314,8 +314,8 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 	return stale, err
 }
 
-// exactly checks which keys there are.
-func exactly(c *bbolt.Cursor, keys ...[]byte) error {
+// checkKeys checks that these keys, in this order, are all that there are.
+func checkKeys(c *bbolt.Cursor, keys ...[]byte) error {
 	k, _ := c.First()
 	for _, want := range keys {
 		if !bytes.Equal(k, want) {
@@ -337,8 +337,8 @@ func (s *Store) checkDeployment(b *bbolt.Bucket, name string) (stale bool, err e
 	if string(stored) != name {
 		return false, fmt.Errorf("%w: it was made as %q", ErrDamaged, stored)
 	}
-	// "name" is among the buckets, in order of the alphabet.
-	if err := exactly(b.Cursor(), []byte(agents), []byte(audit), []byte(entries), []byte(jwt), []byte(keysets), []byte(rows), keyName, []byte(tokens)); err != nil {
+	// The buckets and "name", in alphabetical order.
+	if err := checkKeys(b.Cursor(), []byte(agents), []byte(audit), []byte(entries), []byte(jwt), []byte(keysets), []byte(rows), keyName, []byte(tokens)); err != nil {
 		return false, err
 	}
 	for _, inner := range buckets {

@@ -21,9 +21,9 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// refuses checks that a store is not opened, that the error has each of the
-// texts, and that the file stays as it is.
-func refuses(t *testing.T, path string, o store.Options, want ...string) error {
+// openFails checks that Open fails with an error that contains each of the texts, and
+// does not change the file.
+func openFails(t *testing.T, path string, o store.Options, want ...string) error {
 	t.Helper()
 	before, beforeErr := os.ReadFile(path)
 	s, err := store.Open(path, o)
@@ -42,11 +42,11 @@ func refuses(t *testing.T, path string, o store.Options, want ...string) error {
 	return err
 }
 
-func TestOpenMakesTheFile(t *testing.T) {
+func TestOpenCreatesTheFile(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
-	refuses(t, path, store.Options{TrustDomain: td, Seal: key, ReadOnly: true}, "no such file")
-	// Of several at the same moment one makes it, and one has it open.
+	openFails(t, path, store.Options{TrustDomain: td, Seal: key, ReadOnly: true}, "no such file")
+	// Of several concurrent calls one creates it, and one at a time has it open.
 	var wg sync.WaitGroup
 	for range 4 {
 		wg.Go(func() {
@@ -68,48 +68,48 @@ func TestOpenMakesTheFile(t *testing.T) {
 	if names, _ := os.ReadDir(filepath.Dir(path)); len(names) != 1 {
 		t.Errorf("files left behind: %v", names)
 	}
-	// Who comes second with making it changes nothing.
+	// Creating it a second time changes nothing.
 	before := readFile(t, path)
 	if err := store.Create(path, options()); err != nil || !bytes.Equal(before, readFile(t, path)) {
-		t.Errorf("made again: %v", err)
+		t.Errorf("created again: %v", err)
 	}
 	missing := filepath.Join(filepath.Dir(path), "x", "server.db")
-	refuses(t, missing, options(), "its folder must exist")
+	openFails(t, missing, options(), "its folder must exist")
 	for _, o := range []store.Options{{TrustDomain: td}, {Seal: key}} {
-		refuses(t, path, o, "needs a trust domain and an encryption key")
+		openFails(t, path, o, "needs a trust domain and an encryption key")
 	}
 }
 
-func TestOpenRefusesWhatIsNotItsOwn(t *testing.T) {
+func TestOpenRejectsOtherFiles(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
 	s := open(t, path)
 	if _, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: s.Deployment("default")}); err != nil {
 		t.Fatal(err)
 	}
-	if err := refuses(t, path, options(), "another process has it open"); !errors.Is(err, store.ErrInUse) {
+	if err := openFails(t, path, options(), "another process has it open"); !errors.Is(err, store.ErrInUse) {
 		t.Error(err)
 	}
 	closed(t, s)
 
 	other := options()
 	other.TrustDomain = spiffeid.RequireTrustDomainFromString("other.org")
-	refuses(t, path, other, "belongs to trust domain example.org", "has other.org")
+	openFails(t, path, other, "belongs to trust domain example.org", "has other.org")
 
 	other = options()
 	other.Seal = seal.Ephemeral()
-	if err := refuses(t, path, other, "encryption key", "ks_"); !errors.Is(err, seal.ErrWrongKey) {
+	if err := openFails(t, path, other, "encryption key", "ks_"); !errors.Is(err, seal.ErrWrongKey) {
 		t.Error(err)
 	}
-	refuses(t, filepath.Dir(path), options(), "is a directory")
+	openFails(t, filepath.Dir(path), options(), "is a directory")
 
 	empty := newPath(t)
 	writeFile(t, empty, nil)
-	refuses(t, empty, options(), "empty")
+	openFails(t, empty, options(), "empty")
 
 	foreign := newPath(t)
 	edit(t, foreign, func(tx *bbolt.Tx) error { _, err := tx.CreateBucket([]byte("x")); return err })
-	refuses(t, foreign, options(), "not a store of this program")
+	openFails(t, foreign, options(), "not a store of this program")
 }
 
 // edit changes a file as this program never would.
@@ -125,9 +125,9 @@ func edit(t *testing.T, path string, change func(tx *bbolt.Tx) error) {
 	}
 }
 
-// A newer format is named, whatever else is new in it, and never taken for damage:
-// the remedy is the newer program and not a backup.
-func TestOpenRefusesANewerFormat(t *testing.T) {
+// TestOpenRejectsANewerFormat: the error names the newer format, whatever else has
+// changed in it, and is not ErrDamaged: the remedy is the newer program, not a backup.
+func TestOpenRejectsANewerFormat(t *testing.T) {
 	t.Parallel()
 	for _, about := range []string{
 		`{"format":4,"trust_domain":"example.org"}`,
@@ -150,7 +150,7 @@ func TestOpenRefusesANewerFormat(t *testing.T) {
 		for _, readOnly := range []bool{false, true} {
 			o := options()
 			o.ReadOnly = readOnly
-			refuses(t, path, o, "format", "up to 3", "newer version")
+			openFails(t, path, o, "format", "up to 3", "newer version")
 			if _, err := store.Open(path, o); errors.Is(err, store.ErrDamaged) {
 				t.Errorf("%s: taken for damage: %v", about, err)
 			}
@@ -158,8 +158,8 @@ func TestOpenRefusesANewerFormat(t *testing.T) {
 	}
 }
 
-// A store of an older format is read as it is, and one of this format once it is
-// opened for writing: an older program must not take it for damaged.
+// TestOpenUpgradesAnOlderFormat: opening a store for writing upgrades its format, so that
+// an older program does not take it for damaged. Opening it read-only does not.
 func TestOpenUpgradesAnOlderFormat(t *testing.T) {
 	t.Parallel()
 	path := newPath(t)
@@ -185,7 +185,7 @@ func TestOpenUpgradesAnOlderFormat(t *testing.T) {
 	}
 }
 
-// TestKeysCannotBeSwapped moves sealed keys to places that are not theirs.
+// TestKeysCannotBeSwapped: a sealed key cannot be opened in another place.
 func TestKeysCannotBeSwapped(t *testing.T) {
 	t.Parallel()
 	for name, swap := range map[string]func(a, b *keyset.Document){
@@ -211,13 +211,13 @@ func TestKeysCannotBeSwapped(t *testing.T) {
 			store.PutSealedDocument(t, tx, "b", b)
 			return nil
 		})
-		if err := refuses(t, path, options(), "keyset ks_"); !errors.Is(err, seal.ErrWrongKey) {
+		if err := openFails(t, path, options(), "keyset ks_"); !errors.Is(err, seal.ErrWrongKey) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
 }
 
-// TestEncryptionKeyRotation seals anew at the start after a key was added.
+// TestEncryptionKeyRotation: after a key was added, the next Open seals everything with it.
 func TestEncryptionKeyRotation(t *testing.T) {
 	t.Parallel()
 	path, keyFile := newPath(t), filepath.Join(t.TempDir(), "key")
@@ -264,10 +264,10 @@ func TestEncryptionKeyRotation(t *testing.T) {
 		closed(t, s)
 	}
 	if commits[0] != commits[1] {
-		t.Error("sealed anew without need")
+		t.Error("sealed a second time")
 	}
-	// Nothing is left that the old key could open, or would have to.
-	if err := refuses(t, path, old); !errors.Is(err, seal.ErrWrongKey) {
+	// The old key can open nothing, and is not needed.
+	if err := openFails(t, path, old); !errors.Is(err, seal.ErrWrongKey) {
 		t.Error(err)
 	}
 	if token, err := func() (spireapi.Token, error) {
@@ -282,7 +282,7 @@ func TestEncryptionKeyRotation(t *testing.T) {
 	}
 }
 
-// newest has lost all keys but the current one.
+// newest is a Manager without its older keys.
 type newest struct{ seal.Manager }
 
 func (n newest) Open(sealed, context []byte) ([]byte, error) {
@@ -303,7 +303,7 @@ func TestReadOnly(t *testing.T) {
 	o := options()
 	o.ReadOnly = true
 	var stores []*store.Store
-	for range 2 { // next to each other
+	for range 2 { // at the same time
 		s, err := store.Open(path, o)
 		if err != nil {
 			t.Fatal(err)
@@ -316,7 +316,7 @@ func TestReadOnly(t *testing.T) {
 			t.Errorf("write: %v", err)
 		}
 	}
-	if err := refuses(t, path, options()); !errors.Is(err, store.ErrInUse) {
+	if err := openFails(t, path, options()); !errors.Is(err, store.ErrInUse) {
 		t.Error(err)
 	}
 	for _, s := range stores {
@@ -365,13 +365,13 @@ func TestReadOnlyFileSystem(t *testing.T) {
 	dir, remount := tmpfs(t, "size=4m")
 	path := filepath.Join(dir, "server.db")
 	remount(syscall.MS_RDONLY)
-	refuses(t, path, options(), "read-only file system", "able to write")
+	openFails(t, path, options(), "read-only file system", "able to write")
 	remount(0)
 	s := open(t, path)
 	fill(t, s.Deployment("default"))
 	closed(t, s)
 	remount(syscall.MS_RDONLY)
-	if err := refuses(t, path, options(), "able to read and write"); !errors.Is(err, syscall.EROFS) {
+	if err := openFails(t, path, options(), "able to read and write"); !errors.Is(err, syscall.EROFS) {
 		t.Error(err)
 	}
 	o := options()
@@ -394,12 +394,12 @@ func TestNoPermission(t *testing.T) {
 	if err := os.Chmod(path, 0o400); err != nil {
 		t.Fatal(err)
 	}
-	if err := refuses(t, path, options(), "able to read and write"); !errors.Is(err, fs.ErrPermission) {
+	if err := openFails(t, path, options(), "able to read and write"); !errors.Is(err, fs.ErrPermission) {
 		t.Error(err)
 	}
 }
 
-// fillUp makes a file of all that is left of a file system.
+// fillUp fills a file system with one file.
 func fillUp(t *testing.T, path string) {
 	t.Helper()
 	f, err := os.Create(path)
@@ -414,7 +414,7 @@ func fillUp(t *testing.T, path string) {
 	}
 }
 
-// TestFullFileSystem fills a real one, writes on, and frees it.
+// TestFullFileSystem fills a file system, writes to the store, and frees space.
 func TestFullFileSystem(t *testing.T) {
 	t.Parallel()
 	dir, _ := tmpfs(t, "size=600k")
@@ -422,7 +422,7 @@ func TestFullFileSystem(t *testing.T) {
 	ballast := filepath.Join(dir, "ballast")
 	fillUp := func() { fillUp(t, ballast) }
 	fillUp()
-	refuses(t, path, options(), "no space left")
+	openFails(t, path, options(), "no space left")
 	if names, _ := os.ReadDir(dir); len(names) != 1 {
 		t.Errorf("files left behind: %v", names)
 	}

@@ -16,24 +16,24 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// What the bucket about has beside keyStore.
+// The optional keys of the bucket about.
 var (
-	keyCopied    = []byte("copied_at") // of a copy that no server has used yet
+	keyCopied    = []byte("copied_at") // in a copy that no server has used yet
 	keyHeartbeat = []byte("heartbeat") // of the last commit
-	keyRestored  = []byte("restored")  // of a store that was one
+	keyRestored  = []byte("restored")  // in a store that was a copy
 )
 
-// restored is an element of the value of about/restored: what was signed between
-// CopiedAt and At is not in the store.
+// restored is an element of the value of about/restored: the store does not have what was
+// signed between CopiedAt and At.
 type restored struct {
 	At, CopiedAt time.Time
 	Deployments  map[string]ledger.Restored
 }
 
-// Restored says what is not known of a deployment because the store was put back
-// from a copy, once for each time, in order: of every keyset that was in it, what was
-// signed between the copy and the first Open of it for writing. It does not change
-// while the store is open. What has expired by the time of an Open is gone.
+// Restored returns, for each restore of the store from a copy, in order, what is not
+// known of a deployment: the expiry of what every keyset of the copy may have signed
+// between the copy and its first [Open] for writing. The result does not change while the
+// store is open. A restore of which everything had expired at the Open is left out.
 func (d *Deployment) Restored() []ledger.Restored {
 	var all []ledger.Restored
 	for _, r := range d.s.restored {
@@ -44,31 +44,31 @@ func (d *Deployment) Restored() []ledger.Restored {
 	return all
 }
 
-// Lost are the times between a copy and its restore that an X.509-SVID could be of
-// that was still valid when the store was opened, in order.
+// Lost returns the periods between a copy and its restore, in order. It leaves out those
+// whose X.509-SVIDs had all expired when the store was opened.
 func (s *Store) Lost() []spireapi.Lost {
 	var all []spireapi.Lost
 	for _, r := range s.restored {
-		if !s.over(r.x509End()) {
+		if !s.hasPassed(r.x509End()) {
 			all = append(all, spireapi.Lost{From: r.CopiedAt, To: r.At})
 		}
 	}
 	return all
 }
 
-// RestoredAt is when this Open made a store of a copy, by a clock that may have been
-// behind; zero when it did not. It does not change while the store is open.
+// RestoredAt returns when this [Open] turned a copy into a store, by a clock that may have
+// been behind; zero if it did not. It does not change while the store is open.
 func (s *Store) RestoredAt() time.Time {
-	if !s.tookOver {
+	if !s.adopted {
 		return time.Time{}
 	}
 	return s.restored[len(s.restored)-1].At
 }
 
-// correct has the next process find when the restore of this one was, once the clock
-// is believed to have been behind.
-func (s *Store) correct(about *bbolt.Bucket, c *clock.Clock) error {
-	if !s.tookOver {
+// correctRestore stores the corrected time of this process's restore for the next
+// process, once the clock shows that it was behind at the restore.
+func (s *Store) correctRestore(about *bbolt.Bucket, c *clock.Clock) error {
+	if !s.adopted {
 		return nil
 	}
 	all := slices.Clone(s.restored)
@@ -89,36 +89,37 @@ func (s *Store) correct(about *bbolt.Bucket, c *clock.Clock) error {
 	return putRestored(about, all)
 }
 
-// x509End is when the last X.509-SVID expires that the store may not know of.
+// x509End returns the latest expiry of X.509-SVIDs that the store may not know.
 func (r *restored) x509End() time.Time { return r.At.Add(keyset.MaxX509TTL) }
 
-// end is when nothing is valid any more that the store may not know of.
+// end returns the latest expiry of SVIDs that the store may not know.
 func (r *restored) end() time.Time {
 	end := r.x509End()
 	for _, unknown := range r.Deployments {
 		for _, t := range unknown.JWT {
-			end = later(end, t)
+			if t.After(end) {
+				end = t
+			}
 		}
 	}
 	return end
 }
 
-// overMargin is how long after the end what is not known is kept: clocks differ, and
-// an hour costs nothing.
-const overMargin = time.Hour
+// expiryMargin is added to every expiry, because clocks differ; an hour costs nothing.
+const expiryMargin = time.Hour
 
-// over reports whether a time has passed for everybody, as far as is known when the
-// store is opened. A clock that is ahead does not make it so: the heartbeat has to be
-// past it, too.
-func (s *Store) over(end time.Time) bool {
-	sure := s.now()
-	if !s.heartbeat.IsZero() && s.heartbeat.Before(sure) {
-		sure = s.heartbeat
+// hasPassed reports whether a time has passed by every machine's clock, as far as is known
+// when the store is opened. The heartbeat must be past it, too, because the clock may be
+// ahead.
+func (s *Store) hasPassed(t time.Time) bool {
+	now := s.now()
+	if !s.heartbeat.IsZero() && s.heartbeat.Before(now) {
+		now = s.heartbeat
 	}
-	return sure.After(end.Add(overMargin))
+	return now.After(t.Add(expiryMargin))
 }
 
-// checkAbout looks at what the bucket has beside the format.
+// checkAbout reads and checks the optional values of the bucket.
 func (s *Store) checkAbout(b *bbolt.Bucket) error {
 	return b.ForEach(func(k, v []byte) (err error) {
 		switch string(k) {
@@ -136,7 +137,7 @@ func (s *Store) checkAbout(b *bbolt.Bucket) error {
 	})
 }
 
-// decodeRestored reads the value of about/restored. Up to format 2 it is one element.
+// decodeRestored decodes the value of about/restored. Up to format 2 it is one element.
 func decodeRestored(format int, k, v []byte) ([]restored, error) {
 	if format > 2 {
 		return decode[[]restored](k, v)
@@ -156,26 +157,26 @@ func putRestored(about *bbolt.Bucket, all []restored) error {
 	return about.Put(keyRestored, value)
 }
 
-// jump is by how much a restore raises the sequence number of what is published:
-// above all that was published after the copy, so that who holds that follows at
-// once and does not take the restored bundle for that of a server that lags
-// behind. No server publishes once a millisecond; that it grows with the time
-// since the copy keeps a second restore of the same one above what came of the
-// first. The constant is for clocks that are wrong.
-func jump(since time.Duration) uint64 { return 1<<20 + uint64(max(0, since).Milliseconds()) }
+// sequenceStep returns by how much a restore raises the sequence number of the published
+// bundle: above everything published since the copy. A consumer with a later bundle then
+// accepts the restored one at once and does not take it for that of a lagging server. No
+// server publishes once a millisecond. The step grows with the time since the copy, so
+// that a second restore of the same copy is above what was published after the first. The
+// constant is for clocks that are wrong.
+func sequenceStep(since time.Duration) uint64 { return 1<<20 + uint64(max(0, since).Milliseconds()) }
 
-// takeOver turns the mark of a copy into what the store knows of itself from then
-// on, in one commit. Before it the mark is there and the next Open does it; after it
-// there is none. It also drops what was not known and has ended.
-func (s *Store) takeOver() error {
-	ended := func(r restored) bool { return s.over(r.end()) }
+// adoptCopy turns a copy into a store, in one commit: it replaces the mark of the copy
+// with an element of about/restored. If it fails, the next [Open] does it. It also deletes
+// elements of which everything has expired.
+func (s *Store) adoptCopy() error {
+	ended := func(r restored) bool { return s.hasPassed(r.end()) }
 	if s.copied.IsZero() && !slices.ContainsFunc(s.restored, ended) {
 		return nil
 	}
 	kept := slices.DeleteFunc(slices.Clone(s.restored), ended)
 	r := restored{At: s.now().UTC(), CopiedAt: s.copied, Deployments: make(map[string]ledger.Restored)}
 	if r.At.Before(r.CopiedAt) {
-		// What is not known would end too soon.
+		// The expiry of what is not known would be too early.
 		return fmt.Errorf("it is a copy of %s, and the clock shows %s: set the clock of the machine", r.CopiedAt.Format(time.RFC3339), r.At.Format(time.RFC3339))
 	}
 	dropped := 0
@@ -196,15 +197,15 @@ func (s *Store) takeOver() error {
 	})
 	switch {
 	case err != nil && s.copied.IsZero():
-		return fmt.Errorf("drop what was not known of a restore and has ended: %w", err)
+		return fmt.Errorf("delete an expired restore: %w", err)
 	case err != nil:
-		return fmt.Errorf("take it over as a copy that was put back: %w", err)
+		return fmt.Errorf("restore it from a copy: %w", err)
 	}
 	if !s.copied.IsZero() {
-		s.log.Warn("this store is a copy that was put back: what was signed since it was taken is not known, and no keyset of it is safe to remove before that has expired; join tokens were dropped",
-			"file", s.path, "copied_at", r.CopiedAt, "x509_unknown_until", r.x509End(), "join_tokens_dropped", dropped)
+		s.log.Warn("store restored from a copy: SVIDs signed since the copy are not known, its keysets are not safe to remove before those have expired, and its join tokens are deleted",
+			"path", s.path, "copied_at", r.CopiedAt, "x509_unknown_until", r.x509End(), "join_tokens_dropped", dropped)
 	}
-	s.copied, s.restored, s.tookOver = time.Time{}, kept, !s.copied.IsZero()
+	s.copied, s.restored, s.adopted = time.Time{}, kept, !s.copied.IsZero()
 	return nil
 }
 
@@ -228,9 +229,9 @@ func (r *restored) applyAll(deployments *bbolt.Bucket) (tokensDropped int, err e
 	return tokensDropped, nil
 }
 
-// apply changes a deployment and notes what is not known of it.
+// apply changes a deployment for the restore and records what is not known of it.
 func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err error) {
-	// Those that were spent after the copy would let somebody in once more.
+	// A token that was spent after the copy could be used a second time.
 	tokensDropped = b.Bucket([]byte(tokens)).Stats().KeyN
 	if err := b.DeleteBucket([]byte(tokens)); err != nil {
 		return 0, err
@@ -251,9 +252,8 @@ func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err e
 			return 0, fmt.Errorf("%w: keyset %s has no CA certificate", ErrDamaged, k.ID)
 		}
 		id := hex.EncodeToString(ca.SubjectKeyId)
-		// A keyset of whatever state may have signed after the copy, or while it
-		// was taken. Nothing that it signs outlives it; nothing else limits the
-		// life of JWT-SVIDs.
+		// A keyset of any state may have signed since the copy began. Nothing that it
+		// signed expires later than the keyset; JWT-SVIDs have no other limit.
 		unknown.X509[id], unknown.JWT[k.JWTKeyID] = r.x509End(), k.ExpiresAt
 		if k.ExpiresAt.Before(r.x509End()) {
 			unknown.X509[id] = k.ExpiresAt
@@ -261,8 +261,8 @@ func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err e
 	}
 	r.Deployments[name] = unknown
 	doc.Version++
-	doc.Sequence += jump(r.At.Sub(r.CopiedAt))
-	document, err := put(keysets, keyDocument, doc) // its keys are sealed as they were
+	doc.Sequence += sequenceStep(r.At.Sub(r.CopiedAt))
+	document, err := put(keysets, keyDocument, doc) // its keys stay sealed
 	if err != nil {
 		return 0, err
 	}
@@ -279,11 +279,4 @@ func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err e
 		}
 	}
 	return tokensDropped, nil
-}
-
-func later(x, y time.Time) time.Time {
-	if x.After(y) {
-		return x
-	}
-	return y
 }

@@ -21,7 +21,7 @@ import (
 	"github.com/renewd/renewd/internal/server/store"
 )
 
-// at opens a store by a clock that stands still.
+// at opens a store with a clock that always shows now.
 func at(t testing.TB, path string, now time.Time, log *bytes.Buffer) *store.Store {
 	t.Helper()
 	o := options()
@@ -36,7 +36,7 @@ func at(t testing.TB, path string, now time.Time, log *bytes.Buffer) *store.Stor
 	return s
 }
 
-// keysetsAt makes the keysets of a deployment at a time.
+// keysetsAt opens the keysets of a deployment with a clock that always shows now.
 func keysetsAt(t testing.TB, d *store.Deployment, now time.Time, lifetime time.Duration) *keyset.Deployment {
 	t.Helper()
 	k, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: d, Lifetime: lifetime, Now: func() time.Time { return now }})
@@ -55,7 +55,7 @@ func load(t testing.TB, d *store.Deployment) keyset.Document {
 	return doc
 }
 
-// unknownOf is what a restore must say of keysets.
+// unknownOf returns what Restored must return for keysets.
 func unknownOf(t testing.TB, doc keyset.Document, copied, restored time.Time) ledger.Restored {
 	t.Helper()
 	out := ledger.Restored{CopiedAt: copied, X509: map[string]time.Time{}, JWT: map[string]time.Time{}}
@@ -73,7 +73,7 @@ func unknownOf(t testing.TB, doc keyset.Document, copied, restored time.Time) le
 	return out
 }
 
-// TestRestore puts a copy in the place of a store that went on after it.
+// TestRestore restores a copy of a store that was changed after it.
 func TestRestore(t *testing.T) {
 	t.Parallel()
 	const day = 24 * time.Hour
@@ -100,14 +100,14 @@ func TestRestore(t *testing.T) {
 	if got := long.Restored(); got != nil {
 		t.Errorf("of the original: %+v", got)
 	}
-	// What the copy cannot know of.
+	// A change that the copy does not have.
 	if err := ks.Activate(t.Context(), next.ID); err != nil {
 		t.Fatal(err)
 	}
 	later := load(t, long)
 	closed(t, s)
 
-	// Looking at it leaves it a copy.
+	// Opening it read-only leaves it a copy.
 	o := options()
 	o.ReadOnly = true
 	reader, err := store.Open(path, o)
@@ -161,7 +161,7 @@ func TestRestore(t *testing.T) {
 	if a, err := s.Deployment("long").Agent(t.Context(), agentID(1)); err != nil || a == nil {
 		t.Errorf("the agent: %v, %v", a, err)
 	}
-	// It is written to as ever, and a keyset that is made now is not concerned.
+	// The store can be written, and a new keyset is not affected by the restore.
 	long = s.Deployment("long")
 	if _, err := keysetsAt(t, long, restoredAt, 90*day).Prepare(t.Context()); err != nil {
 		t.Fatal(err)
@@ -172,7 +172,7 @@ func TestRestore(t *testing.T) {
 	text := mustContents(t, s)
 	closed(t, s)
 
-	// Once is enough.
+	// The next Open does not restore it a second time.
 	log.Reset()
 	s = at(t, path, restoredAt.Add(day), &log)
 	if got := mustContents(t, s); got != text || log.Len() > 0 {
@@ -181,7 +181,7 @@ func TestRestore(t *testing.T) {
 	if left, err := s.Deployment("long").Tokens(t.Context()); err != nil || len(left) != 1 {
 		t.Errorf("tokens %+v, %v", left, err)
 	}
-	// A copy of it, put back in turn.
+	// A copy of the restored store is restored.
 	path = copyOf(t, s)
 	doc := load(t, s.Deployment("long"))
 	closed(t, s)
@@ -197,8 +197,8 @@ func TestRestore(t *testing.T) {
 	}
 }
 
-// TestRestoreTwice: what is published after the second restore of a copy is above
-// all that was published after the first.
+// TestRestoreTwice: sequence numbers after a second restore of the same copy are above
+// all those after the first.
 func TestRestoreTwice(t *testing.T) {
 	t.Parallel()
 	s := at(t, newPath(t), start, nil)
@@ -212,7 +212,7 @@ func TestRestoreTwice(t *testing.T) {
 		s := at(t, path, start.Add(time.Duration(n)*time.Second), nil)
 		d := s.Deployment("default")
 		if got := load(t, d).Sequence; got <= last {
-			t.Errorf("restore %d begins with %d, the one before had come to %d", n, got, last)
+			t.Errorf("restore %d begins with %d, the previous one ended with %d", n, got, last)
 		}
 		ks := keysetsAt(t, d, start, 0)
 		for range 3 {
@@ -225,9 +225,9 @@ func TestRestoreTwice(t *testing.T) {
 	}
 }
 
-// TestRestoreRefusesAClockBeforeTheCopy: what is not known would end too soon. The
-// file stays a copy, which is restored when the clock is right.
-func TestRestoreRefusesAClockBeforeTheCopy(t *testing.T) {
+// TestRestoreRejectsAClockBeforeTheCopy: otherwise the expiry of what is not known would
+// be too early. The file stays a copy, which is restored when the clock is right.
+func TestRestoreRejectsAClockBeforeTheCopy(t *testing.T) {
 	t.Parallel()
 	s := at(t, newPath(t), start, nil)
 	keysetsAt(t, s.Deployment("default"), start, 0)
@@ -250,8 +250,8 @@ func TestRestoreRefusesAClockBeforeTheCopy(t *testing.T) {
 	}
 }
 
-// TestCrashInRestore stops the one commit of a restore at each moment: the file is
-// a copy still, or a store that knows it was one.
+// TestCrashInRestore stops the commit of a restore at every stage: the file is still a
+// copy, or a store that records the restore.
 func TestCrashInRestore(t *testing.T) {
 	t.Parallel()
 	s := at(t, newPath(t), start, nil)
@@ -304,7 +304,7 @@ func TestCrashInRestore(t *testing.T) {
 		if got := sum(torn); got != asCopy {
 			t.Errorf("some pages: %s\nwant %s", got, asCopy)
 		}
-		// The next start does it.
+		// The next Open restores it.
 		closed(t, at(t, crashed, start.Add(time.Hour), nil))
 		if got := state(); got != asStore {
 			t.Errorf("afterwards: %s\nwant %s", got, asStore)
@@ -318,8 +318,7 @@ func TestCrashInRestore(t *testing.T) {
 	}
 }
 
-// TestRestoreFails on a full disk: it is no store before it knows that it was a
-// copy.
+// TestRestoreFails: on a full disk the file stays a copy.
 func TestRestoreFails(t *testing.T) {
 	t.Parallel()
 	dir, _ := tmpfs(t, "size=600k")
@@ -329,7 +328,7 @@ func TestRestoreFails(t *testing.T) {
 	writeFile(t, path, readFile(t, copyOf(t, s)))
 	closed(t, s)
 	fillUp(t, dir+"/ballast")
-	if s, err := store.Open(path, options()); !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "put back") {
+	if s, err := store.Open(path, options()); !errors.Is(err, syscall.ENOSPC) || !strings.Contains(err.Error(), "restore it from a copy") {
 		t.Errorf("%v, %v", s, err)
 	}
 	if c, err := store.Inspect(t.Context(), path, options()); err != nil || c.CopiedAt.IsZero() {
@@ -340,7 +339,7 @@ func TestRestoreFails(t *testing.T) {
 	}
 	s = open(t, path)
 	if s.Deployment("default").Restored() == nil {
-		t.Error("it does not know that it was a copy")
+		t.Error("the restore is not recorded")
 	}
 	closed(t, s)
 }

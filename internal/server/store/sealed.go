@@ -10,13 +10,12 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// rightKey is what to do when something cannot be opened.
+// rightKey is the remedy for a secret that cannot be decrypted.
 const rightKey = "give the server the encryption key that the store was used with last"
 
-// eachKey replaces each private key in a copy of doc. The context ties a sealed
-// key to its place, so that who can write to the file cannot put one in
-// another's.
-func (d *Deployment) eachKey(doc keyset.Document, replace func(key, context []byte) ([]byte, error)) (keyset.Document, error) {
+// mapKeys replaces each private key in a copy of doc. The context ties a sealed key to
+// its keyset and kind, so that an attacker who can write to the file cannot swap keys.
+func (d *Deployment) mapKeys(doc keyset.Document, replace func(key, context []byte) ([]byte, error)) (keyset.Document, error) {
 	doc.Records = slices.Clone(doc.Records)
 	for i := range doc.Records {
 		r := &doc.Records[i]
@@ -32,20 +31,20 @@ func (d *Deployment) eachKey(doc keyset.Document, replace func(key, context []by
 	return doc, nil
 }
 
-func (d *Deployment) sealed(doc keyset.Document) (keyset.Document, error) {
-	return d.eachKey(doc, d.s.seal.Seal)
+func (d *Deployment) seal(doc keyset.Document) (keyset.Document, error) {
+	return d.mapKeys(doc, d.s.seal.Seal)
 }
 
 func (d *Deployment) unseal(doc keyset.Document) (keyset.Document, error) {
-	doc, err := d.eachKey(doc, d.s.seal.Open)
+	doc, err := d.mapKeys(doc, d.s.seal.Open)
 	if err != nil {
 		return doc, fmt.Errorf("%w: %s", err, rightKey)
 	}
 	return doc, nil
 }
 
-// checkSealed opens all that is sealed, and reports whether some of it is not
-// sealed with the key that is current.
+// checkSealed decrypts everything that is sealed, and reports whether some of it is
+// sealed with an older key.
 func (d *Deployment) checkSealed(b *bbolt.Bucket) (stale bool, err error) {
 	doc, err := decodeDocument(b)
 	if err != nil || d.s.seal == nil {
@@ -65,9 +64,8 @@ func (d *Deployment) checkSealed(b *bbolt.Bucket) (stale bool, err error) {
 	return stale, err
 }
 
-// sealAnew seals everything with the key that is current, so that an older one
-// can go.
-func (d *Deployment) sealAnew(ctx context.Context) error {
+// reseal seals everything with the current key, so that older keys can be removed.
+func (d *Deployment) reseal(ctx context.Context) error {
 	return d.write(ctx, 1, func(v state) ([]op, error) {
 		doc, err := v.document()
 		if err != nil {
@@ -78,7 +76,7 @@ func (d *Deployment) sealAnew(ctx context.Context) error {
 			if doc, err = d.unseal(doc); err != nil {
 				return nil, err
 			}
-			if doc, err = d.sealed(doc); err != nil {
+			if doc, err = d.seal(doc); err != nil {
 				return nil, err
 			}
 			o, err := put(keysets, keyDocument, doc)

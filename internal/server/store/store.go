@@ -1,19 +1,18 @@
-// Package store keeps what the signing server must not lose in one file:
+// Package store stores the durable state of the signing server in one file:
 // keysets with their signing keys, the audit log, agents, join tokens, entries
 // and the issuance ledger, of one or several deployments of one trust domain.
 //
 // The file is a bbolt database. There is one server, it looks everything up by
-// key, and it must know when a write is durable. bbolt gives exactly that in
-// pure Go: one writer at a time, so that compare-and-swap costs nothing; readers
-// that never wait for it; pages that are written beside the old ones and take
-// effect with one header, so that a crash leaves one side of a commit or the
-// other. etcd has run on it for a decade. There is no query that would be worth
-// an SQL engine.
+// key, and it must know when a write is durable. bbolt provides that in pure Go.
+// It has one writer at a time, so that compare-and-swap costs nothing, and readers
+// never wait for it. It writes new pages beside the old ones and switches to them
+// with one header, so that a crash leaves the state before a commit or after it.
+// etcd has run on it for a decade. No query here needs an SQL engine.
 //
 //	about                 store: format version and trust domain
-//	                      copied_at: of a copy, when it was taken
-//	                      restored: of what was a copy, what is not known since, once
-//	                      for each restore until all of that has expired
+//	                      copied_at: in a copy only, when it was taken
+//	                      restored: for each restore, what is not known because of it,
+//	                      until all of that has expired
 //	                      heartbeat: when the last commit was made
 //	deployments
 //	  NAME                name: NAME again
@@ -24,23 +23,23 @@
 //	    entries           entry ID -> entry
 //	    ledger            authority, agent, entry -> not after
 //	    jwt               key ID -> latest expiry
-//	federation            of a server that follows other trust domains
+//	federation            of a server that federates with other trust domains
 //	  bundles             trust domain -> its bundle
 //
-// Each value ends with a checksum over its key and itself. [Open] looks at
-// everything before anything is used: the structure of the file, each checksum,
-// and that each signing key can be opened. What passes is whole, and the file is
-// never changed by an Open that fails.
+// Each value ends with a checksum over its key and itself. [Open] checks everything
+// before anything is used: the structure of the file, each checksum, and that each
+// signing key can be decrypted. A file that passes is complete. An Open that fails
+// never changes the file.
 //
-// A file of which more than half is free is compacted by Open. See [Store.Backup] for
+// Open compacts a file of which more than half is free. See [Store.Backup] for
 // copies, which are compacted likewise.
 //
-// Writes share commits. One goroutine takes all changes that wait, makes one
-// transaction of them and syncs once, so 64 writers cost little more than one,
-// and a writer that is alone never waits for company, as it would with bbolt's
-// own Batch. A change fails alone when it is refused, and with its commit when
-// that fails; then nothing of it was kept. After a failed write, such as on a
-// full disk, reading goes on and the next write is tried as if nothing was.
+// Writes share commits. One goroutine takes all waiting changes, applies them in
+// one transaction and syncs once, so 64 writers cost little more than one. A single
+// writer never waits for others, as it would with bbolt's own Batch. A rejected change
+// fails alone. If a commit fails, all its changes fail and none of them is stored.
+// After a failed write, such as on a full disk, reads succeed and the next write is
+// tried as usual.
 package store
 
 import (
@@ -62,8 +61,8 @@ import (
 	"github.com/renewd/renewd/internal/server/seal"
 )
 
-// The errors that tell one cause from another. They come wrapped, with the file
-// and what to do.
+// The causes of failures. They are wrapped in errors that name the file and the
+// remedy.
 var (
 	ErrInUse    = errors.New("another process has it open")
 	ErrDamaged  = errors.New("the file is damaged")
@@ -71,14 +70,13 @@ var (
 	ErrClosed   = errors.New("the store is closed")
 )
 
-// Options say how to open a store. TrustDomain and Seal are required.
+// Options are the options of [Open]. TrustDomain and Seal are required.
 type Options struct {
-	// TrustDomain is stored when the file is made, and must be the same ever
-	// after.
+	// TrustDomain is stored when the file is created, and must not change afterwards.
 	TrustDomain spiffeid.TrustDomain
 	// Seal encrypts signing keys.
 	Seal seal.Manager
-	// ReadOnly opens a file that exists, next to others who read it.
+	// ReadOnly opens an existing file, shared with other readers.
 	ReadOnly bool
 	// Log is slog's discard handler when nil.
 	Log *slog.Logger
@@ -93,61 +91,60 @@ type Store struct {
 	seal  seal.Manager
 	log   *slog.Logger
 	now   func() time.Time
-	clock atomic.Pointer[clock.Clock] // see Follow
+	clock atomic.Pointer[clock.Clock] // see SetClock
 	file  *os.File
 	db    *bbolt.DB
 
 	format    int           // see formatVersion
-	heartbeat time.Time     // of the last commit before it was opened
-	copied    time.Time     // when this copy was taken; zero of a store in use
-	restored  []restored    // what is not known of it, by restore
-	tookOver  bool          // the last one is of this Open
-	copying   chan struct{} // held by who is in Backup
-	reading   chan struct{} // held by each of those who are in view
+	heartbeat time.Time     // of the last commit before Open
+	copied    time.Time     // when this copy was taken; zero for a store in use
+	restored  []restored    // what is not known, by restore
+	adopted   bool          // the last restore is of this Open
+	copying   chan struct{} // semaphore of Backup
+	reading   chan struct{} // semaphore of view
 
 	changes chan *change
 	stop    chan struct{}
 	stopped chan struct{}
 
-	// The rest belongs to the committing goroutine, and after it to Close.
+	// The rest is owned by the committing goroutine, and after it by Close.
 
-	update    func(func(*bbolt.Tx) error) error // db.Update
-	unsettled bool                              // see settle
-	broken    error                             // writing is over
+	update      func(func(*bbolt.Tx) error) error // db.Update
+	headerDirty bool                              // see syncHeader
+	broken      error                             // set: every write fails with it
 }
 
-// Close waits for the commit in flight, refuses those that wait, and closes the
-// file. It must be called once.
+// Close waits for the commit in flight, fails waiting writes, and closes the file. It
+// must be called once.
 func (s *Store) Close() error {
 	close(s.stop)
 	<-s.stopped
 	if s.broken != nil {
-		// bbolt may still hold its writer's lock and would wait for ever. The
-		// mapping would keep the file's lock.
+		// bbolt may still hold its writer's lock, so its Close could block for ever.
+		// Unlock the file explicitly, because its mapping would keep the lock.
 		return errors.Join(unix.Flock(int(s.file.Fd()), unix.LOCK_UN), s.file.Close())
 	}
 	return s.db.Close()
 }
 
-// Heartbeat is when the last commit was made before the store was opened, by a clock
-// that was not in doubt ([clock.Clock.Heartbeat]); zero when that is not known.
+// Heartbeat returns when the last commit before [Open] was made, by a clock that was not
+// in doubt ([clock.Clock.Heartbeat]); zero if that is not known.
 func (s *Store) Heartbeat() time.Time { return s.heartbeat }
 
-// Follow has each commit from now on keep the time of a clock for the next process
-// ([clock.Clock.Heartbeat]). Before it commits keep the time that they find.
-func (s *Store) Follow(c *clock.Clock) { s.clock.Store(c) }
+// SetClock sets the clock whose heartbeat every later commit stores for the next process
+// ([clock.Clock.Heartbeat]). Earlier commits leave the stored heartbeat as it is.
+func (s *Store) SetClock(c *clock.Clock) { s.clock.Store(c) }
 
-// Beat makes a commit of nothing but the heartbeat.
-func (s *Store) Beat(ctx context.Context) error {
-	return s.write(ctx, &change{beat: true, size: 1, done: make(chan struct{})})
+// StoreHeartbeat commits the heartbeat alone.
+func (s *Store) StoreHeartbeat(ctx context.Context) error {
+	return s.write(ctx, &change{heartbeat: true, size: 1, done: make(chan struct{})})
 }
 
-// Deployment returns the part of the store that belongs to a deployment. It
-// comes into being with the first write.
+// Deployment returns the part of the store that belongs to a deployment. The first
+// write creates it.
 func (s *Store) Deployment(name string) *Deployment { return &Deployment{s: s, name: name} }
 
-// Deployments returns the names of all deployments that something was written
-// for, sorted.
+// Deployments returns the names of all deployments in the store, sorted.
 func (s *Store) Deployments(ctx context.Context) ([]string, error) {
 	var names []string
 	err := s.view(ctx, func(tx *bbolt.Tx) error {
@@ -159,19 +156,19 @@ func (s *Store) Deployments(ctx context.Context) ([]string, error) {
 	return names, err
 }
 
-// Deployment keeps everything of one deployment. It implements keyset.Storage,
+// Deployment stores everything of one deployment. It implements keyset.Storage,
 // spireapi.Storage and ledger.Storage, and is safe for concurrent use.
 type Deployment struct {
 	s    *Store
 	name string
 }
 
-// maxReading is how many read at a time. A read of a disk that is stuck keeps a thread of
-// the operating system, and a process may not have any number of them.
-const maxReading = 64
+// maxReads bounds concurrent reads. A read of a disk that hangs blocks a thread of the
+// operating system, and their number is limited.
+const maxReads = 64
 
-// view runs fn in one consistent state of the store, which must not call view. A disk
-// that fails under the mapped file becomes an error.
+// view calls fn with one consistent state of the store. fn must not call view. A disk
+// that fails under the mapped file causes an error, not a crash.
 func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	if err := ctx.Err(); err != nil {
 		return err
@@ -186,7 +183,8 @@ func (s *Store) view(ctx context.Context, fn func(tx *bbolt.Tx) error) error {
 	return s.readError(err)
 }
 
-// read is view for one deployment; fn is not called when it is not there yet.
+// read is view for one deployment. It does not call fn if the store has no such
+// deployment.
 func (d *Deployment) read(ctx context.Context, fn func(b *bbolt.Bucket) error) error {
 	return d.s.view(ctx, func(tx *bbolt.Tx) error {
 		if b := tx.Bucket(bucketDeployments).Bucket([]byte(d.name)); b != nil {
@@ -208,8 +206,7 @@ func (s *Store) readError(err error) error {
 	return fmt.Errorf("read store %s: %w", s.path, err)
 }
 
-// guard turns the ways in which bbolt meets a damaged file, panics and memory
-// faults, into errors.
+// guard turns panics and memory faults into errors: bbolt has both on a damaged file.
 func guard(fn func() error) (err error) {
 	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
 	defer func() {
@@ -220,5 +217,5 @@ func guard(fn func() error) (err error) {
 	return fn()
 }
 
-// restore is what to do about damage.
-const restore = "keep the file for inspection and put a backup of it in its place"
+// restore is the remedy for damage.
+const restore = "keep the file for inspection and restore a backup"

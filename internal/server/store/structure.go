@@ -11,13 +11,12 @@ import (
 )
 
 // bbolt maps its file into memory and follows the numbers in it. On a damaged
-// file it reads past the end, runs in circles or panics in a goroutine of its
-// own; and of its two headers it takes the older one without a word when the
-// newer is broken, which would undo the last commit. So the structure is checked
-// here with plain reads, before bbolt sees it, as strictly as bbolt writes it:
-// each page is either in use once or free, all elements lie one behind the
-// other, keys ascend. What a changed bit can still reach are bytes that nobody
-// uses, and values, which have checksums.
+// file it reads past the end, loops for ever or panics in a goroutine of its
+// own. If the newer of its two headers is broken, it silently uses the older one,
+// which would undo the last commit. So the structure is checked here with plain
+// reads before bbolt opens the file, as strictly as bbolt writes it: each page is
+// either used once or free, elements have no gaps, keys ascend. A changed bit can
+// then affect only unused bytes, and values, which have checksums.
 //
 // This is version 2 of bbolt's format, in the byte order of the machine.
 const (
@@ -27,7 +26,7 @@ const (
 	pageHeader = 16 // id uint64, flags and count uint16, overflow uint32
 	element    = 16 // branch: pos, ksize uint32, id uint64; leaf: flags, pos, ksize, vsize uint32
 	bucketHead = 16 // root page uint64, sequence uint64
-	metaSize   = 64 // ends with a checksum of what is before it
+	metaSize   = 64 // its last 8 bytes are a checksum of the rest
 
 	flagBranch   = 0x01
 	flagLeaf     = 0x02
@@ -39,12 +38,12 @@ const (
 
 var native = binary.NativeEndian
 
-// pages is the file while it is checked.
+// pages is the file during the check.
 type pages struct {
 	file  io.ReaderAt
 	size  uint64 // of a page
 	count uint64 // pages that are free or in use, headers included
-	seen  []bool // no page twice, so nothing runs in circles
+	seen  []bool // by page; a page seen twice is an error, so the check ends
 }
 
 // page is a page with its overflow.
@@ -52,14 +51,14 @@ type page struct {
 	id    uint64
 	flags uint16
 	count int
-	body  []byte // all after the header
+	body  []byte // after the header
 }
 
 func damaged(format string, args ...any) error {
 	return fmt.Errorf("%w: %s", ErrDamaged, fmt.Sprintf(format, args...))
 }
 
-// readUsage reads how the pages are used, and nothing else.
+// readUsage reads the list of free pages. It does not check the rest.
 func readUsage(f *os.File) (usage, error) {
 	info, err := f.Stat()
 	if err != nil {
@@ -79,7 +78,7 @@ func checkStructure(f *os.File) (usage, error) {
 		return usage{}, err
 	}
 	if info.Size() == 0 {
-		return usage{}, errors.New("the file is empty, it is not a store: restore a backup; only when there never was one, remove the file")
+		return usage{}, errors.New("the file is empty, it is not a store: restore a backup; remove the file only if there never was a store")
 	}
 	root, freelist, p, err := readMeta(f, uint64(info.Size()))
 	if err != nil {
@@ -100,9 +99,9 @@ func checkStructure(f *os.File) (usage, error) {
 	return usage{free: free, count: p.count, pageSize: p.size}, nil
 }
 
-// readMeta reads both headers, which take turns, one a commit.
+// readMeta reads both headers. Commits write them in turn.
 func readMeta(f io.ReaderAt, length uint64) (root, freelist uint64, p *pages, err error) {
-	// The first header tells the size of a page, which is where the second is.
+	// The first header has the page size, which is the offset of the second.
 	meta := func(id, offset uint64) ([]byte, error) {
 		buf := make([]byte, pageHeader+metaSize)
 		if _, err := f.ReadAt(buf, int64(offset)); err != nil && !errors.Is(err, io.EOF) {
@@ -145,7 +144,7 @@ func readMeta(f io.ReaderAt, length uint64) (root, freelist uint64, p *pages, er
 	return native.Uint64(m[16:]), native.Uint64(m[32:]), p, nil
 }
 
-// take notes pages as used; nothing may be used twice.
+// take marks pages as used. It fails if one is used already.
 func (p *pages) take(id, n uint64) error {
 	if id < 2 || id >= p.count || n > p.count-id {
 		return damaged("page %d is beyond the end", id)
@@ -170,7 +169,7 @@ func (p *pages) read(id uint64, flags uint16) (page, error) {
 	}
 	g := page{id: id, flags: native.Uint16(head[8:]), count: int(native.Uint16(head[10:]))}
 	if native.Uint64(head) != id || g.flags&flags == 0 || g.flags&(g.flags-1) != 0 {
-		return page{}, damaged("page %d is another one", id)
+		return page{}, damaged("page %d has an unexpected header", id)
 	}
 	overflow := uint64(native.Uint32(head[12:]))
 	if err := p.take(id, 1+overflow); err != nil {
@@ -186,7 +185,7 @@ func (p *pages) read(id uint64, flags uint16) (page, error) {
 	return g, nil
 }
 
-// free reads the list of free pages, and returns how many there are.
+// free marks all pages of the list of free pages and returns their number.
 func (p *pages) free(id uint64) (uint64, error) {
 	g, err := p.read(id, flagFreelist)
 	if err != nil {
@@ -207,8 +206,8 @@ func (p *pages) free(id uint64) (uint64, error) {
 	return n, nil
 }
 
-// tree checks the pages below one; their keys are at least low and below high,
-// where these are not nil.
+// tree checks a page and those below it. Their keys must be at least low and below high;
+// nil is no limit.
 func (p *pages) tree(id uint64, low, high []byte, top bool) error {
 	g, err := p.read(id, flagBranch|flagLeaf)
 	if err != nil {
@@ -221,8 +220,8 @@ func (p *pages) tree(id uint64, low, high []byte, top bool) error {
 	if err != nil {
 		return err
 	}
-	// An empty page ends with zeros, and one that is not is as long as it
-	// must be.
+	// The body of an empty page is zero. Any other page has no more overflow than its
+	// elements need.
 	if g.count == 0 && !zero(g.body) || (pageHeader+used+p.size-1)/p.size*p.size != pageHeader+uint64(len(g.body)) {
 		return damaged("page %d has lost elements", id)
 	}
@@ -231,8 +230,8 @@ func (p *pages) tree(id uint64, low, high []byte, top bool) error {
 
 func zero(b []byte) bool { return len(bytes.Trim(b, "\x00")) == 0 }
 
-// elements checks what is in a page and below, and returns how many bytes of
-// the body are used.
+// elements checks the elements of a page and the pages below. It returns how many bytes
+// of the body are used.
 func (p *pages) elements(g page, low, high []byte) (used uint64, err error) {
 	used = uint64(g.count) * element
 	if used > uint64(len(g.body)) {
@@ -275,8 +274,8 @@ func (p *pages) elements(g page, low, high []byte) (used uint64, err error) {
 	return used, nil
 }
 
-// bucket checks a bucket, which is a tree of its own or a leaf page inside the
-// value.
+// bucket checks a bucket. Its value refers to the root page of a tree or has a leaf page
+// inline.
 func (p *pages) bucket(id uint64, value []byte) error {
 	if len(value) < bucketHead {
 		return damaged("a bucket of page %d", id)

@@ -13,8 +13,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// TestStuckCommit: who waits for a commit that hangs leaves in time and has changed
-// nothing.
+// TestStuckCommit: changes that wait for a commit that hangs fail at their deadlines and
+// are not applied.
 func TestStuckCommit(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -43,10 +43,10 @@ func TestStuckCommit(t *testing.T) {
 		}
 		all.Wait()
 		if took := time.Since(begin); took != time.Minute {
-			t.Errorf("they left after %v", took)
+			t.Errorf("they failed after %v", took)
 		}
 		if _, err := d.Agents(t.Context()); err != nil {
-			t.Errorf("reading meanwhile: %v", err)
+			t.Errorf("read during the commit: %v", err)
 		}
 		close(release)
 		if err := <-first; err != nil {
@@ -58,8 +58,8 @@ func TestStuckCommit(t *testing.T) {
 	})
 }
 
-// TestStuckReads: reads that hang keep a bounded number of threads, and who waits for
-// one of these places leaves in time.
+// TestStuckReads: reads that hang block a bounded number of threads, and other reads fail
+// at their deadlines.
 func TestStuckReads(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -69,7 +69,7 @@ func TestStuckReads(t *testing.T) {
 		if err := d.SaveLedger(t.Context(), ledger.Change{Put: rows(1)}); err != nil {
 			t.Fatal(err)
 		}
-		release, hang, left := make(chan struct{}), 0, 0
+		release, hang, left := make(chan struct{}), 0, 0 // left: failed at the deadline
 		var mu sync.Mutex
 		var all sync.WaitGroup
 		ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -94,7 +94,7 @@ func TestStuckReads(t *testing.T) {
 		time.Sleep(2 * time.Minute)
 		synctest.Wait()
 		if hang != 64 || left != 500-64 {
-			t.Errorf("%d reads hang, %d have left", hang, left)
+			t.Errorf("%d reads hang, %d have failed", hang, left)
 		}
 		close(release)
 		all.Wait()

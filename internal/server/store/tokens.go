@@ -11,8 +11,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// Who holds a join token can join, so tokens are sealed as signing keys are and
-// are looked up by their hash.
+// tokenKey returns the hash that a join token is looked up by. Whoever has a token can
+// attest an agent, so the token itself is stored sealed, like signing keys.
 func tokenKey(value string) []byte {
 	sum := sha256.Sum256([]byte(value))
 	return sum[:]
@@ -103,5 +103,5 @@ func (d *Deployment) TakeToken(ctx context.Context, value string) (spireapi.Toke
 
 // Tokens implements spireapi.Storage.
 func (d *Deployment) Tokens(ctx context.Context) ([]spireapi.Token, error) {
-	return all(ctx, d, tokens, d.openToken)
+	return readAll(ctx, d, tokens, d.openToken)
 }

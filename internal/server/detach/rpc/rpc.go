@@ -1,5 +1,5 @@
-// Package rpc lets gRPC calls end by their own deadline whatever storage does; see
-// package detach.
+// Package rpc ends gRPC calls at their deadline even if storage hangs; see package
+// detach.
 package rpc
 
 import (
@@ -14,8 +14,8 @@ import (
 	"github.com/renewd/renewd/internal/server/detach"
 )
 
-// Unary answers a call when its time is over or its caller is gone. The handler may
-// be at work still; g owns it.
+// Unary returns an interceptor that ends a call when its context is done. The handler
+// may still be running then; g owns it.
 func Unary(g *detach.Group) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		resp, err := detach.Do(ctx, g, func() (any, error) { return handler(ctx, req) })
@@ -23,8 +23,8 @@ func Unary(g *detach.Group) grpc.UnaryServerInterceptor {
 	}
 }
 
-// Stream is [Unary] for streams. What the handler sends or asks for after the end
-// fails.
+// Stream is [Unary] for streams. After the end of the call, the handler's sends and
+// receives fail.
 func Stream(g *detach.Group) grpc.StreamServerInterceptor {
 	return func(srv any, stream grpc.ServerStream, _ *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 		s := &leaving{ServerStream: stream}
@@ -34,8 +34,8 @@ func Stream(g *detach.Group) grpc.StreamServerInterceptor {
 	}
 }
 
-// Error makes a status of what package detach says. Another error is returned as it
-// is.
+// Error converts an error of package detach to a status. Other errors are returned
+// unchanged.
 func Error(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err
@@ -49,10 +49,10 @@ func Error(err error) error {
 	return err
 }
 
-// leaving is a stream that is used by nobody after its end: gRPC does not allow it.
+// leaving is a stream that rejects all use after its end: gRPC does not allow it.
 type leaving struct {
 	grpc.ServerStream
-	mu   sync.RWMutex // read-held by who uses the stream, which ends with its context
+	mu   sync.RWMutex // read-locked by each use of the stream, which ends with its context
 	left bool
 }
 
