@@ -13,7 +13,7 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-var update = flag.Bool("update", false, "write deploy/CONFIG.md anew")
+var update = flag.Bool("update", false, "write docs/configuration-agent.md")
 
 // minimal is a configuration with nothing but what is required.
 const minimal = "trust_domain: example.org\nserver_address: server.example.org:8081\ntrust_bundle_file: bundle.pem\n"
@@ -209,11 +209,12 @@ func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	var b strings.Builder
 	b.WriteString("# Configuration of the agent\n\n" +
-		"One YAML file, given with `-config`; [agent.example.yaml](agent.example.yaml) is a start. A flag wins over the\n" +
-		"environment, the environment over the file, the file over the default. In the file a dot is a section. An empty\n" +
-		"variable is the same as none. `agent config check -config FILE` says what is wrong, all of it at once.\n\n")
+		"One YAML file, given with `--config`; start from [agent.example.yaml](../deploy/agent.example.yaml). A flag takes precedence over the\n" +
+		"environment, the environment over the file, and the file over the default. A dot separates sections of the file. An empty variable\n" +
+		"counts as unset. An unknown or contradictory field is an error. `agent config check --config FILE` reports all errors at once,\n" +
+		"with file, line and remedy.\n\n")
 	b.WriteString(schema.Markdown())
-	file := filepath.Join("..", "..", "deploy", "CONFIG.md")
+	file := filepath.Join("..", "..", "docs", "configuration-agent.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
 			t.Fatal(err)

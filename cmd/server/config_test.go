@@ -18,7 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/server/federation"
 )
 
-var update = flag.Bool("update", false, "update deploy/SERVER-CONFIG.md")
+var update = flag.Bool("update", false, "update docs/configuration-server.md")
 
 const minimal = "trust_domain: example.org\n"
 
@@ -156,11 +156,12 @@ func TestProblems(t *testing.T) {
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	want := "# Configuration of the server\n\n" +
-		"One YAML file, given with `-config`; start from [server.example.yaml](server.example.yaml). A flag takes precedence over the\n" +
+		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n" +
 		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME or\n" +
 		"TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n" +
-		"counts as unset. `server config check -config FILE` reports all errors at once.\n\n" + schema.Markdown()
-	file := filepath.Join("..", "..", "deploy", "SERVER-CONFIG.md")
+		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n" +
+		"with file, line and remedy.\n\n" + schema.Markdown()
+	file := filepath.Join("..", "..", "docs", "configuration-server.md")
 	if *update {
 		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
 			t.Fatal(err)

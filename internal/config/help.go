@@ -47,7 +47,7 @@ func (s *Schema[C]) Markdown() string {
 		f := &s.Fields[i]
 		name := f.Flag()
 		if name != "" {
-			name = "-" + name
+			name = "--" + name
 		}
 		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n",
 			code(f.Path), f.Kind(), code(f.Default), code(name), code(s.Variable(f)), f.Doc)
