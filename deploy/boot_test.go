@@ -14,9 +14,9 @@ import (
 	"time"
 )
 
-// The machine's own files that a container needs beside /usr.
+// Files of the machine that a container needs besides /usr.
 var bootFiles = map[string]string{
-	"etc/machine-id":    "0123456789abcdef0123456789abcdef\n", // there is one: no first boot, no presets of this machine
+	"etc/machine-id":    "0123456789abcdef0123456789abcdef\n", // set, so that this is no first boot
 	"etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files\n",
 	"etc/hosts":         "127.0.0.1 localhost server.example.org\n",
 	"etc/passwd": `root:x:0:0:root:/root:/bin/sh
@@ -25,7 +25,7 @@ web:x:1001:1001::/:/bin/sh
 ops:x:1002:1002::/:/bin/sh
 `,
 	"etc/group": "root:x:0:\nnobody:x:65534:\nweb:x:1001:\nops:x:1002:\n",
-	// No wait for the random delay of up to a minute.
+	// Without the random delay of up to a minute.
 	"etc/systemd/system/renewd-agent.service.d/test.conf": "[Service]\nEnvironment=RENEWD_RENEWAL_TAINT_DELAY=1s RENEWD_RENEWAL_REFRESH_INTERVAL=1s\n",
 	"etc/systemd/system/check.service": `[Unit]
 After=basic.target
@@ -44,9 +44,8 @@ StandardError=inherit
 `,
 }
 
-// TestBoot boots a systemd in a container whose /usr is this machine's, does what
-// README.md says with the units of this directory, and then what happens to a
-// machine (testdata/units.sh).
+// TestBoot boots systemd in a container with this machine's /usr, runs the commands of
+// README.md with the units of this directory, and then testdata/units.sh.
 func TestBoot(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -60,7 +59,7 @@ func TestBoot(t *testing.T) {
 		"--private-network", "--register=no", "--link-journal=no", "--settings=no", "--console=pipe",
 	}
 	if _, err := os.Stat("/run/systemd/system"); err != nil {
-		common = append(common, "--keep-unit") // nobody here makes a unit for it
+		common = append(common, "--keep-unit") // nspawn cannot create a scope without systemd
 	}
 	if out, err := exec.CommandContext(t.Context(), nspawn, append(common, "/usr/bin/true")...).CombinedOutput(); err != nil {
 		t.Skipf("no container can be run here: %v\n%s", err, out)
@@ -81,8 +80,8 @@ func TestBoot(t *testing.T) {
 	}
 }
 
-// bootRoot is the root directory of a container: links into /usr, which is mounted,
-// and a few files.
+// bootRoot creates the root directory of a container: links into the mounted /usr, and a few
+// files.
 func bootRoot(t *testing.T) string {
 	t.Helper()
 	root := t.TempDir()
@@ -127,8 +126,8 @@ func bootRoot(t *testing.T) string {
 	return root
 }
 
-// readme is a script of the commands of README.md, the server's first, because it
-// makes what the agent is given.
+// readme returns a script of the commands of README.md: the server's, which create the files
+// for the agent, then the agent's.
 func readme(t *testing.T) string {
 	t.Helper()
 	blocks := regexp.MustCompile("(?s)```console\n(.*?)```").FindAllSubmatch(read(t, "README.md"), -1)
@@ -140,7 +139,7 @@ func readme(t *testing.T) string {
 		for line := range strings.Lines(string(block)) {
 			command, isCommand := strings.CutPrefix(line, "# ")
 			if !isCommand {
-				t.Fatalf("README.md: %q is not a command of root's", line)
+				t.Fatalf("README.md: %q is not a root command", line)
 			}
 			script += command
 		}
@@ -168,7 +167,7 @@ func wd(t *testing.T) string {
 	return dir
 }
 
-// journal is what the units wrote.
+// journal returns the log of the units.
 func journal(t *testing.T, root string) []byte {
 	t.Helper()
 	out, _ := exec.CommandContext(t.Context(), "journalctl", "-D", filepath.Join(root, "var/log/journal"), "-o", "short-precise",

@@ -1,5 +1,4 @@
-// Package deploy checks the files of this directory with the tools that will
-// read them.
+// Package deploy checks the files of this directory with the tools that read them.
 package deploy
 
 import (
@@ -43,7 +42,7 @@ func TestUnits(t *testing.T) {
 
 func checkUnit(t *testing.T, name string) {
 	analyze := tool(t, "systemd-analyze", "systemd")
-	// The program is not installed here; any that is will do.
+	// The program is not installed, so use another one.
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -82,8 +81,7 @@ func TestPrometheusExamples(t *testing.T) {
 
 func checkPrometheus(t *testing.T, name string) {
 	promtool := tool(t, "promtool", "prometheus")
-	// The files with the CA and the password are the operator's.
-	// The CA and the password are the operator's; promtool looks for the files.
+	// promtool checks that the files with the CA and the password exist.
 	dir := t.TempDir()
 	config := strings.NewReplacer(
 		"ca_file: /etc/prometheus/renewd-ca.pem", "insecure_skip_verify: true",
@@ -103,8 +101,8 @@ func checkPrometheus(t *testing.T, name string) {
 	}
 }
 
-// The stages of the Dockerfile: which programs they hold, who they run as, and
-// that the agent is what is built when no target is given.
+// The stages of the Dockerfile have the right programs and users, and the agent is the default
+// target.
 func TestDockerfile(t *testing.T) {
 	t.Parallel()
 	text := string(read(t, "Dockerfile"))
@@ -112,7 +110,7 @@ func TestDockerfile(t *testing.T) {
 	first := regexp.MustCompile(`^golang:(\S+) AS build\n`).FindStringSubmatch(stages[0])
 	goMod := read(t, filepath.Join("..", "go.mod"))
 	if first == nil || !bytes.Contains(goMod, []byte("\ngo "+first[1]+".")) && !bytes.Contains(goMod, []byte("\ngo "+first[1]+"\n")) {
-		t.Errorf("the first stage is not that of the Go version in go.mod: %q", first)
+		t.Errorf("the first stage does not have the Go version of go.mod: %q", first)
 	}
 	want := []struct {
 		name, user string

@@ -38,7 +38,7 @@ func TestThreats(t *testing.T) {
 		}
 		for _, name := range found {
 			if !known[name[1]] {
-				t.Errorf("there is no test %s, which is to show:%s", name[1], cells[0])
+				t.Errorf("no test %s, for:%s", name[1], cells[0])
 			}
 		}
 	}
@@ -47,7 +47,7 @@ func TestThreats(t *testing.T) {
 	}
 }
 
-// tests are the names of all tests of this module, as package.TestName.
+// tests returns the names of all tests of this module, as package.TestName.
 func tests(t *testing.T) map[string]bool {
 	t.Helper()
 	known := make(map[string]bool)

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# go-spiffe takes a bundle from an answer with the status 404 or 500.
+# go-spiffe accepts a bundle from an answer with the status 404 or 500.
 #
 # Seen with   go-spiffe v2.9.0
-# Behaviour   federation.FetchBundle and WatchBundle read the body of an answer without a look at its
-#             HTTP status. A body that is a bundle document is followed, an empty one too.
-# Operators   A gateway before a bundle endpoint that puts a JSON document with an empty list of
-#             "keys" into its error pages withdraws all trust while the endpoint is away.
-#             Let error pages of that host be text.
-# renewd      follows an answer with status 200 alone (internal/server/federation).
+# Behaviour   federation.FetchBundle and WatchBundle read the body of an answer and ignore its HTTP
+#             status. They accept every body that is a bundle document, also one without keys.
+# Operators   If a gateway's error pages are JSON with an empty list of "keys", an outage of the
+#             bundle endpoint withdraws all trust. Let that host use error pages in text.
+# renewd      accepts only answers with status 200 (internal/server/federation).
 #
 # Output seen
 #   status 200: a bundle of 0 authorities

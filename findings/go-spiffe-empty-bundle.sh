@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# go-spiffe writes a bundle without keys in a form that go-spiffe refuses.
+# go-spiffe writes a bundle without keys in a form that go-spiffe rejects.
 #
 # Seen with   go-spiffe v2.9.0
 # Behaviour   spiffebundle.Marshal writes "keys":null for a bundle without authorities.
-#             spiffebundle.Parse refuses that, and accepts "keys":[].
+#             spiffebundle.Parse rejects that, and accepts "keys":[].
 # Operators   A trust domain that withdraws all its keys publishes an empty list (SPIFFE Trust
-#             Domain and Bundle, 4.1.3). Written by this library, its partners that read
-#             with this library never learn of the withdrawal: each refresh fails, and
-#             the old keys stay trusted.
-# renewd      takes an empty list for a withdrawal and writes what it has of others as "keys":[]
+#             Domain and Bundle, 4.1.3). If both sides use this library, the relying parties
+#             do not see the withdrawal: each refresh fails, and the old keys stay trusted.
+# renewd      accepts an empty list as a withdrawal, and writes empty bundles as "keys":[]
 #             (internal/server/federation).
 #
 # Output seen

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# One key of an unknown type makes go-spiffe refuse a whole bundle; one with an unknown use does not.
+# go-spiffe rejects a whole bundle for one key of an unknown type, but not for an unknown use.
 #
 # Seen with   go-spiffe v2.9.0 with go-jose v4.1.5
-# Behaviour   In a SPIFFE bundle document spiffebundle.Parse leaves out a key with an unknown
-#             "use". A key with an unknown "kty", or on an unknown curve, refuses the document.
-# Operators   The specification asks to ignore either key alone (SPIFFE Trust Domain and Bundle,
-#             4.2.1 and 4.2.2). The first partner that publishes a post-quantum key
-#             ("kty":"AKP") beside its others ends the refresh of its whole bundle at every
-#             relying party, and with it the news of each later revocation.
-# renewd      leaves out the one key that it cannot use and follows the rest, with one log
-#             line and a metric (tests of the bundle parser).
+# Behaviour   spiffebundle.Parse ignores a key with an unknown "use" in a SPIFFE bundle document.
+#             For a key with an unknown "kty", or on an unknown curve, it rejects the document.
+# Operators   The specification requires to ignore only that key (SPIFFE Trust Domain and Bundle,
+#             4.2.1 and 4.2.2). As soon as a trust domain adds a post-quantum key
+#             ("kty":"AKP"), relying parties stop to refresh its bundle, and miss every later
+#             revocation.
+# renewd      ignores a key that it cannot use and applies the others, with a log line and a
+#             metric (tests of the bundle parser).
 #
 # Output seen
 #   a key with use wit-svid: 1 JWT key

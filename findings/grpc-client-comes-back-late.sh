@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A stock client comes back long after its agent does: up to two and a half minutes.
+# A stock client reconnects up to two and a half minutes after its agent is back.
 #
 # Seen with   go-spiffe v2.9.0, gRPC-Go v1.85.0
-# Behaviour   While nobody listens on the socket, gRPC-Go pauses for 1 s, then for 1.6 times as long
-#             after each failure, up to 120 s +-20 %; go-spiffe has a pause of its own of up to
-#             30 s on top. Neither ends when the socket is there again. After 52 s without an
-#             agent the client here stays away for another half a minute.
-# Operators   "The agent is up again" is not "the workloads have a stream again": after an outage of
-#             T seconds count on another 0.6 T, and on 150 s after a long one, before SVIDs
-#             that were renewed meanwhile reach the workloads. Keep outages of an agent short.
-# renewd      keeps SVIDs over a restart (internal/agent/svidstore), so that clients find them whenever they
-#             come, and does not call a node settled before they had time to.
+# Behaviour   While nothing listens on the socket, gRPC-Go waits 1 s, then 1.6 times as long
+#             after each failure, up to 120 s +-20 %. go-spiffe adds its own pause of up to
+#             30 s. Neither pause ends when the socket is back. After 52 s without an agent
+#             the client here stays disconnected for another half a minute.
+# Operators   A running agent does not mean that the workloads have their streams: after an outage
+#             of T seconds allow for 0.6 T, at most 150 s, before SVIDs that were renewed in
+#             between reach the workloads. Keep outages of an agent short.
+# renewd      keeps SVIDs over a restart (internal/agent/svidstore), so that late clients get them, and
+#             reports a node as settled only after they had time to reconnect.
 #
 # Output seen (the second line varies)
 #   more than 5 s after the agent

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# One connection to a frozen server blinds a gRPC-Go client for 20 seconds, whatever its deadlines are.
+# One connection to a frozen server blocks a gRPC-Go client for 20 seconds, whatever its deadlines.
 #
 # Seen with   gRPC-Go v1.85.0
 # Behaviour   The kernel accepts connections for a process that is stopped or swapped out. gRPC-Go
-#             waits 20 s for such a connection to become usable (the default of MinConnectTimeout).
-#             Calls with a deadline of 3 s fail one after the other meanwhile. Their deadlines do
-#             not end the attempt, so nothing goes to the healthy replica that a balancer
-#             would choose next.
-# Operators   Of several servers behind one TCP balancer, one that hangs (and passes the
-#             balancer's TCP check) stops each client that meets it for 20 s.
-# renewd      gives a connection 5 s, TLS included (connectTimeout in internal/agent/upstream;
-#             TestTwoServersOnOneDatabase freezes a server behind a balancer).
+#             waits 20 s for such a connection to become usable (the default of
+#             MinConnectTimeout). Meanwhile calls with a deadline of 3 s fail one after the
+#             other. Their deadlines do not end the attempt, so the client does not reach the
+#             healthy replica that a balancer would choose next.
+# Operators   If one of several servers behind a TCP balancer hangs and passes the balancer's TCP
+#             check, it blocks each client that connects to it for 20 s.
+# renewd      limits a connection attempt to 5 s, TLS included (connectTimeout in
+#             internal/agent/upstream; TestTwoServersOnOneDatabase freezes a server behind a balancer).
 #
 # Output seen
 #   call 1: DeadlineExceeded after 3 s
@@ -52,8 +52,8 @@ func main() {
 	grpc_health_v1.RegisterHealthServer(srv, health.NewServer())
 	go srv.Serve(lis)
 
-	// The balancer hands the first connection to a server that is frozen: the kernel
-	// accepts it and nobody answers. Each later one goes to the server above.
+	// The balancer passes the first connection to a frozen server: the kernel accepts
+	// it, but the server does not answer. Later ones reach the server above.
 	balancer := must(net.Listen("tcp", "127.0.0.1:0"))
 	go func() {
 		for n := 0; ; n++ {

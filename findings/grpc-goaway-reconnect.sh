@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# A server that tells a gRPC client to go away is asked again at once, one that closes the
-# connection is left in peace.
+# A gRPC client reconnects at once after GOAWAY, but backs off if the server closes the connection.
 #
 # Seen with   grpc-go v1.85.0
-# Behaviour   When a connection is closed before the server's first frame, the client backs off: three
-#             attempts in three seconds. When the server refuses by the book, with SETTINGS and GOAWAY
-#             (RFC 9113, section 6.8) and ENHANCE_YOUR_CALM, the connection counts as established
-#             and then drained. There is no backoff after that: one waiting call makes a hundred connections
-#             and more in those three seconds, each with a new handshake.
-# Operators   A proxy or server that sheds connections by GOAWAY gets more of them. Have it close them.
-# renewd      closes a connection above a limit without a word, and says why in the server's log and in
-#             renewd_server_limited_total (internal/listen).
+# Behaviour   If a connection is closed before the server's first frame, the client backs off: three
+#             attempts in three seconds. If the server refuses with SETTINGS and GOAWAY (RFC 9113,
+#             section 6.8) and ENHANCE_YOUR_CALM, the connection counts as established and then
+#             drained. There is no backoff: one waiting call makes more than a hundred connections
+#             in those three seconds, each with a new handshake.
+# Operators   A proxy or server that sheds connections by GOAWAY gets more of them. Let it close the
+#             connections.
+# renewd      closes a connection above a limit without GOAWAY, and reports it in the server's log
+#             and in renewd_server_limited_total (internal/listen).
 #
 # Output seen
 #   closed: a few connections

@@ -1,15 +1,14 @@
 #!/usr/bin/env bash
-# A Node.js client that pings too often is told that memory or bandwidth is exhausted.
+# A Node.js client that pings too often gets an error about exhausted memory or bandwidth.
 #
 # Seen with   @grpc/grpc-js 1.14.7 under Node.js, gRPC-Go v1.85.0 as the server
-# Behaviour   A gRPC server ends the connection of a client that pings more often than it allows
-#             (gRPC-Go without a policy of its own: one in five minutes). grpc-js ends the open
-#             stream with RESOURCE_EXHAUSTED and the text below; the word ping is in its own log
-#             alone.
-# Operators   A Node.js workload with 'grpc.keepalive_time_ms' and retries for UNAVAILABLE alone
-#             loses its Workload API stream for good. The text sends people to look for memory;
-#             look at the client's keepalive instead.
-# renewd      allows a ping in ten seconds on its socket, also without a call (internal/agent/workload).
+# Behaviour   A gRPC server closes the connection of a client that pings more often than allowed
+#             (gRPC-Go by default: once in five minutes). grpc-js ends the open stream with
+#             RESOURCE_EXHAUSTED and the text below. Only its own log mentions pings.
+# Operators   A Node.js workload with 'grpc.keepalive_time_ms' that retries only UNAVAILABLE loses
+#             its Workload API stream permanently. The text suggests a lack of memory; check
+#             the client's keepalive instead.
+# renewd      allows a ping every ten seconds on its socket, also without a call (internal/agent/workload).
 #
 # Output seen
 #   RESOURCE_EXHAUSTED: Bandwidth exhausted or memory limit exceeded

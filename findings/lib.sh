@@ -1,6 +1,5 @@
-# What the scripts of this folder share. Each sources it first and then stands in
-# a temporary folder of its own, which is removed at the end together with the
-# processes that the script started.
+# Functions for the scripts of this directory. Sourcing it changes to a temporary
+# directory, which is removed at the end. The processes of the script end as well.
 
 set -euo pipefail
 
@@ -24,21 +23,21 @@ background() {
 	echo $! >>"$work/pids"
 }
 
-# free_port prints a TCP port of the loopback interface that is free now.
+# free_port prints a free TCP port of the loopback interface.
 free_port() {
 	need python3 python3
 	python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
 
-# need PROGRAM PACKAGE: the program is there, or the script ends and names the
-# Debian package that has it.
+# need PROGRAM PACKAGE ends the script if the program is missing, and names its Debian
+# package.
 need() {
 	command -v "$1" >/dev/null && return
 	echo "$1 is missing: install $2" >&2
 	exit 1
 }
 
-# go_module MODULE@VERSION... makes this folder a Go module with these packages.
+# go_module MODULE@VERSION... makes this directory a Go module with these dependencies.
 go_module() {
 	need go "Go 1.26 or later"
 	export GOFLAGS=-mod=mod GOWORK=off
@@ -79,7 +78,7 @@ until_true() {
 	done
 }
 
-# expect compares what was seen, in the file "seen", with its standard input.
+# expect compares the file "seen" with its standard input.
 expect() {
 	cat >expected
 	cat seen
@@ -90,8 +89,8 @@ expect() {
 	fi
 }
 
-# spire_conf NAME [PLUGIN] writes $work/NAME.conf, the configuration of a SPIRE server of
-# example.org. Its port is in $work/NAME.port.
+# spire_conf NAME [PLUGIN] writes $work/NAME.conf, the configuration of a SPIRE server for
+# example.org, and its port to $work/NAME.port.
 spire_conf() {
 	free_port >"$1.port"
 	cat >"$1.conf" <<CONF
@@ -112,7 +111,7 @@ plugins {
 CONF
 }
 
-# spire_server NAME [PLUGIN] runs a SPIRE server of example.org and waits until it
+# spire_server NAME [PLUGIN] starts a SPIRE server for example.org and waits until it
 # answers.
 spire_server() {
 	spire_conf "$@"
@@ -120,8 +119,8 @@ spire_server() {
 	until_true 60 spire-server healthcheck -socketPath "$work/$1.sock"
 }
 
-# nested_under NAME prints the plugin that puts a SPIRE server below the one of that
-# name, with an identity from spire_agent.
+# nested_under NAME prints the plugin of a SPIRE server nested under that one, with an
+# SVID from spire_agent.
 nested_under() {
 	echo "UpstreamAuthority \"spire\" { plugin_data { server_address = \"127.0.0.1\" server_port = \"$(cat "$1.port")\" workload_api_socket = \"$work/agent.sock\" } }"
 }
@@ -132,16 +131,16 @@ json() {
 	python3 -c "import json, sys; doc = json.load(sys.stdin); print($1)"
 }
 
-# api NAME COMMAND... asks a SPIRE server that spire_server has started.
+# api NAME COMMAND... runs a command of spire-server against a started server.
 api() {
 	local socket=$work/$1.sock
 	shift
 	spire-server "$@" -socketPath "$socket"
 }
 
-# spire_agent NAME runs a SPIRE agent with the alias spiffe://example.org/node at the
-# server of that name, and waits until it has an SVID for this user. Its Workload API
-# is at $work/agent.sock.
+# spire_agent NAME starts a SPIRE agent with the alias spiffe://example.org/node for that
+# server, and waits until it has an SVID for this user. Its Workload API is at
+# $work/agent.sock.
 spire_agent() {
 	api "$1" bundle show >bundle.pem
 	cat >agent.conf <<CONF

@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# A process whose main thread has ended runs on, and /proc/PID/exe says that it is not there.
+# /proc/PID/exe does not exist for a process that continues after its main thread ended.
 #
 # Seen with   Linux 6.18
-# Behaviour   When the main thread ends while others run (a daemon that calls pthread_exit in main),
-#             /proc/PID/exe fails with ENOENT for as long as the process lives, and
-#             /proc/PID/status calls it a zombie. /proc/PID/task/TID/exe of a thread that
-#             runs is there.
-# Operators   Attestation by path or hash (unix:path, unix:sha256 of SPIRE) reads /proc/PID/exe.
-#             Such a daemon cannot be told from one that has ended: it loses these selectors.
-# renewd      reads the executable at a live thread (internal/agent/attest/unix).
+# Behaviour   If the main thread ends while others run (a daemon that calls pthread_exit in main),
+#             /proc/PID/exe fails with ENOENT as long as the process lives, and
+#             /proc/PID/status calls it a zombie. /proc/PID/task/TID/exe of a running thread
+#             exists.
+# Operators   Attestation by path or hash (unix:path, unix:sha256 of SPIRE) reads /proc/PID/exe. It
+#             cannot distinguish such a daemon from an ended process: the daemon loses these
+#             selectors.
+# renewd      reads the executable of a live thread (internal/agent/attest/unix).
 #
 # Output seen
 #   state: Z (zombie)

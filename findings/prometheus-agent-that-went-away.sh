@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# In Prometheus an agent that dies reads as one that has finished.
+# A Prometheus query cannot distinguish an agent that died from one that has finished.
 #
 # Seen with   Prometheus 2.42 (Debian 12)
-# Behaviour   When a target cannot be scraped Prometheus ends its series with the next scrape, not
-#             after the five minutes for which an instant query looks back. A sum over agents
-#             drops by that agent's share at once.
-# Operators   "sum(renewals_pending) == 0" as the gate before a key is removed opens within one
-#             scrape interval when the agents that still have work to do crash or are cut
-#             off. Ask for "up == 1" of every agent that there should be, too.
-# renewd      keysetctl counts an agent that the server knows and Prometheus does not scrape as
-#             not safe (internal/operator/prom, internal/operator/spire; spire.txtar in test/system).
+# Behaviour   If a target cannot be scraped, Prometheus ends its series with the next scrape, not
+#             after the five minutes of an instant query's lookback. A sum over agents drops at
+#             once by the value of that agent.
+# Operators   If "sum(renewals_pending) == 0" decides that a key can be removed, it becomes true
+#             within one scrape interval when agents with pending renewals crash or lose
+#             their network. Also require "up == 1" for every expected agent.
+# renewd      keysetctl is not safe while Prometheus does not scrape an agent that the server knows
+#             (internal/operator/prom, internal/operator/spire; spire.txtar in test/system).
 #
 # Output seen
 #   both agents up: 40 renewals pending, 0 targets down

@@ -2,15 +2,15 @@
 # "bundle delete -mode dissociate" changes entries without a new revision number.
 #
 # Seen with   SPIRE 1.13.3 and 1.16.0-dev (commit ef8527ec)
-# Behaviour   Deleting the bundle of another trust domain in this mode takes the domain out of the
-#             federates_with of each entry. The revision number of these entries stays.
-# Operators   Who follows entries by revision number, as SyncAuthorizedEntries asks its callers to
-#             do when there are more than a page of them, goes on with the old federation; when
-#             the bundle is set again, such an agent trusts the domain for entries that do not
-#             federate with it any more. Update the entries as well, or restart the agents.
-# renewd      compares what entries federate with wherever the server sends it, whatever their
-#             revision is (spire-bundle-set.txtar in test/system). A server that lists
-#             revisions in pages does not send it.
+# Behaviour   Deleting the bundle of a federated trust domain in this mode removes the domain from
+#             federates_with of each entry. The revision number of these entries does not change.
+# Operators   A caller of SyncAuthorizedEntries detects changes by revision number if there is more
+#             than a page of entries, so it keeps the old federation. If the bundle is set
+#             again, such an agent trusts the domain for entries that no longer federate with
+#             it. Update the entries as well, or restart the agents.
+# renewd      compares federates_with whenever the server sends it, whatever the revision
+#             (spire-bundle-set.txtar in test/system). A server that lists revisions in
+#             pages does not send it.
 #
 # Output seen
 #   before: revision 0, federates with ['partner.example']

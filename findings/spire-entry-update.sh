@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# "spire-server entry update" takes away all that it is not told again.
+# "spire-server entry update" resets every field that is not given again.
 #
 # Seen with   SPIRE 1.13.3
-# Behaviour   "entry update" wants the entry's ID, parent, SPIFFE ID and selectors, and replaces the
-#             rest as well: federation, DNS names, TTL, hint, the downstream and storeSVID marks
-#             that are not given again are gone. It says "Updated" and nothing about that.
-# Operators   Adding a selector to an entry ends its trust in partners, and takes the DNS names
-#             out of the next certificate: peers that verify by name fail. Give every flag
-#             again, and compare "entry show" before and after.
-# renewd      "server entries apply" takes whole entries and prints every field that changes before
-#             it does (cmd/server); an agent follows such an edit at the next sync.
+# Behaviour   "entry update" requires the entry's ID, parent, SPIFFE ID and selectors, and replaces
+#             all other fields as well: federation, DNS names, TTL, hint, and the downstream and
+#             storeSVID marks are reset unless they are given. Its output does not mention that.
+# Operators   If you add a selector to an entry, its workloads lose federated bundles and the DNS
+#             names in the next certificate, and peers that verify by name reject them. Give
+#             every flag again, and compare "entry show" before and after.
+# renewd      "server entries apply" takes whole entries and shows every changed field before the
+#             change (cmd/server). An agent applies such an update at the next sync.
 #
 # Output seen
 #   before: {'federates_with': ['partner.example'], 'dns_names': ['web.example.org'], 'x509_svid_ttl': 600, 'hint': 'front', 'downstream': True}

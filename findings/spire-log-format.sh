@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# To set log_format of a SPIRE server to its default changes the time stamps.
+# Setting log_format of a SPIRE server to its default changes the timestamps.
 #
 # Seen with   SPIRE 1.13.3
-# Behaviour   The documentation calls "text" the default of log_format. Without the setting a line's time has
-#             whole seconds; with log_format = "text" it has nanoseconds.
-# Operators   Set log_format where a log is to tell the order of events on several machines, or how
-#             many SVIDs were signed in one second. A parser of the one form may not read the other.
-# renewd      counts the renewals of a wave in such a log, in its tests alone (test/system).
+# Behaviour   The documented default of log_format is "text". Without the setting the time of a log
+#             line has whole seconds; with log_format = "text" it has nanoseconds.
+# Operators   Set log_format if you need the order of events on several machines, or the number of
+#             SVIDs signed in a second. A parser of one form may not accept the other.
+# renewd      counts the renewals of a wave in such a log, only in tests (test/system).
 #
 # Output seen
 #   not set: time="YYYY-MM-DDThh:mm:ssZ"

@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# Whether a nested SPIRE server starts is a matter of the random IDs of entries.
+# The random IDs of entries decide whether a nested SPIRE server starts.
 #
 # Seen with   SPIRE 1.13.3
-# Behaviour   The plugin UpstreamAuthority "spire" asks the root server with the first SVID of its
-#             Workload API. spire-agent orders them by entry ID, which is random unless given.
-#             When another entry matches the nested server's process and comes first, the root
-#             refuses, and the nested server does not start; the hint is not looked at.
-# Operators   A new entry with a wide selector on the node of a nested server ends that server at
-#             its next start, or its next CA rotation. Give the downstream entry a selector of
-#             its own, and "-entryID" something that sorts first.
-# renewd      also gives entries in the order of their IDs, so it is the same under its agents
-#             (spire-nested.txtar in test/system names its IDs for that reason).
+# Behaviour   The plugin UpstreamAuthority "spire" uses the first SVID of its Workload API for the
+#             root server. spire-agent sorts SVIDs by entry ID, which is random unless given. If
+#             another entry matches the nested server's process and sorts first, the root server
+#             rejects the call, and the nested server does not start. The hint is ignored.
+# Operators   A new entry with broad selectors on the node of a nested server stops that server at
+#             its next start or CA rotation. Give the downstream entry a unique selector, and an
+#             "-entryID" that sorts first.
+# renewd      also sorts entries by ID, so its agents behave the same way (spire-nested.txtar in
+#             test/system sets IDs for that reason).
 #
 # Output seen
 #   entries 1-nested, 2-web: the nested server starts
@@ -22,7 +22,7 @@ entries() {
 	api root entry create -entryID "$1" -parentID spiffe://example.org/node -spiffeID spiffe://example.org/nested -selector unix:uid:"$(id -u)" -downstream
 	api root entry create -entryID "$2" -parentID spiffe://example.org/node -spiffeID spiffe://example.org/web -selector unix:uid:"$(id -u)"
 } >/dev/null
-# synced ID: the first SVID that the agent gives is that of the entry for spiffe://example.org/ID.
+# synced ID succeeds if the agent's first SVID is spiffe://example.org/ID.
 synced() { spire-agent api fetch x509 -socketPath "$work/agent.sock" | grep -m 1 SPIFFE | grep -q "/$1\$"; }
 entries 1-nested 2-web
 spire_agent root

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# A nested SPIRE server gives its agents one JWT key twice, once tainted and once not.
+# A nested SPIRE server sends its agents one JWT key twice, once tainted and once not.
 #
 # Seen with   SPIRE 1.13.3
-# Behaviour   When the root server taints a JWT key, the nested server adds the key with the mark to
-#             its bundle beside the same key without it, and gives both copies to its agents.
+# Behaviour   When the root server taints a JWT key, the nested server adds the tainted key to its
+#             bundle beside the same key without a taint, and sends both to its agents.
 #             "bundle show -format spiffe" prints the key once.
-# Operators   A program that reads the bundle from the Server API and takes a key ID for unique
-#             finds a bundle that cannot be right, or the state that happens to come last.
-# renewd      takes equal copies for one key, tainted if any copy is (TestNestedSPIRE in
+# Operators   A program that reads the bundle from the Server API and expects unique key IDs may
+#             reject the bundle, or use the state of the last copy.
+# renewd      merges equal copies into one key, tainted if any copy is (TestNestedSPIRE in
 #             test/system, tests of the bundle parser).
 #
 # Output seen

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# SPIRE offers agents a method that its own policy lets no agent call, and logs an error each time.
+# SPIRE's API has a method that its policy does not let agents call, with an error log line each time.
 #
 # Seen with   SPIRE 1.13.3 with spire-api-sdk v1.15.3 (fixed in SPIRE 1.14.3)
 # Behaviour   Agent.PostStatus is part of the Server API. The default policy has no rule for it, so
-#             an attested agent gets PermissionDenied without details, and the server writes an
+#             an attested agent gets PermissionDenied without details, and the server logs the
 #             error "Failed to authenticate caller".
-# Operators   Programs that speak the API of a newer SPIRE fill the log of an older server with
-#             errors that look like failed logins.
-# renewd      takes the answer for "no statuses here" and asks again after ten minutes
+# Operators   Programs that use the API of a newer SPIRE fill the log of an older server with errors
+#             that look like failed logins.
+# renewd      takes that as "not supported" and tries again after ten minutes
 #             (TestServerThatTakesNoStatuses in internal/agent).
 #
 # Output seen

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# After two "localauthority x509 prepare" SPIRE publishes an authority that no command can reach.
+# After two "localauthority x509 prepare" SPIRE publishes an authority that no command can change.
 #
 # Seen with   SPIRE 1.13.3
-# Behaviour   A second prepare puts a new authority into the slot of the first. The first stays in
-#             the trust bundle. "show" does not list it; "taint" and "revoke" refuse its ID.
-# Operators   A prepare that seemed to fail and is repeated leaves a trusted key behind until it
-#             expires. Look at "localauthority x509 show" before each prepare.
-# renewd      keysetctl refuses to prepare beside what is prepared, and lists what only the
-#             bundle has (internal/operator/spire, TestRotationOfSPIRE).
+# Behaviour   A second prepare puts a new authority into the slot of the first. The first one stays
+#             in the trust bundle. "show" does not list it; "taint" and "revoke" reject its ID.
+# Operators   If you repeat a prepare that seemed to fail, a trusted key may remain until it
+#             expires. Run "localauthority x509 show" before each prepare.
+# renewd      keysetctl does not prepare while another authority is prepared, and recognizes
+#             authorities that only the bundle has (internal/operator/spire, TestRotationOfSPIRE).
 #
 # Output seen, with the two IDs replaced
 #   authorities in the bundle: 3

@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# A bundle document that "spire-server bundle set" takes is refused at a bundle endpoint.
+# SPIRE rejects a document at a bundle endpoint that "spire-server bundle set" accepts.
 #
 # Seen with   SPIRE 1.13.3
-# Behaviour   A SPIRE server that follows a bundle endpoint refuses a document that has one key with
-#             a "use" that it does not know, as a whole. "bundle set -format spiffe" of the
-#             same document leaves that key out and takes the rest.
-# Operators   The specification asks to leave out the key (SPIFFE Trust Domain and Bundle, 4.2.2).
-#             A partner that begins to publish keys for WIT-SVIDs, which the Workload API has
-#             now, ends the refresh of its bundle at SPIRE servers of this version. "bundle
-#             set" gets its other keys in until the server is newer.
-# renewd      leaves out the key, at its endpoint client and in files (internal/server/federation).
+# Behaviour   A SPIRE server that refreshes from a bundle endpoint rejects a whole document for one
+#             key with an unknown "use". "bundle set -format spiffe" ignores that key of the
+#             same document and applies the others.
+# Operators   The specification requires to ignore the key (SPIFFE Trust Domain and Bundle, 4.2.2).
+#             When a trust domain begins to publish keys for WIT-SVIDs, which are part of the
+#             Workload API, SPIRE servers of this version stop to refresh its bundle. Apply its
+#             other keys with "bundle set" until the server is upgraded.
+# renewd      ignores the key, at endpoints and in files (internal/server/federation).
 #
 # Output seen
 #   endpoint, two JWT keys: 2 keys

@@ -1,17 +1,16 @@
 #!/usr/bin/env bash
-# An X509Source of go-spiffe stops for good, and without a word, when a stream ends with Canceled.
+# An X509Source of go-spiffe stops permanently and silently when a stream ends with Canceled.
 #
 # Seen with   go-spiffe v2.9.0, gRPC-Go v1.85.0
-# Behaviour   After its first answer, an X509Source asks again when the stream ends with
-#             Unavailable, PermissionDenied, Internal or Unimplemented. When it ends with
-#             Canceled or InvalidArgument it never asks again. GetX509SVID goes on returning
-#             the old SVID without an error, until after the SVID has expired, and the default
-#             logger says nothing.
-# Operators   A proxy or sidecar before the socket that turns its own shutdown into Canceled
-#             ends every renewal of the workloads behind it, for good; what is seen is mTLS
-#             that fails hours later. Restart such workloads.
-# renewd      ends a stream with Unavailable when it stops, and with Canceled or
-#             InvalidArgument only when the client did that itself (tests of internal/agent/workload).
+# Behaviour   After its first answer, an X509Source reconnects if the stream ends with Unavailable,
+#             PermissionDenied, Internal or Unimplemented. After Canceled or InvalidArgument it
+#             never does. GetX509SVID keeps returning the old SVID without an error, even after
+#             it has expired, and the default logger prints nothing.
+# Operators   If a proxy or sidecar in front of the socket turns its shutdown into Canceled, the
+#             workloads behind it are never renewed again; mTLS fails hours later. Restart such
+#             workloads.
+# renewd      ends streams with Unavailable when it stops, and with Canceled or InvalidArgument only
+#             if the client caused that (tests of internal/agent/workload).
 #
 # Output seen
 #   Unavailable: asked again
@@ -52,7 +51,7 @@ func must[T any](v T, err error) T {
 	return v
 }
 
-// answer is a whole answer: an SVID that ends in five seconds, its key, the bundle.
+// answer returns an SVID that expires in five seconds, with its key and the bundle.
 func answer() *workload.X509SVIDResponse {
 	key := must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader))
 	id := must(url.Parse("spiffe://example.org/web"))

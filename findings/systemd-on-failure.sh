@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# systemd does not restart a service with Restart=on-failure that a SIGHUP has ended.
+# systemd does not restart a service with Restart=on-failure after SIGHUP.
 #
 # Seen with   systemd 252 (Debian 12)
-# Behaviour   Death by SIGHUP, SIGINT or SIGTERM counts as a clean exit, whoever sent the signal: the
-#             unit is inactive afterwards, not failed, and stays so. Death by SIGKILL or
-#             SIGSEGV is a failure, and the unit is restarted.
-# Operators   "kill -HUP" as the habitual way to reload ends a daemon that does not handle it, and
+# Behaviour   A process that ends by SIGHUP, SIGINT or SIGTERM counts as a clean exit, whoever sent
+#             the signal: the unit becomes inactive, not failed, and is not restarted. SIGKILL
+#             and SIGSEGV count as failures, and the unit is restarted.
+# Operators   "kill -HUP", which reloads many daemons, ends one that does not handle it, and
 #             "systemctl --failed" shows nothing. An identity agent needs Restart=always.
 # renewd      ignores SIGHUP with a log line (internal/cli), and its units have Restart=always
 #             (deploy/).

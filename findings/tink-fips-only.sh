@@ -1,14 +1,13 @@
 #!/usr/bin/env bash
-# Tink refuses AES-GCM, the approved mode, where only approved modes may be used, and takes
-# AES-GCM-SIV, which is not approved.
+# In FIPS-only mode Tink rejects AES-GCM, which is approved, and accepts AES-GCM-SIV, which is not.
 #
 # Seen with   tink-go v2.9.0, Go 1.26.8
-# Behaviour   With GODEBUG=fips140=only the AEAD primitive of an AES256-GCM keyset cannot be made: Go
-#             allows AES-GCM only where Go itself chooses the nonce, and Tink chooses its own. The
-#             error names neither FIPS nor the nonce. AES-CTR-HMAC works, and so does AES-GCM-SIV,
-#             which Tink builds from single blocks, below what Go looks at.
-# Operators   A data file that was sealed with the usual key template cannot be opened after a switch to
-#             this mode, and that some template works says nothing about its approval.
+# Behaviour   With GODEBUG=fips140=only Tink cannot create the AEAD primitive of an AES256-GCM keyset:
+#             Go allows AES-GCM only if Go chooses the nonce, but Tink chooses it. The error mentions
+#             neither FIPS nor the nonce. AES-CTR-HMAC works, and so does AES-GCM-SIV, which Tink
+#             builds from single AES blocks, which Go does not check.
+# Operators   After a switch to this mode a program cannot open files that it encrypted with the usual
+#             key template. A template that works is not necessarily approved.
 # renewd      seals with AES256-GCM (internal/server/seal): its server needs fips140=on or off, not only.
 #
 # Output seen

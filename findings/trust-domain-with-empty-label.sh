@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# go-spiffe accepts trust domain names with which Go reads no certificate.
+# go-spiffe accepts trust domain names that Go rejects in certificates.
 #
 # Seen with   go-spiffe v2.9.0, Go 1.26
-# Behaviour   spiffeid.TrustDomainFromString accepts a trailing dot, a leading dot and two dots in
-#             a row. x509.CreateCertificate signs a certificate with such a SPIFFE ID, and
-#             x509.ParseCertificate refuses to read it.
-# Operators   A trust domain with a typing error passes every check of a configuration. What
-#             fails is the first SVID, at the relying party, with an error about a domain.
-# renewd      refuses such a trust_domain in the configuration (internal/config), before anything
-#             is signed.
+# Behaviour   spiffeid.TrustDomainFromString accepts a trailing dot, a leading dot and two
+#             consecutive dots. x509.CreateCertificate signs a certificate with such a SPIFFE
+#             ID, and x509.ParseCertificate rejects it.
+# Operators   A mistyped trust domain passes every check of a configuration. The first SVID fails at
+#             the relying party, with an error about a domain.
+# renewd      rejects such a trust_domain in the configuration (internal/config), before it signs
+#             anything.
 #
 # Output seen
 #   example.org: accepted, signed, read

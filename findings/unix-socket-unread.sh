@@ -2,12 +2,13 @@
 # On a Unix socket SIOCOUTQ does not count the bytes that the peer has not read.
 #
 # Seen with   Linux 6, golang.org/x/sys v0.49.0
-# Behaviour   The kernel answers with the memory of the messages that are not read to their end, with its
-#             own bookkeeping: hundreds of bytes for one byte, and as much for a message of which a
-#             single byte is left as for the whole. It is 0 when everything was read, and only then.
-#             For TCP the same call counts bytes that are not acknowledged, which says nothing of the reader.
-# Operators   The Send-Q column of `ss -x` is this number: it tells that a workload does not read, not how much.
-# renewd      only asks whether it is 0 (internal/agent/workload): that is when an answer counts as read.
+# Behaviour   The kernel returns the memory of the messages that are not read completely, including its
+#             bookkeeping: hundreds of bytes for one byte, and the same for the last byte of a message
+#             as for all of it. The value is 0 only if everything was read. For TCP the same call
+#             counts bytes that are not acknowledged, which does not show what the reader has read.
+# Operators   The Send-Q column of `ss -x` is this number: it shows that a workload does not read, not
+#             how much is left.
+# renewd      only tests for 0 (internal/agent/workload): then an answer counts as read.
 #
 # Output seen
 #   1 byte written: more than 1

@@ -13,14 +13,13 @@ import (
 )
 
 const (
-	callEvery   = 25 * time.Millisecond // from each workload
-	callTimeout = 10 * time.Second
+	callInterval = 25 * time.Millisecond // per workload
+	callTimeout  = 10 * time.Second
 )
 
-// answer takes calls: each is a connection with mutual TLS of its own, with
-// the SVID and the trust bundle held at that moment, and one byte back and
-// forth.
-func (w *workload) answer(ctx context.Context) (address string, err error) {
+// serveCalls serves calls. A call is a new mutual TLS connection with the current SVID and
+// trust bundle, on which one byte is echoed.
+func (w *workload) serveCalls(ctx context.Context) (address string, err error) {
 	svid, err := w.source.GetX509SVID()
 	if err != nil {
 		return "", err
@@ -40,7 +39,7 @@ func (w *workload) answer(ctx context.Context) (address string, err error) {
 			w.wg.Go(func() {
 				defer conn.Close()
 				_ = conn.SetDeadline(time.Now().Add(callTimeout))
-				_, _ = io.CopyN(conn, conn, 1) // the caller counts what fails
+				_, _ = io.CopyN(conn, conn, 1) // the caller counts failures
 			})
 		}
 	})
@@ -49,8 +48,8 @@ func (w *workload) answer(ctx context.Context) (address string, err error) {
 
 // callAll calls the others in turn until ctx ends.
 func (w *workload) callAll(ctx context.Context, peers []remote) {
-	defer w.change(func(c *condition) { c.Stopped = true })
-	ticker := time.NewTicker(callEvery)
+	defer w.update(func(c *workloadState) { c.Stopped = true })
+	ticker := time.NewTicker(callInterval)
 	defer ticker.Stop()
 	for i := 0; ; i++ {
 		select {
@@ -61,17 +60,16 @@ func (w *workload) callAll(ctx context.Context, peers []remote) {
 		p := peers[i%len(peers)]
 		err := w.call(p)
 		w.mu.Lock()
-		w.now.Calls++
+		w.state.Calls++
 		if err != nil {
-			w.now.Failures++
-			w.now.failed(fmt.Errorf("call %s: %w", p.ID, err))
+			w.state.Failures++
+			w.state.failed(fmt.Errorf("call %s: %w", p.ID, err))
 		}
 		w.mu.Unlock()
 	}
 }
 
-// call is not cut short when the demo ends: that would be counted as a failure
-// at the other side.
+// call ignores the end of the demo, because an interrupted call would count as failed.
 func (w *workload) call(p remote) error {
 	id, err := spiffeid.FromString(p.ID)
 	if err != nil {
@@ -87,7 +85,7 @@ func (w *workload) call(p remote) error {
 	if _, err := conn.Write([]byte{1}); err != nil {
 		return err
 	}
-	// With TLS 1.3 only an answer shows that the other side accepted us.
+	// With TLS 1.3 only an answer shows that the peer accepted our certificate.
 	_, err = io.ReadFull(conn, make([]byte, 1))
 	return err
 }

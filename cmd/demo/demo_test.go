@@ -17,7 +17,7 @@ import (
 	"time"
 )
 
-// TestMain lets this test binary be a workload, as the command is.
+// TestMain lets this test binary run as a workload.
 func TestMain(m *testing.M) {
 	if len(os.Args) == 2 && os.Args[1] == workloadArg {
 		os.Exit(run(context.Background(), os.Args[1:], os.Stdout, os.Stderr))
@@ -28,9 +28,9 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// quick are the settings of -svids 30 -max-delay 500ms -o json, with an agent
-// that looks at the server more often.
-func quick(t *testing.T) settings {
+// fastSettings are those of -svids 30 -max-delay 500ms -o json, with more frequent bundle
+// refreshes.
+func fastSettings(t *testing.T) settings {
 	t.Helper()
 	s, err := parse([]string{"-svids", "30", "-max-delay", "500ms", "-o", "json"})
 	if err != nil {
@@ -40,16 +40,15 @@ func quick(t *testing.T) settings {
 	return s
 }
 
-// leavesNothing checks at the end of the test that no file, process or
-// goroutine is left of what it started.
-func leavesNothing(t *testing.T) {
+// checkCleanup checks at the end of the test that no file, process or goroutine is left.
+func checkCleanup(t *testing.T) {
 	t.Helper()
 	dir := t.TempDir()
 	t.Setenv("TMPDIR", dir)
 	before := runtime.NumGoroutine()
 	t.Cleanup(func() {
 		if left, err := os.ReadDir(dir); err != nil || len(left) != 0 {
-			t.Errorf("left in the temporary folder: %v (%v)", left, err)
+			t.Errorf("left in the temporary directory: %v (%v)", left, err)
 		}
 		if left := children(t); len(left) != 0 {
 			t.Errorf("processes left: %q", left)
@@ -64,7 +63,7 @@ func leavesNothing(t *testing.T) {
 	})
 }
 
-// children lists the processes that this one is the parent of.
+// children lists the child processes.
 func children(t *testing.T) (found []string) {
 	t.Helper()
 	stats, err := filepath.Glob("/proc/[0-9]*/stat")
@@ -97,9 +96,9 @@ func decode(t *testing.T, stdout []byte) Report {
 }
 
 func TestRotation(t *testing.T) {
-	leavesNothing(t)
+	checkCleanup(t)
 	var stdout, stderr bytes.Buffer
-	if code := play(t.Context(), quick(t), &stdout, &stderr); code != exitOK {
+	if code := play(t.Context(), fastSettings(t), &stdout, &stderr); code != exitOK {
 		t.Errorf("exit status %d\n%s%s", code, &stderr, &stdout)
 	}
 	r := decode(t, stdout.Bytes())
@@ -107,10 +106,10 @@ func TestRotation(t *testing.T) {
 		t.Errorf("report: %+v", r)
 	}
 	if r.Handshakes < 100 {
-		t.Errorf("%d handshakes: that is not calling all the time", r.Handshakes)
+		t.Errorf("%d handshakes: too few", r.Handshakes)
 	}
 	if r.Renewals != 31 {
-		t.Errorf("%d renewals of 30 SVIDs and the agent's own", r.Renewals)
+		t.Errorf("%d renewals of 30 SVIDs and the agent SVID", r.Renewals)
 	}
 	times := []*Seconds{r.Seen, r.FirstRenewal, r.InUse, r.Settled}
 	if slices.Contains(times, nil) || !slices.IsSortedFunc(times, func(a, b *Seconds) int { return int((*a - *b) * 1000) }) {
@@ -131,14 +130,14 @@ func TestRotation(t *testing.T) {
 		}
 	}
 	if strings.ContainsAny(stderr.String(), "\r\x1b") {
-		t.Error("control sequences where there is no terminal")
+		t.Error("control sequences without a terminal")
 	}
 }
 
-// An agent that is told to renew faster than it promises is found out.
+// The demo detects an agent that renews faster than promised.
 func TestBrokenPromise(t *testing.T) {
-	leavesNothing(t)
-	s := quick(t)
+	checkCleanup(t)
+	s := fastSettings(t)
 	s.svids, s.rate, s.json = 120, 1000, false
 	var stdout, stderr bytes.Buffer
 	if code := play(t.Context(), s, &stdout, &stderr); code != exitBroken {
@@ -154,7 +153,7 @@ func TestBrokenPromise(t *testing.T) {
 	}
 }
 
-// writer calls a function once a text has been written.
+// writer calls a function when a text has been written.
 type writer struct {
 	bytes.Buffer
 	text string
@@ -172,11 +171,11 @@ func (w *writer) Write(p []byte) (int, error) {
 func TestInterrupt(t *testing.T) {
 	for _, when := range []string{"has joined", "call each other", "waits"} {
 		t.Run(when, func(t *testing.T) {
-			leavesNothing(t)
+			checkCleanup(t)
 			ctx, cancel := context.WithCancel(t.Context())
 			defer cancel()
 			var stderr bytes.Buffer
-			s := quick(t)
+			s := fastSettings(t)
 			s.json = false
 			if code := play(ctx, s, &writer{text: when, then: cancel}, &stderr); code != exitInterrupted {
 				t.Errorf("exit status %d, want 130\n%s", code, &stderr)
@@ -185,10 +184,10 @@ func TestInterrupt(t *testing.T) {
 	}
 }
 
-// A connection that breaks somewhere raises SIGPIPE and ends nothing. A reader
-// that goes away, as in "demo | head", does.
-func TestReaderGone(t *testing.T) {
-	leavesNothing(t)
+// SIGPIPE of a broken connection does not end the demo. A closed output, as in "demo | head",
+// does.
+func TestOutputClosed(t *testing.T) {
+	checkCleanup(t)
 	program, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
@@ -225,14 +224,14 @@ func TestReaderGone(t *testing.T) {
 	}
 }
 
-// A workload that dies ends the demo, and its last words are told.
+// If a workload dies, the demo ends with its error.
 func TestWorkloadDies(t *testing.T) {
-	leavesNothing(t)
-	s := quick(t)
+	checkCleanup(t)
+	s := fastSettings(t)
 	s.json = false
 	out := &writer{text: "PREPARE"}
 	out.then = func() {
-		out.text = "nothing any more"
+		out.text = "never written"
 		pid := 0
 		fmt.Sscan(children(t)[0], &pid)
 		if p, err := os.FindProcess(pid); err == nil {

@@ -19,18 +19,16 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// selectorType is that of the demo's selectors: demo:workload:1 for the first
-// workload, and demo:idle, which no process has.
+// selectorType is the type of the demo's selectors: demo:workload:1 for the first workload,
+// and demo:idle, which no process has.
 const selectorType = "demo"
 
-// fleet is the workloads: processes of this same program.
+// fleet runs the workloads, which are processes of this program.
 //
-// It is also the agent's workload attestor. The usual one tells workloads
-// apart by user, group and program, which are the same for all of these. What
-// differs is the process, so this one goes by the process ID, which the kernel
-// tells the agent for each connection like everything else about a caller.
+// It is also the agent's workload attestor, by process ID: the workloads have the same user,
+// group and program, so the unix attestor cannot distinguish them.
 type fleet struct {
-	fail func(error) // told of a workload that ends by itself
+	fail func(error) // called when a workload ends unexpectedly
 
 	mu      sync.Mutex
 	members []*member
@@ -40,14 +38,14 @@ type fleet struct {
 // member is one workload's process.
 type member struct {
 	cmd    *exec.Cmd
-	orders io.WriteCloser
+	stdin  io.WriteCloser // commands
 	stderr bytes.Buffer
 	done   chan struct{}
 
-	now condition // under fleet.mu
+	state workloadState // under fleet.mu
 }
 
-// stopTimeout is how long a workload may take to end before it is killed.
+// stopTimeout is the time after which workloads are killed.
 const stopTimeout = 5 * time.Second
 
 // Name implements attest.Attestor.
@@ -64,18 +62,18 @@ func (f *fleet) Attest(_ context.Context, p *attest.Peer) ([]cache.Selector, err
 	return []cache.Selector{{Type: selectorType, Value: workloadSelector(n)}}, nil
 }
 
-// workloadSelector is the selector of the n-th workload, without the type.
+// workloadSelector returns the selector value of the n-th workload.
 func workloadSelector(n int) string { return "workload:" + strconv.Itoa(n) }
 
-// start starts one workload and has it connect to the agent.
+// start starts a workload and connects it to the agent.
 func (f *fleet) start(socket string) error {
 	program, err := os.Executable()
 	if err != nil {
-		return fmt.Errorf("find this program: %w", err)
+		return fmt.Errorf("find this executable: %w", err)
 	}
 	m := &member{cmd: exec.Command(program, workloadArg), done: make(chan struct{})}
 	m.cmd.Stderr = &m.stderr
-	if m.orders, err = m.cmd.StdinPipe(); err != nil {
+	if m.stdin, err = m.cmd.StdinPipe(); err != nil {
 		return fmt.Errorf("start a workload: %w", err)
 	}
 	out, err := m.cmd.StdoutPipe()
@@ -94,75 +92,75 @@ func (f *fleet) start(socket string) error {
 	f.pids[m.cmd.Process.Pid] = n
 	f.mu.Unlock()
 	go f.follow(n, m, out)
-	// It connects only now that the agent can know it.
-	return m.tell(order{Socket: socket})
+	// Connect only after its PID is known to Attest.
+	return m.send(command{Socket: socket})
 }
 
-// follow takes in what the workload says until it ends.
+// follow reads the workload's state until it ends.
 func (f *fleet) follow(n int, m *member, out io.Reader) {
 	defer close(m.done)
 	var err error
 	for dec := json.NewDecoder(out); err == nil; {
-		var c condition
+		var c workloadState
 		if err = dec.Decode(&c); err == nil {
 			f.mu.Lock()
-			m.now = c
+			m.state = c
 			f.mu.Unlock()
 		}
 	}
-	_, _ = io.Copy(io.Discard, out) // so that it can end
+	_, _ = io.Copy(io.Discard, out) // lets it end
 	if err := m.cmd.Wait(); err != nil {
 		f.fail(fmt.Errorf("workload %d ended: %w: %s", n, err, strings.TrimSpace(m.stderr.String())))
 	}
 }
 
-func (m *member) tell(o order) error {
-	if err := json.NewEncoder(m.orders).Encode(o); err != nil {
-		return fmt.Errorf("give a workload an order: %w", err)
+func (m *member) send(c command) error {
+	if err := json.NewEncoder(m.stdin).Encode(c); err != nil {
+		return fmt.Errorf("send a command to a workload: %w", err)
 	}
 	return nil
 }
 
-// call has every workload call all the others.
+// call lets every workload call all others.
 func (f *fleet) call() error {
-	conditions := f.conditions()
+	states := f.states()
 	var errs []error
 	for i, m := range f.members {
 		var peers []remote
-		for j, c := range conditions {
+		for j, c := range states {
 			if j != i {
 				peers = append(peers, remote{ID: c.ID, Address: c.Address})
 			}
 		}
-		errs = append(errs, m.tell(order{Peers: peers}))
+		errs = append(errs, m.send(command{Peers: peers}))
 	}
 	return errors.Join(errs...)
 }
 
-// stopCalls has no more calls made, while all still answer.
+// stopCalls ends the calls. All workloads still answer.
 func (f *fleet) stopCalls() error {
 	var errs []error
 	for _, m := range f.members {
-		errs = append(errs, m.tell(order{Stop: true}))
+		errs = append(errs, m.send(command{Stop: true}))
 	}
 	return errors.Join(errs...)
 }
 
-// conditions is what each workload said last.
-func (f *fleet) conditions() []condition {
+// states returns the last state of each workload.
+func (f *fleet) states() []workloadState {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	out := make([]condition, len(f.members))
+	out := make([]workloadState, len(f.members))
 	for i, m := range f.members {
-		out[i] = m.now
+		out[i] = m.state
 	}
 	return out
 }
 
 // count counts the workloads for which ok holds.
-func (f *fleet) count(ok func(condition) bool) int {
+func (f *fleet) count(ok func(workloadState) bool) int {
 	n := 0
-	for _, c := range f.conditions() {
+	for _, c := range f.states() {
 		if ok(c) {
 			n++
 		}
@@ -171,12 +169,12 @@ func (f *fleet) count(ok func(condition) bool) int {
 }
 
 // all reports whether ok holds for every workload.
-func (f *fleet) all(ok func(condition) bool) bool { return f.count(ok) == len(f.members) }
+func (f *fleet) all(ok func(workloadState) bool) bool { return f.count(ok) == len(f.members) }
 
-// total adds the workloads up.
-func (f *fleet) total() condition {
-	var t condition
-	for _, c := range f.conditions() {
+// total returns the totals of all workloads.
+func (f *fleet) total() workloadState {
+	var t workloadState
+	for _, c := range f.states() {
 		t.Calls += c.Calls
 		t.Failures += c.Failures
 		t.JWTChanges += c.JWTChanges
@@ -190,7 +188,7 @@ func (f *fleet) total() condition {
 // close ends all workloads and waits for them.
 func (f *fleet) close() {
 	for _, m := range f.members {
-		m.orders.Close()
+		m.stdin.Close()
 	}
 	deadline := time.After(stopTimeout)
 	for _, m := range f.members {
@@ -199,7 +197,7 @@ func (f *fleet) close() {
 		case <-deadline:
 			_ = m.cmd.Process.Kill()
 			<-m.done
-			deadline = time.After(0) // nor do the others get longer
+			deadline = time.After(0) // for the others as well
 		}
 	}
 }

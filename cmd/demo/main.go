@@ -1,7 +1,6 @@
-// Command demo shows what renewd is for, with no set-up: it runs a signing
-// server, an agent and a few workloads that call each other all the time,
-// replaces the signing keys under them, and reports whether anyone noticed.
-// See the usage text in run.go or run it with -h.
+// Command demo shows a key rotation without any setup: it runs a signing server, an agent
+// and a few workloads that call each other continuously, replaces the signing keys and
+// reports whether a workload was affected. "demo -h" prints the usage.
 package main
 
 import (
@@ -12,10 +11,10 @@ import (
 )
 
 func main() {
-	// With nobody left to read it, as in "demo | head", the demo ends in order:
-	// the write fails. The signal says less, any connection can raise it.
+	// If its output is closed, as in "demo | head", the demo ends by the failed write. Any
+	// connection can raise SIGPIPE.
 	signal.Ignore(syscall.SIGPIPE)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	context.AfterFunc(ctx, stop) // from then on a second signal ends the process at once
+	context.AfterFunc(ctx, stop) // a second signal ends the process at once
 	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
 }

@@ -10,49 +10,49 @@ import (
 	"google.golang.org/grpc"
 )
 
-// pace notes at the server when each renewal arrives: what the agent costs it.
-type pace struct {
+// renewalRecorder records at the server when renewals arrive.
+type renewalRecorder struct {
 	mu       sync.Mutex
 	renewals []renewal
 }
 
 type renewal struct {
 	at  time.Time
-	own bool // of the agent's own SVID
+	own bool // of the agent SVID
 }
 
 // intercept is a grpc.UnaryServerInterceptor.
-func (p *pace) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+func (r *renewalRecorder) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	n, own := 0, false
-	switch r := req.(type) {
+	switch req := req.(type) {
 	case *svidv1.BatchNewX509SVIDRequest:
-		n = len(r.GetParams())
+		n = len(req.GetParams())
 	case *agentv1.RenewAgentRequest:
 		n, own = 1, true
 	}
-	p.mu.Lock()
+	r.mu.Lock()
 	now := time.Now()
 	for range n {
-		p.renewals = append(p.renewals, renewal{at: now, own: own})
+		r.renewals = append(r.renewals, renewal{at: now, own: own})
 	}
-	p.mu.Unlock()
+	r.mu.Unlock()
 	return handler(ctx, req)
 }
 
 // since returns the renewals that arrived at t or later, in order.
-func (p *pace) since(t time.Time) []renewal {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for i, r := range p.renewals {
-		if !r.at.Before(t) {
-			return append([]renewal(nil), p.renewals[i:]...)
+func (r *renewalRecorder) since(t time.Time) []renewal {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	for i, n := range r.renewals {
+		if !n.at.Before(t) {
+			return append([]renewal(nil), r.renewals[i:]...)
 		}
 	}
 	return nil
 }
 
-// most is the largest number of renewals in any one second.
-func most(renewals []renewal) int {
+// peakPerSecond returns the largest number of renewals in any one second.
+func peakPerSecond(renewals []renewal) int {
 	n, from := 0, 0
 	for i, r := range renewals {
 		for r.at.Sub(renewals[from].at) >= time.Second {

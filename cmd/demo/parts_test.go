@@ -19,18 +19,18 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// perfect is a report of which every promise held.
-func perfect() Report {
+// goodReport returns a report whose promises all hold.
+func goodReport() Report {
 	s := Seconds(3)
 	return Report{
 		SVIDs: 10, Workloads: 5, Handshakes: 100, MaxDelay: 10, Delay: 2, waited: 2 * time.Second,
-		Renewals: 11, MostPerSecond: 11, believed: true,
+		Renewals: 11, MostPerSecond: 11, confirmed: true,
 		Seen: &s, FirstRenewal: &s, InUse: &s, Settled: &s, Agreed: &s,
 		JWT: JWT{SameDuringTaint: true, AfterRemoval: "replaced", Replaced: &s},
 	}
 }
 
-func TestJudge(t *testing.T) {
+func TestEvaluate(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		broken string
@@ -44,26 +44,26 @@ func TestJudge(t *testing.T) {
 		{"delay", func(r *Report) { r.Delay, r.waited = 10, 10*time.Second }},
 		{"rate", func(r *Report) { r.MostPerSecond = 21 }},
 		{"rate", func(r *Report) { r.Renewals = 0 }},
-		{"safe", func(r *Report) { r.believed = false }},
+		{"safe", func(r *Report) { r.confirmed = false }},
 		{"safe", func(r *Report) { r.Agreed = nil }},
 		{"jwt-kept", func(r *Report) { r.JWT.SameDuringTaint = false }},
 		{"jwt-kept", func(r *Report) { r.JWT.FailedRequests = 1 }},
 		{"jwt-replaced", func(r *Report) { r.JWT.Replaced = nil }},
 		{"finished", func(r *Report) { r.Stuck = "a step: not within 30s" }},
 	} {
-		r := perfect()
+		r := goodReport()
 		c.change(&r)
-		r.judge()
+		r.evaluate()
 		if got := strings.Join(r.Broken, ","); got != c.broken || r.OK != (c.broken == "") {
 			t.Errorf("broken: %q (ok %v), want %q", got, r.OK, c.broken)
 		}
 	}
 }
 
-// A report of a rotation that ended early can be printed in both forms.
-func TestReportOfNothing(t *testing.T) {
+// A report of a rotation that ended early can be printed in both formats.
+func TestReportOfFailedRotation(t *testing.T) {
 	t.Parallel()
-	d := &demo{system: &system{fleet: &fleet{}}, screen: &screen{start: time.Now()}, stuck: &stuckError{"the agent joins", patience}}
+	d := &demo{system: &system{fleet: &fleet{}}, screen: &screen{start: time.Now()}, stuck: &stuckError{"the agent joins", stepTimeout}}
 	r := d.report()
 	var out bytes.Buffer
 	if err := r.print(&out, d.screen); err != nil {
@@ -79,23 +79,23 @@ func TestReportOfNothing(t *testing.T) {
 	}
 }
 
-// No line is longer than the terminal is wide, and no word is broken or lost.
+// No line is wider than the terminal, and no word is broken or lost.
 func TestWidth(t *testing.T) {
 	t.Parallel()
 	show := func(width int) []string {
 		var out bytes.Buffer
-		s := &screen{w: &out, live: true, color: true, start: time.Now(), gone: func() {}, width: func() int { return width }}
+		s := &screen{w: &out, live: true, color: true, start: time.Now(), onWriteError: func() {}, width: func() int { return width }}
 		s.text("renewd demo: the keys that sign all identities on a node are replaced while they are in use.", "")
 		s.step(1, "PREPARE", "A new key is made and trusted. It signs nothing yet, and everybody has to know it before it does.")
 		s.event("agent", "settled 7.5 s after the taint: no SVID of the old key held, no renewal waiting,", "no stream without its replacement")
-		r := perfect()
+		r := goodReport()
 		r.FirstFailure = "a word that is longer than a line " + strings.Repeat("x", 30)
 		r.LongestGap = 1
-		r.judge()
+		r.evaluate()
 		if err := r.print(&out, s); err != nil {
 			t.Fatal(err)
 		}
-		s.last = time.Time{} // it has been a while
+		s.last = time.Time{} // long ago
 		s.progress("SVIDs of the new key " + bar(500, 500) + " 500/500  calls 12345, failed 0  longest without SVID 123ms")
 		return strings.Split(out.String(), "\n")
 	}
@@ -122,8 +122,8 @@ func TestWidth(t *testing.T) {
 // The usage text is the documentation of the JSON report.
 func TestUsageNamesEveryField(t *testing.T) {
 	t.Parallel()
-	r := perfect()
-	r.judge()
+	r := goodReport()
+	r.evaluate()
 	r.SafeToRemove = []Safe{{}}
 	raw, err := json.Marshal(r)
 	if err != nil {
@@ -154,7 +154,7 @@ func TestValidity(t *testing.T) {
 		want    time.Duration
 	}{
 		{"none yet", nil, 100, 0},
-		{"none yet, and told so", []update{{1, 0}}, 100, 0},
+		{"denied before the first", []update{{1, 0}}, 100, 0},
 		{"the first came late", []update{{1, 0}, {50, 200}}, 100, 0},
 		{"always one", []update{{1, 50}, {50, 200}}, 100, 0},
 		{"expired", []update{{1, 50}}, 57, 7 * time.Second},
@@ -177,7 +177,7 @@ func TestValidity(t *testing.T) {
 	}
 }
 
-// An SVID is worth nothing without the key that signed it in the bundle.
+// An SVID is not valid without its authority in the bundle.
 func TestExamine(t *testing.T) {
 	t.Parallel()
 	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: trustDomain})
@@ -219,7 +219,7 @@ func TestExamine(t *testing.T) {
 	}
 }
 
-func TestMost(t *testing.T) {
+func TestPeakPerSecond(t *testing.T) {
 	t.Parallel()
 	begin := time.Now()
 	var paced []renewal
@@ -228,13 +228,13 @@ func TestMost(t *testing.T) {
 	}
 	burst := slices.Clone(paced)
 	for i := 40; i < 45; i++ {
-		burst[i].at = burst[44].at // held up and let go together
+		burst[i].at = burst[44].at // delayed, then together
 	}
 	for _, c := range []struct {
 		renewals []renewal
 		want     int
 	}{{nil, 0}, {paced[:1], 1}, {paced, 20}, {burst, 24}} {
-		if got := most(c.renewals); got != c.want {
+		if got := peakPerSecond(c.renewals); got != c.want {
 			t.Errorf("most of %d: %d, want %d", len(c.renewals), got, c.want)
 		}
 	}

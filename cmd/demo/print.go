@@ -8,7 +8,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-// print writes the report for people.
+// print writes the report as text.
 func (r *Report) print(w io.Writer, s *screen) error {
 	var b bytes.Buffer
 	row := func(name, format string, args ...any) {
@@ -21,14 +21,14 @@ func (r *Report) print(w io.Writer, s *screen) error {
 		row("First failure", "%s", r.FirstFailure)
 	}
 	row("Longest without an SVID", "%v s, over all workloads", r.LongestGap)
-	row("Delay drawn", "%.1f s of at most %v s, from when the agent saw the taint (%s)", r.Delay, r.MaxDelay, after(r.Seen, "it"))
-	row("Renewals", "%d, the agent's own among them; most in any second: %d", r.Renewals, r.MostPerSecond)
+	row("Random delay", "%.1f s of at most %v s, after the agent saw the taint (%s)", r.Delay, r.MaxDelay, after(r.Seen, "it"))
+	row("Renewals", "%d, including the agent SVID; most in any second: %d", r.Renewals, r.MostPerSecond)
 	row("Workloads on the new key", "%s", after(r.InUse, "the taint"))
 	row("Settled", "%s (nothing on this node depended on the old key)", after(r.Settled, "the taint"))
 	if r.JWT.AfterRemoval != "" {
-		same := "the same all through the taint"
+		same := "unchanged by the taint"
 		if !r.JWT.SameDuringTaint {
-			same = "not the same all through the taint"
+			same = "changed during the taint"
 		}
 		row("JWT-SVIDs", "%s; %s after the removal (%s)", same, r.JWT.AfterRemoval, after(r.JWT.Replaced, "it"))
 	}
@@ -39,7 +39,7 @@ func (r *Report) print(w io.Writer, s *screen) error {
 		case k.Type == "x509":
 			row("Safe to remove", "X.509 key: no")
 		case k.NotBefore != nil:
-			row("", "JWT key: only from %s on, when the last JWT-SVID that it signed ends", k.NotBefore.Local().Format("Jan 2 15:04"))
+			row("", "JWT key: from %s, when its last JWT-SVID expires", k.NotBefore.Local().Format("Jan 2 15:04"))
 		}
 	}
 	row("Whole demo", "%.0f s", r.Elapsed)
@@ -64,10 +64,10 @@ func (r *Report) print(w io.Writer, s *screen) error {
 	return err
 }
 
-// after says when something happened.
-func after(s *Seconds, what string) string {
+// after describes the time since an event.
+func after(s *Seconds, event string) string {
 	if s == nil {
 		return "never"
 	}
-	return fmt.Sprintf("%.1f s after %s", *s, what)
+	return fmt.Sprintf("%.1f s after %s", *s, event)
 }

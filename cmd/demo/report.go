@@ -17,7 +17,7 @@ func seconds(d time.Duration) Seconds {
 	return Seconds(math.Round(d.Seconds()*1000) / 1000)
 }
 
-// between is nil when one of the two did not happen.
+// between returns nil if one of the events did not happen.
 func between(from, to time.Time) *Seconds {
 	if from.IsZero() || to.IsZero() {
 		return nil
@@ -26,8 +26,8 @@ func between(from, to time.Time) *Seconds {
 	return &s
 }
 
-// Report is what the demo found out. The usage text describes the fields;
-// times are nil when it did not come to that.
+// Report is the result of the demo. The usage text describes the fields; a time is nil if the
+// event did not happen.
 type Report struct {
 	OK       bool      `json:"ok"`
 	Broken   []string  `json:"broken"`
@@ -57,11 +57,11 @@ type Report struct {
 	Stuck   string  `json:"stuck"`
 	Elapsed Seconds `json:"elapsed_seconds"`
 
-	waited   time.Duration // from when the agent saw the mark to its first renewal
-	believed bool          // what the agent called safe was
+	waited    time.Duration // from the taint as the agent saw it to its first renewal
+	confirmed bool          // the workloads confirm that the old key is safe to remove
 }
 
-// Promise is one thing that must hold.
+// Promise is a property that must hold.
 type Promise struct {
 	Name     string `json:"name"`
 	Promise  string `json:"promise"`
@@ -69,7 +69,7 @@ type Promise struct {
 	Held     bool   `json:"held"`
 }
 
-// JWT is what happened to the JWT-SVIDs.
+// JWT has the results for JWT-SVIDs.
 type JWT struct {
 	SameDuringTaint bool     `json:"same_during_taint"`
 	FailedRequests  int      `json:"failed_requests"`
@@ -77,7 +77,7 @@ type JWT struct {
 	Replaced        *Seconds `json:"removal_to_replaced_seconds"`
 }
 
-// Safe says whether one of the old keys was safe to remove when it was.
+// Safe says whether an old key was safe to remove when it was removed.
 type Safe struct {
 	Type      string     `json:"type"` // "x509" or "jwt"
 	Key       string     `json:"key"`
@@ -86,13 +86,13 @@ type Safe struct {
 	NotBefore *time.Time `json:"not_before"`
 }
 
-// report sums the rotation up.
+// report returns the report of the rotation.
 func (d *demo) report() *Report {
 	t := d.fleet.total()
 	r := &Report{
 		SVIDs: d.svids, Workloads: d.workloads,
 		Handshakes: t.Calls, Failed: t.Failures, FirstFailure: t.FirstFailure,
-		LongestGap:   Seconds(math.Ceil(t.LongestGap.Seconds()*1000) / 1000), // never 0 unless it is
+		LongestGap:   Seconds(math.Ceil(t.LongestGap.Seconds()*1000) / 1000), // 0 only without a gap
 		MaxDelay:     seconds(d.maxDelay),
 		Delay:        seconds(d.delay),
 		Seen:         between(d.tainted, d.seen),
@@ -100,20 +100,20 @@ func (d *demo) report() *Report {
 		InUse:        between(d.tainted, d.inUse),
 		Settled:      between(d.tainted, d.settled),
 		Agreed:       between(d.tainted, d.agreed),
-		Renewals:     len(d.renewals), MostPerSecond: most(d.renewals),
+		Renewals:     len(d.renewals), MostPerSecond: peakPerSecond(d.renewals),
 		JWT: JWT{
 			SameDuringTaint: !d.removed.IsZero() && d.atRemove.JWTChanges == d.atTaint.JWTChanges,
 			FailedRequests:  t.JWTFailures,
 			Replaced:        between(d.removed, d.jwtReplaced),
 		},
 		SafeToRemove: []Safe{
-			{Type: metrics.TypeX509, Key: d.old.X509AuthorityID, Safe: d.believed, After: between(d.tainted, d.settled)},
+			{Type: metrics.TypeX509, Key: d.old.X509AuthorityID, Safe: d.confirmed, After: between(d.tainted, d.settled)},
 			{Type: metrics.TypeJWT, Key: d.old.JWTKeyID},
 		},
-		Elapsed:  seconds(time.Since(d.screen.start)),
-		believed: d.believed,
+		Elapsed:   seconds(time.Since(d.screen.start)),
+		confirmed: d.confirmed,
 	}
-	// Waiting begins when the mark is seen, not when it is made.
+	// The delay begins when the agent sees the taint.
 	if !d.firstRenewal.IsZero() && !d.seen.IsZero() {
 		r.waited = d.firstRenewal.Sub(d.seen)
 	}
@@ -132,12 +132,12 @@ func (d *demo) report() *Report {
 	if d.stuck != nil {
 		r.Stuck = d.stuck.Error()
 	}
-	r.judge()
+	r.evaluate()
 	return r
 }
 
-// judge fills in the promises from the figures.
-func (r *Report) judge() {
+// evaluate sets the promises from the figures.
+func (r *Report) evaluate() {
 	p := func(name, promise string, held bool, measured string, args ...any) {
 		r.Promises = append(r.Promises, Promise{Name: name, Promise: promise, Measured: fmt.Sprintf(measured, args...), Held: held})
 	}
@@ -147,16 +147,16 @@ func (r *Report) judge() {
 		r.Failed == 0 && r.Handshakes > 0, "%d of %d failed", r.Failed, r.Handshakes)
 	p("delay", "the agent waited its random delay before it renewed",
 		r.Delay < r.MaxDelay && r.waited > 0 && seconds(r.waited) >= r.Delay,
-		"drawn: %.1f s of at most %v s, waited: %.1f s", r.Delay, r.MaxDelay, r.waited.Seconds())
+		"delay: %.1f s of at most %v s, waited: %.1f s", r.Delay, r.MaxDelay, r.waited.Seconds())
 	p("rate", fmt.Sprintf("at most %d renewals reached the server in any one second", wave.DefaultRate),
-		r.MostPerSecond <= wave.DefaultRate && r.Renewals > 0, "most in one second: %d, in all: %d", r.MostPerSecond, r.Renewals)
+		r.MostPerSecond <= wave.DefaultRate && r.Renewals > 0, "most in one second: %d, total: %d", r.MostPerSecond, r.Renewals)
 	p("safe", "when agent and server called the old key safe to remove, it was",
-		r.believed && r.Agreed != nil, "the workloads agree with the agent: %s, the server does: %s", yes(r.believed), yes(r.Agreed != nil))
+		r.confirmed && r.Agreed != nil, "confirmed by the workloads: %s, by the server: %s", yesNo(r.confirmed), yesNo(r.Agreed != nil))
 	p("jwt-kept", "the taint changed no JWT-SVID",
-		r.JWT.SameDuringTaint && r.JWT.FailedRequests == 0, "still the same: %s, failed requests: %d", yes(r.JWT.SameDuringTaint), r.JWT.FailedRequests)
+		r.JWT.SameDuringTaint && r.JWT.FailedRequests == 0, "unchanged: %s, failed requests: %d", yesNo(r.JWT.SameDuringTaint), r.JWT.FailedRequests)
 	p("jwt-replaced", "after the removal every workload got a JWT-SVID of the new key",
 		r.JWT.Replaced != nil, "they were %s", cmp.Or(r.JWT.AfterRemoval, "not removed"))
-	p("finished", "every step ended in time", r.Stuck == "", "%s", cmp.Or(r.Stuck, "all did"))
+	p("finished", "every step ended in time", r.Stuck == "", "%s", cmp.Or(r.Stuck, "all in time"))
 
 	r.Broken = []string{}
 	for _, p := range r.Promises {
@@ -167,7 +167,7 @@ func (r *Report) judge() {
 	r.OK = len(r.Broken) == 0
 }
 
-func yes(b bool) string {
+func yesNo(b bool) string {
 	if b {
 		return "yes"
 	}

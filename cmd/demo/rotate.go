@@ -17,22 +17,22 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// demo is one rotation and what was seen of it.
+// demo is a rotation and its measurements.
 type demo struct {
 	settings
 	*system
 	screen *screen
 
 	old, new keyset.Keyset
-	delay    time.Duration // drawn by the agent for the old key's taint
+	delay    time.Duration // the agent's random delay for the old key's taint
 
-	// When things happened; zero when they did not.
+	// Zero: did not happen.
 	tainted, seen, firstRenewal, inUse, settled, agreed, removed, jwtReplaced time.Time
 
-	atTaint, atRemove condition // of all workloads together
-	renewals          []renewal // since the taint
-	believed          bool      // what the agent called safe was
-	jwtNotBefore      time.Time // when the last JWT-SVID of the old key ends
+	atTaint, atRemove workloadState // totals of all workloads
+	renewals          []renewal     // since the taint
+	confirmed         bool          // the workloads confirm that the old key is safe to remove
+	jwtNotBefore      time.Time     // expiry of the last JWT-SVID of the old key
 	stuck             *stuckError
 }
 
@@ -44,11 +44,10 @@ type stuckError struct {
 
 func (e *stuckError) Error() string { return fmt.Sprintf("%s: not within %v", e.step, e.after) }
 
-// patience is how long a step may take that is not paced on purpose.
-const patience = 30 * time.Second
+// stepTimeout limits a step, without intended delays.
+const stepTimeout = 30 * time.Second
 
-// rotate runs the whole demo and leaves nothing behind. A broken promise is
-// no error.
+// rotate runs the whole demo and cleans up. A broken promise is not an error.
 func rotate(ctx context.Context, s settings, screen *screen, log *slog.Logger) (_ *Report, err error) {
 	ctx, fail := context.WithCancelCause(ctx)
 	defer fail(nil)
@@ -72,41 +71,41 @@ func rotate(ctx context.Context, s settings, screen *screen, log *slog.Logger) (
 // begin starts everything and waits for the first calls.
 func (d *demo) begin(ctx context.Context, log *slog.Logger) error {
 	d.screen.text(
-		"renewd demo: the keys that sign all identities on a node are replaced while they are in use.",
+		"renewd demo: the keys that sign all identities on a node are replaced while these are in use.",
 		"",
-		"An SVID is a workload's identity: a certificate and its key, signed by the server's signing key.",
-		"The agent fetches SVIDs from the server, renews them, and hands them to the workloads of its node.",
+		"An SVID is a workload's identity: a certificate with its key, signed by the server's signing key.",
+		"The agent fetches SVIDs from the server, renews them and delivers them to the workloads of its node.",
 		"")
 	d.event("server", "signs with the old key (keyset %s) at %s", d.old.ID, d.address)
 	if err := d.startAgent(ctx, d.settings, log); err != nil {
 		return err
 	}
-	if err := d.until(ctx, "the agent joins", patience, func() bool { return d.agent.Bundle() != nil }); err != nil {
+	if err := d.waitUntil(ctx, "the agent joins", stepTimeout, func() bool { return d.agent.Bundle() != nil }); err != nil {
 		return err
 	}
-	d.event("agent", "has joined with a one-time token; workloads find it at %s", d.socket)
-	fill := patience + time.Duration(d.svids)*10*time.Millisecond
-	if err := d.until(ctx, "the agent holds all SVIDs", fill, func() bool { return d.x509(d.old).Held == d.svids }); err != nil {
+	d.event("agent", "has joined with a join token and serves workloads at %s", d.socket)
+	fill := stepTimeout + time.Duration(d.svids)*10*time.Millisecond
+	if err := d.waitUntil(ctx, "the agent holds all SVIDs", fill, func() bool { return d.x509(d.old).Held == d.svids }); err != nil {
 		return err
 	}
-	d.event("agent", "holds %d SVIDs: %d for the workloads here, %d that no process asks for at the moment",
+	d.event("agent", "holds %d SVIDs: %d for the workloads, %d that are idle",
 		d.svids, d.workloads, d.svids-d.workloads)
 	for range d.workloads {
 		if err := d.fleet.start(d.socket); err != nil {
 			return err
 		}
 	}
-	if err := d.until(ctx, "the workloads get their identities", patience, func() bool {
-		return d.fleet.all(func(c condition) bool { return c.ID != "" && c.JWTKey != "" })
+	if err := d.waitUntil(ctx, "the workloads get their identities", stepTimeout, func() bool {
+		return d.fleet.all(func(c workloadState) bool { return c.ID != "" && c.JWTKey != "" })
 	}); err != nil {
 		return err
 	}
-	d.event("workloads", "%d processes have their SVIDs, and a JWT-SVID each (a signed token)", d.workloads)
+	d.event("workloads", "%d processes have an SVID and a JWT-SVID (a signed token) each", d.workloads)
 	if err := d.fleet.call(); err != nil {
 		return err
 	}
-	d.event("workloads", "call each other over mutual TLS, a new handshake every %v from each", callEvery)
-	return d.rest(ctx)
+	d.event("workloads", "call each other over mutual TLS, each with a new handshake every %v", callInterval)
+	return d.pauseForReader(ctx)
 }
 
 // prepare publishes the new key.
@@ -121,37 +120,37 @@ func (d *demo) prepare(ctx context.Context, _ *slog.Logger) error {
 		}
 	}
 	d.screen.step(1, "PREPARE",
-		"A new key is published. Everyone learns to trust it; it signs nothing yet.")
+		"A new key is published, so that everyone trusts it. It does not sign.")
 	d.event("operator", "keysetctl prepare\n%s", done)
-	if err := d.until(ctx, "the agent learns of the new key", d.refresh+patience, func() bool {
+	if err := d.waitUntil(ctx, "the agent learns of the new key", d.refresh+stepTimeout, func() bool {
 		_, ok := d.published(d.new)
 		return ok
 	}); err != nil {
 		return err
 	}
-	d.event("agent", "has the new key (keyset %s); it asks the server every %v", d.new.ID, d.refresh)
-	if err := d.until(ctx, "all workloads trust the new key", patience, func() bool {
-		return d.fleet.all(func(c condition) bool { return slices.Contains(c.Trusts, d.new.X509AuthorityID) })
+	d.event("agent", "has the new key (keyset %s); it refreshes the trust bundle every %v", d.new.ID, d.refresh)
+	if err := d.waitUntil(ctx, "all workloads trust the new key", stepTimeout, func() bool {
+		return d.fleet.all(func(c workloadState) bool { return slices.Contains(c.Trusts, d.new.X509AuthorityID) })
 	}); err != nil {
 		return err
 	}
 	d.event("workloads", "all %d trust both keys", d.workloads)
-	return d.rest(ctx)
+	return d.pauseForReader(ctx)
 }
 
-// activate has the new key sign.
+// activate lets the new key sign.
 func (d *demo) activate(ctx context.Context, _ *slog.Logger) error {
 	done, err := runbook.Activate(ctx, d.backend, d.new.ID)
 	if err != nil {
 		return fmt.Errorf("activate: %w", err)
 	}
 	d.screen.step(2, "ACTIVATE",
-		"The new key signs from now on. What the old one signed stays good and in use.")
+		"The new key signs every new SVID. SVIDs of the old key stay valid and in use.")
 	d.event("operator", "keysetctl activate %s\n%s", d.new.ID, done)
-	return d.rest(ctx)
+	return d.pauseForReader(ctx)
 }
 
-// taint marks the old key and waits until nothing on the node depends on it.
+// taint taints the old key and waits until nothing on the node depends on it.
 func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	d.atTaint = d.fleet.total()
 	d.tainted = time.Now()
@@ -161,23 +160,23 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 	}
 	d.delay = d.agent.TaintDelay(d.old.X509AuthorityID)
 	d.screen.step(3, "TAINT",
-		"The old key is marked as one to be retired: what it signed is to be replaced, calmly, "+
-			"and stays valid until its replacement is there.")
+		"The old key is tainted: agents replace the X.509-SVIDs that it signed, at a limited rate. "+
+			"They stay valid until then.")
 	d.event("operator", "keysetctl taint %s\n%s", d.old.ID, done)
 	d.screen.step(4, "WAIT",
-		"The agent replaces what the old key signed and reports it, until nothing depends on it any more.")
-	limit := d.refresh + d.maxDelay + time.Duration(d.svids)*75*time.Millisecond + patience
-	err = d.until(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
-	d.renewals = d.pace.since(d.tainted)
+		"The agent replaces the SVIDs of the old key and reports to the server when nothing depends on it.")
+	limit := d.refresh + d.maxDelay + time.Duration(d.svids)*75*time.Millisecond + stepTimeout
+	err = d.waitUntil(ctx, "every SVID of the old key is replaced", limit, d.waveEnded)
+	d.renewals = d.recorder.since(d.tainted)
 	if err != nil {
 		return err
 	}
 	d.event("agent", "settled %.1f s after the taint: no SVID of the old key held, no renewal waiting, "+
-		"no stream without the replacement. The old key is safe to remove, as far as this node goes",
+		"no stream without the replacement. On this node the old key is safe to remove",
 		d.settled.Sub(d.tainted).Seconds())
-	// The last replacement has been sent; a moment later it has been received.
-	received := d.until(ctx, "the workloads confirm", 5*time.Second, func() bool { return d.fleet.all(d.onNew) })
-	d.believed = received == nil && len(d.renewals) > d.svids
+	// The last replacement is sent, but may not be received yet.
+	received := d.waitUntil(ctx, "the workloads confirm", 5*time.Second, func() bool { return d.fleet.all(d.usesNewKey) })
+	d.confirmed = received == nil && len(d.renewals) > d.svids
 	if received != nil && !errors.As(received, new(*stuckError)) {
 		return received
 	}
@@ -185,13 +184,13 @@ func (d *demo) taint(ctx context.Context, _ *slog.Logger) error {
 		d.inUse = time.Now()
 	}
 	d.jwtNotBefore = d.agent.State().JWTExpiry[d.old.JWTKeyID]
-	d.event("agent", "JWT-SVIDs are left alone by a taint: those of the old key are good until %s",
+	d.event("agent", "a taint does not replace JWT-SVIDs: those of the old key are valid until %s",
 		d.jwtNotBefore.Local().Format("Jan 2 15:04"))
-	return d.rest(ctx)
+	return d.pauseForReader(ctx)
 }
 
-// waveEnded notes what has happened since the taint and reports whether the
-// agent says that nothing depends on the old key any more.
+// waveEnded records the events since the taint and reports whether the agent says that
+// nothing depends on the old key.
 func (d *demo) waveEnded() bool {
 	now := time.Now()
 	if d.seen.IsZero() {
@@ -200,21 +199,21 @@ func (d *demo) waveEnded() bool {
 			return false
 		}
 		d.seen = since
-		d.event("agent", "has seen the mark and waits %.1f s, drawn at random below %v, "+
+		d.event("agent", "has seen the taint and waits %.1f s, a random delay below %v, "+
 			"so that the nodes of a fleet do not all call the server at once",
 			d.delay.Seconds(), d.maxDelay)
 	}
 	if d.firstRenewal.IsZero() {
-		renewals := d.pace.since(d.tainted)
+		renewals := d.recorder.since(d.tainted)
 		if len(renewals) == 0 {
 			return false
 		}
 		d.firstRenewal = renewals[0].at
-		d.event("agent", "renews: its own SVID first, then those in use, then the idle ones, %d a second at most", wave.DefaultRate)
+		d.event("agent", "renews the agent SVID first, then SVIDs in use, then idle ones, at most %d per second", wave.DefaultRate)
 	}
-	if d.inUse.IsZero() && d.fleet.all(d.onNew) {
+	if d.inUse.IsZero() && d.fleet.all(d.usesNewKey) {
 		d.inUse = now
-		d.event("workloads", "all %d have been handed SVIDs of the new key and use them", d.workloads)
+		d.event("workloads", "all %d have SVIDs of the new key and use them", d.workloads)
 	}
 	x := d.x509(d.old)
 	if x.State != metrics.StateTainted || !x.Settled || x.Held+x.Pending+x.Streams != 0 {
@@ -224,13 +223,12 @@ func (d *demo) waveEnded() bool {
 	return true
 }
 
-// remove deletes the old key for good.
+// remove waits until the server agrees and removes the old key.
 func (d *demo) remove(ctx context.Context, _ *slog.Logger) error {
-	// The server has its own answer, from what it gave and what the agent
-	// reports; without that it refuses to remove.
-	safe, err := runbook.Wait(ctx, d.backend, d.old.ID, runbook.WaitOptions{Timeout: patience, Interval: 100 * time.Millisecond})
+	// The server decides from the SVIDs that it signed and the agent's reports.
+	safe, err := runbook.Wait(ctx, d.backend, d.old.ID, runbook.WaitOptions{Timeout: stepTimeout, Interval: 100 * time.Millisecond})
 	if errors.As(err, new(*runbook.NotSafeError)) {
-		return &stuckError{step: "the server agrees that the old key is safe to remove", after: patience}
+		return &stuckError{step: "the server agrees that the old key is safe to remove", after: stepTimeout}
 	} else if err != nil {
 		return err
 	}
@@ -243,46 +241,46 @@ func (d *demo) remove(ctx context.Context, _ *slog.Logger) error {
 	}
 	d.removed = time.Now()
 	d.screen.step(5, "REMOVE",
-		"The old key is gone for good. JWT-SVIDs that it signed are good for nothing now: an operator "+
-			"who minds waits for their end. The demo does not, to show how the agent replaces them.")
+		"The old key is deleted, and its JWT-SVIDs are no longer valid. An operator can wait for their "+
+			"expiry first (--for all). The demo does not, to show how the agent replaces them.")
 	d.event("operator", "keysetctl remove %s\n%s", d.old.ID, done)
-	if err := d.until(ctx, "the agent drops the old key", d.refresh+patience, func() bool {
+	if err := d.waitUntil(ctx, "the agent drops the old key", d.refresh+stepTimeout, func() bool {
 		_, ok := d.published(d.old)
 		return !ok
 	}); err != nil {
 		return err
 	}
-	d.event("agent", "has dropped the old key and the JWT-SVIDs that it signed")
-	if err := d.until(ctx, "all workloads trust the new key alone and get JWT-SVIDs of it", patience, func() bool {
-		return d.fleet.all(func(c condition) bool {
+	d.event("agent", "has dropped the old key and its JWT-SVIDs")
+	if err := d.waitUntil(ctx, "all workloads trust only the new key and get JWT-SVIDs of it", stepTimeout, func() bool {
+		return d.fleet.all(func(c workloadState) bool {
 			return !slices.Contains(c.Trusts, d.old.X509AuthorityID) && c.JWTKey == d.new.JWTKeyID
 		})
 	}); err != nil {
 		return err
 	}
 	d.jwtReplaced = time.Now()
-	d.event("workloads", "all %d trust the new key alone and were handed JWT-SVIDs that it signed", d.workloads)
-	return d.rest(ctx)
+	d.event("workloads", "all %d trust only the new key and have JWT-SVIDs of it", d.workloads)
+	return d.pauseForReader(ctx)
 }
 
-// finish lets the calls end, so that none is cut short and counted as failed.
+// finish lets the calls in flight end, so that none counts as failed.
 func (d *demo) finish(ctx context.Context, _ *slog.Logger) error {
 	if err := d.fleet.stopCalls(); err != nil {
 		return err
 	}
-	return d.until(ctx, "the last calls end", callTimeout+patience, func() bool {
-		return d.fleet.all(func(c condition) bool { return c.Stopped })
+	return d.waitUntil(ctx, "the last calls end", callTimeout+stepTimeout, func() bool {
+		return d.fleet.all(func(c workloadState) bool { return c.Stopped })
 	})
 }
 
-// rest gives whoever watches the time to read, and the workloads to call.
-func (d *demo) rest(ctx context.Context) error {
+// pauseForReader waits for the pause between two steps.
+func (d *demo) pauseForReader(ctx context.Context) error {
 	end := time.Now().Add(d.pause)
-	return d.until(ctx, "rest", d.pause+patience, func() bool { return time.Now().After(end) })
+	return d.waitUntil(ctx, "pause", d.pause+stepTimeout, func() bool { return time.Now().After(end) })
 }
 
-// until waits for ok, asking often, and shows progress meanwhile.
-func (d *demo) until(ctx context.Context, step string, limit time.Duration, ok func() bool) error {
+// waitUntil polls ok and shows progress.
+func (d *demo) waitUntil(ctx context.Context, step string, limit time.Duration, ok func() bool) error {
 	deadline := time.Now().Add(limit)
 	ticker := time.NewTicker(20 * time.Millisecond)
 	defer ticker.Stop()
@@ -300,7 +298,7 @@ func (d *demo) until(ctx context.Context, step string, limit time.Duration, ok f
 	return nil
 }
 
-// event writes a line of the timeline, or several.
+// event writes lines of the timeline.
 func (d *demo) event(who, format string, args ...any) {
 	d.screen.event(who, strings.Split(cli.PrintableLines(fmt.Sprintf(format, args...)), "\n")...)
 }
@@ -318,10 +316,10 @@ func (d *demo) showProgress() {
 		bar(renewed, d.svids), renewed, d.svids, t.Calls, t.Failures, t.LongestGap.Round(time.Millisecond)))
 }
 
-// onNew reports whether a workload's SVID was signed by the new key.
-func (d *demo) onNew(c condition) bool { return c.Authority == d.new.X509AuthorityID }
+// usesNewKey reports whether a workload's SVID was signed by the new key.
+func (d *demo) usesNewKey(c workloadState) bool { return c.Authority == d.new.X509AuthorityID }
 
-// x509 is what the agent says it has to do with a keyset's X.509 key.
+// x509 returns the agent's figures for a keyset's X.509 key.
 func (d *demo) x509(k keyset.Keyset) metrics.Authority {
 	for _, a := range d.agent.State().Authorities {
 		if a.Type == metrics.TypeX509 && a.ID == k.X509AuthorityID {
@@ -331,7 +329,7 @@ func (d *demo) x509(k keyset.Keyset) metrics.Authority {
 	return metrics.Authority{}
 }
 
-// published finds a keyset's X.509 key in the agent's trust bundle.
+// published returns a keyset's X.509 authority from the agent's trust bundle.
 func (d *demo) published(k keyset.Keyset) (bundle.X509Authority, bool) {
 	for _, a := range d.agent.Bundle().Own.X509() {
 		if a.ID == k.X509AuthorityID {
@@ -341,7 +339,7 @@ func (d *demo) published(k keyset.Keyset) (bundle.X509Authority, bool) {
 	return bundle.X509Authority{}, false
 }
 
-// taintSeen is when the agent saw the old key's mark.
+// taintSeen returns when the agent saw the old key's taint.
 func (d *demo) taintSeen() (time.Time, bool) {
 	a, ok := d.published(d.old)
 	return a.TaintedSince, ok && a.Tainted

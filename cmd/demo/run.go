@@ -19,45 +19,44 @@ const (
 	exitOK          = 0
 	exitBroken      = 1 // a promise was broken, or the demo could not run
 	exitUsage       = 2
-	exitInterrupted = 130 // as shells have it for a process ended by SIGINT
+	exitInterrupted = 130 // as in shells, for SIGINT
 )
 
-const usage = `demo replaces the signing keys under workloads that are in use, in front of your eyes.
+const usage = `demo shows a key rotation live, with workloads that are in use.
 
 Usage:
   demo [-svids N] [-max-delay DURATION] [-o text|json] [-v]
 
-It runs everything by itself on this machine and leaves nothing behind: a
-signing server, a node agent on a real Unix socket, and a few workloads, which
-are processes of their own. They get their identities (SVIDs) from the agent
-with the usual SPIFFE client and call each other over mutual TLS all the time.
+It runs a signing server, a node agent on a Unix socket and a few workload
+processes on this machine. The workloads get their identities (SVIDs) from the
+agent with a standard SPIFFE client and call each other over mutual TLS.
 
   -svids N             identities on the node; all but a few are idle (default 200)
-  -max-delay DURATION  the most that the agent may wait, at random, before it reacts
-                       to the taint of a key (default 10s; in the agent 60s)
-  -o text|json         form of the report (default text). With json, standard output
+  -max-delay DURATION  longest random delay before the agent reacts to the taint of
+                       a key (default 10s; in the agent 60s)
+  -o text|json         format of the report (default text). With json, standard output
                        is one JSON document and the timeline goes to standard error
-  -v                   the logs of server and agent on standard error
+  -v                   write the logs of server and agent to standard error
 
-Exit status: 0 every promise held; 1 one was broken, which is named, or the demo
-could not run; 2 wrong command line; 130 interrupted. However it ends, short of SIGKILL,
-it stops what it started and removes what it wrote.
+Exit status: 0 every promise held; 1 a promise was broken, or the demo could not
+run; 2 wrong command line; 130 interrupted. The demo stops its processes and removes
+its files, except after SIGKILL.
 
-The fields of the JSON report (null: it did not come to that):
+The fields of the JSON report (null: did not happen):
   ok                              every promise held
   broken                          names of the broken promises
-  promises                        name, promise, measured (what was measured), held
-  svids, workloads                how many identities and workloads there were
+  promises                        name, promise, measured, held
+  svids, workloads                number of identities and of workloads
   handshakes, failed_handshakes   mutual TLS calls between workloads, and how many of them failed
-  first_failure                   what the first failed call or workload said
-  longest_gap_seconds             longest time any workload had no valid SVID
-  max_delay_seconds               the most random delay allowed
-  delay_seconds                   the delay drawn
+  first_failure                   error of the first failed call or workload
+  longest_gap_seconds             longest time that a workload had no valid SVID
+  max_delay_seconds               longest random delay allowed
+  delay_seconds                   the random delay
   taint_to_seen_seconds           until the agent saw that the old key is tainted
   taint_to_first_renewal_seconds  until the first renewal reached the server
   taint_to_in_use_seconds         until every workload had an SVID of the new key
   taint_to_settled_seconds        until nothing on the node depended on the old key
-  taint_to_agreed_seconds         until the server knew that from the agent
+  taint_to_agreed_seconds         until the agent had reported that to the server
   renewals                        renewals that reached the server after the taint
   most_renewals_per_second        most of them in any one second
   jwt                             same_during_taint, failed_requests, after_removal ("replaced",
@@ -65,10 +64,10 @@ The fields of the JSON report (null: it did not come to that):
   safe_to_remove                  for the old key of each type: type, key, safe (at the removal),
                                   taint_to_safe_seconds, not_before (when it would be safe)
   stuck                           the step that did not end in time
-  elapsed_seconds                 how long it all took
+  elapsed_seconds                 duration of the demo
 `
 
-// settings are what the flags choose, and what tests make quicker or wrong.
+// settings are chosen by flags and tests.
 type settings struct {
 	svids    int
 	maxDelay time.Duration
@@ -76,12 +75,12 @@ type settings struct {
 	verbose  bool
 
 	workloads int
-	refresh   time.Duration // between the agent's looks at the server
-	pause     time.Duration // between steps, for whoever watches
-	rate      int           // renewals a second after a taint; zero is the agent's own
+	refresh   time.Duration // between two bundle refreshes of the agent
+	pause     time.Duration // between steps, for the reader
+	rate      int           // renewals per second after a taint; zero: the agent's default
 }
 
-// run is the command without the operating system. It returns the exit status.
+// run executes a command line and returns the exit status.
 func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) == 1 && args[0] == workloadArg {
 		if err := runWorkload(ctx, os.Stdin, stdout); err != nil {
@@ -127,7 +126,7 @@ func parse(args []string) (settings, error) {
 	return s, nil
 }
 
-// maxSVIDs is where a run would take longer than anybody watches.
+// maxSVIDs limits the duration of a demo.
 const maxSVIDs = 20_000
 
 // play runs the demo, prints the report and returns the exit status.
@@ -136,19 +135,19 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 	if s.json {
 		timeline = stderr
 	}
-	ctx, gone := context.WithCancel(ctx)
-	defer gone()
-	screen := newScreen(timeline, gone)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	screen := newScreen(timeline, cancel)
 	log := slog.New(slog.DiscardHandler)
 	if s.verbose {
 		log = slog.New(cli.NewTextHandler(stderr, slog.LevelDebug, "15:04:05.000", colored(stderr)))
-		screen.live = false // the log would be written into the line that is redrawn
+		screen.live = false // log lines would interrupt a redrawn line
 	}
 	report, err := rotate(ctx, s, screen, log)
 	screen.clear()
 	switch {
 	case ctx.Err() != nil:
-		fmt.Fprintln(stderr, "demo: interrupted; everything is stopped and removed")
+		fmt.Fprintln(stderr, "demo: interrupted; all processes are stopped and all files removed")
 		return exitInterrupted
 	case err != nil:
 		fmt.Fprintf(stderr, "demo: %s\n", cli.PrintableLines(err.Error()))

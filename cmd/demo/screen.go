@@ -12,28 +12,28 @@ import (
 	"golang.org/x/term"
 )
 
-// screen writes the timeline: one line for each event, and one line of
-// progress that is redrawn in place on a terminal and repeated every few
-// seconds elsewhere. It is used from one goroutine.
+// screen writes the timeline: a line for each event, and a progress line that is redrawn in
+// place on a terminal and repeated every few seconds elsewhere. It is not safe for concurrent
+// use.
 type screen struct {
-	w     io.Writer
-	live  bool // a terminal: lines can be redrawn
-	color bool
-	start time.Time
-	gone  func()     // called when a write fails: nobody reads any more
-	width func() int // how long lines may be; 0 or nil: any length
+	w            io.Writer
+	live         bool // a terminal: lines can be redrawn
+	color        bool
+	start        time.Time
+	onWriteError func()     // called when a write fails
+	width        func() int // longest line; 0 or nil: no limit
 
-	drawn bool      // the progress line stands at the bottom
+	drawn bool      // the progress line is on the screen
 	last  time.Time // when progress was last written
 }
 
 const (
-	redrawEvery = 100 * time.Millisecond
-	repeatEvery = 5 * time.Second
+	redrawInterval = 100 * time.Millisecond
+	repeatInterval = 5 * time.Second
 )
 
-func newScreen(w io.Writer, gone func()) *screen {
-	return &screen{w: w, live: isTerminal(w), color: colored(w), start: time.Now(), gone: gone, width: func() int { return columns(w) }}
+func newScreen(w io.Writer, onWriteError func()) *screen {
+	return &screen{w: w, live: isTerminal(w), color: colored(w), start: time.Now(), onWriteError: onWriteError, width: func() int { return columns(w) }}
 }
 
 func (s *screen) columns() int {
@@ -43,7 +43,7 @@ func (s *screen) columns() int {
 	return s.width()
 }
 
-// columns is how many a terminal has, and what is good to read elsewhere.
+// columns returns the columns of a terminal, or a readable width elsewhere.
 func columns(w io.Writer) int {
 	if f, ok := w.(*os.File); ok && isTerminal(w) {
 		if width, _, err := term.GetSize(int(f.Fd())); err == nil && width > 0 {
@@ -53,14 +53,13 @@ func columns(w io.Writer) int {
 	return 100
 }
 
-// escapes are sequences that take no column.
+// escapes match sequences without width.
 var escapes = regexp.MustCompile("\x1b\\[[0-9;]*m")
 
 func visible(text string) int { return utf8.RuneCountInString(escapes.ReplaceAllString(text, "")) }
 
-// wrap breaks the rows of text between words, so that none is longer than the
-// terminal is wide: it would break them in mid-word. The rows that this adds begin
-// below the column from. On a terminal with hardly more than that it does nothing.
+// wrap breaks the rows of text between words at the terminal's width. Added rows are indented
+// by from columns. It does nothing if less than minText columns are left.
 func (s *screen) wrap(from int, text string) string {
 	width := s.columns()
 	if width < from+minText {
@@ -69,8 +68,7 @@ func (s *screen) wrap(from int, text string) string {
 	var out []string
 	for _, row := range strings.Split(text, "\n") {
 		for visible(row) > width {
-			// The last space that leaves a row short enough, behind what is in front of
-			// the column.
+			// The last space after column from that leaves the row short enough.
 			at := -1
 			for i, r := range row {
 				if used := visible(row[:i]); r == ' ' && used > from && used <= width {
@@ -88,23 +86,22 @@ func (s *screen) wrap(from int, text string) string {
 	return strings.Join(out, "\n")
 }
 
-// minText is the least room for text that is worth wrapping.
+// minText is the least number of columns for wrapped text.
 const minText = 20
 
 func (s *screen) write(format string, args ...any) {
 	if _, err := fmt.Fprintf(s.w, format, args...); err != nil {
-		s.gone()
+		s.onWriteError()
 	}
 }
 
-// isTerminal reports whether w is a terminal that knows control sequences.
+// isTerminal reports whether w is a terminal with control sequences.
 func isTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
 	return ok && term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb"
 }
 
-// colored reports whether to use color: only on a terminal, and not when
-// NO_COLOR is set to anything (no-color.org).
+// colored reports whether to use color: on a terminal, unless NO_COLOR is set (no-color.org).
 func colored(w io.Writer) bool { return isTerminal(w) && os.Getenv("NO_COLOR") == "" }
 
 // The colors, as parameters of the SGR sequence (ECMA-48, 8.3.117).
@@ -121,7 +118,7 @@ func (s *screen) paint(color, text string) string {
 	return "\x1b[" + color + "m" + text + "\x1b[0m"
 }
 
-// text writes lines that are no events.
+// text writes lines without time.
 func (s *screen) text(lines ...string) {
 	s.clear()
 	for _, l := range lines {
@@ -129,39 +126,38 @@ func (s *screen) text(lines ...string) {
 	}
 }
 
-// event writes when something happened, to whom, and what; more lines of what
-// follow below the first.
-func (s *screen) event(who string, what ...string) {
+// event writes the time, the part of the system and the text of an event.
+func (s *screen) event(part string, lines ...string) {
 	s.clear()
-	s.write("%s\n", s.wrap(len(indent), fmt.Sprintf("%6.1f s  %-9s  %s", time.Since(s.start).Seconds(), who, strings.Join(what, "\n"+indent))))
-	s.last = time.Now() // what has just been said need not be repeated
+	s.write("%s\n", s.wrap(len(indent), fmt.Sprintf("%6.1f s  %-9s  %s", time.Since(s.start).Seconds(), part, strings.Join(lines, "\n"+indent))))
+	s.last = time.Now()
 }
 
-// indent is the width of the columns before what happened.
+// indent is the width of the columns before the text.
 const indent = "                     "
 
-// step announces a step and says what it means.
+// step announces a step with an explanation.
 func (s *screen) step(n int, name string, meaning ...string) {
 	s.text("")
 	s.event(fmt.Sprintf("STEP %d", n), append([]string{s.paint(bold, name)}, meaning...)...)
 }
 
-// progress says how far things are, when it is time to say it again.
-func (s *screen) progress(what string) {
-	every := repeatEvery
+// progress writes the progress line, unless it was written recently.
+func (s *screen) progress(text string) {
+	every := repeatInterval
 	if s.live {
-		every = redrawEvery
+		every = redrawInterval
 	}
 	if time.Since(s.last) < every {
 		return
 	}
 	if !s.live {
-		s.event("progress", what)
+		s.event("progress", text)
 		return
 	}
-	line := fmt.Sprintf("%6.1f s  %s", time.Since(s.start).Seconds(), what)
-	// A line that is wrapped cannot be redrawn: of what stands between two spaces that
-	// is left out which does not fit. The last column stays free.
+	line := fmt.Sprintf("%6.1f s  %s", time.Since(s.start).Seconds(), text)
+	// A wrapped line cannot be redrawn: parts that do not fit are omitted. Two spaces
+	// separate parts. The last column stays free.
 	if width := s.columns(); width > 0 && len(line) >= width {
 		line = line[:width]
 		line = line[:max(strings.LastIndex(line, "  "), 0)]
@@ -170,7 +166,7 @@ func (s *screen) progress(what string) {
 	s.drawn, s.last = true, time.Now()
 }
 
-// clear takes the progress line away.
+// clear erases the progress line.
 func (s *screen) clear() {
 	if s.drawn {
 		s.write("\r\x1b[K")
@@ -180,7 +176,7 @@ func (s *screen) clear() {
 
 // bar draws part of whole.
 func bar(part, whole int) string {
-	const width = 12 // so that the calls beside it fit into 80 columns
+	const width = 12 // leaves room for the calls in 80 columns
 	n := 0
 	if whole > 0 {
 		n = part * width / whole

@@ -27,29 +27,29 @@ import (
 
 var trustDomain = spiffeid.RequireTrustDomainFromString("example.org")
 
-// system is everything that runs: a signing server on the loopback interface,
-// an agent on a Unix socket in a temporary folder, and the workloads.
+// system is a signing server on the loopback interface, an agent on a Unix socket in a
+// temporary directory, and the workloads.
 type system struct {
-	server  *spireapi.Server // of the only deployment
-	backend runbook.Backend  // the server, as keysetctl has it
-	agent   *agent.Agent
-	fleet   *fleet
-	pace    pace
-	address string // of the server
-	socket  string // of the agent
+	server   *spireapi.Server // of the only deployment
+	backend  runbook.Backend  // the server, as keysetctl uses it
+	agent    *agent.Agent
+	fleet    *fleet
+	recorder renewalRecorder
+	address  string // of the server
+	socket   string // of the agent
 
 	dir   string
 	fail  context.CancelCauseFunc // ends the demo when a part of it ends
-	stops []func() error          // of what runs, in order of start
+	stops []func() error          // in order of start
 }
 
-// newSystem makes the system and starts the server. What it returns has to be
-// closed, also with an error.
+// newSystem starts the server. The caller must close the returned system, also after an
+// error.
 func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.CancelCauseFunc) (*system, error) {
 	sys := &system{fail: fail, fleet: &fleet{fail: fail}}
 	var err error
 	if sys.dir, err = os.MkdirTemp("", "renewd-demo-"); err != nil {
-		return sys, fmt.Errorf("make a temporary folder: %w", err)
+		return sys, fmt.Errorf("make a temporary directory: %w", err)
 	}
 	sys.socket = filepath.Join(sys.dir, "agent.sock")
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
@@ -63,8 +63,8 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 		Deployments:   []server.DeploymentConfig{{Name: server.DefaultDeployment, Listener: lis}},
 		AdminSocket:   admin,
 		Rotation:      rotation.Policy{Mode: rotation.Off},
-		Log:           log.With("part", "server"),
-		ServerOptions: []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.pace.intercept)},
+		Log:           log.With("component", "server"),
+		ServerOptions: []grpc.ServerOption{grpc.ChainUnaryInterceptor(sys.recorder.intercept)},
 	})
 	if err != nil {
 		return sys, errors.Join(fmt.Errorf("make the server: %w", err), lis.Close())
@@ -72,7 +72,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	sys.server = side.Server(server.DefaultDeployment)
 	sys.background("server", side.Run)
 	if _, err := sys.server.ApplyEntries(ctx, entries(s), false); err != nil {
-		return sys, fmt.Errorf("enter the identities: %w", err)
+		return sys, fmt.Errorf("apply the entries: %w", err)
 	}
 	operators, err := renewd.DialSocket(admin)
 	if err != nil {
@@ -83,8 +83,7 @@ func newSystem(ctx context.Context, s settings, log *slog.Logger, fail context.C
 	return sys, nil
 }
 
-// entries are the identities: the first are the workloads', and no process
-// asks for the rest.
+// entries returns the entries: the first for the workloads, the others idle.
 func entries(s settings) []spireapi.Entry {
 	out := make([]spireapi.Entry, s.svids)
 	for i := range out {
@@ -101,8 +100,7 @@ func entries(s settings) []spireapi.Entry {
 	return out
 }
 
-// startAgent starts the agent with what an operator would give it: where the
-// server is, whom to trust there, and a token for its first call.
+// startAgent starts the agent with the server's address, a trust bundle and a join token.
 func (sys *system) startAgent(ctx context.Context, s settings, log *slog.Logger) error {
 	trust := filepath.Join(sys.dir, "bundle.pem")
 	if err := os.WriteFile(trust, sys.server.BundlePEM(), 0o600); err != nil {
@@ -125,7 +123,7 @@ func (sys *system) startAgent(ctx context.Context, s settings, log *slog.Logger)
 		TaintRate:       s.rate,
 		RefreshInterval: s.refresh,
 		CacheSize:       s.svids,
-		Log:             log.With("part", "agent"),
+		Log:             log.With("component", "agent"),
 	})
 	if err != nil {
 		return fmt.Errorf("make the agent: %w", err)
@@ -134,26 +132,24 @@ func (sys *system) startAgent(ctx context.Context, s settings, log *slog.Logger)
 	return nil
 }
 
-// background runs f until the system is closed. An end before that is the end
-// of the demo.
-func (sys *system) background(what string, f func(context.Context) error) {
+// background runs f until the system is closed. If f returns earlier, the demo fails.
+func (sys *system) background(name string, f func(context.Context) error) {
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() {
 		err := f(ctx)
 		if err != nil {
-			err = fmt.Errorf("%s: %w", what, err)
+			err = fmt.Errorf("%s: %w", name, err)
 		}
 		if ctx.Err() == nil {
-			sys.fail(cmp.Or(err, fmt.Errorf("%s: ended by itself", what)))
+			sys.fail(cmp.Or(err, fmt.Errorf("%s: ended unexpectedly", name)))
 		}
 		ended <- err
 	}()
 	sys.stops = append(sys.stops, func() error { cancel(); return <-ended })
 }
 
-// close stops everything, the last started first, waits for it and removes
-// what was written.
+// close stops all parts in reverse order of start, waits for them and removes all files.
 func (sys *system) close() error {
 	sys.fleet.close()
 	var errs []error

@@ -2,29 +2,29 @@ package main
 
 import "time"
 
-// validity measures how long a workload was without a valid SVID after it had
-// its first. The zero value is one that had none yet.
+// validity measures how long a workload had no valid SVID after its first one. The zero value
+// is ready to use.
 type validity struct {
-	had     bool
+	hadSVID bool
 	until   time.Time // end of the SVID held; in the past: there is none
 	longest time.Duration
 }
 
-// update takes in what the workload was told at now: an SVID that is valid
-// until then, or, with the zero time, that it has none.
+// update records at now that the workload has an SVID that is valid until then, or, with the
+// zero time, that it has none.
 func (v *validity) update(now, until time.Time) {
 	v.longest = v.gap(now)
 	switch {
 	case until.After(now):
-		v.had, v.until = true, until
-	case v.had && v.until.After(now):
-		v.until = now // taken away before its end
+		v.hadSVID, v.until = true, until
+	case v.hadSVID && v.until.After(now):
+		v.until = now // withdrawn before its expiry
 	}
 }
 
-// gap is the longest time without, up to now.
+// gap returns the longest time without a valid SVID until now.
 func (v *validity) gap(now time.Time) time.Duration {
-	if !v.had || !now.After(v.until) {
+	if !v.hadSVID || !now.After(v.until) {
 		return v.longest
 	}
 	return max(v.longest, now.Sub(v.until))

@@ -23,92 +23,91 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// workloadArg makes the command be one workload of a running demo. It takes
-// orders on standard input and tells its state on standard output, one JSON
-// value a line, and ends with its input: so it never outlives the demo.
+// workloadArg runs the command as a workload of a running demo. It reads commands from
+// standard input and writes its state to standard output, as JSON lines. It ends with its
+// input, so that it never outlives the demo.
 const workloadArg = "workload"
 
-// order is what the demo tells a workload: one field is set.
-type order struct {
+// command is a command to a workload: one field is set.
+type command struct {
 	Socket string   `json:"socket,omitempty"` // connect to the Workload API here
-	Peers  []remote `json:"peers,omitempty"`  // call these until told to stop
-	Stop   bool     `json:"stop,omitempty"`   // finish the call and make no more
+	Peers  []remote `json:"peers,omitempty"`  // call these until Stop
+	Stop   bool     `json:"stop,omitempty"`   // finish the call in flight and end
 }
 
 // remote is a workload to call.
 type remote struct{ ID, Address string }
 
-// condition is all there is to know of a workload at one moment. It is told
-// whenever it has changed and never as a difference to an earlier one.
-type condition struct {
+// workloadState is the whole state of a workload at one moment.
+type workloadState struct {
 	ID      string // SPIFFE ID
-	Address string // where it takes calls
+	Address string // where it serves calls
 
-	Authority  string        // key that signed the SVID held, by its ID in hex
-	Trusts     []string      // keys trusted in others
+	Authority  string        // ID of the authority of its SVID, in hex
+	Trusts     []string      // IDs of the authorities in its trust bundles
 	LongestGap time.Duration // without a valid SVID
 
 	Calls, Failures int
 	FirstFailure    string
 	Stopped         bool
 
-	JWTKey      string // key that signed the JWT-SVID last handed out
-	JWTChanges  int    // how often it was another than before
+	JWTKey      string // ID of the key of its last JWT-SVID
+	JWTChanges  int    // how often it received another JWT-SVID
 	JWTFailures int
 }
 
-// workload is the state of the workload's process.
+// workload runs in the workload's process.
 type workload struct {
 	wg     sync.WaitGroup
 	client *workloadapi.Client
 	source *workloadapi.X509Source
 
-	wake chan struct{} // something has changed that is worth telling at once
+	wake chan struct{} // the state has changed and is to be reported at once
 
 	mu       sync.Mutex
-	now      condition
+	state    workloadState
 	validity validity
 	token    string
 }
 
-// tellEvery is how often the counters are told.
-const tellEvery = 100 * time.Millisecond
+// reportInterval is the time between two reports of the counters.
+const reportInterval = 100 * time.Millisecond
 
-// runWorkload is the whole process. It returns when in ends.
+// runWorkload runs a workload until in ends.
 func runWorkload(ctx context.Context, in io.Reader, out io.Writer) error {
-	// Ctrl-C reaches every process of the terminal's group. The demo gets it
-	// too and then closes in.
+	// The terminal sends signals to every process of its group. The demo handles them and
+	// closes in.
 	signal.Ignore(os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	w := &workload{wake: make(chan struct{}, 1)}
 	defer w.close()
 	defer cancel()
-	w.wg.Go(func() { w.tell(ctx, json.NewEncoder(out)) })
+	w.wg.Go(func() { w.report(ctx, json.NewEncoder(out)) })
 
 	calls, stopCalls := context.WithCancel(ctx)
 	defer stopCalls()
-	for orders := json.NewDecoder(in); ; {
-		var o order
-		switch err := orders.Decode(&o); {
+	for commands := json.NewDecoder(in); ; {
+		var c command
+		switch err := commands.Decode(&c); {
 		case errors.Is(err, io.EOF):
 			return nil
 		case err != nil:
-			return fmt.Errorf("read an order: %w", err)
+			return fmt.Errorf("read a command: %w", err)
 		}
 		switch {
-		case o.Socket != "":
-			if err := w.connect(ctx, o.Socket); err != nil {
+		case c.Socket != "":
+			if err := w.connect(ctx, c.Socket); err != nil {
 				return err
 			}
-		case o.Stop:
+		case c.Stop:
 			stopCalls()
 		default:
-			w.wg.Go(func() { w.callAll(calls, o.Peers) })
+			w.wg.Go(func() { w.callAll(calls, c.Peers) })
 		}
 	}
 }
 
-// close waits for everything that was started; the context has ended.
+// close waits for all goroutines. The context must be done.
 func (w *workload) close() {
 	w.wg.Wait()
 	if w.source != nil {
@@ -119,8 +118,7 @@ func (w *workload) close() {
 	}
 }
 
-// connect gets the first SVID, begins to take calls and watches from then on
-// what the agent hands out.
+// connect gets the first SVID, serves calls and watches the Workload API.
 func (w *workload) connect(ctx context.Context, socket string) (err error) {
 	if w.client, err = workloadapi.New(ctx, workloadapi.WithAddr("unix://"+socket)); err != nil {
 		return fmt.Errorf("connect to the agent: %w", err)
@@ -130,12 +128,12 @@ func (w *workload) connect(ctx context.Context, socket string) (err error) {
 	if w.source, err = workloadapi.NewX509Source(first, workloadapi.WithClient(w.client)); err != nil {
 		return fmt.Errorf("get the first SVID: %w", err)
 	}
-	address, err := w.answer(ctx)
+	address, err := w.serveCalls(ctx)
 	if err != nil {
 		return err
 	}
-	w.change(func(c *condition) { c.Address = address })
-	w.wg.Go(func() { _ = w.client.WatchX509Context(ctx, w) }) // the watcher is told of errors
+	w.update(func(c *workloadState) { c.Address = address })
+	w.wg.Go(func() { _ = w.client.WatchX509Context(ctx, w) }) // w receives the errors
 	w.wg.Go(func() { w.fetchJWTs(ctx) })
 	return nil
 }
@@ -151,23 +149,22 @@ func (w *workload) OnX509ContextUpdate(x *workloadapi.X509Context) {
 			trusts = append(trusts, hex.EncodeToString(a.SubjectKeyId))
 		}
 	}
-	w.change(func(c *condition) {
+	w.update(func(c *workloadState) {
 		c.ID, c.Authority, c.Trusts = svid.ID.String(), authority, trusts
 		w.validity.update(now, until)
 	})
 }
 
-// OnX509ContextWatchError implements workloadapi.X509ContextWatcher. Only
-// PermissionDenied says that the workload has no identity (SPIFFE Workload
-// API, 5.2.1); on any other error it keeps what it holds.
+// OnX509ContextWatchError implements workloadapi.X509ContextWatcher. Only PermissionDenied
+// means that the workload has no identity (SPIFFE Workload API, 5.2.1).
 func (w *workload) OnX509ContextWatchError(err error) {
 	if status.Code(err) == codes.PermissionDenied {
-		w.change(func(*condition) { w.validity.update(time.Now(), time.Time{}) })
+		w.update(func(*workloadState) { w.validity.update(time.Now(), time.Time{}) })
 	}
 }
 
-// examine finds the key that signed an SVID and until when the SVID is valid:
-// the zero time when it is not, under the trust bundles that came with it.
+// examine returns the authority of an SVID and its expiry. The expiry is zero if the SVID is
+// not valid with the trust bundles.
 func examine(svid *x509svid.SVID, trust x509bundle.Source, now time.Time) (authority string, until time.Time) {
 	chain := svid.Certificates
 	authority = hex.EncodeToString(chain[len(chain)-1].AuthorityKeyId)
@@ -177,17 +174,16 @@ func examine(svid *x509svid.SVID, trust x509bundle.Source, now time.Time) (autho
 	return authority, chain[0].NotAfter
 }
 
-// fetchJWTs asks for a JWT-SVID all the time, as a workload does that needs
-// one for each request it makes.
+// fetchJWTs fetches a JWT-SVID continuously, like a workload that needs one per request.
 func (w *workload) fetchJWTs(ctx context.Context) {
 	for ctx.Err() == nil {
 		token, err := w.fetchJWT(ctx)
 		switch {
 		case ctx.Err() != nil:
 		case err != nil:
-			w.change(func(c *condition) { c.JWTFailures++; c.failed(err) })
+			w.update(func(c *workloadState) { c.JWTFailures++; c.failed(err) })
 		case token != w.token:
-			w.change(func(c *condition) {
+			w.update(func(c *workloadState) {
 				if w.token != "" {
 					c.JWTChanges++
 				}
@@ -208,7 +204,7 @@ func (w *workload) fetchJWT(ctx context.Context) (token string, err error) {
 	return svid.Marshal(), nil
 }
 
-// keyID reads the key ID in the header of a token that was parsed before.
+// keyID returns the key ID in the header of a valid token.
 func keyID(token string) string {
 	var header struct {
 		KeyID string `json:"kid"`
@@ -219,10 +215,10 @@ func keyID(token string) string {
 	return header.KeyID
 }
 
-// change changes the condition and has it told.
-func (w *workload) change(f func(*condition)) {
+// update changes the state and wakes report.
+func (w *workload) update(f func(*workloadState)) {
 	w.mu.Lock()
-	f(&w.now)
+	f(&w.state)
 	w.mu.Unlock()
 	select {
 	case w.wake <- struct{}{}:
@@ -230,15 +226,15 @@ func (w *workload) change(f func(*condition)) {
 	}
 }
 
-func (c *condition) failed(err error) {
+func (c *workloadState) failed(err error) {
 	if c.FirstFailure == "" {
 		c.FirstFailure = err.Error()
 	}
 }
 
-// tell writes the condition now and then, and once more at the end.
-func (w *workload) tell(ctx context.Context, out *json.Encoder) {
-	ticker := time.NewTicker(tellEvery)
+// report writes the state after updates, every reportInterval and at the end.
+func (w *workload) report(ctx context.Context, out *json.Encoder) {
+	ticker := time.NewTicker(reportInterval)
 	defer ticker.Stop()
 	for done := false; !done; {
 		select {
@@ -248,11 +244,11 @@ func (w *workload) tell(ctx context.Context, out *json.Encoder) {
 		case <-ticker.C:
 		}
 		w.mu.Lock()
-		c := w.now
+		c := w.state
 		c.LongestGap = w.validity.gap(time.Now())
 		w.mu.Unlock()
 		if out.Encode(c) != nil {
-			return // nobody listens any more; then the input ends as well
+			return // the demo has ended, and so will the input
 		}
 	}
 }

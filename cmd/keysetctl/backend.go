@@ -17,48 +17,48 @@ import (
 
 const (
 	defaultAdminSocket = "/run/renewd-server/admin.sock"
-	defaultSVIDLife    = 24 * time.Hour // of a SPIRE server's SVIDs, unless they are configured to live longer
+	defaultSVIDLife    = 24 * time.Hour // longest life of a SPIRE server's SVIDs, unless configured otherwise
 )
 
-// target is which deployment is meant and where its signing server is. At most
-// one of Server and SpireSocket is set; else it is the admin socket.
+// target names a deployment and its signing server. At most one of Server and
+// SpireSocket is set; if none is, AdminSocket is used.
 type target struct {
 	TrustDomain string // empty: the server's own
 	Deployment  string // empty: the only one
 
 	AdminSocket string
 	Server      string // host:port
-	WorkloadAPI string // with Server: where the operator's own SVID comes from
+	WorkloadAPI string // with Server: the socket that gives the operator an SVID
 	SpireSocket string
 
-	// With SpireSocket: where the figures of the agents come from, if anywhere.
+	// With SpireSocket: the source of the agents' figures, or empty.
 	Prometheus string // URL
 	Job        string
-	Agents     int // how many there must be; zero: as many as the server knows
-	// SVIDLife is the longest life of an SVID there: so long an agent that ended
-	// may matter, and so far back its figures count.
+	Agents     int // expected number; zero: as many as the server knows
+	// SVIDLife is the longest life of an SVID of the SPIRE server. The last figures
+	// of an agent that ended count for that long.
 	SVIDLife time.Duration
 }
 
 func (p *program) flags(f *pflag.FlagSet) {
 	t := &p.target
-	f.StringVar(&t.TrustDomain, "trust-domain", p.getenv("TRUST_DOMAIN"), "`NAME` of the trust domain, else TRUST_DOMAIN, else the server's own")
+	f.StringVar(&t.TrustDomain, "trust-domain", p.getenv("TRUST_DOMAIN"), "`NAME` of the trust domain, else TRUST_DOMAIN, else the server's")
 	f.StringVar(&t.Deployment, "deployment-name", p.getenv("DEPLOYMENT_NAME"), "`NAME` of the deployment, else DEPLOYMENT_NAME, else the only one")
 	socket := p.getenv("RENEWD_ADMIN_SOCKET")
 	if socket == "" {
 		socket = defaultAdminSocket
 	}
 	f.StringVar(&t.AdminSocket, "admin-socket", socket, "`PATH` of renewd's admin socket, else RENEWD_ADMIN_SOCKET\n")
-	f.StringVar(&t.Server, "server", "", "a remote renewd server as `HOST:PORT`, with this operator's own SVID\nfrom the Workload API at SPIFFE_ENDPOINT_SOCKET")
+	f.StringVar(&t.Server, "server", "", "`HOST:PORT` of a remote renewd server; needs an SVID from the\nWorkload API at SPIFFE_ENDPOINT_SOCKET")
 	f.StringVar(&t.SpireSocket, "spire-socket", "", "`PATH` of a SPIRE server's admin socket")
 	f.StringVar(&t.Prometheus, "prometheus", "", "with --spire-socket: `URL` of the Prometheus that scrapes the agents")
 	f.StringVar(&t.Job, "prometheus-job", prom.DefaultJob, "with --prometheus: `NAME` of the agents' scrape job")
-	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: there must be `N` agents, whichever; else those\nthat the SPIRE server knows")
+	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: the expected number `N` of agents; else those\nthat the SPIRE server knows")
 	f.DurationVar(&t.SVIDLife, "svid-life", defaultSVIDLife, "with --spire-socket: no SVID lives longer than this `DURATION`")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 }
 
-// checkTarget refuses flags that contradict each other.
+// checkTarget rejects flags that contradict each other.
 func (p *program) checkTarget(f *pflag.FlagSet) error {
 	t := &p.target
 	t.WorkloadAPI = p.getenv("SPIFFE_ENDPOINT_SOCKET")
@@ -67,13 +67,13 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 		if f.Changed(name) {
 			where = append(where, "--"+name)
 			if f.Lookup(name).Value.String() == "" {
-				return cli.Usagef("--%s is empty: give where the server is, or leave the flag out", name)
+				return cli.Usagef("--%s is empty: give the server's address, or omit the flag", name)
 			}
 		}
 	}
 	address := ""
 	if t.Server != "" {
-		// gRPC takes more than this, and 443 where there is no port.
+		// gRPC would also accept an address without a port, and use 443.
 		address = config.BadAddress(t.Server, true)
 	}
 	switch {
@@ -82,13 +82,13 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 	case address != "":
 		return cli.Usagef("--server %s %s: give it with its port, such as server.example.org:8082", t.Server, address)
 	case t.Server != "" && t.WorkloadAPI == "":
-		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives this operator an SVID", t.Server)
+		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives you an SVID", t.Server)
 	case t.Prometheus != "" && t.SpireSocket == "":
-		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; leave it out, or give --spire-socket", t.Prometheus)
+		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; omit it, or give --spire-socket", t.Prometheus)
 	case t.Prometheus == "" && (f.Changed("prometheus-job") || t.Agents != 0):
-		return cli.Usagef("--prometheus-job and --agents are about Prometheus: give --prometheus URL with them")
+		return cli.Usagef("--prometheus-job and --agents need Prometheus: give --prometheus URL with them")
 	case f.Changed("svid-life") && t.SpireSocket == "":
-		return cli.Usagef("--svid-life is about a SPIRE server: a renewd server knows it; leave it out, or give --spire-socket")
+		return cli.Usagef("--svid-life is for a SPIRE server: a renewd server knows it; omit it, or give --spire-socket")
 	case t.SVIDLife < time.Minute:
 		return cli.Usagef("--svid-life must be at least a minute, and is %v", t.SVIDLife)
 	case t.Agents < 0:
@@ -97,7 +97,7 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 	return nil
 }
 
-// dial is the connector of the real program.
+// dial is the connector of the program.
 func dial(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
 	switch {
 	case t.SpireSocket != "":
@@ -117,7 +117,7 @@ func dialAdmin(_ context.Context, t target) (runbook.Backend, io.Closer, error) 
 	return c.Backend(t.TrustDomain, t.Deployment), c, nil
 }
 
-// dialServer connects to a renewd server elsewhere, over mTLS.
+// dialServer connects to a remote renewd server over mTLS.
 func dialServer(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
 	ctx, cancel := context.WithTimeout(ctx, svidTimeout)
 	defer cancel()
@@ -128,7 +128,7 @@ func dialServer(ctx context.Context, t target) (runbook.Backend, io.Closer, erro
 	return c.Backend(t.TrustDomain, t.Deployment), c, nil
 }
 
-// svidTimeout is how long the operator's own SVID is waited for.
+// svidTimeout limits the wait for the operator's SVID.
 const svidTimeout = 30 * time.Second
 
 // dialSpire connects to the admin socket of a SPIRE server on this machine.

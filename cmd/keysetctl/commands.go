@@ -12,10 +12,9 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// readTimeout bounds a look at the server.
+// readTimeout limits a read-only call.
 const readTimeout = 30 * time.Second
 
-// with connects, calls f and disconnects.
 func (p *program) with(c *cobra.Command, f func(ctx context.Context, b runbook.Backend) error) (err error) {
 	if err := p.checkTarget(c.Flags()); err != nil {
 		return err
@@ -28,21 +27,20 @@ func (p *program) with(c *cobra.Command, f func(ctx context.Context, b runbook.B
 		return fmt.Errorf("connect to the server: %w", err)
 	}
 	defer func() {
-		// What was done is done: the way the connection ends changes nothing.
-		_ = closer.Close()
+		_ = closer.Close() // the result of f does not depend on it
 	}()
 	return f(c.Context(), b)
 }
 
-// remark prints sentences for the operator, beside the output that scripts read.
+// remark prints sentences for the operator to stderr, because scripts read stdout.
 func (p *program) remark(lines ...string) {
 	for _, l := range lines {
 		_, _ = fmt.Fprintln(p.stderr, cli.PrintableLines(l))
 	}
 }
 
-// done prints what a step has done.
-func (p *program) done(d runbook.Done) error {
+// done prints the result of a step.
+func (p *program) done(d runbook.StepResult) error {
 	var err error
 	if p.output == "json" {
 		err = cli.PrintJSON(p.stdout, d)
@@ -51,7 +49,7 @@ func (p *program) done(d runbook.Done) error {
 		p.remark(d.Remarks...)
 	}
 	if err != nil {
-		return fmt.Errorf("keyset %s is %s, and only saying so failed: %w", d.Keyset, d.Done, err)
+		return fmt.Errorf("keyset %s is %s, but printing the result failed: %w", d.Keyset, d.Done, err)
 	}
 	return nil
 }
@@ -86,7 +84,7 @@ func (p *program) list() *cobra.Command {
 
 func (p *program) prepare() *cobra.Command {
 	return &cobra.Command{
-		Use: "prepare", Short: "1: make a new keyset; it is published and does not sign yet",
+		Use: "prepare", Short: "1: make and publish a new keyset; it does not sign",
 		Long: prepareHelp, Args: noArgs, Example: "  keysetctl prepare",
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
@@ -101,14 +99,14 @@ func (p *program) prepare() *cobra.Command {
 }
 
 func (p *program) activate() *cobra.Command {
-	return p.step("activate", "2: have a prepared keyset sign; the active one steps down", activateHelp, runbook.Activate)
+	return p.step("activate", "2: let a prepared keyset sign instead of the active one", activateHelp, runbook.Activate)
 }
 
 func (p *program) taint() *cobra.Command {
-	return p.step("taint", "3: retire a prepared keyset; agents replace what it signed", taintHelp, runbook.Taint)
+	return p.step("taint", "3: let agents replace the X.509-SVIDs of a prepared keyset", taintHelp, runbook.Taint)
 }
 
-func (p *program) step(name, short, long string, act func(context.Context, runbook.Backend, string) (runbook.Done, error)) *cobra.Command {
+func (p *program) step(name, short, long string, act func(context.Context, runbook.Backend, string) (runbook.StepResult, error)) *cobra.Command {
 	return &cobra.Command{
 		Use: name + " ID", Short: short, Long: long, Args: oneID, Example: "  keysetctl " + name + " ks_abc1234xyz",
 		RunE: func(c *cobra.Command, args []string) error {
@@ -126,7 +124,7 @@ func (p *program) step(name, short, long string, act func(context.Context, runbo
 func (p *program) remove() *cobra.Command {
 	var force bool
 	c := &cobra.Command{
-		Use: "remove ID", Short: "5: take a tainted keyset out of the trust bundle, for good",
+		Use: "remove ID", Short: "5: delete a tainted keyset",
 		Long: removeHelp, Args: oneID, Example: "  keysetctl remove ks_abc1234xyz",
 		RunE: func(c *cobra.Command, args []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
@@ -138,14 +136,14 @@ func (p *program) remove() *cobra.Command {
 			})
 		},
 	}
-	c.Flags().BoolVar(&force, "force", false, "remove it even if it is not safe: what still hangs on it fails verification")
+	c.Flags().BoolVar(&force, "force", false, "remove it even if it is not safe: SVIDs that depend on it are rejected")
 	return c
 }
 
 func (p *program) plan() *cobra.Command {
 	o := runbook.PlanOptions{}
 	c := &cobra.Command{
-		Use: "plan --agents N --svids M", Short: "what a taint will cost the server, and how long it takes",
+		Use: "plan --agents N --svids M", Short: "predict the load and the duration of a taint wave",
 		Long: planHelp, Args: noArgs, Example: "  keysetctl plan --agents 200 --svids 50",
 		Annotations: offline,
 		RunE: func(c *cobra.Command, _ []string) error {
@@ -172,12 +170,12 @@ func (p *program) plan() *cobra.Command {
 	}
 	f := c.Flags()
 	f.SortFlags = false
-	f.IntVar(&o.Agents, "agents", 0, "`N` agents there are")
-	f.IntVar(&o.SVIDs, "svids", 0, "`M` X.509-SVIDs of workloads on each of them")
-	f.DurationVar(&o.MaxDelay, "max-delay", runbook.DefaultPlanDelay, "longest random delay before an agent begins, a `DURATION`")
-	f.Float64Var(&o.Rate, "rate", runbook.DefaultPlanRate, "renewals a second of one agent, a `NUMBER`")
-	f.DurationVar(&o.Refresh, "refresh", runbook.DefaultPlanRefresh, "`DURATION` between an agent's looks at the trust bundle")
-	f.Uint64Var(&o.Seed, "seed", 1, "another `NUMBER` draws other fleets")
+	f.IntVar(&o.Agents, "agents", 0, "`N` agents in the fleet")
+	f.IntVar(&o.SVIDs, "svids", 0, "`M` X.509-SVIDs of workloads on each agent")
+	f.DurationVar(&o.MaxDelay, "max-delay", runbook.DefaultPlanDelay, "longest random delay of an agent, a `DURATION`")
+	f.Float64Var(&o.Rate, "rate", runbook.DefaultPlanRate, "renewals per second of one agent, a `NUMBER`")
+	f.DurationVar(&o.Refresh, "refresh", runbook.DefaultPlanRefresh, "`DURATION` between two bundle refreshes of an agent")
+	f.Uint64Var(&o.Seed, "seed", 1, "`NUMBER` that the random fleets are drawn from")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 	return c
 }

@@ -1,11 +1,9 @@
 package main
 
-// offline marks a command that needs no server: its help leaves those flags
-// out.
+// offline marks a command that needs no server: its help omits the flags of one.
 var offline = map[string]string{"offline": "true"}
 
-// usageTemplate prints what follows a command's own text. Flags that say
-// where the server is are shown with the commands that use them.
+// usageTemplate follows the description in the help of each command.
 const usageTemplate = `
 Usage:
   {{if .HasAvailableSubCommands}}{{.CommandPath}} COMMAND [ID] [FLAGS]{{else}}{{.UseLine}}{{end}}
@@ -27,105 +25,102 @@ Flags:
 {{- end}}
 {{- if and .HasAvailableInheritedFlags (not (index .Annotations "offline"))}}
 
-Which server, which deployment, what output:
+Server, deployment and output:
 {{.InheritedFlags.FlagUsages | trimTrailingWhitespaces}}
 {{- end}}
 `
 
-const rootHelp = `keysetctl replaces the signing keys of a deployment, without taking a valid
-identity from any workload. A planned rotation has five steps:
+const rootHelp = `keysetctl replaces the signing keys of a deployment while all workloads keep a
+valid identity. A planned rotation has five steps:
 
-  1. keysetctl prepare        a new keyset is published; it does not sign yet
-  2. keysetctl activate NEW   it signs from now on; the old one steps down
-  3. keysetctl taint OLD      agents replace every X.509-SVID that OLD signed
-  4. keysetctl wait OLD       ends when nothing hangs on OLD any more
-  5. keysetctl remove OLD     OLD leaves the trust bundle, for good
+  1. keysetctl prepare        publishes a new keyset, NEW
+  2. keysetctl activate NEW   lets NEW sign instead of OLD
+  3. keysetctl taint OLD      lets agents replace the X.509-SVIDs that OLD signed
+  4. keysetctl wait OLD       ends when no X.509-SVID depends on OLD
+  5. keysetctl remove OLD     deletes OLD
 
-"keysetctl list" shows where a deployment stands, before and between the steps.
-"keysetctl rotate" walks through all of them and can be interrupted and run
-again at any time. "keysetctl plan" says beforehand what step 3 will cost.
+"keysetctl list" shows the state before and between the steps. "keysetctl rotate"
+runs all of them; you can interrupt it and run it again. "keysetctl plan" predicts
+the load of step 3.
 
-Every step returns when it is done, durable and published; none is ever retried
-by itself. After an error run keysetctl list: the step may have happened.
+A step returns when its result is stored and published. keysetctl repeats no step.
+After an error run "keysetctl list" to see whether the step was made.
 
-The commands exist under "keysetctl trust-domain deployment keyset" as well.
-The trust domain and the deployment come from TRUST_DOMAIN and DEPLOYMENT_NAME
-where the flags are not given.
+All commands are also available under "keysetctl trust-domain deployment keyset".
+Without flags, TRUST_DOMAIN and DEPLOYMENT_NAME choose the deployment.
 
-Exit status: 0 success; 1 failure; 2 wrong command line; 3 not safe: something
-still hangs on the keyset, or whether anything does is not known.
+Exit status: 0 success; 1 failure; 2 wrong command line; 3 not safe: SVIDs depend
+on the keyset, or it is not known whether any do.
 `
 
-const listHelp = `Shows the keysets of a deployment, two rows each: the X.509 key and the JWT key.
+const listHelp = `Shows the keysets of a deployment. Each has a row for its X.509 key and one for its
+JWT key.
 
-States: Prepared (published, does not sign), Active (signs), Tainted (published,
-and what it signed is being replaced).
-Live SVIDs: how many X.509-SVIDs that the key signed are still in use; of a JWT
-key, for how long the last of its JWT-SVIDs is valid.
-Safe to remove: whether removing the key takes no valid SVID from anybody. Only
-a Tainted key can be. An agent that is silent counts as holding what it was
-given, and what is not known is never safe.
+State: Prepared (published, does not sign), Active (signs) or Tainted (published,
+its X.509-SVIDs are being replaced).
+Live SVIDs: the number of X.509-SVIDs in use that the key signed. For a JWT key: how
+long the last of its JWT-SVIDs is valid.
+Safe to remove: yes if no valid SVID depends on a Tainted key. A silent agent counts
+with all SVIDs that it was given. An unknown figure is never safe.
 `
 
-const prepareHelp = `Makes a new keyset and publishes it in the trust bundle. It does not sign yet.
-Prints its ID, which activate takes.
+const prepareHelp = `Makes a new keyset and publishes it in the trust bundle. The keyset does not sign.
+Prints the ID for activate.
 `
 
-const activateHelp = `Makes a Prepared keyset the one that signs. The Active one steps down to Prepared:
-what it signed stays valid.
+const activateHelp = `Lets a Prepared keyset sign. The Active keyset becomes Prepared, and its SVIDs stay
+valid.
 
-Wait until the agents have applied the trust bundle with the new keyset before:
-list says when some have not.
+Run activate when all agents have applied the trust bundle with the new keyset. list
+shows how many have not.
 `
 
-const taintHelp = `Marks a Prepared keyset as one to be retired. Agents see it at their next refresh,
-wait a random delay of at most a minute and replace the X.509-SVIDs that it
-signed. JWT-SVIDs stay valid until they expire. An Active keyset cannot be
-tainted: activate its successor first.
+const taintHelp = `Lets agents replace the X.509-SVIDs of a Prepared keyset. An agent learns of the
+taint at its next bundle refresh and starts after a random delay of at most a
+minute. JWT-SVIDs are not replaced. The server rejects the taint of an Active
+keyset: activate another one before.
 `
 
-const waitHelp = `Waits until a Tainted keyset is safe to remove, and shows how many SVIDs are left,
-which agents hold them and why, and when it is expected to end.
+const waitHelp = `Waits until a Tainted keyset is safe to remove. Shows how many SVIDs are left, which
+agents hold them and why, and the expected end.
 
-A look at the server that fails is made again. An answer that is not known is
-never safe: without --timeout it is waited for without end.
+A failed poll of the server is repeated. Unknown figures are not safe: without
+--timeout, wait may not end.
 
-Exit status: 0 it is safe, or was removed meanwhile; 1 failure, as when there is
-no such keyset or it is not tainted; 2 wrong command line; 3 not safe within
---timeout. With -o json the answer is printed in the cases 0 and 3.
+Exit status: 0 the keyset is safe or was removed; 1 failure, for example no such
+keyset or not tainted; 2 wrong command line; 3 not safe within --timeout. With
+-o json, the result is printed for 0 and 3.
 `
 
-const removeHelp = `Takes a Tainted keyset out of the trust bundle and deletes its keys. This is
-permanent: what it signed fails verification from then on.
+const removeHelp = `Deletes a Tainted keyset. This cannot be undone: relying parties reject all SVIDs of
+the keyset that are still in use.
 
-What is not safe is refused, with exit status 3, and it is said what still hangs
-on it and until when. JWT-SVIDs that are still valid do not make it unsafe, but
-relying parties reject them as soon as they fetch the trust bundle: "keysetctl
-wait ID --for all" waits for them too.
+If that is not safe, remove exits with status 3 and shows which agents depend on the
+keyset and until when. Only X.509-SVIDs count. To wait for JWT-SVIDs as well, run
+"keysetctl wait ID --for all" before.
 `
 
-const rotateHelp = `Walks through a rotation: prepare, activate, taint, wait, remove. It asks before
-each step, waits until all agents have applied the trust bundle before activate
+const rotateHelp = `Runs all steps of a rotation: prepare, activate, taint, wait, remove. It asks before
+each step. It waits until all agents have applied the trust bundle before activate
 and taint, and until it is safe before remove.
 
-It goes on from wherever the deployment stands, until one keyset is left, and
-that is active:
+It continues from the current state until only the Active keyset is left. The first
+line that fits decides the next step:
   a Tainted keyset                        wait until it is safe, remove it
   a Prepared one that signed before, is
   older than the Active one, or expired   taint it
   any other Prepared one                  activate it
-  only the Active one                     prepare the next, unless one was
-                                          replaced by this very run
-The first line that fits is the next step. Where it fits several keysets they
-are named, and --keyset says which is meant.
+  only the Active one                     prepare another, unless this run
+                                          has replaced one
+If a line fits several keysets, rotate names them. Choose one with --keyset.
 
-So it can be interrupted at any time and run again. It stops at the first step
-that fails or whose outcome is not known. --timeout bounds each of the waits.
+You can interrupt rotate and run it again. It stops at the first step that fails or
+whose outcome is not known. --timeout limits each wait.
 `
 
-const planHelp = `Computes what happens after a taint: when it starts, how many SVIDs the server has
-to mint in the busiest second, and when 50, 99 and 100 % are renewed. It uses the
-agents' own arithmetic and asks no server. Fleets are drawn at random; --seed
-draws others. The server is taken to answer at once: with answers that take half
-a second a wave takes half as long again, at a rate that is so much lower.
+const planHelp = `Predicts a taint wave: its start, the mints in the busiest second at the server, and
+the times at which 50, 99 and 100 % of the SVIDs are renewed. It needs no server; it
+draws random fleets and uses the arithmetic of the agents. --seed draws other fleets.
+The plan assumes that the server answers at once. If answers take half a second, the
+wave takes half as long again at two thirds of the rate.
 `

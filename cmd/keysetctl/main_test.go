@@ -22,34 +22,33 @@ import (
 	"github.com/renewd/renewd/test/runbooktest"
 )
 
-// desk is an operator in front of a server in memory.
-type desk struct {
+// harness runs keysetctl against a server in memory.
+type harness struct {
 	t      *testing.T
 	server *runbooktest.Server
 	env    map[string]string
 	ctx    context.Context // of the commands; nil: the test's
 	target target          // of the last command
-	ids    []string        // pairs: the server's ID and that of the runbook
+	ids    []string        // pairs: a keyset's real ID and its alias
 }
 
-func newDesk(t *testing.T) *desk {
+func newHarness(t *testing.T) *harness {
 	t.Helper()
-	d := &desk{t: t, server: runbooktest.NewServer(t), env: map[string]string{}}
-	d.call(d.server.Deployment.Active().ID, "ks_abc1234xyz")
+	d := &harness{t: t, server: runbooktest.NewServer(t), env: map[string]string{}}
+	d.alias(d.server.Deployment.Active().ID, "ks_abc1234xyz")
 	return d
 }
 
-// call gives a keyset the ID that it has in the runbook: in command lines and
-// in what they print.
-func (d *desk) call(id, name string) { d.ids = append(d.ids, id, name) }
+// alias replaces a keyset's ID by a fixed one, in command lines and output.
+func (d *harness) alias(id, name string) { d.ids = append(d.ids, id, name) }
 
-func (d *desk) run(line string) (code int, stdout, stderr string) {
+func (d *harness) run(line string) (code int, stdout, stderr string) {
 	d.t.Helper()
-	var there []string
+	var fromAlias []string
 	for i := 0; i < len(d.ids); i += 2 {
-		there = append(there, d.ids[i+1], d.ids[i])
+		fromAlias = append(fromAlias, d.ids[i+1], d.ids[i])
 	}
-	args := strings.Fields(strings.NewReplacer(there...).Replace(line))
+	args := strings.Fields(strings.NewReplacer(fromAlias...).Replace(line))
 	var out, errs bytes.Buffer
 	connect := func(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
 		d.target = t
@@ -60,61 +59,60 @@ func (d *desk) run(line string) (code int, stdout, stderr string) {
 		ctx = d.t.Context()
 	}
 	code = run(ctx, args, func(name string) string { return d.env[name] }, strings.NewReader(""), &out, &errs, connect)
-	back := strings.NewReplacer(d.ids...)
-	return code, back.Replace(out.String()), back.Replace(errs.String())
+	toAlias := strings.NewReplacer(d.ids...)
+	return code, toAlias.Replace(out.String()), toAlias.Replace(errs.String())
 }
 
-// want runs a command line that must succeed and print this, and nothing else
-// but remarks.
-func (d *desk) want(line, stdout string) {
+// expect runs a command line that must succeed and print stdout; remarks do not
+// matter.
+func (d *harness) expect(line, stdout string) {
 	d.t.Helper()
 	if code, out, errs := d.run(line); code != 0 || out != stdout {
 		d.t.Errorf("%s: exit %d, printed\n%s%s\nwant\n%s", line, code, out, errs, stdout)
 	}
 }
 
-// newest gives the keyset that was prepared last its name.
-func (d *desk) newest(name string) {
+// aliasNewest gives the keyset that was prepared last an alias.
+func (d *harness) aliasNewest(name string) {
 	d.t.Helper()
 	all, err := d.server.Deployment.List(d.t.Context())
 	if err != nil {
 		d.t.Fatal(err)
 	}
-	d.call(all[len(all)-1].ID, name)
+	d.alias(all[len(all)-1].ID, name)
 }
 
-// The runbook from its first step to its last, with the commands as it has
-// them, and what they print.
+// All steps of a rotation, under both paths of the commands, with their output.
 func TestRunbook(t *testing.T) {
 	t.Parallel()
 	for _, path := range []string{"trust-domain deployment keyset ", ""} {
 		synctest.Test(t, func(t *testing.T) {
-			d := newDesk(t)
+			d := newHarness(t)
 			const flags = " --trust-domain example.org --deployment-name default"
 			const header = "Deployment: default\nSigning Keys:\n"
-			d.want(path+"list"+flags, header+
+			d.expect(path+"list"+flags, header+
 				`Type   Keyset ID      Issued At                      Expires At                     State   Live SVIDs  Safe to remove
 X.509  ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Active  0           -
 JWT    ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Active  none        -
 `)
 			time.Sleep(time.Hour)
 			code, out, _ := d.run(path + "prepare" + flags)
-			d.newest("ks_def5678uvw")
+			d.aliasNewest("ks_def5678uvw")
 			if out = strings.NewReplacer(d.ids...).Replace(out); code != 0 || out != "Keyset ks_def5678uvw prepared.\n" {
 				t.Fatalf("prepare: exit %d, %s", code, out)
 			}
-			d.want(path+"activate ks_def5678uvw"+flags, "Keyset ks_def5678uvw activated.\n")
-			d.want(path+"list"+flags, header+
+			d.expect(path+"activate ks_def5678uvw"+flags, "Keyset ks_def5678uvw activated.\n")
+			d.expect(path+"list"+flags, header+
 				`Type   Keyset ID      Issued At                      Expires At                     State     Live SVIDs  Safe to remove
 X.509  ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Prepared  0           -
 JWT    ks_abc1234xyz  2000-01-01 00:00:00 +0000 UTC  2000-03-31 00:00:00 +0000 UTC  Prepared  none        -
 X.509  ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active    0           -
 JWT    ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active    none        -
 `)
-			d.want(path+"taint ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz tainted.\n")
-			d.want(path+"wait ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz is safe to remove.\n")
-			d.want(path+"remove ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz removed.\n")
-			d.want(path+"list"+flags, header+
+			d.expect(path+"taint ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz tainted.\n")
+			d.expect(path+"wait ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz is safe to remove.\n")
+			d.expect(path+"remove ks_abc1234xyz"+flags, "Keyset ks_abc1234xyz removed.\n")
+			d.expect(path+"list"+flags, header+
 				`Type   Keyset ID      Issued At                      Expires At                     State   Live SVIDs  Safe to remove
 X.509  ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active  0           -
 JWT    ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 UTC  Active  none        -
@@ -126,20 +124,20 @@ JWT    ks_def5678uvw  2000-01-01 01:00:00 +0000 UTC  2000-03-31 01:00:00 +0000 U
 	}
 }
 
-// The troubleshooting section, case by case.
+// Each error that an operator may meet has a remedy.
 func TestTroubleshooting(t *testing.T) {
 	t.Parallel()
-	prepared := func(d *desk) {
+	prepared := func(d *harness) {
 		d.run("prepare")
-		d.newest("ks_def5678uvw")
+		d.aliasNewest("ks_def5678uvw")
 	}
-	taintedOld := func(d *desk) {
+	taintedOld := func(d *harness) {
 		prepared(d)
 		d.run("activate ks_def5678uvw")
 		d.run("taint ks_abc1234xyz")
 	}
-	failing := func(err error) func(*desk) {
-		return func(d *desk) {
+	failing := func(err error) func(*harness) {
+		return func(d *harness) {
 			d.server.Before = func(call, _ string) error {
 				if call == "status" {
 					return nil
@@ -148,77 +146,77 @@ func TestTroubleshooting(t *testing.T) {
 			}
 		}
 	}
-	const lost = "The change may have happened. Run keysetctl list, and retry only if it did not. Nothing is retried by itself.\n"
+	const outcomeUnknown = "The change may have been made. Check keysetctl list before you repeat the command.\n"
 	for name, tt := range map[string]struct {
-		state  func(*desk)
+		state  func(*harness)
 		line   string
 		code   int
 		stderr string
 	}{
 		"another operation, or automatic rotation": {failing(refusal.ErrBusy), "prepare", 1,
 			"Error: The request failed due to an internal error, please try again.\n" +
-				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
-				"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
+				"The deployment was being changed by another command or by automatic rotation. Your command had no effect.\n" +
+				"Check keysetctl list, and repeat the command if it is still needed.\n"},
 		"the same from a server that only sends its text": {failing(errors.New(refusal.ErrBusy.Error())), "taint ks_abc1234xyz", 1,
 			"Error: The request failed due to an internal error, please try again.\n" +
-				"Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
-				"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.\n"},
+				"The deployment was being changed by another command or by automatic rotation. Your command had no effect.\n" +
+				"Check keysetctl list, and repeat the command if it is still needed.\n"},
 		"tainting the active keyset": {prepared, "taint ks_abc1234xyz", 1,
-			"Error: cannot taint active key set\nOnly a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.\n"},
+			"Error: cannot taint active key set\nThe keyset is signing. Let another one sign with keysetctl activate, then repeat the command.\n"},
 		"activating a tainted one": {taintedOld, "activate ks_abc1234xyz", 1,
-			"Error: cannot activate tainted key set\nOnly a Prepared keyset can be activated: prepare a new one.\n"},
+			"Error: cannot activate tainted key set\nA taint cannot be undone. Run keysetctl prepare, and activate the ID that it prints.\n"},
 		"activating the active one": {prepared, "activate ks_abc1234xyz", 1,
-			"Error: cannot activate active key set\nIt signs already: nothing is left to do.\n"},
+			"Error: cannot activate active key set\nNothing to do: the keyset is signing.\n"},
 		"tainting twice": {taintedOld, "taint ks_abc1234xyz", 1,
-			"Error: cannot taint tainted key set\nIt is tainted already: wait until it is safe to remove.\n"},
+			"Error: cannot taint tainted key set\nNothing to do: the taint is published. Go on with keysetctl wait.\n"},
 		"removing the active one": {prepared, "remove ks_abc1234xyz", 1,
-			"Error: cannot remove active key set\nOnly a Tainted keyset can be removed: activate a successor, then taint this one.\n"},
+			"Error: cannot remove active key set\nThe keyset is signing. Let another one sign with keysetctl activate, then taint this one and wait.\n"},
 		"removing a prepared one, with force too": {prepared, "remove ks_def5678uvw --force", 1,
-			"Error: cannot remove prepared key set\nOnly a Tainted keyset can be removed: taint it first.\n"},
-		"a keyset that is not there": {nil, "remove ks_nosuch", 1,
-			"Error: key set not found\nRun keysetctl list to see the keysets that there are.\n"},
-		"an expired one": {func(d *desk) { prepared(d); time.Sleep(91 * 24 * time.Hour) }, "activate ks_def5678uvw", 1,
-			"Error: cannot activate expired key set\nPrepare a new one and activate that.\n"},
-		"the time is over": {failing(fmt.Errorf("the server did not answer within 2m0s: %w", runbook.ErrOutcomeUnknown)), "activate ks_abc1234xyz", 1,
-			"Error: the server did not answer within 2m0s: the outcome is not known\n" + lost},
+			"Error: cannot remove prepared key set\nRun keysetctl taint and keysetctl wait with its ID before you remove it.\n"},
+		"a keyset that does not exist": {nil, "remove ks_nosuch", 1,
+			"Error: key set not found\nCopy the ID from keysetctl list.\n"},
+		"an expired one": {func(d *harness) { prepared(d); time.Sleep(91 * 24 * time.Hour) }, "activate ks_def5678uvw", 1,
+			"Error: cannot activate expired key set\nRun keysetctl prepare, and activate the ID that it prints.\n"},
+		"a timeout": {failing(fmt.Errorf("the server did not answer within 2m0s: %w", runbook.ErrOutcomeUnknown)), "activate ks_abc1234xyz", 1,
+			"Error: the server did not answer within 2m0s: the outcome is not known\n" + outcomeUnknown},
 		"the connection is lost": {failing(context.Canceled), "prepare", 1,
-			"Error: the outcome is not known: context canceled\n" + lost},
-		"removing too soon": {func(d *desk) {
+			"Error: the outcome is not known: context canceled\n" + outcomeUnknown},
+		"removing too soon": {func(d *harness) {
 			taintedOld(d)
 			d.server.HoldersAt = func(string, time.Time) []runbook.Holder {
 				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", Version: "0.36.0", SVIDs: 3, Reason: "behind"}}
 			}
 		}, "remove ks_abc1234xyz", 3, `Error: cannot remove ks_abc1234xyz: it is not safe yet
-3 X.509-SVIDs of 1 agent hang on it.
-  spiffe://example.org/agent/a: 3 SVIDs, behind: it has not seen the taint yet (version 0.36.0)
+3 X.509-SVIDs of 1 agent depend on it.
+  spiffe://example.org/agent/a: 3 SVIDs, behind: it has not applied the taint yet (version 0.36.0)
 It ends about 2000-01-01 00:01:00 +0000 UTC (in 1m1s).
-Run keysetctl wait ks_abc1234xyz, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.
+Run keysetctl wait ks_abc1234xyz, then remove it. With --force it is removed now, and the SVIDs that depend on it are rejected.
 `},
-		"agents that do not renew": {func(d *desk) {
+		"agents that do not renew": {func(d *harness) {
 			taintedOld(d)
 			d.server.HoldersAt = func(_ string, now time.Time) []runbook.Holder {
 				return []runbook.Holder{{Agent: "spiffe://example.org/agent/a", SVIDs: 3, Reason: "silent", LatestExpiry: time.Date(2000, 1, 1, 12, 0, 0, 0, time.UTC)}}
 			}
 		}, "wait ks_abc1234xyz --timeout 5m", 3, `ks_abc1234xyz: 3 X.509-SVIDs of 1 agent left, done in 12h5m at the latest; /agent/a silent
 Error: keyset ks_abc1234xyz is not safe to remove after 5m
-3 X.509-SVIDs of 1 agent hang on it.
-  spiffe://example.org/agent/a: 3 SVIDs, silent: it has never reported, the last expires 2000-01-01 12:00:00 +0000 UTC (in 11h55m)
-It ends at the latest 2000-01-01 12:05:00 +0000 UTC (in 12h), when what silent agents hold has expired by all clocks.
-Run keysetctl wait ks_abc1234xyz again, and look after the agents that are silent or behind.
+3 X.509-SVIDs of 1 agent depend on it.
+  spiffe://example.org/agent/a: 3 SVIDs, silent: no report yet, the last expires 2000-01-01 12:00:00 +0000 UTC (in 11h55m)
+It ends at the latest 2000-01-01 12:05:00 +0000 UTC (in 12h), when the SVIDs of silent agents have expired by all clocks.
+Check the agents that are silent or behind, and run keysetctl wait ks_abc1234xyz again.
 `},
 		"waiting for what was never tainted": {prepared, "wait ks_def5678uvw", 1,
-			"Error: wait for keyset ks_def5678uvw: it is Prepared, so nothing replaces what it signed: taint ks_def5678uvw first\n"},
+			"Error: wait for keyset ks_def5678uvw: it is Prepared, and agents keep what it signed: run keysetctl taint ks_def5678uvw\n"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				d := newDesk(t)
+				d := newHarness(t)
 				if tt.state != nil {
 					tt.state(d)
 				}
 				code, out, errs := d.run(tt.line)
 				if strings.HasPrefix(tt.line, "wait") && tt.code == 3 {
-					// The progress repeats itself: the first and the last of it.
+					// Keep the first progress line only.
 					first, _, _ := strings.Cut(errs, "\n")
 					if i := strings.Index(errs, "Error:"); i > 0 {
 						errs = first + "\n" + errs[i:]
@@ -232,8 +230,7 @@ Run keysetctl wait ks_abc1234xyz again, and look after the agents that are silen
 	}
 }
 
-// What cannot be carried out says what is wrong and what to give instead, and
-// reaches no server.
+// A usage error names the mistake and the remedy, and no server is called.
 func TestUsageErrors(t *testing.T) {
 	t.Parallel()
 	for line, want := range map[string]string{
@@ -242,41 +239,41 @@ func TestUsageErrors(t *testing.T) {
 		"trust-domain":                          "no command: the commands are deployment",
 		"trust-domain deployment keyset":        "no command: the commands are list, prepare, activate, taint, wait, remove, rotate",
 		"trust-domain deployment keyset plan":   `unknown command "plan"`,
-		"list ks_a":                             `list: takes no argument, and got "ks_a"`,
+		"list ks_a":                             `list: takes no argument, but got "ks_a"`,
 		"activate":                              `activate: give the keyset's ID, as in "keysetctl activate ks_abc1234xyz"`,
-		"taint ks_a ks_b":                       `taint: takes one keyset ID, and got "ks_b" too`,
+		"taint ks_a ks_b":                       `taint: takes one keyset ID, but also got "ks_b"`,
 		"list --nosuch":                         "list: there is no flag --nosuch",
 		"list -x":                               "list: there is no flag -x",
 		"list -server a:1":                      "list: write --server with two dashes",
 		"rotate -yes":                           "rotate: write --yes with two dashes",
 		"taint ks_a --force":                    "taint: there is no flag --force",
 		"list --output":                         "list: --output needs a value",
-		"list -o yaml":                          `--output takes text or json, and is "yaml"`,
+		"list -o yaml":                          `--output takes text or json, not "yaml"`,
 		"wait ks_a --timeout 5":                 `wait: --timeout does not take "5": give a duration such as 90s or 5m`,
 		"wait ks_a --timeout -5s":               "--timeout must not be negative, and is -5s",
 		"wait ks_a --interval 0s":               "--interval must be above 0, and is 0s",
 		"wait ks_a --for x510":                  `--for takes one of x509, jwt, all, and is "x510"`,
 		"rotate --for jwt --yes":                `--for takes one of x509, all, and is "jwt"`,
-		"rotate":                                "rotate: asks before each step, and this is no terminal: give --yes",
+		"rotate":                                "rotate: cannot ask before each step without a terminal: give --yes",
 		"list --server a:1 --spire-socket /s":   "--server and --spire-socket name two servers: give one of them",
 		"list --server a:1":                     "--server a:1: SPIFFE_ENDPOINT_SOCKET is not set",
 		"prepare --server localhost":            "--server localhost is not host:port: give it with its port, such as server.example.org:8082",
 		"list --server :8082":                   "--server :8082 has no host: give it with its port",
 		"list --prometheus http://p":            "--prometheus http://p: a renewd server knows the figures itself",
-		"list --agents 3":                       "--prometheus-job and --agents are about Prometheus: give --prometheus URL with them",
-		"list --spire-socket=":                  "--spire-socket is empty: give where the server is, or leave the flag out",
-		"list --svid-life 48h":                  "--svid-life is about a SPIRE server: a renewd server knows it; leave it out, or give --spire-socket",
+		"list --agents 3":                       "--prometheus-job and --agents need Prometheus: give --prometheus URL with them",
+		"list --spire-socket=":                  "--spire-socket is empty: give the server's address, or omit the flag",
+		"list --svid-life 48h":                  "--svid-life is for a SPIRE server: a renewd server knows it; omit it, or give --spire-socket",
 		"list --spire-socket /s --svid-life 1s": "--svid-life must be at least a minute, and is 1s",
 		"plan --agents 3":                       `plan: give --agents N and --svids M, as in "keysetctl plan --agents 200 --svids 50"`,
 		"plan --agents 0 --svids 1":             "plan: --agents must be from 1 to 100000, and is 0",
 		"plan --agents 1 --svids 1 --rate 0":    "plan: --rate must be above 0",
 		"plan --agents many --svids 1":          `plan: --agents does not take "many": give a number`,
 		"help nosuch":                           `no help for "nosuch"`,
-		"version 2":                             `version: takes no argument, and got "2"`,
+		"version 2":                             `version: takes no argument, but got "2"`,
 	} {
-		d := newDesk(t)
+		d := newHarness(t)
 		d.server.Before = func(call, _ string) error {
-			t.Errorf("%q asked the server: %s", line, call)
+			t.Errorf("%q called the server: %s", line, call)
 			return nil
 		}
 		code, out, errs := d.run(line)
@@ -286,7 +283,7 @@ func TestUsageErrors(t *testing.T) {
 	}
 }
 
-// Flags win over the environment, and may stand anywhere.
+// Flags override the environment, and may stand anywhere.
 func TestTarget(t *testing.T) {
 	t.Parallel()
 	for line, want := range map[string]target{
@@ -297,7 +294,7 @@ func TestTarget(t *testing.T) {
 		"list --spire-socket /s --prometheus http://p --prometheus-job j --agents 4 --svid-life 48h": {TrustDomain: "env.org", Deployment: "env", AdminSocket: "/env.sock",
 			SpireSocket: "/s", Prometheus: "http://p", Job: "j", Agents: 4, SVIDLife: 48 * time.Hour},
 	} {
-		d := newDesk(t)
+		d := newHarness(t)
 		d.env = map[string]string{"TRUST_DOMAIN": "env.org", "DEPLOYMENT_NAME": "env", "RENEWD_ADMIN_SOCKET": "/env.sock", "SPIFFE_ENDPOINT_SOCKET": "unix:///w"}
 		want.WorkloadAPI = "unix:///w"
 		if want.Job == "" {
@@ -307,18 +304,18 @@ func TestTarget(t *testing.T) {
 			t.Errorf("%s: exit %d %s\ngot  %+v\nwant %+v", line, code, errs, d.target, want)
 		}
 	}
-	d := newDesk(t)
+	d := newHarness(t)
 	d.run("list")
 	if d.target.AdminSocket != "/run/renewd-server/admin.sock" {
 		t.Errorf("the default is %+v", d.target)
 	}
 }
 
-// The JSON forms: keys that scripts may rely on.
+// JSON output has the keys that scripts rely on.
 func TestJSON(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		d := newDesk(t)
+		d := newHarness(t)
 		keys := func(line string, want ...string) map[string]any {
 			t.Helper()
 			code, out, errs := d.run(line + " -o json")
@@ -336,7 +333,7 @@ func TestJSON(t *testing.T) {
 		if got := keys("prepare", "keyset", "done"); got["done"] != "prepared" {
 			t.Errorf("prepare: %v", got)
 		}
-		d.newest("ks_def5678uvw")
+		d.aliasNewest("ks_def5678uvw")
 		keys("activate ks_def5678uvw", "keyset", "done")
 		keys("taint ks_abc1234xyz", "keyset", "done")
 		s := keys("list", "trust_domain", "deployment", "keysets", "sequence", "agents", "agents_behind")
@@ -362,16 +359,15 @@ func TestJSON(t *testing.T) {
 	})
 }
 
-// A whole rotation in one command, and the notes of removing and listing that
-// go beside the output.
+// A whole rotation in one command. Remarks of remove and list go to stderr.
 func TestRotate(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		d := newDesk(t)
+		d := newHarness(t)
 		old := d.server.Deployment.Active().ID
 		d.server.JWTExpiry[old] = time.Now().Add(24 * time.Hour)
 		code, out, errs := d.run("rotate --yes")
-		d.newest("ks_def5678uvw")
+		d.aliasNewest("ks_def5678uvw")
 		out = strings.NewReplacer(d.ids...).Replace(out)
 		want := `Keyset ks_def5678uvw prepared.
 Keyset ks_def5678uvw activated.
@@ -380,7 +376,7 @@ Keyset ks_abc1234xyz removed.
 The rotation is complete: ks_def5678uvw is active.
 `
 		wantErr := `Waiting until ks_abc1234xyz is safe to remove.
-JWT-SVIDs that ks_abc1234xyz signed are valid until 2000-01-02 00:00:00 +0000 UTC (in 1d); relying parties reject them as soon as they fetch the trust bundle without it.
+The last JWT-SVID that ks_abc1234xyz signed expires 2000-01-02 00:00:00 +0000 UTC (in 1d). Removal ends it earlier, at each relying party's next bundle refresh.
 `
 		if code != 0 || out != want || errs != wantErr {
 			t.Errorf("exit %d\n%s%s\nwant\n%s%s", code, out, errs, want, wantErr)
@@ -393,17 +389,17 @@ JWT-SVIDs that ks_abc1234xyz signed are valid until 2000-01-02 00:00:00 +0000 UT
 	})
 }
 
-// Who interrupts a wait is told that nothing was lost by it.
+// After an interrupted wait the error says how to continue.
 func TestInterrupted(t *testing.T) {
 	t.Parallel()
 	for line, waits := range map[string]string{
-		"wait ks_abc1234xyz": "wait for keyset ks_abc1234xyz: interrupt signal received\nNothing is lost by that. Run keysetctl wait again to go on from here.\n",
-		"rotate --yes":       "wait for keyset ks_abc1234xyz: interrupt signal received\nNothing is lost by that. Run keysetctl rotate again to go on from here.\n",
+		"wait ks_abc1234xyz": "wait for keyset ks_abc1234xyz: interrupt signal received\nRun keysetctl wait again to continue.\n",
+		"rotate --yes":       "wait for keyset ks_abc1234xyz: interrupt signal received\nRun keysetctl rotate again to continue.\n",
 	} {
 		synctest.Test(t, func(t *testing.T) {
-			d := newDesk(t)
+			d := newHarness(t)
 			d.run("prepare")
-			d.newest("ks_def5678uvw")
+			d.aliasNewest("ks_def5678uvw")
 			d.run("activate ks_def5678uvw")
 			d.run("taint ks_abc1234xyz")
 			d.server.HoldersAt = func(string, time.Time) []runbook.Holder {
@@ -419,7 +415,7 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
-// Only y and yes are a yes, and the end of the input is no.
+// Only y and yes mean yes. The end of the input means no.
 func TestAsk(t *testing.T) {
 	t.Parallel()
 	var errs bytes.Buffer
@@ -438,11 +434,11 @@ func TestAsk(t *testing.T) {
 	}
 }
 
-// Every command has help of its own with an example, and the help of the
-// program tells the five steps.
+// Every command has its own help with an example. The help of the program names the
+// five steps in order.
 func TestHelp(t *testing.T) {
 	t.Parallel()
-	d := newDesk(t)
+	d := newHarness(t)
 	var visit func(c *cobra.Command, path string)
 	visit = func(c *cobra.Command, path string) {
 		code, out, errs := d.run(path + " --help")
@@ -475,16 +471,16 @@ func TestHelp(t *testing.T) {
 	for i, step := range []string{"prepare", "activate NEW", "taint OLD", "wait OLD", "remove OLD"} {
 		next := strings.Index(out, fmt.Sprintf("  %d. keysetctl %s", i+1, step))
 		if next < at {
-			t.Errorf("step %d is not told, or not in order", i+1)
+			t.Errorf("step %d is missing or not in order", i+1)
 		}
 		at = max(next, at)
 	}
 	if _, out, _ := d.run("plan --help"); strings.Contains(out, "--admin-socket") {
-		t.Errorf("plan asks no server:\n%s", out)
+		t.Errorf("plan needs no server:\n%s", out)
 	}
 }
 
-// A server that is not there is an error that names the place, and no crash.
+// If the server's socket does not exist, the error names it.
 func TestNoServer(t *testing.T) {
 	t.Parallel()
 	var out, errs bytes.Buffer
@@ -495,8 +491,7 @@ func TestNoServer(t *testing.T) {
 	}
 }
 
-// A wrong address of Prometheus is a wrong command line, found before anything
-// is asked; a password in it is not repeated.
+// A malformed URL of Prometheus is a usage error. Its password is not printed.
 func TestWrongPrometheus(t *testing.T) {
 	t.Parallel()
 	var out, errs bytes.Buffer
@@ -507,12 +502,12 @@ func TestWrongPrometheus(t *testing.T) {
 	}
 }
 
-// A step that is done and cannot be told of is not one that failed: whoever reads
-// the error must not make it again.
+// If the step succeeds and its output fails, the error says so: the operator must not
+// repeat the step.
 func TestOutputFails(t *testing.T) {
 	t.Parallel()
 	for _, format := range []string{"text", "json"} {
-		d := newDesk(t)
+		d := newHarness(t)
 		var errs bytes.Buffer
 		code := run(t.Context(), []string{"prepare", "-o", format}, func(string) string { return "" }, strings.NewReader(""), full{}, &errs,
 			func(context.Context, target) (runbook.Backend, io.Closer, error) {
@@ -522,50 +517,50 @@ func TestOutputFails(t *testing.T) {
 		if err != nil || len(all) != 2 {
 			t.Fatalf("%v, %v", all, err)
 		}
-		if want := "Error: keyset " + all[1].ID + " is prepared, and only saying so failed: write output: no space left on device\n"; code != 1 || errs.String() != want {
+		if want := "Error: keyset " + all[1].ID + " is prepared, but printing the result failed: write output: no space left on device\n"; code != 1 || errs.String() != want {
 			t.Errorf("%s: exit %d\n%swant\n%s", format, code, errs.String(), want)
 		}
 	}
 }
 
-// full is a disk that is.
+// full is an output on a full disk.
 type full struct{}
 
 func (full) Write([]byte) (int, error) { return 0, syscall.ENOSPC }
 
 func TestVersion(t *testing.T) {
 	t.Parallel()
-	if code, out, _ := newDesk(t).run("version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
+	if code, out, _ := newHarness(t).run("version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
 		t.Errorf("exit %d, %s", code, out)
 	}
-	if code, out, _ := newDesk(t).run("--version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
+	if code, out, _ := newHarness(t).run("--version"); code != 0 || !strings.HasPrefix(out, "renewd keysetctl ") {
 		t.Errorf("--version: exit %d, %s", code, out)
 	}
 	var as struct{ Program, Version, Go string }
-	if code, out, _ := newDesk(t).run("version -o json"); code != 0 || json.Unmarshal([]byte(out), &as) != nil ||
+	if code, out, _ := newHarness(t).run("version -o json"); code != 0 || json.Unmarshal([]byte(out), &as) != nil ||
 		as.Program != "keysetctl" || as.Version == "" || as.Go != runtime.Version() {
 		t.Errorf("-o json: exit %d, %s", code, out)
 	}
 }
 
-// What a server, an agent or Prometheus says reaches the terminal as text alone,
-// whichever command prints it, and makes no line of its own in a list of remarks.
+// Text of a server, an agent or Prometheus is printed without control characters, and
+// cannot start another line in the remarks.
 func TestTextFromElsewhere(t *testing.T) {
 	t.Parallel()
-	const said = "\x1b[2J\x1b]0;x\a\u009b1A\rall is safe"
+	const text = "\x1b[2J\x1b]0;x\a\u009b1A\rall is safe"
 	for name, tt := range map[string]struct {
 		unknown string
 		err     error
 		lines   []string
 	}{
-		"reason of unknown figures": {unknown: said, lines: []string{"list", "list -o json", "wait OLD --timeout 1s", "remove OLD", "rotate --yes --timeout 1s"}},
-		"error":                     {err: errors.New(said), lines: []string{"list", "prepare", "wait OLD --timeout 1s", "wait OLD -o json --timeout 1s", "rotate --yes"}},
+		"reason of unknown figures": {unknown: text, lines: []string{"list", "list -o json", "wait OLD --timeout 1s", "remove OLD", "rotate --yes --timeout 1s"}},
+		"error":                     {err: errors.New(text), lines: []string{"list", "prepare", "wait OLD --timeout 1s", "wait OLD -o json --timeout 1s", "rotate --yes"}},
 	} {
 		for _, line := range tt.lines {
 			synctest.Test(t, func(t *testing.T) {
-				d := newDesk(t)
+				d := newHarness(t)
 				d.run("prepare")
-				d.newest("NEW")
+				d.aliasNewest("NEW")
 				d.run("activate NEW")
 				d.run("taint ks_abc1234xyz")
 				d.server.Unknown, d.server.Agents = tt.unknown, -1
@@ -574,7 +569,7 @@ func TestTextFromElsewhere(t *testing.T) {
 				}
 				_, out, errs := d.run(strings.ReplaceAll(line, "OLD", "ks_abc1234xyz"))
 				if !strings.Contains(out+errs, "all is safe") {
-					t.Errorf("%s, %s: does not say it:\n%s%s", name, line, out, errs)
+					t.Errorf("%s, %s: text missing:\n%s%s", name, line, out, errs)
 				}
 				if i := strings.IndexFunc(out+errs, func(r rune) bool { return !unicode.IsPrint(r) && r != '\n' }); i >= 0 {
 					t.Errorf("%s, %s: control character at %d of %q", name, line, i, out+errs)
@@ -584,6 +579,6 @@ func TestTextFromElsewhere(t *testing.T) {
 	}
 	k := runbook.Keyset{ID: "ks_a", Unknown: "no answer.\nks_b is safe"}
 	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}), ""); strings.Contains(lines, "\n") {
-		t.Errorf("a reason makes a remark of its own: %q", lines)
+		t.Errorf("a reason starts another line: %q", lines)
 	}
 }

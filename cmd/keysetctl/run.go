@@ -17,15 +17,15 @@ import (
 // version is set by the linker (-X main.version=...); see the Makefile.
 var version string
 
-// exitNotSafe says that something still hangs on the keyset, or that this is
-// not known.
+// exitNotSafe is the exit status if SVIDs depend on the keyset, or if that is not
+// known.
 const exitNotSafe = 3
 
 func init() {
-	cobra.EnableCommandSorting = false // the order of the steps says more
+	cobra.EnableCommandSorting = false // keeps the order of the steps
 }
 
-// program is what the commands share.
+// program holds what the commands share.
 type program struct {
 	getenv         func(string) string
 	stdin          io.Reader
@@ -35,11 +35,11 @@ type program struct {
 	output         string // text or json
 }
 
-// connector opens the signing server that a target names. The Closer ends the
+// connector connects to the signing server of a target. The Closer closes the
 // connection.
 type connector func(ctx context.Context, t target) (runbook.Backend, io.Closer, error)
 
-// run carries out one command line and returns the exit status.
+// run executes one command line and returns the exit status.
 func run(ctx context.Context, args []string, getenv func(string) string, stdin io.Reader, stdout, stderr io.Writer, connect connector) int {
 	p := &program{getenv: getenv, stdin: stdin, stdout: stdout, stderr: stderr, connect: connect}
 	root := p.root()
@@ -58,7 +58,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	}
 	remedy := runbook.Remedy(err)
 	if name := command.Name(); remedy == "" && ctx.Err() != nil && (name == "wait" || name == "rotate") {
-		remedy = "Nothing is lost by that. Run keysetctl " + name + " again to go on from here."
+		remedy = "Run keysetctl " + name + " again to continue."
 	}
 	if remedy != "" {
 		_, _ = fmt.Fprintln(stderr, remedy)
@@ -69,10 +69,10 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	return cli.ExitFailed
 }
 
-// root builds the tree of commands. The verbs exist twice: at the top, and
-// under the long path that the runbook uses.
+// root returns the command tree. The verbs exist twice: at the top and under the
+// path "trust-domain deployment keyset".
 func (p *program) root() *cobra.Command {
-	root := group("keysetctl", "carry out a keyset rotation, step by step or as a whole")
+	root := group("keysetctl", "run a keyset rotation, step by step or as a whole")
 	root.Long = rootHelp
 	root.Version = cli.Version(version)
 	root.SetVersionTemplate("renewd keysetctl {{.Version}}\n")
@@ -92,9 +92,9 @@ func (p *program) root() *cobra.Command {
 	root.AddCommand(p.plan(), p.version())
 
 	long := []*cobra.Command{
-		group("trust-domain", "the long path of the commands, as the runbook has it"),
-		group("deployment", "the long path of the commands, as the runbook has it"),
-		group("keyset", "the commands, as \"keysetctl COMMAND\" has them"),
+		group("trust-domain", "the same commands under a longer path"),
+		group("deployment", "the same commands under a longer path"),
+		group("keyset", "the same commands as \"keysetctl COMMAND\""),
 	}
 	long[2].AddCommand(verbs()...)
 	long[1].AddCommand(long[2])
@@ -103,7 +103,7 @@ func (p *program) root() *cobra.Command {
 	return root
 }
 
-// group makes a command that only has subcommands.
+// group returns a command that only has subcommands.
 func group(name, short string) *cobra.Command {
 	return &cobra.Command{
 		Use: name, Short: short, Long: strings.ToUpper(short[:1]) + short[1:] + ".\n",
@@ -140,41 +140,41 @@ func (p *program) help() *cobra.Command {
 	}
 }
 
-// oneID is the Args of a command that is about one keyset.
+// oneID is the Args function of a command for one keyset.
 func oneID(c *cobra.Command, args []string) error {
 	switch {
 	case len(args) == 0 || args[0] == "":
 		return cli.Usagef("%s: give the keyset's ID, as in \"keysetctl %s ks_abc1234xyz\"; keysetctl list shows the IDs", c.Name(), c.Name())
 	case len(args) > 1:
-		return cli.Usagef("%s: takes one keyset ID, and got %q too", c.Name(), args[1])
+		return cli.Usagef("%s: takes one keyset ID, but also got %q", c.Name(), args[1])
 	}
 	return nil
 }
 
-// noArgs is the Args of a command that takes none.
+// noArgs is the Args function of a command without arguments.
 func noArgs(c *cobra.Command, args []string) error {
 	if len(args) > 0 {
-		return cli.Usagef("%s: takes no argument, and got %q", c.Name(), args[0])
+		return cli.Usagef("%s: takes no argument, but got %q", c.Name(), args[0])
 	}
 	return nil
 }
 
-// flagError says which flag is wrong and what it takes.
+// flagError returns a usage error that names the flag and its values.
 func flagError(c *cobra.Command, err error) error {
 	unknown, isUnknown := errors.AsType[*pflag.NotExistError](err)
 	value, isValue := errors.AsType[*pflag.InvalidValueError](err)
 	missing, isMissing := errors.AsType[*pflag.ValueRequiredError](err)
 	switch {
-	case isUnknown && c.Flag(unknown.GetSpecifiedShortnames()) != nil: // agent and server take one dash, too
+	case isUnknown && c.Flag(unknown.GetSpecifiedShortnames()) != nil: // one dash works for agent and server
 		return cli.Usagef("%s: write --%s with two dashes", c.Name(), unknown.GetSpecifiedShortnames())
 	case isUnknown:
 		return cli.Usagef("%s: there is no flag %s", c.Name(), dashed(unknown.GetSpecifiedName()))
 	case isMissing:
 		f := missing.GetFlag()
-		return cli.Usagef("%s: --%s needs a value%s", c.Name(), f.Name, suchAs(f))
+		return cli.Usagef("%s: --%s needs a value%s", c.Name(), f.Name, valueHint(f))
 	case isValue:
 		f := value.GetFlag()
-		return cli.Usagef("%s: --%s does not take %q%s", c.Name(), f.Name, value.GetValue(), suchAs(f))
+		return cli.Usagef("%s: --%s does not take %q%s", c.Name(), f.Name, value.GetValue(), valueHint(f))
 	}
 	return cli.Usagef("%s: %v", c.Name(), err)
 }
@@ -186,23 +186,23 @@ func dashed(name string) string {
 	return "--" + name
 }
 
-// suchAs gives an example of a flag's value by its type.
-func suchAs(f *pflag.Flag) string {
+// valueHint returns an example of a flag's value by its type.
+func valueHint(f *pflag.Flag) string {
 	switch f.Value.Type() {
 	case "duration":
 		return ": give a duration such as 90s or 5m"
 	case "int", "uint64", "float64":
 		return ": give a number"
 	case "bool":
-		return ": give true or false, or nothing"
+		return ": give true, false, or no value"
 	}
 	return ""
 }
 
-// check refuses values that flags accept but no command can work with.
+// check rejects values of the common flags.
 func (p *program) check() error {
 	if p.output != "text" && p.output != "json" {
-		return cli.Usagef("--output takes text or json, and is %q", p.output)
+		return cli.Usagef("--output takes text or json, not %q", p.output)
 	}
 	return nil
 }

@@ -18,9 +18,8 @@ import (
 	"github.com/renewd/renewd/test/runbooktest"
 )
 
-// On a terminal a rotation asks before each step, and Error is red there. An
-// answer is one to a question that was shown: what was typed before it, while a
-// wait went on perhaps, is none.
+// On a terminal a rotation asks before each step, and errors are red. Text that was
+// typed before a question does not answer it.
 func TestRotateOnATerminal(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
@@ -31,9 +30,9 @@ func TestRotateOnATerminal(t *testing.T) {
 		shown   []string
 	}{
 		"yes": {"", []string{"y\n", "y\n", "yes\n", "y\n"}, 0, 4,
-			[]string{"Prepare a new keyset? It is published and does not sign yet. [y/N] ", "This is permanent. [y/N] "}},
-		"no":             {"", []string{"y\n", "n\n"}, 1, 1, []string{"and ks_", " steps down. [y/N] ", "\x1b[31mError:\x1b[0m stopped as asked"}},
-		"the end":        {"", []string{"y\n", "\x04"}, 1, 1, []string{"\x1b[31mError:\x1b[0m stopped as asked"}},
+			[]string{"Prepare a new keyset? It is published, but does not sign. [y/N] ", "This cannot be undone. [y/N] "}},
+		"no":             {"", []string{"y\n", "n\n"}, 1, 1, []string{" It then signs instead of ks_", "[y/N] ", "\x1b[31mError:\x1b[0m stopped before this step"}},
+		"the end":        {"", []string{"y\n", "\x04"}, 1, 1, []string{"\x1b[31mError:\x1b[0m stopped before this step"}},
 		"yes too early":  {"y\ny\ny\ny\n", []string{"n\n"}, 1, 0, nil},
 		"no, and thrice": {"n\n", []string{"y\n", "n\nn\nn\n"}, 1, 1, nil},
 	} {
@@ -79,7 +78,7 @@ func TestRotateOnATerminal(t *testing.T) {
 	}
 }
 
-// arrived returns when the whole lines that were typed can be read.
+// arrived returns when the typed lines can be read.
 func arrived(t *testing.T, slave *os.File, typed string) {
 	t.Helper()
 	want := strings.LastIndex(typed, "\n") + 1
@@ -94,7 +93,7 @@ func arrived(t *testing.T, slave *os.File, typed string) {
 	}
 }
 
-// An interrupt at a question ends the program, although nobody answers.
+// An interrupt ends the program while it waits for an answer.
 func TestInterruptAtAQuestion(t *testing.T) {
 	t.Parallel()
 	_, slave := openTerminal(t)

@@ -17,28 +17,28 @@ import (
 
 // waitFlags are common to wait and rotate.
 type waitFlags struct {
-	what string
-	o    runbook.WaitOptions
+	scope string
+	o     runbook.WaitOptions
 }
 
 func (w *waitFlags) flags(f *pflag.FlagSet, forHelp string) {
-	f.StringVar(&w.what, "for", string(runbook.X509), forHelp)
+	f.StringVar(&w.scope, "for", string(runbook.X509), forHelp)
 	f.DurationVar(&w.o.Timeout, "timeout", 0, "give up after this `DURATION`; 0 waits without a limit")
-	f.DurationVar(&w.o.Interval, "interval", runbook.DefaultInterval, "`DURATION` between two looks at the server")
+	f.DurationVar(&w.o.Interval, "interval", runbook.DefaultInterval, "`DURATION` between two polls of the server")
 }
 
 // options checks the flags' values.
-func (w *waitFlags) options(p *program, values ...runbook.For) (runbook.WaitOptions, error) {
+func (w *waitFlags) options(p *program, values ...runbook.Scope) (runbook.WaitOptions, error) {
 	var names []string
 	for _, v := range values {
 		names = append(names, string(v))
-		if string(v) == w.what {
+		if string(v) == w.scope {
 			w.o.For = v
 		}
 	}
 	switch {
 	case w.o.For == "":
-		return w.o, cli.Usagef("--for takes one of %s, and is %q", strings.Join(names, ", "), w.what)
+		return w.o, cli.Usagef("--for takes one of %s, and is %q", strings.Join(names, ", "), w.scope)
 	case w.o.Timeout < 0:
 		return w.o, cli.Usagef("--timeout must not be negative, and is %v: leave it out to wait without a limit", w.o.Timeout)
 	case w.o.Interval <= 0:
@@ -77,7 +77,7 @@ func (p *program) wait() *cobra.Command {
 			})
 		},
 	}
-	w.flags(c.Flags(), "`WHAT` is to be safe: x509, jwt or all")
+	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509, jwt or all")
 	return c
 }
 
@@ -86,7 +86,7 @@ func (p *program) rotate() *cobra.Command {
 	var keysetID string
 	var yes bool
 	c := &cobra.Command{
-		Use: "rotate", Short: "all steps in a row, from wherever the deployment stands",
+		Use: "rotate", Short: "run all steps, or the steps that are left",
 		Long: rotateHelp, Args: noArgs, Example: "  keysetctl rotate\n  keysetctl rotate --yes --timeout 30m",
 		RunE: func(c *cobra.Command, _ []string) error {
 			o, err := w.options(p, runbook.X509, runbook.All)
@@ -96,15 +96,15 @@ func (p *program) rotate() *cobra.Command {
 			ro := runbook.RotateOptions{Wait: o, Keyset: keysetID}
 			if !yes {
 				if !isTerminal(p.stdin) || !isTerminal(p.stderr) {
-					return cli.Usagef("rotate: asks before each step, and this is no terminal: give --yes")
+					return cli.Usagef("rotate: cannot ask before each step without a terminal: give --yes")
 				}
 				ro.Ask = p.asker(c.Context(), o.Progress)
 			}
-			var failed error // of the output
+			var outputErr error
 			if p.output != "json" {
-				ro.Report = func(d runbook.Done) {
+				ro.Report = func(d runbook.StepResult) {
 					o.Progress.Clear()
-					failed = errors.Join(failed, p.done(d))
+					outputErr = errors.Join(outputErr, p.done(d))
 				}
 			}
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
@@ -112,21 +112,21 @@ func (p *program) rotate() *cobra.Command {
 				if p.output == "json" {
 					return errors.Join(err, cli.PrintJSON(p.stdout, r))
 				}
-				if err = errors.Join(err, failed); err != nil {
+				if err = errors.Join(err, outputErr); err != nil {
 					return err
 				}
 				return cli.Printf(p.stdout, "The rotation is complete: %s is active.\n", r.Active)
 			})
 		},
 	}
-	w.flags(c.Flags(), "`WHAT` is to be safe before removing: x509, or all with JWT-SVIDs")
-	c.Flags().StringVar(&keysetID, "keyset", "", "`ID` of the keyset that is meant, where the next step could be about several")
-	c.Flags().BoolVar(&yes, "yes", false, "do not ask before each step; waiting until it is safe stays")
+	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509 or all")
+	c.Flags().StringVar(&keysetID, "keyset", "", "`ID` of the keyset for the next step, if there are several")
+	c.Flags().BoolVar(&yes, "yes", false, "do not ask before each step; the waits remain")
 	return c
 }
 
-// asker asks on the terminal. Only y or yes is a yes, and only when it is typed
-// after the question is there.
+// asker returns a function that asks on the terminal. Only y and yes mean yes, and
+// only if they are typed after the question.
 func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bool, error) {
 	type answer struct {
 		text string
@@ -138,8 +138,8 @@ func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bo
 		dropTyped(p.stdin)
 		_, _ = fmt.Fprintf(p.stderr, "%s [y/N] ", cli.PrintableLines(question))
 		got := make(chan answer, 1)
-		// A terminal cannot be read with a deadline: after an interrupt this
-		// goroutine ends with the program, which is then about to end.
+		// A read from a terminal has no deadline. After an interrupt this goroutine
+		// lives until the program exits.
 		go func() {
 			text, err := lines.ReadString('\n')
 			got <- answer{text, err}
@@ -152,7 +152,7 @@ func (p *program) asker(ctx context.Context, s *runbook.Screen) func(string) (bo
 			if a.err != nil {
 				_, _ = fmt.Fprintln(p.stderr)
 				if errors.Is(a.err, io.EOF) {
-					return false, nil // no answer is no
+					return false, nil // end of input means no
 				}
 				return false, a.err
 			}

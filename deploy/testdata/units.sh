@@ -1,5 +1,5 @@
-# Runs as root in a container that systemd has booted: what deploy/README.md says
-# is done (readme.sh is its commands), and then what happens to a machine.
+# Runs as root in a container with systemd: the commands of deploy/README.md
+# (readme.sh), then events in the life of a machine.
 set -euo pipefail
 touch /out/began
 cd /src
@@ -19,10 +19,10 @@ property() { systemctl show -P "$1" "$2"; }
 in_journal() { grep -q -- "$3" <(journalctl -u "$1" -p "$2" -o cat); }
 journal_has() { until_ok in_journal "$@"; } # UNIT PRIORITY TEXT
 
-echo "== as README.md says"
+echo "== the commands of README.md"
 . ./readme.sh
 
-echo "== the workload of a user; its selectors need /proc and its executable"
+echo "== workloads of several users; their selectors need /proc and the executable"
 until_ok renewd-agent healthcheck
 until_ok as web renewd-agent fetch x509
 not as nobody renewd-agent fetch x509
@@ -38,11 +38,11 @@ ok renewd-server entries apply /etc/renewd/entries.yaml
 until_ok as nobody renewd-agent fetch x509
 rm /etc/renewd/join_token
 
-echo "== operators: root, and who is in the group of the socket and of the configuration"
+echo "== operators: root, and members of the socket's group if the configuration has that"
 not as ops keysetctl list
 sed -i 's/^    - unix:uid:0$/&\n    - unix:group:renewd-server/' /etc/renewd/server.yaml
 usermod -aG renewd-server ops
-# A command right after the restart finds the socket.
+# A command right after the restart reaches the socket.
 systemctl restart renewd-server
 ok as ops keysetctl list
 
@@ -51,7 +51,7 @@ OLD=$(keysetctl list -o json | grep -o 'ks_[a-z0-9]*' | head -1)
 NEW=$(as ops keysetctl prepare | grep -o 'ks_[a-z0-9]*')
 applied() { keysetctl list -o json | grep -q '"agents_behind": 0'; }
 until_ok applied
-# Nothing of it is seen by a workload that asks all the time.
+# A workload that fetches continuously always has an SVID.
 (while [ ! -e /out/stop ]; do as web renewd-agent fetch x509 >/dev/null 2>>/out/denied || true; sleep 0.1; done) &
 ok as ops keysetctl activate "$NEW"
 ok as ops keysetctl taint "$OLD"
@@ -62,29 +62,29 @@ wait
 [ ! -s /out/denied ] || fail "a workload had no SVID: $(cat /out/denied)"
 not grep -q "$OLD" <(keysetctl list)
 
-echo "== ended by whatever signal, and started again; SIGHUP ends nothing"
-again() { # 0 is no process
+echo "== restarted after any signal except SIGHUP, which is ignored"
+restarted() { # PID 0: no process
 	local now=$(property MainPID $UNIT)
 	[ "$now" != 0 ] && [ "$now" != "$PID" ] && [ "$(property ActiveState $UNIT)" = active ]
 }
 for UNIT in renewd-agent renewd-server; do
-	for SIGNAL in KILL TERM QUIT; do # QUIT ends a Go program as a crash does
+	for SIGNAL in KILL TERM QUIT; do # QUIT ends a Go program like a crash
 		PID=$(property MainPID $UNIT)
 		kill -HUP "$PID"
 		sleep 0.1
 		kill -$SIGNAL "$PID"
-		until_ok again
+		until_ok restarted
 	done
 	journal_has $UNIT warning 'SIGHUP ignored'
 done
 
-echo "== a restart while the server is down: workloads keep what was held, without a token"
+echo "== a restart while the server is down: workloads keep their SVIDs, without a join token"
 systemctl stop renewd-server
 systemctl restart renewd-agent
 ok as web renewd-agent fetch x509
 journal_has renewd-agent warning 'entry sync failed'
 
-echo "== a store key that is not encrypted"
+echo "== a store key without encryption"
 install -d /etc/systemd/system/renewd-server.service.d
 printf '[Service]\nLoadCredentialEncrypted=\nLoadCredential=renewd-store-key:/etc/renewd/store.key\n' >/etc/systemd/system/renewd-server.service.d/key.conf
 install -m 0600 /root/store.key /etc/renewd/store.key
@@ -92,7 +92,7 @@ systemctl daemon-reload
 ok systemctl start renewd-server
 ok renewd-server health
 
-echo "== what does not get better by itself is said at once and not tried again"
+echo "== permanent errors are reported at once and not retried"
 rm -f /root/other.key
 renewd-server key new /root/other.key
 install -m 0600 /root/other.key /etc/renewd/store.key
@@ -108,20 +108,20 @@ for unit in renewd-agent renewd-server; do
 	[ "$(property ActiveState $unit)" = failed ] || fail "$unit is $(property ActiveState $unit)"
 done
 
-echo "== put right"
+echo "== errors corrected"
 sed -i 's/^trust_domian/trust_domain/' /etc/renewd/agent.yaml
 install -m 0600 /root/store.key /etc/renewd/store.key
 ok systemctl start renewd-agent renewd-server
 until_ok renewd-agent healthcheck
 
-echo "== restarted again and again: never given up"
+echo "== restarted often, without a limit"
 for _ in 1 2 3 4 5 6; do systemctl restart renewd-agent; done
 UNIT=renewd-agent
 PID=$(property MainPID $UNIT)
 kill -9 "$PID"
-until_ok again
+until_ok restarted
 
-echo "== stopped: what was in memory is gone"
+echo "== stopped: the SVIDs in memory are deleted"
 systemctl stop renewd-agent
 not test -e /run/renewd
 echo "== done"

@@ -119,7 +119,7 @@ func TestEntriesWithUnknownTrustDomain(t *testing.T) {
 	entry := func(id string, with ...string) *api.Entry {
 		return &api.Entry{Id: id, SpiffeId: "spiffe://example.org/" + id, Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}, FederatesWith: with}
 	}
-	const warning = `entries that federate with "typo.example": the server does not follow it, workloads do not get its bundle: set federation.typo.example in its configuration, or correct "a", "b"`
+	const warning = `entries that federate with "typo.example": the server does not fetch its bundle, so workloads do not get it: set federation.typo.example in the server's configuration, or correct "a", "b"`
 	for _, dryRun := range []bool{true, false} {
 		resp, err := r.api.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Scope: scope("default"), DryRun: dryRun, Entries: []*api.Entry{
 			entry("b", "typo.example"), entry("a", "partner.example", "typo.example"), entry("c", "partner.example"),

@@ -1,5 +1,5 @@
-// Package runbooktest is a signing server for tests of what operators do: real
-// keysets in memory, with agents whose state the test decides.
+// Package runbooktest is a signing server for tests of operators' commands: real keysets
+// in memory, and agents whose state the test sets.
 package runbooktest
 
 import (
@@ -20,21 +20,21 @@ import (
 type Server struct {
 	Deployment *keyset.Deployment
 
-	// Before, when set, is called at the beginning of each call with its name and
-	// keyset ID, and fails the call if it returns an error.
+	// Before is called at the beginning of each call with its name and keyset ID. Its
+	// error is the call's. It may be nil.
 	Before func(call, id string) error
-	// After, when set, may replace the answer of a mutation that was carried
-	// out by an error.
+	// After is called after each mutation. Its error replaces the result. It may be
+	// nil.
 	After func(call, id string) error
 
-	// HoldersAt tells the agents that hold SVIDs of a keyset at a moment; nil: none
-	// ever. Its SVIDs are the live ones.
+	// HoldersAt returns the agents that hold SVIDs of a keyset; nil: none. Their SVIDs
+	// are the live ones.
 	HoldersAt func(id string, now time.Time) []runbook.Holder
 	// JWTExpiry of each keyset by ID; absent: no JWT-SVID was ever signed.
 	JWTExpiry map[string]time.Time
-	// Unknown is why there are no figures; empty when there are.
+	// Unknown says why the figures are not known. It is empty if they are.
 	Unknown string
-	// Agents and those of them that are Behind at a moment; nil: none.
+	// Agents counts the agents, Behind those that are behind; nil: none.
 	Agents int
 	Behind func(now time.Time) int
 
@@ -53,8 +53,8 @@ func NewServer(t testing.TB) *Server {
 	return &Server{Deployment: d, JWTExpiry: map[string]time.Time{}}
 }
 
-// Calls lists the mutations that were asked for, in order: "prepare",
-// "activate ks_…" and so on.
+// Calls returns the mutations that were called, in order: "prepare", "activate ks_…"
+// and so on.
 func (s *Server) Calls() []string {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -177,7 +177,7 @@ func (s *Server) Remove(ctx context.Context, id string, force bool) error {
 		}
 		for _, k := range status.Keysets {
 			if k.ID == id && k.State == runbook.Tainted && !k.X509Safe && !force {
-				return &runbook.NotSafeError{Keyset: id, Message: "X.509-SVIDs hang on it"}
+				return &runbook.NotSafeError{Keyset: id, Message: "X.509-SVIDs depend on it"}
 			}
 		}
 		return s.Deployment.Remove(ctx, id)

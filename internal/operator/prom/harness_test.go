@@ -24,7 +24,7 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// node is an agent as Prometheus sees it: its real metrics over HTTP.
+// node serves the metrics of an agent over HTTP.
 type node struct {
 	*httptest.Server
 	state   atomic.Pointer[metrics.State]
@@ -42,7 +42,7 @@ func startNode(t *testing.T, s metrics.State) *node {
 
 func (n *node) set(s metrics.State) { n.state.Store(&s) }
 
-// restart puts another process in the place of the agent's.
+// restart replaces the agent's process.
 func (n *node) restart(s metrics.State) {
 	n.set(s)
 	h := metrics.New(metrics.Config{
@@ -54,7 +54,7 @@ func (n *node) restart(s metrics.State) {
 
 func (n *node) instance() string { return strings.TrimPrefix(n.URL, "http://") }
 
-// twin is a second address of the agent.
+// twin returns a second address of the agent.
 func (n *node) twin(t *testing.T) *node {
 	t.Helper()
 	twin := &node{Server: httptest.NewServer(n.Config.Handler)}
@@ -62,7 +62,7 @@ func (n *node) twin(t *testing.T) *node {
 	return twin
 }
 
-// info is the agent's renewd_agent_info series.
+// info returns the agent's renewd_agent_info series.
 func (n *node) info(t *testing.T) string {
 	t.Helper()
 	rec := httptest.NewRecorder()
@@ -72,12 +72,12 @@ func (n *node) info(t *testing.T) string {
 			return "renewd_agent_info{" + strings.TrimSuffix(labels, "} 1\n")
 		}
 	}
-	t.Fatal("the agent does not say who it is")
+	t.Fatal("the agent exports no renewd_agent_info")
 	return ""
 }
 
-// holding is the state of an agent to which the authority "old" is tainted
-// when pending is not negative; n tells agents apart.
+// holding returns the state of agent n. The authority "old" is tainted unless pending is
+// negative.
 func holding(n, held, pending, streams int) metrics.State {
 	at := time.Now().Truncate(time.Hour)
 	old := metrics.Authority{Type: metrics.TypeX509, ID: "old", State: metrics.StatePrepared, Held: held}
@@ -97,7 +97,7 @@ func ids(of ...int) (list []string) {
 	return list
 }
 
-// job is a scrape job of these agents; more is YAML of it.
+// job returns the configuration of a scrape job; more is additional YAML.
 func job(name string, more string, nodes ...*node) string {
 	var targets []string
 	for _, n := range nodes {
@@ -106,28 +106,28 @@ func job(name string, more string, nodes ...*node) string {
 	return fmt.Sprintf("\n  - job_name: %s\n    static_configs: [{targets: [\"%s\"]}]\n%s", name, strings.Join(targets, `", "`), more)
 }
 
-// prometheus is Debian's, which scrapes every two seconds.
+// prometheus is a process of Debian's package. It scrapes every two seconds.
 type prometheus struct {
 	url, dir string
 	cmd      *exec.Cmd
 }
 
-// past is a series with a sample a minute between two moments.
-type past struct {
+// pastSeries is a series with a sample per minute between two moments.
+type pastSeries struct {
 	series   string
 	from, to time.Duration // ago
 }
 
-// startPrometheus runs one with the jobs, global settings and a past.
-func startPrometheus(t *testing.T, global string, jobs []string, history ...past) *prometheus {
+// startPrometheus starts Prometheus with jobs, global settings and a history.
+func startPrometheus(t *testing.T, global string, jobs []string, history ...pastSeries) *prometheus {
 	t.Helper()
 	for _, name := range []string{"prometheus", "promtool"} {
 		if _, err := exec.LookPath(name); err != nil {
-			t.Skip("install prometheus (apt-get install prometheus) to run this test under a real one")
+			t.Skip("needs Prometheus (apt-get install prometheus)")
 		}
 	}
 	p := &prometheus{dir: t.TempDir()}
-	p.remember(t, history)
+	p.writeHistory(t, history)
 	p.configure(t, global, jobs)
 	port, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
@@ -172,7 +172,7 @@ func (p *prometheus) configure(t *testing.T, global string, jobs []string) {
 	}
 }
 
-// reload has it use other jobs.
+// reload replaces the jobs.
 func (p *prometheus) reload(t *testing.T, jobs ...string) {
 	t.Helper()
 	p.configure(t, "", jobs)
@@ -181,7 +181,7 @@ func (p *prometheus) reload(t *testing.T, jobs ...string) {
 	}
 }
 
-func (p *prometheus) remember(t *testing.T, history []past) {
+func (p *prometheus) writeHistory(t *testing.T, history []pastSeries) {
 	t.Helper()
 	if len(history) == 0 {
 		return
@@ -207,7 +207,7 @@ func (p *prometheus) remember(t *testing.T, history []past) {
 	}
 }
 
-// count is the number of series of a metric.
+// count returns the number of series of a metric.
 func (p *prometheus) count(t *testing.T, metric string) int {
 	t.Helper()
 	client, err := api.NewClient(api.Config{Address: p.url})
@@ -222,37 +222,36 @@ func (p *prometheus) count(t *testing.T, metric string) int {
 	return len(series)
 }
 
-// asked are the figures of the X.509 authority "old" and the JWT key "key".
-type asked struct {
+// fleetQuery gets figures of the X.509 authority "old" and the JWT key "key".
+type fleetQuery struct {
 	t        *testing.T
 	client   *prom.Client
 	expected []string
 	prom.Figures
 }
 
-func ask(t *testing.T, p *prometheus, c prom.Config, expected ...int) *asked {
+func query(t *testing.T, p *prometheus, c prom.Config, expected ...int) *fleetQuery {
 	t.Helper()
 	c.URL, c.Timeout = p.url, time.Minute
 	client, err := prom.New(c)
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &asked{t: t, client: client, expected: ids(expected...)}
+	return &fleetQuery{t: t, client: client, expected: ids(expected...)}
 }
 
-func (a *asked) again() (err error) {
+func (a *fleetQuery) update() (err error) {
 	a.Figures, err = a.client.Figures(a.t.Context(), "old", "key", a.expected)
 	return err
 }
 
-// becomes waits until these are the holders, given as "agent reason", with a
-// node's instance for an agent.
-func (a *asked) becomes(what string, want ...string) {
+// waitHolders waits until these are the holders, each as "agent reason".
+func (a *fleetQuery) waitHolders(what string, want ...string) {
 	a.t.Helper()
 	var last error
 	deadline := time.Now().Add(2 * time.Minute)
-	for ; ; time.Sleep(look) {
-		last = a.again()
+	for ; ; time.Sleep(pollInterval) {
+		last = a.update()
 		var got []string
 		for _, h := range a.Holders {
 			got = append(got, h.Agent+" "+h.Reason)
@@ -271,22 +270,22 @@ func (a *asked) becomes(what string, want ...string) {
 	}
 }
 
-// stays asks for some scrapes whether it is never safe.
-func (a *asked) stays(what string) {
+// staysUnsafe fails the test if the figures are safe within the next scrapes.
+func (a *fleetQuery) staysUnsafe(what string) {
 	a.t.Helper()
-	for end := time.Now().Add(6 * time.Second); time.Now().Before(end); time.Sleep(look) {
-		if err := a.again(); err == nil && (a.X509Safe || a.JWTSafe) {
+	for end := time.Now().Add(6 * time.Second); time.Now().Before(end); time.Sleep(pollInterval) {
+		if err := a.update(); err == nil && (a.X509Safe || a.JWTSafe) {
 			a.t.Fatalf("%s: safe: %+v", what, a.Figures)
 		}
 	}
 }
 
-// look is how often Prometheus is asked.
-const look = 200 * time.Millisecond
+// pollInterval is the time between two queries.
+const pollInterval = 200 * time.Millisecond
 
 func eventually(t *testing.T, what string, ok func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(look) {
+	for deadline := time.Now().Add(2 * time.Minute); !ok(); time.Sleep(pollInterval) {
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within two minutes", what)
 		}

@@ -10,10 +10,9 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// TestHistory: an agent that is started again, or is gone, tells of no JWT-SVID that
-// it handed out before. So that the last of them has ended is known only where the
-// history has no room for one that was forgotten. Each past is a job's of one
-// Prometheus, which all scrape the same agent; JWT-SVIDs live for an hour.
+// TestHistory: an agent that restarted or ended no longer exports the expiry of its
+// JWT-SVIDs. They are safe only if the history shows that none was forgotten. Each case is
+// a job of one Prometheus; all jobs scrape the same agent. JWT-SVIDs live for an hour.
 func TestHistory(t *testing.T) {
 	t.Parallel()
 	const life = time.Hour
@@ -32,47 +31,47 @@ func TestHistory(t *testing.T) {
 	it, before := process(running, id(1)), process("before", id(1))
 	tests := []struct {
 		name string
-		past []past // of series that lack the labels of the target
+		past []pastSeries // without the labels of the target
 		safe bool
 	}{
-		{"the agent was there all the time", []past{{up, 2 * life, 0}, {it, 2 * life, 0}}, true},
+		{"the agent was there all the time", []pastSeries{{up, 2 * life, 0}, {it, 2 * life, 0}}, true},
 		{"Prometheus is new", nil, false},
-		{"Prometheus is young", []past{{up, life / 2, 0}, {it, life / 2, 0}}, false},
-		{"the agent was started again", []past{{up, 2 * life, 0}, {before, 2 * life, life / 2}, {it, life / 2, 0}}, false},
-		{"the agent was started again, long ago", []past{{up, 2 * life, 0}, {before, 2 * life, 3 * life / 2}, {it, 3 * life / 2, 0}}, true},
-		{"the agent is new", []past{{up, 2 * life, 0}, {it, life / 2, 0}}, false},
-		{"another agent is gone", []past{{up, 2 * life, 0}, {it, 2 * life, 0},
+		{"Prometheus is young", []pastSeries{{up, life / 2, 0}, {it, life / 2, 0}}, false},
+		{"the agent was started again", []pastSeries{{up, 2 * life, 0}, {before, 2 * life, life / 2}, {it, life / 2, 0}}, false},
+		{"the agent was started again, long ago", []pastSeries{{up, 2 * life, 0}, {before, 2 * life, 3 * life / 2}, {it, 3 * life / 2, 0}}, true},
+		{"the agent is new", []pastSeries{{up, 2 * life, 0}, {it, life / 2, 0}}, false},
+		{"another agent is gone", []pastSeries{{up, 2 * life, 0}, {it, 2 * life, 0},
 			{process("gone", id(2)), 2 * life, life / 2}}, false},
-		{"another agent of another trust domain is gone", []past{{up, 2 * life, 0}, {it, 2 * life, 0},
+		{"another agent of another trust domain is gone", []pastSeries{{up, 2 * life, 0}, {it, 2 * life, 0},
 			{process("gone", "spiffe://other.org/spire/agent/2"), 2 * life, life / 2}}, true},
-		{"a gap in which the agent was started again", []past{{up, 2 * life, life * 3 / 4}, {up, life / 4, 0},
+		{"a gap in which the agent was started again", []pastSeries{{up, 2 * life, life * 3 / 4}, {up, life / 4, 0},
 			{before, 2 * life, life * 3 / 4}, {it, life / 4, 0}}, false},
-		// Others may have come and gone in it.
-		{"a gap", []past{{up, 2 * life, life * 3 / 4}, {up, life / 4, 0}, {it, 2 * life, life * 3 / 4}, {it, life / 4, 0}}, false},
-		{"a gap, long ago", []past{{up, 2 * life, life * 3 / 2}, {up, life * 5 / 4, 0},
+		// Another agent may have run during the gap.
+		{"a gap", []pastSeries{{up, 2 * life, life * 3 / 4}, {up, life / 4, 0}, {it, 2 * life, life * 3 / 4}, {it, life / 4, 0}}, false},
+		{"a gap, long ago", []pastSeries{{up, 2 * life, life * 3 / 2}, {up, life * 5 / 4, 0},
 			{it, 2 * life, life * 3 / 2}, {it, life * 5 / 4, 0}}, true},
-		// It hides nothing: the process that was there before it is there after it.
-		{"a gap before the beginning", []past{{up, 2 * life, life + 10*time.Minute}, {up, life, 0},
+		// The process runs before and after the gap.
+		{"a gap before the beginning", []pastSeries{{up, 2 * life, life + 10*time.Minute}, {up, life, 0},
 			{it, 2 * life, life + 10*time.Minute}, {it, life, 0}}, true},
-		{"a token was handed out, by a process that is gone", []past{{up, 2 * life, 0}, {it, 2 * life, 0},
+		{"a token was handed out, by a process that is gone", []pastSeries{{up, 2 * life, 0}, {it, 2 * life, 0},
 			{gave, life / 2, life / 3}}, true}, // value 1: it ended in 1970
-		// Nothing is signed with a tainted key, so all of it ended with the life after.
-		{"tainted for so long", []past{{tainted, life + 10*time.Minute, 0}, {before, 2 * life, life / 2}}, true},
-		{"tainted for less", []past{{tainted, life - 5*time.Minute, 0}, {before, 2 * life, life / 2}, {it, life / 2, 0}}, false},
+		// A tainted key does not sign, so all JWT-SVIDs expire within one life.
+		{"tainted for so long", []pastSeries{{tainted, life + 10*time.Minute, 0}, {before, 2 * life, life / 2}}, true},
+		{"tainted for less", []pastSeries{{tainted, life - 5*time.Minute, 0}, {before, 2 * life, life / 2}, {it, life / 2, 0}}, false},
 	}
 	var jobs []string
-	var history []past
+	var history []pastSeries
 	for i, tt := range tests {
 		name := fmt.Sprint("job-", i)
 		jobs = append(jobs, job(name, "    scrape_interval: 5s\n", a))
 		for _, h := range tt.past {
-			history = append(history, past{h.series + fmt.Sprintf(`job=%q,instance="old"}`, name), h.from, h.to})
+			history = append(history, pastSeries{h.series + fmt.Sprintf(`job=%q,instance="old"}`, name), h.from, h.to})
 		}
 	}
 	p := startPrometheus(t, "", jobs, history...)
 	for i, tt := range tests {
-		f := ask(t, p, prom.Config{Job: fmt.Sprint("job-", i), TrustDomain: "example.org", JWTLife: life}, 1)
-		f.becomes(tt.name)
+		f := query(t, p, prom.Config{Job: fmt.Sprint("job-", i), TrustDomain: "example.org", JWTLife: life}, 1)
+		f.waitHolders(tt.name)
 		if f.JWTSafe != tt.safe {
 			t.Errorf("%s: JWT safe is %v: %+v", tt.name, f.JWTSafe, f.Figures)
 		}

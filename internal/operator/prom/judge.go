@@ -13,30 +13,30 @@ import (
 
 // The reasons of holders.
 const (
-	reasonSilent       = "silent"       // down, missing, or not heard of recently
-	reasonUnidentified = "unidentified" // does not say which agent it is
-	reasonDuplicated   = "duplicated"   // another one says that it is the same agent
+	reasonSilent       = "silent"       // down, missing, or no recent scrape
+	reasonUnidentified = "unidentified" // exports no SPIFFE ID or process ID
+	reasonDuplicated   = "duplicated"   // another process exports its SPIFFE ID
 	reasonBehind       = "behind"       // has not seen that the authority is tainted
-	reasonRenewing     = "renewing"     // has SVIDs of it to replace
-	reasonStreams      = "streams"      // has replaced them, but workloads have not read them yet
+	reasonRenewing     = "renewing"     // has SVIDs to replace
+	reasonStreams      = "streams"      // has replaced them, but workloads have not read them
 )
 
-// component is what an agent's spirl_application_info calls it.
+// component is the label of agents in spirl_application_info.
 const component = "agent"
 
-// judge says what follows from the targets and their newest scrapes.
-func judge(at time.Time, trustDomain string, targets []*target) Figures {
+// evaluate returns the figures that follow from the targets and their newest scrapes.
+func evaluate(at time.Time, trustDomain string, targets []*target) Figures {
 	f := Figures{At: at}
 	for _, t := range targets {
 		a, known := t.agent(at)
-		if known && t.foreign(trustDomain) {
+		if known && t.isForeign(trustDomain) {
 			continue
 		}
 		i := slices.IndexFunc(f.Agents, func(b Agent) bool { return a.Process != "" && b.Process == a.Process })
 		if i < 0 {
 			f.Agents = append(f.Agents, a)
 		} else {
-			f.Agents[i] = f.Agents[i].and(a)
+			f.Agents[i] = f.Agents[i].merge(a)
 		}
 	}
 	for i := range f.Agents {
@@ -61,38 +61,38 @@ func judge(at time.Time, trustDomain string, targets []*target) Figures {
 	return f
 }
 
-// missNumber adds that there must be so many agents.
-func (f *Figures) missNumber(expected int) {
+// addMissingNumber adds the missing agents if their expected number is known.
+func (f *Figures) addMissingNumber(expected int) {
 	if n := expected - len(f.Agents); n > 0 {
-		f.miss(n, fmt.Sprintf("%d of %d agents that Prometheus does not scrape", n, expected))
+		f.addMissing(n, fmt.Sprintf("%d of %d agents that Prometheus does not scrape", n, expected))
 	}
 }
 
-// missNamed adds that there must be these agents.
-func (f *Figures) missNamed(expected []string, targets []*target) {
-	there := make(map[string]bool, len(targets))
+// addMissingIDs adds the missing agents if their expected SPIFFE IDs are known.
+func (f *Figures) addMissingIDs(expected []string, targets []*target) {
+	present := make(map[string]bool, len(targets))
 	for _, t := range targets {
 		for id := range t.ids {
-			there[id] = true
+			present[id] = true
 		}
 	}
 	for _, id := range slices.Sorted(slices.Values(expected)) {
-		if !there[id] {
-			f.miss(1, id)
+		if !present[id] {
+			f.addMissing(1, id)
 		}
 	}
 }
 
-func (f *Figures) miss(n int, who string) {
+func (f *Figures) addMissing(n int, agent string) {
 	f.Expected, f.Missing, f.Holding, f.X509Safe = f.Expected+n, f.Missing+n, f.Holding+n, false
-	f.Holders = append(f.Holders, runbook.Holder{Agent: who, Reason: reasonSilent})
+	f.Holders = append(f.Holders, runbook.Holder{Agent: agent, Reason: reasonSilent})
 }
 
-// agent is what the target's newest scrape says, if that is recent.
+// agent returns the agent of the target. known says that the newest scrape is recent and
+// of an application that identifies itself.
 func (t *target) agent(at time.Time) (a Agent, known bool) {
 	a = Agent{Instance: t.instance(), ID: t.id(), LastScrape: t.answered, SVIDs: int(t.held)}
-	// A program that does not say what it is may be anything; its figures are
-	// not taken for an agent's.
+	// Without info the target may be any program.
 	if !t.recent(at) || t.info == nil {
 		return a, false
 	}
@@ -110,16 +110,15 @@ func (t *target) agent(at time.Time) (a Agent, known bool) {
 	return a, true
 }
 
-// foreign tells whether the target says that it is no agent of the trust
-// domain, so that it cannot hold an SVID of its authorities.
-func (t *target) foreign(trustDomain string) bool {
-	says := func(name model.LabelName) string { return string(t.info[name]) }
-	return says("spirl_component") != component || (trustDomain != "" && says("spirl_trust_domain") != trustDomain)
+// isForeign reports whether the target is no agent of the trust domain, so that it cannot
+// hold SVIDs of its authorities.
+func (t *target) isForeign(trustDomain string) bool {
+	infoLabel := func(name model.LabelName) string { return string(t.info[name]) }
+	return infoLabel("spirl_component") != component || (trustDomain != "" && infoLabel("spirl_trust_domain") != trustDomain)
 }
 
-// and is the agent by two scrapes of its process: nothing that only one of them
-// says is known.
-func (a Agent) and(b Agent) Agent {
+// merge returns the agent for two scrapes of its process. Only what both say is known.
+func (a Agent) merge(b Agent) Agent {
 	if b.LastScrape.After(a.LastScrape) {
 		a, b = b, a
 	}
@@ -129,7 +128,7 @@ func (a Agent) and(b Agent) Agent {
 	return a
 }
 
-// reason says why the agent could still hold an SVID; empty when it cannot.
+// reason returns why the agent may still hold an SVID. It is empty if it holds none.
 func (a Agent) reason() string {
 	switch {
 	case !a.Up:

@@ -15,7 +15,7 @@ import (
 	"github.com/prometheus/common/model"
 )
 
-// The series that are read. Their help texts are in package metrics.
+// The series. Package metrics describes them.
 const (
 	seriesUp       = "up"
 	seriesInfo     = "spirl_application_info"
@@ -37,7 +37,7 @@ const (
 var seriesOfScrape = strings.Join([]string{seriesUp, seriesInfo, seriesHeld, seriesPending, seriesStreams,
 	seriesSettled, seriesSequence, seriesAgent}, "|")
 
-// defaultInterval is Prometheus' own, for a target that does not say.
+// defaultInterval is Prometheus' default, for a target without an interval.
 const defaultInterval = time.Minute
 
 // target is a scrape target of the job and its newest scrape.
@@ -49,22 +49,21 @@ type target struct {
 	scrape time.Time // of the newest sample of up; zero: none in the window
 	up     bool
 	info   model.Metric // of spirl_application_info; nil: none
-	// The processes that the newest scrape says it is of: one, unless the agent
-	// is too old to say so or the target answers for several.
+	// The process IDs of the newest scrape: none if the agent is too old, several if
+	// the target is several agents.
 	processes []string
-	// What the newest scrape says, by series. Of settled it is the lowest, of
-	// what is counted the sum.
+	// The values of the newest scrape, by series: for settled the lowest, for counts
+	// the sum.
 	values map[string]float64
-	// The SPIFFE ID that the newest scrape says, and those that one that is
-	// silent has had within a day: under any of them it is not missing.
+	// The SPIFFE IDs of the newest scrape, or for a silent target all of the last
+	// day. The target counts for each of them.
 	ids map[string]bool
-	// Its last answer within a day, and, for one that is silent, what it held
-	// then.
+	// The last answered scrape within a day. For a silent target, what it held then.
 	answered time.Time
 	held     float64
 }
 
-func (t *target) isAlso(id model.LabelValue) {
+func (t *target) addID(id model.LabelValue) {
 	if id != "" {
 		if t.ids == nil {
 			t.ids = make(map[string]bool)
@@ -73,7 +72,7 @@ func (t *target) isAlso(id model.LabelValue) {
 	}
 }
 
-// id is the target's SPIFFE ID, when it has said one and no other.
+// id returns the target's SPIFFE ID. It is empty if there are none or several.
 func (t *target) id() string {
 	if len(t.ids) == 1 {
 		for id := range t.ids {
@@ -102,13 +101,12 @@ func (c *Client) targets(ctx context.Context) ([]*target, error) {
 		out = append(out, t)
 	}
 	if len(out) == 0 {
-		return nil, fmt.Errorf("no target has the job %q: name the scrape job of the agents, and the Prometheus that scrapes them", c.cfg.Job)
+		return nil, fmt.Errorf("no target has the job %q: give the scrape job of the agents, and the Prometheus that scrapes them", c.cfg.Job)
 	}
 	return out, nil
 }
 
-// clock reads Prometheus' time, so that the clock of this machine does not
-// matter to what is recent.
+// clock returns Prometheus' time, so that this machine's clock does not matter.
 func (c *Client) clock(ctx context.Context) (time.Time, error) {
 	v, _, _, err := c.api.Query(ctx, "time()", time.Time{})
 	if err != nil {
@@ -121,8 +119,8 @@ func (c *Client) clock(ctx context.Context) (time.Time, error) {
 	return s.Timestamp.Time(), nil
 }
 
-// scrapes fills in the newest scrape of each target. Raw samples are asked for,
-// because each comes with its own time.
+// scrapes reads the newest scrape of each target. It queries raw samples, because they
+// have the times of their scrapes.
 func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, targets []*target) error {
 	var window time.Duration
 	byInstance := make(map[string][]*target, len(targets))
@@ -142,7 +140,7 @@ func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, ta
 	}
 	of := func(s *model.SampleStream) *target {
 		for _, t := range byInstance[string(s.Metric[model.InstanceLabel])] {
-			if t.owns(s.Metric) {
+			if t.matches(s.Metric) {
 				return t
 			}
 		}
@@ -153,7 +151,7 @@ func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, ta
 			switch last := s.Values[len(s.Values)-1]; last.Timestamp.Time().Compare(t.scrape) {
 			case 1:
 				t.scrape, t.up = last.Timestamp.Time(), last.Value == 1
-			case 0: // of another replica
+			case 0: // from another replica
 				t.up = t.up && last.Value == 1
 			}
 		}
@@ -164,14 +162,14 @@ func (c *Client) scrapes(ctx context.Context, at time.Time, authority string, ta
 			if s.Metric[model.MetricNameLabel] == seriesInfo && last.Timestamp.Time().After(t.answered) {
 				t.answered = last.Timestamp.Time()
 			}
-			t.take(s.Metric, last)
+			t.addSample(s.Metric, last)
 		}
 	}
 	return nil
 }
 
-// owns tells whether a series with these labels comes from the target.
-func (t *target) owns(m model.Metric) bool {
+// matches reports whether a series with these labels comes from the target.
+func (t *target) matches(m model.Metric) bool {
 	for name, value := range t.labels {
 		if m[name] != value {
 			return false
@@ -180,8 +178,8 @@ func (t *target) owns(m model.Metric) bool {
 	return true
 }
 
-// take keeps a sample of the newest scrape; others are of the past.
-func (t *target) take(m model.Metric, s model.SamplePair) {
+// addSample adds a sample to the values if it is of the newest scrape.
+func (t *target) addSample(m model.Metric, s model.SamplePair) {
 	if !s.Timestamp.Time().Equal(t.scrape) {
 		return
 	}
@@ -197,7 +195,7 @@ func (t *target) take(m model.Metric, s model.SamplePair) {
 	case name == seriesInfo:
 		t.info = m
 	case name == seriesAgent:
-		t.isAlso(m[labelID])
+		t.addID(m[labelID])
 		if p := string(m[labelProcess]); p != "" && !slices.Contains(t.processes, p) {
 			t.processes = append(t.processes, p)
 		}
@@ -213,9 +211,8 @@ func (t *target) recent(at time.Time) bool {
 	return t.healthy && t.up && !t.scrape.Before(at.Add(-2*t.interval))
 }
 
-// lastAnswers fills in when those that are silent answered last, the time to the
-// minute, and who they were and what they held then. It changes nothing but what
-// an operator is told of them.
+// lastAnswers reads the last answer of silent targets, to the minute, and their SPIFFE
+// IDs and SVIDs at that time. Except for missing agents they are only displayed.
 func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string, targets []*target) error {
 	byInstance := make(map[string][]*target)
 	var names []string
@@ -240,7 +237,7 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 		}
 		for _, s := range vector {
 			for _, t := range byInstance[string(s.Metric[model.InstanceLabel])] {
-				if t.owns(s.Metric) && !math.IsNaN(float64(s.Value)) {
+				if t.matches(s.Metric) && !math.IsNaN(float64(s.Value)) {
 					take(t, s.Metric, float64(s.Value))
 				}
 			}
@@ -256,19 +253,19 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 		return err
 	}
 	err = read(fmt.Sprintf(`last_over_time(%s{%s}[1d])`, seriesAgent, silent), func(t *target, m model.Metric, _ float64) {
-		t.isAlso(m[labelID])
+		t.addID(m[labelID])
 	})
 	if err != nil {
 		return err
 	}
-	// The same SVIDs were counted under one state of the authority, then another.
+	// There may be a series for each state of the authority, with the same SVIDs.
 	return read(fmt.Sprintf(`last_over_time(%s{%s,authority=%s}[1d])`, seriesHeld, silent, label(exported(authority))), func(t *target, _ model.Metric, v float64) {
 		t.held = max(t.held, v)
 	})
 }
 
-// exported is the label value that the agents export for an ID.
+// exported returns the label value that agents export for an ID.
 func exported(id string) string { return strings.ToValidUTF8(id, "\uFFFD") }
 
-// label is a label value in PromQL, whose strings have Go's escapes.
+// label quotes a label value for PromQL, which has Go's escapes.
 func label(value string) string { return strconv.Quote(value) }

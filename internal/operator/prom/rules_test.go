@@ -15,10 +15,10 @@ import (
 	"github.com/renewd/renewd/internal/operator/prom"
 )
 
-// The fake Prometheus' clock stands still, far from this machine's.
+// now is the time of the fake Prometheus, far from this machine's.
 const now = 1_800_000_000.0
 
-// series is one sample of one series; labels of the target are added.
+// series is one sample of a series, without the labels of the target.
 type series struct {
 	name   string
 	labels map[string]string
@@ -32,13 +32,13 @@ type fakeTarget struct {
 	series                          []series
 }
 
-// id is the SPIFFE ID of an agent.
+// id returns the SPIFFE ID of an agent.
 func id(n int) string { return fmt.Sprintf("spiffe://example.org/spire/agent/%d", n) }
 
-// process is the ID of an agent's process.
+// process returns the process ID of an agent.
 func process(n int) string { return fmt.Sprint("P", n) }
 
-// agent is one that has nothing to do with the authority any more.
+// agent returns a target that does not depend on the authority.
 func agent(n int) *fakeTarget {
 	none := map[string]string{"authority": "old"}
 	return &fakeTarget{
@@ -66,15 +66,15 @@ func (f *fakeTarget) drop(name string) {
 	f.series = slices.DeleteFunc(f.series, func(s series) bool { return s.name == name })
 }
 
-// fake is a Prometheus that holds what it is given.
+// fake is a Prometheus with given answers.
 type fake struct {
 	targets  []*fakeTarget
 	jwt      []any             // result of the JWT query
 	tainted  bool              // an agent has seen the JWT key tainted long ago
-	moments  int               // at which it has scraped agents while a JWT-SVID lives; 0: at all
-	since    []string          // processes that it has seen in that time beside those of the targets
-	before   []string          // processes that it has seen before; nil: those of the targets
-	override map[string]string // body by what the request is about: targets, time, agents, answered, ids, held, jwt, tainted, moments, since, before
+	moments  int               // steps with scrapes during JWTLife; 0: all
+	since    []string          // processes seen during JWTLife, other than those of the targets
+	before   []string          // processes seen before; nil: those of the targets
+	override map[string]string // answers by topic: targets, time, agents, answered, ids, held, jwt, tainted, moments, since, before
 	queries  map[string]string
 	slow     chan struct{}
 }
@@ -161,7 +161,7 @@ func (f *fake) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	json.NewEncoder(w).Encode(map[string]any{"status": "success", "data": data})
 }
 
-// processes are those of the targets of the trust domain.
+// processes returns the process IDs of the trust domain's targets.
 func (f *fake) processes() (all []string) {
 	for _, t := range f.targets {
 		for _, s := range t.series {
@@ -185,7 +185,7 @@ func (f *fake) ids() any {
 	return vector(found)
 }
 
-// silent answers with two series for each target, whether it is silent or not.
+// silent answers with a series per value for each target.
 func (f *fake) silent(values ...float64) any {
 	found := []any{}
 	for _, t := range f.targets {
@@ -197,7 +197,7 @@ func (f *fake) silent(values ...float64) any {
 	return vector(found)
 }
 
-// vector is an answer with these results.
+// vector returns an answer with these results.
 func vector(result []any) any {
 	if result == nil {
 		result = []any{}
@@ -205,14 +205,14 @@ func vector(result []any) any {
 	return map[string]any{"resultType": "vector", "result": result}
 }
 
-// value is the result of one series without labels.
+// value returns a result with one series without labels.
 func value(v float64) []any {
 	return []any{map[string]any{"metric": map[string]string{}, "value": []any{now, fmt.Sprintf("%.3f", v)}}}
 }
 
 func ends(in float64) []any { return value(now + in) }
 
-// TestRules breaks each rule of what is safe once.
+// TestRules breaks each rule for safe authorities.
 func TestRules(t *testing.T) {
 	t.Parallel()
 	type world struct {
@@ -226,7 +226,7 @@ func TestRules(t *testing.T) {
 		jwt     bool   // not safe
 		err     string
 	}{
-		"all is well":             {},
+		"all settled":             {},
 		"expected by the config":  {change: func(w *world) { w.cfg.Expected, w.expected = 3, []string{"another"} }},
 		"trust domain as URI":     {change: func(w *world) { w.cfg.TrustDomain = "spiffe://example.org" }},
 		"nothing expected":        {change: func(w *world) { w.expected = nil }},
@@ -236,14 +236,14 @@ func TestRules(t *testing.T) {
 		"no scrape":               {func(w *world) { w.targets[1].series = nil }, "node-1:9090: silent", true, ""},
 		"two intervals":           {change: func(w *world) { w.targets[1].scrape = now - 30 }},
 		"more than two intervals": {func(w *world) { w.targets[1].scrape = now - 31 }, "node-1:9090: silent", true, ""},
-		"interval not said":       {change: func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-119 }},
+		"no interval":             {change: func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-119 }},
 		"stale without interval":  {func(w *world) { w.targets[1].interval, w.targets[1].scrape = "", now-121 }, "node-1:9090: silent", true, ""},
-		"not what it seems":       {func(w *world) { w.targets[1].drop("spirl_application_info") }, "node-1:9090: silent", true, ""},
+		"no application info":     {func(w *world) { w.targets[1].drop("spirl_application_info") }, "node-1:9090: silent", true, ""},
 		"one is missing":          {func(w *world) { w.targets = w.targets[1:] }, id(0) + ": silent", true, ""},
-		"one is missing, a stranger is there": {func(w *world) {
+		"one missing, one unexpected": {func(w *world) {
 			w.targets[0] = agent(7)
 		}, id(0) + ": silent", true, ""},
-		"one more is there": {change: func(w *world) { w.targets = append(w.targets, agent(7)) }},
+		"one unexpected": {change: func(w *world) { w.targets = append(w.targets, agent(7)) }},
 		"the ID is of an old scrape": {func(w *world) {
 			w.targets[1].of("renewd_agent_info").at = now - 29
 		}, "node-1:9090: unidentified, " + id(1) + ": silent", true, ""},
@@ -306,13 +306,13 @@ func TestRules(t *testing.T) {
 			twin.instance = "10.0.0.1:9090"
 			w.targets, w.cfg.Expected = []*fakeTarget{w.targets[1], twin}, 2
 		}, "1 of 2 agents that Prometheus does not scrape: silent", true, ""},
-		"scraped twice and attested meanwhile": {func(w *world) {
+		"scraped twice, attested in between": {func(w *world) {
 			twin := agent(1)
 			twin.instance, twin.of("renewd_agent_info").labels["spiffe_id"] = "10.0.0.1:9090", id(2)
 			w.targets, w.cfg.Expected = []*fakeTarget{w.targets[1], twin}, 2
 		}, "1 of 2 agents that Prometheus does not scrape: silent", true, ""},
-		// One image, started at one moment: nothing but the ID tells them apart.
-		"one of two that are alike": {func(w *world) {
+		// Agents that were started together differ only in their IDs.
+		"one of two equal agents": {func(w *world) {
 			w.targets[1].scrape, w.targets[2].scrape = now-3, now-3
 			w.targets[2].of("renewd_taint_settled").value = 0
 		}, "node-2:9090: renewing", false, ""},
@@ -361,8 +361,8 @@ func TestRules(t *testing.T) {
 		}, "node-1:9090: renewing, node-1:9090: silent", true, ""},
 		"JWT-SVIDs have ended": {change: func(w *world) { w.jwt = ends(-1) }},
 		"a JWT-SVID lives":     {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
-		// An agent that was started again has forgotten its JWT-SVIDs, and one that is
-		// gone tells of none; and so does a Prometheus that was down meanwhile.
+		// A restarted agent has forgotten its JWT-SVIDs. So has one that ended, or that
+		// ran while Prometheus was down.
 		"an agent was started again":             {change: func(w *world) { w.since = []string{"P1 before"} }, jwt: true},
 		"an agent was not there at the begin":    {change: func(w *world) { w.before = []string{process(0), process(2)} }, jwt: true},
 		"an agent was gone before it":            {change: func(w *world) { w.before = append(w.processes(), "gone") }},
@@ -374,11 +374,11 @@ func TestRules(t *testing.T) {
 		"no target":                              {change: func(w *world) { w.targets = nil }, err: `no target has the job "renewd-agent"`},
 		"no agent":                               {change: func(w *world) { w.cfg.TrustDomain = "third.org" }, err: "is an agent of third.org"},
 		"targets fail":                           {change: func(w *world) { w.override["targets"] = "" }, err: "targets: server_error"},
-		"targets are half":                       {change: func(w *world) { w.override["targets"] = half(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
+		"targets are half":                       {change: func(w *world) { w.override["targets"] = incomplete(`{"activeTargets":[]}`) }, err: "may be incomplete: store-2 is down"},
 		"time fails":                             {change: func(w *world) { w.override["time"] = "" }, err: "query the time: server_error"},
 		"time is a vector":                       {change: func(w *world) { w.override["time"] = noVector }, err: "no scalar"},
 		"agents fail":                            {change: func(w *world) { w.override["agents"] = "" }, err: "query the agents: server_error"},
-		"agents are half":                        {change: func(w *world) { w.override["agents"] = half(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
+		"agents are half":                        {change: func(w *world) { w.override["agents"] = incomplete(`{"resultType":"matrix","result":[]}`) }, err: "store-2 is down"},
 		"agents are a vector":                    {change: func(w *world) { w.override["agents"] = noVector }, err: "no matrix"},
 		"JWT fails":                              {change: func(w *world) { w.override["jwt"] = "" }, err: "query the JWT-SVIDs: server_error"},
 		"silence fails":                          {change: func(w *world) { w.targets[0].health, w.override["held"] = "down", "" }, err: "query the silent agents: server_error"},
@@ -386,15 +386,15 @@ func TestRules(t *testing.T) {
 		"silence is something else": {change: func(w *world) {
 			w.targets[0].health, w.override["answered"] = "down", `{"status":"success","data":{"resultType":"matrix","result":[]}}`
 		}, err: "no vector"},
-		"JWT is half":               {change: func(w *world) { w.override["jwt"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"JWT is half":               {change: func(w *world) { w.override["jwt"] = incomplete(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
 		"JWT is something else":     {change: func(w *world) { w.override["jwt"] = matrix }, err: "no vector"},
 		"taint fails":               {change: func(w *world) { w.override["tainted"] = "" }, err: "query the JWT-SVIDs: server_error"},
-		"taint is half":             {change: func(w *world) { w.override["tainted"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"taint is half":             {change: func(w *world) { w.override["tainted"] = incomplete(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
 		"moments fail":              {change: func(w *world) { w.override["moments"] = "" }, err: "query the JWT-SVIDs: server_error"},
 		"no moment":                 {change: func(w *world) { w.override["moments"] = noVector }, jwt: true},
 		"processes since fail":      {change: func(w *world) { w.override["since"] = "" }, err: "query the JWT-SVIDs: server_error"},
 		"processes before fail":     {change: func(w *world) { w.override["before"] = "" }, err: "query the JWT-SVIDs: server_error"},
-		"processes before are half": {change: func(w *world) { w.override["before"] = half(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
+		"processes before are half": {change: func(w *world) { w.override["before"] = incomplete(`{"resultType":"vector","result":[]}`) }, err: "store-2 is down"},
 		"no Prometheus":             {change: func(w *world) { w.override["targets"] = "<html>" }, err: "targets: bad_response"},
 		"Prometheus is too slow":    {change: func(w *world) { w.slow, w.cfg.Timeout = make(chan struct{}), 20*time.Millisecond }, err: "deadline exceeded"},
 		"no label at all matches":   {func(w *world) { w.targets[0].of("up").labels = map[string]string{"job": "relabeled"} }, "node-0:9090: silent", true, ""},
@@ -437,7 +437,7 @@ func TestRules(t *testing.T) {
 				t.Errorf("X.509 safe %v, JWT safe %v", f.X509Safe, f.JWTSafe)
 			}
 			for _, a := range f.Agents {
-				if !a.Up && name != "not what it seems" && (a.SVIDs != 12 || a.LastScrape.IsZero()) {
+				if !a.Up && name != "no application info" && (a.SVIDs != 12 || a.LastScrape.IsZero()) {
 					t.Errorf("silent agent %+v", a)
 				}
 			}
@@ -452,7 +452,7 @@ const noVector = `{"status":"success","data":{"resultType":"vector","result":[]}
 
 const matrix = `{"status":"success","data":{"resultType":"matrix","result":[]}}`
 
-func half(data string) string {
+func incomplete(data string) string {
 	return `{"status":"success","warnings":["store-2 is down"],"data":` + data + `}`
 }
 
@@ -510,7 +510,7 @@ func TestAgentsAndQueries(t *testing.T) {
 	}
 }
 
-// TestScrapedTwice: of an agent that two targets show is known what both say.
+// TestScrapedTwice: for an agent with two targets, only what both say is known.
 func TestScrapedTwice(t *testing.T) {
 	t.Parallel()
 	older, newer := agent(1), agent(1)

@@ -17,8 +17,8 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// Backend makes a deployment of the server what the runbook's commands work on.
-// Empty names mean the server's own trust domain and its only deployment.
+// Backend returns a deployment of the server as a [runbook.Backend]. Empty names mean the
+// server's trust domain and its only deployment.
 func (c *Client) Backend(trustDomain, deployment string) runbook.Backend {
 	return &backend{c: c.OperatorClient, scope: &api.Scope{TrustDomain: trustDomain, Deployment: deployment}}
 }
@@ -32,7 +32,7 @@ type backend struct {
 func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 	resp, err := b.c.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: b.scope})
 	if err != nil {
-		return runbook.Status{}, plain(err)
+		return runbook.Status{}, plainError(err)
 	}
 	s := runbook.Status{
 		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
@@ -45,8 +45,7 @@ func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 	return s, nil
 }
 
-// automatic puts what automatic rotation is about to do into words; empty where
-// it does nothing.
+// automatic describes the next step of automatic rotation. It is empty if that is off.
 func automatic(a *api.Automatic) string {
 	switch {
 	case a == nil || a.GetMode() == "off" || a.GetMode() == "":
@@ -70,15 +69,15 @@ var stateNames = map[api.KeysetState]runbook.State{
 
 func fromProto(k *api.Keyset) runbook.Keyset {
 	return runbook.Keyset{
-		ID: k.GetId(), State: stateNames[k.GetState()], IssuedAt: instant(k.GetIssuedAt()), ExpiresAt: instant(k.GetExpiresAt()),
+		ID: k.GetId(), State: stateNames[k.GetState()], IssuedAt: fromProtoTime(k.GetIssuedAt()), ExpiresAt: fromProtoTime(k.GetExpiresAt()),
 		X509AuthorityID: k.GetX509AuthorityId(), JWTKeyID: k.GetJwtKeyId(),
-		SteppedDown: k.GetSteppedDownAt() != nil, TaintedAt: instant(k.GetTaintedAt()),
-		X509SVIDs: int(k.GetLiveX509Svids()), JWTExpiry: instant(k.GetJwtLatestExpiry()),
+		SteppedDown: k.GetSteppedDownAt() != nil, TaintedAt: fromProtoTime(k.GetTaintedAt()),
+		X509SVIDs: int(k.GetLiveX509Svids()), JWTExpiry: fromProtoTime(k.GetJwtLatestExpiry()),
 		X509Safe: k.GetX509Safe(), JWTSafe: k.GetJwtSafe(),
 	}
 }
 
-func instant(t *timestamppb.Timestamp) time.Time {
+func fromProtoTime(t *timestamppb.Timestamp) time.Time {
 	if t == nil {
 		return time.Time{}
 	}
@@ -89,13 +88,13 @@ func instant(t *timestamppb.Timestamp) time.Time {
 func (b *backend) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
 	resp, err := b.c.ListHolders(ctx, &api.ListHoldersRequest{Scope: b.scope, KeysetId: id})
 	if err != nil {
-		return nil, plain(err)
+		return nil, plainError(err)
 	}
 	var out []runbook.Holder
 	for _, h := range resp.GetHolders() {
 		out = append(out, runbook.Holder{
 			Agent: h.GetAgentId(), Version: h.GetVersion(), SVIDs: int(h.GetSvids()), Streams: int(h.GetStreams()), Reason: h.GetReason(),
-			LatestExpiry: instant(h.GetLatestExpiry()), LastReport: instant(h.GetLastReport()), BeginsAt: instant(h.GetBeginsAt()), Rate: h.GetRate(),
+			LatestExpiry: fromProtoTime(h.GetLatestExpiry()), LastReport: fromProtoTime(h.GetLastReport()), BeginsAt: fromProtoTime(h.GetBeginsAt()), Rate: h.GetRate(),
 		})
 	}
 	return out, nil
@@ -136,14 +135,13 @@ func (b *backend) Remove(ctx context.Context, id string, force bool) error {
 	})
 }
 
-// plain is a server's error in its own words.
-func plain(err error) error { return errors.New(Reason(err)) }
+// plainError returns the server's message without gRPC's prefixes.
+func plainError(err error) error { return errors.New(Reason(err)) }
 
-// mutate makes a call that changes something, once, and says what its error
-// means. With the codes of a refusal, or when the call never reached a
-// connection, nothing was changed; with any other it may have happened.
+// mutate makes a mutating call once. Its error wraps [runbook.ErrOutcomeUnknown] unless
+// the code or a missing connection shows that nothing was changed.
 func mutate(id string, call func(grpc.CallOption) error) error {
-	var reached peer.Peer // stays empty when there was no connection to send on
+	var reached peer.Peer // stays empty without a connection
 	err := call(grpc.Peer(&reached))
 	if err == nil {
 		return nil
@@ -156,9 +154,9 @@ func mutate(id string, call func(grpc.CallOption) error) error {
 				return &runbook.NotSafeError{Keyset: id, Message: st.Message()}
 			}
 		}
-		return plain(err)
+		return plainError(err)
 	case codes.NotFound, codes.Aborted, codes.InvalidArgument, codes.PermissionDenied, codes.Unauthenticated, codes.Unimplemented:
-		return plain(err)
+		return plainError(err)
 	}
 	if reached.Addr == nil {
 		return fmt.Errorf("the server was not reached, nothing was changed: %s", Reason(err))

@@ -30,26 +30,25 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// Client is a connection to the operators' API. Nothing is ever sent again that
-// the server may have acted on.
+// Client is a connection to the Operator service. It does not retry calls that the server
+// may have received.
 type Client struct {
 	api.OperatorClient
 	conn   *grpc.ClientConn
 	source io.Closer // nil at the admin socket
 }
 
-// DialOptions are what a client's connection is made with. A mutation that may
-// have happened is the operator's to judge: what gRPC still repeats by itself is a
-// call that has not left this process, or of which the server says that it has not
-// looked at it.
+// DialOptions are the options of a Client's connection. They disable gRPC's retries,
+// because a mutation may have happened. gRPC still repeats calls that were not sent, or
+// that the server reports as not processed.
 func DialOptions(creds credentials.TransportCredentials, more ...grpc.DialOption) []grpc.DialOption {
 	return append(more,
 		grpc.WithTransportCredentials(creds),
 		grpc.WithDisableRetry(),
 		grpc.WithDisableServiceConfig(),
-		grpc.WithChainUnaryInterceptor(sayTime),
-		// A long wait looks every few seconds; gRPC's own pause after a server
-		// that was away grows to two minutes.
+		grpc.WithChainUnaryInterceptor(sendTime),
+		// A wait polls every few seconds, but gRPC's default backoff grows to two
+		// minutes.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: 20 * time.Second,
@@ -57,27 +56,27 @@ func DialOptions(creds credentials.TransportCredentials, more ...grpc.DialOption
 		grpc.WithDefaultCallOptions(grpc.WaitForReady(false), grpc.MaxCallRecvMsgSize(api.MaxMessage), grpc.MaxCallSendMsgSize(api.MaxMessage)))
 }
 
-// NewClient makes a Client of a connection that was made with [DialOptions].
+// NewClient returns a Client of a connection that was made with [DialOptions].
 func NewClient(conn *grpc.ClientConn) *Client {
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn}
 }
 
-// DialSocket connects to the admin socket at path, with the first call.
+// DialSocket returns a Client of the admin socket at path. The first call connects.
 func DialSocket(path string) (*Client, error) { return DialStarting(path, 0, nil) }
 
-// DialStarting is [DialSocket] for a server that may still be starting: a call
-// waits while nobody listens at path, until wait has passed since DialStarting.
-// slow is called once when that takes longer than a second.
+// DialStarting is [DialSocket] for a server that may be starting: while nothing listens at
+// path, calls wait until the duration wait has passed since DialStarting. slow is called
+// once if that takes longer than a second.
 func DialStarting(path string, wait time.Duration, slow func()) (*Client, error) {
 	begin := time.Now()
-	told := sync.OnceFunc(func() { slow() })
-	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
+	notifySlow := sync.OnceFunc(func() { slow() })
+	// gRPC would parse a path in the target as a URL.
 	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
 		for {
 			c, err := new(net.Dialer).DialContext(ctx, "unix", path)
 			switch {
 			case errors.Is(err, fs.ErrPermission):
-				return nil, fmt.Errorf("%w: its mode lets in root and the server's group; join that, or set admin_socket_mode: 0666 and let operators.managers and operators.readers decide alone", err)
+				return nil, fmt.Errorf("%w: its mode admits root and the server's group: join that group, or set admin_socket_mode: 0666 so that only operators.managers and operators.readers decide", err)
 			case !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, syscall.ECONNREFUSED):
 				return c, err
 			}
@@ -86,7 +85,7 @@ func DialStarting(path string, wait time.Duration, slow func()) (*Client, error)
 				return nil, fmt.Errorf("%w: no server listens there; start it, or give its socket with --admin-socket", err)
 			}
 			if waited >= time.Second {
-				told()
+				notifySlow()
 			}
 			select {
 			case <-ctx.Done():
@@ -102,17 +101,17 @@ func DialStarting(path string, wait time.Duration, slow func()) (*Client, error)
 	return NewClient(conn), nil
 }
 
-// startPoll is how often it is tried whether a server that is starting listens.
+// startPoll is the time between two attempts to reach a starting server.
 const startPoll = 50 * time.Millisecond
 
 // serverPath is the path of the signing server's SPIFFE ID.
 const serverPath = "/spire/server"
 
-// DialServer connects to a server at host:port with the SVID that the Workload
-// API at socket gives this process. The server must be that of the SVID's trust
-// domain. It waits for the SVID until ctx is done.
+// DialServer returns a Client of a server at host:port. It uses this process's SVID from
+// the Workload API at socket, and waits for it until ctx is done. The server must be of
+// the SVID's trust domain.
 func DialServer(ctx context.Context, address, socket string) (*Client, error) {
-	why := &reason{Logger: logger.Null}
+	why := &attemptError{Logger: logger.Null}
 	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket), workloadapi.WithLogger(why)))
 	if err != nil {
 		if last := why.last.Load(); last != nil {
@@ -120,11 +119,11 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 		}
 		return nil, fmt.Errorf("get an SVID from the Workload API at %s: %w", socket, err)
 	}
-	own, err := source.GetX509SVID()
+	svid, err := source.GetX509SVID()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("get an SVID from the Workload API at %s: %w", socket, err), source.Close())
 	}
-	id, err := spiffeid.FromPath(own.ID.TrustDomain(), serverPath)
+	id, err := spiffeid.FromPath(svid.ID.TrustDomain(), serverPath)
 	if err != nil {
 		return nil, errors.Join(err, source.Close())
 	}
@@ -136,8 +135,8 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn, source: source}, nil
 }
 
-// Reason is the message of a call's error, without what gRPC puts around an
-// error of the connection.
+// Reason returns the message of a call's error, without gRPC's prefixes for connection
+// errors.
 func Reason(err error) string {
 	message := status.Convert(err).Message()
 	quoted, ok := strings.CutPrefix(message, "connection error: desc = ")
@@ -152,24 +151,24 @@ func Reason(err error) string {
 	return strings.TrimPrefix(text, "Error while dialing: ")
 }
 
-// reason remembers why the Workload API gave no SVID. Whatever that is, go-spiffe
-// tries again, and in the end says only that the time was over.
-type reason struct {
+// attemptError keeps the last error of the Workload API. go-spiffe retries after every
+// error and finally returns only that of the context.
+type attemptError struct {
 	logger.Logger
 	last atomic.Pointer[string]
 }
 
-// Errorf is told of every attempt that failed.
-func (r *reason) Errorf(_ string, args ...any) {
+// Errorf receives the errors of go-spiffe's attempts.
+func (e *attemptError) Errorf(_ string, args ...any) {
 	for _, arg := range args {
 		if err, ok := arg.(error); ok {
 			text := Reason(err)
-			r.last.Store(&text)
+			e.last.Store(&text)
 		}
 	}
 }
 
-// Close ends the connection.
+// Close closes the connection.
 func (c *Client) Close() error {
 	err := c.conn.Close()
 	if c.source != nil {

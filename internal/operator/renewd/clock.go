@@ -10,20 +10,20 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// sayTime says with each call of a client what its clock shows.
-func sayTime(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+// sendTime sends the client's time with each call.
+func sendTime(ctx context.Context, method string, req, reply any, conn *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
 	return invoke(api.WithSentAt(ctx, time.Now()), method, req, reply, conn, opts...)
 }
 
-// ClockDoubt says of a server's clock that is in doubt why, what follows, and what to do;
-// empty when it is not.
+// ClockDoubt describes a server's clock that is in doubt: the reason, the consequence and
+// the remedy. It is empty if the clock is not in doubt.
 func ClockDoubt(c *api.Clock) string {
 	if c.GetDoubt() == nil {
 		return ""
 	}
-	text := fmt.Sprintf("it shows %s UTC, ", instant(c.GetShows()).Format(time.DateTime))
+	text := fmt.Sprintf("it shows %s UTC, ", fromProtoTime(c.GetShows()).Format(time.DateTime))
 	if by := c.GetDoubt().AsDuration(); by > 0 {
-		text += fmt.Sprintf("%v ahead of what uptime explains, and what was valid on %s UTC counts as valid", by.Round(time.Minute), instant(c.GetAtLeast()).Format(time.DateTime))
+		text += fmt.Sprintf("%v ahead of the time by uptime, and SVIDs that were valid on %s UTC count as valid", by.Round(time.Minute), fromProtoTime(c.GetAtLeast()).Format(time.DateTime))
 	} else {
 		text += fmt.Sprintf("and was set back by %v", -by.Round(time.Minute))
 	}

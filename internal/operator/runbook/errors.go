@@ -6,51 +6,50 @@ import (
 	"fmt"
 )
 
-// ErrOutcomeUnknown is wrapped by the error of a mutation that may have
-// happened and may not: the time was over, or the connection was lost, before
-// the server answered. The next [Backend.Status] tells.
+// ErrOutcomeUnknown is wrapped by the error of a mutation that ended without the
+// server's answer, by a timeout or a lost connection. The mutation may have
+// happened; the next [Backend.Status] shows whether it did.
 var ErrOutcomeUnknown = errors.New("the outcome is not known")
 
-// NotSafeError says that something still hangs on a keyset, or that this is
-// not known. Backends return a pointer to it.
+// NotSafeError says that SVIDs still depend on a keyset, or that this is not known.
+// Backends return a pointer to it.
 type NotSafeError struct {
 	Keyset  string // ID
-	Message string // for the operator, complete
+	Message string // complete, for the operator
 }
 
 // Error implements error.
 func (e *NotSafeError) Error() string { return e.Message }
 
-// heard marks the error of a mutation whose outcome is not known because its
-// context ended. A Backend may pass that on as it is; it was not told "no".
-func heard(err error) error {
+// markUnknownOutcome wraps [ErrOutcomeUnknown] into the error of a mutation whose
+// context ended: a Backend may return such an error unchanged.
+func markUnknownOutcome(err error) error {
 	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) {
 		return fmt.Errorf("%w: %w", ErrOutcomeUnknown, err)
 	}
 	return err
 }
 
-// remedies say what to do about a refusal. Refusals are known by their texts:
-// that is what passes through every kind of Backend, and what an operator looks
-// up.
+// remedies maps the text of a server's error to its remedy. The text is all that
+// passes through every kind of Backend.
 var remedies = map[string]string{
-	"The request failed due to an internal error, please try again.": "Another change of this deployment was in flight or was first, perhaps automatic rotation's; this one changed nothing.\n" +
-		"Run keysetctl list: if the keysets are as intended, nothing is left to do; if not, wait a moment and retry.",
-	"key set not found":               "Run keysetctl list to see the keysets that there are.",
-	"cannot activate active key set":  "It signs already: nothing is left to do.",
-	"cannot activate tainted key set": "Only a Prepared keyset can be activated: prepare a new one.",
-	"cannot activate expired key set": "Prepare a new one and activate that.",
-	"cannot taint active key set":     "Only a Prepared keyset can be tainted: activate a successor first, and this one steps down to Prepared.",
-	"cannot taint tainted key set":    "It is tainted already: wait until it is safe to remove.",
-	"cannot remove active key set":    "Only a Tainted keyset can be removed: activate a successor, then taint this one.",
-	"cannot remove prepared key set":  "Only a Tainted keyset can be removed: taint it first.",
+	"The request failed due to an internal error, please try again.": "The deployment was being changed by another command or by automatic rotation. Your command had no effect.\n" +
+		"Check keysetctl list, and repeat the command if it is still needed.",
+	"key set not found":               "Copy the ID from keysetctl list.",
+	"cannot activate active key set":  "Nothing to do: the keyset is signing.",
+	"cannot activate tainted key set": "A taint cannot be undone. Run keysetctl prepare, and activate the ID that it prints.",
+	"cannot activate expired key set": "Run keysetctl prepare, and activate the ID that it prints.",
+	"cannot taint active key set":     "The keyset is signing. Let another one sign with keysetctl activate, then repeat the command.",
+	"cannot taint tainted key set":    "Nothing to do: the taint is published. Go on with keysetctl wait.",
+	"cannot remove active key set":    "The keyset is signing. Let another one sign with keysetctl activate, then taint this one and wait.",
+	"cannot remove prepared key set":  "Run keysetctl taint and keysetctl wait with its ID before you remove it.",
 }
 
-// Remedy says what to do about an error of one of the steps, in full
-// sentences; empty where there is nothing to add.
+// Remedy returns what an operator can do about the error of a step, in full
+// sentences. It is empty if there is nothing to add.
 func Remedy(err error) string {
 	if errors.Is(err, ErrOutcomeUnknown) {
-		return "The change may have happened. Run keysetctl list, and retry only if it did not. Nothing is retried by itself."
+		return "The change may have been made. Check keysetctl list before you repeat the command."
 	}
 	return remedies[err.Error()]
 }

@@ -12,8 +12,8 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// namedHolders is how many agents are named before the rest is counted.
-const namedHolders = 5
+// maxNamedHolders is how many agents an error names; it counts the others.
+const maxNamedHolders = 5
 
 // The reasons of a [Holder] that the estimate depends on.
 const (
@@ -24,9 +24,9 @@ const (
 	reasonRestored     = "restored"
 )
 
-// unknown tells whether it is not known what the agent holds, so that only the
-// expiry of it ends the wait, or a person.
-func (h Holder) unknown() bool {
+// holdingsUnknown reports whether it is not known what the agent holds. Only expiry,
+// or an operator, ends the wait for such an agent.
+func (h Holder) holdingsUnknown() bool {
 	switch h.Reason {
 	case reasonSilent, reasonUnidentified, reasonDuplicated, reasonRestored:
 		return true
@@ -34,42 +34,41 @@ func (h Holder) unknown() bool {
 	return false
 }
 
-// over is when what the agent holds has expired for everybody; zero when nobody
-// can say.
-func (h Holder) over() time.Time {
+// expiredForAll returns when the agent's SVIDs have expired by every clock. It is
+// zero if that is not known.
+func (h Holder) expiredForAll() time.Time {
 	if h.LatestExpiry.IsZero() {
 		return time.Time{}
 	}
 	return clock.Over(h.LatestExpiry)
 }
 
-// end is when the agent is expected to hold nothing of the keyset any more;
-// zero when nobody can say. Where it is not known what the agent holds, that is
-// when all of it has expired.
+// end returns when the agent is expected to hold no SVID of the keyset, at the latest
+// by expiry. It is zero if there is no estimate.
 func (h Holder) end(now time.Time) time.Time {
-	if h.unknown() {
-		return h.over()
+	if h.holdingsUnknown() {
+		return h.expiredForAll()
 	}
 	begins := now
 	switch {
 	case h.BeginsAt.After(now):
 		begins = h.BeginsAt
 	case h.Reason == reasonBehind && h.BeginsAt.IsZero():
-		begins = now.Add(wave.DefaultMaxDelay) // it has not drawn its delay yet
+		begins = now.Add(wave.DefaultMaxDelay) // its delay is not known yet
 	}
 	rate := h.Rate
 	if rate <= 0 {
 		rate = wave.DefaultRate
 	}
 	end := begins.Add(time.Duration(float64(h.SVIDs) / rate * float64(time.Second)))
-	if over := h.over(); !over.IsZero() && over.Before(end) {
+	if over := h.expiredForAll(); !over.IsZero() && over.Before(end) {
 		return over
 	}
 	return end
 }
 
-// estimate is when the last of the agents is done, and why that one is counted.
-// The zero time means that nobody can say.
+// estimate returns when the last agent is done, and the reason of that agent. The
+// time is zero if there is no estimate.
 func estimate(holders []Holder, now time.Time) (end time.Time, reason string) {
 	for _, h := range holders {
 		e := h.end(now)
@@ -83,7 +82,7 @@ func estimate(holders []Holder, now time.Time) (end time.Time, reason string) {
 	return end, reason
 }
 
-// estimated puts the estimate into words; empty when there is none.
+// estimated describes the estimate for an error. It is empty without holders.
 func estimated(holders []Holder, now time.Time) string {
 	end, reason := estimate(holders, now)
 	switch {
@@ -92,16 +91,16 @@ func estimated(holders []Holder, now time.Time) string {
 	case end.IsZero():
 		return "has no known end: an agent is " + reason
 	case reason == reasonRestored:
-		return "ends at the latest " + when(end, now) + ", when what is not known has expired by all clocks"
+		return "ends at the latest " + timeAndDistance(end, now) + ", when the unknown SVIDs have expired by all clocks"
 	case reason == reasonDuplicated:
-		return "ends at the latest " + when(end, now) + ", when what duplicated agents hold has expired by all clocks"
+		return "ends at the latest " + timeAndDistance(end, now) + ", when the SVIDs of duplicated agents have expired by all clocks"
 	case reason == reasonSilent:
-		return "ends at the latest " + when(end, now) + ", when what silent agents hold has expired by all clocks"
+		return "ends at the latest " + timeAndDistance(end, now) + ", when the SVIDs of silent agents have expired by all clocks"
 	}
-	return "ends about " + when(end, now)
+	return "ends about " + timeAndDistance(end, now)
 }
 
-// byEnd orders agents so that those to look after come first.
+// byEnd sorts agents: those without an estimate first, then the latest.
 func byEnd(holders []Holder, now time.Time) []Holder {
 	sorted := slices.Clone(holders)
 	slices.SortFunc(sorted, func(a, b Holder) int {
@@ -114,74 +113,73 @@ func byEnd(holders []Holder, now time.Time) []Holder {
 	return sorted
 }
 
-// says is what an agent holds and why it is counted.
-func (h Holder) says(now time.Time) string {
-	text := counted(h.SVIDs, "SVID")
+// describe says what the agent holds and why it is counted.
+func (h Holder) describe(now time.Time) string {
+	text := quantity(h.SVIDs, "SVID")
 	switch h.Reason {
 	case reasonSilent:
 		text += ", silent"
 		if h.LastReport.IsZero() {
-			text += ": it has never reported"
+			text += ": no report yet"
 		} else {
-			text += " since " + when(h.LastReport, now)
+			text += " since " + timeAndDistance(h.LastReport, now)
 		}
 		switch {
 		case h.LatestExpiry.IsZero():
 		case h.LatestExpiry.After(now):
-			text += ", the last expires " + when(h.LatestExpiry, now)
+			text += ", the last expires " + timeAndDistance(h.LatestExpiry, now)
 		default:
-			text += ", the last expired " + when(h.LatestExpiry, now)
+			text += ", the last expired " + timeAndDistance(h.LatestExpiry, now)
 		}
 	case reasonBehind:
-		text += ", behind: it has not seen the taint yet"
+		text += ", behind: it has not applied the taint yet"
 		if h.Version != "" {
 			text += " (version " + cli.Printable(h.Version) + ")"
 		}
 	case reasonUnidentified:
-		text += ", unidentified: it exports no SPIFFE ID of its own"
+		text += ", unidentified: it exports no agent ID"
 		if h.Version != "" {
 			text += " (version " + cli.Printable(h.Version) + ")"
 		}
 		text += "; wait until it is attested, or upgrade it"
 	case reasonDuplicated:
-		text += ", duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with an ID of its own"
+		text += ", duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with its own ID"
 	case "waiting":
 		text += ", waiting for its random delay"
 		if h.BeginsAt.After(now) {
-			text += ", begins in " + short(h.BeginsAt.Sub(now))
+			text += ", begins in " + formatDuration(h.BeginsAt.Sub(now))
 		}
 	case "renewing":
 		text += ", renewing"
 	case "streams":
-		text += ", replaced but not yet read by " + counted(h.Streams, "workload")
+		text += ", replaced but not yet read by " + quantity(h.Streams, "workload")
 	case "signing":
-		text += ", an answer to it is on its way"
+		text += ", being sent its SVIDs"
 	default:
 		text += ", " + h.Reason
 	}
 	return text
 }
 
-// line is what is said of an agent in a list. Where signatures are on their way
-// it is not known yet to whom, and there is no agent.
+// line returns an agent's line of an error. Signatures in flight have no agent yet.
 func (h Holder) line(now time.Time) string {
 	if h.Reason == reasonRestored {
 		return h.name()
 	}
 	if h.Agent == "" {
-		return h.name() + ": for whom is not known yet"
+		return h.name() + ": agent not known yet"
 	}
-	return cli.Printable(h.Agent) + ": " + h.says(now)
+	return cli.Printable(h.Agent) + ": " + h.describe(now)
 }
 
-// name is a few words on an agent. All agents are of one trust domain; what tells
-// them apart is the path.
+// name returns the path of the agent's ID, because all are of one trust domain, and
+// the reason.
 func (h Holder) name() string {
 	if h.Reason == reasonRestored {
-		return "restored from a copy of " + stamp(h.LastReport) + "; what was signed since is not known"
+		return "restored from a copy of " + formatTime(h.LastReport) + "; SVIDs signed since then are not known"
 	}
 	if h.Agent == "" {
-		return counted(h.SVIDs, "SVID") + " being signed"
+		return quantity(h.SVIDs, "SVID") + " being signed"
 	}
 	name, ofSPIFFE := strings.CutPrefix(h.Agent, "spiffe://")
 	if _, path, ok := strings.Cut(name, "/"); ok && ofSPIFFE {
@@ -190,23 +188,25 @@ func (h Holder) name() string {
 	return cli.Printable(name) + " " + h.Reason
 }
 
-// hanging says on lines of its own what hangs on a keyset's X.509 key: how
-// much, who and why, and until when.
-func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
+// describeDependents says in several lines how many SVIDs depend on a keyset's X.509
+// key, which agents hold them, why and until when.
+func describeDependents(k Keyset, holders []Holder, err error, now time.Time) string {
 	var lines []string
 	switch {
 	case k.Unknown != "":
-		lines = append(lines, "What hangs on it is not known: "+cli.Printable(k.Unknown))
+		lines = append(lines, "The SVIDs that depend on it are not known: "+cli.Printable(k.Unknown))
 	case k.X509SVIDs < 0:
-		lines = append(lines, "How many X.509-SVIDs hang on it is not known.")
+		lines = append(lines, "The number of X.509-SVIDs that depend on it is not known.")
+	case k.X509SVIDs == 1:
+		lines = append(lines, remaining(k, holders)+" depends on it.")
 	default:
-		lines = append(lines, fmt.Sprintf("%s on it.", left(k, holders, "hang")))
+		lines = append(lines, remaining(k, holders)+" depend on it.")
 	}
 	if err != nil {
-		lines = append(lines, "Which agents hold them is not known: "+cli.Printable(err.Error()))
+		lines = append(lines, "The agents that hold them are not known: "+cli.Printable(err.Error()))
 	}
 	for i, h := range byEnd(holders, now) {
-		if i == namedHolders {
+		if i == maxNamedHolders {
 			lines = append(lines, fmt.Sprintf("  and %d more", len(holders)-i))
 			break
 		}
@@ -218,8 +218,8 @@ func hanging(k Keyset, holders []Holder, err error, now time.Time) string {
 	return strings.Join(lines, "\n")
 }
 
-// left counts what is left: "12 X.509-SVIDs of 3 agents hang".
-func left(k Keyset, holders []Holder, verb string) string {
+// remaining returns text such as "12 X.509-SVIDs of 3 agents".
+func remaining(k Keyset, holders []Holder) string {
 	what, agents := "X.509-SVID", 0
 	for _, h := range holders {
 		if h.Reason == reasonRestored {
@@ -229,12 +229,9 @@ func left(k Keyset, holders []Holder, verb string) string {
 			agents++
 		}
 	}
-	text := counted(k.X509SVIDs, what)
+	text := quantity(k.X509SVIDs, what)
 	if agents > 0 {
-		text += " of " + counted(agents, "agent")
+		text += " of " + quantity(agents, "agent")
 	}
-	if k.X509SVIDs == 1 && verb == "hang" {
-		verb = "hangs"
-	}
-	return text + " " + verb
+	return text
 }

@@ -11,14 +11,13 @@ import (
 	"github.com/renewd/renewd/internal/clock"
 )
 
-// notKnown is what stands for a figure that is not to be had.
+// notKnown stands for an unknown figure.
 const notKnown = "not known"
 
-// List prints the deployment's keysets, two rows each, in columns that fit 120.
-// The first five are those of the runbook; then the live SVIDs of the key (of
-// a JWT key: for how long there will be any) and whether removing it takes a
-// valid one from anybody. What is not known says so. Nothing follows the table:
-// scripts cut it; what else there is to say is in [Remarks].
+// List prints a table of the deployment's keysets, two rows each, at most 120
+// columns wide. The last two columns are the SVIDs in use that the key signed (for
+// a JWT key: how long they are valid) and whether its removal is safe. Nothing
+// follows the table, because scripts cut it; see [Remarks].
 func List(w io.Writer, s Status, now time.Time) error {
 	if err := cli.Printf(w, "Deployment: %s\nSigning Keys:\n", cli.Printable(s.Deployment)); err != nil {
 		return err
@@ -26,7 +25,7 @@ func List(w io.Writer, s Status, now time.Time) error {
 	table := cli.NewTable(w)
 	_, _ = fmt.Fprintln(table, "Type\tKeyset ID\tIssued At\tExpires At\tState\tLive SVIDs\tSafe to remove")
 	row := func(k Keyset, typ, state, live, safe string) {
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", typ, cli.Printable(k.ID), stamp(k.IssuedAt), stamp(k.ExpiresAt), state, live, safe)
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", typ, cli.Printable(k.ID), formatTime(k.IssuedAt), formatTime(k.ExpiresAt), state, live, safe)
 	}
 	for _, k := range s.Keysets {
 		if k.X509AuthorityID == "" {
@@ -46,25 +45,25 @@ func List(w io.Writer, s Status, now time.Time) error {
 	return nil
 }
 
-// Remarks says in a line each what is out of the ordinary: agents behind,
-// figures that are not known and why, keys that are in different states, a clock that is
-// in doubt, what automatic rotation is about to do.
+// Remarks returns a line for everything unusual: agents behind, unknown figures,
+// keys in different states, a doubtful clock. It adds the next step of automatic
+// rotation.
 func Remarks(s Status) []string {
 	var lines []string
 	switch {
 	case s.Agents < 0 || s.AgentsBehind < 0:
-		lines = append(lines, notKnownBehind+".")
+		lines = append(lines, agentsBehindNotKnown+".")
 	case s.AgentsBehind > 0:
-		lines = append(lines, behind(s)+".")
+		lines = append(lines, agentsBehind(s)+".")
 	}
 	for _, id := range s.Duplicated {
-		lines = append(lines, fmt.Sprintf("Two processes use the identity of agent %s, such as those of a node and its clone. Evict it, and attest each node with a join token of its own.", id))
+		lines = append(lines, fmt.Sprintf("Two processes use the identity of agent %s, as on a node and its clone. Evict the agent, and attest each node with a join token of its own.", id))
 	}
 	unknown := make(map[string][]string)
 	var reasons []string
 	for _, k := range s.Keysets {
 		if k.JWTState != "" && k.JWTState != k.State {
-			lines = append(lines, apart(k)+".")
+			lines = append(lines, keyStatesDiffer(k)+".")
 		}
 		if k.Unknown == "" {
 			continue
@@ -76,7 +75,7 @@ func Remarks(s Status) []string {
 	}
 	slices.Sort(reasons)
 	for _, why := range reasons {
-		lines = append(lines, fmt.Sprintf("The figures of %s are not known: %s.", and(unknown[why]), why))
+		lines = append(lines, fmt.Sprintf("The figures of %s are not known: %s.", joinWithAnd(unknown[why]), why))
 	}
 	if s.ClockDoubt != "" {
 		lines = append(lines, "The server's clock is in doubt: "+s.ClockDoubt+".")
@@ -90,30 +89,29 @@ func Remarks(s Status) []string {
 	return lines
 }
 
-const notKnownBehind = "It is not known which agents have applied the trust bundle"
+const agentsBehindNotKnown = "It is not known which agents have applied the trust bundle"
 
-// behind says how many agents have not applied the bundle.
-func behind(s Status) string {
+func agentsBehind(s Status) string {
 	return fmt.Sprintf("%d of %s %s not applied trust bundle %d yet",
-		s.AgentsBehind, counted(s.Agents, "agent"), have(s.AgentsBehind), s.Sequence)
+		s.AgentsBehind, quantity(s.Agents, "agent"), hasOrHave(s.AgentsBehind), s.Sequence)
 }
 
-// apart says that the two keys of a keyset were moved one without the other.
-func apart(k Keyset) string {
+// keyStatesDiffer describes a keyset with keys in different states.
+func keyStatesDiffer(k Keyset) string {
 	return fmt.Sprintf("The X.509 key of %s is %s and its JWT key is %s", k.ID, k.State, k.JWTState)
 }
 
-// state is that of the X.509 or of the JWT key.
-func (k Keyset) state(f For) State {
+// state returns the state of the X.509 or of the JWT key.
+func (k Keyset) state(f Scope) State {
 	if f == JWT && k.JWTState != "" {
 		return k.JWTState
 	}
 	return k.State
 }
 
-// safe reports whether the key, or both, can be removed. What is not known is
-// never safe; nothing hangs on a key that is missing.
-func (k Keyset) safe(f For) bool {
+// safe reports whether the keys of the scope can be removed. A missing key is safe,
+// an unknown figure is not.
+func (k Keyset) safe(f Scope) bool {
 	known := k.Unknown == ""
 	x509 := k.X509AuthorityID == "" || (k.X509Safe && known && k.state(X509) == Tainted)
 	jwt := k.JWTKeyID == "" || (k.JWTSafe && known && k.state(JWT) == Tainted)
@@ -126,10 +124,10 @@ func (k Keyset) safe(f For) bool {
 	return x509 && jwt
 }
 
-func (k Keyset) safeCell(f For) string {
+func (k Keyset) safeCell(f Scope) string {
 	switch {
 	case k.state(f) != Tainted:
-		return "-" // nobody may remove it
+		return "-" // the server refuses to remove it
 	case k.Unknown != "":
 		return notKnown
 	case k.safe(f):
@@ -148,30 +146,30 @@ func (k Keyset) liveX509() string {
 func (k Keyset) liveJWT(now time.Time) string {
 	switch {
 	case k.JWTExpiry.After(now):
-		return "for " + short(k.JWTExpiry.Sub(now))
+		return "for " + formatDuration(k.JWTExpiry.Sub(now))
 	case k.Unknown != "", k.JWTExpiry.IsZero() && k.state(JWT) == Tainted && !k.JWTSafe:
-		return notKnown // and with none it would be safe
+		return notKnown // without JWT-SVIDs it would be safe
 	}
 	return "none"
 }
 
-// jwtRemark says until when JWT-SVIDs of the keyset are valid; empty when none
+// jwtRemark says how long JWT-SVIDs of the keyset are valid. It is empty if none
 // are.
 func (k Keyset) jwtRemark(now time.Time) string {
 	switch {
 	case k.JWTExpiry.After(now):
-		return fmt.Sprintf("JWT-SVIDs that %s signed are valid until %s; relying parties reject them as soon as they fetch the trust bundle without it.",
-			k.ID, when(k.JWTExpiry, now))
+		return fmt.Sprintf("The last JWT-SVID that %s signed expires %s. Removal ends it earlier, at each relying party's next bundle refresh.",
+			k.ID, timeAndDistance(k.JWTExpiry, now))
 	case k.jwtJustExpired(now) && !k.JWTSafe:
-		return fmt.Sprintf("JWT-SVIDs that %s signed expired %s; relying parties whose clocks are late may take them for valid.", k.ID, when(k.JWTExpiry, now))
+		return fmt.Sprintf("The last JWT-SVID that %s signed expired %s. A relying party with a slow clock may still accept it.", k.ID, timeAndDistance(k.JWTExpiry, now))
 	case k.JWTKeyID != "" && (k.Unknown != "" || !k.JWTSafe):
-		return fmt.Sprintf("Whether JWT-SVIDs that %s signed are still valid is not known; relying parties reject them as soon as they fetch the trust bundle without it.", k.ID)
+		return fmt.Sprintf("It is not known whether %s signed JWT-SVIDs that are still valid. Removal ends them, at each relying party's next bundle refresh.", k.ID)
 	}
 	return ""
 }
 
 // jwtJustExpired reports whether the last known JWT-SVID of the keyset has expired,
-// but not by all clocks.
+// but may be valid for a slow clock.
 func (k Keyset) jwtJustExpired(now time.Time) bool {
 	return !k.JWTExpiry.After(now) && clock.Over(k.JWTExpiry).After(now)
 }

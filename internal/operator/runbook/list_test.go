@@ -42,7 +42,7 @@ func TestList(t *testing.T) {
 	if err := runbook.List(&out, s, at); err != nil {
 		t.Fatal(err)
 	}
-	// The header and the columns up to State are the runbook's.
+	// Scripts rely on the header and the columns up to State.
 	want := `Deployment: default
 Signing Keys:
 Type   Keyset ID      Issued At                      Expires At                     State     Live SVIDs  Safe to remove
@@ -79,15 +79,15 @@ Automatic rotation: on, next: prepare.`
 	}
 	two := runbook.Remarks(runbook.Status{Agents: 3, Duplicated: []string{"spiffe://example.org/agent/a\x1b"}})
 	if len(two) != 1 || !strings.HasPrefix(two[0], "Two processes use the identity of agent spiffe://example.org/agent/a") || strings.Contains(two[0], "\x1b") {
-		t.Errorf("an agent that is duplicated: %q", two)
+		t.Errorf("duplicated agent: %q", two)
 	}
 	if got := runbook.Remarks(runbook.Status{Agents: 3}); len(got) != 0 {
-		t.Errorf("all is well, and it says %q", got)
+		t.Errorf("unexpected remarks %q", got)
 	}
 }
 
-// What is not safe is refused, and the refusal says everything that there is
-// to know: who, why, until when, and what to do.
+// If removal is not safe, the error names the agents, the reasons, the expected end
+// and the remedy.
 func TestRemoveRefuses(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -103,21 +103,21 @@ func TestRemoveRefuses(t *testing.T) {
 		}
 		_, err := runbook.Remove(t.Context(), s, old, false, time.Now())
 		want := "cannot remove " + old + `: it is not safe yet
-107 X.509-SVIDs of 7 agents hang on it.
+107 X.509-SVIDs of 7 agents depend on it.
   spiffe://example.org/agent/c: 2 SVIDs, silent since 2000-01-01 00:00:00 +0000 UTC (now), the last expires 2000-01-01 00:01:10 +0000 UTC (in 1m10s)
-  spiffe://example.org/agent/b: 1 SVID, behind: it has not seen the taint yet
+  spiffe://example.org/agent/b: 1 SVID, behind: it has not applied the taint yet
   spiffe://example.org/agent/a: 100 SVIDs, waiting for its random delay, begins in 20s
   spiffe://example.org/agent/d0: 1 SVID, replaced but not yet read by 2 workloads
   spiffe://example.org/agent/d1: 1 SVID, replaced but not yet read by 2 workloads
   and 2 more
-It ends at the latest 2000-01-01 00:06:10 +0000 UTC (in 6m10s), when what silent agents hold has expired by all clocks.
-JWT-SVIDs that ` + old + ` signed are valid until 2000-01-02 00:00:00 +0000 UTC (in 1d); relying parties reject them as soon as they fetch the trust bundle without it.
-Run keysetctl wait ` + old + `, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.`
+It ends at the latest 2000-01-01 00:06:10 +0000 UTC (in 6m10s), when the SVIDs of silent agents have expired by all clocks.
+The last JWT-SVID that ` + old + ` signed expires 2000-01-02 00:00:00 +0000 UTC (in 1d). Removal ends it earlier, at each relying party's next bundle refresh.
+Run keysetctl wait ` + old + `, then remove it. With --force it is removed now, and the SVIDs that depend on it are rejected.`
 		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || err.Error() != want {
 			t.Errorf("got\n%v\nwant\n%s", err, want)
 		}
 		if len(s.Calls()) != 0 {
-			t.Errorf("the server was asked all the same: %v", s.Calls())
+			t.Errorf("calls %v, want none", s.Calls())
 		}
 		d, err := runbook.Remove(t.Context(), s, old, true, time.Now())
 		if err != nil || d.String() != "Keyset "+old+" removed." || len(d.Remarks) != 2 || !strings.Contains(d.Remarks[1], "(in 1d)") {
@@ -126,8 +126,8 @@ Run keysetctl wait ` + old + `, which ends when it is safe, and then remove it. 
 	})
 }
 
-// The server has the last word: what became unsafe after the look is refused
-// by it, and explained the same way.
+// The server may refuse a keyset that became unsafe after the status. The error has
+// the same form.
 func TestRemoveServerRefuses(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -140,32 +140,31 @@ func TestRemoveServerRefuses(t *testing.T) {
 		}
 		_, err := runbook.Remove(t.Context(), s, old, false, time.Now())
 		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok ||
-			!strings.Contains(err.Error(), "not safe yet (X.509-SVIDs hang on it)\n") || !strings.Contains(err.Error(), "/agent/c: 2 SVIDs, silent") {
+			!strings.Contains(err.Error(), "not safe yet (X.509-SVIDs depend on it)\n") || !strings.Contains(err.Error(), "/agent/c: 2 SVIDs, silent") {
 			t.Errorf("%v", err)
 		}
 	})
 }
 
-// Figures that are not known are no reason to remove, and what they would say
-// is asked for in vain only once.
+// Removal is not safe while the figures are not known.
 func TestRemoveUnknown(t *testing.T) {
 	t.Parallel()
 	s, old := tainted(t)
 	s.Unknown = "Prometheus is down"
 	_, err := runbook.Remove(t.Context(), s, old, false, time.Now())
-	if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !strings.Contains(err.Error(), "What hangs on it is not known: Prometheus is down") {
+	if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !strings.Contains(err.Error(), "The SVIDs that depend on it are not known: Prometheus is down") {
 		t.Errorf("%v", err)
 	}
-	// A keyset that has lost its X.509 key has nothing to lose by it.
-	gone := &halfGone{Server: s}
+	// No X.509-SVID depends on a keyset without an X.509 key.
+	gone := &withoutX509{Server: s}
 	if _, err := runbook.Remove(t.Context(), gone, old, false, time.Now()); err == nil || len(s.Calls()) != 1 {
-		t.Errorf("the server was not asked: %v, %v", err, s.Calls())
+		t.Errorf("the server was not called: %v, %v", err, s.Calls())
 	}
 }
 
-type halfGone struct{ *runbooktest.Server }
+type withoutX509 struct{ *runbooktest.Server }
 
-func (h *halfGone) Status(ctx context.Context) (runbook.Status, error) {
+func (h *withoutX509) Status(ctx context.Context) (runbook.Status, error) {
 	s, err := h.Server.Status(ctx)
 	for i := range s.Keysets {
 		s.Keysets[i].X509AuthorityID = ""
@@ -173,32 +172,32 @@ func (h *halfGone) Status(ctx context.Context) (runbook.Status, error) {
 	return s, err
 }
 
-// A server that hangs while it is looked at does not hang a removal: before it,
-// nothing was changed, and a refusal goes without the agents' names.
+// If Status hangs, Remove fails and changes nothing. If Holders hangs, the error has no
+// names of agents.
 func TestRemoveServerHangs(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, old := tainted(t)
 		const soon = 30 * time.Second
-		_, err := runbook.Remove(t.Context(), &hanging{Server: s, since: time.Now().Add(-1)}, old, true, time.Now())
+		_, err := runbook.Remove(t.Context(), &hangingServer{Server: s, since: time.Now().Add(-1)}, old, true, time.Now())
 		if err == nil || !strings.Contains(err.Error(), "nothing was changed") || errors.Is(err, runbook.ErrOutcomeUnknown) {
 			t.Errorf("got %v", err)
 		}
 		if len(s.Calls()) != 0 {
-			t.Errorf("called %v", s.Calls())
+			t.Errorf("calls %v, want none", s.Calls())
 		}
 		s.HoldersAt = fleet(time.Now())
 		_, err = runbook.Remove(t.Context(), silentHolders{s}, old, false, time.Now())
-		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !strings.Contains(err.Error(), "Which agents hold them is not known") {
+		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !strings.Contains(err.Error(), "The agents that hold them are not known") {
 			t.Errorf("got %v", err)
 		}
 		if took := time.Since(time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)); took > 2*soon {
-			t.Errorf("the two took %v", took)
+			t.Errorf("both removals took %v", took)
 		}
 	})
 }
 
-// silentHolders never says which agents hold anything.
+// silentHolders never answers Holders.
 type silentHolders struct{ *runbooktest.Server }
 
 func (silentHolders) Holders(ctx context.Context, _ string) ([]runbook.Holder, error) {
@@ -206,14 +205,15 @@ func (silentHolders) Holders(ctx context.Context, _ string) ([]runbook.Holder, e
 	return nil, ctx.Err()
 }
 
-// An answer that never came is an unknown outcome, however the Backend says so.
+// A mutation without an answer has an unknown outcome, whichever error the Backend
+// returns.
 func TestOutcomeUnknown(t *testing.T) {
 	t.Parallel()
 	for _, cause := range []error{context.DeadlineExceeded, context.Canceled, runbook.ErrOutcomeUnknown} {
 		s, old := tainted(t)
 		s.After = func(string, string) error { return fmt.Errorf("remove: %w", cause) }
 		_, err := runbook.Remove(t.Context(), s, old, false, time.Now())
-		if !errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.Contains(runbook.Remedy(err), "Run keysetctl list, and retry only if it did not.") {
+		if !errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.Contains(runbook.Remedy(err), "Check keysetctl list before you repeat the command.") {
 			t.Errorf("%v: %v", cause, err)
 		}
 		if len(s.Calls()) != 1 {
@@ -221,12 +221,12 @@ func TestOutcomeUnknown(t *testing.T) {
 		}
 	}
 	if got := runbook.Remedy(context.DeadlineExceeded); got != "" {
-		t.Errorf("a read that timed out changed nothing, and it says %q", got)
+		t.Errorf("remedy of a read that timed out: %q", got)
 	}
 }
 
-// An agent that is duplicated is named with what to do, and ends with its SVIDs.
-func TestRemoveWhatAClonedNodeHolds(t *testing.T) {
+// A duplicated agent is shown with a remedy, and counts until its SVIDs expire.
+func TestRemoveDuplicatedAgent(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, old := tainted(t)
@@ -238,8 +238,8 @@ func TestRemoveWhatAClonedNodeHolds(t *testing.T) {
 			t.Fatal("removed")
 		}
 		for _, want := range []string{
-			"  spiffe://example.org/agent/a: 107 SVIDs, duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with an ID of its own\n",
-			"It ends at the latest 2000-01-01 01:05:00 +0000 UTC (in 1h5m), when what duplicated agents hold has expired by all clocks.\n",
+			"  spiffe://example.org/agent/a: 107 SVIDs, duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with its own ID\n",
+			"It ends at the latest 2000-01-01 01:05:00 +0000 UTC (in 1h5m), when the SVIDs of duplicated agents have expired by all clocks.\n",
 		} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("got\n%v\nwithout\n%s", err, want)

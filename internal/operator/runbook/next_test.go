@@ -13,7 +13,7 @@ import (
 	"github.com/renewd/renewd/test/runbooktest"
 )
 
-// kind is all that Next may look at in one keyset.
+// kind holds all that Next may read of a keyset.
 type kind struct {
 	state       runbook.State
 	steppedDown bool
@@ -37,8 +37,8 @@ func statusOf(kinds []kind) runbook.Status {
 	return s
 }
 
-// every calls f with every state of up to three keysets.
-func every(f func([]kind)) {
+// forEachState calls f with every state of up to three keysets.
+func forEachState(f func([]kind)) {
 	var kinds []kind
 	for _, state := range []runbook.State{runbook.Prepared, runbook.Active, runbook.Tainted} {
 		for _, bits := range []int{0, 1, 2, 3} {
@@ -62,7 +62,7 @@ func every(f func([]kind)) {
 func TestNextTable(t *testing.T) {
 	t.Parallel()
 	states := 0
-	every(func(kinds []kind) {
+	forEachState(func(kinds []kind) {
 		states++
 		var active []int
 		for i, k := range kinds {
@@ -70,7 +70,7 @@ func TestNextTable(t *testing.T) {
 				active = append(active, i)
 			}
 		}
-		// The columns of the table, spelled out keyset by keyset.
+		// The columns of the table.
 		columns := map[runbook.Action][]string{}
 		for i, k := range kinds {
 			id := fmt.Sprintf("ks_%d", i+1)
@@ -113,7 +113,7 @@ func TestNextTable(t *testing.T) {
 			switch {
 			case named != nil:
 				if err == nil || !strings.Contains(err.Error(), "--keyset") {
-					t.Errorf("%v chosen %q: next is %v, %v; want to be asked which of %v", kinds, chosen, got, err, named)
+					t.Errorf("%v chosen %q: next is %v, %v; want an error that names %v", kinds, chosen, got, err, named)
 					continue
 				}
 				for _, id := range named {
@@ -131,15 +131,15 @@ func TestNextTable(t *testing.T) {
 	}
 }
 
-// What is no state of a rotation is not guessed at.
-func TestNextHalves(t *testing.T) {
+// Next fails for a keyset with one key, or with keys in different states.
+func TestNextInconsistentKeys(t *testing.T) {
 	t.Parallel()
 	s := statusOf([]kind{{state: runbook.Prepared}, {state: runbook.Active}})
 	s.Keysets[0].JWTState = runbook.Tainted
 	if step, err := runbook.Next(s, "", now); err == nil || !strings.Contains(err.Error(), "ks_1 is Prepared and its JWT key is Tainted") {
 		t.Errorf("keys in different states: %v, %v", step, err)
 	}
-	s.Keysets[0].JWTState = runbook.Prepared // the same: no difference
+	s.Keysets[0].JWTState = runbook.Prepared // as State
 	if step, err := runbook.Next(s, "", now); err != nil || step.Action != runbook.ActTaint {
 		t.Errorf("keys in the same state: %v, %v", step, err)
 	}
@@ -149,8 +149,8 @@ func TestNextHalves(t *testing.T) {
 	}
 }
 
-// history is a way to reach a state with real keysets: "p" prepares, "a2"
-// activates the second, "t1" taints the first.
+// reach applies a history to real keysets: "p" prepares, "a2" activates the second
+// keyset, "t1" taints the first.
 func reach(t *testing.T, history []string) (s *runbooktest.Server, ids []string, legal bool) {
 	t.Helper()
 	s = runbooktest.NewServer(t)
@@ -173,8 +173,8 @@ func reach(t *testing.T, history []string) (s *runbooktest.Server, ids []string,
 	return s, ids, true
 }
 
-// picture is the state of a server without the names of keysets.
-func picture(t *testing.T, s *runbooktest.Server) string {
+// stateString returns the state of a server without keyset IDs.
+func stateString(t *testing.T, s *runbooktest.Server) string {
 	t.Helper()
 	status, err := s.Status(t.Context())
 	if err != nil {
@@ -187,8 +187,8 @@ func picture(t *testing.T, s *runbooktest.Server) string {
 	return b.String()
 }
 
-// histories finds a way to every state that real operations on up to three
-// keysets lead to.
+// histories returns a history for every state that operations on up to three keysets
+// lead to.
 func histories(t *testing.T) map[string][]string {
 	t.Helper()
 	found := map[string][]string{}
@@ -200,7 +200,7 @@ func histories(t *testing.T) map[string][]string {
 		if !legal || len(ids) > 3 {
 			continue
 		}
-		p := picture(t, s)
+		p := stateString(t, s)
 		if _, known := found[p]; known {
 			continue
 		}
@@ -214,9 +214,8 @@ func histories(t *testing.T) map[string][]string {
 	return found
 }
 
-// From every state that can be reached, a rotation ends with one keyset, or
-// asks which is meant and ends after the answers. It never asks the server for
-// a step that is refused.
+// From every reachable state a rotation ends with one keyset, if --keyset chooses when
+// an error asks for it. The server refuses no step.
 func TestRotateFromEveryState(t *testing.T) {
 	t.Parallel()
 	all := histories(t)
@@ -235,7 +234,7 @@ func TestRotateFromEveryState(t *testing.T) {
 				if err == nil {
 					status, _ := s.Status(t.Context())
 					if !r.Complete || len(status.Keysets) != 1 || status.Keysets[0].ID != r.Active || status.Keysets[0].State != runbook.Active {
-						t.Fatalf("it says that it is complete: %+v\n%+v", r, status)
+						t.Fatalf("reported as complete: %+v\n%+v", r, status)
 					}
 					if alone && r.Active == active {
 						t.Errorf("a new rotation left the old keyset")
@@ -246,20 +245,20 @@ func TestRotateFromEveryState(t *testing.T) {
 				if !asks {
 					t.Fatalf("%v after %v", err, s.Calls())
 				}
-				// The last that is named: any must do.
+				// Any named keyset must do; take the last.
 				for _, id := range ids {
 					if strings.Contains(names, id) {
 						chosen = id
 					}
 				}
 			}
-			t.Errorf("it never ends: %v", s.Calls())
+			t.Errorf("the rotation does not end: %v", s.Calls())
 		})
 	}
 }
 
-// An interruption at any step, before or after it was carried out, stops the
-// rotation there; run again it ends with one keyset, and never the first one.
+// A lost connection before or after any step stops the rotation. The next run ends with
+// one keyset, and not the first one.
 func TestRotateResumes(t *testing.T) {
 	t.Parallel()
 	lost := fmt.Errorf("connection lost: %w", runbook.ErrOutcomeUnknown)
@@ -282,29 +281,29 @@ func TestRotateResumes(t *testing.T) {
 				}
 				r, err := runbook.Rotate(t.Context(), s, runbook.RotateOptions{})
 				if !errors.Is(err, runbook.ErrOutcomeUnknown) || r.Complete {
-					t.Fatalf("an unknown outcome was passed over: %+v, %v", r, err)
+					t.Fatalf("an unknown outcome was ignored: %+v, %v", r, err)
 				}
 				if got := s.Calls(); len(got) != i+1 || !strings.HasPrefix(got[i], call) {
-					t.Errorf("it went on or tried again: %v", got)
+					t.Errorf("the rotation continued or retried: %v", got)
 				}
 				s.Before, s.After = nil, nil
 				r, err = runbook.Rotate(t.Context(), s, runbook.RotateOptions{})
 				if err != nil || !r.Complete || r.Active == first {
-					t.Fatalf("run again: %+v, %v", r, err)
+					t.Fatalf("second run: %+v, %v", r, err)
 				}
 				want := map[bool]int{false: 4 - i, true: 3 - i}[carriedOut]
 				if want == 0 {
-					want = 4 // everything was done: a new rotation
+					want = 4 // the first was complete: a new rotation
 				}
 				if len(r.Steps) != want {
-					t.Errorf("run again it took %v, want %d steps", r.Steps, want)
+					t.Errorf("second run: steps %v, want %d", r.Steps, want)
 				}
 			})
 		}
 	}
 }
 
-// A refusal stops it too, and nothing is tried again.
+// The rotation stops at a refused step and does not retry it.
 func TestRotateStopsAtRefusal(t *testing.T) {
 	t.Parallel()
 	s := runbooktest.NewServer(t)
@@ -320,7 +319,7 @@ func TestRotateStopsAtRefusal(t *testing.T) {
 	}
 }
 
-// No step is taken without a yes.
+// Without a yes the rotation takes no step.
 func TestRotateAsks(t *testing.T) {
 	t.Parallel()
 	for stop, want := range []string{"Prepare", "Activate", "Taint", "Remove"} {
@@ -345,7 +344,7 @@ func TestRotateAsks(t *testing.T) {
 	}
 }
 
-// An ID that cannot be meant is not ignored.
+// An ID that no step can be about is an error.
 func TestRotateKeysetFlag(t *testing.T) {
 	t.Parallel()
 	s := runbooktest.NewServer(t)
@@ -355,13 +354,13 @@ func TestRotateKeysetFlag(t *testing.T) {
 		}
 	}
 	if len(s.Calls()) != 0 {
-		t.Errorf("it did %v", s.Calls())
+		t.Errorf("calls %v, want none", s.Calls())
 	}
 }
 
-// What a rotation has done itself needs no answer: it goes on with the keyset
-// that it prepared, and with the one that stepped down for it.
-func TestRotateKnowsItsOwn(t *testing.T) {
+// A rotation continues with the keyset that it prepared and the one that this replaced,
+// and needs no --keyset for them.
+func TestRotateContinuesWithItsKeysets(t *testing.T) {
 	t.Parallel()
 	s, ids, _ := reach(t, []string{"p", "p"})
 	r, err := runbook.Rotate(t.Context(), s, runbook.RotateOptions{Keyset: ids[2]})
@@ -384,7 +383,7 @@ func TestRotateKnowsItsOwn(t *testing.T) {
 	if !strings.HasPrefix(fmt.Sprint(s.Calls()), "[prepare activate "+r.Steps[0].Keyset+" taint") {
 		t.Errorf("%v, %v", err, s.Calls())
 	}
-	// The other one is newer and goes on from there.
+	// The other keyset is newer, so the rotation goes on to it.
 	if err != nil || !r.Complete || r.Active != other {
 		t.Errorf("%+v, %v", r, err)
 	}

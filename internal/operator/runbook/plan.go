@@ -11,7 +11,7 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// The defaults of a plan: the pace of an agent that is not told another.
+// The defaults of a plan are those of an agent.
 const (
 	DefaultPlanDelay   = wave.DefaultMaxDelay
 	DefaultPlanRate    = wave.DefaultRate
@@ -19,37 +19,37 @@ const (
 	defaultFleets      = 20
 )
 
-// The limits of a plan: beyond them the answer takes more than seconds.
+// The limits of a plan keep its computation within seconds.
 const (
 	maxPlanAgents = 100_000
 	maxPlanSVIDs  = 100_000
 	maxPlanRate   = 1_000_000
 	maxPlanDelay  = 24 * time.Hour
-	// maxPlanWork is about how many seconds of agents are computed; larger
-	// plans are computed for fewer fleets.
+	// maxPlanWork limits the computed seconds of all agents in all fleets. Larger
+	// plans use fewer fleets.
 	maxPlanWork = 50_000_000
 )
 
-// PlanOptions describe a fleet. Agents and SVIDs are required; the rest is
-// used as given, zero included, except Rate and Fleets.
+// PlanOptions describe a fleet. Agents and SVIDs are required. Only Rate and Fleets
+// have defaults for zero.
 type PlanOptions struct {
 	Agents   int           // at least 1
 	SVIDs    int           // X.509-SVIDs of workloads on each agent
 	MaxDelay time.Duration // of the random delay
-	Rate     float64       // renewals a second of one agent; DefaultPlanRate when zero
-	Refresh  time.Duration // how often an agent fetches the trust bundle
-	Seed     uint64        // another one draws other fleets
-	Fleets   int           // how many are drawn; 20 when zero, fewer of large ones
+	Rate     float64       // renewals per second of one agent; zero: DefaultPlanRate
+	Refresh  time.Duration // interval of an agent's bundle refresh
+	Seed     uint64        // of the random fleets
+	Fleets   int           // how many are drawn; zero: 20, or fewer if they are large
 }
 
-// Plan is what a taint costs the server and how long it takes, over several
-// fleets that were drawn at random, and the whole of its JSON form. Times are
-// seconds after the taint is published.
+// Plan says what load a taint causes at the server and how long the taint wave takes,
+// over several random fleets. It is also the JSON output. Times are seconds after
+// the publication of the taint.
 //
-// An agent sees the taint at its next refresh, waits its delay, renews its own
-// SVID at once and then one SVID each time a token comes: the server
-// is taken to answer at once, and nothing else to be due. With answers that take
-// L seconds the wave of an agent takes 1+L times as long, see [wave.Pace].
+// An agent sees the taint at its next refresh, waits its delay, renews its agent SVID
+// and then one SVID per token. The plan assumes that the server answers at once and
+// that no other renewal is due. If answers take L seconds, the wave of an agent takes
+// 1+L times as long, see [wave.Pace].
 type Plan struct {
 	Agents   int     `json:"agents"`
 	SVIDs    int     `json:"svids_per_agent"`
@@ -59,7 +59,7 @@ type Plan struct {
 	Seed     uint64  `json:"seed"`
 	Fleets   int     `json:"fleets"`
 
-	Mints int64   `json:"mints"`                 // each agent's own SVID among them
+	Mints int64   `json:"mints"`                 // agent SVIDs included
 	Start Spread  `json:"start_seconds"`         // the first renewal
 	Peak  Spread  `json:"peak_mints_a_second"`   // in the busiest full second
 	T50   Spread  `json:"half_done_seconds"`     // 50 % are renewed
@@ -71,15 +71,15 @@ type Plan struct {
 	PerSecond []int64 `json:"mints_in_each_second"`
 }
 
-// Spread is a figure over all fleets that were drawn.
+// Spread is the distribution of a figure over the fleets.
 type Spread struct {
 	Median  float64 `json:"median"`
 	Lowest  float64 `json:"lowest"`
 	Highest float64 `json:"highest"`
 }
 
-// NewPlan computes a plan. It is exact for each fleet, to the nanosecond, and
-// the same for the same options.
+// NewPlan computes a plan. The same options give the same plan. It returns an
+// [*OptionError] if an option is out of range.
 func NewPlan(o PlanOptions) (Plan, error) {
 	if o.Rate == 0 {
 		o.Rate = DefaultPlanRate
@@ -87,8 +87,8 @@ func NewPlan(o PlanOptions) (Plan, error) {
 	if err := o.check(); err != nil {
 		return Plan{}, err
 	}
-	f := fleet{svids: int64(o.SVIDs), every: time.Duration(float64(time.Second) / o.Rate)}
-	last := time.Duration(f.svids) * f.every
+	f := fleet{svids: int64(o.SVIDs), interval: time.Duration(float64(time.Second) / o.Rate)}
+	last := time.Duration(f.svids) * f.interval
 	if o.Fleets == 0 {
 		o.Fleets = max(1, min(defaultFleets, maxPlanWork/(o.Agents*(int(last/time.Second)+2))))
 	}
@@ -105,19 +105,19 @@ func NewPlan(o PlanOptions) (Plan, error) {
 		if n == 0 {
 			p.PerSecond = perSecond
 		}
-		start = append(start, f.begins[0].Seconds())
+		start = append(start, f.starts[0].Seconds())
 		peak = append(peak, float64(slices.Max(perSecond)))
-		t50 = append(t50, f.reached(share(p.Mints, 50)).Seconds())
-		t99 = append(t99, f.reached(share(p.Mints, 99)).Seconds())
-		t100 = append(t100, f.reached(p.Mints).Seconds())
+		t50 = append(t50, f.timeOf(share(p.Mints, 50)).Seconds())
+		t99 = append(t99, f.timeOf(share(p.Mints, 99)).Seconds())
+		t100 = append(t100, f.timeOf(p.Mints).Seconds())
 	}
 	p.Start, p.Peak, p.T50, p.T99, p.T100 = spread(start), spread(peak), spread(t50), spread(t99), spread(t100)
 	return p, nil
 }
 
-// OptionError says which of the options cannot be planned with.
+// OptionError says which option is out of range.
 type OptionError struct {
-	Option  string // as the flag is called
+	Option  string // the name of its flag
 	Message string
 }
 
@@ -137,7 +137,7 @@ func (o PlanOptions) check() error {
 		return wrong("max-delay", "must be from 0s to 24h, and is %v", o.MaxDelay)
 	case o.Refresh < 0 || o.Refresh > maxPlanDelay:
 		return wrong("refresh", "must be from 0s to 24h, and is %v", o.Refresh)
-	case !(o.Rate >= 0.1 && o.Rate <= maxPlanRate): // which is false of NaN too
+	case !(o.Rate >= 0.1 && o.Rate <= maxPlanRate): // also rejects NaN
 		return wrong("rate", "must be from 0.1 to %d, and is %v", maxPlanRate, o.Rate)
 	case o.Fleets < 0:
 		return wrong("fleets", "must not be negative, and is %d", o.Fleets)
@@ -145,49 +145,47 @@ func (o PlanOptions) check() error {
 	return nil
 }
 
-// fleet is one draw of all agents. Agent i mints at begins[i] + k·every for k
-// from 0, its own SVID, to svids: a full bucket of one token, and a token each
-// every.
+// fleet is one draw of all agents. Agent i renews SVID k at starts[i] + k·interval.
+// SVID 0 is the agent SVID; svids is the last one.
 type fleet struct {
-	begins []time.Duration // sorted
-	svids  int64
-	every  time.Duration
+	starts   []time.Duration // sorted
+	svids    int64
+	interval time.Duration
 }
 
 func (f *fleet) draw(o PlanOptions, n uint64) {
-	f.begins = f.begins[:0]
+	f.starts = f.starts[:0]
 	var number [24]byte
 	binary.BigEndian.PutUint64(number[:], o.Seed)
 	binary.BigEndian.PutUint64(number[8:], n)
 	for i := range o.Agents {
 		binary.BigEndian.PutUint64(number[16:], uint64(i))
 		seed := sha256.Sum256(number[:])
-		// The same draw under another name says how long the agent's next
-		// refresh is away.
-		f.begins = append(f.begins, wave.Delay(seed, "refresh", o.Refresh)+wave.Delay(seed, "authority", o.MaxDelay))
+		// The time to the next refresh is uniform as well.
+		f.starts = append(f.starts, wave.Delay(seed, "refresh", o.Refresh)+wave.Delay(seed, "authority", o.MaxDelay))
 	}
-	slices.SortFunc(f.begins, cmp.Compare)
+	slices.SortFunc(f.starts, cmp.Compare)
 }
 
-// by counts the mints of an agent from its beginning to after, inclusive.
-func (f *fleet) by(after time.Duration) int64 {
+// mintsBy counts the mints of an agent until after its start, inclusive.
+func (f *fleet) mintsBy(after time.Duration) int64 {
 	if after < 0 {
 		return 0
 	}
-	return min(int64(after/f.every), f.svids) + 1
+	return min(int64(after/f.interval), f.svids) + 1
 }
 
 // perSecond counts the mints in each second from the taint to the last one.
 func (f *fleet) perSecond() []int64 {
-	length := time.Duration(f.svids) * f.every
-	end := f.begins[len(f.begins)-1] + length
+	length := time.Duration(f.svids) * f.interval
+	end := f.starts[len(f.starts)-1] + length
 	out := make([]int64, end/time.Second+1)
-	for _, b := range f.begins {
+	for _, b := range f.starts {
 		before := int64(0)
 		end := b.Truncate(time.Second) - 1 // of the second before
 		for s := b / time.Second; s <= (b+length)/time.Second; s++ {
 			end += time.Second
-			n := f.by(end - b)
+			n := f.mintsBy(end - b)
 			out[s] += n - before
 			before = n
 		}
@@ -195,17 +193,17 @@ func (f *fleet) perSecond() []int64 {
 	return out
 }
 
-// reached is when n mints are done.
-func (f *fleet) reached(n int64) time.Duration {
-	low, high := f.begins[0], f.begins[len(f.begins)-1]+time.Duration(f.svids)*f.every
+// timeOf returns when n mints are done.
+func (f *fleet) timeOf(n int64) time.Duration {
+	low, high := f.starts[0], f.starts[len(f.starts)-1]+time.Duration(f.svids)*f.interval
 	for low < high {
 		mid := low + (high-low)/2
 		done := int64(0)
-		for _, b := range f.begins {
+		for _, b := range f.starts {
 			if b > mid {
 				break
 			}
-			done += f.by(mid - b)
+			done += f.mintsBy(mid - b)
 		}
 		if done >= n {
 			high = mid
@@ -216,7 +214,7 @@ func (f *fleet) reached(n int64) time.Duration {
 	return low
 }
 
-// share is the smallest number of mints that is that many percent of them.
+// share returns percent of mints, rounded up.
 func share(mints, percent int64) int64 { return (mints*percent + 99) / 100 }
 
 func spread(values []float64) Spread {

@@ -26,7 +26,7 @@ func plan(t rapid.TB, o runbook.PlanOptions) runbook.Plan {
 
 func near(got, want, within float64) bool { return math.Abs(got-want) <= within }
 
-// One agent, and no delay: closed forms.
+// Small fleets have figures that can be computed by hand.
 func TestPlanClosedForms(t *testing.T) {
 	t.Parallel()
 	p := plan(t, runbook.PlanOptions{Agents: 1, SVIDs: 100})
@@ -47,13 +47,13 @@ func TestPlanClosedForms(t *testing.T) {
 		t.Errorf("mints in each second %v, want %v", p.PerSecond, want)
 	}
 
-	// Without delay all agents go together.
+	// Without delay all agents renew together.
 	p = plan(t, runbook.PlanOptions{Agents: 30, SVIDs: 10, Rate: 5})
 	if want := []int64{150, 150, 30}; !slices.Equal(p.PerSecond, want) || p.Peak.Lowest != 150 || !near(p.T100.Highest, 2, 1e-9) {
 		t.Errorf("30 agents, no delay: %v, %+v", p.PerSecond, p)
 	}
 
-	// Many agents with one SVID each, their own: the delay alone, uniform.
+	// Many agents with only the agent SVID: the uniform delay.
 	p = plan(t, runbook.PlanOptions{Agents: 20000, MaxDelay: time.Minute})
 	if !near(p.T50.Median, 30, 0.5) || !near(p.T99.Median, 59.4, 0.2) || p.T100.Highest >= 60 || p.Limit != 60 || !near(p.Peak.Median, 20000./60+3*math.Sqrt(20000./60), 40) {
 		t.Errorf("delay alone: %+v", p)
@@ -66,9 +66,7 @@ func TestPlanClosedForms(t *testing.T) {
 	}
 }
 
-// An agent's bucket of tokens is the one that the limiter of an agent has: the
-// mints in each second are those of a fleet of real limiters, simulated token
-// by token.
+// The plan agrees with a simulation that uses the agents' rate limiter.
 func TestPlanSimulated(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -84,7 +82,7 @@ func TestPlanSimulated(t *testing.T) {
 		p := plan(t, o)
 		var all []time.Duration
 		published := time.Unix(0, 0)
-		for _, begins := range runbook.Begins(o) {
+		for _, begins := range runbook.Starts(o) {
 			limiter := rate.NewLimiter(rate.Limit(o.Rate), 1)
 			at := published.Add(begins)
 			for range o.SVIDs + 1 {
@@ -109,7 +107,7 @@ func TestPlanSimulated(t *testing.T) {
 			}
 		}
 		if p.T100.Median > p.Limit {
-			t.Errorf("it ends after %v, and %v is the latest", p.T100.Median, p.Limit)
+			t.Errorf("end after %v, limit %v", p.T100.Median, p.Limit)
 		}
 		var sum int64
 		for i, n := range p.PerSecond {
@@ -128,7 +126,7 @@ func TestPlanSimulated(t *testing.T) {
 	})
 }
 
-// The same options draw the same fleets, and another seed others.
+// The same options draw the same fleets; another seed draws others.
 func TestPlanSeed(t *testing.T) {
 	t.Parallel()
 	o := runbook.PlanOptions{Agents: 5, SVIDs: 5, MaxDelay: time.Minute, Refresh: 5 * time.Second, Seed: 1}
@@ -138,7 +136,7 @@ func TestPlanSeed(t *testing.T) {
 		t.Errorf("%v, %v, %v", a.T50, b.T50, c.T50)
 	}
 	if a.T50.Lowest >= a.T50.Highest || a.Fleets != 20 {
-		t.Errorf("the fleets are all alike: %+v", a)
+		t.Errorf("all fleets are equal: %+v", a)
 	}
 }
 

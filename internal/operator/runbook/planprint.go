@@ -19,7 +19,7 @@ const (
 
 // Print writes the plan as a table and a plot, in at most 110 columns.
 func (p Plan) Print(w io.Writer) error {
-	_, err := fmt.Fprintf(w, "%s of %s, %s to renew after a taint (each agent's own among them).\n\n",
+	_, err := fmt.Fprintf(w, "%s of %s, %s to renew after a taint (agent SVIDs included).\n\n",
 		thousands(int64(p.Agents))+plural(p.Agents, " agent"), thousands(int64(p.SVIDs))+plural(p.SVIDs, " X.509-SVID")+" each", thousands(p.Mints))
 	if err != nil {
 		return fmt.Errorf("write output: %w", err)
@@ -44,16 +44,16 @@ func (p Plan) Print(w io.Writer) error {
 	return nil
 }
 
-// assumptions says in a line what the figures rest on.
+// assumptions describes what the figures are computed from.
 func (p Plan) assumptions() string {
-	return fmt.Sprintf("%s drawn (seed %d); assumed: refresh every %s, delay up to %s,\n%s renewals a second on an agent, a server that answers at once.",
-		counted(p.Fleets, "fleet"), p.Seed, span(p.Refresh), span(p.MaxDelay), strconv.FormatFloat(p.Rate, 'g', -1, 64))
+	return fmt.Sprintf("%s drawn (seed %d); assumed: refresh every %s, delay up to %s,\n%s renewals per second and agent, a server that answers at once.",
+		quantity(p.Fleets, "fleet"), p.Seed, span(p.Refresh), span(p.MaxDelay), strconv.FormatFloat(p.Rate, 'g', -1, 64))
 }
 
-// plot draws the mints a second at the server. Each column is the busiest
-// second of those that it stands for.
+// plot draws the mints per second at the server. A column shows the busiest of its
+// seconds.
 func (p Plan) plot() string {
-	// One more second, in which nothing happens, shows where it ends.
+	// One more second, without mints, shows the end.
 	n := len(p.PerSecond) + 1
 	series := make([]float64, plotWidth)
 	for i := range series {
@@ -68,13 +68,13 @@ func (p Plan) plot() string {
 		asciigraph.YAxisValueFormatter(func(v float64) string { return thousands(int64(math.Round(v))) }),
 		asciigraph.XAxisRange(0, float64(n)),
 		asciigraph.XAxisValueFormatter(func(v float64) string { return seconds(v) }),
-		asciigraph.Caption("mints a second at the server, by time since the taint (first fleet)"))
+		asciigraph.Caption("mints per second at the server, by time since the taint (first fleet)"))
 }
 
 // seconds prints a time to a tenth of a second.
 func seconds(s float64) string {
 	if s >= 60 {
-		return short(time.Duration(s * float64(time.Second)))
+		return formatDuration(time.Duration(s * float64(time.Second)))
 	}
 	return strconv.FormatFloat(s, 'f', 1, 64) + "s"
 }

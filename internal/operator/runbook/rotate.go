@@ -12,7 +12,7 @@ import (
 // Action is a step of a rotation.
 type Action string
 
-// The actions. ActNone: one keyset is left, and it is active.
+// The actions. ActNone means that only the active keyset is left.
 const (
 	ActNone     Action = ""
 	ActPrepare  Action = "prepare"
@@ -21,42 +21,39 @@ const (
 	ActRemove   Action = "remove"
 )
 
-// Step is what a rotation does next.
+// Step is an action and its keyset.
 type Step struct {
 	Action Action
 	Keyset string // empty for ActNone and ActPrepare
 }
 
-// Next decides from the state alone what a rotation does next. Its goal is
-// that one keyset is left, and active; the first row that fits decides:
+// Next decides from the state alone what a rotation does next. A rotation ends when
+// only the active keyset is left. The first row that fits decides:
 //
 //	Tainted  to retire  to activate   next step
 //	1        any        any           wait until it is safe, remove it
-//	2 or more           any           the one chosen of them, else an error that names them
+//	2 or more           any           the chosen one, else an error that names them
 //	0        1          any           taint it
-//	0        2 or more  any           the one chosen of them, else an error that names them
+//	0        2 or more  any           the chosen one, else an error that names them
 //	0        0          1             activate it
-//	0        0          2 or more     the one chosen of them, else an error that names them
+//	0        0          2 or more     the chosen one, else an error that names them
 //	0        0          0             none: the rotation is complete, or has not begun
 //
-// To retire is what is Prepared and has signed before, is older than the
-// active keyset, or has expired; to activate is every other that is Prepared.
-// What was begun is finished first, so that there are never more keysets to
-// be told apart than necessary.
+// A Prepared keyset is to be retired if it has signed before, is older than the active
+// keyset or has expired. Every other Prepared keyset is to be activated.
 //
-// Unless exactly one keyset is active, and both keys of every keyset are there
-// and in the same state, Next is an error: this is no state that a rotation
-// passes through.
+// Next fails unless exactly one keyset is active and every keyset has both keys in
+// the same state.
 func Next(s Status, chosen string, now time.Time) (Step, error) {
 	active := -1
 	for i, k := range s.Keysets {
 		switch {
 		case k.JWTState != "" && k.JWTState != k.State:
-			return Step{}, fmt.Errorf("%s: carry out the step that is missing with activate, taint or remove, then run keysetctl rotate again", apart(k))
+			return Step{}, fmt.Errorf("%s: complete the step with activate, taint or remove, then run keysetctl rotate again", keyStatesDiffer(k))
 		case k.X509AuthorityID == "" || k.JWTKeyID == "":
 			return Step{}, fmt.Errorf("keyset %s lacks one of its two keys: replace it with prepare, activate, taint and remove, then run keysetctl rotate again", k.ID)
 		case k.State == Active && active >= 0:
-			return Step{}, fmt.Errorf("two keysets are active, %s and %s: this must not be, look at the server", s.Keysets[active].ID, k.ID)
+			return Step{}, fmt.Errorf("two keysets are active, %s and %s: check the server", s.Keysets[active].ID, k.ID)
 		case k.State == Active:
 			active = i
 		}
@@ -97,55 +94,53 @@ func choose(a Action, ids []string, chosen string) (Step, error) {
 			return Step{a, id}, nil
 		}
 	}
-	return Step{}, fmt.Errorf("the next step is to %s one of %s: say which with --keyset ID", a, and(ids))
+	return Step{}, fmt.Errorf("the next step is to %s one of %s: choose one with --keyset ID", a, joinWithAnd(ids))
 }
 
-// RotateOptions say how to walk through a rotation. Wait.For must not be JWT:
-// nothing can be removed that is not safe for X.509-SVIDs. Wait.Timeout bounds
-// each of the waits.
+// RotateOptions are the options of [Rotate]. Wait.For must not be JWT, because removal
+// must be safe for X.509-SVIDs. Wait.Timeout limits each wait.
 type RotateOptions struct {
 	Wait WaitOptions
-	// Keyset is the one that is meant where several could be; else empty.
+	// Keyset chooses between several keysets for the next step; it may be empty.
 	Keyset string
-	// Ask is asked before each step; nil means yes.
+	// Ask is called before each step; nil means yes.
 	Ask func(question string) (bool, error)
-	// Report is told of each step when it is done; nil: nobody is.
-	Report func(Done)
+	// Report is called after each step; nil: no calls.
+	Report func(StepResult)
 }
 
-// Rotation is how a rotation went, and the whole of its JSON form.
+// Rotation is the result of [Rotate], and its JSON output.
 type Rotation struct {
-	Steps    []Done `json:"steps"`
-	Complete bool   `json:"complete"`
-	Active   string `json:"active"` // the keyset that signs; empty when not known
+	Steps    []StepResult `json:"steps"`
+	Complete bool         `json:"complete"`
+	Active   string       `json:"active"` // the keyset that signs; empty when not known
 }
 
-// errDeclined ends a rotation at a question that was answered with no.
-var errDeclined = errors.New("stopped as asked, nothing was changed by this step; run keysetctl rotate again to go on from here")
+// errDeclined ends a rotation after the answer no.
+var errDeclined = errors.New("stopped before this step; run keysetctl rotate again to continue")
 
-// Rotate walks from whatever state the deployment is in to the end of a
-// rotation, as [Next] decides; where only one keyset is left, it prepares the
-// next one first. Before activating and tainting it waits until all agents
-// have applied the trust bundle, before removing until that is safe. It keeps
-// nothing: after an interruption, or an error, the next Rotate goes on from
-// the state that it finds. It stops at the first step that fails or whose
-// outcome is not known.
+// Rotate takes the steps that [Next] decides until only the active keyset is left. If
+// it finds only that one, it prepares another first. Before it activates or taints
+// it waits until all agents have applied the trust bundle, and before it removes
+// until that is safe. It stores nothing: after an interruption or an error the next
+// Rotate continues from the state that it finds. It stops at the first step that
+// fails or whose outcome is not known.
 func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 	o.Wait = o.Wait.withDefaults()
 	if o.Report == nil {
-		o.Report = func(Done) {}
+		o.Report = func(StepResult) {}
 	}
-	r := Rotation{Steps: []Done{}}
-	var waited Step // the step whose facts have been waited for
-	var last Action // that was carried out
-	begun := false  // there was something to finish, or last is set
+	r := Rotation{Steps: []StepResult{}}
+	var waited Step  // the step whose preconditions hold
+	var last Action  // the last completed one
+	started := false // a step was found or completed
 	for {
 		s, err := status(ctx, b)
 		if err != nil {
 			return r, err
 		}
 		r.Active = activeID(s)
-		if err := checkChosen(s, o.Keyset); err != nil && !begun {
+		if err := checkChosen(s, o.Keyset); err != nil && !started {
 			return r, err
 		}
 		step, err := Next(s, o.Keyset, o.Wait.Now())
@@ -154,26 +149,26 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		}
 		switch {
 		case step.Action != ActNone:
-		case !begun:
+		case !started:
 			step.Action = ActPrepare
 		case last == ActPrepare:
-			return r, fmt.Errorf("keyset %s is not there any more: somebody else is at work; run keysetctl list", r.Steps[len(r.Steps)-1].Keyset)
+			return r, fmt.Errorf("keyset %s was removed by somebody else; run keysetctl list", r.Steps[len(r.Steps)-1].Keyset)
 		default:
 			r.Complete = true
 			return r, nil
 		}
 		if step.Action != ActPrepare && step != waited {
-			begun = true
-			if err := gate(ctx, b, step, o.Wait); err != nil {
+			started = true
+			if err := awaitPreconditions(ctx, b, step, o.Wait); err != nil {
 				return r, err
 			}
 			waited = step
-			continue // the world may be another after a wait
+			continue // the state may have changed during the wait
 		}
-		if err := ask(o, step, s); err != nil {
+		if err := confirm(o, step, s); err != nil {
 			return r, err
 		}
-		done, err := carryOut(ctx, b, step, o.Wait.Now())
+		done, err := perform(ctx, b, step, o.Wait.Now())
 		if errors.Is(err, ErrOutcomeUnknown) {
 			err = fmt.Errorf("%s %s: %w", step.Action, step.Keyset, err)
 		}
@@ -182,8 +177,8 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		}
 		r.Steps = append(r.Steps, done)
 		o.Report(done)
-		last, waited, begun = step.Action, Step{}, true
-		// What this rotation has touched itself is what it goes on with.
+		last, waited, started = step.Action, Step{}, true
+		// The rotation continues with the keysets of its own steps.
 		switch step.Action {
 		case ActPrepare:
 			o.Keyset = done.Keyset
@@ -212,7 +207,7 @@ func activeID(s Status) string {
 	return ""
 }
 
-// checkChosen refuses an ID that could never be meant.
+// checkChosen returns an error if no step can be about the keyset.
 func checkChosen(s Status, id string) error {
 	if id == "" {
 		return nil
@@ -222,16 +217,15 @@ func checkChosen(s Status, id string) error {
 	case !found:
 		return fmt.Errorf("--keyset %s: there is no such keyset; run keysetctl list", id)
 	case k.State == Active:
-		return fmt.Errorf("--keyset %s: it is active; name one that is to be activated, tainted or removed", id)
+		return fmt.Errorf("--keyset %s: it is active; choose one to activate, taint or remove", id)
 	}
 	return nil
 }
 
-// gate waits for the facts that a step depends on.
-func gate(ctx context.Context, b Backend, step Step, o WaitOptions) error {
+func awaitPreconditions(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 	switch step.Action {
 	case ActActivate, ActTaint:
-		return applied(ctx, b, step, o)
+		return awaitBundleApplied(ctx, b, step, o)
 	case ActRemove:
 		o.Progress.Line(fmt.Sprintf("Waiting until %s is safe to remove.", step.Keyset))
 		_, err := Wait(ctx, b, step.Keyset, o)
@@ -240,10 +234,9 @@ func gate(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 	return nil
 }
 
-// applied waits until every agent has applied the trust bundle. An agent that
-// has not would leave its workloads unable to verify what the new keyset
-// signs.
-func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
+// awaitBundleApplied waits until every agent has applied the trust bundle. The
+// workloads of other agents could not verify SVIDs of the new keyset.
+func awaitBundleApplied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 	announced := false
 	state := "The server has not answered"
 	err := await(ctx, o, step.Keyset, func(ctx context.Context) (bool, string, error) {
@@ -256,10 +249,10 @@ func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 		}
 		if !announced {
 			announced = true
-			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To go on without: interrupt, run keysetctl %s %s, then keysetctl rotate again.)", step.Action, step.Keyset))
+			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To continue without them: interrupt, run keysetctl %s %s, then keysetctl rotate again.)", step.Action, step.Keyset))
 		}
-		if state = notKnownBehind; s.Agents >= 0 && s.AgentsBehind > 0 {
-			state = behind(s)
+		if state = agentsBehindNotKnown; s.Agents >= 0 && s.AgentsBehind > 0 {
+			state = agentsBehind(s)
 		} else if k, _ := find(s, step.Keyset); k.Unknown != "" {
 			state += ": " + cli.Printable(k.Unknown)
 		}
@@ -268,16 +261,16 @@ func applied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
 	switch {
 	case errors.Is(err, errTimeout):
 		return &NotSafeError{Keyset: step.Keyset, Message: fmt.Sprintf(
-			"it is not safe to %s %s after %s\n%s.\nRun keysetctl rotate again to go on waiting, or keysetctl %s %s to go on without them.",
-			step.Action, step.Keyset, short(o.Timeout), state, step.Action, step.Keyset)}
+			"it is not safe to %s %s after %s\n%s.\nRun keysetctl rotate again to wait longer, or keysetctl %s %s to continue without them.",
+			step.Action, step.Keyset, formatDuration(o.Timeout), state, step.Action, step.Keyset)}
 	case err != nil:
 		return fmt.Errorf("wait for the agents before %s %s: %w", step.Action, step.Keyset, err)
 	}
 	return nil
 }
 
-// ask puts the question that stands before a step.
-func ask(o RotateOptions, step Step, s Status) error {
+// confirm asks the operator before a step.
+func confirm(o RotateOptions, step Step, s Status) error {
 	if o.Ask == nil {
 		return nil
 	}
@@ -285,13 +278,13 @@ func ask(o RotateOptions, step Step, s Status) error {
 	var question string
 	switch step.Action {
 	case ActPrepare:
-		question = "Prepare a new keyset? It is published and does not sign yet."
+		question = "Prepare a new keyset? It is published, but does not sign."
 	case ActActivate:
-		question = fmt.Sprintf("Activate %s? It signs from then on, and %s steps down.", k.ID, activeID(s))
+		question = fmt.Sprintf("Activate %s? It then signs instead of %s.", k.ID, activeID(s))
 	case ActTaint:
 		question = fmt.Sprintf("Taint %s? Agents replace the X.509-SVIDs that it signed.", k.ID)
 	case ActRemove:
-		question = fmt.Sprintf("Remove %s? This is permanent.", k.ID)
+		question = fmt.Sprintf("Remove %s? This cannot be undone.", k.ID)
 		if text := k.jwtRemark(o.Wait.Now()); text != "" {
 			question = text + "\n" + question
 		}
@@ -306,7 +299,7 @@ func ask(o RotateOptions, step Step, s Status) error {
 	return nil
 }
 
-func carryOut(ctx context.Context, b Backend, step Step, now time.Time) (Done, error) {
+func perform(ctx context.Context, b Backend, step Step, now time.Time) (StepResult, error) {
 	switch step.Action {
 	case ActPrepare:
 		return Prepare(ctx, b)

@@ -8,25 +8,24 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-// repeatEvery is how often progress is said where it cannot be redrawn.
-const repeatEvery = 10 * time.Second
+// progressInterval is the least time between two progress lines that are not redrawn.
+const progressInterval = 10 * time.Second
 
-// Screen is where progress is written: one line that is redrawn in place on a
-// terminal, and a line every ten seconds elsewhere. The zero Screen is silent.
-// It is used from one goroutine. Text from elsewhere is written as
-// [cli.PrintableLines] leaves it.
+// Screen writes progress: on a terminal one line that is redrawn in place,
+// elsewhere a line every ten seconds. The zero Screen writes nothing. It replaces
+// control characters and is not safe for concurrent use.
 type Screen struct {
 	W io.Writer
-	// Width is the number of columns of the terminal; nil or not positive: W
-	// is none.
+	// Width returns the terminal's columns. If it is nil, or its result is not
+	// positive, W is not a terminal.
 	Width func() int
 
-	drawn bool // the progress line stands at the bottom
-	said  time.Time
-	kind  string
+	drawn       bool // the progress line is on the screen
+	lastPrinted time.Time
+	lastKind    string
 }
 
-// Line writes a line that stays.
+// Line writes a line that is not redrawn.
 func (s *Screen) Line(text string) {
 	if s == nil || s.W == nil {
 		return
@@ -35,8 +34,7 @@ func (s *Screen) Line(text string) {
 	_, _ = fmt.Fprintln(s.W, cli.PrintableLines(text))
 }
 
-// Clear takes the progress line away, before something else is written to the
-// terminal.
+// Clear erases the progress line. Call it before you write to the terminal otherwise.
 func (s *Screen) Clear() {
 	if s != nil && s.drawn {
 		_, _ = fmt.Fprint(s.W, "\r\x1b[K")
@@ -44,8 +42,8 @@ func (s *Screen) Clear() {
 	}
 }
 
-// Progress says how far things are. A line of another kind than the last, such
-// as a failure, is said at once.
+// Progress shows text as the progress line. Where it is not redrawn, a line of another
+// kind than the last is written without waiting for the ten seconds.
 func (s *Screen) Progress(kind, text string, now time.Time) {
 	if s == nil || s.W == nil {
 		return
@@ -56,9 +54,9 @@ func (s *Screen) Progress(kind, text string, now time.Time) {
 		width = s.Width()
 	}
 	if width <= 0 {
-		if kind != s.kind || now.Sub(s.said) >= repeatEvery {
+		if kind != s.lastKind || now.Sub(s.lastPrinted) >= progressInterval {
 			_, _ = fmt.Fprintln(s.W, text)
-			s.said, s.kind = now, kind
+			s.lastPrinted, s.lastKind = now, kind
 		}
 		return
 	}
@@ -67,5 +65,5 @@ func (s *Screen) Progress(kind, text string, now time.Time) {
 		text = string(line[:width-1])
 	}
 	_, _ = fmt.Fprintf(s.W, "\r\x1b[K%s", text)
-	s.drawn, s.kind = true, kind
+	s.drawn, s.lastKind = true, kind
 }

@@ -7,73 +7,71 @@ import (
 	"time"
 )
 
-// mutationTimeout is how long the server's answer to a mutation is waited for:
-// somewhat longer than the 120 seconds after which it gives up itself, so that
-// it is the server who says so.
+// mutationTimeout limits a mutation. It is longer than the server's own limit of
+// 120 seconds, so that the server's error arrives first.
 const mutationTimeout = 130 * time.Second
 
-// Done is one step that was carried out, and the whole of its JSON form.
-type Done struct {
+// StepResult is the result of a completed step, and its JSON output.
+type StepResult struct {
 	Keyset string `json:"keyset"`
 	Done   string `json:"done"` // prepared, activated, tainted, removed
 	// Remarks are sentences for the operator.
 	Remarks []string `json:"remarks,omitempty"`
 }
 
-// String is the line that the runbook shows.
-func (d Done) String() string { return fmt.Sprintf("Keyset %s %s.", d.Keyset, d.Done) }
+// String returns the line that a step prints.
+func (d StepResult) String() string { return fmt.Sprintf("Keyset %s %s.", d.Keyset, d.Done) }
 
-// Prepare makes a new keyset. Like every step it calls the server once, never
-// again, and leaves the server's refusals as they are; [Remedy] explains them.
-func Prepare(ctx context.Context, b Backend) (Done, error) {
+// Prepare makes a new keyset. Like every step it calls the server once and returns
+// the server's error unchanged; [Remedy] explains it.
+func Prepare(ctx context.Context, b Backend) (StepResult, error) {
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
 	k, err := b.Prepare(ctx)
-	return Done{Keyset: k.ID, Done: "prepared"}, heard(err)
+	return StepResult{Keyset: k.ID, Done: "prepared"}, markUnknownOutcome(err)
 }
 
-// Activate makes a prepared keyset the one that signs.
-func Activate(ctx context.Context, b Backend, id string) (Done, error) {
+// Activate makes a prepared keyset the signing one.
+func Activate(ctx context.Context, b Backend, id string) (StepResult, error) {
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
-	return Done{Keyset: id, Done: "activated"}, heard(b.Activate(ctx, id))
+	return StepResult{Keyset: id, Done: "activated"}, markUnknownOutcome(b.Activate(ctx, id))
 }
 
-// Taint marks a prepared keyset as one to be retired.
-func Taint(ctx context.Context, b Backend, id string) (Done, error) {
+// Taint starts the replacement of everything that a prepared keyset signed.
+func Taint(ctx context.Context, b Backend, id string) (StepResult, error) {
 	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
-	return Done{Keyset: id, Done: "tainted"}, heard(b.Taint(ctx, id))
+	return StepResult{Keyset: id, Done: "tainted"}, markUnknownOutcome(b.Taint(ctx, id))
 }
 
-// Remove takes a tainted keyset out of the trust bundle, for good. Unless
-// force is set, what is not safe is refused with a [NotSafeError] whose
-// message says what hangs on the keyset and what to do. JWT-SVIDs that are
-// still valid do not make it unsafe; the remarks tell of them.
-func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time) (Done, error) {
+// Remove deletes a tainted keyset from the trust bundle. If that is not safe and
+// force is not set, it returns a [NotSafeError] that names what still depends on the
+// keyset and the remedy. Valid JWT-SVIDs do not make removal unsafe; the remarks
+// mention them.
+func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time) (StepResult, error) {
 	s, err := status(ctx, b)
 	if err != nil {
-		return Done{}, fmt.Errorf("nothing was changed: %w", err)
+		return StepResult{}, fmt.Errorf("nothing was changed: %w", err)
 	}
 	k, found := find(s, id)
-	// A server is not even asked to do what it has just called unsafe. What
-	// is not tainted it refuses with a text of its own.
+	// The server has its own error for a keyset that is not tainted.
 	if found && k.State == Tainted && !force && !k.safe(X509) {
-		return Done{}, refuse(ctx, b, k, "", now)
+		return StepResult{}, refuse(ctx, b, k, "", now)
 	}
 	removeCtx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
 	err = b.Remove(removeCtx, id, force)
 	if notSafe, ok := errors.AsType[*NotSafeError](err); ok {
 		k.ID = id
-		return Done{}, refuse(ctx, b, k, notSafe.Message, now)
+		return StepResult{}, refuse(ctx, b, k, notSafe.Message, now)
 	}
 	if err != nil {
-		return Done{}, heard(err)
+		return StepResult{}, markUnknownOutcome(err)
 	}
-	d := Done{Keyset: id, Done: "removed"}
+	d := StepResult{Keyset: id, Done: "removed"}
 	if force && found && !k.safe(X509) {
-		d.Remarks = append(d.Remarks, "It was not known to be safe: X.509-SVIDs that it signed fail verification from now on, until they are renewed.")
+		d.Remarks = append(d.Remarks, "Removal was forced. Workloads whose X.509-SVIDs it signed are rejected until they are renewed.")
 	}
 	if text := k.jwtRemark(now); found && text != "" {
 		d.Remarks = append(d.Remarks, text)
@@ -81,8 +79,8 @@ func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time
 	return d, nil
 }
 
-// refuse explains why a keyset cannot be removed now. reason is the server's
-// own, if it gave one.
+// refuse returns a [NotSafeError] for a keyset. reason is the server's error; it may
+// be empty.
 func refuse(ctx context.Context, b Backend, k Keyset, reason string, now time.Time) error {
 	text := fmt.Sprintf("cannot remove %s: it is not safe yet", k.ID)
 	if reason != "" {
@@ -91,10 +89,10 @@ func refuse(ctx context.Context, b Backend, k Keyset, reason string, now time.Ti
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	holders, err := b.Holders(ctx, k.ID)
-	text += "\n" + hanging(k, holders, err, now)
+	text += "\n" + describeDependents(k, holders, err, now)
 	if jwt := k.jwtRemark(now); jwt != "" {
 		text += "\n" + jwt
 	}
-	text += fmt.Sprintf("\nRun keysetctl wait %s, which ends when it is safe, and then remove it. With --force it is removed at once, and what hangs on it fails verification.", k.ID)
+	text += fmt.Sprintf("\nRun keysetctl wait %s, then remove it. With --force it is removed now, and the SVIDs that depend on it are rejected.", k.ID)
 	return &NotSafeError{Keyset: k.ID, Message: text}
 }

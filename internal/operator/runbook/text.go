@@ -6,29 +6,29 @@ import (
 	"time"
 )
 
-// stamp prints a time as Go prints a UTC time.
-func stamp(t time.Time) string {
+// formatTime formats t in UTC, in the layout of [time.Time.String].
+func formatTime(t time.Time) string {
 	if t.IsZero() {
 		return notKnown
 	}
 	return t.UTC().Format("2006-01-02 15:04:05 -0700 MST")
 }
 
-// when prints a moment and how far away it is.
-func when(t, now time.Time) string {
+// timeAndDistance formats t and how far it is from now.
+func timeAndDistance(t, now time.Time) string {
 	d := t.Sub(now)
 	if d < time.Second && d > -time.Second {
-		return stamp(t) + " (now)"
+		return formatTime(t) + " (now)"
 	}
 	if d < 0 {
-		return stamp(t) + " (" + short(-d) + " ago)"
+		return formatTime(t) + " (" + formatDuration(-d) + " ago)"
 	}
-	return stamp(t) + " (in " + short(d) + ")"
+	return formatTime(t) + " (in " + formatDuration(d) + ")"
 }
 
-// short prints a duration with the two units that matter: 6d23h, 23h4m, 1m20s,
-// 12s. It rounds up: what is left is never understated.
-func short(d time.Duration) string {
+// formatDuration formats d with its two largest units: 6d23h, 23h4m, 1m20s, 12s. It
+// rounds up, so that a remaining time is never too short.
+func formatDuration(d time.Duration) string {
 	unit := time.Second
 	if d > time.Hour {
 		unit = time.Minute
@@ -56,8 +56,7 @@ func short(d time.Duration) string {
 	return b.String()
 }
 
-// counted prints a number with its noun, which takes an s but for one.
-func counted(n int, noun string) string {
+func quantity(n int, noun string) string {
 	return fmt.Sprintf("%d %s", n, plural(n, noun))
 }
 
@@ -68,15 +67,15 @@ func plural(n int, noun string) string {
 	return noun + "s"
 }
 
-func have(n int) string {
+func hasOrHave(n int) string {
 	if n == 1 {
 		return "has"
 	}
 	return "have"
 }
 
-// and joins names as one speaks them.
-func and(names []string) string {
+// joinWithAnd returns names as "a, b and c".
+func joinWithAnd(names []string) string {
 	if len(names) < 2 {
 		return strings.Join(names, "")
 	}

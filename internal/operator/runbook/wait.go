@@ -8,27 +8,27 @@ import (
 	"time"
 )
 
-// For is what is to be safe: removing a keyset's X.509 key, its JWT key, or both.
-type For string
+// Scope names the keys of a keyset that must be safe to remove.
+type Scope string
 
-// The values of For.
+// The scopes.
 const (
-	X509 For = "x509"
-	JWT  For = "jwt"
-	All  For = "all"
+	X509 Scope = "x509"
+	JWT  Scope = "jwt"
+	All  Scope = "all"
 )
 
 const (
-	// DefaultInterval is the time between two looks at the server.
+	// DefaultInterval is the time between two polls of the server.
 	DefaultInterval = 2 * time.Second
-	// pollTimeout bounds one look, so that a server that hangs is seen to.
+	// pollTimeout limits one poll.
 	pollTimeout = 30 * time.Second
 )
 
-// WaitOptions say how to wait. The zero value waits without end for what
-// [X509] means.
+// WaitOptions are the options of [Wait]. The zero value waits for [X509], without
+// a limit.
 type WaitOptions struct {
-	For      For
+	For      Scope
 	Timeout  time.Duration // zero: no limit
 	Interval time.Duration // DefaultInterval when zero
 	Progress *Screen       // nil: silent
@@ -48,65 +48,65 @@ func (o WaitOptions) withDefaults() WaitOptions {
 	return o
 }
 
-// Result is how a wait ended, and the whole of its JSON form. Of a wait that
-// was not successful it is what was last known.
+// Result is the result of a wait, and its JSON output. If the wait failed, it holds
+// the last known figures.
 type Result struct {
 	Keyset string `json:"keyset"`
-	For    For    `json:"for"`
+	For    Scope  `json:"for"`
 	Safe   bool   `json:"safe"`
-	// Removed: somebody removed the keyset meanwhile.
+	// Removed says that the keyset was removed during the wait.
 	Removed   bool      `json:"removed"`
 	Waited    float64   `json:"waited_seconds"`
 	X509SVIDs int       `json:"x509_svids"` // left; negative: not known
 	Holders   []Holder  `json:"holders"`
 	JWTExpiry time.Time `json:"jwt_latest_expiry,omitzero"`
 	Unknown   string    `json:"unknown,omitempty"`
-	// Estimated is when X.509 is expected to be done; zero when it is or when
-	// nobody can say.
+	// Estimated is the expected end for the X.509 key. It is zero if that is safe or
+	// there is no estimate.
 	Estimated time.Time `json:"estimated_end,omitzero"`
 	// Remarks are sentences for the operator.
 	Remarks []string `json:"remarks,omitempty"`
 }
 
-// String is the last line of a successful wait.
+// String returns the line that a successful wait prints.
 func (r Result) String() string {
 	if r.Removed {
-		return fmt.Sprintf("Keyset %s has been removed meanwhile.", r.Keyset)
+		return fmt.Sprintf("Keyset %s was removed during the wait.", r.Keyset)
 	}
-	what := map[For]string{X509: "", JWT: " for JWT-SVIDs", All: " for X.509-SVIDs and JWT-SVIDs"}[r.For]
+	what := map[Scope]string{X509: "", JWT: " for JWT-SVIDs", All: " for X.509-SVIDs and JWT-SVIDs"}[r.For]
 	return fmt.Sprintf("Keyset %s is safe to remove%s.", r.Keyset, what)
 }
 
-// Wait returns when the tainted keyset is safe to remove, or with a
-// [NotSafeError] when it is not within the timeout. Only an answer of the
-// server that says so is safe: a look that fails is shown and made again, and
-// figures that are not known are waited for. The first look must succeed.
+// Wait returns when the tainted keyset is safe to remove, or with a [NotSafeError]
+// after the timeout. Only an answer of the server ends the wait as safe: a failed
+// poll is shown and repeated, and unknown figures are not safe. If the first poll
+// fails, Wait returns its error.
 //
-// A keyset that is not tainted is an error. One that is not there is an error
-// too, because a mistyped ID is no proof of anything; one that disappears
-// during the wait was removed, and that ends it without an error.
+// Wait fails if the keyset is not tainted. It fails if the keyset does not exist at
+// the first poll, because the ID may be mistyped. A keyset that is removed during the
+// wait ends it without an error.
 func Wait(ctx context.Context, b Backend, id string, o WaitOptions) (Result, error) {
 	o = o.withDefaults()
 	r := Result{Keyset: id, For: o.For, X509SVIDs: -1, Holders: []Holder{}}
-	begun := o.Now()
+	started := o.Now()
 	var k Keyset
-	seen := false
-	look := func(ctx context.Context) (done bool, line string, err error) {
+	found := false
+	poll := func(ctx context.Context) (done bool, line string, err error) {
 		s, err := b.Status(ctx)
 		if err != nil {
 			return false, "", err
 		}
-		next, found := find(s, id)
-		if !found {
-			if !seen {
-				return false, "", final{fmt.Errorf("there is no keyset %s: it was removed already, or the ID is mistyped; run keysetctl list", id)}
+		next, exists := find(s, id)
+		if !exists {
+			if !found {
+				return false, "", permanentError{fmt.Errorf("there is no keyset %s: it was removed, or the ID is mistyped; run keysetctl list", id)}
 			}
 			r.Removed = true
 			return true, "", nil
 		}
-		k, seen = next, true
-		if err := k.waitable(o.For); err != nil {
-			return false, "", final{err}
+		k, found = next, true
+		if err := k.checkWaitable(o.For); err != nil {
+			return false, "", permanentError{err}
 		}
 		now := o.Now()
 		r.X509SVIDs, r.JWTExpiry, r.Unknown = k.X509SVIDs, k.JWTExpiry, k.Unknown
@@ -126,11 +126,11 @@ func Wait(ctx context.Context, b Backend, id string, o WaitOptions) (Result, err
 		}
 		return false, k.progress(o.For, r.Holders, now), nil
 	}
-	err := await(ctx, o, id, look)
-	r.Waited = o.Now().Sub(begun).Seconds()
+	err := await(ctx, o, id, poll)
+	r.Waited = o.Now().Sub(started).Seconds()
 	switch {
 	case errors.Is(err, errTimeout):
-		return r, &NotSafeError{Keyset: id, Message: timedOut(k, r, o)}
+		return r, &NotSafeError{Keyset: id, Message: timeoutMessage(k, r, o)}
 	case err != nil:
 		return r, fmt.Errorf("wait for keyset %s: %w", id, err)
 	}
@@ -140,26 +140,26 @@ func Wait(ctx context.Context, b Backend, id string, o WaitOptions) (Result, err
 	return r, nil
 }
 
-// waitable refuses to wait for what will not come by itself.
-func (k Keyset) waitable(f For) error {
-	of := []For{f}
-	if f == All {
-		of = []For{X509, JWT}
+// checkWaitable returns an error unless the keys of the scope are tainted.
+func (k Keyset) checkWaitable(scope Scope) error {
+	keys := []Scope{scope}
+	if scope == All {
+		keys = []Scope{X509, JWT}
 	}
-	for _, f := range of {
+	for _, f := range keys {
 		switch state := k.state(f); state {
 		case Tainted:
 		case Active:
-			return fmt.Errorf("it is Active and signs: activate a successor, then taint %s", k.ID)
+			return fmt.Errorf("it is Active: activate another keyset, then taint %s", k.ID)
 		default:
-			return fmt.Errorf("it is %s, so nothing replaces what it signed: taint %s first", state, k.ID)
+			return fmt.Errorf("it is %s, and agents keep what it signed: run keysetctl taint %s", state, k.ID)
 		}
 	}
 	return nil
 }
 
-// progress is the line that is shown while the keyset is waited for.
-func (k Keyset) progress(f For, holders []Holder, now time.Time) string {
+// progress returns the progress line of a wait.
+func (k Keyset) progress(f Scope, holders []Holder, now time.Time) string {
 	var parts []string
 	if f != JWT && !k.safe(X509) {
 		switch {
@@ -168,34 +168,34 @@ func (k Keyset) progress(f For, holders []Holder, now time.Time) string {
 		case k.X509SVIDs < 0:
 			parts = append(parts, "X.509-SVIDs left not known")
 		default:
-			parts = append(parts, left(k, holders, "left"))
+			parts = append(parts, remaining(k, holders)+" left")
 		}
 		switch end, reason := estimate(holders, now); {
 		case end.IsZero():
 		case reason == reasonSilent || reason == reasonRestored:
-			parts[0] += ", done in " + short(end.Sub(now)) + " at the latest"
+			parts[0] += ", done in " + formatDuration(end.Sub(now)) + " at the latest"
 		default:
-			parts[0] += ", done in about " + short(end.Sub(now))
+			parts[0] += ", done in about " + formatDuration(end.Sub(now))
 		}
 		if len(holders) > 0 {
-			parts = append(parts, names(holders, now))
+			parts = append(parts, agentSummary(holders, now))
 		}
 	}
 	if f != X509 && !k.safe(JWT) {
 		switch {
 		case k.JWTExpiry.After(now):
-			parts = append(parts, "JWT-SVIDs valid until "+when(k.JWTExpiry, now))
+			parts = append(parts, "JWT-SVIDs valid until "+timeAndDistance(k.JWTExpiry, now))
 		case k.jwtJustExpired(now):
-			parts = append(parts, "JWT-SVIDs expired "+when(k.JWTExpiry, now)+", but not by all clocks")
+			parts = append(parts, "JWT-SVIDs expired "+timeAndDistance(k.JWTExpiry, now)+", but clocks may differ")
 		default:
-			parts = append(parts, "end of JWT-SVIDs not known")
+			parts = append(parts, "expiry of JWT-SVIDs not known")
 		}
 	}
 	return k.ID + ": " + strings.Join(parts, "; ")
 }
 
-// names lists the first few agents in a few words each.
-func names(holders []Holder, now time.Time) string {
+// agentSummary names the first agents and counts the others.
+func agentSummary(holders []Holder, now time.Time) string {
 	const few = 3
 	var list []string
 	for i, h := range byEnd(holders, now) {
@@ -208,33 +208,32 @@ func names(holders []Holder, now time.Time) string {
 	return strings.Join(list, ", ")
 }
 
-// timedOut is the message of a wait that took too long.
-func timedOut(k Keyset, r Result, o WaitOptions) string {
+func timeoutMessage(k Keyset, r Result, o WaitOptions) string {
 	now := o.Now()
-	text := fmt.Sprintf("keyset %s is not safe to remove after %s", r.Keyset, short(o.Timeout))
+	text := fmt.Sprintf("keyset %s is not safe to remove after %s", r.Keyset, formatDuration(o.Timeout))
 	if k.ID == "" {
 		return text + "\nThe server has not answered."
 	}
 	if o.For != JWT && !k.safe(X509) {
-		text += "\n" + hanging(k, r.Holders, nil, now)
+		text += "\n" + describeDependents(k, r.Holders, nil, now)
 	}
 	if jwt := k.jwtRemark(now); o.For != X509 && jwt != "" {
 		text += "\n" + jwt
 	}
-	return text + fmt.Sprintf("\nRun keysetctl wait %s again, and look after the agents that are silent or behind.", r.Keyset)
+	return text + fmt.Sprintf("\nCheck the agents that are silent or behind, and run keysetctl wait %s again.", r.Keyset)
 }
 
-// errTimeout ends an await whose time is over.
-var errTimeout = errors.New("the time is over")
+// errTimeout is the cause of a wait that ended by its timeout.
+var errTimeout = errors.New("timeout")
 
-// final is an error that looking again does not mend.
-type final struct{ error }
+// permanentError is the error of a poll that is not worth another one.
+type permanentError struct{ error }
 
-func (f final) Unwrap() error { return f.error }
+func (e permanentError) Unwrap() error { return e.error }
 
-// await looks every interval until the look says that it is done. A look that
-// fails is shown and made again, except the first and one that is final.
-func await(ctx context.Context, o WaitOptions, what string, look func(context.Context) (done bool, line string, err error)) error {
+// await polls every interval until poll returns done. A failed poll is shown and
+// repeated; the first one's error and a permanentError are returned.
+func await(ctx context.Context, o WaitOptions, keysetID string, poll func(context.Context) (done bool, line string, err error)) error {
 	defer o.Progress.Clear()
 	if o.Timeout > 0 {
 		var cancel context.CancelFunc
@@ -242,11 +241,11 @@ func await(ctx context.Context, o WaitOptions, what string, look func(context.Co
 		defer cancel()
 	}
 	for first := true; ; first = false {
-		lookCtx, cancel := context.WithTimeout(ctx, pollTimeout)
-		done, line, err := look(lookCtx)
+		pollCtx, cancel := context.WithTimeout(ctx, pollTimeout)
+		done, line, err := poll(pollCtx)
 		cancel()
-		if f, ok := errors.AsType[final](err); ok {
-			return f.error
+		if permanent, ok := errors.AsType[permanentError](err); ok {
+			return permanent.error
 		}
 		if done && err == nil {
 			return nil
@@ -258,7 +257,7 @@ func await(ctx context.Context, o WaitOptions, what string, look func(context.Co
 			return err
 		}
 		if err != nil {
-			o.Progress.Progress("failed", fmt.Sprintf("%s: no answer, trying again: %v", what, err), o.Now())
+			o.Progress.Progress("failed", fmt.Sprintf("%s: no answer, retrying: %v", keysetID, err), o.Now())
 		} else {
 			o.Progress.Progress("left", line, o.Now())
 		}

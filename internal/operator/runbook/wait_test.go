@@ -32,9 +32,9 @@ func tainted(t *testing.T) (*runbooktest.Server, string) {
 	return s, old
 }
 
-// fleet is three agents after a taint at start: one waits 20 s and renews 100
-// at 20 a second, one has not seen it for 5 s and then waits 10 s more, and
-// one is silent until its two SVIDs expire after 70 s.
+// fleet returns three agents after a taint at start. a waits 20 s and renews 100
+// SVIDs, 20 per second. b is behind for 5 s and then waits 10 s. c is silent until its
+// two SVIDs expire after 70 s.
 func fleet(start time.Time) func(string, time.Time) []runbook.Holder {
 	return func(_ string, now time.Time) []runbook.Holder {
 		var out []runbook.Holder
@@ -75,10 +75,10 @@ func TestWaitFollowsTheWave(t *testing.T) {
 			t.Fatalf("%+v, %v", r, err)
 		}
 		if took := time.Since(start); took < 70*time.Second || took > 72*time.Second || r.Waited != took.Seconds() {
-			t.Errorf("safe after %v, it says %v s; the last SVID ends after 70 s", took, r.Waited)
+			t.Errorf("safe after %v, reported %v s; the last SVID expires after 70 s", took, r.Waited)
 		}
-		if len(r.Remarks) != 1 || !strings.Contains(r.Remarks[0], "valid until 2000-01-02 00:00:00 +0000 UTC (in 23h59m)") {
-			t.Errorf("nothing is said about JWT-SVIDs: %q", r.Remarks)
+		if len(r.Remarks) != 1 || !strings.Contains(r.Remarks[0], "expires 2000-01-02 00:00:00 +0000 UTC (in 23h59m)") {
+			t.Errorf("no remark about JWT-SVIDs: %q", r.Remarks)
 		}
 		want := strings.ReplaceAll(`ID: 103 X.509-SVIDs of 3 agents left, done in 6m10s at the latest; /agent/c silent, /agent/b behind, /agent/a waiting
 ID: 103 X.509-SVIDs of 3 agents left, done in 6m at the latest; /agent/c silent, /agent/a waiting, /agent/b waiting
@@ -94,8 +94,8 @@ ID: 2 X.509-SVIDs of 1 agent left, done in 5m10s at the latest; /agent/c silent
 	})
 }
 
-// Without silent agents the estimate is when the slowest is done: its
-// beginning, and its SVIDs at its rate.
+// Without silent agents the estimate is the end of the slowest agent: its start plus
+// its SVIDs at its rate.
 func TestWaitEstimates(t *testing.T) {
 	t.Parallel()
 	in := func(s int) time.Time { return time.Date(2000, 1, 1, 0, 0, s, 0, time.UTC) }
@@ -103,18 +103,18 @@ func TestWaitEstimates(t *testing.T) {
 		holders []runbook.Holder
 		want    time.Time
 	}{
-		"waiting":                   {[]runbook.Holder{{SVIDs: 100, Reason: "waiting", BeginsAt: in(20), Rate: 20}}, in(25)},
-		"renewing":                  {[]runbook.Holder{{SVIDs: 40, Reason: "renewing", BeginsAt: in(-20), Rate: 10}}, in(4)},
-		"rate not told":             {[]runbook.Holder{{SVIDs: 40, Reason: "renewing"}}, in(2)},
-		"behind":                    {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20}}, in(62)},
-		"expires before its turn":   {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30 - 300)}}, in(30)},
-		"expires, not for all":      {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30)}}, in(62)},
-		"silent":                    {[]runbook.Holder{{SVIDs: 40, Reason: "silent", Rate: 20, LatestExpiry: in(300)}}, in(600)},
-		"the slowest of several":    {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 200, Reason: "renewing"}, {SVIDs: 2, Reason: "streams"}}, in(10)},
-		"one of them nobody knows":  {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 2, Reason: "silent"}}, time.Time{}},
-		"nobody knows who it is":    {[]runbook.Holder{{Reason: "unidentified"}}, time.Time{}},
-		"nobody knows how many":     {[]runbook.Holder{{SVIDs: 20, Reason: "duplicated"}, {SVIDs: 20, Reason: "duplicated"}}, time.Time{}},
-		"all that is left: streams": {[]runbook.Holder{{Streams: 3, Reason: "streams"}}, in(0)},
+		"waiting":                        {[]runbook.Holder{{SVIDs: 100, Reason: "waiting", BeginsAt: in(20), Rate: 20}}, in(25)},
+		"renewing":                       {[]runbook.Holder{{SVIDs: 40, Reason: "renewing", BeginsAt: in(-20), Rate: 10}}, in(4)},
+		"rate not known":                 {[]runbook.Holder{{SVIDs: 40, Reason: "renewing"}}, in(2)},
+		"behind":                         {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20}}, in(62)},
+		"expires before its turn":        {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30 - 300)}}, in(30)},
+		"expired, but not by all clocks": {[]runbook.Holder{{SVIDs: 40, Reason: "behind", Rate: 20, LatestExpiry: in(30)}}, in(62)},
+		"silent":                         {[]runbook.Holder{{SVIDs: 40, Reason: "silent", Rate: 20, LatestExpiry: in(300)}}, in(600)},
+		"slowest of several":             {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 200, Reason: "renewing"}, {SVIDs: 2, Reason: "streams"}}, in(10)},
+		"one without estimate":           {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 2, Reason: "silent"}}, time.Time{}},
+		"unidentified":                   {[]runbook.Holder{{Reason: "unidentified"}}, time.Time{}},
+		"duplicated":                     {[]runbook.Holder{{SVIDs: 20, Reason: "duplicated"}, {SVIDs: 20, Reason: "duplicated"}}, time.Time{}},
+		"only streams left":              {[]runbook.Holder{{Streams: 3, Reason: "streams"}}, in(0)},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -130,12 +130,12 @@ func TestWaitEstimates(t *testing.T) {
 	}
 }
 
-// An agent that waiting does not help is named with the remedy.
-func TestWaitNamesTheRemedy(t *testing.T) {
+// An agent that may never end is shown with a remedy.
+func TestWaitShowsRemedy(t *testing.T) {
 	t.Parallel()
 	for reason, want := range map[string]string{
-		"unidentified": "node-1:9090: 0 SVIDs, unidentified: it exports no SPIFFE ID of its own (version 1.2); wait until it is attested, or upgrade it\nIt has no known end: an agent is unidentified.\n",
-		"duplicated":   "node-1:9090: 0 SVIDs, duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with an ID of its own\nIt has no known end: an agent is duplicated.\n",
+		"unidentified": "node-1:9090: 0 SVIDs, unidentified: it exports no agent ID (version 1.2); wait until it is attested, or upgrade it\nIt has no known end: an agent is unidentified.\n",
+		"duplicated":   "node-1:9090: 0 SVIDs, duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with its own ID\nIt has no known end: an agent is duplicated.\n",
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s, old := tainted(t)
@@ -149,7 +149,7 @@ func TestWaitNamesTheRemedy(t *testing.T) {
 	}
 }
 
-// What agents say of themselves does not reach the terminal as a command.
+// Control characters in text from an agent are replaced.
 func TestWaitShowsNoControlCharacters(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -159,20 +159,20 @@ func TestWaitShowsNoControlCharacters(t *testing.T) {
 		}
 		var out bytes.Buffer
 		_, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: time.Second, Progress: &runbook.Screen{W: &out}})
-		want := "node\uFFFD[2J: 2 SVIDs, behind: it has not seen the taint yet (version 1.2\uFFFD]0;x\uFFFD\uFFFD\uFFFDsafe)"
+		want := "node\uFFFD[2J: 2 SVIDs, behind: it has not applied the taint yet (version 1.2\uFFFD]0;x\uFFFD\uFFFD\uFFFDsafe)"
 		if err == nil || !strings.Contains(err.Error(), want) || strings.ContainsAny(out.String()+err.Error(), "\x1b\a\r") {
 			t.Errorf("got %q\n%q", err, out.String())
 		}
 	})
 }
 
-// What has expired counts for five minutes more, because clocks differ, and this is
-// said; later there must be another reason, which nobody knows.
+// Expired SVIDs count for five more minutes, because clocks differ. After that there is
+// no known reason.
 func TestJustExpired(t *testing.T) {
 	t.Parallel()
 	for ago, want := range map[time.Duration]struct{ progress, remark string }{
-		time.Minute:     {"JWT-SVIDs expired 1999-12-31 23:59:00 +0000 UTC (1m ago), but not by all clocks", "signed expired 1999-12-31 23:59:00 +0000 UTC (1m"},
-		6 * time.Minute: {"end of JWT-SVIDs not known", "are still valid is not known"},
+		time.Minute:     {"JWT-SVIDs expired 1999-12-31 23:59:00 +0000 UTC (1m ago), but clocks may differ", "signed expired 1999-12-31 23:59:00 +0000 UTC (1m"},
+		6 * time.Minute: {"expiry of JWT-SVIDs not known", "that are still valid. Removal ends them"},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			s, old := tainted(t)
@@ -185,18 +185,18 @@ func TestJustExpired(t *testing.T) {
 			if !strings.HasSuffix(out.String(), "; "+want.progress+"\n") {
 				t.Errorf("%v: progress %q, want %q", ago, out.String(), want.progress)
 			}
-			if err == nil || !strings.Contains(err.Error(), want.remark) || !strings.Contains(err.Error(), "silent: it has never reported, the last expired 1999-12-31") {
+			if err == nil || !strings.Contains(err.Error(), want.remark) || !strings.Contains(err.Error(), "silent: no report yet, the last expired 1999-12-31") {
 				t.Errorf("%v: %v", ago, err)
 			}
 			s.HoldersAt = nil
 			if d, err := runbook.Remove(t.Context(), s, old, false, time.Now()); err != nil || len(d.Remarks) != 0 {
-				t.Errorf("%v: safe, and it says %q, %v", ago, d.Remarks, err)
+				t.Errorf("%v: remarks of a safe removal %q, %v", ago, d.Remarks, err)
 			}
 		})
 	}
 }
 
-// unsafeJWT never calls a JWT key safe.
+// unsafeJWT reports every JWT key as not safe.
 type unsafeJWT struct{ *runbooktest.Server }
 
 func (u unsafeJWT) Status(ctx context.Context) (runbook.Status, error) {
@@ -207,8 +207,8 @@ func (u unsafeJWT) Status(ctx context.Context) (runbook.Status, error) {
 	return s, err
 }
 
-// What is on its way to an agent has no name, and is spoken of all the same.
-func TestSignatureOnItsWay(t *testing.T) {
+// SVIDs in flight have no agent yet, and are shown.
+func TestSignatureInFlight(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, old := tainted(t)
@@ -221,15 +221,15 @@ func TestSignatureOnItsWay(t *testing.T) {
 		if out.String() != want {
 			t.Errorf("progress %q, want %q", out.String(), want)
 		}
-		want = "3 X.509-SVIDs of 1 agent hang on it.\n  spiffe://example.org/agent/a: 1 SVID, renewing\n  2 SVIDs being signed: for whom is not known yet\n"
+		want = "3 X.509-SVIDs of 1 agent depend on it.\n  spiffe://example.org/agent/a: 1 SVID, renewing\n  2 SVIDs being signed: agent not known yet\n"
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("got %v, want %s", err, want)
 		}
 	})
 }
 
-// After a restore it is said what is not known, and until when; an agent that has
-// replaced everything does not change that.
+// After a restore unknown SVIDs are shown with their latest expiry, also when the known
+// agents have replaced theirs.
 func TestWaitAfterARestore(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -248,13 +248,13 @@ func TestWaitAfterARestore(t *testing.T) {
 		var out bytes.Buffer
 		o := runbook.WaitOptions{Timeout: 15 * time.Second, Interval: 10 * time.Second, Progress: &runbook.Screen{W: &out}}
 		r, err := runbook.Wait(t.Context(), s, old, o)
-		want := old + ": 3 known X.509-SVIDs of 1 agent left, done in 6d1h at the latest; restored from a copy of 1999-12-31 23:00:00 +0000 UTC; what was signed since is not known, /agent/a renewing\n" +
-			old + ": 0 known X.509-SVIDs left, done in 6d1h at the latest; restored from a copy of 1999-12-31 23:00:00 +0000 UTC; what was signed since is not known\n"
+		want := old + ": 3 known X.509-SVIDs of 1 agent left, done in 6d1h at the latest; restored from a copy of 1999-12-31 23:00:00 +0000 UTC; SVIDs signed since then are not known, /agent/a renewing\n" +
+			old + ": 0 known X.509-SVIDs left, done in 6d1h at the latest; restored from a copy of 1999-12-31 23:00:00 +0000 UTC; SVIDs signed since then are not known\n"
 		if out.String() != want {
 			t.Errorf("progress %q\nwant %q", out.String(), want)
 		}
-		want = "0 known X.509-SVIDs hang on it.\n  restored from a copy of 1999-12-31 23:00:00 +0000 UTC; what was signed since is not known\n" +
-			"It ends at the latest 2000-01-07 00:05:00 +0000 UTC (in 6d1h), when what is not known has expired by all clocks.\n"
+		want = "0 known X.509-SVIDs depend on it.\n  restored from a copy of 1999-12-31 23:00:00 +0000 UTC; SVIDs signed since then are not known\n" +
+			"It ends at the latest 2000-01-07 00:05:00 +0000 UTC (in 6d1h), when the unknown SVIDs have expired by all clocks.\n"
 		if err == nil || !strings.Contains(err.Error(), want) || r.Safe {
 			t.Errorf("got %v\nwant %s", err, want)
 		}
@@ -264,7 +264,7 @@ func TestWaitAfterARestore(t *testing.T) {
 	})
 }
 
-// On a terminal one line is redrawn, cut to the width, and taken away at the end.
+// On a terminal one line is redrawn, cut to the width and erased at the end.
 func TestWaitOnATerminal(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -276,7 +276,7 @@ func TestWaitOnATerminal(t *testing.T) {
 			t.Fatal(err)
 		}
 		if strings.Contains(out.String(), "\n") || !strings.HasSuffix(out.String(), "\r\x1b[K") {
-			t.Errorf("not one line that goes: %q", out.String())
+			t.Errorf("not one line, erased at the end: %q", out.String())
 		}
 		drawn := strings.Split(out.String(), "\r\x1b[K")
 		if len(drawn) != 37 { // before the first, one every 2 s for 70 s, after the last
@@ -290,8 +290,8 @@ func TestWaitOnATerminal(t *testing.T) {
 	})
 }
 
-// A look that fails is shown, made again, and safe only by an answer.
-func TestWaitOutlivesFailures(t *testing.T) {
+// A failed poll is shown and repeated.
+func TestWaitRetriesFailedPolls(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, old := tainted(t)
@@ -313,13 +313,13 @@ func TestWaitOutlivesFailures(t *testing.T) {
 		if err != nil || !r.Safe || time.Since(start) != 30*time.Second {
 			t.Errorf("%+v, %v after %v", r, err, time.Since(start))
 		}
-		if got := strings.Count(out.String(), old+": no answer, trying again: connection refused\n"); got != 3 {
-			t.Errorf("said %d times:\n%s", got, out.String())
+		if got := strings.Count(out.String(), old+": no answer, retrying: connection refused\n"); got != 3 {
+			t.Errorf("shown %d times:\n%s", got, out.String())
 		}
 	})
 }
 
-// A server that hangs does not hang the wait, and a wait has its end.
+// If the server hangs, the wait still ends by its timeout.
 func TestWaitServerHangs(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -328,40 +328,40 @@ func TestWaitServerHangs(t *testing.T) {
 		s.HoldersAt = func(string, time.Time) []runbook.Holder {
 			return []runbook.Holder{{Agent: "a", SVIDs: 1, Reason: "signing"}}
 		}
-		hung := &hanging{Server: s, since: start}
+		hung := &hangingServer{Server: s, since: start}
 		r, err := runbook.Wait(t.Context(), hung, old, runbook.WaitOptions{Timeout: 100 * time.Second})
 		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || r.Safe || time.Since(start) != 100*time.Second {
 			t.Errorf("%+v, %v after %v", r, err, time.Since(start))
 		}
-		if hung.looks != 4 { // at 2, 34, 66, 98 s
-			t.Errorf("it looked %d times", hung.looks)
+		if hung.polls != 4 { // at 2, 34, 66, 98 s
+			t.Errorf("%d polls", hung.polls)
 		}
 	})
 }
 
-type hanging struct {
+type hangingServer struct {
 	*runbooktest.Server
 	since time.Time
-	looks int
+	polls int
 }
 
-func (h *hanging) Status(ctx context.Context) (runbook.Status, error) {
+func (h *hangingServer) Status(ctx context.Context) (runbook.Status, error) {
 	if time.Now().After(h.since) {
-		h.looks++
+		h.polls++
 		<-ctx.Done()
 		return runbook.Status{}, ctx.Err()
 	}
 	return h.Server.Status(ctx)
 }
 
-// What is not known is not safe, whatever the flags beside it say.
+// Unknown figures are not safe, whatever the other fields say.
 func TestWaitUnknownIsNotSafe(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, old := tainted(t)
-		liar := &liar{Server: s}
-		for _, f := range []runbook.For{runbook.X509, runbook.JWT, runbook.All} {
-			r, err := runbook.Wait(t.Context(), liar, old, runbook.WaitOptions{For: f, Timeout: time.Minute})
+		optimist := &optimist{Server: s}
+		for _, f := range []runbook.Scope{runbook.X509, runbook.JWT, runbook.All} {
+			r, err := runbook.Wait(t.Context(), optimist, old, runbook.WaitOptions{For: f, Timeout: time.Minute})
 			notSafe, ok := errors.AsType[*runbook.NotSafeError](err)
 			if !ok || r.Safe || r.X509SVIDs != -1 || r.Unknown != "Prometheus is down" {
 				t.Errorf("for %s: %+v, %v", f, r, err)
@@ -374,9 +374,9 @@ func TestWaitUnknownIsNotSafe(t *testing.T) {
 	})
 }
 
-type liar struct{ *runbooktest.Server }
+type optimist struct{ *runbooktest.Server }
 
-func (l *liar) Status(ctx context.Context) (runbook.Status, error) {
+func (l *optimist) Status(ctx context.Context) (runbook.Status, error) {
 	s, err := l.Server.Status(ctx)
 	for i := range s.Keysets {
 		s.Keysets[i].Unknown, s.Keysets[i].X509Safe, s.Keysets[i].JWTSafe = "Prometheus is down", true, true
@@ -386,7 +386,7 @@ func (l *liar) Status(ctx context.Context) (runbook.Status, error) {
 
 func TestWaitFor(t *testing.T) {
 	t.Parallel()
-	for f, want := range map[runbook.For]time.Duration{runbook.X509: time.Minute, runbook.JWT: time.Hour, runbook.All: time.Hour} {
+	for f, want := range map[runbook.Scope]time.Duration{runbook.X509: time.Minute, runbook.JWT: time.Hour, runbook.All: time.Hour} {
 		synctest.Test(t, func(t *testing.T) {
 			s, old := tainted(t)
 			start := time.Now()
@@ -405,8 +405,8 @@ func TestWaitFor(t *testing.T) {
 	}
 }
 
-// What waiting does not bring about is said at once.
-func TestWaitForNothing(t *testing.T) {
+// Wait fails at once for a keyset that is not tainted.
+func TestWaitRejectsKeyset(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := runbooktest.NewServer(t)
@@ -416,9 +416,9 @@ func TestWaitForNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 		for id, want := range map[string]string{
-			active:      "it is Active and signs: activate a successor, then taint " + active,
-			k.ID:        "it is Prepared, so nothing replaces what it signed: taint " + k.ID + " first",
-			"ks_nosuch": "there is no keyset ks_nosuch: it was removed already, or the ID is mistyped; run keysetctl list",
+			active:      "it is Active: activate another keyset, then taint " + active,
+			k.ID:        "it is Prepared, and agents keep what it signed: run keysetctl taint " + k.ID,
+			"ks_nosuch": "there is no keyset ks_nosuch: it was removed, or the ID is mistyped; run keysetctl list",
 		} {
 			r, err := runbook.Wait(t.Context(), s, id, runbook.WaitOptions{})
 			if err == nil || err.Error() != "wait for keyset "+id+": "+want || r.Safe {
@@ -427,12 +427,12 @@ func TestWaitForNothing(t *testing.T) {
 		}
 		s.Before = func(string, string) error { return errors.New("no such socket") }
 		if _, err := runbook.Wait(t.Context(), s, active, runbook.WaitOptions{}); err == nil || !strings.Contains(err.Error(), "no such socket") {
-			t.Errorf("a server that never answered: %v", err)
+			t.Errorf("no answer at all: %v", err)
 		}
 	})
 }
 
-// Somebody else removes it, and somebody interrupts.
+// A wait ends when the keyset is removed or the context is canceled.
 func TestWaitEndsEarly(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -440,7 +440,7 @@ func TestWaitEndsEarly(t *testing.T) {
 		s.HoldersAt = fleet(time.Now())
 		time.AfterFunc(5*time.Second, func() { _ = s.Deployment.Remove(context.Background(), old) })
 		r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{})
-		if err != nil || !r.Removed || r.Safe || r.String() != "Keyset "+old+" has been removed meanwhile." {
+		if err != nil || !r.Removed || r.Safe || r.String() != "Keyset "+old+" was removed during the wait." {
 			t.Errorf("%+v, %v", r, err)
 		}
 
@@ -455,8 +455,8 @@ func TestWaitEndsEarly(t *testing.T) {
 	})
 }
 
-// A rotation waits for the agents before it activates and taints, and until it
-// is safe before it removes.
+// A rotation waits for the agents before it activates and taints, and until the keyset
+// is safe before it removes it.
 func TestRotateWaits(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -505,9 +505,9 @@ func TestRotateWaits(t *testing.T) {
 	})
 }
 
-// Agents that never apply the bundle, and figures that are not known, hold it up
-// until the timeout.
-func TestRotateHeldUp(t *testing.T) {
+// If agents do not apply the bundle, or that is not known, the rotation waits until the
+// timeout.
+func TestRotateTimeout(t *testing.T) {
 	t.Parallel()
 	for name, behind := range map[string]int{"1 of 3 agents has not applied": 1, "It is not known which agents": -1} {
 		synctest.Test(t, func(t *testing.T) {
@@ -526,8 +526,8 @@ func TestRotateHeldUp(t *testing.T) {
 	}
 }
 
-// While a resumed rotation waits, somebody else finishes it: that is the end,
-// and no reason to begin anew.
+// If somebody else completes a rotation while Rotate waits, Rotate is complete and starts
+// no new one.
 func TestRotateFinishedByOthers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

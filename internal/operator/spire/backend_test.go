@@ -59,10 +59,10 @@ func TestRotation(t *testing.T) {
 	if s.Keysets[0].ID != n.ID {
 		t.Errorf("left is %+v", s.Keysets[0])
 	}
-	if got := f.made(); got != "PrepareX509 PrepareJWT ActivateX509 ActivateJWT TaintX509 TaintJWT RevokeJWT RevokeX509" {
+	if got := f.takeCalls(); got != "PrepareX509 PrepareJWT ActivateX509 ActivateJWT TaintX509 TaintJWT RevokeJWT RevokeX509" {
 		t.Error("calls:", got)
 	}
-	// And once more: what SPIRE keeps of the removed one is in nobody's way.
+	// The revoked authorities stay in their slots, and another rotation can begin.
 	_, err = b.Prepare(t.Context())
 	must(t, err)
 	wantRows(t, b, "Active/Active Prepared/Prepared")
@@ -73,9 +73,9 @@ func withoutFigures(k, like runbook.Keyset) runbook.Keyset {
 	return k
 }
 
-// at brings the server to a stage of a rotation and returns the keysets by
-// what they are: active and next, which is prepared, old, tainted or gone.
-func at(t *testing.T, f *fakeSPIRE, b *spire.Backend, stage string) (active, next string) {
+// startAt brings the server to a stage of a rotation. It returns the IDs of the active
+// keyset and of the next one, which is prepared, old, tainted or gone.
+func startAt(t *testing.T, f *fakeSPIRE, b *spire.Backend, stage string) (active, next string) {
 	t.Helper()
 	first := wantRows(t, b, "Active/Active").Keysets[0].ID
 	if stage == "gone" {
@@ -90,7 +90,7 @@ func at(t *testing.T, f *fakeSPIRE, b *spire.Backend, stage string) (active, nex
 	if stage == "tainted" {
 		must(t, b.Taint(t.Context(), first))
 	}
-	f.made()
+	f.takeCalls()
 	return n.ID, first
 }
 
@@ -111,10 +111,10 @@ func TestEveryStepFromEveryState(t *testing.T) {
 	for _, tt := range []struct{ step, stage, err string }{
 		{"activate", "prepared", ""},
 		{"activate", "active", "cannot activate active key set"},
-		{"activate", "old", "cannot activate key set ID: a SPIRE server does not take back one that has stepped down; prepare a new one"},
+		{"activate", "old", "cannot activate key set ID: a SPIRE server activates no old one; prepare a new one"},
 		{"activate", "tainted", "cannot activate tainted key set"},
 		{"activate", "gone", "key set not found"},
-		{"taint", "prepared", "cannot taint key set ID: a SPIRE server taints only one that has been active; activate it, then a successor"},
+		{"taint", "prepared", "cannot taint key set ID: a SPIRE server taints only one that was active before; activate it, then another one"},
 		{"taint", "active", "cannot taint active key set"},
 		{"taint", "old", ""},
 		{"taint", "tainted", "cannot taint tainted key set"},
@@ -125,20 +125,20 @@ func TestEveryStepFromEveryState(t *testing.T) {
 		{"remove", "tainted", ""},
 		{"remove", "gone", "key set not found"},
 		{"prepare", "gone", ""},
-		{"prepare", "prepared", "cannot prepare: key set ID is prepared already, and a SPIRE server has room for one; activate it, then taint and remove the other"},
-		{"prepare", "old", "cannot prepare: a SPIRE server has room for one key set beside the active one, and would lose hold of ID; taint and remove that first"},
-		{"prepare", "tainted", "cannot prepare: a SPIRE server has room for one key set beside the active one, and would lose hold of ID; taint and remove that first"},
+		{"prepare", "prepared", "cannot prepare: a SPIRE server has room for one prepared key set, which is ID; activate it, then taint and remove the old one"},
+		{"prepare", "old", "cannot prepare: a SPIRE server has room for one key set beside the active one, and would forget ID; taint and remove it first"},
+		{"prepare", "tainted", "cannot prepare: a SPIRE server has room for one key set beside the active one, and would forget ID; taint and remove it first"},
 	} {
 		t.Run(tt.step+" "+tt.stage, func(t *testing.T) {
 			t.Parallel()
 			f := newFake(t)
 			b := f.serve(spire.Config{})
-			active, id := at(t, f, b, strings.Replace(tt.stage, "active", "old", 1))
+			active, id := startAt(t, f, b, strings.Replace(tt.stage, "active", "old", 1))
 			if tt.stage == "active" {
 				id = active
 			}
 			before, _ := rows(t, b)
-			f.made()
+			f.takeCalls()
 			err := steps[tt.step](b, t.Context(), id)
 			if tt.err == "" {
 				must(t, err)
@@ -148,7 +148,7 @@ func TestEveryStepFromEveryState(t *testing.T) {
 			if _, ok := err.(refusal.Error); !ok || err.Error() != want { //nolint:errorlint // a refusal is returned as it is
 				t.Errorf("error %v, want %q", err, want)
 			}
-			if calls := f.made(); calls != "" {
+			if calls := f.takeCalls(); calls != "" {
 				t.Errorf("refused, but called %s", calls)
 			}
 			wantRows(t, b, before)
@@ -156,10 +156,9 @@ func TestEveryStepFromEveryState(t *testing.T) {
 	}
 }
 
-// TestHalfMoves lets each step fail at its first and at its second call, before
-// and after the server has carried it out. The same step again must do what is
-// left and nothing else.
-func TestHalfMoves(t *testing.T) {
+// TestInterruptedSteps lets each step fail at its first or second call, before or after
+// the server has executed it. The same step again must make only the missing calls.
+func TestInterruptedSteps(t *testing.T) {
 	t.Parallel()
 	type step struct {
 		name, stage   string
@@ -190,9 +189,9 @@ func TestHalfMoves(t *testing.T) {
 		for _, tt := range []struct {
 			name    string
 			at      string
-			lost    bool // the server does it, and the answer is lost
+			lost    bool // the answer is lost after the mutation
 			code    codes.Code
-			left    string // what the step again has to call
+			left    string // the calls that the second attempt must make
 			then    string // the keysets after the failure
 			unknown bool
 			busy    bool
@@ -210,7 +209,7 @@ func TestHalfMoves(t *testing.T) {
 				t.Parallel()
 				f := newFake(t)
 				b := f.serve(spire.Config{})
-				active, next := at(t, f, b, st.stage)
+				active, next := startAt(t, f, b, st.stage)
 				ids := func() (all []string) {
 					_, s := rows(t, b)
 					for _, k := range s.Keysets {
@@ -218,7 +217,7 @@ func TestHalfMoves(t *testing.T) {
 					}
 					return all
 				}
-				f.made()
+				f.takeCalls()
 				fail := func(call string) error {
 					if call == tt.at {
 						return status.Error(tt.code, "the reason")
@@ -235,7 +234,7 @@ func TestHalfMoves(t *testing.T) {
 					t.Fatalf("error %v", err)
 				}
 				if !tt.busy && !strings.Contains(err.Error(), "the reason") {
-					t.Errorf("error %v does not say why", err)
+					t.Errorf("error %v without the reason", err)
 				}
 				second := tt.at == st.second
 				if says := strings.Contains(err.Error(), "run keysetctl "+st.name+" "); second != (says || strings.Contains(err.Error(), "run keysetctl prepare again")) {
@@ -245,15 +244,15 @@ func TestHalfMoves(t *testing.T) {
 				if second {
 					calls += " " + st.second
 				}
-				if got := f.made(); got != calls {
-					t.Errorf("calls %q, want %q: nothing is tried twice", got, calls)
+				if got := f.takeCalls(); got != calls {
+					t.Errorf("calls %q, want %q without retries", got, calls)
 				}
 				f.hook(nil, nil)
 				wantRows(t, b, tt.then)
 				before := ids()
 
 				err = st.run(b, t.Context(), active, next)
-				if got := f.made(); got != tt.left {
+				if got := f.takeCalls(); got != tt.left {
 					t.Errorf("the step again called %q, want %q", got, tt.left)
 				}
 				if (err == nil) != (tt.left != "") {
@@ -268,7 +267,7 @@ func TestHalfMoves(t *testing.T) {
 	}
 }
 
-func TestHalfStatesRefuse(t *testing.T) {
+func TestOnlyOneKeyPrepared(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	b := f.serve(spire.Config{})
@@ -282,25 +281,25 @@ func TestHalfStatesRefuse(t *testing.T) {
 	if _, err := b.Prepare(t.Context()); err == nil {
 		t.Fatal("prepared")
 	}
-	half := wantRows(t, b, "Active/Active Prepared/-").Keysets[1].ID
-	if err := b.Activate(t.Context(), half); err == nil || !strings.Contains(err.Error(), "prepare again first") {
-		t.Errorf("activate what is prepared by half: %v", err)
+	halfPrepared := wantRows(t, b, "Active/Active Prepared/-").Keysets[1].ID
+	if err := b.Activate(t.Context(), halfPrepared); err == nil || !strings.Contains(err.Error(), "prepare again first") {
+		t.Errorf("activate with one key prepared: %v", err)
 	}
 	f.hook(nil, nil)
 	k, err := b.Prepare(t.Context())
 	must(t, err)
-	if k.ID != half {
-		t.Errorf("prepared %s, want %s", k.ID, half)
+	if k.ID != halfPrepared {
+		t.Errorf("prepared %s, want %s", k.ID, halfPrepared)
 	}
 	f.hook(second, nil)
-	if err := b.Activate(t.Context(), half); err == nil {
+	if err := b.Activate(t.Context(), halfPrepared); err == nil {
 		t.Fatal("activated")
 	}
 	f.hook(nil, nil)
-	f.made()
+	f.takeCalls()
 	s := wantRows(t, b, "Prepared/Active Active/Prepared")
-	if _, err := b.Prepare(t.Context()); err == nil || !strings.Contains(err.Error(), half+" is activated by half") {
-		t.Errorf("prepare beside what is activated by half: %v", err)
+	if _, err := b.Prepare(t.Context()); err == nil || !strings.Contains(err.Error(), "only one key of key set "+halfPrepared+" is activated") {
+		t.Errorf("prepare with one key activated: %v", err)
 	}
 	for _, k := range s.Keysets {
 		if err := b.Taint(t.Context(), k.ID); err != refusal.ErrTaintActive { //nolint:errorlint // a refusal is returned as it is
@@ -310,14 +309,14 @@ func TestHalfStatesRefuse(t *testing.T) {
 			t.Errorf("remove %s: %v", k.ID, err)
 		}
 	}
-	if calls := f.made(); calls != "" {
+	if calls := f.takeCalls(); calls != "" {
 		t.Error("calls:", calls)
 	}
 }
 
-// TestHalfActivatedAtOnce: the ends of authorities are whole seconds, so those
-// of two keysets that are made right after each other look confused.
-func TestHalfActivatedAtOnce(t *testing.T) {
+// TestOnlyOneKeyActivated has two keysets that were prepared within a second, so that
+// their expiry times hardly differ.
+func TestOnlyOneKeyActivated(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	f.tick = func(call string) time.Duration {
@@ -327,20 +326,20 @@ func TestHalfActivatedAtOnce(t *testing.T) {
 		return 0
 	}
 	b := f.serve(spire.Config{})
-	_, n := at(t, f, b, "prepared")
+	_, n := startAt(t, f, b, "prepared")
 	must(t, f.activate("ActivateX509", f.x.next))
 	wantRows(t, b, "Prepared/Active Active/Prepared")
 	must(t, b.Activate(t.Context(), n))
 	wantRows(t, b, "Prepared/Prepared Active/Active")
 }
 
-// TestPreparedByJWTOnly is what another tool can leave: it must not be taken
-// for a keyset that is activated by half.
+// TestPreparedByJWTOnly has a state that another tool can leave. It must not look like a
+// keyset with one key activated.
 func TestPreparedByJWTOnly(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	b := f.serve(spire.Config{})
-	at(t, f, b, "old")
+	startAt(t, f, b, "old")
 	if _, err := f.prepare("PrepareJWT"); err != nil {
 		t.Fatal(err)
 	}
@@ -351,20 +350,20 @@ func TestSPIRERotatesItself(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	b := f.serve(spire.Config{})
-	_, old := at(t, f, b, "tainted")
+	_, old := startAt(t, f, b, "tainted")
 	for _, call := range []string{"PrepareX509", "PrepareJWT"} {
 		if _, err := f.prepare(call); err != nil {
 			t.Fatal(err)
 		}
 	}
-	f.made()
-	// SPIRE has lost hold of it, but it is in the bundle and must be seen.
+	f.takeCalls()
+	// SPIRE has forgotten it, but it is in the bundle and must be shown.
 	s := wantRows(t, b, "Tainted/Tainted Active/Active Prepared/Prepared")
 	if s.Keysets[0].ID != old {
 		t.Errorf("%s is now %s", old, s.Keysets[0].ID)
 	}
-	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "until it expires") || f.made() != "" {
-		t.Errorf("remove what SPIRE does not have: %v", err)
+	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "until it expires") || f.takeCalls() != "" {
+		t.Errorf("remove a forgotten authority: %v", err)
 	}
 	if err := b.Taint(t.Context(), old); err != refusal.ErrTaintTainted { //nolint:errorlint // a refusal is returned as it is
 		t.Errorf("taint: %v", err)
@@ -378,7 +377,7 @@ func TestOtherServersAuthorities(t *testing.T) {
 	x, j := f.create("X509"), f.create("JWT")
 	wantRows(t, b, "Active/Active")
 	for _, id := range []string{x, j, "ks_" + x[:10]} {
-		if err := b.Taint(t.Context(), id); err == nil || !strings.Contains(err.Error(), "does not have it") {
+		if err := b.Taint(t.Context(), id); err == nil || !strings.Contains(err.Error(), "not an authority of this SPIRE server") {
 			t.Errorf("taint %s: %v", id, err)
 		}
 	}
@@ -389,11 +388,11 @@ func TestOtherServersAuthorities(t *testing.T) {
 	wantRows(t, b, "Active/Active")
 }
 
-func TestSomebodyWasFirst(t *testing.T) {
+func TestConcurrentMutation(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	b := f.serve(spire.Config{})
-	// Somebody prepares after us: ours is gone.
+	// Another client prepares later and replaces our authority.
 	f.hook(nil, func(call string) error {
 		if call == "PrepareJWT" {
 			f.x.next = f.create("X509")
@@ -404,7 +403,7 @@ func TestSomebodyWasFirst(t *testing.T) {
 		t.Errorf("prepare: %v", err)
 	}
 	f.hook(func(call string) error {
-		if call == "ActivateX509" { // between our look and our call
+		if call == "ActivateX509" { // between our read and our call
 			f.x.active, f.x.next, f.x.nextOld = f.x.next, f.x.active, true
 		}
 		return nil
@@ -415,7 +414,7 @@ func TestSomebodyWasFirst(t *testing.T) {
 	}
 }
 
-func TestNoAnswer(t *testing.T) {
+func TestOutcomeUnknown(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
 	b := f.serve(spire.Config{})
@@ -429,7 +428,7 @@ func TestNoAnswer(t *testing.T) {
 	}
 	f.hook(nil, nil)
 	wantRows(t, b, "Active/Active Prepared/-")
-	if got := f.made(); got != "PrepareX509" {
+	if got := f.takeCalls(); got != "PrepareX509" {
 		t.Error("calls:", got)
 	}
 
@@ -438,7 +437,7 @@ func TestNoAnswer(t *testing.T) {
 		t.Errorf("no server: %v", err)
 	}
 	if err := gone.Taint(t.Context(), "ks_x"); err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) {
-		t.Errorf("no server, so nothing was changed: %v", err)
+		t.Errorf("no server, and the outcome is reported as unknown: %v", err)
 	}
 }
 
@@ -468,29 +467,29 @@ func TestUpstreamAuthority(t *testing.T) {
 	f := newFake(t)
 	f.x.bundle, f.upstream = map[string]*authority{}, "abcdef"
 	f.x.active = f.create("X509")
-	b := f.serve(spire.Config{Figures: known(func(x509ID, _ string, _ []string) (prom.Figures, error) {
+	b := f.serve(spire.Config{Figures: figuresFunc(func(x509ID, _ string, _ []string) (prom.Figures, error) {
 		if x509ID != "" {
 			t.Errorf("asked for the figures of %s", x509ID)
 		}
 		return prom.Figures{X509Safe: true, JWTSafe: true}, nil
 	})})
-	active, old := at(t, f, b, "old")
+	active, old := startAt(t, f, b, "old")
 	s := wantRows(t, b, "Prepared/Prepared Active/Active")
 	for _, k := range s.Keysets {
 		if k.X509Safe || k.X509SVIDs >= 0 || !strings.Contains(k.Unknown, "upstream") || !k.IssuedAt.IsZero() || k.ExpiresAt.IsZero() {
 			t.Errorf("keyset %+v", k)
 		}
 	}
-	if err := b.Taint(t.Context(), old); err == nil || !strings.Contains(err.Error(), "upstream authority abcdef and cannot be tainted") {
+	if err := b.Taint(t.Context(), old); err == nil || !strings.Contains(err.Error(), "upstream authority abcdef signs the X.509 authorities of this SPIRE server, so they cannot be tainted") {
 		t.Errorf("taint: %v", err)
 	}
-	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "upstream authority abcdef and cannot be revoked") {
+	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "upstream authority abcdef signs the X.509 authorities of this SPIRE server, so they cannot be revoked") {
 		t.Errorf("remove: %v", err)
 	}
 	if _, err := b.Holders(t.Context(), active); err == nil {
 		t.Error("holders under an upstream authority")
 	}
-	if calls := f.made(); calls != "" {
+	if calls := f.takeCalls(); calls != "" {
 		t.Error("calls:", calls)
 	}
 	_, err := b.Prepare(t.Context())
@@ -512,12 +511,12 @@ func TestJWTDisabled(t *testing.T) {
 		t.Errorf("keyset %+v", k)
 	}
 	must(t, b.Remove(t.Context(), a.ID, false))
-	if got := f.made(); got != "PrepareX509 ActivateX509 TaintX509 RevokeX509" {
+	if got := f.takeCalls(); got != "PrepareX509 ActivateX509 TaintX509 RevokeX509" {
 		t.Error("calls:", got)
 	}
 }
 
-var safeFigures = known(func(_, _ string, expected []string) (prom.Figures, error) {
+var safeFigures = figuresFunc(func(_, _ string, expected []string) (prom.Figures, error) {
 	return prom.Figures{X509Safe: true, JWTSafe: true, Expected: len(expected)}, nil
 })
 
@@ -533,12 +532,12 @@ func TestFigures(t *testing.T) {
 	}
 	figures, broken := prom.Figures{}, error(nil)
 	var asked []string
-	b := f.serve(spire.Config{X509Life: 2 * time.Hour, Figures: known(func(x509ID, jwtID string, expected []string) (prom.Figures, error) {
+	b := f.serve(spire.Config{X509Life: 2 * time.Hour, Figures: figuresFunc(func(x509ID, jwtID string, expected []string) (prom.Figures, error) {
 		slices.Sort(expected)
 		asked = append(asked, fmt.Sprintf("%s %s %s", x509ID, jwtID, expected))
 		return figures, broken
 	})})
-	active, old := at(t, f, b, "tainted")
+	active, old := startAt(t, f, b, "tainted")
 	asked = nil
 	figures = prom.Figures{
 		Expected: 5, Missing: 2, Holding: 4, X509SVIDs: 7, JWTExpiry: now.Add(time.Hour),
@@ -566,10 +565,10 @@ func TestFigures(t *testing.T) {
 	if _, err := b.Holders(t.Context(), "ks_unknown"); !errors.Is(err, refusal.ErrNotFound) {
 		t.Errorf("holders of none: %v", err)
 	}
-	f.made()
+	f.takeCalls()
 	err := b.Remove(t.Context(), old, false)
-	if notSafe, ok := errors.AsType[*runbook.NotSafeError](err); !ok || notSafe.Keyset != old || err.Error() != "4 of 5 agents could still hold X.509-SVIDs of "+old {
-		t.Errorf("remove what is not safe: %v", err)
+	if notSafe, ok := errors.AsType[*runbook.NotSafeError](err); !ok || notSafe.Keyset != old || err.Error() != "4 of 5 agents may still hold X.509-SVIDs of "+old {
+		t.Errorf("remove an unsafe keyset: %v", err)
 	}
 	broken = errors.New("Prometheus is gone")
 	s = wantRows(t, b, "Tainted/Tainted Active/Active")
@@ -577,9 +576,9 @@ func TestFigures(t *testing.T) {
 		t.Errorf("without figures: %+v of %+v", k, s)
 	}
 	if err := b.Remove(t.Context(), old, false); err == nil || err.Error() != "Prometheus is gone" {
-		t.Errorf("remove what is not known: %v", err)
+		t.Errorf("remove without figures: %v", err)
 	}
-	if calls := f.made(); calls != "" {
+	if calls := f.takeCalls(); calls != "" {
 		t.Error("calls:", calls)
 	}
 	broken, figures = nil, prom.Figures{X509Safe: true, JWTSafe: true, Expected: 3}
@@ -595,7 +594,7 @@ func TestWithoutFigures(t *testing.T) {
 	f := newFake(t)
 	f.agents = []*types.Agent{{X509SvidExpiresAt: time.Now().Add(time.Hour).Unix()}}
 	b := f.serve(spire.Config{})
-	_, old := at(t, f, b, "tainted")
+	_, old := startAt(t, f, b, "tainted")
 	s := wantRows(t, b, "Tainted/Tainted Active/Active")
 	if k := s.Keysets[0]; !strings.Contains(k.Unknown, "--prometheus") || k.X509SVIDs >= 0 || k.X509Safe || k.JWTSafe || s.Agents != 1 || s.AgentsBehind >= 0 {
 		t.Errorf("%+v of %+v", k, s)

@@ -11,44 +11,43 @@ import (
 	"github.com/renewd/renewd/internal/refusal"
 )
 
-// The two kinds of authority, in what people read.
+// The kinds of authorities, as errors name them.
 const (
 	x509Kind = "X.509"
 	jwtKind  = "JWT"
 )
 
-// call moves one half of a keyset.
-type call struct {
-	kind string
-	half half
-	make func(authorityID string) error
+// mutation is a call that changes one authority of a keyset.
+type mutation struct {
+	kind      string
+	authority authority
+	make      func(authorityID string) error
 }
 
-// carryOut makes the calls for the halves that are there and need it, one after
-// the other, and stops at the first that fails.
-func carryOut(step, id string, needed func(half) bool, calls ...call) error {
+// apply makes the calls for the authorities that need them, in order, and stops at the
+// first error.
+func apply(step, id string, needed func(authority) bool, mutations ...mutation) error {
 	var done string
-	for _, c := range calls {
-		if !c.half.here() || !needed(c.half) {
+	for _, c := range mutations {
+		if !c.authority.exists() || !needed(c.authority) {
 			continue
 		}
-		if err := c.make(c.half.id); err != nil {
-			return failed(step, id, c.kind, done, err)
+		if err := c.make(c.authority.id); err != nil {
+			return callError(step, id, c.kind, done, err)
 		}
 		done = c.kind
 	}
 	return nil
 }
 
-// failed says what an error of a mutating call means. done is the half that
-// the same step has moved before, if any.
-func failed(step, id, kind, done string, err error) error {
-	// That a call could not be carried out is certain only when the server
-	// says so before it does anything.
+// callError returns the error of a step for the error of a call. done is the kind of
+// authority that the step has already changed, or empty.
+func callError(step, id, kind, done string, err error) error {
+	// Only some codes are sure to mean that the call changed nothing.
 	unknown := false
 	switch status.Code(err) {
 	case codes.InvalidArgument:
-		// The state is not what was read a moment ago: somebody was first.
+		// The state has changed since it was read.
 		if done == "" {
 			return refusal.ErrBusy
 		}
@@ -59,7 +58,7 @@ func failed(step, id, kind, done string, err error) error {
 	what := fmt.Sprintf("%s the %s authority", step, kind)
 	if done != "" {
 		again := strings.TrimSpace(step + " " + id)
-		what = fmt.Sprintf("the %s authority is done, the %s authority may not be; run keysetctl %s again to finish: %s", done, kind, again, what)
+		what = fmt.Sprintf("the step is complete for the %s authority, but perhaps not for the %s authority; run keysetctl %s again: %s", done, kind, again, what)
 	}
 	if unknown {
 		return fmt.Errorf("%s: %w: %w", what, runbook.ErrOutcomeUnknown, err)

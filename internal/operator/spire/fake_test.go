@@ -32,7 +32,7 @@ import (
 	"github.com/renewd/renewd/internal/operator/spire"
 )
 
-// fakeSPIRE has the rules and the errors of SPIRE 1.15.3, seen on a real one.
+// fakeSPIRE follows the rules of SPIRE 1.15.3 and returns its errors.
 type fakeSPIRE struct {
 	localv1.UnimplementedLocalAuthorityServer
 	bundlev1.UnimplementedBundleServer
@@ -46,14 +46,14 @@ type fakeSPIRE struct {
 	upstream string
 	noJWT    bool
 	agents   []*types.Agent
-	// before and after are called around each mutation, with its name such as
-	// TaintX509; what they return is what the caller is told.
+	// before and after are called around each mutation with its name, such as
+	// TaintX509. Their error is the call's.
 	before, after func(call string) error
 	calls         []string                        // the mutations
-	tick          func(call string) time.Duration // how much later a preparation is than what was before it
+	tick          func(call string) time.Duration // time since the mutation before
 }
 
-// kind is one kind of authority: two slots and what the bundle has of it.
+// kind is one kind of authority: its two slots and its part of the bundle.
 type kind struct {
 	active, next string
 	nextOld      bool
@@ -109,7 +109,7 @@ func (f *fakeSPIRE) create(name string) string {
 	return id
 }
 
-// mutate is one mutating call: act does it, and says why not.
+// mutate executes one mutating call by act.
 func (f *fakeSPIRE) mutate(call string, act func(k *kind) error) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -288,7 +288,7 @@ func byAge(m map[string]*authority) []string {
 	return slices.SortedFunc(maps.Keys(m), func(a, b string) int { return m[a].n - m[b].n })
 }
 
-// ListAgents answers in pages of two at the most.
+// ListAgents answers in pages of at most two agents.
 func (f *fakeSPIRE) ListAgents(_ context.Context, r *agentv1.ListAgentsRequest) (*agentv1.ListAgentsResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -302,7 +302,7 @@ func (f *fakeSPIRE) ListAgents(_ context.Context, r *agentv1.ListAgentsRequest) 
 }
 
 // made returns the mutations since the last call, and whether they succeeded.
-func (f *fakeSPIRE) made() string {
+func (f *fakeSPIRE) takeCalls() string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := strings.Join(f.calls, " ")
@@ -325,7 +325,7 @@ func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 		f.t.Fatal(err)
 	}
 	f.t.Cleanup(func() { os.RemoveAll(dir) })
-	c.Socket = dir + "/a %41?b#c:1.sock" // a path is a path, whatever is in it
+	c.Socket = dir + "/a %41?b#c:1.sock" // must not be parsed as a URL
 	lis, err := net.Listen("unix", c.Socket)
 	if err != nil {
 		f.t.Fatal(err)
@@ -359,8 +359,8 @@ func open(t *testing.T, c spire.Config) *spire.Backend {
 	return b
 }
 
-// rows are a status in short: "State/JWTState" for each keyset, with what is
-// missing as a dash.
+// rows returns "State/JWTState" for each keyset of the status, with a dash for a missing
+// key.
 func rows(t *testing.T, b *spire.Backend) (string, runbook.Status) {
 	t.Helper()
 	s, err := b.Status(t.Context())
@@ -393,9 +393,9 @@ func wantRows(t *testing.T, b *spire.Backend, want string) runbook.Status {
 	return s
 }
 
-// known are figures that a test makes up.
-type known func(x509ID, jwtID string, expected []string) (prom.Figures, error)
+// figuresFunc implements [spire.Figures].
+type figuresFunc func(x509ID, jwtID string, expected []string) (prom.Figures, error)
 
-func (k known) Figures(_ context.Context, x509ID, jwtID string, expected []string) (prom.Figures, error) {
-	return k(x509ID, jwtID, expected)
+func (f figuresFunc) Figures(_ context.Context, x509ID, jwtID string, expected []string) (prom.Figures, error) {
+	return f(x509ID, jwtID, expected)
 }

@@ -29,7 +29,7 @@ import (
 	"github.com/renewd/renewd/internal/refusal"
 )
 
-// realSPIRE is a spire-server process that can be started again.
+// realSPIRE is a spire-server process that can be restarted.
 type realSPIRE struct {
 	t    *testing.T
 	dir  string
@@ -122,7 +122,7 @@ func (r *realSPIRE) start() {
 	}
 }
 
-func (r *realSPIRE) again() {
+func (r *realSPIRE) restart() {
 	r.t.Helper()
 	r.stop()
 	r.start()
@@ -149,7 +149,7 @@ func TestRotationOfSPIRE(t *testing.T) {
 	r := newReal(t, "disk", "")
 	r.start()
 	safe := false
-	b := r.backend(spire.Config{TrustDomain: "example.org", Figures: known(func(string, string, []string) (prom.Figures, error) {
+	b := r.backend(spire.Config{TrustDomain: "example.org", Figures: figuresFunc(func(string, string, []string) (prom.Figures, error) {
 		return prom.Figures{X509Safe: safe, JWTSafe: safe}, nil
 	})})
 	ctx := t.Context()
@@ -163,36 +163,36 @@ func TestRotationOfSPIRE(t *testing.T) {
 	if s := wantRows(t, b, "Active/Active Prepared/Prepared"); s.Sequence <= first.Sequence || s.Keysets[1].ID != n.ID {
 		t.Errorf("prepared %+v, listed %+v", n, s)
 	}
-	refuses := func(what string, err error, want string) {
+	wantRefusal := func(what string, err error, want string) {
 		t.Helper()
 		if err == nil || !strings.Contains(err.Error(), want) || errors.Is(err, runbook.ErrOutcomeUnknown) {
 			t.Errorf("%s: %v, want %q", what, err, want)
 		}
 	}
 	_, err = b.Prepare(ctx)
-	refuses("prepare beside what is prepared", err, "is prepared already")
-	refuses("taint what is prepared", b.Taint(ctx, n.ID), "taints only one that has been active")
-	refuses("taint the active one", b.Taint(ctx, a.ID), refusal.ErrTaintActive.Error())
-	refuses("remove the active one", b.Remove(ctx, a.ID, true), refusal.ErrRemoveActive.Error())
-	r.again()
+	wantRefusal("prepare beside a prepared one", err, "room for one prepared key set")
+	wantRefusal("taint a prepared one", b.Taint(ctx, n.ID), "taints only one that was active before")
+	wantRefusal("taint the active one", b.Taint(ctx, a.ID), refusal.ErrTaintActive.Error())
+	wantRefusal("remove the active one", b.Remove(ctx, a.ID, true), refusal.ErrRemoveActive.Error())
+	r.restart()
 	wantRows(t, b, "Active/Active Prepared/Prepared")
 	must(t, b.Activate(ctx, n.ID))
 	wantRows(t, b, "Prepared/Prepared Active/Active")
-	refuses("activate what has stepped down", b.Activate(ctx, a.ID), "does not take back")
-	refuses("remove what is not tainted", b.Remove(ctx, a.ID, true), refusal.ErrRemovePrepared.Error())
+	wantRefusal("activate an old one", b.Activate(ctx, a.ID), "activates no old one")
+	wantRefusal("remove an old one", b.Remove(ctx, a.ID, true), refusal.ErrRemovePrepared.Error())
 	_, err = b.Prepare(ctx)
-	refuses("prepare beside what is not removed", err, "would lose hold of "+a.ID)
+	wantRefusal("prepare beside an old one", err, "would forget "+a.ID)
 
-	// By half, as when the connection was lost: SPIRE's own command does one.
+	// A lost connection leaves one key tainted.
 	_, err = r.local().TaintX509Authority(ctx, &localv1.TaintX509AuthorityRequest{AuthorityId: a.X509AuthorityID})
 	must(t, err)
 	wantRows(t, b, "Tainted/Prepared Active/Active")
 	must(t, b.Taint(ctx, a.ID))
 	s := wantRows(t, b, "Tainted/Tainted Active/Active")
-	refuses("taint again", b.Taint(ctx, a.ID), refusal.ErrTaintTainted.Error())
-	refuses("activate what is tainted", b.Activate(ctx, a.ID), refusal.ErrActivateTainted.Error())
-	refuses("remove what is not safe", b.Remove(ctx, a.ID, false), "could still hold")
-	r.again()
+	wantRefusal("taint again", b.Taint(ctx, a.ID), refusal.ErrTaintTainted.Error())
+	wantRefusal("activate a tainted one", b.Activate(ctx, a.ID), refusal.ErrActivateTainted.Error())
+	wantRefusal("remove an unsafe one", b.Remove(ctx, a.ID, false), "may still hold")
+	r.restart()
 	if after := wantRows(t, b, "Tainted/Tainted Active/Active"); after.Keysets[0].ID != a.ID || after.Sequence < s.Sequence {
 		t.Errorf("after a restart %+v", after)
 	}
@@ -201,12 +201,12 @@ func TestRotationOfSPIRE(t *testing.T) {
 	if s := wantRows(t, b, "Active/Active"); s.Keysets[0].ID != n.ID {
 		t.Errorf("left is %+v", s.Keysets[0])
 	}
-	refuses("remove again", b.Remove(ctx, a.ID, true), refusal.ErrNotFound.Error())
+	wantRefusal("remove again", b.Remove(ctx, a.ID, true), refusal.ErrNotFound.Error())
 
-	// SPIRE keeps the revoked one in its slot; the next rotation is not in its way.
+	// The revoked authorities stay in their slots, and another rotation can begin.
 	n, err = b.Prepare(ctx)
 	must(t, err)
-	// By half again: activated, and the connection was lost.
+	// A lost connection leaves one key activated.
 	_, err = r.local().ActivateX509Authority(ctx, &localv1.ActivateX509AuthorityRequest{AuthorityId: n.X509AuthorityID})
 	must(t, err)
 	wantRows(t, b, "Prepared/Active Active/Prepared")
@@ -216,11 +216,11 @@ func TestRotationOfSPIRE(t *testing.T) {
 	_, err = r.local().RevokeJWTAuthority(ctx, &localv1.RevokeJWTAuthorityRequest{AuthorityId: s.Keysets[0].JWTKeyID})
 	must(t, err)
 	wantRows(t, b, "Tainted/- Active/Active")
-	// SPIRE prepares by itself and loses hold of what is not removed.
+	// SPIRE prepares automatically and forgets the old authority.
 	_, err = r.local().PrepareX509Authority(ctx, &localv1.PrepareX509AuthorityRequest{})
 	must(t, err)
 	wantRows(t, b, "Tainted/- Active/Active Prepared/-")
-	refuses("remove what SPIRE has lost hold of", b.Remove(ctx, s.Keysets[0].ID, true), "until it expires")
+	wantRefusal("remove a forgotten one", b.Remove(ctx, s.Keysets[0].ID, true), "until it expires")
 }
 
 func TestSPIREWithoutItsKeys(t *testing.T) {
@@ -229,12 +229,12 @@ func TestSPIREWithoutItsKeys(t *testing.T) {
 	r.start()
 	b := r.backend(spire.Config{})
 	a := wantRows(t, b, "Active/Active").Keysets[0]
-	r.again()
+	r.restart()
 	if k := wantRows(t, b, "Active/Active").Keysets[0]; k.ID == a.ID {
 		t.Errorf("the same keyset %+v", k)
 	}
-	if err := b.Taint(t.Context(), a.X509AuthorityID); err == nil || !strings.Contains(err.Error(), "does not have it") {
-		t.Errorf("taint what was before: %v", err)
+	if err := b.Taint(t.Context(), a.X509AuthorityID); err == nil || !strings.Contains(err.Error(), "not an authority of this SPIRE server") {
+		t.Errorf("taint a former authority: %v", err)
 	}
 }
 
@@ -249,7 +249,7 @@ func TestSPIREUnderAnUpstreamAuthority(t *testing.T) {
 	must(t, err)
 	must(t, b.Activate(t.Context(), n.ID))
 	wantRows(t, b, "Prepared/Prepared Active/Active")
-	if err := b.Taint(t.Context(), a.ID); err == nil || !strings.Contains(err.Error(), "signed by the upstream authority") {
+	if err := b.Taint(t.Context(), a.ID); err == nil || !strings.Contains(err.Error(), "signs the X.509 authorities of this SPIRE server, so they cannot be tainted") {
 		t.Errorf("taint: %v", err)
 	}
 	_, err = b.Prepare(t.Context())

@@ -1,32 +1,30 @@
-// Package spire lets the runbook work on a SPIRE server, through the
+// Package spire implements [runbook.Backend] for a SPIRE server, through the
 // LocalAuthority service on the server's admin socket.
 //
-// SPIRE knows no keysets. It has X.509 authorities and JWT authorities, and for
-// each kind two slots: one that signs, and one that is either prepared or old.
-// This package pairs the slots into keysets. What differs from renewd's own
-// server follows from SPIRE's rules:
+// SPIRE has no keysets. It has X.509 authorities and JWT authorities, and two slots for
+// each kind: one holds the active authority, the other a prepared or an old one. This
+// package pairs the slots into keysets. It differs from renewd's server because of
+// SPIRE's rules:
 //
-//   - There is room for one keyset beside the active one. Preparing another
-//     makes SPIRE lose hold of the one in that place: it stays in the trust
-//     bundle until it expires, and cannot be tainted, nor its X.509 authority
-//     revoked. [Backend.Prepare] therefore refuses until the old one is removed.
-//   - What has stepped down cannot be activated again, and only what has stepped
-//     down can be tainted.
-//   - The two keys of a keyset are moved by two calls. Between them the keyset is
-//     half moved, which [Backend.Status] shows; the same step again moves the
-//     other half and leaves alone what was moved.
-//   - Where an upstream authority signs the X.509 authorities they cannot be
-//     tainted or revoked here; Taint and Remove say so.
-//   - SPIRE also rotates by itself, and knows no lock: whoever comes second finds
-//     another state than it has read, and is refused with [refusal.ErrBusy].
-//   - A server that starts without its keys (KeyManager "memory") makes new ones;
-//     those from before stay in the bundle and are no keysets of it any more.
+//   - There is room for one keyset beside the active one. If another is prepared, SPIRE
+//     forgets the authorities in that slot: they stay in the trust bundle until they
+//     expire and cannot be tainted, and the X.509 authority cannot be revoked.
+//     [Backend.Prepare] therefore fails until the old keyset is removed.
+//   - An old authority cannot be activated, and only an old one can be tainted.
+//   - A step needs two calls, one for each key. If only one of them succeeds,
+//     [Backend.Status] shows keys in different states. The same step again makes the
+//     missing call only.
+//   - If an upstream authority signs the X.509 authorities, they cannot be tainted or
+//     revoked here. Taint and Remove fail with that reason.
+//   - SPIRE also rotates automatically and has no lock. If two mutations race, the
+//     second one fails with [refusal.ErrBusy].
+//   - A server that starts without its keys (KeyManager "memory") makes new ones. Its
+//     former authorities stay in the bundle and belong to no keyset.
 //
-// Keysets are those of this server. In a cluster every server has its own; of
-// the authorities of others only tainted ones are shown.
+// Each server of a cluster has its own keysets. Of the authorities of other servers
+// only tainted ones are shown.
 //
-// What is signed and held SPIRE does not know; that comes from Prometheus
-// (package prom).
+// SPIRE does not know which SVIDs are in use. Package prom reads that from Prometheus.
 package spire
 
 import (
@@ -49,36 +47,36 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// defaultX509Life is how long X.509-SVIDs live at the most unless the Config
-// says otherwise.
+// defaultX509Life is the default of Config.X509Life.
 const defaultX509Life = 24 * time.Hour
 
-// Figures say what the fleet's agents hold; *[prom.Client] is one.
+// Figures returns what the agents hold. *[prom.Client] implements it.
 type Figures interface {
 	Figures(ctx context.Context, x509AuthorityID, jwtKeyID string, expectedAgents []string) (prom.Figures, error)
 }
 
-// Config says which SPIRE server to work on. Only Socket is required.
+// Config configures a [Backend]. Only Socket is required.
 type Config struct {
 	// Socket is the path of the server's admin socket (socket_path).
 	Socket string
-	// TrustDomain, when not empty, must be the one that the server serves.
+	// TrustDomain must be the server's, unless it is empty.
 	TrustDomain string
-	// Deployment is shown as given; SPIRE has no such thing. "default" when
-	// empty.
+	// Deployment is only displayed, because SPIRE has no deployments. The default is
+	// "default".
 	Deployment string
-	// Figures are the agents' figures; when nil nothing is known to be safe.
+	// Figures is the source of the agents' figures. If it is nil, no keyset is known
+	// to be safe.
 	Figures Figures
-	// X509Life is the longest life of an X.509-SVID; 24 hours when 0. For so
-	// long after its own SVID has ended, an agent's workloads may have valid
-	// ones, and the agent counts.
+	// X509Life is the longest life of an X.509-SVID; 24 hours when 0. An agent counts
+	// for that long after its agent SVID expired, because its workloads may have valid
+	// SVIDs.
 	X509Life time.Duration
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
 }
 
-// Backend works on one SPIRE server. Its methods may be called concurrently.
-// Close ends it.
+// Backend implements [runbook.Backend] for one SPIRE server. It is safe for concurrent
+// use. Close closes its connection.
 type Backend struct {
 	cfg     Config
 	conn    *grpc.ClientConn
@@ -89,7 +87,8 @@ type Backend struct {
 
 var _ runbook.Backend = (*Backend)(nil)
 
-// New checks the configuration. It does not connect.
+// New returns a Backend, or an error if the configuration is invalid. It does not
+// connect.
 func New(c Config) (*Backend, error) {
 	if c.Socket == "" {
 		return nil, errors.New("spire: no path of the server's admin socket")
@@ -111,16 +110,15 @@ func New(c Config) (*Backend, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	// A dialer of our own, since a path in a gRPC target is parsed as a URL.
+	// gRPC would parse a path in the target as a URL.
 	dialer := func(ctx context.Context, _ string) (net.Conn, error) {
 		return new(net.Dialer).DialContext(ctx, "unix", c.Socket)
 	}
-	// The socket's file mode is what protects it; there is no TLS on it. No
-	// call waits for a server to come, and none is made twice.
+	// The socket has no TLS; its file mode protects it.
 	conn, err := grpc.NewClient("passthrough:///spire-socket", grpc.WithContextDialer(dialer),
 		grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithDisableRetry(),
-		// A long wait looks every few seconds; gRPC's own pause after a server
-		// that was away grows to two minutes.
+		// A wait polls every few seconds, but gRPC's default backoff grows to two
+		// minutes.
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: time.Second},
 			MinConnectTimeout: 5 * time.Second,
@@ -142,10 +140,9 @@ func (b *Backend) Close() error {
 	return nil
 }
 
-// expected returns the SPIFFE IDs of the agents that could hold SVIDs: those that
-// are not banned and whose own SVID is valid, or ended so recently that SVIDs
-// which it had for its workloads may be valid still.
-func (b *Backend) expected(ctx context.Context) ([]string, error) {
+// expectedAgents returns the SPIFFE IDs of the agents that may hold SVIDs: those that
+// are not banned and whose agent SVID expired less than X509Life ago, or is valid.
+func (b *Backend) expectedAgents(ctx context.Context) ([]string, error) {
 	limit := b.cfg.Now().Add(-b.cfg.X509Life).Unix()
 	var ids []string
 	token := ""

@@ -19,21 +19,21 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// place is where the server has an authority.
-type place int
+// slot says where the server has an authority.
+type slot int
 
 const (
-	nowhere  place = iota // it is only in the bundle: nobody's, or another server's
-	prepared              // in the second slot, has not signed
-	active                // in the first slot
-	old                   // in the second slot, has signed
+	noSlot   slot = iota // only in the bundle: forgotten, or of another server
+	prepared             // in the second slot, has not signed
+	active               // in the first slot
+	old                  // in the second slot, has signed
 )
 
-// half is one authority: the X.509 or the JWT half of a keyset. The zero half
-// is one that is not there.
-type half struct {
+// authority is the X.509 or the JWT authority of a keyset. The zero value means that
+// there is none.
+type authority struct {
 	id        string
-	place     place
+	slot      slot
 	published bool // in the trust bundle; an old one stays in its slot when it is revoked
 	tainted   bool
 	issued    time.Time // zero: not known
@@ -41,14 +41,15 @@ type half struct {
 	upstream  string    // ID of the upstream authority that signed it; empty: none
 }
 
-// here tells whether there is something left of the half to be moved.
-func (h half) here() bool { return h.id != "" && h.published }
+// exists reports whether the authority is in the trust bundle, so that a step can change
+// it.
+func (h authority) exists() bool { return h.id != "" && h.published }
 
-func (h half) state() runbook.State {
+func (h authority) state() runbook.State {
 	switch {
-	case !h.here():
+	case !h.exists():
 		return ""
-	case h.place == active:
+	case h.slot == active:
 		return runbook.Active
 	case h.tainted:
 		return runbook.Tainted
@@ -57,65 +58,65 @@ func (h half) state() runbook.State {
 }
 
 // pair is a keyset.
-type pair struct{ x509, jwt half }
+type pair struct{ x509, jwt authority }
 
-// id is derived from the X.509 authority, also when that is revoked already, so
-// that it does not change during a removal.
+// id returns the keyset ID. It is derived from the X.509 authority even if that is
+// revoked, so that it does not change during a removal.
 func (p pair) id() string { return keysetID(cmp.Or(p.x509.id, p.jwt.id)) }
 
 func keysetID(authorityID string) string { return "ks_" + authorityID[:min(10, len(authorityID))] }
 
-func (p pair) halves() []half { return []half{p.x509, p.jwt} }
+func (p pair) authorities() []authority { return []authority{p.x509, p.jwt} }
 
-// any tells whether a half that is there fits.
-func (p pair) any(fits func(half) bool) bool {
-	return slices.ContainsFunc(p.halves(), func(h half) bool { return h.here() && fits(h) })
+// any reports whether an existing authority fits.
+func (p pair) any(fits func(authority) bool) bool {
+	return slices.ContainsFunc(p.authorities(), func(h authority) bool { return h.exists() && fits(h) })
 }
 
-// named tells whether the operator's ID means this keyset.
-func (p pair) named(id string) bool {
-	return id == p.id() || slices.ContainsFunc(p.halves(), func(h half) bool {
+// matches reports whether id is the ID of the keyset or of one of its authorities.
+func (p pair) matches(id string) bool {
+	return id == p.id() || slices.ContainsFunc(p.authorities(), func(h authority) bool {
 		return h.id != "" && (id == h.id || id == keysetID(h.id))
 	})
 }
 
-// expires is when the first of the two halves does.
+// expires returns when the first authority expires.
 func (p pair) expires() time.Time {
 	x, j := p.x509.expires, p.jwt.expires
 	switch {
-	case !p.x509.here() || x.IsZero():
+	case !p.x509.exists() || x.IsZero():
 		return j
-	case !p.jwt.here() || j.IsZero() || x.Before(j):
+	case !p.jwt.exists() || j.IsZero() || x.Before(j):
 		return x
 	}
 	return j
 }
 
-// server is the state of the server at one moment.
-type server struct {
+// serverState is the state of the server at one moment.
+type serverState struct {
 	trustDomain string
-	sequence    uint64 // of the bundle
-	pairs       []pair // in order of issue
-	others      []half // in the bundle, not tainted, and in no slot
-	upstream    string // ID of the upstream authority; empty: none
-	noJWT       bool   // JWT-SVIDs are disabled at the server
+	sequence    uint64      // of the bundle
+	pairs       []pair      // in order of issue
+	others      []authority // in the bundle, not tainted, and in no slot
+	upstream    string      // ID of the upstream authority; empty: none
+	noJWT       bool        // JWT-SVIDs are disabled at the server
 }
 
-// slots are the authorities of one kind that the server has.
-type slots struct{ active, next half }
+// slots holds the authorities of one kind in the server's slots.
+type slots struct{ active, next authority }
 
-// read reads the slots first: what is prepared meanwhile is then a stranger in
-// the bundle and not a keyset that seems revoked.
-func (b *Backend) read(ctx context.Context) (server, error) {
+// read reads the slots before the bundle: an authority that is prepared in between is
+// then unknown, while the other order would make it look revoked.
+func (b *Backend) read(ctx context.Context) (serverState, error) {
 	s, err := b.readServer(ctx)
 	if err != nil {
-		return server{}, fmt.Errorf("SPIRE server at %s: %w", b.cfg.Socket, err)
+		return serverState{}, fmt.Errorf("SPIRE server at %s: %w", b.cfg.Socket, err)
 	}
 	return s, nil
 }
 
-func (b *Backend) readServer(ctx context.Context) (server, error) {
-	var s server
+func (b *Backend) readServer(ctx context.Context) (serverState, error) {
+	var s serverState
 	x, err := b.local.GetX509AuthorityState(ctx, &localv1.GetX509AuthorityStateRequest{})
 	if err != nil {
 		return s, fmt.Errorf("read X.509 authorities: %w", err)
@@ -136,7 +137,7 @@ func (b *Backend) readServer(ctx context.Context) (server, error) {
 		return s, fmt.Errorf("read the trust bundle: %w", err)
 	}
 	if b.cfg.TrustDomain != "" && td.Name() != spiffeid.RequireTrustDomainFromString(b.cfg.TrustDomain).Name() {
-		return s, fmt.Errorf("it serves the trust domain %q, not %q: give that one, or the socket of another server", td.Name(), b.cfg.TrustDomain)
+		return s, fmt.Errorf("it serves the trust domain %q, not %q: give its trust domain, or the socket of another server", td.Name(), b.cfg.TrustDomain)
 	}
 	s.trustDomain, s.sequence = td.Name(), published.SequenceNumber
 	s.upstream = x.GetActive().GetUpstreamAuthoritySubjectKeyId()
@@ -145,13 +146,13 @@ func (b *Backend) readServer(ctx context.Context) (server, error) {
 	if err != nil {
 		return s, err
 	}
-	x509Slots := fill(x.GetActive(), x.GetPrepared(), x.GetOld(), x509InBundle, s.upstream != "")
+	x509Slots := newSlots(x.GetActive(), x.GetPrepared(), x.GetOld(), x509InBundle, s.upstream != "")
 	jwtInBundle := jwtAuthorities(published.JwtAuthorities)
-	jwtSlots := fill(j.GetActive(), j.GetPrepared(), j.GetOld(), jwtInBundle, false)
-	s.pairs = match(x509Slots, jwtSlots)
+	jwtSlots := newSlots(j.GetActive(), j.GetPrepared(), j.GetOld(), jwtInBundle, false)
+	s.pairs = pairSlots(x509Slots, jwtSlots)
 
-	var lostX509, lostJWT []half
-	lost := func(all []half, in slots) (tainted []half) {
+	var taintedX509, taintedJWT []authority
+	withoutSlot := func(all []authority, in slots) (tainted []authority) {
 		for _, h := range all {
 			if h.id == in.active.id || h.id == in.next.id {
 				continue
@@ -164,30 +165,29 @@ func (b *Backend) readServer(ctx context.Context) (server, error) {
 		}
 		return tainted
 	}
-	if s.upstream == "" { // else these are not the server's kind of authority
-		lostX509 = lost(x509InBundle, x509Slots)
+	if s.upstream == "" { // else the bundle has upstream authorities instead
+		taintedX509 = withoutSlot(x509InBundle, x509Slots)
 	}
-	lostJWT = lost(jwtInBundle, jwtSlots)
-	s.pairs = append(matchLost(lostX509, lostJWT), s.pairs...)
+	taintedJWT = withoutSlot(jwtInBundle, jwtSlots)
+	s.pairs = append(pairTainted(taintedX509, taintedJWT), s.pairs...)
 	return s, nil
 }
 
-// fill makes the slots of one kind from what the service and the bundle say.
-// Under an upstream authority the X.509 authorities are not in the bundle
-// themselves.
-func fill(a, p, o *localv1.AuthorityState, inBundle []half, upstream bool) slots {
-	take := func(s *localv1.AuthorityState, at place) half {
+// newSlots returns the slots of one kind from the answers of the LocalAuthority service
+// and the bundle. The bundle lacks X.509 authorities that have an upstream authority.
+func newSlots(a, p, o *localv1.AuthorityState, inBundle []authority, upstream bool) slots {
+	take := func(s *localv1.AuthorityState, at slot) authority {
 		if s.GetAuthorityId() == "" {
-			return half{}
+			return authority{}
 		}
-		h := half{id: s.AuthorityId}
-		if i := slices.IndexFunc(inBundle, func(h half) bool { return h.id == s.AuthorityId }); i >= 0 {
+		h := authority{id: s.AuthorityId}
+		if i := slices.IndexFunc(inBundle, func(h authority) bool { return h.id == s.AuthorityId }); i >= 0 {
 			h = inBundle[i]
 		}
-		h.place, h.upstream = at, s.UpstreamAuthoritySubjectKeyId
+		h.slot, h.upstream = at, s.UpstreamAuthoritySubjectKeyId
 		h.published = h.published || upstream || at == active
 		if h.expires.IsZero() {
-			h.expires = unix(s.ExpiresAt)
+			h.expires = unixTime(s.ExpiresAt)
 		}
 		return h
 	}
@@ -198,46 +198,45 @@ func fill(a, p, o *localv1.AuthorityState, inBundle []half, upstream bool) slots
 	return slots{take(a, active), next}
 }
 
-// rounding is by how much the ends of two authorities that were prepared
-// together can differ more, because they are whole seconds.
+// rounding allows for expiry times in whole seconds.
 const rounding = 2 * time.Second
 
-// match pairs the slots of both kinds into keysets, in order of issue: what is
-// old was issued before the active one, what is prepared after it.
+// pairSlots pairs the slots of both kinds into keysets, in order of issue: old, active,
+// prepared.
 //
-// Usually active belongs to active and next to next. When one kind has a
-// prepared authority and the other an old one, a keyset may have been activated
-// by half. Keys that were prepared together expire together, so that is how it
-// is told from a keyset that was prepared by half.
-func match(x, j slots) []pair {
-	same := x.next.place == j.next.place
+// Usually active belongs to active and next to next. If one kind has a prepared
+// authority and the other an old one, there are two explanations: only one key of a
+// keyset was activated, or only one was prepared. Keys that were prepared together
+// expire together, which decides between them.
+func pairSlots(x, j slots) []pair {
+	same := x.next.slot == j.next.slot
 	var pairs []pair
 	add := func(p pair) {
-		if p.x509.here() || p.jwt.here() {
+		if p.x509.exists() || p.jwt.exists() {
 			pairs = append(pairs, p)
 		}
 	}
-	crossed := !same && x.next.here() && j.next.here() &&
-		apart(x.active, j.next)+apart(j.active, x.next) <= apart(x.active, j.active)+rounding
+	crossed := !same && x.next.exists() && j.next.exists() &&
+		expiryDistance(x.active, j.next)+expiryDistance(j.active, x.next) <= expiryDistance(x.active, j.active)+rounding
 	switch {
-	case crossed && x.next.place == old:
+	case crossed && x.next.slot == old:
 		add(pair{x.next, j.active})
 		add(pair{x.active, j.next})
 	case crossed:
 		add(pair{x.active, j.next})
 		add(pair{x.next, j.active})
 	default:
-		// Halves in unlike places are keysets of their own.
-		for _, at := range []place{old, active, prepared} {
+		// Authorities in different slots belong to different keysets.
+		for _, at := range []slot{old, active, prepared} {
 			var p pair
 			switch {
 			case at == active:
 				p = pair{x.active, j.active}
-			case same && x.next.place == at:
+			case same && x.next.slot == at:
 				p = pair{x.next, j.next}
-			case x.next.place == at:
+			case x.next.slot == at:
 				p.x509 = x.next
-			case j.next.place == at:
+			case j.next.slot == at:
 				p.jwt = j.next
 			}
 			add(p)
@@ -246,12 +245,12 @@ func match(x, j slots) []pair {
 	return pairs
 }
 
-// matchLost pairs what is tainted and in no slot any more.
-func matchLost(x509, jwt []half) []pair {
+// pairTainted pairs the tainted authorities that have no slot.
+func pairTainted(x509, jwt []authority) []pair {
 	var pairs []pair
 	for _, x := range x509 {
 		p := pair{x509: x}
-		i := slices.IndexFunc(jwt, func(j half) bool { return apart(x, j) <= time.Minute })
+		i := slices.IndexFunc(jwt, func(j authority) bool { return expiryDistance(x, j) <= time.Minute })
 		if i >= 0 {
 			p.jwt = jwt[i]
 			jwt = slices.Delete(slices.Clone(jwt), i, i+1)
@@ -265,17 +264,16 @@ func matchLost(x509, jwt []half) []pair {
 	return pairs
 }
 
-// apart is the time between the ends of two authorities.
-func apart(a, b half) time.Duration { return a.expires.Sub(b.expires).Abs() }
+func expiryDistance(a, b authority) time.Duration { return a.expires.Sub(b.expires).Abs() }
 
-func x509Authorities(list []*types.X509Certificate) ([]half, error) {
-	all := make([]half, 0, len(list))
+func x509Authorities(list []*types.X509Certificate) ([]authority, error) {
+	all := make([]authority, 0, len(list))
 	for _, a := range list {
 		cert, err := x509.ParseCertificate(a.Asn1)
 		if err != nil {
 			return nil, fmt.Errorf("read the trust bundle: parse certificate: %w", err)
 		}
-		all = append(all, half{
+		all = append(all, authority{
 			id: hex.EncodeToString(cert.SubjectKeyId), published: true, tainted: a.Tainted,
 			issued: cert.NotBefore.UTC(), expires: cert.NotAfter.UTC(),
 		})
@@ -283,15 +281,15 @@ func x509Authorities(list []*types.X509Certificate) ([]half, error) {
 	return all, nil
 }
 
-func jwtAuthorities(list []*types.JWTKey) []half {
-	all := make([]half, 0, len(list))
+func jwtAuthorities(list []*types.JWTKey) []authority {
+	all := make([]authority, 0, len(list))
 	for _, a := range list {
-		all = append(all, half{id: a.KeyId, published: true, tainted: a.Tainted, expires: unix(a.ExpiresAt)})
+		all = append(all, authority{id: a.KeyId, published: true, tainted: a.Tainted, expires: unixTime(a.ExpiresAt)})
 	}
 	return all
 }
 
-func unix(seconds int64) time.Time {
+func unixTime(seconds int64) time.Time {
 	if seconds == 0 {
 		return time.Time{}
 	}

@@ -10,24 +10,23 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// Why figures are not to be had.
+// The reasons for unknown figures.
 const (
 	noFigures       = "SPIRE does not know what agents hold: give --prometheus"
-	upstreamFigures = "an upstream authority signs the X.509 authorities, and agents count by that one"
+	upstreamFigures = "an upstream authority signs the X.509 authorities, and agents report figures for that one"
 )
 
-// automatic is what SPIRE's own rotation does; it cannot be asked when.
-const automatic = "SPIRE prepares the next keyset by itself when half of the active one's life has passed, in the place of one that has stepped down, and activates it near the end"
+// automatic describes SPIRE's rotation, whose next time the API does not say.
+const automatic = "SPIRE prepares the next keyset after half of the active one's life, replaces the old keyset by it, and activates it near the end"
 
-// Status returns the keysets of the server, in order of issue. Of a keyset with
-// one half the other's ID is empty. With no figures, or when they cannot be
-// had, each keyset says why.
+// Status implements [runbook.Backend]. If an authority of a keyset does not exist, its
+// ID is empty. If the figures are not known, each keyset says why.
 func (b *Backend) Status(ctx context.Context) (runbook.Status, error) {
 	s, err := b.read(ctx)
 	if err != nil {
 		return runbook.Status{}, err
 	}
-	agents, err := b.expected(ctx)
+	agents, err := b.expectedAgents(ctx)
 	if err != nil {
 		return runbook.Status{}, err
 	}
@@ -42,23 +41,23 @@ func (b *Backend) Status(ctx context.Context) (runbook.Status, error) {
 			k.Unknown = err.Error()
 		} else {
 			out.Agents, out.AgentsBehind = f.Expected, f.Behind(s.sequence)
-			judge(&k, p, s, f)
+			addFigures(&k, p, s, f)
 		}
 		out.Keysets = append(out.Keysets, k)
 	}
 	return out, nil
 }
 
-// keyset is what the server knows of the pair; the figures are not known.
+// keyset returns what the server knows of the pair, without figures.
 func (p pair) keyset() runbook.Keyset {
 	k := runbook.Keyset{
 		ID: p.id(), State: p.x509.state(), IssuedAt: p.x509.issued, ExpiresAt: p.expires(), X509SVIDs: -1,
-		SteppedDown: p.any(func(h half) bool { return h.place == old }),
+		SteppedDown: p.any(func(h authority) bool { return h.slot == old }),
 	}
-	if p.x509.here() {
+	if p.x509.exists() {
 		k.X509AuthorityID = p.x509.id
 	}
-	if p.jwt.here() {
+	if p.jwt.exists() {
 		k.JWTKeyID = p.jwt.id
 		k.State = cmp.Or(k.State, p.jwt.state())
 		if p.jwt.state() != k.State {
@@ -68,35 +67,34 @@ func (p pair) keyset() runbook.Keyset {
 	return k
 }
 
-// judge adds the figures. Nothing can be lost with a half that is gone.
-func judge(k *runbook.Keyset, p pair, s server, f prom.Figures) {
+// addFigures adds the figures to k. An authority that does not exist is safe.
+func addFigures(k *runbook.Keyset, p pair, s serverState, f prom.Figures) {
 	k.JWTExpiry = f.JWTExpiry
-	k.JWTSafe = !p.jwt.here() || (p.jwt.tainted && f.JWTSafe)
+	k.JWTSafe = !p.jwt.exists() || (p.jwt.tainted && f.JWTSafe)
 	if s.upstream != "" {
 		k.Unknown = upstreamFigures
 		return
 	}
 	k.X509SVIDs = f.X509SVIDs
-	k.X509Safe = !p.x509.here() || (p.x509.tainted && f.X509Safe)
+	k.X509Safe = !p.x509.exists() || (p.x509.tainted && f.X509Safe)
 }
 
-// figures asks for a keyset's figures, if there is anybody to ask.
-func (b *Backend) figures(ctx context.Context, s server, p pair, agents []string) (prom.Figures, error) {
+func (b *Backend) figures(ctx context.Context, s serverState, p pair, agents []string) (prom.Figures, error) {
 	if b.cfg.Figures == nil {
 		return prom.Figures{}, errors.New(noFigures)
 	}
 	var x509ID, jwtID string
-	if p.x509.here() && s.upstream == "" {
+	if p.x509.exists() && s.upstream == "" {
 		x509ID = p.x509.id
 	}
-	if p.jwt.here() {
+	if p.jwt.exists() {
 		jwtID = p.jwt.id
 	}
 	return b.cfg.Figures.Figures(ctx, x509ID, jwtID, agents)
 }
 
-// Holders returns the agents that could still hold X.509-SVIDs of the keyset:
-// for one that is active those that do, with the reason signing.
+// Holders implements [runbook.Backend]. The holders of an active keyset have the reason
+// signing.
 func (b *Backend) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
 	s, p, err := b.find(ctx, id)
 	if err != nil {
@@ -105,10 +103,10 @@ func (b *Backend) Holders(ctx context.Context, id string) ([]runbook.Holder, err
 	if s.upstream != "" {
 		return nil, errors.New(upstreamFigures)
 	}
-	if !p.x509.here() {
+	if !p.x509.exists() {
 		return nil, nil
 	}
-	agents, err := b.expected(ctx)
+	agents, err := b.expectedAgents(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -116,7 +114,7 @@ func (b *Backend) Holders(ctx context.Context, id string) ([]runbook.Holder, err
 	if err != nil {
 		return nil, err
 	}
-	if p.x509.place != active {
+	if p.x509.slot != active {
 		return f.Holders, nil
 	}
 	var signing []runbook.Holder
@@ -129,13 +127,13 @@ func (b *Backend) Holders(ctx context.Context, id string) ([]runbook.Holder, err
 	return signing, nil
 }
 
-// safe is nil when nothing hangs on the keyset's X.509 authority. JWT-SVIDs end
-// by themselves; that some are valid does not make a removal unsafe.
-func (b *Backend) safe(ctx context.Context, s server, p pair) error {
-	if !p.x509.here() {
+// checkSafe returns an error unless no SVID depends on the keyset's X.509 authority.
+// JWT-SVIDs do not matter to it.
+func (b *Backend) checkSafe(ctx context.Context, s serverState, p pair) error {
+	if !p.x509.exists() {
 		return nil
 	}
-	agents, err := b.expected(ctx)
+	agents, err := b.expectedAgents(ctx)
 	if err != nil {
 		return err
 	}
@@ -147,5 +145,5 @@ func (b *Backend) safe(ctx context.Context, s server, p pair) error {
 		return nil
 	}
 	return &runbook.NotSafeError{Keyset: p.id(), Message: fmt.Sprintf(
-		"%d of %d agents could still hold X.509-SVIDs of %s", f.Holding, f.Expected, p.id())}
+		"%d of %d agents may still hold X.509-SVIDs of %s", f.Holding, f.Expected, p.id())}
 }

@@ -19,8 +19,8 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// roles are what each method takes: Manager wherever something is changed. A
-// method that is not here is for nobody.
+// roles has the role that each method needs: Manager for a change. Other methods are
+// rejected.
 var roles = map[string]Role{
 	api.Operator_ListDeployments_FullMethodName: Reader,
 	api.Operator_ListKeysets_FullMethodName:     Reader,
@@ -45,14 +45,13 @@ var roles = map[string]Role{
 	api.Operator_Backup_FullMethodName:          Manager,
 }
 
-// admit lets a call in whose caller has the role that its method takes, and
-// notes who that is. It is asked before anything of the request is read, so
-// nobody else can make the server hold one, and for every call whatever its
-// kind. It must not block.
+// admit rejects a call unless its caller has the role that the method needs, and adds the
+// actor to the context. It runs before the request is read, so that other callers cannot
+// make the server hold one. It must not block.
 func (s *Service) admit(ctx context.Context, info *tap.Info) (context.Context, error) {
 	actor, role, err := s.caller(ctx)
 	if err != nil {
-		s.refused(ctx, "", Nobody, info.FullMethodName, err)
+		s.logRejected(ctx, "", NoRole, info.FullMethodName, err)
 		return nil, err
 	}
 	need, known := roles[info.FullMethodName]
@@ -60,9 +59,9 @@ func (s *Service) admit(ctx context.Context, info *tap.Info) (context.Context, e
 	case !known:
 		err = status.Errorf(codes.PermissionDenied, "%s: there is no such method", info.FullMethodName)
 	case role >= need && info.FullMethodName == api.Operator_Backup_FullMethodName:
-		// Here, because sending waits for this context and for no other.
-		ctx, cancel := context.WithTimeout(ctx, mutationTime)
-		context.AfterFunc(ctx, cancel) // gRPC cancels the outer one at the end
+		// Sending observes only this context.
+		ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
+		context.AfterFunc(ctx, cancel) // gRPC cancels the outer context at the end
 		return keyset.WithActor(ctx, actor), nil
 	case role >= need:
 		return keyset.WithActor(ctx, actor), nil
@@ -71,29 +70,29 @@ func (s *Service) admit(ctx context.Context, info *tap.Info) (context.Context, e
 	default:
 		err = status.Errorf(codes.PermissionDenied, "%s is not in operators.managers", actor)
 	}
-	s.refused(ctx, actor, role, info.FullMethodName, err)
+	s.logRejected(ctx, actor, role, info.FullMethodName, err)
 	return nil, err
 }
 
-// refused notes a call that is not let in.
-func (s *Service) refused(ctx context.Context, actor string, role Role, method string, err error) {
+// logRejected logs a rejected call, with a rate limit per caller.
+func (s *Service) logRejected(ctx context.Context, actor string, role Role, method string, err error) {
 	about := actor
 	if p, ok := peer.FromContext(ctx); ok && about == "" {
 		about = listen.Name(listen.Client(p.Addr))
 	}
-	s.lines.Note(slog.LevelWarn, "operator refused", about, "actor", actor, "role", role.String(), "method", method, "error", err)
+	s.lines.Note(slog.LevelWarn, "operator call rejected", about, "actor", actor, "role", role.String(), "method", method, "error", err)
 }
 
-// identity says whose connection it is, "" for who has no role.
+// identity returns the actor of a connection, or "" if it has no role.
 func (s *Service) identity(info credentials.AuthInfo) string {
 	actor, role, err := s.callerOf(info)
-	if err != nil || role == Nobody {
+	if err != nil || role == NoRole {
 		return ""
 	}
 	return actor
 }
 
-// caller says who calls, and what they may.
+// caller returns the actor of a call and its role.
 func (s *Service) caller(ctx context.Context) (actor string, role Role, err error) {
 	if p, ok := peer.FromContext(ctx); ok {
 		return s.callerOf(p.AuthInfo)
@@ -104,32 +103,32 @@ func (s *Service) caller(ctx context.Context) (actor string, role Role, err erro
 func (s *Service) callerOf(info credentials.AuthInfo) (actor string, role Role, err error) {
 	switch info := info.(type) {
 	case processInfo:
-		return info.process.actor(), s.rules.ofProcess(info.process), nil
+		return info.process.actor(), s.rules.processRole(info.process), nil
 	case credentials.TLSInfo:
 		if len(info.State.PeerCertificates) == 0 {
-			return "", Nobody, status.Error(codes.Unauthenticated, "the caller presents no SVID")
+			return "", NoRole, status.Error(codes.Unauthenticated, "the caller presents no SVID")
 		}
 		leaf := info.State.PeerCertificates[0]
 		id, err := x509svid.IDFromCert(leaf)
 		if err != nil {
-			return "", Nobody, status.Error(codes.Unauthenticated, "the caller presents no SVID")
+			return "", NoRole, status.Error(codes.Unauthenticated, "the caller presents no SVID")
 		}
-		// The connection was verified when it was made; it may be older than that.
+		// The SVID may have expired since the handshake.
 		if s.now().After(leaf.NotAfter) {
-			return "", Nobody, status.Errorf(codes.Unauthenticated, "the SVID of %s has expired", id)
+			return "", NoRole, status.Errorf(codes.Unauthenticated, "the SVID of %s has expired", id)
 		}
-		return id.String(), s.rules.ofID(id), nil
+		return id.String(), s.rules.idRole(id), nil
 	}
-	return "", Nobody, status.Error(codes.Unauthenticated, "the caller is not known")
+	return "", NoRole, status.Error(codes.Unauthenticated, "the caller is not known")
 }
 
-// tlsConfig takes callers that present an X.509-SVID of the trust domain.
+// tlsConfig requires an X.509-SVID of the trust domain.
 func (s *Service) tlsConfig() *tls.Config {
 	return &tls.Config{
 		MinVersion:     tls.VersionTLS13,
 		Time:           s.now,
 		GetCertificate: s.config.Certificate,
-		ClientAuth:     tls.RequireAnyClientCert, // verified below, as a SPIFFE ID
+		ClientAuth:     tls.RequireAnyClientCert, // verified below as an X.509-SVID
 		VerifyConnection: func(state tls.ConnectionState) error {
 			authorities := x509bundle.FromX509Authorities(s.config.TrustDomain, s.config.Published().Certificates())
 			if _, _, err := x509svid.Verify(state.PeerCertificates, authorities, x509svid.WithTime(s.now())); err != nil {
@@ -137,7 +136,7 @@ func (s *Service) tlsConfig() *tls.Config {
 			}
 			return nil
 		},
-		// Every connection is verified against the bundle of its own time.
+		// A resumed session would not be verified against the current bundle.
 		SessionTicketsDisabled: true,
 	}
 }

@@ -29,8 +29,7 @@ import (
 
 const service = "/renewd.v1.Operator/"
 
-// changes reports whether a method changes something, or is for managers as if
-// it did, by its name.
+// changes reports by its name whether a method is for managers only.
 func changes(method string) bool {
 	for _, verb := range []string{"List", "Get", "Read"} {
 		if strings.HasPrefix(method, verb) {
@@ -40,13 +39,13 @@ func changes(method string) bool {
 	return true
 }
 
-// TestEveryMethodHasARole: the table and the service have the same methods, and
-// a reader gets none of those that change something.
+// TestEveryMethodHasARole: the table has all methods of the service, and readers may call
+// none that changes something.
 func TestEveryMethodHasARole(t *testing.T) {
 	t.Parallel()
 	names := []string{"Backup"} // the one stream
 	if n := len(api.Operator_ServiceDesc.Streams); n != 1 {
-		t.Errorf("%d streams: nothing bounds the others and logs what they do", n)
+		t.Errorf("%d streams: only Backup is limited and logged", n)
 	}
 	for _, m := range api.Operator_ServiceDesc.Methods {
 		names = append(names, m.MethodName)
@@ -57,7 +56,7 @@ func TestEveryMethodHasARole(t *testing.T) {
 			want = admin.Manager
 		}
 		if got := admin.Roles[service+name]; got != want {
-			t.Errorf("%s takes %v, want %v", name, got, want)
+			t.Errorf("%s needs %v, want %v", name, got, want)
 		}
 	}
 	if got, want := len(admin.Roles), len(names); got != want {
@@ -65,7 +64,7 @@ func TestEveryMethodHasARole(t *testing.T) {
 	}
 }
 
-// requests are one of each method, that would do something if they could.
+// requests has a request for each method that has an effect if the caller may call it.
 func requests(w *world) map[string]proto.Message {
 	list := w.only().keysets.Status().Keysets
 	return map[string]proto.Message{
@@ -90,8 +89,8 @@ func requests(w *world) map[string]proto.Message {
 	}
 }
 
-// populated is a world in which each of requests would change something: a
-// tainted keyset, an active one, two prepared ones; an agent, an entry.
+// populated returns a world in which each request has an effect: one tainted, one active and
+// two prepared keysets, an agent and an entry.
 func populated(t testing.TB) *world {
 	t.Helper()
 	return populate(t, newWorld(t))
@@ -113,7 +112,7 @@ func populate(t testing.TB, w *world) *world {
 	return w
 }
 
-// state is all that operators could change.
+// state is all that operators can change.
 type state struct {
 	keysets []string
 	agents  []spireapi.Agent
@@ -133,8 +132,8 @@ func (w *world) state(t testing.TB) state {
 	return state{d.states(t), agents, len(tokens), d.server.Entries(), d.rows.count(), len(d.storage.records())}
 }
 
-// everything calls each method once and returns the codes.
-func everything(t testing.TB, w *world, conn grpc.ClientConnInterface) map[string]codes.Code {
+// callAll calls each method once and returns the codes.
+func callAll(t testing.TB, w *world, conn grpc.ClientConnInterface) map[string]codes.Code {
 	t.Helper()
 	out := make(map[string]codes.Code)
 	reqs := requests(w)
@@ -160,8 +159,8 @@ func everything(t testing.TB, w *world, conn grpc.ClientConnInterface) map[strin
 	return out
 }
 
-// TestWhoMay calls every method as everybody, over mTLS.
-func TestWhoMay(t *testing.T) {
+// TestAuthorization calls every method over mTLS as each kind of caller.
+func TestAuthorization(t *testing.T) {
 	t.Parallel()
 	foreign := spiffeid.RequireTrustDomainFromString("elsewhere.example")
 	for name, c := range map[string]struct {
@@ -172,7 +171,7 @@ func TestWhoMay(t *testing.T) {
 			return r.dial(t, w, w.only().sign(t, boss, time.Hour))
 		}, codes.OK, codes.OK},
 		"reader": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
-			return r.dial(t, w, w.only().sign(t, looker, time.Hour))
+			return r.dial(t, w, w.only().sign(t, viewer, time.Hour))
 		}, codes.OK, codes.PermissionDenied},
 		"nobody": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
 			return r.dial(t, w, w.only().sign(t, workload, time.Hour))
@@ -215,12 +214,12 @@ func TestWhoMay(t *testing.T) {
 				r := w.serveTLS(t)
 				conn := c.connect(t, w, r)
 				before := w.state(t)
-				for method, got := range everything(t, w, conn) {
+				for method, got := range callAll(t, w, conn) {
 					want := c.reading
 					if changes(method) {
 						want = c.writing
 					}
-					// A manager's calls may be refused for what the one before has done.
+					// A manager's call may fail because of the one before.
 					allowed := want == codes.OK && (got == codes.FailedPrecondition || got == codes.NotFound)
 					if got != want && !allowed {
 						t.Errorf("%s: %v, want %v", method, got, want)
@@ -236,9 +235,8 @@ func TestWhoMay(t *testing.T) {
 	}
 }
 
-// TestNothingElseIsServed: what the service does not have is refused to a
-// manager too, calls of whatever kind.
-func TestNothingElseIsServed(t *testing.T) {
+// TestUnknownMethods: methods that the service does not have are rejected for managers, too.
+func TestUnknownMethods(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -258,9 +256,9 @@ func TestNothingElseIsServed(t *testing.T) {
 	})
 }
 
-// TestRefusedBeforeTheRequestIsRead: who has no role cannot make the server
-// hold a request, which may be large. The client here never sends one.
-func TestRefusedBeforeTheRequestIsRead(t *testing.T) {
+// TestRejectedBeforeRequestIsRead: a caller without a role cannot make the server hold a
+// large request. The client here never sends one.
+func TestRejectedBeforeRequestIsRead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
@@ -272,15 +270,15 @@ func TestRefusedBeforeTheRequestIsRead(t *testing.T) {
 			t.Errorf("got %v, want %s", err, want)
 		}
 		synctest.Wait()
-		got := w.log.lines(t, "operator refused")
+		got := w.log.lines(t, "operator call rejected")
 		if len(got) != 1 || got[0]["actor"] != workload.String() || got[0]["method"] != service+"ApplyEntries" {
-			t.Errorf("the log says %v", got)
+			t.Errorf("log: %v", got)
 		}
 	})
 }
 
-// TestBundleOfTheConnection: an authority that was removed lets nobody connect
-// any more, and no connection of before lives on for more than minutes.
+// TestBundleOfTheConnection: after an authority is removed, SVIDs that it signed cannot
+// connect, and existing connections end within minutes.
 func TestBundleOfTheConnection(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -302,16 +300,16 @@ func TestBundleOfTheConnection(t *testing.T) {
 			t.Errorf("a new connection: %v", err)
 		}
 		if _, err := b.Status(t.Context()); err != nil {
-			t.Errorf("the connection of before: %v", err)
+			t.Errorf("existing connection: %v", err)
 		}
 		time.Sleep(4 * time.Minute)
 		if _, err := b.Status(t.Context()); err == nil {
-			t.Error("the connection of before still serves")
+			t.Error("the existing connection still works")
 		}
 	})
 }
 
-// TestSilentConnections: who connects and says nothing does not hold up the end.
+// TestSilentConnections: connections that send nothing do not delay the shutdown.
 func TestSilentConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -329,8 +327,8 @@ func TestSilentConnections(t *testing.T) {
 	})
 }
 
-// TestManyConnections: thousands who connect and say nothing keep no operator off,
-// and who has no role has 16 connections and 4 calls of an address.
+// TestManyConnections: thousands of connections that send nothing do not block an operator.
+// Callers without a role have 16 connections and 4 calls per address.
 func TestManyConnections(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -352,24 +350,24 @@ func TestManyConnections(t *testing.T) {
 		}
 		for range 16 {
 			if err := nobody(); status.Code(err) != codes.PermissionDenied {
-				t.Errorf("who has no role: %v", err)
+				t.Errorf("caller without a role: %v", err)
 			}
 		}
 		if err := nobody(); status.Code(err) != codes.Unavailable {
-			t.Errorf("who has no role, on one connection more: %v", err)
+			t.Errorf("caller without a role, on one connection more: %v", err)
 		}
 		check(t, list())
 		again := r.as(t, w, boss)
 		_, err := again.ListKeysets(t.Context(), &api.ListKeysetsRequest{})
 		check(t, err)
-		if lines := w.log.lines(t, "operators' connections or calls refused"); len(lines) != 1 || lines[0]["client"] != "10.0.0.1/32" {
-			t.Errorf("the log says %v", lines)
+		if lines := w.log.lines(t, "operator connection or call rejected by limits"); len(lines) != 1 || lines[0]["address"] != "10.0.0.1/32" {
+			t.Errorf("log: %v", lines)
 		}
 	})
 }
 
-// crowd is a listener at which that many connect at once and say nothing; then it is
-// the one in it. All come from one address.
+// crowd is a listener that first accepts a number of connections that send nothing, then
+// those of its inner listener. All come from one address.
 type crowd struct {
 	*bufconn.Listener
 	from net.Addr
@@ -393,7 +391,7 @@ type connFrom struct {
 
 func (c connFrom) RemoteAddr() net.Addr { return c.from }
 
-// TestNotAUnixSocket: the kernel has nothing to say about a caller elsewhere.
+// TestNotAUnixSocket: the kernel cannot identify a caller on another kind of socket.
 func TestNotAUnixSocket(t *testing.T) {
 	t.Parallel()
 	w := newWorldFor(t, nil, nil)
@@ -404,7 +402,7 @@ func TestNotAUnixSocket(t *testing.T) {
 	conn, err := grpc.NewClient(address, renewd.DialOptions(insecure.NewCredentials())...)
 	check(t, err)
 	defer conn.Close()
-	for method, code := range everything(t, populate(t, w), conn) {
+	for method, code := range callAll(t, populate(t, w), conn) {
 		if code != codes.Unavailable {
 			t.Errorf("%s: %v", method, code)
 		}

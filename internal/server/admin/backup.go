@@ -14,44 +14,43 @@ import (
 // Backup implements the service.
 func (s *Service) Backup(_ *api.BackupRequest, stream grpc.ServerStreamingServer[api.BackupResponse]) error {
 	if s.config.Backup == nil {
-		return status.Error(codes.Unimplemented, "this server keeps nothing that could be copied: it has no data_dir")
+		return status.Error(codes.Unimplemented, "this server has no store to back up: it has no data_dir")
 	}
-	size, err := s.config.Backup(stream.Context(), parts{stream})
+	size, err := s.config.Backup(stream.Context(), chunkWriter{stream})
 	if err != nil {
-		return fail(err)
+		return statusError(err)
 	}
 	return stream.Send(&api.BackupResponse{Size: size})
 }
 
-// parts sends what is written to it.
-type parts struct {
+// chunkWriter sends each write as a message.
+type chunkWriter struct {
 	stream grpc.ServerStreamingServer[api.BackupResponse]
 }
 
-func (p parts) Write(b []byte) (int, error) {
+func (p chunkWriter) Write(b []byte) (int, error) {
 	if err := p.stream.Send(&api.BackupResponse{Data: b}); err != nil {
 		return 0, err
 	}
 	return len(b), nil
 }
 
-// carryOutBackup writes the line in the log of a backup, which is all that is
-// streamed; admit bounds it.
-func (s *Service) carryOutBackup(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
+// interceptBackup logs a backup, the only streaming call. admit sets its deadline.
+func (s *Service) interceptBackup(srv any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) error {
 	begin := s.now()
 	counted := &countedStream{ServerStream: stream}
 	err := handler(srv, counted)
 	log := s.log.With("actor", keyset.Actor(stream.Context()), "operation", path.Base(info.FullMethod),
-		"bytes", counted.bytes, "outcome", status.Code(err).String(), "took", s.now().Sub(begin))
+		"bytes", counted.bytes, "outcome", status.Code(err).String(), "duration", s.now().Sub(begin))
 	if err != nil {
-		log.Warn("operator's backup failed", "error", status.Convert(err).Message())
+		log.Warn("operator backup failed", "error", status.Convert(err).Message())
 		return err
 	}
-	log.Info("operator's backup done")
+	log.Info("operator backup completed")
 	return nil
 }
 
-// countedStream counts what of a copy the connection has taken.
+// countedStream counts the bytes that were sent.
 type countedStream struct {
 	grpc.ServerStream
 	bytes int64

@@ -18,7 +18,7 @@ import (
 	"github.com/renewd/renewd/internal/server/admin"
 )
 
-// received is a copy as a client gets it.
+// received returns a backup as a client receives it.
 func received(ctx context.Context, conn grpc.ClientConnInterface) (data []byte, err error) {
 	stream, err := api.NewOperatorClient(conn).Backup(ctx, &api.BackupRequest{})
 	if err != nil {
@@ -28,7 +28,7 @@ func received(ctx context.Context, conn grpc.ClientConnInterface) (data []byte, 
 		part, err := stream.Recv()
 		switch {
 		case errors.Is(err, io.EOF) && size != int64(len(data)):
-			return data, fmt.Errorf("%d bytes, told %d", len(data), size)
+			return data, fmt.Errorf("%d bytes, size %d", len(data), size)
 		case errors.Is(err, io.EOF):
 			return data, nil
 		case err != nil:
@@ -40,14 +40,14 @@ func received(ctx context.Context, conn grpc.ClientConnInterface) (data []byte, 
 	}
 }
 
-// TestBackup: what is copied arrives, and the log says to whom.
+// TestBackup: the copy arrives, and the log names the actor.
 func TestBackup(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		want := bytes.Repeat([]byte("0123456789abcdef"), 100_000)
 		w.copied = func(_ context.Context, to io.Writer) (int64, error) {
-			buf := make([]byte, 256<<10) // used again for each part
+			buf := make([]byte, 256<<10) // reused for each part
 			return io.CopyBuffer(to, struct{ io.Reader }{bytes.NewReader(want)}, buf)
 		}
 		r := w.serveTLS(t)
@@ -55,12 +55,12 @@ func TestBackup(t *testing.T) {
 		if got, err := received(t.Context(), conn); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("%d bytes, %v", len(got), err)
 		}
-		log := w.log.lines(t, "operator's backup")
+		log := w.log.lines(t, "operator backup")
 		if len(log) != 1 || log[0]["level"] != "INFO" || log[0]["actor"] != boss.String() || log[0]["operation"] != "Backup" ||
 			log[0]["bytes"] != float64(len(want)) || log[0]["outcome"] != "OK" {
-			t.Errorf("the log says %v", log)
+			t.Errorf("log: %v", log)
 		}
-		// One that fails on the way has no last part.
+		// A backup that fails in the middle has no size.
 		w.copied = func(_ context.Context, to io.Writer) (int64, error) {
 			_, err := to.Write(want[:1000])
 			return 0, errors.Join(err, errors.New("no space left on device"))
@@ -69,17 +69,17 @@ func TestBackup(t *testing.T) {
 		if len(got) != 1000 || status.Code(err) != codes.Internal || status.Convert(err).Message() != "no space left on device" {
 			t.Errorf("%d bytes, %v", len(got), err)
 		}
-		log = w.log.lines(t, "operator's backup")
+		log = w.log.lines(t, "operator backup")
 		if len(log) != 1 || log[0]["level"] != "WARN" || log[0]["bytes"] != 1000.0 || log[0]["outcome"] != "Internal" || log[0]["error"] != "no space left on device" {
-			t.Errorf("the log says %v", log)
+			t.Errorf("log: %v", log)
 		}
 	})
 }
 
-// TestBackupToWhoHangs: a client that takes nothing gets no more than the
-// connection's buffers hold, and is given up on after two minutes; one that is gone
-// at once, and so are all when serving ends.
-func TestBackupToWhoHangs(t *testing.T) {
+// TestBackupClientHangs: the server sends a client that does not read no more than the
+// connection's buffers hold, and gives up after two minutes. It gives up at once if the
+// client disconnects or serving ends.
+func TestBackupClientHangs(t *testing.T) {
 	t.Parallel()
 	for name, c := range map[string]struct {
 		then func(r *remote, cancel func())
@@ -121,16 +121,16 @@ func TestBackupToWhoHangs(t *testing.T) {
 				if written > 1<<20 {
 					t.Errorf("the server holds %d bytes", written)
 				}
-				if log := w.log.lines(t, "operator's backup"); len(log) != 1 || log[0]["level"] != "WARN" || c.code != codes.OK && log[0]["outcome"] != c.code.String() {
-					t.Errorf("the log says %v", log)
+				if log := w.log.lines(t, "operator backup"); len(log) != 1 || log[0]["level"] != "WARN" || c.code != codes.OK && log[0]["outcome"] != c.code.String() {
+					t.Errorf("log: %v", log)
 				}
 			})
 		})
 	}
 }
 
-// TestNothingToBackUp: a server without a store says so.
-func TestNothingToBackUp(t *testing.T) {
+// TestBackupWithoutStore: a server without a store returns an error.
+func TestBackupWithoutStore(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)

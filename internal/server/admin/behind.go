@@ -9,21 +9,19 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// fetchTime is within how long an agent that says nothing has fetched a trust bundle
-// for sure, and one that says something has said so: agents fetch it every few
-// seconds and post a status once a minute.
-const fetchTime = 3 * time.Minute
+// fetchGrace is the time after which an agent that does not report is assumed to apply the
+// trust bundle. Agents fetch it every few seconds and post a status once a minute.
+const fetchGrace = 3 * time.Minute
 
-// tally is how many agents are attested, not banned and not expired, how many of them
-// are behind, and which are duplicated.
-type tally struct {
+// agentCounts counts attested agents, without banned and expired ones, and those of them
+// that are behind.
+type agentCounts struct {
 	agents, behind int
-	duplicated     []string // IDs, ordered
+	duplicated     []string // sorted IDs
 }
 
-// AgentsBehind returns how many agents of all deployments that are served are behind
-// the published trust bundle: the workloads of each verify what any of them signs.
-// Automatic rotation and operators wait for the same agents.
+// AgentsBehind returns how many agents of all deployments except retired ones are behind the
+// published trust bundle. Their workloads verify the SVIDs of every deployment.
 func (s *Service) AgentsBehind(ctx context.Context) (int, error) {
 	behind := 0
 	for i := range s.config.Deployments {
@@ -39,18 +37,18 @@ func (s *Service) AgentsBehind(ctx context.Context) (int, error) {
 }
 
 // count counts the agents of one deployment.
-func (s *Service) count(ctx context.Context, d *Deployment) (n tally, err error) {
+func (s *Service) count(ctx context.Context, d *Deployment) (n agentCounts, err error) {
 	agents, err := d.Server.Agents(ctx)
 	if err != nil {
 		return n, err
 	}
 	duplicated := d.Ledger.Duplicated()
-	// An agent counts as long as its SVID may be valid by any clock.
+	// An agent counts while its agent SVID may be valid by any clock.
 	now, sequence := s.config.Clock.AtLeast(), s.config.Published().Sequence
-	// By uptime: a step of the clock gives nobody the time to fetch.
-	fetched := s.config.Clock.PastFor(s.changed()) >= fetchTime
+	// Measured in uptime, because a clock step gives agents no time to fetch.
+	fetched := s.config.Clock.PastFor(s.bundleChanged()) >= fetchGrace
 	for _, a := range agents {
-		if a.Banned || !now.Before(ends(a)) {
+		if a.Banned || !now.Before(latestExpiry(a)) {
 			continue
 		}
 		n.agents++
@@ -58,33 +56,31 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n tally, err error)
 		if slices.Contains(duplicated, id) {
 			n.duplicated = append(n.duplicated, id)
 		}
-		c, heard := d.Ledger.Contact(id)
-		if behind(a, c, heard, sequence, fetched) {
+		c, known := d.Ledger.Contact(id)
+		if behind(a, c, known, sequence, fetched) {
 			n.behind++
 		}
 	}
 	return n, nil
 }
 
-// behind reports whether it has to be expected that an agent does not apply the
-// published trust bundle yet.
+// behind reports whether an agent may not apply the published trust bundle yet.
 //
-// One that tells which bundle it applies is taken at its word. One that told
-// before the server was started, and has not since, may be out of reach, and counts.
-// One that never tells, as most stock spire-agents, cannot be asked: it is taken to
-// apply what it has had the time to fetch.
-func behind(a spireapi.Agent, c ledger.Contact, heard bool, sequence uint64, fetched bool) bool {
+// If the agent reports its bundle, that decides. If it reported before the server was
+// started and not since, it may be unreachable and is behind. Most stock spire-agents do
+// not report: they are assumed to apply what they had the time to fetch.
+func behind(a spireapi.Agent, c ledger.Contact, known bool, sequence uint64, fetched bool) bool {
 	switch {
 	case c.Reports || c.Sequence > 0:
 		return c.Sequence < sequence
-	case !heard && a.Version != "":
+	case !known && a.Version != "":
 		return true
 	}
 	return !fetched
 }
 
-// changed is when an authority was last added to the published bundle, or marked.
-func (s *Service) changed() time.Time {
+// bundleChanged returns when an authority was last added to the published bundle or tainted.
+func (s *Service) bundleChanged() time.Time {
 	var last time.Time
 	for i := range s.config.Deployments {
 		for _, k := range s.config.Deployments[i].Keysets.Status().Keysets {

@@ -11,32 +11,32 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// TestBehind has agents that say different things of the trust bundle: an operator and
-// automatic rotation wait for the same ones.
+// TestBehind has agents that report their bundle in different ways. Operators and automatic
+// rotation wait for the same ones.
 func TestBehind(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		d := w.only()
 		end := time.Now().Add(24 * time.Hour)
-		says := map[string]func(id string, sequence uint64){
-			"reports":                   func(id string, n uint64) { check(t, d.ledger.Report(t.Context(), id, ledger.Report{Sequence: n})) },
-			"posts":                     func(id string, n uint64) { d.ledger.Applied(id, n) },
-			"posts-and-tells-no-bundle": func(id string, _ uint64) { d.ledger.Applied(id, 0) },
-			"says-nothing":              func(string, uint64) {},
-			// It did before the server was started.
-			"has-told-a-version": func(string, uint64) {},
+		reports := map[string]func(id string, sequence uint64){
+			"reports":              func(id string, n uint64) { check(t, d.ledger.Report(t.Context(), id, ledger.Report{Sequence: n})) },
+			"posts":                func(id string, n uint64) { d.ledger.Applied(id, n) },
+			"posts-without-bundle": func(id string, _ uint64) { d.ledger.Applied(id, 0) },
+			"silent":               func(string, uint64) {},
+			// It reported before the server was started.
+			"reported-version": func(string, uint64) {},
 		}
-		for name := range says {
+		for name := range reports {
 			a := spireapi.Agent{ID: agent(name), ExpiresAt: end}
-			if name == "has-told-a-version" || name == "posts-and-tells-no-bundle" {
+			if name == "reported-version" || name == "posts-without-bundle" {
 				a.Version = "1.0"
 			}
 			d.attest(t, a)
 		}
-		tell := func(sequence uint64) {
-			for name, say := range says {
-				say(agent(name).String(), sequence)
+		reportAll := func(sequence uint64) {
+			for name, report := range reports {
+				report(agent(name).String(), sequence)
 			}
 		}
 		want := func(when string, behind int) {
@@ -46,28 +46,28 @@ func TestBehind(t *testing.T) {
 			automatic, err := w.AgentsBehind(t.Context())
 			check(t, err)
 			if int(list.GetAgentsBehind()) != behind || automatic != behind || list.GetAgents() != 5 {
-				t.Errorf("%s: operators are told of %d of %d, automatic rotation waits for %d, want %d",
+				t.Errorf("%s: operators see %d of %d, automatic rotation waits for %d, want %d",
 					when, list.GetAgentsBehind(), list.GetAgents(), automatic, behind)
 			}
 		}
 		want("at first", 5)
 		time.Sleep(time.Hour)
-		tell(d.keysets.Bundle().Sequence)
-		want("all have said what they say", 1) // who has told a version is out of reach
+		reportAll(d.keysets.Bundle().Sequence)
+		want("all reported", 1) // reported-version is unreachable
 		_, err := d.keysets.Prepare(t.Context())
 		check(t, err)
-		tell(d.keysets.Bundle().Sequence - 1)
+		reportAll(d.keysets.Bundle().Sequence - 1)
 		want("a bundle is new", 5)
 		time.Sleep(3 * time.Minute)
-		want("and not any more", 3)
-		tell(d.keysets.Bundle().Sequence)
+		want("three minutes later", 3)
+		reportAll(d.keysets.Bundle().Sequence)
 		want("it is applied", 1)
-		d.ledger.Applied(agent("has-told-a-version").String(), d.keysets.Bundle().Sequence)
+		d.ledger.Applied(agent("reported-version").String(), d.keysets.Bundle().Sequence)
 		want("the last is back", 0)
 	})
 }
 
-// TestDuplicated has two processes report for one agent: operators are told which, until
+// TestDuplicated: if two processes report for one agent, operators see it as duplicated until
 // it is evicted.
 func TestDuplicated(t *testing.T) {
 	t.Parallel()

@@ -14,41 +14,41 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// mutationTime bounds whatever a manager asks for, a backup included. Package keyset bounds its
-// steps likewise, for those who do not come this way.
-const mutationTime = 120 * time.Second
+// mutationTimeout limits the calls of managers, including backups. Package keyset limits its
+// steps likewise, for other callers.
+const mutationTimeout = 120 * time.Second
 
-// carryOut bounds a mutation and writes its line in the log. A caller that is
-// lost before the change is stored takes it back; after that it has happened.
-func (s *Service) carryOut(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
+// interceptUnary limits calls in time and logs mutations. If the caller disconnects before
+// a change is stored, it is not made.
+func (s *Service) interceptUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	if sentAt, ok := api.SentAt(ctx); ok {
 		s.config.Heard(keyset.Actor(ctx), sentAt)
 	}
-	ctx, cancel := context.WithTimeout(ctx, mutationTime)
+	ctx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
 	if roles[info.FullMethod] != Manager {
 		resp, err := detach.Do(ctx, &s.calls, func() (any, error) { return handler(ctx, req) })
 		return resp, rpc.Error(err)
 	}
 	begin := s.now()
-	// A caller who is gone does not end the wait: how it ended is worth its line.
+	// Wait for the result even if the caller disconnects, and log it.
 	deadline, _ := ctx.Deadline()
-	stays, leaves := context.WithDeadline(context.WithoutCancel(ctx), deadline)
-	defer leaves()
-	resp, err := detach.Do(stays, &s.calls, func() (any, error) { return handler(ctx, req) })
+	waitCtx, cancelWait := context.WithDeadline(context.WithoutCancel(ctx), deadline)
+	defer cancelWait()
+	resp, err := detach.Do(waitCtx, &s.calls, func() (any, error) { return handler(ctx, req) })
 	err = rpc.Error(err)
 	log := s.log.With("actor", keyset.Actor(ctx), "operation", path.Base(info.FullMethod))
-	log = log.With(s.about(req, resp)...).With("outcome", status.Code(err).String(), "took", s.now().Sub(begin))
+	log = log.With(s.logAttrs(req, resp)...).With("outcome", status.Code(err).String(), "duration", s.now().Sub(begin))
 	if err != nil {
-		log.Warn("operator's change failed", "error", status.Convert(err).Message())
+		log.Warn("operator change failed", "error", status.Convert(err).Message())
 		return nil, err
 	}
-	log.Info("operator's change done")
+	log.Info("operator change completed")
 	return resp, nil
 }
 
-// about names what a mutation was about, for the log.
-func (s *Service) about(req, resp any) (attrs []any) {
+// logAttrs returns the log attributes of a mutation.
+func (s *Service) logAttrs(req, resp any) (attrs []any) {
 	if r, ok := req.(scoped); ok {
 		name := r.GetScope().GetDeployment()
 		if d, err := s.find(r); err == nil {
@@ -57,7 +57,7 @@ func (s *Service) about(req, resp any) (attrs []any) {
 		attrs = append(attrs, "deployment", name)
 	}
 	if r, ok := req.(interface{ GetKeysetId() string }); ok {
-		attrs = append(attrs, "keyset", r.GetKeysetId())
+		attrs = append(attrs, "keyset_id", r.GetKeysetId())
 	}
 	if r, ok := req.(interface{ GetAgentId() string }); ok {
 		attrs = append(attrs, "agent_id", r.GetAgentId())
@@ -68,9 +68,9 @@ func (s *Service) about(req, resp any) (attrs []any) {
 	case *api.EvictAgentRequest:
 		attrs = append(attrs, "gone", r.GetGone())
 	case *api.PutEntryRequest:
-		attrs = append(attrs, "entry", r.GetEntry().GetId())
+		attrs = append(attrs, "entry_id", r.GetEntry().GetId())
 	case *api.DeleteEntryRequest:
-		attrs = append(attrs, "entry", r.GetId())
+		attrs = append(attrs, "entry_id", r.GetId())
 	case *api.ApplyEntriesRequest:
 		attrs = append(attrs, "entries", len(r.GetEntries()), "dry_run", r.GetDryRun())
 		if r.Remove != nil {
@@ -79,7 +79,7 @@ func (s *Service) about(req, resp any) (attrs []any) {
 	}
 	switch r := resp.(type) {
 	case *api.PrepareKeysetResponse:
-		attrs = append(attrs, "keyset", r.GetKeyset().GetId())
+		attrs = append(attrs, "keyset_id", r.GetKeyset().GetId())
 	case *api.ApplyEntriesResponse:
 		attrs = append(attrs, "changed", len(r.GetChanges()))
 	}

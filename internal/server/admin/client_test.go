@@ -29,9 +29,8 @@ import (
 	"github.com/renewd/renewd/internal/socket"
 )
 
-// TestStartingServer: a call made before the server listens is answered once it
-// does, also where an earlier server has left its socket. What time does not
-// mend is an error at once.
+// TestStartingServer: a call before the server listens waits for it, also if an earlier server
+// left its socket. Permanent errors are returned at once.
 func TestStartingServer(t *testing.T) {
 	t.Parallel()
 	w := newWorldFor(t, nil, nil)
@@ -70,7 +69,7 @@ func TestStartingServer(t *testing.T) {
 	}
 }
 
-// TestSocketPath: a path is a path, whatever is in it.
+// TestSocketPath: the socket's path is not parsed as a URL.
 func TestSocketPath(t *testing.T) {
 	t.Parallel()
 	w := newWorldFor(t, nil, nil)
@@ -86,7 +85,7 @@ func TestSocketPath(t *testing.T) {
 	}
 }
 
-// workloadAPI gives one identity to everybody.
+// workloadAPI gives all callers the same SVID.
 type workloadAPI struct {
 	workloadpb.UnimplementedSpiffeWorkloadAPIServer
 	id     spiffeid.ID
@@ -132,7 +131,7 @@ func serveWorkloadAPI(t *testing.T, w *world, id spiffeid.ID, svid *x509svid.SVI
 	return "unix://" + path
 }
 
-// TestDialServer: an operator elsewhere, with an SVID from the Workload API.
+// TestDialServer: a remote operator with an SVID from the Workload API.
 func TestDialServer(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -162,8 +161,8 @@ func TestDialServer(t *testing.T) {
 		t.Errorf("status %+v", s)
 	}
 
-	// A server of the trust domain that is not the signing server, and one that
-	// has the right name by another authority.
+	// A workload of the trust domain, and a server with the right ID from another
+	// authority.
 	for name, w2 := range map[string]*world{"a workload as server": impostor(t, w), "another authority": newWorld(t)} {
 		err := dial(listen(w2), api).Backend("", "").Activate(t.Context(), k.ID)
 		if err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) || !strings.Contains(err.Error(), "authentication handshake failed") {
@@ -173,8 +172,7 @@ func TestDialServer(t *testing.T) {
 
 }
 
-// TestNoSVID: an operator who gets no SVID is told why, and not only that the
-// time is over.
+// TestNoSVID: the error for an operator without an SVID has the reason, not only the timeout.
 func TestNoSVID(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -198,7 +196,7 @@ func TestNoSVID(t *testing.T) {
 	}
 }
 
-// impostor serves what w does with the SVID of a workload.
+// impostor serves as w, but with the SVID of a workload.
 func impostor(t *testing.T, w *world) *world {
 	t.Helper()
 	svid := w.only().sign(t, workload, time.Hour)
@@ -214,13 +212,13 @@ func impostor(t *testing.T, w *world) *world {
 	return &world{Service: s}
 }
 
-// TestServerComesBack: who looks every few seconds, as a long wait does, sees it
-// as soon as the server is back, however long it was away.
-func TestServerComesBack(t *testing.T) {
+// TestServerRestarts: a client that polls every few seconds is answered soon after the server
+// is back, however long it was unreachable.
+func TestServerRestarts(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
-		var r atomic.Pointer[remote] // nil: nobody listens
+		var r atomic.Pointer[remote] // nil: no server
 		svid := w.only().sign(t, boss, time.Hour)
 		creds := credentials.NewTLS(tlsconfig.MTLSClientConfig(svid, w, tlsconfig.AuthorizeID(serverID)))
 		conn, err := grpc.NewClient("passthrough:///server", renewd.DialOptions(creds,
@@ -235,7 +233,7 @@ func TestServerComesBack(t *testing.T) {
 		b := renewd.NewClient(conn).Backend("", "")
 		for range 300 {
 			if _, err := b.Status(t.Context()); err == nil {
-				t.Fatal("an answer of nobody")
+				t.Fatal("an answer without a server")
 			}
 			time.Sleep(runbook.DefaultInterval)
 		}

@@ -21,47 +21,47 @@ func (s *Service) GetClock(_ context.Context, req *api.GetClockRequest) (*api.Ge
 	return &api.GetClockResponse{Clock: s.clock()}, nil
 }
 
-// ConfirmClock implements the service. The time is that of the operator's own watch:
-// on this machine every command has the clock that is in doubt.
+// ConfirmClock implements the service. The time is that of another clock, because all
+// commands on this machine use the clock in doubt.
 func (s *Service) ConfirmClock(ctx context.Context, req *api.ConfirmClockRequest) (*api.ConfirmClockResponse, error) {
 	if err := s.checkTrustDomain(req.GetScope().GetTrustDomain()); err != nil {
 		return nil, err
 	}
 	if req.GetTime() == nil {
-		return nil, status.Error(codes.InvalidArgument, "time: is not set: give what another clock shows")
+		return nil, status.Error(codes.InvalidArgument, "time: is not set: give the time of another clock")
 	}
 	if err := req.GetTime().CheckValid(); err != nil {
-		return nil, status.Errorf(codes.InvalidArgument, "time: %v: give what another clock shows", err)
+		return nil, status.Errorf(codes.InvalidArgument, "time: %v: give the time of another clock", err)
 	}
 	at := req.GetTime().AsTime()
 	same, err := s.config.ConfirmClock(ctx, at)
 	switch {
 	case err != nil:
-		return nil, fail(fmt.Errorf("confirm the clock: %w", err))
+		return nil, statusError(fmt.Errorf("confirm the clock: %w", err))
 	case !same:
 		return nil, status.Errorf(codes.FailedPrecondition,
-			"the server's clock shows %s UTC and yours %s UTC, more than %v apart: set the clock of the server's machine, or look at yours again",
+			"the server's clock shows %s UTC and yours %s UTC, more than %v apart: set the clock of the server's machine, or check yours",
 			s.now().UTC().Format(time.DateTime), at.Format(time.DateTime), clock.Skew)
 	}
 	return &api.ConfirmClockResponse{Clock: s.clock()}, nil
 }
 
-// clock is what is believed of the server's clock.
+// clock returns the state of the server's clock.
 func (s *Service) clock() *api.Clock {
 	c := s.config.Clock.State()
-	out := &api.Clock{Shows: stamp(c.Shows), AtLeast: stamp(c.AtLeast), RotationWaits: c.Waits}
+	out := &api.Clock{Shows: protoTime(c.Shows), AtLeast: protoTime(c.AtLeast), RotationWaits: c.Waits}
 	if c.Doubt != 0 {
 		out.Doubt, out.SteadyFor = durationpb.New(c.Doubt), durationpb.New(c.SteadyFor)
 	}
 	return out
 }
 
-// countsLonger is added to what may be in use while the clock is not believed that it is
-// over; empty when it is.
-func (s *Service) countsLonger() string {
+// clockNote returns a note for an error about SVIDs in use if the clock is ahead and not
+// confirmed, because they count for longer then. Otherwise it is empty.
+func (s *Service) clockNote() string {
 	c := s.config.Clock.State()
 	if c.Shows.Sub(c.AtLeast) <= clock.Skew {
 		return ""
 	}
-	return fmt.Sprintf("; the server's clock went ahead to %s UTC and is not believed yet: look at \"server clock show\"", c.Shows.UTC().Format(time.DateTime))
+	return fmt.Sprintf("; the server's clock went ahead to %s UTC and is not confirmed yet: run \"server clock show\"", c.Shows.UTC().Format(time.DateTime))
 }

@@ -17,9 +17,9 @@ import (
 	"github.com/renewd/renewd/test/listentest"
 )
 
-// TestOperatorsClockIsHeard: each call from another machine says what its clock shows;
-// one from this machine says nothing.
-func TestOperatorsClockIsHeard(t *testing.T) {
+// TestOperatorsTimeIsSent: each call from another machine sends its time; one from this
+// machine does not.
+func TestOperatorsTimeIsSent(t *testing.T) {
 	t.Parallel()
 	for name, wrap := range map[string]func(net.Listener) net.Listener{
 		"another machine": func(l net.Listener) net.Listener { return listentest.From(l, listentest.Elsewhere) },
@@ -29,28 +29,28 @@ func TestOperatorsClockIsHeard(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				w := newWorld(t)
-				var heard []string
-				w.heard = func(actor string, sentAt time.Time) {
-					heard = append(heard, fmt.Sprint(actor, " ", time.Since(sentAt)))
+				var received []string
+				w.received = func(actor string, sentAt time.Time) {
+					received = append(received, fmt.Sprint(actor, " ", time.Since(sentAt)))
 				}
 				r := w.serve(t, bufconn.Listen(1<<20), wrap)
-				_, err := r.as(t, w, looker).ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+				_, err := r.as(t, w, viewer).ListKeysets(t.Context(), &api.ListKeysetsRequest{})
 				check(t, err)
 				_, err = r.as(t, w, boss).PrepareKeyset(t.Context(), &api.PrepareKeysetRequest{})
 				check(t, err)
-				want := "[" + looker.String() + " 0s " + boss.String() + " 0s]"
+				want := "[" + viewer.String() + " 0s " + boss.String() + " 0s]"
 				if name == "this machine" {
 					want = "[]"
 				}
-				if got := fmt.Sprint(heard); got != want {
-					t.Errorf("heard %s, want %s", got, want)
+				if got := fmt.Sprint(received); got != want {
+					t.Errorf("received %s, want %s", got, want)
 				}
 			})
 		})
 	}
 }
 
-// TestConfirmClockRefuses: the time must be one, and the server's.
+// TestConfirmClockRefuses: the time must be valid and near the server's.
 func TestConfirmClockRefuses(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, _ *world, _ *remote, c *renewd.Client) {
@@ -59,11 +59,11 @@ func TestConfirmClockRefuses(t *testing.T) {
 			code codes.Code
 			text string
 		}{
-			{&api.ConfirmClockRequest{}, codes.InvalidArgument, "time: is not set: give what another clock shows"},
+			{&api.ConfirmClockRequest{}, codes.InvalidArgument, "time: is not set: give the time of another clock"},
 			{&api.ConfirmClockRequest{Time: &timestamppb.Timestamp{Nanos: -1}}, codes.InvalidArgument, "time: proto"},
 			{
 				&api.ConfirmClockRequest{Time: timestamppb.New(time.Now().Add(6 * time.Minute))}, codes.FailedPrecondition,
-				"the server's clock shows 2000-01-01 00:00:00 UTC and yours 2000-01-01 00:06:00 UTC, more than 5m0s apart: set the clock of the server's machine, or look at yours again",
+				"the server's clock shows 2000-01-01 00:00:00 UTC and yours 2000-01-01 00:06:00 UTC, more than 5m0s apart: set the clock of the server's machine, or check yours",
 			},
 			{&api.ConfirmClockRequest{Time: timestamppb.Now(), Scope: &api.Scope{TrustDomain: "other.org"}}, codes.NotFound, "this is the server of trust domain"},
 			{&api.ConfirmClockRequest{Time: timestamppb.New(time.Now().Add(5 * time.Minute))}, codes.OK, ""},

@@ -11,15 +11,15 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// TestWaitForExpiry: a wait for an agent that is silent and for JWT-SVIDs says
-// beforehand when it ends, and never that it should have ended already.
+// TestWaitForExpiry: a wait for a silent agent or for JWT-SVIDs shows the expected end, which
+// is never in the past.
 func TestWaitForExpiry(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d := w.only()
 		check(t, d.ledger.RecordJWT(t.Context(), d.keysets.Active().JWTKeyID, time.Now().Add(10*time.Minute)))
 		old := d.tainted(t)
-		for _, what := range []runbook.For{runbook.JWT, runbook.X509} {
+		for _, what := range []runbook.Scope{runbook.JWT, runbook.X509} {
 			b := r.as(t, w, boss).Backend("", "")
 			first, err := runbook.Wait(t.Context(), b, old.ID, runbook.WaitOptions{For: what, Timeout: time.Second})
 			if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok {
@@ -35,7 +35,7 @@ func TestWaitForExpiry(t *testing.T) {
 				}
 			}
 			if end := time.Now(); what == runbook.X509 && first.Estimated.Before(end) {
-				t.Errorf("it said %v and took until %v", first.Estimated, end)
+				t.Errorf("estimated %v, ended %v", first.Estimated, end)
 			}
 		}
 	})

@@ -4,14 +4,14 @@ import (
 	"net"
 )
 
-// Roles is the table of what each method takes.
+// Roles has the role that each method needs.
 var Roles = roles
 
-// Identify is whether the kernel says who is at the other end.
+// Identify returns an error if the kernel does not identify the peer.
 func Identify(c net.Conn) error {
 	_, err := identify(c)
 	return err
 }
 
-// ManagesAs is whether a process of a user, in no group, is a manager.
-func ManagesAs(r Rules, uid uint32) bool { return r.ofProcess(process{uid: uid}) == Manager }
+// ManagesAs reports whether a process of a user, in no group, is a manager.
+func ManagesAs(r Rules, uid uint32) bool { return r.processRole(process{uid: uid}) == Manager }

@@ -37,7 +37,7 @@ var (
 	td       = spiffeid.RequireTrustDomainFromString("example.org")
 	serverID = spiffeid.RequireFromPath(td, "/spire/server")
 	boss     = spiffeid.RequireFromPath(td, "/ops/boss")
-	looker   = spiffeid.RequireFromPath(td, "/ops/looker")
+	viewer   = spiffeid.RequireFromPath(td, "/ops/viewer")
 	workload = spiffeid.RequireFromPath(td, "/web")
 )
 
@@ -47,8 +47,8 @@ type world struct {
 	deployments map[string]*deployment
 	names       []string
 	log         *records
-	copied      func(ctx context.Context, w io.Writer) (int64, error) // of Backup; a few bytes when nil
-	heard       func(actor string, sentAt time.Time)
+	copied      func(ctx context.Context, w io.Writer) (int64, error) // the backup; nil: a few bytes
+	received    func(actor string, sentAt time.Time)
 }
 
 func (w *world) backup(ctx context.Context, to io.Writer) (int64, error) {
@@ -68,16 +68,16 @@ type deployment struct {
 	rows    *rows
 }
 
-// newWorld makes a trust domain with deployments of these names, whose rules
-// make boss a manager and looker a reader.
+// newWorld returns a trust domain with deployments of these names. boss is a manager, viewer
+// a reader.
 func newWorld(t testing.TB, names ...string) *world {
 	t.Helper()
-	return newWorldFor(t, []string{boss.String()}, []string{looker.String()}, names...)
+	return newWorldFor(t, []string{boss.String()}, []string{viewer.String()}, names...)
 }
 
 func newWorldFor(t testing.TB, managers, readers []string, names ...string) *world {
 	t.Helper()
-	w := &world{deployments: make(map[string]*deployment), names: names, log: new(records), heard: func(string, time.Time) {}}
+	w := &world{deployments: make(map[string]*deployment), names: names, log: new(records), received: func(string, time.Time) {}}
 	if len(names) == 0 {
 		w.names = []string{"default"}
 	}
@@ -85,7 +85,7 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 	check(t, err)
 	c := admin.Config{
 		TrustDomain: td, Rules: rules, Published: w.published, Backup: w.backup, Log: slog.New(slog.NewJSONHandler(w.log, nil)),
-		Heard:       func(actor string, sentAt time.Time) { w.heard(actor, sentAt) },
+		Heard:       func(actor string, sentAt time.Time) { w.received(actor, sentAt) },
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
 	}
 	for _, name := range w.names {
@@ -114,26 +114,24 @@ func (w *world) published() *keyset.Bundle {
 	return keyset.Union(all...)
 }
 
-// GetX509BundleForTrustDomain makes a world a source of the authorities that it
-// publishes at the moment.
+// GetX509BundleForTrustDomain returns the published authorities.
 func (w *world) GetX509BundleForTrustDomain(spiffeid.TrustDomain) (*x509bundle.Bundle, error) {
 	return x509bundle.FromX509Authorities(td, w.published().Certificates()), nil
 }
 
-// only is the deployment of a world that has one, the first of others.
+// only returns the first deployment.
 func (w *world) only() *deployment { return w.deployments[w.names[0]] }
 
 func (d *deployment) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return d.server.Certificate()
 }
 
-// storage keeps keysets in memory, with an audit log, and can be made to hang
-// or to fail.
+// storage stores keysets and an audit log in memory. Its hooks can hang or fail.
 type storage struct {
 	keyset.Memory
 	mu  sync.Mutex
 	log []admin.AuditRecord
-	// before is called before a change is stored, and after when it is.
+	// before is called before a change is stored, after when it is stored.
 	before, after func(context.Context) error
 }
 
@@ -176,7 +174,7 @@ func (s *storage) records() []admin.AuditRecord {
 	return all
 }
 
-// rows is a ledger's storage that counts what it holds.
+// rows is a ledger's storage that counts its rows.
 type rows struct {
 	mu  sync.Mutex
 	all map[[3]string]bool
@@ -210,7 +208,7 @@ func (r *rows) count() int {
 	return len(r.all)
 }
 
-// records is a log that can be read, a JSON object a line.
+// records is a log of JSON lines that tests can read.
 type records struct {
 	mu  sync.Mutex
 	buf bytes.Buffer
@@ -222,7 +220,7 @@ func (r *records) Write(p []byte) (int, error) {
 	return r.buf.Write(p)
 }
 
-// lines returns the records whose message begins so, and forgets all.
+// lines returns the records whose message has this prefix, and clears the log.
 func (r *records) lines(t testing.TB, begin string) (out []map[string]any) {
 	t.Helper()
 	r.mu.Lock()
@@ -238,13 +236,13 @@ func (r *records) lines(t testing.TB, begin string) (out []map[string]any) {
 	return out
 }
 
-// remote serves operators over mTLS, inside a bubble too.
+// remote serves operators over mTLS; it works in a synctest bubble.
 type remote struct {
 	lis  dialer
-	stop func() error // ends it and waits for it
+	stop func() error // ends serving and waits
 }
 
-// dialer is a listener in memory.
+// dialer is an in-memory listener.
 type dialer interface {
 	net.Listener
 	DialContext(ctx context.Context) (net.Conn, error)
@@ -260,7 +258,7 @@ func (w *world) serveOn(t testing.TB, lis dialer) *remote {
 	return w.serve(t, lis, func(lis net.Listener) net.Listener { return lis })
 }
 
-// serve serves on what wrap makes of a listener.
+// serve serves on a listener that wrap may replace.
 func (w *world) serve(t testing.TB, lis dialer, wrap func(net.Listener) net.Listener) *remote {
 	t.Helper()
 	r := &remote{lis: lis}
@@ -275,7 +273,7 @@ func (w *world) serve(t testing.TB, lis dialer, wrap func(net.Listener) net.List
 	return r
 }
 
-// sign makes an SVID that ends after ttl.
+// sign returns an SVID that expires after ttl.
 func (d *deployment) sign(t testing.TB, id spiffeid.ID, ttl time.Duration) *x509svid.SVID {
 	t.Helper()
 	return sign(t, d.keysets, id, ttl)
@@ -292,8 +290,7 @@ func sign(t testing.TB, k *keyset.Deployment, id spiffeid.ID, ttl time.Duration)
 	return &x509svid.SVID{ID: id, Certificates: []*x509.Certificate{leaf}, PrivateKey: key}
 }
 
-// dial connects as svid, which may be nil; the server must be that of w's trust
-// domain.
+// dial connects with svid, which may be nil, to the server of w's trust domain.
 func (r *remote) dial(t testing.TB, w *world, svid *x509svid.SVID) *grpc.ClientConn {
 	t.Helper()
 	config := tlsconfig.TLSClientConfig(w, tlsconfig.AuthorizeID(serverID))
@@ -307,24 +304,24 @@ func (r *remote) dial(t testing.TB, w *world, svid *x509svid.SVID) *grpc.ClientC
 	return conn
 }
 
-// as connects as somebody with an SVID of the first deployment.
+// as connects with an SVID of the first deployment for id.
 func (r *remote) as(t testing.TB, w *world, id spiffeid.ID) *renewd.Client {
 	t.Helper()
 	return renewd.NewClient(r.dial(t, w, w.only().sign(t, id, time.Hour)))
 }
 
-// attest puts an agent into a deployment's storage.
+// attest stores an agent.
 func (d *deployment) attest(t testing.TB, a spireapi.Agent) {
 	t.Helper()
 	_, err := d.kept.UpdateAgent(t.Context(), a.ID, func(*spireapi.Agent) (*spireapi.Agent, error) { return &a, nil })
 	check(t, err)
 }
 
-// agent is the SPIFFE ID of an agent.
+// agent returns the SPIFFE ID of an agent.
 func agent(name string) spiffeid.ID { return spiffeid.RequireFromSegments(td, "spire", "agent", name) }
 
-// tainted carries a deployment on to a new keyset and taints the old one, of
-// which agent "a" was given two SVIDs before. It returns the old one.
+// tainted activates a new keyset and taints the old one, from which agent "a" has SVIDs. It
+// returns the old one.
 func (d *deployment) tainted(t testing.TB) keyset.Keyset {
 	t.Helper()
 	old := d.keysets.Active()
@@ -340,7 +337,7 @@ func (d *deployment) tainted(t testing.TB) keyset.Keyset {
 	return old
 }
 
-// settle is agent "a" saying that it has replaced everything.
+// settle reports for agent "a" that it has replaced all SVIDs.
 func (d *deployment) settle(t testing.TB, k keyset.Keyset) {
 	t.Helper()
 	check(t, d.ledger.Report(t.Context(), agent("a").String(), ledger.Report{
@@ -349,7 +346,7 @@ func (d *deployment) settle(t testing.TB, k keyset.Keyset) {
 	}))
 }
 
-// states are the keysets as "ID STATE", in order of issue, by storage's word.
+// states returns the stored keysets as "ID STATE", in order of issue.
 func (d *deployment) states(t testing.TB) (out []string) {
 	t.Helper()
 	list, err := d.keysets.List(context.Background())

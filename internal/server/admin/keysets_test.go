@@ -24,8 +24,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// bubble runs f with a world of one deployment that serves, and a manager's
-// connection to it.
+// bubble runs f in a synctest bubble with a serving world of one deployment and a manager's
+// connection.
 func bubble(t *testing.T, f func(t *testing.T, w *world, r *remote, c *renewd.Client)) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
@@ -35,7 +35,7 @@ func bubble(t *testing.T, f func(t *testing.T, w *world, r *remote, c *renewd.Cl
 	})
 }
 
-// TestRotation goes through the runbook's steps as an operator's programs do.
+// TestRotation takes all steps of a rotation through the client.
 func TestRotation(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
@@ -88,7 +88,7 @@ func TestRotation(t *testing.T) {
 			t.Errorf("holders %+v\n   want %+v", holders, want)
 		}
 
-		// Not safe, then safe because the agent says so.
+		// Not safe, then safe after the agent's report.
 		err = b.Remove(t.Context(), old.ID, false)
 		notSafe, _ := errors.AsType[*runbook.NotSafeError](err)
 		text := fmt.Sprintf("keyset %s is not safe to remove: 3 X.509-SVIDs of 1 agent may still be in use, the last of them until %s UTC", old.ID, end.Format(time.DateTime))
@@ -119,7 +119,7 @@ func TestRotation(t *testing.T) {
 		if k := s.Keysets[0]; !k.X509Safe || k.JWTSafe || k.X509SVIDs != 0 {
 			t.Errorf("the old keyset is %+v", k)
 		}
-		// Its JWT-SVIDs are still valid; that keeps nobody from removing it.
+		// Valid JWT-SVIDs do not prevent the removal.
 		check(t, b.Remove(t.Context(), old.ID, false))
 		if got, want := d.states(t), []string{next.ID + " ACTIVE"}; !slices.Equal(got, want) {
 			t.Errorf("keysets %v, want %v", got, want)
@@ -136,12 +136,12 @@ func TestRotation(t *testing.T) {
 			"server create " + old.ID + " ", by + " prepare " + next.ID + " ", by + " activate " + next.ID + " ",
 			by + " taint " + old.ID + " ", by + " remove " + old.ID + " ",
 		}; !slices.Equal(audit, want) {
-			t.Errorf("the audit log says\n%q\nwant\n%q", audit, want)
+			t.Errorf("audit log:\n%q\nwant\n%q", audit, want)
 		}
 	})
 }
 
-// TestSafeForJWT: a keyset is that when the last JWT-SVID has ended.
+// TestSafeForJWT: the JWT key is safe when the last JWT-SVID has expired.
 func TestSafeForJWT(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
@@ -157,7 +157,7 @@ func TestSafeForJWT(t *testing.T) {
 			return s.Keysets[0].X509Safe, s.Keysets[0].JWTSafe
 		}
 		if x509, jwt := safe(); x509 || jwt {
-			t.Error("safe, and not even tainted")
+			t.Error("safe without a taint")
 		}
 		check(t, b.Taint(t.Context(), old.ID))
 		if x509, jwt := safe(); !x509 || jwt {
@@ -165,13 +165,12 @@ func TestSafeForJWT(t *testing.T) {
 		}
 		time.Sleep(20 * time.Minute)
 		if x509, jwt := safe(); !x509 || !jwt {
-			t.Errorf("after it has ended: X.509 %v, JWT %v", x509, jwt)
+			t.Errorf("after it has expired: X.509 %v, JWT %v", x509, jwt)
 		}
 	})
 }
 
-// TestForced: what is removed by force says so in the audit log, and what hung
-// on it.
+// TestForced: the audit log notes a forced removal and what depended on the keyset.
 func TestForced(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
@@ -193,15 +192,14 @@ func TestForced(t *testing.T) {
 		old = d.tainted(t)
 		d.settle(t, old)
 		check(t, b.Remove(t.Context(), old.ID, true))
-		if got, want := last().Note, "forced, though nothing hung on it"; got != want {
+		if got, want := last().Note, "forced, although nothing depended on it"; got != want {
 			t.Errorf("the note is %q, want %q", got, want)
 		}
 	})
 }
 
-// TestSignatureOnItsWay: a keyset is not safe while a call that began before
-// the taint may be signing.
-func TestSignatureOnItsWay(t *testing.T) {
+// TestSignatureInFlight: a keyset is not safe while a call from before the taint may be signing.
+func TestSignatureInFlight(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
@@ -225,8 +223,7 @@ func TestSignatureOnItsWay(t *testing.T) {
 	})
 }
 
-// TestRefusals: the texts of the runbook, with nothing before or after, and
-// their codes.
+// TestRefusals: refusals have exactly the texts that scripts rely on, and their codes.
 func TestRefusals(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
@@ -276,12 +273,12 @@ func TestRefusals(t *testing.T) {
 	})
 }
 
-// TestScope: which deployment a request means.
+// TestScope: requests find their deployment, or fail.
 func TestScope(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t, "east", "west")
-		c := w.serveTLS(t).as(t, w, looker)
+		c := w.serveTLS(t).as(t, w, viewer)
 		all, err := c.ListDeployments(t.Context(), &api.ListDeploymentsRequest{})
 		check(t, err)
 		if all.GetTrustDomain() != "example.org" || !slices.Equal(all.GetDeployments(), []string{"east", "west"}) {
@@ -310,7 +307,7 @@ func TestScope(t *testing.T) {
 			}
 			wantBundle := test.code
 			if test.td+test.name == "" {
-				wantBundle = codes.OK // it is one for all
+				wantBundle = codes.OK // all deployments have the same
 			}
 			b, err := c.GetBundle(t.Context(), &api.GetBundleRequest{Scope: &api.Scope{TrustDomain: test.td, Deployment: test.name}})
 			if status.Code(err) != wantBundle || err == nil && (b.GetSequence() != 3 || string(b.GetPem()) != string(w.published().PEM())) {
@@ -327,7 +324,7 @@ func TestScope(t *testing.T) {
 	})
 }
 
-// TestAutomatic: what automatic rotation is about to do, as it is shown.
+// TestAutomatic checks the description of automatic rotation's next step.
 func TestAutomatic(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 11, 23, 5, 6, 7, 0, time.UTC)
@@ -362,13 +359,13 @@ func TestAutomatic(t *testing.T) {
 			}
 			_, err = b.ReadAudit(t.Context(), &api.ReadAuditRequest{})
 			if status.Code(err) != codes.Unimplemented || !strings.Contains(status.Convert(err).Message(), "data_dir") {
-				t.Errorf("an audit log that is not kept: %v", err)
+				t.Errorf("no audit log: %v", err)
 			}
 		})
 	}
 }
 
-// TestFigures: what the metrics show is the same, without a look into storage.
+// TestFigures: the metrics show the same figures, without reading storage.
 func TestFigures(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t, "east", "west")

@@ -35,14 +35,14 @@ func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*
 	}
 	agents, err := d.Server.Agents(ctx)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	resp := &api.ListAgentsResponse{}
 	duplicated := d.Ledger.Duplicated()
 	for _, a := range agents {
-		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: stamp(ends(a)), Banned: a.Banned, Version: a.Version}
+		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version}
 		if c, ok := d.Ledger.Contact(out.Id); ok {
-			out.AppliedSequence, out.LastReport = c.Sequence, stamp(c.At)
+			out.AppliedSequence, out.LastReport = c.Sequence, protoTime(c.At)
 		}
 		out.Duplicated = slices.Contains(duplicated, out.Id)
 		resp.Agents = append(resp.Agents, out)
@@ -50,7 +50,7 @@ func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*
 	return resp, nil
 }
 
-// The life of a join token that nobody gave one, and the longest.
+// The default and the longest life of a join token.
 const (
 	defaultTokenTTL = 10 * time.Minute
 	maxTokenTTL     = 30 * 24 * time.Hour
@@ -67,13 +67,13 @@ func (s *Service) CreateJoinToken(ctx context.Context, req *api.CreateJoinTokenR
 		ttl = req.GetTtl().AsDuration()
 	}
 	if ttl <= 0 || ttl > maxTokenTTL {
-		return nil, status.Errorf(codes.InvalidArgument, "ttl: %v is not within a moment and %v", ttl, maxTokenTTL)
+		return nil, status.Errorf(codes.InvalidArgument, "ttl: %v is not above 0 and at most %v", ttl, maxTokenTTL)
 	}
 	t, err := d.Server.CreateJoinToken(ctx, ttl)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
-	return &api.CreateJoinTokenResponse{Token: t.Value, ExpiresAt: stamp(t.ExpiresAt)}, nil
+	return &api.CreateJoinTokenResponse{Token: t.Value, ExpiresAt: protoTime(t.ExpiresAt)}, nil
 }
 
 // BanAgent implements the service.
@@ -87,7 +87,7 @@ func (s *Service) BanAgent(ctx context.Context, req *api.BanAgentRequest) (*api.
 		return nil, err
 	}
 	if err := d.Server.BanAgent(ctx, id); err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	return &api.BanAgentResponse{}, nil
 }
@@ -103,7 +103,7 @@ func (s *Service) EvictAgent(ctx context.Context, req *api.EvictAgentRequest) (*
 		return nil, err
 	}
 	if err := d.Server.EvictAgent(ctx, id, req.GetGone()); err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	return &api.EvictAgentResponse{}, nil
 }
@@ -144,14 +144,14 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 	warnings := s.warnings(entries)
 	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff spireapi.Diff) error {
 		err := checkRemoval(diff, req.Remove)
-		if unsaid := req.Remove == nil; err != nil && unsaid && req.GetDryRun() {
+		if err != nil && req.Remove == nil && req.GetDryRun() {
 			warnings = append(warnings, err.Error())
 			return nil
 		}
 		return err
 	})
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	resp := &api.ApplyEntriesResponse{Unchanged: int64(diff.Unchanged), Warnings: warnings}
 	for _, c := range diff.Changes {
@@ -160,32 +160,32 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 	return resp, nil
 }
 
-// A list that removes more than manyRemoved entries, or more than someRemoved
-// and more than a tenth of them, or all, is more likely a mistake than a wish.
+// A list that removes more than manyRemoved entries, or more than someRemoved and a tenth
+// of them, or all, is more likely a mistake than intended.
 const (
 	manyRemoved = 20
 	someRemoved = 5
 )
 
-// removalError refuses a change for the number of entries that it removes.
+// removalError says that a change removes an unexpected number of entries.
 type removalError string
 
 func (e removalError) Error() string { return string(e) }
 
-// checkRemoval says what is wrong with the removals of a change for a caller who
-// has said how many there will be, or has said nothing: a file that was cut
-// off, or is another deployment's, takes identities away from running workloads.
-func checkRemoval(diff spireapi.Diff, said *int64) error {
+// checkRemoval returns an error if the change does not remove the expected number of
+// entries, or removes many without an expected number. It guards against a truncated file
+// and one of another deployment.
+func checkRemoval(diff spireapi.Diff, expected *int64) error {
 	removed, before := diff.Removed()
 	switch {
-	case said != nil && *said != int64(removed):
-		return removalError(fmt.Sprintf("this removes %d of %d entries, not %d as -remove says: look at the changes with -dry-run", removed, before, *said))
-	case said != nil || removed == 0:
+	case expected != nil && *expected != int64(removed):
+		return removalError(fmt.Sprintf("this removes %d of %d entries, not %d as -remove says: check the changes with -dry-run", removed, before, *expected))
+	case expected != nil || removed == 0:
 		return nil
 	case removed == before:
-		return removalError(fmt.Sprintf("this removes all %d entries: look at the changes with -dry-run; if that is meant, give -remove %d", removed, removed))
+		return removalError(fmt.Sprintf("this removes all %d entries: check the changes with -dry-run; if they are intended, give -remove %d", removed, removed))
 	case removed > manyRemoved || removed > someRemoved && removed*10 > before:
-		return removalError(fmt.Sprintf("this removes %d of %d entries: look at the changes with -dry-run; if that is meant, give -remove %d", removed, before, removed))
+		return removalError(fmt.Sprintf("this removes %d of %d entries: check the changes with -dry-run; if they are intended, give -remove %d", removed, before, removed))
 	}
 	return nil
 }
@@ -202,16 +202,16 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	}
 	c, err := d.Server.UpsertEntry(ctx, e)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	return &api.PutEntryResponse{Change: protoChange(c), Warnings: s.warnings([]spireapi.Entry{e})}, nil
 }
 
-// maxNamed is how many entries a warning names.
-const maxNamed = 5
+// maxNamedEntries is how many entries a warning names.
+const maxNamedEntries = 5
 
-// warnings says which entries federate with trust domains whose bundles nobody
-// fetches.
+// warnings names the entries that federate with trust domains whose bundles the server does
+// not fetch.
 func (s *Service) warnings(entries []spireapi.Entry) []string {
 	if s.config.Follows == nil {
 		return nil
@@ -228,10 +228,10 @@ func (s *Service) warnings(entries []spireapi.Entry) []string {
 	for _, td := range slices.Sorted(maps.Keys(unknown)) {
 		ids := unknown[td]
 		slices.Sort(ids)
-		if ids = slices.Compact(ids); len(ids) > maxNamed {
-			ids = append(ids[:maxNamed:maxNamed], fmt.Sprintf("and %d more", len(ids)-maxNamed))
+		if ids = slices.Compact(ids); len(ids) > maxNamedEntries {
+			ids = append(ids[:maxNamedEntries:maxNamedEntries], fmt.Sprintf("and %d more", len(ids)-maxNamedEntries))
 		}
-		out = append(out, fmt.Sprintf("entries that federate with %q: the server does not follow it, workloads do not get its bundle: set federation.%s in its configuration, or correct %s",
+		out = append(out, fmt.Sprintf("entries that federate with %q: the server does not fetch its bundle, so workloads do not get it: set federation.%s in the server's configuration, or correct %s",
 			td, td, strings.Join(ids, ", ")))
 	}
 	return out
@@ -244,13 +244,13 @@ func (s *Service) DeleteEntry(ctx context.Context, req *api.DeleteEntryRequest) 
 		return nil, err
 	}
 	if err := d.Server.DeleteEntry(ctx, req.GetId()); err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	return &api.DeleteEntryResponse{}, nil
 }
 
-// GetBundle implements the service. All deployments publish the same bundle, so
-// none need be named.
+// GetBundle implements the service. All deployments publish the same bundle, so the request
+// need not name one.
 func (s *Service) GetBundle(_ context.Context, req *api.GetBundleRequest) (*api.GetBundleResponse, error) {
 	if scope := req.GetScope(); scope.GetDeployment() == "" {
 		if err := s.checkTrustDomain(scope.GetTrustDomain()); err != nil {
@@ -291,8 +291,7 @@ func protoEntry(e *spireapi.Entry) *api.Entry {
 	return out
 }
 
-// parseEntry reads the texts of an entry; what they mean is the server's to
-// check.
+// parseEntry parses the fields of an entry. Package spireapi validates it.
 func parseEntry(p *api.Entry) (spireapi.Entry, error) {
 	wrong := func(field string, value any, err error) (spireapi.Entry, error) {
 		return spireapi.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)

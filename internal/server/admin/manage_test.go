@@ -25,8 +25,7 @@ func entry(id, path string) *api.Entry {
 	return &api.Entry{Id: id, SpiffeId: "spiffe://example.org" + path, Selectors: []*api.Selector{{Type: "unix", Value: "uid:1000"}}}
 }
 
-// TestEntries puts entries in, reads them and takes them out, and says each time
-// what that changed.
+// TestEntries puts, lists and deletes entries and checks the reported changes.
 func TestEntries(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
@@ -80,7 +79,7 @@ func TestEntries(t *testing.T) {
 			t.Errorf("apply: %v", resp)
 		}
 
-		// One wrong entry, and nothing is changed; the error names the field.
+		// With one invalid entry nothing is changed; the error names the field.
 		wrong := func(change func(*api.Entry)) *api.Entry {
 			e := entry("x", "/x")
 			change(e)
@@ -112,8 +111,8 @@ func TestEntries(t *testing.T) {
 	})
 }
 
-// TestRemovedEntries: many entries are removed in one step only by a caller who
-// knows how many there are at that moment, whatever the list and the number.
+// TestRemovedEntries: many entries are removed at once only if the caller gives the exact
+// number.
 func TestRemovedEntries(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
@@ -143,19 +142,19 @@ func TestRemovedEntries(t *testing.T) {
 					list = append(list, e) // changed, and not removed
 				}
 			}
-			for _, more := range []int{0, 30} { // what is added does not make up for it
+			for _, more := range []int{0, 30} { // added entries do not compensate
 				for i := range more {
 					list = append(list, entry(fmt.Sprintf("n%d", i), "/new"))
 				}
-				for _, said := range []*int64{nil, new(int64(0)), new(int64(tt.removed)), new(int64(tt.removed + 1)), new(int64(-1))} {
+				for _, expected := range []*int64{nil, new(int64(0)), new(int64(tt.removed)), new(int64(tt.removed + 1)), new(int64(-1))} {
 					_, err := s.ApplyEntries(t.Context(), had, false)
 					check(t, err)
-					req := &api.ApplyEntriesRequest{Entries: list, Remove: said}
-					text := fmt.Sprintf("%d of %d removed, %d added, said: %v", tt.removed, tt.before, more, req)
-					refused := said != nil && *said != int64(tt.removed) || said == nil && tt.asks
+					req := &api.ApplyEntriesRequest{Entries: list, Remove: expected}
+					text := fmt.Sprintf("%d of %d removed, %d added, expected: %v", tt.removed, tt.before, more, req)
+					refused := expected != nil && *expected != int64(tt.removed) || expected == nil && tt.asks
 					req.DryRun = true
 					dry, err := c.ApplyEntries(t.Context(), req)
-					if warned := len(dry.GetWarnings()) > 0; (err != nil) != (refused && said != nil) || warned != (refused && said == nil) {
+					if warned := len(dry.GetWarnings()) > 0; (err != nil) != (refused && expected != nil) || warned != (refused && expected == nil) {
 						t.Errorf("%.100s: dry run: warnings %q, %v", text, dry.GetWarnings(), err)
 					}
 					req.DryRun = false
@@ -174,7 +173,7 @@ func TestRemovedEntries(t *testing.T) {
 			}
 		}
 
-		// What came between the dry run and the change counts.
+		// A change between the dry run and the real one counts.
 		_, err := s.ApplyEntries(t.Context(), nil, false)
 		check(t, err)
 		for _, id := range []string{"a", "b", "c"} {
@@ -193,8 +192,8 @@ func TestRemovedEntries(t *testing.T) {
 	})
 }
 
-// TestManyEntries: as much as a server is meant for, 30 MB, fits into one request,
-// and all of it changed into one answer. A few large entries are as good as many.
+// TestManyEntries: 30 MB of entries fit into one request, and all of them changed into one
+// answer, many small or a few large ones.
 func TestManyEntries(t *testing.T) {
 	t.Parallel()
 	const n, size = 600, 50_000
@@ -221,7 +220,7 @@ func TestManyEntries(t *testing.T) {
 	}
 }
 
-// TestAgents makes a token, and lists, bans and evicts agents.
+// TestAgents creates a token, and lists, bans and evicts agents.
 func TestAgents(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
@@ -261,7 +260,7 @@ func TestAgents(t *testing.T) {
 			id, version string
 			banned      bool
 			sequence    uint64
-			heard       bool
+			received    bool
 		}
 		var got []row
 		for _, a := range resp.GetAgents() {
@@ -274,7 +273,7 @@ func TestAgents(t *testing.T) {
 			t.Errorf("agents %+v, want %+v", got, want)
 		}
 
-		// Only with gone does it not count any more.
+		// Only with gone it no longer counts.
 		k := d.keysets.Active()
 		check(t, d.ledger.RecordX509(t.Context(), ledger.Row{Authority: k.X509AuthorityID, Agent: agent("a").String(), NotAfter: end}))
 		for i, c2 := range []struct {
@@ -301,14 +300,14 @@ func TestAgents(t *testing.T) {
 	})
 }
 
-// TestAudit pages through the log.
+// TestAudit reads the audit log in pages.
 func TestAudit(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, _ *renewd.Client) {
 		d := w.only()
 		old := d.tainted(t)
 		next := d.keysets.Active()
-		c := r.as(t, w, looker)
+		c := r.as(t, w, viewer)
 		var got []string
 		for after := uint64(0); ; {
 			resp, err := c.ReadAudit(t.Context(), &api.ReadAuditRequest{After: after, Limit: 3})
@@ -346,7 +345,7 @@ func TestAudit(t *testing.T) {
 	})
 }
 
-// TestAuditLimit: an answer has a thousand records at most.
+// TestAuditLimit: an answer has at most a thousand records.
 func TestAuditLimit(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
@@ -363,7 +362,7 @@ func TestAuditLimit(t *testing.T) {
 	})
 }
 
-// TestBundle: what an agent's bootstrap bundle file holds.
+// TestBundle: the bundle is that for an agent's trust_bundle_file.
 func TestBundle(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
@@ -376,26 +375,25 @@ func TestBundle(t *testing.T) {
 	})
 }
 
-// TestLog: one line for each change, done or not, with who, what and how it
-// went; none for a look.
+// TestLog: each change is logged once, with actor, operation and outcome; reads are not.
 func TestLog(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("", "")
 		line := func() string {
 			t.Helper()
-			all := w.log.lines(t, "operator's change")
+			all := w.log.lines(t, "operator change")
 			if len(all) != 1 {
-				t.Fatalf("the log says %v", all)
+				t.Fatalf("log: %v", all)
 			}
 			var out []string
 			for k, v := range all[0] {
-				if k != "time" && k != "took" && k != "msg" {
+				if k != "time" && k != "duration" && k != "msg" {
 					out = append(out, fmt.Sprint(k, "=", v))
 				}
 			}
-			if _, ok := all[0]["took"]; !ok {
-				t.Error("the line does not say how long it took")
+			if _, ok := all[0]["duration"]; !ok {
+				t.Error("no duration")
 			}
 			slices.Sort(out)
 			return strings.Join(out, " ")
@@ -405,14 +403,14 @@ func TestLog(t *testing.T) {
 		check(t, err)
 		k, err := b.Prepare(t.Context())
 		check(t, err)
-		if got, want := line(), by+"deployment=default keyset="+k.ID+" level=INFO operation=PrepareKeyset outcome=OK"; got != want {
+		if got, want := line(), by+"deployment=default keyset_id="+k.ID+" level=INFO operation=PrepareKeyset outcome=OK"; got != want {
 			t.Errorf("got  %s\nwant %s", got, want)
 		}
 		active := d.keysets.Active().ID
 		if err := b.Taint(t.Context(), active); err == nil {
 			t.Fatal("no error")
 		}
-		if got, want := line(), by+"deployment=default error=cannot taint active key set keyset="+active+" level=WARN operation=TaintKeyset outcome=FailedPrecondition"; got != want {
+		if got, want := line(), by+"deployment=default error=cannot taint active key set keyset_id="+active+" level=WARN operation=TaintKeyset outcome=FailedPrecondition"; got != want {
 			t.Errorf("got  %s\nwant %s", got, want)
 		}
 		_, err = c.BanAgent(t.Context(), &api.BanAgentRequest{AgentId: agent("z").String()})

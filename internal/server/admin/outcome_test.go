@@ -21,14 +21,14 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// hang waits until the caller has given up.
+// hang waits until ctx is done.
 func hang(ctx context.Context) error {
 	<-ctx.Done()
 	return ctx.Err()
 }
 
-// TestSecondMutation: while one is in flight every other of the same deployment
-// fails at once, and nothing else waits.
+// TestSecondMutation: while a mutation is in flight, others of the same deployment fail at
+// once, and no other call waits.
 func TestSecondMutation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -62,13 +62,13 @@ func TestSecondMutation(t *testing.T) {
 			t.Errorf("got %v", err)
 		}
 		if s, err := east.Status(t.Context()); err != nil || len(s.Keysets) != 3 {
-			t.Errorf("a look: %+v, %v", s, err)
+			t.Errorf("status: %+v, %v", s, err)
 		}
 		if _, err := c.Backend("", "west").Prepare(t.Context()); err != nil {
 			t.Errorf("another deployment: %v", err)
 		}
 		if took := time.Since(begin); took > 0 {
-			t.Errorf("all that took %v", took)
+			t.Errorf("the calls took %v", took)
 		}
 		close(release)
 		check(t, <-first)
@@ -78,7 +78,7 @@ func TestSecondMutation(t *testing.T) {
 	})
 }
 
-// TestRaceAgainstAutomatic: the loser of a race for the store changes nothing.
+// TestRaceAgainstAutomatic: the loser of a race for storage changes nothing.
 func TestRaceAgainstAutomatic(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
@@ -104,9 +104,9 @@ func TestRaceAgainstAutomatic(t *testing.T) {
 
 // lost are the ways in which an operator does not learn the outcome.
 var lost = map[string]func(t *testing.T, r *remote, c *renewd.Client, cancel func()){
-	"the time is over": func(*testing.T, *remote, *renewd.Client, func()) {},
-	"connection lost":  func(_ *testing.T, _ *remote, c *renewd.Client, _ func()) { c.Close() },
-	"interrupted":      func(_ *testing.T, _ *remote, _ *renewd.Client, cancel func()) { cancel() },
+	"timeout":         func(*testing.T, *remote, *renewd.Client, func()) {},
+	"connection lost": func(_ *testing.T, _ *remote, c *renewd.Client, _ func()) { c.Close() },
+	"interrupted":     func(_ *testing.T, _ *remote, _ *renewd.Client, cancel func()) { cancel() },
 	"server ends": func(t *testing.T, r *remote, _ *renewd.Client, _ func()) {
 		begin := time.Now()
 		check(t, r.stop())
@@ -116,10 +116,9 @@ var lost = map[string]func(t *testing.T, r *remote, c *renewd.Client, cancel fun
 	},
 }
 
-// TestOutcomeUnknown loses the answer to every step, before the change is
-// stored and after. The state is one of the two sides, the one that storage
-// has, with its record in the audit log; the operator is told that it may have
-// happened; and the next step is not in the way of anything.
+// TestOutcomeUnknown loses the answer to every step, before and after the change is stored.
+// The operator gets an unknown outcome. State and audit log agree with storage, and the next
+// step works.
 func TestOutcomeUnknown(t *testing.T) {
 	t.Parallel()
 	for name, lose := range lost {
@@ -162,13 +161,13 @@ func TestOutcomeUnknown(t *testing.T) {
 						if !errors.Is(err, runbook.ErrOutcomeUnknown) {
 							t.Errorf("got %v", err)
 						}
-						if took := time.Since(begin); name == "the time is over" && took != 2*time.Minute {
+						if took := time.Since(begin); name == "timeout" && took != 2*time.Minute {
 							t.Errorf("the answer took %v", took)
 						}
 						synctest.Wait()
 
-						// By the server's word, as the runbook has it: run list.
-						status, err := w.serveTLS(t).as(t, w, looker).Backend("", "").Status(t.Context())
+						// The list shows the outcome.
+						status, err := w.serveTLS(t).as(t, w, viewer).Backend("", "").Status(t.Context())
 						check(t, err)
 						var after []string
 						for _, k := range status.Keysets {
@@ -179,8 +178,8 @@ func TestOutcomeUnknown(t *testing.T) {
 						if changed != stored || records2-records != map[bool]int{true: 1}[stored] || (stored && len(after) != n) {
 							t.Errorf("before %v\nafter  %v, %d records", before, after, records2-records)
 						}
-						if log := w.log.lines(t, "operator's change"); len(log) != 1 || log[0]["level"] != "WARN" {
-							t.Errorf("the log says %v", log)
+						if log := w.log.lines(t, "operator change"); len(log) != 1 || log[0]["level"] != "WARN" {
+							t.Errorf("log: %v", log)
 						}
 						d.storage.hooks(nil, nil)
 						if _, err := d.keysets.Prepare(t.Context()); err != nil {
@@ -193,8 +192,8 @@ func TestOutcomeUnknown(t *testing.T) {
 	}
 }
 
-// TestConnectionAges: a step in flight outlives the time after which its
-// connection is to be made anew.
+// TestConnectionAges: a step in flight completes although its connection reaches its maximum
+// age.
 func TestConnectionAges(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
@@ -209,14 +208,14 @@ func TestConnectionAges(t *testing.T) {
 	})
 }
 
-// TestTimeIsOverForTheRest: what is not about keysets is bounded as well.
-func TestTimeIsOverForTheRest(t *testing.T) {
+// TestOtherCallsTimeOut: calls that are not about keysets are limited in time, too.
+func TestOtherCallsTimeOut(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w := newWorld(t)
 		d := w.only()
 		var err error
-		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: hanging{d.kept}})
+		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: hangingStorage{d.kept}})
 		check(t, err)
 		rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
 		check(t, err)
@@ -234,28 +233,28 @@ func TestTimeIsOverForTheRest(t *testing.T) {
 	})
 }
 
-// hanging is a server's storage that takes no tokens.
-type hanging struct{ *spireapi.Memory }
+// hangingStorage is a server's storage that hangs when a token is stored.
+type hangingStorage struct{ *spireapi.Memory }
 
-func (hanging) PutToken(ctx context.Context, _ spireapi.Token) error { return hang(ctx) }
+func (hangingStorage) PutToken(ctx context.Context, _ spireapi.Token) error { return hang(ctx) }
 
-// TestForgottenThoughTheCallerIsGone: a removal that has happened is followed
-// by the ledger whether or not anybody waits for the answer.
-func TestForgottenThoughTheCallerIsGone(t *testing.T) {
+// TestLedgerCleanupWithoutCaller: after a removal the ledger's rows are deleted, also if the
+// caller has disconnected.
+func TestLedgerCleanupWithoutCaller(t *testing.T) {
 	t.Parallel()
-	// Whether a ledger looks at a context that is done is up to chance.
+	// Whether the ledger sees a context that is done is random.
 	for range 8 {
-		bubble(t, forgottenThoughTheCallerIsGone)
+		bubble(t, ledgerCleanupWithoutCaller)
 	}
 }
 
-func forgottenThoughTheCallerIsGone(t *testing.T, w *world, _ *remote, c *renewd.Client) {
+func ledgerCleanupWithoutCaller(t *testing.T, w *world, _ *remote, c *renewd.Client) {
 	d := w.only()
 	old := d.tainted(t)
 	ctx, cancel := context.WithCancel(t.Context())
 	d.storage.hooks(nil, func(served context.Context) error {
 		cancel()
-		<-served.Done() // the server knows
+		<-served.Done() // the server has noticed
 		return nil
 	})
 	if err := c.Backend("", "").Remove(ctx, old.ID, true); !errors.Is(err, runbook.ErrOutcomeUnknown) {
@@ -265,13 +264,12 @@ func forgottenThoughTheCallerIsGone(t *testing.T, w *world, _ *remote, c *renewd
 	if got := d.states(t); len(got) != 1 || d.rows.count() != 0 {
 		t.Errorf("keysets %v, %d rows", got, d.rows.count())
 	}
-	if log := w.log.lines(t, "the ledger"); len(log) != 0 {
-		t.Errorf("the log says %v", log)
+	if log := w.log.lines(t, "ledger rows"); len(log) != 0 {
+		t.Errorf("log: %v", log)
 	}
 }
 
-// TestStorageFails: an error of storage reaches the operator, who is told that
-// the outcome is open.
+// TestStorageFails: the operator gets the error of storage, with an unknown outcome.
 func TestStorageFails(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {

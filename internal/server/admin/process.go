@@ -14,8 +14,8 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 )
 
-// process is a caller at the admin socket, by the kernel's word: the user and
-// the groups that it had when it connected.
+// process is a caller at the admin socket: the user and the groups that the kernel recorded
+// when it connected.
 type process struct {
 	uid  uint32
 	gids []uint32
@@ -23,14 +23,12 @@ type process struct {
 
 func (p process) actor() string { return "unix:uid:" + strconv.FormatUint(uint64(p.uid), 10) }
 
-// processCredentials finds out which process has connected. There is no TLS on
-// the admin socket: the kernel vouches for the caller.
+// processCredentials identify the process at the admin socket by the kernel, without TLS.
 type processCredentials struct{}
 
 // ServerHandshake reads the credentials that the process had when it connected
-// (SO_PEERCRED and SO_PEERGROUPS, unix(7)). Neither /proc nor the accounts are
-// asked: the process may have ended and its number be another's, and a user may
-// be in fewer groups, or in others, than this machine's files say.
+// (SO_PEERCRED and SO_PEERGROUPS, unix(7)). It does not use /proc, because the PID may be
+// reused, nor the user database, because the process may have other groups.
 func (processCredentials) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	p, err := identify(c)
 	if err != nil {
@@ -61,8 +59,8 @@ func identify(c net.Conn) (p process, err error) {
 	return p, errors.Join(err, failed)
 }
 
-// peerGroups returns the supplementary groups of the process at the other end;
-// none where the kernel cannot say.
+// peerGroups returns the supplementary groups of the peer process. There are none if the
+// kernel does not support that.
 func peerGroups(fd uintptr) ([]uint32, error) {
 	groups := make([]uint32, 64)
 	for {
@@ -72,7 +70,7 @@ func peerGroups(fd uintptr) ([]uint32, error) {
 		switch errno {
 		case 0:
 			return groups[:size/4], nil
-		case unix.ERANGE: // size says how much room it takes
+		case unix.ERANGE: // size is now the size that is needed
 			groups = make([]uint32, size/4)
 		case unix.ENOPROTOOPT:
 			return nil, nil
@@ -82,7 +80,7 @@ func peerGroups(fd uintptr) ([]uint32, error) {
 	}
 }
 
-// ClientHandshake is for clients and never called.
+// ClientHandshake is not called.
 func (processCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, errors.New("not a client")
 }
@@ -95,7 +93,7 @@ func (processCredentials) Info() credentials.ProtocolInfo {
 // Clone returns c, which has no state.
 func (c processCredentials) Clone() credentials.TransportCredentials { return c }
 
-// OverrideServerName is for clients.
+// OverrideServerName is not called.
 func (processCredentials) OverrideServerName(string) error { return nil }
 
 type processInfo struct {
@@ -103,5 +101,5 @@ type processInfo struct {
 	process process
 }
 
-// AuthType names the way of authentication.
+// AuthType implements credentials.AuthInfo.
 func (processInfo) AuthType() string { return "unix" }

@@ -23,9 +23,9 @@ import (
 	"github.com/renewd/renewd/internal/socket"
 )
 
-// TestMain lets the test binary be an operator at the socket in
-// RENEWD_TEST_SOCKET, who prints what comes of a look and of a change, or a server
-// that reads the rule in RENEWD_TEST_RULE.
+// TestMain lets the test binary run as another process: an operator at the socket in
+// RENEWD_TEST_SOCKET, which prints the results of a read and of a change, or a server that
+// parses the rule in RENEWD_TEST_RULE.
 func TestMain(m *testing.M) {
 	if rule, ok := os.LookupEnv("RENEWD_TEST_RULE"); ok {
 		tryRule(rule)
@@ -35,27 +35,27 @@ func TestMain(m *testing.M) {
 	if path == "" {
 		os.Exit(m.Run())
 	}
-	look, change := try(path)
-	if status.Code(look) == codes.Unavailable {
-		fmt.Print(look)
+	read, change := try(path)
+	if status.Code(read) == codes.Unavailable {
+		fmt.Print(read)
 		return
 	}
-	fmt.Printf("%v %v", status.Code(look), status.Code(change))
+	fmt.Printf("%v %v", status.Code(read), status.Code(change))
 }
 
-// try looks and changes something as this process.
-func try(path string) (look, change error) {
+// try makes a read-only and a mutating call as this process.
+func try(path string) (read, change error) {
 	c, err := renewd.DialSocket(path)
 	if err != nil {
 		panic(err)
 	}
 	defer c.Close()
-	_, look = c.ListKeysets(context.Background(), &api.ListKeysetsRequest{})
+	_, read = c.ListKeysets(context.Background(), &api.ListKeysetsRequest{})
 	_, change = c.PrepareKeyset(context.Background(), &api.PrepareKeysetRequest{})
-	return look, change
+	return read, change
 }
 
-// serveUnix answers on a listener until the test ends.
+// serveUnix serves on a listener until the test ends.
 func serveUnix(t testing.TB, w *world, lis net.Listener) {
 	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
@@ -76,7 +76,7 @@ func adminSocket(t testing.TB, w *world) (path string) {
 	return path
 }
 
-// TestProcesses: what rules give a process that connects to the admin socket.
+// TestProcesses: the rules decide what a process at the admin socket may do.
 func TestProcesses(t *testing.T) {
 	t.Parallel()
 	me, err := user.Current()
@@ -87,9 +87,9 @@ func TestProcesses(t *testing.T) {
 	const other = "unix:uid:4242"
 	for name, c := range map[string]struct {
 		managers, readers []string
-		look, change      codes.Code
+		read, change      codes.Code
 	}{
-		"nothing is said":      {nil, nil, codes.OK, codes.OK},
+		"no rules":             {nil, nil, codes.OK, codes.OK},
 		"others only":          {[]string{other, "unix:gid:4242", boss.String()}, []string{other}, codes.PermissionDenied, codes.PermissionDenied},
 		"managers by uid":      {[]string{other, uid}, nil, codes.OK, codes.OK},
 		"managers by user":     {[]string{"unix:user:" + me.Username}, nil, codes.OK, codes.OK},
@@ -103,8 +103,8 @@ func TestProcesses(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			w := newWorldFor(t, c.managers, c.readers)
-			if look, change := try(adminSocket(t, w)); status.Code(look) != c.look || status.Code(change) != c.change {
-				t.Errorf("look %v, change %v, want %v and %v", look, change, c.look, c.change)
+			if read, change := try(adminSocket(t, w)); status.Code(read) != c.read || status.Code(change) != c.change {
+				t.Errorf("read %v, change %v, want %v and %v", read, change, c.read, c.change)
 			}
 			want := 1 // the first keyset
 			if c.change == codes.OK {
@@ -115,18 +115,17 @@ func TestProcesses(t *testing.T) {
 				t.Fatalf("the audit log has %d records, want %d", len(log), want)
 			}
 			if actor := log[want-1].Actor; want == 2 && actor != uid {
-				t.Errorf("the audit log says %q", actor)
+				t.Errorf("audit log: %q", actor)
 			}
 		})
 	}
 }
 
-// TestOtherProcesses: a process has the user and the groups that the kernel
-// says, not those of an account.
+// TestOtherProcesses: user and groups are those of the process, not of its user's account.
 func TestOtherProcesses(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
-		t.Skip("needs root, to be the user and in the groups of choice")
+		t.Skip("needs root, to choose user and groups")
 	}
 	listen := func(managers, readers []string) (*world, string) {
 		w := newWorldFor(t, managers, readers)
@@ -145,7 +144,7 @@ func TestOtherProcesses(t *testing.T) {
 	for gid := range uint32(200) {
 		many = append(many, 5000+gid)
 	}
-	const nothing, look, all = "PermissionDenied PermissionDenied", "OK PermissionDenied", "OK OK"
+	const nothing, read, all = "PermissionDenied PermissionDenied", "OK PermissionDenied", "OK OK"
 	for _, c := range []struct {
 		name     string
 		uid, gid uint32
@@ -154,15 +153,15 @@ func TestOtherProcesses(t *testing.T) {
 	}{
 		{"root", 0, 0, nil, nothing},
 		{"a manager", 4242, 1, nil, all},
-		{"a reader", 4243, 1, nil, look},
+		{"a reader", 4243, 1, nil, read},
 		{"a user whose number is a manager group's", 4711, 1, nil, nothing},
 		{"a manager's group", 0, 0, []uint32{7, 4711, 9}, all},
-		{"a reader's group", 0, 0, []uint32{4712}, look},
+		{"a reader's group", 0, 0, []uint32{4712}, read},
 		{"a reader in a manager's group", 4243, 1, []uint32{4711}, all},
 		{"more groups than usual", 0, 0, many, all},
 		{"more groups, and not that one", 0, 0, many[1:], nothing},
 		{"the primary group", 0, 4711, nil, all},
-		{"the primary group, of a reader", 0, 4712, []uint32{1}, look},
+		{"the primary group, of a reader", 0, 4712, []uint32{1}, read},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			who := &syscall.Credential{Uid: c.uid, Gid: c.gid, Groups: c.groups}
@@ -171,7 +170,7 @@ func TestOtherProcesses(t *testing.T) {
 			}
 			log := w.only().storage.records()
 			if got, want := log[len(log)-1].Actor, fmt.Sprintf("unix:uid:%d", c.uid); c.want == all && got != want {
-				t.Errorf("the audit log says %q, want %q", got, want)
+				t.Errorf("audit log: %q, want %q", got, want)
 			}
 		})
 	}
@@ -180,14 +179,14 @@ func TestOtherProcesses(t *testing.T) {
 	}
 	check(t, os.Chmod(path, 0o660))
 	if got := runAs(t, path, &syscall.Credential{Uid: 4242, Gid: 1}); !strings.Contains(got, "admin_socket_mode: 0666") {
-		t.Errorf("a manager whom the socket keeps out got %s", got)
+		t.Errorf("a manager without access to the socket got %s", got)
 	}
 }
 
-// runAs is what comes of a look and of a change by another process.
+// runAs returns the results of a read and of a change by another process.
 func runAs(t *testing.T, path string, who *syscall.Credential) string {
 	t.Helper()
-	// By its own link: the folder of the test binary is closed to others.
+	// A link, because other users cannot read the directory of the test binary.
 	cmd := exec.Command("/proc/self/exe")
 	cmd.Env = append(os.Environ(), "RENEWD_TEST_SOCKET="+path, "GORACE=atexit_sleep_ms=0")
 	cmd.Dir = "/"
@@ -199,8 +198,7 @@ func runAs(t *testing.T, path string, who *syscall.Credential) string {
 	return string(out)
 }
 
-// TestCallerThatCannotBeIdentified is refused, and not taken for
-// user 0.
+// TestCallerThatCannotBeIdentified: the caller is rejected, and does not count as user 0.
 func TestCallerThatCannotBeIdentified(t *testing.T) {
 	t.Parallel()
 	lis, err := net.Listen("unix", filepath.Join(t.TempDir(), "s"))
@@ -214,9 +212,8 @@ func TestCallerThatCannotBeIdentified(t *testing.T) {
 	}
 }
 
-// TestSocketInAnOpenFolder: where anybody could put another socket in the place
-// of this one, nothing is served.
-func TestSocketInAnOpenFolder(t *testing.T) {
+// TestSocketInWritableDirectory: ServeUnix fails if all users can replace the socket.
+func TestSocketInWritableDirectory(t *testing.T) {
 	t.Parallel()
 	w := newWorldFor(t, nil, nil)
 	dir := filepath.Join(t.TempDir(), "open")
@@ -231,6 +228,6 @@ func TestSocketInAnOpenFolder(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 	if _, err := net.Dial("unix", filepath.Join(dir, "s")); err == nil {
-		t.Error("it is listened on")
+		t.Error("the listener is open")
 	}
 }

@@ -16,29 +16,30 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// Figures are what is known of a deployment's keysets and agents.
+// Figures are the figures of a deployment's keysets and agents.
 type Figures struct {
 	Keysets []KeysetFigures
-	// Sequence is that of the published bundle. Agents are attested, not banned
-	// and not expired; AgentsBehind are those that may not apply that bundle yet.
+	// Sequence is the sequence number of the published bundle. Agents counts attested
+	// agents, without banned and expired ones. AgentsBehind counts those that may not
+	// apply that bundle yet.
 	Sequence             uint64
 	Agents, AgentsBehind int
-	// Duplicated are the agents whose identity two processes use: their SVIDs count
-	// until they expire.
+	// Duplicated are the SPIFFE IDs that two agents use. Their SVIDs count until they
+	// expire.
 	Duplicated []string
 }
 
-// KeysetFigures are what hangs on a keyset.
+// KeysetFigures describe the SVIDs that depend on a keyset.
 type KeysetFigures struct {
 	keyset.Keyset
 	X509SVIDs, Agents int
-	X509Latest        time.Time // when the last of the SVIDs ends
-	JWTLatest         time.Time // when the last JWT-SVID ends
-	X509Safe, JWTSafe bool      // tainted, and nothing hangs on it
+	X509Latest        time.Time // expiry of the last X.509-SVID
+	JWTLatest         time.Time // expiry of the last JWT-SVID
+	X509Safe, JWTSafe bool      // tainted, and no SVID depends on the key
 }
 
-// Figures returns what this process signs with and publishes at this moment, and
-// what hangs on it; NotFound when there is no deployment of that name.
+// Figures returns the figures of a deployment, with the keysets that this process signs
+// with and publishes. It returns NotFound if there is no such deployment.
 func (s *Service) Figures(ctx context.Context, deployment string) (Figures, error) {
 	d, err := s.find(&api.ListKeysetsRequest{Scope: &api.Scope{Deployment: deployment}})
 	if err != nil {
@@ -50,7 +51,7 @@ func (s *Service) Figures(ctx context.Context, deployment string) (Figures, erro
 func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keyset) (Figures, error) {
 	f := Figures{Sequence: s.config.Published().Sequence}
 	for _, k := range list {
-		f.Keysets = append(f.Keysets, d.hanging(k))
+		f.Keysets = append(f.Keysets, d.keysetFigures(k))
 	}
 	n, err := s.count(ctx, d)
 	if err != nil {
@@ -60,16 +61,16 @@ func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keys
 	return f, nil
 }
 
-// ends is when the last SVID of an agent does.
-func ends(a spireapi.Agent) time.Time {
+// latestExpiry returns the expiry of the agent's last agent SVID.
+func latestExpiry(a spireapi.Agent) time.Time {
 	if a.NextExpiresAt.After(a.ExpiresAt) {
 		return a.NextExpiresAt
 	}
 	return a.ExpiresAt
 }
 
-// hanging says what hangs on a keyset.
-func (d *Deployment) hanging(k keyset.Keyset) KeysetFigures {
+// keysetFigures returns the figures of a keyset.
+func (d *Deployment) keysetFigures(k keyset.Keyset) KeysetFigures {
 	tainted := k.State == keyset.Tainted
 	x509 := d.Ledger.X509(k.X509AuthorityID, tainted)
 	jwt, jwtClear := d.Ledger.JWT(k.JWTKeyID, tainted)
@@ -85,23 +86,23 @@ var states = map[keyset.State]api.KeysetState{
 
 func protoKeyset(k KeysetFigures) *api.Keyset {
 	return &api.Keyset{
-		Id: k.ID, State: states[k.State], IssuedAt: stamp(k.IssuedAt), ExpiresAt: stamp(k.ExpiresAt),
-		X509AuthorityId: k.X509AuthorityID, JwtKeyId: k.JWTKeyID, TaintedAt: stamp(k.TaintedAt), SteppedDownAt: stamp(k.SteppedDownAt),
-		LiveX509Svids: int64(k.X509SVIDs), AgentsHolding: int64(k.Agents), X509LatestExpiry: stamp(k.X509Latest),
-		JwtLatestExpiry: stamp(k.JWTLatest), X509Safe: k.X509Safe, JwtSafe: k.JWTSafe,
+		Id: k.ID, State: states[k.State], IssuedAt: protoTime(k.IssuedAt), ExpiresAt: protoTime(k.ExpiresAt),
+		X509AuthorityId: k.X509AuthorityID, JwtKeyId: k.JWTKeyID, TaintedAt: protoTime(k.TaintedAt), SteppedDownAt: protoTime(k.SteppedDownAt),
+		LiveX509Svids: int64(k.X509SVIDs), AgentsHolding: int64(k.Agents), X509LatestExpiry: protoTime(k.X509Latest),
+		JwtLatestExpiry: protoTime(k.JWTLatest), X509Safe: k.X509Safe, JwtSafe: k.JWTSafe,
 	}
 }
 
-// stamp leaves out what is not known.
-func stamp(t time.Time) *timestamppb.Timestamp {
+// protoTime returns nil for the zero time, which means not known.
+func protoTime(t time.Time) *timestamppb.Timestamp {
 	if t.IsZero() {
 		return nil
 	}
 	return timestamppb.New(t)
 }
 
-// ListKeysets implements the service. It reads the keysets from storage: after a
-// mutation whose outcome is not known, this tells.
+// ListKeysets implements the service. It reads the keysets from storage, so it shows the
+// outcome of a mutation.
 func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) (*api.ListKeysetsResponse, error) {
 	d, err := s.find(req)
 	if err != nil {
@@ -109,18 +110,18 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	}
 	list, err := d.Keysets.List(ctx)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	f, err := s.figures(ctx, d, list)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	resp := &api.ListKeysetsResponse{
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
 		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), AgentsDuplicated: f.Duplicated,
 		Clock: s.clock(),
 	}
-	// The agents of other deployments verify what this one signs, too.
+	// Agents of other deployments verify the SVIDs of this one, too.
 	for i := range s.config.Deployments {
 		other := &s.config.Deployments[i]
 		if other == d || other.Retired {
@@ -128,7 +129,7 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 		}
 		n, err := s.count(ctx, other)
 		if err != nil {
-			return nil, fail(err)
+			return nil, statusError(err)
 		}
 		resp.Agents += int64(n.agents)
 		resp.AgentsBehind += int64(n.behind)
@@ -140,7 +141,7 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	}
 	if d.Automatic != nil {
 		a := d.Automatic()
-		resp.Automatic = &api.Automatic{Mode: a.Mode, Next: a.Next, At: stamp(a.At), WaitsFor: a.WaitsFor}
+		resp.Automatic = &api.Automatic{Mode: a.Mode, Next: a.Next, At: protoTime(a.At), WaitsFor: a.WaitsFor}
 	}
 	return resp, nil
 }
@@ -153,34 +154,34 @@ func (s *Service) ListHolders(ctx context.Context, req *api.ListHoldersRequest) 
 	}
 	list, err := d.Keysets.List(ctx)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	i := slices.IndexFunc(list, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })
 	if i < 0 {
-		return nil, fail(refusal.ErrNotFound)
+		return nil, statusError(refusal.ErrNotFound)
 	}
 	agents, err := d.Server.Agents(ctx)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	versions := make(map[string]string, len(agents))
 	for _, a := range agents {
 		versions[a.ID.String()] = a.Version
 	}
 	resp := &api.ListHoldersResponse{}
-	// The ledger learns of a taint from who asks what hangs on the keyset.
-	k := d.hanging(list[i])
+	// This call also notifies the ledger of a taint.
+	k := d.keysetFigures(list[i])
 	for _, h := range d.Ledger.Holders(k.X509AuthorityID) {
 		resp.Holders = append(resp.Holders, &api.Holder{
 			AgentId: h.Agent, Version: versions[h.Agent], Svids: int64(h.SVIDs), Streams: int64(h.Streams),
-			LatestExpiry: stamp(h.Latest), LastReport: stamp(h.LastReport), AppliedSequence: h.Sequence,
-			Reason: h.Reason, BeginsAt: stamp(h.BeginsAt), Rate: h.Rate,
+			LatestExpiry: protoTime(h.Latest), LastReport: protoTime(h.LastReport), AppliedSequence: h.Sequence,
+			Reason: h.Reason, BeginsAt: protoTime(h.BeginsAt), Rate: h.Rate,
 		})
 	}
 	return resp, nil
 }
 
-// maxAudit is the most records in one answer.
+// maxAudit limits the records in an answer.
 const maxAudit = 1000
 
 // ReadAudit implements the service.
@@ -190,7 +191,7 @@ func (s *Service) ReadAudit(ctx context.Context, req *api.ReadAuditRequest) (*ap
 		return nil, err
 	}
 	if d.Audit == nil {
-		return nil, status.Error(codes.Unimplemented, "this server keeps no audit log: it has no data_dir")
+		return nil, status.Error(codes.Unimplemented, "this server has no audit log: it has no data_dir")
 	}
 	limit := int(req.GetLimit())
 	if limit == 0 || limit > maxAudit {
@@ -198,12 +199,12 @@ func (s *Service) ReadAudit(ctx context.Context, req *api.ReadAuditRequest) (*ap
 	}
 	records, err := d.Audit(ctx, req.GetAfter(), limit)
 	if err != nil {
-		return nil, fail(fmt.Errorf("read the audit log: %w", err))
+		return nil, statusError(fmt.Errorf("read the audit log: %w", err))
 	}
 	resp := &api.ReadAuditResponse{}
 	for _, r := range records {
 		resp.Records = append(resp.Records, &api.AuditRecord{
-			Number: r.Number, At: stamp(r.At), Actor: r.Actor, Operation: r.Operation, KeysetId: r.KeysetID,
+			Number: r.Number, At: protoTime(r.At), Actor: r.Actor, Operation: r.Operation, KeysetId: r.KeysetID,
 			Before: auditStates(r.Before), After: auditStates(r.After), Note: r.Note,
 		})
 	}

@@ -12,40 +12,40 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Role is what a caller may do.
+// Role says what a caller may do.
 type Role int
 
-// The roles; each may all that those before it may.
+// The roles. Each includes those before it.
 const (
-	Nobody Role = iota
+	NoRole Role = iota
 	Reader
 	Manager
 )
 
-func (r Role) String() string { return [...]string{"nobody", "reader", "manager"}[r] }
+func (r Role) String() string { return [...]string{"none", "reader", "manager"}[r] }
 
-// Rules say who has which role. They are immutable.
+// Rules map callers to roles. They are immutable.
 type Rules struct{ managers, readers list }
 
-// list is one role's rules by kind.
+// list holds the rules of a role.
 type list struct {
 	uids, gids map[uint32]bool
 	ids        map[spiffeid.ID]bool
 }
 
-// ParseRules reads the texts of both roles:
+// ParseRules parses the rules of both roles:
 //
 //	unix:uid:1000    unix:user:alice    the user of a process at the admin socket
 //	unix:gid:1000    unix:group:ops     one of that process's groups
 //	spiffe://example.org/ops/alice      the SPIFFE ID of a remote operator, exactly
 //
-// Names are looked up now, once. When both are empty, root and the user that
-// this process runs as are managers; root alone where other users cannot be told
-// from that one. An error names the field, the value and the remedy.
+// User and group names are resolved now. If both lists are empty, root and the user of
+// this process are managers; only root if that user has the overflow ID. An error names
+// the field, the value and the remedy.
 func ParseRules(td spiffeid.TrustDomain, managers, readers []string) (Rules, error) {
 	if len(managers)+len(readers) == 0 {
 		managers = []string{"unix:uid:0"}
-		if own := os.Geteuid(); !ofStrangers("uid", uint32(own)) {
+		if own := os.Geteuid(); !isOverflowID("uid", uint32(own)) {
 			managers = append(managers, "unix:uid:"+strconv.Itoa(own))
 		}
 	}
@@ -107,20 +107,20 @@ func (l *list) add(td spiffeid.TrustDomain, text string) error {
 	if err != nil {
 		return errors.New("has no number that could be an ID")
 	}
-	if ofStrangers(numbers, uint32(n)) {
-		return errors.New("is how everybody looks who has no number in this user namespace: name another, or give the server a namespace with all numbers")
+	if isOverflowID(numbers, uint32(n)) {
+		return errors.New("is the overflow ID, which stands for all users or groups outside this user namespace: give another, or map all IDs into the server's user namespace")
 	}
 	into[uint32(n)] = true
 	return nil
 }
 
-// ofStrangers reports whether the kernel shows a user or group ("uid", "gid") of
-// this number in the place of all those that have none in the process's user
-// namespace: user_namespaces(7), "Unmapped user and group IDs".
-func ofStrangers(kind string, id uint32) bool {
+// isOverflowID reports whether id is the overflow ID of kind "uid" or "gid", which stands
+// for all users or groups that are not mapped into the process's user namespace:
+// user_namespaces(7), "Unmapped user and group IDs".
+func isOverflowID(kind string, id uint32) bool {
 	mapped, err := os.ReadFile("/proc/self/" + kind + "_map")
 	if err == nil && slices.Equal(strings.Fields(string(mapped)), []string{"0", "0", "4294967295"}) {
-		return false // all have one
+		return false // all IDs are mapped
 	}
 	overflow := "65534"
 	if text, err := os.ReadFile("/proc/sys/kernel/overflow" + kind); err == nil {
@@ -129,27 +129,27 @@ func ofStrangers(kind string, id uint32) bool {
 	return strconv.FormatUint(uint64(id), 10) == overflow
 }
 
-func (r Rules) ofProcess(p process) Role {
+func (r Rules) processRole(p process) Role {
 	switch {
 	case r.managers.has(p):
 		return Manager
 	case r.readers.has(p):
 		return Reader
 	}
-	return Nobody
+	return NoRole
 }
 
 // IsOperator reports whether a SPIFFE ID has a role.
-func (r Rules) IsOperator(id spiffeid.ID) bool { return r.ofID(id) != Nobody }
+func (r Rules) IsOperator(id spiffeid.ID) bool { return r.idRole(id) != NoRole }
 
-func (r Rules) ofID(id spiffeid.ID) Role {
+func (r Rules) idRole(id spiffeid.ID) Role {
 	switch {
 	case r.managers.ids[id]:
 		return Manager
 	case r.readers.ids[id]:
 		return Reader
 	}
-	return Nobody
+	return NoRole
 }
 
 func (l list) has(p process) bool {

@@ -11,7 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/server/admin"
 )
 
-// TestParseRules: each wrong rule is named with its place and what to do.
+// TestParseRules: the error for a wrong rule names its position and the remedy.
 func TestParseRules(t *testing.T) {
 	t.Parallel()
 	const forms = "is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID"
@@ -50,24 +50,23 @@ func TestParseRules(t *testing.T) {
 	}
 }
 
-// TestUserNamespace: in a user namespace that does not have all numbers, everybody
-// who has none there looks like one user and one group, nobody's. No rule can be
-// about those: it would be about all of them.
+// TestUserNamespace: in a user namespace without all IDs, the overflow ID stands for every
+// user or group that is not mapped. A rule cannot name it.
 func TestUserNamespace(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		inside int // the process's own user and group, in a namespace that has just them
+		inside int // the only user and group in the namespace
 		rule   string
 		want   string // begins so
 	}{
 		{0, "unix:uid:0", "<nil>"},
 		{0, "unix:gid:65533", "<nil>"},
-		{0, "unix:uid:65534", `operators.managers[0]: "unix:uid:65534" is how everybody looks who has no number in this user namespace: `},
-		{0, "unix:gid:65534", `operators.managers[0]: "unix:gid:65534" is how everybody looks who has no number in this user namespace: `},
+		{0, "unix:uid:65534", `operators.managers[0]: "unix:uid:65534" is the overflow ID, which stands for all users or groups outside this user namespace: `},
+		{0, "unix:gid:65534", `operators.managers[0]: "unix:gid:65534" is the overflow ID, which stands for all users or groups outside this user namespace: `},
 		{65534, "", "manager: false"},
 		{65533, "", "manager: true"},
 	} {
-		// By its own link: the folder of the test binary is closed to others.
+		// A link, because other users cannot read the directory of the test binary.
 		cmd := exec.Command("/proc/self/exe")
 		cmd.Env = append(os.Environ(), "RENEWD_TEST_RULE="+tt.rule, "GORACE=atexit_sleep_ms=0")
 		cmd.SysProcAttr = &syscall.SysProcAttr{
@@ -84,11 +83,11 @@ func TestUserNamespace(t *testing.T) {
 		}
 	}
 	if _, err := admin.ParseRules(td, []string{"unix:uid:65534", "unix:gid:65534"}, nil); err != nil {
-		t.Errorf("where all users have a number: %v", err)
+		t.Errorf("all users are mapped: %v", err)
 	}
 }
 
-// tryRule says what comes of a rule or, without one, whether this process's own user is a
+// tryRule prints the result of a rule or, without one, whether this process's user is a
 // manager.
 func tryRule(rule string) {
 	if rule != "" {

@@ -21,52 +21,50 @@ import (
 )
 
 const (
-	// connectionAge is when a client is asked to connect anew, so that no
-	// connection outlives the verification of its SVID by much; graceAge is
-	// what a mutation in flight then still has.
-	connectionAge = 3 * time.Minute
-	graceAge      = mutationTime + 10*time.Second
-	// maxStreams is how many calls of one connection are served at a time.
+	// maxConnectionAge is the age at which clients must reconnect, so that their SVIDs
+	// are verified again. connectionGrace lets a mutation in flight complete.
+	maxConnectionAge = 3 * time.Minute
+	connectionGrace  = mutationTimeout + 10*time.Second
+	// maxStreams limits the concurrent calls of a connection.
 	maxStreams = 16
 )
 
-// Limits are those of the operators' port and, where they are not about
-// addresses, of the admin socket. Callers without a role are anonymous.
+// Limits are the limits of the operators' port and, except for those per address, of the
+// admin socket. Callers without a role are anonymous.
 var Limits = listen.Limits{
 	Handshakes: 64, Anonymous: 16, Known: 256, Caller: 64,
 	AnonymousCalls: 4, CallerCalls: maxStreams,
 }
 
-// ServeUnix answers on the admin socket, which it closes, until ctx ends, as
-// [listen.Serve] does. A socket in a folder that anybody may write to is refused:
-// somebody else could put another in its place.
+// ServeUnix serves on the admin socket until ctx ends and closes it, as [listen.Serve] does.
+// It fails if the socket's directory is writable for others, who could replace the socket.
 func (s *Service) ServeUnix(ctx context.Context, lis net.Listener) error {
-	if err := checkFolder(lis.Addr()); err != nil {
-		_ = lis.Close() // the other error is the one to mend
+	if err := checkDirectory(lis.Addr()); err != nil {
+		_ = lis.Close() // err is the one to report
 		return err
 	}
 	return s.serve(ctx, lis, processCredentials{})
 }
 
-func checkFolder(socket net.Addr) error {
+func checkDirectory(socket net.Addr) error {
 	addr, ok := socket.(*net.UnixAddr)
 	if !ok {
-		return nil // the handshakes will fail
+		return nil // handshakes will fail
 	}
-	folder := filepath.Dir(addr.Name)
-	info, err := os.Stat(folder)
+	dir := filepath.Dir(addr.Name)
+	info, err := os.Stat(dir)
 	if err != nil {
-		return fmt.Errorf("socket %s: look at its folder: %w", addr.Name, err)
+		return fmt.Errorf("socket %s: check its directory: %w", addr.Name, err)
 	}
-	const anybody fs.FileMode = 0o002
-	if info.Mode()&anybody != 0 {
-		return fmt.Errorf("socket %s: anybody may write to folder %s and put another socket in its place: choose another folder, or run chmod o-w %s",
-			addr.Name, folder, folder)
+	const othersWrite fs.FileMode = 0o002
+	if info.Mode()&othersWrite != 0 {
+		return fmt.Errorf("socket %s: all users can write to directory %s and replace the socket: choose another directory, or run chmod o-w %s",
+			addr.Name, dir, dir)
 	}
 	return nil
 }
 
-// ServeTLS answers remote operators likewise.
+// ServeTLS serves remote operators until ctx ends and closes lis.
 func (s *Service) ServeTLS(ctx context.Context, lis net.Listener) error {
 	return s.serve(ctx, lis, credentials.NewTLS(s.tlsConfig()))
 }
@@ -74,16 +72,16 @@ func (s *Service) ServeTLS(ctx context.Context, lis net.Listener) error {
 func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials.TransportCredentials) error {
 	return listen.Serve(ctx, lis, listen.Config{
 		Credentials: creds, Identify: s.identity, Admit: s.admit,
-		Pool: s.config.Connections, Limits: Limits, Refused: s.limited, Lines: s.lines,
-		Age: connectionAge, Grace: graceAge, MaxRequest: api.MaxMessage, MaxStreams: maxStreams,
+		Pool: s.config.Connections, Limits: Limits, Refused: s.logLimited, Lines: s.lines,
+		Age: maxConnectionAge, Grace: connectionGrace, MaxRequest: api.MaxMessage, MaxStreams: maxStreams,
 		Options: append(slices.Clone(s.config.Options),
-			grpc.ChainUnaryInterceptor(s.carryOut),
-			grpc.ChainStreamInterceptor(s.carryOutBackup, rpc.Stream(&s.calls))),
+			grpc.ChainUnaryInterceptor(s.interceptUnary),
+			grpc.ChainStreamInterceptor(s.interceptBackup, rpc.Stream(&s.calls))),
 		Register: func(r grpc.ServiceRegistrar) { api.RegisterOperatorServer(r, s) },
 	})
 }
 
-// limited notes what the limits refused.
-func (s *Service) limited(from netip.Prefix, method string, reason error) {
-	s.lines.Note(slog.LevelWarn, "operators' connections or calls refused", listen.Name(from), "client", listen.Name(from), "method", method, "error", reason)
+// logLimited logs a connection or call that exceeds the limits.
+func (s *Service) logLimited(from netip.Prefix, method string, reason error) {
+	s.lines.Note(slog.LevelWarn, "operator connection or call rejected by limits", listen.Name(from), "address", listen.Name(from), "method", method, "error", reason)
 }

@@ -1,11 +1,9 @@
-// Package admin is what operators do with the signing server, over the
-// wire: the Operator service of package api, and who may call it.
+// Package admin implements the Operator service of package api, and its authorization.
 //
-// The service is reached at the admin socket, where the kernel says which user
-// calls, and over mTLS, where an X.509-SVID of the trust domain does. [Rules]
-// give users and SPIFFE IDs a role; each method takes one; a method that is
-// not in the table takes none and is refused. Who asked for a mutation is in the
-// audit log.
+// Operators call it at the admin socket, where the kernel identifies the user, or over
+// mTLS with an X.509-SVID of the trust domain. [Rules] give roles to users and SPIFFE IDs.
+// A table has the role that each method needs; other methods are rejected. The audit log
+// names the caller of each mutation.
 package admin
 
 import (
@@ -35,68 +33,66 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// Deployment is one that operators may work on.
+// Deployment is a deployment of the server.
 type Deployment struct {
 	Name string
-	// Retired: agents cannot reach it any more, so none of them is waited for.
+	// Retired says that agents can no longer reach it, so none is waited for.
 	Retired bool
 	Keysets *keyset.Deployment
 	Server  *spireapi.Server
 	Ledger  *ledger.Ledger
-	// Audit returns the log of mutations with a number above after, at most
-	// limit; nil when none is kept.
+	// Audit returns at most limit records with a number above after. It is nil if there
+	// is no audit log.
 	Audit func(ctx context.Context, after uint64, limit int) ([]AuditRecord, error)
-	// Automatic says what automatic rotation is about to do; nil when there is
-	// none.
+	// Automatic returns the next step of automatic rotation. It is nil if there is none.
 	Automatic func() Automatic
 }
 
-// AuditRecord is one mutation, numbered from 1 without a gap.
+// AuditRecord is a mutation. Numbers start at 1 and have no gaps.
 type AuditRecord struct {
 	Number uint64
 	keyset.Change
 }
 
-// Automatic is what automatic rotation is about to do.
+// Automatic is the next step of automatic rotation.
 type Automatic struct {
 	Mode     string    // off, on or paused
 	Next     string    // such as "taint ks_…"; empty: nothing
-	At       time.Time // where WaitsFor is set: at the latest
-	WaitsFor string    // why it is not done yet, where time is not the reason
+	At       time.Time // if WaitsFor is set: at the latest
+	WaitsFor string    // the condition, if the step does not wait for a time
 }
 
-// Config is what a [Service] needs. TrustDomain, Deployments and Published are
-// required.
+// Config configures a [Service]. TrustDomain, Deployments and Published are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Deployments []Deployment
 	// Published returns the trust bundle of all deployments.
 	Published func() *keyset.Bundle
-	// Follows reports whether the bundle of another trust domain is fetched, so that
-	// who enters an entry that federates with it can be told; nil: it is not known.
+	// Follows reports whether the server fetches the bundle of a federated trust
+	// domain. If it is nil, entries are applied without a warning about that.
 	Follows func(spiffeid.TrustDomain) bool
-	// Backup writes a copy of what all deployments keep to w and returns its size
-	// in bytes; nil when nothing is kept.
+	// Backup writes a copy of the store to w and returns its size in bytes. It is nil
+	// if there is no store.
 	Backup func(ctx context.Context, w io.Writer) (size int64, err error)
-	// Certificate is what remote operators are shown; ServeTLS needs it.
+	// Certificate returns the certificate for remote operators. ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	Rules       Rules
-	// Connections is where the connections of every Serve count, too; each has a
-	// bound of its own when nil.
+	// Connections limits the connections of all listeners together. If it is nil, each
+	// listener has its own limit.
 	Connections *listen.Pool
 	// Options are added to every gRPC server.
 	Options []grpc.ServerOption
 	Log     *slog.Logger // discards when nil
-	// Clock is one of the machine's, of which nothing is known, when nil. ConfirmClock
-	// confirms it durably and reports whether it showed about that time; only in memory
-	// when nil. Heard is told what the clock of a remote operator showed at a call; nobody
-	// when nil.
+	// Clock is the server's clock; if it is nil, the machine's. ConfirmClock confirms it
+	// durably and reports whether it shows about that time; if it is nil, in memory
+	// only. Heard receives the time that a remote operator's clock showed at a call; may
+	// be nil.
 	Clock        *clock.Clock
 	ConfirmClock func(ctx context.Context, at time.Time) (bool, error)
 	Heard        func(actor string, sentAt time.Time)
 }
 
-// Service answers operators. All methods may be called concurrently.
+// Service implements the Operator service. It is safe for concurrent use.
 type Service struct {
 	api.UnimplementedOperatorServer
 	config Config
@@ -107,13 +103,13 @@ type Service struct {
 	calls  detach.Group
 }
 
-// Wait returns when no call waits for storage any more. It is for who has closed that.
+// Wait returns when no call waits for storage. Call it after storage is closed.
 func (s *Service) Wait() { s.calls.Wait() }
 
-// New makes a Service.
+// New returns a Service, or an error if a required field of the Config is missing.
 func New(c Config) (*Service, error) {
 	if c.TrustDomain.IsZero() || len(c.Deployments) == 0 || c.Published == nil {
-		return nil, errors.New("new operator service: it needs a trust domain, deployments and the published bundle")
+		return nil, errors.New("new operator service: needs a trust domain, deployments and the published bundle")
 	}
 	if c.Clock == nil {
 		c.Clock = clock.New(nil, nil, time.Time{})
@@ -135,7 +131,7 @@ func New(c Config) (*Service, error) {
 // scoped is a request that names a deployment.
 type scoped interface{ GetScope() *api.Scope }
 
-// find returns the deployment that a request means.
+// find returns the deployment of a request.
 func (s *Service) find(req scoped) (*Deployment, error) {
 	scope := req.GetScope()
 	if err := s.checkTrustDomain(scope.GetTrustDomain()); err != nil {
@@ -167,8 +163,8 @@ func (s *Service) checkTrustDomain(name string) error {
 	return nil
 }
 
-// ListDeployments implements the service. One that is not served any more is left
-// out: it needs no keyset that signs, and by its name it is found all the same.
+// ListDeployments implements the service. It omits retired deployments, which other
+// methods still find by name.
 func (s *Service) ListDeployments(_ context.Context, req *api.ListDeploymentsRequest) (*api.ListDeploymentsResponse, error) {
 	if err := s.checkTrustDomain(req.GetTrustDomain()); err != nil {
 		return nil, err
@@ -190,9 +186,9 @@ func (s *Service) PrepareKeyset(ctx context.Context, req *api.PrepareKeysetReque
 	}
 	k, err := d.Keysets.Prepare(ctx)
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
-	return &api.PrepareKeysetResponse{Keyset: protoKeyset(d.hanging(k))}, nil
+	return &api.PrepareKeysetResponse{Keyset: protoKeyset(d.keysetFigures(k))}, nil
 }
 
 // ActivateKeyset implements the service.
@@ -202,7 +198,7 @@ func (s *Service) ActivateKeyset(ctx context.Context, req *api.ActivateKeysetReq
 		return nil, err
 	}
 	if err := d.Keysets.Activate(ctx, req.GetKeysetId()); err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	return &api.ActivateKeysetResponse{}, nil
 }
@@ -214,71 +210,70 @@ func (s *Service) TaintKeyset(ctx context.Context, req *api.TaintKeysetRequest) 
 		return nil, err
 	}
 	if err := d.Keysets.Taint(ctx, req.GetKeysetId()); err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
 	return &api.TaintKeysetResponse{}, nil
 }
 
-// RemoveKeyset implements the service. What is not safe is refused for the sake
-// of X.509-SVIDs only. Agents replace JWT-SVIDs when their key is gone and not
-// before, so there is nothing to wait for but their end: whether to do that is
-// the operator's choice, and ListKeysets says when it is.
+// RemoveKeyset implements the service. Only X.509-SVIDs make removal unsafe. Agents do not
+// replace JWT-SVIDs before the key is removed, so waiting for their expiry is the
+// operator's choice; ListKeysets has the time.
 func (s *Service) RemoveKeyset(ctx context.Context, req *api.RemoveKeysetRequest) (*api.RemoveKeysetResponse, error) {
 	d, err := s.find(req)
 	if err != nil {
 		return nil, err
 	}
 	if req.GetForce() {
-		ctx = keyset.WithNote(ctx, d.forced(req.GetKeysetId()))
+		ctx = keyset.WithNote(ctx, d.forcedNote(req.GetKeysetId()))
 	}
-	var gone keyset.Keyset
+	var removed keyset.Keyset
 	err = d.Keysets.Remove(ctx, req.GetKeysetId(), func(all []keyset.Keyset) error {
-		gone = all[slices.IndexFunc(all, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })]
-		if h := d.Ledger.X509(gone.X509AuthorityID, true); !h.Clear && !req.GetForce() {
-			return notSafe(gone.ID, h, s.countsLonger())
+		removed = all[slices.IndexFunc(all, func(k keyset.Keyset) bool { return k.ID == req.GetKeysetId() })]
+		if h := d.Ledger.X509(removed.X509AuthorityID, true); !h.Clear && !req.GetForce() {
+			return notSafe(removed.ID, h, s.clockNote())
 		}
 		return nil
 	})
 	if err != nil {
-		return nil, fail(err)
+		return nil, statusError(err)
 	}
-	// It is done: that the caller may be gone by now must not leave this undone.
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), tidyTime)
+	// Clean up even if the caller is gone.
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanupTimeout)
 	defer cancel()
-	if err := d.Ledger.Removed(ctx, gone.X509AuthorityID, gone.JWTKeyID); err != nil {
-		// The rows that stay expire by themselves, and nobody asks for them.
-		s.log.Warn("the ledger still has rows of a removed keyset", "deployment", d.Name, "keyset", gone.ID, "error", err)
+	if err := d.Ledger.Removed(ctx, removed.X509AuthorityID, removed.JWTKeyID); err != nil {
+		// The rows expire and are not read until then.
+		s.log.Warn("ledger rows of removed keyset not deleted", "deployment", d.Name, "keyset_id", removed.ID, "error", err)
 	}
 	return &api.RemoveKeysetResponse{}, nil
 }
 
-// tidyTime is how long the answer to a removal waits for the ledger to forget
-// the keyset.
-const tidyTime = 5 * time.Second
+// cleanupTimeout limits the deletion of a removed keyset's ledger rows, which delays the
+// answer.
+const cleanupTimeout = 5 * time.Second
 
-// forced is the audit log's note of a removal by force.
-func (d *Deployment) forced(id string) string {
+// forcedNote returns the audit log's note of a forced removal.
+func (d *Deployment) forcedNote(id string) string {
 	for _, k := range d.Keysets.Status().Keysets {
 		if h := d.Ledger.X509(k.X509AuthorityID, k.State == keyset.Tainted); k.ID == id && !h.Clear {
-			return "forced: " + holds(h)
+			return "forced: " + describeHolding(h)
 		}
 	}
-	return "forced, though nothing hung on it"
+	return "forced, although nothing depended on it"
 }
 
-// holds says what is out of an authority.
-func holds(h ledger.Holding) string {
+// describeHolding says which SVIDs of an authority may be in use.
+func describeHolding(h ledger.Holding) string {
 	if !h.UnknownUntil.IsZero() {
-		text := fmt.Sprintf("the server was restored from a copy of %s UTC; what was signed since is not known and may be in use until %s UTC",
+		text := fmt.Sprintf("the server was restored from a copy of %s UTC; SVIDs signed since then are not known and may be in use until %s UTC",
 			h.UnknownSince.UTC().Format(time.DateTime), h.UnknownUntil.UTC().Format(time.DateTime))
 		if h.SVIDs > 0 {
-			text += "; " + counted(h.SVIDs, "X.509-SVID") + " that it knows of may be, too"
+			text += "; so may " + quantity(h.SVIDs, "known X.509-SVID")
 		}
 		return text
 	}
-	text := counted(h.SVIDs, "X.509-SVID")
+	text := quantity(h.SVIDs, "X.509-SVID")
 	if h.Agents > 0 {
-		text += " of " + counted(h.Agents, "agent")
+		text += " of " + quantity(h.Agents, "agent")
 	}
 	text += " may still be in use"
 	if !h.Latest.IsZero() {
@@ -287,15 +282,15 @@ func holds(h ledger.Holding) string {
 	return text
 }
 
-func counted(n int, noun string) string {
+func quantity(n int, noun string) string {
 	if n == 1 {
 		return "1 " + noun
 	}
 	return strconv.Itoa(n) + " " + noun + "s"
 }
 
-func notSafe(id string, h ledger.Holding, more string) error {
-	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s%s", id, holds(h), more)
+func notSafe(id string, h ledger.Holding, clockNote string) error {
+	st := status.Newf(codes.FailedPrecondition, "keyset %s is not safe to remove: %s%s", id, describeHolding(h), clockNote)
 	if detailed, err := st.WithDetails(&errdetails.ErrorInfo{Reason: api.ReasonNotSafe, Domain: api.ErrorDomain, Metadata: map[string]string{
 		"svids": strconv.Itoa(h.SVIDs), "agents": strconv.Itoa(h.Agents),
 	}}); err == nil {
@@ -304,8 +299,8 @@ func notSafe(id string, h ledger.Holding, more string) error {
 	return st.Err()
 }
 
-// fail turns an error into the status that the caller gets.
-func fail(err error) error {
+// statusError returns the gRPC status for an error.
+func statusError(err error) error {
 	if _, ok := status.FromError(err); ok {
 		return err
 	}
@@ -329,10 +324,10 @@ func fail(err error) error {
 	case errors.Is(err, spireapi.ErrNotFound):
 		return status.Error(codes.NotFound, err.Error())
 	case errors.Is(err, context.DeadlineExceeded):
-		return status.Errorf(codes.DeadlineExceeded, "not known to be done in time: %v", err)
+		return status.Errorf(codes.DeadlineExceeded, "timeout, and the outcome is not known: %v", err)
 	case errors.Is(err, context.Canceled):
 		return status.Error(codes.Canceled, err.Error())
 	}
-	// Whoever gets to see it may manage or read the server's state anyway.
+	// Callers have a role, so the message may describe the server's state.
 	return status.Error(codes.Internal, err.Error())
 }

@@ -19,15 +19,14 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// stuck is a server's storage on a disk that can hang, in reads as in writes, and takes
-// no notice of anybody's time.
+// stuck is a server's storage whose reads and writes can hang and ignore contexts.
 type stuck struct {
 	*spireapi.Memory
 	mu   sync.Mutex
 	gate chan struct{}
 }
 
-// hang lets everything wait until the function that it returns is called.
+// hang blocks all calls until release is called.
 func (s *stuck) hang() (release func()) {
 	gate := make(chan struct{})
 	s.mu.Lock()
@@ -80,7 +79,7 @@ func (s *stuck) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone
 	return s.Memory.PutEntries(ctx, put, gone)
 }
 
-// stuckWorld is one whose deployment keeps agents, tokens and entries on such a disk.
+// stuckWorld returns a world whose deployment stores agents, tokens and entries in stuck.
 func stuckWorld(t *testing.T) (*world, *stuck) {
 	t.Helper()
 	w := newWorld(t)
@@ -89,7 +88,7 @@ func stuckWorld(t *testing.T) (*world, *stuck) {
 	var err error
 	d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: disk, Ledger: d.ledger})
 	check(t, err)
-	rules, err := admin.ParseRules(td, []string{boss.String()}, []string{looker.String()})
+	rules, err := admin.ParseRules(td, []string{boss.String()}, []string{viewer.String()})
 	check(t, err)
 	w.Service, err = admin.New(admin.Config{
 		TrustDomain: td, Rules: rules, Published: w.published, Certificate: d.certificate,
@@ -99,8 +98,8 @@ func stuckWorld(t *testing.T) (*world, *stuck) {
 	return w, disk
 }
 
-// TestStuckDisk: whatever hangs, each call of an operator ends after two minutes with
-// the word that the outcome is open; and what it has begun ends when the disk answers.
+// TestStuckDisk: each call ends after two minutes with an unknown outcome. Its work ends when
+// the disk answers.
 func TestStuckDisk(t *testing.T) {
 	t.Parallel()
 	entry := func(id string) *api.Entry {
@@ -195,7 +194,7 @@ func TestStuckDisk(t *testing.T) {
 				if took := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || took != 2*time.Minute || !strings.Contains(err.Error(), "outcome is open") {
 					t.Errorf("after %v: %v", took, err)
 				}
-				// Another one waits for the first one no longer than that.
+				// A second call waits no longer.
 				err = call.do(t.Context(), c)
 				if took := time.Since(begin); status.Code(err) != codes.DeadlineExceeded || took != 4*time.Minute {
 					t.Errorf("the second, after %v: %v", took, err)
@@ -213,13 +212,13 @@ func TestStuckDisk(t *testing.T) {
 	}
 }
 
-// TestStuckDiskAtTheEnd: serving ends although the disk does not answer.
-func TestStuckDiskAtTheEnd(t *testing.T) {
+// TestStuckDiskAtShutdown: serving ends although the disk does not answer.
+func TestStuckDiskAtShutdown(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		w, disk := stuckWorld(t)
 		r := w.serveTLS(t)
-		c := r.as(t, w, looker)
+		c := r.as(t, w, viewer)
 		_, err := c.ListAgents(t.Context(), &api.ListAgentsRequest{})
 		check(t, err)
 		defer disk.hang()()
