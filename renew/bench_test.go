@@ -119,7 +119,7 @@ func holding(b *testing.B, n, k int, few, many benchCA) *Renewer {
 		}
 	}
 	r.follower = c.Follow()
-	r.observe(time.Now())
+	r.handleChanges(time.Now())
 	return r
 }
 
@@ -135,7 +135,7 @@ func BenchmarkBundleThatChangesNothing(b *testing.B) {
 			i := 0
 			for b.Loop() {
 				r.cfg.Cache.SetBundle(snapshots[i%2])
-				r.observe(time.Now())
+				r.handleChanges(time.Now())
 				i++
 			}
 			report(b, &base)
@@ -155,7 +155,7 @@ func BenchmarkTaint(b *testing.B) {
 				i := 0
 				for b.Loop() {
 					r.cfg.Cache.SetBundle(snapshots[i%2]) // taint and its taking back touch the same
-					r.observe(time.Now())
+					r.handleChanges(time.Now())
 					i++
 				}
 				report(b, &base)

@@ -123,18 +123,17 @@ func (r *Renewer) start(q *queue, n int, paced bool) *call {
 
 // take moves an item from its ready queue into a call.
 func (r *Renewer) take(c *call, q *queue, it *item) {
-	q.drop(it)
-	it.ready = nil
+	r.dequeue(it)
+	r.timers.drop(it)
+	state, ok := r.cfg.Cache.Item(it.entryID)
+	if !ok {
+		r.forget(it) // deleted since it was scheduled
+		return
+	}
 	it.inFlight = true
 	it.tried = c.started
-	r.timers.drop(it)
-	a := &attempt{item: it, reason: it.reason}
-	if state, ok := r.cfg.Cache.Item(it.entryID); ok {
-		a.entry, a.held = state.Entry, state.SVID
-		c.attempts = append(c.attempts, a)
-	} else {
-		r.forget(it) // gone since it was looked at
-	}
+	r.move(it, StateMinting)
+	c.attempts = append(c.attempts, &attempt{item: it, reason: it.reason, entry: state.Entry, held: state.SVID})
 }
 
 // work makes the call on its own goroutine.
@@ -149,9 +148,9 @@ func (r *Renewer) work(ctx context.Context, c *call) {
 	r.done <- c
 }
 
-// finish takes a call's outcome in: opens or closes the gate, puts what was
-// minted, and has every item looked at again.
-func (r *Renewer) finish(c *call) {
+// handleResult opens or closes the gate by a call's outcome, puts what was minted
+// into the cache and reschedules every item.
+func (r *Renewer) handleResult(c *call) {
 	defer func() {
 		r.mu.Lock()
 		delete(r.inFlight, c)
@@ -162,7 +161,7 @@ func (r *Renewer) finish(c *call) {
 		r.pace.Answer(c.svids(), c.ended)
 	}
 	if c.attempts == nil {
-		r.finishOwn(c, now)
+		r.handleOwnResult(c, now)
 		return
 	}
 	if c.paced {
@@ -188,7 +187,7 @@ func (r *Renewer) finish(c *call) {
 		var outcome Outcome
 		switch {
 		case a.err == nil:
-			outcome = r.apply(a, now)
+			outcome = r.accept(a, now)
 		case c.err == nil:
 			a.item.most = 0
 			outcome = r.failed(a, true, now)
@@ -203,15 +202,16 @@ func (r *Renewer) finish(c *call) {
 			r.cfg.Observer.Minted(a.err, took)
 		}
 		r.cfg.Observer.Renewed(a.reason, outcome)
+		a.item.outcome = outcome
 		if r.items[a.item.entryID] == a.item {
-			r.look(a.item.entryID, now)
+			r.reschedule(a.item.entryID, now)
 		}
 	}
 	r.settled()
 }
 
-// apply takes in one item's answer.
-func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
+// accept handles the verified answer for one item.
+func (r *Renewer) accept(a *attempt, now time.Time) Outcome {
 	a.item.lagged = false
 	r.noteLag(a.svid.NotBefore.Sub(now))
 	at := later(now, a.svid.NotBefore)
@@ -273,7 +273,7 @@ func (r *Renewer) postpone(a *attempt, state cache.Item, now time.Time) bool {
 
 // keepFor has the item's next SVID wait for its time, or none with nil.
 func (r *Renewer) keepFor(it *item, next *cache.SVID) {
-	it.next = next
+	it.postponed = next
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if next == nil {
@@ -298,7 +298,7 @@ func (r *Renewer) serves(state cache.Item, now time.Time) bool {
 // whose authority was tainted meanwhile goes on waiting while what is held is the
 // better one by the server's time: its replacement may not be had before that ends.
 func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
-	next := it.next
+	next := it.postponed
 	if !r.better(next, state.SVID, later(now.Add(r.ClockLag()), next.NotBefore)) {
 		it.swap = now.Add(maxSleep)
 		return state.SVID
@@ -370,7 +370,7 @@ func (r *Renewer) split(a *attempt, n int) Outcome {
 // numbers are runs of digits with the units of a duration.
 var numbers = regexp.MustCompile(`([0-9]+[0-9.]*([nµm]?s|[hm])?)+`)
 
-func (r *Renewer) finishOwn(c *call, now time.Time) {
+func (r *Renewer) handleOwnResult(c *call, now time.Time) {
 	reason := r.own.reason
 	r.own.inFlight = false
 	if c.err != nil {

@@ -13,24 +13,26 @@ import (
 
 // item is one entry in the Renewer's hands. It is owned by Run.
 type item struct {
-	entryID  string
-	entry    *cache.Entry // as it was when looked at last
-	reason   Reason
-	streams  bool
-	missing  bool        // the server's answers do not name the entry
-	expiry   time.Time   // zero when none is held
-	wake     time.Time   // when to look again
-	retry    time.Time   // not before, after a failure
-	failures int         // tries in a row, of this item alone, that did not renew it
-	lagged   bool        // a tainted authority signed the last answer
-	most     int         // how large a call it may be in; zero means BatchSize
-	tried    time.Time   // monotonic: when it was last asked for
-	next     *cache.SVID // minted, and not in use before swap; see Renewer.postpone
-	swap     time.Time
-	inFlight bool
-	timerPos int // position in timers, or -1
-	readyPos int // position in its ready queue, or -1
-	ready    *queue
+	entryID   string
+	entry     *cache.Entry // as it was when looked at last
+	reason    Reason
+	streams   bool
+	missing   bool        // the server's answers do not name the entry
+	expiry    time.Time   // zero when none is held
+	wake      time.Time   // when to look again
+	retry     time.Time   // not before, after a failure
+	failures  int         // tries in a row, of this item alone, that did not renew it
+	lagged    bool        // a tainted authority signed the last answer
+	most      int         // how large a call it may be in; zero means BatchSize
+	tried     time.Time   // monotonic: when it was last asked for
+	postponed *cache.SVID // minted, and not in use before swap; see Renewer.postpone
+	swap      time.Time
+	inFlight  bool
+	state     State
+	outcome   Outcome // of the last mint
+	timerPos  int     // position in timers, or -1
+	readyPos  int     // position in its ready queue, or -1
+	ready     *queue
 }
 
 // queue is a heap of items that knows where each of them is.

@@ -45,7 +45,8 @@ type Renewer struct {
 
 	mu        sync.Mutex
 	inFlight  map[*call]struct{}
-	postponed map[string]*cache.SVID // by entry ID: item.next of all that have one
+	states    [len(stateNames)]int   // items by State
+	postponed map[string]*cache.SVID // by entry ID: item.postponed of all that have one
 }
 
 type ownItem struct {
@@ -151,23 +152,23 @@ func (r *Renewer) Run(ctx context.Context) error {
 		case c := <-r.done:
 			// The bundle first: the answer may be of an authority that came
 			// with it.
-			r.observe(r.cfg.Now())
-			r.finish(c)
+			r.handleChanges(r.cfg.Now())
+			r.handleResult(c)
 		}
 		now := r.cfg.Now()
-		r.observe(now)
+		r.handleChanges(now)
 		if r.clock.stepped(now) {
 			r.cfg.Log.Warn("clock was stepped, all deadlines are looked at again")
 			r.own.retry = time.Time{}
 			for id, it := range r.items {
 				it.retry, it.swap = time.Time{}, time.Time{}
-				r.look(id, now)
+				r.reschedule(id, now)
 			}
 		}
 		for r.timers.Len() > 0 && !r.timers.items[0].wake.After(now) {
-			r.look(r.timers.items[0].entryID, now)
+			r.reschedule(r.timers.items[0].entryID, now)
 		}
-		r.lookOwn(now)
+		r.scheduleOwn(now)
 		for _, c := range r.dispatch(now) {
 			r.mu.Lock()
 			r.inFlight[c] = struct{}{}
@@ -178,9 +179,9 @@ func (r *Renewer) Run(ctx context.Context) error {
 	}
 }
 
-// observe looks again at everything that a change of the cache or of the
-// bundle may have made due, and at nothing else.
-func (r *Renewer) observe(now time.Time) {
+// handleChanges reschedules every item that a change of the cache or of the
+// bundle may have made due, and no other.
+func (r *Renewer) handleChanges(now time.Time) {
 	for {
 		changed := r.follower.Drain()
 		next := r.cfg.Cache.Bundle()
@@ -188,7 +189,7 @@ func (r *Renewer) observe(now time.Time) {
 			// Nothing can be verified yet. What was drained is found again
 			// through the items made here.
 			for _, id := range changed {
-				r.look(id, now)
+				r.reschedule(id, now)
 			}
 			return
 		}
@@ -201,7 +202,7 @@ func (r *Renewer) observe(now time.Time) {
 			return
 		}
 		for _, id := range changed {
-			r.look(id, now)
+			r.reschedule(id, now)
 		}
 	}
 }
@@ -241,9 +242,9 @@ func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
 	return ids
 }
 
-// look decides anew where the entry belongs: in no queue, waiting for a time,
-// or ready. It is the only place that moves items between queues.
-func (r *Renewer) look(id string, now time.Time) {
+// reschedule decides the state of an entry's item, and the queue where it waits. It
+// is the only place that does; take alone moves it from there, to StateMinting.
+func (r *Renewer) reschedule(id string, now time.Time) {
 	it := r.items[id]
 	state, wanted := r.cfg.Cache.Item(id)
 	if !wanted {
@@ -255,19 +256,17 @@ func (r *Renewer) look(id string, now time.Time) {
 	if it == nil {
 		it = &item{entryID: id, timerPos: -1, readyPos: -1}
 		r.items[id] = it
+		r.count(StateWaiting, 1)
 	}
-	if it.inFlight {
-		return // looked at again when it is done
+	if it.inFlight || r.snapshot == nil {
+		return // until the answer, or the first snapshot
 	}
-	if r.snapshot == nil {
-		return // looked at when the first one comes
-	}
-	if it.next != nil && (!it.swap.After(now) || !r.serves(state, now)) {
+	if it.postponed != nil && (!it.swap.After(now) || !r.serves(state, now)) {
 		state.SVID = r.swap(it, state, now)
 	}
 	newest := state
-	if it.next != nil {
-		newest.SVID = it.next
+	if it.postponed != nil {
+		newest.SVID = it.postponed
 	}
 	due, reason := Due(newest, r.snapshot, r.policy, now)
 	it.streams = state.Streams > 0
@@ -286,7 +285,8 @@ func (r *Renewer) look(id string, now time.Time) {
 	if it.retry.After(due) {
 		due = it.retry
 	}
-	r.unready(it)
+	r.dequeue(it)
+	r.move(it, r.nextState(it, newest.SVID, due, now))
 	var wake time.Time
 	switch {
 	case due.After(now):
@@ -304,8 +304,11 @@ func (r *Renewer) look(id string, now time.Time) {
 	default:
 		it.ready = r.urgent
 	}
-	if it.next != nil && (wake.IsZero() || it.swap.Before(wake)) {
-		wake = it.swap
+	if it.postponed != nil {
+		wake = sooner(wake, it.swap)
+	}
+	if newest.SVID != nil && it.state != StateExpired {
+		wake = sooner(wake, newest.SVID.NotAfter)
 	}
 	if it.wake = wake; wake.IsZero() {
 		r.timers.drop(it)
@@ -317,7 +320,15 @@ func (r *Renewer) look(id string, now time.Time) {
 	}
 }
 
-func (r *Renewer) unready(it *item) {
+// sooner returns the earlier of two times, of which a may be zero for none.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func (r *Renewer) dequeue(it *item) {
 	if it.ready != nil {
 		it.ready.drop(it)
 		it.ready = nil
@@ -326,13 +337,14 @@ func (r *Renewer) unready(it *item) {
 
 func (r *Renewer) forget(it *item) {
 	r.timers.drop(it)
-	r.unready(it)
+	r.dequeue(it)
 	r.keepFor(it, nil)
 	delete(r.items, it.entryID)
+	r.count(it.state, -1)
 }
 
-// lookOwn decides when the node's own SVID is due.
-func (r *Renewer) lookOwn(now time.Time) {
+// scheduleOwn decides when the node's own SVID is due.
+func (r *Renewer) scheduleOwn(now time.Time) {
 	if r.cfg.Own == nil || r.own.inFlight || r.snapshot == nil {
 		return
 	}
