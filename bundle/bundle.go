@@ -247,13 +247,16 @@ func (b *Bundle) since(prev *Bundle, now time.Time) *Bundle {
 // State is what a bundle says of one authority.
 type State int
 
-// The states of an authority as an agent can tell them. A prepared authority
-// cannot be told from an active one by the bundle alone.
+// The states of an authority. A bundle does not tell a prepared authority from an
+// active one.
 const (
-	Removed State = iota // not in the bundle: nothing it signed verifies
-	Trusted
-	Tainted
+	Removed State = iota // not in the bundle: nothing that it signed verifies
+	Trusted              // in the bundle without a taint mark: prepared or active
+	Tainted              // in the bundle with a taint mark: what it signed verifies, and has to be replaced
 )
+
+// String returns the state's name.
+func (s State) String() string { return [...]string{"removed", "trusted", "tainted"}[s] }
 
 // Snapshot is the node's own bundle and those of the trust domains that its
 // entries federate with. It is immutable.

@@ -36,7 +36,7 @@ func wave() metrics.State {
 			{Type: metrics.TypeX509, ID: "aa", State: metrics.StateActive, Held: 7, Pending: 9, Streams: 9},
 			{Type: metrics.TypeX509, ID: "bb", State: metrics.StatePrepared},
 			{Type: metrics.TypeX509, ID: "cc", State: metrics.StateTainted, Held: 3, Pending: 2, Streams: 1},
-			{Type: metrics.TypeX509, ID: "dd", State: metrics.StateTainted, Settled: true},
+			{Type: metrics.TypeX509, ID: "dd", State: metrics.StateSettled},
 			{Type: metrics.TypeX509, ID: "ee", State: metrics.StateRemoved, Held: 1, Pending: 1},
 			{Type: metrics.TypeJWT, ID: "k1", State: metrics.StateTainted, Held: 4},
 		},
@@ -48,6 +48,7 @@ func wave() metrics.State {
 		Expiring:       map[string]int{metrics.TypeX509: 5},
 		JWTExpiry:      map[string]time.Time{"k1": at.Add(2 * time.Hour)},
 		Streams:        map[string]int{metrics.RPCX509SVID: 6},
+		SVIDs:          map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
 		EntriesMissing: 2,
 	}
 }
@@ -87,6 +88,15 @@ renewd_jwt_svid_latest_expiry_timestamp_seconds{key_id="k1"} 1.7000072005e+09
 renewd_streams_open{rpc="FetchJWTBundles"} 0
 renewd_streams_open{rpc="FetchX509Bundles"} 0
 renewd_streams_open{rpc="FetchX509SVID"} 6
+# HELP renewd_svids Registration entries whose X.509-SVID this node is to hold, by the state of that: waiting for the first one, minting, fresh, due, backing_off after a failure, stale (tainted authority, the node's delay is not over) or expired.
+# TYPE renewd_svids gauge
+renewd_svids{state="backing_off"} 1
+renewd_svids{state="due"} 0
+renewd_svids{state="expired"} 0
+renewd_svids{state="fresh"} 7
+renewd_svids{state="minting"} 0
+renewd_svids{state="stale"} 2
+renewd_svids{state="waiting"} 0
 # HELP renewd_svids_held SVIDs this node holds for its workloads, by the authority that signed them and that authority's state.
 # TYPE renewd_svids_held gauge
 renewd_svids_held{authority="aa",state="active",svid_type="x509"} 7
@@ -117,7 +127,7 @@ spirl_agent_svid_expiring{svid_type="x509"} 5
 	if err := testutil.GatherAndCompare(m.Registry(), strings.NewReader(want),
 		"renewd_agent_svid_expiry_timestamp_seconds", "renewd_bundle_applied_timestamp_seconds",
 		"renewd_bundle_authorities_left_out", "renewd_bundle_sequence_number", "renewd_entries_missing", "renewd_jwt_svid_latest_expiry_timestamp_seconds",
-		"renewd_streams_open", "renewd_svids_held", "renewd_taint_renewals_pending",
+		"renewd_streams_open", "renewd_svids", "renewd_svids_held", "renewd_taint_renewals_pending",
 		"renewd_taint_settled", "renewd_taint_streams_waiting", "spirl_agent_svid_expiring"); err != nil {
 		t.Error(err)
 	}
@@ -132,15 +142,15 @@ func TestSettledNeedsEverything(t *testing.T) {
 		a    metrics.Authority
 		want float64
 	}{
-		{"all gone", metrics.Authority{Settled: true}, 1},
-		{"not claimed", metrics.Authority{}, 0},
-		{"held", metrics.Authority{Settled: true, Held: 1}, 0},
-		{"pending", metrics.Authority{Settled: true, Pending: 1}, 0},
-		{"streams", metrics.Authority{Settled: true, Streams: 1}, 0},
+		{"all gone", metrics.Authority{State: metrics.StateSettled}, 1},
+		{"not claimed", metrics.Authority{State: metrics.StateTainted}, 0},
+		{"held", metrics.Authority{State: metrics.StateSettled, Held: 1}, 0},
+		{"pending", metrics.Authority{State: metrics.StateSettled, Pending: 1}, 0},
+		{"streams", metrics.Authority{State: metrics.StateSettled, Streams: 1}, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			tt.a.Type, tt.a.ID, tt.a.State = metrics.TypeX509, "aa", metrics.StateTainted
+			tt.a.Type, tt.a.ID = metrics.TypeX509, "aa"
 			m := newMetrics(func() metrics.State {
 				return metrics.State{Authorities: []metrics.Authority{tt.a}}
 			})

@@ -141,8 +141,8 @@ type Deployment struct {
 // Keyset is the state of one keyset. Zero times mean not known and leave their
 // series out.
 type Keyset struct {
-	ID        string // unique in its deployment
-	State     string // [StatePrepared], [StateActive] or [StateTainted]
+	ID        string         // unique in its deployment
+	State     AuthorityState // [StatePrepared], [StateActive] or [StateTainted]
 	ExpiresAt time.Time
 	// X509SVIDs are those that it signed, that have not expired and that their
 	// holder has not said to have replaced; AgentsHolding are the holders.
@@ -221,8 +221,8 @@ func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 			gauge(descRotation, truth(mode == d.Rotation), d.Name, mode)
 		}
 		for _, k := range d.Keysets {
-			for _, state := range []string{StatePrepared, StateActive, StateTainted} {
-				gauge(descKeysetState, truth(state == k.State), d.Name, k.ID, state)
+			for _, state := range []AuthorityState{StatePrepared, StateActive, StateTainted} {
+				gauge(descKeysetState, truth(state == k.State), d.Name, k.ID, state.String())
 			}
 			stamp(descKeysetExpiry, k.ExpiresAt, d.Name, k.ID)
 			gauge(descKeysetSVIDs, float64(k.X509SVIDs), d.Name, k.ID)

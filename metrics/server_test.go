@@ -119,7 +119,7 @@ func TestServerSafeNeedsEverything(t *testing.T) {
 	for _, tt := range []struct {
 		name  string
 		k     metrics.Keyset
-		state string
+		state metrics.AuthorityState
 		want  float64
 	}{
 		{"safe", metrics.Keyset{X509Safe: true}, metrics.StateTainted, 1},

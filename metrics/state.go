@@ -7,13 +7,36 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// The states of an authority as this node sees it.
+// AuthorityState is where a signing authority is in its life, as this node knows it.
+type AuthorityState string
+
+// The states of an authority, in the order of its life.
 const (
-	StateActive   = "active"   // the newest SVIDs are signed by it
-	StatePrepared = "prepared" // in the bundle, signing nothing yet or no more
-	StateTainted  = "tainted"  // in the bundle, and what it signed is being replaced
-	StateRemoved  = "removed"  // no longer in the bundle, but something held was signed by it
+	StatePrepared AuthorityState = "prepared" // in the bundle, and signing nothing yet or no longer
+	StateActive   AuthorityState = "active"   // the newest SVID is signed by it
+	StateTainted  AuthorityState = "tainted"  // in the bundle, and what it signed is being replaced
+	StateSettled  AuthorityState = "settled"  // tainted, and nothing on this node depends on it
+	StateRemoved  AuthorityState = "removed"  // not in the bundle, and something held is signed by it
 )
+
+// String returns the state's name.
+func (s AuthorityState) String() string { return string(s) }
+
+// Tainted reports whether the authority is in the bundle with a taint mark.
+func (s AuthorityState) Tainted() bool { return s == StateTainted || s == StateSettled }
+
+// label returns the state label's value: renewd_taint_settled tells a settled
+// authority from a tainted one.
+func (s AuthorityState) label() string {
+	if s.Tainted() {
+		return string(StateTainted)
+	}
+	return string(s)
+}
+
+// SVIDStates are the states of an X.509-SVID, values of the state label of
+// renewd_svids.
+var SVIDStates = []string{"waiting", "minting", "fresh", "due", "backing_off", "stale", "expired"}
 
 // The values of the bundle label: which trust bundles are meant.
 const (
@@ -69,6 +92,9 @@ type State struct {
 	JWTExpiry map[string]time.Time
 	// LeftOut counts what of the trust bundles in force cannot be used.
 	LeftOut []LeftOut
+	// SVIDs counts the entries whose X.509-SVID is to be held, by the state of that
+	// (see [SVIDStates]).
+	SVIDs map[string]int
 	// EntriesMissing counts the registration entries that the server's answers
 	// lack at present and that are served still.
 	EntriesMissing int
@@ -81,20 +107,18 @@ type State struct {
 
 // Authority is what this node has to do with one signing authority.
 type Authority struct {
-	Type  string // [TypeX509] or [TypeJWT]
-	ID    string // X.509: subject key ID in hex; JWT: key ID
-	State string // [StateActive], ...
-	Held  int    // SVIDs held that it signed
+	Type string // [TypeX509] or [TypeJWT]
+	ID   string // X.509: subject key ID in hex; JWT: key ID
+	// State is exported as not settled while Held, Pending or Streams is not 0:
+	// removing a key early is the one mistake that cannot be taken back.
+	State AuthorityState
+	Held  int // SVIDs held that it signed
 	// Pending and Streams are the taint renewals that are waiting, and the open
 	// streams, and processes whose streams have ended, that were sent one of its
 	// SVIDs and have not read the replacement. After a restart of the agent an
 	// open stream that has read nothing yet is one of them. They are read for X.509
 	// authorities that are tainted or removed.
 	Pending, Streams int
-	// Settled says that the agent knows nothing on this node depends on the
-	// authority. It is exported as 0 while any of the three counts is not 0:
-	// removing a key early is the one mistake that cannot be taken back.
-	Settled bool
 }
 
 // LeftOut is how many authorities of one type cannot be used.
@@ -104,9 +128,9 @@ type LeftOut struct {
 	Count  int
 }
 
-// settled applies the rule of [Authority.Settled].
+// settled applies the rule of [Authority.State].
 func (a Authority) settled() bool {
-	return a.Settled && a.Held == 0 && a.Pending == 0 && a.Streams == 0
+	return a.State == StateSettled && a.Held == 0 && a.Pending == 0 && a.Streams == 0
 }
 
 var (
@@ -114,6 +138,8 @@ var (
 		"SVIDs held that are more than a minute past half of their life and still not renewed. Above 0 for long means renewal does not get through.", "svid_type")
 	descHeld = desc("renewd_svids_held",
 		"SVIDs this node holds for its workloads, by the authority that signed them and that authority's state.", "svid_type", "authority", "state")
+	descSVIDs = desc("renewd_svids",
+		"Registration entries whose X.509-SVID this node is to hold, by the state of that: waiting for the first one, minting, fresh, due, backing_off after a failure, stale (tainted authority, the node's delay is not over) or expired.", "state")
 	descPending = desc("renewd_taint_renewals_pending",
 		"SVIDs of a tainted or removed authority that still wait for their renewal.", "authority")
 	descUnsent = desc("renewd_taint_streams_waiting",
@@ -142,7 +168,7 @@ var (
 	descUnsaved = desc("renewd_data_dir_unsaved",
 		"1 while what is to be in this file of data_dir could not be written: a restart would find what was there before. The agent tries again every few seconds, and the log names the error.", "file")
 
-	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
+	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descSVIDs, descPending, descUnsent, descSettled,
 		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descAgent, descClockLag, descMissing, descStreams, descUnsaved}
 )
 
@@ -166,13 +192,13 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	s := c.source.Snapshot()
 	gauge, stamp := exporters(ch)
 	for _, a := range s.Authorities {
-		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State)
-		if a.Type != TypeX509 || (a.State != StateTainted && a.State != StateRemoved) {
+		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State.label())
+		if a.Type != TypeX509 || (!a.State.Tainted() && a.State != StateRemoved) {
 			continue
 		}
 		gauge(descPending, float64(a.Pending), a.ID)
 		gauge(descUnsent, float64(a.Streams), a.ID)
-		if a.State == StateTainted {
+		if a.State.Tainted() {
 			gauge(descSettled, truth(a.settled()), a.ID)
 		}
 	}
@@ -184,6 +210,9 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 	for _, l := range s.LeftOut {
 		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
+	}
+	for _, state := range SVIDStates {
+		gauge(descSVIDs, float64(s.SVIDs[state]), state)
 	}
 	gauge(descMissing, float64(s.EntriesMissing))
 	for file, unsaved := range s.Unsaved {
