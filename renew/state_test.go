@@ -25,7 +25,7 @@ func transitions(log, entryID string) []string {
 	return out
 }
 
-// one is what States returns for a single entry.
+// one returns the state of the only entry.
 func (r *rig) one() renew.State {
 	var found []renew.State
 	for s, n := range r.renewer.States() {
@@ -48,7 +48,7 @@ func TestStateTransitions(t *testing.T) {
 	for _, tt := range []struct {
 		name string
 		do   func(*rig)
-		want []string // after the first fill; the last one of a row that ends in "..." repeats
+		want []string // after the first fill
 		in   renew.State
 	}{
 		{"nothing happens", func(*rig) {}, nil, renew.StateFresh},
