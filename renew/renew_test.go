@@ -322,7 +322,7 @@ func TestWrongAnswersKeepTheSVIDHeld(t *testing.T) {
 		}, "CA"},
 		{"unknown authority", func(t *testing.T, r *rig, public crypto.PublicKey) renew.Result {
 			return r.sign(unknown(t), public, nil)
-		}, "does not have"},
+		}, "not in the trust bundle"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			var log strings.Builder
