@@ -254,7 +254,7 @@ func TestUnusableAuthorities(t *testing.T) {
 		w.said("unusable authorities left out|left_out=2")
 		parts.Store(&none)
 		time.Sleep(6 * time.Minute)
-		w.said("no authority left out of the bundle any more")
+		w.said("no authority left out of the bundle")
 		if n := w.follower.LeftOut()[partner]; n != 0 || !strings.HasPrefix(w.counted(), "applied unchanged") {
 			t.Errorf("%d left out", n)
 		}
