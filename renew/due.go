@@ -80,7 +80,7 @@ func dueSoon(s *cache.SVID, now time.Time) bool {
 // of a tainted authority replaces one of a trusted authority only in the last tenth of
 // that one's life: a tainted SVID is better than none.
 func (r *Renewer) noWorse(got, held *cache.SVID, now time.Time) bool {
-	if held == nil || !held.Alike(got) || !held.NotAfter.After(now) {
+	if held == nil || !held.Equivalent(got) || !held.NotAfter.After(now) {
 		return true
 	}
 	gotState, _ := r.snapshot.State(got.Authority)
