@@ -341,8 +341,10 @@ func TestWrongAnswersKeepTheSVIDHeld(t *testing.T) {
 				if got := len(r.server.since(begin)); got < 2 || got > 30 {
 					t.Errorf("%d attempts in a minute, want a few with backoff", got)
 				}
-				if !strings.Contains(log.String(), tt.says) {
-					t.Errorf("log does not say %q:\n%s", tt.says, log.String())
+				text := log.String()
+				r.renewer.States() // whose lock orders the read before what is logged later
+				if !strings.Contains(text, tt.says) {
+					t.Errorf("log does not have %q:\n%s", tt.says, text)
 				}
 				r.server.set(func() { r.server.item = nil })
 				time.Sleep(2 * time.Minute)

@@ -109,8 +109,9 @@ func TestStateTransitions(t *testing.T) {
 			drill(t, 1, func(r *rig) { r.cfg.Log = logTo(&log) }, func(r *rig) {
 				tt.do(r)
 				want := append([]string{"waiting>minting first", "minting>fresh renewed"}, tt.want...)
-				in := r.one() // before the log, whose lines are older then
-				if got := transitions(log.String(), entryID(0)); !slices.Equal(got, want) {
+				got := transitions(log.String(), entryID(0))
+				in := r.one() // whose lock orders the read before what is logged later
+				if !slices.Equal(got, want) {
 					t.Errorf("transitions %q\nwant %q", got, want)
 				}
 				if in != tt.in {
