@@ -23,7 +23,7 @@ import (
 const deadline = time.Minute
 
 // troubled is a server that cannot answer a call with a bad entry and signs one SVID
-// after the other. It signs all that was requested, even if the client has cancelled the
+// after the other. It signs all that was requested, even if the client has canceled the
 // call. Its fields may be changed under mu.
 type troubled struct {
 	*fakeServer
