@@ -1,19 +1,17 @@
-// Package bundle owns what this node knows of trust bundles: which authorities
-// are trusted, which of them are tainted, and which of them signed a chain.
+// Package bundle owns the node's trust bundles: which authorities are trusted, which of
+// them are tainted, and which of them signed a chain.
 //
-// A [Bundle] is one trust domain's authorities at one moment and a [Snapshot]
-// is the node's own bundle with the federated ones. Both are immutable and may
-// be shared freely; a change is a new value. [Refresher] polls the server
-// through a [Fetcher] and publishes a new Snapshot whenever an answer differs
-// from what is held. An answer that cannot be right (of another trust domain,
-// without any X.509 authority that can be used) changes nothing, and one that
-// takes something back (older than what is held) has to stay for a minute. A part
-// that cannot be used is left out alone; see [New].
+// A [Bundle] is one trust domain's authorities at one moment. A [Snapshot] is the node's
+// own bundle with the federated ones. Both are immutable; a change is a new value.
+// [Refresher] polls the server through a [Fetcher] and publishes a new Snapshot
+// whenever an answer differs from the current one. An invalid answer (another trust
+// domain, or no usable X.509 authority) changes nothing. An older answer is applied
+// only after a minute of such answers. An unusable authority is left out alone; see
+// [New].
 //
-// The taint mark is SPIRE's and is not part of the SPIFFE bundle format
-// (SPIFFE Trust Domain and Bundle, section 4): a tainted authority is still
-// trusted for verification, and everything it signed has to be replaced
-// before it is removed.
+// The taint mark is SPIRE's and not part of the SPIFFE bundle format (SPIFFE Trust
+// Domain and Bundle, section 4). A tainted authority is still trusted for verification,
+// and everything it signed has to be replaced before it is removed.
 package bundle
 
 import (
@@ -31,22 +29,21 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// ErrNotFound is returned by a [Fetcher] when the server has no bundle for a
-// federated trust domain.
+// ErrNotFound is returned by a [Fetcher] if the server has no bundle for a federated
+// trust domain.
 var ErrNotFound = errors.New("no bundle for this trust domain")
 
 // X509Authority is one trusted X.509 CA certificate.
 type X509Authority struct {
-	// ID is the subject key identifier in lower-case hex, the name that SPIRE
-	// and its localauthority commands use. [New] derives it from Certificate
-	// when it is empty.
+	// ID is the subject key identifier in lower-case hex, which SPIRE and its
+	// localauthority commands use. [New] derives it from Certificate if it is empty.
 	ID          string
 	Certificate *x509.Certificate
-	// Tainted says that what this authority signed must be replaced.
+	// Tainted means that everything this authority signed must be replaced.
 	Tainted bool
-	// TaintedSince is when this node first saw the mark, in wall-clock time.
-	// It is the start of the node's random delay, so it is carried from one
-	// snapshot to the next and kept over a restart. Zero when not tainted.
+	// TaintedSince is when this node first saw the mark, in wall-clock time. The
+	// node's random delay begins then, so it is carried from one snapshot to the
+	// next and kept over a restart. Zero if not tainted.
 	TaintedSince time.Time
 }
 
@@ -54,7 +51,7 @@ type X509Authority struct {
 type JWTAuthority struct {
 	KeyID     string
 	PublicKey crypto.PublicKey
-	// ExpiresAt is zero when the server gives no expiry.
+	// ExpiresAt is zero if the server gives no expiry.
 	ExpiresAt time.Time
 	Tainted   bool
 }
@@ -70,11 +67,10 @@ type Bundle struct {
 	jwtIndex map[string]int
 }
 
-// New makes a Bundle of what a server, a file or a bundle endpoint gave. An
-// authority that is given twice is one, and what cannot be used is left out and
-// listed in [Bundle.LeftOut]; the rules are the same wherever the content comes
-// from. It fails when the trust domain is missing and when no X.509 authority is
-// left: such an answer is never a real trust bundle, and applying it would
+// New returns the Bundle with the content of a server's answer, a file or a bundle
+// endpoint. Duplicates become one authority. Unusable authorities are left out and
+// listed by [Bundle.LeftOut]. New fails if the trust domain is missing or no X.509
+// authority is left: such an answer is never a real trust bundle, and applying it would
 // withdraw trust from everything.
 func New(td spiffeid.TrustDomain, c Content) (*Bundle, error) {
 	if td.IsZero() {
@@ -84,7 +80,7 @@ func New(td spiffeid.TrustDomain, c Content) (*Bundle, error) {
 	if len(c.X509) == 0 {
 		err := fmt.Errorf("trust bundle of %q has no X.509 authority", td.Name())
 		if len(c.LeftOut) > 0 {
-			err = fmt.Errorf("%w that can be used, such as %v", err, c.LeftOut[0])
+			err = fmt.Errorf("%w that can be used: %v", err, c.LeftOut[0])
 		}
 		return nil, err
 	}
@@ -106,9 +102,9 @@ func New(td spiffeid.TrustDomain, c Content) (*Bundle, error) {
 	return b, nil
 }
 
-// AuthorityID names an X.509 authority: its subject key identifier in
-// lower-case hex or, where the certificate has none, the SHA-1 of its public
-// key, which is how RFC 5280 (4.2.1.2, method 1) would have made it.
+// AuthorityID returns the ID of an X.509 authority: its subject key identifier in
+// lower-case hex or, if the certificate has none, the SHA-1 of its public key as in RFC
+// 5280 (4.2.1.2, method 1).
 func AuthorityID(cert *x509.Certificate) string {
 	if len(cert.SubjectKeyId) > 0 {
 		return hex.EncodeToString(cert.SubjectKeyId)
@@ -117,14 +113,13 @@ func AuthorityID(cert *x509.Certificate) string {
 	return hex.EncodeToString(sum[:])
 }
 
-// TrustDomain is the trust domain whose bundle this is.
+// TrustDomain returns the trust domain whose bundle this is.
 func (b *Bundle) TrustDomain() spiffeid.TrustDomain { return b.td }
 
-// Sequence is the server's sequence number; zero means unknown.
+// Sequence returns the server's sequence number; zero means unknown.
 func (b *Bundle) Sequence() uint64 { return b.content.Sequence }
 
-// RefreshHint is how often the server would like to be asked; zero when it
-// has no wish.
+// RefreshHint returns the server's refresh hint; zero if there is none.
 func (b *Bundle) RefreshHint() time.Duration { return b.content.RefreshHint }
 
 // X509 returns the X.509 authorities in the server's order. Read only.
@@ -133,7 +128,7 @@ func (b *Bundle) X509() []X509Authority { return b.content.X509 }
 // JWT returns the JWT keys in the server's order. Read only.
 func (b *Bundle) JWT() []JWTAuthority { return b.content.JWT }
 
-// LeftOut lists what the bundle was given with and cannot be used. Read only.
+// LeftOut lists the unusable authorities of the content. Read only.
 func (b *Bundle) LeftOut() []LeftOut { return b.content.LeftOut }
 
 // X509DER returns the X.509 authorities as concatenated DER, the form of the
@@ -144,8 +139,8 @@ func (b *Bundle) X509DER() []byte { return b.x509DER }
 // of the Workload API's JWT bundles. Read only.
 func (b *Bundle) JWKS() []byte { return b.jwks }
 
-// X509Authority finds an X.509 authority by its ID, the first when it has
-// several certificates. They all have the same mark.
+// X509Authority returns the X.509 authority with the ID: the first of several
+// certificates, which all have the same mark.
 func (b *Bundle) X509Authority(id string) (X509Authority, bool) {
 	for _, a := range b.content.X509 {
 		if a.ID == id {
@@ -155,7 +150,7 @@ func (b *Bundle) X509Authority(id string) (X509Authority, bool) {
 	return X509Authority{}, false
 }
 
-// JWTKey finds a JWT key by its key ID.
+// JWTKey returns the JWT key with the key ID.
 func (b *Bundle) JWTKey(keyID string) (JWTAuthority, bool) {
 	i, ok := b.jwtIndex[keyID]
 	if !ok {
@@ -164,10 +159,9 @@ func (b *Bundle) JWTKey(keyID string) (JWTAuthority, bool) {
 	return b.content.JWT[i], true
 }
 
-// Verify checks that the chain leads from leaf over intermediates to one of
-// this bundle's X.509 authorities at the time now, and returns the ID of the
-// authority that it ends in. When it can end in several, an authority that is
-// not tainted is preferred.
+// Verify checks that the chain leads from leaf over intermediates to an X.509 authority
+// of this bundle at the time now, and returns that authority's ID. If it leads to
+// several, an authority that is not tainted is preferred.
 func (b *Bundle) Verify(leaf *x509.Certificate, intermediates []*x509.Certificate, now time.Time) (string, error) {
 	opts := x509.VerifyOptions{
 		Roots:       b.roots,
@@ -194,8 +188,8 @@ func (b *Bundle) Verify(leaf *x509.Certificate, intermediates []*x509.Certificat
 	return id, nil
 }
 
-// Equal reports whether both bundles say the same: the same authorities with
-// the same marks under the same sequence number, and the same left out.
+// Equal reports whether both bundles have the same sequence number, the same
+// authorities with the same marks, and the same ones left out.
 func (b *Bundle) Equal(o *Bundle) bool {
 	if b == nil || o == nil {
 		return b == o
@@ -220,8 +214,8 @@ func (b *Bundle) Equal(o *Bundle) bool {
 	return true
 }
 
-// since returns b with TaintedSince set on every tainted authority: the time
-// prev knows for it, or now for a mark that is new.
+// since returns b with TaintedSince set for every tainted authority: the time in prev,
+// or now for a new mark.
 func (b *Bundle) since(prev *Bundle, now time.Time) *Bundle {
 	out := *b
 	out.content.X509 = make([]X509Authority, len(b.content.X509))
@@ -232,8 +226,8 @@ func (b *Bundle) since(prev *Bundle, now time.Time) *Bundle {
 			a.TaintedSince = time.Time{}
 			continue
 		}
-		// Cut the monotonic reading: the mark is compared with certificates
-		// and outlives the process, so only the wall clock counts.
+		// Without the monotonic reading: the time is kept over a restart, so only
+		// the wall clock counts.
 		a.TaintedSince = now.Round(0)
 		if prev != nil {
 			if p, ok := prev.X509Authority(a.ID); ok && p.Tainted && !p.TaintedSince.IsZero() {
@@ -244,34 +238,36 @@ func (b *Bundle) since(prev *Bundle, now time.Time) *Bundle {
 	return &out
 }
 
-// State is what a bundle says of one authority.
+// State is the state of an authority in a bundle.
 type State int
 
-// The states of an authority as an agent can tell them. A prepared authority
-// cannot be told from an active one by the bundle alone.
+// The states of an authority. A bundle does not tell a prepared authority from an
+// active one.
 const (
-	Removed State = iota // not in the bundle: nothing it signed verifies
-	Trusted
-	Tainted
+	Removed State = iota // not in the bundle: nothing that it signed verifies
+	Trusted              // in the bundle without a taint mark: prepared or active
+	Tainted              // in the bundle with a taint mark: what it signed verifies, and has to be replaced
 )
+
+// String returns the state's name.
+func (s State) String() string { return [...]string{"removed", "trusted", "tainted"}[s] }
 
 // Snapshot is the node's own bundle and those of the trust domains that its
 // entries federate with. It is immutable.
 type Snapshot struct {
 	Own       *Bundle
 	Federated map[spiffeid.TrustDomain]*Bundle
-	// NotFound are the trust domains that the server has no bundle of.
+	// NotFound are the federated trust domains for which the server has no bundle.
 	NotFound map[spiffeid.TrustDomain]bool
 }
 
-// Pending reports whether the server has still to say what the bundle of a
-// federated trust domain is, or that it has none.
+// Pending reports whether the server has not answered yet for a federated trust domain.
 func (s *Snapshot) Pending(td spiffeid.TrustDomain) bool {
 	return s.Federated[td] == nil && !s.NotFound[td] && td != s.Own.TrustDomain()
 }
 
-// State says what the own bundle makes of the X.509 authority with this ID
-// and, when it is tainted, since when this node knows.
+// State returns the state of the X.509 authority with this ID in the own bundle and, if
+// it is tainted, since when this node has known.
 func (s *Snapshot) State(id string) (State, time.Time) {
 	a, ok := s.Own.X509Authority(id)
 	switch {

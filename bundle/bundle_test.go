@@ -26,7 +26,7 @@ type ca struct {
 	key  *ecdsa.PrivateKey
 }
 
-// newCA makes an authority named id, signed by parent or by itself.
+// newCA returns an authority with the ID id, signed by parent or by itself.
 func newCA(t testing.TB, id string, parent *ca) *ca {
 	t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
@@ -79,7 +79,7 @@ func newBundle(t testing.TB, seq uint64, auths ...bundle.X509Authority) *bundle.
 	return b
 }
 
-func TestNewRefusesWhatIsNoBundle(t *testing.T) {
+func TestNewRejectsInvalidBundles(t *testing.T) {
 	good := bundle.X509Authority{Certificate: newCA(t, "a", nil).cert}
 	for name, tt := range map[string]struct {
 		td spiffeid.TrustDomain
@@ -121,7 +121,7 @@ func TestForms(t *testing.T) {
 }
 
 func TestVerifyFindsTheAuthority(t *testing.T) {
-	root, other, stranger := newCA(t, "a", nil), newCA(t, "b", nil), newCA(t, "c", nil)
+	root, other, unknown := newCA(t, "a", nil), newCA(t, "b", nil), newCA(t, "c", nil)
 	middle := newCA(t, "m", root)
 	b := newBundle(t, 1, bundle.X509Authority{Certificate: other.cert}, bundle.X509Authority{Certificate: root.cert})
 	if id, err := b.Verify(root.leaf(t), nil, time.Now()); err != nil || id != "61" {
@@ -133,8 +133,8 @@ func TestVerifyFindsTheAuthority(t *testing.T) {
 	if _, err := b.Verify(middle.leaf(t), nil, time.Now()); err == nil {
 		t.Error("a chain with a gap was accepted")
 	}
-	if _, err := b.Verify(stranger.leaf(t), nil, time.Now()); err == nil {
-		t.Error("a stranger's chain was accepted")
+	if _, err := b.Verify(unknown.leaf(t), nil, time.Now()); err == nil {
+		t.Error("the chain of an unknown authority was accepted")
 	}
 	if _, err := b.Verify(root.leaf(t), nil, time.Now().Add(2*time.Hour)); err == nil {
 		t.Error("an expired leaf was accepted")

@@ -15,34 +15,32 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Content is what a [Bundle] is made of. It may hold an authority more than
-// once and what cannot be used: [New] sorts that out.
+// Content is the input of a [Bundle]. It may have duplicates and unusable authorities:
+// [New] handles both.
 type Content struct {
 	// Sequence grows with every change of the bundle; zero means unknown.
 	Sequence uint64
-	// RefreshHint is how often the server would like to be asked; zero means
-	// no wish.
+	// RefreshHint is the server's refresh hint; zero means none.
 	RefreshHint time.Duration
 	X509        []X509Authority
 	JWT         []JWTAuthority
-	// LeftOut is what could not even be read as an authority.
+	// LeftOut are the elements that cannot be parsed as an authority.
 	LeftOut []LeftOut
 }
 
-// LeftOut is something that a trust bundle holds and that cannot be used as an
-// authority. It is left out alone: the rest of the bundle counts.
+// LeftOut is an element of a trust bundle that cannot be used as an authority. The rest
+// of the bundle is used.
 type LeftOut struct {
 	Type string // TypeX509, TypeJWT or TypeUnknown
-	// ID is the authority ID or the key ID, empty when there is none.
+	// ID is the authority ID or the key ID, empty if there is none.
 	ID     string
 	Reason string
-	// Tainted says that it carries the taint mark. A mark counts for all that
-	// is published under its ID.
+	// Tainted means that it has the taint mark, which counts for all authorities
+	// with the same ID.
 	Tainted bool
 }
 
-// String names it and says why it is left out. It is bounded, whatever a
-// server sends.
+// String returns type, ID and reason, cut to a bounded length.
 func (l LeftOut) String() string {
 	name := l.Type
 	if l.ID != "" {
@@ -51,16 +49,16 @@ func (l LeftOut) String() string {
 	return strings.ToValidUTF8(fmt.Sprintf("%s: %.200s", name, l.Reason), "\uFFFD")
 }
 
-// maxListed is how many authorities a line of the log names.
+// maxListed is the maximum number of authorities in one log line.
 const maxListed = 16
 
-// LogLeftOut says what of a bundle is left out, when it is not what was before.
+// LogLeftOut logs the authorities left out of a bundle if they have changed.
 func LogLeftOut(log *slog.Logger, td spiffeid.TrustDomain, before, now []LeftOut) {
 	if slices.Equal(before, now) {
 		return
 	}
 	if len(now) == 0 {
-		log.Info("no authority left out of the bundle any more", "trust_domain", td.Name())
+		log.Info("no authority left out of the bundle", "trust_domain", td.Name())
 		return
 	}
 	named := make([]string, min(len(now), maxListed))
@@ -70,12 +68,12 @@ func LogLeftOut(log *slog.Logger, td spiffeid.TrustDomain, before, now []LeftOut
 	log.Warn("unusable authorities left out of the bundle", "trust_domain", td.Name(), "left_out", len(now), "authorities", named)
 }
 
-// AddX509 adds the X.509 authority with this certificate in DER, or leaves it
-// out when it cannot be parsed.
+// AddX509 adds the X.509 authority with this certificate in DER, or leaves it out if it
+// cannot be parsed.
 func (c *Content) AddX509(der []byte, tainted bool) {
 	cert, err := x509.ParseCertificate(der)
 	if err != nil {
-		// It has no ID, and its place would change with its neighbors.
+		// There is no ID, and an index would change with the other elements.
 		sum := sha256.Sum256(der)
 		c.leaveOut(LeftOut{TypeX509, "", fmt.Sprintf("certificate with SHA-256 %x cannot be parsed: %v", sum[:8], err), tainted})
 		return
@@ -83,8 +81,8 @@ func (c *Content) AddX509(der []byte, tainted bool) {
 	c.X509 = append(c.X509, X509Authority{Certificate: cert, Tainted: tainted})
 }
 
-// AddJWT adds the JWT authority with this public key in PKIX form, or leaves
-// it out when it cannot be parsed. A zero expiresAt means none.
+// AddJWT adds the JWT authority with this public key in PKIX form, or leaves it out if
+// it cannot be parsed. A zero expiresAt means no expiry.
 func (c *Content) AddJWT(keyID string, pkix []byte, expiresAt time.Time, tainted bool) {
 	key, err := x509.ParsePKIXPublicKey(pkix)
 	if err != nil {
@@ -96,15 +94,15 @@ func (c *Content) AddJWT(keyID string, pkix []byte, expiresAt time.Time, tainted
 
 func (c *Content) leaveOut(l LeftOut) { c.LeftOut = append(c.LeftOut, l) }
 
-// Digest names the authorities, in whatever order and form they were given. It
-// says nothing of marks and sequence numbers.
+// Digest returns a hash of the authorities, independent of their order. Taint marks and
+// sequence number are not part of it.
 func (c *Content) Digest() string {
 	var all []string
 	for _, a := range c.X509 {
 		all = append(all, "x509\x00"+string(a.Certificate.Raw))
 	}
 	for _, k := range c.JWT {
-		der, _ := x509.MarshalPKIXPublicKey(k.PublicKey) // can be: see unusableKey
+		der, _ := x509.MarshalPKIXPublicKey(k.PublicKey) // cannot fail: see unusableKey
 		all = append(all, "jwt\x00"+k.KeyID+"\x00"+string(der))
 	}
 	slices.Sort(all)
@@ -115,21 +113,20 @@ func (c *Content) Digest() string {
 	return hex.EncodeToString(sum.Sum(nil))
 }
 
-// usable returns the authorities that can be used, each once, in the order in
-// which they were first given, and lists the others as left out.
+// usable returns the usable authorities, each once, in the order of their first
+// occurrence, and lists the others as left out.
 //
-//   - The same certificate, or the same key under the same key ID, given twice
-//     is one authority. A nested SPIRE server publishes a JWT key twice, once
-//     with and once without the mark, after the root of the nesting taints it.
-//   - Different certificates of one authority ID, such as those of a root that
-//     was issued anew or is cross-signed, are all trusted: each verifies chains
-//     that the others may not.
-//   - Of different JWT keys under one key ID the first is used. Servers append,
-//     so it is the one that tokens in use are signed with, and nothing that is
-//     added later can take over a name in use or withdraw trust in it.
-//   - A taint mark counts for the ID: SVIDs are known by the ID of their
-//     authority, and of two certificates or keys nobody can say which signed. So
-//     it counts as well when the copy that carries it cannot be used.
+//   - The same certificate, or the same key with the same key ID, is one authority.
+//     After a taint by the root of the nesting, a nested SPIRE server publishes a JWT
+//     key twice, with and without the mark.
+//   - Different certificates of one authority ID, such as those of a reissued or
+//     cross-signed root, are all trusted: each verifies chains that the others may not.
+//   - Of different JWT keys with one key ID the first is used. Servers append, so it is
+//     the one that signed the tokens in use, and a key that is added later can neither
+//     take over a key ID in use nor withdraw trust in it.
+//   - A taint mark counts for the ID, because an SVID is known by the ID of its
+//     authority, which does not tell which of two certificates or keys signed it. The
+//     mark of an unusable authority counts, too.
 func (c *Content) usable() Content {
 	u := sorter{
 		out:   Content{Sequence: c.Sequence, RefreshHint: c.RefreshHint},
@@ -166,7 +163,7 @@ type sorter struct {
 	out   Content
 	certs map[cert]bool
 	keys  map[string]int     // index in out.JWT by key ID
-	marks map[name]time.Time // since when each tainted ID is, zero when not known
+	marks map[name]time.Time // since when each ID is tainted, zero if unknown
 	left  map[LeftOut]bool
 }
 
@@ -237,10 +234,9 @@ func (u *sorter) addJWT(k JWTAuthority) {
 	u.mark(TypeJWT, k.KeyID, k.Tainted, time.Time{})
 }
 
-// canSign reports whether a chain can lead to the certificate at all, by the
-// rule of crypto/x509, which knows certificates of version 1, too. Another one
-// among the roots would verify itself: a workload's SVID would be its own
-// authority.
+// canSign reports whether the certificate can be a CA by the rule of crypto/x509, which
+// accepts version 1. As a root, any other certificate would verify itself: a workload's
+// SVID would be its own authority.
 func canSign(cert *x509.Certificate) bool {
 	if cert.Version >= 3 && !cert.BasicConstraintsValid || cert.BasicConstraintsValid && !cert.IsCA {
 		return false
@@ -248,9 +244,8 @@ func canSign(cert *x509.Certificate) bool {
 	return cert.KeyUsage == 0 || cert.KeyUsage&x509.KeyUsageCertSign != 0
 }
 
-// unusableKey says why a JWT authority cannot be used; empty when it can.
-// Workloads get the keys as a JWK set, so a key that has no such form is of no
-// use to them.
+// unusableKey returns why a JWT authority cannot be used, empty if it can. Workloads get
+// the keys as a JWK set, so a key without that form is unusable.
 func unusableKey(k JWTAuthority) string {
 	if k.KeyID == "" {
 		return "it has no key ID"
@@ -260,7 +255,7 @@ func unusableKey(k JWTAuthority) string {
 	}
 	jwk := jose.JSONWebKey{Key: k.PublicKey, KeyID: k.KeyID}
 	if !jwk.IsPublic() || !jwk.Valid() {
-		return "it is not a public key of a supported kind"
+		return "it is not a public key of a supported type"
 	}
 	if _, err := jwk.MarshalJSON(); err != nil {
 		return fmt.Sprintf("its key has no JWK form: %v", err)

@@ -40,7 +40,7 @@ func newKey(t testing.TB, curve elliptic.Curve) *ecdsa.PrivateKey {
 	return key
 }
 
-// junk is what no bundle can use, as a server can send it.
+// junk has unusable elements, as a server can send them.
 func junk(t testing.TB) map[string]func(*bundle.Content) {
 	root, other := newCA(t, "j", nil), newCA(t, "k", nil)
 	notCA := root.leaf(t)
@@ -62,8 +62,7 @@ func junk(t testing.TB) map[string]func(*bundle.Content) {
 	}
 }
 
-// What cannot be used is left out alone, and says why; the mark of an X.509
-// authority beside it counts.
+// An unusable authority is left out alone, with a reason, and its taint mark counts.
 func TestUnusableAuthorityIsLeftOutAlone(t *testing.T) {
 	t.Parallel()
 	root := newCA(t, "a", nil)
@@ -95,13 +94,13 @@ func TestUnusableAuthorityIsLeftOutAlone(t *testing.T) {
 				t.Errorf("%s: the taint mark is lost", name)
 			}
 			if !bytes.Equal(b.X509DER(), root.cert.Raw) || strings.Count(string(b.JWKS()), `"kid"`) != 2+1 { // one of them is the ID
-				t.Errorf("%s: workloads are told %s", name, b.JWKS())
+				t.Errorf("%s: workloads get %s", name, b.JWKS())
 			}
 		}
 	}
 }
 
-// The same authority given twice is one, tainted if either copy is.
+// A duplicate authority is one, tainted if either copy is.
 func TestSameAuthorityTwiceIsOne(t *testing.T) {
 	t.Parallel()
 	root := newCA(t, "a", nil)
@@ -129,8 +128,8 @@ func TestSameAuthorityTwiceIsOne(t *testing.T) {
 	}
 }
 
-// A root that was issued anew or cross-signed is published as several certificates
-// with one ID. All are trusted, and the mark of one counts for the ID.
+// A reissued or cross-signed root is published as several certificates with one ID. All
+// are trusted, and the mark of one counts for the ID.
 func TestCertificatesOfOneID(t *testing.T) {
 	t.Parallel()
 	root, above := newCA(t, "a", nil), newCA(t, "b", nil)
@@ -138,10 +137,10 @@ func TestCertificatesOfOneID(t *testing.T) {
 	template.NotAfter = template.NotAfter.Add(time.Hour)
 	reissued := sign(t, &template, &template, root.key, root.key)
 	cross := sign(t, &template, above.cert, root.key, above.key)
-	stranger := newCA(t, "a", nil) // the ID of another one
-	for marked, by := range []*x509.Certificate{root.cert, reissued, cross, stranger.cert} {
+	unrelated := newCA(t, "a", nil) // another key with the same ID
+	for marked, by := range []*x509.Certificate{root.cert, reissued, cross, unrelated.cert} {
 		c := bundle.Content{}
-		for i, cert := range []*x509.Certificate{root.cert, reissued, cross, stranger.cert} {
+		for i, cert := range []*x509.Certificate{root.cert, reissued, cross, unrelated.cert} {
 			c.X509 = append(c.X509, bundle.X509Authority{Certificate: cert, Tainted: i == marked})
 		}
 		b, err := bundle.New(td, c)
@@ -151,7 +150,7 @@ func TestCertificatesOfOneID(t *testing.T) {
 		if len(b.X509()) != 4 || len(b.LeftOut()) != 0 {
 			t.Fatalf("%d certificates, left out %v", len(b.X509()), b.LeftOut())
 		}
-		for _, leaf := range []*x509.Certificate{root.leaf(t), stranger.leaf(t)} {
+		for _, leaf := range []*x509.Certificate{root.leaf(t), unrelated.leaf(t)} {
 			id, err := b.Verify(leaf, nil, time.Now())
 			if err != nil {
 				t.Fatal(err)
@@ -163,8 +162,7 @@ func TestCertificatesOfOneID(t *testing.T) {
 	}
 }
 
-// Of two keys with one ID the first is used, whatever was added later, and a mark
-// on either counts for the ID.
+// Of two keys with one ID the first is used, and a mark of either counts for the ID.
 func TestTwoKeysOfOneID(t *testing.T) {
 	t.Parallel()
 	root := newCA(t, "a", nil)
@@ -189,9 +187,9 @@ func TestTwoKeysOfOneID(t *testing.T) {
 	}
 }
 
-// Whatever is mixed into a bundle, and in whatever order and number its parts are
-// given: all that can be used comes out, each authority once, with every taint mark
-// that a copy of it carries; the result made into a bundle again is the same.
+// Whatever a bundle is made of, in whatever order and number: it has all usable
+// authorities, each once, with every taint mark of a copy. A bundle made of the result is
+// the same.
 func TestMixedBundles(t *testing.T) {
 	t.Parallel()
 	cas := make([]*ca, 5)
@@ -244,12 +242,12 @@ func TestMixedBundles(t *testing.T) {
 		}
 		again, err := bundle.New(td, bundle.Content{Sequence: b.Sequence(), X509: b.X509(), JWT: b.JWT(), LeftOut: b.LeftOut()})
 		if err != nil || !again.Equal(b) {
-			t.Errorf("made again it is another one: %v", err)
+			t.Errorf("made of the result it is another one: %v", err)
 		}
 	})
 }
 
-// What is left out is said once for each change, in one line that stays short.
+// The authorities left out are logged once for each change, in one short line.
 func TestLeftOutIsLoggedOnce(t *testing.T) {
 	t.Parallel()
 	var log strings.Builder

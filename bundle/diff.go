@@ -1,9 +1,9 @@
 package bundle
 
-// Kind is what became of an authority between two bundles.
+// Kind is how an authority changed between two bundles.
 type Kind string
 
-// The kinds of change an authority can go through.
+// The kinds of change.
 const (
 	KindAdded     Kind = "added"
 	KindTainted   Kind = "tainted"
@@ -11,23 +11,23 @@ const (
 	KindRemoved   Kind = "removed"
 )
 
-// The types of authority. A [Change] is about one of the first two.
+// The types of authority. A [Change] has one of the first two.
 const (
 	TypeX509    = "x509"
 	TypeJWT     = "jwt"
-	TypeUnknown = "unknown" // of a [LeftOut] that is of neither
+	TypeUnknown = "unknown" // of a [LeftOut] that is neither
 )
 
-// Change is one authority's step between two bundles of one trust domain.
+// Change is the change of one authority between two bundles of one trust domain.
 type Change struct {
 	Kind Kind
 	Type string // TypeX509 or TypeJWT
 	ID   string // authority ID or JWT key ID
 }
 
-// Diff lists what changed from one bundle to the next, in the order of the next one's authorities
-// and then of those removed. An authority that arrives tainted is both added
-// and tainted. A nil bundle has no authorities.
+// Diff lists the changes from one bundle to the next, in the order of the next one's
+// authorities and then of the removed ones. An authority that is tainted when it is
+// added has both changes. A nil bundle has no authorities.
 func Diff(from, to *Bundle) []Change {
 	var out []Change
 	for _, typ := range []string{TypeX509, TypeJWT} {
@@ -58,8 +58,7 @@ type mark struct {
 	tainted bool
 }
 
-// marks lists one mark for each authority ID, tainted when any of its
-// certificates is.
+// marks lists one mark for each authority ID, tainted if any of its certificates is.
 func marks(b *Bundle, typ string) []mark {
 	if b == nil {
 		return nil

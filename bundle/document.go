@@ -11,24 +11,24 @@ import (
 	"github.com/go-jose/go-jose/v4"
 )
 
-// maxHint keeps nonsense from overflowing a duration, in seconds.
+// maxHint is the maximum refresh hint in seconds, so that no hint overflows a duration.
 const maxHint = 365 * 24 * 3600
 
-// Seconds is a refresh hint as servers give it, within what a duration holds.
+// Seconds returns a refresh hint in seconds as a duration within 0 and a year.
 func Seconds(hint int64) time.Duration {
 	return time.Duration(min(max(hint, 0), maxHint)) * time.Second
 }
 
-// Document is a trust bundle as a file or a bundle endpoint has it. What it
-// holds can be used, and each authority is there once.
+// Document is a trust bundle from a file or a bundle endpoint. It has each usable
+// authority once.
 type Document struct {
 	Content
-	// Numbered says that it has a sequence number, which may be zero.
+	// Numbered means that it has a sequence number, which may be zero.
 	Numbered bool
 }
 
-// Read reads a trust bundle in SPIFFE's format or as PEM certificates. Neither
-// says anything about taints.
+// Read parses a trust bundle in SPIFFE's format or as PEM certificates. Neither has taint
+// marks.
 func Read(data []byte) (*Document, error) {
 	data = bytes.TrimSpace(data)
 	if bytes.HasPrefix(data, []byte("{")) {
@@ -37,13 +37,12 @@ func Read(data []byte) (*Document, error) {
 	return readPEM(data)
 }
 
-// ReadJSON reads a trust bundle in SPIFFE's format (SPIFFE Trust Domain and
-// Bundle, section 4). What cannot be used is left out, as the specification
-// demands for kinds of authorities that are not known (section 4.2).
+// ReadJSON parses a trust bundle in SPIFFE's format (SPIFFE Trust Domain and Bundle,
+// section 4). Unusable authorities are left out, as the specification requires for
+// unknown types (section 4.2).
 //
-// A document without any X.509 authority is one that withdraws all of them.
-// One whose X.509 authorities all cannot be used does not say that, and is an
-// error.
+// A document without X.509 authorities withdraws all of them. A document whose X.509
+// authorities are all unusable does not, and is an error.
 func ReadJSON(data []byte) (*Document, error) {
 	var doc struct {
 		Keys        *[]json.RawMessage `json:"keys"`
@@ -51,10 +50,10 @@ func ReadJSON(data []byte) (*Document, error) {
 		RefreshHint *int64             `json:"spiffe_refresh_hint"`
 	}
 	if err := json.Unmarshal(data, &doc); err != nil {
-		return nil, fmt.Errorf("it is not a bundle in SPIFFE's format: %w", err)
+		return nil, fmt.Errorf("not a bundle in SPIFFE's format: %w", err)
 	}
 	if doc.Keys == nil {
-		return nil, errors.New(`it is not a bundle in SPIFFE's format: it has no "keys"`)
+		return nil, errors.New(`not a bundle in SPIFFE's format: no "keys"`)
 	}
 	var d Document
 	if doc.Sequence != nil {
@@ -82,9 +81,8 @@ func ReadJSON(data []byte) (*Document, error) {
 
 const notAnObject = "it is not a key"
 
-// addKey adds one authority of the two kinds that there are, or returns what is
-// to be left out. No text of the key itself gets into the reason: it may be a
-// private one.
+// addKey adds one X.509 or JWT authority, or returns what is left out. The reason has no
+// text of the key itself, which may be a private one.
 func (c *Content) addKey(raw json.RawMessage) *LeftOut {
 	var head struct {
 		Use *string `json:"use"`
@@ -122,7 +120,7 @@ func (c *Content) addKey(raw json.RawMessage) *LeftOut {
 	return nil
 }
 
-// readPEM reads certificates, one authority each.
+// readPEM parses certificates, one authority each.
 func readPEM(data []byte) (*Document, error) {
 	var d Document
 	for {
@@ -138,7 +136,7 @@ func readPEM(data []byte) (*Document, error) {
 		d.AddX509(block.Bytes, false)
 	}
 	if len(d.X509)+len(d.LeftOut) == 0 {
-		return nil, errors.New("it holds neither PEM certificates nor a SPIFFE bundle in JSON")
+		return nil, errors.New("neither PEM certificates nor a SPIFFE bundle in JSON")
 	}
 	d.Content = d.usable()
 	if len(d.X509) == 0 {

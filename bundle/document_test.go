@@ -69,7 +69,7 @@ func TestReadDocument(t *testing.T) {
 		t.Errorf("no keys: %+v, %v", empty, err)
 	}
 	for _, text := range []string{"", "hello", "{", "{}", `{"keys":null}`, `{"keys":{}}`, `{"keys":[],"spiffe_sequence":-1}`, `{"keys":[]}x`,
-		// Nothing is withdrawn by what cannot be read.
+		// An unreadable document withdraws nothing.
 		`{"keys":[1]}`, doc(`{"use":"x509-svid","kty":"XYZ"}`), doc(strings.Replace(x509Key(t, root.cert), `"x5c":["`, `"x5c":["AAAA`, 1)), doc(x509Key(t, root.leaf(t))),
 		string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("x")})),
 	} {
@@ -79,8 +79,8 @@ func TestReadDocument(t *testing.T) {
 	}
 }
 
-// In a document, too, what cannot be used is left out alone, and nothing of a
-// private key gets into the log.
+// In a document, too, an unusable authority is left out alone, and the reason has nothing
+// of a private key.
 func TestDocumentWithUnusableKeys(t *testing.T) {
 	t.Parallel()
 	root, other := newCA(t, "a", nil), newCA(t, "b", nil)
@@ -124,9 +124,8 @@ func TestDocumentWithUnusableKeys(t *testing.T) {
 	}
 }
 
-// FuzzDocument: whatever a file or an endpoint holds, what is read of it is a bundle
-// that agents can be told, without private keys, and reading its parts again gives the
-// same.
+// FuzzDocument: any file or answer of an endpoint that can be parsed is a bundle that can
+// be published, without private keys, and parsing its parts again gives the same.
 func FuzzDocument(f *testing.F) {
 	root := newCA(f, "a", nil)
 	f.Add([]byte(doc(x509Key(f, root.cert), jwk(f, "jwt-svid", jose.JSONWebKey{Key: root.key.Public(), KeyID: "k"}))))

@@ -12,10 +12,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Federated bundles are asked for on two lanes. All that answer within a second
-// share the first. One that has not is asked for on the second, with the time
-// that it takes, until it is quick again: however many hang, those that answer
-// do not wait behind them.
+// Federated bundles are fetched on two lanes. A bundle whose last request took more than
+// a second is fetched on the second lane, with a longer timeout, until it is fast again.
+// So requests that hang do not delay those that are answered.
 var lanes = [...]struct {
 	limit   int // requests at a time
 	timeout time.Duration
@@ -30,21 +29,21 @@ const (
 	slow
 )
 
-// failureLimit is how long the requests for a federated bundle fail, while those
-// for the own bundle do not, until that is worth a line of the log.
+// failureLimit is how long requests for a federated bundle fail before a warning is
+// logged. While those for the own bundle fail, none is.
 const failureLimit = time.Minute
 
-// following is the way to one federated bundle. It belongs to Run.
+// following is the state of one federated bundle. It is owned by Run.
 type following struct {
 	wanted, asking bool
-	due            time.Time // zero: at once
+	due            time.Time // of the next request; zero: at once
 	lane           int
 	doubt          doubt
-	failing        time.Time // since when requests fail; zero: they do not
-	warned         bool      // of that
+	failing        time.Time // since when requests fail; zero: the last one did not
+	warned         bool      // the failures were logged as a warning
 }
 
-// federatedAnswer is what came of one request.
+// federatedAnswer is the result of one request.
 type federatedAnswer struct {
 	td     spiffeid.TrustDomain
 	lane   int
@@ -53,8 +52,8 @@ type federatedAnswer struct {
 	err    error
 }
 
-// askFederated asks for the federated bundles that are due, as far as there is
-// room, and returns when the next one is due; zero when that is up to an answer.
+// askFederated starts requests for the federated bundles that are due, within the limits
+// of the lanes. It returns when the next one is due; zero if that depends on an answer.
 func (r *Refresher) askFederated(ctx context.Context, work *sync.WaitGroup) (next time.Time) {
 	if r.snap == nil {
 		return next
@@ -71,7 +70,7 @@ func (r *Refresher) askFederated(ctx context.Context, work *sync.WaitGroup) (nex
 			next = f.due
 		}
 	}
-	// Who has waited for room the longest is next.
+	// The one that has waited the longest is next.
 	slices.SortFunc(due, func(a, b spiffeid.TrustDomain) int { return r.federated[a].due.Compare(r.federated[b].due) })
 	for _, td := range due {
 		f := r.federated[td]
@@ -92,7 +91,7 @@ func (r *Refresher) ask(ctx context.Context, td spiffeid.TrustDomain, lane int) 
 	return federatedAnswer{td, lane, time.Since(began), b, err}
 }
 
-// want has just these bundles be followed and drops the others.
+// want sets which federated bundles are followed and drops the others.
 func (r *Refresher) want(wanted []spiffeid.TrustDomain) {
 	for _, f := range r.federated {
 		f.wanted = false
@@ -129,7 +128,7 @@ func (r *Refresher) want(wanted []spiffeid.TrustDomain) {
 	r.publish(next)
 }
 
-// clone is a copy whose maps may be changed.
+// clone returns a copy whose maps may be changed.
 func (s *Snapshot) clone() *Snapshot {
 	out := &Snapshot{Own: s.Own, Federated: make(map[spiffeid.TrustDomain]*Bundle), NotFound: make(map[spiffeid.TrustDomain]bool)}
 	maps.Copy(out.Federated, s.Federated)
@@ -137,12 +136,12 @@ func (s *Snapshot) clone() *Snapshot {
 	return out
 }
 
-// refreshFederated draws the conclusions of an answer, and of all that have come
-// meanwhile, and publishes what follows from them at once.
+// refreshFederated applies an answer, and all others that have arrived meanwhile, and
+// publishes at most one snapshot.
 func (r *Refresher) refreshFederated(a federatedAnswer) {
 	next, changed := r.snap.clone(), false
 	for {
-		if r.conclude(next, a) {
+		if r.apply(next, a) {
 			changed = true
 		}
 		select {
@@ -157,8 +156,8 @@ func (r *Refresher) refreshFederated(a federatedAnswer) {
 	}
 }
 
-// conclude brings one answer into next and reports whether that has changed it.
-func (r *Refresher) conclude(next *Snapshot, a federatedAnswer) bool {
+// apply applies one answer to next and reports whether next has changed.
+func (r *Refresher) apply(next *Snapshot, a federatedAnswer) bool {
 	r.busy[a.lane]--
 	f := r.federated[a.td]
 	f.asking = false
@@ -173,7 +172,7 @@ func (r *Refresher) conclude(next *Snapshot, a federatedAnswer) bool {
 	none := errors.Is(a.err, ErrNotFound)
 	if a.err != nil && !none {
 		if a.lane == prompt && f.lane == slow {
-			f.due = time.Time{} // now with more time
+			f.due = time.Time{} // again at once, with the longer timeout
 			return false
 		}
 		r.failedFederated(f, a)
@@ -188,14 +187,14 @@ func (r *Refresher) conclude(next *Snapshot, a federatedAnswer) bool {
 	switch {
 	case none && next.NotFound[a.td]:
 		return false
-	case none && held != nil && r.withheld(&f.doubt, "server answered without the federated bundle", "trust_domain", a.td.Name()):
+	case none && held != nil && r.withheld(&f.doubt, "federated bundle not found", "trust_domain", a.td.Name()):
 		return false
 	case none:
 		delete(next.Federated, a.td)
 		next.NotFound[a.td] = true
 		return true
-	case older(held, a.bundle) && r.withheld(&f.doubt, "server answered with an older federated bundle",
-		"trust_domain", a.td.Name(), "sequence", a.bundle.Sequence(), "held", held.Sequence()):
+	case older(held, a.bundle) && r.withheld(&f.doubt, "older federated bundle received",
+		"trust_domain", a.td.Name(), "sequence", a.bundle.Sequence(), "current", held.Sequence()):
 		return false
 	}
 	f.doubt = doubt{}
@@ -210,9 +209,8 @@ func (r *Refresher) conclude(next *Snapshot, a federatedAnswer) bool {
 	return true
 }
 
-// failedFederated logs failures: as a warning, once, those of one trust domain
-// that last. While the server does not answer at all, the line about the own
-// bundle says so.
+// failedFederated logs a failure: as a warning, once, if one trust domain has failed for
+// failureLimit. While the server does not answer at all, the own bundle's warning says so.
 func (r *Refresher) failedFederated(f *following, a federatedAnswer) {
 	level := r.cfg.Log.Debug
 	switch {
@@ -221,5 +219,5 @@ func (r *Refresher) failedFederated(f *following, a federatedAnswer) {
 	case !f.warned && !r.failing && time.Since(f.failing) >= failureLimit:
 		f.warned, level = true, r.cfg.Log.Warn
 	}
-	level("federated bundle refresh failed, keeping the bundle held", "trust_domain", a.td.Name(), "error", a.err)
+	level("federated bundle refresh failed, current one kept", "trust_domain", a.td.Name(), "error", a.err)
 }

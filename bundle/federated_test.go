@@ -18,8 +18,7 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// partners is a source with federated bundles that takes its time, or has trouble,
-// for each of them.
+// partners is a source of federated bundles, each of which may be slow, hang or fail.
 type partners struct {
 	*source
 	answer func(ctx context.Context, td spiffeid.TrustDomain) error // nil: as the source has it
@@ -38,7 +37,7 @@ func (p *partners) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDo
 	return p.source.FetchFederatedBundle(ctx, td)
 }
 
-// hang waits as long as the caller does.
+// hang waits for as long as the caller does.
 func hang(ctx context.Context) error {
 	<-ctx.Done()
 	return ctx.Err()
@@ -73,7 +72,7 @@ func foreignBundle(t testing.TB, td spiffeid.TrustDomain, seq uint64, names ...s
 	return b
 }
 
-// newPartners is a source with n federated bundles, and their trust domains.
+// newPartners returns a source of n federated bundles, and their trust domains.
 func newPartners(t testing.TB, n int) (*partners, []spiffeid.TrustDomain) {
 	p := &partners{
 		source: &source{own: newBundle(t, 1, bundle.X509Authority{Certificate: newCA(t, "own", nil).cert}), federated: map[spiffeid.TrustDomain]*bundle.Bundle{}},
@@ -98,7 +97,7 @@ func last(published func() []*bundle.Snapshot) *bundle.Snapshot {
 	return got[len(got)-1]
 }
 
-// A taint of the own bundle waits for the bundles of nobody else.
+// A taint mark in the own bundle does not wait for federated bundles.
 func TestFederatedBundlesDoNotDelayTheOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src, wanted := newPartners(t, 5)
@@ -119,9 +118,9 @@ func TestFederatedBundlesDoNotDelayTheOwn(t *testing.T) {
 	})
 }
 
-// With 200 federated trust domains of which a third hangs, and none of them says so
-// at first, the others are as new as the own bundle, and the server is never asked
-// for more than a few at a time. Those that hang are found when they do not any more.
+// With 200 federated trust domains of which a third hangs, the others are as new as the
+// own bundle, and the server never gets more than a few requests at a time. Those that
+// hang are refreshed when they recover.
 func TestHangingFederatedBundlesDelayNoOther(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src, wanted := newPartners(t, 200)
@@ -159,7 +158,7 @@ func TestHangingFederatedBundlesDelayNoOther(t *testing.T) {
 			well.Store(true)
 			time.Sleep(time.Minute)
 			if n := len(last(published).Federated); n != len(wanted) {
-				t.Errorf("%d of %d bundles a minute after all answer again", n, len(wanted))
+				t.Errorf("%d of %d bundles a minute after all have recovered", n, len(wanted))
 			}
 			if most := src.most.Load(); most > 32 {
 				t.Errorf("%d requests at a time", most)
@@ -168,7 +167,7 @@ func TestHangingFederatedBundlesDelayNoOther(t *testing.T) {
 	})
 }
 
-// A server that takes its time is given it.
+// A slow server gets the time that it needs.
 func TestSlowFederatedBundles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src, wanted := newPartners(t, 30)
@@ -183,9 +182,9 @@ func TestSlowFederatedBundles(t *testing.T) {
 	})
 }
 
-// A federated bundle is as new as the own one: a key that is withdrawn is trusted
-// no longer than that.
-func TestFederatedBundleIsFollowedAtTheOwnPace(t *testing.T) {
+// A federated bundle is as new as the own one: a removed key is trusted no longer than
+// one of the own bundle.
+func TestFederatedBundleIsAsNewAsTheOwn(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src, wanted := newPartners(t, 1)
 		cfg := bundle.RefresherConfig{Federated: func() []spiffeid.TrustDomain { return wanted }}
@@ -203,8 +202,8 @@ func TestFederatedBundleIsFollowedAtTheOwnPace(t *testing.T) {
 	})
 }
 
-// What takes a federated bundle or a part of it back has to stay for a minute: it may
-// be the answer of a replica that lags. In the end it is followed.
+// An answer without the federated bundle, or with an older one, is applied after a minute
+// of such answers: a replica may lag.
 func TestWithdrawalHasToStay(t *testing.T) {
 	td := spiffeid.RequireTrustDomainFromString("p000.test")
 	for name, back := range map[string]*bundle.Bundle{"none": nil, "older": foreignBundle(t, td, 6, "old")} {
@@ -247,7 +246,7 @@ func TestWithdrawalHasToStay(t *testing.T) {
 					src.setFederated(td, newest)
 					time.Sleep(6 * time.Second)
 					if got := last(published); !got.Federated[td].Equal(newest) || len(got.NotFound) > 0 {
-						t.Errorf("what comes again is not followed at once: %v", got)
+						t.Errorf("the bundle that is back is not applied at once: %v", got)
 					}
 				})
 			})
@@ -255,8 +254,8 @@ func TestWithdrawalHasToStay(t *testing.T) {
 	}
 }
 
-// A kept bundle is there from the start and is asked for at once; it goes when it is
-// not wanted any more. The own trust domain is never asked for in this way.
+// A bundle kept over a restart is published from the start and refreshed at once. It is
+// dropped when it is no longer wanted. The own trust domain is never requested this way.
 func TestKeptFederatedBundles(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		src, wanted := newPartners(t, 2)

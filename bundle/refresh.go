@@ -11,18 +11,18 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// Fetcher asks the server for trust bundles. Implementations return within a
-// deadline of their own, and soon when ctx ends, and never return a nil Bundle
-// without an error. They are safe for concurrent use.
+// Fetcher requests trust bundles from the server. Implementations return within a
+// deadline of their own, and soon after ctx ends. They never return a nil Bundle without
+// an error, and are safe for concurrent use.
 type Fetcher interface {
 	// FetchBundle returns the node's own trust bundle.
 	FetchBundle(ctx context.Context) (*Bundle, error)
-	// FetchFederatedBundle returns another trust domain's bundle, or
-	// [ErrNotFound] when the server has none.
+	// FetchFederatedBundle returns another trust domain's bundle, or [ErrNotFound] if
+	// the server has none.
 	FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDomain) (*Bundle, error)
 }
 
-// The outcomes of a refresh that a [RefresherConfig.Observe] is told.
+// The outcomes of a refresh that [RefresherConfig.Observe] receives.
 const (
 	OutcomeApplied   = "applied"
 	OutcomeUnchanged = "unchanged"
@@ -31,16 +31,15 @@ const (
 )
 
 const (
-	// DefaultInterval is how often the server is asked for the bundle.
+	// DefaultInterval is the default polling interval.
 	DefaultInterval = 5 * time.Second
-	// kickInterval is the least time from a refresh that [Refresher.Refresh] asked
-	// for to the next such one. The first explains what there is to explain. If it
-	// does not, because a replica lags or somebody unknown signs, asking more often
-	// than the polls do only adds load.
+	// kickInterval is the minimum time between two refreshes by [Refresher.Refresh].
+	// If a new bundle does not have the authority that was missing, because a replica
+	// lags or the authority is not the server's, more requests than the polls only add
+	// load.
 	kickInterval = DefaultInterval
-	// staleLimit is how long answers that take something back, because they are
-	// older than what is held, are taken for those of a lagging replica. What
-	// stays older is a restored data store.
+	// staleLimit is how long older answers are attributed to a lagging replica. After
+	// that they are attributed to a restored data store.
 	staleLimit = time.Minute
 )
 
@@ -48,37 +47,35 @@ const (
 // required.
 type RefresherConfig struct {
 	Fetcher Fetcher
-	// Publish is called from Run with each new snapshot, never concurrently
-	// and never with an equal one twice. The Refresher waits for it.
+	// Publish receives each new snapshot from Run, never concurrently and never an
+	// equal one twice. Run waits for it.
 	Publish func(*Snapshot)
-	// Federated tells the trust domains whose bundles are wanted besides the
-	// own one. It is called often. Nil means none.
+	// Federated returns the trust domains whose bundles are wanted besides the own
+	// one. It is called often. Nil means none.
 	Federated func() []spiffeid.TrustDomain
-	// Initial is the bundle to start from: the one kept over a restart, with
-	// its TaintedSince times, or the one trust was bootstrapped from.
-	// It is published as soon as Run starts, unless it is nil.
+	// Initial is the bundle to start with: the one kept over a restart, with its
+	// TaintedSince times, or the bootstrap bundle. Run publishes it first, unless it
+	// is nil.
 	Initial *Bundle
 	// InitialFederated are the federated bundles kept over a restart. They are
 	// published with the first own bundle.
 	InitialFederated map[spiffeid.TrustDomain]*Bundle
 	// Interval is the time between two refreshes of the own bundle and of each
-	// federated one, before [Jitter], which is drawn anew each time. Zero means
-	// DefaultInterval.
+	// federated one, before [Jitter]. Zero means DefaultInterval.
 	Interval time.Duration
-	// Observe, when set, is told the outcome of each refresh of the own
-	// bundle and the bundle then in force (nil when there is none yet).
+	// Observe, if set, receives the outcome of each refresh of the own bundle and the
+	// current bundle, nil if there is none yet.
 	Observe func(outcome string, b *Bundle)
 	Log     *slog.Logger
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
 }
 
-// Refresher keeps the node's trust bundles current. Run does the work and
-// owns all of its state; Refresh may be called from any goroutine.
+// Refresher keeps the node's trust bundles current. Run does the work and owns all of its
+// state; Refresh is safe for concurrent use.
 //
-// Each bundle is asked for on a goroutine that Run waits for, so that no answer
-// that is late delays another one. The answers come back to Run, which alone
-// decides and publishes.
+// Each request has a goroutine that Run waits for, so that no late answer delays another
+// one. The answers go to Run, which alone decides and publishes.
 type Refresher struct {
 	cfg  RefresherConfig
 	kick chan struct{}
@@ -89,11 +86,11 @@ type Refresher struct {
 	failing   bool
 	federated map[spiffeid.TrustDomain]*following
 	answers   chan federatedAnswer
-	busy      [2]int // requests for federated bundles under way, by lane
+	busy      [2]int // requests for federated bundles in flight, by lane
 }
 
-// NewRefresher returns a Refresher that does nothing until Run is called. It
-// panics when a required field is missing: that is a mistake in the program.
+// NewRefresher returns a Refresher that does nothing until Run is called. It panics if a
+// required field is missing, which is a bug in the program.
 func NewRefresher(cfg RefresherConfig) *Refresher {
 	if cfg.Fetcher == nil || cfg.Publish == nil {
 		panic("bundle: RefresherConfig needs Fetcher and Publish")
@@ -121,10 +118,10 @@ func NewRefresher(cfg RefresherConfig) *Refresher {
 	}
 }
 
-// Refresh asks Run to refresh the own bundle now instead of at the next interval,
-// for when something was seen that only a newer bundle explains, and to ask for
-// federated bundles that have come to be wanted. It does not wait. Called again and
-// again, it has the own bundle refreshed at once and then every 5 s.
+// Refresh makes Run refresh the own bundle now instead of at the next interval, and
+// request federated bundles that are newly wanted. Call it when an authority is missing
+// from the bundle. It does not wait. However often it is called, the own bundle is
+// refreshed at once and then at most every 5 s.
 func (r *Refresher) Refresh() {
 	select {
 	case r.kick <- struct{}{}:
@@ -132,8 +129,7 @@ func (r *Refresher) Refresh() {
 	}
 }
 
-// Run refreshes until ctx is done and then returns nil. Nothing that a server
-// answers ends it.
+// Run refreshes until ctx is done and then returns nil. No answer of a server ends it.
 func (r *Refresher) Run(ctx context.Context) error {
 	var work sync.WaitGroup
 	defer work.Wait()
@@ -147,9 +143,9 @@ func (r *Refresher) Run(ctx context.Context) error {
 		err    error
 	}
 	own := make(chan answer, 1)
-	asking, kicked := false, false // kicked: no request has begun since Refresh was called
+	asking, kicked := false, false // kicked: Refresh was called, and no request has begun since
 	due := time.Now()
-	var answering time.Time // when the last request began that Refresh had asked for
+	var answering time.Time // when the last request by Refresh began
 	timer := time.NewTimer(0)
 	defer timer.Stop()
 	for {
@@ -195,13 +191,13 @@ func (r *Refresher) Run(ctx context.Context) error {
 	}
 }
 
-// Jitter draws the pause before the next poll: interval ±10 %, so that a fleet
-// does not ask in step.
+// Jitter returns the pause before the next poll: interval ±10 %, so that the nodes of a
+// fleet do not poll at the same time.
 func Jitter(interval time.Duration) time.Duration {
 	return time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))
 }
 
-// refresh draws the conclusions of one answer to the own bundle.
+// refresh applies one answer for the own bundle.
 func (r *Refresher) refresh(own *Bundle, err error) {
 	now := r.cfg.Now()
 	last := Snapshot{Federated: r.cfg.InitialFederated}
@@ -235,48 +231,48 @@ func (r *Refresher) refresh(own *Bundle, err error) {
 	r.cfg.Observe(outcome, own)
 }
 
-// failed logs the first of a row of failures as a warning and the rest as
-// debug lines: one line for each thing a person cares about.
+// failed logs the first of consecutive failures as a warning and the others at debug
+// level.
 func (r *Refresher) failed(err error) {
 	level := slog.LevelDebug
 	if !r.failing {
 		r.failing, level = true, slog.LevelWarn
 	}
-	r.cfg.Log.Log(context.Background(), level, "bundle refresh failed, keeping the bundle held", "error", err)
+	r.cfg.Log.Log(context.Background(), level, "bundle refresh failed, current one kept", "error", err)
 }
 
-// stale reports whether got is an older bundle than held. A replica that reads
-// from a lagging database answers with one, and to follow it would take back a
-// taint or, worse, make everything signed by the newest authority look
-// removed. After staleLimit without a newer answer the older one is real.
+// stale reports whether got is older than held and is not to be applied. It may be the
+// answer of a replica that reads from a lagging database. Applying it would withdraw a
+// taint mark or, worse, remove the newest authority. After staleLimit without a newer
+// answer the older one is applied.
 func (r *Refresher) stale(held, got *Bundle) bool {
 	if !older(held, got) {
 		r.doubt = doubt{}
 		return false
 	}
-	return r.withheld(&r.doubt, "server answered with an older bundle",
-		"sequence", got.Sequence(), "held", held.Sequence())
+	return r.withheld(&r.doubt, "older bundle received",
+		"sequence", got.Sequence(), "current", held.Sequence())
 }
 
-// older reports whether got says that it is older than held.
+// older reports whether got has a lower sequence number than held.
 func older(held, got *Bundle) bool {
 	return held != nil && got.Sequence() != 0 && got.Sequence() < held.Sequence()
 }
 
-// doubt is about answers in a row that take something back. Zero means that
-// the last answer did not.
+// doubt counts consecutive answers that are older than the current bundle. Zero means that
+// the last answer was not.
 type doubt struct {
 	last  time.Time
-	stood time.Duration // how long they have come for
+	stood time.Duration // for how long they have been received
 }
 
-// withheld notes one such answer and reports whether it is not to be followed
-// yet, with one line of the log when that begins and one when it ends. Only time
-// with answers counts: two of them with an outage in between prove nothing.
+// withheld counts one such answer and reports whether it is not to be applied yet. It
+// logs the first one, and the one that is applied. Only time with answers counts, not an
+// outage between two of them.
 func (r *Refresher) withheld(d *doubt, what string, args ...any) bool {
 	now := time.Now()
 	if d.last.IsZero() {
-		r.cfg.Log.Warn(what+", keeping the bundle held", args...)
+		r.cfg.Log.Warn(what+", current one kept", args...)
 	} else {
 		d.stood += min(now.Sub(d.last), 2*r.cfg.Interval)
 	}
@@ -284,12 +280,12 @@ func (r *Refresher) withheld(d *doubt, what string, args ...any) bool {
 	if d.stood < staleLimit {
 		return true
 	}
-	r.cfg.Log.Warn(what+" for a minute, following it", args...)
+	r.cfg.Log.Warn(what+" for a minute, applied", args...)
 	*d = doubt{}
 	return false
 }
 
-// log says what changed in the own bundle, one line each.
+// log logs each change of the own bundle.
 func (r *Refresher) log(held, own *Bundle) {
 	changes := Diff(held, own)
 	r.cfg.Log.Info("bundle refreshed", "sequence", own.Sequence(),
@@ -298,12 +294,12 @@ func (r *Refresher) log(held, own *Bundle) {
 		if held == nil && c.Kind == KindAdded {
 			continue // everything is new at the first refresh
 		}
-		r.cfg.Log.Info(fmt.Sprintf("%s authority %s", c.Type, c.Kind), "authority", c.ID, "sequence", own.Sequence())
+		r.cfg.Log.Info(fmt.Sprintf("%s authority %s", c.Type, c.Kind), "authority_id", c.ID, "sequence", own.Sequence())
 	}
 	r.logLeftOut(held, own)
 }
 
-// logLeftOut says what of a bundle cannot be used, when that has changed.
+// logLeftOut logs the unusable authorities of a bundle if they have changed.
 func (r *Refresher) logLeftOut(held, got *Bundle) {
 	var before []LeftOut
 	if held != nil {

@@ -15,7 +15,7 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// source answers refreshes with what it is set to.
+// source is a Fetcher with settable answers.
 type source struct {
 	mu        sync.Mutex
 	own       *bundle.Bundle
@@ -37,8 +37,8 @@ func (s *source) FetchBundle(context.Context) (*bundle.Bundle, error) {
 	return own, err
 }
 
-// since waits for all goroutines and returns when the own bundle was asked for at t
-// or later.
+// since waits for all goroutines and returns the times of the requests for the own bundle
+// at t or later.
 func (s *source) since(t time.Time) []time.Time {
 	synctest.Wait()
 	s.mu.Lock()
@@ -108,7 +108,7 @@ func TestRefreshPublishesOnlyChanges(t *testing.T) {
 			if n := len(published()); n != 1 {
 				t.Fatalf("%d snapshots published for one unchanging bundle", n)
 			}
-			// 5 s ±10 %, drawn anew: never outside, and not always the same.
+			// 5 s ±10 %, drawn each time: never outside, and not always the same.
 			lo, hi := time.Duration(math.MaxInt64), time.Duration(0)
 			for i := 1; i < len(src.asked); i++ {
 				d := src.asked[i].Sub(src.asked[i-1])
@@ -158,10 +158,9 @@ func TestRefreshFailureKeepsTheBundle(t *testing.T) {
 	})
 }
 
-// Whoever sees again and again what no bundle explains costs the server hardly more
-// than the polls do. The first time the bundle is asked for at once, and no such
-// call is forgotten.
-func TestRefreshesThatAreAskedForHaveALeastSpacing(t *testing.T) {
+// Repeated calls of Refresh cost the server hardly more than the polls do. The first one
+// is served at once, and none is lost.
+func TestRefreshHasAMinimumInterval(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newCA(t, "a", nil)
 		src := &source{own: newBundle(t, 1, bundle.X509Authority{Certificate: a.cert})}
@@ -182,7 +181,7 @@ func TestRefreshesThatAreAskedForHaveALeastSpacing(t *testing.T) {
 					t.Errorf("asked for again after %v", d)
 				}
 			}
-			// The last call is not forgotten: it is answered when its time comes.
+			// The last call is not lost: it is served when the interval has passed.
 			src.set(newBundle(t, 2, bundle.X509Authority{Certificate: a.cert, Tainted: true}), nil)
 			time.Sleep(5 * time.Second)
 			if n := len(published()); n != 2 {
@@ -196,15 +195,15 @@ func TestRefreshesThatAreAskedForHaveALeastSpacing(t *testing.T) {
 			r.Refresh() // on the way of the answer to the first
 			time.Sleep(10 * time.Second)
 			if got := src.since(asking); len(got) != 2 {
-				t.Errorf("asked for %d times, want again for what was seen while an answer was on its way", len(got))
+				t.Errorf("asked for %d times, want one more for the call while an answer was in flight", len(got))
 			}
 		})
 	})
 }
 
-// A replica that lags must not take a taint back, but a restored data store
-// must be followed in the end.
-func TestOlderBundleIsFollowedOnlyWhenItStays(t *testing.T) {
+// A replica that lags must not withdraw a taint mark, but the bundle of a restored data
+// store must be applied after a minute.
+func TestOlderBundleIsAppliedOnlyAfterAMinute(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newCA(t, "a", nil)
 		older := newBundle(t, 7, bundle.X509Authority{Certificate: a.cert})
@@ -250,7 +249,7 @@ func TestInitialKeepsTheTimeOfTheMark(t *testing.T) {
 	})
 }
 
-func TestFederatedBundlesFollowWhatIsWanted(t *testing.T) {
+func TestOnlyWantedFederatedBundlesAreFollowed(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a := newCA(t, "a", nil)
 		other := spiffeid.RequireTrustDomainFromString("other.test")

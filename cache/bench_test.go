@@ -11,9 +11,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// Bytes held for each cached SVID, entry and indexes included, with the sizes
-// that a P-256 SVID has in practice. The content itself (DER, key, strings) is
-// part of it.
+// Bytes held for each SVID, with the content (DER, key, strings), the entry and the
+// indexes, at the sizes of a P-256 SVID.
 func BenchmarkHeldSVID(b *testing.B) {
 	for _, n := range []int{10_000, 100_000} {
 		b.Run(fmt.Sprint(n), func(b *testing.B) {
@@ -49,8 +48,8 @@ func heap() uint64 {
 	return m.HeapAlloc
 }
 
-// Handing one new SVID to the streams that hold it: what Put and each stream's
-// View cost, which must not depend on how many other SVIDs there are.
+// The cost of Put and of each stream's View for one new SVID, which must not depend on the
+// number of other SVIDs.
 func BenchmarkPutAndView(b *testing.B) {
 	for _, n := range []int{1_000, 100_000} {
 		b.Run(fmt.Sprintf("held=%d", n), func(b *testing.B) {

@@ -23,7 +23,7 @@ import (
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
-// authorityCert and jwtKey are shared: what matters here is their IDs.
+// authorityCert and jwtKey are shared: only their IDs matter here.
 var authorityKey, authorityCert = func() (*ecdsa.PrivateKey, *x509.Certificate) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -98,7 +98,7 @@ func ids(v cache.View) []string {
 	return out
 }
 
-func TestStartingUntilBundleAndEntriesAreThere(t *testing.T) {
+func TestNotReadyWithoutBundleAndEntries(t *testing.T) {
 	c := cache.New(cache.Config{})
 	sub := c.Subscribe(cache.Process{}, sel("x"))
 	defer sub.Close()
@@ -202,7 +202,7 @@ func TestHintsAreUnique(t *testing.T) {
 	}
 }
 
-func TestPutRefusesWhatWasMintedForAnotherEntry(t *testing.T) {
+func TestPutRejectsAnSVIDOfAnotherRevision(t *testing.T) {
 	c := cache.New(cache.Config{})
 	old := entry("e", "x")
 	c.Update([]*cache.Entry{old}, nil)
@@ -228,7 +228,7 @@ func TestLimitIsSoft(t *testing.T) {
 		entries = append(entries, entry(fmt.Sprint(i), fmt.Sprint(i)))
 	}
 	c.Update(entries, nil)
-	// mint puts what is wanted and not held.
+	// mint puts an SVID for each wanted entry that has none.
 	mint := func() {
 		for _, e := range entries {
 			if item, ok := c.Item(e.ID); ok && item.SVID == nil {
@@ -250,9 +250,9 @@ func TestLimitIsSoft(t *testing.T) {
 	}
 	mint()
 	check("at first", "0", "1")
-	// Three streams on entries above the limit: the idle ones make room when what
-	// is asked for is there, and none with a stream is evicted though there are
-	// more than the limit.
+	// Three streams on entries above the limit: idle SVIDs are evicted when the new
+	// ones are put, and none with a stream is, although there are more than the
+	// limit.
 	var subs []*cache.Subscription
 	for _, i := range []string{"2", "3", "4"} {
 		subs = append(subs, c.Subscribe(cache.Process{}, sel(i)))
@@ -261,7 +261,7 @@ func TestLimitIsSoft(t *testing.T) {
 	mint()
 	check("three streams", "2", "3", "4")
 	if v := subs[2].View(); len(v.Identities) != 1 {
-		t.Error("an entry above the limit is not served to who asks")
+		t.Error("an entry above the limit is not served to its stream")
 	}
 	for _, sub := range subs {
 		sub.Close()
@@ -276,8 +276,8 @@ func TestLimitIsSoft(t *testing.T) {
 	check("one was deleted and room is filled", "0", "1")
 }
 
-// The server is away: what is held stays, whoever asks for what is not to be had.
-func TestNothingIsEvictedForWhatCannotBeMinted(t *testing.T) {
+// In an outage a stream of an entry without an SVID evicts no other SVID.
+func TestNothingIsEvictedInAnOutage(t *testing.T) {
 	c := cache.New(cache.Config{Limit: 1})
 	c.SetBundle(snapshot(t))
 	held, asked := entry("1", "1"), entry("2", "2")
@@ -286,16 +286,16 @@ func TestNothingIsEvictedForWhatCannotBeMinted(t *testing.T) {
 	for range 3 {
 		sub := c.Subscribe(cache.Process{}, sel("2"))
 		if _, wanted := c.Item("2"); !wanted {
-			t.Error("what a stream asks for is not wanted")
+			t.Error("the entry of a stream is not wanted")
 		}
 		c.Failed("2")
 		sub.Close()
 		if _, wanted := c.Item("2"); wanted {
-			t.Error("an SVID above the limit is wanted when nobody asks for it any more")
+			t.Error("an SVID above the limit is wanted without a stream")
 		}
 	}
 	if v := c.Match(sel("1")); len(v.Identities) != 1 {
-		t.Error("the only SVID held was given up for one that was never minted")
+		t.Error("the only SVID held was dropped for one that was never minted")
 	}
 }
 
@@ -374,9 +374,9 @@ func TestJWT(t *testing.T) {
 	}
 }
 
-// A token is for the entry that it was minted for: neither a caller that was
-// matched before an edit nor one that is matched after it gets the other's.
-func TestJWTIsForTheEntryAsItIs(t *testing.T) {
+// A token is for the revision that it was minted for: callers that matched before an edit
+// and callers that match after it do not get each other's.
+func TestJWTIsForTheCurrentRevision(t *testing.T) {
 	now := time.Now()
 	jwt := func(token string) cache.JWT {
 		return cache.JWT{Token: token, KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)}
@@ -410,7 +410,7 @@ func TestJWTIsForTheEntryAsItIs(t *testing.T) {
 	}
 }
 
-// However a workload varies its audiences, what is held stays bounded.
+// However a workload varies its audiences, the number of tokens held is bounded.
 func TestJWTsAreBounded(t *testing.T) {
 	now := time.Now()
 	c := cache.New(cache.Config{})
@@ -428,7 +428,7 @@ func TestJWTsAreBounded(t *testing.T) {
 	}
 }
 
-// Their number does not say how large they are: that is up to the workload too.
+// Their size, which workloads choose, too, is bounded.
 func TestJWTsAreBoundedInSize(t *testing.T) {
 	now := time.Now()
 	c := cache.New(cache.Config{})
@@ -448,9 +448,8 @@ func TestJWTsAreBoundedInSize(t *testing.T) {
 	}
 }
 
-// A scrape while the clock is wrong must not make the cache forget which keys
-// its tokens are of.
-func TestJWTOfAKeyThatLeftAfterTheClockWasWrong(t *testing.T) {
+// A scrape with a wrong clock must not make the cache forget the keys of its tokens.
+func TestJWTOfARemovedKeyAfterTheClockWasWrong(t *testing.T) {
 	now := time.Now()
 	c := cache.New(cache.Config{Now: func() time.Time { return now }})
 	c.SetBundle(snapshot(t, "k1", "k2"))
@@ -459,7 +458,7 @@ func TestJWTOfAKeyThatLeftAfterTheClockWasWrong(t *testing.T) {
 	c.PutJWT(e, []string{"a"}, cache.JWT{Token: "t", KeyID: "k1", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
 	now = now.Add(2 * time.Hour)
 	if got := c.JWTExpiry(); len(got) != 0 {
-		t.Errorf("expired tokens are told: %v", got)
+		t.Errorf("expired tokens are reported: %v", got)
 	}
 	now = now.Add(-2 * time.Hour)
 	c.SetBundle(snapshot(t, "k2"))
@@ -468,9 +467,9 @@ func TestJWTOfAKeyThatLeftAfterTheClockWasWrong(t *testing.T) {
 	}
 }
 
-// An SVID that was minted for another entry of the same ID is not taken, unless it
-// is the same.
-func TestPutRefusesWhatWasMintedForTheEntryBefore(t *testing.T) {
+// An SVID that was minted for another entry with the same ID is rejected, unless it is
+// equivalent.
+func TestPutRejectsAnSVIDOfAnEntryBefore(t *testing.T) {
 	c := cache.New(cache.Config{})
 	before, after := entry("e", "x"), entry("e", "x")
 	before.CreatedAt, after.CreatedAt = time.Unix(1, 0), time.Unix(2, 0)
@@ -483,7 +482,7 @@ func TestPutRefusesWhatWasMintedForTheEntryBefore(t *testing.T) {
 	put(t, c, svid(after, "A"))
 }
 
-// Random histories against the plain definition of every figure.
+// Random histories against a simple model of every figure.
 func TestAgainstModel(t *testing.T) {
 	snap := snapshot(t)
 	rapid.Check(t, func(t *rapid.T) {
@@ -614,9 +613,8 @@ func TestAgainstModel(t *testing.T) {
 	})
 }
 
-// What is restored stays, whatever its number, until it is released and another
-// is put.
-func TestRestoredOutlivesTheLimit(t *testing.T) {
+// Restored SVIDs above the limit are evicted only after Release, when another SVID is put.
+func TestRestoredSVIDsExceedTheLimit(t *testing.T) {
 	const n, limit = 10, 3
 	c := cache.New(cache.Config{Limit: limit})
 	var entries []*cache.Entry

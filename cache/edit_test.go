@@ -19,7 +19,7 @@ func edited(e *cache.Entry, path string, selectors ...string) *cache.Entry {
 	return &out
 }
 
-// shown lists the SPIFFE IDs that a caller with this selector is shown.
+// shown lists the SPIFFE IDs that a caller with this selector gets.
 func shown(c *cache.Cache, selector string) []string {
 	var out []string
 	for _, i := range c.Match(sel(selector)).Identities {
@@ -28,9 +28,9 @@ func shown(c *cache.Cache, selector string) []string {
 	return out
 }
 
-// From the edit on nobody is shown the SPIFFE ID that the entry gave before, nor
-// its key, however an SVID of it gets here.
-func TestEditedEntryShowsNobodyItsOldSPIFFEID(t *testing.T) {
+// From the edit on no caller gets the SPIFFE ID from before or its key, however an SVID of
+// it is put.
+func TestEditedEntryDoesNotServeItsOldSPIFFEID(t *testing.T) {
 	for name, selectors := range map[string][2]string{
 		"other callers": {"payments", "web"},
 		"same callers":  {"web", "web"},
@@ -82,8 +82,8 @@ func TestEditedEntryShowsNobodyItsOldSPIFFEID(t *testing.T) {
 	}
 }
 
-// Other selectors alone leave the SVID valid: new callers have it at once, old
-// ones lose it at once.
+// An edit of the selectors alone keeps the SVID: new callers get it at once, old ones lose
+// it at once.
 func TestEditedSelectorsMoveTheSVID(t *testing.T) {
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t))
@@ -99,9 +99,8 @@ func TestEditedSelectorsMoveTheSVID(t *testing.T) {
 	}
 }
 
-// What was kept over a restart is no other: entry and SVID may come from before
-// and after an edit.
-func TestRestoredSVIDOfAnotherSPIFFEIDIsNotShown(t *testing.T) {
+// The same holds for restored SVIDs: entry and SVID may be from before and after an edit.
+func TestRestoredSVIDOfAnotherSPIFFEIDIsNotServed(t *testing.T) {
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t))
 	before := entry("e", "x")
@@ -124,8 +123,7 @@ func TestEditedEntryAndItsJWTs(t *testing.T) {
 		t.Fatal(err)
 	}
 
-	// What is in no token: as good as before. Another lifetime: refreshed at the
-	// next chance.
+	// An edit of what is in no token keeps it. Another lifetime marks it as stale.
 	alike := edited(first, "/e", "x")
 	c.Update([]*cache.Entry{alike}, nil)
 	if got, ok := c.JWT(alike, aud); !ok || !got.Fresh(now) {
@@ -141,10 +139,10 @@ func TestEditedEntryAndItsJWTs(t *testing.T) {
 		t.Fatal(err)
 	}
 	if got, _ := c.JWT(second, aud); !got.Fresh(now) {
-		t.Error("a token minted for the entry as it is is not fresh")
+		t.Error("a token of the current revision is not fresh")
 	}
 
-	// Another one: nobody's any more, neither what is held nor what is under way.
+	// Another SPIFFE ID: neither the token held nor one in flight may be served.
 	third := edited(second, "/web", "y")
 	c.Update([]*cache.Entry{third}, nil)
 	for _, e := range []*cache.Entry{second, third} {
@@ -153,7 +151,7 @@ func TestEditedEntryAndItsJWTs(t *testing.T) {
 		}
 	}
 	if err := c.PutJWT(second, aud, token); !errors.Is(err, cache.ErrChanged) {
-		t.Errorf("PutJWT of a token that was under way: %v, want ErrChanged", err)
+		t.Errorf("PutJWT of a token in flight: %v, want ErrChanged", err)
 	}
 	if err := c.PutJWT(third, aud, token); err != nil {
 		t.Fatal(err)
@@ -170,8 +168,8 @@ func TestEditedEntryAndItsJWTs(t *testing.T) {
 	}
 }
 
-// A missing entry is served as before; that it is missing is told to those who
-// mint, until the server names it again, edits it, or it is deleted.
+// A missing entry is served as before. Item reports it as missing until the server lists
+// it again, it is edited, or it is deleted.
 func TestMissingEntryIsServed(t *testing.T) {
 	c := cache.New(cache.Config{})
 	c.SetBundle(snapshot(t))

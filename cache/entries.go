@@ -7,11 +7,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// This file owns the registration entries: what changes them, and which match.
-
-// Update applies a change of the registration entries: upsert holds new and
-// changed entries, gone the IDs of those deleted. The first call, empty or
-// not, marks the cache as synced.
+// Update applies a change of the registration entries: upsert has the new and changed
+// ones, gone the IDs of the deleted ones. The first call, even without entries, marks the
+// cache as synced.
 func (c *Cache) Update(upsert []*Entry, gone []string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -19,70 +17,70 @@ func (c *Cache) Update(upsert []*Entry, gone []string) {
 	c.synced = true
 	for _, id := range gone {
 		if r := c.records[id]; r != nil {
-			c.remove(r)
+			c.removeLocked(r)
 		}
 	}
 	for _, e := range upsert {
-		c.upsert(e)
+		c.upsertLocked(e)
 	}
-	c.fill()
+	c.fillLocked()
 	if first {
 		for f := range c.followers {
 			notify(f.c)
 		}
 	}
 	if first || len(upsert) > 0 || len(gone) > 0 {
-		c.wakeWatches()
+		c.wakeWatchesLocked()
 	}
 	if first || c.needed > needed {
-		c.wakeSubscribers()
+		c.wakeSubscribersLocked()
 	}
 }
 
-// remove takes a deleted entry's record out of everything.
-func (c *Cache) remove(r *record) {
-	c.unindex(r)
-	c.unneed(r.entry.Selectors)
+// removeLocked removes the record of a deleted entry.
+func (c *Cache) removeLocked(r *record) {
+	c.unindexLocked(r)
+	c.removeNeedsLocked(r.entry.Selectors)
 	for sub := range r.watchers {
-		sub.detach(r)
+		sub.detachLocked(r)
 		notify(sub.c)
 	}
 	r.watchers = nil
-	c.setMissing(r, false)
-	c.setWanted(r, false)
+	c.setMissingLocked(r, false)
+	c.setWantedLocked(r, false)
 	if r.list != nil {
 		r.list.Remove(r.place)
 	}
 	delete(c.records, r.entry.ID)
 	c.jwts.dropEntry(r.entry.ID)
-	c.changed(r)
+	c.changedLocked(r)
 }
 
-func (c *Cache) upsert(e *Entry) {
+func (c *Cache) upsertLocked(e *Entry) {
 	r := c.records[e.ID]
-	c.need(e.Selectors) // before those of its last revision go: what both have stays needed
+	c.addNeedsLocked(e.Selectors) // before those of the last revision are removed: what both have stays needed
 	if r == nil {
 		r = &record{entry: e}
 		c.records[e.ID] = r
-		c.index(r)
+		c.indexLocked(r)
 	} else {
-		c.unindex(r)
-		c.unneed(r.entry.Selectors)
+		c.unindexLocked(r)
+		c.removeNeedsLocked(r.entry.Selectors)
 		switch {
 		case r.entry.SPIFFEID != e.SPIFFEID || e.IncludeJTI:
 			c.jwts.dropEntry(e.ID)
 		case r.entry.JWTTTL != e.JWTTTL:
-			c.jwts.age(e.ID)
+			c.jwts.markStale(e.ID)
 		}
 		r.entry, r.failed = e, false
 		if r.svid != nil && !r.gives(r.svid) {
-			c.setSVID(r, nil)
+			c.setSVIDLocked(r, nil)
 		}
-		c.setMissing(r, false)
-		c.index(r)
+		c.setMissingLocked(r, false)
+		c.indexLocked(r)
 		for sub := range r.watchers {
 			if !subset(e.Selectors, sub.selectors) {
-				sub.detach(r)
+				sub.detachLocked(r)
 				delete(r.watchers, sub)
 			}
 			notify(sub.c)
@@ -90,23 +88,22 @@ func (c *Cache) upsert(e *Entry) {
 	}
 	for sub := range c.subscribers[r.anchor] {
 		if _, has := r.watchers[sub]; !has && subset(e.Selectors, sub.selectors) {
-			sub.attach(r)
+			sub.attachLocked(r)
 			notify(sub.c)
 		}
 	}
-	c.relinquish(r)
-	c.file(r)
-	c.changed(r)
+	c.dropUnusedLocked(r)
+	c.relistLocked(r)
+	c.changedLocked(r)
 }
 
-// gives reports whether s is an SVID that the entry gives. No other is ever held
-// for it: whoever an entry matches after an edit gets what it gives now, and
-// never what it gave before.
+// gives reports whether s has the entry's SPIFFE ID. No other SVID is ever held for it, so
+// that callers that match only after an edit never get the SPIFFE ID from before.
 func (r *record) gives(s *SVID) bool { return s.ID == r.entry.SPIFFEID }
 
-// index files the record under the selector that the fewest records are filed
-// under, so that a look-up meets few candidates that do not match.
-func (c *Cache) index(r *record) {
+// indexLocked indexes the record by that of its selectors which has the fewest records, so
+// that a lookup has few candidates that do not match.
+func (c *Cache) indexLocked(r *record) {
 	r.anchor = slices.MinFunc(r.entry.Selectors, func(a, b Selector) int {
 		return cmp.Compare(len(c.anchors[a]), len(c.anchors[b]))
 	})
@@ -116,7 +113,7 @@ func (c *Cache) index(r *record) {
 	}
 }
 
-func (c *Cache) unindex(r *record) {
+func (c *Cache) unindexLocked(r *record) {
 	filed := c.anchors[r.anchor]
 	i := slices.Index(filed, r)
 	filed[i] = filed[len(filed)-1]
@@ -143,8 +140,8 @@ func (c *Cache) FederatesWith() []spiffeid.TrustDomain {
 	return out
 }
 
-// BundlesPending reports whether an entry federates with a trust domain of whose
-// bundle the server has said nothing yet.
+// BundlesPending reports whether an entry federates with a trust domain for whose bundle
+// the server has not answered yet.
 func (c *Cache) BundlesPending() bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -156,7 +153,7 @@ func (c *Cache) BundlesPending() bool {
 	return false
 }
 
-// Entries returns every entry held, by ID. The map is the caller's.
+// Entries returns all entries by ID. The map is the caller's.
 func (c *Cache) Entries() map[string]*Entry {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -167,8 +164,8 @@ func (c *Cache) Entries() map[string]*Entry {
 	return out
 }
 
-// match returns the records whose selectors the caller all has, by entry ID.
-func (c *Cache) match(selectors []Selector) []*record {
+// matchLocked returns the records whose selectors the caller has, by entry ID.
+func (c *Cache) matchLocked(selectors []Selector) []*record {
 	var out []*record
 	for i, s := range selectors {
 		if slices.Contains(selectors[:i], s) {

@@ -11,53 +11,49 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// jwtLimit bounds the JWT-SVIDs held, since a workload may ask for any
-// audience it likes. Beyond it the least recently used is dropped, which costs
-// its next caller a mint.
+// jwtLimit bounds the JWT-SVIDs held, because workloads choose the audiences. Above it
+// the least recently used one is dropped, and its next caller waits for a mint.
 const jwtLimit = 4096
 
-// jwtBytes bounds their size, audiences included, which is a workload's to
-// choose as well. Most tokens have less than 1 KiB.
+// jwtBytes bounds the size of all JWT-SVIDs held, including audiences, which workloads
+// choose, too. Most tokens have less than 1 KiB.
 const jwtBytes = 16 << 20
 
 // JWT is a JWT-SVID. It is immutable.
 //
-// How long it is held follows from how long it lives, counted from when the
-// server was asked for it. That the clock of this node lags or is ahead does
-// not matter then: a token that was signed a moment ago is neither too young
-// to be held nor held for longer than it is valid.
+// It is held for its lifetime from the request on. So a wrong clock of this node does not
+// matter: a new token is held at once, and for no longer than it is valid.
 type JWT struct {
 	Token string
 	KeyID string
 	// IssuedAt and ExpiresAt are the token's iat and exp, by the server's clock.
 	IssuedAt, ExpiresAt time.Time
-	// AskedAt is when the server was asked for it, by this node's clock.
+	// AskedAt is when it was requested, by this node's clock.
 	AskedAt time.Time
 	stale   bool // minted for an earlier revision of the entry
 }
 
-// life is how long the token is valid after AskedAt. Its iat has whole seconds
-// (RFC 7519, section 2, as servers write it): the token may be that much older.
+// life returns how long the token is valid after AskedAt. Servers write iat in seconds (RFC
+// 7519, section 2), so the token may be up to a second older.
 func (j JWT) life() time.Duration { return j.ExpiresAt.Sub(j.IssuedAt) - time.Second }
 
-// Valid reports whether the token has not expired. The clock that is never set
-// decides. The wall clock, too, has to say that its life is not over or that
-// exp is still to come, because the other one stands still while the machine
-// sleeps.
+// Valid reports whether the token has not expired by the monotonic clock. Because that
+// clock stops while the machine is suspended, the token's life must not be over by the
+// wall clock, or its exp must be in the future.
 func (j JWT) Valid(now time.Time) bool {
 	return now.Sub(j.AskedAt) < j.life() && (j.wallAge(now) < j.life() || now.Before(j.ExpiresAt))
 }
 
-// Fresh reports whether it was minted for the entry as it is and less than half
-// of its life has passed.
+// Fresh reports whether the token was minted for the current revision of the entry and is
+// in the first half of its life.
 func (j JWT) Fresh(now time.Time) bool {
 	return !j.stale && max(now.Sub(j.AskedAt), j.wallAge(now)) < j.life()/2
 }
 
-// wallAge is its age by the wall clock.
+// wallAge returns the age by the wall clock.
 func (j JWT) wallAge(now time.Time) time.Duration { return now.Round(0).Sub(j.AskedAt.Round(0)) }
 
-// jwtKey names a JWT-SVID: the order of audiences and repeats do not matter.
+// jwtKey is the key of a JWT-SVID, independent of the order of audiences and duplicates.
 type jwtKey struct{ entryID, audience string }
 
 type jwtItem struct {
@@ -74,8 +70,8 @@ type jwtCache struct {
 	recent  *list.List               // least recently used first
 	bytes   int                      // of all items
 	byEntry map[string][]jwtKey
-	// latest is the last expiry of what was handed out, for each key of the
-	// bundle that signed any of it.
+	// latest is the last expiry of the tokens handed out, by key ID, for keys in the
+	// bundle.
 	latest map[string]time.Time
 }
 
@@ -91,15 +87,15 @@ func newJWTCache() jwtCache {
 func newJWTKey(entryID string, audience []string) jwtKey {
 	a := slices.Clone(audience)
 	slices.Sort(a)
-	// NUL cannot be part of a JSON string claim that anyone compares.
+	// No audience that is compared has a NUL.
 	return jwtKey{entryID, strings.Join(slices.Compact(a), "\x00")}
 }
 
-// JWT returns the JWT-SVID held for an entry and a set of audiences, unless it
-// has expired. It is for the entry as it is: one that was deleted or changed
-// since e was read has none, so that nobody is given the token of what e used to
-// be. Taint does not matter; a token whose key left the bundle is gone. Whether to
-// hand it out or to mint a [JWT.Fresh] one is the caller's choice.
+// JWT returns the JWT-SVID held for an entry and a set of audiences, unless it has
+// expired. It returns none if the entry was deleted or changed after e was read, so that
+// no caller gets the token of another revision. A token whose key is tainted is returned,
+// one whose key was removed is not. The caller decides whether to hand it out or to mint
+// a [JWT.Fresh] one.
 func (c *Cache) JWT(e *Entry, audience []string) (JWT, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -116,7 +112,7 @@ func (c *Cache) JWT(e *Entry, audience []string) (JWT, bool) {
 	return item.jwt, true
 }
 
-// Current reports whether e is the entry of its ID as it is now.
+// Current reports whether e is the current revision of its entry.
 func (c *Cache) Current(e *Entry) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -124,11 +120,10 @@ func (c *Cache) Current(e *Entry) bool {
 	return r != nil && r.entry == e
 }
 
-// PutJWT holds a JWT-SVID that was minted for the entry and notes its expiry
-// under its key ID. One for an entry that was deleted or changed meanwhile, or by
-// a key that is not in the bundle, is not held and must not be handed out. One of
-// an entry with IncludeJTI is for the caller that asked for it: it is noted, and
-// not held.
+// PutJWT holds a JWT-SVID that was minted for the entry and records its expiry by key ID.
+// It returns [ErrChanged] if the entry was deleted or changed meanwhile or the key is not
+// in the bundle: the token must not be handed out. The token of an entry with IncludeJTI
+// is recorded and not held.
 func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -138,7 +133,7 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	if _, trusted := c.snapshot.Own.JWTKey(j.KeyID); !trusted {
 		return ErrChanged
 	}
-	// Others read this with other clocks: the later of the two ends counts.
+	// Verifiers have other clocks: the later of the two expiries counts.
 	end := j.AskedAt.Round(0).Add(j.life())
 	if j.ExpiresAt.After(end) {
 		end = j.ExpiresAt
@@ -169,8 +164,8 @@ func (c *Cache) PutJWT(e *Entry, audience []string, j JWT) error {
 	return nil
 }
 
-// JWTExpiry returns, by key ID, the latest expiry among the JWT-SVIDs that
-// were handed out on this node, for keys still in the bundle.
+// JWTExpiry returns, by key ID, the latest expiry of the JWT-SVIDs handed out on this node,
+// for keys that are in the bundle.
 func (c *Cache) JWTExpiry() map[string]time.Time {
 	now := c.now()
 	c.mu.Lock()
@@ -184,8 +179,8 @@ func (c *Cache) JWTExpiry() map[string]time.Time {
 	return out
 }
 
-// JWTCounts returns how many JWT-SVIDs are held by key ID. It reads all of
-// them and is meant for a scrape.
+// JWTCounts counts the JWT-SVIDs held by key ID. It reads all of them and is meant for a
+// scrape.
 func (c *Cache) JWTCounts() map[string]int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -213,9 +208,9 @@ func (j *jwtCache) dropEntry(entryID string) {
 	}
 }
 
-// age has what is held for an entry minted again at the next chance. Until then
-// it is as good as before.
-func (j *jwtCache) age(entryID string) {
+// markStale marks the tokens of an entry as minted for an earlier revision. They stay
+// valid until they are replaced.
+func (j *jwtCache) markStale(entryID string) {
 	for _, key := range j.byEntry[entryID] {
 		el := j.items[key]
 		item := el.Value.(jwtItem)
@@ -224,9 +219,8 @@ func (j *jwtCache) age(entryID string) {
 	}
 }
 
-// retain drops what was signed by keys that b does not have. Only when such a
-// key is known does it look at the tokens, so a bundle refresh that removes
-// nothing costs nothing.
+// retain drops the tokens whose key is not in b. It reads the tokens only if there is such
+// a key, so that a refresh without a removal costs nothing.
 func (j *jwtCache) retain(b *bundle.Bundle) {
 	gone := make(map[string]bool)
 	for id := range j.latest {

@@ -2,24 +2,23 @@ package cache
 
 import "container/list"
 
-// This file decides which entries have an SVID held ready: those that an open
-// stream asks for, whatever their number, and others up to the limit, the most
-// recently used first. Of those with NoPrefetch that is what a stream has asked
-// for before: it is held as long as it is fresh and there is room.
+// This file decides for which entries an SVID is held: all with an open stream, and the
+// most recently used of the others, up to the limit. The SVID of an entry with NoPrefetch
+// is minted for a stream and then held while it is fresh and within the limit.
 
-// file puts r into the list where it belongs now; into none while a stream is
-// open, nor when nothing is to be done before one is.
-func (c *Cache) file(r *record) {
+// relistLocked moves r to the list where it belongs. A record with an open stream, or
+// that needs nothing before there is one, is in no list.
+func (c *Cache) relistLocked(r *record) {
 	var to *list.List
 	switch {
 	case len(r.watchers) > 0:
 	case !r.wanted && r.entry.NoPrefetch:
 	case !r.wanted:
-		to = c.lazy
+		to = c.overLimit
 	case r.svid == nil:
-		to = c.bare
+		to = c.unheld
 	case r.entry.NoPrefetch:
-		to = c.spare
+		to = c.onDemand
 	default:
 		to = c.idle
 	}
@@ -35,9 +34,8 @@ func (c *Cache) file(r *record) {
 	}
 }
 
-// setWanted moves r between the wanted and the lazy ones and keeps the count.
-// What is not wanted is not held.
-func (c *Cache) setWanted(r *record, wanted bool) {
+// setWantedLocked sets whether an SVID is to be held for r. If not, it drops the SVID.
+func (c *Cache) setWantedLocked(r *record, wanted bool) {
 	if r.wanted == wanted {
 		return
 	}
@@ -46,51 +44,49 @@ func (c *Cache) setWanted(r *record, wanted bool) {
 	} else {
 		c.wanted--
 		r.failed = false
-		c.setSVID(r, nil)
+		c.setSVIDLocked(r, nil)
 	}
-	c.file(r)
-	c.changed(r)
+	c.relistLocked(r)
+	c.changedLocked(r)
 }
 
-// fill brings the number of wanted records to the limit, as far as no SVID is
-// lost by that: it takes lazy ones in while there is room, and gives up those
-// that hold nothing yet while there is not.
-func (c *Cache) fill() {
-	for c.wanted < c.limit && c.lazy.Len() > 0 {
-		c.setWanted(c.lazy.Front().Value.(*record), true)
+// fillLocked brings the number of wanted records to the limit without dropping an SVID:
+// below it records over the limit become wanted, above it those without an SVID do not
+// stay so.
+func (c *Cache) fillLocked() {
+	for c.wanted < c.limit && c.overLimit.Len() > 0 {
+		c.setWantedLocked(c.overLimit.Front().Value.(*record), true)
 	}
-	for c.wanted > c.limit && c.bare.Len() > 0 {
-		c.setWanted(c.bare.Front().Value.(*record), false)
+	for c.wanted > c.limit && c.unheld.Len() > 0 {
+		c.setWantedLocked(c.unheld.Front().Value.(*record), false)
 	}
 }
 
-// evict gives up the least recently used SVIDs above the limit, and of entries
-// with NoPrefetch also those that would be due for renewal. It follows a Put: what
-// has been minted shows that the server signs, so what is given up can be had
-// again. In an outage all that is held is kept. What was put stays, for whoever
-// has asked for it.
-func (c *Cache) evict(put *record) {
+// evictLocked drops the least recently used SVIDs above the limit, and those of entries
+// with NoPrefetch that are due. It is called after a Put, which shows that the server
+// signs, so that a dropped SVID can be minted again. In an outage nothing is evicted. The
+// SVID of put stays for the caller that it was minted for.
+func (c *Cache) evictLocked(put *record) {
 	if c.returning {
 		return
 	}
 	now := c.now()
-	for el := c.spare.Front(); el != nil; {
+	for el := c.onDemand.Front(); el != nil; {
 		r := el.Value.(*record)
 		el = el.Next()
 		if r != put && (c.held > c.limit || !now.Before(r.svid.RenewAt)) {
-			c.setWanted(r, false)
+			c.setWantedLocked(r, false)
 		}
 	}
 	for c.held > c.limit && c.idle.Len() > 0 {
-		c.setWanted(c.idle.Front().Value.(*record), false)
+		c.setWantedLocked(c.idle.Front().Value.(*record), false)
 	}
 }
 
-// relinquish gives up what is not to be minted because nobody asks for it any
-// more: the SVID of an entry with NoPrefetch that is not there yet, or would have
-// to be minted again.
-func (c *Cache) relinquish(r *record) {
+// dropUnusedLocked makes an entry with NoPrefetch unwanted if it has no stream and its
+// SVID would have to be minted.
+func (c *Cache) dropUnusedLocked(r *record) {
 	if r.entry.NoPrefetch && len(r.watchers) == 0 && (r.svid == nil || !r.svid.For(r.entry)) {
-		c.setWanted(r, false)
+		c.setWantedLocked(r, false)
 	}
 }

@@ -1,20 +1,19 @@
 package cache
 
-// SetMissing notes that the server's answers do not name these entries at
-// present, or that they do again. An entry that is missing is served like any
-// other until it is deleted; but that nothing is minted for it is no fault.
+// SetMissing records whether the server lists these entries at present. A missing entry is
+// served like any other until it is deleted, but a failed mint for it is expected.
 func (c *Cache) SetMissing(missing bool, entryIDs ...string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, id := range entryIDs {
 		if r := c.records[id]; r != nil && r.missing != missing {
-			c.setMissing(r, missing)
-			c.changed(r)
+			c.setMissingLocked(r, missing)
+			c.changedLocked(r)
 		}
 	}
 }
 
-func (c *Cache) setMissing(r *record, missing bool) {
+func (c *Cache) setMissingLocked(r *record, missing bool) {
 	if r.missing == missing {
 		return
 	}
@@ -25,8 +24,7 @@ func (c *Cache) setMissing(r *record, missing bool) {
 	}
 }
 
-// Missing reports whether the server's answers do not name an entry that is
-// held; see [Cache.SetMissing].
+// Missing reports whether the entry is missing; see [Cache.SetMissing].
 func (c *Cache) Missing(entryID string) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

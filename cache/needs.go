@@ -2,7 +2,7 @@ package cache
 
 import "strings"
 
-// kind is the part of selectors that says what they are about: unix:sha256 of
+// kind is the part of a selector before its value: unix:sha256 of
 // unix:sha256:9f86d0...
 type kind struct{ typ, name string }
 
@@ -11,25 +11,24 @@ func kindOf(s Selector) kind {
 	return kind{s.Type, name}
 }
 
-// need is how many selectors of a kind the entries have, and which of the kinds
-// that have come to be needed so far it was.
+// need is how many selectors of a kind the entries have, and the value of Cache.needed
+// when the first one was added.
 type need struct {
 	selectors int
 	since     uint64
 }
 
-// Needs reports whether an entry has a selector of this kind, such as "unix" and
-// "sha256": attestors need not find out what no entry asks for. It returns 0 when
-// none has, and otherwise a number that is greater each time that this has come
-// to be so. Whoever was attested at a lower number may lack the selector; all
-// subscriptions and watches are woken then.
+// Needs returns 0 if no entry has a selector of this kind, such as "unix" and "sha256".
+// Attestors need not determine such selectors. Otherwise it returns a number that grows
+// each time that a kind becomes needed, when all subscriptions and watches are woken.
+// Callers that were attested at a lower number may lack the selector.
 func (c *Cache) Needs(typ, name string) uint64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.needs[kind{typ, name}].since
 }
 
-func (c *Cache) need(selectors []Selector) {
+func (c *Cache) addNeedsLocked(selectors []Selector) {
 	for _, s := range selectors {
 		k := kindOf(s)
 		n := c.needs[k]
@@ -41,7 +40,7 @@ func (c *Cache) need(selectors []Selector) {
 	}
 }
 
-func (c *Cache) unneed(selectors []Selector) {
+func (c *Cache) removeNeedsLocked(selectors []Selector) {
 	for _, s := range selectors {
 		k := kindOf(s)
 		n := c.needs[k]

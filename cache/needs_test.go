@@ -24,7 +24,7 @@ func TestNeeds(t *testing.T) {
 		}
 		if first {
 			if !woken(sub.C()) || !woken(watch.C()) {
-				t.Errorf("%s: nobody was woken", what)
+				t.Errorf("%s: no subscription was woken", what)
 			}
 			was = got
 		}
@@ -49,7 +49,8 @@ func TestNeeds(t *testing.T) {
 	}
 }
 
-// Whatever comes, changes and goes: what an entry has is needed, and nothing else.
+// Whatever entries are added, changed and deleted: their kinds of selectors are needed,
+// and no other.
 func TestNeedsFollowsTheEntries(t *testing.T) {
 	t.Parallel()
 	rapid.Check(t, func(t *rapid.T) {
@@ -82,8 +83,8 @@ func TestNeedsFollowsTheEntries(t *testing.T) {
 	})
 }
 
-// Selectors need not have a name before a colon: each may be of a kind of its
-// own. The streams are woken once for all that come in one update.
+// A selector without a colon in its value is a kind of its own. The streams are woken once
+// for all kinds of one update.
 func TestManyKindsOfSelectorsInOneUpdate(t *testing.T) {
 	const kinds = 500
 	var entries []*cache.Entry

@@ -5,46 +5,45 @@ import (
 	"time"
 )
 
-// ReconnectGrace is how long a workload whose stream ended may take to come back:
-// gRPC's backoff and that of go-spiffe add up to 144 s.
+// ReconnectGrace is how long a workload may take to reconnect after its stream has ended.
+// The backoffs of gRPC and go-spiffe add up to 144 s.
 const ReconnectGrace = 3 * time.Minute
 
-// Process is a process on this node, told apart from all others that have had its
-// PID. Started is its start time in clock ticks after boot (field 22 of
-// proc_pid_stat(5)), 0 where that is not known.
+// Process is a process on this node. Started, its start time in clock ticks after boot
+// (field 22 of proc_pid_stat(5), 0 if unknown), distinguishes it from others with the
+// same PID.
 //
-// What streams have handed to a process counts against the authorities that signed
-// it: while a stream is open, what the process has read last on it and what is on
-// its way; after the stream has ended, all that it may have been handed. The latter
-// counts until the process has ended, or for [ReconnectGrace] after a stream that it
-// opened later has read an answer without the authority: a process may have several
-// clients, which come back one after the other. That time begins again when a stream
-// of the process ends before it has read an answer, and does not end while one is
-// open that has not, or while the process is stopped. Nothing counts beyond its
-// NotAfter.
+// SVIDs sent to a process count as uses of the authorities that signed them. While a
+// stream is open, the SVIDs that the process last read on it and those in flight count.
+// After the stream has ended, all SVIDs count that it may have delivered, until the
+// process has ended, or for [ReconnectGrace] after a stream opened later has read an
+// answer without the authority: a process may have several clients, which reconnect one
+// after the other. That time restarts when a stream of the process ends before it has
+// read an answer. It does not end while an open stream has not read one, or while the
+// process is stopped. No SVID counts after its NotAfter.
 type Process struct {
 	PID     int
 	Started uint64
 }
 
-// Life is what a process does.
+// Life is whether a process runs.
 type Life int
 
-// The lives of a process. One that cannot be looked at counts as running.
+// The lives of a process. One whose state cannot be read counts as running.
 const (
 	Running Life = iota
 	Stopped      // by a signal or a tracer, until it is resumed
 	Ended
 )
 
-// Use says that SVIDs signed by an authority can be used, the last of them until
+// Use means that SVIDs signed by an authority can be used, the last of them until
 // NotAfter.
 type Use struct {
 	Authority string    `json:"authority"`
 	NotAfter  time.Time `json:"not_after"`
 }
 
-// AddUse adds u to uses, in place if they have the authority, keeping the later end.
+// AddUse adds u to uses. If they have the authority, the later NotAfter is kept.
 func AddUse(uses []Use, u Use) []Use {
 	i := slices.IndexFunc(uses, func(v Use) bool { return v.Authority == u.Authority })
 	if i < 0 {
@@ -56,26 +55,26 @@ func AddUse(uses []Use, u Use) []Use {
 	return uses
 }
 
-// reader is what is known of one process. Guarded by Cache.mu.
+// reader is a process with its streams. Guarded by Cache.mu.
 type reader struct {
 	open map[*Subscription]struct{}
-	left []leftover
+	past []pastUse
 }
 
-// leftover is what streams that have ended left to a process, by authority.
-type leftover struct {
+// pastUse is the use of one authority by a process through streams that have ended.
+type pastUse struct {
 	Use
-	serial   uint64    // of the last such end: see Cache.serial; 0: in the agent process before
-	replaced time.Time // from when ReconnectGrace runs; zero: no stream opened later has read an answer without the authority
+	serial   uint64    // of the last such stream's end, see Cache.serial; 0: before a restart
+	replaced time.Time // when ReconnectGrace began; zero: no stream opened later has read an answer without the authority
 }
 
-func (c *Cache) next() uint64 {
+func (c *Cache) nextSerialLocked() uint64 {
 	c.serial++
 	return c.serial
 }
 
-// reader returns what is known of a process, and begins to know it.
-func (c *Cache) reader(p Process) *reader {
+// readerLocked returns the reader of a process, and adds it if there is none.
+func (c *Cache) readerLocked(p Process) *reader {
 	r := c.readers[p]
 	if r == nil {
 		r = &reader{open: make(map[*Subscription]struct{}, 1)}
@@ -84,62 +83,62 @@ func (c *Cache) reader(p Process) *reader {
 	return r
 }
 
-// leave notes what an ended stream leaves to its process.
-func (c *Cache) leave(s *Subscription) {
+// endStreamLocked records what the process can use because of the ended stream.
+func (c *Cache) endStreamLocked(s *Subscription) {
 	r := c.readers[s.process]
-	c.prune(s.process)
+	c.pruneLocked(s.process)
 	delete(r.open, s)
 	if !s.answered {
-		r.wait()
+		r.restartGrace()
 	}
 	for _, uses := range [][]Use{s.held, s.sent} {
 		for _, u := range uses {
-			r.leave(leftover{Use: u, serial: c.next()})
+			r.addPast(pastUse{Use: u, serial: c.nextSerialLocked()})
 		}
 	}
-	if len(r.open)+len(r.left) == 0 {
+	if len(r.open)+len(r.past) == 0 {
 		delete(c.readers, s.process)
 	}
 }
 
-func (r *reader) leave(l leftover) {
-	i := slices.IndexFunc(r.left, func(m leftover) bool { return m.Authority == l.Authority })
+func (r *reader) addPast(l pastUse) {
+	i := slices.IndexFunc(r.past, func(m pastUse) bool { return m.Authority == l.Authority })
 	if i < 0 {
-		r.left = append(r.left, l)
+		r.past = append(r.past, l)
 		return
 	}
-	if r.left[i].NotAfter.After(l.NotAfter) {
-		l.NotAfter = r.left[i].NotAfter
+	if r.past[i].NotAfter.After(l.NotAfter) {
+		l.NotAfter = r.past[i].NotAfter
 	}
-	r.left[i] = l
+	r.past[i] = l
 }
 
-// replaced notes what the process does not need any longer once s has read.
-func (r *reader) replaced(s *Subscription) {
-	for i := range r.left {
-		l := &r.left[i]
+// markReplaced starts ReconnectGrace for the past uses that the answer read by s replaces.
+func (r *reader) markReplaced(s *Subscription) {
+	for i := range r.past {
+		l := &r.past[i]
 		if l.replaced.IsZero() && l.serial < s.serial && !slices.ContainsFunc(s.held, func(u Use) bool { return u.Authority == l.Authority }) {
 			l.replaced = time.Now()
 		}
 	}
 }
 
-// wait gives clients that could not come back until now the time to do so.
-func (r *reader) wait() {
-	for i := range r.left {
-		if l := &r.left[i]; !l.replaced.IsZero() {
+// restartGrace restarts ReconnectGrace for clients that could not reconnect until now.
+func (r *reader) restartGrace() {
+	for i := range r.past {
+		if l := &r.past[i]; !l.replaced.IsZero() {
 			l.replaced = time.Now()
 		}
 	}
 }
 
-// over reports whether what was left can be forgotten.
-func (r *reader) over(l leftover, now time.Time) bool {
-	return !l.NotAfter.After(now) || !l.replaced.IsZero() && time.Since(l.replaced) >= ReconnectGrace && !r.waiting()
+// expired reports whether a past use counts no longer.
+func (r *reader) expired(l pastUse, now time.Time) bool {
+	return !l.NotAfter.After(now) || !l.replaced.IsZero() && time.Since(l.replaced) >= ReconnectGrace && !r.unanswered()
 }
 
-// waiting reports whether a stream is open that has not read an answer.
-func (r *reader) waiting() bool {
+// unanswered reports whether a stream is open that has not read an answer.
+func (r *reader) unanswered() bool {
 	for s := range r.open {
 		if !s.answered {
 			return true
@@ -148,51 +147,50 @@ func (r *reader) waiting() bool {
 	return false
 }
 
-// prune forgets what is over of a process, and the process when nothing is left.
-func (c *Cache) prune(p Process) {
+// pruneLocked drops the expired past uses of a process, and the process if none is left.
+func (c *Cache) pruneLocked(p Process) {
 	r, now := c.readers[p], c.now()
 	if r == nil {
 		return
 	}
-	r.left = slices.DeleteFunc(r.left, func(l leftover) bool { return r.over(l, now) })
-	if len(r.open)+len(r.left) == 0 {
+	r.past = slices.DeleteFunc(r.past, func(l pastUse) bool { return r.expired(l, now) })
+	if len(r.open)+len(r.past) == 0 {
 		delete(c.readers, p)
 	}
 }
 
-// Sweep forgets what processes that have ended were left, and whatever else has come
-// to be over. It calls look for processes whose streams have ended, with no lock held.
-// What a process was left is not over before [ReconnectGrace] after the last Sweep that
-// found it stopped.
-func (c *Cache) Sweep(look func(Process) Life) {
+// Sweep drops the uses of processes that have ended, and all others that count no longer.
+// It calls state for processes with ended streams, with no lock held. The uses of a
+// process count for [ReconnectGrace] after the last Sweep that found it stopped.
+func (c *Cache) Sweep(state func(Process) Life) {
 	lives := make(map[Process]Life)
 	c.mu.Lock()
 	for p, r := range c.readers {
-		if len(r.left) > 0 {
+		if len(r.past) > 0 {
 			lives[p] = Running
 		}
 	}
 	c.mu.Unlock()
 	for p := range lives {
-		lives[p] = look(p)
+		lives[p] = state(p)
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for p, life := range lives {
-		c.prune(p)
+		c.pruneLocked(p)
 		r := c.readers[p]
 		switch {
 		case r == nil:
 		case life == Stopped:
-			r.wait()
+			r.restartGrace()
 		case life == Ended:
-			r.left = nil
-			c.prune(p)
+			r.past = nil
+			c.pruneLocked(p)
 		}
 	}
 }
 
-// uses are those of a stream that count now.
+// uses returns the uses of a stream that count now.
 func (s *Subscription) uses(now time.Time) []Use {
 	var out []Use
 	for _, uses := range [][]Use{s.held, s.sent, s.viewed} {
@@ -205,8 +203,8 @@ func (s *Subscription) uses(now time.Time) []Use {
 	return out
 }
 
-// Uses returns what each process can use now, as far as streams handed it out. The
-// map is the caller's.
+// Uses returns what each process can use now because of its streams. The map is the
+// caller's.
 func (c *Cache) Uses() map[Process][]Use {
 	now := c.now()
 	c.mu.Lock()
@@ -219,8 +217,8 @@ func (c *Cache) Uses() map[Process][]Use {
 				all = AddUse(all, u)
 			}
 		}
-		for _, l := range r.left {
-			if !r.over(l, now) {
+		for _, l := range r.past {
+			if !r.expired(l, now) {
 				all = AddUse(all, l.Use)
 			}
 		}
@@ -231,9 +229,9 @@ func (c *Cache) Uses() map[Process][]Use {
 	return out
 }
 
-// using counts, by authority, the open streams whose process can use an SVID that it
-// signed, and the processes that can because of streams that have ended.
-func (c *Cache) using(now time.Time) map[string]int {
+// countUsesLocked counts, by authority, the open streams whose process can use an SVID that
+// it signed, and the processes that can because of ended streams alone.
+func (c *Cache) countUsesLocked(now time.Time) map[string]int {
 	out := make(map[string]int)
 	for _, r := range c.readers {
 		for s := range r.open {
@@ -241,8 +239,8 @@ func (c *Cache) using(now time.Time) map[string]int {
 				out[u.Authority]++
 			}
 		}
-		for _, l := range r.left {
-			if !r.over(l, now) && !r.streams(l.Authority, now) {
+		for _, l := range r.past {
+			if !r.expired(l, now) && !r.streams(l.Authority, now) {
 				out[l.Authority]++
 			}
 		}
@@ -250,7 +248,7 @@ func (c *Cache) using(now time.Time) map[string]int {
 	return out
 }
 
-// streams reports whether an open stream of the process counts against the authority.
+// streams reports whether an open stream of the process uses the authority.
 func (r *reader) streams(authority string, now time.Time) bool {
 	for s := range r.open {
 		if slices.ContainsFunc(s.uses(now), func(u Use) bool { return u.Authority == authority }) {
@@ -260,16 +258,16 @@ func (r *reader) streams(authority string, now time.Time) bool {
 	return false
 }
 
-// Unanswered counts the open streams of workloads that came back to a restarted agent
-// and have read nothing yet. What they use is not known, unless it was restored. One
-// counts for [ReconnectGrace] at most.
+// Unanswered counts the open streams of workloads that have reconnected to a restarted
+// agent and have not read an answer. What they use is unknown, unless it was restored.
+// Each counts for [ReconnectGrace] at most.
 func (c *Cache) Unanswered() int {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	n := 0
 	for _, r := range c.readers {
 		for s := range r.open {
-			if s.early && !s.answered && time.Since(s.opened) < ReconnectGrace {
+			if s.returned && !s.answered && time.Since(s.opened) < ReconnectGrace {
 				n++
 			}
 		}

@@ -13,8 +13,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// A stream counts against an authority from the moment an SVID of it is read
-// for sending until its process has read an answer without it.
+// A stream uses an authority from the View with an SVID of it until its process has read an
+// answer without it.
 func TestStreamsCountUntilTheReplacementIsRead(t *testing.T) {
 	t.Parallel()
 	c := cache.New(cache.Config{})
@@ -49,9 +49,8 @@ func TestStreamsCountUntilTheReplacementIsRead(t *testing.T) {
 	check("the process has ended", cache.Usage{Authority: "B", Held: 1})
 }
 
-// Nothing counts beyond its end: neither what is held and cannot be renewed nor
-// what streams were sent.
-func TestNothingCountsBeyondItsEnd(t *testing.T) {
+// No SVID counts after it has expired, neither held nor sent to a stream.
+func TestExpiredSVIDsDoNotCount(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		c := cache.New(cache.Config{})
@@ -80,9 +79,8 @@ func TestNothingCountsBeyondItsEnd(t *testing.T) {
 	})
 }
 
-// After a restart a call counts until it is answered, though nothing is known of its
-// process; without a restart there is nothing that it could use, and for ever it does
-// not count either.
+// After a restart a call counts until it is answered, because what its process uses is
+// unknown, but not for longer than the grace. Without a restart it does not count.
 func TestUnansweredCallsCountAfterARestart(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -117,9 +115,9 @@ func TestUnansweredCallsCountAfterARestart(t *testing.T) {
 	})
 }
 
-// A process may be stopped when one of its clients is back and another is not: the time
-// that the other has to come back begins when the process goes on.
-func TestStoppedProcessIsGivenItsTime(t *testing.T) {
+// A process may be stopped when one of its clients has reconnected and another has not: the
+// grace of the other begins when the process resumes.
+func TestGraceBeginsWhenAStoppedProcessResumes(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		c := cache.New(cache.Config{})
@@ -163,9 +161,8 @@ func TestStoppedProcessIsGivenItsTime(t *testing.T) {
 	})
 }
 
-// For random histories of streams of several processes, over restarts: an authority
-// counts while a process that lives may use an SVID of it, as defined by the model in
-// plain words, and not otherwise.
+// In random histories of streams of several processes, with restarts, an authority counts
+// exactly while a running process may use an SVID of it by the definition of the model.
 func TestProcessesCountAsDefined(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -195,8 +192,8 @@ type modelProcess struct {
 	streams []*modelStream
 }
 
-// modelStream is what one stream handed to its process: by authority, until when it
-// can be used.
+// modelStream is what one stream delivered to its process: by authority, until when it can
+// be used.
 type modelStream struct {
 	sub    *cache.Subscription
 	opened int                  // when, in steps
@@ -288,7 +285,7 @@ func (m *readersModel) begin(uses map[cache.Process][]cache.Use) {
 	m.c.Update([]*cache.Entry{m.e}, nil)
 }
 
-// restart ends all streams. What is being put together may just as well be sent.
+// restart ends all streams. An answer that is not sent yet may have been sent.
 func (m *readersModel) restart(step int) {
 	uses := m.c.Uses()
 	for _, p := range m.processes {
@@ -348,10 +345,10 @@ func (s *modelStream) end(step int) {
 	}
 }
 
-// replaced: a stream opened after the last end of one that left an SVID of the
-// authority has read an answer without it, and other clients have had time to be back:
-// none is waiting for its first answer, or was cut off a short time ago while it was,
-// and the process was not stopped a short time ago.
+// replaced: a stream opened after the end of the last one that delivered an SVID of the
+// authority has read an answer without it, and other clients have had time to reconnect:
+// none waits for its first answer or was disconnected within the grace while it did, and
+// the process was not stopped within the grace.
 func (m *readersModel) replaced(p *modelProcess, id string) bool {
 	last, cut := -1, p.stopped
 	for _, s := range p.streams {

@@ -1,7 +1,7 @@
 package cache
 
-// Serving returns how many entries there are, and whether an X.509-SVID that is
-// valid now is held for any of them.
+// Serving returns the number of entries, and whether a valid X.509-SVID is held for any of
+// them.
 func (c *Cache) Serving() (entries int, valid bool) {
 	now := c.now()
 	c.mu.Lock()

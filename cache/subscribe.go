@@ -7,31 +7,30 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// View is what one caller may be told, read at one moment.
+// View is the answer for one caller, read at one moment.
 type View struct {
-	// Ready is false while the agent is starting: nothing can be said yet.
+	// Ready is false while the agent is starting and has no answer yet.
 	Ready bool
-	// Partial says that the server has not been asked for its entries yet:
-	// more of them than are known may match.
+	// Partial means that the entries were not synchronized with the server yet: others
+	// may match, too.
 	Partial bool
-	// Matched is how many entries match the caller's selectors. Zero means
-	// that the caller has no identity here.
+	// Matched is how many entries match the caller's selectors. Zero means that the
+	// caller has no identity.
 	Matched int
-	// Waiting is how many of them have no SVID yet and none has failed either:
-	// a first answer without them would be withdrawn a moment later.
+	// Waiting is how many of them have no SVID yet and no failed mint. A first answer
+	// without them would be replaced a moment later.
 	Waiting int
-	// Identities are the matched entries that have an SVID valid now, by entry
-	// ID, one for each hint; see [ByHint]. The first is the default identity
-	// (SPIFFE Workload API, 5.2.1).
+	// Identities are the matched entries with a valid SVID, by entry ID, one for each
+	// hint; see [ByHint]. The first is the default identity (SPIFFE Workload API,
+	// 5.2.1).
 	Identities []Identity
-	// Orphaned is how many of Identities were signed by an authority that
-	// Bundle no longer has: nobody with this bundle accepts them, and their
-	// replacement is being minted.
+	// Orphaned is how many of Identities were signed by an authority that is not in
+	// Bundle: no peer with this bundle accepts them, and their replacement is due.
 	Orphaned int
-	// BundlesPending says that a matched entry federates with a trust domain of
-	// whose bundle the server has said nothing yet.
+	// BundlesPending means that a matched entry federates with a trust domain for
+	// whose bundle the server has not answered yet.
 	BundlesPending bool
-	// Hidden are entries that have an SVID valid now and the hint of an older one.
+	// Hidden are entries with a valid SVID and the hint of an older entry.
 	Hidden []*Entry
 	// Entries are all matched entries, by entry ID.
 	Entries []*Entry
@@ -45,16 +44,15 @@ type Identity struct {
 	SVID  *SVID
 }
 
-// Match reads what a caller with these selectors may be told, once. Entries
-// above the limit are minted for subscriptions only.
+// Match returns the view of a caller with these selectors. Entries above the limit are
+// minted for subscriptions only.
 func (c *Cache) Match(selectors []Selector) View {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return c.view(c.match(selectors))
+	return c.viewLocked(c.matchLocked(selectors))
 }
 
-// view must be called with mu held.
-func (c *Cache) view(matched []*record) View {
+func (c *Cache) viewLocked(matched []*record) View {
 	if c.snapshot == nil || (!c.synced && len(matched) == 0) {
 		return View{}
 	}
@@ -102,8 +100,8 @@ func (c *Cache) view(matched []*record) View {
 	return v
 }
 
-// orphans says which authorities the bundle no longer has. It remembers the
-// last one asked for, since a view has one authority or two.
+// orphans tells which authorities are not in the bundle. It caches the last answer, because
+// a view has one or two authorities.
 type orphans struct {
 	own    *bundle.Bundle
 	asked  string
@@ -118,11 +116,11 @@ func (o *orphans) has(authorityID string) bool {
 	return o.answer
 }
 
-// ByHint divides a caller's entries, which are in the order of their IDs, into
-// those that it is shown and those that are hidden. The Workload API requires
-// hints to be unique in an answer. So of several entries with one hint only the
-// oldest is shown, of those created in the same second the first. spire-agent does
-// so: the default identity is the same with both.
+// ByHint divides a caller's entries, which are in the order of their IDs, into shown and
+// hidden ones. The Workload API requires hints to be unique in an answer. So of several
+// entries with one hint only the oldest is shown, and of those created in the same second
+// the first. spire-agent does the same, so the default identity does not depend on the
+// agent.
 func ByHint(entries []*Entry) (shown, hidden []*Entry) {
 	keeper := make(map[string]*Entry)
 	for _, e := range entries {
@@ -140,57 +138,56 @@ func ByHint(entries []*Entry) (shown, hidden []*Entry) {
 	return shown, hidden
 }
 
-// Subscription is one open X.509-SVID stream of a process: it asks for its entries
-// to be minted, protects them from eviction, and is counted against the authorities
-// of what its process may use because of it. Use it from one goroutine, and close
-// it. An answer goes through [Subscription.View], [Subscription.Sending] and
-// [Subscription.Read], one at a time.
+// Subscription is one open X.509-SVID stream of a process. It makes its entries wanted,
+// protects their SVIDs from eviction, and uses the authorities of all SVIDs that it may
+// have delivered. Use it from one goroutine, and close it. Each answer takes
+// [Subscription.View], [Subscription.Sending] and [Subscription.Read], one answer at a
+// time.
 type Subscription struct {
-	cache   *Cache
-	process Process
-	c       chan struct{}
-	opened  time.Time
-	serial  uint64 // see Cache.serial
-	early   bool   // opened while workloads of the process before were returning
+	cache    *Cache
+	process  Process
+	c        chan struct{}
+	opened   time.Time
+	serial   uint64 // see Cache.serial
+	returned bool   // opened while Cache.Returning
 
 	// Guarded by Cache.mu.
 	selectors []Selector
 	matched   []*record // by entry ID
 	viewed    []Use     // in the last View
-	sent      []Use     // on the way, not known to have been read
+	sent      []Use     // in flight, perhaps not read
 	held      []Use     // in the last answer that was read
 	answered  bool      // an answer was read: what the process has is known
 	closed    bool
 }
 
-// Subscribe opens a subscription for a call of the process. It counts from now on;
-// its entries are those of the selectors, which may be found out later: see
-// [Subscription.Select].
+// Subscribe opens a subscription for a call of the process. Its entries are those that
+// match the selectors, which [Subscription.Select] may change.
 func (c *Cache) Subscribe(p Process, selectors []Selector) *Subscription {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	s := &Subscription{cache: c, process: p, c: make(chan struct{}, 1), opened: time.Now(), serial: c.next(), early: c.returning}
-	c.prune(p) // what is over does not count again because this stream has read nothing
-	c.reader(p).open[s] = struct{}{}
-	c.choose(s, selectors)
+	s := &Subscription{cache: c, process: p, c: make(chan struct{}, 1), opened: time.Now(), serial: c.nextSerialLocked(), returned: c.returning}
+	c.pruneLocked(p) // first, because unread streams keep past uses from expiring
+	c.readerLocked(p).open[s] = struct{}{}
+	c.selectLocked(s, selectors)
 	return s
 }
 
-// Select makes the entries of the subscription those that match these selectors.
-// What its process may use does not change by it.
+// Select changes the entries of the subscription to those that match these selectors. What
+// its process can use does not change.
 func (s *Subscription) Select(selectors []Selector) {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
 	if !s.closed {
-		s.cache.choose(s, selectors)
+		s.cache.selectLocked(s, selectors)
 	}
 }
 
-// choose must be called with mu held. What matches before and after is watched all
-// the time.
-func (c *Cache) choose(s *Subscription, selectors []Selector) {
+// selectLocked sets the selectors and the matching records. Records that match before and
+// after keep their stream meanwhile.
+func (c *Cache) selectLocked(s *Subscription, selectors []Selector) {
 	before := s.matched
-	c.unlist(s)
+	c.unselectLocked(s)
 	s.selectors = slices.Clone(selectors)
 	for _, sel := range s.selectors {
 		if c.subscribers[sel] == nil {
@@ -198,21 +195,21 @@ func (c *Cache) choose(s *Subscription, selectors []Selector) {
 		}
 		c.subscribers[sel][s] = struct{}{}
 	}
-	s.matched = c.match(selectors)
+	s.matched = c.matchLocked(selectors)
 	for _, r := range s.matched {
-		c.watch(r, s)
+		c.addStreamLocked(r, s)
 	}
 	for _, r := range before {
 		if !slices.Contains(s.matched, r) {
-			c.unwatch(r, s)
+			c.removeStreamLocked(r, s)
 		}
 	}
-	c.fill()
+	c.fillLocked()
 	notify(s.c)
 }
 
-// unlist takes s from under its selectors.
-func (c *Cache) unlist(s *Subscription) {
+// unselectLocked removes s from the index by selector.
+func (c *Cache) unselectLocked(s *Subscription) {
 	for _, sel := range s.selectors {
 		if delete(c.subscribers[sel], s); len(c.subscribers[sel]) == 0 {
 			delete(c.subscribers, sel)
@@ -220,18 +217,17 @@ func (c *Cache) unlist(s *Subscription) {
 	}
 }
 
-// C receives when the next View may differ from the last. It has capacity one
-// and has received once when Subscribe or Select returns.
+// C returns a channel that receives when the next View may differ from the last, and once
+// by the time that Subscribe or Select returns. Its capacity is one.
 func (s *Subscription) C() <-chan struct{} { return s.c }
 
-// View reads what the stream is to be told now. From this moment on the stream
-// counts against the authorities of this view, so that no answer on its way is
-// overlooked.
+// View returns the current answer for the stream. From now on the stream uses the
+// authorities of this view, so that answers in flight count.
 func (s *Subscription) View() View {
 	c := s.cache
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	v := c.view(s.matched)
+	v := c.viewLocked(s.matched)
 	s.viewed = nil
 	for _, id := range v.Identities {
 		s.viewed = AddUse(s.viewed, Use{id.SVID.Authority, id.SVID.NotAfter})
@@ -239,8 +235,8 @@ func (s *Subscription) View() View {
 	return v
 }
 
-// Sending says that the last View is about to be sent, and returns what the process
-// can use because of it. What was read before goes on counting until this is read.
+// Sending records that the last View is about to be sent, and returns what the process can
+// use because of it. The answer read before counts until this one is read.
 func (s *Subscription) Sending() []Use {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
@@ -252,8 +248,8 @@ func (s *Subscription) Sending() []Use {
 	return uses
 }
 
-// Read says that the process has read what was sent: nothing that this stream was
-// sent before counts any longer.
+// Read records that the process has read the answer sent: earlier answers of this stream
+// count no longer.
 func (s *Subscription) Read() {
 	s.cache.mu.Lock()
 	defer s.cache.mu.Unlock()
@@ -261,11 +257,11 @@ func (s *Subscription) Read() {
 		return
 	}
 	s.held, s.sent, s.answered = s.sent, nil, true
-	s.cache.readers[s.process].replaced(s)
+	s.cache.readers[s.process].markReplaced(s)
 }
 
-// Close ends the subscription. What its process can use because of it counts on, as
-// [Process] says. It may be called more than once.
+// Close ends the subscription. What its process can use because of it still counts; see
+// [Process]. Close may be called more than once.
 func (s *Subscription) Close() {
 	c := s.cache
 	c.mu.Lock()
@@ -274,33 +270,33 @@ func (s *Subscription) Close() {
 		return
 	}
 	s.closed = true
-	c.leave(s)
-	c.unlist(s)
+	c.endStreamLocked(s)
+	c.unselectLocked(s)
 	for _, r := range s.matched {
-		c.unwatch(r, s)
+		c.removeStreamLocked(r, s)
 	}
 	s.matched, s.selectors = nil, nil
-	c.fill()
+	c.fillLocked()
 }
 
-// attach adds an entry that has come to match. Cache.mu is held.
-func (s *Subscription) attach(r *record) {
+// attachLocked adds an entry that now matches.
+func (s *Subscription) attachLocked(r *record) {
 	i, _ := slices.BinarySearchFunc(s.matched, r, byEntryID)
 	s.matched = slices.Insert(s.matched, i, r)
-	s.cache.watch(r, s)
+	s.cache.addStreamLocked(r, s)
 }
 
-// detach drops an entry that no longer matches; the caller takes s out of
-// r.watchers. Cache.mu is held.
-func (s *Subscription) detach(r *record) {
+// detachLocked removes an entry that no longer matches. The caller removes s from
+// r.watchers.
+func (s *Subscription) detachLocked(r *record) {
 	if i := slices.Index(s.matched, r); i >= 0 {
 		s.matched = slices.Delete(s.matched, i, i+1)
 	}
 }
 
-// watch and unwatch keep the streams of a record; the first and the last of
-// them change its urgency.
-func (c *Cache) watch(r *record, s *Subscription) {
+// addStreamLocked and removeStreamLocked maintain the streams of a record. The first and
+// the last one change its urgency.
+func (c *Cache) addStreamLocked(r *record, s *Subscription) {
 	if _, already := r.watchers[s]; already {
 		return
 	}
@@ -309,30 +305,30 @@ func (c *Cache) watch(r *record, s *Subscription) {
 	}
 	r.watchers[s] = struct{}{}
 	if len(r.watchers) == 1 {
-		c.setWanted(r, true)
-		c.file(r)
-		c.changed(r)
+		c.setWantedLocked(r, true)
+		c.relistLocked(r)
+		c.changedLocked(r)
 	}
 }
 
-func (c *Cache) unwatch(r *record, s *Subscription) {
+func (c *Cache) removeStreamLocked(r *record, s *Subscription) {
 	delete(r.watchers, s)
 	if len(r.watchers) == 0 {
 		r.watchers = nil
-		c.relinquish(r)
-		c.file(r)
-		c.changed(r)
+		c.dropUnusedLocked(r)
+		c.relistLocked(r)
+		c.changedLocked(r)
 	}
 }
 
-// Watch wakes on every change of bundle, entries or readiness. It is for
-// streams that are not about X.509-SVIDs; they read with [Cache.Match].
+// Watch notifies of every change of bundle, entries or readiness. It is for streams without
+// X.509-SVIDs, which read with [Cache.Match].
 type Watch struct {
 	cache *Cache
 	c     chan struct{}
 }
 
-// Watch opens a watch. Close it when done.
+// Watch opens a watch. Close it after use.
 func (c *Cache) Watch() *Watch {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -342,7 +338,7 @@ func (c *Cache) Watch() *Watch {
 	return w
 }
 
-// C receives when something changed, and once right after [Cache.Watch].
+// C returns a channel that receives after a change, and once right after [Cache.Watch].
 func (w *Watch) C() <-chan struct{} { return w.c }
 
 // Close ends the watch.
@@ -352,7 +348,7 @@ func (w *Watch) Close() {
 	delete(w.cache.watches, w.c)
 }
 
-func (c *Cache) wakeWatches() {
+func (c *Cache) wakeWatchesLocked() {
 	for w := range c.watches {
 		notify(w)
 	}

@@ -9,9 +9,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 )
 
-// SVID is an X.509-SVID with its private key, in the forms in which the
-// Workload API hands them out. It is immutable. It holds no parsed
-// certificate: at thousands of SVIDs a node that would be most of the memory.
+// SVID is an X.509-SVID with its private key, in the encoding of the Workload API. It is
+// immutable. It has no parsed certificate, which would take most of the memory of a node
+// with thousands of SVIDs.
 type SVID struct {
 	ID      spiffeid.ID
 	EntryID string
@@ -29,21 +29,21 @@ type SVID struct {
 	Authority string
 	NotBefore time.Time
 	NotAfter  time.Time
-	// RenewAt is half of its life, ±10 %, drawn once.
+	// RenewAt is at half of its life, ±10 %, drawn once.
 	RenewAt time.Time
 }
 
-// ErrChanged is returned by [Cache.Put] and [Cache.PutJWT] when an SVID is of no
-// use any more: its entry was deleted, changed or evicted while it was being minted,
-// or the key that signed it has left the bundle.
-var ErrChanged = errors.New("the entry or the trust bundle changed while the SVID was being minted")
+// ErrChanged is returned by [Cache.Put] and [Cache.PutJWT] if the SVID must not be used:
+// its entry was deleted, changed or evicted during the mint, or the key that signed it is
+// no longer in the bundle.
+var ErrChanged = errors.New("entry or trust bundle changed while the SVID was being minted")
 
-// authority is one that signed SVIDs that are held. Guarded by Cache.mu.
+// authority is an authority that signed SVIDs held. Guarded by Cache.mu.
 type authority struct {
 	signed []*record
 }
 
-// valid counts the SVIDs held that have not ended.
+// valid counts the SVIDs held that have not expired.
 func (a *authority) valid(now time.Time) (n int) {
 	for _, r := range a.signed {
 		if r.svid.NotAfter.After(now) {
@@ -53,19 +53,18 @@ func (a *authority) valid(now time.Time) (n int) {
 	return n
 }
 
-// For reports whether s is what the entry gives: it was minted for the entry as
-// it is, or what makes an SVID is as it was then: the SPIFFE ID, the DNS names and
-// the lifetime that the entry asks for. DNS names are compared with the
-// certificate, because an entry may have been edited twice meanwhile. Another
-// entry of the same ID is told apart by the time of its creation.
+// For reports whether s is an SVID of the entry: it was minted for the current revision,
+// or SPIFFE ID, DNS names and lifetime are the same. DNS names are compared with the
+// certificate's, because the entry may have been edited twice meanwhile. The time of
+// creation distinguishes entries that had the same ID one after the other.
 func (s *SVID) For(e *Entry) bool {
 	return s.mintedFor(e.Revision, e.CreatedAt) ||
 		s.ID == e.SPIFFEID && s.TTL == e.X509TTL && slices.Equal(s.DNSNames, e.DNSNames)
 }
 
-// Alike reports whether s and o are SVIDs of one state of an entry, or of states
-// that give the same; see [SVID.For].
-func (s *SVID) Alike(o *SVID) bool {
+// Equivalent reports whether s and o are SVIDs of one revision of an entry, or of
+// revisions with the same SPIFFE ID, DNS names and lifetime; see [SVID.For].
+func (s *SVID) Equivalent(o *SVID) bool {
 	return s.mintedFor(o.Revision, o.Created) ||
 		s.ID == o.ID && s.TTL == o.TTL && slices.Equal(s.DNSNames, o.DNSNames)
 }
@@ -74,8 +73,8 @@ func (s *SVID) mintedFor(revision int64, created time.Time) bool {
 	return s.Revision == revision && s.Created.Equal(created)
 }
 
-// Put replaces what is held for the SVID's entry and wakes its streams. The
-// caller has verified it. Others that are above the limit leave now.
+// Put replaces the SVID held for the entry, notifies its streams and evicts SVIDs above the
+// limit. The caller must have verified the SVID.
 func (c *Cache) Put(s *SVID) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -86,31 +85,31 @@ func (c *Cache) Put(s *SVID) error {
 	switch {
 	case r.wanted:
 	case r.entry.NoPrefetch:
-		// Whoever asked for it has gone, perhaps to ask again.
-		c.setWanted(r, true)
+		// Its stream has ended and may reconnect.
+		c.setWantedLocked(r, true)
 	default:
 		return ErrChanged
 	}
-	c.hold(r, s)
-	c.evict(r)
+	c.replaceLocked(r, s)
+	c.evictLocked(r)
 	return nil
 }
 
-// hold replaces what is held for r by s, which its entry gives, and tells everyone.
-func (c *Cache) hold(r *record, s *SVID) {
+// replaceLocked replaces the SVID held for r and notifies streams and followers.
+func (c *Cache) replaceLocked(r *record, s *SVID) {
 	r.failed = false
-	c.setSVID(r, s)
+	c.setSVIDLocked(r, s)
 	if !s.NotBefore.Before(c.newest.x509) {
 		c.newest.X509, c.newest.x509 = s.Authority, s.NotBefore
 	}
 	for sub := range r.watchers {
 		notify(sub.c)
 	}
-	c.changed(r)
+	c.changedLocked(r)
 }
 
-// Failed notes that minting the first SVID of an entry failed, so that a
-// stream that matches other entries as well is served those.
+// Failed records that minting the first SVID of an entry failed, so that streams that match
+// other entries, too, do not wait for it.
 func (c *Cache) Failed(entryID string) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -124,28 +123,28 @@ func (c *Cache) Failed(entryID string) {
 	}
 }
 
-// setSVID replaces r's SVID, nil for none, and keeps the index by authority.
-func (c *Cache) setSVID(r *record, s *SVID) {
+// setSVIDLocked replaces r's SVID, nil for none, and updates the index by authority.
+func (c *Cache) setSVIDLocked(r *record, s *SVID) {
 	if r.svid != nil {
 		a := c.authorities[r.svid.Authority]
 		last := a.signed[len(a.signed)-1]
 		a.signed[r.slot], last.slot = last, r.slot
 		a.signed[len(a.signed)-1] = nil
 		a.signed = a.signed[:len(a.signed)-1]
-		c.forget(r.svid.Authority, a)
+		c.dropAuthorityLocked(r.svid.Authority, a)
 		c.held--
 	}
 	r.svid = s
 	if s != nil {
-		a := c.authority(s.Authority)
+		a := c.authorityLocked(s.Authority)
 		r.slot = len(a.signed)
 		a.signed = append(a.signed, r)
 		c.held++
 	}
-	c.file(r)
+	c.relistLocked(r)
 }
 
-func (c *Cache) authority(id string) *authority {
+func (c *Cache) authorityLocked(id string) *authority {
 	a := c.authorities[id]
 	if a == nil {
 		a = &authority{}
@@ -154,26 +153,26 @@ func (c *Cache) authority(id string) *authority {
 	return a
 }
 
-// forget drops an authority that signed nothing of what is held.
-func (c *Cache) forget(id string, a *authority) {
+// dropAuthorityLocked drops an authority that signed no SVID held.
+func (c *Cache) dropAuthorityLocked(id string, a *authority) {
 	if len(a.signed) == 0 {
 		delete(c.authorities, id)
 	}
 }
 
-// Item is what renewal needs to know of one entry.
+// Item is the state of one entry for renewal.
 type Item struct {
 	Entry *Entry
 	SVID  *SVID // nil when none is held
-	// Streams is the number of open streams that are served this entry.
+	// Streams is the number of open streams of this entry.
 	Streams int
-	// Missing says that the server's answers do not name the entry at present:
-	// that it does not mint for it is no fault. See [Cache.SetMissing].
+	// Missing means that the server does not list the entry at present; see
+	// [Cache.SetMissing].
 	Missing bool
 }
 
-// RenewAt is when the SVID, which there has to be, is to be renewed by its age.
-// One that is minted only when asked for, and that nobody has open, is not.
+// RenewAt returns when the SVID, which must not be nil, is due by its age. With NoPrefetch
+// and without a stream it is not renewed before it expires.
 func (i Item) RenewAt() time.Time {
 	if i.Entry.NoPrefetch && i.Streams == 0 {
 		return i.SVID.NotAfter
@@ -181,13 +180,13 @@ func (i Item) RenewAt() time.Time {
 	return i.SVID.RenewAt
 }
 
-// Item returns the entry with this ID, or false when it is gone or no SVID is
-// to be held for it.
+// Item returns the entry with this ID, or false if it was deleted or no SVID is to be held
+// for it.
 func (c *Cache) Item(entryID string) (Item, bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	r := c.records[entryID]
-	if r == nil || !r.wanted || r.list == c.spare && !r.svid.NotAfter.After(c.now()) {
+	if r == nil || !r.wanted || r.list == c.onDemand && !r.svid.NotAfter.After(c.now()) {
 		return Item{}, false
 	}
 	return Item{Entry: r.entry, SVID: r.svid, Streams: len(r.watchers), Missing: r.missing}, true
@@ -219,22 +218,22 @@ func (c *Cache) Held(authorityID string) int {
 	return 0
 }
 
-// Usage is what still uses one signing authority.
+// Usage is what uses one signing authority.
 type Usage struct {
 	Authority string
 	Held      int // valid X.509-SVIDs held
 	// Streams counts the open streams, and the processes whose streams have ended,
-	// that have not read a replacement of what it signed; see [Process].
+	// that have not read the replacement of an SVID that it signed; see [Process].
 	Streams int
 }
 
-// Authorities returns what still uses each signing authority, read at one
-// moment, by authority ID. Authorities that nothing uses are left out.
+// Authorities returns what uses each signing authority, read at one moment, by authority
+// ID. Unused authorities are left out.
 func (c *Cache) Authorities() []Usage {
 	now := c.now()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	streams := c.using(now)
+	streams := c.countUsesLocked(now)
 	out := make([]Usage, 0, len(c.authorities))
 	for id, a := range c.authorities {
 		if n := a.valid(now); n+streams[id] > 0 {
@@ -249,24 +248,23 @@ func (c *Cache) Authorities() []Usage {
 	return out
 }
 
-// Newest names the authorities that signed what was minted last, which is the
-// best an agent can tell of which is active. Empty where nothing was minted.
+// Newest are the authorities that signed the newest SVIDs, which an agent takes for the
+// active ones. Empty if none was minted.
 type Newest struct {
 	X509, JWT string
 	x509, jwt time.Time
 }
 
-// Newest returns the authorities that signed what was minted last.
+// Newest returns the authorities that signed the newest SVIDs.
 func (c *Cache) Newest() Newest {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.newest
 }
 
-// Counts returns how many entries there are, how many X.509-SVIDs are held,
-// and how many of those are due by more than grace past RenewAt and are to be
-// renewed by their age (see [Item.RenewAt]). It reads all
-// of them and is meant for a scrape.
+// Counts returns the number of entries, of X.509-SVIDs held, and of those that are due by
+// their age (see [Item.RenewAt]) for longer than grace. It reads all of them and is meant
+// for a scrape.
 func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
 	late := c.now().Add(-grace)
 	c.mu.Lock()
@@ -274,7 +272,7 @@ func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
 	for _, a := range c.authorities {
 		held += len(a.signed)
 		for _, r := range a.signed {
-			if r.svid.RenewAt.Before(late) && r.list != c.spare {
+			if r.svid.RenewAt.Before(late) && r.list != c.onDemand {
 				overdue++
 			}
 		}
@@ -282,15 +280,14 @@ func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
 	return len(c.records), held, overdue
 }
 
-// Follower learns which entries changed: what renewal and the store of
-// runtime_dir act on. Close it when done.
+// Follower is notified of changed entries. Close it after use.
 type Follower struct {
 	cache *Cache
 	c     chan struct{}
 	dirty map[string]struct{} // guarded by Cache.mu
 }
 
-// Follow returns a Follower that starts with every entry as changed.
+// Follow returns a Follower that begins with every entry as changed.
 func (c *Cache) Follow() *Follower {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -303,7 +300,8 @@ func (c *Cache) Follow() *Follower {
 	return f
 }
 
-// C receives when there is something to drain or the bundle has changed.
+// C returns a channel that receives when there is something to drain or the bundle has
+// changed.
 func (f *Follower) C() <-chan struct{} { return f.c }
 
 // Drain returns the IDs of the entries that changed since the last call: the
@@ -323,14 +321,14 @@ func (f *Follower) Drain() []string {
 	return out
 }
 
-// Close ends the following.
+// Close ends the notifications.
 func (f *Follower) Close() {
 	f.cache.mu.Lock()
 	defer f.cache.mu.Unlock()
 	delete(f.cache.followers, f)
 }
 
-func (c *Cache) changed(r *record) {
+func (c *Cache) changedLocked(r *record) {
 	for f := range c.followers {
 		f.dirty[r.entry.ID] = struct{}{}
 		notify(f.c)

@@ -10,8 +10,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// An SVID stays what its entry gives while nothing changes that is in it.
-func TestWhatMakesAnotherSVID(t *testing.T) {
+// An SVID remains one of its entry while nothing that is in it is edited.
+func TestEditsThatRequireAnotherSVID(t *testing.T) {
 	was := entry("e", "x", "y")
 	was.Revision, was.CreatedAt, was.DNSNames, was.X509TTL = 3, time.Unix(1000, 0), []string{"a.example.org", "b.example.org"}, time.Hour
 	for name, tt := range map[string]struct {
@@ -32,7 +32,7 @@ func TestWhatMakesAnotherSVID(t *testing.T) {
 		"made again, otherwise": {func(e *cache.Entry, _ *cache.SVID) {
 			e.Revision, e.CreatedAt, e.X509TTL = 3, time.Unix(2000, 0), 2*time.Hour
 		}, false},
-		// The server signed while the entry had other names, and has these again.
+		// The server signed while the entry had other names for a time.
 		"edited twice": {func(_ *cache.Entry, s *cache.SVID) { s.DNSNames = nil }, false},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -42,8 +42,8 @@ func TestWhatMakesAnotherSVID(t *testing.T) {
 			if got := s.For(&now); got != tt.same {
 				t.Errorf("For = %v, want %v", got, tt.same)
 			}
-			if got := s.Alike(svid(&now, "B")); got != tt.same {
-				t.Errorf("Alike = %v, want %v", got, tt.same)
+			if got := s.Equivalent(svid(&now, "B")); got != tt.same {
+				t.Errorf("Equivalent = %v, want %v", got, tt.same)
 			}
 			if !s.For(was) {
 				t.Error("it is not for the entry that it was minted for")
@@ -52,9 +52,8 @@ func TestWhatMakesAnotherSVID(t *testing.T) {
 	}
 }
 
-// An entry that is not to be prefetched is minted when a stream asks for it. What
-// is held after that is not renewed by its age, and gives way once it would be due
-// and another SVID is put.
+// An entry with NoPrefetch is minted for a stream. After that its SVID is not renewed by its
+// age, and is evicted once it is due and another SVID is put.
 func TestNoPrefetch(t *testing.T) {
 	now := time.Now()
 	c := cache.New(cache.Config{Limit: 10, Now: func() time.Time { return now }})
@@ -94,7 +93,7 @@ func TestNoPrefetch(t *testing.T) {
 	sub.Close()
 	item, _ = c.Item("asked")
 	if !item.RenewAt().Equal(item.SVID.NotAfter) {
-		t.Error("it is renewed for nobody")
+		t.Error("it is renewed without a stream")
 	}
 	put(t, c, svid(other, "A"))
 	put(t, c, svid(usual, "A"))
@@ -128,9 +127,9 @@ func TestNoPrefetch(t *testing.T) {
 	wanted("deleted", "usual")
 }
 
-// What was minted because it was asked for gives way when there is no room, but not
-// before whoever asked for it could have it.
-func TestNoPrefetchWithoutRoom(t *testing.T) {
+// An SVID of an entry with NoPrefetch is evicted above the limit, but not before the stream
+// that it was minted for could get it.
+func TestNoPrefetchAboveTheLimit(t *testing.T) {
 	c := cache.New(cache.Config{Limit: 1})
 	c.SetBundle(snapshot(t))
 	usual, asked, other := entry("usual", "1"), entry("asked", "2"), entry("other", "3")
@@ -166,8 +165,8 @@ func hour(e *cache.Entry, now time.Time) *cache.SVID {
 	return s
 }
 
-// A token with a jti is held for nobody, neither a new one nor what was held
-// before the entry asked for it; that it was handed out is known.
+// A token with a jti is not held, and those from before the edit are dropped; its expiry is
+// recorded.
 func TestJWTWithJTIIsNotHeld(t *testing.T) {
 	now := time.Now()
 	c := cache.New(cache.Config{})

@@ -14,8 +14,8 @@ import (
 	"google.golang.org/grpc/reflection"
 )
 
-// common is what agent and server have alike: the registry, what is known of
-// the process, of its gRPC services and of SVIDs being minted.
+// common has the metrics that agent and server share: of the process, of its gRPC
+// services and of minting.
 type common struct {
 	registry     *prometheus.Registry
 	grpc         *grpcprom.ServerMetrics
@@ -24,9 +24,9 @@ type common struct {
 	mintDuration *prometheus.HistogramVec
 }
 
-// newCommon makes the registry with the two metrics of minting. The counter has
-// every series from the start, and the histogram only its usual ones: one for
-// each code would be hundreds.
+// newCommon returns the registry with the two metrics of minting. The counter has every
+// series from the start. The histogram has only the usual ones, because one for each code
+// would make hundreds of series.
 func newCommon(log *slog.Logger, mints string, duration prometheus.HistogramOpts, help string) common {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -53,8 +53,7 @@ func newCommon(log *slog.Logger, mints string, duration prometheus.HistogramOpts
 	return c
 }
 
-// info makes the constant series that say what runs here, one for each
-// deployment.
+// info registers spirl_application_info, one series for each deployment.
 func (c *common) info(component, trustDomain, version string, deployments ...string) {
 	g := prometheus.NewGaugeVec(prometheus.GaugeOpts{
 		Name: "spirl_application_info",
@@ -71,11 +70,11 @@ func (c *common) minted(svidType, code string, d time.Duration) {
 	c.mintDuration.WithLabelValues(svidType, code).Observe(d.Seconds())
 }
 
-// Registry returns the registry, for a caller with a metric of its own.
+// Registry returns the registry, in which a caller may register metrics of its own.
 func (c *common) Registry() *prometheus.Registry { return c.registry }
 
-// ServerOptions returns the interceptors that fill the grpc_server_ metrics.
-// Several gRPC servers may have them and are counted together.
+// ServerOptions returns the interceptors for the grpc_server_ metrics. Several gRPC servers
+// may share them and are counted together.
 func (c *common) ServerOptions() []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(c.grpc.UnaryServerInterceptor()),
@@ -83,12 +82,12 @@ func (c *common) ServerOptions() []grpc.ServerOption {
 	}
 }
 
-// InitServer makes the grpc_server_ series of every RPC of s at 0. Call it once
-// the services are registered.
+// InitServer creates the grpc_server_ series of every RPC of s at 0. Call it after the
+// services are registered.
 func (c *common) InitServer(s reflection.ServiceInfoProvider) { c.grpc.InitializeMetrics(s) }
 
-// Handler answers scrapes. A state that cannot be exported leaves out its own
-// series and not the rest.
+// Handler returns the handler of /metrics. A series that cannot be exported does not
+// affect the others.
 func (c *common) Handler() http.Handler {
 	return promhttp.HandlerFor(c.registry, promhttp.HandlerOpts{
 		ErrorLog:      slog.NewLogLogger(c.log.Handler(), slog.LevelWarn),

@@ -1,14 +1,13 @@
-// Package metrics owns every metric of the agent ([Metrics]) and of the signing
-// server ([Server]): its name, its help text and the values its labels can have.
-// It imports no other package of renewd; who uses it translates.
+// Package metrics owns every metric of the agent ([Metrics]) and of the signing server
+// ([Server]): its name, its help text and the values of its labels. It imports no other
+// package of renewd; its users translate.
 //
-// What happens is told through methods ([Metrics.Minted], [Metrics.Renewed],
-// ...) and counted. What is held is never counted up and down: the gauges of
-// state are read from a [Source] or [ServerSource] at each scrape, all from one
-// snapshot, so they agree with each other and cannot drift from the truth.
+// Events are counted by methods ([Metrics.Minted], [Metrics.Renewed], ...). State is
+// never counted up and down: the gauges are read from a [Source] or [ServerSource] at
+// each scrape, all from one snapshot, so they are consistent and cannot drift.
 //
-// The names that start with spirl_ and grpc_server_ are those that existing
-// dashboards of this field already read. Everything else starts with renewd_.
+// Existing dashboards read the names that start with spirl_ and grpc_server_. All other
+// names start with renewd_.
 package metrics
 
 import (
@@ -28,9 +27,9 @@ const (
 const (
 	ReasonFirst    = "first"             // none was held yet
 	ReasonHalfLife = "half_life"         // half of its life has passed
-	ReasonEntry    = "entry_changed"     // its registration entry has changed
+	ReasonEntry    = "entry_changed"     // its entry has changed
 	ReasonTaint    = "taint"             // the authority that signed it is tainted
-	ReasonRemoved  = "authority_removed" // the authority that signed it left the bundle
+	ReasonRemoved  = "authority_removed" // the authority that signed it has left the bundle
 )
 
 // The values of the outcome label of renewd_renewals_total.
@@ -39,16 +38,16 @@ const (
 	RenewalStillTainted = "still_tainted" // the answer was signed by a tainted authority again
 	RenewalRejected     = "rejected"      // the answer failed verification
 	RenewalFailed       = "failed"        // there was no answer, or an error
-	RenewalMissing      = "missing"       // the server does not name the entry at present, and minted nothing
-	RenewalDropped      = "dropped"       // its entry changed meanwhile, so it is not used
+	RenewalMissing      = "missing"       // the server does not list the entry at present, and minted nothing
+	RenewalDropped      = "dropped"       // its entry changed meanwhile, so the new SVID is not used
 )
 
 // The values of the outcome label of renewd_bundle_refreshes_total and
 // renewd_server_federated_bundle_refreshes_total.
 const (
-	RefreshApplied   = "applied"   // the answer differs and is now in force
-	RefreshUnchanged = "unchanged" // the answer is what is held
-	RefreshRejected  = "rejected"  // the answer cannot be right
+	RefreshApplied   = "applied"   // the answer differs and is now the current bundle
+	RefreshUnchanged = "unchanged" // the answer is the current bundle
+	RefreshRejected  = "rejected"  // the answer is invalid or older
 	RefreshFailed    = "failed"    // there was no answer
 )
 
@@ -67,16 +66,15 @@ type Config struct {
 	// Process is a random ID of this process, which renewd_agent_info shows.
 	Process string
 
-	// Source gives the gauges of state. It is called at each scrape, possibly
-	// from several goroutines at once.
+	// Source provides the gauges of state. It is read at each scrape, possibly
+	// concurrently.
 	Source Source
-	// Log takes what goes wrong while a scrape is answered. Nothing is logged
-	// when nil.
+	// Log receives the errors of scrapes; nil means that they are not logged.
 	Log *slog.Logger
 }
 
-// Metrics is the agent's one registry and all that is in it. Its methods are
-// safe for concurrent use.
+// Metrics is the agent's registry with its metrics. Its methods are safe for concurrent
+// use.
 type Metrics struct {
 	common
 	renewals  *prometheus.CounterVec
@@ -85,32 +83,31 @@ type Metrics struct {
 	oversize  prometheus.Counter
 }
 
-// New makes the metrics and registers them. Every counter that a rate or an
-// alert is likely to be made of exists at 0 from the start: a counter that
-// appears with its first failure hides that failure from rate().
+// New returns the registered metrics. The counters exist at 0 from the start: a counter
+// that appears with its first failure hides that failure from rate().
 func New(cfg Config) *Metrics {
 	m := &Metrics{
 		common: newCommon(cfg.Log, "spirl_agent_mint_svid_total", prometheus.HistogramOpts{
 			Name:    "spirl_agent_mint_svid_duration_seconds",
 			Help:    "Time to obtain one SVID, from making the key to the parsed answer, by type and gRPC status.",
 			Buckets: []float64{.001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
-		}, "SVIDs this agent asked the server for, by type and gRPC status of the attempt. Failed attempts count too, but not for entries that the server does not name at present."),
+		}, "SVIDs this agent requested from the server, by type and gRPC status of the attempt. Failed attempts count, too, except for entries that the server does not list at present."),
 		renewals: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "renewd_renewals_total",
-			Help: "Attempts to obtain an X.509-SVID for a workload, by what made it due and what came of it. An outcome of still_tainted means the server answered with an SVID of a tainted authority again; the agent tries again with backoff.",
+			Help: "Attempts to obtain an X.509-SVID for a workload, by reason and outcome. The outcome still_tainted means that a tainted authority signed the answer; the agent retries with backoff.",
 		}, []string{"reason", "outcome"}),
 		refreshes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "renewd_bundle_refreshes_total",
-			Help: "Polls of the trust bundle by outcome. If neither applied nor unchanged moves, this agent does not learn of taints.",
+			Help: "Polls of the trust bundle by outcome. If neither applied nor unchanged increases, this agent does not learn of taints.",
 		}, []string{"outcome"}),
 		syncs: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "renewd_sync_duration_seconds",
-			Help:    "Time one synchronization of registration entries with the server took, by outcome.",
+			Help:    "Time of one synchronization of registration entries with the server, by outcome.",
 			Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30},
 		}, []string{"outcome"}),
 		oversize: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "renewd_oversize_answers_total",
-			Help: "Workload API answers above 4 MiB, the most that a gRPC client accepts unless told otherwise. The log names the workload and the remedy.",
+			Help: "Workload API answers above 4 MiB, the default limit of gRPC clients. The log names the workload and the remedy.",
 		}),
 	}
 	m.registry.MustRegister(m.renewals, m.refreshes, m.syncs, m.oversize)
@@ -122,7 +119,7 @@ func New(cfg Config) *Metrics {
 	return m
 }
 
-// zero makes the series that must exist before the first event.
+// zero creates the series that must exist before the first event.
 func (m *Metrics) zero() {
 	for _, reason := range []string{ReasonFirst, ReasonHalfLife, ReasonEntry, ReasonTaint, ReasonRemoved} {
 		for _, outcome := range []string{RenewalDone, RenewalStillTainted, RenewalRejected, RenewalFailed, RenewalMissing, RenewalDropped} {
@@ -136,10 +133,10 @@ func (m *Metrics) zero() {
 	m.syncs.WithLabelValues(SyncFailed)
 }
 
-// Minted counts one attempt to obtain an SVID from the server. svidType is
-// [TypeX509] or [TypeJWT], code the gRPC status as codes.Code prints it, d the
-// time from making the key to the parsed answer. Of a batch, each item is one
-// attempt that took as long as the batch.
+// Minted counts one attempt to obtain an SVID from the server. svidType is [TypeX509] or
+// [TypeJWT], code the gRPC status as codes.Code prints it, d the time from generating the
+// key to the parsed answer. Each item of a batch is one attempt that took as long as the
+// batch.
 func (m *Metrics) Minted(svidType, code string, d time.Duration) {
 	m.minted(svidType, code, d)
 }
@@ -150,14 +147,13 @@ func (m *Metrics) Renewed(reason, outcome string) {
 	m.renewals.WithLabelValues(reason, outcome).Inc()
 }
 
-// BundleRefreshed counts one poll of the trust bundle by its outcome (the
-// Refresh constants). What is in force is read from the [Source].
+// BundleRefreshed counts one poll of the trust bundle by its outcome (the Refresh
+// constants).
 func (m *Metrics) BundleRefreshed(outcome string) {
 	m.refreshes.WithLabelValues(outcome).Inc()
 }
 
-// Synced records one synchronization of entries that took d and ended with
-// err, which may be nil.
+// Synced records one synchronization of entries that took d and returned err.
 func (m *Metrics) Synced(d time.Duration, err error) {
 	outcome := SyncDone
 	if err != nil {

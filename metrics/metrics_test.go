@@ -36,7 +36,7 @@ func wave() metrics.State {
 			{Type: metrics.TypeX509, ID: "aa", State: metrics.StateActive, Held: 7, Pending: 9, Streams: 9},
 			{Type: metrics.TypeX509, ID: "bb", State: metrics.StatePrepared},
 			{Type: metrics.TypeX509, ID: "cc", State: metrics.StateTainted, Held: 3, Pending: 2, Streams: 1},
-			{Type: metrics.TypeX509, ID: "dd", State: metrics.StateTainted, Settled: true},
+			{Type: metrics.TypeX509, ID: "dd", State: metrics.StateSettled},
 			{Type: metrics.TypeX509, ID: "ee", State: metrics.StateRemoved, Held: 1, Pending: 1},
 			{Type: metrics.TypeJWT, ID: "k1", State: metrics.StateTainted, Held: 4},
 		},
@@ -48,6 +48,7 @@ func wave() metrics.State {
 		Expiring:       map[string]int{metrics.TypeX509: 5},
 		JWTExpiry:      map[string]time.Time{"k1": at.Add(2 * time.Hour)},
 		Streams:        map[string]int{metrics.RPCX509SVID: 6},
+		SVIDs:          map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
 		EntriesMissing: 2,
 	}
 }
@@ -63,23 +64,23 @@ func TestState(t *testing.T) {
 	t.Parallel()
 	m := newMetrics(wave)
 	want := `
-# HELP renewd_agent_svid_expiry_timestamp_seconds When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.
+# HELP renewd_agent_svid_expiry_timestamp_seconds When the agent SVID expires, as Unix time. After that the agent has to re-attest.
 # TYPE renewd_agent_svid_expiry_timestamp_seconds gauge
 renewd_agent_svid_expiry_timestamp_seconds{spiffe_id="spiffe://example.org/spire/agent/join_token/1"} 1.7000036005e+09
-# HELP renewd_bundle_applied_timestamp_seconds When the trust bundle in force was applied, as Unix time.
+# HELP renewd_bundle_applied_timestamp_seconds When the current trust bundle was applied, as Unix time.
 # TYPE renewd_bundle_applied_timestamp_seconds gauge
 renewd_bundle_applied_timestamp_seconds 1.7000000005e+09
-# HELP renewd_bundle_authorities_left_out Authorities in the trust bundles in force that cannot be used and are left out, by the bundle they are in (own, federated) and type. The log names them.
+# HELP renewd_bundle_authorities_left_out Unusable authorities in the current trust bundles, which are left out, by bundle (own, federated) and type. The log names them.
 # TYPE renewd_bundle_authorities_left_out gauge
 renewd_bundle_authorities_left_out{bundle="federated",svid_type="unknown"} 0
 renewd_bundle_authorities_left_out{bundle="own",svid_type="jwt"} 2
-# HELP renewd_bundle_sequence_number Sequence number of the trust bundle in force. Nodes that lag behind show a lower one.
+# HELP renewd_bundle_sequence_number Sequence number of the current trust bundle. Nodes that lag behind show a lower one.
 # TYPE renewd_bundle_sequence_number gauge
 renewd_bundle_sequence_number 42
-# HELP renewd_entries_missing Registration entries that the server's answers lack at present and that this node serves still. Those of deleted entries leave after entry_removal_delay; above 0 for long means that the server's answers change.
+# HELP renewd_entries_missing Registration entries that the server does not list at present and that this node still serves. Deleted entries are dropped after entry_removal_delay. If this stays above 0, the server's answers change.
 # TYPE renewd_entries_missing gauge
 renewd_entries_missing 2
-# HELP renewd_jwt_svid_latest_expiry_timestamp_seconds When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.
+# HELP renewd_jwt_svid_latest_expiry_timestamp_seconds When the last JWT-SVID that this node handed out with the key expires, as Unix time. After that no token of this node depends on the key.
 # TYPE renewd_jwt_svid_latest_expiry_timestamp_seconds gauge
 renewd_jwt_svid_latest_expiry_timestamp_seconds{key_id="k1"} 1.7000072005e+09
 # HELP renewd_streams_open Open Workload API streams by RPC.
@@ -87,7 +88,16 @@ renewd_jwt_svid_latest_expiry_timestamp_seconds{key_id="k1"} 1.7000072005e+09
 renewd_streams_open{rpc="FetchJWTBundles"} 0
 renewd_streams_open{rpc="FetchX509Bundles"} 0
 renewd_streams_open{rpc="FetchX509SVID"} 6
-# HELP renewd_svids_held SVIDs this node holds for its workloads, by the authority that signed them and that authority's state.
+# HELP renewd_svids Registration entries whose X.509-SVID this node is to hold, by its state: waiting for the first one, minting, fresh, due, backing_off after a failure, stale (tainted authority, the node's delay is not over) or expired.
+# TYPE renewd_svids gauge
+renewd_svids{state="backing_off"} 1
+renewd_svids{state="due"} 0
+renewd_svids{state="expired"} 0
+renewd_svids{state="fresh"} 7
+renewd_svids{state="minting"} 0
+renewd_svids{state="stale"} 2
+renewd_svids{state="waiting"} 0
+# HELP renewd_svids_held SVIDs this node holds for its workloads, by the authority that signed them and its state.
 # TYPE renewd_svids_held gauge
 renewd_svids_held{authority="aa",state="active",svid_type="x509"} 7
 renewd_svids_held{authority="bb",state="prepared",svid_type="x509"} 0
@@ -95,12 +105,12 @@ renewd_svids_held{authority="cc",state="tainted",svid_type="x509"} 3
 renewd_svids_held{authority="dd",state="tainted",svid_type="x509"} 0
 renewd_svids_held{authority="ee",state="removed",svid_type="x509"} 1
 renewd_svids_held{authority="k1",state="tainted",svid_type="jwt"} 4
-# HELP renewd_taint_renewals_pending SVIDs of a tainted or removed authority that still wait for their renewal.
+# HELP renewd_taint_renewals_pending SVIDs of a tainted or removed authority that wait for their renewal.
 # TYPE renewd_taint_renewals_pending gauge
 renewd_taint_renewals_pending{authority="cc"} 2
 renewd_taint_renewals_pending{authority="dd"} 0
 renewd_taint_renewals_pending{authority="ee"} 1
-# HELP renewd_taint_settled 1 when nothing on this node depends on the tainted authority any more: it is safe to remove as far as this node goes. All nodes must say 1 before the key is removed.
+# HELP renewd_taint_settled 1 if nothing on this node depends on the tainted authority: as far as this node knows, it is safe to remove. Remove the key only when all nodes show 1.
 # TYPE renewd_taint_settled gauge
 renewd_taint_settled{authority="cc"} 0
 renewd_taint_settled{authority="dd"} 1
@@ -109,7 +119,7 @@ renewd_taint_settled{authority="dd"} 1
 renewd_taint_streams_waiting{authority="cc"} 1
 renewd_taint_streams_waiting{authority="dd"} 0
 renewd_taint_streams_waiting{authority="ee"} 0
-# HELP spirl_agent_svid_expiring SVIDs held that are more than a minute past half of their life and still not renewed. Above 0 for long means renewal does not get through.
+# HELP spirl_agent_svid_expiring SVIDs held that are more than a minute past half of their life and not renewed. If this stays above 0, renewals fail.
 # TYPE spirl_agent_svid_expiring gauge
 spirl_agent_svid_expiring{svid_type="jwt"} 0
 spirl_agent_svid_expiring{svid_type="x509"} 5
@@ -117,14 +127,13 @@ spirl_agent_svid_expiring{svid_type="x509"} 5
 	if err := testutil.GatherAndCompare(m.Registry(), strings.NewReader(want),
 		"renewd_agent_svid_expiry_timestamp_seconds", "renewd_bundle_applied_timestamp_seconds",
 		"renewd_bundle_authorities_left_out", "renewd_bundle_sequence_number", "renewd_entries_missing", "renewd_jwt_svid_latest_expiry_timestamp_seconds",
-		"renewd_streams_open", "renewd_svids_held", "renewd_taint_renewals_pending",
+		"renewd_streams_open", "renewd_svids", "renewd_svids_held", "renewd_taint_renewals_pending",
 		"renewd_taint_settled", "renewd_taint_streams_waiting", "spirl_agent_svid_expiring"); err != nil {
 		t.Error(err)
 	}
 }
 
-// Settled must never be 1 while a count says otherwise, nor when the agent does
-// not claim it.
+// Settled is 1 only for a settled authority whose counts are all 0.
 func TestSettledNeedsEverything(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -132,15 +141,15 @@ func TestSettledNeedsEverything(t *testing.T) {
 		a    metrics.Authority
 		want float64
 	}{
-		{"all gone", metrics.Authority{Settled: true}, 1},
-		{"not claimed", metrics.Authority{}, 0},
-		{"held", metrics.Authority{Settled: true, Held: 1}, 0},
-		{"pending", metrics.Authority{Settled: true, Pending: 1}, 0},
-		{"streams", metrics.Authority{Settled: true, Streams: 1}, 0},
+		{"all gone", metrics.Authority{State: metrics.StateSettled}, 1},
+		{"not claimed", metrics.Authority{State: metrics.StateTainted}, 0},
+		{"held", metrics.Authority{State: metrics.StateSettled, Held: 1}, 0},
+		{"pending", metrics.Authority{State: metrics.StateSettled, Pending: 1}, 0},
+		{"streams", metrics.Authority{State: metrics.StateSettled, Streams: 1}, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			tt.a.Type, tt.a.ID, tt.a.State = metrics.TypeX509, "aa", metrics.StateTainted
+			tt.a.Type, tt.a.ID = metrics.TypeX509, "aa"
 			m := newMetrics(func() metrics.State {
 				return metrics.State{Authorities: []metrics.Authority{tt.a}}
 			})
@@ -151,7 +160,7 @@ func TestSettledNeedsEverything(t *testing.T) {
 	}
 }
 
-// What is not known has no series: a 0 would be a time in 1970.
+// An unknown time has no series: a 0 would be a time in 1970.
 func TestUnknownIsAbsent(t *testing.T) {
 	t.Parallel()
 	m := newMetrics(func() metrics.State { return metrics.State{} })
@@ -176,17 +185,17 @@ func TestBadLabelDoesNotPanic(t *testing.T) {
 	}
 }
 
-// An agent says who it is, and which process.
-func TestWhoIsWho(t *testing.T) {
+// renewd_agent_info identifies the agent and its process.
+func TestAgentInfo(t *testing.T) {
 	t.Parallel()
 	s := series(t, newMetrics(wave), "renewd_agent_info", "spiffe_id=spiffe://example.org/spire/agent/join_token/1", "process_id=p1")
 	if s == nil || s.GetGauge().GetValue() != 1 {
-		t.Errorf("the agent does not say who it is: %v", s)
+		t.Errorf("renewd_agent_info is missing: %v", s)
 	}
 }
 
-// The names and labels that dashboards outside this project read, and those
-// that must be there at 0 before anything happened.
+// The names and labels that dashboards outside this project read, and the series that
+// must be there at 0 before the first event.
 func TestNames(t *testing.T) {
 	t.Parallel()
 	m := newMetrics(wave)
@@ -321,7 +330,7 @@ func lint(t *testing.T, h http.Handler) {
 	}
 }
 
-// Without a source there are events only, and a scrape still works.
+// Without a source there are only the counters, and a scrape still works.
 func TestNoSource(t *testing.T) {
 	t.Parallel()
 	m := metrics.New(metrics.Config{})

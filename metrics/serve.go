@@ -13,39 +13,37 @@ import (
 	"github.com/prometheus/exporter-toolkit/web"
 )
 
-// DefaultAddress is where an agent's [Serve] listens unless told otherwise. It is not
-// reachable from other machines; a scraper elsewhere needs another address and
-// should get a web config file with it.
+// DefaultAddress is the default address of an agent's [Serve]. It is not reachable from
+// other machines. A scraper elsewhere needs another address, which should have a web
+// config file.
 const DefaultAddress = "127.0.0.1:9090"
 
-// shutdownTimeout is how long requests in flight may take once the context of
-// [Serve] has ended.
+// shutdownTimeout is how long requests in flight may take after the context of [Serve]
+// has ended.
 const shutdownTimeout = 3 * time.Second
 
-// ServeConfig says where and what [Serve] answers.
+// ServeConfig is what [Serve] needs.
 type ServeConfig struct {
-	// Listener is used when set, and closed by Serve. Otherwise Address is
-	// listened on, [DefaultAddress] when empty.
+	// Listener is used if set, and closed by Serve. Otherwise Serve listens on
+	// Address; empty means [DefaultAddress].
 	Listener net.Listener
 	Address  string
-	// WebConfigFile is a Prometheus exporter web configuration file, which
-	// turns on TLS and basic auth for all paths. Plain HTTP when empty.
+	// WebConfigFile is a Prometheus exporter web configuration file, which enables
+	// TLS and basic auth for all paths. Empty means plain HTTP.
 	WebConfigFile string
-	// Metrics is what /metrics answers: a [Metrics] or a [Server].
+	// Metrics is a [Metrics] or a [Server], served on /metrics.
 	Metrics interface{ Handler() http.Handler }
-	// Live and Ready decide the answer of /live and /ready: 200 when they
-	// return nil, 503 with the error's text otherwise. nil means always 200.
-	// They must return soon and be safe for concurrent use.
+	// Live and Ready decide the answer of /live and /ready: 200 if they return nil,
+	// 503 with the error's text otherwise. nil means always 200. They must return
+	// soon and be safe for concurrent use.
 	Live, Ready func() error
-	// ConnState is told the states of connections, as that of [http.Server] is;
-	// nobody when nil.
+	// ConnState is that of [http.Server]; nil means none.
 	ConnState func(net.Conn, http.ConnState)
-	Log       *slog.Logger // discards when nil
+	Log       *slog.Logger // nil means no log
 }
 
-// Listen opens the listener that [Serve] would open. A caller that wants a bad
-// address to fail before anything else starts passes the result as
-// [ServeConfig.Listener].
+// Listen opens the listener that [Serve] would open. Use it with [ServeConfig.Listener] to
+// fail on a bad address before anything else starts.
 func Listen(address string) (net.Listener, error) {
 	if address == "" {
 		address = DefaultAddress
@@ -57,8 +55,8 @@ func Listen(address string) (net.Listener, error) {
 	return l, nil
 }
 
-// CheckWebConfig reads the file as [Serve] would, with the certificates it
-// names. An empty path is fine.
+// CheckWebConfig validates the file as [Serve] would, with the certificates that it names.
+// An empty path is valid.
 func CheckWebConfig(path string) error {
 	if err := web.Validate(path); err != nil {
 		return fmt.Errorf("web config file %s: %w", path, err)
@@ -66,16 +64,15 @@ func CheckWebConfig(path string) error {
 	return nil
 }
 
-// quiet drops what the toolkit says of a start that went well: where it listens
-// is said already, in the words of the other log lines.
-type quiet struct{ slog.Handler }
+// warnings drops the toolkit's log lines below warnings: Serve logs the address itself.
+type warnings struct{ slog.Handler }
 
-func (q quiet) Enabled(ctx context.Context, level slog.Level) bool {
-	return level >= slog.LevelWarn && q.Handler.Enabled(ctx, level)
+func (w warnings) Enabled(ctx context.Context, level slog.Level) bool {
+	return level >= slog.LevelWarn && w.Handler.Enabled(ctx, level)
 }
 
-// Serve answers /metrics, /live and /ready until ctx ends, then lets requests
-// in flight finish for a short time and returns nil. Any other end is an error.
+// Serve answers /metrics, /live and /ready until ctx ends, gives requests in flight a
+// short time to finish and returns nil. It returns an error if it cannot serve.
 func Serve(ctx context.Context, cfg ServeConfig) error {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -100,7 +97,7 @@ func Serve(ctx context.Context, cfg ServeConfig) error {
 	}
 	done := make(chan error, 1)
 	go func() {
-		done <- web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &cfg.WebConfigFile}, slog.New(quiet{cfg.Log.Handler()}))
+		done <- web.Serve(l, srv, &web.FlagConfig{WebConfigFile: &cfg.WebConfigFile}, slog.New(warnings{cfg.Log.Handler()}))
 	}()
 	var err error
 	select {
@@ -109,7 +106,7 @@ func Serve(ctx context.Context, cfg ServeConfig) error {
 		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
 		defer cancel()
 		if srv.Shutdown(stop) != nil {
-			_ = srv.Close() // cut off what did not finish; Shutdown has closed the listener
+			_ = srv.Close() // closes the connections left; Shutdown has closed the listener
 		}
 		err = <-done
 	}
@@ -129,7 +126,7 @@ func handler(cfg ServeConfig) http.Handler {
 	return mux
 }
 
-// probe answers as Kubernetes expects of an HTTP probe.
+// probe answers an HTTP probe of Kubernetes.
 func probe(check func() error) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Cache-Control", "no-store")

@@ -8,8 +8,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// DefaultServerAddress is where the signing server's [Serve] listens unless told
-// otherwise: beside an agent on the same machine.
+// DefaultServerAddress is the default address of the signing server's [Serve]. An agent on
+// the same machine has another one.
 const DefaultServerAddress = "127.0.0.1:9091"
 
 // ServerConfig is what [NewServer] needs. The first three are labels of
@@ -21,40 +21,39 @@ type ServerConfig struct {
 	// Federated are the trust domains whose bundles the server follows.
 	Federated []string
 
-	// Source gives the gauges of state. It is called at each scrape, possibly
-	// from several goroutines at once.
+	// Source provides the gauges of state. It is read at each scrape, possibly
+	// concurrently.
 	Source ServerSource
-	// Log takes what goes wrong while a scrape is answered. Nothing is logged
-	// when nil.
+	// Log receives the errors of scrapes; nil means that they are not logged.
 	Log *slog.Logger
 }
 
-// Server is the signing server's one registry and all that is in it. Its
-// methods are safe for concurrent use.
+// Server is the signing server's registry with its metrics. Its methods are safe for
+// concurrent use.
 type Server struct {
 	common
 	limited   *prometheus.CounterVec
 	refreshes *prometheus.CounterVec
 }
 
-// limitedMethods are what a server limits by client address.
+// limitedMethods are the methods that a server limits by client address.
 var limitedMethods = []string{"AttestAgent", "RenewAgent", "BatchNewX509SVID", "NewJWTSVID", "PostStatus", "Report", "connect"}
 
-// NewServer makes the metrics of the signing server and registers them.
+// NewServer returns the registered metrics of the signing server.
 func NewServer(cfg ServerConfig) *Server {
 	s := &Server{
 		common: newCommon(cfg.Log, "spirl_server_mint_svid_total", prometheus.HistogramOpts{
 			Name:    "spirl_server_mint_svid_duration_seconds",
 			Help:    "Time to check, sign and record one SVID, by type and gRPC status.",
 			Buckets: []float64{.00025, .0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
-		}, "SVIDs this server was asked to sign, by type and gRPC status of the attempt. Failed attempts count too."),
+		}, "SVIDs requested from this server, by type and gRPC status of the attempt. Failed attempts count, too."),
 		limited: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "renewd_server_limited_total",
-			Help: "Calls that had to wait, or were refused, because their client address made more than it may, by method; connect: connections that were refused.",
+			Help: "Calls delayed or rejected by the limits of their client address, by method; connect: rejected connections.",
 		}, []string{"method"}),
 		refreshes: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "renewd_server_federated_bundle_refreshes_total",
-			Help: "Times that the bundle of another trust domain was asked for at its endpoint, by outcome. Rejected: the answer could not be right, or was older than what is held.",
+			Help: "Requests for the bundle of another trust domain at its endpoint, by outcome. Rejected: the answer was invalid, or older than the current bundle.",
 		}, []string{"trust_domain", "outcome"}),
 	}
 	s.registry.MustRegister(s.limited, s.refreshes)
@@ -73,20 +72,19 @@ func NewServer(cfg ServerConfig) *Server {
 	return s
 }
 
-// Minted counts one SVID that the server was asked to sign. svidType is
-// [TypeX509] or [TypeJWT], took the time from the request to the durable record
-// of it. Of a batch, each item is one.
+// Minted counts one SVID that the server was to sign. svidType is [TypeX509] or
+// [TypeJWT], took the time from the request to its durable record. Each item of a batch
+// is one.
 func (s *Server) Minted(svidType string, code codes.Code, took time.Duration) {
 	s.minted(svidType, code.String(), took)
 }
 
-// Limited counts one call that had to wait or was refused because its client
-// made more than it may. method has no package or service; it is "connect" for
-// a connection that was refused.
+// Limited counts one call that was delayed or rejected by the limits of its client
+// address. method has no package or service; it is "connect" for a rejected connection.
 func (s *Server) Limited(method string) { s.limited.WithLabelValues(method).Inc() }
 
-// FederatedBundleRefreshed counts one time that the bundle of another trust domain
-// was asked for by its outcome (the Refresh constants).
+// FederatedBundleRefreshed counts one request for the bundle of another trust domain by
+// its outcome (the Refresh constants).
 func (s *Server) FederatedBundleRefreshed(td, outcome string) {
 	s.refreshes.WithLabelValues(td, outcome).Inc()
 }
@@ -98,9 +96,9 @@ const (
 	RotationPaused = "paused"
 )
 
-// ServerSource gives the state of the signing server. Snapshot must return soon
-// and be safe for concurrent use, and what it says of a deployment must be one
-// consistent read. What it returns is not modified and not kept.
+// ServerSource provides the state of the signing server. Snapshot must return soon, be
+// safe for concurrent use, and read each deployment consistently. The result is neither
+// modified nor kept.
 type ServerSource interface {
 	Snapshot() ServerState
 }
@@ -114,14 +112,14 @@ func (f ServerSourceFunc) Snapshot() ServerState { return f() }
 // ServerState is what the server knows at one moment.
 type ServerState struct {
 	Deployments []Deployment
-	// Federated are when the bundle of each trust domain that the server follows
-	// last came from its endpoint. Those with a zero time are left out.
+	// Federated is when the bundle of each followed trust domain was last received
+	// from its endpoint. A zero time leaves out the series.
 	Federated map[string]time.Time
-	// LeftOut is how many authorities of the bundle held of each trust domain that
-	// the server follows cannot be used.
+	// LeftOut is the number of unusable authorities in the bundle of each followed
+	// trust domain.
 	LeftOut map[string]int
-	// ClockDoubt is by how much the clock went ahead, or was set back and then
-	// negative, without being believed yet; zero when it is.
+	// ClockDoubt is how far the clock is ahead of the trusted time, negative if it was
+	// set back; zero if the clock is trusted.
 	ClockDoubt time.Duration
 }
 
@@ -130,29 +128,27 @@ type Deployment struct {
 	Name     string // unique
 	Keysets  []Keyset
 	Sequence uint64 // of the bundle that its agents get
-	// Agents are those that are attested, not banned and not expired;
-	// AgentsBehind those of them that have not said that they have applied the
-	// bundle.
+	// Agents are attested, not banned and not expired. AgentsBehind of them have not
+	// reported that they have applied the bundle.
 	Agents, AgentsBehind int
-	AgentsDuplicated     int    // those of them whose identity two processes use
+	AgentsDuplicated     int    // agents whose identity two processes use
 	Rotation             string // [RotationOff], ...
 }
 
 // Keyset is the state of one keyset. Zero times mean not known and leave their
 // series out.
 type Keyset struct {
-	ID        string // unique in its deployment
-	State     string // [StatePrepared], [StateActive] or [StateTainted]
+	ID        string         // unique in its deployment
+	State     AuthorityState // [StatePrepared], [StateActive] or [StateTainted]
 	ExpiresAt time.Time
-	// X509SVIDs are those that it signed, that have not expired and that their
-	// holder has not said to have replaced; AgentsHolding are the holders.
+	// X509SVIDs counts the X.509-SVIDs that it signed, that have not expired and whose
+	// holder has not reported a replacement. AgentsHolding counts the holders.
 	X509SVIDs, AgentsHolding int
-	// JWTExpiry is when the last JWT-SVID that it signed ends.
+	// JWTExpiry is when the last JWT-SVID that it signed expires.
 	JWTExpiry time.Time
-	// X509Safe and JWTSafe say that it can be removed without taking a valid SVID
-	// of the kind from anybody. They are exported of tainted keysets, X509Safe
-	// as false while either count is not 0: removing a key early is the one
-	// mistake that cannot be taken back.
+	// X509Safe and JWTSafe mean that no valid SVID of the type depends on it. They are
+	// exported for tainted keysets, X509Safe as false while either count is not 0:
+	// removing a key too early cannot be undone.
 	X509Safe, JWTSafe bool
 }
 
@@ -163,19 +159,19 @@ var (
 	descKeysetState = desc("renewd_server_keyset_state",
 		"1 for the state that the keyset is in, 0 for the others. Exactly one keyset of a deployment is active.", "deployment", "keyset", "state")
 	descKeysetExpiry = desc("renewd_server_keyset_expiry_timestamp_seconds",
-		"When the keyset's authorities end, as Unix time. Past that of the active keyset nothing can be signed.", "deployment", "keyset")
+		"When the keyset's authorities expire, as Unix time. After that of the active keyset nothing can be signed.", "deployment", "keyset")
 	descKeysetSVIDs = desc("renewd_server_keyset_x509_svids",
-		"X.509-SVIDs signed by the keyset that have not expired and that their holder has not reported as replaced.", "deployment", "keyset")
+		"X.509-SVIDs signed by the keyset that have not expired and whose holder has not reported a replacement.", "deployment", "keyset")
 	descKeysetHolders = desc("renewd_server_keyset_agents_holding",
 		"Agents that could hold an X.509-SVID signed by the keyset. An agent that does not report counts until its SVIDs expire.", "deployment", "keyset")
 	descKeysetJWT = desc("renewd_server_keyset_jwt_latest_expiry_timestamp_seconds",
-		"When the last JWT-SVID signed by the keyset ends, as Unix time.", "deployment", "keyset")
+		"When the last JWT-SVID signed by the keyset expires, as Unix time.", "deployment", "keyset")
 	descKeysetSafe = desc("renewd_server_keyset_safe",
-		"1 when the tainted keyset can be removed without taking a valid SVID of the type from anybody.", "deployment", "keyset", "svid_type")
+		"1 if no valid SVID of the type depends on the tainted keyset: it is safe to remove.", "deployment", "keyset", "svid_type")
 	descAgents = desc("renewd_server_agents",
 		"Agents that are attested, not banned and not expired.", "deployment")
 	descBehind = desc("renewd_server_agents_behind",
-		"Agents that have not reported to have applied the current trust bundle.", "deployment")
+		"Agents that have not reported that they have applied the current trust bundle.", "deployment")
 	descDuplicated = desc("renewd_server_agents_duplicated",
 		"Agents whose identity two processes use, such as those of a node and its clone. Their SVIDs count until they expire: evict them, and attest each node with a join token of its own.", "deployment")
 	descServerSequence = desc("renewd_server_bundle_sequence_number",
@@ -183,11 +179,11 @@ var (
 	descRotation = desc("renewd_server_rotation_mode",
 		"1 for the mode that automatic rotation is in, 0 for the others.", "deployment", "mode")
 	descFederated = desc("renewd_server_federated_bundle_refreshed_timestamp_seconds",
-		"When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.", "trust_domain")
+		"When the bundle of another trust domain was last received from its endpoint, as Unix time. After a restart, when the current one was.", "trust_domain")
 	descFederatedLeftOut = desc("renewd_server_federated_authorities_left_out",
-		"Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.", "trust_domain")
+		"Unusable authorities in the bundle of another trust domain, which are left out. The log names them.", "trust_domain")
 	descClockDoubt = desc("renewd_server_clock_doubt_seconds",
-		"By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. See server clock show: set the clock, or confirm it.")
+		"How far the server's clock is ahead of the time that its uptime confirms, below 0 if it was set back; 0 if the clock is trusted. See server clock show: set the clock, or confirm it.")
 
 	serverDescs = []*prometheus.Desc{descKeysetState, descKeysetExpiry, descKeysetSVIDs, descKeysetHolders,
 		descKeysetJWT, descKeysetSafe, descAgents, descBehind, descDuplicated, descServerSequence, descRotation, descFederated, descFederatedLeftOut, descClockDoubt}
@@ -218,19 +214,19 @@ func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 		gauge(descDuplicated, float64(d.AgentsDuplicated), d.Name)
 		gauge(descServerSequence, float64(d.Sequence), d.Name)
 		for _, mode := range []string{RotationOff, RotationOn, RotationPaused} {
-			gauge(descRotation, truth(mode == d.Rotation), d.Name, mode)
+			gauge(descRotation, boolValue(mode == d.Rotation), d.Name, mode)
 		}
 		for _, k := range d.Keysets {
-			for _, state := range []string{StatePrepared, StateActive, StateTainted} {
-				gauge(descKeysetState, truth(state == k.State), d.Name, k.ID, state)
+			for _, state := range []AuthorityState{StatePrepared, StateActive, StateTainted} {
+				gauge(descKeysetState, boolValue(state == k.State), d.Name, k.ID, state.String())
 			}
 			stamp(descKeysetExpiry, k.ExpiresAt, d.Name, k.ID)
 			gauge(descKeysetSVIDs, float64(k.X509SVIDs), d.Name, k.ID)
 			gauge(descKeysetHolders, float64(k.AgentsHolding), d.Name, k.ID)
 			stamp(descKeysetJWT, k.JWTExpiry, d.Name, k.ID)
 			if k.State == StateTainted {
-				gauge(descKeysetSafe, truth(k.x509Safe()), d.Name, k.ID, TypeX509)
-				gauge(descKeysetSafe, truth(k.JWTSafe), d.Name, k.ID, TypeJWT)
+				gauge(descKeysetSafe, boolValue(k.x509Safe()), d.Name, k.ID, TypeX509)
+				gauge(descKeysetSafe, boolValue(k.JWTSafe), d.Name, k.ID, TypeJWT)
 			}
 		}
 	}

@@ -44,7 +44,7 @@ func TestServerState(t *testing.T) {
 # TYPE renewd_server_agents gauge
 renewd_server_agents{deployment="east"} 3
 renewd_server_agents{deployment="west"} 0
-# HELP renewd_server_agents_behind Agents that have not reported to have applied the current trust bundle.
+# HELP renewd_server_agents_behind Agents that have not reported that they have applied the current trust bundle.
 # TYPE renewd_server_agents_behind gauge
 renewd_server_agents_behind{deployment="east"} 1
 renewd_server_agents_behind{deployment="west"} 0
@@ -56,27 +56,27 @@ renewd_server_agents_duplicated{deployment="west"} 0
 # TYPE renewd_server_bundle_sequence_number gauge
 renewd_server_bundle_sequence_number{deployment="east"} 9
 renewd_server_bundle_sequence_number{deployment="west"} 2
-# HELP renewd_server_clock_doubt_seconds By how much the server's clock went ahead of what its uptime explains, below 0 when it was set back, while that is not believed. See server clock show: set the clock, or confirm it.
+# HELP renewd_server_clock_doubt_seconds How far the server's clock is ahead of the time that its uptime confirms, below 0 if it was set back; 0 if the clock is trusted. See server clock show: set the clock, or confirm it.
 # TYPE renewd_server_clock_doubt_seconds gauge
 renewd_server_clock_doubt_seconds -5400
-# HELP renewd_server_federated_authorities_left_out Authorities in the bundle of another trust domain that cannot be used and are left out. The log names them.
+# HELP renewd_server_federated_authorities_left_out Unusable authorities in the bundle of another trust domain, which are left out. The log names them.
 # TYPE renewd_server_federated_authorities_left_out gauge
 renewd_server_federated_authorities_left_out{trust_domain="partner.example"} 2
-# HELP renewd_server_federated_bundle_refreshed_timestamp_seconds When the bundle of another trust domain last came from its endpoint, as Unix time. After a restart, when the one held did.
+# HELP renewd_server_federated_bundle_refreshed_timestamp_seconds When the bundle of another trust domain was last received from its endpoint, as Unix time. After a restart, when the current one was.
 # TYPE renewd_server_federated_bundle_refreshed_timestamp_seconds gauge
 renewd_server_federated_bundle_refreshed_timestamp_seconds{trust_domain="partner.example"} 1.7000000005e+09
 # HELP renewd_server_keyset_agents_holding Agents that could hold an X.509-SVID signed by the keyset. An agent that does not report counts until its SVIDs expire.
 # TYPE renewd_server_keyset_agents_holding gauge
 renewd_server_keyset_agents_holding{deployment="east",keyset="ks_a"} 2
 renewd_server_keyset_agents_holding{deployment="east",keyset="ks_b"} 3
-# HELP renewd_server_keyset_expiry_timestamp_seconds When the keyset's authorities end, as Unix time. Past that of the active keyset nothing can be signed.
+# HELP renewd_server_keyset_expiry_timestamp_seconds When the keyset's authorities expire, as Unix time. After that of the active keyset nothing can be signed.
 # TYPE renewd_server_keyset_expiry_timestamp_seconds gauge
 renewd_server_keyset_expiry_timestamp_seconds{deployment="east",keyset="ks_a"} 1.7000000005e+09
 renewd_server_keyset_expiry_timestamp_seconds{deployment="east",keyset="ks_b"} 1.7000072005e+09
-# HELP renewd_server_keyset_jwt_latest_expiry_timestamp_seconds When the last JWT-SVID signed by the keyset ends, as Unix time.
+# HELP renewd_server_keyset_jwt_latest_expiry_timestamp_seconds When the last JWT-SVID signed by the keyset expires, as Unix time.
 # TYPE renewd_server_keyset_jwt_latest_expiry_timestamp_seconds gauge
 renewd_server_keyset_jwt_latest_expiry_timestamp_seconds{deployment="east",keyset="ks_a"} 1.7000036005e+09
-# HELP renewd_server_keyset_safe 1 when the tainted keyset can be removed without taking a valid SVID of the type from anybody.
+# HELP renewd_server_keyset_safe 1 if no valid SVID of the type depends on the tainted keyset: it is safe to remove.
 # TYPE renewd_server_keyset_safe gauge
 renewd_server_keyset_safe{deployment="east",keyset="ks_a",svid_type="jwt"} 1
 renewd_server_keyset_safe{deployment="east",keyset="ks_a",svid_type="x509"} 0
@@ -88,7 +88,7 @@ renewd_server_keyset_state{deployment="east",keyset="ks_a",state="tainted"} 1
 renewd_server_keyset_state{deployment="east",keyset="ks_b",state="active"} 1
 renewd_server_keyset_state{deployment="east",keyset="ks_b",state="prepared"} 0
 renewd_server_keyset_state{deployment="east",keyset="ks_b",state="tainted"} 0
-# HELP renewd_server_keyset_x509_svids X.509-SVIDs signed by the keyset that have not expired and that their holder has not reported as replaced.
+# HELP renewd_server_keyset_x509_svids X.509-SVIDs signed by the keyset that have not expired and whose holder has not reported a replacement.
 # TYPE renewd_server_keyset_x509_svids gauge
 renewd_server_keyset_x509_svids{deployment="east",keyset="ks_a"} 7
 renewd_server_keyset_x509_svids{deployment="east",keyset="ks_b"} 5
@@ -112,14 +112,14 @@ renewd_server_rotation_mode{deployment="west",mode="paused"} 0
 	}
 }
 
-// Safe must never be 1 while a count says otherwise, nor when the server does
-// not claim it, nor of a keyset that is not tainted.
+// Safe is 1 only for a tainted keyset that the server reports as safe and whose counts
+// are all 0.
 func TestServerSafeNeedsEverything(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		name  string
 		k     metrics.Keyset
-		state string
+		state metrics.AuthorityState
 		want  float64
 	}{
 		{"safe", metrics.Keyset{X509Safe: true}, metrics.StateTainted, 1},
@@ -145,8 +145,8 @@ func TestServerSafeNeedsEverything(t *testing.T) {
 	}
 }
 
-// The names and labels that dashboards outside this project read, and those
-// that must be there at 0 before anything happened.
+// The names and labels that dashboards outside this project read, and the series that
+// must be there at 0 before the first event.
 func TestServerNames(t *testing.T) {
 	t.Parallel()
 	s := newServer(rotation)
@@ -196,8 +196,8 @@ func TestServerEvents(t *testing.T) {
 	}
 }
 
-// Several gRPC servers, one for each deployment, are counted together, and what
-// one initializes does not reset the other.
+// Several gRPC servers, one for each deployment, are counted together, and initializing
+// one does not reset another.
 func TestServerGRPC(t *testing.T) {
 	t.Parallel()
 	s := newServer(rotation)

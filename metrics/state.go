@@ -7,13 +7,36 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 )
 
-// The states of an authority as this node sees it.
+// AuthorityState is where a signing authority is in its life, as this node knows it.
+type AuthorityState string
+
+// The states of an authority, in the order of its life.
 const (
-	StateActive   = "active"   // the newest SVIDs are signed by it
-	StatePrepared = "prepared" // in the bundle, signing nothing yet or no more
-	StateTainted  = "tainted"  // in the bundle, and what it signed is being replaced
-	StateRemoved  = "removed"  // no longer in the bundle, but something held was signed by it
+	StatePrepared AuthorityState = "prepared" // in the bundle, and signing nothing yet or no longer
+	StateActive   AuthorityState = "active"   // the newest SVID is signed by it
+	StateTainted  AuthorityState = "tainted"  // in the bundle, and what it signed is being replaced
+	StateSettled  AuthorityState = "settled"  // tainted, and nothing on this node depends on it
+	StateRemoved  AuthorityState = "removed"  // not in the bundle, and something held is signed by it
 )
+
+// String returns the state's name.
+func (s AuthorityState) String() string { return string(s) }
+
+// Tainted reports whether the authority is in the bundle with a taint mark.
+func (s AuthorityState) Tainted() bool { return s == StateTainted || s == StateSettled }
+
+// label returns the state label's value: renewd_taint_settled tells a settled
+// authority from a tainted one.
+func (s AuthorityState) label() string {
+	if s.Tainted() {
+		return string(StateTainted)
+	}
+	return string(s)
+}
+
+// SVIDStates are the states of an X.509-SVID, values of the state label of
+// renewd_svids.
+var SVIDStates = []string{"waiting", "minting", "fresh", "due", "backing_off", "stale", "expired"}
 
 // The values of the bundle label: which trust bundles are meant.
 const (
@@ -31,9 +54,9 @@ const (
 	RPCJWTBundles  = "FetchJWTBundles"
 )
 
-// Source gives the state of the agent. Snapshot must be one consistent read,
-// return soon, do no I/O, and be safe for concurrent use. What it returns is
-// not modified and not kept.
+// Source provides the state of the agent. Snapshot must be one consistent read, return
+// soon, do no I/O, and be safe for concurrent use. The result is neither modified nor
+// kept.
 type Source interface {
 	Snapshot() State
 }
@@ -44,20 +67,18 @@ type SourceFunc func() State
 // Snapshot calls f.
 func (f SourceFunc) Snapshot() State { return f() }
 
-// State is what the agent holds at one moment. Zero times mean not known and
-// leave their series out.
+// State is the state of the agent at one moment. A zero time means unknown and leaves out
+// its series.
 type State struct {
-	// Authorities holds every authority of the own trust domain's bundle, and
-	// those that left it while something held was signed by them. The pair of
-	// Type and ID is unique.
+	// Authorities has every authority of the own trust domain's bundle, and removed
+	// ones that an SVID still depends on. The pair of Type and ID is unique.
 	Authorities []Authority
-	// OwnID and OwnExpiry are the SPIFFE ID of the agent's own SVID, and when
-	// that ends.
+	// OwnID and OwnExpiry are the SPIFFE ID of the agent SVID and when it expires.
 	OwnID     string
 	OwnExpiry time.Time
-	// ClockLag is how far this node's clock is behind the server's, at least.
+	// ClockLag is how far at least this node's clock is behind the server's.
 	ClockLag time.Duration
-	// BundleApplied is when the bundle in force was applied.
+	// BundleApplied is when the current bundle was applied.
 	BundleApplied time.Time
 	// BundleSequence is that bundle's sequence number. It is exported only
 	// with BundleApplied.
@@ -67,82 +88,85 @@ type State struct {
 	Expiring map[string]int
 	// JWTExpiry is the latest expiry of any JWT-SVID handed out, by key ID.
 	JWTExpiry map[string]time.Time
-	// LeftOut counts what of the trust bundles in force cannot be used.
+	// LeftOut counts the unusable authorities in the current trust bundles.
 	LeftOut []LeftOut
-	// EntriesMissing counts the registration entries that the server's answers
-	// lack at present and that are served still.
+	// SVIDs counts the entries whose X.509-SVID is to be held by its state (see
+	// [SVIDStates]).
+	SVIDs map[string]int
+	// EntriesMissing counts the registration entries that the server does not list at
+	// present and that this node still serves.
 	EntriesMissing int
 	// Streams counts the open Workload API streams by RPC ([RPCX509SVID], ...).
 	Streams map[string]int
-	// Unsaved says of each file of data_dir whether what is to be in it could not
-	// be written yet.
+	// Unsaved tells for each file of data_dir whether its content is still to be
+	// written after a failure.
 	Unsaved map[string]bool
 }
 
-// Authority is what this node has to do with one signing authority.
+// Authority is what on this node depends on one signing authority.
 type Authority struct {
-	Type  string // [TypeX509] or [TypeJWT]
-	ID    string // X.509: subject key ID in hex; JWT: key ID
-	State string // [StateActive], ...
-	Held  int    // SVIDs held that it signed
-	// Pending and Streams are the taint renewals that are waiting, and the open
-	// streams, and processes whose streams have ended, that were sent one of its
-	// SVIDs and have not read the replacement. After a restart of the agent an
-	// open stream that has read nothing yet is one of them. They are read for X.509
-	// authorities that are tainted or removed.
+	Type string // [TypeX509] or [TypeJWT]
+	ID   string // X.509: subject key ID in hex; JWT: key ID
+	// State is exported as not settled while Held, Pending or Streams is not 0:
+	// removing a key too early cannot be undone.
+	State AuthorityState
+	Held  int // SVIDs held that it signed
+	// Pending counts the renewals that are not done. Streams counts the open streams,
+	// and the processes whose streams have ended, that were sent one of its SVIDs and
+	// have not read the replacement, and after a restart of the agent the open streams
+	// that have read nothing yet. Both are exported for tainted and removed X.509
+	// authorities.
 	Pending, Streams int
-	// Settled says that the agent knows nothing on this node depends on the
-	// authority. It is exported as 0 while any of the three counts is not 0:
-	// removing a key early is the one mistake that cannot be taken back.
-	Settled bool
 }
 
-// LeftOut is how many authorities of one type cannot be used.
+// LeftOut is the number of unusable authorities of one type.
 type LeftOut struct {
 	Bundle string // [BundleOwn] or [BundleFederated]
 	Type   string // [TypeX509], [TypeJWT] or [TypeUnknown]
 	Count  int
 }
 
-// settled applies the rule of [Authority.Settled].
+// settled applies the rule of [Authority.State].
 func (a Authority) settled() bool {
-	return a.Settled && a.Held == 0 && a.Pending == 0 && a.Streams == 0
+	return a.State == StateSettled && a.Held == 0 && a.Pending == 0 && a.Streams == 0
 }
 
 var (
 	descExpiring = desc("spirl_agent_svid_expiring",
-		"SVIDs held that are more than a minute past half of their life and still not renewed. Above 0 for long means renewal does not get through.", "svid_type")
+		"SVIDs held that are more than a minute past half of their life and not renewed. If this stays above 0, renewals fail.", "svid_type")
 	descHeld = desc("renewd_svids_held",
-		"SVIDs this node holds for its workloads, by the authority that signed them and that authority's state.", "svid_type", "authority", "state")
+		"SVIDs this node holds for its workloads, by the authority that signed them and its state.", "svid_type", "authority", "state")
+	descSVIDs = desc("renewd_svids",
+		"Registration entries whose X.509-SVID this node is to hold, by its state: waiting for the first one, minting, fresh, due, backing_off after a failure, stale (tainted authority, the node's delay is not over) or expired.", "state")
 	descPending = desc("renewd_taint_renewals_pending",
-		"SVIDs of a tainted or removed authority that still wait for their renewal.", "authority")
+		"SVIDs of a tainted or removed authority that wait for their renewal.", "authority")
 	descUnsent = desc("renewd_taint_streams_waiting",
 		"Open Workload API streams, and workload processes whose streams have ended, that were sent an SVID of a tainted or removed authority and have not read its replacement.", "authority")
 	descSettled = desc("renewd_taint_settled",
-		"1 when nothing on this node depends on the tainted authority any more: it is safe to remove as far as this node goes. All nodes must say 1 before the key is removed.", "authority")
+		"1 if nothing on this node depends on the tainted authority: as far as this node knows, it is safe to remove. Remove the key only when all nodes show 1.", "authority")
 	descApplied = desc("renewd_bundle_applied_timestamp_seconds",
-		"When the trust bundle in force was applied, as Unix time.")
+		"When the current trust bundle was applied, as Unix time.")
 	descSequence = desc("renewd_bundle_sequence_number",
-		"Sequence number of the trust bundle in force. Nodes that lag behind show a lower one.")
+		"Sequence number of the current trust bundle. Nodes that lag behind show a lower one.")
 	descJWTExpiry = desc("renewd_jwt_svid_latest_expiry_timestamp_seconds",
-		"When the last JWT-SVID that this node handed out under the key ends, as Unix time. After it the key can be removed without breaking a token of this node.", "key_id")
+		"When the last JWT-SVID that this node handed out with the key expires, as Unix time. After that no token of this node depends on the key.", "key_id")
 	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
-		"When the SVID of the agent itself ends, as Unix time. Past it the agent has to prove its node again.", "spiffe_id")
+		"When the agent SVID expires, as Unix time. After that the agent has to re-attest.", "spiffe_id")
 	descAgent = desc("renewd_agent_info",
-		"Always 1. The labels say which agent this is: its SPIFFE ID, empty before it has an SVID, and a random ID of this process. keysetctl tells agents apart by them.", "spiffe_id", "process_id")
+		"Always 1. The labels identify the agent: its SPIFFE ID, empty before it has an SVID, and a random ID of this process.", "spiffe_id", "process_id")
 	descClockLag = desc("renewd_agent_clock_lag_seconds",
-		"How far this node's clock is behind the server's, at least, as the newest X.509-SVID tells: 0 when that one was valid at once. Above 0, set the clock: peers on this node may refuse each other's SVIDs.")
+		"How far at least this node's clock is behind the server's, by the newest X.509-SVID: 0 if that one was valid at once. If it is above 0, set the clock: workloads on this node may reject each other's SVIDs.")
 	descLeftOut = desc("renewd_bundle_authorities_left_out",
-		"Authorities in the trust bundles in force that cannot be used and are left out, by the bundle they are in (own, federated) and type. The log names them.", "bundle", "svid_type")
+		"Unusable authorities in the current trust bundles, which are left out, by bundle (own, federated) and type. The log names them.", "bundle", "svid_type")
 	descMissing = desc("renewd_entries_missing",
-		"Registration entries that the server's answers lack at present and that this node serves still. Those of deleted entries leave after entry_removal_delay; above 0 for long means that the server's answers change.")
+		"Registration entries that the server does not list at present and that this node still serves. Deleted entries are dropped after entry_removal_delay. If this stays above 0, the server's answers change.")
 	descStreams = desc("renewd_streams_open",
 		"Open Workload API streams by RPC.", "rpc")
 
 	descUnsaved = desc("renewd_data_dir_unsaved",
-		"1 while what is to be in this file of data_dir could not be written: a restart would find what was there before. The agent tries again every few seconds, and the log names the error.", "file")
+		"1 while the content of this file of data_dir cannot be written: a restart would read the previous content. The agent retries every few seconds, and the log has the error.", "file")
 
-	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descPending, descUnsent, descSettled,
+	stateDescs = []*prometheus.Desc{descExpiring, descHeld, descSVIDs, descPending, descUnsent, descSettled,
 		descApplied, descSequence, descLeftOut, descJWTExpiry, descOwnExpiry, descAgent, descClockLag, descMissing, descStreams, descUnsaved}
 )
 
@@ -166,14 +190,14 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	s := c.source.Snapshot()
 	gauge, stamp := exporters(ch)
 	for _, a := range s.Authorities {
-		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State)
-		if a.Type != TypeX509 || (a.State != StateTainted && a.State != StateRemoved) {
+		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State.label())
+		if a.Type != TypeX509 || (!a.State.Tainted() && a.State != StateRemoved) {
 			continue
 		}
 		gauge(descPending, float64(a.Pending), a.ID)
 		gauge(descUnsent, float64(a.Streams), a.ID)
-		if a.State == StateTainted {
-			gauge(descSettled, truth(a.settled()), a.ID)
+		if a.State.Tainted() {
+			gauge(descSettled, boolValue(a.settled()), a.ID)
 		}
 	}
 	for _, typ := range []string{TypeX509, TypeJWT} {
@@ -185,9 +209,12 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, l := range s.LeftOut {
 		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
 	}
+	for _, state := range SVIDStates {
+		gauge(descSVIDs, float64(s.SVIDs[state]), state)
+	}
 	gauge(descMissing, float64(s.EntriesMissing))
 	for file, unsaved := range s.Unsaved {
-		gauge(descUnsaved, truth(unsaved), file)
+		gauge(descUnsaved, boolValue(unsaved), file)
 	}
 	for kid, t := range s.JWTExpiry {
 		stamp(descJWTExpiry, t, kid)
@@ -201,15 +228,15 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
-func truth(b bool) float64 {
+func boolValue(b bool) float64 {
 	if b {
 		return 1
 	}
 	return 0
 }
 
-// exporters returns what sends a gauge to ch, and a time as a gauge unless it is
-// zero.
+// exporters returns a function that sends a gauge to ch, and one that sends a time unless
+// it is zero.
 func exporters(ch chan<- prometheus.Metric) (
 	gauge func(d *prometheus.Desc, v float64, labels ...string),
 	stamp func(d *prometheus.Desc, t time.Time, labels ...string),
@@ -228,6 +255,6 @@ func exporters(ch chan<- prometheus.Metric) (
 	return gauge, stamp
 }
 
-// text makes a label value of what came from outside: a byte that is not UTF-8
-// would make the metric invalid and the exporter panic.
+// text replaces the bytes of a label value that are not UTF-8, which would make the
+// exporter panic.
 func text(s string) string { return strings.ToValidUTF8(s, "\uFFFD") }

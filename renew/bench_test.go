@@ -20,9 +20,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// These benchmarks are about the shape of the cost: that it grows with what
-// changed and not with what is held. They call the loop's parts, because the
-// loop itself waits for clocks.
+// These benchmarks show that the cost grows with the number of changes and not with the
+// number of SVIDs held. They call the parts of the loop, which itself waits for clocks.
 
 type benchCA struct {
 	cert *x509.Certificate
@@ -57,7 +56,7 @@ func (ca benchCA) sign(id spiffeid.ID, public crypto.PublicKey) ([]byte, error) 
 	}, ca.cert, public, ca.key)
 }
 
-// Mint signs what is asked for, as entry number i of benchEntry.
+// Mint signs each request as an entry of benchEntry.
 func (ca benchCA) Mint(_ context.Context, requests []Request) ([]Result, error) {
 	out := make([]Result, len(requests))
 	for i, r := range requests {
@@ -119,11 +118,11 @@ func holding(b *testing.B, n, k int, few, many benchCA) *Renewer {
 		}
 	}
 	r.follower = c.Follow()
-	r.observe(time.Now())
+	r.handleChanges(time.Now())
 	return r
 }
 
-// A new bundle with nothing in it that concerns what is held.
+// A new bundle that changes no authority in use.
 func BenchmarkBundleThatChangesNothing(b *testing.B) {
 	few, many := newBenchCA(b, "few"), newBenchCA(b, "many")
 	base := 0.0
@@ -135,7 +134,7 @@ func BenchmarkBundleThatChangesNothing(b *testing.B) {
 			i := 0
 			for b.Loop() {
 				r.cfg.Cache.SetBundle(snapshots[i%2])
-				r.observe(time.Now())
+				r.handleChanges(time.Now())
 				i++
 			}
 			report(b, &base)
@@ -143,7 +142,7 @@ func BenchmarkBundleThatChangesNothing(b *testing.B) {
 	}
 }
 
-// A taint that touches k of n: from the new bundle to everything queued.
+// A taint of the authority of k of n SVIDs: from the new bundle to all of them queued.
 func BenchmarkTaint(b *testing.B) {
 	few, many := newBenchCA(b, "few"), newBenchCA(b, "many")
 	for _, k := range []int{10, 1_000} {
@@ -155,7 +154,7 @@ func BenchmarkTaint(b *testing.B) {
 				i := 0
 				for b.Loop() {
 					r.cfg.Cache.SetBundle(snapshots[i%2]) // taint and its taking back touch the same
-					r.observe(time.Now())
+					r.handleChanges(time.Now())
 					i++
 				}
 				report(b, &base)
@@ -173,9 +172,8 @@ func report(b *testing.B, base *float64) {
 	b.ReportMetric(each/(*base), "x-of-first")
 }
 
-// One renewal on the agent's side beside its bare cryptography: a key, the
-// CSR's signature and the verification of the answer's. The server's own
-// signature is in neither.
+// One renewal on the agent's side beside its cryptography alone: a key, the signature
+// of the CSR and the verification of the answer. Neither has the server's signature.
 func BenchmarkRenewal(b *testing.B) {
 	ca := newBenchCA(b, "ca")
 	entry := benchEntry(1)
@@ -221,8 +219,7 @@ func BenchmarkRenewal(b *testing.B) {
 	})
 }
 
-// replay signs like benchCA and keeps the time that took, which is the
-// server's.
+// replay signs like benchCA and records how long that took: the server's share.
 type replay struct {
 	ca    benchCA
 	spent time.Duration

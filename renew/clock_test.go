@@ -37,7 +37,7 @@ func (r *rig) valid(s *cache.SVID) bool {
 }
 
 // A node whose clock is wrong holds SVIDs that are valid by the server's clock,
-// shows them, and renews them no more often than others do.
+// serves them, and renews them no more often than other nodes do.
 func TestWrongClockKeepsIdentities(t *testing.T) {
 	const n = 5
 	for name, by := range map[string]time.Duration{
@@ -90,7 +90,7 @@ func TestWrongClockKeepsIdentities(t *testing.T) {
 }
 
 // While this node's clock is behind, the SVID held stays in use until the new one
-// is valid by this clock, too, and is not minted again and again meanwhile.
+// is valid by this clock, too, and is not minted repeatedly meanwhile.
 func TestOldSVIDServesUntilTheNewOneIsValidHere(t *testing.T) {
 	const n = 5
 	var skew atomic.Int64
@@ -119,8 +119,8 @@ func TestOldSVIDServesUntilTheNewOneIsValidHere(t *testing.T) {
 	})
 }
 
-// postponed is a drill in which the clock lags and the new SVID of the one entry
-// waits for its time.
+// postponed is a drill in which the clock lags and the new SVID of the one entry is
+// postponed.
 func postponed(t *testing.T, f func(r *rig, skew *atomic.Int64, old *cache.SVID)) {
 	postponedOf(t, 1, new(strings.Builder), f)
 }
@@ -142,8 +142,8 @@ func postponedOf(t *testing.T, n int, log *strings.Builder, f func(r *rig, skew 
 	})
 }
 
-// What ends the old SVID's use ends the wait of the new one.
-func TestPostponedSVIDIsUsedWhenTheOldOneIsNoLongerGood(t *testing.T) {
+// The postponed SVID is used as soon as the old one must not be used.
+func TestPostponedSVIDIsUsedWhenTheOldOneMustNotBeUsed(t *testing.T) {
 	for name, end := range map[string]func(*rig, *atomic.Int64, *cache.SVID){
 		"it is about to end by the server's clock": func(r *rig, _ *atomic.Int64, old *cache.SVID) { r.sleepUntil(old.NotAfter.Add(-30 * time.Second)) },
 		"its authority is tainted":                 func(r *rig, _ *atomic.Int64, _ *cache.SVID) { r.mark() },
@@ -182,7 +182,7 @@ func TestPostponedSVIDIsUsedWhenTheClockWasSet(t *testing.T) {
 	})
 }
 
-// An entry that changes while its new SVID waits has another one minted.
+// If the entry changes while its new SVID is postponed, another one is minted.
 func TestPostponedSVIDOfAnotherRevisionIsNotUsed(t *testing.T) {
 	postponed(t, func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
 		changed := *mustItem(t, r.cache, "entry-0000").Entry
@@ -196,8 +196,8 @@ func TestPostponedSVIDOfAnotherRevisionIsNotUsed(t *testing.T) {
 	})
 }
 
-// markNext taints the authority of the SVID that waits, and returns when this node
-// learned of it by its own clock. What is minted from now on is of the third.
+// markNext taints the authority of the postponed SVID and returns when this node learned
+// of it by its own clock. The third authority signs from now on.
 func (r *rig) markNext(third *ca) time.Time {
 	r.server.set(func() { r.server.signer = third })
 	seen := r.cfg.Now()
@@ -206,8 +206,8 @@ func (r *rig) markNext(third *ca) time.Time {
 	return seen
 }
 
-// An SVID that waits for its time depends on its authority like one in use: it
-// is counted until it is replaced, and replaced with the wave, before it is used.
+// A postponed SVID depends on its authority like one in use: it is counted until the
+// wave replaces it, before it is used.
 func TestPostponedSVIDOfATaintedAuthorityIsReplaced(t *testing.T) {
 	postponed(t, func(r *rig, _ *atomic.Int64, old *cache.SVID) {
 		third := newCA(t, "third")
@@ -230,10 +230,10 @@ func TestPostponedSVIDOfATaintedAuthorityIsReplaced(t *testing.T) {
 	})
 }
 
-// A taint is not settled while an SVID that waits for its time depends on it.
+// An authority is not settled while a postponed SVID depends on it.
 func TestTaintIsNotSettledWhilePostponedSVIDsDependOnIt(t *testing.T) {
 	var log strings.Builder
-	const settled = "no X.509-SVID hangs on the tainted authority any more"
+	const settled = "no X.509-SVID depends on the tainted authority"
 	postponedOf(t, 2, &log, func(r *rig, _ *atomic.Int64, _ *cache.SVID) {
 		begin, seen := time.Now().Add(wave.Delay(r.cfg.Seed, r.next.id, r.cfg.MaxDelay)), r.markNext(newCA(t, "third"))
 		r.sleepUntil(begin.Add(25 * time.Millisecond)) // between the first and the second of the wave
@@ -248,9 +248,9 @@ func TestTaintIsNotSettledWhilePostponedSVIDsDependOnIt(t *testing.T) {
 	})
 }
 
-// What replaces the SVID that waits may be used at once where the clock was set
-// meanwhile. Then nothing waits any more.
-func TestPostponedSVIDIsForgottenWhenAnotherIsUsed(t *testing.T) {
+// If the clock was set meanwhile, the SVID that replaces the postponed one is used at
+// once, and none is postponed then.
+func TestPostponedSVIDIsDroppedWhenAnotherIsUsed(t *testing.T) {
 	var skew atomic.Int64
 	skewed(t, 1, &skew, new(strings.Builder), func(r *rig) {
 		r.sleepUntil(time.Now().Add(6 * time.Minute))
@@ -269,8 +269,7 @@ func TestPostponedSVIDIsForgottenWhenAnotherIsUsed(t *testing.T) {
 	})
 }
 
-// Where its replacement cannot be had, an SVID of a tainted authority is better
-// than none.
+// Without a replacement an SVID of a tainted authority is better than none.
 func TestPostponedSVIDOfATaintedAuthorityIsUsedInAnOutage(t *testing.T) {
 	postponed(t, func(r *rig, _ *atomic.Int64, old *cache.SVID) {
 		third := newCA(t, "third")
@@ -292,9 +291,9 @@ func TestPostponedSVIDOfATaintedAuthorityIsUsedInAnOutage(t *testing.T) {
 	})
 }
 
-// In any history of rotations and outages on a node whose clock is behind, an SVID
-// that is shown has not ended by the server's clock, and what is settled stays so: no
-// SVID of that authority comes into use later.
+// In any history of rotations and outages on a node whose clock is behind, no SVID that
+// is served has expired by the server's clock, and a settled authority stays settled: no
+// SVID of it comes into use later.
 func TestSettledStaysSettledBehindALaggingClock(t *testing.T) {
 	seed := rand.Uint64()
 	t.Logf("seed %d", seed)

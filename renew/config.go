@@ -13,25 +13,25 @@ import (
 const DefaultBatchSize = 500
 
 const (
-	// maxSingles bounds the renewals of the wave in flight where their rate is
-	// higher: each holds one of Rate places until it is answered.
+	// maxSingles bounds the wave's calls in flight if Rate, which bounds them too,
+	// is higher.
 	maxSingles = 64
 	// maxBatches bounds the other calls in flight.
 	maxBatches = 8
-	// maxSleep bounds every sleep, so that a clock that was stepped or a
-	// machine that was suspended is noticed.
+	// maxSleep bounds every sleep, so that the loop notices a clock step and a
+	// suspended machine.
 	maxSleep = time.Minute
-	// gateLimit bounds the pause while the server as a whole is unreachable.
-	// It equals the refresh interval: an outage makes no more calls than the
-	// quiet before it, and a server that returns is found within seconds.
+	// gateLimit bounds the pause between probes while the server is unreachable.
+	// It equals the refresh interval: an outage causes no more calls than normal
+	// polling, and a recovered server is found within seconds.
 	gateLimit = 5 * time.Second
-	// retryBase and retryLimit bound the pauses of one SVID that fails or
-	// comes back still signed by a tainted authority.
+	// retryBase and retryLimit bound the pauses of one SVID whose renewal fails or
+	// is signed by a tainted authority again.
 	retryBase  = 2 * time.Second
 	retryLimit = time.Minute
-	// swapMargin is how long before its end by the server's clock an SVID gives
-	// way to one that is not valid yet by this node's: more than servers date
-	// SVIDs back, by which the lag is underestimated.
+	// swapMargin is how long before its expiry by the server's clock an SVID is
+	// replaced by one that is not yet valid by this node's clock. Servers backdate
+	// SVIDs by seconds and the measured lag is too small by that much.
 	swapMargin = time.Minute
 )
 
@@ -41,37 +41,35 @@ type Outcome string
 // The outcomes.
 const (
 	OutcomeRenewed Outcome = "renewed"
-	// OutcomeTainted is a renewal that came back signed by an authority that
-	// is tainted: the server lags.
+	// OutcomeTainted is an answer signed by a tainted authority: the server lags.
 	OutcomeTainted Outcome = "still_tainted"
 	// OutcomeRejected is an answer that failed verification.
 	OutcomeRejected Outcome = "rejected"
-	// OutcomeFailed is no answer, or an error in its place.
+	// OutcomeFailed is an error, or no answer.
 	OutcomeFailed Outcome = "failed"
-	// OutcomeMissing is an error for an entry that the server's answers do not
-	// name at present; that it does not mint for it is no fault.
+	// OutcomeMissing is an error for an entry that the server does not list at
+	// present. It is expected, and not counted as a failed mint.
 	OutcomeMissing Outcome = "missing"
-	// OutcomeDropped is an SVID whose entry changed while it was minted.
+	// OutcomeDropped is an SVID whose entry changed during the mint.
 	OutcomeDropped Outcome = "dropped"
 )
 
 // Outcomes lists every Outcome.
 var Outcomes = []Outcome{OutcomeRenewed, OutcomeTainted, OutcomeRejected, OutcomeFailed, OutcomeMissing, OutcomeDropped}
 
-// Observer is told what happens, for metrics. Its methods must be quick.
+// Observer counts mints and renewals. Run calls its methods, which must not block.
 type Observer interface {
-	// Minted is called for each SVID asked for, with the error of the call or
-	// of the item (nil for success) and the time from key generation to the
-	// verified answer.
+	// Minted counts one requested SVID, with the error of the call or of the item
+	// (nil for success) and the time from key generation to the verified answer.
 	Minted(err error, took time.Duration)
-	// Renewed is called for each SVID with what came of it.
+	// Renewed counts one renewal by its reason and outcome.
 	Renewed(Reason, Outcome)
 }
 
-// Own is the node's own X.509-SVID, without which nothing can be minted.
-type Own interface {
-	// Held describes the SVID held: Authority, NotAfter and RenewAt are used.
-	// Nil means that there is none, which is not renewal's to mend.
+// AgentSVID is the agent SVID, which authenticates every mint.
+type AgentSVID interface {
+	// Held returns the current one, of which Authority, NotAfter and RenewAt are
+	// used. Nil means that the agent has to attest first.
 	Held() *cache.SVID
 	// Renew replaces it and returns when new calls use the new one.
 	Renew(ctx context.Context) error
@@ -81,29 +79,28 @@ type Own interface {
 type Config struct {
 	Cache  *cache.Cache
 	Minter Minter
-	// Own is the node's own SVID; nil when there is none to care for.
-	Own Own
-	// Seed makes this node's taint delays; see [wave.Delay].
+	// AgentSVID is renewed with the workloads' SVIDs; nil means that it is not.
+	AgentSVID AgentSVID
+	// Seed determines this node's taint delays; see [wave.Delay].
 	Seed [32]byte
-	// MaxDelay bounds the delay: it is uniform in [0, MaxDelay). Zero means
-	// no delay.
+	// MaxDelay bounds the delay, which is uniform in [0, MaxDelay). Zero means no
+	// delay.
 	MaxDelay time.Duration
-	// Rate is the most SVIDs that the server is asked for in any one second
-	// because of a taint, by the server's clock; see [wave.Pace]. Zero means
+	// Rate is the maximum number of SVIDs requested because of a taint in any
+	// second of the server's clock; see [wave.Pace]. Zero means
 	// [wave.DefaultRate].
 	Rate int
-	// BatchSize is the most SVIDs asked for in one call, where the rate does
-	// not matter. Zero means DefaultBatchSize.
+	// BatchSize is the maximum number of SVIDs in one call that the rate does not
+	// apply to. Zero means DefaultBatchSize.
 	BatchSize int
-	// KeyType of the workloads' keys; empty means ECP256.
+	// KeyType is the type of the workloads' keys; empty means ECP256.
 	KeyType KeyType
-	// Unexplained, when set, is called when an SVID was signed by an authority
-	// that the bundle does not have, to have the bundle refreshed.
-	Unexplained func()
-	Observer    Observer
-	Log         *slog.Logger
-	// Now is the wall clock that deadlines are compared with; nil means
-	// time.Now.
+	// UnknownAuthority, if set, is called when the authority that signed an SVID is
+	// not in the trust bundle. It should refresh the bundle.
+	UnknownAuthority func()
+	Observer         Observer
+	Log              *slog.Logger
+	// Now is the wall clock for all deadlines; nil means time.Now.
 	Now func() time.Time
 }
 
@@ -120,11 +117,11 @@ func (cfg Config) withDefaults() Config {
 	if cfg.KeyType == "" {
 		cfg.KeyType = ECP256
 	}
-	if cfg.Unexplained == nil {
-		cfg.Unexplained = func() {}
+	if cfg.UnknownAuthority == nil {
+		cfg.UnknownAuthority = func() {}
 	}
 	if cfg.Observer == nil {
-		cfg.Observer = discard{}
+		cfg.Observer = noopObserver{}
 	}
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
@@ -135,7 +132,7 @@ func (cfg Config) withDefaults() Config {
 	return cfg
 }
 
-type discard struct{}
+type noopObserver struct{}
 
-func (discard) Minted(error, time.Duration) {}
-func (discard) Renewed(Reason, Outcome)     {}
+func (noopObserver) Minted(error, time.Duration) {}
+func (noopObserver) Renewed(Reason, Outcome)     {}

@@ -12,16 +12,16 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// dispatch takes what is ready and may start now, and returns the calls to
-// make. The order is: the node's own SVID, what is free of the rate in
-// batches, then the taint wave one by one as tokens come.
+// dispatch dequeues the items that may start now and returns the calls to make. The
+// order is: the agent SVID, batches of all that the rate does not apply to, then the
+// taint wave one by one.
 func (r *Renewer) dispatch(now time.Time) []*call {
 	if r.snapshot == nil {
 		return nil
 	}
 	var calls []*call
 	for !r.blocked() {
-		c := r.next(now)
+		c := r.nextCall(now)
 		if c == nil {
 			break
 		}
@@ -34,26 +34,27 @@ func (r *Renewer) dispatch(now time.Time) []*call {
 	return calls
 }
 
-func (r *Renewer) next(now time.Time) *call {
-	ownDue := r.own.reason != "" && !r.own.inFlight && !r.own.due.After(now)
-	if ownDue && r.own.reason != ReasonTaint {
-		return r.startOwn(false)
+// nextCall returns the next call that may start now, nil if there is none.
+func (r *Renewer) nextCall(now time.Time) *call {
+	agentDue := r.agent.reason != "" && !r.agent.inFlight && !r.agent.due.After(now)
+	if agentDue && r.agent.reason != ReasonTaint {
+		return r.startAgentSVID(false)
 	}
-	if r.batches < r.urgent.room(maxBatches) && !r.waveTries() {
+	if r.batches < r.urgent.maxCalls(maxBatches) && !r.waveProbes() {
 		r.batches++
 		return r.start(r.urgent, r.cfg.BatchSize, false)
 	}
-	// While the own SVID is on its way the wave waits: it would go out with an
-	// identity that is about to be retired.
-	if (!ownDue && r.wave.Len() == 0) || r.own.inFlight || (!ownDue && r.singles >= r.wave.room(min(maxSingles, r.cfg.Rate))) {
-		if r.token != nil && !r.own.inFlight && r.wave.Len() == 0 {
+	// The wave waits for the agent SVID in flight, so that no call of the wave uses
+	// the one that is being replaced.
+	if (!agentDue && r.wave.Len() == 0) || r.agent.inFlight || (!agentDue && r.singles >= r.wave.maxCalls(min(maxSingles, r.cfg.Rate))) {
+		if r.token != nil && !r.agent.inFlight && r.wave.Len() == 0 {
 			r.token.Cancel()
 			r.token = nil
 		}
 		return nil
 	}
-	// The token comes first and the choice after it, so that what has become
-	// urgent meanwhile goes first.
+	// The token comes before the choice, so that an item that became urgent
+	// meanwhile goes first.
 	if r.token == nil {
 		r.token = r.limiter.Reserve()
 	}
@@ -62,8 +63,8 @@ func (r *Renewer) next(now time.Time) *call {
 	}
 	r.token = nil
 	var c *call
-	if ownDue {
-		c = r.startOwn(true)
+	if agentDue {
+		c = r.startAgentSVID(true)
 	} else {
 		r.singles++
 		c = r.start(r.wave, 1, true)
@@ -72,19 +73,18 @@ func (r *Renewer) next(now time.Time) *call {
 	return c
 }
 
-// tokenDelay is how long the token that was reserved cannot be used yet: until its
-// own time, and until a place of the pace is free. It reports false while the
-// latter is up to an answer.
+// tokenDelay returns how long the reserved token has to wait: until its own time and
+// until the pace has a free place. It reports false if that place depends on an answer.
 func (r *Renewer) tokenDelay() (time.Duration, bool) {
 	left, ok := r.pace.Wait(1, time.Now())
 	return max(left, r.token.Delay()), ok
 }
 
-// waveTries reports whether the gate is closed and the item to try next is one
-// of the wave, although others are more urgent. They do not wait for it while
-// calls that hang have taken its rate.
-func (r *Renewer) waveTries() bool {
-	if !r.gate.closed || r.own.inFlight {
+// waveProbes reports whether the next probe of a closed gate is an item of the wave,
+// although others are more urgent. If hanging calls hold all places of the pace, the
+// others go first.
+func (r *Renewer) waveProbes() bool {
+	if !r.gate.closed || r.agent.inFlight {
 		return false
 	}
 	if _, ok := r.pace.Wait(1, time.Now()); !ok {
@@ -94,14 +94,14 @@ func (r *Renewer) waveTries() bool {
 	return u != nil && w != nil && w.tried.Before(u.tried)
 }
 
-func (r *Renewer) startOwn(paced bool) *call {
-	r.own.inFlight = true
+func (r *Renewer) startAgentSVID(paced bool) *call {
+	r.agent.inFlight = true
 	return &call{paced: paced, snapshot: r.snapshot, started: time.Now()}
 }
 
-// start takes up to n items from a ready queue for one call. Those that a
-// stream waits for go in a call of their own, because an answer comes when its
-// last item is signed. Behind a closed gate it takes the one that tries.
+// start dequeues up to n items for one call. Items with open streams do not share a
+// call with others, because the answer comes only when its last item is signed.
+// While the gate is closed, start takes one item as a probe.
 func (r *Renewer) start(q *queue, n int, paced bool) *call {
 	c := &call{paced: paced, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, min(n, q.Len()))}
 	if r.gate.closed {
@@ -110,8 +110,8 @@ func (r *Renewer) start(q *queue, n int, paced bool) *call {
 	}
 	for first := q.items[0].streams; q.Len() > 0; {
 		it := q.items[0]
-		if it.most > 0 {
-			n = min(n, it.most)
+		if it.maxBatch > 0 {
+			n = min(n, it.maxBatch)
 		}
 		if len(c.attempts) >= n || it.streams != first {
 			break
@@ -123,25 +123,24 @@ func (r *Renewer) start(q *queue, n int, paced bool) *call {
 
 // take moves an item from its ready queue into a call.
 func (r *Renewer) take(c *call, q *queue, it *item) {
-	q.drop(it)
-	it.ready = nil
+	r.dequeue(it)
+	r.timers.drop(it)
+	state, ok := r.cfg.Cache.Item(it.entryID)
+	if !ok {
+		r.forget(it) // deleted since it was scheduled
+		return
+	}
 	it.inFlight = true
 	it.tried = c.started
-	r.timers.drop(it)
-	a := &attempt{item: it, reason: it.reason}
-	if state, ok := r.cfg.Cache.Item(it.entryID); ok {
-		a.entry, a.held = state.Entry, state.SVID
-		c.attempts = append(c.attempts, a)
-	} else {
-		r.forget(it) // gone since it was looked at
-	}
+	r.move(it, StateMinting)
+	c.attempts = append(c.attempts, &attempt{item: it, reason: it.reason, entry: state.Entry, held: state.SVID})
 }
 
 // work makes the call on its own goroutine.
 func (r *Renewer) work(ctx context.Context, c *call) {
 	switch {
 	case c.attempts == nil:
-		c.err = r.cfg.Own.Renew(ctx)
+		c.err = r.cfg.AgentSVID.Renew(ctx)
 	case len(c.attempts) > 0:
 		c.err = r.mint(ctx, c.attempts)
 	}
@@ -149,9 +148,9 @@ func (r *Renewer) work(ctx context.Context, c *call) {
 	r.done <- c
 }
 
-// finish takes a call's outcome in: opens or closes the gate, puts what was
-// minted, and has every item looked at again.
-func (r *Renewer) finish(c *call) {
+// handleResult opens or closes the gate by a call's outcome, puts what was minted
+// into the cache and reschedules every item.
+func (r *Renewer) handleResult(c *call) {
 	defer func() {
 		r.mu.Lock()
 		delete(r.inFlight, c)
@@ -162,7 +161,7 @@ func (r *Renewer) finish(c *call) {
 		r.pace.Answer(c.svids(), c.ended)
 	}
 	if c.attempts == nil {
-		r.finishOwn(c, now)
+		r.handleAgentResult(c, now)
 		return
 	}
 	if c.paced {
@@ -171,13 +170,12 @@ func (r *Renewer) finish(c *call) {
 		r.batches--
 	}
 	took := time.Since(c.started)
-	// A server that answered another call meanwhile is there: the fault is with
-	// what this call asked for.
-	blamed := c.started.Before(r.gate.answered)
+	// If the server answered another call meanwhile, this call's items are at fault.
+	ownFault := c.started.Before(r.gate.answered)
 	switch {
 	case c.err == nil && len(c.attempts) > 0:
 		r.openGate()
-	case c.err != nil && !blamed:
+	case c.err != nil && !ownFault:
 		r.closeGate(c)
 	}
 	for _, a := range c.attempts {
@@ -188,14 +186,14 @@ func (r *Renewer) finish(c *call) {
 		var outcome Outcome
 		switch {
 		case a.err == nil:
-			outcome = r.apply(a, now)
+			outcome = r.accept(a, now)
 		case c.err == nil:
-			a.item.most = 0
-			outcome = r.failed(a, true, now)
+			a.item.maxBatch = 0
+			outcome = r.handleFailure(a, true, now)
 		case len(c.attempts) == 1:
-			// What fails behind a closed gate is the server's fault until it has
-			// answered another call.
-			outcome = r.failed(a, blamed || !c.probe, now)
+			// A failed probe is the server's fault until the server has answered
+			// another call.
+			outcome = r.handleFailure(a, ownFault || !c.probe, now)
 		default:
 			outcome = r.split(a, len(c.attempts))
 		}
@@ -203,40 +201,41 @@ func (r *Renewer) finish(c *call) {
 			r.cfg.Observer.Minted(a.err, took)
 		}
 		r.cfg.Observer.Renewed(a.reason, outcome)
+		a.item.outcome = outcome
 		if r.items[a.item.entryID] == a.item {
-			r.look(a.item.entryID, now)
+			r.reschedule(a.item.entryID, now)
 		}
 	}
-	r.settled()
+	r.logSettled()
 }
 
-// apply takes in one item's answer.
-func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
+// accept handles the verified answer for one item.
+func (r *Renewer) accept(a *attempt, now time.Time) Outcome {
 	a.item.lagged = false
-	r.noteLag(a.svid.NotBefore.Sub(now))
+	r.setLag(a.svid.NotBefore.Sub(now))
 	at := later(now, a.svid.NotBefore)
 	a.svid.RenewAt = RenewAt(a.svid.NotBefore, a.svid.NotAfter, rand.Float64())
-	early := old(a.svid, at)
+	early := dueSoon(a.svid, at)
 	a.svid.RenewAt = a.svid.RenewAt.Add(now.Sub(at)) // by this node's clock
-	// Compared with what is held now: the entry may have been gone for a moment
-	// and minted again while this answer was on its way.
+	// The SVID held now may not be the one held at the request: an entry may be
+	// deleted, created and minted again meanwhile.
 	state, _ := r.cfg.Cache.Item(a.entry.ID)
-	if !r.better(a.svid, state.SVID, at) {
-		r.lagged(a, now)
+	if !r.noWorse(a.svid, state.SVID, at) {
+		r.handleLag(a, now)
 		return OutcomeTainted
 	}
 	if !r.postpone(a, state, now) {
-		r.keepFor(a.item, nil)
+		r.setPostponed(a.item, nil)
 		if err := r.cfg.Cache.Put(a.svid); err != nil {
 			return OutcomeDropped
 		}
 	}
 	if r.failing {
 		r.failing = false
-		r.cfg.Log.Info("renewals work again")
+		r.cfg.Log.Info("renewals recovered")
 	}
 	if state, _ := r.snapshot.State(a.svid.Authority); state == bundle.Tainted {
-		r.lagged(a, now)
+		r.handleLag(a, now)
 		return OutcomeTainted
 	}
 	if early {
@@ -244,16 +243,15 @@ func (r *Renewer) apply(a *attempt, now time.Time) Outcome {
 		a.item.pause(a.svid.NotAfter, now)
 		return OutcomeRenewed
 	}
-	a.item.answered()
+	a.item.resetRetry()
 	return OutcomeRenewed
 }
 
-// postpone keeps an SVID that is not valid yet by this node's clock, because that
-// is behind the server's, until it may be used, and reports whether there is
-// cause to. Peers with the right time accept it and the one held; those that
-// share this node's clock accept the one held alone. So that one stays in use
-// while it is valid by both clocks: until the new one begins by this node's
-// clock, or the old one is about to end by the server's.
+// postpone keeps an SVID that is not yet valid by this node's clock, which is behind
+// the server's, and reports whether it did. Peers with the correct time accept both
+// SVIDs. Peers on this node accept only the one held, so that one stays in use until
+// the new one is valid by this node's clock, or until the old one is about to expire
+// by the server's clock.
 func (r *Renewer) postpone(a *attempt, state cache.Item, now time.Time) bool {
 	lag := a.svid.NotBefore.Sub(now)
 	if lag <= 0 || !r.serves(state, now) {
@@ -266,14 +264,14 @@ func (r *Renewer) postpone(a *attempt, state cache.Item, now time.Time) bool {
 	if !swap.After(now) {
 		return false
 	}
-	r.keepFor(a.item, a.svid)
+	r.setPostponed(a.item, a.svid)
 	a.item.swap = swap
 	return true
 }
 
-// keepFor has the item's next SVID wait for its time, or none with nil.
-func (r *Renewer) keepFor(it *item, next *cache.SVID) {
-	it.next = next
+// setPostponed sets the SVID that the item is to use later; nil means none.
+func (r *Renewer) setPostponed(it *item, next *cache.SVID) {
+	it.postponed = next
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if next == nil {
@@ -283,8 +281,8 @@ func (r *Renewer) keepFor(it *item, next *cache.SVID) {
 	}
 }
 
-// serves reports whether what is held is good to hand out by this node's clock,
-// as it is and as the entry is.
+// serves reports whether the SVID held is valid by this node's clock, matches the
+// entry and is signed by a trusted authority.
 func (r *Renewer) serves(state cache.Item, now time.Time) bool {
 	s := state.SVID
 	if s == nil || !s.For(state.Entry) || s.NotBefore.After(now) || !s.NotAfter.After(now) {
@@ -294,43 +292,43 @@ func (r *Renewer) serves(state cache.Item, now time.Time) bool {
 	return trust == bundle.Trusted
 }
 
-// swap puts the SVID that was postponed to use and returns what is held then. One
-// whose authority was tainted meanwhile goes on waiting while what is held is the
-// better one by the server's time: its replacement may not be had before that ends.
+// swap puts the postponed SVID to use and returns the SVID held then. If its authority
+// has been tainted meanwhile, it stays postponed while the SVID held is better by the
+// server's time, because a replacement may not come before that one expires.
 func (r *Renewer) swap(it *item, state cache.Item, now time.Time) *cache.SVID {
-	next := it.next
-	if !r.better(next, state.SVID, later(now.Add(r.ClockLag()), next.NotBefore)) {
+	next := it.postponed
+	if !r.noWorse(next, state.SVID, later(now.Add(r.ClockLag()), next.NotBefore)) {
 		it.swap = now.Add(maxSleep)
 		return state.SVID
 	}
 	err := r.cfg.Cache.Put(next)
-	r.keepFor(it, nil) // after Put: see InFlight
+	r.setPostponed(it, nil) // after Put: see InFlight
 	if err != nil {
 		return state.SVID // the entry has changed
 	}
-	r.settled()
+	r.logSettled()
 	return next
 }
 
-// lagged notes that a tainted authority still signs and has the item wait.
-func (r *Renewer) lagged(a *attempt, now time.Time) {
+// handleLag handles an answer signed by a tainted authority: the item backs off.
+func (r *Renewer) handleLag(a *attempt, now time.Time) {
 	if !r.lagging[a.svid.Authority] {
 		r.lagging[a.svid.Authority] = true
 		r.settling[a.svid.Authority] = true
-		r.cfg.Log.Warn("server still signs with a tainted authority, trying again later",
-			"authority", a.svid.Authority, "entry", a.entry.ID, "spiffe_id", a.entry.SPIFFEID.String())
+		r.cfg.Log.Warn("X.509-SVID signed by a tainted authority again, renewal delayed",
+			"authority_id", a.svid.Authority, "entry_id", a.entry.ID, "spiffe_id", a.entry.SPIFFEID.String())
 	}
 	a.item.lagged = true
 	a.item.failures++
 	a.item.pause(a.svid.NotAfter, now)
 }
 
-// failed notes that one entry's SVID was asked for alone, or had an answer of
-// its own, and could not be minted: it waits. The pause grows, and the item
-// becomes doubtful, only by failures that are its own.
-func (r *Renewer) failed(a *attempt, own bool, now time.Time) Outcome {
+// handleFailure handles a failed mint of one item, which was alone in its call or had
+// an error of its own: it backs off. Only a failure that is the item's own fault
+// makes the pause longer and the item doubtful.
+func (r *Renewer) handleFailure(a *attempt, own bool, now time.Time) Outcome {
 	if errors.Is(a.err, errUnknownAuthority) {
-		r.cfg.Unexplained()
+		r.cfg.UnknownAuthority()
 	}
 	outcome := OutcomeFailed
 	switch {
@@ -345,7 +343,7 @@ func (r *Renewer) failed(a *attempt, own bool, now time.Time) Outcome {
 		if !r.failing && a.item.failures == 1 && outcome != OutcomeMissing {
 			r.failing, level = true, slog.LevelWarn
 		}
-		r.cfg.Log.Log(context.Background(), level, "X.509-SVID not renewed, trying again later", "entry", a.entry.ID,
+		r.cfg.Log.Log(context.Background(), level, "X.509-SVID renewal failed", "entry_id", a.entry.ID,
 			"spiffe_id", a.entry.SPIFFEID.String(), "reason", a.reason, "error", a.err)
 	}
 	r.cfg.Cache.Failed(a.entry.ID)
@@ -357,49 +355,49 @@ func (r *Renewer) failed(a *attempt, own bool, now time.Time) Outcome {
 	return outcome
 }
 
-// split notes that a call of n items failed, which says little about each: one
-// of them may be bad, or they are too many for the server to sign within the
-// deadline. Each goes in a call of an eighth of the size next, so that all parts
-// may go at once, and a bad one among 500 is alone after three.
+// split handles the failure of a call of n items. One of them may be bad, or the
+// server cannot sign as many within the deadline. The next calls have an eighth of the
+// size, so that all parts can start at once and a bad item among 500 is alone after
+// three failures.
 func (r *Renewer) split(a *attempt, n int) Outcome {
-	a.item.most = max(n/maxBatches, 1)
+	a.item.maxBatch = max(n/maxBatches, 1)
 	r.cfg.Cache.Failed(a.entry.ID)
 	return OutcomeFailed
 }
 
-// numbers are runs of digits with the units of a duration.
+// numbers matches numbers, with the units of a duration.
 var numbers = regexp.MustCompile(`([0-9]+[0-9.]*([nµm]?s|[hm])?)+`)
 
-func (r *Renewer) finishOwn(c *call, now time.Time) {
-	reason := r.own.reason
-	r.own.inFlight = false
+func (r *Renewer) handleAgentResult(c *call, now time.Time) {
+	reason := r.agent.reason
+	r.agent.inFlight = false
 	if c.err != nil {
-		r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), time.Second))
+		r.agent.retry = now.Add(max(r.agent.backoff.NextBackOff(), time.Second))
 		log := r.cfg.Log.Debug
 		// Two failures of one kind may differ in a time, a port or a count.
-		if text := numbers.ReplaceAllString(c.err.Error(), "#"); text != r.own.said {
-			log, r.own.said = r.cfg.Log.Warn, text
+		if text := numbers.ReplaceAllString(c.err.Error(), "#"); text != r.agent.logged {
+			log, r.agent.logged = r.cfg.Log.Warn, text
 		}
-		log("node's own SVID not renewed, trying again later", "reason", reason, "error", c.err)
+		log("agent SVID renewal failed", "reason", reason, "error", c.err)
 		return
 	}
-	r.own.said = ""
-	if held := r.cfg.Own.Held(); held != nil {
-		if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted || old(held, now) {
-			r.own.retry = now.Add(max(r.own.backoff.NextBackOff(), retryBase))
+	r.agent.logged = ""
+	if held := r.cfg.AgentSVID.Held(); held != nil {
+		if state, _ := r.snapshot.State(held.Authority); state != bundle.Trusted || dueSoon(held, now) {
+			r.agent.retry = now.Add(max(r.agent.backoff.NextBackOff(), retryBase))
 			return
 		}
 	}
-	r.own.retry = time.Time{}
-	r.own.backoff.Reset()
+	r.agent.retry = time.Time{}
+	r.agent.backoff.Reset()
 }
 
-// settled says once for each tainted authority that nothing held hangs on it.
-func (r *Renewer) settled() {
+// logSettled logs once for each tainted authority that no SVID depends on it.
+func (r *Renewer) logSettled() {
 	for id := range r.settling {
-		if r.cfg.Cache.Held(id) == 0 && len(r.postponedOf(id)) == 0 {
+		if r.cfg.Cache.Held(id) == 0 && len(r.postponedLocked(id)) == 0 {
 			delete(r.settling, id)
-			r.cfg.Log.Info("no X.509-SVID hangs on the tainted authority any more", "authority", id)
+			r.cfg.Log.Info("no X.509-SVID depends on the tainted authority", "authority_id", id)
 		}
 	}
 }

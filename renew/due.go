@@ -1,14 +1,12 @@
-// Package renew decides when each X.509-SVID of the node is renewed, and does
-// it.
+// Package renew decides when each X.509-SVID of the node is renewed, and renews it.
 //
-// What to renew is a pure function of what is held and what the trust bundle
-// says now: [Due]. There is no list of taints already handled, so nothing can
-// be forgotten: not by a restart, not by a lost wake-up, not because a lagging
-// server handed out an SVID of a tainted authority after everyone else was
-// done. [Renewer] is the loop around that function: one goroutine that owns
-// all queues, a rate limit for what a taint makes due, batches for the rest,
-// and bounded workers that make keys, ask the [Minter] and verify its answers.
-// An SVID is replaced only by one that is verified and no worse.
+// What to renew is a pure function of the SVIDs held and the current trust bundle:
+// [Due]. There is no list of taints already handled. So no restart, no lost wake-up
+// and no SVID that a lagging server signs late can be missed. [Renewer] is the loop
+// around that function: one goroutine owns all queues, a rate limit applies to
+// renewals because of a taint, batches carry all others, and a bounded number of
+// workers make keys, call the [Minter] and verify its answers. Only a verified SVID
+// that is no worse replaces an SVID. [State] names where each one is in its life.
 package renew
 
 import (
@@ -21,9 +19,9 @@ import (
 // Reason is why an SVID is due.
 type Reason string
 
-// The reasons, as they appear in logs and metrics. Only ReasonTaint waits for
-// the node's delay. It waits for the rate, and so does ReasonHalfLife where a
-// tainted authority signed the last answer.
+// The reasons, as they appear in logs and metrics. Only ReasonTaint waits for the
+// node's delay. The rate applies to ReasonTaint, and to ReasonHalfLife if a tainted
+// authority signed the last answer.
 const (
 	ReasonFirst    Reason = "first"             // none is held
 	ReasonHalfLife Reason = "half_life"         // RenewAt has passed
@@ -32,19 +30,19 @@ const (
 	ReasonRemoved  Reason = "authority_removed" // its authority has left the bundle
 )
 
-// Reasons lists every Reason, for metrics that must exist before they count.
+// Reasons lists every Reason.
 var Reasons = []Reason{ReasonFirst, ReasonHalfLife, ReasonEntry, ReasonTaint, ReasonRemoved}
 
-// Policy is what besides state decides when an SVID is due.
+// Policy is what decides besides the state when an SVID is due.
 type Policy struct {
-	// Delay is how long after the node has seen an authority's taint mark the
-	// renewal begins. It must always answer the same for one authority.
+	// Delay returns how long after the node first saw an authority's taint mark
+	// the renewal begins. It must always return the same for one authority.
 	Delay func(authorityID string) time.Duration
 }
 
-// Due says when the item is to be renewed and why. A zero time means at once.
-// The reason is the one that holds at now: an SVID whose half-life passes
-// while it waits in a taint's queue is due for its half-life.
+// Due returns when the item is due and why. A zero time means at once. The reason is
+// the one at now: an SVID whose half-life passes while it waits in the wave is due
+// for its half-life.
 func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time, Reason) {
 	if it.SVID == nil {
 		return time.Time{}, ReasonFirst
@@ -59,8 +57,8 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 	case bundle.Tainted:
 		at := since.Add(p.Delay(it.SVID.Authority))
 		if now.Before(since) {
-			// The clock was set back since the mark was seen: how much of the
-			// delay has passed is not known, so none of it is left.
+			// The clock was set back after the mark was seen. How much of the delay
+			// has passed is unknown, so the SVID is due now.
 			at = now
 		}
 		if at.Before(half) && now.Before(half) {
@@ -70,20 +68,19 @@ func Due(it cache.Item, s *bundle.Snapshot, p Policy, now time.Time) (time.Time,
 	return half, ReasonHalfLife
 }
 
-// old reports whether an SVID that has just been minted is due again too soon:
-// this node's clock is far ahead of the server's, or the authority is about to
-// end. The next would be no better, so it is asked for with pauses.
-func old(s *cache.SVID, now time.Time) bool {
+// dueSoon reports whether an SVID that was just minted is due again too soon: this
+// node's clock is far ahead of the server's, or the authority is about to expire. The
+// next one would be no better, so the item backs off.
+func dueSoon(s *cache.SVID, now time.Time) bool {
 	return s.RenewAt.Sub(now) < s.NotAfter.Sub(now)/4
 }
 
-// better reports whether got is no worse than held. One of a trusted authority
-// never is, also where it ends sooner: how long SVIDs live is the server's to
-// say. One of a tainted authority does not replace one of a trusted authority,
-// unless that one has less than a tenth of its life left: a tainted SVID is
-// better than none.
-func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
-	if held == nil || !held.Alike(got) || !held.NotAfter.After(now) {
+// noWorse reports whether got may replace held. An SVID of a trusted authority always
+// may, even if it expires sooner, because the server decides how long SVIDs live. One
+// of a tainted authority replaces one of a trusted authority only in the last tenth of
+// that one's life: a tainted SVID is better than none.
+func (r *Renewer) noWorse(got, held *cache.SVID, now time.Time) bool {
+	if held == nil || !held.Equivalent(got) || !held.NotAfter.After(now) {
 		return true
 	}
 	gotState, _ := r.snapshot.State(got.Authority)
@@ -98,7 +95,7 @@ func (r *Renewer) better(got, held *cache.SVID, now time.Time) bool {
 	return !now.Before(lastTenth(held))
 }
 
-// lastTenth is when the last tenth of an SVID's life begins.
+// lastTenth returns when the last tenth of an SVID's life begins.
 func lastTenth(s *cache.SVID) time.Time {
 	return s.NotAfter.Add(-s.NotAfter.Sub(s.NotBefore) / 10)
 }

@@ -56,7 +56,7 @@ func TestDue(t *testing.T) {
 	}
 }
 
-// Nothing held may ever be due later than its half-life, whatever the marks:
+// No SVID may be due later than its half-life, whatever the marks:
 // taint and clock can only make it earlier.
 func TestDueNeverAfterHalfLife(t *testing.T) {
 	ca := newCA(t, "a")

@@ -19,8 +19,8 @@ import (
 
 // SVIDs that are past half of their life when they arrive, because this node's
 // clock is ahead of the server's or because their authority is about to end,
-// are renewed with pauses and not as fast as the server answers.
-func TestSVIDsThatArriveOldAreNotSpunOn(t *testing.T) {
+// are renewed with backoff and not as fast as the server answers.
+func TestRenewalsOfOldSVIDsBackOff(t *testing.T) {
 	const n = 2
 	for name, life := range map[string]struct{ from, to time.Duration }{
 		"clock ahead":            {-40 * time.Minute, 20 * time.Minute},
@@ -54,8 +54,8 @@ func TestSVIDsThatArriveOldAreNotSpunOn(t *testing.T) {
 	}
 }
 
-// ownSVID is a node's own SVID whose server answers with what next says.
-type ownSVID struct {
+// agentSVID is an agent SVID that next replaces.
+type agentSVID struct {
 	held     atomic.Pointer[cache.SVID]
 	next     func() *cache.SVID
 	renewals atomic.Int64
@@ -63,9 +63,9 @@ type ownSVID struct {
 	failsAt  func(try int64) error // instead of fails
 }
 
-func (o *ownSVID) Held() *cache.SVID { return o.held.Load() }
+func (o *agentSVID) Held() *cache.SVID { return o.held.Load() }
 
-func (o *ownSVID) Renew(context.Context) error {
+func (o *agentSVID) Renew(context.Context) error {
 	try := o.renewals.Add(1)
 	time.Sleep(100 * time.Millisecond)
 	if o.failsAt != nil {
@@ -78,9 +78,9 @@ func (o *ownSVID) Renew(context.Context) error {
 	return nil
 }
 
-// The node's own SVID is not spun on either: not when the server still signs
-// it with a tainted authority, and not when it arrives past half of its life.
-func TestOwnSVIDIsNotSpunOn(t *testing.T) {
+// The agent SVID is renewed with backoff, too, if a tainted authority signs it again or
+// if it is past half of its life when it arrives.
+func TestAgentSVIDRenewalsBackOff(t *testing.T) {
 	for name, spoil := range map[string]func(*rig, *cache.SVID){
 		"lagging server": func(r *rig, s *cache.SVID) { s.Authority = r.ca.id },
 		"clock ahead": func(_ *rig, s *cache.SVID) {
@@ -88,7 +88,7 @@ func TestOwnSVIDIsNotSpunOn(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			own, mended := &ownSVID{}, &atomic.Bool{}
+			own, mended := &agentSVID{}, &atomic.Bool{}
 			fresh := func(r *rig) *cache.SVID {
 				now := time.Now()
 				return &cache.SVID{Authority: r.next.id, NotBefore: now, NotAfter: now.Add(time.Hour), RenewAt: now.Add(30 * time.Minute)}
@@ -104,7 +104,7 @@ func TestOwnSVIDIsNotSpunOn(t *testing.T) {
 				first := fresh(r)
 				first.Authority = r.ca.id
 				own.held.Store(first)
-				r.cfg.Own = own
+				r.cfg.AgentSVID = own
 			}, func(r *rig) {
 				begin := r.taint()
 				r.sleepUntil(begin.Add(5 * time.Minute))
@@ -116,16 +116,16 @@ func TestOwnSVIDIsNotSpunOn(t *testing.T) {
 				time.Sleep(2 * time.Minute)
 				synctest.Wait()
 				if s := own.Held(); s.Authority != r.next.id || !s.RenewAt.After(time.Now()) {
-					t.Error("not renewed after the server was right again")
+					t.Error("not renewed after the server recovered")
 				}
 			})
 		})
 	}
 }
 
-// A server that has come to give shorter lives is followed at half-life: its
-// answers end before what is held does, and are not worse for it.
-func TestShorterLivesAreFollowed(t *testing.T) {
+// A shorter lifetime that the server sets applies from the half-life on: an SVID that
+// expires before the one held is not worse.
+func TestShorterLifetimeApplies(t *testing.T) {
 	var log strings.Builder
 	drill(t, 3, func(r *rig) { r.cfg.Log = logTo(&log) }, func(r *rig) {
 		r.server.set(func() { r.server.life = time.Hour })
@@ -144,14 +144,13 @@ func TestShorterLivesAreFollowed(t *testing.T) {
 			t.Errorf("%d renewals of 3 SVIDs, want each at its half-life", attempts)
 		}
 		if strings.Contains(log.String(), "tainted") {
-			t.Errorf("the log speaks of a taint:\n%s", log.String())
+			t.Errorf("the log names a taint:\n%s", log.String())
 		}
 	})
 }
 
-// A failure is about the entry as it was: one that was put right is minted at
-// once.
-func TestMendedEntryDoesNotWait(t *testing.T) {
+// A changed entry is minted at once, because its backoff was for the revision before.
+func TestChangedEntryDoesNotBackOff(t *testing.T) {
 	drill(t, 1, func(r *rig) {
 		r.server.item = func(string, crypto.PublicKey) (renew.Result, bool) {
 			return renew.Result{Err: errors.New("DNS name is not valid")}, true
@@ -164,29 +163,29 @@ func TestMendedEntryDoesNotWait(t *testing.T) {
 		r.cache.Update([]*cache.Entry{&mended}, nil)
 		synctest.Wait()
 		if r.cache.Held(r.ca.id) != 1 {
-			t.Error("the entry that was put right still waits")
+			t.Error("the changed entry still waits")
 		}
 	})
 }
 
-// slowOwn keeps the Renewer busy for a second each time it has looked at the
-// bundle, so that all that happens meanwhile is there at once afterwards.
-type slowOwn struct{ armed, others atomic.Int64 }
+// slowAgentSVID blocks the Renewer for a second after each read of the bundle, so that
+// the events of that second are all there at once.
+type slowAgentSVID struct{ armed, others atomic.Int64 }
 
-func (o *slowOwn) Held() *cache.SVID {
+func (o *slowAgentSVID) Held() *cache.SVID {
 	time.Sleep(time.Second * time.Duration(o.armed.Load()))
 	return nil
 }
-func (*slowOwn) Renew(context.Context) error { return nil }
-func (*slowOwn) Minted(error, time.Duration) {}
-func (o *slowOwn) Renewed(_ renew.Reason, outcome renew.Outcome) {
+func (*slowAgentSVID) Renew(context.Context) error { return nil }
+func (*slowAgentSVID) Minted(error, time.Duration) {}
+func (o *slowAgentSVID) Renewed(_ renew.Reason, outcome renew.Outcome) {
 	if outcome != renew.OutcomeRenewed {
 		o.others.Add(1)
 	}
 }
 
-// lateBundle is a server whose answer for the second entry is of an authority
-// that comes into the bundle while the answer is on its way.
+// lateBundle is a server whose answer for the second entry is signed by an authority
+// that is added to the bundle while the answer is in flight.
 type lateBundle struct {
 	*rig
 	life time.Duration
@@ -208,13 +207,12 @@ func (m *lateBundle) Mint(ctx context.Context, requests []renew.Request) ([]rene
 	return m.server.Mint(ctx, requests)
 }
 
-// An answer is judged by a bundle that is no older than the one that it was
-// verified with.
-func TestAnswerOfAnAuthorityThatHasJustCome(t *testing.T) {
-	slow := &slowOwn{}
+// An answer is compared by a bundle that is no older than the one that verified it.
+func TestAnswerOfAuthorityAddedInFlight(t *testing.T) {
+	slow := &slowAgentSVID{}
 	drill(t, 2, func(r *rig) {
 		r.server.signer = r.next
-		r.cfg.Minter, r.cfg.BatchSize, r.cfg.Own, r.cfg.Observer = &lateBundle{r, 20 * time.Hour}, 1, slow, slow
+		r.cfg.Minter, r.cfg.BatchSize, r.cfg.AgentSVID, r.cfg.Observer = &lateBundle{r, 20 * time.Hour}, 1, slow, slow
 	}, func(r *rig) {
 		slow.armed.Store(1)
 		r.server.set(func() { r.server.latency = 500 * time.Millisecond })
@@ -225,12 +223,12 @@ func TestAnswerOfAnAuthorityThatHasJustCome(t *testing.T) {
 			r.sleepUntil(time.Now().Add(time.Minute))
 		}
 		if n := slow.others.Load(); n != 0 {
-			t.Errorf("%d of 12 good answers were not taken", n)
+			t.Errorf("%d of 12 valid answers were not accepted", n)
 		}
 	})
 }
 
-// overtaken is a server whose answer to one call comes after those to the next.
+// overtaken is a server whose answer to one call comes after the answers to later ones.
 type overtaken struct {
 	*rig
 	calls atomic.Int64
@@ -249,9 +247,8 @@ func (m *overtaken) Mint(ctx context.Context, requests []renew.Request) ([]renew
 	return []renew.Result{answer}, nil
 }
 
-// An entry that is gone for a moment is minted again while the answer to the
-// first call is on its way. When that comes, it is compared with what is held
-// then.
+// An entry that is deleted and created is minted again while the answer to the first
+// call is in flight. That answer is compared with the SVID held when it arrives.
 func TestLateAnswerDoesNotReplaceABetterSVID(t *testing.T) {
 	drill(t, 1, func(r *rig) { r.cfg.Minter = &overtaken{rig: r} }, func(r *rig) {
 		changed := *mustItem(t, r.cache, "entry-0000").Entry
@@ -276,12 +273,12 @@ func TestLateAnswerDoesNotReplaceABetterSVID(t *testing.T) {
 	})
 }
 
-// An outage of hours is one line about the node's own SVID.
-func TestOwnSVIDThatFailsIsSaidOnce(t *testing.T) {
-	own := &ownSVID{fails: errors.New("server is unreachable")}
+// An outage of hours is one warning about the agent SVID.
+func TestAgentSVIDFailureIsLoggedOnce(t *testing.T) {
+	own := &agentSVID{fails: errors.New("server is unreachable")}
 	own.held.Store(&cache.SVID{NotAfter: time.Now(), RenewAt: time.Now()})
 	var log strings.Builder
-	drill(t, 0, func(r *rig) { r.cfg.Own, r.cfg.Log = own, slog.New(slog.NewTextHandler(&log, nil)) }, func(*rig) {
+	drill(t, 0, func(r *rig) { r.cfg.AgentSVID, r.cfg.Log = own, slog.New(slog.NewTextHandler(&log, nil)) }, func(*rig) {
 		time.Sleep(3 * time.Hour)
 	})
 	if n := strings.Count(log.String(), "level=WARN"); n != 1 || !strings.Contains(log.String(), "unreachable") {
@@ -292,10 +289,10 @@ func TestOwnSVIDThatFailsIsSaidOnce(t *testing.T) {
 	}
 }
 
-// Two failures that differ in a time or a port say the same; one of another kind is
-// news.
-func TestOwnSVIDThatFailsIsSaidOncePerKind(t *testing.T) {
-	own := &ownSVID{failsAt: func(try int64) error {
+// Two failures that differ in a time or a port are of one kind; one of another kind is
+// logged again.
+func TestAgentSVIDFailureIsLoggedOncePerKind(t *testing.T) {
+	own := &agentSVID{failsAt: func(try int64) error {
 		if try > 50 {
 			return errors.New("no space left on device")
 		}
@@ -304,7 +301,7 @@ func TestOwnSVIDThatFailsIsSaidOncePerKind(t *testing.T) {
 	}}
 	own.held.Store(&cache.SVID{NotAfter: time.Now(), RenewAt: time.Now()})
 	var log strings.Builder
-	drill(t, 0, func(r *rig) { r.cfg.Own, r.cfg.Log = own, slog.New(slog.NewTextHandler(&log, nil)) }, func(*rig) {
+	drill(t, 0, func(r *rig) { r.cfg.AgentSVID, r.cfg.Log = own, slog.New(slog.NewTextHandler(&log, nil)) }, func(*rig) {
 		time.Sleep(3 * time.Hour)
 	})
 	if n := strings.Count(log.String(), "level=WARN"); n != 2 || !strings.Contains(log.String(), "reset") || !strings.Contains(log.String(), "no space") {

@@ -27,18 +27,18 @@ type Request struct {
 // Result answers one Request.
 type Result struct {
 	Chain [][]byte // DER, leaf first, without the root
-	Err   error    // why there is none; about this entry alone
+	Err   error    // why there is none, for this entry alone
 }
 
-// Minter asks the server for X.509-SVIDs. Mint returns one Result for each
-// Request in the same order, or an error when the call as a whole failed,
-// which says nothing about any entry. It returns within a deadline of its own
-// and may be called concurrently.
+// Minter requests X.509-SVIDs from the server. Mint returns one Result for each
+// Request in the same order, or an error if the call as a whole failed, which says
+// nothing about any entry. It returns within a deadline of its own and is safe for
+// concurrent use.
 type Minter interface {
 	Mint(ctx context.Context, requests []Request) ([]Result, error)
 }
 
-// KeyType is the kind of key that workloads get.
+// KeyType is the type of a workload's private key.
 type KeyType string
 
 // The key types.
@@ -51,7 +51,7 @@ const (
 // KeyTypes lists every KeyType.
 var KeyTypes = []KeyType{ECP256, ECP384, RSA2048}
 
-// Generate makes a private key.
+// Generate returns a new private key.
 func (t KeyType) Generate() (crypto.Signer, error) {
 	switch t {
 	case ECP256:
@@ -64,11 +64,11 @@ func (t KeyType) Generate() (crypto.Signer, error) {
 	return nil, fmt.Errorf("unknown key type %q: use one of %v", t, KeyTypes)
 }
 
-// errUnknownAuthority says that a chain ends in none of the authorities that
-// this node knows, which a newer bundle may explain.
-var errUnknownAuthority = errors.New("signed by an authority that the trust bundle does not have")
+// errUnknownAuthority means that a chain ends in no authority of the trust bundle. A
+// newer bundle may have it.
+var errUnknownAuthority = errors.New("signed by an authority that is not in the trust bundle")
 
-// attempt is one entry on its way through a mint call.
+// attempt is one item of a mint call.
 type attempt struct {
 	item   *item
 	entry  *cache.Entry
@@ -77,24 +77,24 @@ type attempt struct {
 	key    crypto.Signer
 	svid   *cache.SVID // the verified answer, or nil
 	err    error
-	// rejected says that err is about an answer that failed verification.
+	// rejected means that err is from the verification of the answer.
 	rejected bool
 }
 
-// mint fills in svid or err for each attempt. The error is that of the call as
-// a whole. It runs on a worker and touches nothing but its arguments.
+// mint sets svid or err of each attempt. It returns the error of the call as a whole.
+// It runs on a worker and changes nothing but the attempts.
 func (r *Renewer) mint(ctx context.Context, attempts []*attempt) error {
 	requests := make([]Request, 0, len(attempts))
 	asked := make([]*attempt, 0, len(attempts))
 	for _, a := range attempts {
 		key, err := r.cfg.KeyType.Generate()
 		if err != nil {
-			a.err = fmt.Errorf("make key: %w", err)
+			a.err = fmt.Errorf("generate key: %w", err)
 			continue
 		}
 		csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 		if err != nil {
-			a.err = fmt.Errorf("make CSR: %w", err)
+			a.err = fmt.Errorf("create CSR: %w", err)
 			continue
 		}
 		a.key = key
@@ -118,10 +118,10 @@ func (r *Renewer) mint(ctx context.Context, attempts []*attempt) error {
 	return nil
 }
 
-// verify checks what the server answered for an entry and makes an SVID of it:
-// SPIFFE ID, key, time and chain (SPIFFE X.509-SVID, section 5). The server has
-// just signed it, so one that begins in this node's future says that this node's
-// clock is behind, and is verified at the time when it begins.
+// verify checks the server's answer for an entry and returns it as an SVID: SPIFFE ID,
+// key, time and chain (SPIFFE X.509-SVID, section 5). An SVID that was just signed and
+// begins in this node's future means that this node's clock is behind. It is verified at
+// its NotBefore.
 func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundle, now time.Time) (*cache.SVID, error) {
 	if len(chain) == 0 {
 		return nil, errors.New("server answered without a certificate")
@@ -174,7 +174,7 @@ func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundl
 		NotAfter:  leaf.NotAfter,
 		Key:       keyDER,
 	}
-	// Copied, so that an SVID does not keep the whole answer of its batch alive.
+	// A copy, so that an SVID does not keep its whole batch in memory.
 	buf := make([]byte, 0, size)
 	for _, der := range chain {
 		buf = append(buf, der...)
@@ -183,8 +183,8 @@ func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundl
 	return svid, nil
 }
 
-// RenewAt draws when an SVID with this life is renewed: at half of it, ±10 %
-// so that SVIDs minted together are not renewed together. f is in [0, 1).
+// RenewAt returns when an SVID is due by its age: at half of its life, ±10 % by f, which
+// is in [0, 1), so that SVIDs minted together are not renewed together.
 func RenewAt(notBefore, notAfter time.Time, f float64) time.Time {
 	half := float64(notAfter.Sub(notBefore)) / 2
 	return notBefore.Add(time.Duration(half * (0.9 + 0.2*f)))

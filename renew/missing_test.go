@@ -12,7 +12,7 @@ import (
 	"github.com/renewd/renewd/renew"
 )
 
-// outcomes counts what it is told.
+// outcomes counts mints and renewals by outcome.
 type outcomes struct {
 	mu     sync.Mutex
 	failed int // mints
@@ -36,10 +36,10 @@ func (o *outcomes) Renewed(_ renew.Reason, outcome renew.Outcome) {
 	o.of[outcome]++
 }
 
-// That the server does not mint for an entry that its answers do not name is
-// expected: no warning, no failure counted, nothing for others to wait for. When
-// it names the entry again, that is minted at once.
-func TestMissingEntryIsNoFault(t *testing.T) {
+// A failed mint of an entry that the server does not list is expected: it is neither
+// logged as a warning nor counted as a failure, and delays no other entry. When the
+// server lists the entry again, it is minted at once.
+func TestMissingEntryIsNoFailure(t *testing.T) {
 	var log strings.Builder
 	var seen outcomes
 	drill(t, 3, func(r *rig) {
@@ -48,7 +48,7 @@ func TestMissingEntryIsNoFault(t *testing.T) {
 	}, func(r *rig) {
 		synctest.Wait()
 		if r.cache.Held(r.ca.id) != 3 {
-			t.Fatal("not all is held")
+			t.Fatal("not all SVIDs are held")
 		}
 		r.cache.SetMissing(true, "entry-0001")
 		r.server.set(func() {
@@ -74,7 +74,7 @@ func TestMissingEntryIsNoFault(t *testing.T) {
 		r.cache.SetMissing(false, "entry-0001")
 		synctest.Wait()
 		if mustItem(t, r.cache, "entry-0001").SVID == before {
-			t.Error("the entry that is named again still waits")
+			t.Error("the entry that is listed again still waits")
 		}
 	})
 }

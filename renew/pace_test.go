@@ -37,9 +37,9 @@ func (r *rig) paced(rate int, calls []mintCall) {
 	}
 }
 
-// network is the way to a server. It keeps what is sent, and at times all of it
-// until it lets everything go at once. So requests arrive, and answers come back,
-// later than they were sent and in bursts. Some are lost on the way.
+// network delays the messages to and from a server. At times it holds all of them and
+// then delivers them at once, so requests and answers arrive late and in bursts. Some
+// are lost.
 type network struct {
 	server *fakeServer
 	mu     sync.Mutex
@@ -47,8 +47,7 @@ type network struct {
 	until  time.Time // nothing passes before that
 }
 
-// carry takes as long as the network does, and reports whether the message is
-// lost.
+// carry waits for as long as the network takes and reports whether the message is lost.
 func (n *network) carry() (lost bool) {
 	n.mu.Lock()
 	now := time.Now()
@@ -76,13 +75,13 @@ func (n *network) Mint(ctx context.Context, requests []renew.Request) ([]renew.R
 	return results, err
 }
 
-// busyOwn has Run stop at times, as on a machine that has something else to do.
-type busyOwn struct {
+// busyAgentSVID blocks Run at times, as on an overloaded machine.
+type busyAgentSVID struct {
 	mu     sync.Mutex
 	random *rand.Rand
 }
 
-func (o *busyOwn) Held() *cache.SVID {
+func (o *busyAgentSVID) Held() *cache.SVID {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if o.random.IntN(100) == 0 {
@@ -91,10 +90,10 @@ func (o *busyOwn) Held() *cache.SVID {
 	return nil
 }
 
-func (*busyOwn) Renew(context.Context) error { return nil }
+func (*busyAgentSVID) Renew(context.Context) error { return nil }
 
-// The server counts at most 20 in any second of the wave, whatever the network and
-// this machine do, and the wave ends.
+// The server counts at most 20 requests in any second of the wave, whatever the network
+// and this machine do, and the wave ends.
 func TestRateHoldsAtTheServer(t *testing.T) {
 	n, first := 3, rand.Uint64()
 	if k, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
@@ -109,7 +108,7 @@ func TestRateHoldsAtTheServer(t *testing.T) {
 			const svids = 150
 			drill(t, svids, nil, func(r *rig) {
 				r.cfg.Minter = &network{server: r.server, random: rand.New(rand.NewPCG(seed, 1))}
-				r.cfg.Own = &busyOwn{random: rand.New(rand.NewPCG(seed, 2))}
+				r.cfg.AgentSVID = &busyAgentSVID{random: rand.New(rand.NewPCG(seed, 2))}
 				again := r.restart()
 				defer again()
 				begin := r.taint()
@@ -123,8 +122,8 @@ func TestRateHoldsAtTheServer(t *testing.T) {
 	}
 }
 
-// restart ends the Renewer and starts another with the configuration as it is now,
-// which the function that is returned ends.
+// restart stops the Renewer and starts another with the current configuration, which the
+// returned function stops.
 func (r *rig) restart() (stop func()) {
 	r.stop()
 	ctx, cancel := context.WithCancel(r.t.Context())
@@ -139,7 +138,7 @@ func (r *rig) restart() (stop func()) {
 	}
 }
 
-// A restart in mid-wave is no reason to send the server more.
+// A restart in mid-wave does not raise the rate.
 func TestRateHoldsOverARestart(t *testing.T) {
 	drill(t, 100, nil, func(r *rig) {
 		begin := r.taint()
@@ -154,8 +153,7 @@ func TestRateHoldsOverARestart(t *testing.T) {
 	})
 }
 
-// Calls that hang take their own part of the rate. What the server does not sign
-// leaves room for what it does.
+// Calls that hang take only their own share of the rate.
 func TestHangingCallsLeaveTheWaveItsRate(t *testing.T) {
 	for _, tt := range []struct {
 		rate, svids, bad int
@@ -184,8 +182,7 @@ func TestHangingCallsLeaveTheWaveItsRate(t *testing.T) {
 	}
 }
 
-// However many SVIDs of the wave hang, those that come to be due find half of the
-// rate free.
+// However many SVIDs of the wave hang, half of the rate is free for the others.
 func TestHangingCallsLeaveTheNextWaveHalfOfTheRate(t *testing.T) {
 	const svids, bad = 100, 30
 	s := &troubled{bad: make(map[string]time.Duration)}
@@ -197,7 +194,7 @@ func TestHangingCallsLeaveTheNextWaveHalfOfTheRate(t *testing.T) {
 		})
 		r.taint()
 		for end := time.Now().Add(10 * time.Minute); time.Now().Before(end); r.sleepUntil(time.Now().Add(10 * time.Second)) {
-			// It is answered, so that the server is known to be there.
+			// It is answered, so that the gate stays open.
 			changed := *mustItem(t, r.cache, entryID(bad)).Entry
 			changed.Revision++
 			changed.X509TTL += time.Second
@@ -215,9 +212,9 @@ func TestHangingCallsLeaveTheNextWaveHalfOfTheRate(t *testing.T) {
 	})
 }
 
-// Behind a closed gate an item of the wave that cannot have a part of the rate,
-// because calls that hang have it, does not keep others from trying.
-func TestHangingWaveDoesNotKeepOthersFromTrying(t *testing.T) {
+// While the gate is closed and hanging calls hold the whole rate, an item of the wave
+// that waits for it does not block the probes of others.
+func TestHangingWaveDoesNotBlockProbes(t *testing.T) {
 	s := &troubled{bad: make(map[string]time.Duration)}
 	drill(t, 3, func(r *rig) { s.fakeServer, r.cfg.Minter, r.cfg.Rate = r.server, s, 1 }, func(r *rig) {
 		s.set(func() {
@@ -244,8 +241,8 @@ func TestHangingWaveDoesNotKeepOthersFromTrying(t *testing.T) {
 	})
 }
 
-// When the server signs with a tainted authority, what has passed its half-life is
-// asked for again within the rate. No SVID ends because of that.
+// While the server signs with a tainted authority, the rate applies to retries of SVIDs
+// past their half-life. No SVID expires because of that.
 func TestRetriesOfALaggingServerArePaced(t *testing.T) {
 	const (
 		svids = 120
@@ -279,26 +276,26 @@ func TestRetriesOfALaggingServerArePaced(t *testing.T) {
 		r.server.set(func() { r.server.signer = r.next })
 		r.sleepUntil(back.Add(2*time.Minute + svids/rate*time.Second))
 		if held := r.cache.Held(r.ca.id); held != 0 {
-			t.Errorf("%d SVIDs still depend on the tainted authority after the server was right again", held)
+			t.Errorf("%d SVIDs still depend on the tainted authority after the server recovered", held)
 		}
 		r.paced(rate, r.server.since(back))
 	})
 }
 
-// stalledOwn has Run stop once for a while when told to.
-type stalledOwn struct{ stall atomic.Int64 }
+// stalledAgentSVID blocks Run once, for as long as stall says.
+type stalledAgentSVID struct{ stall atomic.Int64 }
 
-func (o *stalledOwn) Held() *cache.SVID {
+func (o *stalledAgentSVID) Held() *cache.SVID {
 	time.Sleep(time.Duration(o.stall.Swap(0)))
 	return nil
 }
 
-func (*stalledOwn) Renew(context.Context) error { return nil }
+func (*stalledAgentSVID) Renew(context.Context) error { return nil }
 
-// A turn that was taken late is not made up for within the same second.
+// A renewal that started late is not caught up with in the same second.
 func TestRateHoldsAfterAStall(t *testing.T) {
-	own := new(stalledOwn)
-	drill(t, 200, func(r *rig) { r.cfg.Own = own }, func(r *rig) {
+	own := new(stalledAgentSVID)
+	drill(t, 200, func(r *rig) { r.cfg.AgentSVID = own }, func(r *rig) {
 		begin := r.taint()
 		r.sleepUntil(begin.Add(2*time.Second + 10*time.Millisecond))
 		own.stall.Store(int64(300 * time.Millisecond))

@@ -11,29 +11,31 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// item is one entry in the Renewer's hands. It is owned by Run.
+// item is one entry whose X.509-SVID is to be held. It is owned by Run.
 type item struct {
-	entryID  string
-	entry    *cache.Entry // as it was when looked at last
-	reason   Reason
-	streams  bool
-	missing  bool        // the server's answers do not name the entry
-	expiry   time.Time   // zero when none is held
-	wake     time.Time   // when to look again
-	retry    time.Time   // not before, after a failure
-	failures int         // tries in a row, of this item alone, that did not renew it
-	lagged   bool        // a tainted authority signed the last answer
-	most     int         // how large a call it may be in; zero means BatchSize
-	tried    time.Time   // monotonic: when it was last asked for
-	next     *cache.SVID // minted, and not in use before swap; see Renewer.postpone
-	swap     time.Time
-	inFlight bool
-	timerPos int // position in timers, or -1
-	readyPos int // position in its ready queue, or -1
-	ready    *queue
+	entryID   string
+	entry     *cache.Entry // as of the last reschedule
+	reason    Reason
+	streams   bool
+	missing   bool        // the server does not list the entry
+	expiry    time.Time   // zero when none is held
+	wake      time.Time   // when to reschedule next
+	retry     time.Time   // earliest next mint after a failure
+	failures  int         // consecutive failures that are this item's own fault
+	lagged    bool        // a tainted authority signed the last answer
+	maxBatch  int         // maximum size of its next call; zero means BatchSize
+	tried     time.Time   // monotonic: when its last mint began
+	postponed *cache.SVID // minted and not to be used before swap; see Renewer.postpone
+	swap      time.Time
+	inFlight  bool
+	state     State
+	outcome   Outcome // of the last mint
+	timerPos  int     // position in timers, or -1
+	readyPos  int     // position in its ready queue, or -1
+	ready     *queue
 }
 
-// queue is a heap of items that knows where each of them is.
+// queue is a heap of items that tracks the position of each.
 type queue struct {
 	items []*item
 	less  func(a, b *item) bool
@@ -47,12 +49,11 @@ func newTimers() *queue {
 	}
 }
 
-// answered forgets the failures.
-func (it *item) answered() { it.retry, it.failures, it.most = time.Time{}, 0, 0 }
+// resetRetry resets the backoff.
+func (it *item) resetRetry() { it.retry, it.failures, it.maxBatch = time.Time{}, 0, 0 }
 
-// pause draws when an item that failed is tried again: after full jitter below
-// a bound that doubles from retryBase to retryLimit. One that is about to expire
-// does not wait for more than a quarter of what it has left.
+// pause sets when an item is retried after a failure: with full jitter below a bound that
+// doubles from retryBase to retryLimit, and within a quarter of its remaining life.
 func (it *item) pause(expiry, now time.Time) {
 	bound := min(retryBase<<min(max(it.failures-1, 0), 10), retryLimit)
 	d := rand.N(bound)
@@ -62,14 +63,13 @@ func (it *item) pause(expiry, now time.Time) {
 	it.retry = now.Add(max(d, time.Second))
 }
 
-// doubtful says that the item itself is probably why it fails. A single failure
-// is not enough: it is also what the start of an outage looks like.
+// doubtful reports whether the item is probably the cause of its failures. A single
+// failure may also be the start of an outage.
 func (it *item) doubtful() bool { return it.failures > 1 }
 
-// newReady returns a queue with the most urgent item first: those with open
-// streams, then those that expire first. What is not held at all has a zero
-// expiry and so comes first among its like; of equals the least recently tried
-// does. Doubtful ones come last and take turns, however urgent they are.
+// newReady returns a queue with the most urgent item first: items with open streams,
+// then the soonest to expire, then the least recently tried. An item without an SVID
+// has a zero expiry and counts as the soonest. Doubtful items come last and take turns.
 func newReady() *queue {
 	return &queue{
 		less: func(a, b *item) bool {
@@ -111,7 +111,7 @@ func (q *queue) Pop() any {
 	return it
 }
 
-// put adds it, or moves it after its order has changed.
+// put adds the item, or updates its position.
 func (q *queue) put(it *item) {
 	if p := *q.pos(it); p >= 0 {
 		heap.Fix(q, p)
@@ -120,7 +120,7 @@ func (q *queue) put(it *item) {
 	}
 }
 
-// drop removes it if it is there.
+// drop removes the item if it is in the queue.
 func (q *queue) drop(it *item) {
 	if p := *q.pos(it); p >= 0 {
 		heap.Remove(q, p)
@@ -143,9 +143,9 @@ func (q *queue) stalest() *item {
 	})
 }
 
-// room is how many calls of limit the queue may use: doubtful items, which may
-// all hang, leave half of them to others, where it is more than one.
-func (q *queue) room(limit int) int {
+// maxCalls returns how many of limit calls in flight the queue may use. Doubtful items
+// may all hang, so they leave half of the calls to others.
+func (q *queue) maxCalls(limit int) int {
 	if len(q.items) == 0 {
 		return 0
 	}
@@ -155,8 +155,8 @@ func (q *queue) room(limit int) int {
 	return limit
 }
 
-// newBackoff returns the pauses between attempts: doubling from base, full
-// jitter (uniform in [0, 2·interval]), never above limit.
+// newBackoff returns pauses that double from base, with full jitter (uniform in
+// [0, 2·interval]), never above limit.
 func newBackoff(base, limit time.Duration) *backoff.ExponentialBackOff {
 	return &backoff.ExponentialBackOff{
 		InitialInterval:     base / 2,

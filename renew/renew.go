@@ -14,61 +14,63 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// Renewer renews the X.509-SVIDs of one cache. Run does the work and owns its
-// state; InFlight may be called at any time.
+// Renewer renews the X.509-SVIDs of one cache. Run does the work and owns its state.
+// InFlight, States and ClockLag are safe for concurrent use.
 type Renewer struct {
 	cfg      Config
 	policy   Policy
 	limiter  *rate.Limiter // spreads the wave over each second
-	pace     *wave.Pace    // bounds what of it reaches the server in any second
+	pace     *wave.Pace    // bounds how many of it reach the server in any second
 	follower *cache.Follower
 	done     chan *call
 
 	// Owned by Run.
-	snapshot *bundle.Snapshot
-	items    map[string]*item
-	timers   *queue // everything that waits for a time
-	urgent   *queue // due, free of the rate
-	wave     *queue // due because of a taint, or again because of one
-	own      ownItem
-	token    *rate.Reservation // of the next taint renewal, or nil
-	gate     gate
-	singles  int
-	batches  int
-	failing  bool            // the last item failed: do not warn of each
-	lagging  map[string]bool // tainted authorities seen to sign still
-	settling map[string]bool // tainted authorities that SVIDs still hang on
-	clock    clock
-	behind   bool // the clock's lag was logged
+	snapshot  *bundle.Snapshot
+	items     map[string]*item
+	timers    *queue // items that wait for a time
+	urgent    *queue // due, and the rate does not apply
+	wave      *queue // due because of a taint, or after an answer signed by a tainted authority
+	agent     agentItem
+	token     *rate.Reservation // of the next taint renewal, or nil
+	gate      gate
+	singles   int
+	batches   int
+	failing   bool            // the last failure was logged as a warning
+	lagging   map[string]bool // tainted authorities that signed an answer
+	settling  map[string]bool // tainted authorities that SVIDs may depend on
+	clock     clock
+	lagLogged bool // the clock lag was logged
 
 	lag atomic.Int64 // see ClockLag
 
 	mu        sync.Mutex
 	inFlight  map[*call]struct{}
-	postponed map[string]*cache.SVID // by entry ID: item.next of all that have one
+	states    [len(stateNames)]int   // items by State
+	postponed map[string]*cache.SVID // by entry ID: item.postponed of all that have one
 }
 
-type ownItem struct {
+// agentItem is the agent SVID. It is owned by Run.
+type agentItem struct {
 	reason   Reason
 	due      time.Time
 	retry    time.Time
 	backoff  *backoff.ExponentialBackOff
 	inFlight bool
-	said     string // the last failure that was logged as a warning, without its numbers
+	logged   string // the last failure logged as a warning, without its numbers
 }
 
 // call is one request to the server.
 type call struct {
-	attempts []*attempt       // nil for the node's own SVID
+	attempts []*attempt       // nil for the agent SVID
 	paced    bool             // it holds places of the pace
 	probe    bool             // it began while the gate was closed
-	snapshot *bundle.Snapshot // in force when it began
+	snapshot *bundle.Snapshot // the current one when the call began
 	started  time.Time        // monotonic
 	ended    time.Time        // monotonic
 	err      error            // of the call as a whole
 }
 
-// svids is how many SVIDs the server is asked for.
+// svids returns the number of SVIDs requested.
 func (c *call) svids() int {
 	if c.attempts == nil {
 		return 1
@@ -76,8 +78,8 @@ func (c *call) svids() int {
 	return len(c.attempts)
 }
 
-// New returns a Renewer. It panics when a required field is missing: that is a
-// mistake in the program.
+// New returns a Renewer. It panics if a required field is missing, which is a bug in the
+// program.
 func New(cfg Config) *Renewer {
 	cfg = cfg.withDefaults()
 	return &Renewer{
@@ -87,8 +89,8 @@ func New(cfg Config) *Renewer {
 		}},
 		limiter: rate.NewLimiter(rate.Limit(cfg.Rate), 1),
 		pace:    wave.NewPace(cfg.Rate, time.Now()),
-		// Room for every call there can be, so that a worker never waits for
-		// Run, not even for one that has ended.
+		// Room for every possible call, so that no worker waits for Run, which may
+		// have ended.
 		done:      make(chan *call, maxSingles+maxBatches+1),
 		items:     make(map[string]*item),
 		timers:    newTimers(),
@@ -99,31 +101,31 @@ func New(cfg Config) *Renewer {
 		inFlight:  make(map[*call]struct{}),
 		postponed: make(map[string]*cache.SVID),
 		gate:      gate{backoff: newBackoff(time.Second, gateLimit)},
-		own:       ownItem{backoff: newBackoff(retryBase, retryLimit)},
+		agent:     agentItem{backoff: newBackoff(retryBase, retryLimit)},
 	}
 }
 
-// InFlight counts the SVIDs, the node's own among them, that are being minted by
-// calls that began before this node knew of the authority's taint, which it
-// learned of at since: answers that were perhaps signed before the server learned
-// of it. Those that the authority signed and that are not in use yet count, too.
-// Read it before the cache, so that an answer is seen in one of the two.
+// InFlight counts the SVIDs in flight, including the agent SVID, whose calls began
+// before this node learned at since of the authority's taint: the tainted authority may
+// sign them. Postponed SVIDs that the authority signed count, too. Call it before you
+// read the cache, so that an answer is seen in one of the two. It is safe for
+// concurrent use.
 func (r *Renewer) InFlight(authorityID string, since time.Time) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	n := 0
 	for c := range r.inFlight {
-		// Not by the time the call began: clocks are set.
+		// The time when the call began does not tell: clocks are set.
 		if state, at := c.snapshot.State(authorityID); state != bundle.Tainted || !at.Equal(since) {
 			n += max(len(c.attempts), 1)
 		}
 	}
-	return n + len(r.postponedOf(authorityID))
+	return n + len(r.postponedLocked(authorityID))
 }
 
-// postponedOf lists the entries whose SVID that waits for its time the authority
-// signed. It is for holders of mu, and for Run, which alone changes postponed.
-func (r *Renewer) postponedOf(authorityID string) []string {
+// postponedLocked lists the entries whose postponed SVID the authority signed. Run may
+// call it without mu, because only Run changes postponed.
+func (r *Renewer) postponedLocked(authorityID string) []string {
 	var ids []string
 	for id, s := range r.postponed {
 		if s.Authority == authorityID {
@@ -133,8 +135,8 @@ func (r *Renewer) postponedOf(authorityID string) []string {
 	return ids
 }
 
-// Run renews until ctx is done, waits for the calls in flight, which ctx
-// cancels, and returns nil.
+// Run renews until ctx is done. It then waits for the calls in flight, which ctx cancels,
+// and returns nil.
 func (r *Renewer) Run(ctx context.Context) error {
 	r.follower = r.cfg.Cache.Follow()
 	defer r.follower.Close()
@@ -149,25 +151,25 @@ func (r *Renewer) Run(ctx context.Context) error {
 		case <-timer.C:
 		case <-r.follower.C():
 		case c := <-r.done:
-			// The bundle first: the answer may be of an authority that came
-			// with it.
-			r.observe(r.cfg.Now())
-			r.finish(c)
+			// The bundle comes first: a new authority in it may have signed the
+			// answer.
+			r.handleChanges(r.cfg.Now())
+			r.handleResult(c)
 		}
 		now := r.cfg.Now()
-		r.observe(now)
+		r.handleChanges(now)
 		if r.clock.stepped(now) {
-			r.cfg.Log.Warn("clock was stepped, all deadlines are looked at again")
-			r.own.retry = time.Time{}
+			r.cfg.Log.Warn("clock step detected, recomputing deadlines")
+			r.agent.retry = time.Time{}
 			for id, it := range r.items {
 				it.retry, it.swap = time.Time{}, time.Time{}
-				r.look(id, now)
+				r.reschedule(id, now)
 			}
 		}
 		for r.timers.Len() > 0 && !r.timers.items[0].wake.After(now) {
-			r.look(r.timers.items[0].entryID, now)
+			r.reschedule(r.timers.items[0].entryID, now)
 		}
-		r.lookOwn(now)
+		r.scheduleAgentSVID(now)
 		for _, c := range r.dispatch(now) {
 			r.mu.Lock()
 			r.inFlight[c] = struct{}{}
@@ -178,17 +180,17 @@ func (r *Renewer) Run(ctx context.Context) error {
 	}
 }
 
-// observe looks again at everything that a change of the cache or of the
-// bundle may have made due, and at nothing else.
-func (r *Renewer) observe(now time.Time) {
+// handleChanges reschedules every item that a change of the cache or of the
+// bundle may have made due, and no other.
+func (r *Renewer) handleChanges(now time.Time) {
 	for {
 		changed := r.follower.Drain()
 		next := r.cfg.Cache.Bundle()
 		if next == nil {
-			// Nothing can be verified yet. What was drained is found again
-			// through the items made here.
+			// Nothing can be verified yet. The items made here are rescheduled with
+			// the first bundle.
 			for _, id := range changed {
-				r.look(id, now)
+				r.reschedule(id, now)
 			}
 			return
 		}
@@ -201,13 +203,13 @@ func (r *Renewer) observe(now time.Time) {
 			return
 		}
 		for _, id := range changed {
-			r.look(id, now)
+			r.reschedule(id, now)
 		}
 	}
 }
 
-// affected lists the entries whose SVID's authority changed between two
-// snapshots.
+// affected lists the entries whose SVID is signed by an authority that changed between
+// two snapshots.
 func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
 	if prev == nil {
 		ids := make([]string, 0, len(r.items))
@@ -221,29 +223,29 @@ func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
 		if c.Type != bundle.TypeX509 {
 			continue
 		}
-		signed := append(r.cfg.Cache.SignedBy(c.ID), r.postponedOf(c.ID)...)
+		signed := append(r.cfg.Cache.SignedBy(c.ID), r.postponedLocked(c.ID)...)
 		ids = append(ids, signed...)
 		delete(r.lagging, c.ID)
 		switch c.Kind {
 		case bundle.KindTainted:
 			_, since := next.State(c.ID)
-			r.cfg.Log.Info("authority tainted, its X.509-SVIDs will be renewed", "authority", c.ID,
+			r.cfg.Log.Info("authority tainted, renewals scheduled", "authority_id", c.ID,
 				"svids", len(signed), "delay", r.policy.Delay(c.ID).Round(time.Millisecond),
 				"begins_at", since.Add(r.policy.Delay(c.ID)))
 			r.settling[c.ID] = true
 		case bundle.KindRemoved:
 			if len(signed) > 0 {
-				r.cfg.Log.Warn("authority removed while X.509-SVIDs still hang on it, renewing them at once",
-					"authority", c.ID, "svids", len(signed))
+				r.cfg.Log.Warn("authority removed while X.509-SVIDs depend on it, renewing at once",
+					"authority_id", c.ID, "svids", len(signed))
 			}
 		}
 	}
 	return ids
 }
 
-// look decides anew where the entry belongs: in no queue, waiting for a time,
-// or ready. It is the only place that moves items between queues.
-func (r *Renewer) look(id string, now time.Time) {
+// reschedule decides the state of an entry's item, and the queue where it waits. It
+// is the only place that does; take alone moves it from there, to StateMinting.
+func (r *Renewer) reschedule(id string, now time.Time) {
 	it := r.items[id]
 	state, wanted := r.cfg.Cache.Item(id)
 	if !wanted {
@@ -255,19 +257,17 @@ func (r *Renewer) look(id string, now time.Time) {
 	if it == nil {
 		it = &item{entryID: id, timerPos: -1, readyPos: -1}
 		r.items[id] = it
+		r.count(StateWaiting, 1)
 	}
-	if it.inFlight {
-		return // looked at again when it is done
+	if it.inFlight || r.snapshot == nil {
+		return // until the answer, or the first snapshot
 	}
-	if r.snapshot == nil {
-		return // looked at when the first one comes
-	}
-	if it.next != nil && (!it.swap.After(now) || !r.serves(state, now)) {
+	if it.postponed != nil && (!it.swap.After(now) || !r.serves(state, now)) {
 		state.SVID = r.swap(it, state, now)
 	}
 	newest := state
-	if it.next != nil {
-		newest.SVID = it.next
+	if it.postponed != nil {
+		newest.SVID = it.postponed
 	}
 	due, reason := Due(newest, r.snapshot, r.policy, now)
 	it.streams = state.Streams > 0
@@ -278,7 +278,7 @@ func (r *Renewer) look(id string, now time.Time) {
 		it.expiry = state.SVID.NotAfter
 	}
 	if it.entry != state.Entry || returned {
-		it.answered() // the failures so far were about something else
+		it.resetRetry() // the failures were about another revision
 	} else if reason != it.reason && reason == ReasonRemoved {
 		it.retry = time.Time{}
 	}
@@ -286,26 +286,29 @@ func (r *Renewer) look(id string, now time.Time) {
 	if it.retry.After(due) {
 		due = it.retry
 	}
-	r.unready(it)
+	r.dequeue(it)
+	r.move(it, r.nextState(it, newest.SVID, due, now))
 	var wake time.Time
 	switch {
 	case due.After(now):
 		wake = due
 	case reason == ReasonTaint:
 		it.ready = r.wave
-		// While it waits for its turn its half-life may pass, and then it
-		// must not wait any longer.
+		// From its half-life on the rate does not apply.
 		wake = newest.RenewAt()
 	case reason == ReasonHalfLife && it.lagged && now.Before(lastTenth(newest.SVID)):
-		// The next answer is probably no better. From its last tenth on any
-		// answer is taken, and it must not wait for that.
+		// The next answer is probably tainted, too. In the last tenth of its life the
+		// SVID is replaced by any answer, and the rate does not apply.
 		it.ready = r.wave
 		wake = lastTenth(newest.SVID)
 	default:
 		it.ready = r.urgent
 	}
-	if it.next != nil && (wake.IsZero() || it.swap.Before(wake)) {
-		wake = it.swap
+	if it.postponed != nil {
+		wake = sooner(wake, it.swap)
+	}
+	if newest.SVID != nil && it.state != StateExpired {
+		wake = sooner(wake, newest.SVID.NotAfter)
 	}
 	if it.wake = wake; wake.IsZero() {
 		r.timers.drop(it)
@@ -317,7 +320,15 @@ func (r *Renewer) look(id string, now time.Time) {
 	}
 }
 
-func (r *Renewer) unready(it *item) {
+// sooner returns the earlier of two times, of which a may be zero for none.
+func sooner(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
+	}
+	return a
+}
+
+func (r *Renewer) dequeue(it *item) {
 	if it.ready != nil {
 		it.ready.drop(it)
 		it.ready = nil
@@ -326,42 +337,43 @@ func (r *Renewer) unready(it *item) {
 
 func (r *Renewer) forget(it *item) {
 	r.timers.drop(it)
-	r.unready(it)
-	r.keepFor(it, nil)
+	r.dequeue(it)
+	r.setPostponed(it, nil)
 	delete(r.items, it.entryID)
+	r.count(it.state, -1)
 }
 
-// lookOwn decides when the node's own SVID is due.
-func (r *Renewer) lookOwn(now time.Time) {
-	if r.cfg.Own == nil || r.own.inFlight || r.snapshot == nil {
+// scheduleAgentSVID decides when the agent SVID is due.
+func (r *Renewer) scheduleAgentSVID(now time.Time) {
+	if r.cfg.AgentSVID == nil || r.agent.inFlight || r.snapshot == nil {
 		return
 	}
-	held := r.cfg.Own.Held()
+	held := r.cfg.AgentSVID.Held()
 	if held == nil {
-		r.own.reason = ""
+		r.agent.reason = ""
 		return
 	}
-	r.own.due, r.own.reason = Due(cache.Item{Entry: &ownEntry, SVID: held}, r.snapshot, r.policy, now)
-	if r.own.retry.After(r.own.due) {
-		r.own.due = r.own.retry
+	r.agent.due, r.agent.reason = Due(cache.Item{Entry: &agentEntry, SVID: held}, r.snapshot, r.policy, now)
+	if r.agent.retry.After(r.agent.due) {
+		r.agent.due = r.agent.retry
 	}
 }
 
-// ownEntry stands for the node itself, whose SVID has no entry.
-var ownEntry cache.Entry
+// agentEntry stands in for an entry: the agent SVID has none.
+var agentEntry cache.Entry
 
-// sleep is the time until something is to be done without being woken.
+// sleep returns how long Run may sleep if nothing wakes it.
 func (r *Renewer) sleep(now time.Time) time.Duration {
 	d := maxSleep
 	at := func(t time.Duration) { d = min(d, max(t, 0)) }
 	if r.timers.Len() > 0 {
 		at(r.timers.items[0].wake.Sub(now))
 	}
-	if r.own.reason != "" && !r.own.inFlight && r.own.due.After(now) {
-		at(r.own.due.Sub(now))
+	if r.agent.reason != "" && !r.agent.inFlight && r.agent.due.After(now) {
+		at(r.agent.due.Sub(now))
 	}
-	// A gate or a token whose time has come and that still was not used waits
-	// for something else, such as an answer, which will wake Run.
+	// A gate or a token that is not used although its time has come waits for an
+	// event that wakes Run, such as an answer.
 	if left := time.Until(r.gate.until); r.gate.closed && left > 0 {
 		at(left)
 	}

@@ -8,9 +8,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// An entry that changes in what no SVID has is not minted again, whatever else
-// of it changes.
-func TestEditThatChangesNoSVIDMintsNothing(t *testing.T) {
+// An edit that does not change the SVID of an entry mints nothing.
+func TestEditWithoutAnotherSVIDMintsNothing(t *testing.T) {
 	drill(t, 50, nil, func(r *rig) {
 		edited := make([]*cache.Entry, 50)
 		for i := range edited {
@@ -29,14 +28,14 @@ func TestEditThatChangesNoSVIDMintsNothing(t *testing.T) {
 	})
 }
 
-// An entry that is not to be prefetched is minted when a stream opens, renewed
-// while one is open, and not renewed by its age for nobody; after a taint what is
-// held is replaced all the same, since it would be served.
-func TestNoPrefetchIsMintedWhenAskedFor(t *testing.T) {
+// An entry with NoPrefetch is minted when a stream opens and renewed by its age only
+// while a stream is open. After a taint its SVID is replaced in any case, because the
+// next stream would be served it.
+func TestNoPrefetchIsMintedForAStream(t *testing.T) {
 	drill(t, 1, nil, func(r *rig) {
 		e := *mustItem(t, r.cache, entryID(0)).Entry
-		e.ID, e.Selectors, e.NoPrefetch = "quiet", []cache.Selector{selector(1)}, true
-		r.server.set(func() { r.server.ids["quiet"] = e.SPIFFEID })
+		e.ID, e.Selectors, e.NoPrefetch = "idle", []cache.Selector{selector(1)}, true
+		r.server.set(func() { r.server.ids["idle"] = e.SPIFFEID })
 		at := time.Now()
 		r.cache.Update([]*cache.Entry{&e}, nil)
 		minted := func(when string, want int) {
@@ -45,7 +44,7 @@ func TestNoPrefetchIsMintedWhenAskedFor(t *testing.T) {
 			n := 0
 			for _, c := range r.server.since(at) {
 				for _, id := range c.ids {
-					if id == "quiet" {
+					if id == "idle" {
 						n++
 					}
 				}
@@ -57,7 +56,7 @@ func TestNoPrefetchIsMintedWhenAskedFor(t *testing.T) {
 			at = time.Now()
 		}
 		time.Sleep(time.Hour)
-		minted("nobody has asked", 0)
+		minted("no stream yet", 0)
 		sub := r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(1)})
 		minted("a stream is open", 1)
 		time.Sleep(20 * time.Hour)
@@ -69,11 +68,11 @@ func TestNoPrefetchIsMintedWhenAskedFor(t *testing.T) {
 		if r.cache.Held(r.ca.id) != 0 {
 			t.Error("an SVID still depends on the tainted authority")
 		}
-		// The other entry's is renewed meanwhile, and so this one makes room.
+		// The other entry's SVID is renewed meanwhile, and this one is evicted.
 		time.Sleep(72 * time.Hour)
 		minted("after three lives", 0)
-		if _, wanted := r.cache.Item("quiet"); wanted {
-			t.Error("it is wanted still")
+		if _, wanted := r.cache.Item("idle"); wanted {
+			t.Error("it is still wanted")
 		}
 		sub = r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(1)})
 		defer sub.Close()
@@ -81,8 +80,8 @@ func TestNoPrefetchIsMintedWhenAskedFor(t *testing.T) {
 	})
 }
 
-// What is held for nobody is served on through an outage, and when its end comes
-// nothing is done for it.
+// An SVID without a stream is served through an outage and not minted again when it
+// expires.
 func TestNoPrefetchThroughAnOutage(t *testing.T) {
 	drill(t, 0, nil, func(r *rig) {
 		e := *r.server.entries(1)[0]
@@ -95,11 +94,11 @@ func TestNoPrefetchThroughAnOutage(t *testing.T) {
 		at := time.Now()
 		time.Sleep(23 * time.Hour)
 		if v := r.cache.Match(e.Selectors); len(v.Identities) != 1 {
-			t.Error("it was given up before its end")
+			t.Error("it was dropped before it expired")
 		}
 		time.Sleep(48 * time.Hour)
 		if calls := r.server.since(at); len(calls) > 0 {
-			t.Errorf("minted %d times for nobody", len(calls))
+			t.Errorf("minted %d times without a stream", len(calls))
 		}
 	})
 }

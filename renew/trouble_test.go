@@ -22,9 +22,9 @@ import (
 // deadline is the agent's for one mint call.
 const deadline = time.Minute
 
-// troubled is a server that cannot answer a call that asks for a bad entry, and
-// signs one SVID after the other. What it was asked for it signs, also when the
-// client has given the call up. Its fields may be changed under mu.
+// troubled is a server that cannot answer a call with a bad entry and signs one SVID
+// after the other. It signs all that was requested, even if the client has canceled the
+// call. Its fields may be changed under mu.
 type troubled struct {
 	*fakeServer
 	mu    sync.Mutex
@@ -73,7 +73,7 @@ func (s *troubled) Mint(ctx context.Context, requests []renew.Request) ([]renew.
 	}
 }
 
-// note keeps a call that the server never comes to.
+// note records a call that the server does not begin.
 func (s *troubled) note(requests []renew.Request) {
 	call := mintCall{at: time.Now()}
 	for _, r := range requests {
@@ -88,7 +88,7 @@ func (s *troubled) set(change func()) {
 	change()
 }
 
-// asked counts what was asked for since t, by entry.
+// asked counts the requests since t by entry.
 func (s *troubled) asked(t time.Time) map[string]int {
 	n := make(map[string]int)
 	for _, c := range s.since(t) {
@@ -140,13 +140,12 @@ func (r *rig) ended(n int) []string {
 	return ids
 }
 
-// An entry that the server cannot answer for costs the others nothing, however
-// it fails, and is asked for at the pace of its own pauses.
-func TestBadEntryCostsTheOthersNothing(t *testing.T) {
+// A bad entry does not delay the others, however it fails, and backs off by itself.
+func TestBadEntryDoesNotDelayOthers(t *testing.T) {
 	for name, hang := range map[string]time.Duration{"fails at once": 0, "fails late": 5 * time.Second, "hangs": 2 * deadline} {
 		t.Run(name, func(t *testing.T) {
 			const n = 50
-			// It is the first to end, as any bad one is sooner or later.
+			// It is the first to expire, as any bad one is sooner or later.
 			bad := entryID(0)
 			withTroubled(t, n, 1, time.Hour, func(r *rig, s *troubled) {
 				s.set(func() { s.bad[bad] = hang })
@@ -173,9 +172,9 @@ func TestBadEntryCostsTheOthersNothing(t *testing.T) {
 	}
 }
 
-// Most of the entries hang, are the most urgent ones and all are due at once:
-// the few others are still renewed in the half of their life that is left.
-func TestHangingMajorityIsSearchedThrough(t *testing.T) {
+// Most of the entries hang, are the most urgent ones and are all due at once. The few
+// others are still renewed in the second half of their life.
+func TestHangingMajorityDoesNotBlockTheOthers(t *testing.T) {
 	const n, good = 50, 5
 	withTroubled(t, n, n-good, time.Hour, func(r *rig, s *troubled) {
 		for i := range n - good {
@@ -199,8 +198,8 @@ func TestHangingMajorityIsSearchedThrough(t *testing.T) {
 	})
 }
 
-// Entries that hang leave calls to others: as soon as it is known which they are,
-// new ones are minted at once, and until then within a deadline or two.
+// Entries that hang leave calls to others. Once the renewer knows which entries hang,
+// new ones are minted at once, and before that within a deadline or two.
 func TestNewEntriesAreMintedBesideHangingOnes(t *testing.T) {
 	const n = 20
 	withTroubled(t, n, n, time.Hour, func(r *rig, s *troubled) {
@@ -227,7 +226,7 @@ func TestNewEntriesAreMintedBesideHangingOnes(t *testing.T) {
 	})
 }
 
-// What happened to be asked for when an outage began keeps its place.
+// An item that was in flight when an outage began keeps its place in the order.
 func TestOutageDoesNotChangeTheOrder(t *testing.T) {
 	drill(t, 200, nil, func(r *rig) {
 		defer r.cache.Subscribe(cache.Process{}, []cache.Selector{selector(7)}).Close()
@@ -330,11 +329,11 @@ func TestHangingServerIsLeftInPeace(t *testing.T) {
 	})
 }
 
-// In any history of bad entries, outages and slow signing, an SVID that the
-// server would sign does not end: trouble that is not its own, or is over, costs
-// it minutes and not the half of its life. And the calls stay few. RENEWD_SEED
-// replays one history; RENEWD_HISTORIES sets how many there are.
-func TestNoNeighbourTakesAnSVIDAway(t *testing.T) {
+// In any history of bad entries, outages and slow signing, no SVID expires that the
+// server would sign: failures of others, or earlier ones, cost it minutes and not the
+// second half of its life. And the calls stay few. RENEWD_SEED replays one history;
+// RENEWD_HISTORIES sets how many there are.
+func TestNoEntryMakesAnotherExpire(t *testing.T) {
 	n, first := 2, rand.Uint64()
 	if k, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		n = k
@@ -350,7 +349,7 @@ func TestNoNeighbourTakesAnSVIDAway(t *testing.T) {
 
 func randomHistory(t *testing.T, random *rand.Rand) {
 	const n = 24
-	// How long after its last trouble an entry may still be without an SVID.
+	// How long after its last failure an entry may be without an SVID.
 	const bound = 8 * time.Minute
 	withTroubled(t, n, 0, time.Hour, func(r *rig, s *troubled) {
 		well := make(map[string]time.Time) // since when the server would sign for it

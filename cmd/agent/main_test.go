@@ -65,11 +65,12 @@ func rotation() metrics.State {
 		Authorities: []metrics.Authority{
 			{Type: metrics.TypeX509, ID: "aa11", State: metrics.StateActive, Held: 7},
 			{Type: metrics.TypeX509, ID: "bb22", State: metrics.StateTainted, Held: 3, Pending: 2, Streams: 1},
-			{Type: metrics.TypeX509, ID: "cc33", State: metrics.StateTainted, Settled: true},
+			{Type: metrics.TypeX509, ID: "cc33", State: metrics.StateSettled},
 			{Type: metrics.TypeJWT, ID: "k1", State: metrics.StateActive, Held: 4},
 		},
 		OwnID: "spiffe://example.org/spire/agent/join_token/1", OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
 		JWTExpiry: map[string]time.Time{"k1": at.Add(2 * time.Hour)},
+		SVIDs:     map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
 	}
 }
 

@@ -10,6 +10,7 @@ import (
 	"net/http"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	dto "github.com/prometheus/client_model/go"
@@ -23,14 +24,16 @@ import (
 // agentStatus is what "status" prints, and the whole of its JSON form. It is
 // read from the metrics, so it says what a dashboard says.
 type agentStatus struct {
-	Version     string            `json:"version"`
-	TrustDomain string            `json:"trust_domain"`
-	Deployment  string            `json:"deployment,omitempty"`
-	Ready       bool              `json:"ready"`
-	NotReady    []string          `json:"not_ready_because,omitempty"`
-	OwnID       string            `json:"agent_id,omitempty"`
-	OwnExpiry   *time.Time        `json:"agent_svid_expires_at,omitempty"`
-	Bundle      *bundleStatus     `json:"bundle,omitempty"`
+	Version     string        `json:"version"`
+	TrustDomain string        `json:"trust_domain"`
+	Deployment  string        `json:"deployment,omitempty"`
+	Ready       bool          `json:"ready"`
+	NotReady    []string      `json:"not_ready_because,omitempty"`
+	OwnID       string        `json:"agent_id,omitempty"`
+	OwnExpiry   *time.Time    `json:"agent_svid_expires_at,omitempty"`
+	Bundle      *bundleStatus `json:"bundle,omitempty"`
+	// SVIDs counts the workloads' X.509-SVIDs by their state (metrics.SVIDStates).
+	SVIDs       map[string]int    `json:"svids"`
 	Authorities []authorityStatus `json:"authorities"`
 }
 
@@ -93,7 +96,7 @@ func readStatus(scrape []byte) (*agentStatus, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read metrics: %w", err)
 	}
-	s := &agentStatus{Authorities: []authorityStatus{}}
+	s := &agentStatus{SVIDs: map[string]int{}, Authorities: []authorityStatus{}}
 	found := false
 	each(families, "spirl_application_info", func(label map[string]string, _ float64) {
 		found = found || label["spirl_component"] == "agent"
@@ -112,6 +115,9 @@ func readStatus(scrape []byte) (*agentStatus, error) {
 		if s.Bundle != nil {
 			s.Bundle.Sequence = uint64(v)
 		}
+	})
+	each(families, "renewd_svids", func(label map[string]string, v float64) {
+		s.SVIDs[label["state"]] = int(v)
 	})
 	s.authorities(families)
 	return s, nil
@@ -184,6 +190,7 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 	if s.Bundle != nil {
 		row("Trust bundle:", fmt.Sprintf("sequence %d, applied %s", s.Bundle.Sequence, cli.When(s.Bundle.AppliedAt, now)))
 	}
+	row("X.509-SVIDs:", s.states())
 	if err := head.Flush(); err != nil {
 		return fmt.Errorf("write output: %w", err)
 	}
@@ -207,6 +214,17 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 		return fmt.Errorf("write output: %w", err)
 	}
 	return nil
+}
+
+// states lists the states that X.509-SVIDs are in.
+func (s *agentStatus) states() string {
+	var out []string
+	for _, state := range metrics.SVIDStates {
+		if n := s.SVIDs[state]; n > 0 {
+			out = append(out, fmt.Sprintf("%d %s", n, strings.ReplaceAll(state, "_", " ")))
+		}
+	}
+	return cmp.Or(strings.Join(out, ", "), "none")
 }
 
 func count(n *int) string {

@@ -79,13 +79,23 @@ The agent serves what it holds all the while. /live is what a restart is decided
 
 const statusUsage = `Usage: agent status [-o text|json] [-url URL]
 
-Prints, for each signing authority, how many SVIDs this node holds, how many
-taint renewals wait, how many workloads have not read the replacement,
-and whether the authority is safe to remove as far as this node goes. The agent's
-own SVID counts as a renewal that waits, and not as held.
+Prints how many X.509-SVIDs of workloads are in each state and, for each signing
+authority, how many SVIDs this node holds, how many taint renewals wait, how many
+workloads have not read the replacement, and whether the authority is safe to remove
+as far as this node goes. The agent SVID counts as a renewal that waits, and not as
+held.
 
-States, as far as this node has seen: active (it signed what came last), prepared
-(it signs nothing yet or no more), tainted, removed.
+States of an X.509-SVID ("svids" in JSON):
+  waiting       none is held yet
+  minting       the server has been asked for it
+  fresh         valid, renewal not due
+  due           valid, renewal waits for its turn
+  backing_off   the last attempt failed, or came back tainted; the next one waits
+  stale         its authority is tainted, renewal waits for this node's delay
+  expired       expired and not replaced
+
+States of an authority, as far as this node knows: active (it signed the newest
+SVID), prepared (it signs nothing yet or no longer), tainted, removed.
 
   -o text|json          how to print (default text)` + httpUsage
 

@@ -215,8 +215,7 @@ func (d *demo) waveEnded() bool {
 		d.inUse = now
 		d.event("workloads", "all %d have SVIDs of the new key and use them", d.workloads)
 	}
-	x := d.x509(d.old)
-	if x.State != metrics.StateTainted || !x.Settled || x.Held+x.Pending+x.Streams != 0 {
+	if d.x509(d.old).State != metrics.StateSettled {
 		return false
 	}
 	d.settled = now

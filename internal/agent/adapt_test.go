@@ -1,6 +1,7 @@
 package agent_test
 
 import (
+	"slices"
 	"testing"
 
 	"github.com/renewd/renewd/bundle"
@@ -32,6 +33,11 @@ func TestMetricsKnowEveryWord(t *testing.T) {
 			if name := "renewd_renewals_total " + string(outcome) + " " + string(reason); !series[name] {
 				t.Errorf("no series %s", name)
 			}
+		}
+	}
+	for _, state := range renew.States {
+		if !slices.Contains(metrics.SVIDStates, state.String()) {
+			t.Errorf("no series renewd_svids %v", state)
 		}
 	}
 	for _, outcome := range []string{bundle.OutcomeApplied, bundle.OutcomeUnchanged, bundle.OutcomeRejected, bundle.OutcomeFailed} {

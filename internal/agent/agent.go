@@ -136,18 +136,18 @@ func (a *Agent) open() (err error) {
 	})
 	a.own = &own{node: a.node, store: a.store, client: a.client, trust: a.trust, now: cfg.Now}
 	a.renewer = renew.New(renew.Config{
-		Cache:       a.cache,
-		Minter:      minter{a.client},
-		Own:         a.own,
-		Seed:        a.seed,
-		MaxDelay:    cfg.TaintDelay,
-		Rate:        cfg.TaintRate,
-		BatchSize:   cfg.BatchSize,
-		KeyType:     cfg.KeyType,
-		Unexplained: a.refresher.Refresh,
-		Observer:    observer{a.metrics},
-		Log:         a.log,
-		Now:         cfg.Now,
+		Cache:            a.cache,
+		Minter:           minter{a.client},
+		AgentSVID:        a.own,
+		Seed:             a.seed,
+		MaxDelay:         cfg.TaintDelay,
+		Rate:             cfg.TaintRate,
+		BatchSize:        cfg.BatchSize,
+		KeyType:          cfg.KeyType,
+		UnknownAuthority: a.refresher.Refresh,
+		Observer:         observer{a.metrics},
+		Log:              a.log,
+		Now:              cfg.Now,
 	})
 	attestors := cfg.Attestors
 	if attestors == nil {

@@ -251,7 +251,7 @@ func TestAgentSVIDThatIsNotOnDiskIsNotSettled(t *testing.T) {
 		}
 		for range 10 {
 			time.Sleep(time.Minute)
-			if a := w.authority(old); a.Settled {
+			if a := w.authority(old); settled(a) {
 				w.t.Fatalf("safe to remove: %+v, unsaved %v", a, w.agent.Unsaved())
 			}
 		}

@@ -23,7 +23,13 @@ func TestDrillRotation(t *testing.T) {
 		if a := w.authority(old); time.Now().Before(begins) && (settled(a) || a.Held != svids || a.Streams != open || a.Pending != svids+1) {
 			w.t.Errorf("right after the taint: %+v, want all SVIDs held and pending with the node's own, and every stream on it", a)
 		}
+		if n := w.gauge("renewd_svids", "stale"); time.Now().Before(begins) && n != svids {
+			w.t.Errorf("right after the taint %v SVIDs are stale, want all", n)
+		}
 		w.until("settled", 10*time.Minute, func() bool { return settled(w.authority(old)) })
+		if n := w.gauge("renewd_svids", "fresh"); n != svids {
+			w.t.Errorf("after the wave %v SVIDs are fresh, want all", n)
+		}
 
 		mints := w.mintsSince(tainted)
 		if len(mints) != svids+1 {

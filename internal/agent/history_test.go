@@ -17,7 +17,6 @@ import (
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
-	"github.com/renewd/renewd/metrics"
 )
 
 // "Safe to remove" is never said, by the agent or by the server, while anything
@@ -163,7 +162,7 @@ func TestSafeWaitsForStreams(t *testing.T) {
 				if hangs && settled(a) {
 					w.t.Fatalf("said to be safe while a stream still has an SVID of it: %+v", a)
 				}
-				if hangs && w.ledger.X509(old.X509AuthorityID, a.State == metrics.StateTainted).Clear {
+				if hangs && w.ledger.X509(old.X509AuthorityID, a.State.Tainted()).Clear {
 					w.t.Fatalf("the server calls it safe while a stream still has an SVID of it: %+v", a)
 				}
 				if hangs && a.Held == 0 {

@@ -91,7 +91,7 @@ func TestDrillSlowServer(t *testing.T) {
 		w.set(func(f *faults) { f.latency = 30*time.Second - time.Millisecond })
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		since := time.Now()
-		w.until("taint seen", 3*time.Minute, func() bool { return w.authority(old).State == "tainted" })
+		w.until("taint seen", 3*time.Minute, func() bool { return w.authority(old).State.Tainted() })
 		finished(w, old, since, 30*time.Minute, streams)
 	})
 }
@@ -255,7 +255,7 @@ func TestDrillRemovedInMidWave(t *testing.T) {
 		time.Sleep(time.Until(begins.Add(10 * time.Millisecond)))
 		at := time.Now()
 		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
-		w.until("removal seen", 10*time.Second, func() bool { return w.authority(old).State != "tainted" })
+		w.until("removal seen", 10*time.Second, func() bool { return !w.authority(old).State.Tainted() })
 		w.until("nothing hangs on the removed authority", time.Second, func() bool {
 			a := w.authority(old)
 			return a.Held+a.Pending+a.Streams == 0

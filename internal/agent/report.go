@@ -75,12 +75,12 @@ func (a *Agent) newReport() upstream.Report {
 	snapshot := a.cache.Bundle()
 	r := upstream.Report{Sequence: snapshot.Own.Sequence(), Rate: float64(a.cfg.TaintRate)}
 	for _, s := range a.State().Authorities {
-		if s.Type != metrics.TypeX509 || (s.State != metrics.StateTainted && s.State != metrics.StateRemoved) {
+		if s.Type != metrics.TypeX509 || (!s.State.Tainted() && s.State != metrics.StateRemoved) {
 			continue
 		}
 		report := upstream.AuthorityReport{
-			ID: s.ID, Tainted: s.State == metrics.StateTainted, Pending: s.Pending, Streams: s.Streams,
-			Settled: s.Settled && s.Held+s.Pending+s.Streams == 0,
+			ID: s.ID, Tainted: s.State.Tainted(), Pending: s.Pending, Streams: s.Streams,
+			Settled: s.State == metrics.StateSettled,
 		}
 		if _, since := snapshot.State(s.ID); !since.IsZero() {
 			report.BeginsAt = since.Add(a.TaintDelay(s.ID))

@@ -362,7 +362,7 @@ func TestRotationUnderSPIRE(t *testing.T) {
 	tainted := time.Now()
 	waitFor(t, "settled", 90*time.Second, func() bool {
 		x, ok := authorityOf(a.State(), metrics.TypeX509, oldX509)
-		return ok && x.State == metrics.StateTainted && x.Settled && x.Held+x.Pending+x.Streams == 0
+		return ok && x.State == metrics.StateSettled
 	})
 	settled := time.Since(tainted)
 	jwtAfter, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "api"}, socket)

@@ -47,8 +47,12 @@ func (a *Agent) State() metrics.State {
 		Streams:   a.streams.counts(),
 		ClockLag:  a.renewer.ClockLag(),
 		Unsaved:   make(map[string]bool),
+		SVIDs:     make(map[string]int),
 
 		EntriesMissing: a.cache.CountMissing(),
+	}
+	for state, n := range a.renewer.States() {
+		s.SVIDs[state.String()] = n
 	}
 	unsaved := a.store.Unsaved()
 	for _, file := range node.Files {
@@ -67,23 +71,17 @@ func (a *Agent) State() metrics.State {
 	newest, now := a.cache.Newest(), a.cfg.Now()
 	for _, u := range usages {
 		s.Authorities = append(s.Authorities, metrics.Authority{
-			Type: metrics.TypeX509, ID: u.Authority, State: metrics.StateRemoved, Held: u.Held, Streams: u.Streams,
+			Type: metrics.TypeX509, ID: u.Authority, Held: u.Held, Streams: u.Streams,
 		})
 	}
 	for _, x := range snapshot.Own.X509() {
-		auth := authority(&s, metrics.TypeX509, x.ID)
-		switch {
-		case x.Tainted:
-			auth.State = metrics.StateTainted
-		case x.ID == newest.X509 && auth.State != metrics.StateTainted:
-			auth.State = metrics.StateActive
-		case auth.State == metrics.StateRemoved:
-			auth.State = metrics.StatePrepared
-		}
+		authority(&s, metrics.TypeX509, x.ID)
 	}
 	for i := range s.Authorities {
 		auth := &s.Authorities[i]
-		if auth.State != metrics.StateTainted && auth.State != metrics.StateRemoved {
+		trust, _ := snapshot.State(auth.ID)
+		if trust == bundle.Trusted {
+			auth.State = authorityState(trust, auth.ID == newest.X509, false)
 			continue
 		}
 		// Everything held of such an authority is due, and so is an answer that
@@ -97,25 +95,39 @@ func (a *Agent) State() metrics.State {
 		}
 		// What is kept for a restart could be held again after it.
 		kept := a.own.stored(auth.ID) || a.keeper != nil && a.keeper.Holds(auth.ID, now)
-		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && !a.cache.Returning()
+		settled := auth.Held == 0 && auth.Pending == 0 && auth.Streams == 0 && a.cache.Ready() && !kept && !a.cache.Returning()
+		auth.State = authorityState(trust, false, settled)
 	}
 	held := a.cache.JWTCounts()
 	for _, k := range snapshot.Own.JWT() {
 		auth := authority(&s, metrics.TypeJWT, k.KeyID)
 		auth.Held = held[k.KeyID]
-		switch {
-		case k.Tainted:
-			auth.State = metrics.StateTainted
-		case k.KeyID == newest.JWT:
-			auth.State = metrics.StateActive
-		default:
-			auth.State = metrics.StatePrepared
+		trust := bundle.Trusted
+		if k.Tainted {
+			trust = bundle.Tainted
 		}
+		auth.State = authorityState(trust, k.KeyID == newest.JWT, false)
 	}
 	slices.SortFunc(s.Authorities, func(x, y metrics.Authority) int {
 		return cmp.Or(-cmp.Compare(x.Type, y.Type), cmp.Compare(x.ID, y.ID))
 	})
 	return s
+}
+
+// authorityState decides the state of an authority from what the bundle says of it,
+// whether it signed the newest SVID, and whether nothing depends on it.
+func authorityState(trust bundle.State, newest, settled bool) metrics.AuthorityState {
+	switch {
+	case trust == bundle.Removed:
+		return metrics.StateRemoved
+	case trust == bundle.Tainted && settled:
+		return metrics.StateSettled
+	case trust == bundle.Tainted:
+		return metrics.StateTainted
+	case newest:
+		return metrics.StateActive
+	}
+	return metrics.StatePrepared
 }
 
 // leftOut counts what of a snapshot's bundles cannot be used.
@@ -178,7 +190,7 @@ func authority(s *metrics.State, typ, id string) *metrics.Authority {
 	i := slices.IndexFunc(s.Authorities, func(a metrics.Authority) bool { return a.Type == typ && a.ID == id })
 	if i < 0 {
 		i = len(s.Authorities)
-		s.Authorities = append(s.Authorities, metrics.Authority{Type: typ, ID: id, State: metrics.StateRemoved})
+		s.Authorities = append(s.Authorities, metrics.Authority{Type: typ, ID: id})
 	}
 	return &s.Authorities[i]
 }

@@ -271,7 +271,7 @@ func (w *world) authority(k keyset.Keyset) metrics.Authority {
 
 // settled reports what the gauge would.
 func settled(a metrics.Authority) bool {
-	return a.State == metrics.StateTainted && a.Settled && a.Held == 0 && a.Pending == 0 && a.Streams == 0
+	return a.State == metrics.StateSettled
 }
 
 // counter reads one metric of the agent as a scrape would.

@@ -58,7 +58,7 @@ func (dep *deployment) audit(ctx context.Context, after uint64, limit int) ([]ad
 	return out, err
 }
 
-var keysetStates = map[keyset.State]string{
+var keysetStates = map[keyset.State]metrics.AuthorityState{
 	keyset.Prepared: metrics.StatePrepared, keyset.Active: metrics.StateActive, keyset.Tainted: metrics.StateTainted,
 }
 

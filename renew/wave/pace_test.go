@@ -10,24 +10,24 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// flight is one call: when it was sent, when it reached the server and when its
-// answer came back, or the caller gave up.
-type flight struct {
+// call is one request: when it was sent, when it reached the server and when its
+// answer came back, or the caller stopped waiting.
+type call struct {
 	n                       int
 	sent, arrived, answered time.Time
-	told                    bool // the Pace knows of the answer
+	answerSeen              bool // the Pace knows of the answer
 }
 
-// Whatever the network does with calls of several SVIDs, the server is asked for
-// at most limit in any second. And nothing waits without need: an SVID is kept
-// back only while so many others may arrive in the same second.
+// Whatever the network does with calls of several SVIDs, at most limit of them reach the
+// server in any second. And none waits without need: an SVID is held back only while
+// limit others may arrive in the same second.
 func TestPace(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		limit := rapid.IntRange(1, 25).Draw(t, "limit")
 		start := time.Unix(1, 0)
 		now := start
 		pace := wave.NewPace(limit, now)
-		var calls []*flight
+		var calls []*call
 		delay := rapid.OneOf(
 			rapid.Just(time.Duration(0)),
 			rapid.Map(rapid.Int64Range(0, int64(20*time.Millisecond)), func(d int64) time.Duration { return time.Duration(d) }),
@@ -36,20 +36,20 @@ func TestPace(t *testing.T) {
 		pass := func(d time.Duration) {
 			now = now.Add(d)
 			for _, c := range calls {
-				if !c.told && !c.answered.After(now) {
-					c.told = true
+				if !c.answerSeen && !c.answered.After(now) {
+					c.answerSeen = true
 					pace.Answer(c.n, c.answered)
 				}
 			}
 		}
-		// free counts the places by the rule's own words.
+		// free counts the free places directly by the rule.
 		free := func(at time.Time) int {
 			n := limit
 			if at.Sub(start) < time.Second {
 				n -= limit
 			}
 			for _, c := range calls {
-				if !c.told || at.Sub(c.answered) < time.Second {
+				if !c.answerSeen || at.Sub(c.answered) < time.Second {
 					n -= c.n
 				}
 			}
@@ -68,7 +68,7 @@ func TestPace(t *testing.T) {
 				}
 				// The next thing to happen: the wait is over, or an answer comes.
 				for _, c := range calls {
-					if left := c.answered.Sub(now); !c.told && (!ok || left < d) {
+					if left := c.answered.Sub(now); !c.answerSeen && (!ok || left < d) {
 						d, ok = left, true
 					}
 				}
@@ -76,7 +76,7 @@ func TestPace(t *testing.T) {
 			}
 			arrived := now.Add(delay.Draw(t, "there"))
 			pace.Send(n)
-			calls = append(calls, &flight{n: n, sent: now, arrived: arrived, answered: arrived.Add(delay.Draw(t, "back"))})
+			calls = append(calls, &call{n: n, sent: now, arrived: arrived, answered: arrived.Add(delay.Draw(t, "back"))})
 		}
 		var arrivals []time.Time
 		for _, c := range calls {
@@ -93,8 +93,8 @@ func TestPace(t *testing.T) {
 	})
 }
 
-// A server that answers at once is asked for as many as the limit allows, and one
-// that takes a while for the fewer that the rule allows then.
+// A server that answers at once gets as many requests as the limit allows, and a slow
+// one as many as the rule allows.
 func TestPaceOfAWave(t *testing.T) {
 	for latency, want := range map[time.Duration]time.Duration{
 		0:                      49 * time.Second,
@@ -124,7 +124,7 @@ func TestPaceOfAWave(t *testing.T) {
 	}
 }
 
-// An answer that does not come costs one place and not the wave.
+// A missing answer costs one place and does not stop the wave.
 func TestPaceWithAHangingCall(t *testing.T) {
 	const limit = 20
 	now := time.Unix(1, 0)

@@ -1,6 +1,5 @@
-// Package wave is the arithmetic of a taint wave, without its execution: how
-// long a node waits and how fast it renews. The agent renews by it and an
-// operator's plan is computed with its delays and rate, so the two cannot differ.
+// Package wave computes how long a node waits after a taint and how fast it renews. The
+// agent and an operator's plan both use it, so the two cannot differ.
 package wave
 
 import (
@@ -10,16 +9,15 @@ import (
 	"time"
 )
 
-// The pace of a node that is not told another.
+// The defaults of a node.
 const (
 	DefaultMaxDelay = 60 * time.Second
 	DefaultRate     = 20 // renewals a second
 )
 
-// Delay draws the delay before a node answers the taint of an authority:
-// uniform in [0, limit) over all seeds. It is computed from the node's own
-// random seed instead of being drawn and kept, so that it is the same after a
-// restart and different for each node and each taint.
+// Delay returns how long a node waits after the taint of an authority: uniform in
+// [0, limit) over all seeds. It is computed from the node's random seed and not drawn, so
+// that it is the same after a restart and different for each node and each taint.
 func Delay(seed [32]byte, authorityID string, limit time.Duration) time.Duration {
 	h := sha256.New()
 	h.Write(seed[:])

@@ -82,7 +82,7 @@ func holding(n, held, pending, streams int) metrics.State {
 	at := time.Now().Truncate(time.Hour)
 	old := metrics.Authority{Type: metrics.TypeX509, ID: "old", State: metrics.StatePrepared, Held: held}
 	if pending >= 0 {
-		old.State, old.Pending, old.Streams, old.Settled = metrics.StateTainted, pending, streams, true
+		old.State, old.Pending, old.Streams = metrics.StateSettled, pending, streams
 	}
 	return metrics.State{
 		Authorities: []metrics.Authority{old, {Type: metrics.TypeX509, ID: "new", State: metrics.StateActive, Held: 10}},

@@ -254,7 +254,7 @@ func TestUnusableAuthorities(t *testing.T) {
 		w.logged("unusable authorities left out|left_out=2")
 		parts.Store(&none)
 		time.Sleep(6 * time.Minute)
-		w.logged("no authority left out of the bundle any more")
+		w.logged("no authority left out of the bundle")
 		if n := w.follower.LeftOut()[partner]; n != 0 || !strings.HasPrefix(w.observed(), "applied unchanged") {
 			t.Errorf("%d left out", n)
 		}
