@@ -48,7 +48,7 @@ type settings struct {
 	SHA256Limit       int64
 }
 
-// The limits that validate holds the values to.
+// The limits of values, which validate checks.
 const (
 	maxBatch      = 500 // a server answers ResourceExhausted above it
 	maxTaintDelay = time.Hour
@@ -58,7 +58,7 @@ const (
 	maxRemoval    = time.Hour
 )
 
-// What becomes of a JWT-SVID of a tainted key that is held.
+// The values of jwt.tainted.
 const (
 	jwtServe   = "serve"
 	jwtReplace = "replace"
@@ -68,18 +68,19 @@ var jwtTainted = []string{jwtServe, jwtReplace}
 
 var keyTypes = []string{"ec-p256", "ec-p384", "rsa-2048"}
 
-// checker collects what is wrong with the configuration.
+// checker collects the problems of the configuration.
 type checker struct{ *config.Checker[settings] }
 
-// validate reports everything about the configuration that cannot work.
+// validate reports every problem of the configuration.
 func validate(shared *config.Checker[settings]) {
 	c := checker{shared}
 	c.identity()
-	c.places()
+	c.paths()
 	c.renewal()
 }
 
-// identity checks who the agent is, whom it trusts and how it proves its node.
+// identity checks the trust domain, the server and how agent and server authenticate
+// each other.
 func (c checker) identity() {
 	if c.Origin("trust_domain") == "" {
 		c.Missing("trust_domain", "is not set", "give the trust domain of the server, such as example.org")
@@ -108,8 +109,8 @@ func (c checker) identity() {
 	}
 }
 
-// places checks directories, sockets and addresses.
-func (c checker) places() {
+// paths checks directories, sockets and addresses.
+func (c checker) paths() {
 	if c.Config.RuntimeDir != "" {
 		if filepath.Clean(c.Config.RuntimeDir) == filepath.Clean(c.Config.DataDir) {
 			c.Bad("runtime_dir", "is the same as data_dir", "give it a directory of its own on a memory file system, or remove it")
@@ -140,7 +141,7 @@ func (c checker) places() {
 	}
 }
 
-// renewal checks the figures of the renewal policy and of the caches.
+// renewal checks the limits of the renewal policy and of the caches.
 func (c checker) renewal() {
 	if c.Config.TaintDelay < 0 || c.Config.TaintDelay > maxTaintDelay {
 		c.Bad("renewal.taint_delay", "is not from 0s to "+config.Short(maxTaintDelay), "60s spreads a fleet over a minute")
@@ -171,7 +172,7 @@ func (c checker) renewal() {
 	}
 }
 
-// inside reports whether path is somewhere below dir.
+// inside reports whether path is below dir.
 func inside(dir, path string) bool {
 	dir, dirErr := filepath.Abs(dir)
 	path, pathErr := filepath.Abs(path)
@@ -179,8 +180,8 @@ func inside(dir, path string) bool {
 	return errors.Join(dirErr, pathErr, err) == nil && filepath.IsLocal(rel)
 }
 
-// notInMemory says why dir is not on a memory file system, or "". Of a
-// directory that does not exist yet, the nearest one above that does counts.
+// notInMemory returns "" if dir is on a memory file system, and the reason if not. For
+// a directory that does not exist it checks the nearest parent that does.
 func notInMemory(dir string) string {
 	for {
 		var st unix.Statfs_t
@@ -190,7 +191,7 @@ func notInMemory(dir string) string {
 			dir = filepath.Dir(dir)
 			continue
 		case err != nil:
-			return "cannot be looked at: " + err.Error()
+			return "cannot be checked: " + err.Error()
 		case st.Type == unix.TMPFS_MAGIC || st.Type == unix.RAMFS_MAGIC:
 			return ""
 		}

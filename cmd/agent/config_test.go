@@ -15,7 +15,7 @@ import (
 
 var update = flag.Bool("update", false, "write docs/configuration-agent.md")
 
-// minimal is a configuration with nothing but what is required.
+// minimal is a configuration with the required fields only.
 const minimal = "trust_domain: example.org\nserver_address: server.example.org:8081\ntrust_bundle_file: bundle.pem\n"
 
 func loadText(text string, flags, env map[string]string) (*settings, error) {
@@ -125,7 +125,7 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
-// Each wrong configuration is answered with exactly this.
+// Each wrong configuration has exactly this error.
 func TestProblems(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
@@ -158,19 +158,19 @@ func TestProblems(t *testing.T) {
 		{name: "removal", add: "entry_removal_delay: 0s", want: `agent.yaml:4: entry_removal_delay: 0s is not from 1s to 1h; 30s is usual`},
 		{name: "refresh", add: "renewal: {refresh_interval: 10ms}", want: `agent.yaml:4: renewal.refresh_interval: 10ms is not from 1s to 10m; 5s is usual`},
 		{name: "key type", add: "renewal: {key_type: ed25519}", want: `agent.yaml:4: renewal.key_type: "ed25519" is not a key type; use ec-p256, ec-p384 or rsa-2048`},
-		{name: "proxy in TLS", add: "server_proxy: https://node:hunter2@proxy.example.org:3128", want: `agent.yaml:4: server_proxy is not an http:// URL: what goes through it is TLS already; write it as http://proxy.example.org:3128, environment or none`},
+		{name: "proxy in TLS", add: "server_proxy: https://node:hunter2@proxy.example.org:3128", want: `agent.yaml:4: server_proxy is not an http:// URL: the connection through it is TLS already; write it as http://proxy.example.org:3128, environment or none`},
 		{name: "proxy without a port", env: map[string]string{"RENEWD_SERVER_PROXY": "http://proxy"}, want: `RENEWD_SERVER_PROXY: server_proxy has no host and port; write it as http://proxy.example.org:3128, environment or none`},
 		{name: "JWT-SVIDs of a tainted key", add: "jwt: {tainted: drop}", want: `agent.yaml:4: jwt.tainted: "drop" is not one of the two; use serve or replace`},
 		{name: "cache", add: "svid_cache_size: 0", want: `agent.yaml:4: svid_cache_size: 0 keeps nothing; set 1 or more; 1000 is usual`},
 		{name: "disk for keys", add: "runtime_dir: /proc/renewd", want: `agent.yaml:4: runtime_dir: "/proc/renewd" is not on a memory file system; private keys are kept there: use a directory on tmpfs, such as one under /run, or remove it`},
 		{name: "same directory", add: "runtime_dir: /var/lib/renewd/", want: `agent.yaml:4: runtime_dir: "/var/lib/renewd/" is the same as data_dir; give it a directory of its own on a memory file system, or remove it`},
-		{name: "socket where keys are", add: "runtime_dir: /dev/shm/renewd\nsocket_path: /dev/shm/renewd/agent.sock", want: `agent.yaml:5: socket_path: "/dev/shm/renewd/agent.sock" is inside of runtime_dir, which only the agent may enter; keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids`},
-		{name: "socket below where keys are", add: "runtime_dir: /dev/shm/\nsocket_path: /dev/shm/renewd/agent.sock", want: `agent.yaml:5: socket_path: "/dev/shm/renewd/agent.sock" is inside of runtime_dir, which only the agent may enter; keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids`},
-		{name: "socket where the own key is", add: "data_dir: /x\nsocket_path: /x/agent.sock", want: `agent.yaml:5: socket_path: "/x/agent.sock" is inside of data_dir, which only the agent may enter; keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids`},
+		{name: "socket beside keys", add: "runtime_dir: /dev/shm/renewd\nsocket_path: /dev/shm/renewd/agent.sock", want: `agent.yaml:5: socket_path: "/dev/shm/renewd/agent.sock" is inside of runtime_dir, which only the agent may enter; keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids`},
+		{name: "socket below keys", add: "runtime_dir: /dev/shm/\nsocket_path: /dev/shm/renewd/agent.sock", want: `agent.yaml:5: socket_path: "/dev/shm/renewd/agent.sock" is inside of runtime_dir, which only the agent may enter; keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids`},
+		{name: "socket beside the agent key", add: "data_dir: /x\nsocket_path: /x/agent.sock", want: `agent.yaml:5: socket_path: "/x/agent.sock" is inside of data_dir, which only the agent may enter; keep them apart, such as in /run/renewd/agent.sock and /run/renewd/svids`},
 		{name: "long socket", add: "socket_path: /" + strings.Repeat("x", 107), want: `agent.yaml:4: socket_path: "/` + strings.Repeat("x", 107) + `" is 108 bytes long, and the kernel takes at most 107; choose a shorter path`},
-		{name: "socket for nobody", add: "socket_mode: 0044", want: `agent.yaml:4: socket_mode: 0044 does not let its owner connect; set at least 0600; 0777 lets every workload connect`},
+		{name: "socket closed to its owner", add: "socket_mode: 0044", want: `agent.yaml:4: socket_mode: 0044 does not let its owner connect; set at least 0600; 0777 lets every workload connect`},
 		{name: "no port", add: "metrics: {address: localhost}", want: `agent.yaml:4: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9090`},
-		{name: "web config for nothing", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
+		{name: "web config without an address", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
 		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
 		{name: "syntax", add: "data_dir: [", want: `agent.yaml:4: is not YAML: did not find expected node content; check the indentation and the quotes around it`},
 		{name: "token as alias", add: "join_token: *s3cr3t", want: `agent.yaml: is not YAML: an alias has no anchor; check the indentation and the quotes around it`},
@@ -196,14 +196,14 @@ func TestMissing(t *testing.T) {
 	want := "agent.yaml: trust_domain is not set; give the trust domain of the server, such as example.org\n" +
 		"agent.yaml: server_address is not set; give the server's host and port, such as server.example.org:8081\n" +
 		"agent.yaml: trust_bundle_file is not set, so the server cannot be authenticated; give the server's trust bundle (PEM or SPIFFE JSON), or set insecure_bootstrap: true to trust the first server that answers"
-	for _, text := range []string{"", "# nothing but this\n", "null\n"} {
+	for _, text := range []string{"", "# only this\n", "null\n"} {
 		if _, err := loadText(text, nil, nil); err == nil || err.Error() != want {
 			t.Errorf("%q: %v", text, err)
 		}
 	}
 }
 
-// The published table is the one in the code. After a change of a field:
+// The published table matches the code. After a change of a field:
 // go test ./cmd/agent -run TestConfigTable -update
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
@@ -225,12 +225,12 @@ func TestConfigTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	if string(have) != b.String() {
-		t.Errorf("%s is not what the code says; run this test with -update", file)
+		t.Errorf("%s does not match the code; run this test with -update", file)
 	}
 }
 
-// FuzzConfig: no file makes the loader panic, every refusal says where and
-// what, and no refusal repeats a secret.
+// FuzzConfig checks that no file makes the loader panic, that every problem has a
+// place and a reason, and that none contains a secret.
 func FuzzConfig(f *testing.F) {
 	f.Add(minimal)
 	f.Add("log: {level: debug, format: json}\nrenewal:\n  taint_delay: 60s\n")

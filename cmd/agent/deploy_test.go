@@ -28,8 +28,8 @@ func deployFile(t *testing.T, name string) []byte {
 	return data
 }
 
-// The unit sets variables that exist, and no restart after the exit codes that
-// would only repeat.
+// The unit sets existing variables only, and prevents restarts after the exit codes
+// that would repeat.
 func TestUnitFitsAgent(t *testing.T) {
 	t.Parallel()
 	unit := string(deployFile(t, "renewd-agent.service"))
@@ -53,7 +53,7 @@ func TestUnitFitsAgent(t *testing.T) {
 	}
 }
 
-// manifest is what the tests look at in daemonset.yaml.
+// manifest has the parts of daemonset.yaml that the tests check.
 type manifest struct {
 	Kind string
 	Data map[string]string
@@ -105,7 +105,7 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 		byKind[m.Kind] = m
 	}
 
-	// Where the test runs, /run need not be a memory file system.
+	// /run may not be a memory file system where the test runs.
 	data := []byte(byKind["ConfigMap"].Data["agent.yaml"])
 	var problems config.Error
 	if _, err := schema.Load("agent.yaml", data, nil, noEnv); err != nil && !errors.As(err, &problems) {
@@ -148,7 +148,7 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 		t.Errorf("security context %v", c.SecurityContext)
 	}
 
-	// Everything that the configuration names lies in a volume that exists.
+	// Every path in the configuration is in an existing volume.
 	needed := []string{cfg.TrustBundleFile, cfg.JoinTokenFile, cfg.DataDir, cfg.RuntimeDir, cfg.SocketPath, c.Args[2]}
 	for _, path := range needed {
 		mounted := false

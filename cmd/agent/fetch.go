@@ -27,7 +27,7 @@ import (
 
 const defaultSocket = "/run/renewd/agent.sock"
 
-// fetchedX509 is one X.509-SVID as "fetch x509" shows it: never its key.
+// fetchedX509 is one X.509-SVID in the output of "fetch x509", without its key.
 type fetchedX509 struct {
 	SPIFFEID  string    `json:"spiffe_id"`
 	Hint      string    `json:"hint,omitempty"`
@@ -38,7 +38,7 @@ type fetchedX509 struct {
 	Serial    string    `json:"serial_number"`
 }
 
-// fetchedJWT is one JWT-SVID as "fetch jwt" shows it.
+// fetchedJWT is one JWT-SVID in the output of "fetch jwt".
 type fetchedJWT struct {
 	SPIFFEID  string     `json:"spiffe_id"`
 	Hint      string     `json:"hint,omitempty"`
@@ -69,11 +69,11 @@ func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
 		if cli.IsHelp(kind) {
 			return cli.Printf(e.Stdout, "%s", fetchUsage)
 		}
-		return cli.Usagef("fetch: say what to fetch, x509 or jwt")
+		return cli.Usagef("fetch: give what to fetch, x509 or jwt")
 	}
 	f := fetcher{Env: e}
 	fset := flag.NewFlagSet("fetch "+kind, flag.ContinueOnError)
-	fset.StringVar(&f.socket, "socket", socketFrom(e.Getenv), "")
+	fset.StringVar(&f.socket, "socket", defaultSocketPath(e.Getenv), "")
 	fset.StringVar(&f.output, "o", "text", "")
 	fset.StringVar(&f.dir, "write", "", "")
 	fset.DurationVar(&f.timeout, "timeout", 5*time.Second, "")
@@ -95,12 +95,12 @@ func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
 	return f.x509(ctx)
 }
 
-// socketFrom is where the Workload API is unless a flag says so.
-func socketFrom(getenv func(string) string) string {
+// defaultSocketPath is the Workload API socket if no flag gives one.
+func defaultSocketPath(getenv func(string) string) string {
 	return cmp.Or(getenv("SPIFFE_ENDPOINT_SOCKET"), getenv("RENEWD_SOCKET_PATH"), defaultSocket)
 }
 
-// socketURL makes a gRPC target of a path. What is a URL already stays one.
+// socketURL returns the gRPC target of a path. It returns a URL unchanged.
 func socketURL(socket string) string {
 	if strings.Contains(socket, ":") {
 		return socket
@@ -112,7 +112,7 @@ func socketURL(socket string) string {
 }
 
 func (f *fetcher) x509(ctx context.Context) error {
-	got, err := whenUp(ctx, func() (*workloadapi.X509Context, error) {
+	got, err := retryUnavailable(ctx, func() (*workloadapi.X509Context, error) {
 		return workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socketURL(f.socket)))
 	})
 	if err != nil {
@@ -124,16 +124,16 @@ func (f *fetcher) x509(ctx context.Context) error {
 		out = append(out, fetchedX509{
 			SPIFFEID: svid.ID.String(), Hint: svid.Hint, DNSNames: leaf.DNSNames,
 			NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter,
-			Authority: signer(svid.Certificates), Serial: leaf.SerialNumber.String(),
+			Authority: authorityOf(svid.Certificates), Serial: leaf.SerialNumber.String(),
 		})
 		certs, key, err := svid.Marshal()
 		if err != nil {
 			return fmt.Errorf("encode %s: %w", svid.ID, err)
 		}
-		if err := f.store(fmt.Sprintf("svid.%d.pem", i), 0o644, certs); err != nil {
+		if err := f.writeFile(fmt.Sprintf("svid.%d.pem", i), 0o644, certs); err != nil {
 			return err
 		}
-		if err := f.store(fmt.Sprintf("svid.%d.key", i), 0o600, key); err != nil {
+		if err := f.writeFile(fmt.Sprintf("svid.%d.key", i), 0o600, key); err != nil {
 			return err
 		}
 	}
@@ -142,7 +142,7 @@ func (f *fetcher) x509(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("encode the bundle of %s: %w", b.TrustDomain(), err)
 		}
-		if err := f.store("bundle."+b.TrustDomain().Name()+".pem", 0o644, pem); err != nil {
+		if err := f.writeFile("bundle."+b.TrustDomain().Name()+".pem", 0o644, pem); err != nil {
 			return err
 		}
 	}
@@ -150,17 +150,17 @@ func (f *fetcher) x509(ctx context.Context) error {
 		return f.json(out)
 	}
 	now := time.Now()
-	return f.blocks(len(out), func(w io.Writer, i int) {
+	return f.printBlocks(len(out), func(w io.Writer, i int) {
 		s := out[i]
-		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "DNS names", strings.Join(s.DNSNames, " "),
+		printPairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "DNS names", strings.Join(s.DNSNames, " "),
 			"Valid from", cli.When(s.NotBefore, now), "Valid until", cli.When(s.NotAfter, now), "Authority", s.Authority, "Serial", s.Serial)
 	})
 }
 
-// whenUp calls fetch until it does not fail for an agent that is not up: one that
-// is starting has no socket, then no entries. It returns what fetch says last before
-// ctx ends.
-func whenUp[T any](ctx context.Context, fetch func() (T, error)) (T, error) {
+// retryUnavailable calls fetch until it does not fail with Unavailable: an agent that is
+// starting has no socket at first, and then no entries. When ctx ends it returns the
+// last result.
+func retryUnavailable[T any](ctx context.Context, fetch func() (T, error)) (T, error) {
 	for {
 		got, err := fetch()
 		if status.Code(err) != codes.Unavailable {
@@ -169,15 +169,15 @@ func whenUp[T any](ctx context.Context, fetch func() (T, error)) (T, error) {
 		select {
 		case <-ctx.Done():
 			return got, err
-		case <-time.After(upPoll):
+		case <-time.After(retryInterval):
 		}
 	}
 }
 
-// upPoll is how often an agent that is starting is asked.
-const upPoll = 100 * time.Millisecond
+// retryInterval is the time between two calls of an agent that is starting.
+const retryInterval = 100 * time.Millisecond
 
-// explain says in people's words what an error of the Workload API means.
+// explain returns an error of the Workload API with its cause and remedy.
 func (f *fetcher) explain(err error) error {
 	st, _ := status.FromError(err)
 	switch st.Code() {
@@ -198,14 +198,14 @@ func (f *fetcher) explain(err error) error {
 	return fmt.Errorf("%s (%s)", st.Message(), st.Code())
 }
 
-// json prints SVIDs as one object, as the other commands do.
+// json prints SVIDs as one object, like the other commands.
 func (f *fetcher) json(svids any) error {
 	return cli.PrintJSON(f.Stdout, map[string]any{"svids": svids})
 }
 
-// signer is the authority at the end of a chain, named by the authority key
-// identifier of its topmost certificate.
-func signer(chain []*x509.Certificate) string {
+// authorityOf returns the ID of the authority that signed a chain: the authority key
+// identifier of its last certificate.
+func authorityOf(chain []*x509.Certificate) string {
 	return hex.EncodeToString(chain[len(chain)-1].AuthorityKeyId)
 }
 
@@ -222,7 +222,7 @@ func (f *fetcher) jwt(ctx context.Context) error {
 		}
 		params.Subject = id
 	}
-	svids, err := whenUp(ctx, func() ([]*jwtsvid.SVID, error) {
+	svids, err := retryUnavailable(ctx, func() ([]*jwtsvid.SVID, error) {
 		return workloadapi.FetchJWTSVIDs(ctx, params, workloadapi.WithAddr(socketURL(f.socket)))
 	})
 	if err != nil {
@@ -238,7 +238,7 @@ func (f *fetcher) jwt(ctx context.Context) error {
 			s.IssuedAt = unixTime(iat)
 		}
 		out = append(out, s)
-		if err := f.store(fmt.Sprintf("svid.%d.jwt", i), 0o600, []byte(s.Token)); err != nil {
+		if err := f.writeFile(fmt.Sprintf("svid.%d.jwt", i), 0o600, []byte(s.Token)); err != nil {
 			return err
 		}
 	}
@@ -246,18 +246,18 @@ func (f *fetcher) jwt(ctx context.Context) error {
 		return f.json(out)
 	}
 	now := time.Now()
-	return f.blocks(len(out), func(w io.Writer, i int) {
+	return f.printBlocks(len(out), func(w io.Writer, i int) {
 		s := out[i]
 		issued := ""
 		if s.IssuedAt != nil {
 			issued = cli.When(*s.IssuedAt, now)
 		}
-		pairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Audience", strings.Join(s.Audience, ", "),
+		printPairs(w, "SPIFFE ID", s.SPIFFEID, "Hint", s.Hint, "Audience", strings.Join(s.Audience, ", "),
 			"Issued at", issued, "Valid until", cli.When(s.ExpiresAt, now), "Authority", s.KeyID, "Token", s.Token)
 	})
 }
 
-// keyID reads the kid of a token that was parsed before.
+// keyID returns the kid of a parsed token.
 func keyID(token string) string {
 	encoded, _, _ := strings.Cut(token, ".")
 	var header struct {
@@ -270,17 +270,17 @@ func keyID(token string) string {
 	return header.KeyID
 }
 
-// store writes one file when -write was given. The name is made here and in a
-// trust domain's own letters only, so it cannot leave the directory.
-func (f *fetcher) store(name string, mode os.FileMode, data []byte) error {
+// writeFile writes one file if -write was given. The name consists of fixed text and
+// the characters of a trust domain, so it cannot leave the directory.
+func (f *fetcher) writeFile(name string, mode os.FileMode, data []byte) error {
 	if f.dir == "" {
 		return nil
 	}
 	if err := os.MkdirAll(f.dir, 0o755); err != nil {
 		return fmt.Errorf("write the SVIDs: %w", err)
 	}
-	// Written beside and renamed: a reader never sees half a file, and the
-	// mode is right even where a file was before.
+	// Renamed from a temporary file: a reader never sees a part of it, and the mode is
+	// right even if the file existed.
 	tmp, err := os.CreateTemp(f.dir, "."+name+".*")
 	if err != nil {
 		return fmt.Errorf("write the SVIDs: %w", err)
@@ -302,8 +302,8 @@ func (f *fetcher) store(name string, mode os.FileMode, data []byte) error {
 	return nil
 }
 
-// blocks prints n aligned blocks with an empty line between them.
-func (f *fetcher) blocks(n int, block func(w io.Writer, i int)) error {
+// printBlocks prints n aligned blocks with an empty line between them.
+func (f *fetcher) printBlocks(n int, block func(w io.Writer, i int)) error {
 	for i := range n {
 		if i > 0 {
 			if err := cli.Printf(f.Stdout, "\n"); err != nil {
@@ -319,8 +319,8 @@ func (f *fetcher) blocks(n int, block func(w io.Writer, i int)) error {
 	return nil
 }
 
-// pairs writes "name: value" lines, leaving out what is empty.
-func pairs(w io.Writer, namesAndValues ...string) {
+// printPairs writes a "name: value" line for each value that is not empty.
+func printPairs(w io.Writer, namesAndValues ...string) {
 	for i := 0; i+1 < len(namesAndValues); i += 2 {
 		if namesAndValues[i+1] != "" {
 			_, _ = fmt.Fprintf(w, "%s:\t%s\n", namesAndValues[i], cli.Printable(namesAndValues[i+1]))

@@ -22,7 +22,7 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	var p endpoint
 	fset := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
 	p.flags(fset, e.Getenv)
-	socket := fset.String("socket", socketFrom(e.Getenv), "")
+	socket := fset.String("socket", defaultSocketPath(e.Getenv), "")
 	if err := cli.ParseOnlyFlags(fset, args, healthUsage, e); err != nil {
 		return err
 	}
@@ -33,7 +33,7 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	if *socket != "" {
 		ctx, cancel := context.WithTimeout(ctx, p.timeout)
 		defer cancel()
-		if err := askWorkloadAPI(ctx, *socket); err != nil {
+		if err := checkWorkloadAPI(ctx, *socket); err != nil {
 			reasons = append(reasons, err.Error())
 		}
 	}
@@ -43,9 +43,9 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	return cli.Printf(e.Stdout, "ready\n")
 }
 
-// askWorkloadAPI returns nil when the Workload API answers. Being told that
-// this process has no identity is an answer: it took an attested caller.
-func askWorkloadAPI(ctx context.Context, socket string) error {
+// checkWorkloadAPI returns nil if the Workload API answers. PermissionDenied is an
+// answer, too: the agent attested this process and found no identity.
+func checkWorkloadAPI(ctx context.Context, socket string) error {
 	conn, err := grpc.NewClient(socketURL(socket), grpc.WithTransportCredentials(insecure.NewCredentials()))
 	if err != nil {
 		return fmt.Errorf("workload API at %s: %w", socket, err)

@@ -1,5 +1,5 @@
-// Command agent is the renewd daemon of a node, and what an operator needs to
-// look at it: see the usage text in usage.go or run it with no arguments.
+// Command agent is the renewd daemon of a node, with commands for its operators: see
+// the usage text in usage.go, or run agent help.
 package main
 
 import (
@@ -11,6 +11,6 @@ import (
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	context.AfterFunc(ctx, stop) // from then on a second signal ends the process at once
+	context.AfterFunc(ctx, stop) // a second signal then ends the process at once
 	os.Exit(run(ctx, os.Args[1:], os.Getenv, os.Stdout, os.Stderr))
 }

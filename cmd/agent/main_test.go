@@ -33,9 +33,9 @@ func TestMain(m *testing.M) {
 	testscript.Main(m, map[string]func(){"agent": main})
 }
 
-// TestScripts runs the command lines in testdata/script against a Workload API
-// (in $API, one without identities in $NOBODY) and an HTTP listener (at $URL, one
-// that is not ready at $STARTING).
+// TestScripts runs the command lines in testdata/script against a Workload API (at
+// $API; at $NO_IDENTITY one without identities) and an HTTP listener (at $URL; at
+// $STARTING one of an agent that is not ready).
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	testscript.Run(t, testscript.Params{
@@ -44,9 +44,9 @@ func TestScripts(t *testing.T) {
 			// A race-built program otherwise sleeps for a second before it exits.
 			e.Setenv("GORACE", "atexit_sleep_ms=0")
 			e.Setenv("API", filepath.Join(e.WorkDir, "api.sock"))
-			e.Setenv("NOBODY", filepath.Join(e.WorkDir, "nobody.sock"))
+			e.Setenv("NO_IDENTITY", filepath.Join(e.WorkDir, "no-identity.sock"))
 			serveWorkloadAPI(t, e, e.Getenv("API"), newIdentity(t))
-			serveWorkloadAPI(t, e, e.Getenv("NOBODY"), nil)
+			serveWorkloadAPI(t, e, e.Getenv("NO_IDENTITY"), nil)
 			e.Setenv("URL", serveHTTP(t, e, rotation, nil))
 			e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} },
 				errors.New("starting: nothing has arrived yet\ndata_dir: bundle.json: no space left on device")))
@@ -57,8 +57,8 @@ func TestScripts(t *testing.T) {
 	})
 }
 
-// rotation is an agent in the middle of a rotation, with times that print the
-// same for centuries.
+// rotation is the state of an agent during a rotation, with times whose output does not
+// change for centuries.
 func rotation() metrics.State {
 	at := time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)
 	return metrics.State{
@@ -94,7 +94,7 @@ func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notRea
 	return "http://" + l.Addr().String()
 }
 
-// serveWorkloadAPI serves one identity, or none when id is nil.
+// serveWorkloadAPI serves one identity, or none if id is nil.
 func serveWorkloadAPI(t *testing.T, e *testscript.Env, path string, id *identity) {
 	l, err := net.Listen("unix", path)
 	if err != nil {
@@ -117,11 +117,11 @@ type fakeAPI struct {
 	id *identity
 }
 
-var errNobody = status.Error(codes.PermissionDenied, "no identity issued")
+var errNoIdentity = status.Error(codes.PermissionDenied, "no identity issued")
 
 func (f *fakeAPI) FetchX509SVID(_ *workload.X509SVIDRequest, s grpc.ServerStreamingServer[workload.X509SVIDResponse]) error {
 	if f.id == nil {
-		return errNobody
+		return errNoIdentity
 	}
 	if err := s.Send(&workload.X509SVIDResponse{Svids: []*workload.X509SVID{{
 		SpiffeId: f.id.spiffeID, X509Svid: f.id.leaf, X509SvidKey: f.id.key, Bundle: f.id.root, Hint: "internal",
@@ -134,14 +134,14 @@ func (f *fakeAPI) FetchX509SVID(_ *workload.X509SVIDRequest, s grpc.ServerStream
 
 func (f *fakeAPI) FetchX509Bundles(_ *workload.X509BundlesRequest, s grpc.ServerStreamingServer[workload.X509BundlesResponse]) error {
 	if f.id == nil {
-		return errNobody
+		return errNoIdentity
 	}
 	return s.Send(&workload.X509BundlesResponse{Bundles: map[string][]byte{"spiffe://example.org": f.id.root}})
 }
 
 func (f *fakeAPI) FetchJWTSVID(_ context.Context, req *workload.JWTSVIDRequest) (*workload.JWTSVIDResponse, error) {
 	if f.id == nil {
-		return nil, errNobody
+		return nil, errNoIdentity
 	}
 	token, err := f.id.token(req.GetAudience())
 	if err != nil {
@@ -150,7 +150,7 @@ func (f *fakeAPI) FetchJWTSVID(_ context.Context, req *workload.JWTSVIDRequest) 
 	return &workload.JWTSVIDResponse{Svids: []*workload.JWTSVID{{SpiffeId: f.id.spiffeID, Svid: token}}}, nil
 }
 
-// identity is a workload's identity under an authority of its own.
+// identity is a workload's identity with its own authority.
 type identity struct {
 	spiffeID        string
 	leaf, key, root []byte

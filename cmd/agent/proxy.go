@@ -11,15 +11,15 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// What server_proxy may be beside a URL.
+// The values of server_proxy that are not URLs.
 const (
 	proxyUnset       = ""
 	proxyNone        = "none"
 	proxyEnvironment = "environment"
 )
 
-// parseProxy returns the proxy of the setting, nil where that names none. The error
-// goes on after the name of the field, and does not hold the value: that may hold a
+// parseProxy returns the proxy of the setting, nil if it has none. The error continues
+// a sentence that begins with the field's name. It omits the value, which may have a
 // password.
 func parseProxy(setting string) (*url.URL, error) {
 	switch setting {
@@ -31,7 +31,7 @@ func parseProxy(setting string) (*url.URL, error) {
 	case err != nil:
 		return nil, errors.New("is not a URL")
 	case u.Scheme != "http":
-		return nil, errors.New("is not an http:// URL: what goes through it is TLS already")
+		return nil, errors.New("is not an http:// URL: the connection through it is TLS already")
 	case config.BadAddress(u.Host, true) != "":
 		return nil, errors.New("has no host and port")
 	case u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "":
@@ -40,8 +40,7 @@ func parseProxy(setting string) (*url.URL, error) {
 	return u, nil
 }
 
-// serverProxy returns the proxy through which the server is reached, nil for none,
-// and says so in the log.
+// serverProxy returns and logs the proxy for the connection to the server, nil for none.
 func serverProxy(cfg *settings, getenv func(string) string, log *slog.Logger) (*url.URL, error) {
 	proxy, err := parseProxy(cfg.ServerProxy)
 	if err != nil {
@@ -54,24 +53,25 @@ func serverProxy(cfg *settings, getenv func(string) string, log *slog.Logger) (*
 	}
 	switch {
 	case cfg.ServerProxy == proxyUnset && (proxy != nil || err != nil):
-		log.Warn("HTTPS_PROXY not used for the connection to the server, set server_proxy to environment to use it, or to none")
+		log.Warn("HTTPS_PROXY ignored for the connection to the server: set server_proxy to environment to use it, or to none")
 		return nil, nil
 	case proxy != nil:
-		log.Info("server reached through a proxy", "proxy", proxy.Redacted())
+		log.Info("server proxy configured", "proxy", proxy.Redacted())
 	}
 	return proxy, nil
 }
 
-// environmentProxy is what the environment says of the server: HTTPS_PROXY unless
-// NO_PROXY names it, also in lower case. A host alone is http:// on port 80.
+// environmentProxy returns the proxy of HTTPS_PROXY, or nil if NO_PROXY matches the
+// server. Both also work in lower case. A value without a scheme is an http:// proxy,
+// and the default port is 80.
 func environmentProxy(server string, getenv func(string) string) (*url.URL, error) {
-	either := func(name, lower string) string {
+	variable := func(name, lower string) string {
 		if v := getenv(name); v != "" {
 			return v
 		}
 		return getenv(lower)
 	}
-	env := httpproxy.Config{HTTPSProxy: either("HTTPS_PROXY", "https_proxy"), NoProxy: either("NO_PROXY", "no_proxy")}
+	env := httpproxy.Config{HTTPSProxy: variable("HTTPS_PROXY", "https_proxy"), NoProxy: variable("NO_PROXY", "no_proxy")}
 	u, err := env.ProxyFunc()(&url.URL{Scheme: "https", Host: server})
 	if err != nil {
 		return nil, errors.New("is not a URL")

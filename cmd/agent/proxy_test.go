@@ -7,28 +7,28 @@ import (
 	"testing"
 )
 
-// What the setting and the environment say of the proxy, and what the log does.
+// The setting and the environment decide about the proxy, and the log has it.
 func TestServerProxy(t *testing.T) {
 	t.Parallel()
-	const unused, used = "HTTPS_PROXY not used", "server reached through a proxy"
+	const unused, used = "HTTPS_PROXY ignored", "server proxy configured"
 	for name, tt := range map[string]struct {
 		setting string
 		env     map[string]string
 		proxy   string // empty: none
-		said    string // empty: nothing
+		logged  string // empty: nothing
 		wrong   string
 	}{
 		"neither":                 {},
-		"environment not asked":   {env: map[string]string{"HTTPS_PROXY": "http://p:1"}, said: unused},
-		"not asked, lower case":   {env: map[string]string{"https_proxy": "p:1"}, said: unused},
-		"not asked, and excepted": {env: map[string]string{"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".example.org"}},
-		"not asked, unusable":     {env: map[string]string{"HTTPS_PROXY": "socks5://p:1"}, said: unused},
+		"environment not set":     {env: map[string]string{"HTTPS_PROXY": "http://p:1"}, logged: unused},
+		"not set, lower case":     {env: map[string]string{"https_proxy": "p:1"}, logged: unused},
+		"not set, and excepted":   {env: map[string]string{"HTTPS_PROXY": "http://p:1", "NO_PROXY": ".example.org"}},
+		"not set, unusable":       {env: map[string]string{"HTTPS_PROXY": "socks5://p:1"}, logged: unused},
 		"another's":               {env: map[string]string{"HTTP_PROXY": "http://p:1"}},
 		"none":                    {setting: "none", env: map[string]string{"HTTPS_PROXY": "http://p:1"}},
-		"URL":                     {setting: "http://p:1", env: map[string]string{"HTTPS_PROXY": "http://q:1", "NO_PROXY": "*"}, proxy: "http://p:1", said: used},
-		"URL with password":       {setting: "http://u:hunter2@p:1", proxy: "http://u:hunter2@p:1", said: used},
-		"environment":             {setting: "environment", env: map[string]string{"HTTPS_PROXY": "http://p:1"}, proxy: "http://p:1", said: used},
-		"environment, host alone": {setting: "environment", env: map[string]string{"HTTPS_PROXY": "p"}, proxy: "http://p:80", said: used},
+		"URL":                     {setting: "http://p:1", env: map[string]string{"HTTPS_PROXY": "http://q:1", "NO_PROXY": "*"}, proxy: "http://p:1", logged: used},
+		"URL with password":       {setting: "http://u:hunter2@p:1", proxy: "http://u:hunter2@p:1", logged: used},
+		"environment":             {setting: "environment", env: map[string]string{"HTTPS_PROXY": "http://p:1"}, proxy: "http://p:1", logged: used},
+		"environment, host alone": {setting: "environment", env: map[string]string{"HTTPS_PROXY": "p"}, proxy: "http://p:80", logged: used},
 		"environment, excepted":   {setting: "environment", env: map[string]string{"HTTPS_PROXY": "http://p:1", "no_proxy": "server.example.org"}},
 		"environment, empty":      {setting: "environment"},
 		"environment, unusable":   {setting: "environment", env: map[string]string{"HTTPS_PROXY": "https://u:hunter2@p:1"}, wrong: "server_proxy is environment: HTTPS_PROXY is not an http:// URL"},
@@ -45,11 +45,11 @@ func TestServerProxy(t *testing.T) {
 			if got != tt.proxy || (err != nil) != (tt.wrong != "") || err != nil && !strings.HasPrefix(err.Error(), tt.wrong) {
 				t.Errorf("got %q, %v; want %q, %q", got, err, tt.proxy, tt.wrong)
 			}
-			if !strings.Contains(log.String(), tt.said) || (tt.said == "") != (log.Len() == 0) || strings.Count(log.String(), "\n") > 1 {
-				t.Errorf("logged %q, want %q", log.String(), tt.said)
+			if !strings.Contains(log.String(), tt.logged) || (tt.logged == "") != (log.Len() == 0) || strings.Count(log.String(), "\n") > 1 {
+				t.Errorf("logged %q, want %q", log.String(), tt.logged)
 			}
 			if err != nil && strings.Contains(err.Error(), "hunter2") || strings.Contains(log.String(), "hunter2") {
-				t.Errorf("the password is told: %v, %s", err, log.String())
+				t.Errorf("the password is in the error or log: %v, %s", err, log.String())
 			}
 		})
 	}

@@ -26,9 +26,9 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 		return err
 	}
 	if e.Getenv("GOGC") == "" && e.Getenv("GOMEMLIMIT") == "" {
-		// A node's daemon rests most of the time, and its memory is taken from
-		// the workloads: with 5,000 SVIDs this holds 38 MB instead of 55, for a
-		// tenth more CPU while it works.
+		// The agent is idle most of the time, and its memory is lost to the
+		// workloads: with 5,000 SVIDs this needs 38 MB instead of 55, for a tenth
+		// more CPU when it is busy.
 		debug.SetGCPercent(25)
 	}
 	c := agentConfig(cfg, e)
@@ -44,7 +44,7 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	return a.Run(ctx)
 }
 
-// agentConfig hands the configuration to the assembly.
+// agentConfig converts the settings to the configuration of [agent.New].
 func agentConfig(cfg *settings, e cli.Env) agent.Config {
 	return agent.Config{
 		TrustDomain:       cfg.TrustDomain,

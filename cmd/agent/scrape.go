@@ -20,14 +20,13 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// maxPassword is the most that is read of a password file.
+// maxPassword is the maximum size of a password file in bytes.
 const maxPassword = 64 << 10
 
-// maxScrape is the most that is read of an answer of the agent's HTTP listener.
+// maxScrape is the maximum size in bytes of an answer of the agent's HTTP listener.
 const maxScrape = 32 << 20
 
-// endpoint is how the operator's commands reach the HTTP listener of a running
-// agent.
+// endpoint is the HTTP listener of a running agent, as the flags give it.
 type endpoint struct {
 	url, ca, user, passwordFile string
 	timeout                     time.Duration
@@ -42,8 +41,8 @@ func (p *endpoint) flags(fset *flag.FlagSet, getenv func(string) string) {
 	fset.DurationVar(&p.timeout, "timeout", 5*time.Second, "")
 }
 
-// defaultURL is where an agent that listens on address is reached from its own
-// node: a listener on all addresses is reached on the loopback one.
+// defaultURL returns the URL of an agent on this node that listens on address. For a
+// listener on all addresses it is the loopback address.
 func defaultURL(address string) string {
 	host, port, err := net.SplitHostPort(address)
 	if err != nil {
@@ -55,8 +54,7 @@ func defaultURL(address string) string {
 	return "http://" + net.JoinHostPort(host, port)
 }
 
-// get returns the status and the body of path. The status is 0 when there was
-// no answer.
+// get returns the status and the body of path. The status is 0 without an answer.
 func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 	client, err := p.client()
 	if err != nil {
@@ -72,16 +70,16 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 	if p.user != "" {
 		password, err := config.ReadFile(p.passwordFile, maxPassword)
 		if err != nil {
-			return 0, nil, fmt.Errorf("read the password: %w", err)
+			return 0, nil, fmt.Errorf("read password: %w", err)
 		}
 		req.SetBasicAuth(p.user, strings.TrimRight(string(password), "\r\n"))
 	}
 	resp, err := client.Do(req)
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return 0, nil, fmt.Errorf("ask the agent: %w: no agent listens there; start it, or give its metrics.address with -url", err)
+		return 0, nil, fmt.Errorf("query agent: %w: no agent is listening; start it, or give its metrics.address with -url", err)
 	}
 	if err != nil {
-		return 0, nil, fmt.Errorf("ask the agent: %w", err)
+		return 0, nil, fmt.Errorf("query agent: %w", err)
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxScrape+1))
@@ -95,7 +93,7 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 }
 
 func (p *endpoint) client() (*http.Client, error) {
-	transport := &http.Transport{} // no proxy: it is about this node
+	transport := &http.Transport{} // no proxy: the agent is on this node
 	if p.ca != "" {
 		pem, err := os.ReadFile(p.ca)
 		if err != nil {
@@ -103,15 +101,14 @@ func (p *endpoint) client() (*http.Client, error) {
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("-ca %s holds no PEM certificate", p.ca)
+			return nil, fmt.Errorf("-ca %s contains no PEM certificate", p.ca)
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
 	return &http.Client{Transport: transport}, nil
 }
 
-// ready asks /ready. It returns why the agent is not ready, nothing when it is,
-// or that it could not be asked.
+// ready queries /ready and returns why the agent is not ready, nil if it is.
 func (p *endpoint) ready(ctx context.Context) (reasons []string, err error) {
 	code, body, err := p.get(ctx, "/ready")
 	text := strings.TrimSpace(string(body))
@@ -128,7 +125,7 @@ func (p *endpoint) ready(ctx context.Context) (reasons []string, err error) {
 
 func statusError(url string, code int) error {
 	if code == http.StatusUnauthorized {
-		return fmt.Errorf("%s wants a user and a password: give -user and -password-file", url)
+		return fmt.Errorf("%s requires a user and a password: give -user and -password-file", url)
 	}
 	return fmt.Errorf("%s answers %d %s", url, code, http.StatusText(code))
 }

@@ -14,17 +14,17 @@ import (
 var version string
 
 // exitBanned is the exit status of an agent whose node the server has banned: a
-// restart would end the same way.
+// restart does not help.
 const exitBanned = 3
 
 const usage = `agent keeps the workload identities of this node valid while signing keys change.
 
 Usage:
   agent run -config FILE           run the daemon
-  agent config check -config FILE  say what is wrong with a configuration, and start nothing
-  agent healthcheck                exit 0 when the running agent is ready
-  agent status                     what the running agent holds, by signing authority
-  agent fetch x509                 fetch X.509-SVIDs from the Workload API as a workload would
+  agent config check -config FILE  report every problem of a configuration, and start nothing
+  agent healthcheck                exit 0 if the running agent is ready
+  agent status                     print what the running agent holds by signing authority
+  agent fetch x509                 fetch X.509-SVIDs from the Workload API like a workload
   agent fetch jwt -audience NAME   fetch JWT-SVIDs
   agent version                    print the version
 
@@ -38,44 +38,44 @@ command line or configuration; 3 the server has banned this node.
 const runUsage = `Usage: agent run [-config FILE] [-FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then closes all streams and exits 0. A second
-signal ends it at once. Every field of the configuration can be given as a flag
-or in the environment too: "agent help config" lists them.
+signal ends it at once. A flag or a variable can set every field of the
+configuration: "agent help config" lists them.
 `
 
 const checkUsage = `Usage: agent config check -config FILE [-FIELD VALUE]...
 
-Reads the configuration as "agent run" would and prints every error with its
-place and its remedy. Starts nothing and writes nothing.
+Reads the configuration like "agent run" and prints every error with its place
+and its remedy. Starts nothing and writes nothing.
 `
 
 const httpUsage = `
-  -url URL              where the agent serves metrics and health (default http://127.0.0.1:9090,
-                        or the address in RENEWD_METRICS_ADDRESS)
+  -url URL              metrics and health of the agent (default http://127.0.0.1:9090, or
+                        the address in RENEWD_METRICS_ADDRESS)
   -ca FILE              CA certificates (PEM) that the agent's HTTPS certificate must chain to
   -user NAME            user for basic auth
-  -password-file FILE   file with the password for it
+  -password-file FILE   file with the password for basic auth
   -timeout DURATION     how long to wait (default 5s)
 `
 
 const healthUsage = `Usage: agent healthcheck [-url URL] [-socket PATH]
 
-Exits 0 when /ready of the running agent says so and the Workload API answers; an
-answer that this caller has no identity is fine. Otherwise prints the reasons, one
-a line, each with its name:
+Exits 0 if /ready of the running agent succeeds and the Workload API answers. This
+process needs no identity. Otherwise prints the reasons, one a line:
 
-  starting    the trust bundle and the entries have not arrived yet
+  starting    no trust bundle or no entries received yet
   agent_svid  the agent has no SVID that the server accepts
-  socket      the Workload API's socket file is gone and could not be made again
+  socket      the Workload API socket is missing and cannot be recreated
   x509_svids  no entry has a valid X.509-SVID
   entries     no entry sync has succeeded for 5 minutes
   bundle      no bundle refresh has succeeded for 5 minutes
-  data_dir    what a restart needs could not be written
-  runtime_dir the same of workload SVIDs
+  data_dir    state for a restart not written
+  runtime_dir workload SVIDs for a restart not written
 
-The agent serves what it holds all the while. /live is what a restart is decided by.
+The agent goes on serving SVIDs meanwhile. Use /live, not /ready, to decide about
+restarts.
 
-  -socket PATH          socket of the Workload API (default /run/renewd/agent.sock, or what
-                        SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH says; "" to leave it out)` + httpUsage
+  -socket PATH          socket of the Workload API (default SPIFFE_ENDPOINT_SOCKET,
+                        RENEWD_SOCKET_PATH or /run/renewd/agent.sock; "" to skip it)` + httpUsage
 
 const statusUsage = `Usage: agent status [-o text|json] [-url URL]
 
@@ -97,7 +97,7 @@ States of an X.509-SVID ("svids" in JSON):
 States of an authority, as far as this node knows: active (it signed the newest
 SVID), prepared (it signs nothing yet or no longer), tainted, removed.
 
-  -o text|json          how to print (default text)` + httpUsage
+  -o text|json          output format (default text)` + httpUsage
 
 const fetchUsage = `Usage: agent fetch x509 [-socket PATH] [-o text|json] [-write DIR] [-timeout DURATION]
        agent fetch jwt -audience NAME[,NAME] [-spiffe-id ID] [same flags]
@@ -105,16 +105,16 @@ const fetchUsage = `Usage: agent fetch x509 [-socket PATH] [-o text|json] [-writ
 Fetches the identities of the calling process from the Workload API. Private keys
 are never printed.
 
-  -socket PATH          socket of the Workload API (default /run/renewd/agent.sock, or what
-                        SPIFFE_ENDPOINT_SOCKET or RENEWD_SOCKET_PATH says)
-  -o text|json          how to print (default text)
-  -write DIR            store SVIDs, keys (mode 0600) and bundles as files in DIR
+  -socket PATH          socket of the Workload API (default SPIFFE_ENDPOINT_SOCKET,
+                        RENEWD_SOCKET_PATH or /run/renewd/agent.sock)
+  -o text|json          output format (default text)
+  -write DIR            write SVIDs, keys (mode 0600) and bundles as files into DIR
   -timeout DURATION     how long to wait, also for an agent that is starting (default 5s)
-  -audience NAME,NAME   for whom the JWT-SVIDs are
-  -spiffe-id ID         one of several identities (default all)
+  -audience NAME,NAME   audience of the JWT-SVIDs
+  -spiffe-id ID         only this identity (default all)
 `
 
-// run carries out one command line and returns the exit status.
+// run executes one command line and returns the exit status.
 func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
 	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
 	err := dispatch(ctx, args, e)

@@ -18,7 +18,7 @@ import (
 // peer and the Attestor methods tell the agent which process made a connection.
 func (w *world) peer(conn net.Conn) (*attest.Peer, error) {
 	p := conn.(*agentEnd).link.process
-	peer := attest.Made(p.name, uint32(os.Getuid()), uint32(os.Getgid()), p.alive)
+	peer := attest.NewInProcess(p.name, uint32(os.Getuid()), uint32(os.Getgid()), p.alive)
 	w.peers.Store(peer, p)
 	return peer, nil
 }

@@ -1,13 +1,12 @@
 // Package attest turns the process at the other end of a Unix socket into
 // selectors.
 //
-// A [Peer] is that process, held from the moment its connection is accepted by
-// a pidfd, so that another process that is given the same PID later is never
-// mistaken for it. An [Attestor] reads one source of truth about a Peer (the
-// kernel, the container runtime, ...). [Selectors] asks all of them and then
-// makes sure that the process they looked at was the one that called.
+// A [Peer] is that process. A pidfd holds it from the moment that its connection is
+// accepted, so that no later process with the same PID is mistaken for it. An
+// [Attestor] reads one source about a Peer (the kernel, the container runtime, ...).
+// [Selectors] calls all of them and then checks that the process is still the caller.
 //
-// The package works on Linux only, like all that it reads.
+// The package works on Linux only.
 package attest
 
 import (
@@ -19,29 +18,27 @@ import (
 )
 
 // Attestor finds selectors of a process. Implementations are safe for
-// concurrent use, look at the process by its PID, and need not check whether
-// the PID was reused meanwhile: [Selectors] does that after them.
+// concurrent use, identify the process by its PID, and need not check whether
+// the PID was reused: [Selectors] does that after them.
 type Attestor interface {
 	// Name is the type of its selectors, such as "unix".
 	Name() string
-	// Attest returns what it knows of the process; nothing to say about it is
-	// no error. An error says that selectors which an entry could need were not
-	// found out; those that come with it hold nevertheless. The caller does not
-	// modify the result.
+	// Attest returns the selectors of the process; none is not an error. An error
+	// means that selectors which an entry could need are missing. The selectors
+	// returned with it are valid. The caller does not modify the result.
 	Attest(ctx context.Context, p *Peer) ([]cache.Selector, error)
 }
 
-// Result is what the attestors found out about one process.
+// Result is the outcome of the attestation of one process.
 type Result struct {
 	Selectors []cache.Selector
-	// Partial is nil when every attestor found out all that it can. Otherwise it
-	// says what failed: selectors may be missing, so that "no entry matches" is
-	// not certain.
+	// Partial is nil if every attestor succeeded. Otherwise selectors may be missing,
+	// so that "no entry matches" is not certain.
 	Partial error
 }
 
-// Selectors asks the attestors in turn. It fails when the process has ended
-// ([ErrGone]), or when attestors failed and no selector was found.
+// Selectors calls the attestors in turn. It fails if the process has exited
+// ([ErrGone]), or if attestors failed and no selector was found.
 func Selectors(ctx context.Context, p *Peer, attestors []Attestor) (Result, error) {
 	var res Result
 	var failed []error
@@ -56,7 +53,7 @@ func Selectors(ctx context.Context, p *Peer, attestors []Attestor) (Result, erro
 			res.Selectors = append(res.Selectors, s...)
 		}
 	}
-	// Only a process that still lives held its PID all the time.
+	// Only a process that is still alive had its PID all the time.
 	if err := p.Alive(); err != nil {
 		return Result{}, err
 	}

@@ -19,9 +19,9 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// TestMain lets the test binary be a workload: it connects to the socket in
-// RENEWD_TEST_SOCKET and then waits for its standard input to end, without its
-// main thread if RENEWD_TEST_MAIN_THREAD is "ends".
+// TestMain also makes the test binary a workload: it connects to the socket in
+// RENEWD_TEST_SOCKET and waits until its standard input ends, without its main
+// thread if RENEWD_TEST_MAIN_THREAD is "ends".
 func TestMain(m *testing.M) {
 	path := os.Getenv("RENEWD_TEST_SOCKET")
 	if path == "" {
@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 		beWorkload(path)
 		os.Exit(0)
 	}()
-	syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0) // of this thread alone
+	syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0) // only this thread
 }
 
 func init() {
@@ -59,8 +59,7 @@ func beWorkload(path string) {
 	os.Stdin.Read(make([]byte, 1))
 }
 
-// workload starts a process and returns it with its end of the connection as
-// the server sees it.
+// workload starts a process and returns it with the server's end of its connection.
 func workload(t *testing.T, env ...string) (cmd *exec.Cmd, conn *net.UnixConn, end func()) {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), "s")
@@ -105,7 +104,7 @@ func TestPeerOfConnection(t *testing.T) {
 	}
 	end()
 	waitGone(t, p)
-	// It is a zombie now: its PID is still taken, and yet it has ended.
+	// It is a zombie now: it has exited and its PID is still in use.
 	if err := syscall.Kill(cmd.Process.Pid, 0); err != nil {
 		t.Errorf("the process was reaped: %v", err)
 	}
@@ -119,8 +118,8 @@ func TestPeerOfConnection(t *testing.T) {
 	}
 }
 
-// A process that ended before its connection was accepted is not found under
-// its PID, whoever has that now.
+// A process that exited before its connection was accepted is not found by its PID,
+// even if another process has that PID.
 func TestPeerThatEndedBeforeAccept(t *testing.T) {
 	t.Parallel()
 	cmd, conn, end := workload(t)
@@ -143,7 +142,7 @@ func waitGone(t *testing.T, p *attest.Peer) {
 			return
 		}
 	}
-	t.Fatal("the process is still taken for alive")
+	t.Fatal("the process still counts as alive")
 }
 
 type fake struct {
@@ -161,8 +160,7 @@ func (f fake) Attest(context.Context, *attest.Peer) ([]cache.Selector, error) {
 	return f.selectors, f.err
 }
 
-// The PID of the caller is given to another process while an attestor reads:
-// whatever was read is not used.
+// If the PID of the caller is reused while an attestor reads, the result is not used.
 func TestSelectorsOfReusedPID(t *testing.T) {
 	t.Parallel()
 	cmd, conn, end := workload(t)
@@ -182,8 +180,8 @@ func TestSelectorsOfReusedPID(t *testing.T) {
 	}
 }
 
-// reusePID starts a process under the PID if that is possible here: it takes
-// root, and nobody else may take the PID first.
+// reusePID starts a process with the PID if possible: that requires root, and fails
+// if another process takes the PID first.
 func reusePID(t *testing.T, pid int) {
 	t.Helper()
 	if err := os.WriteFile("/proc/sys/kernel/ns_last_pid", []byte(strconv.Itoa(pid-1)), 0); err != nil {
@@ -268,8 +266,8 @@ func TestReadProc(t *testing.T) {
 	}
 }
 
-// The kernel shows the executable of a process at its threads that live, and the
-// main thread need not be one of them.
+// The kernel shows the executable of a process through its live threads. The main
+// thread may have exited.
 func TestExecutableOfEndedMainThread(t *testing.T) {
 	t.Parallel()
 	exe, err := os.Executable()
@@ -307,8 +305,8 @@ func TestExecutableOfEndedMainThread(t *testing.T) {
 	}
 }
 
-// Whatever ends while the executable is looked for: there is one, or an error. A
-// process that is about to end has given its executable up a moment before.
+// Whatever exits while the executable is opened, the result is an executable or an
+// error. A process drops its executable shortly before it has exited.
 func TestExecutableWhileThreadsEnd(t *testing.T) {
 	t.Parallel()
 	for range 4 {

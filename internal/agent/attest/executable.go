@@ -11,18 +11,18 @@ import (
 
 // Executable is the file that a process runs, held open: its path, its identity
 // and its content are those of one file, whatever the process or the file system
-// does meanwhile. It is the caller's only if [Peer.Alive] says so afterwards.
-// It has to be closed.
+// does. It is the caller's only if [Peer.Alive] returns nil afterwards.
+// It must be closed.
 type Executable struct{ fd int }
 
-// OpenExecutable holds what the process runs. It fails with [ErrGone] when the
-// process has ended, with [fs.ErrNotExist] while it is ending, and otherwise where
-// the kernel does not let the agent look.
+// OpenExecutable opens the executable of the process. It fails with [ErrGone] if the
+// process has exited, with [fs.ErrNotExist] while it is exiting, and with the kernel's
+// error if the agent lacks the permission.
 func (p *Peer) OpenExecutable() (*Executable, error) {
 	const name = "exe"
 	fd, err := p.openExe(name)
 	if errors.Is(err, unix.ENOENT) {
-		fd, err = p.openThreadExe()
+		fd, err = p.openExeOfThread()
 	}
 	switch {
 	case err == nil:
@@ -35,24 +35,23 @@ func (p *Peer) OpenExecutable() (*Executable, error) {
 
 // openExe needs no permission on the file itself: open(2), O_PATH.
 func (p *Peer) openExe(name string) (int, error) {
-	return retry(func() (int, error) { return unix.Open(p.Proc(name), unix.O_PATH|unix.O_CLOEXEC, 0) })
+	return retryInterrupted(func() (int, error) { return unix.Open(p.Proc(name), unix.O_PATH|unix.O_CLOEXEC, 0) })
 }
 
 const (
-	// threadTries is how often the threads are listed again when all of them
-	// have ended since.
+	// threadTries is how often the threads are listed if all of them exit before
+	// they are read.
 	threadTries = 5
-	// maxThreads bounds the work that one process can ask for. Threads that have
-	// ended are listed only while a debugger holds them.
+	// maxThreads bounds the work that one process can cause. Threads that have
+	// exited are listed only while a debugger holds them.
 	maxThreads = 1024
 )
 
-// openThreadExe opens the executable at a thread other than the main one. The
-// kernel drops a thread's memory when the thread ends, and with it its "exe",
-// although the main thread stays visible for as long as the process lives. All
-// threads share one memory (clone(2), CLONE_THREAD), and only those of this
-// process are found below its "task".
-func (p *Peer) openThreadExe() (int, error) {
+// openExeOfThread opens the executable through another thread than the main one. The
+// kernel drops the memory of a thread that exits, and with it its "exe", although the
+// main thread stays visible while the process is alive. All threads share one memory
+// (clone(2), CLONE_THREAD), and "task" lists only those of this process.
+func (p *Peer) openExeOfThread() (int, error) {
 	for range threadTries {
 		threads, err := p.threads()
 		if err != nil {
@@ -60,7 +59,7 @@ func (p *Peer) openThreadExe() (int, error) {
 		}
 		for _, tid := range threads {
 			fd, err := p.openExe("task/" + tid + "/exe")
-			if err == nil || !ended(err) {
+			if err == nil || !isEnded(err) {
 				return fd, err
 			}
 		}
@@ -80,39 +79,39 @@ func (p *Peer) threads() ([]string, error) {
 	return dir.Readdirnames(maxThreads)
 }
 
-// ended reports whether err is what /proc says of a thread or process that has
-// ended.
-func ended(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
+// isEnded reports whether err is the error of /proc for a thread or process that has
+// exited.
+func isEnded(err error) bool { return errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ESRCH) }
 
-// Path is the file's path as the kernel names it. Where the file was deleted or
-// replaced while it runs, " (deleted)" follows.
+// Path is the file's path as the kernel names it, followed by " (deleted)" if the file
+// was deleted or replaced.
 func (e *Executable) Path() (string, error) { return os.Readlink(e.self()) }
 
 // Stat describes the file.
 func (e *Executable) Stat() (unix.Stat_t, error) {
 	var st unix.Stat_t
-	_, err := retry(func() (int, error) { return 0, unix.Fstat(e.fd, &st) })
+	_, err := retryInterrupted(func() (int, error) { return 0, unix.Fstat(e.fd, &st) })
 	if err != nil {
 		return st, &fs.PathError{Op: "fstat", Path: e.name(), Err: err}
 	}
 	return st, nil
 }
 
-// Open opens the file for reading, which needs the permission to read it.
+// Open opens the file for reading, which requires the permission to read it.
 func (e *Executable) Open() (*os.File, error) {
-	fd, err := retry(func() (int, error) { return unix.Open(e.self(), unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	fd, err := retryInterrupted(func() (int, error) { return unix.Open(e.self(), unix.O_RDONLY|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return nil, &fs.PathError{Op: "open", Path: e.name(), Err: err}
 	}
 	return os.NewFile(uintptr(fd), e.name()), nil
 }
 
-// Close lets go of the file.
+// Close closes the file.
 func (e *Executable) Close() error { return unix.Close(e.fd) }
 
 func (e *Executable) self() string { return "/proc/self/fd/" + strconv.Itoa(e.fd) }
 
-// name is the file's name for a message.
+// name is the file's name for error messages.
 func (e *Executable) name() string {
 	if path, err := e.Path(); err == nil {
 		return path
@@ -120,9 +119,9 @@ func (e *Executable) name() string {
 	return e.self()
 }
 
-// Executable returns the path of the process's executable as the kernel names
-// it, without a check that the process is still the caller: for messages. It is
-// empty when it cannot be told.
+// Executable returns the path of the process's executable as the kernel names it, for
+// log messages: it does not check that the process is still the caller. It is empty if
+// the path cannot be read.
 func (p *Peer) Executable() string {
 	exe, err := p.OpenExecutable()
 	if err != nil {

@@ -10,8 +10,8 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// A process is running or stopped until it has ended, reaped or not. One that started
-// at another time under its PID is not it.
+// A process is running or stopped until it has exited, reaped or not. A process with
+// the same PID and another start time is another one.
 func TestLife(t *testing.T) {
 	t.Parallel()
 	cmd, conn, end := workload(t)
@@ -22,7 +22,7 @@ func TestLife(t *testing.T) {
 	defer p.Close()
 	process := p.Process()
 	if process.PID != cmd.Process.Pid || process.Started == 0 {
-		t.Fatalf("got %+v, want PID %d and when it started", process, cmd.Process.Pid)
+		t.Fatalf("got %+v, want PID %d and its start time", process, cmd.Process.Pid)
 	}
 	other := process
 	other.Started++
@@ -45,7 +45,7 @@ func TestLife(t *testing.T) {
 		if err := cmd.Process.Signal(sig); err != nil {
 			t.Fatal(err)
 		}
-		// A signal is sent before every thread of the process has acted on it.
+		// kill(2) returns before every thread of the process has handled the signal.
 		for deadline := time.Now().Add(time.Minute); attest.Life(process) != want && time.Now().Before(deadline); {
 			time.Sleep(time.Millisecond)
 		}
@@ -60,12 +60,12 @@ func TestLife(t *testing.T) {
 	_ = cmd.Wait() // ended
 	check("after it was reaped", cache.Ended)
 	if p.Process() != process {
-		t.Errorf("its name has changed from %+v to %+v", process, p.Process())
+		t.Errorf("its identity has changed from %+v to %+v", process, p.Process())
 	}
 }
 
-// A process that is looked at for the first time after its end has no start time: by
-// then it may be that of another process with the PID.
+// A process whose start time was not read before it exited has none: /proc may show
+// that of another process with the same PID.
 func TestProcessThatHasEnded(t *testing.T) {
 	t.Parallel()
 	cmd, conn, end := workload(t)

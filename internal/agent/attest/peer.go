@@ -12,32 +12,30 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// ErrGone is returned when the process that called has ended. Its PID may
-// belong to another one by now.
-var ErrGone = errors.New("the process that opened the connection has ended")
+// ErrGone is returned if the calling process has exited. Its PID may belong to
+// another process.
+var ErrGone = errors.New("the process that opened the connection has exited")
 
-// Peer is a process that called. It is safe for concurrent use and has to be
-// closed.
+// Peer is a calling process. It is safe for concurrent use and must be closed.
 type Peer struct {
 	pid      int
 	uid, gid uint32
 	proc     string // "/proc/PID/"
 
 	mu     sync.RWMutex // keeps the pidfd open while it is polled
-	pidfd  int          // -1 where the kernel has none: started counts then
+	pidfd  int          // -1 without one: startedAt identifies the process
 	closed bool
-	// started is the process's start time in clock ticks after boot, with
-	// which the PID is compared where there is no pidfd.
-	started uint64
-	alive   func() error // see Made
+	// startedAt is the process's start time in clock ticks after boot.
+	startedAt uint64
+	alive     func() error // see NewInProcess
 
 	process func() cache.Process
 }
 
 // FromConn returns the process that connected conn. The kernel recorded it at
 // connect: its PID, user and group (SO_PEERCRED) and, since Linux 6.5, a
-// pidfd of it (SO_PEERPIDFD). An older kernel's PID is turned into a pidfd
-// here, and before Linux 5.3 the start time has to do.
+// pidfd (SO_PEERPIDFD). On an older kernel FromConn opens a pidfd for the PID, and
+// before Linux 5.3 it records the start time.
 func FromConn(conn *net.UnixConn) (*Peer, error) {
 	raw, err := conn.SyscallConn()
 	if err != nil {
@@ -61,27 +59,27 @@ func FromConn(conn *net.UnixConn) (*Peer, error) {
 		p.pidfd = pidfd
 		if cred.Pid <= 0 {
 			p.Close()
-			return nil, errForeign
+			return nil, errOtherNamespace
 		}
 		return p, nil
 	case errors.Is(pidfdErr, unix.ENOPROTOOPT):
 		return FromPID(int(cred.Pid), cred.Uid, cred.Gid)
 	case cred.Pid <= 0:
-		return nil, errForeign
+		return nil, errOtherNamespace
 	case errors.Is(pidfdErr, unix.ESRCH), errors.Is(pidfdErr, unix.EINVAL):
 		return nil, ErrGone
 	}
 	return nil, fmt.Errorf("identify the caller: SO_PEERPIDFD: %w", pidfdErr)
 }
 
-var errForeign = errors.New("the caller runs in a PID namespace that is not visible here: " +
+var errOtherNamespace = errors.New("the caller's PID namespace is not visible to the agent: " +
 	"run the agent in the host's PID namespace (hostPID: true in Kubernetes, --pid=host for containers)")
 
-// FromPID holds the process that has this PID now. It is for those who know
-// the process by other means than a socket.
+// FromPID returns the process that has this PID now, if the caller identified it by
+// other means than a socket.
 func FromPID(pid int, uid, gid uint32) (*Peer, error) {
 	if pid <= 0 {
-		return nil, errForeign
+		return nil, errOtherNamespace
 	}
 	p := newPeer(pid, uid, gid)
 	fd, err := unix.PidfdOpen(pid, 0)
@@ -90,49 +88,50 @@ func FromPID(pid int, uid, gid uint32) (*Peer, error) {
 		p.pidfd = fd
 		return p, nil
 	case errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EPERM):
-		// EPERM: some container runtimes' seccomp filters do not know the call.
-		return p, p.byStartTime()
+		// EPERM: the seccomp filters of some container runtimes do not know the call.
+		return p, p.recordStartTime()
 	case errors.Is(err, unix.ESRCH), errors.Is(err, unix.EINVAL):
 		return nil, ErrGone
 	}
-	return nil, fmt.Errorf("hold process %d: %w", pid, err)
+	return nil, fmt.Errorf("open pidfd of process %d: %w", pid, err)
 }
 
 func newPeer(pid int, uid, gid uint32) *Peer {
 	p := &Peer{pid: pid, uid: uid, gid: gid, pidfd: -1, proc: "/proc/" + strconv.Itoa(pid) + "/"}
-	p.process = sync.OnceValue(p.name)
+	p.process = sync.OnceValue(p.identify)
 	return p
 }
 
-// Made returns a process that the kernel does not know, for workloads that run inside
-// another process. alive is what [Peer.Alive] returns.
-func Made(process cache.Process, uid, gid uint32, alive func() error) *Peer {
+// NewInProcess returns a Peer for a workload that runs inside another process.
+// [Peer.Alive] returns the result of alive.
+func NewInProcess(process cache.Process, uid, gid uint32, alive func() error) *Peer {
 	p := newPeer(process.PID, uid, gid)
 	p.alive, p.process = alive, func() cache.Process { return process }
 	return p
 }
 
-func (p *Peer) byStartTime() (err error) {
-	p.started, _, err = p.readStat()
+func (p *Peer) recordStartTime() (err error) {
+	p.startedAt, _, err = p.readStat()
 	return err
 }
 
-// PID is the process ID as seen from the agent's PID namespace.
+// PID is the process ID in the agent's PID namespace.
 func (p *Peer) PID() int { return p.pid }
 
-// Process names the process so that no other is ever taken for it. Its start time is 0
-// where /proc does not tell it.
+// Process identifies the process uniquely. Its start time is 0 if /proc does not show
+// it.
 func (p *Peer) Process() cache.Process { return p.process() }
 
-func (p *Peer) name() cache.Process {
+func (p *Peer) identify() cache.Process {
 	started, _, err := p.readStat()
-	if err != nil || p.Alive() != nil { // the start time may be that of another one
+	if err != nil || p.Alive() != nil { // it may be the start time of another process
 		started = 0
 	}
 	return cache.Process{PID: p.pid, Started: started}
 }
 
-// Life says what the process does.
+// Life reports whether the process runs, is stopped or has ended. It is Running if
+// that is not known.
 func Life(process cache.Process) cache.Life {
 	if process.Started == 0 {
 		return cache.Running
@@ -153,8 +152,8 @@ func (p *Peer) UID() uint32 { return p.uid }
 // GID is the effective group ID at the time of the connect.
 func (p *Peer) GID() uint32 { return p.gid }
 
-// Alive returns nil while the process runs, and [ErrGone] from its end on,
-// even when its PID was given to another process or nobody waited for it.
+// Alive returns nil while the process is alive, and [ErrGone] after it has exited,
+// even if its PID was reused or its parent has not waited for it.
 func (p *Peer) Alive() error {
 	p.mu.RLock()
 	defer p.mu.RUnlock()
@@ -166,7 +165,7 @@ func (p *Peer) Alive() error {
 	}
 	if p.pidfd < 0 {
 		started, _, err := p.readStat()
-		if err == nil && started != p.started {
+		if err == nil && started != p.startedAt {
 			err = ErrGone
 		}
 		return err
@@ -179,7 +178,7 @@ func (p *Peer) Alive() error {
 		case errors.Is(err, unix.EINTR):
 			continue
 		case err != nil:
-			return fmt.Errorf("look at process %d: %w", p.pid, err)
+			return fmt.Errorf("poll pidfd of process %d: %w", p.pid, err)
 		case n > 0:
 			return ErrGone
 		}
@@ -187,7 +186,7 @@ func (p *Peer) Alive() error {
 	}
 }
 
-// Close gives the process up. It may be called more than once.
+// Close releases the process. It may be called more than once.
 func (p *Peer) Close() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()

@@ -13,18 +13,16 @@ import (
 )
 
 // Proc returns the path of a file of the process under /proc, such as
-// "status". What is read there is the caller's only if [Peer.Alive] says so
-// afterwards.
+// "status". Its content is the caller's only if [Peer.Alive] returns nil afterwards.
 func (p *Peer) Proc(name string) string { return p.proc + name }
 
 // ReadProc reads a file of the process under /proc into buf, which may be nil,
-// and returns the part that was filled, or a longer slice where buf was too
-// short. A file of more than limit bytes is an error. [ErrGone] means that the
-// process has ended.
+// and returns the part that was filled, or a longer slice if buf is too short. A file
+// of more than limit bytes is an error. [ErrGone] means that the process has exited.
 func (p *Peer) ReadProc(name string, buf []byte, limit int) ([]byte, error) {
-	// Not os.ReadFile: this is done for each call of a workload, and files of
-	// /proc never block.
-	fd, err := retry(func() (int, error) { return unix.Open(p.Proc(name), unix.O_RDONLY|unix.O_CLOEXEC, 0) })
+	// Not os.ReadFile: every call of a workload needs this, and files of /proc never
+	// block.
+	fd, err := retryInterrupted(func() (int, error) { return unix.Open(p.Proc(name), unix.O_RDONLY|unix.O_CLOEXEC, 0) })
 	if err != nil {
 		return nil, p.procError("open", name, err)
 	}
@@ -41,7 +39,7 @@ func (p *Peer) ReadProc(name string, buf []byte, limit int) ([]byte, error) {
 			}
 			buf = append(buf, make([]byte, len(buf))...)
 		}
-		n, err := retry(func() (int, error) { return unix.Read(fd, buf[used:]) })
+		n, err := retryInterrupted(func() (int, error) { return unix.Read(fd, buf[used:]) })
 		if err != nil {
 			return nil, p.procError("read", name, err)
 		}
@@ -60,21 +58,21 @@ func (p *Peer) procError(op, name string, err error) error {
 	failed := &fs.PathError{Op: op, Path: p.Proc(name), Err: err}
 	switch {
 	case errors.Is(err, unix.ESRCH), op == "open" && errors.Is(err, unix.ENOENT):
-		// A process that lives and is not in /proc is hidden from the agent. By
-		// the pidfd only: without one, it is /proc that tells who lives.
+		// A process that is alive by its pidfd and not in /proc is hidden from the
+		// agent. Without a pidfd, Alive itself reads /proc.
 		if p.pidfd >= 0 && p.Alive() == nil {
-			return fmt.Errorf("%w: the process lives, but /proc hides it: %s", failed, showProc)
+			return fmt.Errorf("%w: /proc hides the process: %s", failed, procRemedy)
 		}
 		return ErrGone
 	case errors.Is(err, fs.ErrPermission):
-		return fmt.Errorf("%w: %s", failed, showProc)
+		return fmt.Errorf("%w: %s", failed, procRemedy)
 	}
 	return failed
 }
 
-const showProc = "let the agent see every process (no hidepid option on /proc, ProtectProc=default in its unit)"
+const procRemedy = "let the agent see every process (no hidepid option on /proc, ProtectProc=default in its unit)"
 
-func retry(call func() (int, error)) (int, error) {
+func retryInterrupted(call func() (int, error)) (int, error) {
 	for {
 		n, err := call()
 		if !errors.Is(err, unix.EINTR) {
@@ -83,10 +81,10 @@ func retry(call func() (int, error)) (int, error) {
 	}
 }
 
-// readStat returns when the process started and what it does, and [ErrGone] when it
-// has no thread left.
+// readStat returns when the process started and whether it runs or is stopped, and
+// [ErrGone] if it has no thread left.
 func (p *Peer) readStat() (started uint64, life cache.Life, err error) {
-	// Most have some 300 bytes, and one is read for each connection.
+	// Most files have some 300 bytes, and every connection needs one.
 	stat, err := p.ReadProc("stat", make([]byte, 512), 64<<10)
 	if err != nil {
 		return 0, cache.Running, err
@@ -101,11 +99,11 @@ func (p *Peer) readStat() (started uint64, life cache.Life, err error) {
 	return started, life, nil
 }
 
-// parseStat finds the start time, field 22 of /proc/PID/stat, and what the process
-// does by the state of its main thread, field 3: it is stopped, or has ended and waits
-// for its parent, if no other thread is left (field 20). Field 2 is the command in
-// parentheses and may itself hold spaces and parentheses, so the fields are
-// counted from the last one: proc_pid_stat(5).
+// parseStat returns the start time, field 22 of /proc/PID/stat, and the life of the
+// process by the state of its main thread, field 3: stopped, or ended if no other
+// thread is left (field 20). Field 2 is the command in parentheses and may contain
+// spaces and parentheses, so the fields are counted from the last parenthesis:
+// proc_pid_stat(5).
 func parseStat(stat []byte) (started uint64, life cache.Life, err error) {
 	const state, threads, start = 3, 20, 22
 	end := bytes.LastIndexByte(stat, ')')

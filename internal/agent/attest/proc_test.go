@@ -57,7 +57,7 @@ func FuzzParseStat(f *testing.F) {
 	f.Add(")")
 	f.Fuzz(func(t *testing.T, stat string) {
 		want, life, err := parseStat([]byte(stat))
-		// Whatever the command is called, the result is the same.
+		// The result is the same for every name of the command.
 		if i := strings.LastIndexByte(stat, ')'); i >= 0 {
 			got, lifeToo, again := parseStat([]byte("1 (x) y) z" + stat[i:]))
 			if got != want || life != lifeToo || (again == nil) != (err == nil) {
@@ -67,8 +67,8 @@ func FuzzParseStat(f *testing.F) {
 	})
 }
 
-// Where there is no pidfd, the start time tells a process from a later one
-// with the same PID.
+// Without a pidfd, the start time distinguishes a process from a later one with the
+// same PID.
 func TestAliveByStartTime(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command("sleep", "60")
@@ -76,14 +76,14 @@ func TestAliveByStartTime(t *testing.T) {
 		t.Fatal(err)
 	}
 	p := newPeer(cmd.Process.Pid, 0, 0)
-	if err := p.byStartTime(); err != nil {
+	if err := p.recordStartTime(); err != nil {
 		t.Fatal(err)
 	}
 	if err := p.Alive(); err != nil {
 		t.Errorf("while it runs: %v", err)
 	}
 	later := newPeer(cmd.Process.Pid, 0, 0)
-	later.started = p.started - 1
+	later.startedAt = p.startedAt - 1
 	if err := later.Alive(); !errors.Is(err, ErrGone) {
 		t.Errorf("another start time: %v, want ErrGone", err)
 	}
@@ -98,7 +98,7 @@ func TestAliveByStartTime(t *testing.T) {
 	}
 }
 
-// waitZombie waits for the end of a process that nobody reaps.
+// waitZombie waits until a process has exited, without reaping it.
 func waitZombie(t *testing.T, p *Peer) {
 	t.Helper()
 	for deadline := time.Now().Add(time.Minute); time.Now().Before(deadline); time.Sleep(time.Millisecond) {
@@ -110,11 +110,10 @@ func waitZombie(t *testing.T, p *Peer) {
 			return
 		}
 	}
-	t.Fatal("the process does not end")
+	t.Fatal("the process does not exit")
 }
 
-// A process that /proc does not show is not taken for one that has ended, and the
-// remedy is named.
+// A process that /proc hides does not count as exited, and the error names the remedy.
 func TestHiddenProcess(t *testing.T) {
 	t.Parallel()
 	p, err := FromPID(os.Getpid(), 0, 0)

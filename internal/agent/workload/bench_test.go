@@ -22,8 +22,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// The clients of these benchmarks are a process of their own, because what is
-// measured is the server: its memory, and its share of two cores.
+// The clients of these benchmarks run in another process, so that only the server's
+// memory and CPU time are measured.
 const clientEnv = "RENEWD_BENCH_CLIENT"
 
 func TestMain(m *testing.M) {
@@ -43,8 +43,8 @@ func dialSocket(path string) (*grpc.ClientConn, error) {
 }
 
 // benchClient runs "what socket count": first answers over kept or new
-// connections, streams that are held open and report when each answer came, or
-// go-spiffe's source.
+// connections, open streams that report when each answer arrived, or go-spiffe's
+// source.
 func benchClient(spec string) error {
 	f := strings.Fields(spec)
 	what, path := f[0], f[1]
@@ -61,17 +61,17 @@ func benchClient(spec string) error {
 	return firstAnswers(path, n, what == "kept")
 }
 
-// firstAnswers asks n times in all with 64 clients.
+// firstAnswers makes n calls in all with 64 clients.
 func firstAnswers(path string, n int, kept bool) error {
 	const clients = 64
-	var left atomic.Int64
-	left.Store(int64(n))
+	var remaining atomic.Int64
+	remaining.Store(int64(n))
 	errs := make([]error, clients)
 	var wg sync.WaitGroup
 	for i := range clients {
 		wg.Go(func() {
 			var cc *grpc.ClientConn
-			for left.Add(-1) >= 0 && errs[i] == nil {
+			for remaining.Add(-1) >= 0 && errs[i] == nil {
 				if cc == nil {
 					if cc, errs[i] = dialSocket(path); errs[i] != nil {
 						return
@@ -212,7 +212,7 @@ func BenchmarkFirstAnswer(b *testing.B) {
 
 // BenchmarkPush1000Streams is how long one update takes to reach 1,000 streams
 // with a connection each: from the first push to the last and from the update
-// to the last, and what a stream at rest costs in memory.
+// to the last, and the memory of an idle stream.
 func BenchmarkPush1000Streams(b *testing.B) {
 	const n = 1000
 	s, path, e := serveSocket(b, nil)
@@ -285,7 +285,7 @@ func BenchmarkEncode(b *testing.B) {
 	}
 }
 
-// freeMemory gives back what the Go runtime can do without.
+// freeMemory returns unused memory to the operating system.
 func freeMemory() {
 	debug.FreeOSMemory()
 	time.Sleep(50 * time.Millisecond)

@@ -6,18 +6,17 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// codec is gRPC's for protocol buffers, which in addition takes answers that
-// are encoded already.
+// codec is gRPC's codec for protocol buffers that also accepts encoded answers.
 type codec struct{}
 
-// encoded is an answer in wire format.
-type encoded struct{ data mem.Buffer }
+// encodedMessage is an answer in wire format.
+type encodedMessage struct{ data mem.Buffer }
 
 var protobuf = encoding.GetCodecV2(proto.Name)
 
-// Marshal encodes an answer.
+// Marshal encodes an answer, or returns an encodedMessage as it is.
 func (codec) Marshal(v any) (mem.BufferSlice, error) {
-	if e, ok := v.(encoded); ok {
+	if e, ok := v.(encodedMessage); ok {
 		return mem.BufferSlice{e.data}, nil
 	}
 	return protobuf.Marshal(v)

@@ -15,39 +15,40 @@ import (
 )
 
 // peerCredentials identifies the process at the other end of each new
-// connection. There is no TLS on this socket: the kernel vouches for the
-// caller (SPIFFE Workload Endpoint, section 4).
+// connection. The socket has no TLS: the kernel identifies the caller (SPIFFE
+// Workload Endpoint, section 4).
 type peerCredentials struct{ s *Server }
 
-var errTooManyConns = errors.New("the user has too many connections open")
+var errTooManyConns = errors.New("too many open connections of this user")
 
-// ServerHandshake holds the caller's process until the connection is closed.
+// ServerHandshake identifies the caller's process and holds it until the connection
+// is closed.
 func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	p, err := c.s.cfg.Peers(conn)
 	if err != nil {
 		if !errors.Is(err, attest.ErrGone) {
-			c.s.log.Warn("a caller could not be identified", slog.Any("error", err))
+			c.s.log.Warn("caller not identified", slog.Any("error", err))
 		}
 		return nil, nil, err
 	}
 	if !c.s.conns.acquire(p.UID()) {
-		c.s.warnBusy(p, "connections", c.s.conns.limit)
+		c.s.logLimitExceeded(p, "connections", c.s.conns.limit)
 		p.Close()
 		return nil, nil, errTooManyConns
 	}
-	held := &peerConn{joined: joined{Conn: conn}, close: sync.OnceFunc(func() {
+	held := &peerConn{coalescingConn: coalescingConn{Conn: conn}, close: sync.OnceFunc(func() {
 		c.s.conns.release(p.UID())
 		p.Close()
 	})}
 	return held, peerInfo{peer: p, conn: held}, nil
 }
 
-// ClientHandshake is for clients and never called.
+// ClientHandshake fails: these credentials are for servers.
 func (peerCredentials) ClientHandshake(context.Context, string, net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	return nil, nil, errors.New("not a client")
 }
 
-// Info describes the protocol.
+// Info names the protocol "unix".
 func (peerCredentials) Info() credentials.ProtocolInfo {
 	return credentials.ProtocolInfo{SecurityProtocol: "unix"}
 }
@@ -55,7 +56,7 @@ func (peerCredentials) Info() credentials.ProtocolInfo {
 // Clone returns c, which has no state of its own.
 func (c peerCredentials) Clone() credentials.TransportCredentials { return c }
 
-// OverrideServerName is for clients.
+// OverrideServerName does nothing: these credentials are for servers.
 func (peerCredentials) OverrideServerName(string) error { return nil }
 
 // peerInfo carries the process to the handlers.
@@ -67,12 +68,12 @@ type peerInfo struct {
 
 func (peerInfo) AuthType() string { return "unix" }
 
-func peerFrom(ctx context.Context) (*attest.Peer, bool) {
-	info, ok := infoFrom(ctx)
+func peerOf(ctx context.Context) (*attest.Peer, bool) {
+	info, ok := peerInfoOf(ctx)
 	return info.peer, ok
 }
 
-func infoFrom(ctx context.Context) (peerInfo, bool) {
+func peerInfoOf(ctx context.Context) (peerInfo, bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return peerInfo{}, false
@@ -81,10 +82,10 @@ func infoFrom(ctx context.Context) (peerInfo, bool) {
 	return info, ok
 }
 
-func unixPeer(conn net.Conn) (*attest.Peer, error) {
+func peerOfUnixConn(conn net.Conn) (*attest.Peer, error) {
 	uc, ok := conn.(*net.UnixConn)
 	if !ok {
-		return nil, fmt.Errorf("identify the caller: %T is no connection of a Unix socket", conn)
+		return nil, fmt.Errorf("identify caller: %T is not a Unix socket connection", conn)
 	}
 	return attest.FromConn(uc)
 }

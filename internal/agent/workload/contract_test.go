@@ -29,7 +29,7 @@ func TestHeaderIsRequired(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
-				// Neither starting nor denied: the header comes first.
+				// The server checks the header first: neither starting nor denied.
 				s := newSystem(t, nil)
 				c := s.client(1000)
 				ctx := metadata.NewOutgoingContext(t.Context(), md)
@@ -41,7 +41,7 @@ func TestHeaderIsRequired(t *testing.T) {
 					t.Errorf("FetchJWTSVID: %v", err)
 				}
 				_, err = c.ValidateJWTSVID(ctx, &workloadpb.ValidateJWTSVIDRequest{Audience: "a", Svid: "x"})
-				if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "metadata") {
+				if status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "security header missing") {
 					t.Errorf("ValidateJWTSVID: %v", err)
 				}
 			})
@@ -69,8 +69,8 @@ func TestStartingIsUnavailable(t *testing.T) {
 	})
 }
 
-// When an authority leaves the bundle before what it signed was replaced, SVIDs
-// and bundle change in one answer, unless the replacement takes too long.
+// If an authority is removed from the bundle before its SVIDs were replaced, SVIDs and
+// bundle change in one answer, unless the replacement takes too long.
 func TestRemovalWaitsForTheReplacement(t *testing.T) {
 	t.Parallel()
 	for _, late := range []bool{false, true} {
@@ -86,12 +86,12 @@ func TestRemovalWaitsForTheReplacement(t *testing.T) {
 			next := newAuthority(t, td, "next")
 			removed := time.Now()
 			s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 9, next)})
-			quiet(t, r)
+			noAnswer(t, r)
 			if late {
 				time.Sleep(time.Minute)
 				got := settled(r)
 				if len(got) != 1 || got[0].at.Sub(removed) != 5*time.Second {
-					t.Fatalf("got %v, want the new bundle to be told after 5 s in any case", got)
+					t.Fatalf("got %v, want the new bundle to be sent after 5 s in any case", got)
 				}
 				return
 			}
@@ -103,19 +103,19 @@ func TestRemovalWaitsForTheReplacement(t *testing.T) {
 				t.Fatalf("got %v, want one answer with the replacement", got)
 			}
 			time.Sleep(time.Minute)
-			quiet(t, r)
+			noAnswer(t, r)
 		})
 	}
 }
 
-// A caller that comes a moment before the agent is ready is not sent away.
-func TestStartingIsWaitedForABit(t *testing.T) {
+// A call that arrives a moment before the agent is ready waits for it.
+func TestStartingCallWaitsBriefly(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newSystem(t, nil)
 		r := fetchX509(t.Context(), s.client(1000))
 		time.Sleep(400 * time.Millisecond)
-		quiet(t, r)
+		noAnswer(t, r)
 		s.add(entry("1", "/a", 1000))
 		if got := settled(r); len(got) != 1 || got[0].err != nil {
 			t.Errorf("got %v when the agent became ready, want one answer at once", got)
@@ -131,9 +131,9 @@ func TestDeniedIsLoggedOnce(t *testing.T) {
 		for range 3 {
 			ended(t, fetchX509(t.Context(), s.client(1001)), codes.PermissionDenied)
 		}
-		got := s.logs.attrs("a caller was denied")
-		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1001" || got[0]["uid"] != "1001" || got[0]["path"] == "" || got[0]["pid"] == "" {
-			t.Errorf("logged %v, want one line with pid, uid, path and selectors", got)
+		got := s.logs.attrs("caller denied")
+		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1001" || got[0]["user"] != "1001" || got[0]["path"] == "" || got[0]["pid"] == "" {
+			t.Errorf("logged %v, want one line with pid, user, path and selectors", got)
 		}
 		if n := s.obs.streams("FetchX509SVID"); n != 0 {
 			t.Errorf("%d streams counted as open", n)
@@ -170,7 +170,7 @@ func TestShutdown(t *testing.T) {
 	})
 }
 
-// A client that does not read cannot hold up the shutdown.
+// A client that does not read cannot delay the shutdown.
 func TestShutdownWithClientThatDoesNotRead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -179,7 +179,7 @@ func TestShutdownWithClientThatDoesNotRead(t *testing.T) {
 		s.cache.Update([]*cache.Entry{e}, nil)
 		c := s.client(1000)
 		svid := *s.ca.svid(t, e, time.Hour)
-		svid.Intermediates = make([]byte, 3<<20) // more than flow control lets through
+		svid.Intermediates = make([]byte, 3<<20) // more than the flow control window
 		if err := s.cache.Put(&svid); err != nil {
 			t.Fatal(err)
 		}
@@ -195,7 +195,7 @@ func TestShutdownWithClientThatDoesNotRead(t *testing.T) {
 	})
 }
 
-func TestAttestorsThatFail(t *testing.T) {
+func TestFailingAttestors(t *testing.T) {
 	t.Parallel()
 	broken := byUID{err: func() error { return errors.New("runtime is down") }}
 	for _, tt := range []struct {
@@ -242,8 +242,7 @@ func TestLimitOfCalls(t *testing.T) {
 	})
 }
 
-// TestLimitOfRequests: nobody sends more than 64 KiB in a request, or 8 KiB of
-// metadata with it.
+// A request has at most 64 KiB, and its metadata at most 8 KiB.
 func TestLimitOfRequests(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -289,7 +288,7 @@ func TestLimitOfConnections(t *testing.T) {
 		if open() == nil {
 			t.Error("a third connection was accepted")
 		}
-		time.Sleep(handshakeTimeout + time.Second) // the first two never said anything
+		time.Sleep(handshakeTimeout + time.Second) // the first two never sent anything
 		if err := open(); err != nil {
 			t.Errorf("after the others timed out: %v", err)
 		}

@@ -13,57 +13,57 @@ import (
 	"google.golang.org/grpc/mem"
 )
 
-// That gRPC has taken an answer says little: it queues what the client's flow control
-// has no room for, and the kernel what the client does not read. An answer has been
-// read when its last byte was written to the connection and the peer then had nothing
+// An answer that gRPC has accepted may not have been read: gRPC queues what exceeds the
+// client's flow control window, and the kernel what the client does not read. An answer
+// was read if its last byte was written to the connection and the peer then had nothing
 // left to read.
 
-// peerConn is a connection that knows which answers its peer has read. It lets go of
-// the process when it is closed.
+// peerConn is a connection that knows which answers its peer has read. It releases the
+// process when it is closed.
 type peerConn struct {
-	joined
+	coalescingConn
 	close func()
 
 	mu       sync.Mutex
-	awaited  []*delivery
-	finished bool // the peer has closed the connection after it had read everything
+	tracked  []*delivery
+	finished bool // the peer read everything and then closed the connection
 	broken   bool // what was written may be lost
 }
 
-// unreader is a connection that knows how much of what was written the peer has not
-// read: 0 is nothing. On others what was written counts as read.
-type unreader interface{ Unread() (int, error) }
+// unreadCounter is a connection that knows how many written bytes the peer has not
+// read. On others what was written counts as read.
+type unreadCounter interface{ Unread() (int, error) }
 
-// delivery is an answer on its way.
+// delivery is an answer that is being sent.
 type delivery struct {
-	answer  mem.Buffer // held, so that its memory is not another answer's meanwhile
-	last    *byte      // the end of the answer as gRPC gets it
+	answer  mem.Buffer // held, so that no other answer reuses its memory
+	last    *byte      // the last byte of the answer, in the memory that gRPC writes
 	written bool       // guarded by peerConn.mu
 }
 
-// await follows an answer that is about to be given to gRPC, which must not copy it:
-// the server has no write buffer. It must not be empty, nor change. The reference to it
-// stays the caller's.
-func (c *peerConn) await(answer mem.Buffer) *delivery {
+// track begins to track an answer that is passed to gRPC afterwards. gRPC must not copy
+// it, so the server has no write buffer. The answer must not be empty or change. The
+// caller keeps its reference.
+func (c *peerConn) track(answer mem.Buffer) *delivery {
 	answer.Ref()
 	data := answer.ReadOnlyData()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	d := &delivery{answer: answer, last: &data[len(data)-1]}
-	c.awaited = append(c.awaited, d)
+	c.tracked = append(c.tracked, d)
 	return d
 }
 
-// forget ends what await has begun, once.
-func (c *peerConn) forget(d *delivery) {
+// untrack ends the tracking. It must be called once for each delivery.
+func (c *peerConn) untrack(d *delivery) {
 	c.mu.Lock()
-	c.awaited = slices.DeleteFunc(c.awaited, func(e *delivery) bool { return e == d })
+	c.tracked = slices.DeleteFunc(c.tracked, func(e *delivery) bool { return e == d })
 	c.mu.Unlock()
 	d.answer.Free()
 }
 
-// read reports whether the peer has read an answer.
-func (c *peerConn) read(d *delivery) bool {
+// wasRead reports whether the peer has read an answer.
+func (c *peerConn) wasRead(d *delivery) bool {
 	c.mu.Lock()
 	written, finished, broken := d.written, c.finished, c.broken
 	c.mu.Unlock()
@@ -77,23 +77,23 @@ func (c *peerConn) read(d *delivery) bool {
 	return err == nil && n == 0
 }
 
-// endGrace is about how long it may take until what a client has read before it ended
-// a stream is known here.
-const endGrace = 500 * time.Millisecond
+// readGrace is about how long wasReadAtEnd waits until it is known what the client
+// read.
+const readGrace = 500 * time.Millisecond
 
-// readAtEnd is read for a stream that its client has ended. A client that asks once
-// does so, and closes the connection, as soon as it has its answer: before the write
-// has returned here, and before gRPC has read that the connection ends, which
-// alone tells what was read of a closed one. So it is looked at several times.
-func (c *peerConn) readAtEnd(d *delivery) bool {
+// wasReadAtEnd is wasRead for a stream that its client has ended. A client that asks
+// once ends the stream and closes the connection as soon as it has its answer. That may
+// be before the write has returned here, and before gRPC has read the end of the
+// connection, which tells what was read. So it polls for readGrace.
+func (c *peerConn) wasReadAtEnd(d *delivery) bool {
 	for pause := time.Millisecond; ; pause *= 2 {
-		if c.read(d) {
+		if c.wasRead(d) {
 			return true
 		}
 		c.mu.Lock()
 		broken := c.broken
 		c.mu.Unlock()
-		if broken || pause > endGrace/2 {
+		if broken || pause > readGrace/2 {
 			return false
 		}
 		time.Sleep(pause)
@@ -101,34 +101,34 @@ func (c *peerConn) readAtEnd(d *delivery) bool {
 }
 
 func (c *peerConn) Write(b []byte) (int, error) {
-	n, err := c.joined.Write(b)
+	n, err := c.coalescingConn.Write(b)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	switch {
 	case errors.Is(err, unix.EPIPE):
-		// The peer has closed the connection. What it had read by then, Read tells.
+		// The peer has closed the connection. Read finds out what it had read.
 	case err != nil:
 		c.broken = true
 	case n > 0:
-		for _, d := range c.awaited {
+		for _, d := range c.tracked {
 			d.written = d.written || d.last == &b[n-1]
 		}
 	}
 	return n, err
 }
 
-// Read notes how the peer closes the connection. A peer that had something left to
-// read is no EOF but an error: unix(7) says ECONNRESET.
+// Read records how the peer closes the connection. If it left something unread, that
+// is ECONNRESET and not EOF: unix(7).
 func (c *peerConn) Read(b []byte) (int, error) {
 	n, err := c.Conn.Read(b)
 	if err != nil {
-		c.ended(err)
+		c.readFailed(err)
 	}
 	return n, err
 }
 
-// ended notes why nothing more can be read.
-func (c *peerConn) ended(err error) {
+// readFailed records whether the peer had read everything when reading ended with err.
+func (c *peerConn) readFailed(err error) {
 	finished := false
 	if errors.Is(err, io.EOF) {
 		left, err := unreadOfClosed(c.Conn)
@@ -149,8 +149,8 @@ func (c *peerConn) Close() error {
 	return err
 }
 
-// unread is how much the peer has left to read, and an error once it has closed the
-// connection: then nothing is left in the kernel, read or not.
+// unread returns how many bytes the peer has not read. It fails once the peer has closed
+// the connection: the kernel then drops what is left.
 func unread(conn net.Conn) (n int, err error) {
 	uc, ok := conn.(*net.UnixConn)
 	if !ok {
@@ -160,7 +160,7 @@ func unread(conn net.Conn) (n int, err error) {
 		if n, err = unix.IoctlGetInt(fd, unix.SIOCOUTQ); err != nil || n > 0 {
 			return err
 		}
-		// In this order: the kernel marks the connection before it drops what is left.
+		// Poll last: the kernel marks the connection before it drops what is left.
 		fds := [1]unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
 		for {
 			_, err := unix.Poll(fds[:], 0)
@@ -185,7 +185,7 @@ func unreadOfClosed(conn net.Conn) (n int, err error) {
 			return err
 		})
 		return n, err
-	case unreader:
+	case unreadCounter:
 		return conn.Unread()
 	}
 	return 0, nil
@@ -199,7 +199,7 @@ func control(conn *net.UnixConn, f func(fd int) error) error {
 	var failed error
 	err = raw.Control(func(fd uintptr) { failed = f(int(fd)) })
 	if err = errors.Join(err, failed); err != nil {
-		return fmt.Errorf("ask what the peer has not read: %w", err)
+		return fmt.Errorf("query unread bytes: %w", err)
 	}
 	return nil
 }

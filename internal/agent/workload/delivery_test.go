@@ -26,7 +26,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// rawClient is an HTTP/2 client that reads when it is told to.
+// rawClient is an HTTP/2 client that reads only while read runs.
 type rawClient struct {
 	conn   net.Conn
 	mu     sync.Mutex // held while a frame is written
@@ -82,21 +82,21 @@ func (c *rawClient) read() {
 		case *http2.SettingsFrame:
 			if !f.IsAck() {
 				c.mu.Lock()
-				_ = c.framer.WriteSettingsAck() // the next read tells
+				_ = c.framer.WriteSettingsAck() // the next read fails, too
 				c.mu.Unlock()
 			}
 		}
 	}
 }
 
-// widen lets that many more bytes through to the stream.
+// widen extends the window of the stream by that many bytes.
 func (c *rawClient) widen(bytes uint32) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.framer.WriteWindowUpdate(1, bytes)
 }
 
-// streams is how many count against the authority.
+// streams returns how many streams count against the authority.
 func (s *system) streams(a *authority) int {
 	for _, u := range s.cache.Authorities() {
 		if u.Authority == bundle.AuthorityID(a.cert) {
@@ -106,8 +106,8 @@ func (s *system) streams(a *authority) int {
 	return 0
 }
 
-// An answer that gRPC has queued, because flow control lets nothing through, has not
-// been read. Once the client lets it through, it is, and the client gets the newest.
+// An answer that gRPC has queued, because the window is closed, has not been read.
+// Once the client opens the window, it reads the answer and then the newest one.
 func TestQueuedAnswerIsNotRead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -130,7 +130,7 @@ func TestQueuedAnswerIsNotRead(t *testing.T) {
 		s.put(e)
 		time.Sleep(10 * time.Second)
 		if n := c.data.Load(); n != 0 {
-			t.Fatalf("%d bytes came through a window that is shut", n)
+			t.Fatalf("%d bytes came through a closed window", n)
 		}
 		if s.streams(a) != 1 {
 			t.Errorf("the stream does not count against the authority of what is queued")
@@ -138,7 +138,7 @@ func TestQueuedAnswerIsNotRead(t *testing.T) {
 		if err := c.widen(1 << 20); err != nil {
 			t.Fatal(err)
 		}
-		time.Sleep(2*readLimit + time.Second)
+		time.Sleep(2*maxReadPause + time.Second)
 		if s.streams(a) != 0 || s.streams(b) != 1 {
 			t.Errorf("all read: %d count against the first authority and %d against the second, want 0 and 1", s.streams(a), s.streams(b))
 		}
@@ -170,7 +170,7 @@ func TestAnswerInTheSocketIsNotRead(t *testing.T) {
 	s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 2, a, b)})
 	s.ca = b
 	s.put(e)
-	time.Sleep(3 * PushSpacing) // longer than the server waits before it looks
+	time.Sleep(3 * PushSpacing) // longer than the server waits before it checks
 	if s.streams(a) != 1 {
 		t.Error("a stream that has read nothing does not count against the authority of what it was sent")
 	}
@@ -181,9 +181,9 @@ func TestAnswerInTheSocketIsNotRead(t *testing.T) {
 	<-done
 }
 
-// For every way in which a client can go on after an answer was written to its
-// socket: whether it has read it.
-func TestWhatThePeerHasRead(t *testing.T) {
+// Whatever a client does after an answer was written to its socket, the server knows
+// whether the client has read it.
+func TestAnswerReadByPeer(t *testing.T) {
 	t.Parallel()
 	const answer = "the answer"
 	for name, tt := range map[string]struct {
@@ -204,35 +204,35 @@ func TestWhatThePeerHasRead(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			server, client := unixPair(t)
-			c := &peerConn{joined: joined{Conn: server}, close: func() {}}
+			c := &peerConn{coalescingConn: coalescingConn{Conn: server}, close: func() {}}
 			data := []byte(answer)
-			d := c.await(mem.SliceBuffer(data))
-			defer c.forget(d)
-			if c.read(d) {
+			d := c.track(mem.SliceBuffer(data))
+			defer c.untrack(d)
+			if c.wasRead(d) {
 				t.Error("read before it was written")
 			}
 			if _, err := c.Write(data); err != nil {
 				t.Fatal(err)
 			}
 			tt.peer(t, client)
-			before := c.read(d)
-			// gRPC has a read going all the time; here only a close ends it.
+			before := c.wasRead(d)
+			// gRPC reads all the time; here only a close ends the read.
 			if err := server.SetReadDeadline(time.Now().Add(50 * time.Millisecond)); err != nil {
 				t.Fatal(err)
 			}
 			if _, err := server.Read(make([]byte, 1)); !os.IsTimeout(err) {
-				c.ended(err)
+				c.readFailed(err)
 			}
-			if after := c.read(d); after != tt.want || (before && !after) {
-				t.Errorf("before its side was seen to end: %v, after: %v, want %v", before, after, tt.want)
+			if after := c.wasRead(d); after != tt.want || (before && !after) {
+				t.Errorf("before the end of its side was read: %v, after: %v, want %v", before, after, tt.want)
 			}
 		})
 	}
 }
 
-// A stream may end before gRPC has noticed that the client, which has read everything
-// or not, has closed its connection. A write that fails for that reason tells nothing.
-func TestWhatIsReadOfAClosedConnection(t *testing.T) {
+// A stream may end before gRPC has read the end of the connection, whether the client
+// has read everything or not. A write that fails with EPIPE gives no information.
+func TestAnswerReadBeforeClose(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		take int
@@ -241,27 +241,27 @@ func TestWhatIsReadOfAClosedConnection(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			server, client := unixPair(t)
-			c := &peerConn{joined: joined{Conn: server}, close: func() {}}
+			c := &peerConn{coalescingConn: coalescingConn{Conn: server}, close: func() {}}
 			data := []byte("the answer")
-			d := c.await(mem.SliceBuffer(data))
-			defer c.forget(d)
+			d := c.track(mem.SliceBuffer(data))
+			defer c.untrack(d)
 			if _, err := c.Write(data); err != nil {
 				t.Fatal(err)
 			}
 			take(t, client, tt.take)
 			client.Close()
-			if c.read(d) {
-				t.Error("known to be read before the end of the connection was noted")
+			if c.wasRead(d) {
+				t.Error("counted as read before the end of the connection was read")
 			}
 			synctest.Test(t, func(t *testing.T) {
 				done := make(chan bool)
-				go func() { done <- c.readAtEnd(d) }()
+				go func() { done <- c.wasReadAtEnd(d) }()
 				synctest.Wait()
 				if _, err := c.Write(data); err == nil {
-					t.Error("a write to nobody succeeds")
+					t.Error("a write to a closed connection succeeds")
 				}
 				if _, err := c.Read(make([]byte, 1)); err == nil {
-					t.Error("the connection goes on")
+					t.Error("the connection is still open")
 				}
 				if got := <-done; got != tt.want {
 					t.Errorf("read: %v, want %v", got, tt.want)
@@ -271,12 +271,12 @@ func TestWhatIsReadOfAClosedConnection(t *testing.T) {
 	}
 }
 
-// The memory of an answer belongs to no other one as long as it is awaited.
-func TestAwaitedAnswerKeepsItsMemory(t *testing.T) {
+// No other answer gets the memory of a tracked one.
+func TestTrackedAnswerKeepsItsMemory(t *testing.T) {
 	t.Parallel()
 	c := &peerConn{}
 	answer := fill(4000, func(b []byte) []byte { return b[:4000] })
-	d := c.await(answer)
+	d := c.track(answer)
 	answer.Free() // as gRPC does once it has written it
 	for range 100 {
 		other := fill(4000, func(b []byte) []byte { return b[:4000] })
@@ -284,7 +284,7 @@ func TestAwaitedAnswerKeepsItsMemory(t *testing.T) {
 			t.Fatal("another answer has its memory")
 		}
 	}
-	c.forget(d)
+	c.untrack(d)
 }
 
 func take(t *testing.T, c net.Conn, n int) {
@@ -325,8 +325,8 @@ func watchSource(path string) error {
 	return nil
 }
 
-// A process that is stopped counts until it goes on and has read its replacement, or
-// is killed.
+// A stopped process counts until it continues and has read its replacement, or is
+// killed.
 func TestStoppedProcessIsCounted(t *testing.T) {
 	t.Parallel()
 	s, path, e := serveSocket(t, nil)
@@ -355,7 +355,7 @@ func TestStoppedProcessIsCounted(t *testing.T) {
 			}
 		}
 	}
-	// A signal is sent before every thread of the process has stopped.
+	// kill(2) returns before every thread of the process has stopped.
 	stopped := func() bool {
 		status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
 		return err == nil && bytes.Contains(status, []byte("State:\tT"))
@@ -382,7 +382,7 @@ func TestStoppedProcessIsCounted(t *testing.T) {
 	s.put(e)
 	time.Sleep(6 * PushSpacing)
 	if s.streams(b) != 1 {
-		t.Errorf("stopped once more, and not counted: %+v", s.cache.Authorities())
+		t.Errorf("stopped again, and not counted: %+v", s.cache.Authorities())
 	}
 	signal(syscall.SIGKILL)
 	_ = cmd.Wait() // killed

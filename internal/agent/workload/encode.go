@@ -7,9 +7,9 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// The answers that go to every stream at once are encoded here by hand, from
-// what the cache holds straight into one pooled buffer: no message is built
-// and copied first. Field numbers are those of workload.proto.
+// The answers that go to many streams at once are encoded by hand, from the cache
+// straight into one pooled buffer, without a message that is copied. Field numbers
+// are those of workload.proto.
 const (
 	responseSVIDs     = 1 // X509SVIDResponse
 	responseFederated = 3
@@ -54,11 +54,11 @@ func (a *x509Answer) size() int {
 	for _, id := range a.identities {
 		n += fieldSize(a.svidSize(id))
 	}
-	return n + foreignSize(a.federated)
+	return n + bundlesSize(a.federated)
 }
 
-// encode returns the answer as an X509SVIDResponse of the given size, in a pooled
-// buffer that is given back when it was written and its delivery is forgotten.
+// encode returns the answer as an X509SVIDResponse of the given size. Its pooled
+// buffer is free when it was written and its delivery is no longer tracked.
 func (a *x509Answer) encode(size int) mem.Buffer {
 	return fill(size, a.append)
 }
@@ -76,11 +76,11 @@ func (a *x509Answer) append(b []byte) []byte {
 			b = appendField(b, svidHint, id.hint)
 		}
 	}
-	return appendForeign(b, responseFederated, a.federated)
+	return appendBundles(b, responseFederated, a.federated)
 }
 
-// foreignSize is the size of a map from trust domains to bundles.
-func foreignSize(m []foreign) int {
+// bundlesSize is the size of a map from trust domains to bundles.
+func bundlesSize(m []encodedBundle) int {
 	n := 0
 	for _, f := range m {
 		n += fieldSize(fieldSize(len(f.td.IDString())) + fieldSize(len(f.data)))
@@ -88,7 +88,7 @@ func foreignSize(m []foreign) int {
 	return n
 }
 
-func appendForeign(b []byte, field protowire.Number, m []foreign) []byte {
+func appendBundles(b []byte, field protowire.Number, m []encodedBundle) []byte {
 	for _, f := range m {
 		name := f.td.IDString()
 		b = appendHeader(b, field, fieldSize(len(name))+fieldSize(len(f.data)))
@@ -98,13 +98,13 @@ func appendForeign(b []byte, field protowire.Number, m []foreign) []byte {
 	return b
 }
 
-// encodeMap returns a message that holds nothing but a map of bundles, in a pooled
-// buffer that is given back when it was written.
-func encodeMap(field protowire.Number, m []foreign) mem.Buffer {
-	return fill(foreignSize(m), func(b []byte) []byte { return appendForeign(b, field, m) })
+// encodeBundles returns a message with a map of bundles only. Its pooled buffer is
+// free when it was written.
+func encodeBundles(field protowire.Number, m []encodedBundle) mem.Buffer {
+	return fill(bundlesSize(m), func(b []byte) []byte { return appendBundles(b, field, m) })
 }
 
-// fill has a pooled buffer of the given size filled.
+// fill returns a pooled buffer of the given size, filled by with.
 func fill(size int, with func([]byte) []byte) mem.Buffer {
 	buf := pool.Get(size)
 	*buf = with((*buf)[:0])

@@ -11,12 +11,12 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// The first answer waits until the server has said what the federated bundles are,
-// but not for long: the server may not say.
+// The first answer waits for the federated bundles, but not for long: the server may
+// not answer.
 func TestFirstAnswerWaitsForFederatedBundles(t *testing.T) {
 	t.Parallel()
-	for name, told := range map[string]func(*bundle.Snapshot, *bundle.Bundle){
-		"told": func(s *bundle.Snapshot, b *bundle.Bundle) {
+	for name, change := range map[string]func(*bundle.Snapshot, *bundle.Bundle){
+		"found": func(s *bundle.Snapshot, b *bundle.Bundle) {
 			s.Federated = map[spiffeid.TrustDomain]*bundle.Bundle{otherTD: b}
 		},
 		"not found": func(s *bundle.Snapshot, _ *bundle.Bundle) { s.NotFound = map[spiffeid.TrustDomain]bool{otherTD: true} },
@@ -34,21 +34,21 @@ func TestFirstAnswerWaitsForFederatedBundles(t *testing.T) {
 				bundles := receive(c.FetchX509Bundles(withHeader(t.Context()), &workloadpb.X509BundlesRequest{}))
 				keys := receive(c.FetchJWTBundles(withHeader(t.Context()), &workloadpb.JWTBundlesRequest{}))
 				time.Sleep(bundleGrace - time.Second)
-				quiet(t, svids)
-				quiet(t, bundles)
-				quiet(t, keys)
+				noAnswer(t, svids)
+				noAnswer(t, bundles)
+				noAnswer(t, keys)
 				want := 0
-				if told == nil {
+				if change == nil {
 					time.Sleep(time.Second)
 				} else {
 					next := &bundle.Snapshot{Own: bundleOf(t, td, 1, s.ca)}
-					told(next, bundleOf(t, otherTD, 1, newAuthority(t, otherTD, "other")))
+					change(next, bundleOf(t, otherTD, 1, newAuthority(t, otherTD, "other")))
 					want = len(next.Federated)
 					s.cache.SetBundle(next)
 				}
 				x, b, k := one(t, svids), one(t, bundles), one(t, keys)
 				if len(x.FederatedBundles) != want || len(b.Bundles) != 1+want || len(k.Bundles) != 1+want {
-					t.Errorf("%d, %d and %d bundles, want those of %d others", len(x.FederatedBundles), len(b.Bundles), len(k.Bundles), want)
+					t.Errorf("%d, %d and %d bundles, want %d federated ones", len(x.FederatedBundles), len(b.Bundles), len(k.Bundles), want)
 				}
 			})
 		})

@@ -40,7 +40,7 @@ func FuzzEncode(f *testing.F) {
 		}
 		bundles := &workloadpb.X509BundlesResponse{}
 		if other, err := spiffeid.TrustDomainFromString(foreignTD); err == nil {
-			a.federated = []foreign{{other, foreignDER}}
+			a.federated = []encodedBundle{{other, foreignDER}}
 			want.FederatedBundles = map[string][]byte{other.IDString(): foreignDER}
 			bundles.Bundles = want.FederatedBundles
 		}
@@ -54,7 +54,7 @@ func FuzzEncode(f *testing.F) {
 		if !proto.Equal(got, want) || len(answer) != a.size() {
 			t.Errorf("got %v, want %v", got, want)
 		}
-		buf = encodeMap(x509Bundles, a.federated)
+		buf = encodeBundles(x509Bundles, a.federated)
 		defer buf.Free()
 		gotBundles := &workloadpb.X509BundlesResponse{}
 		if err := proto.Unmarshal(buf.ReadOnlyData(), gotBundles); err != nil || !proto.Equal(gotBundles, bundles) {
@@ -64,8 +64,8 @@ func FuzzEncode(f *testing.F) {
 }
 
 // FuzzRequest sends arbitrary requests as a registered and as an unknown
-// caller. Whatever they hold, the answer is a status that a client knows what
-// to do with, and an unknown caller never gets anything.
+// caller. Whatever they contain, the answer is a status that clients handle, and an
+// unknown caller never gets anything.
 func FuzzRequest(f *testing.F) {
 	m := &minter{}
 	s := newSystem(f, func(c *Config) { c.JWT = m })
@@ -90,7 +90,7 @@ func FuzzRequest(f *testing.F) {
 						t.Errorf("an unknown caller got %v, %v", fetched, validated)
 					}
 				case codes.InvalidArgument, codes.PermissionDenied, codes.Unavailable:
-				case codes.Internal: // text that is not UTF-8 does not leave the client
+				case codes.Internal: // the client rejects text that is not UTF-8
 				case codes.ResourceExhausted: // above maxRequest
 				default:
 					t.Errorf("got %v", err)
@@ -130,5 +130,5 @@ func FuzzConnection(f *testing.F) {
 
 func write(c net.Conn, data []byte) {
 	c.SetDeadline(time.Now().Add(time.Second))
-	c.Write(data) // the server may hang up before all is written
+	c.Write(data) // the server may close the connection before all is written
 }

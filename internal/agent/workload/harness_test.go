@@ -248,7 +248,7 @@ func withHeader(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
 }
 
-// answer is what a stream delivered, and when.
+// answer is one answer of a stream, and its time.
 type answer[T any] struct {
 	msg *T
 	at  time.Time
@@ -334,7 +334,7 @@ func (l *listener) dial(ctx context.Context, uid uint32) (net.Conn, error) {
 	}
 }
 
-// logs keeps what was logged.
+// logs keeps the log records.
 type logs struct {
 	mu      sync.Mutex
 	records []slog.Record

@@ -2,22 +2,22 @@ package workload
 
 import "net"
 
-// joined is a connection that writes the beginnings of an answer together with the
-// rest of it. Without a write buffer gRPC writes the HEADERS frame, the header of the
-// DATA frame, the header of the message and the message one by one: four system calls,
-// each of which wakes the client. Write is for one goroutine at a time.
-type joined struct {
+// coalescingConn is a connection that writes the parts of an answer together. Without a
+// write buffer gRPC writes the HEADERS frame, the header of the DATA frame, the header
+// of the message and the message one by one: four system calls, each of which wakes the
+// client. Write must not be called concurrently.
+type coalescingConn struct {
 	net.Conn
-	left int // bytes to come of the DATA frame whose header is held
+	left int // bytes to come of the current DATA frame
 
-	held   []byte // goes out before what is written next
+	held   []byte // written before the next bytes
 	room   [heldMax]byte
 	vector [2][]byte
 	both   net.Buffers // of vector
 }
 
 const (
-	// heldMax is more than those beginnings have, and bounds what is copied.
+	// heldMax bounds what is copied. The headers of an answer are shorter.
 	heldMax = 64
 
 	// RFC 9113, sections 4.1, 6.1 and 6.2.
@@ -27,9 +27,9 @@ const (
 	flagsEndStream = 1
 )
 
-// Write holds b back if more has to follow: the rest of a DATA frame, or the first
-// DATA frame after HEADERS. All else, and the end of a frame, is written at once.
-func (c *joined) Write(b []byte) (int, error) {
+// Write holds b back if more must follow: the rest of a DATA frame, or the first
+// DATA frame after HEADERS. It writes all else, and the end of a frame, at once.
+func (c *coalescingConn) Write(b []byte) (int, error) {
 	if c.continued(b) && len(c.held)+len(b) <= heldMax {
 		if c.held == nil {
 			c.held = c.room[:0]
@@ -48,8 +48,8 @@ func (c *joined) Write(b []byte) (int, error) {
 	return int(max(n, 0)), err
 }
 
-// continued reports whether more follows after b.
-func (c *joined) continued(b []byte) bool {
+// continued reports whether more must follow after b.
+func (c *coalescingConn) continued(b []byte) bool {
 	switch {
 	case c.left > 0:
 		c.left -= min(len(b), c.left)

@@ -10,7 +10,7 @@ import (
 	"golang.org/x/net/http2"
 )
 
-// sink is a connection that keeps what is written to it, until it fails.
+// sink is a connection that records what is written to it and fails when it is full.
 type sink struct {
 	net.Conn
 	got  []byte
@@ -75,7 +75,7 @@ func TestJoinedWrites(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			out := &sink{room: 1 << 20}
-			c := joined{Conn: out}
+			c := coalescingConn{Conn: out}
 			var want []byte
 			for i, s := range steps {
 				before := len(out.got)
@@ -94,11 +94,11 @@ func TestJoinedWrites(t *testing.T) {
 	}
 }
 
-// A connection that takes a part says how much of what was written last.
-func TestJoinedWriteThatFails(t *testing.T) {
+// If the connection accepts only a part, Write returns how much of its own bytes that is.
+func TestFailedCoalescedWrite(t *testing.T) {
 	t.Parallel()
 	for room, want := range map[int]int{0: 0, frameHeader: 0, frameHeader + 4: 4, frameHeader + 99: 99} {
-		c := joined{Conn: &sink{room: room}}
+		c := coalescingConn{Conn: &sink{room: room}}
 		header := []byte{0, 0, 100, typeData, 0, 0, 0, 0, 1}
 		if _, err := c.Write(header); err != nil {
 			t.Fatal(err)

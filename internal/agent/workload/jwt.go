@@ -20,39 +20,38 @@ import (
 const (
 	maxAudiences   = 64
 	maxAudienceLen = 2048 // bytes
-	// completeWait is how long after a token was first asked for the callers
-	// that can be given other ones wait for it. Some workloads fetch tokens for
-	// each of their requests: one entry that hangs must not slow them down for ever.
-	completeWait = 5 * time.Second
-	// answerTime is what an answer gets of the caller's deadline to arrive in,
-	// or a tenth of it if that is less.
-	answerTime = 250 * time.Millisecond
+	// partialWait is how long after the start of a mintJob the callers that have
+	// another token wait for it. Some workloads fetch tokens for each of their
+	// requests: one entry that hangs must not slow them down forever.
+	partialWait = 5 * time.Second
+	// answerReserve is the part of the caller's deadline that is left for the answer
+	// to arrive, or a tenth of the deadline if that is less.
+	answerReserve = 250 * time.Millisecond
 )
 
 var (
-	errNotMinted = status.Error(codes.Unavailable, "the server did not mint a JWT-SVID: the agent's log says why")
+	errNotMinted = status.Error(codes.Unavailable, "the server did not mint a JWT-SVID: see the agent's log")
 	errTooLate   = status.Error(codes.DeadlineExceeded, "the server did not mint a JWT-SVID within the deadline of the call")
 )
 
-// FetchJWTSVID returns JWT-SVIDs for the audience: one for each matched entry,
-// or the one with the SPIFFE ID asked for (SPIFFE Workload API, section 6.2.1).
+// FetchJWTSVID returns JWT-SVIDs for the audience: one for each matched entry, or
+// the one with the requested SPIFFE ID (SPIFFE Workload API, section 6.2.1).
 //
-// A token that is held is handed out while it is valid; past half of its life
-// another one is minted behind the answer. Tokens of entries with IncludeJTI are
-// not held, and each call has its own. What is not held is tried for within
-// the caller's deadline. Entries whose token cannot be had are left out, as they
-// are from X.509-SVIDs: it is an error only when there is none at all. The first
-// one left is the default identity then; a caller that wants a certain one asks
-// for it by its SPIFFE ID.
+// A cached token is served while it is valid. After half of its lifetime another one
+// is minted in the background. Tokens of entries with IncludeJTI are not cached, and
+// each call gets its own. A missing token is minted within the caller's deadline.
+// Entries whose token cannot be minted are left out, as with X.509-SVIDs: it is an
+// error only if no token is left. The first token left is then the default identity.
+// A caller that wants a certain identity asks for it by its SPIFFE ID.
 func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDRequest) (*workloadpb.JWTSVIDResponse, error) {
-	deadline := patience(ctx)
-	c, err := s.enter(ctx)
+	deadline := answerDeadline(ctx)
+	c, err := s.admitCall(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer c.leave()
-	r := &jwtRequest{s: s, c: c, deadline: deadline}
-	if r.audience, err = canonical(req.Audience); err != nil {
+	defer c.release()
+	r := &jwtRequest{s: s, caller: c, deadline: deadline}
+	if r.audience, err = canonicalAudience(req.Audience); err != nil {
 		return nil, status.Error(codes.InvalidArgument, err.Error())
 	}
 	if req.SpiffeId != "" {
@@ -62,7 +61,7 @@ func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDReque
 	}
 	defer r.close()
 	for settled := false; ; {
-		svids, err := r.look()
+		svids, err := r.collect()
 		if err != nil {
 			return nil, err
 		}
@@ -81,63 +80,62 @@ func (s *service) FetchJWTSVID(ctx context.Context, req *workloadpb.JWTSVIDReque
 	}
 }
 
-// patience is when an answer has to be on its way.
-func patience(ctx context.Context) time.Time {
+// answerDeadline is the latest time to send an answer.
+func answerDeadline(ctx context.Context) time.Time {
 	deadline, ok := ctx.Deadline()
 	if !ok {
 		return time.Now().Add(mintTimeout)
 	}
-	return deadline.Add(-min(answerTime, time.Until(deadline)/10))
+	return deadline.Add(-min(answerReserve, time.Until(deadline)/10))
 }
 
 // jwtRequest is one call of FetchJWTSVID.
 type jwtRequest struct {
 	s        *service
-	c        *caller
+	caller   *caller
 	audience []string
 	wanted   spiffeid.ID // zero: all
 	deadline time.Time
-	waits    map[*cache.Entry]wait // for what was not held
-	// Made when the call has to wait.
-	wake  chan struct{} // flights
-	watch *cache.Watch  // entries and bundle
+	waits    map[*cache.Entry]pendingMint // of entries without a cached token
+	// Set when the call has to wait.
+	wake  chan struct{} // by mintJobs
+	watch *cache.Watch  // of entries and bundle
 }
 
-// wait is a token that the call waits for.
-type wait struct {
-	f     *flight // nil: the user has too many
-	tries int     // of f before the call waited for it
+// pendingMint is a token that the call waits for.
+type pendingMint struct {
+	job         *mintJob // nil: the user has too many
+	triesBefore int      // job.tries when the call joined it
 }
 
-// look reads what the caller may be given now and has minted what is missing.
-// Everything that it returns is of entries as they are: an entry that was edited
-// since the last look is asked for as it is now, and what was minted for it as it
-// was is nobody's.
-func (r *jwtRequest) look() ([]*workloadpb.JWTSVID, error) {
-	held := r.s.cfg.Cache
-	v := held.Match(r.c.selectors)
-	if err := r.c.admit(&v); err != nil {
+// collect returns the tokens that the caller may have now and starts to mint the
+// missing ones. All are of current entries: for an entry that was edited it requests
+// another token and ignores the one of the old entry.
+func (r *jwtRequest) collect() ([]*workloadpb.JWTSVID, error) {
+	store := r.s.cfg.Cache
+	v := store.Match(r.caller.selectors)
+	if err := r.caller.authorize(&v); err != nil {
 		return nil, err
 	}
 	var hidden []*cache.Entry
 	v.Entries, hidden = cache.ByHint(v.Entries)
-	r.s.warnHidden(hidden)
-	if err := r.exists(&v); err != nil {
+	r.s.logHidden(hidden)
+	if err := r.checkWanted(&v); err != nil {
 		return nil, err
 	}
-	r.leave(func(e *cache.Entry) bool { return !slices.Contains(v.Entries, e) })
+	r.stopWaiting(func(e *cache.Entry) bool { return !slices.Contains(v.Entries, e) })
 	svids := make([]*workloadpb.JWTSVID, 0, len(v.Entries))
 	var missing []*cache.Entry
 	for _, e := range v.Entries {
 		if !r.wants(e) {
 			continue
 		}
-		jwt, ok := held.JWT(e, r.audience)
+		jwt, ok := store.JWT(e, r.audience)
 		if ok && r.s.stale(jwt, v.Bundle) {
 			r.s.refresh(r, e)
 		}
 		if !ok {
-			jwt, ok = r.landed(e, v.Bundle)
+			jwt, ok = r.minted(e, v.Bundle)
 		}
 		if !ok {
 			missing = append(missing, e)
@@ -145,18 +143,18 @@ func (r *jwtRequest) look() ([]*workloadpb.JWTSVID, error) {
 		}
 		svids = append(svids, &workloadpb.JWTSVID{SpiffeId: e.SPIFFEID.String(), Svid: jwt.Token, Hint: e.Hint})
 	}
-	r.join(missing, len(svids) == 0)
+	r.waitFor(missing, len(svids) == 0)
 	return svids, nil
 }
 
 func (r *jwtRequest) wants(e *cache.Entry) bool { return r.wanted.IsZero() || e.SPIFFEID == r.wanted }
 
-// exists returns an error when no entry gives the caller what it asks for.
-func (r *jwtRequest) exists(v *cache.View) error {
+// checkWanted returns an error if no entry gives the caller the requested SPIFFE ID.
+func (r *jwtRequest) checkWanted(v *cache.View) error {
 	switch {
 	case slices.ContainsFunc(v.Entries, r.wants):
 		return nil
-	case r.c.incomplete():
+	case r.caller.incomplete():
 		return errAttest
 	case v.Partial:
 		return errStarting
@@ -164,58 +162,59 @@ func (r *jwtRequest) exists(v *cache.View) error {
 	return status.Error(codes.PermissionDenied, "no registration entry gives this process that SPIFFE ID")
 }
 
-// landed returns the token that this call has waited for, in case that the
-// cache has no room for it, or that it is for this call alone.
-func (r *jwtRequest) landed(e *cache.Entry, b *bundle.Snapshot) (cache.JWT, bool) {
+// minted returns the token that this call has waited for. The cache may have no room
+// for it, or it may be for this call alone.
+func (r *jwtRequest) minted(e *cache.Entry, b *bundle.Snapshot) (cache.JWT, bool) {
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
-	f := r.waits[e].f
-	if f == nil || !f.landed() {
+	j := r.waits[e].job
+	if j == nil || !j.minted() {
 		return cache.JWT{}, false
 	}
-	_, trusted := b.Own.JWTKey(f.jwt.KeyID)
-	return f.jwt, trusted
+	_, trusted := b.Own.JWTKey(j.jwt.KeyID)
+	return j.jwt, trusted
 }
 
-// join has all of these minted. The call waits for each once.
-func (r *jwtRequest) join(entries []*cache.Entry, hurry bool) {
+// waitFor joins the mintJobs of the entries, each once. urgent is set if the call
+// has no token at all.
+func (r *jwtRequest) waitFor(entries []*cache.Entry, urgent bool) {
 	if len(entries) == 0 {
 		return
 	}
 	if r.waits == nil {
-		r.waits, r.wake, r.watch = make(map[*cache.Entry]wait), make(chan struct{}, 1), r.s.cfg.Cache.Watch()
+		r.waits, r.wake, r.watch = make(map[*cache.Entry]pendingMint), make(chan struct{}, 1), r.s.cfg.Cache.Watch()
 	}
 	busy := false
 	r.s.mu.Lock()
 	for _, e := range entries {
-		if w, joined := r.waits[e]; joined && (w.f == nil || !w.f.landed()) {
+		if w, joined := r.waits[e]; joined && (w.job == nil || !w.job.minted()) {
 			continue
 		}
-		w := wait{f: r.s.join(r, e)}
-		if w.f != nil {
-			w.tries = w.f.tries
-			w.f.waiting[r.wake] = struct{}{}
-			if hurry {
-				notify(w.f.hurry)
+		w := pendingMint{job: r.s.joinLocked(r, e)}
+		if w.job != nil {
+			w.triesBefore = w.job.tries
+			w.job.waiting[r.wake] = struct{}{}
+			if urgent {
+				notify(w.job.urgent)
 			}
 		}
-		busy = busy || w.f == nil
+		busy = busy || w.job == nil
 		r.waits[e] = w
 	}
 	r.s.mu.Unlock()
 	if busy {
-		r.s.warnMints(r.c)
+		r.s.logMintLimit(r.caller)
 	}
 }
 
-// leave ends the waits for some entries.
-func (r *jwtRequest) leave(which func(*cache.Entry) bool) {
+// stopWaiting ends the waits for some entries.
+func (r *jwtRequest) stopWaiting(which func(*cache.Entry) bool) {
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
 	for e, w := range r.waits {
 		if which(e) {
-			if w.f != nil {
-				delete(w.f.waiting, r.wake)
+			if w.job != nil {
+				delete(w.job.waiting, r.wake)
 			}
 			delete(r.waits, e)
 		}
@@ -223,36 +222,35 @@ func (r *jwtRequest) leave(which func(*cache.Entry) bool) {
 }
 
 func (r *jwtRequest) close() {
-	r.leave(func(*cache.Entry) bool { return true })
+	r.stopWaiting(func(*cache.Entry) bool { return true })
 	if r.watch != nil {
 		r.watch.Close()
 	}
 }
 
-// pending reports whether there is something to wait for, and until when. some
-// says that the caller can be given a token already.
+// pending reports whether a token is worth waiting for, and until when. some is set
+// if there is a token for the caller already.
 func (r *jwtRequest) pending(some bool) (until time.Time, pending bool) {
 	now := time.Now()
 	until = r.deadline
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
 	for _, w := range r.waits {
-		some = some || (w.f != nil && w.f.landed())
+		some = some || (w.job != nil && w.job.minted())
 	}
 	if !now.Before(until) || (some && !r.wanted.IsZero()) {
 		return until, false
 	}
 	for _, w := range r.waits {
-		if w.f == nil || w.f.landed() {
+		if w.job == nil || w.job.minted() {
 			continue
 		}
-		// What was said before this call does not count for a caller that has
-		// nothing else.
-		if final(w.f.err) && (some || w.f.tries > w.tries) {
+		// A caller without any token waits for an attempt after its call.
+		if isFinal(w.job.err) && (some || w.job.tries > w.triesBefore) {
 			continue
 		}
 		if some {
-			enough := w.f.begun.Add(completeWait)
+			enough := w.job.createdAt.Add(partialWait)
 			if !now.Before(enough) {
 				continue
 			}
@@ -265,8 +263,8 @@ func (r *jwtRequest) pending(some bool) (until time.Time, pending bool) {
 	return until, pending
 }
 
-// wait returns when it is time for another look. settled says that nothing is
-// left to wait for: the next look is the answer.
+// wait returns when it is time to collect again. settled is true if nothing is left
+// to wait for: the next result of collect is the answer.
 func (r *jwtRequest) wait(ctx context.Context, some bool) (settled bool, err error) {
 	for {
 		until, pending := r.pending(some)
@@ -291,7 +289,7 @@ func (r *jwtRequest) wait(ctx context.Context, some bool) (settled bool, err err
 	}
 }
 
-// failure is why there is no token at all.
+// failure returns the reason why there is no token at all.
 func (r *jwtRequest) failure(ctx context.Context) error {
 	r.s.mu.Lock()
 	defer r.s.mu.Unlock()
@@ -301,23 +299,23 @@ func (r *jwtRequest) failure(ctx context.Context) error {
 	}
 	for _, w := range r.waits {
 		switch {
-		case w.f == nil:
-			return errBusy
-		case w.f.err != nil:
+		case w.job == nil:
+			return errLimit
+		case w.job.err != nil:
 			err = errNotMinted
 		}
 	}
 	return err
 }
 
-// canonical sorts the audience and drops repeats. It refuses what no verifier
-// would ever ask for.
-func canonical(audience []string) ([]string, error) {
+// canonicalAudience sorts the audience and drops duplicates. It rejects audiences
+// that are empty, too long or contain NUL.
+func canonicalAudience(audience []string) ([]string, error) {
 	if len(audience) == 0 {
-		return nil, errors.New("audience must be given")
+		return nil, errors.New("audience missing")
 	}
 	if len(audience) > maxAudiences {
-		return nil, fmt.Errorf("no more than %d audiences are possible", maxAudiences)
+		return nil, fmt.Errorf("more than %d audiences", maxAudiences)
 	}
 	out := slices.Clone(audience)
 	slices.Sort(out)
@@ -325,11 +323,11 @@ func canonical(audience []string) ([]string, error) {
 	for _, a := range out {
 		switch {
 		case a == "":
-			return nil, errors.New("audience must not be empty")
+			return nil, errors.New("audience is empty")
 		case len(a) > maxAudienceLen:
-			return nil, fmt.Errorf("an audience has no more than %d bytes", maxAudienceLen)
+			return nil, fmt.Errorf("audience is longer than %d bytes", maxAudienceLen)
 		case strings.ContainsRune(a, 0):
-			return nil, errors.New("audience must not hold NUL")
+			return nil, errors.New("audience contains NUL")
 		}
 	}
 	return out, nil

@@ -19,9 +19,9 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// A token that was asked for before its entry changed is neither handed out nor
-// kept for the entry as it is now.
-func TestJWTOfAnEntryThatChangedMeanwhile(t *testing.T) {
+// A token that was requested before its entry changed is neither served nor cached
+// for the entry as it is now.
+func TestJWTOfAnEntryEditedDuringTheMint(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(*cache.Cache, *cache.Entry){
 		"changed": func(c *cache.Cache, e *cache.Entry) {
@@ -71,15 +71,15 @@ func TestJWTOfAnEntryThatChangedMeanwhile(t *testing.T) {
 					time.Sleep(2 * time.Second)
 				}
 				if err := <-first; err != nil {
-					t.Errorf("the call from before the change: %v, want what the entry gives now", err)
+					t.Errorf("the call from before the change: %v, want a token of the edited entry", err)
 				}
 			})
 		})
 	}
 }
 
-// An entry that the server does not name at present: what is held is served, and
-// that nothing is minted is no fault.
+// While the server does not list an entry, a cached token is served. That the server
+// mints no other is no fault.
 func TestJWTOfAMissingEntry(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -93,19 +93,19 @@ func TestJWTOfAMissingEntry(t *testing.T) {
 		s.cache.SetMissing(true, "e1")
 		m.set(func(context.Context, string, []string) (string, error) { return "", errors.New("entry not found") })
 		if got, err := fetchJWT(t.Context(), c, "a"); err != nil || got != held {
-			t.Errorf("what is held: %v, the same %v", err, got == held)
+			t.Errorf("the cached token: %v, the same %v", err, got == held)
 		}
 		if _, err := fetchJWT(t.Context(), c, "b"); status.Code(err) != codes.Unavailable {
-			t.Errorf("what is not held: %v, want Unavailable", err)
+			t.Errorf("a token that is not cached: %v, want Unavailable", err)
 		}
-		if warned := s.logs.attrs("a JWT-SVID could not be minted"); len(warned) > 0 || len(s.obs.mints) > mints {
+		if warned := s.logs.attrs("JWT-SVID not minted"); len(warned) > 0 || len(s.obs.mints) > mints {
 			t.Errorf("warnings %v, %d mints observed", warned, len(s.obs.mints)-mints)
 		}
 	})
 }
 
-// Callers that give up leave mints behind. They count as theirs until they end.
-func TestMintsThatNobodyWaitsForAreBounded(t *testing.T) {
+// The mints of callers that gave up count for their user until they end.
+func TestAbandonedMintsAreLimited(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		const limit = 3
@@ -124,7 +124,7 @@ func TestMintsThatNobodyWaitsForAreBounded(t *testing.T) {
 			}
 			cancel()
 		}
-		_, err := fetchJWT(t.Context(), c, "one more")
+		_, err := fetchJWT(t.Context(), c, "extra")
 		if status.Code(err) != codes.Unavailable || !strings.Contains(err.Error(), "too many") {
 			t.Errorf("with %d mints left behind: %v, want Unavailable for too many", limit, err)
 		}
@@ -135,7 +135,7 @@ func TestMintsThatNobodyWaitsForAreBounded(t *testing.T) {
 		if _, err := fetchJWT(t.Context(), s.client(1001), "a"); err != nil {
 			t.Errorf("another user: %v", err)
 		}
-		time.Sleep(mintTimeout + 2*retryBase) // the last try and the pause after it
+		time.Sleep(mintTimeout + 2*retryBase) // the last attempt and the delay after it
 		m.set(s.mintFor("/one"))
 		if _, err := fetchJWT(t.Context(), c, "a"); err != nil {
 			t.Errorf("after they have ended: %v", err)
@@ -143,10 +143,9 @@ func TestMintsThatNobodyWaitsForAreBounded(t *testing.T) {
 	})
 }
 
-// An edit counts at the sync that brings it, for a call that is waiting too: it
-// gets the new identity while the mint for the old one hangs, or is told that it
-// has none any more.
-func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
+// An edit takes effect at once, also for a waiting call: while the mint for the old
+// identity hangs, it gets the new identity, or PermissionDenied if it has none.
+func TestWaitingJWTCallDuringAnEdit(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		edit *cache.Entry
@@ -156,8 +155,8 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 		"another SPIFFE ID": {entry("e0", "/w9", 1000), []string{"/w9"}, codes.OK},
 		"other selectors":   {entry("e0", "/w0", 1001), nil, codes.PermissionDenied},
 	} {
-		for _, landing := range []bool{false, true} {
-			t.Run(fmt.Sprint(name, ", lands ", landing), func(t *testing.T) {
+		for _, completes := range []bool{false, true} {
+			t.Run(fmt.Sprint(name, ", mint completes ", completes), func(t *testing.T) {
 				t.Parallel()
 				synctest.Test(t, func(t *testing.T) {
 					s, m := newJWTSystemOf(t, 1, nil)
@@ -175,7 +174,7 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 						edit := *tt.edit
 						edit.Revision++
 						s.cache.Update([]*cache.Entry{&edit}, nil)
-						if landing {
+						if completes {
 							close(release)
 						}
 					})
@@ -183,7 +182,7 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 					if status.Code(err) != tt.code || !slices.Equal(got, tt.want) || took != time.Second {
 						t.Errorf("got %v (%v) after %v, want %v (%v) after 1s", got, err, took, tt.want, tt.code)
 					}
-					if !landing {
+					if !completes {
 						close(release)
 					}
 				})
@@ -192,8 +191,8 @@ func TestJWTCallThatWaitsDuringAnEdit(t *testing.T) {
 	}
 }
 
-// What waits for a slot while its entry is edited is not asked for: the server
-// would sign for what the entry is now.
+// A token that waits for a slot while its entry is edited is not requested: the server
+// would sign for the edited entry.
 func TestJWTOfAnEntryEditedDuringTheWaitForASlot(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -222,7 +221,7 @@ func TestJWTOfAnEntryEditedDuringTheWaitForASlot(t *testing.T) {
 	})
 }
 
-// A log whose reader is slow holds up no other call.
+// A slow log delays no other call.
 func TestJWTWhileTheLogIsSlow(t *testing.T) {
 	t.Parallel()
 	m := &minter{}
@@ -258,22 +257,25 @@ func TestJWTWhileTheLogIsSlow(t *testing.T) {
 	held, cancel := context.WithTimeout(t.Context(), 10*time.Second)
 	defer cancel()
 	if _, err := fetchJWT(held, other, "a"); err != nil {
-		t.Errorf("the token that is held: %v", err)
+		t.Errorf("the cached token: %v", err)
 	}
 	<-logged
 }
 
-// slowLog takes one line about mints in two steps, by receives from the channel.
+// slowLog blocks in each record about mints until logged was received from twice.
 type slowLog struct {
 	slog.Handler
 	logged chan struct{}
 }
 
 func (l slowLog) Handle(ctx context.Context, r slog.Record) error {
-	if strings.Contains(r.Message, "too many mints") {
-		l.logged <- struct{}{}
-		l.logged <- struct{}{}
-	}
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Equal(slog.String("resource", "mints")) {
+			l.logged <- struct{}{}
+			l.logged <- struct{}{}
+		}
+		return true
+	})
 	return l.Handler.Handle(ctx, r)
 }
 

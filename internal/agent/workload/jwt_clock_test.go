@@ -10,9 +10,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// What the server has just signed is handed out whatever this node's clock
-// says, held for as long as it lives, minted again after half of that, and never
-// handed out after its end.
+// A new token is served whatever this node's clock says, cached for its lifetime,
+// minted again after half of it, and never served after it has expired.
 func TestJWTWhileTheClockIsWrong(t *testing.T) {
 	t.Parallel()
 	const ttl = 5 * time.Minute
@@ -37,7 +36,7 @@ func TestJWTWhileTheClockIsWrong(t *testing.T) {
 					}), nil
 				}
 				m.set(mint)
-				time.Sleep(300 * time.Millisecond) // iat has whole seconds
+				time.Sleep(300 * time.Millisecond) // iat has full seconds
 				c := s.client(1000)
 				first, err := fetchJWT(t.Context(), c, "a")
 				if err != nil {

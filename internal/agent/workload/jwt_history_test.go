@@ -22,11 +22,10 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// Whatever the server does with each entry, and whatever becomes of the entries,
-// a caller gets every token that is there by the time it is answered, no error
-// while one could be given, and no identity that no entry gives it. Nor is the
-// server asked for a token that it is being asked for already or has failed to
-// give a moment ago.
+// Whatever the server does and however the entries change, a caller gets every token
+// that is available at the time of the answer. It gets no error if there is one, and
+// no identity without an entry. The server is never asked for a token twice at a time,
+// or again right after a failure.
 //
 // RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
 func TestJWTHistories(t *testing.T) {
@@ -45,14 +44,14 @@ func TestJWTHistories(t *testing.T) {
 		t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				h := newJWTHistory(t, seed)
-				h.play()
+				h.run()
 				partial, failed, waited = partial+h.partial, failed+h.failed, waited+h.waited
 			})
 		})
 	}
-	// A check of nothing would pass, too.
+	// Histories without these would check nothing.
 	if histories >= 5 && (partial == 0 || failed == 0 || waited == 0) {
-		t.Errorf("%d answers without some identity, %d errors, %d answers after a wait; must be some of each", partial, failed, waited)
+		t.Errorf("%d answers without some identity, %d errors, %d answers after a wait; want some of each", partial, failed, waited)
 	}
 }
 
@@ -61,7 +60,7 @@ const (
 	jwtTTL     = 20 * time.Second
 )
 
-// jwtTry is one request to the server, and its outcome once ended is set.
+// jwtTry is one request to the server, and its result once ended is set.
 type jwtTry struct {
 	entry        *cache.Entry
 	audience     string
@@ -73,11 +72,11 @@ type jwtTry struct {
 type jwtHistory struct {
 	t   *testing.T
 	s   *system
-	rng *rand.Rand // of play
+	rng *rand.Rand // of run
 
 	mu                      sync.Mutex
 	rnd                     *rand.Rand                    // of the server
-	mood                    [jwtEntries]int               // of the server, by entry
+	serverMode              [jwtEntries]int               // of the server, by entry
 	current                 [jwtEntries]*cache.Entry      // nil: deleted
 	spans                   map[*cache.Entry][2]time.Time // when each was an entry
 	tries                   []*jwtTry
@@ -96,7 +95,7 @@ func newJWTHistory(t *testing.T, seed uint64) *jwtHistory {
 	return h
 }
 
-// edit makes entry i another one: new, changed, for another user, or deleted.
+// edit changes entry i: it becomes new, edited, of another user, or deleted.
 func (h *jwtHistory) edit(i int) {
 	h.mu.Lock()
 	id := fmt.Sprintf("e%d", i)
@@ -119,7 +118,7 @@ func (h *jwtHistory) edit(i int) {
 	}
 }
 
-// MintJWT is the server.
+// MintJWT acts as the server.
 func (h *jwtHistory) MintJWT(ctx context.Context, id string, audience []string) (string, error) {
 	h.mu.Lock()
 	i := int(id[1] - '0')
@@ -135,8 +134,8 @@ func (h *jwtHistory) MintJWT(ctx context.Context, id string, audience []string) 
 		}
 	}
 	h.tries = append(h.tries, try)
-	mood, latency := h.mood[i], time.Duration(h.rnd.IntN(300))*time.Millisecond
-	if mood == 1 {
+	mode, latency := h.serverMode[i], time.Duration(h.rnd.IntN(300))*time.Millisecond
+	if mode == 1 {
 		latency *= 10
 	}
 	h.mu.Unlock()
@@ -144,7 +143,7 @@ func (h *jwtHistory) MintJWT(ctx context.Context, id string, audience []string) 
 	case <-time.After(latency):
 	case <-ctx.Done():
 	}
-	if mood == 2 {
+	if mode == 2 {
 		<-ctx.Done()
 	}
 	h.mu.Lock()
@@ -153,20 +152,20 @@ func (h *jwtHistory) MintJWT(ctx context.Context, id string, audience []string) 
 	switch e := h.current[i]; {
 	case ctx.Err() != nil:
 		return "", ctx.Err()
-	case mood == 3:
+	case mode == 3:
 		return "", status.Error(codes.Unavailable, "no")
-	case mood == 4 || e == nil:
+	case mode == 4 || e == nil:
 		try.final = true
 		return "", status.Error(codes.NotFound, "no such entry")
 	case e == try.entry:
 		try.token = h.s.ca.token(h.t, e.SPIFFEID.String(), audience, jwtTTL, map[string]any{"jti": fmt.Sprint(len(h.tries), id)})
 		return try.token, nil
-	default: // as a server does that reads the entry at the end
+	default: // as a server that reads the entry last
 		return h.s.ca.token(h.t, e.SPIFFEID.String(), audience, jwtTTL, nil), nil
 	}
 }
 
-func (h *jwtHistory) play() {
+func (h *jwtHistory) run() {
 	c := h.s.client(1000)
 	var calls sync.WaitGroup
 	for range 400 {
@@ -176,7 +175,7 @@ func (h *jwtHistory) play() {
 			h.edit(i)
 		case 1:
 			h.mu.Lock()
-			h.mood[i] = max(0, h.rng.IntN(8)-3)
+			h.serverMode[i] = max(0, h.rng.IntN(8)-3)
 			h.mu.Unlock()
 		default:
 			timeout := time.Duration(50+h.rng.IntN(1<<h.rng.IntN(15))) * time.Millisecond
@@ -189,19 +188,19 @@ func (h *jwtHistory) play() {
 				defer cancel()
 				begun := time.Now()
 				res, err := c.FetchJWTSVID(ctx, req)
-				h.judge(req, begun, timeout, res.GetSvids(), err)
+				h.check(req, begun, timeout, res.GetSvids(), err)
 			})
 		}
 	}
 	calls.Wait()
 }
 
-// judge compares an answer with what was there.
-func (h *jwtHistory) judge(req *workloadpb.JWTSVIDRequest, begun time.Time, timeout time.Duration, svids []*workloadpb.JWTSVID, err error) {
+// check compares an answer with the tokens that were available.
+func (h *jwtHistory) check(req *workloadpb.JWTSVIDRequest, begun time.Time, timeout time.Duration, svids []*workloadpb.JWTSVID, err error) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	now := time.Now()
-	inTime := now.Sub(begun) < timeout-min(timeout/10, answerTime)
+	inTime := now.Sub(begun) < timeout-min(timeout/10, answerReserve)
 	var got []string
 	for _, svid := range svids {
 		got = append(got, svid.Svid)
@@ -209,7 +208,7 @@ func (h *jwtHistory) judge(req *workloadpb.JWTSVIDRequest, begun time.Time, time
 	}
 	missing := 0
 	for e, span := range h.spans {
-		// What came or went at the very instant of the answer is left aside.
+		// Entries that changed at the instant of the answer are ignored.
 		gone := !span[1].IsZero()
 		if gone || !span[0].Before(now) || e.Selectors[0].Value != "uid:1000" || (req.SpiffeId != "" && req.SpiffeId != e.SPIFFEID.String()) {
 			continue
@@ -219,14 +218,14 @@ func (h *jwtHistory) judge(req *workloadpb.JWTSVIDRequest, begun time.Time, time
 			if try.entry == nil || try.entry.ID != e.ID || try.entry.SPIFFEID != e.SPIFFEID || try.audience != req.Audience[0] {
 				continue
 			}
-			had = had || slices.Contains(got, try.token) // be it of the entry before an edit
+			had = had || slices.Contains(got, try.token) // perhaps of the entry before an edit
 			if try.entry != e {
 				continue
 			}
 			valid := try.token != "" && now.Sub(try.begun) < jwtTTL-2*time.Second
 			held = held || (valid && try.ended.Before(now))
 			final = final || (try.final && now.Sub(try.ended) < 2*retryLimit && (len(svids) > 0 || !try.ended.Before(begun)))
-			waited = waited || (len(svids) > 0 && now.Sub(try.begun) >= completeWait && now.Sub(try.begun) < 2*mintTimeout)
+			waited = waited || (len(svids) > 0 && now.Sub(try.begun) >= partialWait && now.Sub(try.begun) < 2*mintTimeout)
 		}
 		if had {
 			continue
@@ -234,7 +233,7 @@ func (h *jwtHistory) judge(req *workloadpb.JWTSVIDRequest, begun time.Time, time
 		missing++
 		switch {
 		case held && (req.SpiffeId == "" || len(svids) == 0):
-			h.t.Errorf("%v: %v without %s (%s), which is held (%v)", now, req, e.SPIFFEID, e.ID, err)
+			h.t.Errorf("%v: %v without %s (%s), which is available (%v)", now, req, e.SPIFFEID, e.ID, err)
 		case inTime && !final && !waited && (req.SpiffeId == "" || len(svids) == 0):
 			h.t.Errorf("%v: %v answered after %v of %v without waiting for %s (%s): %v", now, req, now.Sub(begun), timeout, e.SPIFFEID, e.ID, err)
 		}
@@ -247,13 +246,13 @@ func (h *jwtHistory) judge(req *workloadpb.JWTSVIDRequest, begun time.Time, time
 	case err == nil && now.After(begun):
 		h.waited++
 	}
-	if code := status.Code(err); (code == codes.PermissionDenied) != (missing == 0 && err != nil) && !h.touched(now) {
+	if code := status.Code(err); (code == codes.PermissionDenied) != (missing == 0 && err != nil) && !h.changedAt(now) {
 		h.t.Errorf("%v: %v: %v with %d tokens missing", now, req, err, missing)
 	}
 }
 
-// touched reports whether an entry came or went at this instant.
-func (h *jwtHistory) touched(now time.Time) bool {
+// changedAt reports whether an entry changed at this instant.
+func (h *jwtHistory) changedAt(now time.Time) bool {
 	for _, span := range h.spans {
 		if span[0].Equal(now) || span[1].Equal(now) {
 			return true
@@ -262,8 +261,8 @@ func (h *jwtHistory) touched(now time.Time) bool {
 	return false
 }
 
-// checkToken checks that the token is what the answer says, valid, and of an
-// entry that the caller has.
+// checkToken checks that the token is valid, for the SPIFFE ID in the answer, and of
+// an entry of the caller.
 func (h *jwtHistory) checkToken(svid *workloadpb.JWTSVID, now time.Time) {
 	token, err := jwt.ParseSigned(svid.Svid, []jose.SignatureAlgorithm{jose.ES256})
 	if err != nil {

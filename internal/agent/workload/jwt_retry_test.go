@@ -15,7 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// mintFunc is what a server does when it is asked for a token.
+// mintFunc answers a request for a token as the server.
 type mintFunc = func(ctx context.Context, entryID string, audience []string) (string, error)
 
 func hang(ctx context.Context, _ string, _ []string) (string, error) {
@@ -51,8 +51,8 @@ func (s *system) mintAll(except map[string]mintFunc) mintFunc {
 	}
 }
 
-// fetchJWTs returns the paths of the identities whose tokens were handed out, and
-// how long it took. A zero timeout is no deadline.
+// fetchJWTs returns the paths of the identities in the answer, and how long it took.
+// A zero timeout is no deadline.
 func fetchJWTs(t *testing.T, c workloadpb.SpiffeWorkloadAPIClient, timeout time.Duration, id string) (paths []string, took time.Duration, err error) {
 	t.Helper()
 	ctx := withHeader(t.Context())
@@ -72,7 +72,7 @@ func fetchJWTs(t *testing.T, c workloadpb.SpiffeWorkloadAPIClient, timeout time.
 	return paths, time.Since(start), err
 }
 
-func TestJWTsThatCanBeHadAreReturned(t *testing.T) {
+func TestAvailableJWTsAreReturned(t *testing.T) {
 	t.Parallel()
 	for name, missing := range map[string]string{"the default": "e0", "one in the middle": "e1", "the last": "e2"} {
 		for _, code := range []codes.Code{codes.NotFound, codes.InvalidArgument, codes.PermissionDenied} {
@@ -102,7 +102,7 @@ func TestJWTsThatCanBeHadAreReturned(t *testing.T) {
 	}
 }
 
-// Two entries may give the same SPIFFE ID. Either will do.
+// Two entries may give the same SPIFFE ID. A token of either is an answer.
 func TestJWTOfAnIDThatTwoEntriesGive(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -114,7 +114,7 @@ func TestJWTOfAnIDThatTwoEntriesGive(t *testing.T) {
 	})
 }
 
-func TestNoJWTCanBeHad(t *testing.T) {
+func TestNoJWTAvailable(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		mint     mintFunc
@@ -123,13 +123,13 @@ func TestNoJWTCanBeHad(t *testing.T) {
 		min, max time.Duration
 		tries    int
 	}{
-		"unknown to the server":             {failWith(codes.NotFound), 10 * time.Second, codes.Unavailable, 0, 0, 2},
-		"failing":                           {failWith(codes.Internal), 10 * time.Second, codes.Unavailable, 9 * time.Second, 10 * time.Second, 14},
-		"failing, a short deadline":         {failWith(codes.Unavailable), time.Second, codes.Unavailable, 900 * time.Millisecond, time.Second, 6},
-		"failing, no deadline":              {failWith(codes.Unavailable), 0, codes.Unavailable, mintTimeout, mintTimeout, 20},
-		"hanging":                           {hang, 10 * time.Second, codes.DeadlineExceeded, 9 * time.Second, 10 * time.Second, 2},
-		"hanging, no deadline":              {hang, 0, codes.Unavailable, mintTimeout, mintTimeout, 2},
-		"the agent has to attest once more": {deniedAgent, 3 * time.Second, codes.Unavailable, 2 * time.Second, 3 * time.Second, 10},
+		"unknown to the server":       {failWith(codes.NotFound), 10 * time.Second, codes.Unavailable, 0, 0, 2},
+		"failing":                     {failWith(codes.Internal), 10 * time.Second, codes.Unavailable, 9 * time.Second, 10 * time.Second, 14},
+		"failing, a short deadline":   {failWith(codes.Unavailable), time.Second, codes.Unavailable, 900 * time.Millisecond, time.Second, 6},
+		"failing, no deadline":        {failWith(codes.Unavailable), 0, codes.Unavailable, mintTimeout, mintTimeout, 20},
+		"hanging":                     {hang, 10 * time.Second, codes.DeadlineExceeded, 9 * time.Second, 10 * time.Second, 2},
+		"hanging, no deadline":        {hang, 0, codes.Unavailable, mintTimeout, mintTimeout, 2},
+		"the agent must attest again": {deniedAgent, 3 * time.Second, codes.Unavailable, 2 * time.Second, 3 * time.Second, 10},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -147,8 +147,8 @@ func TestNoJWTCanBeHad(t *testing.T) {
 	}
 }
 
-// The server may work again before the caller's time is over.
-func TestJWTIsTriedForWithinTheDeadline(t *testing.T) {
+// The server may recover within the caller's deadline.
+func TestJWTIsRetriedWithinTheDeadline(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		broken, timeout time.Duration
@@ -180,9 +180,9 @@ func TestJWTIsTriedForWithinTheDeadline(t *testing.T) {
 	}
 }
 
-// However long the server has been failing for others, who comes with nothing in
-// hand finds out soon that it has recovered.
-func TestJWTForANewcomerAfterALongOutage(t *testing.T) {
+// However long the server has been failing for others, a caller without any token
+// gets one soon after it has recovered.
+func TestJWTForAnotherCallerAfterALongOutage(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, m := newJWTSystemOf(t, 1, map[string]mintFunc{"e0": failWith(codes.Unavailable)})
@@ -198,20 +198,19 @@ func TestJWTForANewcomerAfterALongOutage(t *testing.T) {
 		if n := m.count(); n > 40 {
 			t.Errorf("%d tries in two minutes", n)
 		}
-		for before, i := m.count(), 0; m.count() == before && i < 60; i++ { // into one of the long pauses
+		for before, i := m.count(), 0; m.count() == before && i < 60; i++ { // into one of the long delays
 			time.Sleep(time.Second)
 		}
 		m.set(s.mintAll(nil))
 		if _, took, err := fetchJWTs(t, c, 2*time.Second, ""); err != nil {
-			t.Errorf("a newcomer: %v after %v", err, took)
+			t.Errorf("the new caller: %v after %v", err, took)
 		}
 		wg.Wait()
 	})
 }
 
-// One entry that hangs costs the others no more than completeWait, and that only
-// once.
-func TestJWTsAreNotHeldUpByOneThatHangs(t *testing.T) {
+// One hanging entry delays the others by at most partialWait, and only once.
+func TestHangingEntryDoesNotDelayOthers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, m := newJWTSystemOf(t, 3, map[string]mintFunc{"e1": hang})
@@ -219,13 +218,13 @@ func TestJWTsAreNotHeldUpByOneThatHangs(t *testing.T) {
 		want := []string{"/w0", "/w2"}
 		for name, tt := range map[string]struct{ timeout, max time.Duration }{
 			"short":       {time.Second, time.Second},
-			"no deadline": {0, completeWait},
+			"no deadline": {0, partialWait},
 		} {
 			time.Sleep(time.Hour)
 			if got, took, err := fetchJWTs(t, c, tt.timeout, ""); err != nil || !slices.Equal(got, want) || took > tt.max {
 				t.Errorf("%s: got %v (%v) after %v, want %v", name, got, err, took, want)
 			}
-			time.Sleep(completeWait)
+			time.Sleep(partialWait)
 			if got, took, err := fetchJWTs(t, c, tt.timeout, ""); err != nil || !slices.Equal(got, want) || took > 0 {
 				t.Errorf("%s, next: got %v (%v) after %v, want %v at once", name, got, err, took, want)
 			}
@@ -238,8 +237,8 @@ func TestJWTsAreNotHeldUpByOneThatHangs(t *testing.T) {
 	})
 }
 
-// However many tokens are asked for of an entry that the server hangs for, those
-// of another one are minted meanwhile.
+// However many tokens of a hanging entry are requested, those of another entry are
+// minted meanwhile.
 func TestJWTBesideAnEntryThatHangsForManyAudiences(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -258,9 +257,8 @@ func TestJWTBesideAnEntryThatHangsForManyAudiences(t *testing.T) {
 	})
 }
 
-// A token that is held never waits for the server, which is not asked at each
-// call either.
-func TestHeldJWTIsServedAtOnce(t *testing.T) {
+// A cached token never waits for the server, which is not asked at each call.
+func TestCachedJWTIsServedAtOnce(t *testing.T) {
 	t.Parallel()
 	for name, mint := range map[string]mintFunc{"failing": failWith(codes.Internal), "hanging": hang, "unknown": failWith(codes.NotFound)} {
 		t.Run(name, func(t *testing.T) {
@@ -292,7 +290,7 @@ func TestHeldJWTIsServedAtOnce(t *testing.T) {
 				before = m.count()
 				time.Sleep(5 * time.Minute)
 				if n := m.count() - before; n > 0 {
-					t.Errorf("the server was asked %d times although nobody wants a token", n)
+					t.Errorf("the server was asked %d times although no caller wants a token", n)
 				}
 				m.set(s.mintFor("/one"))
 				if got, err := fetchJWT(t.Context(), c, "a"); err != nil || got != held {
@@ -307,8 +305,8 @@ func TestHeldJWTIsServedAtOnce(t *testing.T) {
 	}
 }
 
-// A user who has too many mints under way still gets what is held.
-func TestHeldJWTIsServedBeyondTheQuota(t *testing.T) {
+// A user at the limit of mints still gets cached tokens.
+func TestCachedJWTIsServedBeyondTheQuota(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := &minter{}
@@ -333,7 +331,7 @@ func TestHeldJWTIsServedBeyondTheQuota(t *testing.T) {
 	})
 }
 
-// Shutdown waits for what is minted behind an answer.
+// Shutdown waits for mints in the background.
 func TestShutdownEndsRefreshes(t *testing.T) {
 	t.Parallel()
 	for name, mint := range map[string]mintFunc{"hanging": hang, "failing": failWith(codes.Internal)} {
@@ -366,7 +364,7 @@ func TestShutdownEndsRefreshes(t *testing.T) {
 	}
 }
 
-// deniedAgent is a server that refuses the agent, not the entry.
+// deniedAgent answers as a server that rejects the agent, not the entry.
 func deniedAgent(context.Context, string, []string) (string, error) {
 	st, err := status.New(codes.PermissionDenied, "agent is not attested").WithDetails(
 		&types.PermissionDeniedDetails{Reason: types.PermissionDeniedDetails_AGENT_NOT_ATTESTED})

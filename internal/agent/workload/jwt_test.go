@@ -59,8 +59,8 @@ func (s *system) mintFor(path string) func(context.Context, string, []string) (s
 	}
 }
 
-// held is the token in the cache for the one entry of user 1000.
-func (s *system) held(audience ...string) (cache.JWT, bool) {
+// cachedJWT returns the cached token of the one entry of user 1000.
+func (s *system) cachedJWT(audience ...string) (cache.JWT, bool) {
 	v := s.cache.Match([]cache.Selector{{Type: "unix", Value: "uid:1000"}})
 	return s.cache.JWT(v.Entries[0], audience)
 }
@@ -76,7 +76,7 @@ func fetchJWT(ctx context.Context, c workloadpb.SpiffeWorkloadAPIClient, audienc
 	return res.Svids[0].Svid, nil
 }
 
-func TestJWTRequestsThatAreRefused(t *testing.T) {
+func TestRejectedJWTRequests(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, m := newJWTSystem(t)
@@ -98,7 +98,7 @@ func TestJWTRequestsThatAreRefused(t *testing.T) {
 			}
 		}
 		if _, err := fetchJWT(t.Context(), s.client(1001), "a"); status.Code(err) != codes.PermissionDenied {
-			t.Errorf("stranger: got %v", err)
+			t.Errorf("unknown caller: got %v", err)
 		}
 		if m.count() != 0 {
 			t.Errorf("%d tokens were minted", m.count())
@@ -157,7 +157,7 @@ func TestJWTWhileTheServerFails(t *testing.T) {
 				start := time.Now()
 				got, err := fetchJWT(t.Context(), c, "a")
 				if err != nil || got != held {
-					t.Errorf("the token that is still valid was not handed out: %v", err)
+					t.Errorf("the valid token was not served: %v", err)
 				}
 				if d := time.Since(start); d > 0 {
 					t.Errorf("it took %v", d)
@@ -171,19 +171,19 @@ func TestJWTWhileTheServerFails(t *testing.T) {
 	}
 }
 
-func TestJWTsThatAreNotWhatWasAskedFor(t *testing.T) {
+func TestMintedJWTIsChecked(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, m := newJWTSystem(t)
 		c := s.client(1000)
-		stranger := newAuthority(t, td, "a") // the same key ID, another key
+		otherKey := newAuthority(t, td, "a") // the same key ID, another key
 		for name, token := range map[string]string{
 			"empty":             "",
 			"garbage":           "a.b.c",
 			"another subject":   s.ca.token(t, "spiffe://example.org/two", []string{"a"}, time.Hour, nil),
 			"another audience":  s.ca.token(t, "spiffe://example.org/one", []string{"b"}, time.Hour, nil),
 			"expired":           s.ca.token(t, "spiffe://example.org/one", []string{"a"}, -2*time.Minute, nil),
-			"another key":       stranger.token(t, "spiffe://example.org/one", []string{"a"}, time.Hour, nil),
+			"another key":       otherKey.token(t, "spiffe://example.org/one", []string{"a"}, time.Hour, nil),
 			"key not in bundle": newAuthority(t, td, "x").token(t, "spiffe://example.org/one", []string{"a"}, time.Hour, nil),
 		} {
 			m.set(func(context.Context, string, []string) (string, error) { return token, nil })
@@ -191,19 +191,19 @@ func TestJWTsThatAreNotWhatWasAskedFor(t *testing.T) {
 				t.Errorf("%s: got %v, want Unavailable", name, err)
 			}
 		}
-		if _, held := s.held("a"); held {
-			t.Error("one of them is cached")
+		if _, held := s.cachedJWT("a"); held {
+			t.Error("a rejected token is cached")
 		}
-		// One of two audiences is not enough.
+		// A token for one of two audiences is rejected.
 		m.set(func(context.Context, string, []string) (string, error) {
 			return s.ca.token(t, "spiffe://example.org/one", []string{"a"}, time.Hour, nil), nil
 		})
 		if _, err := fetchJWT(t.Context(), c, "a", "b"); status.Code(err) != codes.Unavailable {
-			t.Errorf("half of the audience: got %v, want Unavailable", err)
+			t.Errorf("for one of two audiences: got %v, want Unavailable", err)
 		}
 		for _, err := range s.obs.mints {
 			if err == nil {
-				t.Error("a mint was observed as good")
+				t.Error("a rejected token was counted as minted")
 			}
 		}
 	})
@@ -234,12 +234,12 @@ func TestJWTMintIsShared(t *testing.T) {
 			}
 			wg.Go(func() { _, errs[i] = fetchJWT(ctx, c, "a") })
 			if i == 0 {
-				synctest.Wait() // the one who will give up is the one who started it
+				synctest.Wait() // the caller that gives up starts the mint
 			}
 		}
 		wg.Wait()
 		if status.Code(errs[0]) != codes.DeadlineExceeded {
-			t.Errorf("the impatient one: %v", errs[0])
+			t.Errorf("the impatient caller: %v", errs[0])
 		}
 		if err := errors.Join(errs[1:]...); err != nil {
 			t.Error(err)
@@ -316,7 +316,7 @@ func TestJWTFollowsItsKey(t *testing.T) {
 		if err != nil || got == first || m.count() != 2 {
 			t.Errorf("after the removal: %v, same token %v", err, got == first)
 		}
-		if held, ok := s.held("a"); !ok || held.KeyID != "jwt-b" {
+		if held, ok := s.cachedJWT("a"); !ok || held.KeyID != "jwt-b" {
 			t.Errorf("held under key ID %q, want jwt-b", held.KeyID)
 		}
 	})
@@ -329,7 +329,7 @@ func TestShutdownEndsMints(t *testing.T) {
 		ended := false
 		m.set(func(ctx context.Context, _ string, _ []string) (string, error) {
 			<-ctx.Done()
-			time.Sleep(3 * time.Second) // longer than clients are waited for
+			time.Sleep(3 * time.Second) // longer than stopGrace
 			ended = true
 			return "", ctx.Err()
 		})
@@ -346,8 +346,8 @@ func TestShutdownEndsMints(t *testing.T) {
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v, want Unavailable", err)
 		}
-		if got := s.logs.attrs("a JWT-SVID could not be minted"); len(got) != 0 {
-			t.Errorf("stopping was logged as a failure: %v", got)
+		if got := s.logs.attrs("JWT-SVID not minted"); len(got) != 0 {
+			t.Errorf("shutdown was logged as a failure: %v", got)
 		}
 	})
 }
@@ -356,12 +356,12 @@ func TestValidateJWTSVID(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newSystem(t, nil)
-		friend, stranger := newAuthority(t, otherTD, "friend"), newAuthority(t, spiffeid.RequireTrustDomainFromString("third.example"), "third")
+		friend, thirdParty := newAuthority(t, otherTD, "friend"), newAuthority(t, spiffeid.RequireTrustDomainFromString("third.example"), "third")
 		e1, e2 := entry("e1", "/one", 1000), entry("e2", "/two", 1001)
 		e1.FederatesWith = []spiffeid.TrustDomain{otherTD}
 		s.add(e1, e2)
 		s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 1, s.ca), Federated: map[spiffeid.TrustDomain]*bundle.Bundle{
-			otherTD: bundleOf(t, otherTD, 1, friend), stranger.td: bundleOf(t, stranger.td, 1, stranger),
+			otherTD: bundleOf(t, otherTD, 1, friend), thirdParty.td: bundleOf(t, thirdParty.td, 1, thirdParty),
 		}})
 		const sub = "spiffe://example.org/peer"
 		good := s.ca.token(t, sub, []string{"a", "b"}, time.Hour, map[string]any{"role": "db", "n": 1.5, "list": []string{"x"}})
@@ -378,11 +378,11 @@ func TestValidateJWTSVID(t *testing.T) {
 			"expired":                 {1000, "a", s.ca.token(t, sub, []string{"a"}, -2*time.Minute, nil), codes.InvalidArgument},
 			"federated":               {1000, "a", friend.token(t, "spiffe://other.example/x", []string{"a"}, time.Hour, nil), codes.OK},
 			"federated for another":   {1001, "a", friend.token(t, "spiffe://other.example/x", []string{"a"}, time.Hour, nil), codes.InvalidArgument},
-			"known, not federated":    {1000, "a", stranger.token(t, "spiffe://third.example/x", []string{"a"}, time.Hour, nil), codes.InvalidArgument},
+			"known, not federated":    {1000, "a", thirdParty.token(t, "spiffe://third.example/x", []string{"a"}, time.Hour, nil), codes.InvalidArgument},
 			"key of another domain":   {1000, "a", friend.token(t, sub, []string{"a"}, time.Hour, nil), codes.InvalidArgument},
 			"subject is no SPIFFE ID": {1000, "a", s.ca.token(t, "peer", []string{"a"}, time.Hour, nil), codes.InvalidArgument},
 			"no expiry":               {1000, "a", s.ca.token(t, sub, []string{"a"}, time.Hour, map[string]any{"exp": nil}), codes.InvalidArgument},
-			"stranger":                {1002, "a", good, codes.PermissionDenied},
+			"unknown caller":          {1002, "a", good, codes.PermissionDenied},
 		} {
 			res, err := s.client(tt.uid).ValidateJWTSVID(withHeader(t.Context()),
 				&workloadpb.ValidateJWTSVIDRequest{Audience: tt.audience, Svid: tt.token})

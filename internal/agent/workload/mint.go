@@ -17,202 +17,196 @@ import (
 )
 
 const (
-	// mintTimeout bounds one call of the server, and before it the wait for
-	// a slot. The call goes on when its caller gives up, for those who want the
-	// same token.
+	// mintTimeout bounds one request to the server, and before it the wait for a
+	// slot. The request goes on if its caller gives up: others may want the token.
 	mintTimeout = 30 * time.Second
-	// maxMints is how many mints run at a time, maxEntryMints how many of them
-	// for one entry: when the server hangs for that, the others go on.
+	// maxMints is how many requests run at a time, maxEntryMints how many of them
+	// for one entry: if the server hangs for that entry, the others go on.
 	maxMints      = 32
 	maxEntryMints = maxMints / 4
-	// The pauses between tries to mint a token double from retryBase to
+	// The delay between two attempts to mint a token doubles from retryBase to
 	// retryLimit, ±50 %.
 	retryBase  = 500 * time.Millisecond
 	retryLimit = 8 * time.Second
 )
 
-var errNoMinter = errors.New("this agent cannot have JWT-SVIDs minted")
+var errNoMinter = errors.New("this agent has no JWT-SVID minter")
 
-// flightKey is what is minted once for all who ask: the entry as it is, and the
-// audience sorted, without repeats, and joined by NUL. A token with a jti is for
-// the one call that asks for it.
-type flightKey struct {
+// mintKey identifies a token that is minted once for all callers: the entry as it
+// is, and the sorted audience without duplicates, joined by NUL. A token with a jti
+// is for one call only.
+type mintKey struct {
 	entry    *cache.Entry
 	audience string
-	call     *jwtRequest // nil: whoever asks
+	request  *jwtRequest // nil: for every call
 }
 
-// flight is a token being minted, with the pauses between failed tries: while
-// it pauses it is what keeps callers from asking the server again at each call.
-type flight struct {
-	key      flightKey
-	audience []string
-	lane     *lane
-	begun    time.Time
-	// hurry has room for one: a caller came that has no token at all.
-	hurry chan struct{}
+// mintJob mints one token and retries with backoff. Callers share it, so that the
+// backoff holds for all of them.
+type mintJob struct {
+	key       mintKey
+	audience  []string
+	limits    *entryLimits
+	createdAt time.Time
+	// urgent, of capacity 1, wakes the job for a caller without any token.
+	urgent chan struct{}
 
 	// Guarded by service.mu.
-	waiting map[chan struct{}]struct{} // wakes each caller that waits for it
-	asked   bool                       // for by anybody since the last try began
-	tries   int                        // that have ended
-	err     error                      // of the last try
-	jwt     cache.JWT                  // once a try has succeeded
+	waiting   map[chan struct{}]struct{} // the wake-up channels of its callers
+	requested bool                       // by a caller since the last attempt began
+	tries     int                        // completed attempts
+	err       error                      // of the last attempt
+	jwt       cache.JWT                  // of the successful attempt
 }
 
-// lane is what the flights of one entry share.
-type lane struct {
-	mints   chan struct{} // a slot for each running mint
-	flights int           // guarded by service.mu
+// entryLimits is shared by the mintJobs of one entry.
+type entryLimits struct {
+	slots chan struct{} // a slot for each request to the server
+	jobs  int           // guarded by service.mu
 }
 
-// landed reports whether the token is there.
-func (f *flight) landed() bool { return f.tries > 0 && f.err == nil }
+// minted reports whether the token was minted.
+func (j *mintJob) minted() bool { return j.tries > 0 && j.err == nil }
 
-// join returns the flight for a token of the entry, started if need be, or nil when
-// the caller's user has too many, which is logged once the lock is free. It goes on
-// whatever becomes of the caller, for Serve to wait for. It counts as the user's
-// until it ends: callers may give up and ask for another at once. service.mu is
-// held.
-func (s *service) join(r *jwtRequest, e *cache.Entry) *flight {
-	key := flightKey{entry: e, audience: strings.Join(r.audience, "\x00")}
+// joinLocked returns the mintJob for a token of the entry and starts it if necessary.
+// It returns nil if the caller's user has too many, which the caller logs without
+// the lock. The job survives its callers, and Serve waits for it. It counts for the
+// user until it ends: callers may give up and ask for another token at once.
+func (s *service) joinLocked(r *jwtRequest, e *cache.Entry) *mintJob {
+	key := mintKey{entry: e, audience: strings.Join(r.audience, "\x00")}
 	if e.IncludeJTI {
-		key.call = r
+		key.request = r
 	}
-	if f := s.flights[key]; f != nil {
-		f.asked = true
-		return f
+	if j := s.jobs[key]; j != nil {
+		j.requested = true
+		return j
 	}
-	uid := r.c.peer.UID()
-	if !s.flying.acquire(uid) {
+	uid := r.caller.peer.UID()
+	if !s.mints.acquire(uid) {
 		return nil
 	}
-	l := s.lanes[e]
-	if l == nil {
-		l = &lane{mints: make(chan struct{}, maxEntryMints)}
-		s.lanes[e] = l
+	limits := s.entryJobs[e]
+	if limits == nil {
+		limits = &entryLimits{slots: make(chan struct{}, maxEntryMints)}
+		s.entryJobs[e] = limits
 	}
-	l.flights++
-	f := &flight{
-		key: key, audience: r.audience, lane: l, begun: time.Now(),
-		hurry: make(chan struct{}, 1), waiting: make(map[chan struct{}]struct{}),
+	limits.jobs++
+	j := &mintJob{
+		key: key, audience: r.audience, limits: limits, createdAt: time.Now(),
+		urgent: make(chan struct{}, 1), waiting: make(map[chan struct{}]struct{}),
 	}
-	s.flights[key] = f
-	s.minting.Go(func() {
-		defer s.flying.release(uid)
-		s.fly(f)
+	s.jobs[key] = j
+	s.running.Go(func() {
+		defer s.mints.release(uid)
+		s.runJob(j)
 	})
-	return f
+	return j
 }
 
-// refresh has a token minted that the call does not wait for.
+// refresh mints a token in the background.
 func (s *service) refresh(r *jwtRequest, e *cache.Entry) {
 	s.mu.Lock()
-	f := s.join(r, e)
+	j := s.joinLocked(r, e)
 	s.mu.Unlock()
-	if f == nil {
-		s.warnMints(r.c)
+	if j == nil {
+		s.logMintLimit(r.caller)
 	}
 }
 
-// taintedAgain is how old a token by a tainted key is when it is minted again. A
-// server that lags signs with the key that others have tainted: its tokens are not
-// asked for at each call.
-const taintedAgain = 10 * time.Second
+// taintedRemintAge is the age at which a token of a tainted key is minted again. A
+// lagging server still signs with the tainted key and must not be asked at each call.
+const taintedRemintAge = 10 * time.Second
 
-// stale reports whether a token that is held is to be minted again behind the
-// answer.
+// stale reports whether a cached token should be minted again in the background.
 func (s *service) stale(jwt cache.JWT, b *bundle.Snapshot) bool {
 	now := s.cfg.Cache.Now()
 	if !jwt.Fresh(now) {
 		return true
 	}
 	key, _ := b.Own.JWTKey(jwt.KeyID)
-	return s.cfg.ReplaceTainted && key.Tainted && now.Sub(jwt.AskedAt) >= taintedAgain
+	return s.cfg.ReplaceTainted && key.Tainted && now.Sub(jwt.AskedAt) >= taintedRemintAge
 }
 
-// warnHidden says which entries callers are not given because of their hints.
-func (s *service) warnHidden(entries []*cache.Entry) {
+// logHidden logs the entries that are omitted because of their hints.
+func (s *service) logHidden(entries []*cache.Entry) {
 	for _, e := range entries {
-		if s.said.first(about{kind: "hint " + e.ID}) {
-			s.log.Warn("entry not handed out, an older one of the caller has its hint", slog.String("entry_id", e.ID),
+		if s.logged.allow(logKey{kind: "hint " + e.ID}) {
+			s.log.Warn("entry omitted, an older entry of the caller has the same hint", slog.String("entry_id", e.ID),
 				slog.String("spiffe_id", e.SPIFFEID.String()), slog.String("hint", e.Hint))
 		}
 	}
 }
 
-// warnMints says that a caller's user has too many mints.
-func (s *service) warnMints(c *caller) { s.warnBusy(c.peer, "mints", s.flying.limit) }
+// logMintLimit logs that a caller's user is at the limit of mints.
+func (s *service) logMintLimit(c *caller) { s.logLimitExceeded(c.peer, "mints", s.mints.limit) }
 
-// fly tries until the token is there, or until nobody has asked for it since
-// the last try began.
-func (s *service) fly(f *flight) {
-	pauses := &backoff.ExponentialBackOff{
+// runJob tries until the token is minted, or until no caller wants it.
+func (s *service) runJob(j *mintJob) {
+	delays := &backoff.ExponentialBackOff{
 		InitialInterval: retryBase, MaxInterval: retryLimit, Multiplier: 2, RandomizationFactor: 0.5,
 	}
-	for s.begin(f) {
-		jwt, err := s.mint(f)
-		s.end(f, jwt, err)
+	for s.beginTry(j) {
+		jwt, err := s.mintAndStore(j)
+		s.endTry(j, jwt, err)
 		if err == nil {
 			return
 		}
 		ended := time.Now()
-		if s.pause(pauses.NextBackOff(), f.hurry) {
-			// Somebody has nothing until this works: as soon as after a first
-			// failure, however long it has been failing for others.
-			pauses.Reset()
-			s.pause(time.Until(ended.Add(pauses.NextBackOff())), nil)
+		if s.pause(delays.NextBackOff(), j.urgent) {
+			// A caller has no token until this succeeds. Retry as after a first
+			// failure, however long the job has been failing for others.
+			delays.Reset()
+			s.pause(time.Until(ended.Add(delays.NextBackOff())), nil)
 		}
 	}
 }
 
-// begin reports whether there is to be another try. If not, the flight is over:
-// nobody wants the token, or its entry was edited and its callers are waiting for
-// another one.
-func (s *service) begin(f *flight) bool {
+// beginTry reports whether to make another attempt. Otherwise the job is over: no
+// caller wants the token, or its entry was edited and its callers wait for another.
+func (s *service) beginTry(j *mintJob) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	wanted := f.tries == 0 || f.asked || len(f.waiting) > 0
-	if !wanted || s.stopping.Err() != nil || !s.cfg.Cache.Current(f.key.entry) {
-		s.forget(f)
+	wanted := j.tries == 0 || j.requested || len(j.waiting) > 0
+	if !wanted || s.stopping.Err() != nil || !s.cfg.Cache.Current(j.key.entry) {
+		s.removeLocked(j)
 		return false
 	}
-	f.asked = false
+	j.requested = false
 	select {
-	case <-f.hurry:
+	case <-j.urgent:
 	default:
 	}
 	return true
 }
 
-// end tells what came of a try.
-func (s *service) end(f *flight, jwt cache.JWT, err error) {
+// endTry stores the result of an attempt and wakes the callers.
+func (s *service) endTry(j *mintJob, jwt cache.JWT, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f.tries++
-	f.jwt, f.err = jwt, err
+	j.tries++
+	j.jwt, j.err = jwt, err
 	if err == nil {
-		s.forget(f)
+		s.removeLocked(j)
 	}
-	for wake := range f.waiting {
+	for wake := range j.waiting {
 		notify(wake)
 	}
 }
 
-// forget takes a flight that is over out of everything. service.mu is held.
-func (s *service) forget(f *flight) {
-	delete(s.flights, f.key)
-	if f.lane.flights--; f.lane.flights == 0 {
-		delete(s.lanes, f.key.entry)
+// removeLocked removes a job that is over.
+func (s *service) removeLocked(j *mintJob) {
+	delete(s.jobs, j.key)
+	if j.limits.jobs--; j.limits.jobs == 0 {
+		delete(s.entryJobs, j.key.entry)
 	}
 }
 
-// pause waits and reports whether it was cut short by hurry.
-func (s *service) pause(d time.Duration, hurry <-chan struct{}) bool {
+// pause waits and reports whether an urgent wake-up ended the wait.
+func (s *service) pause(d time.Duration, urgent <-chan struct{}) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
 	select {
-	case <-hurry:
+	case <-urgent:
 		return true
 	case <-timer.C:
 	case <-s.stopping.Done():
@@ -220,75 +214,74 @@ func (s *service) pause(d time.Duration, hurry <-chan struct{}) bool {
 	return false
 }
 
-// mint makes one try to have a token minted and held.
-func (s *service) mint(f *flight) (cache.JWT, error) {
-	e := f.key.entry
-	jwt, err := s.askServer(f)
+// mintAndStore makes one attempt to mint a token and put it into the cache.
+func (s *service) mintAndStore(j *mintJob) (cache.JWT, error) {
+	e := j.key.entry
+	jwt, err := s.mintInSlot(j)
 	if err == nil {
-		err = s.cfg.Cache.PutJWT(e, f.audience, jwt)
+		err = s.cfg.Cache.PutJWT(e, j.audience, jwt)
 	}
 	failed := err != nil && !errors.Is(err, cache.ErrChanged) && s.stopping.Err() == nil
-	// That the server does not mint for an entry that it does not name at present
-	// is no fault.
-	if failed && !s.cfg.Cache.Missing(e.ID) && s.said.first(about{kind: "mint " + e.ID}) {
-		s.log.Warn("a JWT-SVID could not be minted", slog.String("entry_id", e.ID),
+	// A server that does not list the entry does not mint for it: no fault.
+	if failed && !s.cfg.Cache.Missing(e.ID) && s.logged.allow(logKey{kind: "mint " + e.ID}) {
+		s.log.Warn("JWT-SVID not minted", slog.String("entry_id", e.ID),
 			slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
 	}
 	return jwt, err
 }
 
-// askServer has a token minted when there is a slot for it.
-func (s *service) askServer(f *flight) (cache.JWT, error) {
+// mintInSlot waits for a slot and mints a token.
+func (s *service) mintInSlot(j *mintJob) (cache.JWT, error) {
 	if s.cfg.JWT == nil {
 		return cache.JWT{}, errNoMinter
 	}
 	slot, cancel := context.WithTimeout(s.stopping, mintTimeout)
 	defer cancel()
-	for _, mints := range []chan struct{}{f.lane.mints, s.mints} {
+	for _, mints := range []chan struct{}{j.limits.slots, s.mintSlots} {
 		select {
 		case mints <- struct{}{}:
 			defer func() { <-mints }()
 		case <-slot.Done():
-			return cache.JWT{}, fmt.Errorf("wait for another mint to end: %w", slot.Err())
+			return cache.JWT{}, fmt.Errorf("wait for other mints: %w", slot.Err())
 		}
 	}
-	if !s.cfg.Cache.Current(f.key.entry) {
+	if !s.cfg.Cache.Current(j.key.entry) {
 		return cache.JWT{}, cache.ErrChanged
 	}
-	// The wait does not count: a server that is asked with little time left
-	// signs in vain.
+	// The request gets its full time whatever the wait took: with little time left
+	// the server would sign a token that nobody receives.
 	ctx, cancel := context.WithTimeout(s.stopping, mintTimeout)
 	defer cancel()
 	start := time.Now()
-	jwt, err := s.fetchToken(ctx, f.key.entry, f.audience)
-	if err == nil || !s.cfg.Cache.Missing(f.key.entry.ID) {
+	jwt, err := s.mintOnce(ctx, j.key.entry, j.audience)
+	if err == nil || !s.cfg.Cache.Missing(j.key.entry.ID) {
 		s.obs.JWTMinted(time.Since(start), err)
 	}
 	return jwt, err
 }
 
-// fetchToken makes the call and checks that the token is what was asked for.
-func (s *service) fetchToken(ctx context.Context, e *cache.Entry, audience []string) (cache.JWT, error) {
+// mintOnce makes one request to the server and checks the token.
+func (s *service) mintOnce(ctx context.Context, e *cache.Entry, audience []string) (cache.JWT, error) {
 	asked := s.cfg.Cache.Now()
 	token, err := s.cfg.JWT.MintJWT(ctx, e.ID, audience)
 	if err != nil {
-		return cache.JWT{}, fmt.Errorf("mint a JWT-SVID: %w", err)
+		return cache.JWT{}, fmt.Errorf("mint JWT-SVID: %w", err)
 	}
 	snapshot := s.cfg.Cache.Bundle()
 	if snapshot == nil {
-		return cache.JWT{}, errors.New("check the JWT-SVID: no trust bundle")
+		return cache.JWT{}, errors.New("check JWT-SVID: no trust bundle")
 	}
 	jwt, err := checkToken(token, snapshot.Own, e, audience, asked)
 	if err != nil {
-		return cache.JWT{}, fmt.Errorf("check the JWT-SVID: %w", err)
+		return cache.JWT{}, fmt.Errorf("check JWT-SVID: %w", err)
 	}
 	return jwt, nil
 }
 
-// final reports whether an error is the server's answer about this token, which
-// trying again at once does not change. PermissionDenied with details is about
-// the agent (SPIRE's PermissionDeniedDetails): it attests again and goes on.
-func final(err error) bool {
+// isFinal reports whether an error is the server's answer about this token, which a
+// retry does not change. PermissionDenied with details is about the agent (SPIRE's
+// PermissionDeniedDetails), which attests again and retries.
+func isFinal(err error) bool {
 	if errors.Is(err, errNoMinter) {
 		return true
 	}
@@ -305,7 +298,7 @@ func final(err error) bool {
 	return false
 }
 
-// notify wakes by level: a wake-up already waiting is enough.
+// notify sends a wake-up unless one is pending.
 func notify(c chan struct{}) {
 	select {
 	case c <- struct{}{}:

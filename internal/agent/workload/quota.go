@@ -2,7 +2,7 @@ package workload
 
 import "sync"
 
-// quota counts what the processes of each user have open.
+// quota limits how many of a resource the processes of each user have open.
 type quota struct {
 	limit int
 
@@ -10,7 +10,7 @@ type quota struct {
 	open map[uint32]int // by user ID
 }
 
-// acquire takes one for the user, or reports false when there are too many.
+// acquire takes one for the user, or returns false at the limit.
 func (q *quota) acquire(uid uint32) bool {
 	q.mu.Lock()
 	defer q.mu.Unlock()

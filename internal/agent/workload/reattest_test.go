@@ -20,8 +20,8 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// hasher is an attestor that hashes the caller's program while an entry needs
-// that. The hash is always "good".
+// hasher is an attestor that hashes the caller's program while an entry needs the
+// hash, which is always "good".
 type hasher struct {
 	needed func() bool
 
@@ -77,7 +77,7 @@ func newHasherSystem(t *testing.T) (*system, *hasher) {
 	return s, h
 }
 
-// hashEntry gives an identity to the program with the hash, of any user.
+// hashEntry returns an entry for the program with the hash, of any user.
 func hashEntry(id, path, hash string) *cache.Entry {
 	return &cache.Entry{ID: id, SPIFFEID: spiffeid.RequireFromPath(td, path), CreatedAt: time.Unix(1, 0),
 		Selectors: []cache.Selector{{Type: "unix", Value: "sha256:" + hash}}}
@@ -85,7 +85,7 @@ func hashEntry(id, path, hash string) *cache.Entry {
 
 // Nothing is hashed while no entry needs it. From the first entry that does, the
 // callers of open streams are attested with the hash, and the streams go on.
-func TestStreamsAreAttestedAgain(t *testing.T) {
+func TestStreamsAreReattested(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, h := newHasherSystem(t)
@@ -103,7 +103,7 @@ func TestStreamsAreAttestedAgain(t *testing.T) {
 		}
 		s.add(hashEntry("e2", "/two", "other"))
 		time.Sleep(time.Second)
-		quiet(t, in)
+		noAnswer(t, in)
 		if h.hashed != 2 {
 			t.Errorf("hashed %d times, want once for each stream", h.hashed)
 		}
@@ -114,7 +114,7 @@ func TestStreamsAreAttestedAgain(t *testing.T) {
 			!slices.Equal(ids(got[len(got)-1].msg), []string{"spiffe://example.org/one", "spiffe://example.org/three"}) {
 			t.Errorf("got %v, want /one and /three", got)
 		}
-		// It comes to be needed no more, and again.
+		// The hash is no longer needed, and then needed again.
 		s.cache.Update(nil, []string{"e2", "e3"})
 		s.add(entry("e4", "/four", 1001))
 		s.add(hashEntry("e5", "/five", "good"))
@@ -129,20 +129,20 @@ func TestStreamsAreAttestedAgain(t *testing.T) {
 		s.cache.Sweep(func(cache.Process) cache.Life { return cache.Ended })
 		for _, u := range s.cache.Authorities() {
 			if u.Streams != 0 {
-				t.Errorf("%d streams count after the last has ended", u.Streams)
+				t.Errorf("%d streams are counted after all have ended", u.Streams)
 			}
 		}
 	})
 }
 
-// A caller that comes while the agent starts has its hash by its first answer.
-func TestCallersOfAStartingAgentAreAttestedAgain(t *testing.T) {
+// A caller that connects while the agent starts has its hash by its first answer.
+func TestCallersOfAStartingAgentAreReattested(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, _ := newHasherSystem(t)
 		in := fetchX509(t.Context(), s.client(1000))
 		time.Sleep(startGrace / 2)
-		quiet(t, in)
+		noAnswer(t, in)
 		s.add(hashEntry("e1", "/one", "good"))
 		if got := ids(one(t, in)); !slices.Equal(got, []string{"spiffe://example.org/one"}) {
 			t.Errorf("got %v", got)
@@ -150,9 +150,9 @@ func TestCallersOfAStartingAgentAreAttestedAgain(t *testing.T) {
 	})
 }
 
-// What a stream was sent counts against its authority until the stream is sent the
-// next answer, also while its caller is attested again.
-func TestStreamCountsWhileItIsAttestedAgain(t *testing.T) {
+// A stream counts against the authority of its last answer until the next one, also
+// while its caller is attested again.
+func TestStreamCountsDuringReattestation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, h := newHasherSystem(t)
@@ -162,7 +162,7 @@ func TestStreamCountsWhileItIsAttestedAgain(t *testing.T) {
 		h.block = make(chan struct{})
 		s.add(hashEntry("e2", "/two", "good"))
 		time.Sleep(time.Minute)
-		quiet(t, in)
+		noAnswer(t, in)
 		if u := s.cache.Authorities(); len(u) != 1 || u[0].Streams != 1 {
 			t.Errorf("got %+v, want one stream", u)
 		}
@@ -172,10 +172,9 @@ func TestStreamCountsWhileItIsAttestedAgain(t *testing.T) {
 	})
 }
 
-// A hash that is long in coming, or never comes, as from a file system that hangs,
-// does not keep renewals from an open stream. When it is there, the stream has what
-// it gives.
-func TestStreamGoesOnWhileItsHashIsLongInComing(t *testing.T) {
+// A delayed hash, such as on a hanging file system, does not delay the renewals of an
+// open stream. With the hash the stream gets the identity of the new entry.
+func TestStreamContinuesWhileItsHashIsDelayed(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, h := newHasherSystem(t)
@@ -198,19 +197,19 @@ func TestStreamGoesOnWhileItsHashIsLongInComing(t *testing.T) {
 				t.Fatalf("got %v, want the SVID that was renewed", got)
 			}
 		}
-		quiet(t, bundles)
+		noAnswer(t, bundles)
 		close(block)
 		time.Sleep(reattestPause + time.Second)
 		got := settled(in)
 		if len(got) != 1 || got[0].err != nil || !slices.Equal(ids(got[0].msg), []string{"spiffe://example.org/one", "spiffe://example.org/two"}) {
 			t.Errorf("got %v, want /one and /two", got)
 		}
-		quiet(t, bundles)
+		noAnswer(t, bundles)
 	})
 }
 
-// While the hash is long in coming nobody is told that there is no identity.
-func TestStreamWithoutEntryWhileItsHashIsLongInComing(t *testing.T) {
+// While the hash is delayed, a stream does not end with PermissionDenied.
+func TestStreamWithoutEntryWhileItsHashIsDelayed(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, h := newHasherSystem(t)
@@ -229,9 +228,9 @@ func TestStreamWithoutEntryWhileItsHashIsLongInComing(t *testing.T) {
 	})
 }
 
-// That the caller of an open stream cannot be attested in full costs the stream
-// nothing. It is not told that it has no identity, either.
-func TestStreamsThatCannotBeAttestedAgain(t *testing.T) {
+// An open stream continues when its caller cannot be fully attested, and does not end
+// with PermissionDenied.
+func TestFailedReattestation(t *testing.T) {
 	t.Parallel()
 	for name, others := range map[string][]string{
 		"the hash is missing":     nil,
@@ -250,7 +249,7 @@ func TestStreamsThatCannotBeAttestedAgain(t *testing.T) {
 				h.mu.Unlock()
 				s.add(hashEntry("e2", "/two", "good"))
 				time.Sleep(time.Second)
-				quiet(t, in)
+				noAnswer(t, in)
 				s.put(entry("e1", "/one", 1000))
 				time.Sleep(time.Second)
 				one(t, in)
@@ -263,8 +262,8 @@ func TestStreamsThatCannotBeAttestedAgain(t *testing.T) {
 }
 
 // While a selector that an entry could need is missing, a caller that another entry
-// matches is served, and nobody is told that there is no identity.
-func TestCallersAttestedInPart(t *testing.T) {
+// matches is served, and no caller gets PermissionDenied.
+func TestIncompleteAttestation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, h := newHasherSystem(t)
@@ -290,14 +289,14 @@ func TestCallersAttestedInPart(t *testing.T) {
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("ValidateJWTSVID: %v", err)
 		}
-		if got := s.logs.attrs("a caller could not be attested in full"); len(got) != 2 || got[0]["error"] != "attestor unix: may not be read" {
+		if got := s.logs.attrs("caller attestation incomplete"); len(got) != 2 || got[0]["error"] != "attestor unix: may not be read" {
 			t.Errorf("logged %v, want once for each user", got)
 		}
 	})
 }
 
-// An entry that comes between the attestation of a caller and the answer to it.
-func TestEntryThatComesWhileACallerIsAttested(t *testing.T) {
+// An entry may arrive between the attestation of a caller and its answer.
+func TestNewEntryDuringAttestation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s, _ := newHasherSystem(t)
@@ -305,7 +304,7 @@ func TestEntryThatComesWhileACallerIsAttested(t *testing.T) {
 		c := caller{s: &Server{cfg: Config{Needs: func() uint64 { return s.cache.Needs("unix", "sha256") }}}}
 		s.add(hashEntry("e2", "/two", "good"))
 		v := s.cache.Match(nil)
-		if err := c.admit(&v); status.Code(err) != codes.Unavailable {
+		if err := c.authorize(&v); status.Code(err) != codes.Unavailable {
 			t.Errorf("got %v, want Unavailable", err)
 		}
 	})

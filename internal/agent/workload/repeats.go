@@ -5,46 +5,45 @@ import (
 	"time"
 )
 
-// repeats says which problems are to be logged: each once in a while, however
-// often it happens, because callers that are denied come back every few
-// seconds.
-type repeats struct {
+// logLimiter limits how often a repeated problem is logged: denied callers retry
+// every few seconds.
+type logLimiter struct {
 	mu     sync.Mutex
-	logged map[about]time.Time
+	logged map[logKey]time.Time
 }
 
-type about struct {
+type logKey struct {
 	kind string
 	uid  uint32
 }
 
 const (
-	repeatEvery = 10 * time.Minute
-	maxRepeats  = 1024
+	logInterval = 10 * time.Minute
+	maxLogKeys  = 1024
 )
 
-// first reports whether the problem has not come up for some time. Past
-// maxRepeats different ones it says so no more until the oldest are forgotten.
-func (d *repeats) first(key about) bool {
+// allow reports whether the problem may be logged: it was not logged within
+// logInterval. With maxLogKeys problems it refuses new ones until the oldest expire.
+func (l *logLimiter) allow(key logKey) bool {
 	now := time.Now()
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	if at, ok := d.logged[key]; ok && now.Sub(at) < repeatEvery {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if at, ok := l.logged[key]; ok && now.Sub(at) < logInterval {
 		return false
 	}
-	if d.logged == nil {
-		d.logged = make(map[about]time.Time)
+	if l.logged == nil {
+		l.logged = make(map[logKey]time.Time)
 	}
-	if len(d.logged) >= maxRepeats {
-		for k, at := range d.logged {
-			if now.Sub(at) >= repeatEvery {
-				delete(d.logged, k)
+	if len(l.logged) >= maxLogKeys {
+		for k, at := range l.logged {
+			if now.Sub(at) >= logInterval {
+				delete(l.logged, k)
 			}
 		}
-		if len(d.logged) >= maxRepeats {
+		if len(l.logged) >= maxLogKeys {
 			return false
 		}
 	}
-	d.logged[key] = now
+	l.logged[key] = now
 	return true
 }

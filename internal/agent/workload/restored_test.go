@@ -14,9 +14,9 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// That a caller has no entry for the SPIFFE ID it asks for is said only when it
-// is known.
-func TestJWTForAnIDThatMayExist(t *testing.T) {
+// A caller gets PermissionDenied for a SPIFFE ID only if it is known that it has no
+// entry for it.
+func TestJWTForAPossiblyUnknownID(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		attestors []attest.Attestor
@@ -47,16 +47,16 @@ func TestJWTForAnIDThatMayExist(t *testing.T) {
 	}
 }
 
-// What was restored is served before the server was asked. Nobody else is told
-// that there is nothing.
-func TestRestoredIsServedAndNothingElseIsKnown(t *testing.T) {
+// Restored SVIDs are served before the first entry sync. Other callers do not get
+// PermissionDenied.
+func TestRestoredSVIDsAreServedBeforeTheFirstSync(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newSystem(t, nil)
 		e := entry("e1", "/one", 1000)
 		s.cache.Restore([]*cache.Entry{e}, []*cache.SVID{s.ca.svid(t, e, time.Hour)}, nil)
 		if s.cache.Ready() {
-			t.Error("ready although the server was not asked")
+			t.Error("ready before the first entry sync")
 		}
 		one(t, fetchX509(t.Context(), s.client(1000)))
 		denied := fetchX509(t.Context(), s.client(1001))
@@ -65,7 +65,7 @@ func TestRestoredIsServedAndNothingElseIsKnown(t *testing.T) {
 		waiting := fetchX509(t.Context(), s.client(1002))
 		synctest.Wait()
 		e2 := entry("e2", "/two", 1002)
-		s.add(e2) // the server was asked
+		s.add(e2) // the first entry sync
 		one(t, waiting)
 		ended(t, fetchX509(t.Context(), s.client(1001)), codes.PermissionDenied)
 	})

@@ -17,19 +17,19 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// Limits on what one caller can make the agent hold or do.
+// Limits of the resources that one caller can use.
 const (
 	// DefaultMaxPerUser is how many connections, and how many calls, the
 	// processes of one user may have open at a time.
 	DefaultMaxPerUser = 4096
 	// maxStreams is how many calls one connection may have open.
 	maxStreams = 256
-	// maxRequest is the size of a request in bytes. The largest there is holds
-	// a JWT-SVID to validate.
+	// maxRequest is the size of a request in bytes. The largest holds a JWT-SVID to
+	// validate.
 	maxRequest = 64 << 10
 	// maxHeaders is the size of a request's metadata in bytes.
 	maxHeaders = 8 << 10
-	// handshakeTimeout is how long a connection may take to become one.
+	// handshakeTimeout is how long the handshake of a connection may take.
 	handshakeTimeout = 10 * time.Second
 	// stopGrace is how long clients get to read the last status at shutdown.
 	stopGrace = time.Second
@@ -42,19 +42,18 @@ type JWTMinter interface {
 	MintJWT(ctx context.Context, entryID string, audience []string) (token string, err error)
 }
 
-// Observer is told what happens, for metrics. Its methods are called
-// concurrently and must not block. Method is the RPC's short name, such as
-// FetchX509SVID.
+// Observer receives events for metrics. Its methods are called concurrently and
+// must not block. Method is the RPC's short name, such as FetchX509SVID.
 type Observer interface {
-	// StreamOpened is called when a caller of a streaming RPC was let in.
+	// StreamOpened is called when a caller of a streaming RPC was attested.
 	StreamOpened(method string)
-	// StreamClosed is called at the end of what StreamOpened announced.
+	// StreamClosed is called at the end of each stream that StreamOpened announced.
 	StreamClosed(method string)
-	// OversizeAnswer counts answers above the 4 MiB that gRPC clients accept
-	// unless told otherwise.
+	// OversizeAnswer is called for each answer above 4 MiB, the limit of gRPC
+	// clients by default.
 	OversizeAnswer(method string)
-	// JWTMinted is called after each attempt to have a JWT-SVID minted, with
-	// how long it took; err is nil for one that was signed and checked.
+	// JWTMinted is called after each attempt to mint a JWT-SVID with the time that it
+	// took. err is nil if the token was signed and checked.
 	JWTMinted(took time.Duration, err error)
 }
 
@@ -64,55 +63,53 @@ type Config struct {
 	Cache *cache.Cache
 	// Attestors find the callers' selectors. At least one is required.
 	Attestors []attest.Attestor
-	// Needs is 0 while Attestors find out all that they can, and greater each time
-	// that they begin to find out more because an entry has come to need it; see
-	// [cache.Cache.Needs]. Streams whose callers were attested before are attested
-	// again then, while they go on. Nil: never.
+	// Needs returns 0 at first, and a greater number each time that Attestors begin to
+	// find more kinds of selectors because an entry needs them; see
+	// [cache.Cache.Needs]. The callers of open streams are then attested again, and
+	// their streams go on. Nil: never.
 	Needs func() uint64
-	// JWT mints JWT-SVIDs. Nil: FetchJWTSVID hands out what is cached and is
-	// Unavailable otherwise.
+	// JWT mints JWT-SVIDs. Nil: FetchJWTSVID serves cached tokens and is Unavailable
+	// otherwise.
 	JWT JWTMinter
-	// ReplaceTainted has a JWT-SVID that is held and was signed by a tainted key
-	// minted again when a caller asks for it. It is handed out meanwhile.
+	// ReplaceTainted mints a cached JWT-SVID of a tainted key again when a caller
+	// asks for it. The cached one is served meanwhile.
 	ReplaceTainted bool
-	// Log gets what an operator should know. Nil: nothing is logged.
+	// Log receives messages for operators. Nil: nothing is logged.
 	Log *slog.Logger
-	// Observer is told what happens. Nil: nobody.
+	// Observer receives events for metrics. Nil: none.
 	Observer Observer
-	// Record is called before each answer with X.509-SVIDs, with what its process can
-	// use from then on and for how long; it returns soon. Nil: nothing is recorded.
+	// Record is called before each answer with X.509-SVIDs, with the process and all
+	// that it may use from then on. It must return soon. Nil: nothing is recorded.
 	Record func(cache.Process, []cache.Use)
-	// MaxPerUser limits the open connections and the open calls of one user,
-	// each. Zero means DefaultMaxPerUser.
+	// MaxPerUser limits the open connections, the open calls and the JWT-SVID mints of
+	// one user, each. Zero means DefaultMaxPerUser.
 	MaxPerUser int
 	// ServerOptions are added to those of the gRPC server, such as
 	// interceptors that count calls.
 	ServerOptions []grpc.ServerOption
-	// Peers identifies the process behind a connection, which is closed with
-	// the connection. Nil means [attest.FromConn], for Unix sockets.
+	// Peers identifies the process of a connection. The peer is closed with the
+	// connection. Nil means [attest.FromConn], for Unix sockets.
 	Peers func(net.Conn) (*attest.Peer, error)
 }
 
 // Server serves the Workload API. Make it with [New].
 type Server struct {
-	cfg   Config
-	log   *slog.Logger
-	obs   Observer
-	said  repeats
-	conns quota // by user
-	calls quota
-	// flying are the mints of JWT-SVIDs under way, by the user who began them.
-	flying quota
+	cfg    Config
+	log    *slog.Logger
+	obs    Observer
+	logged logLimiter
+	conns  quota
+	calls  quota
+	mints  quota // mintJobs, by the user who started them
 }
 
-// New returns a server. It fails when the configuration lacks what is
-// required.
+// New returns a server. It fails if a required field is missing.
 func New(cfg Config) (*Server, error) {
 	if cfg.Cache == nil {
 		return nil, errors.New("workload API: no cache")
 	}
 	if len(cfg.Attestors) == 0 {
-		return nil, errors.New("workload API: no workload attestor is configured")
+		return nil, errors.New("workload API: no workload attestor")
 	}
 	if cfg.MaxPerUser == 0 {
 		cfg.MaxPerUser = DefaultMaxPerUser
@@ -121,10 +118,10 @@ func New(cfg Config) (*Server, error) {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
 	if cfg.Observer == nil {
-		cfg.Observer = nobody{}
+		cfg.Observer = noopObserver{}
 	}
 	if cfg.Peers == nil {
-		cfg.Peers = unixPeer
+		cfg.Peers = peerOfUnixConn
 	}
 	if cfg.Needs == nil {
 		cfg.Needs = func() uint64 { return 0 }
@@ -133,25 +130,24 @@ func New(cfg Config) (*Server, error) {
 		cfg.Record = func(cache.Process, []cache.Use) {}
 	}
 	return &Server{
-		cfg:    cfg,
-		log:    cfg.Log,
-		obs:    cfg.Observer,
-		conns:  quota{limit: cfg.MaxPerUser},
-		calls:  quota{limit: cfg.MaxPerUser},
-		flying: quota{limit: cfg.MaxPerUser},
+		cfg:   cfg,
+		log:   cfg.Log,
+		obs:   cfg.Observer,
+		conns: quota{limit: cfg.MaxPerUser},
+		calls: quota{limit: cfg.MaxPerUser},
+		mints: quota{limit: cfg.MaxPerUser},
 	}, nil
 }
 
-// Serve answers calls on lis, which it closes, until ctx ends. Then open calls
-// end with Unavailable, so that clients try again, and Serve returns nil once
-// every one of them has ended. It fails when lis does.
+// Serve answers calls on lis, which it closes, until ctx ends. Then open calls end
+// with Unavailable, so that clients retry, and Serve returns nil after the last one.
+// It fails if lis fails.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	ctx, stop := context.WithCancel(ctx)
 	defer stop()
-	svc := &service{Server: s, stopping: ctx, mints: make(chan struct{}, maxMints),
-		flights: make(map[flightKey]*flight), lanes: make(map[*cache.Entry]*lane)}
-	// The order matters: options given by the caller come first, so that they
-	// cannot lift the limits.
+	svc := &service{Server: s, stopping: ctx, mintSlots: make(chan struct{}, maxMints),
+		jobs: make(map[mintKey]*mintJob), entryJobs: make(map[*cache.Entry]*entryLimits)}
+	// ServerOptions come first, so that they cannot lift the limits.
 	g := grpc.NewServer(append(s.cfg.ServerOptions[:len(s.cfg.ServerOptions):len(s.cfg.ServerOptions)],
 		grpc.Creds(peerCredentials{s}),
 		grpc.ForceServerCodecV2(codec{}),
@@ -160,18 +156,17 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		grpc.MaxHeaderListSize(maxHeaders),
 		grpc.ConnectionTimeout(handshakeTimeout),
 		grpc.WaitForHandlers(true),
-		// A connection mostly waits for the next rotation: it should not own
-		// buffers meanwhile. Requests are tiny.
+		// An idle connection should hold little memory. Requests are tiny.
 		grpc.ReadBufferSize(readBuffer),
-		grpc.WriteBufferSize(0), // see peerConn.await
+		grpc.WriteBufferSize(0), // see peerConn.track
 		grpc.StaticStreamWindowSize(64<<10),
 		grpc.StaticConnWindowSize(64<<10),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)...)
 	g.RegisterService(&apiDesc, svc)
 
-	// Handlers end by themselves when ctx does. A client that does not read its
-	// last answer, or keeps its connection, is cut off after the grace.
+	// Handlers end with ctx. A client that does not read its last answer, or keeps
+	// its connection, is disconnected after stopGrace.
 	var stopper sync.WaitGroup
 	drained := make(chan struct{})
 	stopper.Go(func() {
@@ -193,33 +188,33 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	failed := err != nil && ctx.Err() == nil
 	stop()
 	stopper.Wait()
-	svc.minting.Wait()
+	svc.running.Wait()
 	if failed {
 		return fmt.Errorf("serve the Workload API: %w", err)
 	}
 	return nil
 }
 
-// service answers the calls of one Serve.
+// service answers the calls of one run of Serve.
 type service struct {
 	workloadpb.UnimplementedSpiffeWorkloadAPIServer
 	*Server
 	stopping context.Context
 
-	minting sync.WaitGroup
-	mints   chan struct{} // a slot for each running mint
+	running   sync.WaitGroup // mintJobs
+	mintSlots chan struct{}  // a slot for each request to the server
 
-	mu      sync.Mutex
-	flights map[flightKey]*flight  // the mints under way
-	lanes   map[*cache.Entry]*lane // of the entries that they are for
+	mu        sync.Mutex
+	jobs      map[mintKey]*mintJob
+	entryJobs map[*cache.Entry]*entryLimits // of the entries of jobs
 }
 
 // readBuffer is the read buffer of a connection in bytes.
 const readBuffer = 1 << 10
 
-type nobody struct{}
+type noopObserver struct{}
 
-func (nobody) StreamOpened(string)            {}
-func (nobody) StreamClosed(string)            {}
-func (nobody) OversizeAnswer(string)          {}
-func (nobody) JWTMinted(time.Duration, error) {}
+func (noopObserver) StreamOpened(string)            {}
+func (noopObserver) StreamClosed(string)            {}
+func (noopObserver) OversizeAnswer(string)          {}
+func (noopObserver) JWTMinted(time.Duration, error) {}

@@ -60,7 +60,7 @@ func serveSocket(t testing.TB, change func(*Config)) (s *system, path string, e 
 	return s, path, e
 }
 
-// updates is a go-spiffe watcher that hands on what it is told.
+// updates is a go-spiffe watcher that passes on its updates.
 type updates struct {
 	contexts chan *workloadapi.X509Context
 	errs     chan error
@@ -120,7 +120,7 @@ func TestWithGoSPIFFE(t *testing.T) {
 	}
 }
 
-// A client stays with its SVID over a restart of the agent and connects again.
+// A client keeps its SVID over a restart of the agent and reconnects.
 func TestWithGoSPIFFEOverRestart(t *testing.T) {
 	t.Parallel()
 	s, path, e := serveSocket(t, nil)
@@ -164,12 +164,12 @@ func TestWithGoSPIFFEOverRestart(t *testing.T) {
 			t.Errorf("got %s", c.DefaultSVID().ID)
 		}
 	case <-ctx.Done():
-		t.Fatal("the client did not come back")
+		t.Fatal("the client did not reconnect")
 	}
 }
 
-// Whoever removes the socket file cuts nobody off: open streams go on, and new
-// callers are served again within seconds.
+// If the socket file is removed, open streams continue, and new callers are served
+// within seconds.
 func TestSocketFileRemovedUnderStreams(t *testing.T) {
 	t.Parallel()
 	s, path, e := serveSocket(t, nil)
@@ -204,13 +204,13 @@ func TestSocketFileRemovedUnderStreams(t *testing.T) {
 	}
 }
 
-func TestConnectionsAreLetGo(t *testing.T) {
+func TestConnectionsAreReleased(t *testing.T) {
 	t.Parallel()
 	peers := make(chan *attest.Peer, 10_000)
 	s, path, _ := serveSocket(t, func(c *Config) {
 		c.MaxPerUser = 2
 		c.Peers = func(conn net.Conn) (*attest.Peer, error) {
-			p, err := unixPeer(conn)
+			p, err := peerOfUnixConn(conn)
 			if err == nil {
 				peers <- p
 			}
@@ -225,7 +225,7 @@ func TestConnectionsAreLetGo(t *testing.T) {
 			if err == nil {
 				break
 			}
-			if ctx.Err() != nil { // the one before may take a moment to be let go
+			if ctx.Err() != nil { // the one before may take a moment to be released
 				t.Fatalf("connection %d: %v", i, err)
 			}
 		}
@@ -265,10 +265,10 @@ func TestListen(t *testing.T) {
 	}
 	refused(path, "another process listens on it")
 	if _, err := net.Dial("unix", path); err != nil {
-		t.Errorf("the live socket was harmed: %v", err)
+		t.Errorf("the live socket was damaged: %v", err)
 	}
 
-	// What a killed process leaves behind.
+	// The socket file of a killed process.
 	lis.Close()
 	killed, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
@@ -298,13 +298,13 @@ func TestListen(t *testing.T) {
 	}
 	refused(link, "not a socket")
 	if data, _ := os.ReadFile(file); string(data) != "precious" {
-		t.Error("the file was harmed")
+		t.Error("the file was damaged")
 	}
 	refused(filepath.Join(dir, strings.Repeat("x", 108)), "choose a shorter one")
 	refused(filepath.Join(file, "sub", "s"), "create its folder")
 }
 
-func TestNewRefuses(t *testing.T) {
+func TestNewRejects(t *testing.T) {
 	t.Parallel()
 	c := cache.New(cache.Config{})
 	for want, cfg := range map[string]Config{

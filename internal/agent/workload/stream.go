@@ -8,35 +8,36 @@ import (
 )
 
 // PushSpacing is the least time between two answers of one stream. Changes
-// that come faster are told together.
+// that come faster share an answer.
 const PushSpacing = 250 * time.Millisecond
 
-// outcome is what one look at what a stream is to be told has come to.
+// outcome is the result of one update of a stream.
 type outcome struct {
-	sent  bool          // there was something to tell
-	again time.Duration // when to look without a wake-up; 0: not before one
+	sent  bool          // an answer was sent
+	after time.Duration // until an update without a wake-up; 0: only when woken
 }
 
-// follow runs one stream: it calls look when woken and lets at least
-// PushSpacing pass after each answer. look sends what has changed, if anything.
-// It is repeated in any case while the caller waits to be attested again. before is
-// the outcome of a look that was done already, zero for none.
-func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-chan struct{}, look func() (outcome, error)) error {
+// follow runs one stream: it calls update when woken and lets at least
+// PushSpacing pass after each answer. update sends an answer if it differs from the
+// last one. While the caller waits for re-attestation, follow calls update at least
+// every reattestPause. before is the outcome of an earlier update, zero if there was
+// none.
+func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-chan struct{}, update func() (outcome, error)) error {
 	var last time.Time // of the last answer
 	for {
 		if before.sent {
 			last = time.Now()
 		}
-		var again <-chan time.Time
+		var due <-chan time.Time
 		switch {
-		case before.again > 0:
-			again = time.After(before.again)
+		case before.after > 0:
+			due = time.After(before.after)
 		case c.outdated():
-			again = time.After(reattestPause)
+			due = time.After(reattestPause)
 		}
 		select {
 		case <-wake:
-		case <-again:
+		case <-due:
 		case <-ctx.Done():
 			return status.FromContextError(ctx.Err()).Err()
 		case <-s.stopping.Done():
@@ -54,7 +55,7 @@ func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-
 					timer.Stop()
 					return errStopping
 				}
-				// What came meanwhile is part of what look reads.
+				// update reads the latest state: this wake-up is part of it.
 				select {
 				case <-wake:
 				default:
@@ -62,7 +63,7 @@ func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-
 			}
 		}
 		var err error
-		if before, err = look(); err != nil {
+		if before, err = update(); err != nil {
 			return err
 		}
 	}

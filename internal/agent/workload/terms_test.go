@@ -18,8 +18,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// Of several entries with one hint the oldest alone is handed out, X.509 and JWT,
-// so that the default identity is that of spire-agent; and that is said once.
+// Of several entries with one hint only the oldest is served, X.509 and JWT, so that
+// the default identity is that of spire-agent. That is logged once.
 func TestOneEntryForEachHint(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -63,7 +63,7 @@ func TestOneEntryForEachHint(t *testing.T) {
 		if status.Code(err) != codes.PermissionDenied {
 			t.Errorf("a hidden entry asked for by its SPIFFE ID: %v, want PermissionDenied as from spire-agent", err)
 		}
-		said := s.logs.attrs("entry not handed out")
+		said := s.logs.attrs("entry omitted")
 		if len(said) != 2 || said[0]["entry_id"] != "e0" || said[1]["entry_id"] != "e2" {
 			t.Errorf("logged %v, want e0 and e2 once", said)
 		}
@@ -91,8 +91,7 @@ func jtiSystem(t *testing.T) (*system, *minter) {
 	return s, m
 }
 
-// Each request has a token of its own: one after the other, at the same time, and
-// for the same audience.
+// Each request gets its own token, also at the same time and for the same audience.
 func TestJWTWithJTIIsForOneRequest(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -122,8 +121,8 @@ func TestJWTWithJTIIsForOneRequest(t *testing.T) {
 	})
 }
 
-// However many ask, the slots of the entry bound what the server is asked for at a
-// time; and a request waits for its token through a failure, within its deadline.
+// However many callers there are, the slots of the entry limit the requests at a time.
+// A call waits for its token through a failure, within its deadline.
 func TestJWTWithJTIKeepsTheLimits(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -167,9 +166,8 @@ func TestJWTWithJTIKeepsTheLimits(t *testing.T) {
 	})
 }
 
-// With ReplaceTainted a token of a tainted key is minted again when a caller asks,
-// once however many do, and is served until the new one is there. Without it it is
-// served as before.
+// With ReplaceTainted a token of a tainted key is minted again when callers ask, once
+// however many do, and is served meanwhile. Without it the token is served as before.
 func TestJWTOfATaintedKey(t *testing.T) {
 	t.Parallel()
 	for _, replace := range []bool{false, true} {
@@ -212,23 +210,23 @@ func TestJWTOfATaintedKey(t *testing.T) {
 				taint()
 				time.Sleep(time.Hour)
 				if m.count() != 1 {
-					t.Fatalf("%d mints while nobody asks, want none", m.count()-1)
+					t.Fatalf("%d mints without a caller, want none", m.count()-1)
 				}
 				start := time.Now()
 				for range 20 {
 					if got := ask(); got != old {
-						t.Error("the token that is held is not served while another is minted")
+						t.Error("the cached token is not served while another is minted")
 					}
 				}
 				if took := time.Since(start); took > 0 {
 					t.Errorf("callers waited %v", took)
 				}
 				time.Sleep(2 * time.Second)
-				lagging := ask() // signed by the tainted key once more: the server lags
+				lagging := ask() // again signed by the tainted key: the server lags
 				if replace != (lagging != old) {
 					t.Errorf("replace %v, and the token is another one: %v", replace, lagging != old)
 				}
-				// It is asked for again, and not at each call.
+				// It is minted again, but not at each call.
 				before := m.count()
 				for range 60 {
 					time.Sleep(time.Second)
@@ -238,11 +236,11 @@ func TestJWTOfATaintedKey(t *testing.T) {
 					t.Errorf("%d mints in a minute in which the server lags", n)
 				}
 				signer = next
-				time.Sleep(taintedAgain)
+				time.Sleep(taintedRemintAge)
 				ask()
 				time.Sleep(2 * time.Second)
 				last, before := ask(), m.count()
-				if key, _ := s.held("a"); replace != (key.KeyID == next.kid) || key.Token != last {
+				if key, _ := s.cachedJWT("a"); replace != (key.KeyID == next.kid) || key.Token != last {
 					t.Errorf("replace %v, and the token is by key %q", replace, key.KeyID)
 				}
 				for range 60 {

@@ -17,22 +17,22 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// ValidateJWTSVID checks a JWT-SVID for the caller against the bundles that
-// the caller may know (SPIFFE Workload API, section 6.2.3).
+// ValidateJWTSVID validates a JWT-SVID against the bundles that the caller may see
+// (SPIFFE Workload API, section 6.2.3).
 func (s *service) ValidateJWTSVID(ctx context.Context, req *workloadpb.ValidateJWTSVIDRequest) (*workloadpb.ValidateJWTSVIDResponse, error) {
-	c, err := s.enter(ctx)
+	c, err := s.admitCall(ctx)
 	if err != nil {
 		return nil, err
 	}
-	defer c.leave()
+	defer c.release()
 	switch {
 	case req.Audience == "":
-		return nil, status.Error(codes.InvalidArgument, "audience must be given")
+		return nil, status.Error(codes.InvalidArgument, "audience missing")
 	case req.Svid == "":
-		return nil, status.Error(codes.InvalidArgument, "svid must be given")
+		return nil, status.Error(codes.InvalidArgument, "svid missing")
 	}
 	v := s.cfg.Cache.Match(c.selectors)
-	if err := c.admit(&v); err != nil {
+	if err := c.authorize(&v); err != nil {
 		return nil, err
 	}
 	svid, err := jwtsvid.ParseAndValidate(req.Svid, newKeySource(&v), []string{req.Audience})
@@ -46,11 +46,11 @@ func (s *service) ValidateJWTSVID(ctx context.Context, req *workloadpb.ValidateJ
 	return &workloadpb.ValidateJWTSVIDResponse{SpiffeId: svid.ID.String(), Claims: claims}, nil
 }
 
-// keySource finds the JWT keys of a trust domain among some bundles.
+// keySource is a jwtbundle.Source over some bundles.
 type keySource []*bundle.Bundle
 
-// newKeySource holds the bundles that a caller may know: the own one and those
-// that its entries federate with.
+// newKeySource returns the bundles that a caller may see: the agent's trust domain
+// and those that the caller's entries federate with.
 func newKeySource(v *cache.View) keySource {
 	k := keySource{v.Bundle.Own}
 	for _, e := range v.Entries {

@@ -15,12 +15,11 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// maxClientMessage is what gRPC clients accept in one message unless told
-// otherwise.
+// maxClientMessage is the largest message that gRPC clients accept by default.
 const maxClientMessage = 4 << 20
 
-// apiDesc is the generated description of the service with a handler of our
-// own for FetchX509SVID, the one call that every workload keeps open.
+// apiDesc is the generated description of the service with another handler for
+// FetchX509SVID, the call that every workload keeps open.
 var apiDesc = func() grpc.ServiceDesc {
 	d := workloadpb.SpiffeWorkloadAPI_ServiceDesc
 	d.Streams = slices.Clone(d.Streams)
@@ -37,21 +36,19 @@ var apiDesc = func() grpc.ServiceDesc {
 const fetchX509SVID = "FetchX509SVID"
 
 // streamX509SVIDs answers FetchX509SVID: it streams all X.509-SVIDs of the
-// caller with the trust bundles that go with them (SPIFFE Workload API,
-// section 5.2.1).
+// caller with their trust bundles (SPIFFE Workload API, section 5.2.1).
 //
-// The goroutine that gRPC gives to the call lives as long as the stream, and
-// with it the stack that its deepest call needed. So it only waits: what needs
-// stack, even reading the request, is done aside. That makes a stream at rest
-// a tenth smaller.
+// The goroutine of the call lives as long as the stream, and with it the stack that
+// its deepest call needed. So it only waits: all that needs stack, even reading the
+// request, runs on another goroutine. That makes an idle stream a tenth smaller.
 func (s *service) streamX509SVIDs(stream grpc.ServerStream) error {
 	x := &x509Stream{s: s, stream: stream}
-	// Most callers get their answer in the first look. Together with open it needs
-	// one goroutine, whose stack grows once.
+	// Most callers get their answer in the first update. It shares a goroutine with
+	// open, whose stack then grows once.
 	var first outcome
-	err := aside(func() (err error) {
+	err := onOtherGoroutine(func() (err error) {
 		if err = x.open(); err == nil {
-			first, err = x.look()
+			first, err = x.update()
 		}
 		return err
 	})
@@ -60,13 +57,13 @@ func (s *service) streamX509SVIDs(stream grpc.ServerStream) error {
 		return err
 	}
 	return s.follow(stream.Context(), x.caller, first, x.sub.C(), func() (o outcome, err error) {
-		err = aside(func() error { o, err = x.look(); return err })
+		err = onOtherGoroutine(func() error { o, err = x.update(); return err })
 		return o, err
 	})
 }
 
-// aside runs f on a goroutine of its own and waits for it.
-func aside(f func() error) (err error) {
+// onOtherGoroutine runs f on a new goroutine and waits for it.
+func onOtherGoroutine(f func() error) (err error) {
 	done := make(chan struct{})
 	go func() {
 		err = f()
@@ -78,90 +75,87 @@ func aside(f func() error) (err error) {
 
 // x509Stream is one open call of FetchX509SVID.
 type x509Stream struct {
-	s       *service
-	stream  grpc.ServerStream
-	caller  *caller
-	process cache.Process
-	conn    *peerConn
-	sub     *cache.Subscription
-	last    x509Answer    // what was sent
-	sending *delivery     // of last, until it was read; nil then
-	pause   time.Duration // before it is looked at next
-	warned  bool          // of its size
-	opened  time.Time     // when the caller was let in
-	// partial is since when there is something to tell and more is to come.
-	partial time.Time
-	// orphaned is since when what is held does not go with the bundle.
-	orphaned time.Time
+	s              *service
+	stream         grpc.ServerStream
+	caller         *caller
+	process        cache.Process
+	conn           *peerConn
+	sub            *cache.Subscription
+	last           x509Answer
+	sending        *delivery     // of last; nil once it was read
+	readPause      time.Duration // until the next check of sending
+	oversizeLogged bool
+	openedAt       time.Time // when the caller was attested
+	partialSince   time.Time // a first answer waits for the other SVIDs since then
+	orphanedSince  time.Time // the authority of an SVID is not in the bundle since then
 }
 
-// readLimit is the longest pause before it is looked whether an answer has been read.
-// The first is PushSpacing; most have been by then.
-const readLimit = 4 * time.Second
+// maxReadPause is the longest pause between two checks whether the client has read
+// an answer. The first is PushSpacing: most answers are read by then.
+const maxReadPause = 4 * time.Second
 
-// startGrace is how long a caller is kept waiting by an agent that is starting
-// before it is told to come again. Most starts take less, and a stock client
-// that is sent away comes back after a second or more.
+// startGrace is how long a call waits for an agent that is starting before it ends
+// with Unavailable. Most starts take less, and common clients retry after a second
+// or more.
 const startGrace = 500 * time.Millisecond
 
 // orphanGrace is how long an answer waits for the replacement of SVIDs whose
-// authority was removed from the bundle. Together with the new bundle they
-// would be an identity that nobody accepts; the replacement is usually there
-// in a moment, and then SVIDs and bundle change in one answer. After the grace
-// the bundle must be told in any case: the removal may be about a stolen key.
+// authority was removed from the bundle. With the new bundle they would be an
+// identity that no peer accepts. The replacement usually arrives soon, and then SVIDs
+// and bundle change in one answer. After the grace the bundle is sent in any case:
+// it may have been changed because of a stolen key.
 const orphanGrace = 5 * time.Second
 
-// partialGrace is how long a first answer waits for the other SVIDs that the
-// caller is to get. Some of them may not be had for long, and to have none is
-// worse than to have not all.
+// partialGrace is how long a first answer waits for the caller's other SVIDs. Some
+// may be unavailable for long, and a part is better than none.
 const partialGrace = 5 * time.Second
 
-// bundleGrace is how long a first answer waits for federated bundles that the
-// server is being asked for. It may be the only one that the workload reads.
+// bundleGrace is how long a first answer waits for federated bundles that are being
+// fetched. It may be the only answer that the workload reads.
 const bundleGrace = 2 * time.Second
 
-// open lets the caller in; close has to follow. The call counts in the cache before
-// its caller is attested, which may take long.
+// open attests the caller; close has to follow. The call counts in the cache before
+// the attestation, which may take long.
 func (x *x509Stream) open() error {
 	var req workloadpb.X509SVIDRequest // has no fields
 	if err := x.stream.RecvMsg(&req); err != nil {
 		return err
 	}
-	info, ok := infoFrom(x.stream.Context())
+	info, ok := peerInfoOf(x.stream.Context())
 	if !ok {
 		return errAttest
 	}
 	x.conn, x.process = info.conn, info.peer.Process()
 	x.sub = x.s.cfg.Cache.Subscribe(x.process, nil)
-	c, err := x.s.enter(x.stream.Context())
+	c, err := x.s.admitCall(x.stream.Context())
 	if err != nil {
 		return err
 	}
-	x.caller, x.opened = c, time.Now()
+	x.caller, x.openedAt = c, time.Now()
 	x.s.obs.StreamOpened(fetchX509SVID)
 	x.sub.Select(c.selectors)
-	<-x.sub.C() // look follows
+	<-x.sub.C() // the first update follows in any case
 	return nil
 }
 
 func (x *x509Stream) close() {
-	// A client that asks once is gone as soon as it has its answer.
+	// A client that asks once closes the stream as soon as it has its answer.
 	if x.sending != nil {
-		if x.conn.readAtEnd(x.sending) {
+		if x.conn.wasReadAtEnd(x.sending) {
 			x.sub.Read()
 		}
-		x.conn.forget(x.sending)
+		x.conn.untrack(x.sending)
 	}
 	if x.sub != nil {
 		x.sub.Close()
 	}
 	if x.caller != nil {
 		x.s.obs.StreamClosed(fetchX509SVID)
-		x.caller.leave()
+		x.caller.release()
 	}
 }
 
-// reattest goes on with the selectors that the caller has by now.
+// reattest attests the caller again if necessary and applies changed selectors.
 func (x *x509Stream) reattest() error {
 	changed, err := x.s.reattest(x.stream.Context(), x.caller)
 	if err == nil && changed {
@@ -170,64 +164,63 @@ func (x *x509Stream) reattest() error {
 	return err
 }
 
-// read reports whether the client has read all that was sent.
-func (x *x509Stream) read() bool {
+// lastWasRead reports whether the client has read the last answer.
+func (x *x509Stream) lastWasRead() bool {
 	if x.sending == nil {
 		return true
 	}
-	if !x.conn.read(x.sending) {
+	if !x.conn.wasRead(x.sending) {
 		return false
 	}
-	x.conn.forget(x.sending)
+	x.conn.untrack(x.sending)
 	x.sending = nil
 	x.sub.Read()
 	return true
 }
 
-// look sends what the caller is to know now, if it differs from what was sent.
-func (x *x509Stream) look() (outcome, error) {
+// update sends an answer if it is due and differs from the last one.
+func (x *x509Stream) update() (outcome, error) {
 	if err := x.reattest(); err != nil {
 		return outcome{}, err
 	}
 	v := x.sub.View()
-	if left := startGrace - time.Since(x.opened); !v.Ready && left > 0 {
-		return outcome{again: left}, nil
+	if left := startGrace - time.Since(x.openedAt); !v.Ready && left > 0 {
+		return outcome{after: left}, nil
 	}
-	if err := x.caller.admit(&v); err != nil {
+	if err := x.caller.authorize(&v); err != nil {
 		return outcome{}, err
 	}
-	// One answer at a time: a client that reads none costs no more memory, and gets the
-	// newest when it goes on.
-	if !x.read() {
-		x.pause = min(2*x.pause, readLimit)
-		return outcome{again: x.pause}, nil
+	// One answer at a time: a client that does not read costs no more memory, and gets
+	// the newest answer when it continues.
+	if !x.lastWasRead() {
+		x.readPause = min(2*x.readPause, maxReadPause)
+		return outcome{after: x.readPause}, nil
 	}
 	if len(v.Identities) == 0 {
 		return outcome{}, nil
 	}
-	x.s.warnHidden(v.Hidden)
-	// The first answer waits until it can be complete, but not for ever. A later
-	// one does not: renewals must reach the workload also while an entry that was
-	// just added has to wait for the server.
+	x.s.logHidden(v.Hidden)
+	// Only the first answer waits until it is complete: renewals must reach the
+	// workload also while a new entry waits for the server.
 	if v.Waiting > 0 && x.last.identities == nil {
-		if x.partial.IsZero() {
-			x.partial = time.Now()
+		if x.partialSince.IsZero() {
+			x.partialSince = time.Now()
 		}
-		if left := partialGrace - time.Since(x.partial); left > 0 {
-			return outcome{again: left}, nil
+		if left := partialGrace - time.Since(x.partialSince); left > 0 {
+			return outcome{after: left}, nil
 		}
 	}
-	if left := bundleGrace - time.Since(x.opened); v.BundlesPending && x.last.identities == nil && left > 0 {
-		return outcome{again: left}, nil
+	if left := bundleGrace - time.Since(x.openedAt); v.BundlesPending && x.last.identities == nil && left > 0 {
+		return outcome{after: left}, nil
 	}
 	if v.Orphaned == 0 {
-		x.orphaned = time.Time{}
+		x.orphanedSince = time.Time{}
 	} else {
-		if x.orphaned.IsZero() {
-			x.orphaned = time.Now()
+		if x.orphanedSince.IsZero() {
+			x.orphanedSince = time.Now()
 		}
-		if left := orphanGrace - time.Since(x.orphaned); left > 0 {
-			return outcome{again: left}, nil
+		if left := orphanGrace - time.Since(x.orphanedSince); left > 0 {
+			return outcome{after: left}, nil
 		}
 	}
 	next := newX509Answer(&v)
@@ -240,35 +233,34 @@ func (x *x509Stream) look() (outcome, error) {
 	size := next.size()
 	if size > maxClientMessage {
 		x.s.obs.OversizeAnswer(fetchX509SVID)
-		if !x.warned {
-			x.warned = true
-			x.s.warnOversize(x.caller, len(next.identities), size)
+		if !x.oversizeLogged {
+			x.oversizeLogged = true
+			x.s.logOversize(x.caller, len(next.identities), size)
 		}
 	}
 	answer := next.encode(size)
 	x.s.cfg.Record(x.process, x.sub.Sending())
-	x.sending, x.pause, x.last = x.conn.await(answer), PushSpacing, next
-	if err := x.stream.SendMsg(encoded{answer}); err != nil {
+	x.sending, x.readPause, x.last = x.conn.track(answer), PushSpacing, next
+	if err := x.stream.SendMsg(encodedMessage{answer}); err != nil {
 		return outcome{}, err
 	}
-	return outcome{sent: true, again: x.pause}, nil
+	return outcome{sent: true, after: x.readPause}, nil
 }
 
-func (s *service) warnOversize(c *caller, identities, size int) {
-	s.log.Warn("an answer is larger than gRPC clients accept by default, the workload may not be able to read it: "+
-		"give it fewer registration entries, or let its client receive more "+
+func (s *service) logOversize(c *caller, identities, size int) {
+	s.log.Warn("answer larger than gRPC clients accept by default: reduce the workload's entries or raise its client's limit "+
 		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions)",
 		slog.String("selectors", c.describe()), slog.Int("pid", c.peer.PID()),
-		slog.Uint64("uid", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()),
-		slog.Int("identities", identities), slog.Int("bytes", size), slog.Int("limit", maxClientMessage))
+		slog.Uint64("user", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()),
+		slog.Int("count", identities), slog.Int("bytes", size), slog.Int("limit", maxClientMessage))
 }
 
-// x509Answer is one answer of FetchX509SVID. It refers to what the cache
-// holds, so that a stream at rest costs little more than pointers.
+// x509Answer is one answer of FetchX509SVID. It shares its data with the cache, so
+// that an idle stream costs little more than pointers.
 type x509Answer struct {
 	identities []x509Identity
 	own        []byte // the trust domain's bundle
-	federated  []foreign
+	federated  []encodedBundle
 }
 
 type x509Identity struct {
@@ -276,8 +268,8 @@ type x509Identity struct {
 	hint string
 }
 
-// foreign is the bundle of one trust domain, as DER or JWKS.
-type foreign struct {
+// encodedBundle is the bundle of one trust domain, as DER or JWKS.
+type encodedBundle struct {
 	td   spiffeid.TrustDomain
 	data []byte
 }
@@ -286,7 +278,7 @@ func newX509Answer(v *cache.View) x509Answer {
 	a := x509Answer{
 		identities: make([]x509Identity, len(v.Identities)),
 		own:        v.Bundle.Own.X509DER(),
-		federated:  federated(v, (*bundle.Bundle).X509DER),
+		federated:  federatedBundles(v, (*bundle.Bundle).X509DER),
 	}
 	for i, id := range v.Identities {
 		a.identities[i] = x509Identity{id.SVID, id.Entry.Hint}
@@ -294,36 +286,35 @@ func newX509Answer(v *cache.View) x509Answer {
 	return a
 }
 
-// equal reports whether a client would be told the same. SVIDs are compared
-// by pointer, because a new one is never the same; a bundle is often made anew
-// with the same content.
+// equal reports whether both answers are the same on the wire. SVIDs are compared by
+// pointer, because a new one always differs. A new bundle often has the same content.
 func (a *x509Answer) equal(b *x509Answer) bool {
-	return slices.Equal(a.identities, b.identities) && bytes.Equal(a.own, b.own) && equalForeign(a.federated, b.federated)
+	return slices.Equal(a.identities, b.identities) && bytes.Equal(a.own, b.own) && equalBundles(a.federated, b.federated)
 }
 
-// federated returns the bundles of the trust domains that the matched entries
-// federate with, as far as they are known, by trust domain.
-func federated(v *cache.View, form func(*bundle.Bundle) []byte) []foreign {
+// federatedBundles returns the known bundles of the trust domains that the matched
+// entries federate with, in the order of their names.
+func federatedBundles(v *cache.View, form func(*bundle.Bundle) []byte) []encodedBundle {
 	if len(v.Bundle.Federated) == 0 {
 		return nil
 	}
-	var out []foreign
+	var out []encodedBundle
 	for _, e := range v.Entries {
 		for _, td := range e.FederatesWith {
-			at, found := slices.BinarySearchFunc(out, td, func(f foreign, td spiffeid.TrustDomain) int {
+			at, found := slices.BinarySearchFunc(out, td, func(f encodedBundle, td spiffeid.TrustDomain) int {
 				return cmp.Compare(f.td.Name(), td.Name())
 			})
 			if found || td == v.Bundle.Own.TrustDomain() {
 				continue
 			}
 			if b := v.Bundle.Federated[td]; b != nil {
-				out = slices.Insert(out, at, foreign{td, form(b)})
+				out = slices.Insert(out, at, encodedBundle{td, form(b)})
 			}
 		}
 	}
 	return out
 }
 
-func equalForeign(a, b []foreign) bool {
-	return slices.EqualFunc(a, b, func(x, y foreign) bool { return x.td == y.td && bytes.Equal(x.data, y.data) })
+func equalBundles(a, b []encodedBundle) bool {
+	return slices.EqualFunc(a, b, func(x, y encodedBundle) bool { return x.td == y.td && bytes.Equal(x.data, y.data) })
 }

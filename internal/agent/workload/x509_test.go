@@ -28,7 +28,7 @@ func fetchX509(ctx context.Context, c workloadpb.SpiffeWorkloadAPIClient) x509An
 	return receive(c.FetchX509SVID(withHeader(ctx), &workloadpb.X509SVIDRequest{}))
 }
 
-// settled returns what has arrived once nothing in the bubble moves any more.
+// settled returns the answers that arrive until every goroutine in the bubble waits.
 func settled[T any](in <-chan answer[T]) []answer[T] {
 	synctest.Wait()
 	var out []answer[T]
@@ -64,7 +64,7 @@ func ended[T any](t *testing.T, in <-chan answer[T], want codes.Code) {
 	}
 }
 
-func quiet[T any](t *testing.T, in <-chan answer[T]) {
+func noAnswer[T any](t *testing.T, in <-chan answer[T]) {
 	t.Helper()
 	if got := settled(in); len(got) != 0 {
 		t.Fatalf("got %d answers (%v), want none", len(got), got)
@@ -125,11 +125,11 @@ func TestFirstAnswerWaitsUntilComplete(t *testing.T) {
 		e1, e2 := entry("e1", "/one", 1000), entry("e2", "/two", 1000)
 		s.cache.Update([]*cache.Entry{e1, e2}, nil)
 		in := fetchX509(t.Context(), s.client(1000))
-		quiet(t, in)
+		noAnswer(t, in)
 		time.Sleep(time.Minute)
 		s.put(e1)
 		time.Sleep(partialGrace - time.Millisecond)
-		quiet(t, in)
+		noAnswer(t, in)
 		s.put(e2)
 		if got := one(t, in); len(got.Svids) != 2 {
 			t.Errorf("got %v", ids(got))
@@ -137,9 +137,9 @@ func TestFirstAnswerWaitsUntilComplete(t *testing.T) {
 	})
 }
 
-// Of six identities one can be had: after a while it is told alone, and the
-// others as they come.
-func TestFirstAnswerDoesNotWaitForEver(t *testing.T) {
+// Of six identities one is available: after a while it is sent alone, and the others
+// when they arrive.
+func TestFirstAnswerDoesNotWaitForever(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newSystem(t, nil)
@@ -152,12 +152,12 @@ func TestFirstAnswerDoesNotWaitForEver(t *testing.T) {
 		s.put(entries[3])
 		time.Sleep(partialGrace)
 		if got := one(t, in); !slices.Equal(ids(got), []string{"spiffe://example.org/3"}) {
-			t.Errorf("got %v, want what is held", ids(got))
+			t.Errorf("got %v, want the SVID that is cached", ids(got))
 		}
 		time.Sleep(time.Minute)
 		s.put(entries[1])
 		if got := one(t, in); len(got.Svids) != 2 {
-			t.Errorf("got %v, want what has come", ids(got))
+			t.Errorf("got %v, want the SVIDs that have arrived", ids(got))
 		}
 	})
 }
@@ -170,7 +170,7 @@ func TestFirstAnswerDoesNotWaitForWhatFailed(t *testing.T) {
 		s.cache.Update([]*cache.Entry{e1, e2}, nil)
 		in := fetchX509(t.Context(), s.client(1000))
 		s.put(e1)
-		quiet(t, in)
+		noAnswer(t, in)
 		s.cache.Failed("e2")
 		if got := one(t, in); len(got.Svids) != 1 {
 			t.Errorf("got %v", ids(got))
@@ -178,8 +178,7 @@ func TestFirstAnswerDoesNotWaitForWhatFailed(t *testing.T) {
 	})
 }
 
-// A renewal reaches a stream although an entry that was just added is still
-// waiting for the server.
+// A renewal reaches a stream while a new entry still waits for the server.
 func TestRenewalDoesNotWaitForNewEntry(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -190,7 +189,7 @@ func TestRenewalDoesNotWaitForNewEntry(t *testing.T) {
 		one(t, in)
 		s.cache.Update([]*cache.Entry{e2}, nil)
 		time.Sleep(time.Minute)
-		quiet(t, in)
+		noAnswer(t, in)
 		renewed := s.put(e1)
 		time.Sleep(PushSpacing)
 		if got := one(t, in); !bytes.Equal(got.Svids[0].X509Svid, renewed.Leaf) {
@@ -261,9 +260,9 @@ func TestNoPushWithoutChange(t *testing.T) {
 			ID: e.ID, SPIFFEID: e.SPIFFEID, Selectors: e.Selectors, CreatedAt: e.CreatedAt, Revision: e.Revision,
 		}}, nil)
 		time.Sleep(time.Minute)
-		quiet(t, svids)
-		quiet(t, x509s)
-		quiet(t, jwts)
+		noAnswer(t, svids)
+		noAnswer(t, x509s)
+		noAnswer(t, jwts)
 
 		next := newAuthority(t, td, "b")
 		s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 3, s.ca, next)})
@@ -306,8 +305,8 @@ func TestDeletedEntries(t *testing.T) {
 	})
 }
 
-// Until an answer was read by the client the stream counts against the
-// authority of the one before.
+// Until the client has read an answer, the stream counts against the authority of the
+// answer before.
 func TestStreamCountsUntilRead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -337,7 +336,7 @@ func TestStreamCountsUntilRead(t *testing.T) {
 		}
 		time.Sleep(PushSpacing)
 		one(t, in)
-		time.Sleep(PushSpacing) // until it is asked whether it was read
+		time.Sleep(PushSpacing) // until the server checks whether it was read
 		synctest.Wait()
 		if n := streams(old); n != 0 {
 			t.Errorf("%d streams on the old authority after the push was read, want 0", n)
@@ -345,8 +344,7 @@ func TestStreamCountsUntilRead(t *testing.T) {
 	})
 }
 
-// While an answer cannot be handed over because the client does not read, both
-// it and the one before count.
+// While the client does not read an answer, both it and the one before count.
 func TestStreamCountsWhileItIsBlocked(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -356,7 +354,7 @@ func TestStreamCountsWhileItIsBlocked(t *testing.T) {
 		a, b := s.ca, newAuthority(t, td, "b")
 		put := func(by *authority) {
 			svid := *by.svid(t, e, time.Hour)
-			svid.Intermediates = make([]byte, 3<<20) // more than flow control lets through
+			svid.Intermediates = make([]byte, 3<<20) // more than the flow control window
 			if err := s.cache.Put(&svid); err != nil {
 				t.Fatal(err)
 			}
@@ -379,7 +377,7 @@ func TestStreamCountsWhileItIsBlocked(t *testing.T) {
 	})
 }
 
-// Who inherits a connection from a process that has ended gets nothing on it.
+// A process that inherits a connection from one that has exited gets nothing on it.
 func TestNoPushAfterTheCallerEnded(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command("sleep", "60")
@@ -439,8 +437,8 @@ func TestOversizeAnswerIsSent(t *testing.T) {
 		if s.obs.oversize != 2 {
 			t.Errorf("%d oversize answers counted, want 2", s.obs.oversize)
 		}
-		got := s.logs.attrs("an answer is larger")
-		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1000" || got[0]["identities"] != "3" {
+		got := s.logs.attrs("answer larger than gRPC clients accept")
+		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1000" || got[0]["count"] != "3" {
 			t.Errorf("logged %v, want one warning that names the selectors", got)
 		}
 	})

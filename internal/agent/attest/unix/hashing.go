@@ -9,7 +9,7 @@ import (
 	"time"
 )
 
-// sliceSize is how many bytes are hashed in one turn: some hundredths of a
+// sliceSize is how many bytes are hashed in one turn, which takes some hundredths of a
 // second.
 const sliceSize = 4 << 20
 
@@ -19,19 +19,19 @@ type file interface {
 	id() (fileID, error) // of its state now
 }
 
-// hashing is one file that is being hashed or was.
-type hashing struct {
+// hashJob is one file to hash, and its hash.
+type hashJob struct {
 	id   fileID
 	file file
 
 	// Guarded by sums.mu.
-	users   []uint32 // who have waited for it
-	waiters int      // callers
-	begun   bool
-	from    time.Time // when it was begun
-	busy    bool      // a worker has it
+	users     []uint32 // that have waited for it
+	waiters   int      // callers
+	started   bool
+	startedAt time.Time
+	busy      bool // a worker has it
 
-	// Of the worker that has it.
+	// Owned by the worker that has it.
 	hash hash.Hash
 	left int64 // bytes
 
@@ -41,24 +41,24 @@ type hashing struct {
 	err  error
 }
 
-func newHashing(id fileID, f file) *hashing {
-	return &hashing{id: id, file: f, hash: sha256.New(), left: id.size, done: make(chan struct{})}
+func newHashJob(id fileID, f file) *hashJob {
+	return &hashJob{id: id, file: f, hash: sha256.New(), left: id.size, done: make(chan struct{})}
 }
 
 // slice hashes the next part of the file. It reports whether there is more.
-func (j *hashing) slice(buf []byte) (sum string, more bool, err error) {
+func (j *hashJob) slice(buf []byte) (sum string, more bool, err error) {
 	part := min(j.left, sliceSize)
 	n, err := io.CopyBuffer(j.hash, io.LimitReader(j.file, part), buf)
 	j.left -= n
 	switch {
 	case err != nil:
-		return "", false, fmt.Errorf("read the executable: %w", err)
+		return "", false, fmt.Errorf("read executable: %w", err)
 	case n < part:
 		return "", false, errChanged
 	case j.left > 0:
 		return "", true, nil
 	}
-	// Of the open file, which a process that replaces itself cannot swap.
+	// The ID of the open file: a process cannot replace that one.
 	after, err := j.file.id()
 	switch {
 	case err != nil:
@@ -69,20 +69,20 @@ func (j *hashing) slice(buf []byte) (sum string, more bool, err error) {
 	return hex.EncodeToString(j.hash.Sum(nil)), false, nil
 }
 
-func (j *hashing) finish(sum string, err error) {
+func (j *hashJob) finish(sum string, err error) {
 	j.sum, j.err, j.file, j.hash = sum, err, nil, nil
 	close(j.done)
 }
 
-// settled reports whether the hash is that of the file for as long as its ID
-// stays the same. A file that was changed just before it was read could be
-// changed again within the same unit of time and have the same ctime. Such a
-// hash is good for those who wait for it, and is not kept.
-func (j *hashing) settled() bool {
+// cacheable reports whether the hash is valid for as long as the file's ID stays the
+// same. A file that was changed just before it was read could be changed again within
+// the same unit of time and keep its ctime. Such a hash is only for the callers that
+// wait for it.
+func (j *hashJob) cacheable() bool {
 	changed := time.Unix(j.id.ctime.Unix())
-	unit := fineUnit
+	unit := fineTimeUnit
 	if changed.Nanosecond() == 0 {
-		unit = coarseUnit
+		unit = coarseTimeUnit
 	}
-	return j.from.Sub(changed) > unit
+	return j.startedAt.Sub(changed) > unit
 }

@@ -12,84 +12,83 @@ import (
 )
 
 const (
-	// namesTTL is how long a name is believed. The user database may be a
-	// directory server far away, and is asked for each call of a workload.
+	// namesTTL is how long a name is cached. The user database may be a remote
+	// directory server, and every call of a workload needs names.
 	namesTTL = 30 * time.Second
-	// maxNames bounds the names kept. Any number of IDs may come by where
-	// users have ranges of subordinate IDs.
+	// maxNames bounds the cached names: users with ranges of subordinate IDs may
+	// connect with many IDs.
 	maxNames = 4096
 )
 
-// names turns IDs into selectors, those made of the ID itself and, where it
-// has a name, those made of the name. Safe for concurrent use.
+// names turns user or group IDs into selectors: one of the ID, and one of its name if
+// it has one. It is safe for concurrent use.
 type names struct {
 	idPrefix, namePrefix string
-	lookup               func(id string) (string, error) // "" when there is no name
+	lookup               func(id string) (string, error) // "" if there is no name
 
-	mu     sync.RWMutex
-	known  map[uint32]named
-	flight singleflight.Group
+	mu       sync.RWMutex
+	cached   map[uint32]cachedName
+	inFlight singleflight.Group
 }
 
-// named is what is known of one ID.
-type named struct {
-	id, name string // values of selectors; name is empty when there is none
-	until    time.Time
+// cachedName has the selectors of one ID.
+type cachedName struct {
+	id, name  string // values of selectors; name is empty if there is none
+	expiresAt time.Time
 }
 
 func newNames(idPrefix, namePrefix string, lookup func(string) (string, error)) *names {
-	return &names{idPrefix: idPrefix, namePrefix: namePrefix, lookup: lookup, known: make(map[uint32]named)}
+	return &names{idPrefix: idPrefix, namePrefix: namePrefix, lookup: lookup, cached: make(map[uint32]cachedName)}
 }
 
-// add adds the selectors of an ID. When the user database fails, the last answer
-// counts for as long as it is remembered. Without one the name is missing, and an
-// entry may need it.
-func (n *names) add(f *found, id uint32) {
+// add adds the selectors of an ID. If the user database fails, it uses an expired name.
+// Without one it adds a failure, because an entry may need the name.
+func (n *names) add(f *findings, id uint32) {
 	n.mu.RLock()
-	have, ok := n.known[id]
+	name, ok := n.cached[id]
 	n.mu.RUnlock()
-	if !ok || !time.Now().Before(have.until) {
-		fresh, err := n.ask(id)
+	if !ok || !time.Now().Before(name.expiresAt) {
+		fetched, err := n.fetch(id)
 		switch {
 		case err == nil:
-			have = fresh
+			name = fetched
 		case !ok:
-			have.id = n.idPrefix + formatID(id)
-			f.missing(fmt.Errorf("name of %s: %w", have.id, err))
+			name.id = n.idPrefix + formatID(id)
+			f.addFailure(fmt.Errorf("name of %s: %w", name.id, err))
 		}
 	}
-	f.add(have.id)
-	if have.name != "" {
-		f.add(have.name)
+	f.add(name.id)
+	if name.name != "" {
+		f.add(name.name)
 	}
 }
 
-func (n *names) ask(id uint32) (named, error) {
+func (n *names) fetch(id uint32) (cachedName, error) {
 	text := formatID(id)
-	v, err, _ := n.flight.Do(text, func() (any, error) {
+	v, err, _ := n.inFlight.Do(text, func() (any, error) {
 		name, err := n.lookup(text)
 		if err != nil {
-			return named{}, err
+			return cachedName{}, err
 		}
-		fresh := named{id: n.idPrefix + text, until: time.Now().Add(namesTTL)}
+		fetched := cachedName{id: n.idPrefix + text, expiresAt: time.Now().Add(namesTTL)}
 		if name != "" {
-			fresh.name = n.namePrefix + name
+			fetched.name = n.namePrefix + name
 		}
 		n.mu.Lock()
 		defer n.mu.Unlock()
-		if len(n.known) >= maxNames {
-			clear(n.known)
+		if len(n.cached) >= maxNames {
+			clear(n.cached)
 		}
-		n.known[id] = fresh
-		return fresh, nil
+		n.cached[id] = fetched
+		return fetched, nil
 	})
-	return v.(named), err
+	return v.(cachedName), err
 }
 
 func lookupUser(id string) (string, error) {
 	u, err := user.LookupId(id)
 	if err != nil {
-		return "", unlessNameless(err)
+		return "", ignoreUnknownID(err)
 	}
 	return u.Username, nil
 }
@@ -97,14 +96,14 @@ func lookupUser(id string) (string, error) {
 func lookupGroup(id string) (string, error) {
 	g, err := user.LookupGroupId(id)
 	if err != nil {
-		return "", unlessNameless(err)
+		return "", ignoreUnknownID(err)
 	}
 	return g.Name, nil
 }
 
-// unlessNameless returns nil when err says that the ID has no name. In an image
-// of the agent alone there is no /etc/passwd, and so nobody has one.
-func unlessNameless(err error) error {
+// ignoreUnknownID returns nil if err says that the ID has no name. A container image
+// with only the agent has no /etc/passwd and thus no names.
+func ignoreUnknownID(err error) error {
 	var noUser user.UnknownUserIdError
 	var noGroup user.UnknownGroupIdError
 	if errors.As(err, &noUser) || errors.As(err, &noGroup) || errors.Is(err, fs.ErrNotExist) {

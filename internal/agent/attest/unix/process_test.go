@@ -21,10 +21,10 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// TestMain lets the test binary be another process: with RENEWD_TEST_AS=workload
-// one that goes on without its main thread, until its standard input ends; with
-// RENEWD_TEST_AS=agent one that attests the process PID,UID,GID in
-// RENEWD_TEST_PEER and prints what it found.
+// TestMain also makes the test binary another process: with RENEWD_TEST_AS=workload
+// one that runs without its main thread until its standard input ends; with
+// RENEWD_TEST_AS=agent one that attests the process PID,UID,GID in RENEWD_TEST_PEER
+// and prints the result.
 func TestMain(m *testing.M) {
 	switch os.Getenv("RENEWD_TEST_AS") {
 	case "":
@@ -41,7 +41,7 @@ func TestMain(m *testing.M) {
 			os.Stdin.Read(make([]byte, 1))
 			os.Exit(0)
 		}()
-		syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0) // of this thread alone
+		syscall.Syscall(syscall.SYS_EXIT, 0, 0, 0) // only this thread
 	case "agent":
 		beAgent(os.Getenv("RENEWD_TEST_PEER"))
 	}
@@ -67,8 +67,8 @@ func beAgent(peer string) {
 	fmt.Println(res.Selectors, errors.Join(err, res.Partial))
 }
 
-// A process whose main thread has ended (pthread_exit in main, as many daemons do)
-// is attested as any other.
+// A process whose main thread has exited (pthread_exit in main, as many daemons do)
+// is attested like any other.
 func TestMainThreadEnded(t *testing.T) {
 	t.Parallel()
 	exe, err := os.Executable()
@@ -112,7 +112,7 @@ func TestMainThreadEnded(t *testing.T) {
 	}
 }
 
-// What runs need not have a file that others can find.
+// A program may have no file, or a deleted one.
 func TestProgramWithoutFile(t *testing.T) {
 	t.Parallel()
 	data, err := os.ReadFile(testProgram(t, t.TempDir(), "app"))
@@ -146,9 +146,9 @@ func TestProgramWithoutFile(t *testing.T) {
 	}
 }
 
-// What the agent may not read is missing, and the error says so and what to do:
-// nobody takes the process for one that has no such selectors.
-func TestExecutableThatMayNotBeRead(t *testing.T) {
+// If the agent may not read something, the error names it and the remedy, so that the
+// process does not count as one without such selectors.
+func TestUnreadableExecutable(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
 		t.Skip("only root can start an agent with fewer rights")
@@ -177,7 +177,7 @@ func TestExecutableThatMayNotBeRead(t *testing.T) {
 	} {
 		var out []byte
 		err := error(syscall.ETXTBSY)
-		// Another test may be forking while our copy was still open for writing.
+		// Another test may have forked while the copy was still open for writing.
 		for ; errors.Is(err, syscall.ETXTBSY); time.Sleep(10 * time.Millisecond) {
 			cmd := exec.Command(agent)
 			cmd.Env = append(os.Environ(), "RENEWD_TEST_AS=agent", "RENEWD_TEST_PEER="+strconv.Itoa(target.PID())+",0,0")
@@ -193,7 +193,7 @@ func TestExecutableThatMayNotBeRead(t *testing.T) {
 	}
 }
 
-// A process in more groups than are looked at is not taken for one in these alone.
+// The attestation of a process in more than maxGroups groups is incomplete.
 func TestProcessInManyGroups(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
@@ -218,9 +218,9 @@ func TestProcessInManyGroups(t *testing.T) {
 	}
 }
 
-// Whatever an attestation comes to, it leaves no file open and nothing running. It
-// is not run beside other tests, which open files, too.
-func TestAttestationsLeaveNothingOpen(t *testing.T) {
+// Whatever its result, an attestation leaves no open file and no goroutine. The test
+// is not parallel, because other tests open files, too.
+func TestAttestationsLeakNothing(t *testing.T) {
 	dir := t.TempDir()
 	app, removed := testProgram(t, dir, "app"), testProgram(t, dir, "removed")
 	ended := run(t, app, nil)
@@ -251,7 +251,7 @@ func TestAttestationsLeaveNothingOpen(t *testing.T) {
 				_ = p.Executable()
 			}
 			at := time.Now().Add(time.Duration(i) * time.Second)
-			if err := os.Chtimes(app, at, at); err != nil { // it is hashed anew
+			if err := os.Chtimes(app, at, at); err != nil { // it is hashed again
 				t.Fatal(err)
 			}
 		}
@@ -259,9 +259,9 @@ func TestAttestationsLeaveNothingOpen(t *testing.T) {
 		_, _ = a.Attest(t.Context(), peers[0])
 	}
 	if n := open(); n != files {
-		t.Errorf("%d files are open, before it were %d", n, files)
+		t.Errorf("%d files are open, before there were %d", n, files)
 	}
 	if n := runtime.NumGoroutine(); n > goroutines {
-		t.Errorf("%d goroutines run, before it were %d", n, goroutines)
+		t.Errorf("%d goroutines run, before there were %d", n, goroutines)
 	}
 }

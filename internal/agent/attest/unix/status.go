@@ -7,11 +7,11 @@ import (
 	"strconv"
 )
 
-// maxGroups bounds the work that one process can ask for. Linux allows 65,536
-// supplementary groups; nobody has entries for more than a few.
+// maxGroups bounds the work that one process can cause. Linux allows 65,536
+// supplementary groups, and entries name only a few.
 const maxGroups = 1024
 
-// status is what /proc/PID/status says of a process's rights.
+// status has the credentials in /proc/PID/status.
 type status struct {
 	uid, gid   uint32 // effective
 	groups     []uint32
@@ -20,7 +20,7 @@ type status struct {
 
 // parseStatus reads the lines Uid, Gid and Groups: proc_pid_status(5). The
 // kernel escapes line ends in the command's name, so no process can forge a
-// line. A missing Groups line means none; Uid and Gid have to be there.
+// line. Uid and Gid are required; without a Groups line there are no groups.
 func parseStatus(text []byte) (status, error) {
 	var st status
 	var hasUID, hasGID, hasGroups bool
@@ -54,8 +54,7 @@ func parseStatus(text []byte) (status, error) {
 	return st, nil
 }
 
-// effective returns the second of the four IDs: real, effective, saved, file
-// system.
+// effective returns the second of the four IDs real, effective, saved, file system.
 func effective(value []byte) (uint32, error) {
 	n := 0
 	for field := range bytes.FieldsSeq(value) {

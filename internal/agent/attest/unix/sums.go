@@ -17,29 +17,29 @@ import (
 )
 
 const (
-	// maxSums bounds the hashes kept.
-	maxSums = 512
-	// maxBegun is how many files of one user are hashed side by side. The others
-	// wait, and are forgotten when nobody waits for them any more.
-	maxBegun = 32
-	// stuckAfter is how long one turn may take before the others no longer wait
-	// for it: a read of a network file system can hang for ever.
+	// maxHashes bounds the cached hashes.
+	maxHashes = 512
+	// maxStarted is how many files of one user are hashed concurrently. The others
+	// wait, and are dropped with their last caller.
+	maxStarted = 32
+	// stuckAfter is how long one turn may take before another worker takes over: a
+	// read of a network file system can hang forever.
 	stuckAfter = 5 * time.Second
-	// fineUnit and coarseUnit are more than the units in which file systems note
-	// the time of a change: those that store parts of a second take it from the
-	// kernel's tick (up to 10 ms), the others go up to two seconds (FAT).
-	fineUnit   = 100 * time.Millisecond
-	coarseUnit = 2 * time.Second
+	// fineTimeUnit and coarseTimeUnit exceed the time units of file systems. Those
+	// that store parts of a second use the kernel's tick (up to 10 ms), the others
+	// use up to two seconds (FAT).
+	fineTimeUnit   = 100 * time.Millisecond
+	coarseTimeUnit = 2 * time.Second
 )
 
 var (
-	errClosed  = errors.New("the agent is stopping")
+	errClosed  = errors.New("agent is stopping")
 	errChanged = errors.New("the executable changed while it was read")
 )
 
 // fileID is a file in one state: its content does not change without a change of
-// ctime, which nobody can set. That holds once the unit of time has passed in
-// which ctime was noted; see [hashing.settled].
+// ctime, which no process can set. That holds once the time unit of ctime has passed;
+// see [hashJob.cacheable].
 type fileID struct {
 	dev, ino     uint64
 	size         int64
@@ -50,37 +50,37 @@ func idOf(st *unix.Stat_t) fileID {
 	return fileID{dev: st.Dev, ino: st.Ino, size: st.Size, mtime: st.Mtim, ctime: st.Ctim}
 }
 
-// sums computes and keeps the SHA-256 of executables. One goroutine hashes a
-// slice of a file at a time, and the users take turns with it: those who may run
-// large files, or many, hold up nobody else. What was begun is finished and kept
-// although its callers give up, or a large file would never be hashed for callers
-// in a hurry. Safe for concurrent use.
-type sums struct {
+// hashes computes and caches the SHA-256 of executables. One goroutine hashes a slice
+// of a file at a time, and the users take turns: a user with large or many files delays
+// no other. A hash that was started is finished and cached even if its callers give
+// up; otherwise callers with short deadlines would never get the hash of a large file.
+// It is safe for concurrent use.
+type hashes struct {
 	now     func() time.Time
 	workers sync.WaitGroup
 
-	mu      sync.Mutex
-	closed  bool
-	working bool                     // a worker runs that is not stuck
-	jobs    map[fileID]*hashing      // that are not finished
-	queues  map[uint32][]*hashing    // the same by the users who wait for them, never empty
-	turns   []uint32                 // the users in queues, whose turn is next first
-	kept    map[fileID]*list.Element // finished: elements of recent
-	recent  *list.List               // of *hashing, the least recently used first
+	mu        sync.Mutex
+	closed    bool
+	hasWorker bool                     // a worker runs and is not stuck
+	jobs      map[fileID]*hashJob      // that are not finished
+	queues    map[uint32][]*hashJob    // the same jobs by waiting user, never empty
+	turns     []uint32                 // the users in queues, in the order of their turns
+	cached    map[fileID]*list.Element // finished: elements of recent
+	recent    *list.List               // of *hashJob, the least recently used first
 }
 
-func newSums() *sums {
-	return &sums{
+func newHashes() *hashes {
+	return &hashes{
 		now:    time.Now,
-		jobs:   make(map[fileID]*hashing),
-		queues: make(map[uint32][]*hashing),
-		kept:   make(map[fileID]*list.Element),
+		jobs:   make(map[fileID]*hashJob),
+		queues: make(map[uint32][]*hashJob),
+		cached: make(map[fileID]*list.Element),
 		recent: list.New(),
 	}
 }
 
-// of returns the hex SHA-256 of an executable that a process of the user runs.
-func (s *sums) of(ctx context.Context, uid uint32, exe *attest.Executable, limit int64) (string, error) {
+// hashOf returns the hex SHA-256 of an executable that a process of the user runs.
+func (s *hashes) hashOf(ctx context.Context, uid uint32, exe *attest.Executable, limit int64) (string, error) {
 	st, err := exe.Stat()
 	if err != nil {
 		return "", err
@@ -89,14 +89,14 @@ func (s *sums) of(ctx context.Context, uid uint32, exe *attest.Executable, limit
 		path, _ := exe.Path()
 		return "", fmt.Errorf("%s has %d bytes and unix.sha256_size_limit is %d: raise it if an entry needs this hash", path, st.Size, limit)
 	}
-	return s.sum(ctx, uid, idOf(&st), func() (file, error) {
+	return s.wait(ctx, uid, idOf(&st), func() (file, error) {
 		f, err := exe.Open()
 		return osFile{f}, err
 	})
 }
 
-// sum returns the hash of the file that open opens, if it is not known yet.
-func (s *sums) sum(ctx context.Context, uid uint32, id fileID, open func() (file, error)) (string, error) {
+// wait returns the hash of the file, which open opens if the hash is not cached.
+func (s *hashes) wait(ctx context.Context, uid uint32, id fileID, open func() (file, error)) (string, error) {
 	j := s.join(uid, id, nil)
 	if j == nil {
 		f, err := open()
@@ -109,27 +109,27 @@ func (s *sums) sum(ctx context.Context, uid uint32, id fileID, open func() (file
 	case <-j.done:
 		return j.sum, j.err
 	case <-ctx.Done():
-		s.leave(j)
+		s.stopWaiting(j)
 		return "", ctx.Err()
 	}
 }
 
-// join makes the caller wait for the file's hash. It returns nil when that is
-// neither known nor being computed and f, from which to compute it, is nil. It
-// closes f where it is not needed.
-func (s *sums) join(uid uint32, id fileID, f file) *hashing {
+// join returns the job for the file's hash, and the caller waits for it. Without a job
+// or a cached hash it starts one with f, or returns nil if f is nil. It closes f if it
+// is not needed.
+func (s *hashes) join(uid uint32, id fileID, f file) *hashJob {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if el := s.kept[id]; el != nil {
+	if el := s.cached[id]; el != nil {
 		s.recent.MoveToBack(el)
 		closeFile(f)
-		return el.Value.(*hashing)
+		return el.Value.(*hashJob)
 	}
 	j := s.jobs[id]
 	switch {
 	case s.closed:
 		closeFile(f)
-		j = newHashing(id, nil)
+		j = newHashJob(id, nil)
 		j.finish("", errClosed)
 		return j
 	case j != nil:
@@ -137,7 +137,7 @@ func (s *sums) join(uid uint32, id fileID, f file) *hashing {
 	case f == nil:
 		return nil
 	default:
-		j = newHashing(id, f)
+		j = newHashJob(id, f)
 		s.jobs[id] = j
 	}
 	j.waiters++
@@ -148,8 +148,8 @@ func (s *sums) join(uid uint32, id fileID, f file) *hashing {
 		}
 		s.queues[uid] = append(s.queues[uid], j)
 	}
-	if !s.working {
-		s.working = true
+	if !s.hasWorker {
+		s.hasWorker = true
 		s.workers.Go(s.work)
 	}
 	return j
@@ -161,21 +161,21 @@ func closeFile(f file) {
 	}
 }
 
-// leave is called by a caller that gives up.
-func (s *sums) leave(j *hashing) {
+// stopWaiting is called by a caller that gives up.
+func (s *hashes) stopWaiting(j *hashJob) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if j.waiters--; j.waiters == 0 && !j.begun && s.jobs[j.id] == j {
-		s.dequeue(j)
+	if j.waiters--; j.waiters == 0 && !j.started && s.jobs[j.id] == j {
+		s.dequeueLocked(j)
 		closeFile(j.file)
 	}
 }
 
-// dequeue forgets a file that is hashed, or that nobody waits for.
-func (s *sums) dequeue(j *hashing) {
+// dequeueLocked removes a job that is finished or has no callers.
+func (s *hashes) dequeueLocked(j *hashJob) {
 	delete(s.jobs, j.id)
 	for _, uid := range j.users {
-		q := slices.DeleteFunc(s.queues[uid], func(other *hashing) bool { return other == j })
+		q := slices.DeleteFunc(s.queues[uid], func(other *hashJob) bool { return other == j })
 		if s.queues[uid] = q; len(q) == 0 {
 			delete(s.queues, uid)
 			s.turns = slices.DeleteFunc(s.turns, func(other uint32) bool { return other == uid })
@@ -184,62 +184,62 @@ func (s *sums) dequeue(j *hashing) {
 }
 
 // work hashes until nothing is left to hash, or another worker has taken over.
-func (s *sums) work() {
+func (s *hashes) work() {
 	buf := make([]byte, 128<<10)
 	for {
 		s.mu.Lock()
-		j := s.next()
+		j := s.nextLocked()
 		if j == nil {
-			s.working = false
+			s.hasWorker = false
 			s.mu.Unlock()
 			return
 		}
 		s.mu.Unlock()
 
-		relieved := make(chan struct{})
-		stuck := time.AfterFunc(stuckAfter, func() {
+		replaced := make(chan struct{})
+		replacement := time.AfterFunc(stuckAfter, func() {
 			s.workers.Go(s.work)
-			close(relieved)
+			close(replaced)
 		})
 		sum, more, err := j.slice(buf)
-		fresh := stuck.Stop()
-		if !fresh {
-			<-relieved
+		active := replacement.Stop()
+		if !active {
+			<-replaced
 		}
 		s.mu.Lock()
 		j.busy = false
 		if !more {
-			s.finish(j, sum, err)
-		} else if !fresh && !s.working && !s.closed {
-			// The one that took over has run out of work meanwhile.
-			fresh, s.working = true, true
+			s.finishLocked(j, sum, err)
+		} else if !active && !s.hasWorker && !s.closed {
+			// The replacement has run out of work: this worker continues.
+			active, s.hasWorker = true, true
 		}
 		s.mu.Unlock()
-		if !fresh {
+		if !active {
 			return
 		}
 	}
 }
 
-// next chooses what to go on with, nil for nothing: of the user whose turn it is
-// the file that was left alone for longest. Both go to the end of their line.
-func (s *sums) next() *hashing {
+// nextLocked returns the next job, or nil: of the user whose turn it is, the one that
+// has waited for longest. Both go to the end of their queues.
+func (s *hashes) nextLocked() *hashJob {
 	if s.closed {
 		return nil
 	}
 	for i, uid := range s.turns {
-		begun := s.queues[uid]
-		begun = begun[:min(len(begun), maxBegun)]
-		for k, j := range begun {
+		queue := s.queues[uid]
+		queue = queue[:min(len(queue), maxStarted)]
+		for k, j := range queue {
 			if j.busy {
 				continue
 			}
 			j.busy = true
-			if !j.begun {
-				j.begun, j.from = true, s.now()
+			if !j.started {
+				j.started, j.startedAt = true, s.now()
 			}
-			copy(begun[k:], begun[k+1:])
-			begun[len(begun)-1] = j
+			copy(queue[k:], queue[k+1:])
+			queue[len(queue)-1] = j
 			s.turns = append(slices.Delete(s.turns, i, i+1), uid)
 			return j
 		}
@@ -247,42 +247,41 @@ func (s *sums) next() *hashing {
 	return nil
 }
 
-// finish tells those who wait for the file and keeps the hash.
-func (s *sums) finish(j *hashing, sum string, err error) {
-	s.dequeue(j)
+// finishLocked passes the hash to the callers and caches it.
+func (s *hashes) finishLocked(j *hashJob, sum string, err error) {
+	s.dequeueLocked(j)
 	closeFile(j.file)
 	j.finish(sum, err)
-	if err != nil || !j.settled() {
+	if err != nil || !j.cacheable() {
 		return
 	}
-	s.kept[j.id] = s.recent.PushBack(j)
-	if s.recent.Len() > maxSums {
-		s.evict()
+	s.cached[j.id] = s.recent.PushBack(j)
+	if s.recent.Len() > maxHashes {
+		s.evictLocked()
 	}
 }
 
-// evict drops the least recently used hash of the user who has the most: nobody
-// can push out those of others by running many different files.
-func (s *sums) evict() {
+// evictLocked drops the least recently used hash of the user with the most hashes, so
+// that no user can evict those of others with many different files.
+func (s *hashes) evictLocked() {
 	count := make(map[uint32]int)
 	most := 0
 	for el := s.recent.Front(); el != nil; el = el.Next() {
-		uid := el.Value.(*hashing).users[0]
+		uid := el.Value.(*hashJob).users[0]
 		count[uid]++
 		most = max(most, count[uid])
 	}
 	for el := s.recent.Front(); el != nil; el = el.Next() {
-		if j := el.Value.(*hashing); count[j.users[0]] == most {
-			delete(s.kept, j.id)
+		if j := el.Value.(*hashJob); count[j.users[0]] == most {
+			delete(s.cached, j.id)
 			s.recent.Remove(el)
 			return
 		}
 	}
 }
 
-// close ends hashing and waits for the slice under way. Those who wait for a hash
-// are told.
-func (s *sums) close() {
+// close stops hashing and waits for the current slice. The callers get errClosed.
+func (s *hashes) close() {
 	s.mu.Lock()
 	s.closed = true
 	s.mu.Unlock()
@@ -290,7 +289,7 @@ func (s *sums) close() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for _, j := range s.jobs {
-		s.finish(j, "", errClosed)
+		s.finishLocked(j, "", errClosed)
 	}
 }
 

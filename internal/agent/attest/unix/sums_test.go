@@ -19,25 +19,25 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// disk is where the files of a test are, all zeros, and notes what is read.
+// disk holds the files of a test, all zeros, and records the reads.
 type disk struct {
-	t    *testing.T
-	sums *sums
-	gate chan struct{} // reading waits until it is closed
-	wg   sync.WaitGroup
+	t      *testing.T
+	hashes *hashes
+	gate   chan struct{} // reading waits until it is closed
+	wg     sync.WaitGroup
 
 	mu     sync.Mutex
 	opened int
 	closed int
-	log    []string // the names of the files, at each slice that is read
+	log    []string // the name of the file for each slice that is read
 }
 
 func newDisk(t *testing.T) *disk {
-	d := &disk{t: t, sums: newSums(), gate: make(chan struct{})}
-	// The files that the tests make were not changed a moment ago.
-	d.sums.now = func() time.Time { return time.Now().Add(time.Hour) }
+	d := &disk{t: t, hashes: newHashes(), gate: make(chan struct{})}
+	// The clock is ahead, so that the test's files are not just changed.
+	d.hashes.now = func() time.Time { return time.Now().Add(time.Hour) }
 	t.Cleanup(d.wg.Wait)
-	t.Cleanup(d.sums.close)
+	t.Cleanup(d.hashes.close)
 	return d
 }
 
@@ -54,13 +54,12 @@ type diskFile struct {
 	state fileID
 	at    int64
 	gate  <-chan struct{}
-	after func(*fileID) // changes the state before it is looked at
-	end   int64         // if it is less than the size
+	after func(*fileID) // changes the state before it is read
+	end   int64         // of the content, if less than the size
 	err   error         // of reading
 }
 
-// file returns a file of some slices and the last byte less. Each name is another
-// file.
+// file returns a file of n slices less one byte. Each name is another file.
 func (d *disk) file(name string, n int64) *diskFile {
 	size := n*sliceSize - 1
 	sum := sha256.Sum256([]byte(name))
@@ -99,9 +98,9 @@ func (f *diskFile) Close() error {
 	return nil
 }
 
-// hash asks for the hash of the file, for a process of the user.
+// hash returns the hash of the file for a process of the user.
 func (d *disk) hash(ctx context.Context, uid uint32, f *diskFile) (string, error) {
-	return d.sums.sum(ctx, uid, f.state, func() (file, error) {
+	return d.hashes.wait(ctx, uid, f.state, func() (file, error) {
 		d.mu.Lock()
 		defer d.mu.Unlock()
 		d.opened++
@@ -109,7 +108,7 @@ func (d *disk) hash(ctx context.Context, uid uint32, f *diskFile) (string, error
 	})
 }
 
-// start does so aside, and returns when it waits.
+// start calls hash on a goroutine, and returns when that waits.
 func (d *disk) start(ctx context.Context, uid uint32, f *diskFile) <-chan error {
 	done := make(chan error, 1)
 	d.wg.Go(func() {
@@ -134,8 +133,8 @@ func zeros(size int64) string {
 	return sum
 }
 
-// Eight large files of one user hold up a small one of another user, and of the
-// same user, for a slice of each at most.
+// Eight large files of one user delay a small one of another user, or of the same
+// user, by at most a slice of each.
 func TestUsersTakeTurns(t *testing.T) {
 	t.Parallel()
 	for name, uid := range map[string]uint32{"of another user": 2, "of the same user": 1} {
@@ -157,7 +156,7 @@ func TestUsersTakeTurns(t *testing.T) {
 						t.Error(err)
 					}
 				}
-				// And for one that was begun before the others came.
+				// One more for a slice that was started before.
 				most := 1 + map[uint32]int{1: 8, 2: 1}[uid]
 				if at := slices.Index(d.slices(), "small"); at < 0 || at > most {
 					t.Errorf("%d slices were hashed before the small file, want %d at most: %q", at, most, d.slices())
@@ -167,8 +166,7 @@ func TestUsersTakeTurns(t *testing.T) {
 	}
 }
 
-// Whatever users ask for: of those who wait nobody sees another user get two
-// slices while it gets none.
+// Whatever users request: while a user waits, no other user gets two slices.
 func TestTurnsAreFair(t *testing.T) {
 	t.Parallel()
 	for seed := range uint64(5) {
@@ -194,7 +192,7 @@ func TestTurnsAreFair(t *testing.T) {
 			for at, name := range d.slices() {
 				uid := users[name]
 				if left[uid]--; at == 0 {
-					continue // was begun before there were others
+					continue // was started before there were others
 				}
 				since[uid] = nil
 				for other, n := range left {
@@ -205,7 +203,7 @@ func TestTurnsAreFair(t *testing.T) {
 						since[other] = make(map[uint32]int)
 					}
 					if since[other][uid]++; since[other][uid] > 1 {
-						t.Errorf("seed %d, slice %d: user %d waits while user %d goes on: %q", seed, at, other, uid, d.slices())
+						t.Errorf("seed %d, slice %d: user %d waits while user %d gets slices: %q", seed, at, other, uid, d.slices())
 					}
 				}
 			}
@@ -213,8 +211,8 @@ func TestTurnsAreFair(t *testing.T) {
 	}
 }
 
-// A caller that gives up does not take with it what was begun.
-func TestHashBegunIsFinishedAndKept(t *testing.T) {
+// A hash that was started is finished although its caller gives up.
+func TestStartedHashIsFinishedAndCached(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		d := newDisk(t)
@@ -237,18 +235,18 @@ func TestHashBegunIsFinishedAndKept(t *testing.T) {
 	})
 }
 
-// What was not begun is forgotten with its last caller: there is no end to the
-// files that a user may name.
-func TestHashNotBegunIsForgotten(t *testing.T) {
+// A job that was not started is dropped with its last caller: a user may name any
+// number of files.
+func TestQueuedHashIsDroppedWithItsLastCaller(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		d := newDisk(t)
 		ctx, cancel := context.WithCancel(t.Context())
 		var all []<-chan error
-		for i := range 2 * maxBegun {
+		for i := range 2 * maxStarted {
 			all = append(all, d.start(ctx, 1, d.file(fmt.Sprint(i), 1)))
 		}
-		shared := d.file(fmt.Sprint(2*maxBegun-1), 1)
+		shared := d.file(fmt.Sprint(2*maxStarted-1), 1)
 		other := d.start(t.Context(), 2, shared)
 		cancel()
 		for _, done := range all {
@@ -258,22 +256,22 @@ func TestHashNotBegunIsForgotten(t *testing.T) {
 		}
 		close(d.gate)
 		if err := <-other; err != nil {
-			t.Errorf("the one that another user waits for: %v", err)
+			t.Errorf("the hash that another user waits for: %v", err)
 		}
 		synctest.Wait()
 		if got := d.slices(); len(got) != 2 || got[1] != shared.name {
-			t.Errorf("hashed %q, want the first, which was begun, and the shared one", got)
+			t.Errorf("hashed %q, want the first, which was started, and the shared one", got)
 		}
-		if d.closed != d.opened || len(d.sums.jobs)+len(d.sums.queues)+len(d.sums.turns) != 0 {
+		if d.closed != d.opened || len(d.hashes.jobs)+len(d.hashes.queues)+len(d.hashes.turns) != 0 {
 			t.Errorf("%d files of %d closed, %d jobs, %d queues, %d turns left",
-				d.closed, d.opened, len(d.sums.jobs), len(d.sums.queues), len(d.sums.turns))
+				d.closed, d.opened, len(d.hashes.jobs), len(d.hashes.queues), len(d.hashes.turns))
 		}
 	})
 }
 
-// A read that hangs, as of a network file system whose server is gone, holds up
-// its own callers alone.
-func TestReadThatHangs(t *testing.T) {
+// A read that hangs, such as on a network file system whose server is down, delays
+// only its own callers.
+func TestHangingRead(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		d := newDisk(t)
@@ -285,11 +283,11 @@ func TestReadThatHangs(t *testing.T) {
 			f.gate = hung
 			stuck = append(stuck, d.start(t.Context(), 1, f))
 		}
-		begun := time.Now()
+		start := time.Now()
 		if err := <-d.start(t.Context(), 2, d.file("local", 3)); err != nil {
 			t.Error(err)
 		}
-		if took := time.Since(begun); took > stuckAfter*3 {
+		if took := time.Since(start); took > stuckAfter*3 {
 			t.Errorf("another user's hash took %v", took)
 		}
 		close(hung)
@@ -324,16 +322,16 @@ func TestHashOfChangedFile(t *testing.T) {
 					t.Errorf("got %v, want %q", err, tt.want)
 				}
 				if err := <-d.start(t.Context(), 1, d.file("app", 1)); err != nil {
-					t.Errorf("when it rests: %v", err)
+					t.Errorf("when it no longer changes: %v", err)
 				}
 			})
 		})
 	}
 }
 
-// File systems note the time of a change in units. A file that was changed in the
-// unit in which it was read may have another content with the same ID.
-func TestHashOfFileJustChangedIsNotKept(t *testing.T) {
+// File systems record the time of a change in units. A file that was changed in the
+// unit of its read may have another content with the same ID.
+func TestHashOfJustChangedFileIsNotCached(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
 		nsec   int64 // of the time of the change
@@ -342,18 +340,18 @@ func TestHashOfFileJustChangedIsNotKept(t *testing.T) {
 	}{
 		{123, -time.Hour, 2},
 		{123, 0, 2},
-		{123, fineUnit, 2},
-		{123, fineUnit + 1, 1},
+		{123, fineTimeUnit, 2},
+		{123, fineTimeUnit + 1, 1},
 		{123, time.Hour, 1},
-		{0, coarseUnit, 2},
-		{0, coarseUnit + 1, 1},
+		{0, coarseTimeUnit, 2},
+		{0, coarseTimeUnit + 1, 1},
 	} {
 		synctest.Test(t, func(t *testing.T) {
 			d := newDisk(t)
 			close(d.gate)
 			f := d.file("app", 1)
 			f.state.ctime.Nsec = tt.nsec
-			d.sums.now = func() time.Time { return time.Unix(f.state.ctime.Unix()).Add(tt.age) }
+			d.hashes.now = func() time.Time { return time.Unix(f.state.ctime.Unix()).Add(tt.age) }
 			for range 2 {
 				f.at = 0
 				if err := <-d.start(t.Context(), 1, f); err != nil {
@@ -367,8 +365,8 @@ func TestHashOfFileJustChangedIsNotKept(t *testing.T) {
 	}
 }
 
-// The hashes of one user do not push out those of the others.
-func TestHashesAreBounded(t *testing.T) {
+// The hashes of one user do not evict those of the others.
+func TestCachedHashesAreLimited(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		d := newDisk(t)
@@ -384,16 +382,16 @@ func TestHashesAreBounded(t *testing.T) {
 				t.Fatal(err)
 			}
 		}
-		for i := range 2 * maxSums {
+		for i := range 2 * maxHashes {
 			if _, err := d.hash(t.Context(), 1, tiny(fmt.Sprint(i))); err != nil {
 				t.Fatal(err)
 			}
 		}
-		if _, err := d.sums.sum(t.Context(), 7, mine.state, func() (file, error) { return nil, errors.New("opened again") }); err != nil {
+		if _, err := d.hashes.wait(t.Context(), 7, mine.state, func() (file, error) { return nil, errors.New("opened again") }); err != nil {
 			t.Error(err)
 		}
-		if len(d.sums.kept) != maxSums || d.sums.recent.Len() != maxSums {
-			t.Errorf("%d and %d kept, want %d", len(d.sums.kept), d.sums.recent.Len(), maxSums)
+		if len(d.hashes.cached) != maxHashes || d.hashes.recent.Len() != maxHashes {
+			t.Errorf("%d and %d cached, want %d", len(d.hashes.cached), d.hashes.recent.Len(), maxHashes)
 		}
 	})
 }
@@ -407,11 +405,11 @@ func TestCloseEndsHashing(t *testing.T) {
 			waiting = append(waiting, d.start(t.Context(), uint32(i), d.file(fmt.Sprint(i), 5)))
 		}
 		closed := make(chan struct{})
-		d.wg.Go(func() { d.sums.close(); close(closed) })
+		d.wg.Go(func() { d.hashes.close(); close(closed) })
 		synctest.Wait()
 		select {
 		case <-closed:
-			t.Error("did not wait for the slice under way")
+			t.Error("did not wait for the current slice")
 		default:
 		}
 		close(d.gate)
@@ -427,22 +425,22 @@ func TestCloseEndsHashing(t *testing.T) {
 	})
 }
 
-// The hash of a program is computed once, for all processes that run it, and again
-// when its file was changed.
-func TestHashOfProgramIsKept(t *testing.T) {
+// The hash of a program is computed once for all of its processes, and again after
+// its file was changed.
+func TestHashOfProgramIsCached(t *testing.T) {
 	t.Parallel()
 	path := testProgram(t, t.TempDir(), "app")
 	p, other := run(t, path, nil), run(t, path, nil)
 	a := New(Config{SHA256: true})
 	defer a.Close()
-	a.sums.now = func() time.Time { return time.Now().Add(time.Hour) }
+	a.hashes.now = func() time.Time { return time.Now().Add(time.Hour) }
 	want := with(values(t, a, p), "sha256:")
-	// A hash that can only be the one kept.
-	a.sums.mu.Lock()
-	for _, el := range a.sums.kept {
-		el.Value.(*hashing).sum = "kept"
+	// A hash that can only come from the cache.
+	a.hashes.mu.Lock()
+	for _, el := range a.hashes.cached {
+		el.Value.(*hashJob).sum = "kept"
 	}
-	a.sums.mu.Unlock()
+	a.hashes.mu.Unlock()
 	if got := with(values(t, a, other), "sha256:"); !slices.Equal(got, []string{"sha256:kept"}) {
 		t.Errorf("the program was hashed again: %q", got)
 	}
@@ -455,8 +453,8 @@ func TestHashOfProgramIsKept(t *testing.T) {
 	}
 }
 
-// A real file that grows while it is hashed.
-func TestHashOfFileThatGrows(t *testing.T) {
+// A real file may grow while it is hashed.
+func TestHashOfGrowingFile(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "app")
 	if err := os.WriteFile(path, []byte(strings.Repeat("x", 1000)), 0o600); err != nil {
@@ -473,9 +471,9 @@ func TestHashOfFileThatGrows(t *testing.T) {
 	if _, err := f.WriteString("y"); err != nil {
 		t.Fatal(err)
 	}
-	s := newSums()
+	s := newHashes()
 	defer s.close()
-	if sum, err := s.sum(t.Context(), 1, id, func() (file, error) { return osFile{f}, nil }); !errors.Is(err, errChanged) {
+	if sum, err := s.wait(t.Context(), 1, id, func() (file, error) { return osFile{f}, nil }); !errors.Is(err, errChanged) {
 		t.Errorf("got %q, %v, want %v", sum, err, errChanged)
 	}
 }

@@ -1,5 +1,5 @@
-// Package unix attests a process by what the kernel says of it. Its selectors
-// are those of SPIRE's attestor of the same name:
+// Package unix attests a process by the kernel's data about it. Its selectors are
+// those of SPIRE's attestor of the same name:
 //
 //	unix:uid:1000                 effective user ID
 //	unix:user:alice               its name
@@ -7,11 +7,11 @@
 //	unix:group:staff              its name
 //	unix:supplementary_gid:27     each supplementary group ID
 //	unix:supplementary_group:sudo their names
-//	unix:path:/usr/bin/app        the program, as the process's mount namespace has it
+//	unix:path:/usr/bin/app        the program's path in the process's mount namespace
 //	unix:sha256:9f86d0...         the program's SHA-256 in hex
 //
-// A user may run any program under any path in a mount namespace of his own:
-// an entry that names a path should name the user or the hash as well.
+// A user may run any program under any path in another mount namespace: an entry that
+// names a path should name the user or the hash as well.
 package unix
 
 import (
@@ -33,31 +33,29 @@ const Name = "unix"
 // DefaultSHA256Limit is the size above which programs are not hashed.
 const DefaultSHA256Limit = 1 << 30
 
-// Config sets up the attestor. The zero value works.
+// Config configures the attestor. The zero value is valid.
 type Config struct {
-	// SkipPath leaves out unix:path. By default it is there whenever the
-	// executable's path can be read, which takes the same user or
+	// SkipPath leaves out unix:path. Reading the path requires the same user or
 	// CAP_SYS_PTRACE.
 	SkipPath bool
-	// SHA256 adds unix:sha256. The hash of a file is computed once and kept
-	// for as long as the file does not change.
+	// SHA256 adds unix:sha256. The hash of a file is cached until the file changes.
 	SHA256 bool
 	// SHA256Limit is the size in bytes above which an executable gets no
-	// unix:sha256, since hashing it would hold its workload up. Zero means
+	// unix:sha256, because hashing would delay its workload. Zero means
 	// DefaultSHA256Limit, a negative number no limit.
 	SHA256Limit int64
-	// SHA256Needed reports whether an entry has a unix:sha256 selector; while
-	// none has, nothing is hashed. It is called at each attestation. Nil: always.
+	// SHA256Needed reports whether an entry has a unix:sha256 selector; otherwise
+	// nothing is hashed. It is called at each attestation. Nil: always.
 	SHA256Needed func() bool
 }
 
 // Attestor is an [attest.Attestor]. Make it with [New], and close it.
 type Attestor struct {
-	cfg    Config
-	users  *names
-	groups *names
-	suppl  *names
-	sums   *sums
+	cfg           Config
+	users         *names
+	groups        *names
+	supplementary *names
+	hashes        *hashes
 }
 
 var _ attest.Attestor = (*Attestor)(nil)
@@ -71,59 +69,57 @@ func New(cfg Config) *Attestor {
 		cfg.SHA256Needed = func() bool { return true }
 	}
 	return &Attestor{
-		cfg:    cfg,
-		users:  newNames("uid:", "user:", lookupUser),
-		groups: newNames("gid:", "group:", lookupGroup),
-		suppl:  newNames("supplementary_gid:", "supplementary_group:", lookupGroup),
-		sums:   newSums(),
+		cfg:           cfg,
+		users:         newNames("uid:", "user:", lookupUser),
+		groups:        newNames("gid:", "group:", lookupGroup),
+		supplementary: newNames("supplementary_gid:", "supplementary_group:", lookupGroup),
+		hashes:        newHashes(),
 	}
 }
 
-// Close ends what is being hashed and waits for it. Executables whose hash is
-// not known by then get none.
+// Close stops hashing and waits for it. Attestations that wait for a hash get none.
 func (a *Attestor) Close() error {
-	a.sums.close()
+	a.hashes.close()
 	return nil
 }
 
 // Name returns "unix".
 func (a *Attestor) Name() string { return Name }
 
-// statusLimit is more than the status of a process with as many groups as Linux
+// statusLimit exceeds the size of the status file with the most groups that Linux
 // allows.
 const statusLimit = 1 << 20
 
 var buffers = sync.Pool{New: func() any { b := make([]byte, 4096); return &b }}
 
-// Attest reads the process's credentials and executable. Without the
-// credentials, and for a process that runs as another user or group than it
-// connected as, there are no selectors. All else that cannot be read costs its
-// own selectors only.
+// Attest reads the process's credentials and executable. There are no selectors if the
+// credentials cannot be read, or if the process runs as another user or group than it
+// connected as. Any other failure only costs its own selectors.
 func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, error) {
 	buf := buffers.Get().(*[]byte)
 	defer buffers.Put(buf)
 	text, err := p.ReadProc("status", *buf, statusLimit)
 	if err != nil {
-		return nil, fmt.Errorf("read the credentials: %w", err)
+		return nil, fmt.Errorf("read credentials: %w", err)
 	}
 	st, err := parseStatus(text)
 	if err != nil {
-		return nil, fmt.Errorf("read the credentials: %s: %w", p.Proc("status"), err)
+		return nil, fmt.Errorf("read credentials: %s: %w", p.Proc("status"), err)
 	}
-	// A set-user-ID program that the caller has become meanwhile, leaving the
-	// connection to a child, is not the caller.
+	// The caller may have left the connection to a child and executed a set-user-ID
+	// program, which is not the caller.
 	if st.uid != p.UID() || st.gid != p.GID() {
-		return nil, fmt.Errorf("process %d connected as user %d, group %d and runs as user %d, group %d now: it has to connect again",
+		return nil, fmt.Errorf("process %d connected as user %d, group %d and now runs as user %d, group %d: connect again",
 			p.PID(), p.UID(), p.GID(), st.uid, st.gid)
 	}
-	f := found{selectors: make([]cache.Selector, 0, 6+2*len(st.groups))}
+	f := findings{selectors: make([]cache.Selector, 0, 6+2*len(st.groups))}
 	a.users.add(&f, st.uid)
 	a.groups.add(&f, st.gid)
 	for _, g := range st.groups {
-		a.suppl.add(&f, g)
+		a.supplementary.add(&f, g)
 	}
 	if st.moreGroups {
-		f.missing(fmt.Errorf("process %d has more than %d supplementary groups: the others get no selectors", p.PID(), maxGroups))
+		f.addFailure(fmt.Errorf("process %d has more than %d supplementary groups: no selectors for the others", p.PID(), maxGroups))
 	}
 	hash := a.cfg.SHA256 && a.cfg.SHA256Needed()
 	if hash || !a.cfg.SkipPath {
@@ -132,35 +128,35 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 	return f.selectors, errors.Join(f.failures...)
 }
 
-// found is what one attestation found out, and what it could not.
-type found struct {
+// findings are the selectors and failures of one attestation.
+type findings struct {
 	selectors []cache.Selector
 	failures  []error
 }
 
-func (f *found) add(value string) {
+func (f *findings) add(value string) {
 	f.selectors = append(f.selectors, cache.Selector{Type: Name, Value: value})
 }
 
-func (f *found) missing(err error) { f.failures = append(f.failures, err) }
+func (f *findings) addFailure(err error) { f.failures = append(f.failures, err) }
 
 // executable adds unix:path and unix:sha256.
-func (a *Attestor) executable(ctx context.Context, p *attest.Peer, f *found, hash bool) {
+func (a *Attestor) executable(ctx context.Context, p *attest.Peer, f *findings, hash bool) {
 	exe, err := p.OpenExecutable()
 	switch {
 	case errors.Is(err, fs.ErrPermission):
-		f.missing(fmt.Errorf("read the executable: %w: run the agent as root or give it CAP_SYS_PTRACE, "+
+		f.addFailure(fmt.Errorf("read executable: %w: run the agent as root or give it CAP_SYS_PTRACE, "+
 			"or set unix.discover_path: false", err))
 		return
 	case err != nil:
-		f.missing(fmt.Errorf("read the executable: %w", err))
+		f.addFailure(fmt.Errorf("read executable: %w", err))
 		return
 	}
 	defer exe.Close()
 	if !a.cfg.SkipPath {
 		path, err := pathOf(exe)
 		if err != nil {
-			f.missing(fmt.Errorf("read the executable's path: %w", err))
+			f.addFailure(fmt.Errorf("read executable's path: %w", err))
 		} else {
 			f.add("path:" + path)
 		}
@@ -168,32 +164,32 @@ func (a *Attestor) executable(ctx context.Context, p *attest.Peer, f *found, has
 	if !hash {
 		return
 	}
-	sum, err := a.sums.of(ctx, p.UID(), exe, a.cfg.SHA256Limit)
+	sum, err := a.hashes.hashOf(ctx, p.UID(), exe, a.cfg.SHA256Limit)
 	switch {
 	case errors.Is(err, fs.ErrPermission):
-		f.missing(fmt.Errorf("hash the executable: %w: run the agent as root or give it CAP_DAC_READ_SEARCH, "+
+		f.addFailure(fmt.Errorf("hash executable: %w: run the agent as root or give it CAP_DAC_READ_SEARCH, "+
 			"or set unix.sha256_size_limit: 0", err))
 	case err != nil:
-		f.missing(fmt.Errorf("hash the executable: %w", err))
+		f.addFailure(fmt.Errorf("hash executable: %w", err))
 	default:
 		f.add("sha256:" + sum)
 	}
 }
 
-const deleted = " (deleted)"
+const deletedSuffix = " (deleted)"
 
-// pathOf returns the path of an executable. Where the file was replaced under
-// the running process, as a package upgrade does, the kernel adds " (deleted)":
-// the process is still the one that was started from there. An executable
-// without a file (memfd_create(2)) is called /memfd:NAME, which is no file's
-// path in practice, and has been "deleted" from the beginning.
+// pathOf returns the path of an executable. If the file was replaced under the running
+// process, as a package upgrade does, the kernel adds " (deleted)": the process is
+// still the one that was started from that path. An executable without a file
+// (memfd_create(2)) is named /memfd:NAME, which is no file's path in practice, and is
+// "deleted" from the beginning.
 func pathOf(exe *attest.Executable) (string, error) {
 	path, err := exe.Path()
 	if err != nil {
 		return "", err
 	}
-	if name, found := strings.CutSuffix(path, deleted); found {
-		// A file may also be called that; only a deleted one has no link.
+	if name, found := strings.CutSuffix(path, deletedSuffix); found {
+		// A file's name may end like that, too. Only a deleted file has no link.
 		st, err := exe.Stat()
 		if err != nil {
 			return "", err

@@ -20,7 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// program copies the program "sleep" so that it can be changed.
+// testProgram copies the program "sleep" so that it can be changed.
 func testProgram(t *testing.T, dir, name string) string {
 	t.Helper()
 	from, err := exec.LookPath("sleep")
@@ -41,7 +41,7 @@ func testProgram(t *testing.T, dir, name string) string {
 func run(t *testing.T, path string, attr *syscall.SysProcAttr) *attest.Peer {
 	t.Helper()
 	var cmd *exec.Cmd
-	// Another test may be forking while our copy was still open for writing.
+	// Another test may have forked while the copy was still open for writing.
 	for range 100 {
 		cmd = exec.Command(path, "60")
 		cmd.SysProcAttr = attr
@@ -144,9 +144,8 @@ func TestSelectorsOfAnotherUser(t *testing.T) {
 	}
 }
 
-// A process may connect, leave the connection to a child and run a program that
-// belongs to somebody else with the set-user-ID bit. What it runs as by then is
-// not who has connected.
+// A process may connect, leave the connection to a child and execute another user's
+// set-user-ID program. It then runs as another user than it connected as.
 func TestProcessThatChangedItsUser(t *testing.T) {
 	t.Parallel()
 	if os.Geteuid() != 0 {
@@ -165,8 +164,8 @@ func TestProcessThatChangedItsUser(t *testing.T) {
 				t.Fatal(err)
 			}
 			p := run(t, path, &syscall.SysProcAttr{Credential: &syscall.Credential{Uid: 54321, Gid: 54322}})
-			// Start returns when execve closes what is to be closed, and the
-			// credentials change a moment after that.
+			// Start returns when execve closes files, and the credentials change
+			// a moment later.
 			line := map[string]string{"user": "Uid:\t54321\t54321", "group": "Gid:\t54322\t54322"}[name]
 			for started := time.Now(); time.Since(started) < time.Minute; time.Sleep(time.Millisecond) {
 				status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", p.PID()))
@@ -191,7 +190,7 @@ func TestProcessThatChangedItsUser(t *testing.T) {
 func TestOptions(t *testing.T) {
 	t.Parallel()
 	p := run(t, testProgram(t, t.TempDir(), "app"), nil)
-	nobody, somebody := func() bool { return false }, func() bool { return true }
+	notNeeded, needed := func() bool { return false }, func() bool { return true }
 	for name, tt := range map[string]struct {
 		cfg     Config
 		want    string // of path and sha256
@@ -201,10 +200,10 @@ func TestOptions(t *testing.T) {
 		"no path":             {Config{SkipPath: true}, "", ""},
 		"hash":                {Config{SHA256: true}, "path sha256", ""},
 		"hash without path":   {Config{SHA256: true, SkipPath: true}, "sha256", ""},
-		"hash, needed":        {Config{SHA256: true, SHA256Needed: somebody}, "path sha256", ""},
-		"hash, not needed":    {Config{SHA256: true, SHA256Needed: nobody}, "path", ""},
+		"hash, needed":        {Config{SHA256: true, SHA256Needed: needed}, "path sha256", ""},
+		"hash, not needed":    {Config{SHA256: true, SHA256Needed: notNeeded}, "path", ""},
 		"hash, limited":       {Config{SHA256: true, SHA256Limit: 10}, "path", "unix.sha256_size_limit is 10"},
-		"limited, not needed": {Config{SHA256: true, SHA256Limit: 10, SHA256Needed: nobody}, "path", ""},
+		"limited, not needed": {Config{SHA256: true, SHA256Limit: 10, SHA256Needed: notNeeded}, "path", ""},
 		"hash, always":        {Config{SHA256: true, SHA256Limit: -1}, "path sha256", ""},
 	} {
 		got, failure := attestSelf(t, tt.cfg, p)
@@ -214,8 +213,8 @@ func TestOptions(t *testing.T) {
 	}
 }
 
-// attestSelf returns which of the selectors of the executable were found, and
-// makes sure that the user is always among them.
+// attestSelf returns which selectors of the executable were found, and checks that
+// the user's selector is always there.
 func attestSelf(t *testing.T, cfg Config, p *attest.Peer) (kinds string, err error) {
 	t.Helper()
 	a := New(cfg)
@@ -233,7 +232,7 @@ func attestSelf(t *testing.T, cfg Config, p *attest.Peer) (kinds string, err err
 	return strings.Join(got, " "), err
 }
 
-// says reports whether err has the text, or is nil when that is empty.
+// says reports whether err contains text, or is nil if text is empty.
 func says(err error, text string) bool {
 	if text == "" {
 		return err == nil
@@ -241,8 +240,8 @@ func says(err error, text string) bool {
 	return err != nil && strings.Contains(err.Error(), text)
 }
 
-// A package upgrade replaces the file of a running program. What runs is still
-// what was started from that path, and has the old hash.
+// A package upgrade replaces the file of a running program. The process keeps the
+// selectors of the path and of the old content.
 func TestProgramReplacedWhileItRuns(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -272,7 +271,7 @@ func TestProgramCalledDeleted(t *testing.T) {
 	}
 }
 
-func TestProcessThatEnded(t *testing.T) {
+func TestEndedProcess(t *testing.T) {
 	t.Parallel()
 	cmd := exec.Command("sleep", "60")
 	if err := cmd.Start(); err != nil {
@@ -303,7 +302,7 @@ func TestNames(t *testing.T) {
 			return "name" + id, fail
 		})
 		get := func(id uint32) string {
-			var f found
+			var f findings
 			n.add(&f, id)
 			return strings.TrimSuffix(fmt.Sprint(f.selectors, " ", errors.Join(f.failures...)), " <nil>")
 		}
@@ -331,24 +330,24 @@ func TestNames(t *testing.T) {
 		for id := range uint32(3 * maxNames) {
 			get(id)
 		}
-		if len(n.known) > maxNames {
-			t.Errorf("%d names kept", len(n.known))
+		if len(n.cached) > maxNames {
+			t.Errorf("%d names kept", len(n.cached))
 		}
 	})
 }
 
-// Without a user database, as in an image that holds the agent alone, nobody has
-// a name; that is no failure. (A build without cgo gets the file's error.)
+// Without a user database, as in an image with only the agent, no ID has a name; that
+// is not a failure. (A build without cgo gets the file's error.)
 func TestNoUserDatabase(t *testing.T) {
 	t.Parallel()
 	missing := &fs.PathError{Op: "open", Path: "/etc/passwd", Err: syscall.ENOENT}
 	denied := &fs.PathError{Op: "open", Path: "/etc/passwd", Err: syscall.EACCES}
 	for _, err := range []error{missing, user.UnknownUserIdError(1), user.UnknownGroupIdError("1")} {
-		if got := unlessNameless(err); got != nil {
+		if got := ignoreUnknownID(err); got != nil {
 			t.Errorf("%v: %v, want nil", err, got)
 		}
 	}
-	if got := unlessNameless(denied); got == nil {
+	if got := ignoreUnknownID(denied); got == nil {
 		t.Errorf("%v: nil, want the error", denied)
 	}
 	for name, lookup := range map[string]func(string) (string, error){"user": lookupUser, "group": lookupGroup} {
@@ -405,7 +404,7 @@ func FuzzParseStatus(f *testing.F) {
 		if len(st.groups) > maxGroups {
 			t.Errorf("%d groups", len(st.groups))
 		}
-		// What was understood is written in the text.
+		// The parsed IDs are in the text.
 		want := strconv.FormatUint(uint64(st.uid), 10)
 		if !strings.Contains(string(text), want) {
 			t.Errorf("user %s is not in %q", want, text)
