@@ -17,7 +17,7 @@ import (
 type listed struct {
 	*roster
 	now   time.Time
-	cache map[string]*cache.Entry // what the verdicts make of an empty one
+	cache map[string]*cache.Entry // what the changes make of an empty one
 }
 
 func newListed(entries ...*cache.Entry) *listed {
@@ -29,7 +29,7 @@ func newListed(entries ...*cache.Entry) *listed {
 }
 
 // answer takes in an answer with these entries, as a sync would tell it.
-func (l *listed) answer(fresh bool, entries ...*cache.Entry) verdict {
+func (l *listed) answer(fresh bool, entries ...*cache.Entry) rosterChanges {
 	var changes upstream.EntryChanges
 	named := make(map[string]bool)
 	for _, e := range entries {
@@ -43,7 +43,7 @@ func (l *listed) answer(fresh bool, entries ...*cache.Entry) verdict {
 			changes.Missing = append(changes.Missing, id)
 		}
 	}
-	v := l.take(changes, fresh, l.now)
+	v := l.apply(changes, fresh, l.now)
 	for _, id := range v.gone {
 		delete(l.cache, id)
 	}
@@ -204,7 +204,7 @@ func TestEditsCountAtOnce(t *testing.T) {
 		}
 	}
 	l := newListed(all...)
-	l.take(upstream.EntryChanges{Withdrawn: []*cache.Entry{edit(func(e *cache.Entry) { e.Revision++ })}}, true, l.now)
+	l.apply(upstream.EntryChanges{Withdrawn: []*cache.Entry{edit(func(e *cache.Entry) { e.Revision++ })}}, true, l.now)
 	if l.entries["0"] != nil || len(l.missing) > 0 {
 		t.Error("an entry that is no longer for workloads is served")
 	}
@@ -219,7 +219,7 @@ func TestEntryThatWasNotForWorkloadsBefore(t *testing.T) {
 	l := newListed(all...)
 	lagging := func(d time.Duration) (gone []string) {
 		for end := l.now.Add(d); l.now.Before(end); l.now = l.now.Add(5 * time.Second) {
-			gone = append(gone, l.take(upstream.EntryChanges{Withdrawn: []*cache.Entry{&was}}, false, l.now).gone...)
+			gone = append(gone, l.apply(upstream.EntryChanges{Withdrawn: []*cache.Entry{&was}}, false, l.now).gone...)
 		}
 		return gone
 	}
@@ -386,7 +386,7 @@ func TestRosterAgainstItsDefinition(t *testing.T) {
 			answers = append(answers, a)
 			v := l.answer(a.fresh, list...)
 			if !maps.Equal(l.cache, l.entries) {
-				t.Fatalf("the verdicts make %v, the roster has %v", l.cache, l.entries)
+				t.Fatalf("the changes make %v, the roster has %v", l.cache, l.entries)
 			}
 			for id, was := range served {
 				since, lacks := lacking(was)

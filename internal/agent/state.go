@@ -16,15 +16,15 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// overdue is how far past its half-life an SVID counts as expiring.
-const overdue = time.Minute
+// expiryGrace is how long after half of its lifetime an SVID counts as expiring.
+const expiryGrace = time.Minute
 
-// State is what the agent knows at this moment: what metrics export and the
-// demo shows. It may be called at any time, from any goroutine.
+// State returns the agent's state for the metrics and the demo. It is safe for
+// concurrent use.
 //
-// The order of reads makes "settled" safe: first the calls in flight, then the
-// agent SVID, then the cache, then the files. Whatever moves meanwhile moves from the
-// one to the other and is seen in at least one of them.
+// The order of reads makes Settled safe: first the calls in flight, then the agent SVID,
+// then the cache, then the files. An SVID moves in the same order, so State sees it in
+// at least one of them.
 func (a *Agent) State() metrics.State {
 	snapshot := a.cache.Bundle()
 	inFlight := make(map[string]int)
@@ -35,11 +35,11 @@ func (a *Agent) State() metrics.State {
 			}
 		}
 	}
-	attesting := a.node.Signing()
-	own := a.own.Held()
+	attesting := a.node.Attesting()
+	held := a.agentSVID.Held()
 	usages := a.cache.Authorities()
 	unanswered := a.cache.Unanswered()
-	_, _, late := a.cache.Counts(overdue)
+	_, _, late := a.cache.Counts(expiryGrace)
 
 	s := metrics.State{
 		Expiring:  map[string]int{metrics.TypeX509: late},
@@ -54,8 +54,8 @@ func (a *Agent) State() metrics.State {
 	for _, file := range node.Files {
 		s.Unsaved[file] = unsaved[file] != nil
 	}
-	if own != nil {
-		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter
+	if held != nil {
+		s.OwnID, s.OwnExpiry = held.ID.String(), held.NotAfter
 	}
 	if snapshot == nil {
 		return s
@@ -63,7 +63,7 @@ func (a *Agent) State() metrics.State {
 	if at := a.applied.Load(); at != nil {
 		s.BundleApplied, s.BundleSequence = *at, snapshot.Own.Sequence()
 	}
-	s.LeftOut = leftOut(snapshot)
+	s.LeftOut = countLeftOut(snapshot)
 	newest, now := a.cache.Newest(), a.cfg.Now()
 	for _, u := range usages {
 		s.Authorities = append(s.Authorities, metrics.Authority{
@@ -71,7 +71,7 @@ func (a *Agent) State() metrics.State {
 		})
 	}
 	for _, x := range snapshot.Own.X509() {
-		auth := authority(&s, metrics.TypeX509, x.ID)
+		auth := findAuthority(&s, metrics.TypeX509, x.ID)
 		switch {
 		case x.Tainted:
 			auth.State = metrics.StateTainted
@@ -86,23 +86,23 @@ func (a *Agent) State() metrics.State {
 		if auth.State != metrics.StateTainted && auth.State != metrics.StateRemoved {
 			continue
 		}
-		// Everything held of such an authority is due, and so is an answer that
-		// the server may have signed before it knew.
+		// Every SVID held of such an authority is due, and an attestation in flight
+		// may return one more.
 		auth.Pending = auth.Held + inFlight[auth.ID] + attesting
-		// A workload that has come back and was not answered yet has what a stream
-		// of the process before sent it.
+		// A workload that has reconnected, and was not answered yet, still uses the
+		// SVIDs from before the restart.
 		auth.Streams += unanswered
-		if own != nil && own.Authority == auth.ID && own.NotAfter.After(now) {
+		if held != nil && held.Authority == auth.ID && held.NotAfter.After(now) {
 			auth.Pending++
 		}
-		// What is kept for a restart could be held again after it.
-		kept := a.own.stored(auth.ID) || a.keeper != nil && a.keeper.Holds(auth.ID, now)
-		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && !a.cache.Returning()
+		// A restarted agent would hold the SVIDs that are stored.
+		stored := a.agentSVID.onDisk(auth.ID) || a.svidStore != nil && a.svidStore.Holds(auth.ID, now)
+		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !stored && !a.cache.Returning()
 	}
-	held := a.cache.JWTCounts()
+	jwts := a.cache.JWTCounts()
 	for _, k := range snapshot.Own.JWT() {
-		auth := authority(&s, metrics.TypeJWT, k.KeyID)
-		auth.Held = held[k.KeyID]
+		auth := findAuthority(&s, metrics.TypeJWT, k.KeyID)
+		auth.Held = jwts[k.KeyID]
 		switch {
 		case k.Tainted:
 			auth.State = metrics.StateTainted
@@ -118,8 +118,8 @@ func (a *Agent) State() metrics.State {
 	return s
 }
 
-// leftOut counts what of a snapshot's bundles cannot be used.
-func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
+// countLeftOut counts the unusable authorities of a snapshot's bundles.
+func countLeftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
 	var out []metrics.LeftOut
 	count := func(which string, bundles ...*bundle.Bundle) {
 		n := make(map[string]int)
@@ -137,9 +137,10 @@ func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
 	return out
 }
 
-// release gives the workloads of the process before time to come back, from when
-// the agent can answer all of them. Until then it is not known what they use.
-func (a *Agent) release(ctx context.Context) {
+// releaseReturning waits [cache.ReconnectGrace] for the workloads of the last run to
+// reconnect, from when the agent can answer them. Until then it is not known which SVIDs
+// they use.
+func (a *Agent) releaseReturning(ctx context.Context) {
 	watch := a.cache.Watch()
 	defer watch.Close()
 	for !a.cache.Ready() {
@@ -156,10 +157,10 @@ func (a *Agent) release(ctx context.Context) {
 	}
 }
 
-// sweepInterval is how soon a workload that has ended counts no longer.
+// sweepInterval is how often ended workloads are detected.
 const sweepInterval = 5 * time.Second
 
-// sweep notes which workloads have ended or are stopped, until ctx is done.
+// sweep checks which workloads have ended or are stopped, until ctx is done.
 func (a *Agent) sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
@@ -173,8 +174,8 @@ func (a *Agent) sweep(ctx context.Context) {
 	}
 }
 
-// authority finds the authority in s or adds it.
-func authority(s *metrics.State, typ, id string) *metrics.Authority {
+// findAuthority returns the authority in s, and adds it first if it is missing.
+func findAuthority(s *metrics.State, typ, id string) *metrics.Authority {
 	i := slices.IndexFunc(s.Authorities, func(a metrics.Authority) bool { return a.Type == typ && a.ID == id })
 	if i < 0 {
 		i = len(s.Authorities)
@@ -183,14 +184,15 @@ func authority(s *metrics.State, typ, id string) *metrics.Authority {
 	return &s.Authorities[i]
 }
 
-// Bundle is the snapshot in force, nil before the first.
+// Bundle returns the snapshot in force, nil before there is one.
 func (a *Agent) Bundle() *bundle.Snapshot { return a.cache.Bundle() }
 
-// TaintDelay is how long this node waits after it has seen the authority's
-// taint mark before it renews anything because of it.
+// TaintDelay returns this node's delay between the authority's taint and the first
+// renewal because of it.
 func (a *Agent) TaintDelay(authorityID string) time.Duration {
 	return wave.Delay(a.seed, authorityID, a.cfg.TaintDelay)
 }
 
-// Metrics are the agent's metrics, for a process that serves them itself.
+// Metrics returns the registry of the agent's metrics, for a process that serves them
+// itself.
 func (a *Agent) Metrics() *prometheus.Registry { return a.metrics.Registry() }
