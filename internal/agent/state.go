@@ -36,7 +36,7 @@ func (a *Agent) State() metrics.State {
 		}
 	}
 	attesting := a.node.Attesting()
-	held := a.agentSVID.Held()
+	agentSVID := a.agentSVID.Held()
 	usages := a.cache.Authorities()
 	unanswered := a.cache.Unanswered()
 	_, _, late := a.cache.Counts(expiryGrace)
@@ -54,8 +54,8 @@ func (a *Agent) State() metrics.State {
 	for _, file := range node.Files {
 		s.Unsaved[file] = unsaved[file] != nil
 	}
-	if held != nil {
-		s.OwnID, s.OwnExpiry = held.ID.String(), held.NotAfter
+	if agentSVID != nil {
+		s.OwnID, s.OwnExpiry = agentSVID.ID.String(), agentSVID.NotAfter
 	}
 	if snapshot == nil {
 		return s
@@ -71,7 +71,7 @@ func (a *Agent) State() metrics.State {
 		})
 	}
 	for _, x := range snapshot.Own.X509() {
-		auth := findAuthority(&s, metrics.TypeX509, x.ID)
+		auth := authority(&s, metrics.TypeX509, x.ID)
 		switch {
 		case x.Tainted:
 			auth.State = metrics.StateTainted
@@ -92,17 +92,17 @@ func (a *Agent) State() metrics.State {
 		// A workload that has reconnected, and was not answered yet, still uses the
 		// SVIDs from before the restart.
 		auth.Streams += unanswered
-		if held != nil && held.Authority == auth.ID && held.NotAfter.After(now) {
+		if agentSVID != nil && agentSVID.Authority == auth.ID && agentSVID.NotAfter.After(now) {
 			auth.Pending++
 		}
 		// A restarted agent would hold the SVIDs that are stored.
-		stored := a.agentSVID.onDisk(auth.ID) || a.svidStore != nil && a.svidStore.Holds(auth.ID, now)
-		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !stored && !a.cache.Returning()
+		kept := a.agentSVID.onDisk(auth.ID) || a.svidStore != nil && a.svidStore.Holds(auth.ID, now)
+		auth.Settled = auth.State == metrics.StateTainted && a.cache.Ready() && !kept && !a.cache.Returning()
 	}
-	jwts := a.cache.JWTCounts()
+	held := a.cache.JWTCounts()
 	for _, k := range snapshot.Own.JWT() {
-		auth := findAuthority(&s, metrics.TypeJWT, k.KeyID)
-		auth.Held = jwts[k.KeyID]
+		auth := authority(&s, metrics.TypeJWT, k.KeyID)
+		auth.Held = held[k.KeyID]
 		switch {
 		case k.Tainted:
 			auth.State = metrics.StateTainted
@@ -174,8 +174,8 @@ func (a *Agent) sweep(ctx context.Context) {
 	}
 }
 
-// findAuthority returns the authority in s, and adds it first if it is missing.
-func findAuthority(s *metrics.State, typ, id string) *metrics.Authority {
+// authority returns the authority in s, and adds it first if it is missing.
+func authority(s *metrics.State, typ, id string) *metrics.Authority {
 	i := slices.IndexFunc(s.Authorities, func(a metrics.Authority) bool { return a.Type == typ && a.ID == id })
 	if i < 0 {
 		i = len(s.Authorities)

@@ -166,7 +166,7 @@ func (s *Store) writeToLocked(f *folder, file string, k fileState) (stamp, error
 }
 
 // moveForeignIdentity moves the identity file aside when it has become that of another
-// node, whose key may exist nowhere else.
+// node, whose only copy of the key this may be.
 func (s *Store) moveForeignIdentity(f *folder, ours []byte) error {
 	found, _, err := f.read(identityFile)
 	if err != nil {

@@ -309,7 +309,7 @@ func TestInsecureBootstrapRefusesABundleThatDoesNotCoverTheServer(t *testing.T) 
 	})
 }
 
-func TestRenewalOpensANewConnection(t *testing.T) {
+func TestRenewalOpensAnotherConnection(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		if err := a.PostStatus(t.Context(), 1); err != nil {

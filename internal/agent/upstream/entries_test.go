@@ -105,9 +105,8 @@ func TestSyncDeltas(t *testing.T) {
 	}
 }
 
-// What an agent holds from its last run may be another entry of the same ID,
-// with the same revision. It is told apart by the time of its creation, and so is
-// an older one on a replica that lags.
+// The agent may hold another entry with the same ID and revision from its last run. The
+// creation time differs, as it does for an older entry on a replica that lags.
 func TestEntryReplacedWhileTheAgentWasAway(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{3, 600} {
