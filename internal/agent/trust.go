@@ -109,7 +109,7 @@ func (a *Agent) newOperatorTrust() (trust *bundle.Bundle, verified func()) {
 			return
 		}
 		s.verified = ids
-		a.log.Warn("server verified with a new authority from trust_bundle_file, the bundle in force lacks it", "authority_ids", ids)
+		a.log.Warn("server verified with the changed trust_bundle_file, the bundle in force lacks its authority", "authority_ids", ids)
 		bundle.LogLeftOut(a.log, a.cfg.TrustDomain, nil, given.LeftOut())
 	}
 }
