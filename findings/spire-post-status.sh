@@ -8,7 +8,7 @@
 # Operators   Programs that speak the API of a newer SPIRE fill the log of an older server with
 #             errors that look like failed logins.
 # renewd      takes the answer for "no statuses here" and asks again after ten minutes
-#             (TestServerThatTakesNoStatuses in internal/agent).
+#             (TestServerWithoutStatuses in internal/agent).
 #
 # Output seen
 #   attested: spiffe://example.org/spire/agent/join_token/TOKEN

@@ -319,9 +319,9 @@ func (s *Store) load(file string, decode func([]byte) error, encode func() ([]by
 	}
 	to, asideErr := s.folder.moveAside(file, why, time.Now())
 	if asideErr != nil {
-		s.log.Warn("stored file is "+why+", continuing without it", "path", s.folder.pathOf(file), "error", errors.Join(err, asideErr))
+		s.log.Warn("stored file not usable, continuing without it", "reason", why, "path", s.folder.pathOf(file), "error", errors.Join(err, asideErr))
 	} else {
-		s.log.Warn("stored file is "+why+", moved aside, continuing without it", "path", s.folder.pathOf(file), "moved_to", to, "error", err)
+		s.log.Warn("stored file not usable, moved aside, continuing without it", "reason", why, "path", s.folder.pathOf(file), "moved_to", to, "error", err)
 	}
 	return false
 }
