@@ -59,7 +59,7 @@ func diskHistory(t *testing.T, seed uint64) {
 					s.close()
 				}
 			}()
-			told := func(when string) {
+			answered := func(when string) {
 				w.until(when, 30*time.Second, func() bool {
 					for _, s := range streams {
 						if _, ok := s.last(); !ok {
@@ -77,10 +77,10 @@ func diskHistory(t *testing.T, seed uint64) {
 				w.stopAgent()
 				w.startAgent()
 				reopen()
-				told("told after a restart")
+				answered("answered after a restart")
 			}
 			reopen()
-			told("told at first")
+			answered("answered at first")
 			right := func() {
 				w.freeDisk()
 				w.stepClock(0)

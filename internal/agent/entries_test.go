@@ -42,7 +42,7 @@ func TestDrillEditedEntryIsNotServedInItsOldState(t *testing.T) {
 				w.check(err)
 				s := w.open(0)
 				defer s.close()
-				w.until("told", time.Minute, func() bool { _, ok := s.last(); return ok })
+				w.until("answered", time.Minute, func() bool { _, ok := s.last(); return ok })
 				w.set(func(f *faults) { f.signing = time.Hour }) // mints hang, syncs succeed
 				w.setEntries([]spireapi.Entry{editedFor(value), entryFor(1)})
 				w.until("synced", 10*time.Second, func() bool { return w.agent.Cache().Entries()[entryID(0)].SPIFFEID.Path() == "/web" })
@@ -201,7 +201,7 @@ func TestDrillHeldSVIDsAreServedInAnOutage(t *testing.T) {
 	inWorld(t, 10, func(w *world) { w.cfg.CacheSize = 2 }, func(w *world) {
 		w.until("two held", time.Minute, func() bool { return w.held() == 2 })
 		s := w.open(0)
-		w.until("told", time.Minute, func() bool { _, ok := s.last(); return ok })
+		w.until("answered", time.Minute, func() bool { _, ok := s.last(); return ok })
 		w.set(func(f *faults) { f.down = true })
 		other := w.open(9) // cannot be minted
 		defer other.close()

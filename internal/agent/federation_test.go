@@ -331,10 +331,10 @@ func TestDrillFederation(t *testing.T) {
 				t.Errorf("%d authorities are left", n)
 			}
 		}
-		told := ours.streams.count()
+		messages := ours.streams.count()
 		time.Sleep(time.Hour)
-		if again := ours.streams.count(); again != told {
-			t.Errorf("%d messages in an hour without changes", again-told)
+		if again := ours.streams.count(); again != messages {
+			t.Errorf("%d messages in an hour without changes", again-messages)
 		}
 		theirs.trusts(ours, ours.identity(), true)
 

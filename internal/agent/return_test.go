@@ -68,7 +68,7 @@ func TestDrillRestartWithMoreStreamsThanTheCacheHolds(t *testing.T) {
 			}
 			return streams
 		}
-		told := func(streams []*stream) (n int) {
+		answered := func(streams []*stream) (n int) {
 			for _, s := range streams {
 				if _, ok := s.last(); ok {
 					n++
@@ -77,7 +77,7 @@ func TestDrillRestartWithMoreStreamsThanTheCacheHolds(t *testing.T) {
 			return n
 		}
 		before := openAll()
-		w.until("all streams told", time.Minute, func() bool { return told(before) == n })
+		w.until("all streams answered", time.Minute, func() bool { return answered(before) == n })
 		w.stopAgent()
 		for _, s := range before {
 			s.close()
@@ -87,7 +87,7 @@ func TestDrillRestartWithMoreStreamsThanTheCacheHolds(t *testing.T) {
 		time.Sleep(144 * time.Second) // the longest pause of a client: see reconnectGrace
 		after := openAll()
 		time.Sleep(10 * time.Second)
-		if got := told(after); got != n {
+		if got := answered(after); got != n {
 			w.t.Errorf("%d of %d streams got the SVIDs held before the restart", got, n)
 		}
 		time.Sleep(10 * time.Minute)

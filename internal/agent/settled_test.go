@@ -37,7 +37,7 @@ func (w *world) notSettled(k keyset.Keyset, d time.Duration, why string) {
 func (w *world) taintedWhileAway() (*process, keyset.Keyset) {
 	w.t.Helper()
 	s := w.open(1)
-	w.until("told", time.Minute, func() bool { _, ok := s.last(); return ok })
+	w.until("answered", time.Minute, func() bool { _, ok := s.last(); return ok })
 	old := w.activate()
 	w.stopAgent()
 	s.leave()
@@ -211,17 +211,17 @@ func referenceClient(t *testing.T, away time.Duration) {
 				return lis.dial(ctx, p)
 			})))
 		w.check(err)
-		told := &lastAuthority{}
+		last := &lastAuthority{}
 		done := make(chan error, 1)
-		go func() { done <- client.WatchX509Context(ctx, told) }()
-		w.until("told", time.Minute, func() bool { return told.get() != "" })
+		go func() { done <- client.WatchX509Context(ctx, last) }()
+		w.until("answered", time.Minute, func() bool { return last.get() != "" })
 		old := w.activate()
 		w.stopAgent()
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		time.Sleep(away)
 		w.startAgent()
 		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
-		if told.get() == old.X509AuthorityID {
+		if last.get() == old.X509AuthorityID {
 			w.t.Error("settled, and the client does not have its replacement")
 		}
 		cancel()

@@ -213,7 +213,7 @@ func BenchmarkServerBack(b *testing.B) {
 			select {
 			case <-w.bundles:
 			case <-time.After(30 * time.Second):
-				b.Fatal("nobody asks for the bundle")
+				b.Fatal("no bundle fetch")
 			}
 		}
 		w.stop()

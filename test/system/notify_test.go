@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Both programs tell a service manager when they have started: from then on, and
-// not before, whoever was ordered after them reaches them.
+// Both programs notify a service manager when they accept connections, and not before:
+// units that are ordered after them can then connect.
 func TestNotify(t *testing.T) {
 	t.Parallel()
 	free, err := ports(1)
