@@ -8,7 +8,7 @@
 # Operators   Programs that use the API of a newer SPIRE fill the log of an older server with errors
 #             that look like failed logins.
 # renewd      takes that as "not supported" and tries again after ten minutes
-#             (TestServerThatTakesNoStatuses in internal/agent).
+#             (TestServerWithoutStatuses in internal/agent).
 #
 # Output seen
 #   attested: spiffe://example.org/spire/agent/join_token/TOKEN

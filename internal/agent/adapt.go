@@ -20,7 +20,7 @@ import (
 	"github.com/renewd/renewd/renew"
 )
 
-// minter makes the server's client what renewal asks of one.
+// minter is the [renew.Minter] of the upstream client.
 type minter struct{ client *upstream.Client }
 
 func (m minter) Mint(ctx context.Context, requests []renew.Request) ([]renew.Result, error) {
@@ -39,77 +39,78 @@ func (m minter) Mint(ctx context.Context, requests []renew.Request) ([]renew.Res
 	return out, nil
 }
 
-// own makes the node's identity what renewal asks of one.
-type own struct {
+// agentSVID is the [renew.Own] of the node's identity.
+type agentSVID struct {
 	node   *node.Node
 	store  *node.Store
 	client *upstream.Client
 	trust  func() *bundle.Bundle
 	now    func() time.Time
 
-	mu   sync.Mutex
-	of   *node.Identity // that at is for
-	at   time.Duration  // age at which it is renewed
-	seen map[*node.Identity]signed
+	mu       sync.Mutex
+	current  *node.Identity // that renewAge is for
+	renewAge time.Duration  // age at which it is renewed
+	signers  map[*node.Identity]signer
 }
 
-// signed is which authority signed an agent SVID.
-type signed struct {
+// signer is the authority that signed an agent SVID.
+type signer struct {
 	authority string
 	verified  bool
-	by        *bundle.Bundle // that it was looked for in
+	bundle    *bundle.Bundle // in which the authority was looked up
 }
 
-// Held describes the node's own SVID.
+// Held returns the agent SVID, nil when there is none.
 //
-// When it is to be renewed is told from its age, not from its times: those are
-// of the server's clock, and this node's may be an hour away from it, so that an
-// SVID would be renewed all the time or too late.
-func (o *own) Held() *cache.SVID {
+// RenewAt follows from the SVID's age, not from its times: those are by the server's
+// clock. If this node's clock is an hour off, the SVID would be renewed all the time
+// or too late.
+func (o *agentSVID) Held() *cache.SVID {
 	id := o.node.Identity()
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	if id == nil {
 		return nil
 	}
-	if id != o.of {
-		o.of = id
+	if id != o.current {
+		o.current = id
 		var made time.Time
-		o.at = renew.RenewAt(made, made.Add(id.Life()), rand.Float64()).Sub(made)
+		o.renewAge = renew.RenewAt(made, made.Add(id.Lifetime()), rand.Float64()).Sub(made)
 	}
 	now := o.now()
 	age := id.Age(now)
 	if age < -clockSkew {
-		age = o.at // the clock is behind, by how much is found out with the next one
+		age = o.renewAge // the clock is behind: renew now, the new SVID has a known age
 	}
 	leaf := id.Chain[0]
-	return &cache.SVID{ID: id.ID(), Authority: o.authority(id), NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, RenewAt: now.Add(o.at - age)}
+	return &cache.SVID{ID: id.ID(), Authority: o.authorityLocked(id), NotBefore: leaf.NotBefore, NotAfter: leaf.NotAfter, RenewAt: now.Add(o.renewAge - age)}
 }
 
-// stored reports whether a restart may find a valid agent SVID on disk that the
+// onDisk reports whether a restart may find a valid agent SVID on disk that the
 // authority signed.
-func (o *own) stored(authority string) bool {
+func (o *agentSVID) onDisk(authority string) bool {
 	ids, now := o.store.Stored(), o.now()
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	return slices.ContainsFunc(ids, func(id *node.Identity) bool { return id.Chain[0].NotAfter.After(now) && o.authority(id) == authority })
+	return slices.ContainsFunc(ids, func(id *node.Identity) bool {
+		return id.Chain[0].NotAfter.After(now) && o.authorityLocked(id) == authority
+	})
 }
 
-// authority finds the authority of an agent SVID as that of any other is found: its
-// chain ends in it. Where it ends in none of the bundle, because the authority was
-// removed, and the SVID must be renewed all the more, the authority key identifier of
-// the topmost certificate has to do. mu is held.
-func (o *own) authority(id *node.Identity) string {
+// authorityLocked returns the ID of the authority that an agent SVID's chain ends in.
+// If the bundle does not have it, because it was removed, it returns the authority key
+// identifier of the topmost certificate, so that the SVID is still renewed.
+func (o *agentSVID) authorityLocked(id *node.Identity) string {
 	trust := o.trust()
-	known, ok := o.seen[id]
-	if ok && (known.verified || known.by == trust) {
+	known, ok := o.signers[id]
+	if ok && (known.verified || known.bundle == trust) {
 		return known.authority
 	}
 	leaf, top := id.Chain[0], id.Chain[len(id.Chain)-1]
 	if !ok {
 		known.authority = hex.EncodeToString(top.AuthorityKeyId)
 	}
-	known.by = trust
+	known.bundle = trust
 	if trust != nil {
 		at := o.now()
 		if at.Before(leaf.NotBefore) || at.After(leaf.NotAfter) {
@@ -119,23 +120,23 @@ func (o *own) authority(id *node.Identity) string {
 			known.authority, known.verified = authority, true
 		}
 	}
-	if o.seen == nil || len(o.seen) > maxSeen {
-		o.seen = make(map[*node.Identity]signed)
+	if o.signers == nil || len(o.signers) > maxSigners {
+		o.signers = make(map[*node.Identity]signer)
 	}
-	o.seen[id] = known
+	o.signers[id] = known
 	return known.authority
 }
 
-// maxSeen is how many agent SVIDs are remembered. There are two at a time, one of
-// which is about to replace the other.
-const maxSeen = 4
+// maxSigners is the size of the cache of signers. There are two agent SVIDs at most: the
+// one held and its replacement.
+const maxSigners = 4
 
-// clockSkew is what clocks of machines that are well kept may differ by.
+// clockSkew is the tolerated difference between clocks.
 const clockSkew = time.Minute
 
-func (o *own) Renew(ctx context.Context) error { return o.client.RenewNode(ctx) }
+func (o *agentSVID) Renew(ctx context.Context) error { return o.client.RenewNode(ctx) }
 
-// observer turns what happens into metrics.
+// observer counts renewals in the metrics.
 type observer struct{ metrics *metrics.Metrics }
 
 func (o observer) Minted(err error, took time.Duration) {
@@ -146,8 +147,8 @@ func (o observer) Renewed(reason renew.Reason, outcome renew.Outcome) {
 	o.metrics.Renewed(string(reason), string(outcome))
 }
 
-// streams is told what happens on the Workload API, counts the open streams
-// and turns the rest into metrics.
+// streams is the [workload.Observer]: it counts the open streams, and the rest in the
+// metrics.
 type streams struct {
 	metrics *metrics.Metrics
 
@@ -179,8 +180,8 @@ func (s *streams) JWTMinted(took time.Duration, err error) {
 	s.metrics.Minted(metrics.TypeJWT, upstream.Code(err), took)
 }
 
-// initWorkloadMetrics has the series of every RPC of the Workload API exist
-// before the first call.
+// initWorkloadMetrics creates the series of every RPC of the Workload API before the
+// first call.
 func initWorkloadMetrics(m *metrics.Metrics) {
 	s := grpc.NewServer()
 	workloadpb.RegisterSpiffeWorkloadAPIServer(s, workloadpb.UnimplementedSpiffeWorkloadAPIServer{})

@@ -9,10 +9,9 @@ import (
 	"github.com/renewd/renewd/renew"
 )
 
-// The packages that act and the one that counts do not know each other: what
-// the ones call a reason or an outcome must be a series of the other from the
-// start.
-func TestMetricsKnowEveryWord(t *testing.T) {
+// Package metrics does not import the packages that it counts for. Their reasons and
+// outcomes must be series from the start.
+func TestMetricsHaveAllReasonsAndOutcomes(t *testing.T) {
 	families, err := metrics.New(metrics.Config{}).Registry().Gather()
 	if err != nil {
 		t.Fatal(err)

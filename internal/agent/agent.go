@@ -25,8 +25,7 @@ import (
 	"github.com/renewd/renewd/renew"
 )
 
-// Agent is one node's daemon. Make it with [New], run it once with
-// [Agent.Run].
+// Agent is one node's daemon. Create it with [New] and run it once with [Agent.Run].
 type Agent struct {
 	cfg       Config
 	log       *slog.Logger
@@ -38,32 +37,31 @@ type Agent struct {
 	renewer   *renew.Renewer
 	workload  *workload.Server
 	metrics   *metrics.Metrics
-	keeper    *svidstore.Dir // nil without RuntimeDir
-	processes *unix.Attestor // nil where Config.Attestors are given
-	own       *own
+	svidStore *svidstore.Dir // nil without RuntimeDir
+	processes *unix.Attestor // nil with Config.Attestors
+	agentSVID *agentSVID
 	seed      [32]byte
 	streams   streams
 
-	checks           []check // of ready
-	syncs, refreshes upkeep
+	checks                      []check // of ready
+	entrySyncs, bundleRefreshes pollHealth
 
-	// bootstrap is what the server is trusted by until it has answered with a
-	// bundle.
-	bootstrap     atomic.Pointer[bundle.Bundle]
-	adoption      adoption
-	keptFederated map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles kept from the last run
-	applied       atomic.Pointer[time.Time]               // when the bundle in force was applied
-	socket        atomic.Pointer[socket.Listener]         // nil before Run and where Config.Listener is given
+	// bootstrap verifies the server until a bundle is in force.
+	bootstrap       atomic.Pointer[bundle.Bundle]
+	operatorTrust   operatorTrust
+	storedFederated map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles of the last run
+	applied         atomic.Pointer[time.Time]               // when the bundle in force was applied
+	socket          atomic.Pointer[socket.Listener]         // nil before Run and with Config.Listener
 }
 
-// New checks the configuration, opens DataDir and RuntimeDir and loads what
-// they hold. It makes no connection and starts nothing.
+// New checks the configuration and loads the state from DataDir and RuntimeDir. It opens
+// no connection and starts no goroutine.
 func New(cfg Config) (*Agent, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
 		return nil, err
 	}
-	a := &Agent{cfg: cfg, log: cfg.Log, adoption: adoption{compare: make(chan struct{}, 1)}}
+	a := &Agent{cfg: cfg, log: cfg.Log, operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
@@ -92,15 +90,15 @@ func (a *Agent) open() (err error) {
 	if err != nil {
 		return err
 	}
-	// To be without them for a while is no reason not to start.
-	a.keptFederated = a.store.LoadFederated()
+	// The agent can start without them.
+	a.storedFederated = a.store.LoadFederated()
 	process := rand.Text()
 	a.client, err = upstream.New(upstream.Config{
 		ServerAddress: cfg.ServerAddress,
 		TrustDomain:   cfg.TrustDomain,
 		Node:          a.node,
 		Bundle:        a.trust,
-		Operator:      a.operator,
+		OperatorTrust: a.newOperatorTrust,
 		Insecure:      cfg.InsecureBootstrap,
 		Proxy:         cfg.ServerProxy,
 		Dial:          cfg.Dial,
@@ -128,17 +126,17 @@ func (a *Agent) open() (err error) {
 		Federated: a.federatesWith,
 		Initial:   initial,
 
-		InitialFederated: a.keptFederated,
+		InitialFederated: a.storedFederated,
 		Interval:         cfg.RefreshInterval,
 		Observe:          a.bundleRefreshed,
 		Log:              a.log,
 		Now:              cfg.Now,
 	})
-	a.own = &own{node: a.node, store: a.store, client: a.client, trust: a.trust, now: cfg.Now}
+	a.agentSVID = &agentSVID{node: a.node, store: a.store, client: a.client, trust: a.trust, now: cfg.Now}
 	a.renewer = renew.New(renew.Config{
 		Cache:            a.cache,
 		Minter:           minter{a.client},
-		AgentSVID:        a.own,
+		AgentSVID:        a.agentSVID,
 		Seed:             a.seed,
 		MaxDelay:         cfg.TaintDelay,
 		Rate:             cfg.TaintRate,
@@ -179,40 +177,40 @@ func (a *Agent) open() (err error) {
 	return nil
 }
 
-// hashNeeded is not 0 while an entry has a unix:sha256 selector; see
+// hashNeeded returns a nonzero value while an entry has a unix:sha256 selector; see
 // [cache.Cache.Needs].
 func (a *Agent) hashNeeded() uint64 { return a.cache.Needs(unix.Name, "sha256") }
 
-// initialTrust finds what to trust the server by: the bundle kept from the
-// last run, unless the node has to be proved anew, which is done on the trust
-// that the operator gives now. It is nil for an insecure bootstrap.
+// initialTrust returns the stored bundle if there is a stored agent SVID. Without one
+// the node has to attest, and trusts what the operator configures: that goes to
+// bootstrap, which stays nil for an insecure bootstrap.
 func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 	if a.node.Identity() != nil {
-		if kept, adopted := a.store.LoadBundle(); kept != nil {
-			a.bootstrap.Store(kept)
-			a.trustGoesOn(kept, adopted)
-			return kept, nil
+		if stored, adopted := a.store.LoadBundle(); stored != nil {
+			a.bootstrap.Store(stored)
+			a.resumeTrust(stored, adopted)
+			return stored, nil
 		}
 	}
-	given, err := a.given()
+	given, err := a.configuredTrust()
 	if err != nil {
 		return nil, fmt.Errorf("load trust_bundle_file: %w", err)
 	}
-	a.trustBegins(given)
+	a.beginTrust(given)
 	if given != nil {
 		a.bootstrap.Store(given)
 	}
-	// What the operator gives tells no taints and may be old; it is trusted
-	// for the first connection and replaced by the server's own answer.
+	// The operator's bundle has no taints and may be old. The server's bundle replaces
+	// it after the first connection.
 	return nil, nil
 }
 
-// federatesWith lists the trust domains whose bundles are wanted. Until the
-// server has told its entries those of the last run count.
+// federatesWith returns the trust domains whose bundles are needed. Until the first
+// entry sync that includes those of the last run.
 func (a *Agent) federatesWith() []spiffeid.TrustDomain {
 	tds := a.cache.FederatesWith()
 	if !a.cache.Ready() {
-		for td := range a.keptFederated {
+		for td := range a.storedFederated {
 			if !slices.Contains(tds, td) {
 				tds = append(tds, td)
 			}
@@ -221,7 +219,8 @@ func (a *Agent) federatesWith() []spiffeid.TrustDomain {
 	return tds
 }
 
-// trust is the bundle that the server is verified with now.
+// trust returns the bundle that verifies the server: the one in force, or bootstrap
+// before there is one.
 func (a *Agent) trust() *bundle.Bundle {
 	if a.applied.Load() != nil {
 		return a.cache.Bundle().Own
@@ -229,8 +228,7 @@ func (a *Agent) trust() *bundle.Bundle {
 	return a.bootstrap.Load()
 }
 
-// publish puts a new snapshot in force and keeps the own bundle, with the
-// times at which taints were first seen, for the next start.
+// publish puts a new snapshot in force and stores its bundles for the next start.
 func (a *Agent) publish(s *bundle.Snapshot) {
 	prev := a.cache.Bundle()
 	a.cache.SetBundle(s)
@@ -241,16 +239,16 @@ func (a *Agent) publish(s *bundle.Snapshot) {
 		held = prev.Own
 	}
 	if held != s.Own {
-		a.keepOwn(held, s.Own)
+		a.saveBundle(held, s.Own)
 	}
 	if prev != nil && !maps.Equal(prev.Federated, s.Federated) {
 		a.store.SaveFederated(s.Federated)
 	}
 }
 
-// restore loads what RuntimeDir has of the last run, if there was one. kept is the
-// bundle that was kept with it, nil when there is none.
-func (a *Agent) restore(kept *bundle.Bundle) error {
+// restore loads the workload SVIDs and process records of the last run. stored is the trust
+// bundle of the last run, nil when there is none.
+func (a *Agent) restore(stored *bundle.Bundle) error {
 	var (
 		entries []*cache.Entry
 		svids   []*cache.SVID
@@ -261,7 +259,7 @@ func (a *Agent) restore(kept *bundle.Bundle) error {
 		if err != nil {
 			return fmt.Errorf("open runtime_dir: %w", err)
 		}
-		a.keeper = dir
+		a.svidStore = dir
 		if entries, svids, err = dir.Load(a.cfg.Now()); err != nil {
 			return fmt.Errorf("load runtime_dir: %w", err)
 		}
@@ -270,27 +268,26 @@ func (a *Agent) restore(kept *bundle.Bundle) error {
 		}
 	}
 	if a.store.Fresh() && len(svids)+len(uses) == 0 {
-		return nil // the first start: no workload can have anything
+		return nil // the first start: no workload can have an SVID
 	}
 	if len(svids) == 0 {
 		// Nothing to serve.
-	} else if a.client.Identified() != nil && kept != nil {
-		// The outage has outlived the agent SVID, or the clock is wrong. Neither
-		// need be true of the SVIDs of the workloads: they are served while the
-		// server is asked.
-		a.cache.SetBundle(&bundle.Snapshot{Own: kept, Federated: a.keptFederated})
-	} else if kept == nil {
-		a.log.Warn("workload SVIDs of the last run wait for the server: no trust bundle was kept with them")
+	} else if a.client.Identified() != nil && stored != nil {
+		// The agent SVID has expired, or the clock is wrong. The workloads' SVIDs may
+		// still be valid: serve them while the node attests.
+		a.cache.SetBundle(&bundle.Snapshot{Own: stored, Federated: a.storedFederated})
+	} else if stored == nil {
+		a.log.Warn("workload SVIDs of the last run not served before the first bundle refresh, no trust bundle is stored")
 	}
 	a.cache.Restore(entries, svids, uses)
 	a.log.Info("state of the last run loaded", "svids", len(svids), "processes", len(uses))
 	return nil
 }
 
-// record notes what a workload's process can use from now on.
+// record stores what a workload's process can use from now on.
 func (a *Agent) record(p cache.Process, uses []cache.Use) {
-	if a.keeper != nil {
-		a.keeper.Record(p, uses)
+	if a.svidStore != nil {
+		a.svidStore.Record(p, uses)
 	}
 }
 

@@ -19,14 +19,13 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// No history of answers that one correct server among lagging ones could give
-// takes an identity away from a workload, or shows it one that no entry gives it.
-// Replicas lag by up to 25 s, drop some of the entries or most of them for a
-// while, and have none after an attestation; entries are edited in place, come and
-// go; the server is away, or does not sign; the agent is restarted.
+// Lagging replicas never cost a workload its identity, and never give it another one.
+// In random histories replicas lag by up to 25 s, drop some or most entries for a while,
+// and have none after an attestation; entries are created, edited and deleted; the server
+// is down, or does not sign; the agent is restarted.
 //
 // RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
-func TestNoAnswerTakesAnIdentityAwayOrGivesItToAnother(t *testing.T) {
+func TestAnswersNeverRemoveOrMisassignAnIdentity(t *testing.T) {
 	histories := 3
 	if n, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		histories = n
@@ -43,7 +42,7 @@ func TestNoAnswerTakesAnIdentityAwayOrGivesItToAnother(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer os.RemoveAll(dir)
-			keeping(t, 0, func(w *world) {
+			inWorldWithRuntimeDir(t, 0, func(w *world) {
 				token := dir + "/token"
 				w.check(os.WriteFile(token, []byte(w.cfg.JoinToken), 0o600))
 				w.cfg.JoinToken, w.cfg.JoinTokenFile = "", token
@@ -55,31 +54,31 @@ func TestNoAnswerTakesAnIdentityAwayOrGivesItToAnother(t *testing.T) {
 	}
 }
 
-// answers is a history of answers about entries.
+// answers is a history of answers with entries.
 type answers struct {
 	w *world
 	r *rand.Rand
 
 	mu    sync.Mutex
-	lists []then // what the correct server had
+	lists []entryList // of the correct server
 
 	moving  []spireapi.Entry // edited in place, created and deleted
-	lasting []*stream        // each with an entry that nothing happens to
+	lasting []*stream        // each with an entry that does not change
 	others  []*stream
-	checked map[*stream]int         // updates looked at
-	brought map[string]*cache.Entry // the latest state that the agent has taken in
+	checked map[*stream]int         // updates checked
+	brought map[string]*cache.Entry // the latest state that the agent has received
 }
 
-// then is a list of entries and since when it was the server's.
-type then struct {
+// entryList is a list of entries, and since when it was the server's.
+type entryList struct {
 	at   time.Time
 	list []*types.Entry
 }
 
 const (
-	lasting = 6 // entries that stay as they are
-	moving  = 5 // others
-	places  = 4 // selectors of the others
+	lasting = 6 // entries that do not change
+	moving  = 5 // entries that change
+	places  = 4 // selectors of the moving entries
 )
 
 func (h *answers) play() {
@@ -102,7 +101,7 @@ func (h *answers) play() {
 		case 3:
 			i := h.r.IntN(moving)
 			h.moving[i].ID = "" // deleted
-			h.enter()
+			h.setEntries()
 			h.pass(time.Duration(h.r.IntN(60)) * time.Second)
 		case 4:
 			w.set(func(f *faults) { f.down = true })
@@ -140,7 +139,7 @@ func (h *answers) play() {
 
 func none([]*types.Entry) []*types.Entry { return nil }
 
-// edit gives a moving entry other contents.
+// edit changes a moving entry.
 func (h *answers) edit(i int) {
 	e := &h.moving[i]
 	if e.ID == "" {
@@ -153,11 +152,11 @@ func (h *answers) edit(i int) {
 	if change&2 != 0 || e.Selectors == nil {
 		e.Selectors = []spireapi.Selector{{Type: "test", Value: fmt.Sprint("place-", h.r.IntN(places))}}
 	}
-	h.enter()
+	h.setEntries()
 }
 
-// enter makes the server's entries what they are to be.
-func (h *answers) enter() {
+// setEntries sets the server's entries to the lasting and the moving ones.
+func (h *answers) setEntries() {
 	var entries []spireapi.Entry
 	for i := range lasting {
 		e := entryFor(i)
@@ -169,18 +168,18 @@ func (h *answers) enter() {
 			entries = append(entries, e)
 		}
 	}
-	h.w.enter(entries)
+	h.w.setEntries(entries)
 	var list []*types.Entry
 	for _, e := range h.w.server.Entries() {
-		list = append(list, listing(e))
+		list = append(list, wireEntry(e))
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.lists = append(h.lists, then{time.Now(), list})
+	h.lists = append(h.lists, entryList{time.Now(), list})
 }
 
-// as returns the entries as they were a while ago.
-func (h *answers) as(ago time.Duration) []*types.Entry {
+// entriesAgo returns the list of entries at an earlier time.
+func (h *answers) entriesAgo(ago time.Duration) []*types.Entry {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	for _, l := range slices.Backward(h.lists) {
@@ -191,10 +190,10 @@ func (h *answers) as(ago time.Duration) []*types.Entry {
 	return h.lists[0].list
 }
 
-// lagging draws a replica, and for how long it may be asked alone.
+// lagging returns a random replica, and how long the agent may ask only that one.
 func (h *answers) lagging() (list func([]*types.Entry) []*types.Entry, longest time.Duration) {
 	lag := time.Duration(h.r.IntN(25)) * time.Second
-	behind := func([]*types.Entry) []*types.Entry { return h.as(lag) }
+	behind := func([]*types.Entry) []*types.Entry { return h.entriesAgo(lag) }
 	dropped := make(map[string]bool)
 	without := func(now []*types.Entry) []*types.Entry {
 		return slices.DeleteFunc(slices.Clone(now), func(e *types.Entry) bool { return dropped[e.Id] })
@@ -220,7 +219,7 @@ func (h *answers) lagging() (list func([]*types.Entry) []*types.Entry, longest t
 	case 3:
 		return none, 150 * time.Second
 	}
-	// Another one is asked at each sync, the correct one every 24 s.
+	// Each sync asks another replica; every 24 s it is the correct one.
 	drop(4)
 	first := h.r.IntN(4)
 	return func(now []*types.Entry) []*types.Entry {
@@ -236,13 +235,13 @@ func (h *answers) lagging() (list func([]*types.Entry) []*types.Entry, longest t
 	}, 3 * time.Minute
 }
 
-// restart restarts the agent. Workloads are away for a moment.
+// restart restarts the agent. Workloads reconnect after a moment.
 func (h *answers) restart() {
 	w := h.w
 	w.stopAgent()
 	h.close()
 	if h.r.IntN(2) == 0 {
-		h.edit(h.r.IntN(moving)) // while the agent is away
+		h.edit(h.r.IntN(moving)) // while the agent is stopped
 	}
 	switch h.r.IntN(4) {
 	case 0:
@@ -250,7 +249,7 @@ func (h *answers) restart() {
 	case 1:
 		w.replica(none)
 	case 2:
-		w.replica(func([]*types.Entry) []*types.Entry { return h.as(25 * time.Second) })
+		w.replica(func([]*types.Entry) []*types.Entry { return h.entriesAgo(25 * time.Second) })
 	}
 	w.startAgent()
 	before := h.brought
@@ -265,14 +264,14 @@ func (h *answers) restart() {
 	h.pass(20 * time.Second)
 	for _, s := range h.lasting {
 		if _, ok := s.last(); !ok {
-			w.t.Errorf("the workload with %q was told nothing within 20 s of the restart", s.values)
+			w.t.Errorf("the workload with %q got no answer within 20 s of the restart", s.values)
 		}
 	}
 	h.correct()
 }
 
-// correct has the correct server asked, so that what one replica lacked is not
-// counted together with what the next lacks.
+// correct makes the agent ask the correct server, so that the entries missing from one
+// replica and from the next do not add up.
 func (h *answers) correct() {
 	h.w.correct()
 	h.check()
@@ -295,7 +294,7 @@ func (h *answers) close() {
 	h.lasting, h.others = nil, nil
 }
 
-// pass lets time pass, and looks.
+// pass waits and checks.
 func (h *answers) pass(d time.Duration) {
 	for end := time.Now().Add(d); time.Now().Before(end); {
 		time.Sleep(time.Duration(300+h.r.IntN(4000)) * time.Millisecond)
@@ -303,8 +302,8 @@ func (h *answers) pass(d time.Duration) {
 	}
 }
 
-// check looks at what every stream was shown since the last check, and at what
-// the agent has taken in.
+// check checks the updates of every stream since the last check, and the entries that
+// the agent has received.
 func (h *answers) check() {
 	w := h.w
 	w.t.Helper()
@@ -319,7 +318,7 @@ func (h *answers) check() {
 		s.mu.Unlock()
 		for _, u := range updates {
 			for _, id := range u.ids {
-				if !w.gives(id, s.values, h.inForce) {
+				if !w.assigns(id, s.values, h.inForce) {
 					w.t.Errorf("a workload with %q was shown %s at %v, which its entry gave it in an earlier state only", s.values, id, u.at)
 				}
 			}
@@ -339,7 +338,7 @@ func (h *answers) check() {
 	}
 	for i := range h.others {
 		if h.r.IntN(5) > 0 {
-			continue // refused clients come back with pauses
+			continue // refused clients retry with pauses
 		}
 		if s := h.others[i]; s != nil {
 			select {
@@ -354,8 +353,7 @@ func (h *answers) check() {
 	}
 }
 
-// inForce reports whether the agent has not been brought a later state of the
-// entry.
+// inForce reports whether the agent has received no later state of the entry.
 func (h *answers) inForce(e spireapi.StoredEntry) bool {
 	was := h.brought[e.ID]
 	return was == nil || !earlier(&cache.Entry{Revision: e.Revision, CreatedAt: time.Unix(e.CreatedAt.Unix(), 0)}, was)
@@ -368,11 +366,11 @@ func earlier(a, b *cache.Entry) bool {
 	return a.Revision < b.Revision
 }
 
-// converged checks that in the end the agent has what the server has.
+// converged checks that the agent has the entries of the server.
 func (h *answers) converged() {
 	w := h.w
 	for _, s := range h.lasting {
-		s.unbroken()
+		s.checkUnbroken()
 	}
 	held := w.agent.Cache().Entries()
 	all := w.server.Entries()

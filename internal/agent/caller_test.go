@@ -15,7 +15,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// peer and the Attestor methods tell the agent which process made a connection.
+// peer and the methods of attest.Attestor identify the process of a connection.
 func (w *world) peer(conn net.Conn) (*attest.Peer, error) {
 	p := conn.(*agentEnd).link.process
 	peer := attest.NewInProcess(p.name, uint32(os.Getuid()), uint32(os.Getgid()), p.alive)
@@ -67,25 +67,25 @@ func workloadContext(ctx context.Context) context.Context {
 	return metadata.AppendToOutgoingContext(ctx, "workload.spiffe.io", "true")
 }
 
-// fetchX509 asks once, as a new caller.
+// fetchX509 makes one call as a new workload.
 func (w *world) fetchX509(selectors ...int) error {
 	_, err := w.askAs(testValues(selectors)...)
 	return err
 }
 
-// askAs asks once, as a new caller with these selectors of the type test.
+// askAs makes one call as a new workload with these selectors of the type test.
 func (w *world) askAs(values ...string) (update, error) {
 	p := w.begin(values...)
 	defer p.kill()
 	return p.ask()
 }
 
-// ask has the process ask once, on a connection of its own.
+// ask makes one call from the process, on a new connection.
 func (p *process) ask() (update, error) {
 	w, conn := p.w, p.connect()
 	defer conn.leave()
-	// An answer that comes the moment that its caller gives up was read by the process,
-	// and yet not by who asked. So this is no time that the agent waits for anything.
+	// An odd timeout, unlike any of the agent's: an answer that arrives just when the
+	// call times out counts as read by the process, and yet the caller has no answer.
 	ctx, cancel := context.WithTimeout(workloadContext(context.Background()), 7777*time.Millisecond)
 	defer cancel()
 	rpc, err := workloadpb.NewSpiffeWorkloadAPIClient(conn).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
@@ -99,7 +99,7 @@ func (p *process) ask() (update, error) {
 	return w.read(res), nil
 }
 
-// fetchJWT asks for a JWT-SVID.
+// fetchJWT fetches a JWT-SVID as a new workload.
 func (w *world) fetchJWT(i int) (string, error) {
 	conn := w.connect(i)
 	defer conn.Close()

@@ -11,11 +11,11 @@ import (
 	"github.com/renewd/renewd/internal/agent"
 )
 
-// A node is cloned, identity and all. Both copies renew and settle in the name of one
-// agent: the server notices, and calls nothing safe that either could hold.
+// A node is cloned with its identity. Both copies renew and report as one agent: the
+// server notices, and reports nothing as safe that either could hold.
 func TestClonedNode(t *testing.T) {
 	inWorld(t, 3, nil, func(w *world) {
-		w.fill(3)
+		w.waitHeld(3)
 		dir, err := os.MkdirTemp("", "renewd-clone")
 		w.check(err)
 		defer os.RemoveAll(dir)
@@ -45,16 +45,15 @@ func TestClonedNode(t *testing.T) {
 	})
 }
 
-// A restart is none, however often: it is noticed as that, and delays what is safe by
-// a few minutes.
+// Restarts do not count as a clone, even many. They delay safe to remove by a few minutes.
 func TestRestartIsNoClone(t *testing.T) {
 	inWorld(t, 3, nil, func(w *world) {
 		for range 3 {
-			w.fill(3)
+			w.waitHeld(3)
 			w.stopAgent()
 			w.startAgent()
 		}
-		w.fill(3)
+		w.waitHeld(3)
 		old, _ := w.rotate()
 		w.until("safe", 6*time.Minute, func() bool { return w.ledger.X509(old.X509AuthorityID, true).Clear })
 		if two := w.ledger.Duplicated(); len(two) > 0 {
@@ -63,13 +62,13 @@ func TestRestartIsNoClone(t *testing.T) {
 	})
 }
 
-// An agent's process has one random ID, in its reports and in its metrics, and the next
-// process another one.
+// A process of the agent has one random ID in its reports and metrics. The next process
+// has another one.
 func TestProcessID(t *testing.T) {
 	inWorld(t, 1, nil, func(w *world) {
 		seen := map[string]bool{}
 		for range 2 {
-			w.fill(1)
+			w.waitHeld(1)
 			time.Sleep(2 * time.Minute)
 			w.mu.Lock()
 			id := w.process

@@ -1,7 +1,6 @@
-// Package agent puts the rooms of the house together: node, upstream, bundle,
-// cache, renew, workload and metrics, with the adapters between packages that
-// must not know each other. The daemon, the demo and the whole-agent drills
-// all run this same assembly.
+// Package agent assembles a node's daemon from node, upstream, bundle, cache, renew,
+// workload and metrics, with adapters between packages that do not import each other.
+// The daemon, the demo and the tests of the whole agent use it.
 package agent
 
 import (
@@ -33,54 +32,54 @@ type Config struct {
 	// http://HOST:PORT. Nil: directly, whatever the environment says.
 	ServerProxy *url.URL
 
-	// Trust in the server comes from a bundle that was kept from the last run
-	// together with a still valid own SVID, else from exactly one of these.
+	// The first connection trusts exactly one of these. A restart with a stored
+	// agent SVID trusts the stored bundle instead.
 	TrustBundleFile   string         // PEM or SPIFFE JSON
-	TrustBundle       *bundle.Bundle // given directly
-	InsecureBootstrap bool           // taken from whoever answers first
+	TrustBundle       *bundle.Bundle // instead of a file
+	InsecureBootstrap bool           // trust the first server that answers
 
-	// JoinToken or JoinTokenFile proves the node; not needed while the own
-	// SVID in DataDir is valid.
+	// JoinToken or JoinTokenFile attests the node. Neither is needed while DataDir
+	// has a valid agent SVID.
 	JoinToken, JoinTokenFile string
 
-	// DataDir keeps key, own SVID and bundle over a restart.
+	// DataDir stores the agent SVID with its key, and the bundles.
 	DataDir string
-	// RuntimeDir keeps workload SVIDs and keys over a restart; it must be on a
-	// memory file system. Empty means that they are minted anew.
+	// RuntimeDir stores workload SVIDs with their keys; it must be on a memory file
+	// system. Empty means that a restarted agent mints all SVIDs again.
 	RuntimeDir string
 
 	SocketPath string // of the Workload API; ignored when Listener is set
 	SocketMode fs.FileMode
 	// Options of the unix workload attestor.
-	DiscoverPath bool  // give unix:path and unix:sha256
-	SHA256Limit  int64 // hash programs up to this many bytes; 0 means no unix:sha256
+	DiscoverPath bool  // add selectors unix:path and unix:sha256
+	SHA256Limit  int64 // largest program to hash, in bytes; 0 means no unix:sha256
 
 	MetricsAddress string // empty means no HTTP listener
 	WebConfigFile  string // TLS and basic auth of the HTTP listener
 
 	DeploymentName, Version string // labels of spirl_application_info
 
-	// ReplaceTaintedJWT has a JWT-SVID of a tainted key that is held minted again
-	// when a workload asks for it. It is handed out meanwhile.
+	// ReplaceTaintedJWT replaces a cached JWT-SVID of a tainted key when a workload
+	// requests it. The cached one is still returned to that request.
 	ReplaceTaintedJWT bool
 
-	TaintDelay      time.Duration // the most random delay after a taint
+	TaintDelay      time.Duration // the longest random delay after a taint
 	TaintRate       int           // taint renewals a second
 	RefreshInterval time.Duration // between bundle refreshes and entry syncs
-	// EntryRemovalDelay is how long an entry that is missing from the server's
-	// answers is served; 30 s when zero.
+	// EntryRemovalDelay is how long an entry is still served after it is missing
+	// from the server's answers; 30 s when zero.
 	EntryRemovalDelay time.Duration
 	BatchSize         int
 	KeyType           renew.KeyType
-	CacheSize         int // soft limit of SVIDs that nobody streams
+	CacheSize         int // soft limit of SVIDs without a stream
 
 	Log *slog.Logger
-	// Started is called once, when the Workload API and the metrics are listened
-	// on. Bundle, entries and SVIDs may still be under way.
+	// Started is called once, when the listeners of the Workload API and the metrics
+	// are open. Bundle, entries and SVIDs may arrive later.
 	Started func()
 
-	// Dial, Listener, Attestors, Peers, Life and Now replace
-	// what the operating system gives, for running inside another process.
+	// Dial, Listener, Attestors, Peers, Life and Now replace the operating system's,
+	// for an agent inside another process.
 	Dial      func(ctx context.Context, address string) (net.Conn, error)
 	Listener  net.Listener
 	Attestors []attest.Attestor
@@ -89,11 +88,10 @@ type Config struct {
 	Now       func() time.Time
 }
 
-// DefaultSocketPath is where workloads find the Workload API.
+// DefaultSocketPath is the path of the Workload API's socket.
 const DefaultSocketPath = "/run/renewd/agent.sock"
 
-// withDefaults checks the configuration and fills in what is left open. The
-// errors name the field and the remedy.
+// withDefaults checks the configuration and sets the defaults.
 func (c Config) withDefaults() (Config, error) {
 	var errs []error
 	if c.TrustDomain.IsZero() {

@@ -11,13 +11,12 @@ import (
 	"time"
 )
 
-// In random histories of full disks, of folders that are removed or moved, of a
-// clock that is set, of outages, rotations and restarts, no stream loses an SVID
-// and the one join token is enough. A minute after the last fault everything is on
-// disk, and a restart in an outage serves it.
+// Streams keep valid SVIDs, and one join token suffices, in random histories of full
+// disks, removed or moved folders, clock steps, outages, rotations and restarts. A minute
+// after the last fault everything is on disk, and a restart in an outage serves it.
 //
 // RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
-func TestNoDiskAndNoClockTakesAnIdentityAway(t *testing.T) {
+func TestDiskAndClockFaultsNeverRemoveAnIdentity(t *testing.T) {
 	histories := 3
 	if n, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		histories = n
@@ -37,14 +36,14 @@ func diskHistory(t *testing.T, seed uint64) {
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 		var logs logBuffer
 		r := rand.New(rand.NewPCG(seed, 0))
-		keeping(t, n, func(w *world) {
+		inWorldWithRuntimeDir(t, n, func(w *world) {
 			w.cfg.TaintDelay, w.cfg.Log = 5*time.Second, slog.New(slog.NewTextHandler(&logs, nil))
 			if r.IntN(2) == 0 {
 				w.skew = -time.Duration(r.IntN(60)) * time.Second // at the first start
 			}
 		}, func(w *world) {
 			defer os.RemoveAll(w.cfg.DataDir + ".old")
-			w.fill(n)
+			w.waitHeld(n)
 			var streams []*stream
 			reopen := func() {
 				for _, s := range streams {
@@ -60,7 +59,7 @@ func diskHistory(t *testing.T, seed uint64) {
 					s.close()
 				}
 			}()
-			told := func(when string) {
+			answered := func(when string) {
 				w.until(when, 30*time.Second, func() bool {
 					for _, s := range streams {
 						if _, ok := s.last(); !ok {
@@ -71,17 +70,17 @@ func diskHistory(t *testing.T, seed uint64) {
 				})
 			}
 			restart := func() {
-				// What is only in memory cannot be there after a restart.
+				// State that is only in memory is lost with a restart.
 				if w.agent.Unsaved()["identity.json"] != nil {
 					return
 				}
 				w.stopAgent()
 				w.startAgent()
 				reopen()
-				told("told after a restart")
+				answered("answered after a restart")
 			}
 			reopen()
-			told("told at first")
+			answered("answered at first")
 			right := func() {
 				w.freeDisk()
 				w.stepClock(0)
@@ -115,7 +114,7 @@ func diskHistory(t *testing.T, seed uint64) {
 				case 6:
 					restart()
 				case 7:
-					// An operator rotates with everything in order.
+					// An operator rotates when there are no faults.
 					right()
 					time.Sleep(time.Minute)
 					old, _ := w.rotate()
@@ -131,7 +130,7 @@ func diskHistory(t *testing.T, seed uint64) {
 				for i, s := range streams {
 					last, ok := s.last()
 					if !ok || s.end != nil || last.expiry.Before(time.Now()) {
-						w.t.Fatalf("stream %d after %v: told %v until %v, ended with %v", i, past, ok, last.expiry, s.end)
+						w.t.Fatalf("stream %d after %v: got an answer: %v, valid until %v, ended with %v", i, past, ok, last.expiry, s.end)
 					}
 				}
 			}
@@ -143,9 +142,9 @@ func diskHistory(t *testing.T, seed uint64) {
 			w.set(func(f *faults) { f.down = false })
 			time.Sleep(30 * time.Second)
 			w.check(w.agent.Ready())
-			w.once(&logs)
+			w.attestedOnce(&logs)
 			for _, s := range streams {
-				s.unbroken()
+				s.checkUnbroken()
 			}
 		})
 	})

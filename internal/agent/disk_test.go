@@ -14,21 +14,21 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// fillDisk has every write to data_dir fail, for root, too.
+// fillDisk makes every write to data_dir fail, also for root.
 func (w *world) fillDisk() {
 	for _, temp := range w.tempFiles() {
 		w.check(os.MkdirAll(filepath.Join(temp, "x"), 0o700))
 	}
 }
 
-// freeDisk takes back what fillDisk has done.
+// freeDisk undoes fillDisk.
 func (w *world) freeDisk() {
 	for _, temp := range w.tempFiles() {
 		w.check(os.RemoveAll(temp))
 	}
 }
 
-// tempFiles are what is written before it is renamed.
+// tempFiles returns the paths of the files that are renamed after a write.
 func (w *world) tempFiles() []string {
 	out := []string{filepath.Join(w.cfg.DataDir, "identity.json.probe")}
 	for _, name := range node.Files {
@@ -37,14 +37,14 @@ func (w *world) tempFiles() []string {
 	return out
 }
 
-// hideRuntimeDir puts runtime_dir, with what is in it, out of the agent's reach, and has
-// every write to it fail, for root, too.
+// hideRuntimeDir moves runtime_dir away, and makes every write to its path fail, also for
+// root.
 func (w *world) hideRuntimeDir() {
 	w.check(os.Rename(w.cfg.RuntimeDir, w.hiddenRuntimeDir()))
 	w.check(os.WriteFile(w.cfg.RuntimeDir, nil, 0o600))
 }
 
-// showRuntimeDir takes back what hideRuntimeDir has done.
+// showRuntimeDir undoes hideRuntimeDir.
 func (w *world) showRuntimeDir() {
 	w.check(os.Remove(w.cfg.RuntimeDir))
 	w.check(os.Rename(w.hiddenRuntimeDir(), w.cfg.RuntimeDir))
@@ -70,27 +70,27 @@ func (b *logBuffer) count(text string) int {
 	return strings.Count(b.text.String(), text)
 }
 
-// once fails the test unless the node has attested once in all.
-func (w *world) once(logs *logBuffer) {
+// attestedOnce fails the test unless the node has attested exactly once.
+func (w *world) attestedOnce(logs *logBuffer) {
 	w.t.Helper()
 	if n := logs.count("node attested"); n != 1 {
 		w.t.Errorf("the node has attested %d times, with one token", n)
 	}
 }
 
-// A bundle that could not be written when it came is written when there is room:
-// a restart in an outage finds SVIDs and bundle that go together.
-func TestDrillDiskThatIsFullForAMoment(t *testing.T) {
-	keeping(t, 1, nil, func(w *world) {
-		w.fill(1)
+// A bundle that could not be written is written when there is room: a restart in an
+// outage finds SVIDs and a bundle that match.
+func TestDrillDiskFullForAMoment(t *testing.T) {
+	inWorldWithRuntimeDir(t, 1, nil, func(w *world) {
+		w.waitHeld(1)
 		w.fillDisk()
 		w.activate()
 		e := entryFor(0)
 		e.DNSNames = []string{"changed.example.org"} // minted again, by the new authority
-		w.enter([]spireapi.Entry{e})
+		w.setEntries([]spireapi.Entry{e})
 		time.Sleep(20 * time.Second)
 		if err := w.agent.Ready(); err == nil || !strings.Contains(err.Error(), "data_dir: bundle.json: ") || w.gauge("renewd_data_dir_unsaved", "bundle.json") != 1 {
-			w.t.Errorf("nothing is said of a bundle that is not on disk: %v", err)
+			w.t.Errorf("an unsaved bundle is not reported: %v", err)
 		}
 		w.freeDisk()
 		time.Sleep(10 * time.Second)
@@ -103,13 +103,13 @@ func TestDrillDiskThatIsFullForAMoment(t *testing.T) {
 		time.Sleep(time.Second)
 		s := w.open(0)
 		defer s.close()
-		time.Sleep(20 * time.Second) // what it reads is verified
-		s.unbroken()
+		time.Sleep(20 * time.Second) // streams verify what they read
+		s.checkUnbroken()
 	})
 }
 
-// Whatever becomes of data_dir, the agent SVID is renewed, and a restart finds
-// the new one and needs no token.
+// The agent SVID is renewed after any change of data_dir, and a restart finds it and
+// needs no token.
 func TestDrillDataDirReplaced(t *testing.T) {
 	for name, replace := range map[string]func(w *world, dir string){
 		"removed":                func(w *world, dir string) { w.check(os.RemoveAll(dir)) },
@@ -120,7 +120,7 @@ func TestDrillDataDirReplaced(t *testing.T) {
 			var logs logBuffer
 			inWorld(t, 1, func(w *world) { w.cfg.Log, w.cfg.TaintDelay = slog.New(slog.NewTextHandler(&logs, nil)), 0 }, func(w *world) {
 				defer os.RemoveAll(w.cfg.DataDir + ".old")
-				w.fill(1)
+				w.waitHeld(1)
 				replace(w, w.cfg.DataDir)
 				old, _ := w.rotate()
 				w.until("everything is renewed", time.Minute, func() bool { return settled(w.authority(old)) })
@@ -129,37 +129,37 @@ func TestDrillDataDirReplaced(t *testing.T) {
 				time.Sleep(10 * time.Second)
 				w.stopAgent()
 				w.startAgent()
-				w.fill(1)
-				w.once(&logs)
+				w.waitHeld(1)
+				w.attestedOnce(&logs)
 			})
 		})
 	}
 }
 
-// Damaged files cost no start and no token.
+// Corrupt files prevent no start and cost no token.
 func TestDrillStartWithDamagedFiles(t *testing.T) {
 	var logs logBuffer
 	inWorld(t, 1, func(w *world) { w.cfg.Log = slog.New(slog.NewTextHandler(&logs, nil)) }, func(w *world) {
-		w.fill(1)
+		w.waitHeld(1)
 		w.stopAgent()
 		for _, name := range []string{"bundle.json", "federated.json", "seed"} {
 			w.check(os.WriteFile(filepath.Join(w.cfg.DataDir, name), []byte("{"), 0o600))
 		}
 		w.startAgent()
-		w.fill(1)
-		w.once(&logs)
+		w.waitHeld(1)
+		w.attestedOnce(&logs)
 		if n := logs.count("moved aside"); n != 3 {
 			w.t.Errorf("%d files moved aside", n)
 		}
 		w.stopAgent()
 		w.startAgent()
-		w.fill(1)
+		w.waitHeld(1)
 	})
 }
 
-// An agent SVID is renewed at half of its life by the server's clock, whatever
-// this node's says: a clock that is behind would let it run out, one that is ahead
-// would have it renewed all the time.
+// An agent SVID is renewed at half of its lifetime, whatever this node's clock shows.
+// With a clock that is behind it would expire, and with one ahead it would be renewed all
+// the time.
 func TestAgentSVIDIsRenewedInTimeByAWrongClock(t *testing.T) {
 	for _, skew := range []time.Duration{-72 * time.Hour, 5 * time.Hour} {
 		t.Run(skew.String(), func(t *testing.T) {
@@ -169,16 +169,16 @@ func TestAgentSVIDIsRenewedInTimeByAWrongClock(t *testing.T) {
 			}, func(w *world) {
 				time.Sleep(28 * time.Hour)
 				if n := len(w.mintsSince(time.Time{})); n != 2 {
-					w.t.Errorf("%d renewals of an agent SVID that lives for a day, in 28 hours", n)
+					w.t.Errorf("%d renewals of an agent SVID with a lifetime of a day, in 28 hours", n)
 				}
 				if left := time.Until(w.agent.State().OwnExpiry); left < 10*time.Hour {
-					w.t.Errorf("the agent SVID ends in %v", left)
+					w.t.Errorf("the agent SVID expires in %v", left)
 				}
-				w.once(&logs)
+				w.attestedOnce(&logs)
 				w.stopAgent()
 				w.startAgent()
 				time.Sleep(time.Minute)
-				w.once(&logs)
+				w.attestedOnce(&logs)
 				if n := len(w.mintsSince(time.Time{})); n > 3 {
 					w.t.Errorf("%d renewals after a restart", n)
 				}
@@ -187,14 +187,13 @@ func TestAgentSVIDIsRenewedInTimeByAWrongClock(t *testing.T) {
 	}
 }
 
-// Each thing that is wrong is named on a line of its own, and a server that is
-// away for a moment is none.
-func TestReadySaysWhatIsWrong(t *testing.T) {
+// Each failed check is on a separate line. A short outage of the server fails none.
+func TestReadyNamesFailedChecks(t *testing.T) {
 	inWorld(t, 0, func(w *world) {
 		w.cfg.RefreshInterval = time.Minute
 		w.set(func(f *faults) { f.down = true })
 	}, func(w *world) {
-		w.enter(entriesFor(1))
+		w.setEntries(entriesFor(1))
 		ready := func(when string, names ...string) {
 			w.t.Helper()
 			synctest.Wait()
@@ -214,7 +213,7 @@ func TestReadySaysWhatIsWrong(t *testing.T) {
 		}
 		ready("at the start", "starting", "agent_svid")
 		w.set(func(f *faults) { f.down = false })
-		w.fill(1)
+		w.waitHeld(1)
 		ready("running")
 		w.set(func(f *faults) { f.down = true })
 		time.Sleep(3 * time.Minute)
@@ -231,9 +230,9 @@ func TestReadySaysWhatIsWrong(t *testing.T) {
 	})
 }
 
-// An authority that the agent SVID on disk depends on is not safe to remove, though
-// the one in use depends on another: a restart would find that it has none.
-func TestAgentSVIDThatIsNotOnDiskIsNotSettled(t *testing.T) {
+// The authority of the agent SVID on disk is not safe to remove although another one
+// signed the agent SVID in use: a restarted agent would have no valid identity.
+func TestUnsavedAgentSVIDIsNotSettled(t *testing.T) {
 	inWorld(t, 0, func(w *world) { w.cfg.RefreshInterval, w.cfg.TaintDelay = 10*time.Minute, 0 }, func(w *world) {
 		time.Sleep(17 * time.Hour)
 		w.fillDisk()
@@ -241,7 +240,7 @@ func TestAgentSVIDThatIsNotOnDiskIsNotSettled(t *testing.T) {
 		old := keys.Active()
 		next, err := keys.Prepare(w.t.Context())
 		w.check(err)
-		time.Sleep(15 * time.Minute) // the agent sees it
+		time.Sleep(15 * time.Minute) // the agent has the bundle
 		w.check(keys.Activate(w.t.Context(), next.ID))
 		w.check(keys.Taint(w.t.Context(), old.ID))
 		for tries := 0; !w.agent.State().OwnExpiry.After(before); tries++ {

@@ -11,7 +11,7 @@ import (
 func TestDrillRotation(t *testing.T) {
 	const svids, open = 2000, 200
 	inWorld(t, svids, nil, func(w *world) {
-		w.fill(svids)
+		w.waitHeld(svids)
 		var streams []*stream
 		for i := range open {
 			s := w.open(i * 7) // spread over the entries
@@ -36,7 +36,7 @@ func TestDrillRotation(t *testing.T) {
 			w.t.Fatalf("%d signatures, want one for each SVID and one for the node", len(mints))
 		}
 		if mints[0].entries != nil {
-			w.t.Errorf("the first renewal is of %v, want the node's own SVID", mints[0].entries)
+			w.t.Errorf("the first renewal is of %v, want the agent SVID", mints[0].entries)
 		}
 		if mints[0].at.Before(begins) {
 			w.t.Errorf("the wave began %v before the delay was over", begins.Sub(mints[0].at))
@@ -44,7 +44,7 @@ func TestDrillRotation(t *testing.T) {
 		if last := mints[len(mints)-1].at; last.After(begins.Add(svids*time.Second/20 + time.Second)) {
 			w.t.Errorf("the last renewal began %v after the delay, want at most N/20 s + 1 s", last.Sub(begins))
 		}
-		w.paced(mints)
+		w.checkRate(mints)
 		streamed := make([]string, open)
 		for i := range streamed {
 			streamed[i] = entryID(i * 7)
@@ -58,16 +58,16 @@ func TestDrillRotation(t *testing.T) {
 			}
 		}
 		for _, s := range streams {
-			s.unbroken()
+			s.checkUnbroken()
 			if last, _ := s.last(); slices.Contains(last.authorities, old.X509AuthorityID) {
-				w.t.Error("a stream was not sent its replacement although the node says settled")
+				w.t.Error("settled, and a stream has not got its replacement")
 			}
 		}
 		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
 		time.Sleep(10 * time.Second)
 		synctest.Wait()
 		for _, s := range streams {
-			s.unbroken()
+			s.checkUnbroken()
 		}
 		if extra := len(w.mintsSince(tainted)) - len(mints); extra != 0 {
 			w.t.Errorf("%d renewals after the removal, want none", extra)
@@ -75,21 +75,21 @@ func TestDrillRotation(t *testing.T) {
 	})
 }
 
-// An agent that starts with more SVIDs than the server signs for one node at
-// once waits for them, and asks for each only once.
+// An agent that starts with more SVIDs than the server signs for one node at once waits,
+// and requests each once.
 func TestDrillMoreThanTheServerSignsAtOnce(t *testing.T) {
 	const svids = 3000
 	inWorld(t, svids, nil, func(w *world) {
 		begin := time.Now()
-		w.fill(svids)
+		w.waitHeld(svids)
 		asked := 0
 		for _, m := range w.mintsSince(begin) {
 			asked += len(m.entries)
 		}
 		if asked != svids {
-			w.t.Errorf("%d SVIDs were asked for, want each of %d once", asked, svids)
+			w.t.Errorf("%d SVIDs were requested, want each of %d once", asked, svids)
 		}
-		// 500 at once, then 500 a second; fill waits for a second more.
+		// 500 at once, then 500 a second; waitHeld waits for one more second.
 		if took := time.Since(begin); took < 6*time.Second || took > 10*time.Second {
 			w.t.Errorf("it took %v", took)
 		}

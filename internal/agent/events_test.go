@@ -30,33 +30,32 @@ func TestDrillTaintDuringStart(t *testing.T) {
 		w.set(func(f *faults) { f.lag = nil })
 		s := w.open(0)
 		defer s.close()
-		begins := w.begins(old)
-		finished(w, old, begins, 3*time.Minute, []*stream{s})
+		begins := w.waveBegins(old)
+		waveFinished(w, old, begins, 3*time.Minute, []*stream{s})
 		if w.held() != svids {
 			w.t.Errorf("%d SVIDs held, want %d", w.held(), svids)
 		}
 	})
 }
 
-func TestDrillTwoTaintsInARow(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+func TestDrillTwoTaints(t *testing.T) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		since := time.Now()
 		first, _ := w.rotate()
-		second, begins := w.rotate() // while the first wave waits or runs
+		second, _ := w.rotate() // while the first wave waits or runs
 		w.until("first settled", 5*time.Minute, func() bool { return settled(w.authority(first)) })
-		finished(w, second, since, 5*time.Minute, streams)
+		waveFinished(w, second, since, 5*time.Minute, streams)
 		if a := w.authority(first); !settled(a) {
-			w.t.Errorf("the first authority is not settled any more: %+v", a)
+			w.t.Errorf("the first authority is no longer settled: %+v", a)
 		}
 		if w.agent.TaintDelay(first.X509AuthorityID) == w.agent.TaintDelay(second.X509AuthorityID) {
 			w.t.Error("two taints have the same delay")
 		}
-		_ = begins
 	})
 }
 
 func TestDrillTaintAndEntryChangeTogether(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		old := w.activate()
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		at := time.Now()
@@ -65,7 +64,7 @@ func TestDrillTaintAndEntryChangeTogether(t *testing.T) {
 			changed[i].DNSNames = []string{"changed.example.org"}
 		}
 		changed = append(changed, entryFor(svids))
-		w.enter(changed)
+		w.setEntries(changed)
 		// Entry changes are minted at the next sync and not in the wave.
 		time.Sleep(6 * time.Second)
 		synctest.Wait()
@@ -80,16 +79,16 @@ func TestDrillTaintAndEntryChangeTogether(t *testing.T) {
 				w.t.Errorf("%s was changed and not minted at the next sync", entryID(i))
 			}
 		}
-		w.begins(old)
+		w.waveBegins(old)
 		w.until("settled", 3*time.Minute, func() bool { return settled(w.authority(old)) })
 		for _, s := range streams {
-			s.unbroken()
+			s.checkUnbroken()
 		}
 	})
 }
 
 func TestDrillEntryDeletedInMidWave(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		old, begins := w.rotate()
 		time.Sleep(time.Until(begins.Add(200 * time.Millisecond)))
 		var left []spireapi.Entry
@@ -98,9 +97,9 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 				left = append(left, entryFor(i))
 			}
 		}
-		w.enter(left)
-		// What is gone is held, and depends on the authority, until it is believed.
-		// So does what its workloads were sent, until they have ended.
+		w.setEntries(left)
+		// A missing entry keeps its SVID, which depends on the authority, until it
+		// counts as removed. So do its workloads, until they have ended.
 		for _, s := range streams[:5] {
 			<-s.done
 			if !isCode(s.end, codes.PermissionDenied) {
@@ -113,25 +112,24 @@ func TestDrillEntryDeletedInMidWave(t *testing.T) {
 			w.t.Errorf("%d SVIDs held, want %d", w.held(), len(left))
 		}
 		for _, s := range streams[5:] {
-			s.unbroken()
+			s.checkUnbroken()
 		}
 	})
 }
 
 // An SVID with 20 s left when the taint comes does not wait for delay or rate.
-func TestDrillShortLifeLeftAtTheTaint(t *testing.T) {
-	withStreams(t, func(w *world) {
-		w.cfg.TaintDelay = 24 * time.Hour // and the delay drawn is longer than their life
+func TestDrillShortLifetimeLeftAtTheTaint(t *testing.T) {
+	inWorldWithStreams(t, func(w *world) {
+		w.cfg.TaintDelay = 24 * time.Hour // so that the random delay is longer than their lifetime
 		entries := entriesFor(svids)
 		for i := range entries {
 			entries[i].X509TTL = time.Hour
 		}
-		w.enter(entries)
+		w.setEntries(entries)
 	}, func(w *world, streams []*stream) {
-		// The server has been away for almost all of their life.
 		last, _ := streams[0].last()
 		old := w.activate()
-		// For almost all of their life the server has signed nothing of use.
+		// The server's answers are unusable for almost all of their lifetime.
 		w.set(func(f *faults) {
 			f.garble = func(_ *svidpb.BatchNewX509SVIDRequest, res *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse {
 				for i := range res.Results {
@@ -142,12 +140,12 @@ func TestDrillShortLifeLeftAtTheTaint(t *testing.T) {
 		})
 		time.Sleep(time.Until(last.expiry.Add(-26 * time.Second)))
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
-		w.begins(old)
+		w.waveBegins(old)
 		w.set(func(f *faults) { f.garble = nil })
 		time.Sleep(time.Until(last.expiry.Add(-time.Second)))
 		synctest.Wait()
 		for _, s := range streams {
-			s.unbroken()
+			s.checkUnbroken()
 			if now, _ := s.last(); !now.expiry.After(last.expiry) {
 				w.t.Fatal("an SVID with 20 s left was not renewed at once")
 			}
@@ -162,46 +160,45 @@ func (w *world) stepClock(skew time.Duration) {
 }
 
 func TestDrillClockStepped(t *testing.T) {
-	wave := 2*time.Minute + svids*50*time.Millisecond // a step is noticed within a minute
+	wave := 2*time.Minute + svids*50*time.Millisecond // a step is detected within a minute
 	t.Run("forward", func(t *testing.T) {
-		withStreams(t, nil, func(w *world, streams []*stream) {
+		inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 			old, _ := w.rotate()
 			since := time.Now()
 			w.stepClock(time.Hour)
-			finished(w, old, since, wave, streams)
+			waveFinished(w, old, since, wave, streams)
 		})
 	})
-	// An hour behind, what the server signs is not valid yet by this node's clock:
-	// the server's word counts, and the wave finishes all the same.
+	// An hour behind, new SVIDs are not valid yet by this node's clock. The server's
+	// clock counts, and the wave finishes.
 	t.Run("back", func(t *testing.T) {
-		withStreams(t, nil, func(w *world, streams []*stream) {
+		inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 			old, _ := w.rotate()
 			since := time.Now()
 			w.stepClock(-time.Hour)
-			finished(w, old, since, wave, streams)
+			waveFinished(w, old, since, wave, streams)
 		})
 	})
-	// The clock was ahead when the taint was seen and is then set right: the
-	// delay that this makes uncountable is not waited for.
+	// The clock was ahead when the taint was seen and is then corrected. The delay can
+	// no longer be measured, so the agent does not wait for it.
 	t.Run("ahead and set right", func(t *testing.T) {
-		withStreams(t, func(w *world) { w.stepClock(30 * time.Minute) }, func(w *world, streams []*stream) {
+		inWorldWithStreams(t, func(w *world) { w.stepClock(30 * time.Minute) }, func(w *world, streams []*stream) {
 			old, _ := w.rotate()
 			since := time.Now()
 			w.stepClock(0)
-			finished(w, old, since, wave, streams)
+			waveFinished(w, old, since, wave, streams)
 		})
 	})
 }
 
-// A restart in mid-wave: the rest is renewed, what is done stays done, and the
-// token that is spent is not needed.
+// After a restart in mid-wave only the rest is renewed, and no new token is needed.
 func TestDrillRestartInMidWave(t *testing.T) {
 	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
 	if err != nil {
 		t.Fatalf("this test needs the memory file system /dev/shm: %v", err)
 	}
 	defer os.RemoveAll(runtime)
-	withStreams(t, func(w *world) { w.cfg.RuntimeDir = runtime }, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, func(w *world) { w.cfg.RuntimeDir = runtime }, func(w *world, streams []*stream) {
 		old, begins := w.rotate()
 		time.Sleep(time.Until(begins.Add(5 * time.Second)))
 		w.stopAgent()
@@ -222,20 +219,20 @@ func TestDrillRestartInMidWave(t *testing.T) {
 		w.startAgent()
 		synctest.Wait()
 		if err := w.fetchX509(3); err != nil {
-			w.t.Errorf("restarted with the server down: %v, want what was held", err)
+			w.t.Errorf("restarted with the server down: %v, want the SVID held", err)
 		}
 		for _, s := range streams {
 			defer s.conn.process.open().close()
 		}
 		w.set(func(f *faults) { f.down = false })
-		again := w.begins(old)
+		again := w.waveBegins(old)
 		if !again.Equal(begins) {
-			w.t.Errorf("the wave begins at %v after the restart, it was %v: the delay was drawn anew", again, begins)
+			w.t.Errorf("the wave begins at %v after the restart, it was %v: the delay has changed", again, begins)
 		}
 		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
-		// Workloads that nothing is known of may be on their way back.
+		// Unknown workloads may still reconnect.
 		if after := time.Since(restarted); after < cache.ReconnectGrace {
-			w.t.Errorf("settled %v after the restart, must not be before workloads are back", after)
+			w.t.Errorf("settled %v after the restart, want at least the time for workloads to reconnect", after)
 		}
 		repeated := 0
 		for _, m := range w.mintsSince(restarted) {
@@ -245,12 +242,12 @@ func TestDrillRestartInMidWave(t *testing.T) {
 				}
 			}
 		}
-		// The one that was on its way at the stop, and the one that had just
-		// arrived and was not kept yet, may be asked for again.
+		// An SVID in flight at the stop, and one that had just arrived and was not
+		// stored yet, may be requested again.
 		if repeated > 2 || len(done) < 80 {
 			w.t.Errorf("%d of %d SVIDs that were renewed before the restart were renewed again", repeated, len(done))
 		}
-		w.paced(w.mintsSince(begins))
+		w.checkRate(w.mintsSince(begins))
 	})
 }
 
@@ -258,9 +255,9 @@ func TestDrillJWT(t *testing.T) {
 	inWorld(t, 1, func(w *world) {
 		e := entryFor(0)
 		e.JWTTTL = 2 * time.Hour
-		w.enter([]spireapi.Entry{e})
+		w.setEntries([]spireapi.Entry{e})
 	}, func(w *world) {
-		w.fill(1)
+		w.waitHeld(1)
 		fetch := func() string {
 			w.t.Helper()
 			token, err := w.fetchJWT(0)
@@ -278,17 +275,17 @@ func TestDrillJWT(t *testing.T) {
 			w.t.Errorf("latest expiry of the tainted JWT key is in %v, want just under 2 h", left)
 		}
 		w.set(func(f *faults) { f.down = true })
-		time.Sleep(70 * time.Minute) // past its half-life, server down
+		time.Sleep(70 * time.Minute) // past half of its lifetime, server down
 		if fetch() != first {
-			w.t.Error("with the server down a token that is valid was not handed out")
+			w.t.Error("with the server down a valid token was not served")
 		}
 		w.set(func(f *faults) { f.down = false })
 		time.Sleep(20 * time.Second)
-		fetch() // has it minted anew behind the answer
+		fetch() // starts a refresh behind the answer
 		time.Sleep(time.Second)
 		second := fetch()
 		if second == first {
-			w.t.Error("past half of its life the token was not minted anew")
+			w.t.Error("past half of its lifetime the token was not replaced")
 		}
 		if at := w.agent.State().JWTExpiry[old.JWTKeyID]; !at.Equal(expiry) {
 			w.t.Errorf("latest expiry of the tainted JWT key moved to %v", at)
@@ -302,7 +299,7 @@ func TestDrillJWT(t *testing.T) {
 			w.t.Error("a removed JWT key is still reported")
 		}
 
-		// Removal of the key that signed what is held drops it at once.
+		// Removal of the key that signed the token held drops it at once.
 		current, _ := w.rotate()
 		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(current)) })
 		if fetch() != second {
@@ -312,36 +309,36 @@ func TestDrillJWT(t *testing.T) {
 		time.Sleep(10 * time.Second)
 		third := fetch()
 		if third == second {
-			w.t.Error("a token is handed out whose key left the bundle")
+			w.t.Error("a token is served whose key has left the bundle")
 		}
 		time.Sleep(2*time.Hour + time.Second)
 		if fetch() == third {
-			w.t.Error("an expired token is handed out")
+			w.t.Error("an expired token is served")
 		}
 	})
 }
 
-// One stream that holds 1,000 identities, with an answer above what gRPC
-// clients accept by default.
+// One stream with 1,000 identities, whose answers are larger than gRPC clients accept by
+// default.
 func TestDrillOneStreamHoldsAll(t *testing.T) {
 	const n = 1000
 	var log strings.Builder
 	inWorld(t, n, func(w *world) {
-		w.cfg.Log, w.cfg.TaintRate = syncedLog(&log), 80 // every answer costs as much as all its SVIDs
+		w.cfg.Log, w.cfg.TaintRate = syncedLog(&log), 80 // to save time: building an answer costs in proportion to its SVIDs
 		entries := entriesFor(n)
 		for i := range entries {
 			entries[i].Selectors = []spireapi.Selector{{Type: "test", Value: "all"}}
 			entries[i].SPIFFEID = longID(i) // 4.5 KB and more for each identity
 		}
-		w.enter(entries)
+		w.setEntries(entries)
 	}, func(w *world) {
-		w.fill(n)
+		w.waitHeld(n)
 		s := w.openAs("all")
 		defer s.close()
 		w.until("first answer", 10*time.Second, func() bool { _, ok := s.last(); return ok })
 		old, begins := w.rotate()
 		w.until("settled", 3*time.Minute, func() bool { return settled(w.authority(old)) })
-		s.unbroken()
+		s.checkUnbroken()
 		wave := 0
 		for i, u := range s.updates {
 			if u.identities != n {
@@ -363,7 +360,7 @@ func TestDrillOneStreamHoldsAll(t *testing.T) {
 		}
 		for _, want := range []string{"larger than gRPC clients accept", "test:all"} {
 			if n := strings.Count(log.String(), want); n != 1 {
-				w.t.Errorf("the log says %q %d times, want once", want, n)
+				w.t.Errorf("%q is logged %d times, want once", want, n)
 			}
 		}
 		if w.counter("renewd_oversize_answers_total") < float64(wave) {
@@ -372,10 +369,10 @@ func TestDrillOneStreamHoldsAll(t *testing.T) {
 	})
 }
 
-// A caller beyond the cache's limit is served all the same.
+// A caller above the cache's limit is served, too.
 func TestDrillMoreEntriesThanTheCacheHolds(t *testing.T) {
 	inWorld(t, 50, func(w *world) { w.cfg.CacheSize = 10 }, func(w *world) {
-		w.fill(10)
+		w.waitHeld(10)
 		var streams []*stream
 		for i := 20; i < 50; i++ {
 			s := w.open(i)
@@ -385,10 +382,10 @@ func TestDrillMoreEntriesThanTheCacheHolds(t *testing.T) {
 		synctest.Wait()
 		time.Sleep(time.Second)
 		for _, s := range streams {
-			s.unbroken()
+			s.checkUnbroken()
 		}
 		old, _ := w.rotate()
-		finished(w, old, time.Now(), 3*time.Minute, streams)
+		waveFinished(w, old, time.Now(), 3*time.Minute, streams)
 		if w.held() != 30 {
 			w.t.Errorf("%d SVIDs held, want the 30 with a stream", w.held())
 		}

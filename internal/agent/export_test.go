@@ -8,17 +8,17 @@ import (
 	"github.com/renewd/renewd/internal/agent/node"
 )
 
-// Cache lets tests read what is held without going through the figures.
+// Cache returns the agent's cache.
 func (a *Agent) Cache() *cache.Cache { return a.cache }
 
-// Ready is what /ready answers.
+// Ready returns the answer of /ready.
 func (a *Agent) Ready() error { return a.ready() }
 
-// Unsaved is what is not on disk as it should be.
+// Unsaved returns the files of data_dir that are not saved, with the reasons.
 func (a *Agent) Unsaved() map[string]error { return a.store.Unsaved() }
 
-// SignerOf is the authority that an agent SVID counts for under a bundle.
+// SignerOf returns the ID of the authority that signed an agent SVID, looked up in b.
 func SignerOf(id *node.Identity, b *bundle.Bundle) string {
-	o := &own{trust: func() *bundle.Bundle { return b }, now: time.Now}
-	return o.authority(id)
+	o := &agentSVID{trust: func() *bundle.Bundle { return b }, now: time.Now}
+	return o.authorityLocked(id)
 }

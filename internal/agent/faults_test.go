@@ -22,24 +22,24 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// faults are what goes wrong between agent and server.
+// faults are the faults between agent and server.
 type faults struct {
 	down    bool          // no connection
 	latency time.Duration // before every answer
 	signing time.Duration // before every answer with SVIDs
 	answer  time.Duration // after a stream's handler has signed, before its answer is sent
 	garble  func(*svidpb.BatchNewX509SVIDRequest, *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse
-	bundle  func(*types.Bundle)                 // changes the bundle that is answered
+	bundle  func(*types.Bundle)                 // changes the bundle in answers
 	lag     *keyset.Record                      // signs with this keyset whatever the state
-	life    func(entryID string) time.Duration  // ends SVIDs sooner than the server would
-	list    func([]*types.Entry) []*types.Entry // what a replica has instead of these entries
-	policy  bool                                // as SPIRE 1.13: it lets no agent post a status
+	life    func(entryID string) time.Duration  // lifetime of SVIDs, shorter than the server's
+	list    func([]*types.Entry) []*types.Entry // returns a replica's list instead of the entries
+	policy  bool                                // as SPIRE 1.13: agents may not post a status
 }
 
-// mint is one request to sign, as the server saw it arrive.
+// mint is one request to sign, as the server received it.
 type mint struct {
 	at      time.Time
-	entries []string // nil for the node's own SVID
+	entries []string // nil for the agent SVID
 }
 
 // dial connects the agent to the server.
@@ -73,8 +73,8 @@ func (w *world) set(change func(*faults)) {
 	}
 }
 
-// intercept stands in front of the server: it records what is asked to be
-// signed and applies the faults.
+// intercept is the server's interceptor: it records requests to sign and applies the
+// faults.
 func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 	w.mu.Lock()
 	switch r := req.(type) {
@@ -153,7 +153,7 @@ func (w *world) delayStream(srv any, stream grpc.ServerStream, _ *grpc.StreamSer
 	return handler(srv, &lateStream{stream, w})
 }
 
-// lateStream: the answer leaves late.
+// lateStream sends answers late.
 type lateStream struct {
 	grpc.ServerStream
 	w *world
@@ -171,7 +171,7 @@ func (l *lateStream) SendMsg(m any) error {
 	}
 	if res, ok := m.(*entryv1.SyncAuthorizedEntriesResponse); !ok {
 	} else if list != nil {
-		m = &entryv1.SyncAuthorizedEntriesResponse{Entries: list(res.Entries)} // short lists come whole
+		m = &entryv1.SyncAuthorizedEntriesResponse{Entries: list(res.Entries)} // short lists come in one message
 	} else {
 		l.w.mu.Lock()
 		l.w.listings++
@@ -180,8 +180,8 @@ func (l *lateStream) SendMsg(m any) error {
 	return l.ServerStream.SendMsg(m)
 }
 
-// attests notes that an agent SVID is on its way, which the active keyset has signed,
-// until done is called.
+// attests records an agent SVID in flight, signed by the active keyset, until done is
+// called.
 func (w *world) attests() (done func()) {
 	by, asked := w.server.Keysets().Active().ID, &mint{at: time.Now()}
 	w.mu.Lock()
@@ -205,8 +205,8 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// resign replaces an answer's certificate by one that another keyset signs: a
-// replica that has not heard of the rotation. A life that is not 0 is that of the new one.
+// resign replaces an answer's certificate by one that another keyset signs, as a replica
+// does that lags behind a rotation. life is the new lifetime; 0 keeps it.
 func (w *world) resign(by *keyset.Record, life time.Duration, r *svidpb.BatchNewX509SVIDResponse_Result) {
 	if r.Svid == nil {
 		return
@@ -222,7 +222,7 @@ func (w *world) resign(by *keyset.Record, life time.Duration, r *svidpb.BatchNew
 	r.Svid.CertChain[0] = signWith(by, leaf, nil)
 }
 
-// record finds a stored keyset with its keys.
+// record returns a stored keyset with its keys.
 func (w *world) record(id string) *keyset.Record {
 	doc, err := w.storage.Load(context.Background())
 	w.check(err)
@@ -233,12 +233,12 @@ func (w *world) record(id string) *keyset.Record {
 	return &doc.Records[i]
 }
 
-// unknown makes a keyset that no bundle has.
+// unknown returns a keyset that is in no bundle.
 func (w *world) unknown() *keyset.Record {
 	w.t.Helper()
-	_, err := keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: &w.stranger})
+	_, err := keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: &w.unknownKeys})
 	w.check(err)
-	doc, err := w.stranger.Load(w.t.Context())
+	doc, err := w.unknownKeys.Load(w.t.Context())
 	w.check(err)
 	return &doc.Records[0]
 }
@@ -255,9 +255,8 @@ func (w *world) mintsSince(t time.Time) []mint {
 	return out
 }
 
-// paced fails the test if the server was asked for more than 20 SVIDs in any one
-// second.
-func (w *world) paced(mints []mint) {
+// checkRate fails the test if the agent requested more than 20 SVIDs in any second.
+func (w *world) checkRate(mints []mint) {
 	w.t.Helper()
 	var arrivals []time.Time
 	for _, m := range mints {

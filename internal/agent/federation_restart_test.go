@@ -15,10 +15,9 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// firsts opens the workload's stream again and again for a while, as workloads
-// do that come back, and returns how many first answers there were with and
-// without the bundle of the other side.
-func (s *side) firsts(of *side, within time.Duration) (with, without int) {
+// firstAnswers opens the workload's stream repeatedly, as restarting workloads do. It
+// returns the numbers of first answers with and without the bundle of the other side.
+func (s *side) firstAnswers(of *side, within time.Duration) (with, without int) {
 	for end := time.Now().Add(within); time.Now().Before(end); {
 		open := s.openStreams()
 		time.Sleep(100 * time.Millisecond)
@@ -37,7 +36,7 @@ func (s *side) firsts(of *side, within time.Duration) (with, without int) {
 	return with, without
 }
 
-// farAway is a connection to a server that is 20 ms away.
+// farAway is a connection with a latency of 20 ms.
 type farAway struct{ net.Conn }
 
 func (c farAway) Read(b []byte) (int, error) {
@@ -46,8 +45,8 @@ func (c farAway) Read(b []byte) (int, error) {
 	return n, err
 }
 
-// An answer without a bundle takes that bundle away from the workload. No
-// restart of the agent does that, server or not.
+// An answer without a federated bundle withdraws that bundle from the workload. A restart
+// of the agent never does that, with the server up or down.
 func TestDrillRestartKeepsFederatedBundles(t *testing.T) {
 	t.Parallel()
 	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
@@ -79,7 +78,7 @@ func TestDrillRestartKeepsFederatedBundles(t *testing.T) {
 				ours.stopAgent()
 				ours.set(func(f *faults) { f.down = down })
 				ours.startAgent()
-				if with, without := ours.firsts(theirs, 20*time.Second); without > 0 || with == 0 {
+				if with, without := ours.firstAnswers(theirs, 20*time.Second); without > 0 || with == 0 {
 					t.Errorf("runtime_dir %q, server down %v: %d first answers with the bundle of the other side, %d without it", keeping, down, with, without)
 				}
 				ours.stopAgent()
@@ -89,9 +88,9 @@ func TestDrillRestartKeepsFederatedBundles(t *testing.T) {
 	})
 }
 
-// The outage has outlived the agent SVID, and the restarted agent serves what it kept.
-// When the server is back, what it answers first does not take the federated bundles
-// away from the open streams.
+// The agent SVID has expired in an outage, and the restarted agent serves the stored
+// SVIDs. The first answers of the server do not withdraw the federated bundles from the
+// open streams.
 func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 	runtime, err := os.MkdirTemp("/dev/shm", "renewd-drill")
 	if err != nil {
@@ -103,7 +102,7 @@ func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 		ours, theirs := newSide(t, n, dir, td, partnerTD), newSide(t, n, dir, partnerTD, td)
 		defer func() { ours.stop(); theirs.stop() }()
 		ours.federate(theirs, dir)
-		ours.enter([]spireapi.Entry{{
+		ours.setEntries([]spireapi.Entry{{
 			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), FederatesWith: []spiffeid.TrustDomain{partnerTD},
 			Selectors: []spireapi.Selector{{Type: "test", Value: "web"}}, X509TTL: 72 * time.Hour,
 		}})
@@ -131,7 +130,7 @@ func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 		for range 3000 {
 			time.Sleep(10 * time.Millisecond)
 			if ours.foreign(partnerTD) == nil {
-				t.Fatal("an open stream was told that there is no bundle of the other side")
+				t.Fatal("an open stream lost the bundle of the other side")
 			}
 		}
 		if !ours.agent.Cache().Ready() {
@@ -140,9 +139,9 @@ func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 	})
 }
 
-// An entry that comes to federate and a workload that starts at once: its first
-// answer is complete. It may be the only one that it reads.
-func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
+// An entry begins to federate, and a workload starts at once. Its first answer is
+// complete: it may be the only one that the workload reads.
+func TestDrillNewFederationIsServedAtOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		dir, n := t.TempDir(), &network{hosts: map[string]*bufconn.Listener{}}
@@ -150,7 +149,7 @@ func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
 		defer func() { ours.stop(); theirs.stop() }()
 		ours.federate(theirs, dir)
 		alone := spireapi.Entry{ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/web"), Selectors: []spireapi.Selector{{Type: "test", Value: "web"}}}
-		ours.enter([]spireapi.Entry{alone})
+		ours.setEntries([]spireapi.Entry{alone})
 		time.Sleep(settle)
 		dial := ours.cfg.Dial
 		ours.cfg.Dial = func(ctx context.Context, address string) (net.Conn, error) {
@@ -163,14 +162,14 @@ func TestDrillNewFederationIsToldAtOnce(t *testing.T) {
 		for range 5 {
 			federated := alone
 			federated.FederatesWith = []spiffeid.TrustDomain{partnerTD}
-			ours.enter([]spireapi.Entry{federated})
+			ours.setEntries([]spireapi.Entry{federated})
 			for len(ours.agent.Cache().FederatesWith()) == 0 {
 				time.Sleep(time.Millisecond)
 			}
-			if with, without := ours.firsts(theirs, 3*time.Second); without > 0 || with == 0 {
+			if with, without := ours.firstAnswers(theirs, 3*time.Second); without > 0 || with == 0 {
 				t.Errorf("%d first answers with the bundle of the other side, %d without it", with, without)
 			}
-			ours.enter([]spireapi.Entry{alone})
+			ours.setEntries([]spireapi.Entry{alone})
 			time.Sleep(time.Minute)
 		}
 	})

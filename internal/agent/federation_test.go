@@ -35,9 +35,9 @@ import (
 
 var partnerTD = spiffeid.RequireTrustDomainFromString("partner.example")
 
-// settle is how long an operator waits before a step that others have to know of:
-// three times the hint of the bundle endpoint (SPIFFE Federation, section 4.1). By
-// then a server has asked for the bundle, and its agents have asked that.
+// settle is how long an operator waits between steps of a rotation: three times the hint
+// of the bundle endpoint (SPIFFE Federation, section 4.1). By then the other server has
+// fetched the bundle, and its agents have fetched it from that.
 const settle = 3 * time.Minute
 
 // side is a trust domain with a durable server, a bundle endpoint, and an agent
@@ -52,7 +52,7 @@ type side struct {
 	streams *streams
 }
 
-// network is where bundle endpoints are, by address.
+// network has the bundle endpoints by address.
 type network struct {
 	mu    sync.Mutex
 	hosts map[string]*bufconn.Listener
@@ -92,7 +92,7 @@ func newSide(t *testing.T, n *network, dir string, td, with spiffeid.TrustDomain
 	return s
 }
 
-// own is the bundle that the agent begins with.
+// own returns the bundle that the agent bootstraps with.
 func (s *side) own() *bundle.Bundle {
 	var c bundle.Content
 	for _, cert := range s.domain.Published().Certificates() {
@@ -125,7 +125,8 @@ func (s *side) up() {
 	})
 }
 
-// federate has the server follow another's endpoint from a bundle in a file on.
+// federate makes the server fetch bundles from another's endpoint, beginning with a
+// bundle in a file.
 func (s *side) federate(with *side, dir string) {
 	file := filepath.Join(dir, with.td.Name()+".pem")
 	if _, err := os.Stat(file); err != nil {
@@ -145,7 +146,7 @@ func (s *side) start() {
 	s.streams = s.openStreams()
 }
 
-// streams are those of a workload that verifies others.
+// streams are the streams of a workload that verifies others.
 type streams struct {
 	close func()
 
@@ -181,7 +182,7 @@ func (s *side) openStreams() *streams {
 	return out
 }
 
-// count is how many messages there were.
+// count returns the number of messages.
 func (s *streams) count() int {
 	synctest.Wait()
 	s.mu.Lock()
@@ -189,7 +190,7 @@ func (s *streams) count() int {
 	return s.messages
 }
 
-// first checks the SVIDs of a stream, too.
+// first returns a receive function that also checks the SVIDs.
 func (s *side) first(stream workloadpb.SpiffeWorkloadAPI_FetchX509SVIDClient, err error) func() (*workloadpb.X509SVIDResponse, error) {
 	s.check(err)
 	return func() (*workloadpb.X509SVIDResponse, error) {
@@ -201,7 +202,7 @@ func (s *side) first(stream workloadpb.SpiffeWorkloadAPI_FetchX509SVIDClient, er
 	}
 }
 
-// receive keeps the last message of a stream.
+// receive stores the last message of a stream.
 func receive[M any](s *streams, recv func() (M, error), last *M) {
 	for {
 		m, err := recv()
@@ -215,19 +216,20 @@ func receive[M any](s *streams, recv func() (M, error), last *M) {
 	}
 }
 
-// foreign is what the workload was last told of another trust domain, the same in
-// both ways in which X.509 authorities are told; nil: nothing.
+// foreign returns the bundle of another trust domain that the workload received last, nil
+// when there is none. Its X.509 authorities must be the same with the SVIDs and in the
+// stream of bundles.
 func (s *side) foreign(td spiffeid.TrustDomain) *spiffebundle.Bundle {
 	s.t.Helper()
 	synctest.Wait()
 	s.streams.mu.Lock()
 	defer s.streams.mu.Unlock()
 	if s.streams.x509 == nil || s.streams.bundles == nil || s.streams.jwt == nil {
-		s.t.Fatal("a stream was told nothing")
+		s.t.Fatal("a stream has no answer")
 	}
 	der := s.streams.x509.FederatedBundles[td.IDString()]
 	if other := s.streams.bundles.Bundles[td.IDString()]; string(der) != string(other) {
-		s.t.Errorf("%d bytes beside the SVID, %d in the stream of bundles", len(der), len(other))
+		s.t.Errorf("%d bytes with the SVID, %d in the stream of bundles", len(der), len(other))
 	}
 	jwks := s.streams.jwt.Bundles[td.IDString()]
 	if der == nil || jwks == nil {
@@ -245,7 +247,7 @@ func (s *side) foreign(td spiffeid.TrustDomain) *spiffebundle.Bundle {
 	return b
 }
 
-// identity is what a workload of a side proves itself with, signed now.
+// identity has newly signed SVIDs of a workload.
 type identity struct {
 	svid  *x509.Certificate
 	token string
@@ -264,8 +266,8 @@ func (s *side) identity() identity {
 	return identity{cert, token.Token}
 }
 
-// trusts fails the test unless the workload trusts an identity of another side, or
-// does not.
+// trusts fails the test if the workload does not trust an identity of another side, or
+// does so although it should not.
 func (s *side) trusts(of *side, who identity, want bool) {
 	s.t.Helper()
 	b := s.foreign(of.td)
@@ -280,11 +282,10 @@ func (s *side) trusts(of *side, who identity, want bool) {
 	}
 }
 
-// TestDrillFederation: two trust domains trust each other. One replaces its signing
-// keys, twice, step by step, and the workloads of the other verify at each moment
-// who was signed by any key that is not removed. A restart of the server and its
-// agent while the other side is down changes nothing, and when the two do not
-// federate any more the workloads are told so.
+// Two trust domains federate. One rotates its signing keys twice, step by step. The
+// workloads of the other verify, at each moment, SVIDs of all keys that are not removed. A
+// restart of the server and its agent while the other side is down changes nothing. When
+// the two no longer federate, the workloads lose the bundle.
 func TestDrillFederation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -330,10 +331,10 @@ func TestDrillFederation(t *testing.T) {
 				t.Errorf("%d authorities are left", n)
 			}
 		}
-		told := ours.streams.count()
+		messages := ours.streams.count()
 		time.Sleep(time.Hour)
-		if again := ours.streams.count(); again != told {
-			t.Errorf("%d messages in an hour in which nothing happened", again-told)
+		if again := ours.streams.count(); again != messages {
+			t.Errorf("%d messages in an hour without changes", again-messages)
 		}
 		theirs.trusts(ours, ours.identity(), true)
 
@@ -352,7 +353,7 @@ func TestDrillFederation(t *testing.T) {
 		ours.up()
 		time.Sleep(settle)
 		if b := ours.foreign(partnerTD); b != nil {
-			t.Errorf("%d authorities of who is not federated any more", len(b.X509Authorities()))
+			t.Errorf("%d authorities of a trust domain that is no longer federated", len(b.X509Authorities()))
 		}
 	})
 }

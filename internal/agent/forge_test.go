@@ -10,8 +10,8 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// signWith signs a copy of leaf with a stored keyset, whatever its state;
-// change may spoil the copy.
+// signWith signs a copy of leaf with a stored keyset in any state. change may edit the
+// copy.
 func signWith(by *keyset.Record, leaf *x509.Certificate, change func(*x509.Certificate)) []byte {
 	ca, err := x509.ParseCertificate(by.CA)
 	if err != nil {

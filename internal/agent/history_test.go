@@ -19,14 +19,13 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// "Safe to remove" is never said, by the agent or by the server, while anything
-// held or streamed still chains to the tainted authority: random histories of
-// keyset operations, outages, lagging replicas, streams and entry changes. The
-// truth is taken from what the workloads hold in their hands and from a reading
-// of the cache of its own, not from the figures under test.
+// Neither the agent nor the server reports a tainted authority as safe to remove while
+// an SVID in use chains to it: in random histories of keyset operations, outages,
+// lagging replicas, streams and entry changes. The test reads the SVIDs of the
+// workloads and of the cache, not the figures under test.
 //
 // RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
-func TestSafeIsNeverSaidTooEarly(t *testing.T) {
+func TestSafeToRemoveIsNeverReportedTooEarly(t *testing.T) {
 	histories := 12
 	if n, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		histories = n
@@ -42,33 +41,32 @@ func TestSafeIsNeverSaidTooEarly(t *testing.T) {
 			history(t, base+uint64(i), &sum)
 		}
 	})
-	// A check of nothing would pass, too.
-	if said, cleared := sum.said.Load(), sum.cleared.Load(); histories >= 12 && (said == 0 || cleared == 0) {
-		t.Errorf("what was safe: %d times for the agent, %d keysets for the server; must be some", said, cleared)
+	// The histories must reach the state under test.
+	if safe, cleared := sum.safe.Load(), sum.cleared.Load(); histories >= 12 && (safe == 0 || cleared == 0) {
+		t.Errorf("safe to remove: %d times for the agent, %d keysets for the server; want some", safe, cleared)
 	}
 }
 
-// entries is how many there are in a history.
+// entries is the number of entries in a history.
 const entries = 40
 
-// tally is how often an authority was said to be safe by the agent, and how many
-// keysets by the server.
-type tally struct{ said, cleared atomic.Int64 }
+// tally counts how often the agent reported an authority as safe, and how many keysets
+// the server did.
+type tally struct{ safe, cleared atomic.Int64 }
 
-// history plays one in a subtest.
+// history runs one history in a subtest.
 func history(t *testing.T, seed uint64, sum *tally) {
 	t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 		const steps = 60
 		inWorld(t, entries, func(w *world) {
 			w.cfg.TaintDelay, w.cfg.EntryRemovalDelay, w.unchecked = 20*time.Second, time.Second, true
-			// A replica that signs with what others have tainted is nothing that a
-			// ledger could know of, so half of the histories have none; in those
-			// the agent reports often.
+			// The ledger does not know of a replica that signs with a tainted authority,
+			// so half of the histories have no replica; in those the agent reports often.
 			if w.lags = seed%2 == 0; !w.lags {
 				w.cfg.RefreshInterval = 200 * time.Millisecond
 			}
 		}, func(w *world) {
-			w.fill(entries)
+			w.waitHeld(entries)
 			w.cleared, w.signers = map[string]bool{}, map[string]string{}
 			defer func() { sum.cleared.Add(int64(len(w.cleared))) }()
 			r := rand.New(rand.NewPCG(seed, 0))
@@ -81,7 +79,7 @@ func history(t *testing.T, seed uint64, sum *tally) {
 			known := map[string]keyset.Keyset{w.server.Keysets().Active().ID: w.server.Keysets().Active()}
 			for range steps {
 				switch r.IntN(9) {
-				case 0: // rotate one step further than anybody should at once
+				case 0: // rotate one step further than operators should at once
 					next, err := w.server.Keysets().Prepare(w.t.Context())
 					w.check(err)
 					known[next.ID] = next
@@ -89,7 +87,7 @@ func history(t *testing.T, seed uint64, sum *tally) {
 					w.check(w.server.Keysets().Activate(w.t.Context(), next.ID))
 				case 1:
 					w.mutate(r, known, keyset.Prepared, w.server.Keysets().Taint)
-				case 2: // only what is safe is removed, as an operator would
+				case 2: // remove what is safe, as an operator does
 					w.mutate(r, safeOnly(w, known), keyset.Tainted, w.server.Keysets().Remove)
 				case 3:
 					down := r.IntN(2) == 0
@@ -112,7 +110,7 @@ func history(t *testing.T, seed uint64, sum *tally) {
 						s.close()
 						delete(streams, i)
 					} else {
-						// Several identities, so that pushes are held back and a
+						// Several identities, so that pushes are delayed and a
 						// stream is often behind the cache.
 						streams[i] = w.open(i, (i+1)%entries, (i+2)%entries, (i+3)%entries)
 					}
@@ -126,7 +124,7 @@ func history(t *testing.T, seed uint64, sum *tally) {
 					if r.IntN(2) == 0 {
 						present = append([]spireapi.Entry(nil), present[r.IntN(5):]...)
 					}
-					w.enter(present)
+					w.setEntries(present)
 				case 8: // time passes
 				}
 				for range 1 + r.IntN(30) {
@@ -136,19 +134,19 @@ func history(t *testing.T, seed uint64, sum *tally) {
 					}
 					time.Sleep(pause)
 					synctest.Wait()
-					sum.said.Add(int64(w.honest(known, streams)))
+					sum.safe.Add(int64(w.checkSafe(known, streams)))
 				}
 			}
 		})
 	})
 }
 
-// What is held is all renewed a moment before the streams are told, because
-// pushes are held back: in that moment it is not safe yet.
+// All SVIDs held are renewed a moment before the streams get them, because pushes are
+// delayed: in that moment the authority is not safe to remove.
 func TestSafeWaitsForStreams(t *testing.T) {
 	const n = 8
 	inWorld(t, n, func(w *world) { w.cfg.TaintDelay, w.cfg.RefreshInterval = time.Second, 20*time.Millisecond }, func(w *world) {
-		w.fill(n)
+		w.waitHeld(n)
 		s := w.open(0, 1, 2, 3, 4, 5, 6, 7)
 		defer s.close()
 		old, _ := w.rotate()
@@ -160,7 +158,7 @@ func TestSafeWaitsForStreams(t *testing.T) {
 				last, _ := s.last()
 				hangs := slices.Contains(last.authorities, old.X509AuthorityID)
 				if hangs && settled(a) {
-					w.t.Fatalf("said to be safe while a stream still has an SVID of it: %+v", a)
+					w.t.Fatalf("settled while a stream still has an SVID of it: %+v", a)
 				}
 				if hangs && w.ledger.X509(old.X509AuthorityID, a.State.Tainted()).Clear {
 					w.t.Fatalf("the server calls it safe while a stream still has an SVID of it: %+v", a)
@@ -173,34 +171,34 @@ func TestSafeWaitsForStreams(t *testing.T) {
 			return settled(w.authority(old))
 		})
 		if behind == 0 {
-			w.t.Error("the stream was never behind the cache: this test has shown nothing")
+			w.t.Error("the stream was never behind the cache: the test does not reach the state")
 		}
 	})
 }
 
-// An SVID asked for before the taint may come back signed by the tainted
-// authority: until it is there, nobody can say that nothing hangs on it.
-func TestSafeWaitsForAnswersOnTheirWay(t *testing.T) {
+// An SVID requested before the taint may be signed by the tainted authority. Until it has
+// arrived the authority is not safe to remove.
+func TestSafeWaitsForAnswersInFlight(t *testing.T) {
 	inWorld(t, 1, func(w *world) { w.cfg.TaintDelay = 1000 * time.Hour }, func(w *world) {
-		w.fill(1)
+		w.waitHeld(1)
 		old := w.activate()
-		w.enter(nil)
+		w.setEntries(nil)
 		w.until("nothing held", 4*time.Minute, func() bool { return w.held() == 0 })
 		lagging := w.record(old.ID)
 		w.set(func(f *faults) { f.lag, f.signing = lagging, 20*time.Second })
 		asked := time.Now()
-		w.enter(entriesFor(1))
+		w.setEntries(entriesFor(1))
 		w.until("SVID asked for", 10*time.Second, func() bool { return len(w.mintsSince(asked)) > 0 })
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
-		w.begins(old)
+		w.waveBegins(old)
 		if a := w.authority(old); a.Held != 0 || a.Pending != 2 {
-			w.t.Errorf("with an answer on its way: %+v, want the node's own SVID and the answer pending", a)
+			w.t.Errorf("with an answer in flight: %+v, want the agent SVID and the answer pending", a)
 		}
 		w.until("answer arrived", 30*time.Second, func() bool { return w.authority(old).Held == 1 })
 	})
 }
 
-// mutate applies op to one of the keysets that is in the given state.
+// mutate applies op to a random keyset in the given state.
 func (w *world) mutate(r *rand.Rand, known map[string]keyset.Keyset, state keyset.State, op func(context.Context, string, ...keyset.Check) error) {
 	w.t.Helper()
 	list, err := w.server.Keysets().List(w.t.Context())
@@ -226,8 +224,9 @@ func safeOnly(w *world, known map[string]keyset.Keyset) map[string]keyset.Keyset
 	return out
 }
 
-// honest compares what the agent says of each authority with what is so.
-func (w *world) honest(known map[string]keyset.Keyset, streams map[int]*stream) (said int) {
+// checkSafe fails the test if an authority that is reported as safe is in use. It returns
+// how many the agent reports.
+func (w *world) checkSafe(known map[string]keyset.Keyset, streams map[int]*stream) (safe int) {
 	w.t.Helper()
 	truth := map[string]string{}
 	for i, s := range streams {
@@ -259,15 +258,15 @@ func (w *world) honest(known map[string]keyset.Keyset, streams map[int]*stream) 
 		if !settled(a) {
 			continue
 		}
-		said++
+		safe++
 		if who, hangs := truth[k.X509AuthorityID]; hangs {
-			w.t.Fatalf("keyset %s is said to be safe to remove, but %s still has an SVID of it: %+v", k.ID, who, a)
+			w.t.Fatalf("keyset %s is settled, but %s still has an SVID of it: %+v", k.ID, who, a)
 		}
 	}
-	return said
+	return safe
 }
 
-// signer is the authority that signed a certificate. Most are seen again and again.
+// signer returns the authority that signed a certificate. It caches the answers.
 func (w *world) signer(der []byte) string {
 	id, known := w.signers[string(der)]
 	if !known {

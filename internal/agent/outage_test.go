@@ -19,10 +19,10 @@ const (
 	open  = 30
 )
 
-// withStreams is a world of svids entries with open streams on the first ones.
-func withStreams(t *testing.T, configure func(*world), f func(w *world, streams []*stream)) {
+// inWorldWithStreams runs f in a world of svids entries with open streams on the first ones.
+func inWorldWithStreams(t *testing.T, configure func(*world), f func(w *world, streams []*stream)) {
 	inWorld(t, svids, configure, func(w *world) {
-		w.fill(svids)
+		w.waitHeld(svids)
 		var streams []*stream
 		for i := range open {
 			s := w.open(i)
@@ -33,14 +33,14 @@ func withStreams(t *testing.T, configure func(*world), f func(w *world, streams 
 	})
 }
 
-// finished waits for the wave to finish by itself and checks that no stream
-// was let down and the pace was kept.
-func finished(w *world, old keyset.Keyset, since time.Time, limit time.Duration, streams []*stream) {
+// waveFinished waits for the end of the wave. It checks that every stream had valid
+// SVIDs all the time, and the rate.
+func waveFinished(w *world, old keyset.Keyset, since time.Time, limit time.Duration, streams []*stream) {
 	w.t.Helper()
 	w.until("settled", limit, func() bool { return settled(w.authority(old)) })
-	w.paced(w.mintsSince(since))
+	w.checkRate(w.mintsSince(since))
 	for _, s := range streams {
-		s.unbroken()
+		s.checkUnbroken()
 		if last, _ := s.last(); slices.Contains(last.authorities, old.X509AuthorityID) {
 			w.t.Error("a stream still has an SVID of the tainted authority")
 		}
@@ -48,23 +48,23 @@ func finished(w *world, old keyset.Keyset, since time.Time, limit time.Duration,
 }
 
 func TestDrillServerDownFromBeforeTheTaint(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		old := w.activate()
 		w.set(func(f *faults) { f.down = true })
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		time.Sleep(10 * time.Minute)
 		if err := w.fetchX509(svids - 1); err != nil {
-			w.t.Errorf("a new caller during the outage: %v, want what is held", err)
+			w.t.Errorf("a new caller during the outage: %v, want the SVID held", err)
 		}
 		back := time.Now()
 		w.set(func(f *faults) { f.down = false })
-		w.begins(old)
-		finished(w, old, back, 3*time.Minute, streams)
+		w.waveBegins(old)
+		waveFinished(w, old, back, 3*time.Minute, streams)
 	})
 }
 
 func TestDrillServerDownInMidWave(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		old, begins := w.rotate()
 		time.Sleep(time.Until(begins.Add(2 * time.Second)))
 		w.set(func(f *faults) { f.down = true })
@@ -77,8 +77,8 @@ func TestDrillServerDownInMidWave(t *testing.T) {
 		back := time.Now()
 		// Answers take half a second: 20 a second need several at a time.
 		w.set(func(f *faults) { f.down, f.latency = false, 500*time.Millisecond })
-		finished(w, old, begins, 3*time.Minute, streams)
-		// At most 5 s until the server is found, then 20 a second.
+		waveFinished(w, old, begins, 3*time.Minute, streams)
+		// At most 5 s until the agent reconnects, then 20 a second.
 		if took, limit := time.Since(back), 8*time.Second+time.Duration(left)*50*time.Millisecond; took > limit {
 			w.t.Errorf("%d SVIDs took %v after the server was back, want %v at most", left, took, limit)
 		}
@@ -86,18 +86,18 @@ func TestDrillServerDownInMidWave(t *testing.T) {
 }
 
 func TestDrillSlowServer(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		old := w.activate()
 		w.set(func(f *faults) { f.latency = 30*time.Second - time.Millisecond })
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		since := time.Now()
 		w.until("taint seen", 3*time.Minute, func() bool { return w.authority(old).State.Tainted() })
-		finished(w, old, since, 30*time.Minute, streams)
+		waveFinished(w, old, since, 30*time.Minute, streams)
 	})
 }
 
-// forge returns a fault that replaces each certificate by a copy that change
-// has spoilt, signed by the active keyset.
+// forge returns a fault that replaces each certificate by a changed copy, signed by the
+// active keyset.
 func forge(w *world, change func(*x509.Certificate)) func(*faults) {
 	by := w.record(w.server.Keysets().Active().ID)
 	return func(f *faults) {
@@ -157,7 +157,7 @@ func TestDrillWrongAnswers(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			withStreams(t, nil, func(w *world, streams []*stream) {
+			inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 				old, begins := w.rotate()
 				time.Sleep(time.Until(begins.Add(2 * time.Second)))
 				synctest.Wait()
@@ -169,25 +169,25 @@ func TestDrillWrongAnswers(t *testing.T) {
 					w.t.Errorf("%d of %d SVIDs were replaced by wrong answers", before-after, before)
 				}
 				w.set(func(f *faults) { *f = faults{} })
-				finished(w, old, begins, 4*time.Minute, streams)
+				waveFinished(w, old, begins, 4*time.Minute, streams)
 			})
 		})
 	}
 }
 
-// A server that signs with an authority that its bundle does not have is asked for
-// the bundle hardly more often than in quiet times, however many SVIDs it spoils.
+// A server signs with an authority that its bundle lacks. The agent fetches the bundle
+// hardly more often than usual, however many SVIDs are affected.
 func TestDrillUnknownSigner(t *testing.T) {
 	const svids = 100
 	inWorld(t, svids, nil, func(w *world) {
-		w.fill(svids)
+		w.waitHeld(svids)
 		unknown := w.unknown()
 		w.set(func(f *faults) { f.lag = unknown })
 		changed := entriesFor(svids)
 		for i := range changed {
 			changed[i].DNSNames = []string{"changed.example.org"}
 		}
-		w.enter(changed)
+		w.setEntries(changed)
 		time.Sleep(time.Minute)
 		asked := func() int {
 			synctest.Wait()
@@ -197,20 +197,19 @@ func TestDrillUnknownSigner(t *testing.T) {
 		}
 		before, from := asked(), time.Now()
 		time.Sleep(2 * time.Minute)
-		// 5 s ±10 % in quiet times.
+		// 5 s ±10 % usually.
 		if n := asked() - before; n > 30 {
-			w.t.Errorf("%d bundles asked for in two minutes, want about 24", n)
+			w.t.Errorf("%d bundle fetches in two minutes, want about 24", n)
 		}
 		if n := len(w.mintsSince(from)); n < svids {
-			w.t.Errorf("%d tries in two minutes: the drill spoils nothing", n)
+			w.t.Errorf("%d mints in two minutes: the test does not reach the state", n)
 		}
 	})
 }
 
-// A replica that has not heard of the taint signs with the old authority for
-// five minutes more.
+// A replica that lags behind the taint signs with the old authority for five minutes.
 func TestDrillLaggingServer(t *testing.T) {
-	withStreams(t, nil, func(w *world, streams []*stream) {
+	inWorldWithStreams(t, nil, func(w *world, streams []*stream) {
 		lagging := w.record(w.server.Keysets().Active().ID)
 		w.set(func(f *faults) { f.lag = lagging })
 		old, begins := w.rotate()
@@ -234,17 +233,17 @@ func TestDrillLaggingServer(t *testing.T) {
 			}
 		}
 		w.set(func(f *faults) { f.lag = nil })
-		finished(w, old, begins, 4*time.Minute, streams)
+		waveFinished(w, old, begins, 4*time.Minute, streams)
 	})
 }
 
-// What still hangs on the authority is renewed at once, most urgent first. The
-// node's own SVID must have been renewed by then: a server accepts no client
-// whose authority is gone.
+// SVIDs that depend on a removed authority are renewed at once, the most urgent first. The
+// agent SVID must have been renewed before: a server accepts no client whose authority was
+// removed.
 func TestDrillRemovedInMidWave(t *testing.T) {
-	const svids, open = 300, 250 // more with streams than the wave reaches until the removal is seen
+	const svids, open = 300, 250 // more with streams than the wave renews until the agent has the removal
 	inWorld(t, svids, nil, func(w *world) {
-		w.fill(svids)
+		w.waitHeld(svids)
 		var streams []*stream
 		for i := range open {
 			s := w.open(i)
@@ -256,7 +255,7 @@ func TestDrillRemovedInMidWave(t *testing.T) {
 		at := time.Now()
 		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
 		w.until("removal seen", 10*time.Second, func() bool { return !w.authority(old).State.Tainted() })
-		w.until("nothing hangs on the removed authority", time.Second, func() bool {
+		w.until("no SVID depends on the removed authority", time.Second, func() bool {
 			a := w.authority(old)
 			return a.Held+a.Pending+a.Streams == 0
 		})
@@ -264,8 +263,8 @@ func TestDrillRemovedInMidWave(t *testing.T) {
 		var kinds []int
 		for _, m := range w.mintsSince(at) {
 			if len(m.entries) > 1 {
-				kinds = append(kinds, idle(m.entries[0], open))
-				if slices.ContainsFunc(m.entries, func(id string) bool { return idle(id, open) != kinds[len(kinds)-1] }) {
+				kinds = append(kinds, idleKind(m.entries[0], open))
+				if slices.ContainsFunc(m.entries, func(id string) bool { return idleKind(id, open) != kinds[len(kinds)-1] }) {
 					w.t.Error("SVIDs with and without streams went in one call")
 				}
 			}
@@ -275,21 +274,21 @@ func TestDrillRemovedInMidWave(t *testing.T) {
 			w.t.Errorf("the rest went in batches of kind %v, want one with streams and one without", kinds)
 		}
 		for _, s := range streams {
-			s.unbroken()
+			s.checkUnbroken()
 		}
 	})
 }
 
-// idle is 1 for an entry that is not among the first n, which have streams.
-func idle(id string, n int) int {
+// idleKind returns 1 for an entry that is not one of the first n, which have streams.
+func idleKind(id string, n int) int {
 	if id < entryID(n) {
 		return 0
 	}
 	return 1
 }
 
-// From the start until the first sync callers are told to come again, and the
-// entries that the server learns to give a new node arrive within a second.
+// Until the first sync callers get Unavailable. The entries of a new node arrive within a
+// second of when the server has them.
 func TestDrillStart(t *testing.T) {
 	inWorld(t, 0, func(w *world) { w.set(func(f *faults) { f.down = true }) }, func(w *world) {
 		ask := func(when string) {
@@ -306,7 +305,7 @@ func TestDrillStart(t *testing.T) {
 		ask("server knows no entries of this node yet")
 		time.Sleep(3 * time.Second)
 		ask("server knows no entries of this node yet")
-		w.enter(entriesFor(3))
+		w.setEntries(entriesFor(3))
 		time.Sleep(time.Second)
 		if err := w.fetchX509(0); err != nil {
 			w.t.Errorf("a second after the server knew the entries: %v", err)

@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 )
 
-// process is a workload: it has connections and can be stopped or killed.
+// process is a workload with connections. It can be stopped and killed.
 type process struct {
 	w         *world
 	name      cache.Process
@@ -52,7 +52,7 @@ func (p *process) alive() error {
 	return nil
 }
 
-// stop is SIGSTOP: nothing of the process runs, so it reads nothing.
+// stop is SIGSTOP: the process reads nothing.
 func (p *process) stop() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
@@ -89,7 +89,7 @@ func (p *process) runs() <-chan struct{} {
 	return p.going
 }
 
-// kill ends the process. What it has not read is lost.
+// kill ends the process. Data that it has not read is lost.
 func (p *process) kill() {
 	p.mu.Lock()
 	p.ended = true
@@ -102,7 +102,7 @@ func (p *process) kill() {
 	p.resume()
 }
 
-// connection is one that a process has to the agent.
+// connection is a connection of a process to the agent.
 type connection struct {
 	*grpc.ClientConn
 	process *process
@@ -152,11 +152,11 @@ func (c *connection) Close() {
 	c.process.kill()
 }
 
-// leave closes the connection. The process goes on with what it has.
+// leave closes the connection. The process keeps its SVIDs.
 func (c *connection) leave() { c.ClientConn.Close() }
 
-// link is a connection as both ends see it. What the workload has not read, the
-// agent's end knows, as the kernel does for a Unix socket.
+// link is the state that both ends of a connection share. The agent's end knows how much
+// the workload has not read, as the kernel does for a Unix socket.
 type link struct {
 	process *process
 	mu      sync.Mutex
@@ -183,8 +183,8 @@ func (l *link) reads() <-chan struct{} {
 	return l.reading
 }
 
-// stall has the process read nothing on the connection until the returned function
-// is called.
+// stall stops the process from reading on the connection until the returned function is
+// called.
 func (c *connection) stall() (read func()) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -223,9 +223,9 @@ type workloadEnd struct {
 func (e *workloadEnd) Read(b []byte) (int, error) {
 	e.link.wait()
 	n, err := e.Conn.Read(b)
-	e.link.wait() // it was stopped while it waited
+	e.link.wait() // the process may have been stopped meanwhile
 	select {
-	case <-e.link.closed: // what was read meanwhile is lost
+	case <-e.link.closed: // data read meanwhile is lost
 		return 0, net.ErrClosed
 	default:
 	}
@@ -240,7 +240,7 @@ func (e *workloadEnd) Close() error {
 	return e.Conn.Close()
 }
 
-// pairListener accepts connections in memory that know their process.
+// pairListener accepts connections in memory, which know their process.
 type pairListener struct {
 	conns chan net.Conn
 	done  chan struct{}

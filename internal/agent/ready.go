@@ -10,38 +10,37 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// upkeepLimit is how long polls of the server may fail before the agent is not
-// ready. It is longer than a restart of the server, and short beside the life of
-// an SVID: there is time to look.
-const upkeepLimit = 5 * time.Minute
+// pollFailureLimit is how long polls of the server may fail before the agent is not
+// ready. It is longer than a restart of the server and much shorter than the lifetime
+// of an SVID.
+const pollFailureLimit = 5 * time.Minute
 
-// check is one thing that has to be so for the agent to be ready. err says in
-// one line or more why it is not. It is called at any time, returns soon and
-// does no I/O.
+// check is one condition of readiness. err returns why it is not met, one reason a line.
+// It does no I/O and is safe for concurrent use.
 type check struct {
 	name string
 	err  func() error
 }
 
-// newChecks lists what /ready is about, in the order in which it is told.
+// newChecks returns the checks of /ready, in the order of its answer.
 func (a *Agent) newChecks() []check {
 	checks := []check{
 		{"starting", a.checkStarted},
 		{"agent_svid", a.client.Identified},
 		{"socket", a.checkSocket},
 		{"x509_svids", a.checkServing},
-		{"entries", func() error { return a.syncs.failing("entry sync") }},
-		{"bundle", func() error { return a.refreshes.failing("bundle refresh") }},
+		{"entries", func() error { return a.entrySyncs.failing("entry sync") }},
+		{"bundle", func() error { return a.bundleRefreshes.failing("bundle refresh") }},
 		{"data_dir", a.store.Err},
 	}
-	if a.keeper != nil {
-		checks = append(checks, check{"runtime_dir", a.keeper.Err})
+	if a.svidStore != nil {
+		checks = append(checks, check{"runtime_dir", a.svidStore.Err})
 	}
 	return checks
 }
 
-// ready is nil when the agent does all of its work, and otherwise says what is
-// wrong: one reason a line, each with the name of its check.
+// ready returns nil when all checks pass, and otherwise one reason a line, each with the
+// name of its check.
 func (a *Agent) ready() error {
 	var errs []error
 	for _, c := range a.checks {
@@ -63,7 +62,7 @@ func (a *Agent) checkStarted() error {
 	return nil
 }
 
-// checkSocket finds out that workloads that connect now do not reach the agent.
+// checkSocket fails when workloads that connect now do not reach the agent.
 func (a *Agent) checkSocket() error {
 	if lis := a.socket.Load(); lis != nil {
 		return lis.Err()
@@ -71,8 +70,8 @@ func (a *Agent) checkSocket() error {
 	return nil
 }
 
-// checkServing finds out that no workload can be served. That some entries have
-// no SVID may be theirs.
+// checkServing fails when no entry has a valid SVID. If only some have none, the cause
+// may be in those entries.
 func (a *Agent) checkServing() error {
 	if entries, valid := a.cache.Serving(); entries > 0 && !valid {
 		return fmt.Errorf("none of the %d entries has a valid X.509-SVID", entries)
@@ -84,21 +83,21 @@ func (a *Agent) bundleRefreshed(outcome string, _ *bundle.Bundle) {
 	a.metrics.BundleRefreshed(outcome)
 	switch outcome {
 	case bundle.OutcomeFailed, bundle.OutcomeRejected:
-		a.refreshes.note(fmt.Errorf("the last one %s, see the log", outcome))
+		a.bundleRefreshes.record(fmt.Errorf("the last one %s, see the log", outcome))
 	default:
-		a.refreshes.note(nil)
+		a.bundleRefreshes.record(nil)
 	}
 }
 
-// upkeep remembers since when something that is done all the time fails. It is
-// safe for concurrent use.
-type upkeep struct {
+// pollHealth records since when a poll of the server fails. It is safe for concurrent
+// use.
+type pollHealth struct {
 	mu   sync.Mutex
-	last time.Time // when it succeeded, by the clock that is never set
+	last time.Time // of the last success, with a monotonic reading
 	err  error
 }
 
-func (u *upkeep) note(err error) {
+func (u *pollHealth) record(err error) {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	if u.err = err; err == nil {
@@ -106,13 +105,13 @@ func (u *upkeep) note(err error) {
 	}
 }
 
-// failing is an error when it has not succeeded for upkeepLimit.
-func (u *upkeep) failing(what string) error {
+// failing returns an error when the poll has not succeeded for pollFailureLimit.
+func (u *pollHealth) failing(what string) error {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	since := time.Since(u.last)
 	switch {
-	case u.last.IsZero() || since < upkeepLimit:
+	case u.last.IsZero() || since < pollFailureLimit:
 		return nil
 	case u.err != nil:
 		return fmt.Errorf("no %s has succeeded for %v: %w", what, since.Round(time.Second), u.err)

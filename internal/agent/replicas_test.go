@@ -13,8 +13,8 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// note keeps the states of entries. w.mu is held.
-func (w *world) note(entries []spireapi.StoredEntry) {
+// noteStatesLocked records states of entries.
+func (w *world) noteStatesLocked(entries []spireapi.StoredEntry) {
 	if w.states == nil {
 		w.states = make(map[string][]spireapi.StoredEntry)
 	}
@@ -26,9 +26,9 @@ func (w *world) note(entries []spireapi.StoredEntry) {
 	}
 }
 
-// gives reports whether an entry, in one of the states that it was ever in and
-// that fit, gives the SPIFFE ID to a workload with these selectors.
-func (w *world) gives(id string, values []string, fits func(spireapi.StoredEntry) bool) bool {
+// assigns reports whether an entry, in one of its states for which fits returns true,
+// assigns the SPIFFE ID to a workload with these selectors.
+func (w *world) assigns(id string, values []string, fits func(spireapi.StoredEntry) bool) bool {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	return slices.ContainsFunc(w.states[id], func(e spireapi.StoredEntry) bool {
@@ -36,8 +36,8 @@ func (w *world) gives(id string, values []string, fits func(spireapi.StoredEntry
 	})
 }
 
-// listing is an entry as a server tells it.
-func listing(e spireapi.StoredEntry) *types.Entry {
+// wireEntry returns an entry as a server sends it.
+func wireEntry(e spireapi.StoredEntry) *types.Entry {
 	out := &types.Entry{
 		Id: e.ID, SpiffeId: &types.SPIFFEID{TrustDomain: e.SPIFFEID.TrustDomain().Name(), Path: e.SPIFFEID.Path()},
 		Hint: e.Hint, RevisionNumber: e.Revision, CreatedAt: e.CreatedAt.Unix(),
@@ -48,14 +48,14 @@ func listing(e spireapi.StoredEntry) *types.Entry {
 	return out
 }
 
-// replica has the agent ask a server that has another list of entries, and that
-// signs what the list says.
+// replica makes the agent ask a server with another list of entries, which signs SVIDs
+// by that list.
 func (w *world) replica(list func([]*types.Entry) []*types.Entry) {
 	by := w.record(w.server.Keysets().Active().ID)
 	current := func() []*types.Entry {
 		var out []*types.Entry
 		for _, e := range w.server.Entries() {
-			out = append(out, listing(e))
+			out = append(out, wireEntry(e))
 		}
 		return out
 	}
@@ -81,8 +81,7 @@ func (w *world) replica(list func([]*types.Entry) []*types.Entry) {
 	})
 }
 
-// correct has the agent ask the correct server again, and waits until it has
-// heard its list.
+// correct makes the agent ask the correct server again, and waits for its list.
 func (w *world) correct() {
 	w.t.Helper()
 	w.set(func(f *faults) { *f = faults{} })

@@ -12,26 +12,25 @@ import (
 )
 
 const (
-	// reportAgain is how often the server is told what it knows: it may have
-	// been restarted meanwhile.
-	reportAgain = time.Minute
-	// askAgain is how often a server that takes no reports, or no statuses, is
-	// asked whether it does by now. SPIRE logs an error each time.
-	askAgain = 10 * time.Minute
+	// reportInterval is how often an unchanged report is repeated: the server may
+	// have been restarted.
+	reportInterval = time.Minute
+	// unsupportedInterval is how often reports or statuses are tried again after the
+	// server has refused one. SPIRE logs an error each time.
+	unsupportedInterval = 10 * time.Minute
 )
 
-// report tells the server, until ctx is done, which bundle is in force and how
-// far this node is with what a taint made necessary. It looks when another
-// bundle is in force and at each refresh interval, and calls when something has
-// changed, and once a minute.
-func (a *Agent) report(ctx context.Context) error {
+// runReports reports to the server, until ctx is done, which bundle is in force and how
+// far this node's taint renewals are. It checks at each new bundle and each refresh
+// interval, and calls when something has changed and once a minute.
+func (a *Agent) runReports(ctx context.Context) error {
 	var (
-		posted, reported time.Time // by the clock that is never set
-		postedFor        time.Time // the attestation
+		posted, reported time.Time // with monotonic readings
+		postedFor        time.Time // attestation at the last post
 		sequence         uint64
 		last             upstream.Report
-		postWait         = reportAgain
-		wait             = reportAgain
+		postWait         = reportInterval
+		wait             = reportInterval
 	)
 	watch := a.cache.Watch()
 	defer watch.Close()
@@ -39,24 +38,24 @@ func (a *Agent) report(ctx context.Context) error {
 		attested := a.client.Attested()
 		if s := a.cache.Bundle(); s != nil {
 			n := s.Own.Sequence()
-			if time.Since(posted) >= postWait || attested.After(postedFor) || (n != sequence && postWait != askAgain) {
+			if time.Since(posted) >= postWait || attested.After(postedFor) || (n != sequence && postWait != unsupportedInterval) {
 				err := a.client.PostStatus(ctx, n)
 				if err == nil {
-					posted, postedFor, sequence, postWait = time.Now(), attested, n, reportAgain
+					posted, postedFor, sequence, postWait = time.Now(), attested, n, reportInterval
 				} else if errors.Is(err, upstream.ErrNoReports) {
-					posted, postedFor, postWait = time.Now(), attested, askAgain
+					posted, postedFor, postWait = time.Now(), attested, unsupportedInterval
 				} else if ctx.Err() == nil {
 					a.log.Debug("status not posted", "error", err)
 				}
 			}
-			if r := a.newReport(); !reported.IsZero() && time.Since(reported) < wait && (wait == askAgain || reflect.DeepEqual(r, last)) {
-				// The server knows, or does not want to.
+			if r := a.newReport(); !reported.IsZero() && time.Since(reported) < wait && (wait == unsupportedInterval || reflect.DeepEqual(r, last)) {
+				// The server has this report, or accepts none.
 			} else if err := a.client.Report(ctx, r); errors.Is(err, upstream.ErrNoReports) {
-				reported, wait = time.Now(), askAgain
+				reported, wait = time.Now(), unsupportedInterval
 			} else if err == nil {
-				reported, last, wait = time.Now(), r, reportAgain
+				reported, last, wait = time.Now(), r, reportInterval
 			} else if ctx.Err() == nil {
-				a.log.Debug("rotation not reported", "error", err)
+				a.log.Debug("report not sent", "error", err)
 			}
 		}
 		select {
@@ -68,10 +67,9 @@ func (a *Agent) report(ctx context.Context) error {
 	}
 }
 
-// newReport says where this node is.
+// newReport returns this node's report. There must be a bundle in force.
 func (a *Agent) newReport() upstream.Report {
-	// The snapshot is read first: what the state says is then of this bundle or
-	// a later one.
+	// Read the snapshot first: then the state is of this bundle or a later one.
 	snapshot := a.cache.Bundle()
 	r := upstream.Report{Sequence: snapshot.Own.Sequence(), Rate: float64(a.cfg.TaintRate)}
 	for _, s := range a.State().Authorities {

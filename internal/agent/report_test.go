@@ -5,16 +5,15 @@ import (
 	"time"
 )
 
-// SPIRE logs an error for each status that its policy denies. An agent that polls
-// every few seconds fills that log unless it takes no for an answer, even while
-// the bundle changes.
-func TestServerThatTakesNoStatuses(t *testing.T) {
+// SPIRE logs an error for each status that its policy denies. After a denial the agent
+// posts rarely, even while the bundle changes, so that it does not fill that log.
+func TestServerWithoutStatuses(t *testing.T) {
 	for name, c := range map[string]struct {
 		denied      bool
 		least, most int
 	}{
-		"denied": {true, 1, 5},
-		"taken":  {false, 30, 1000},
+		"denied":   {true, 1, 5},
+		"accepted": {false, 30, 1000},
 	} {
 		t.Run(name, func(t *testing.T) {
 			inWorld(t, 1, nil, func(w *world) {

@@ -7,100 +7,98 @@ import (
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
-// longRemovalDelay is for absences that are rarely meant. New agents of a SPIRE
-// server get no entries for 70 to 90 s (spiffe/spire#6876), its caches drop and
-// add again whole lists (#7198, #7210, #4696), and it closes connections after
-// three minutes, so that an agent leaves a replica that lags.
+// longRemovalDelay is the delay for absences that are rarely intended. New agents of a
+// SPIRE server get no entries for 70 to 90 s (spiffe/spire#6876), and its caches drop
+// and restore whole lists (#7198, #7210, #4696). It closes connections after three
+// minutes, so by then the agent has left a replica that lags.
 const longRemovalDelay = 3 * time.Minute
 
-// roster is the list of entries that this node serves. It decides what an
-// answer of the server changes about it. What an answer adds or edits counts at
-// once. That it lacks an entry is not yet the truth: the entry is served until
-// it has been missing for a while of successful syncs. An entry that is there in
-// an older state than the one held comes from a replica that lags, and counts as
+// roster is the list of entries that this node serves. It decides how an answer of the
+// server changes the list. Additions and edits apply at once. An entry that an answer
+// lacks is served until it has been missing from successful syncs for a delay. An entry
+// in an older state than the one held comes from a replica that lags, and counts as
 // missing, too.
 //
-// It is pure: the time comes with the answers, and what to do is returned.
+// A roster is pure: the caller passes the time and applies the changes.
 type roster struct {
 	delay   time.Duration // entry_removal_delay
-	gap     time.Duration // the most that one answer counts for
+	maxStep time.Duration // the most that answered grows with one answer
 	entries map[string]*cache.Entry
-	missing map[string]*absence // some of entries
-	removed map[string]removal  // those that were entries until a while ago
+	missing map[string]*absence // entries that the last answer lacked
+	removed map[string]removal  // entries removed recently
 	drop    drop
-	// known says that the server has told its list: it has named an entry, or has
-	// named none for long enough. Until then nothing is known of any caller.
-	known   bool
-	nothing *absence // of all entries, while known is not set
+	// known is set once the server has sent its list: it has named an entry, or has
+	// named none for long enough. Until then no workload can be refused.
+	known     bool
+	emptyList *absence // of all entries, while known is not set
 
-	answered time.Duration // how long the server has been answering
-	last     time.Time     // of the last answer
+	answered time.Duration // how long the server has answered, without outages
+	last     time.Time     // time of the last answer
 }
 
-// absence is what a roster knows of something that the answers lack.
+// absence is the time for which something has been missing.
 type absence struct {
 	since time.Duration // by roster.answered
-	delay time.Duration // until it is believed
+	delay time.Duration // until it counts as removed
 }
 
-// removal is an entry that was removed, in the last state that is known of it.
+// removal is a removed entry in its last known state.
 type removal struct {
 	entry *cache.Entry
 	at    time.Duration // by roster.answered
 }
 
-// lack is what an answer says of an entry that counts as missing.
-type lack struct {
-	older bool         // it is there in an older state
-	entry *cache.Entry // that state; nil where it was not for workloads
+// absentEntry is an entry that counts as missing in one answer.
+type absentEntry struct {
+	older bool         // the answer has an older state
+	entry *cache.Entry // that state; nil if it is not for workloads
 }
 
-// drop is a time during which something is missing without a break, or the last
-// such time.
+// drop is the current or last period in which entries are missing.
 type drop struct {
 	since             time.Duration // by roster.answered
-	massive           bool          // more than half of all was missing or just removed
+	massive           bool          // more than half of the entries were missing or recently removed
 	removed, returned int
 }
 
-// verdict is what is to be done about one answer.
-type verdict struct {
+// rosterChanges is how one answer changes a roster.
+type rosterChanges struct {
 	upsert        []*cache.Entry
-	gone          []string // deleted
-	missing, back []string // missing from now on, and no longer
-	older         int      // of all that is missing, there in an older state
+	gone          []string // removed
+	missing, back []string // newly missing, and no longer missing
+	older         int      // number of missing entries that the answer has in an older state
 }
 
-// newRoster returns the roster of a node that holds these entries and asks every
+// newRoster returns the roster of a node that holds these entries and syncs every
 // interval.
 func newRoster(delay, interval time.Duration, entries map[string]*cache.Entry) *roster {
-	return &roster{delay: delay, gap: 2 * interval, entries: entries, missing: make(map[string]*absence), removed: make(map[string]removal)}
+	return &roster{delay: delay, maxStep: 2 * interval, entries: entries, missing: make(map[string]*absence), removed: make(map[string]removal)}
 }
 
-// take takes in the answer of one sync that came at now, by the clock that is
-// never set. fresh says that the node was attested a short while before.
-func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) verdict {
+// apply applies the answer of one sync, which came at now by the monotonic clock.
+// recentlyAttested means that the server's list may still be incomplete.
+func (r *roster) apply(answer upstream.EntryChanges, recentlyAttested bool, now time.Time) rosterChanges {
 	if !r.last.IsZero() {
-		// In an outage, or while this process was frozen, the server has said
-		// nothing: an answer speaks for the time since the one before, up to gap.
-		r.answered += min(now.Sub(r.last), r.gap)
+		// An outage, or a pause of this process, does not count: an answer covers the
+		// time since the one before, up to maxStep.
+		r.answered += min(now.Sub(r.last), r.maxStep)
 	}
 	r.last = now
-	r.learn(answer, fresh)
+	r.updateKnown(answer, recentlyAttested)
 
-	var v verdict
+	var v rosterChanges
 	before, held := len(r.missing), len(r.entries)
-	lacking := make(map[string]lack, len(answer.Missing))
+	absent := make(map[string]absentEntry, len(answer.Missing))
 	for _, id := range answer.Missing {
-		lacking[id] = lack{}
+		absent[id] = absentEntry{}
 	}
 	for _, e := range answer.Upsert {
 		was := r.entries[e.ID]
 		if was != nil && older(e, was) {
-			lacking[e.ID] = lack{older: true, entry: e}
+			absent[e.ID] = absentEntry{older: true, entry: e}
 			continue
 		}
-		if was == nil && r.reverts(e) {
+		if was == nil && r.undoesEdit(e) {
 			continue
 		}
 		delete(r.removed, e.ID)
@@ -109,39 +107,38 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 	}
 	for _, e := range answer.Withdrawn {
 		if older(e, r.entries[e.ID]) {
-			lacking[e.ID] = lack{older: true}
+			absent[e.ID] = absentEntry{older: true}
 			continue
 		}
 		r.remove(e)
 		v.gone = append(v.gone, e.ID)
 	}
-	if before == 0 && len(lacking) > 0 {
+	if before == 0 && len(absent) > 0 {
 		r.drop = drop{since: r.answered}
 	}
 	for id := range r.missing {
-		if _, still := lacking[id]; !still {
+		if _, still := absent[id]; !still {
 			delete(r.missing, id)
 			r.drop.returned++
 			v.back = append(v.back, id)
 		}
 	}
-	// Together with what was removed a short while before, so that a list that
-	// crumbles in several steps is no smaller loss. What goes and comes all the
-	// time does not add up.
-	lost := r.lost()
-	massive := 2*(len(lacking)+lost) > held+lost
-	r.drop.massive = r.drop.massive || massive && len(lacking) > 0
-	for id, lack := range lacking {
+	// Recent removals count, too, so that losing the list in several steps is as
+	// massive as losing it at once.
+	lost := r.recentlyRemoved()
+	massive := 2*(len(absent)+lost) > held+lost
+	r.drop.massive = r.drop.massive || massive && len(absent) > 0
+	for id, e := range absent {
 		a := r.missing[id]
 		if a == nil {
 			a = &absence{since: r.answered, delay: r.delay}
 			r.missing[id] = a
 			v.missing = append(v.missing, id)
 		}
-		if lack.older {
+		if e.older {
 			v.older++
 		}
-		if massive || fresh || lack.older {
+		if massive || recentlyAttested || e.older {
 			a.delay = max(a.delay, longRemovalDelay)
 		}
 		if r.answered-a.since < a.delay {
@@ -149,9 +146,9 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 		}
 		delete(r.missing, id)
 		r.drop.removed++
-		if lack.entry != nil { // the server's data was restored
-			r.entries[id] = lack.entry
-			v.upsert = append(v.upsert, lack.entry)
+		if e.entry != nil { // the server's data was restored from a backup
+			r.entries[id] = e.entry
+			v.upsert = append(v.upsert, e.entry)
 			continue
 		}
 		r.remove(r.entries[id])
@@ -160,22 +157,22 @@ func (r *roster) take(answer upstream.EntryChanges, fresh bool, now time.Time) v
 	return v
 }
 
-// remove takes an entry out and remembers its last state, which is e, for a while.
+// remove removes an entry, whose last state is e.
 func (r *roster) remove(e *cache.Entry) {
 	delete(r.entries, e.ID)
 	r.removed[e.ID] = removal{e, r.answered}
 }
 
-// reverts reports whether e, which is not held, is an older state of an entry
-// that was removed not long ago: to serve it would undo an edit.
-func (r *roster) reverts(e *cache.Entry) bool {
+// undoesEdit reports whether e, which is not held, is an older state of a recently
+// removed entry: serving it would undo an edit.
+func (r *roster) undoesEdit(e *cache.Entry) bool {
 	was, known := r.removed[e.ID]
 	return known && older(e, was.entry)
 }
 
-// lost counts what was removed during this drop and a short while ago, and
-// forgets what was removed long ago.
-func (r *roster) lost() int {
+// recentlyRemoved counts the entries removed recently during this drop, and forgets
+// those removed long ago.
+func (r *roster) recentlyRemoved() int {
 	n := 0
 	for id, was := range r.removed {
 		switch age := r.answered - was.at; {
@@ -188,26 +185,26 @@ func (r *roster) lost() int {
 	return n
 }
 
-// learn decides whether the server has told its list. An answer without a single
-// entry is missing all of them, those that this node never had among them.
-func (r *roster) learn(answer upstream.EntryChanges, fresh bool) {
+// updateKnown updates known. An answer without any entry may come from a server whose
+// list is not complete yet, so it needs a delay, as missing entries do.
+func (r *roster) updateKnown(answer upstream.EntryChanges, recentlyAttested bool) {
 	if len(answer.Upsert)+len(answer.Withdrawn) > 0 || len(answer.Missing) < len(r.entries) {
 		r.known = true
 	}
 	if r.known {
 		return
 	}
-	if r.nothing == nil {
-		r.nothing = &absence{since: r.answered, delay: r.delay}
+	if r.emptyList == nil {
+		r.emptyList = &absence{since: r.answered, delay: r.delay}
 	}
-	if fresh || len(r.entries) > 0 {
-		r.nothing.delay = max(r.nothing.delay, longRemovalDelay)
+	if recentlyAttested || len(r.entries) > 0 {
+		r.emptyList.delay = max(r.emptyList.delay, longRemovalDelay)
 	}
-	r.known = r.answered-r.nothing.since >= r.nothing.delay
+	r.known = r.answered-r.emptyList.since >= r.emptyList.delay
 }
 
-// older reports whether a is an older state than b of the entry with their ID. A
-// server counts the revisions of an entry up from its creation.
+// older reports whether a is an older state of the entry than b. A server counts the
+// revisions of an entry from its creation.
 func older(a, b *cache.Entry) bool {
 	if !a.CreatedAt.IsZero() && !b.CreatedAt.IsZero() && !a.CreatedAt.Equal(b.CreatedAt) {
 		return a.CreatedAt.Before(b.CreatedAt)

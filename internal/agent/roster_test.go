@@ -13,11 +13,11 @@ import (
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
-// listed is a roster that is given whole lists, and the clock.
+// listed is a roster with its clock, which the tests pass whole lists.
 type listed struct {
 	*roster
 	now   time.Time
-	cache map[string]*cache.Entry // what the verdicts make of an empty one
+	cache map[string]*cache.Entry // an empty map with all changes applied
 }
 
 func newListed(entries ...*cache.Entry) *listed {
@@ -28,8 +28,8 @@ func newListed(entries ...*cache.Entry) *listed {
 	return l
 }
 
-// answer takes in an answer with these entries, as a sync would tell it.
-func (l *listed) answer(fresh bool, entries ...*cache.Entry) verdict {
+// answer applies an answer with these entries.
+func (l *listed) answer(fresh bool, entries ...*cache.Entry) rosterChanges {
 	var changes upstream.EntryChanges
 	named := make(map[string]bool)
 	for _, e := range entries {
@@ -43,7 +43,7 @@ func (l *listed) answer(fresh bool, entries ...*cache.Entry) verdict {
 			changes.Missing = append(changes.Missing, id)
 		}
 	}
-	v := l.take(changes, fresh, l.now)
+	v := l.apply(changes, fresh, l.now)
 	for _, id := range v.gone {
 		delete(l.cache, id)
 	}
@@ -53,7 +53,7 @@ func (l *listed) answer(fresh bool, entries ...*cache.Entry) verdict {
 	return v
 }
 
-// during takes in the same answer every 5 s for d, not at its end.
+// during applies the same answer every 5 s for d, except at its end.
 func (l *listed) during(d time.Duration, fresh bool, entries ...*cache.Entry) {
 	for end := l.now.Add(d); l.now.Before(end); l.now = l.now.Add(5 * time.Second) {
 		l.answer(fresh, entries...)
@@ -72,7 +72,7 @@ func numbered(n int) []*cache.Entry {
 func (l *listed) stays(t *testing.T, when string, want int) {
 	t.Helper()
 	if len(l.cache) != want || !maps.Equal(l.cache, l.entries) {
-		t.Errorf("%s: %d entries served (%d known of), want %d", when, len(l.cache), len(l.entries), want)
+		t.Errorf("%s: %d entries served (%d in the roster), want %d", when, len(l.cache), len(l.entries), want)
 	}
 }
 
@@ -96,17 +96,17 @@ func TestMissingEntriesStayForAWhile(t *testing.T) {
 			l.during(tt.stay, tt.fresh, all[:tt.left]...)
 			l.stays(t, "before", 10)
 			if v := l.answer(false, all[:tt.left]...); len(v.gone) != 10-tt.left {
-				t.Errorf("then %v are gone", v.gone)
+				t.Errorf("then %v are removed", v.gone)
 			}
 			l.stays(t, "then", tt.left)
 			if len(l.missing) > 0 {
-				t.Errorf("%d are missing still", len(l.missing))
+				t.Errorf("%d are still missing", len(l.missing))
 			}
 		})
 	}
 }
 
-// One that returns is as if it had never been missing.
+// An entry that returns counts as never missing.
 func TestMissingEntryReturns(t *testing.T) {
 	all := numbered(10)
 	l := newListed(all...)
@@ -123,21 +123,21 @@ func TestMissingEntryReturns(t *testing.T) {
 	}
 }
 
-// Without answers nothing has been missing.
-func TestOutageIsNoAbsence(t *testing.T) {
+// Time without answers does not count.
+func TestOutageIsNotAnAbsence(t *testing.T) {
 	all := numbered(10)
 	l := newListed(all...)
 	for range 3 {
 		l.answer(false, all[1:]...)
 		l.stays(t, "while each answer counts for two intervals at most", 10)
-		l.now = l.now.Add(time.Hour) // no answer, or the process is frozen
+		l.now = l.now.Add(time.Hour) // no answer, or the process is suspended
 	}
 	l.answer(false, all[1:]...)
 	l.stays(t, "after four answers", 9)
 }
 
-// A list that crumbles in small steps is more than half gone, too.
-func TestCrumblingListIsCountedAsAWhole(t *testing.T) {
+// A list that loses more than half of its entries in small steps counts as massive, too.
+func TestListLostInSteps(t *testing.T) {
 	all := numbered(10)
 	l := newListed(all...)
 	l.during(10*time.Second, false, all[:7]...)
@@ -145,14 +145,14 @@ func TestCrumblingListIsCountedAsAWhole(t *testing.T) {
 	l.during(140*time.Second, false, all[:1]...)
 	l.stays(t, "170 s after the first were missing", 10)
 	if !l.drop.massive {
-		t.Error("the drop is not taken for a large one")
+		t.Error("the drop does not count as massive")
 	}
 	l.during(15*time.Second, false, all[:1]...)
 	l.stays(t, "after 3 minutes of the first", 7)
 }
 
-// What was removed meanwhile, and did not return, counts as well.
-func TestCrumblingListIsCountedWithWhatItHasLost(t *testing.T) {
+// Entries that were removed meanwhile, and did not return, count, too.
+func TestListLostInStepsCountsRemovals(t *testing.T) {
 	all := numbered(20)
 	for name, tt := range map[string]struct {
 		returned int // of the first six
@@ -165,7 +165,7 @@ func TestCrumblingListIsCountedWithWhatItHasLost(t *testing.T) {
 			l.stays(t, "then", 14)
 			l.answer(false, append(all[12:], all[:tt.returned]...)...)
 			if l.drop.massive != tt.massive {
-				t.Errorf("taken for a large loss: %v", l.drop.massive)
+				t.Errorf("massive: %v", l.drop.massive)
 			}
 		})
 	}
@@ -174,12 +174,12 @@ func TestCrumblingListIsCountedWithWhatItHasLost(t *testing.T) {
 	l.stays(t, "half of them removed", 10)
 	l.during(30*time.Second, false, all[11:]...)
 	if l.answer(false, all[11:]...); l.drop.massive || len(l.entries) != 9 {
-		t.Errorf("one that is missing later is counted with those before: %d entries", len(l.entries))
+		t.Errorf("an entry that is missing later counts with those before: %d entries", len(l.entries))
 	}
 }
 
-// An edit is no absence: it counts at once, also of what is missing.
-func TestEditsCountAtOnce(t *testing.T) {
+// An edit is not an absence: it applies at once, also to a missing entry.
+func TestEditsApplyAtOnce(t *testing.T) {
 	all := numbered(10)
 	edit := func(change func(*cache.Entry)) *cache.Entry {
 		e := *all[0]
@@ -204,27 +204,27 @@ func TestEditsCountAtOnce(t *testing.T) {
 		}
 	}
 	l := newListed(all...)
-	l.take(upstream.EntryChanges{Withdrawn: []*cache.Entry{edit(func(e *cache.Entry) { e.Revision++ })}}, true, l.now)
+	l.apply(upstream.EntryChanges{Withdrawn: []*cache.Entry{edit(func(e *cache.Entry) { e.Revision++ })}}, true, l.now)
 	if l.entries["0"] != nil || len(l.missing) > 0 {
 		t.Error("an entry that is no longer for workloads is served")
 	}
 }
 
-// That an entry was not for workloads in an older state is what a replica says
-// that lags: it takes nothing away at once.
-func TestEntryThatWasNotForWorkloadsBefore(t *testing.T) {
+// An older state that is not for workloads comes from a replica that lags: it removes
+// nothing at once.
+func TestOlderStateNotForWorkloads(t *testing.T) {
 	all := numbered(10)
 	was := *all[0]
 	was.Revision--
 	l := newListed(all...)
 	lagging := func(d time.Duration) (gone []string) {
 		for end := l.now.Add(d); l.now.Before(end); l.now = l.now.Add(5 * time.Second) {
-			gone = append(gone, l.take(upstream.EntryChanges{Withdrawn: []*cache.Entry{&was}}, false, l.now).gone...)
+			gone = append(gone, l.apply(upstream.EntryChanges{Withdrawn: []*cache.Entry{&was}}, false, l.now).gone...)
 		}
 		return gone
 	}
 	if gone := lagging(170 * time.Second); len(gone) > 0 || l.entries["0"] != all[0] {
-		t.Errorf("an answer of a replica that lags took %v away", gone)
+		t.Errorf("an answer of a replica that lags removed %v", gone)
 	}
 	if v := l.answer(false, all...); !slices.Equal(v.back, []string{"0"}) {
 		t.Errorf("back %v", v.back)
@@ -235,22 +235,22 @@ func TestEntryThatWasNotForWorkloadsBefore(t *testing.T) {
 	}
 }
 
-// On a node where pods come and go all the time something is missing without a
-// break. That adds up to no large loss.
-func TestSteadyChangeIsNoLargeLoss(t *testing.T) {
+// On a node whose pods change all the time some entry is always missing. That does not add
+// up to a massive loss.
+func TestSteadyChangeIsNotMassive(t *testing.T) {
 	pods := numbered(100)
 	l := newListed(pods[:20]...)
 	for i := range 80 {
 		l.during(10*time.Second, false, pods[i+1:i+21]...)
 	}
 	if l.drop.massive || len(l.missing) > 4 {
-		t.Errorf("%d entries are missing, of which at most 3 for less than 30 s; taken for a large loss: %v", len(l.missing), l.drop.massive)
+		t.Errorf("%d entries are missing, of which at most 3 for less than 30 s; massive: %v", len(l.missing), l.drop.massive)
 	}
 }
 
-// An entry that was removed because it was missing does not come back in an older
-// state: that is what a replica says that lags.
-func TestRemovedEntryDoesNotComeBackOlder(t *testing.T) {
+// An entry that was removed because it was missing does not return in an older state, which
+// comes from a replica that lags.
+func TestRemovedEntryDoesNotReturnInAnOlderState(t *testing.T) {
 	all := numbered(10)
 	was := *all[0]
 	was.Revision--
@@ -268,9 +268,9 @@ func TestRemovedEntryDoesNotComeBackOlder(t *testing.T) {
 	l.stays(t, "after 3 minutes: the server's data was restored", 10)
 }
 
-// An older state of an entry is a replica's that lags. It counts when it stays:
-// then the server's data was restored.
-func TestOlderStateIsNoEdit(t *testing.T) {
+// An older state of an entry comes from a replica that lags. If it stays, the server's data
+// was restored, and it applies.
+func TestOlderStateIsNotAnEdit(t *testing.T) {
 	all := numbered(10)
 	for name, change := range map[string]func(*cache.Entry){
 		"older revision":            func(e *cache.Entry) { e.Revision-- },
@@ -291,7 +291,7 @@ func TestOlderStateIsNoEdit(t *testing.T) {
 			}
 			l.during(3*time.Minute, false, list...)
 			if l.cache["0"] != all[0] {
-				t.Error("it was taken before 3 minutes")
+				t.Error("it applied before 3 minutes")
 			}
 			if v := l.answer(false, list...); l.cache["0"] != &old || len(v.gone) > 0 {
 				t.Errorf("after 3 minutes served is %+v, gone %v", l.cache["0"], v.gone)
@@ -300,8 +300,8 @@ func TestOlderStateIsNoEdit(t *testing.T) {
 	}
 }
 
-// An answer without a single entry is not yet the server's list.
-func TestEmptyListIsBelievedWhenItStays(t *testing.T) {
+// An answer without any entry is not yet the server's list.
+func TestEmptyListIsAcceptedAfterADelay(t *testing.T) {
 	for name, tt := range map[string]struct {
 		restored int
 		fresh    bool
@@ -318,33 +318,33 @@ func TestEmptyListIsBelievedWhenItStays(t *testing.T) {
 			}
 			l.during(tt.after, tt.fresh)
 			if l.known {
-				t.Error("believed too early")
+				t.Error("known too early")
 			}
 			if l.answer(tt.fresh); !l.known {
-				t.Error("not believed in the end")
+				t.Error("not known in the end")
 			}
 		})
 	}
 	if l := newListed(numbered(1)...); !l.known {
-		t.Error("a list with an entry is not believed")
+		t.Error("a list with an entry is not known")
 	}
 }
 
-// Random answers against the plain definition: what leaves, or steps back to an
-// older state, was lacking in all answers of long enough, and what was lacking
-// for three minutes has left.
+// Random answers against the definition: an entry that is removed, or returns to an older
+// state, was missing from all answers for the delay. One that was missing for three minutes
+// is removed.
 func TestRosterAgainstItsDefinition(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		l := newListed(numbered(5)...)
 		type answer struct {
-			at    time.Duration // by what answers count for
+			at    time.Duration // by roster.answered
 			named map[string]*cache.Entry
 			fresh bool
 		}
 		var answers []answer
 		var at time.Duration
 		last := l.now
-		// lacking is since when the answers until now lack what is served.
+		// lacking has the times since when answers lack entries that are served.
 		lacking := func(served *cache.Entry) (since time.Duration, any bool) {
 			for _, a := range slices.Backward(answers) {
 				if named := a.named[served.ID]; named != nil && !older(named, served) {
@@ -380,13 +380,13 @@ func TestRosterAgainstItsDefinition(t *testing.T) {
 				list = append(list, e)
 			}
 			if len(answers) == 0 {
-				l.last = l.now // the first of newListed is not among them
+				l.last = l.now // the first answer of newListed does not count
 			}
 			served := maps.Clone(l.entries)
 			answers = append(answers, a)
 			v := l.answer(a.fresh, list...)
 			if !maps.Equal(l.cache, l.entries) {
-				t.Fatalf("the verdicts make %v, the roster has %v", l.cache, l.entries)
+				t.Fatalf("the changes make %v, the roster has %v", l.cache, l.entries)
 			}
 			for id, was := range served {
 				since, lacks := lacking(was)

@@ -13,10 +13,9 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// Run serves until ctx is done, and returns nil then, or the error that made
-// going on useless: a socket that cannot be opened, nothing that proves the
-// node, or a server that has banned it. When it returns, everything it started
-// has ended.
+// Run serves until ctx is done and then returns nil. It returns an error before that
+// when a listener cannot be opened, when the node has no credential to attest with, or
+// when the server has banned it. All its goroutines have ended when it returns.
 func (a *Agent) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, a.close()) }()
 	listener := a.cfg.Listener
@@ -32,29 +31,29 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if err != nil {
 		return errors.Join(err, listener.Close())
 	}
-	a.syncs.note(nil)
-	a.refreshes.note(nil)
-	a.log.Info("agent starts", "trust_domain", a.cfg.TrustDomain.Name(), "server", a.cfg.ServerAddress,
-		"socket", listener.Addr().String(), "version", a.cfg.Version)
+	a.entrySyncs.record(nil)
+	a.bundleRefreshes.record(nil)
+	a.log.Info("agent started", "trust_domain", a.cfg.TrustDomain.Name(), "address", a.cfg.ServerAddress,
+		"path", listener.Addr().String(), "version", a.cfg.Version)
 	if a.cfg.Started != nil {
 		a.cfg.Started()
 	}
 	stopped := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	serving := ctx
-	if a.keeper != nil {
-		// SVIDs above the cache's limit may be evicted when their streams end. So
-		// those end after everything was kept.
+	if a.svidStore != nil {
+		// The cache may evict SVIDs above its limit when their streams end. So the
+		// streams end only after all SVIDs were stored.
 		var endServing context.CancelFunc
 		serving, endServing = context.WithCancel(context.WithoutCancel(ctx))
 		defer endServing()
 		group.Go(func() error {
 			defer endServing()
-			return a.keeper.Follow(ctx, a.cache)
+			return a.svidStore.Follow(ctx, a.cache)
 		})
 	}
 	group.Go(func() error {
-		a.release(ctx)
+		a.releaseReturning(ctx)
 		return nil
 	})
 	group.Go(func() error {
@@ -63,10 +62,10 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	})
 	group.Go(func() error { return a.store.Run(ctx) })
 	group.Go(func() error {
-		a.followTrust(ctx)
+		a.compareTrust(ctx)
 		return nil
 	})
-	group.Go(func() error { return named("Workload API", a.workload.Serve(serving, listener)) })
+	group.Go(func() error { return wrap("Workload API", a.workload.Serve(serving, listener)) })
 	if lis := a.socket.Load(); lis != nil {
 		group.Go(func() error { lis.Watch(ctx, a.log); return nil })
 	}
@@ -77,38 +76,38 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		}
 		group.Go(func() error { return a.refresher.Run(ctx) })
 		group.Go(func() error { return a.renewer.Run(ctx) })
-		group.Go(func() error { return a.report(ctx) })
+		group.Go(func() error { return a.runReports(ctx) })
 		return a.syncEntries(ctx)
 	})
 	err = group.Wait()
 	if stopped.Err() != nil && !errors.Is(err, upstream.ErrBanned) {
-		err = nil // whatever was under way failed because it was to end
+		err = nil // the errors are of work that was canceled
 	}
 	a.log.Info("agent stopped")
 	return err
 }
 
-func named(what string, err error) error {
+func wrap(what string, err error) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
 }
 
-// listenMetrics opens the HTTP listener, if there is to be one, and returns what
-// serves it.
+// listenMetrics opens the HTTP listener, if one is configured, and returns the function
+// that serves it.
 func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 	if a.cfg.MetricsAddress == "" {
 		return func(context.Context) error { return nil }, nil
 	}
 	listener, err := metrics.Listen(a.cfg.MetricsAddress)
 	if err != nil {
-		return nil, named("metrics", err)
+		return nil, wrap("metrics", err)
 	}
-	a.log.Info("metrics are served", "address", listener.Addr().String(), "web_config_file", a.cfg.WebConfigFile)
+	a.log.Info("metrics listening", "address", listener.Addr().String(), "web_config_file", a.cfg.WebConfigFile)
 	return func(ctx context.Context) error {
 		limited := listen.NewPool().Listen(listener, listen.HTTP, nil)
-		return named("metrics", metrics.Serve(ctx, metrics.ServeConfig{
+		return wrap("metrics", metrics.Serve(ctx, metrics.ServeConfig{
 			Listener:      limited,
 			ConnState:     limited.ConnState,
 			Metrics:       a.metrics,
@@ -119,8 +118,8 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 	}, nil
 }
 
-// connect gets the node trusted and proved. It returns at once when a valid
-// identity was kept.
+// connect bootstraps trust and attests the node. It returns at once when the node has a
+// trust bundle and a valid identity.
 func (a *Agent) connect(ctx context.Context) error {
 	if a.trust() == nil {
 		b, err := a.client.Bootstrap(ctx)
@@ -129,5 +128,5 @@ func (a *Agent) connect(ctx context.Context) error {
 		}
 		a.bootstrap.Store(b)
 	}
-	return named("prove the node", a.client.Attest(ctx))
+	return wrap("attest the node", a.client.Attest(ctx))
 }

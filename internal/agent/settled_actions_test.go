@@ -14,8 +14,8 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// replaced are the keysets that another one has replaced and that are not tainted.
-func (h *readers) replaced() []keyset.Keyset {
+// replaced returns the keysets that are neither active nor tainted.
+func (h *settledHistory) replaced() []keyset.Keyset {
 	active := h.w.server.Keysets().Active()
 	return slices.DeleteFunc(slices.Clone(h.keysets), func(k keyset.Keyset) bool {
 		return k.ID == active.ID || slices.ContainsFunc(h.tainted, func(t keyset.Keyset) bool { return t.ID == k.ID })
@@ -23,10 +23,10 @@ func (h *readers) replaced() []keyset.Keyset {
 }
 
 // activate activates a new keyset and returns the one before.
-func (h *readers) activate() keyset.Keyset {
+func (h *settledHistory) activate() keyset.Keyset {
 	w := h.w
-	// An operator goes on when the agents have the new bundle: without it they
-	// trust no server that uses it.
+	// An operator waits until the agents have the new bundle: without it they trust no
+	// server that uses the new keyset.
 	w.set(func(f *faults) { f.down = false })
 	old := w.server.Keysets().Active()
 	next, err := w.server.Keysets().Prepare(w.t.Context())
@@ -45,13 +45,13 @@ func (h *readers) activate() keyset.Keyset {
 	return old
 }
 
-func (h *readers) taint(k keyset.Keyset) {
+func (h *settledHistory) taint(k keyset.Keyset) {
 	h.w.check(h.w.server.Keysets().Taint(h.w.t.Context(), k.ID))
 	h.tainted = append(h.tainted, k)
 }
 
-// rotate activates a new keyset, and taints one that was replaced.
-func (h *readers) rotate() {
+// rotate activates a new keyset and taints one that was replaced.
+func (h *settledHistory) rotate() {
 	old := h.replaced()
 	if len(old) == 0 || h.r.IntN(3) == 0 {
 		old = append(old, h.activate())
@@ -60,13 +60,13 @@ func (h *readers) rotate() {
 	h.taint(old[h.r.IntN(len(old))])
 }
 
-// late has a lagging server take its time to sign an SVID that nobody had before, by
-// an authority that is tainted meanwhile.
-func (h *readers) late() {
+// signLate makes a lagging server sign a new SVID slowly, with an authority that is
+// tainted meanwhile.
+func (h *settledHistory) signLate() {
 	w := h.w
 	k := h.activate()
 	h.entries++
-	w.enter(append(entriesFor(len(readerLives)), entryFor(h.entries)))
+	w.setEntries(append(entriesFor(len(entryLifetimes)), entryFor(h.entries)))
 	name := fmt.Sprint(h.entries)
 	w.until("new entry", time.Minute, func() bool {
 		return w.agent.Cache().Match([]cache.Selector{{Type: "test", Value: name}}).Matched > 0
@@ -82,13 +82,12 @@ func (h *readers) late() {
 	h.pass(40 * time.Second)
 	p.kill()
 	h.workloads = slices.DeleteFunc(h.workloads, func(o *workloadModel) bool { return o == p })
-	w.enter(entriesFor(len(readerLives)))
+	w.setEntries(entriesFor(len(entryLifetimes)))
 }
 
-// reattest has the server forget the agent. The authority that signs the new agent SVID
-// and all before are tainted while it is on its way, and half of the times it finds a
-// full disk.
-func (h *readers) reattest() {
+// reattest makes the server forget the agent. The authority that signs the new agent SVID,
+// and all before, are tainted while it is in flight. Half of the times the disk is full.
+func (h *settledHistory) reattest() {
 	w := h.w
 	h.activate()
 	h.newToken()
@@ -115,28 +114,28 @@ func (h *readers) reattest() {
 	})
 }
 
-// newToken lets the agent attest once more.
-func (h *readers) newToken() {
+// newToken provides a new join token.
+func (h *settledHistory) newToken() {
 	token, err := h.w.server.CreateJoinToken(h.w.t.Context(), time.Hour)
 	h.w.check(err)
 	h.w.check(os.WriteFile(h.token, []byte(token.Value), 0o600))
 }
 
-// vanish has runtime_dir out of reach over a rotation.
-func (h *readers) vanish() {
-	if h.forgets {
+// hideRuntimeDir hides runtime_dir during a rotation.
+func (h *settledHistory) hideRuntimeDir() {
+	if h.noRuntimeDir {
 		return
 	}
 	h.w.hideRuntimeDir()
 	h.rotate()
 	h.pass(40 * time.Second)
 	h.w.showRuntimeDir()
-	h.pass(11 * time.Second) // until what could not be written is
+	h.pass(11 * time.Second) // until failed writes are repeated
 }
 
-// restart restarts the agent, or kills it and starts it again: then its files are as
-// they were. Half of the times an authority is tainted meanwhile.
-func (h *readers) restart() {
+// restart restarts the agent, or kills it and starts it with its files from before. Half
+// of the times an authority is tainted meanwhile.
+func (h *settledHistory) restart() {
 	w := h.w
 	away := h.r.IntN(2) == 0
 	if away && len(h.replaced()) == 0 {
@@ -144,10 +143,10 @@ func (h *readers) restart() {
 	}
 	kill := h.r.IntN(2) == 0
 	if kill && h.r.IntN(2) == 0 {
-		// What a workload has got this very moment must be known afterwards.
+		// An SVID that a workload has got just now must be known afterwards.
 		p := h.begin()
 		synctest.Wait()
-		if !h.forgets && h.r.IntN(2) == 0 {
+		if !h.noRuntimeDir && h.r.IntN(2) == 0 {
 			p.stop()
 		}
 	}
@@ -155,7 +154,7 @@ func (h *readers) restart() {
 	var dirs []string
 	if kill {
 		dirs = append(dirs, w.cfg.DataDir)
-		if !h.forgets {
+		if !h.noRuntimeDir {
 			dirs = append(dirs, w.cfg.RuntimeDir)
 		}
 	}
@@ -176,14 +175,14 @@ func (h *readers) restart() {
 		h.taint(old[h.r.IntN(len(old))])
 	}
 	if h.r.IntN(2) == 0 {
-		// Workloads that come back are attested slowly, like all that is begun then.
+		// Workloads that reconnect are attested slowly.
 		w.attesting.Store(int64(60+h.r.IntN(90)) * int64(time.Second))
 	}
 	w.startAgent()
 	for _, p := range h.workloads {
 		for _, c := range p.clients {
 			if c.back.IsZero() {
-				c.lost(h)
+				c.disconnect(h)
 			}
 		}
 	}

@@ -16,21 +16,21 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// Whenever the agent says that a tainted authority is settled, no workload that lives
-// has a valid SVID of it that it was handed here, and neither has the agent, in memory
-// or in a file that a restart would load, and none is on its way that was asked for
-// before the taint was seen. That is read at the clients, over random histories of
-// restarts and kills of the agent, of workloads that are stopped, killed, do not read,
-// come back late, are attested slowly or only ask once, of evictions, outages, SVIDs
-// that end, a server that lags, attestations of the agent, a full disk, a runtime_dir
-// that is out of reach, and taints. And it is said: minutes after everything
-// is in order again, and where workloads do not go on, once their SVIDs have ended.
+// When the agent reports a tainted authority as settled, no running workload has a valid
+// SVID of it from this agent. Neither has the agent itself, in memory or in a file that a
+// restart would load, and none is in flight that was requested before the taint was seen.
+// The test reads the SVIDs of the clients, in random histories of restarts and kills of the
+// agent; workloads that are stopped, killed, do not read, reconnect late, are attested
+// slowly or call once; evictions, outages, expiring SVIDs, a server that lags, attestations
+// of the agent, a full disk, a hidden runtime_dir, and taints. Settled is reached minutes
+// after all faults have ended or, for workloads that do not resume, when their SVIDs have
+// expired.
 //
-// An agent without runtime_dir knows of workloads that come back in time, and its
+// An agent without runtime_dir knows only workloads that reconnect in time, and its
 // histories have no others.
 //
 // RENEWD_SEED replays one history; RENEWD_HISTORIES sets how many there are.
-func TestSettledIsTrueAtTheReader(t *testing.T) {
+func TestSettledAgreesWithTheWorkloads(t *testing.T) {
 	histories, base := 24, rand.Uint64()
 	if n, err := strconv.Atoi(os.Getenv("RENEWD_HISTORIES")); err == nil {
 		histories = n
@@ -38,56 +38,56 @@ func TestSettledIsTrueAtTheReader(t *testing.T) {
 	if seed, err := strconv.ParseUint(os.Getenv("RENEWD_SEED"), 10, 64); err == nil {
 		base, histories = seed, 1
 	}
-	var said atomic.Int64
+	var reported atomic.Int64
 	t.Run("histories", func(t *testing.T) {
 		for i := range histories {
 			seed := base + uint64(i)
 			t.Run(fmt.Sprintf("seed=%d", seed), func(t *testing.T) {
 				tokens := t.TempDir()
-				h := &readers{r: rand.New(rand.NewPCG(seed, 0)), certs: make(map[string]certificate)}
-				keeping(t, 0, func(w *world) {
+				h := &settledHistory{r: rand.New(rand.NewPCG(seed, 0)), certs: make(map[string]certificate)}
+				inWorldWithRuntimeDir(t, 0, func(w *world) {
 					w.cfg.TaintDelay, w.cfg.CacheSize, w.unchecked = 2*time.Second, 2, true
 					w.cfg.EntryRemovalDelay = time.Second
-					// Most of what a history costs is what the agent asks again and again.
+					// Polls take most of the time of a history.
 					w.cfg.RefreshInterval = 20 * time.Second
-					if h.forgets = h.r.IntN(4) == 0; h.forgets {
+					if h.noRuntimeDir = h.r.IntN(4) == 0; h.noRuntimeDir {
 						w.cfg.RuntimeDir = ""
 					}
-					// It attests more than once.
+					// The agent attests more than once.
 					h.token = filepath.Join(tokens, "token")
 					w.check(os.WriteFile(h.token, []byte(w.cfg.JoinToken), 0o600))
 					w.cfg.JoinToken, w.cfg.JoinTokenFile = "", h.token
 				}, func(w *world) {
 					h.w = w
 					h.play()
-					said.Add(int64(h.said))
+					reported.Add(int64(h.settledCount))
 				})
 			})
 		}
 	})
-	// A check of nothing would pass, too.
-	if histories >= 24 && said.Load() == 0 {
-		t.Error("settled was never said")
+	// The histories must reach the state under test.
+	if histories >= 24 && reported.Load() == 0 {
+		t.Error("settled was never reported")
 	}
 }
 
-// readers is a history of workloads and what they read.
-type readers struct {
-	w         *world
-	r         *rand.Rand
-	keysets   []keyset.Keyset
-	tainted   []keyset.Keyset
-	workloads []*workloadModel
-	forgets   bool                   // no runtime_dir
-	token     string                 // path of the join token
-	entries   int                    // the last that was added
-	certs     map[string]certificate // by what they were read from
-	said      int
-	past      []string
+// settledHistory is a history of workloads and the SVIDs that they read.
+type settledHistory struct {
+	w            *world
+	r            *rand.Rand
+	keysets      []keyset.Keyset
+	tainted      []keyset.Keyset
+	workloads    []*workloadModel
+	noRuntimeDir bool                   // no runtime_dir
+	token        string                 // path of the join token
+	entries      int                    // number of entries
+	certs        map[string]certificate // by what they were read from
+	settledCount int
+	past         []string
 }
 
-// workloadModel is a process with clients that keep a stream open, or one that asks
-// from time to time. Each uses what it read last.
+// workloadModel is a process with clients that keep a stream open, or one that calls from
+// time to time. Each uses the SVIDs that it read last.
 type workloadModel struct {
 	*process
 	clients []*clientModel
@@ -97,19 +97,19 @@ type workloadModel struct {
 
 type clientModel struct {
 	stream *stream
-	has    *update   // in its last stream but one
+	has    *update   // the last update of the stream before
 	back   time.Time // when it opens the next stream; zero while it has one
-	read   func()    // has the connection read again; nil while it is
+	read   func()    // makes the process read the connection again; nil while it does
 }
 
-// readerLives are how long the SVIDs of each entry live.
-var readerLives = []time.Duration{5 * time.Minute, 10 * time.Minute, 40 * time.Minute}
+// entryLifetimes are the lifetimes of the SVIDs of each entry.
+var entryLifetimes = []time.Duration{5 * time.Minute, 10 * time.Minute, 40 * time.Minute}
 
-func (h *readers) play() {
+func (h *settledHistory) play() {
 	w := h.w
 	w.set(h.clear)
-	h.entries = len(readerLives)
-	w.enter(entriesFor(h.entries))
+	h.entries = len(entryLifetimes)
+	w.setEntries(entriesFor(h.entries))
 	h.keysets = []keyset.Keyset{w.server.Keysets().Active()}
 	time.Sleep(30 * time.Second)
 	for range 3 {
@@ -131,7 +131,7 @@ func (h *readers) play() {
 		case 2, 3:
 			h.restart()
 		case 4, 16:
-			if !h.forgets {
+			if !h.noRuntimeDir {
 				p.stop()
 			}
 		case 5:
@@ -146,15 +146,15 @@ func (h *readers) play() {
 			}
 		case 8:
 			for _, c := range p.clients {
-				// What an agent without runtime_dir knows of a client from before a
-				// restart, it knows by its call.
-				_, told := c.stream.last()
-				if !p.stopped() && c.back.IsZero() && (told || !h.forgets) && h.r.IntN(2) == 0 {
-					c.lost(h)
+				// An agent without runtime_dir knows a client from before a restart
+				// only if the client has called.
+				_, answered := c.stream.last()
+				if !p.stopped() && c.back.IsZero() && (answered || !h.noRuntimeDir) && h.r.IntN(2) == 0 {
+					c.disconnect(h)
 				}
 			}
 		case 9, 17:
-			if h.forgets {
+			if h.noRuntimeDir {
 				h.restart()
 			} else if len(p.clients) > 0 && !p.stopped() {
 				if c := p.clients[0]; c.read == nil && c.back.IsZero() {
@@ -177,21 +177,21 @@ func (h *readers) play() {
 		case 18:
 			w.attesting.Store(int64(h.r.IntN(60)) * int64(time.Second))
 		case 19, 20:
-			h.late()
+			h.signLate()
 		case 21, 22:
 			h.reattest()
 		case 23:
-			h.vanish()
+			h.hideRuntimeDir()
 		}
 		h.pass(time.Duration(h.r.IntN(60)) * time.Second)
 	}
 	h.end()
 }
 
-// begin starts a workload with one or two clients, or one that asks.
-func (h *readers) begin() *workloadModel {
-	p := &workloadModel{process: h.w.begin(fmt.Sprint(h.r.IntN(len(readerLives))), fmt.Sprint(h.r.IntN(len(readerLives))))}
-	if p.asks = !h.forgets && h.r.IntN(3) == 0; !p.asks {
+// begin starts a workload with one or two clients, or one that calls.
+func (h *settledHistory) begin() *workloadModel {
+	p := &workloadModel{process: h.w.begin(fmt.Sprint(h.r.IntN(len(entryLifetimes))), fmt.Sprint(h.r.IntN(len(entryLifetimes))))}
+	if p.asks = !h.noRuntimeDir && h.r.IntN(3) == 0; !p.asks {
 		for range 1 + h.r.IntN(2) {
 			p.clients = append(p.clients, &clientModel{stream: p.open()})
 		}
@@ -200,11 +200,11 @@ func (h *readers) begin() *workloadModel {
 	return p
 }
 
-// lost has the client's connection break. It comes back as go-spiffe does: after up to
-// 144 s, unless its process is stopped.
-func (c *clientModel) lost(h *readers) {
+// disconnect breaks the client's connection. It reconnects as go-spiffe does: after up to 144 s,
+// unless its process is stopped.
+func (c *clientModel) disconnect(h *settledHistory) {
 	if c.read != nil {
-		c.read = nil // what was not read is lost with the connection
+		c.read = nil // data that was not read is lost with the connection
 	}
 	c.stream.conn.cut()
 	c.back = time.Now().Add(time.Duration(h.r.IntN(144)) * time.Second)
@@ -213,12 +213,12 @@ func (c *clientModel) lost(h *readers) {
 	}
 }
 
-// returning reports whether a client of the process is going to come back.
+// returning reports whether a client of the process will reconnect.
 func (p *workloadModel) returning() bool {
 	return !p.stopped() && slices.ContainsFunc(p.clients, func(c *clientModel) bool { return !c.back.IsZero() })
 }
 
-func (h *readers) resume(p *workloadModel) {
+func (h *settledHistory) resume(p *workloadModel) {
 	if !p.stopped() {
 		return
 	}
@@ -230,8 +230,8 @@ func (h *readers) resume(p *workloadModel) {
 	}
 }
 
-// pass lets time pass, has the workloads do what they do, and looks.
-func (h *readers) pass(d time.Duration) {
+// pass waits, runs the workloads and checks.
+func (h *settledHistory) pass(d time.Duration) {
 	step := max(8*time.Second, d/20)
 	for end := time.Now().Add(d); ; {
 		h.check()
@@ -248,7 +248,7 @@ func (h *readers) pass(d time.Duration) {
 				select {
 				case <-c.stream.done:
 					if c.back.IsZero() {
-						c.lost(h)
+						c.disconnect(h)
 					}
 				default:
 				}
@@ -265,30 +265,28 @@ func (h *readers) pass(d time.Duration) {
 	}
 }
 
-// clear ends all faults. The server's SVIDs have the lives that are wanted here, which
-// are shorter than those that it can be given.
-func (h *readers) clear(f *faults) {
+// clear ends all faults. The lifetimes of SVIDs are shorter than a server's minimum.
+func (h *settledHistory) clear(f *faults) {
 	*f = faults{life: func(entry string) time.Duration {
-		for i, life := range readerLives {
+		for i, life := range entryLifetimes {
 			if entry == entryID(i) {
 				return life
 			}
 		}
-		return readerLives[0]
+		return entryLifetimes[0]
 	}}
 }
 
-// end puts the server in order, and in most histories the workloads, too. Settled is
-// said then: when the last client is back, the wave is over and the clients of a
-// process have had their time. A workload that does not go on counts until its SVIDs
-// end.
-func (h *readers) end() {
+// end ends all faults and, in most histories, resumes the workloads. Settled follows when
+// the last client has reconnected, the wave is over, and the time for other clients of a
+// process has passed. A workload that is not resumed counts until its SVIDs expire.
+func (h *settledHistory) end() {
 	w := h.w
 	w.set(h.clear)
 	w.attesting.Store(0)
 	within := 8 * time.Minute
 	if h.r.IntN(4) == 0 {
-		within += readerLives[len(readerLives)-1]
+		within += entryLifetimes[len(entryLifetimes)-1]
 	} else {
 		for _, p := range h.workloads {
 			h.resume(p)
@@ -307,11 +305,11 @@ func (h *readers) end() {
 		}
 	}
 	for _, k := range h.unsettled() {
-		w.t.Errorf("after %v and %v in order: not settled: %+v; ready: %v", h.past, within, w.authority(k), w.agent.Ready())
+		w.t.Errorf("after %v and %v without faults: not settled: %+v; ready: %v", h.past, within, w.authority(k), w.agent.Ready())
 	}
 }
 
-func (h *readers) unsettled() []keyset.Keyset {
+func (h *settledHistory) unsettled() []keyset.Keyset {
 	state := h.w.agent.State()
 	return slices.DeleteFunc(slices.Clone(h.tainted), func(k keyset.Keyset) bool {
 		a, _ := authorityOf(state, metrics.TypeX509, k.X509AuthorityID)

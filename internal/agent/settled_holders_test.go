@@ -15,8 +15,8 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// check compares what the agent says with what is.
-func (h *readers) check() {
+// check compares the settled authorities with the SVIDs in use.
+func (h *settledHistory) check() {
 	w := h.w
 	synctest.Wait()
 	state := w.agent.State()
@@ -26,22 +26,22 @@ func (h *readers) check() {
 		if !settled(a) {
 			continue
 		}
-		h.said++
+		h.settledCount++
 		if uses == nil {
 			uses = h.uses()
 		}
 		if who := uses[k.X509AuthorityID]; who != "" {
-			w.t.Fatalf("after %v: authority %s is said to be settled, but a valid SVID of it is with %s", h.past, k.X509AuthorityID, who)
+			w.t.Fatalf("after %v: authority %s is settled, but a valid SVID of it is with %s", h.past, k.X509AuthorityID, who)
 		}
 		if h.signs(k) {
-			w.t.Fatalf("after %v: authority %s is said to be settled, but an SVID of it that was asked for before is on its way", h.past, k.X509AuthorityID)
+			w.t.Fatalf("after %v: authority %s is settled, but an SVID of it that was requested before is in flight", h.past, k.X509AuthorityID)
 		}
 	}
 }
 
-// signs reports whether the server will answer with SVIDs of k what the agent asked
-// before it knew of the taint.
-func (h *readers) signs(k keyset.Keyset) bool {
+// signs reports whether SVIDs of k are in flight that the agent requested before it had the
+// taint.
+func (h *settledHistory) signs(k keyset.Keyset) bool {
 	_, since := h.w.agent.Bundle().State(k.X509AuthorityID)
 	h.w.mu.Lock()
 	defer h.w.mu.Unlock()
@@ -53,8 +53,8 @@ func (h *readers) signs(k keyset.Keyset) bool {
 	return false
 }
 
-// uses says who has a valid SVID, by authority.
-func (h *readers) uses() map[string]string {
+// uses returns who has a valid SVID, by authority.
+func (h *settledHistory) uses() map[string]string {
 	w, now, out := h.w, time.Now(), make(map[string]string)
 	has := func(u *update, who string, args ...any) {
 		for authority, end := range u.ends {
@@ -65,7 +65,7 @@ func (h *readers) uses() map[string]string {
 	}
 	for _, p := range h.workloads {
 		if p.asked != nil {
-			has(p.asked, "workload %d, which has asked", p.name.PID)
+			has(p.asked, "workload %d, which has called", p.name.PID)
 		}
 		for _, c := range p.clients {
 			if last, ok := c.stream.last(); ok {
@@ -80,7 +80,7 @@ func (h *readers) uses() map[string]string {
 			out[c.authority] = where
 		}
 	}
-	for i := range readerLives {
+	for i := range entryLifetimes {
 		for _, id := range w.agent.Cache().Match([]cache.Selector{{Type: "test", Value: fmt.Sprint(i)}}).Identities {
 			keeps(h.certificate(id.SVID.Leaf, func() []byte { return id.SVID.Leaf }), "the cache for "+id.Entry.ID)
 		}
@@ -92,7 +92,7 @@ func (h *readers) uses() map[string]string {
 			return identity.Chain[0]
 		}), "the agent, in data_dir")
 	}
-	if h.forgets {
+	if h.noRuntimeDir {
 		return out
 	}
 	kept, err := filepath.Glob(filepath.Join(w.cfg.RuntimeDir, "*.json"))
@@ -113,14 +113,14 @@ func (h *readers) uses() map[string]string {
 	return out
 }
 
-// certificate is what matters of a certificate here.
+// certificate is the part of a certificate that the test uses.
 type certificate struct {
 	authority string
 	notAfter  time.Time
 }
 
-// certificate reads a certificate that der finds in raw.
-func (h *readers) certificate(raw []byte, der func() []byte) certificate {
+// certificate returns the certificate that der finds in raw.
+func (h *settledHistory) certificate(raw []byte, der func() []byte) certificate {
 	c, known := h.certs[string(raw)]
 	if !known {
 		cert, err := x509.ParseCertificate(der())

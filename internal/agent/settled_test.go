@@ -21,7 +21,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// notSettled fails the test if the agent says within d that k is settled.
+// notSettled fails the test if k is settled within d.
 func (w *world) notSettled(k keyset.Keyset, d time.Duration, why string) {
 	w.t.Helper()
 	for from := time.Now(); time.Since(from) < d; time.Sleep(100 * time.Millisecond) {
@@ -32,12 +32,12 @@ func (w *world) notSettled(k keyset.Keyset, d time.Duration, why string) {
 	}
 }
 
-// taintedWhileAway gives a workload an SVID, taints what signed it while the agent is
-// stopped, and returns both. The workload goes on with what it has.
+// taintedWhileAway gives a workload an SVID and taints its keyset while the agent is
+// stopped. It returns both. The workload keeps its SVID.
 func (w *world) taintedWhileAway() (*process, keyset.Keyset) {
 	w.t.Helper()
 	s := w.open(1)
-	w.until("told", time.Minute, func() bool { _, ok := s.last(); return ok })
+	w.until("answered", time.Minute, func() bool { _, ok := s.last(); return ok })
 	old := w.activate()
 	w.stopAgent()
 	s.leave()
@@ -45,11 +45,11 @@ func (w *world) taintedWhileAway() (*process, keyset.Keyset) {
 	return s.conn.process, old
 }
 
-// Without runtime_dir nothing is known of workloads from before a restart. They have
-// three minutes, from when the agent can answer them.
+// Without runtime_dir the agent does not know the workloads from before a restart. It waits
+// three minutes for them, from when it can answer.
 func TestSettledWaitsForUnknownWorkloads(t *testing.T) {
 	inWorld(t, 2, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
-		w.fill(2)
+		w.waitHeld(2)
 		p, old := w.taintedWhileAway()
 		w.set(func(f *faults) { f.down = true })
 		w.startAgent()
@@ -59,7 +59,7 @@ func TestSettledWaitsForUnknownWorkloads(t *testing.T) {
 		}
 		w.set(func(f *faults) { f.down = false })
 		w.notSettled(old, cache.ReconnectGrace-10*time.Second, "since the server is back: workloads may be on their way")
-		// One that came in time, and is being attested, counts until it has its answer.
+		// A workload that reconnects in time counts until it has its answer.
 		w.attesting.Store(int64(30 * time.Second))
 		s := p.open()
 		defer s.close()
@@ -68,10 +68,10 @@ func TestSettledWaitsForUnknownWorkloads(t *testing.T) {
 	})
 }
 
-// An agent whose identity was moved aside was restarted all the same.
+// Moving the identity file aside does not make a restart a first start.
 func TestSettledWaitsAfterARestartWithoutAnIdentity(t *testing.T) {
 	inWorld(t, 2, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
-		w.fill(2)
+		w.waitHeld(2)
 		p, old := w.taintedWhileAway()
 		defer p.kill()
 		w.check(os.WriteFile(filepath.Join(w.cfg.DataDir, "identity.json"), []byte("{"), 0o600))
@@ -79,13 +79,12 @@ func TestSettledWaitsAfterARestartWithoutAnIdentity(t *testing.T) {
 		w.check(err)
 		w.cfg.JoinToken, w.cfg.TrustBundle = token.Value, w.trust()
 		w.startAgent()
-		w.notSettled(old, cache.ReconnectGrace, "with an identity that had to be attested anew")
+		w.notSettled(old, cache.ReconnectGrace, "after a re-attestation")
 		w.until("settled", time.Minute, func() bool { return settled(w.authority(old)) })
 	})
 }
 
-// An agent SVID may come back from an attestation that is on its way signed by a key
-// that was tainted meanwhile.
+// An attestation in flight may return an agent SVID of a key that was tainted meanwhile.
 func TestSettledWaitsForAnAttestation(t *testing.T) {
 	dir, err := os.MkdirTemp("", "renewd-token")
 	if err != nil {
@@ -98,8 +97,8 @@ func TestSettledWaitsForAnAttestation(t *testing.T) {
 		w.cfg.JoinToken, w.cfg.JoinTokenFile = "", token
 	}, func(w *world) {
 		defer os.RemoveAll(dir)
-		w.fill(1)
-		w.activate() // the agent SVID is of the one before
+		w.waitHeld(1)
+		w.activate() // the keyset before has signed the agent SVID
 		k := w.server.Keysets().Active()
 		fresh, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
 		w.check(err)
@@ -107,16 +106,16 @@ func TestSettledWaitsForAnAttestation(t *testing.T) {
 		before := w.agent.State().OwnID
 		w.check(w.server.EvictAgent(w.t.Context(), spiffeid.RequireFromString(before), true))
 		w.set(func(f *faults) { f.answer = 50 * time.Second })
-		time.Sleep(15 * time.Second) // it has noticed, and attests
+		time.Sleep(15 * time.Second) // the attestation has begun
 		w.activate()
 		w.check(w.server.Keysets().Taint(w.t.Context(), k.ID))
-		w.begins(k)
+		w.waveBegins(k)
 		w.until("the agent SVID arrives", time.Minute, func() bool {
 			if w.agent.State().OwnID != before {
 				return true
 			}
 			if a := w.authority(k); settled(a) {
-				w.t.Fatalf("settled while an attestation is on its way: %+v", a)
+				w.t.Fatalf("settled while an attestation is in flight: %+v", a)
 			}
 			return false
 		})
@@ -125,31 +124,31 @@ func TestSettledWaitsForAnAttestation(t *testing.T) {
 	})
 }
 
-// An agent SVID on disk that could not be replaced counts by its authority: not
-// against others, and not once it has ended.
+// An agent SVID on disk that could not be replaced counts for its authority, until it has
+// expired.
 func TestStoredAgentSVIDCountsByItsAuthority(t *testing.T) {
 	inWorld(t, 1, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
-		w.fill(1)
+		w.waitHeld(1)
 		first := w.activate()
 		w.fillDisk()
 		w.check(w.server.Keysets().Taint(w.t.Context(), first.ID))
-		w.begins(first)
+		w.waveBegins(first)
 		time.Sleep(20 * time.Second)
 		w.notSettled(first, time.Minute, "with an agent SVID of it on disk")
 		second := w.activate()
 		w.check(w.server.Keysets().Taint(w.t.Context(), second.ID))
-		w.begins(second)
+		w.waveBegins(second)
 		w.notSettled(first, time.Minute, "with an agent SVID of it on disk")
 		w.freeDisk()
 		w.until("settled", 2*time.Minute, func() bool { return settled(w.authority(first)) && settled(w.authority(second)) })
 	})
 }
 
-// A workload's SVID in runtime_dir that could neither be replaced nor removed may be
-// found by a restart.
+// A restart may find a workload's SVID in runtime_dir that could neither be replaced nor
+// removed.
 func TestSettledWaitsForRuntimeDir(t *testing.T) {
-	keeping(t, 1, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
-		w.fill(1)
+	inWorldWithRuntimeDir(t, 1, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
+		w.waitHeld(1)
 		w.hideRuntimeDir()
 		old, _ := w.rotate()
 		w.until("SVID replaced", time.Minute, func() bool { return w.authority(old).Held == 0 })
@@ -159,10 +158,10 @@ func TestSettledWaitsForRuntimeDir(t *testing.T) {
 	})
 }
 
-// A workload whose entry is never signed has nothing, so it does not count for ever.
-func TestUnsignedEntryDoesNotKeepFromSettled(t *testing.T) {
+// A workload whose entry is never signed has no SVID, so it does not count forever.
+func TestUnsignedEntryDoesNotPreventSettled(t *testing.T) {
 	inWorld(t, 2, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
-		w.fill(2)
+		w.waitHeld(2)
 		w.set(func(f *faults) {
 			f.garble = func(req *svidpb.BatchNewX509SVIDRequest, res *svidpb.BatchNewX509SVIDResponse) *svidpb.BatchNewX509SVIDResponse {
 				for i, p := range req.Params {
@@ -174,7 +173,7 @@ func TestUnsignedEntryDoesNotKeepFromSettled(t *testing.T) {
 				return res
 			}
 		})
-		w.enter(entriesFor(3))
+		w.setEntries(entriesFor(3))
 		time.Sleep(10 * time.Second)
 		s := w.open(2)
 		defer s.close()
@@ -189,8 +188,8 @@ func TestUnsignedEntryDoesNotKeepFromSettled(t *testing.T) {
 	})
 }
 
-// However long the agent was away, the reference client has its replacement before
-// the agent says settled.
+// However long the agent was stopped, the reference client has its replacement before the
+// authority is settled.
 func TestSettledWaitsForTheReferenceClient(t *testing.T) {
 	t.Run("away", func(t *testing.T) {
 		for _, away := range []time.Duration{20 * time.Second, 70 * time.Second, 3 * time.Minute, 7 * time.Minute, 13*time.Minute + 7*time.Second} {
@@ -201,7 +200,7 @@ func TestSettledWaitsForTheReferenceClient(t *testing.T) {
 
 func referenceClient(t *testing.T, away time.Duration) {
 	inWorld(t, 2, func(w *world) { w.cfg.TaintDelay = 0 }, func(w *world) {
-		w.fill(2)
+		w.waitHeld(2)
 		p := w.begin("1")
 		ctx, cancel := context.WithCancel(context.Background())
 		client, err := workloadapi.New(ctx, workloadapi.WithAddr("tcp://127.0.0.1:1"), workloadapi.WithDialOptions(
@@ -212,17 +211,17 @@ func referenceClient(t *testing.T, away time.Duration) {
 				return lis.dial(ctx, p)
 			})))
 		w.check(err)
-		told := &lastAuthority{}
+		last := &lastAuthority{}
 		done := make(chan error, 1)
-		go func() { done <- client.WatchX509Context(ctx, told) }()
-		w.until("told", time.Minute, func() bool { return told.get() != "" })
+		go func() { done <- client.WatchX509Context(ctx, last) }()
+		w.until("answered", time.Minute, func() bool { return last.get() != "" })
 		old := w.activate()
 		w.stopAgent()
 		w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
 		time.Sleep(away)
 		w.startAgent()
 		w.until("settled", 5*time.Minute, func() bool { return settled(w.authority(old)) })
-		if told.get() == old.X509AuthorityID {
+		if last.get() == old.X509AuthorityID {
 			w.t.Error("settled, and the client does not have its replacement")
 		}
 		cancel()
@@ -231,7 +230,7 @@ func referenceClient(t *testing.T, away time.Duration) {
 	})
 }
 
-// lastAuthority is the authority of what a client of go-spiffe was told last.
+// lastAuthority is the authority of the last SVID that a go-spiffe client received.
 type lastAuthority struct {
 	mu sync.Mutex
 	id string

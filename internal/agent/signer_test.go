@@ -19,8 +19,8 @@ import (
 	"github.com/renewd/renewd/internal/agent/node"
 )
 
-// An agent SVID counts for the authority in which its chain ends, as a workload's
-// does, also where no key identifier leads there: some roots have none.
+// An agent SVID counts for the authority in which its chain ends, as a workload's does,
+// also when the root has no key identifier.
 func TestSignerWithoutKeyIdentifier(t *testing.T) {
 	t.Parallel()
 	domain := spiffeid.RequireTrustDomainFromString("example.org")
@@ -51,7 +51,7 @@ func TestSignerWithoutKeyIdentifier(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// crypto/x509 adds a key identifier to what its IsCA marks.
+	// crypto/x509 adds a key identifier to templates with IsCA.
 	name := pkix.Name{CommonName: "root"}
 	root, rootKey := create(&x509.Certificate{Subject: name, KeyUsage: x509.KeyUsageCertSign,
 		ExtraExtensions: []pkix.Extension{{Id: asn1.ObjectIdentifier{2, 5, 29, 19}, Critical: true, Value: isCA}}}, &x509.Certificate{Subject: name}, nil)

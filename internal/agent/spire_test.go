@@ -116,7 +116,7 @@ plugins {
 	return s
 }
 
-// trust is the server's bundle, as an operator would hand it to an agent.
+// trust returns the server's bundle, as an operator configures it.
 func (s *spire) trust() *bundle.Bundle {
 	s.t.Helper()
 	b, err := bundlepb.NewBundleClient(s.conn).GetBundle(s.t.Context(), &bundlepb.GetBundleRequest{})
@@ -138,8 +138,8 @@ func (s *spire) trust() *bundle.Bundle {
 	return out
 }
 
-// populate makes a join token with n entries for its agent, of which the first
-// two are for processes of this user.
+// populate creates a join token and n entries for its agent. The first two are for
+// processes of this user.
 func (s *spire) populate(n int) (token string) {
 	s.t.Helper()
 	jt, err := agentpb.NewAgentClient(s.conn).CreateJoinToken(s.t.Context(), &agentpb.CreateJoinTokenRequest{Ttl: 600})
@@ -216,7 +216,7 @@ func (s *spire) revoke(x509ID, jwtID string) {
 	}
 }
 
-// traffic makes mTLS connections all the time with the stock client's source.
+// traffic makes mTLS connections continuously with the stock client's source.
 type traffic struct {
 	handshakes, failures atomic.Int64
 	firstFailure         atomic.Pointer[error]
@@ -266,7 +266,7 @@ func ping(ctx context.Context, d *tls.Dialer, address string) error {
 	return err
 }
 
-// waitFor asks until ok or fails the test after limit of real time.
+// waitFor polls until ok, or fails the test after limit of real time.
 func waitFor(t *testing.T, what string, limit time.Duration, ok func() bool) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
@@ -377,16 +377,16 @@ func TestRotationUnderSPIRE(t *testing.T) {
 	})
 	jwtNew, err := workloadapi.FetchJWTSVID(ctx, jwtsvid.Params{Audience: "api"}, socket)
 	if err != nil || jwtNew.Marshal() == jwtBefore.Marshal() {
-		t.Errorf("the JWT-SVID of a revoked key is still handed out (%v)", err)
+		t.Errorf("the JWT-SVID of a revoked key is still served (%v)", err)
 	}
 
-	// A restart needs no token: the one given is spent.
+	// A restart needs no new token.
 	stopOnce()
 	restarted := time.Now()
 	_, stop = start()
 	defer stop()
-	// A new client for each try, because one that found no socket pauses for
-	// seconds before it looks again.
+	// A new client for each attempt, because one that found no socket pauses for
+	// seconds before it retries.
 	waitFor(t, "SVIDs after a restart without a token", 30*time.Second, func() bool {
 		_, err := workloadapi.FetchX509SVID(ctx, socket)
 		return err == nil

@@ -16,15 +16,15 @@ import (
 	"github.com/renewd/renewd/renew/wave"
 )
 
-// overdue is how far past its half-life an SVID counts as expiring.
-const overdue = time.Minute
+// expiryGrace is how long after half of its lifetime an SVID counts as expiring.
+const expiryGrace = time.Minute
 
-// State is what the agent knows at this moment: what metrics export and the
-// demo shows. It may be called at any time, from any goroutine.
+// State returns the agent's state for the metrics and the demo. It is safe for
+// concurrent use.
 //
-// The order of reads makes "settled" safe: first the calls in flight, then the
-// agent SVID, then the cache, then the files. Whatever moves meanwhile moves from the
-// one to the other and is seen in at least one of them.
+// The order of reads makes Settled safe: first the calls in flight, then the agent SVID,
+// then the cache, then the files. An SVID moves in the same order, so State sees it in
+// at least one of them.
 func (a *Agent) State() metrics.State {
 	snapshot := a.cache.Bundle()
 	inFlight := make(map[string]int)
@@ -35,11 +35,11 @@ func (a *Agent) State() metrics.State {
 			}
 		}
 	}
-	attesting := a.node.Signing()
-	own := a.own.Held()
+	attesting := a.node.Attesting()
+	agentSVID := a.agentSVID.Held()
 	usages := a.cache.Authorities()
 	unanswered := a.cache.Unanswered()
-	_, _, late := a.cache.Counts(overdue)
+	_, _, late := a.cache.Counts(expiryGrace)
 
 	s := metrics.State{
 		Expiring:  map[string]int{metrics.TypeX509: late},
@@ -58,8 +58,8 @@ func (a *Agent) State() metrics.State {
 	for _, file := range node.Files {
 		s.Unsaved[file] = unsaved[file] != nil
 	}
-	if own != nil {
-		s.OwnID, s.OwnExpiry = own.ID.String(), own.NotAfter
+	if agentSVID != nil {
+		s.OwnID, s.OwnExpiry = agentSVID.ID.String(), agentSVID.NotAfter
 	}
 	if snapshot == nil {
 		return s
@@ -67,7 +67,7 @@ func (a *Agent) State() metrics.State {
 	if at := a.applied.Load(); at != nil {
 		s.BundleApplied, s.BundleSequence = *at, snapshot.Own.Sequence()
 	}
-	s.LeftOut = leftOut(snapshot)
+	s.LeftOut = countLeftOut(snapshot)
 	newest, now := a.cache.Newest(), a.cfg.Now()
 	for _, u := range usages {
 		s.Authorities = append(s.Authorities, metrics.Authority{
@@ -84,17 +84,17 @@ func (a *Agent) State() metrics.State {
 			auth.State = authorityState(trust, auth.ID == newest.X509, false)
 			continue
 		}
-		// Everything held of such an authority is due, and so is an answer that
-		// the server may have signed before it knew.
+		// Every SVID held of such an authority is due, and an attestation in flight
+		// may return one more.
 		auth.Pending = auth.Held + inFlight[auth.ID] + attesting
-		// A workload that has come back and was not answered yet has what a stream
-		// of the process before sent it.
+		// A workload that has reconnected, and was not answered yet, still uses the
+		// SVIDs from before the restart.
 		auth.Streams += unanswered
-		if own != nil && own.Authority == auth.ID && own.NotAfter.After(now) {
+		if agentSVID != nil && agentSVID.Authority == auth.ID && agentSVID.NotAfter.After(now) {
 			auth.Pending++
 		}
-		// What is kept for a restart could be held again after it.
-		kept := a.own.stored(auth.ID) || a.keeper != nil && a.keeper.Holds(auth.ID, now)
+		// A restarted agent would hold the SVIDs that are stored.
+		kept := a.agentSVID.onDisk(auth.ID) || a.svidStore != nil && a.svidStore.Holds(auth.ID, now)
 		settled := auth.Held == 0 && auth.Pending == 0 && auth.Streams == 0 && a.cache.Ready() && !kept && !a.cache.Returning()
 		auth.State = authorityState(trust, false, settled)
 	}
@@ -130,8 +130,8 @@ func authorityState(trust bundle.State, newest, settled bool) metrics.AuthorityS
 	return metrics.StatePrepared
 }
 
-// leftOut counts what of a snapshot's bundles cannot be used.
-func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
+// countLeftOut counts the unusable authorities of a snapshot's bundles.
+func countLeftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
 	var out []metrics.LeftOut
 	count := func(which string, bundles ...*bundle.Bundle) {
 		n := make(map[string]int)
@@ -149,9 +149,10 @@ func leftOut(snapshot *bundle.Snapshot) []metrics.LeftOut {
 	return out
 }
 
-// release gives the workloads of the process before time to come back, from when
-// the agent can answer all of them. Until then it is not known what they use.
-func (a *Agent) release(ctx context.Context) {
+// releaseReturning waits [cache.ReconnectGrace] for the workloads of the last run to
+// reconnect, from when the agent can answer them. Until then it is not known which SVIDs
+// they use.
+func (a *Agent) releaseReturning(ctx context.Context) {
 	watch := a.cache.Watch()
 	defer watch.Close()
 	for !a.cache.Ready() {
@@ -168,10 +169,10 @@ func (a *Agent) release(ctx context.Context) {
 	}
 }
 
-// sweepInterval is how soon a workload that has ended counts no longer.
+// sweepInterval is how often ended workloads are detected.
 const sweepInterval = 5 * time.Second
 
-// sweep notes which workloads have ended or are stopped, until ctx is done.
+// sweep checks which workloads have ended or are stopped, until ctx is done.
 func (a *Agent) sweep(ctx context.Context) {
 	tick := time.NewTicker(sweepInterval)
 	defer tick.Stop()
@@ -185,7 +186,7 @@ func (a *Agent) sweep(ctx context.Context) {
 	}
 }
 
-// authority finds the authority in s or adds it.
+// authority returns the authority in s, and adds it first if it is missing.
 func authority(s *metrics.State, typ, id string) *metrics.Authority {
 	i := slices.IndexFunc(s.Authorities, func(a metrics.Authority) bool { return a.Type == typ && a.ID == id })
 	if i < 0 {
@@ -195,14 +196,15 @@ func authority(s *metrics.State, typ, id string) *metrics.Authority {
 	return &s.Authorities[i]
 }
 
-// Bundle is the snapshot in force, nil before the first.
+// Bundle returns the snapshot in force, nil before there is one.
 func (a *Agent) Bundle() *bundle.Snapshot { return a.cache.Bundle() }
 
-// TaintDelay is how long this node waits after it has seen the authority's
-// taint mark before it renews anything because of it.
+// TaintDelay returns this node's delay between the authority's taint and the first
+// renewal because of it.
 func (a *Agent) TaintDelay(authorityID string) time.Duration {
 	return wave.Delay(a.seed, authorityID, a.cfg.TaintDelay)
 }
 
-// Metrics are the agent's metrics, for a process that serves them itself.
+// Metrics returns the registry of the agent's metrics, for a process that serves them
+// itself.
 func (a *Agent) Metrics() *prometheus.Registry { return a.metrics.Registry() }

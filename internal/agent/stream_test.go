@@ -14,8 +14,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// stream is a workload with an open FetchX509SVID stream. It checks what it is
-// told as it comes.
+// stream is a workload with an open FetchX509SVID stream. It checks each update.
 type stream struct {
 	w      *world
 	values []string // of its selectors
@@ -32,8 +31,8 @@ type stream struct {
 type update struct {
 	at          time.Time
 	authorities []string             // that signed its SVIDs
-	ends        map[string]time.Time // when the last SVID of each of them ends
-	expiry      time.Time            // of the first to end
+	ends        map[string]time.Time // when the last SVID of each of them expires
+	expiry      time.Time            // of the first to expire
 	identities  int
 	ids         []string // SPIFFE IDs
 	names       []string // DNS names of the first identity
@@ -44,7 +43,7 @@ func (w *world) open(selectors ...int) *stream { return w.openAs(testValues(sele
 // openAs is open with other selectors of the type test.
 func (w *world) openAs(values ...string) *stream { return w.begin(values...).open() }
 
-// open has the process open a stream on a connection of its own.
+// open opens a stream of the process on a new connection.
 func (p *process) open() *stream {
 	w := p.w
 	s := &stream{w: w, values: p.values, conn: p.connect(), done: make(chan struct{})}
@@ -66,8 +65,8 @@ func (p *process) open() *stream {
 			s.updates = append(s.updates, u)
 			s.mu.Unlock()
 			for _, id := range u.ids {
-				if !w.gives(id, p.values, func(spireapi.StoredEntry) bool { return true }) {
-					w.t.Errorf("a workload with %q was shown %s, which no entry has ever given it", p.values, id)
+				if !w.assigns(id, p.values, func(spireapi.StoredEntry) bool { return true }) {
+					w.t.Errorf("a workload with %q was shown %s, which no entry has ever assigned to it", p.values, id)
 				}
 			}
 		}
@@ -75,17 +74,17 @@ func (p *process) open() *stream {
 	return s
 }
 
-// read checks a message as a careful client would: every SVID valid now and
-// verified by the bundle beside it, by a clock that is right.
+// read checks a message as a careful client does: every SVID is valid now, by a correct
+// clock, and verifies with the bundle in the same message.
 func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 	u := update{at: time.Now(), identities: len(res.Svids), ends: make(map[string]time.Time)}
 	if len(res.Svids) == 0 {
-		w.t.Error("a stream was sent an answer without SVIDs")
+		w.t.Error("a stream got an answer without SVIDs")
 	}
 	for i, s := range res.Svids {
 		u.ids = append(u.ids, s.SpiffeId)
 		if i >= 3 && i < len(res.Svids)-3 {
-			// Of a large set the ends are checked: each costs a millisecond.
+			// Check the first and last of a large set: each takes a millisecond.
 			continue
 		}
 		chain, err := x509.ParseCertificates(s.X509Svid)
@@ -146,16 +145,16 @@ func (s *stream) close() {
 	s.conn.Close()
 }
 
-// leave ends the stream from the client's side. The process goes on with what it has.
+// leave ends the stream from the client's side. The process keeps its SVIDs.
 func (s *stream) leave() {
 	s.cancel()
 	<-s.done
 	s.conn.leave()
 }
 
-// unbroken fails the test unless the stream is open and, from its first
-// message until now, was never left with an SVID that had ended.
-func (s *stream) unbroken() {
+// checkUnbroken fails the test unless the stream is open and has had valid SVIDs since its
+// first message.
+func (s *stream) checkUnbroken() {
 	s.w.t.Helper()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -164,7 +163,7 @@ func (s *stream) unbroken() {
 		return
 	}
 	if len(s.updates) == 0 {
-		s.w.t.Error("a stream was told nothing")
+		s.w.t.Error("a stream got no answer")
 		return
 	}
 	for i, u := range s.updates {
@@ -173,7 +172,7 @@ func (s *stream) unbroken() {
 			until = s.updates[i+1].at
 		}
 		if until.After(u.expiry) {
-			s.w.t.Errorf("a stream stood without a valid SVID for %v", until.Sub(u.expiry))
+			s.w.t.Errorf("a stream had no valid SVID for %v", until.Sub(u.expiry))
 		}
 	}
 }

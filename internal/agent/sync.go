@@ -10,17 +10,17 @@ import (
 )
 
 const (
-	// attestGrace is how long after an attestation the server may not know yet
-	// which entries the node is authorized for: see longRemovalDelay.
+	// attestGrace is how long after an attestation the server's list of entries may
+	// be incomplete: see longRemovalDelay.
 	attestGrace = 3 * time.Minute
-	// learnTime is how long it usually takes: SPIRE rebuilds its lists every 5 s.
-	// Meanwhile an incomplete list is asked for again after learnInterval.
-	learnTime     = 10 * time.Second
-	learnInterval = 500 * time.Millisecond
+	// entryLag is how long it usually is incomplete: SPIRE rebuilds its lists every
+	// 5 s. In that time an incomplete list is fetched every entryLagInterval.
+	entryLag         = 10 * time.Second
+	entryLagInterval = 500 * time.Millisecond
 )
 
-// syncEntries keeps the cache's entries equal to the server's until ctx is
-// done. It returns an error only when the server has banned the node.
+// syncEntries keeps the cache's entries equal to the server's until ctx is done. It
+// returns an error only when the server has banned the node.
 func (a *Agent) syncEntries(ctx context.Context) error {
 	list := newRoster(a.cfg.EntryRemovalDelay, a.cfg.RefreshInterval, a.cache.Entries())
 	failing := false
@@ -31,7 +31,7 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 			return nil
 		}
 		a.metrics.Synced(time.Since(began), err)
-		a.syncs.note(err)
+		a.entrySyncs.record(err)
 		pause := bundle.Jitter(a.cfg.RefreshInterval)
 		switch {
 		case errors.Is(err, upstream.ErrBanned):
@@ -45,12 +45,12 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 		default:
 			if failing {
 				failing = false
-				a.log.Info("entry sync works again")
+				a.log.Info("entry sync recovered")
 			}
 			attested := time.Since(a.client.Attested())
-			a.follow(list, answer, attested < attestGrace)
-			if attested < learnTime && (!list.known || len(list.missing) > 0) {
-				pause = learnInterval
+			a.applyAnswer(list, answer, attested < attestGrace)
+			if attested < entryLag && (!list.known || len(list.missing) > 0) {
+				pause = entryLagInterval
 			}
 		}
 		select {
@@ -61,11 +61,11 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 	}
 }
 
-// follow makes the cache follow one answer, and says when something begins to be
-// missing from the answers, and when that is over.
-func (a *Agent) follow(list *roster, answer upstream.EntryChanges, fresh bool) {
+// applyAnswer updates the cache from one answer, and logs when entries begin to be
+// missing from the answers and when none is.
+func (a *Agent) applyAnswer(list *roster, answer upstream.EntryChanges, recentlyAttested bool) {
 	missing, massive := len(list.missing), list.drop.massive
-	v := list.take(answer, fresh, time.Now())
+	v := list.apply(answer, recentlyAttested, time.Now())
 	if list.known && (len(v.upsert)+len(v.gone) > 0 || !a.cache.Ready()) {
 		a.cache.Update(v.upsert, v.gone)
 		if a.cache.BundlesPending() {
@@ -83,6 +83,6 @@ func (a *Agent) follow(list *roster, answer upstream.EntryChanges, fresh bool) {
 		}
 		level("entries missing from the server's answer, still served", "missing", now, "older", v.older, "entries", len(list.entries))
 	case now == 0 && missing > 0:
-		a.log.Info("no entry missing any more", "returned", list.drop.returned, "removed", list.drop.removed)
+		a.log.Info("no entries missing", "returned", list.drop.returned, "removed", list.drop.removed)
 	}
 }

@@ -8,13 +8,12 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// An edit that changes nothing of an SVID has nothing minted, as the server counts
-// it: all entries are edited, and the streams get no answer. What is in the SVID is
-// minted at once.
+// All entries are edited. If an edit changes nothing in the SVID, the server signs nothing
+// and the streams get no answer; otherwise the agent mints at once.
 func TestDrillEditThatChangesNoSVID(t *testing.T) {
 	const entries = 30
 	inWorld(t, entries, nil, func(w *world) {
-		w.fill(entries)
+		w.waitHeld(entries)
 		s := w.open(0)
 		defer s.close()
 		w.until("first answer", time.Second, func() bool { _, ok := s.last(); return ok })
@@ -24,7 +23,7 @@ func TestDrillEditThatChangesNoSVID(t *testing.T) {
 			for i := range all {
 				change(&all[i])
 			}
-			w.enter(all)
+			w.setEntries(all)
 		}
 		for name, change := range map[string]func(*spireapi.Entry){
 			"hint":                  func(e *spireapi.Entry) { e.Hint = "h" },
@@ -50,14 +49,14 @@ func TestDrillEditThatChangesNoSVID(t *testing.T) {
 			n += len(m.entries)
 		}
 		if n != entries {
-			w.t.Errorf("%d minted after another lifetime, want %d", n, entries)
+			w.t.Errorf("%d minted after a change of the lifetime, want %d", n, entries)
 		}
-		s.unbroken()
+		s.checkUnbroken()
 	})
 }
 
-// Both attributes, by the server's count: an entry that is not to be prefetched is
-// minted when a stream opens, and each call gets a token of its own.
+// Both attributes: an entry with disabled prefetch is minted when a stream opens, and each
+// call gets another token.
 func TestDrillAttributes(t *testing.T) {
 	const entries = 5
 	inWorld(t, entries, func(w *world) {
@@ -66,10 +65,10 @@ func TestDrillAttributes(t *testing.T) {
 		_, err := w.server.UpsertEntry(w.t.Context(), e)
 		w.check(err)
 	}, func(w *world) {
-		w.fill(entries - 1)
+		w.waitHeld(entries - 1)
 		for _, m := range w.mintsSince(time.Time{}) {
 			if slices.Contains(m.entries, entryID(0)) {
-				w.t.Error("minted before anybody asked")
+				w.t.Error("minted without a stream")
 			}
 		}
 		first, err := w.fetchJWT(0)
@@ -77,7 +76,7 @@ func TestDrillAttributes(t *testing.T) {
 		second, err := w.fetchJWT(0)
 		w.check(err)
 		if first == second {
-			w.t.Error("two calls have one token")
+			w.t.Error("two calls got the same token")
 		}
 		at := time.Now()
 		s := w.open(0)

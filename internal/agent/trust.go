@@ -11,25 +11,25 @@ import (
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
-// adoption remembers which authorities of trust_bundle_file are no news: those that
-// the trust began with, and those that were in the bundle in force while the file
-// had them, or later. Whether such an authority is trusted is for the server to say,
-// and one that it has removed does not come back with the file. Any other is the
-// operator's word. It counts when the server cannot be verified otherwise, as after
-// the loss of all its keys.
-type adoption struct {
+// operatorTrust tracks which authorities of trust_bundle_file the agent has adopted:
+// those of its first trust, and those that were in the file and in the bundle in force
+// at the same time, or in the bundle first. The server decides whether an adopted
+// authority is trusted, and one that it has removed does not return with the file. Any
+// other authority in the file is new. It is trusted when the server cannot be verified
+// otherwise, as after the loss of all its keys.
+type operatorTrust struct {
 	mu      sync.Mutex
-	adopted []string // fingerprints; nil: not known, the next file that is read says them
-	// removed are those that have left the bundle in force since the file was
-	// compared with it.
+	adopted []string // fingerprints; nil: not known, the next file read defines them
+	// removed has the authorities that have left the bundle in force since the last
+	// comparison with the file.
 	removed  []string
-	compare  chan struct{} // wakes followTrust
-	verified []string      // what the log has said that the server was verified with
-	trouble  string        // what was logged of a file that cannot be read
+	changed  chan struct{} // wakes compareTrust
+	verified []string      // IDs in the last log line about the verified server
+	fileErr  string        // last logged error of the file
 }
 
-// fingerprints names X.509 authorities by their certificates: one that is signed
-// anew for the key of another is another.
+// fingerprints returns the hashes of the X.509 authorities' certificates. Two
+// certificates for one key have different fingerprints.
 func fingerprints(b *bundle.Bundle) []string {
 	out := []string{}
 	if b == nil {
@@ -42,46 +42,47 @@ func fingerprints(b *bundle.Bundle) []string {
 	return out
 }
 
-// given is what the operator says to trust the server by; nil for an insecure
+// configuredTrust returns the bundle that the operator configures, nil for an insecure
 // bootstrap.
-func (a *Agent) given() (*bundle.Bundle, error) {
+func (a *Agent) configuredTrust() (*bundle.Bundle, error) {
 	if a.cfg.TrustBundleFile == "" {
 		return a.cfg.TrustBundle, nil
 	}
 	return upstream.LoadTrustBundle(a.cfg.TrustBundleFile, a.cfg.TrustDomain)
 }
 
-// trustBegins says that the server is trusted by what the operator gives.
-func (a *Agent) trustBegins(given *bundle.Bundle) {
-	a.adoption.adopted = fingerprints(given)
+// beginTrust adopts the authorities that the operator configures. Only New calls it.
+func (a *Agent) beginTrust(given *bundle.Bundle) {
+	a.operatorTrust.adopted = fingerprints(given)
 	if given != nil {
 		bundle.LogLeftOut(a.log, a.cfg.TrustDomain, nil, given.LeftOut())
 	}
 }
 
-// trustGoesOn says that the server is trusted by the bundle kept. Where it is not
-// known what that began with, it is taken to be what the operator gives now.
-func (a *Agent) trustGoesOn(kept *bundle.Bundle, adopted []string) {
-	a.adoption.adopted = adopted
-	given, err := a.given()
+// resumeTrust continues with the stored bundle and the authorities adopted with it. If
+// those are not known, it adopts the ones that the operator configures now.
+func (a *Agent) resumeTrust(stored *bundle.Bundle, adopted []string) {
+	a.operatorTrust.adopted = adopted
+	given, err := a.configuredTrust()
 	if err != nil {
-		return // it is not needed now
+		return // the file is not needed now
 	}
-	a.compareTrust(given)
+	a.compareTrustLocked(given) // not shared yet
 	if adopted == nil {
-		a.store.SaveBundle(kept, a.adoption.adopted)
+		a.store.SaveBundle(stored, a.operatorTrust.adopted)
 	}
 }
 
-// operator is the Operator of the connection to the server.
-func (a *Agent) operator() (trust *bundle.Bundle, verified func()) {
-	given, err := a.given()
-	s := &a.adoption
+// newOperatorTrust is the OperatorTrust of the upstream client: it returns the
+// authorities of trust_bundle_file that are new.
+func (a *Agent) newOperatorTrust() (trust *bundle.Bundle, verified func()) {
+	given, err := a.configuredTrust()
+	s := &a.operatorTrust
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
-		if text := err.Error(); text != s.trouble {
-			s.trouble = text
+		if text := err.Error(); text != s.fileErr {
+			s.fileErr = text
 			a.log.Warn("trust_bundle_file not loaded", "error", err)
 		}
 		return nil, nil
@@ -89,17 +90,17 @@ func (a *Agent) operator() (trust *bundle.Bundle, verified func()) {
 	if given == nil {
 		return nil, nil
 	}
-	a.compareTrust(given)
-	var news bundle.Content
+	a.compareTrustLocked(given)
+	var content bundle.Content
 	var ids []string
 	for i, f := range fingerprints(given) {
 		if x := given.X509()[i]; !slices.Contains(s.adopted, f) {
-			news.X509, ids = append(news.X509, x), append(ids, x.ID)
+			content.X509, ids = append(content.X509, x), append(ids, x.ID)
 		}
 	}
-	trust, err = bundle.New(a.cfg.TrustDomain, news)
+	trust, err = bundle.New(a.cfg.TrustDomain, content)
 	if err != nil {
-		return nil, nil // there is none
+		return nil, nil // no new authority
 	}
 	return trust, func() {
 		s.mu.Lock()
@@ -108,15 +109,15 @@ func (a *Agent) operator() (trust *bundle.Bundle, verified func()) {
 			return
 		}
 		s.verified = ids
-		a.log.Warn("server verified with the changed trust_bundle_file, the bundle in force does not have its authority", "authorities", ids)
+		a.log.Warn("server verified with the changed trust_bundle_file, the bundle in force lacks its authority", "authority_ids", ids)
 		bundle.LogLeftOut(a.log, a.cfg.TrustDomain, nil, given.LeftOut())
 	}
 }
 
-// compareTrust finds out which authorities of what the operator gives are no news. It
-// is for the holder of adoption.mu.
-func (a *Agent) compareTrust(given *bundle.Bundle) {
-	s := &a.adoption
+// compareTrustLocked updates the adopted authorities from the file's and the bundle in
+// force. It needs operatorTrust.mu.
+func (a *Agent) compareTrustLocked(given *bundle.Bundle) {
+	s := &a.operatorTrust
 	known := slices.Concat(s.adopted, s.removed, fingerprints(a.trust()))
 	s.removed = nil
 	now := fingerprints(given)
@@ -127,46 +128,46 @@ func (a *Agent) compareTrust(given *bundle.Bundle) {
 		return
 	}
 	s.adopted = now
-	if a.applied.Load() != nil { // else with the first bundle
+	if a.applied.Load() != nil { // otherwise saved with the first bundle
 		a.store.SaveBundle(a.trust(), now)
 	}
 }
 
-// keepOwn keeps the own bundle that has come into force in place of prev, and has
-// the operator's file be compared with the two.
-func (a *Agent) keepOwn(prev, own *bundle.Bundle) {
-	s := &a.adoption
+// saveBundle stores the bundle that has replaced prev, and wakes compareTrust.
+func (a *Agent) saveBundle(prev, current *bundle.Bundle) {
+	s := &a.operatorTrust
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	in := fingerprints(own)
+	now := fingerprints(current)
 	for _, f := range fingerprints(prev) {
-		if !slices.Contains(in, f) {
+		if !slices.Contains(now, f) {
 			s.removed = append(s.removed, f)
 		}
 	}
-	a.store.SaveBundle(own, s.adopted)
+	a.store.SaveBundle(current, s.adopted)
 	select {
-	case s.compare <- struct{}{}:
+	case s.changed <- struct{}{}:
 	default:
 	}
 }
 
-// followTrust compares the operator's file with the bundle in force, whenever that
-// has changed, until ctx is done. Nothing else waits for the disk that the file is on.
-func (a *Agent) followTrust(ctx context.Context) {
-	s := &a.adoption
+// compareTrust compares the operator's file with the bundle in force after each change
+// of the bundle, until ctx is done. It has its own goroutine, because reading the file
+// may block.
+func (a *Agent) compareTrust(ctx context.Context) {
+	s := &a.operatorTrust
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case <-s.compare:
+		case <-s.changed:
 		}
-		given, err := a.given()
+		given, err := a.configuredTrust()
 		if err != nil {
-			continue // with the next change
+			continue // until the next change
 		}
 		s.mu.Lock()
-		a.compareTrust(given)
+		a.compareTrustLocked(given)
 		s.mu.Unlock()
 	}
 }

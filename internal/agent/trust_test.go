@@ -17,8 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// withTrustFile has the agent get what it is given first, bundle and join token, from
-// files.
+// withTrustFile runs f in a world whose agent reads its bundle and join token from files.
 func withTrustFile(t *testing.T, n int, f func(*world)) {
 	dir := t.TempDir()
 	inWorld(t, n, func(w *world) {
@@ -30,7 +29,7 @@ func withTrustFile(t *testing.T, n int, f func(*world)) {
 	}, f)
 }
 
-// writeTrust replaces the operator's file as a configuration management does.
+// writeTrust replaces the operator's file as configuration management does.
 func (w *world) writeTrust(pems ...[]byte) {
 	temp := w.cfg.TrustBundleFile + ".new"
 	w.check(os.WriteFile(temp, slices.Concat(pems...), 0o600))
@@ -43,8 +42,8 @@ func (w *world) writeToken() {
 	w.check(os.WriteFile(w.cfg.JoinTokenFile, []byte(token.Value), 0o600))
 }
 
-// newServer puts a server in the place of the one that runs: it has the same entries
-// and nothing else of it, unless it gets the keysets of one.
+// newServer replaces the server by one with the same entries and new keysets, or those of
+// keys.
 func (w *world) newServer(keys *keyset.Deployment, n int) {
 	w.stopServer()
 	if keys == nil {
@@ -60,11 +59,11 @@ func (w *world) newServer(keys *keyset.Deployment, n int) {
 		TrustDomain: td, Keysets: keys, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 	})
 	w.check(err)
-	w.enter(entriesFor(n))
+	w.setEntries(entriesFor(n))
 	w.startServer()
 }
 
-// stolenKeys is a copy of the keysets that the server has now.
+// stolenKeys returns a copy of the keysets that the server has now.
 func (w *world) stolenKeys() *keyset.Deployment {
 	doc, err := w.storage.Load(w.t.Context())
 	w.check(err)
@@ -76,13 +75,13 @@ func (w *world) stolenKeys() *keyset.Deployment {
 	return keys
 }
 
-// renewedBy reports whether all that is held is signed by the server that runs.
+// renewedBy reports whether the active keyset has signed all n SVIDs held.
 func (w *world) renewedBy(n int) bool { return w.authority(w.server.Keysets().Active()).Held == n }
 
-// A server that has lost all its keys comes back with others. The operator writes
-// its bundle into trust_bundle_file: the agent, running or not, takes the operator's
-// word when nothing else verifies the server. Until the server has answered, what
-// workloads are told stays as it was.
+// A server has lost all its keys and has new ones. The operator writes its bundle into
+// trust_bundle_file: the agent, running or restarted, trusts the file because the bundle in
+// force does not verify the server. Until the server has answered, workloads keep the
+// bundle from before.
 func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 	const running = -1
 	for name, stopped := range map[string]time.Duration{"running": running, "stopped": 0, "stopped until the agent SVID has ended": 30 * time.Hour} {
@@ -90,7 +89,7 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 			withTrustFile(t, 3, func(w *world) {
 				var log strings.Builder
 				w.unchecked = true
-				w.fill(3)
+				w.waitHeld(3)
 				w.stopAgent()
 				w.cfg.Log = syncedLog(&log)
 				w.startAgent()
@@ -99,7 +98,7 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 				w.newServer(nil, 3)
 				time.Sleep(10 * time.Minute)
 				if now := w.agent.Bundle().Own; now != before {
-					t.Fatalf("with the file of before, the bundle is %v", now.X509())
+					t.Fatalf("with the old file the bundle is %v", now.X509())
 				}
 				if stopped != running {
 					w.stopAgent()
@@ -113,11 +112,11 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 				w.until("all is signed by the new server", 3*time.Minute, func() bool { return w.renewedBy(3) })
 				w.stopAgent()
 				if n := strings.Count(log.String(), "server verified with the changed trust_bundle_file"); n != 1 {
-					t.Errorf("the log says %d times that the file counts", n)
+					t.Errorf("the use of the file is logged %d times", n)
 				}
 
-				// Its keys are replaced in turn: the file, which has been adopted, does not
-				// bring back what was removed.
+				// These keys are rotated, too. The file's authorities have been adopted, so
+				// a removed one does not return.
 				w.startAgent()
 				adopted := w.server.Keysets()
 				impostor := w.stolenKeys()
@@ -131,7 +130,7 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 				for range 2 {
 					time.Sleep(2 * time.Minute)
 					if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
-						t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+						t.Errorf("a server with a removed key is trusted: bundle %d instead of %d", now.Sequence(), in.Sequence())
 					}
 					w.stopAgent()
 					w.startAgent()
@@ -141,11 +140,11 @@ func TestDrillTrustBundleFileAfterTheLossOfAllKeys(t *testing.T) {
 	}
 }
 
-// After a taint at its root a nested SPIRE server publishes a JWT key twice for ever.
-// An agent below it renews what a later taint makes due.
-func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
+// After a taint at its root a nested SPIRE server publishes a JWT key twice. An agent below
+// it still renews SVIDs after a later taint.
+func TestDrillTaintBesideAKeyPublishedTwice(t *testing.T) {
 	inWorld(t, 20, nil, func(w *world) {
-		w.fill(20)
+		w.waitHeld(20)
 		s := w.open(1, 2)
 		defer s.close()
 		w.set(func(f *faults) {
@@ -159,9 +158,9 @@ func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
 		old, begins := w.rotate()
 		w.until("the taint wave is over", 3*time.Minute, func() bool { return settled(w.authority(old)) })
 		if time.Now().Before(begins) {
-			w.t.Error("nothing had to be renewed")
+			w.t.Error("no renewal was needed")
 		}
-		s.unbroken()
+		s.checkUnbroken()
 		for _, l := range w.agent.State().LeftOut {
 			if want := map[string]int{"own x509": 1, "own jwt": 1}[l.Bundle+" "+l.Type]; l.Count != want {
 				w.t.Errorf("left out %+v, want %d", l, want)
@@ -170,28 +169,27 @@ func TestDrillTaintBesideAKeyThatIsPublishedTwice(t *testing.T) {
 		time.Sleep(time.Minute)
 		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
 		time.Sleep(time.Minute)
-		s.unbroken()
+		s.checkUnbroken()
 	})
 }
 
-// holds fails the test when whoever runs now is taken for the server.
+// holds fails the test when the agent trusts the server that runs now.
 func (w *world) holds() {
 	w.t.Helper()
 	in := w.agent.Bundle().Own
 	for range 2 {
 		time.Sleep(3 * time.Minute)
 		if now := w.agent.Bundle().Own; now.Sequence() != in.Sequence() {
-			w.t.Errorf("who has a removed key is taken for the server: bundle %d in place of %d", now.Sequence(), in.Sequence())
+			w.t.Errorf("a server with a removed key is trusted: bundle %d instead of %d", now.Sequence(), in.Sequence())
 		}
 		w.stopAgent()
 		w.startAgent()
 	}
 }
 
-// An operator's file that was written anew in mid-rotation holds what the bundle in
-// force held, too: it says nothing new, and what the server removes afterwards does not
-// come back with it.
-func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
+// A file written in mid-rotation has the authorities of the bundle in force. They are not
+// new, and one that the server removes afterwards does not return with the file.
+func TestDrillTrustBundleFileWrittenInMidRotation(t *testing.T) {
 	for name, remove := range map[string]func(w *world, remove func()){
 		"running": func(_ *world, remove func()) { remove() },
 		"stopped": func(w *world, remove func()) {
@@ -200,7 +198,7 @@ func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
 			w.startAgent()
 		},
 		"file away for a while": func(w *world, remove func()) {
-			w.activate() // the bundle changes while the file is there
+			w.activate() // the bundle changes after the file was written
 			time.Sleep(time.Minute)
 			w.check(os.Rename(w.cfg.TrustBundleFile, w.cfg.TrustBundleFile+".away"))
 			remove()
@@ -214,7 +212,7 @@ func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			withTrustFile(t, 1, func(w *world) {
 				w.unchecked = true
-				w.fill(1)
+				w.waitHeld(1)
 				keys := w.server.Keysets()
 				w.activate()
 				stolen := w.stolenKeys() // of an authority that the first file did not have
@@ -238,12 +236,11 @@ func TestDrillTrustBundleFileOfMidRotation(t *testing.T) {
 	}
 }
 
-// A file that was old when the trust began with it has authorities that the server had
-// removed before.
-func TestDrillTrustBundleFileThatWasOldAtTheStart(t *testing.T) {
+// A file that was old at the bootstrap has authorities that the server had removed before.
+func TestDrillOldTrustBundleFileAtTheStart(t *testing.T) {
 	withTrustFile(t, 1, func(w *world) {
 		w.unchecked = true
-		w.fill(1)
+		w.waitHeld(1)
 		w.stopAgent()
 		stolen := w.stolenKeys()
 		keys := w.server.Keysets()
@@ -254,28 +251,28 @@ func TestDrillTrustBundleFileThatWasOldAtTheStart(t *testing.T) {
 		w.check(os.RemoveAll(w.cfg.DataDir))
 		w.writeToken()
 		w.startAgent()
-		w.fill(1)
+		w.waitHeld(1)
 		w.newServer(stolen, 1)
 		w.holds()
 	})
 }
 
-// A node that was bootstrapped insecurely gets a file later: then that is the
-// operator's word, and before nobody else is taken for the server.
+// A node was bootstrapped insecurely and gets a file later. The file's authorities are
+// trusted then; before that no other server is.
 func TestDrillTrustBundleFileAfterAnInsecureBootstrap(t *testing.T) {
 	dir := t.TempDir()
 	inWorld(t, 1, func(w *world) {
 		w.cfg.TrustBundle, w.cfg.InsecureBootstrap = nil, true
 	}, func(w *world) {
 		w.unchecked = true
-		w.fill(1)
+		w.waitHeld(1)
 		before := w.agent.Bundle().Own
 		w.newServer(nil, 1)
 		w.stopAgent()
 		w.startAgent()
 		time.Sleep(3 * time.Minute)
 		if now := w.agent.Bundle().Own; !now.Equal(before) {
-			t.Fatalf("with a kept bundle, whoever answers is trusted: %v", now.X509())
+			t.Fatalf("with a stored bundle any server is trusted: %v", now.X509())
 		}
 		w.stopAgent()
 		w.cfg.InsecureBootstrap, w.cfg.TrustBundleFile = false, filepath.Join(dir, "bundle.pem")

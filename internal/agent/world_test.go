@@ -31,18 +31,17 @@ import (
 	"github.com/renewd/renewd/test/listentest"
 )
 
-// world is a whole system in a bubble: the embedded server, an agent, and
-// workloads with open streams, over connections in memory. Everything between
-// them is the real protocol; only the kernel's word on who is calling is made
-// up, and the clock.
+// world is a whole system in a bubble: the embedded server, an agent, and workloads with
+// open streams, over connections in memory. They speak the real protocol; only peer
+// credentials and the clock are simulated.
 type world struct {
-	t        *testing.T
-	storage  *keyset.Memory
-	stranger keyset.Memory
-	server   *spireapi.Server
-	ledger   *ledger.Ledger // of the server
-	cfg      agent.Config
-	logs     *slog.Logger
+	t           *testing.T
+	storage     *keyset.Memory
+	unknownKeys keyset.Memory
+	server      *spireapi.Server
+	ledger      *ledger.Ledger // of the server
+	cfg         agent.Config
+	logs        *slog.Logger
 
 	serverLis  *bufconn.Listener
 	stopServer func()
@@ -54,20 +53,20 @@ type world struct {
 	peers     sync.Map // *attest.Peer -> *process
 	processes sync.Map // cache.Process -> *process
 
-	// unchecked says that streams do not verify what they are sent: with a
-	// server that signs by authorities it has removed, that is not to be had.
+	// unchecked makes streams skip verification, which fails with a server that signs
+	// with authorities that it has removed.
 	unchecked bool
-	lags      bool              // a replica may sign with an old keyset, behind the server's back
-	cleared   map[string]bool   // keysets that the server called safe to remove
-	signers   map[string]string // authorities of certificates that were looked at
+	lags      bool              // a replica may sign with an old keyset, without the ledger
+	cleared   map[string]bool   // keysets that the server reported as safe to remove
+	signers   map[string]string // authorities of certificates, as a cache
 
 	mu           sync.Mutex
 	faults       faults
 	states       map[string][]spireapi.StoredEntry // every state that an entry was ever in, by SPIFFE ID
 	listings     int                               // answers with the server's own list of entries
 	mints        []mint
-	signing      map[*mint]string // keysets that answers on their way are or will be of, by request
-	attestations int              // answers on their way that have an agent SVID
+	signing      map[*mint]string // keysets of the answers in flight, by request
+	attestations int              // answers in flight with an agent SVID
 	bundleCalls  int
 	statusCalls  int
 	process      string // of the last report
@@ -78,9 +77,9 @@ type world struct {
 
 // inWorld runs f in a bubble with a world of n entries, in which entry i is
 // for workloads with the selector test:i. configure may change the agent's
-// configuration before its first start. It runs beside other worlds: a bubble keeps
-// one CPU busy. So a test calls it once, and one that runs it in subtests and wants
-// a result of them puts those into a subtest of their own.
+// configuration before its first start. Worlds run in parallel, because a bubble uses one
+// CPU: inWorld calls t.Parallel. So a test that needs the results of several worlds runs
+// them in subtests of one subtest.
 func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -93,7 +92,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 			TrustDomain: td, Keysets: deployment, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 		})
 		w.check(err)
-		w.enter(entriesFor(n))
+		w.setEntries(entriesFor(n))
 		token, err := w.server.CreateJoinToken(t.Context(), time.Hour)
 		w.check(err)
 		dir, err := os.MkdirTemp("", "renewd-drill")
@@ -110,7 +109,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w.startServer()
 		defer func() { w.stopServer() }()
 		w.startAgent()
-		defer func() { w.stopAgent() }() // the one that runs then
+		defer func() { w.stopAgent() }() // the agent that runs at the end
 		f(w)
 	})
 }
@@ -139,14 +138,14 @@ func (w *world) check(err error) {
 	}
 }
 
-// enter makes entries all that the server has.
-func (w *world) enter(entries []spireapi.Entry) {
+// setEntries replaces all entries of the server.
+func (w *world) setEntries(entries []spireapi.Entry) {
 	w.t.Helper()
 	_, err := w.server.ApplyEntries(w.t.Context(), entries, false)
 	w.check(err)
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	w.note(w.server.Entries())
+	w.noteStatesLocked(w.server.Entries())
 }
 
 // now is the agent's wall clock.
@@ -156,7 +155,7 @@ func (w *world) now() time.Time {
 	return time.Now().Add(w.skew)
 }
 
-// trust is the published bundle, as an operator would copy it.
+// trust returns the published bundle, as an operator copies it.
 func (w *world) trust() *bundle.Bundle {
 	var c bundle.Content
 	for _, cert := range w.server.Keysets().Bundle().Certificates() {
@@ -171,7 +170,7 @@ func (w *world) startServer() {
 	w.serverLis = bufconn.Listen(1 << 20)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	// From one IP address: the server limits what the agent asks for.
+	// From one IP address, so that the server limits the calls.
 	lis := listentest.From(w.serverLis, &net.TCPAddr{IP: net.IPv4(10, 0, 0, 1), Port: 40000})
 	go func() { done <- w.server.Serve(ctx, lis) }()
 	w.stopServer = sync.OnceFunc(func() {
@@ -197,11 +196,11 @@ func (w *world) startAgent() {
 	})
 }
 
-// fill waits until the agent holds n SVIDs.
-func (w *world) fill(n int) {
+// waitHeld waits until the agent holds n SVIDs.
+func (w *world) waitHeld(n int) {
 	w.t.Helper()
 	w.until("all SVIDs held", 2*time.Minute, func() bool { return w.held() == n })
-	time.Sleep(time.Second) // so that a time tells the fill from what follows
+	time.Sleep(time.Second) // so that times separate these mints from later ones
 }
 
 func (w *world) held() int {
@@ -214,7 +213,7 @@ func (w *world) held() int {
 	return n
 }
 
-// until sleeps until ok, or fails the test after limit of the bubble's time.
+// until polls until ok, or fails the test after limit of the bubble's time.
 func (w *world) until(what string, limit time.Duration, ok func() bool) {
 	w.t.Helper()
 	deadline := time.Now().Add(limit)
@@ -236,22 +235,22 @@ func (w *world) activate() keyset.Keyset {
 	old := w.server.Keysets().Active()
 	next, err := w.server.Keysets().Prepare(w.t.Context())
 	w.check(err)
-	time.Sleep(6 * time.Second) // the operator's step: the bundle reaches the agents
+	time.Sleep(6 * time.Second) // as an operator waits: the agents get the bundle
 	w.check(w.server.Keysets().Activate(w.t.Context(), next.ID))
 	return old
 }
 
-// rotate activates a new keyset and taints the old one, which it returns, and
-// the time at which the agent begins its wave.
+// rotate activates a new keyset and taints the old one. It returns the old one and the time
+// at which the agent begins its wave.
 func (w *world) rotate() (old keyset.Keyset, begins time.Time) {
 	w.t.Helper()
 	old = w.activate()
 	w.check(w.server.Keysets().Taint(w.t.Context(), old.ID))
-	return old, w.begins(old)
+	return old, w.waveBegins(old)
 }
 
-// begins waits until the agent has seen the taint.
-func (w *world) begins(old keyset.Keyset) time.Time {
+// waveBegins waits until the agent has seen the taint.
+func (w *world) waveBegins(old keyset.Keyset) time.Time {
 	w.t.Helper()
 	var since time.Time
 	w.until("taint seen", 20*time.Second, func() bool {
@@ -263,13 +262,13 @@ func (w *world) begins(old keyset.Keyset) time.Time {
 	return since.Add(w.agent.TaintDelay(old.X509AuthorityID))
 }
 
-// authority is what the agent says of a keyset's X.509 authority.
+// authority returns the agent's figures for a keyset's X.509 authority.
 func (w *world) authority(k keyset.Keyset) metrics.Authority {
 	a, _ := authorityOf(w.agent.State(), metrics.TypeX509, k.X509AuthorityID)
 	return a
 }
 
-// settled reports what the gauge would.
+// settled reports whether the authority is settled, as the gauge does.
 func settled(a metrics.Authority) bool {
 	return a.State == metrics.StateSettled
 }

@@ -19,7 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// clientEnv makes a process of this program a client: "kind socket number".
+// clientEnv makes this program a client: "kind socket number".
 const clientEnv = "RENEWD_FIGURES_CLIENT"
 
 func runClient(spec string) error {
@@ -47,7 +47,7 @@ func fetch(ctx context.Context, cc *grpc.ClientConn) (grpc.ServerStreamingClient
 	return workloadpb.NewSpiffeWorkloadAPIClient(cc).FetchX509SVID(ctx, &workloadpb.X509SVIDRequest{})
 }
 
-// once makes a connection, gets one answer and closes it.
+// once opens a connection, gets one answer and closes it.
 func once(ctx context.Context, path string) error {
 	cc, err := dial(path)
 	if err != nil {
@@ -57,12 +57,12 @@ func once(ctx context.Context, path string) error {
 	return first(ctx, cc)
 }
 
-// patience is how long a client waits for a daemon: much longer than any that is
-// measured takes. One that gives no answer must not hold up the measurement.
-const patience = 3 * time.Minute
+// clientTimeout is how long a client waits for a daemon, much longer than any measured
+// answer takes. A daemon that does not answer must not block the measurement.
+const clientTimeout = 3 * time.Minute
 
 func first(ctx context.Context, cc *grpc.ClientConn) error {
-	ctx, cancel := context.WithTimeout(ctx, patience)
+	ctx, cancel := context.WithTimeout(ctx, clientTimeout)
 	defer cancel()
 	stream, err := fetch(ctx, cc)
 	if err == nil {
@@ -74,9 +74,9 @@ func first(ctx context.Context, cc *grpc.ClientConn) error {
 	return nil
 }
 
-// ask has 64 clients ask for first answers, and prints how many they got a
-// second after the first second.
-func ask(path string, length time.Duration, kept bool) error {
+// ask runs 64 clients that fetch first answers, and prints the answers a second, without
+// the first second.
+func ask(path string, length time.Duration, reuse bool) error {
 	var done atomic.Bool
 	var answers atomic.Int64
 	errs := make(chan error, 64)
@@ -85,7 +85,7 @@ func ask(path string, length time.Duration, kept bool) error {
 		wg.Go(func() {
 			var cc *grpc.ClientConn
 			var err error
-			if kept {
+			if reuse {
 				if cc, err = dial(path); err != nil {
 					errs <- err
 					return
@@ -93,7 +93,7 @@ func ask(path string, length time.Duration, kept bool) error {
 				defer cc.Close()
 			}
 			for !done.Load() {
-				if kept {
+				if reuse {
 					err = first(context.Background(), cc)
 				} else {
 					err = once(context.Background(), path)
@@ -143,11 +143,11 @@ func hold(path string, n int) error {
 		}()
 	}
 	next := func() (begin, end time.Time, err error) {
-		limit := time.After(patience)
+		limit := time.After(clientTimeout)
 		for i := range answers {
 			select {
 			case <-limit:
-				return begin, end, fmt.Errorf("next answer on stream %d of %d: none within %v", i+1, n, patience)
+				return begin, end, fmt.Errorf("next answer on stream %d of %d: none within %v", i+1, n, clientTimeout)
 			case t := <-answers[i]:
 				if begin.IsZero() || t.Before(begin) {
 					begin = t
@@ -176,9 +176,9 @@ func hold(path string, n int) error {
 	return nil
 }
 
-// watch holds one stream and opens it again when it ends. At the line "ask" it
-// prints whether a new caller is answered within five seconds, at any other
-// line how long it stood without an SVID at most, in nanoseconds.
+// watch holds one stream and reopens it when it ends. At the line "ask" it prints whether a
+// new caller is answered within five seconds. At any other line it prints the longest time
+// without an SVID, in nanoseconds.
 func watch(path string) error {
 	var mu sync.Mutex
 	var lost time.Time // since when
@@ -211,8 +211,8 @@ func watch(path string) error {
 	}()
 	select {
 	case <-answered:
-	case <-time.After(patience):
-		return fmt.Errorf("first SVID on the watched stream: none within %v", patience)
+	case <-time.After(clientTimeout):
+		return fmt.Errorf("first SVID on the watched stream: none within %v", clientTimeout)
 	}
 	fmt.Println("open")
 	in := bufio.NewScanner(os.Stdin)

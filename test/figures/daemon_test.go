@@ -22,8 +22,7 @@ import (
 type kind struct {
 	name   string
 	binary func(b *testing.B) string
-	// command makes the arguments and the environment to run it with room for
-	// cached SVIDs.
+	// command returns arguments and environment for a cache of that many SVIDs.
 	command func(w *world, token, socket string, cached int) (args, env []string)
 }
 
@@ -32,8 +31,7 @@ var renewd = kind{"renewd", build, func(w *world, token, socket string, cached i
 		"run", "-trust-domain", td.Name(), "-server-address", w.address,
 		"-trust-bundle-file", w.file("bundle.pem", w.server.BundlePEM()), "-data-dir", filepath.Join(w.dir, "data"),
 		"-socket-path", socket, "-svid-cache-size", strconv.Itoa(cached), "-metrics-address", "127.0.0.1:0",
-		// How long a node waits before it begins is drawn, and says nothing
-		// about what it does then.
+		// Without the random delay, which is not to be measured.
 		"-renewal-taint-delay", "0s",
 	}, []string{"RENEWD_JOIN_TOKEN=" + token}
 }}
@@ -62,7 +60,7 @@ plugins {
 	return []string{"run", "-config", w.file("agent.conf", []byte(config))}, nil
 }}
 
-// each runs a benchmark for every daemon there is.
+// each runs a benchmark for every daemon that is installed.
 func each(b *testing.B, run func(b *testing.B, k kind)) {
 	b.Helper()
 	kinds := []kind{renewd}
@@ -128,7 +126,7 @@ func (w *world) start(k kind, cached int) *daemon {
 	return d
 }
 
-// answers waits until a caller is served and returns when it was.
+// answers waits until a caller is served and returns the time.
 func (d *daemon) answers(limit time.Duration) time.Time {
 	d.b.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
@@ -145,7 +143,7 @@ func (d *daemon) answers(limit time.Duration) time.Time {
 	}
 }
 
-// cpu is the processor time used so far.
+// cpu returns the processor time used so far.
 func (d *daemon) cpu() time.Duration {
 	d.b.Helper()
 	var t unix.Timespec
@@ -156,7 +154,7 @@ func (d *daemon) cpu() time.Duration {
 	return time.Duration(t.Nano())
 }
 
-// memory reads a field of /proc/PID/status in bytes.
+// memory returns a field of /proc/PID/status in bytes.
 func (d *daemon) memory(field string) float64 {
 	d.b.Helper()
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", d.pid))
@@ -179,13 +177,13 @@ func (d *daemon) memory(field string) float64 {
 // client is a process of callers; see runClient.
 type client struct {
 	b    *testing.B
-	what string // it does
+	what string // its kind
 	in   io.WriteCloser
 	out  io.Reader
 	end  func()
 }
 
-// startClient starts one as the user uid, or as this one when it is negative.
+// startClient starts a client as the user uid, or as this user when uid is negative.
 func startClient(b *testing.B, binary string, uid int, spec string, args ...any) *client {
 	b.Helper()
 	cmd := exec.Command(binary)
@@ -218,11 +216,11 @@ func startClient(b *testing.B, binary string, uid int, spec string, args ...any)
 
 func (c *client) tell(line string) { fmt.Fprintln(c.in, line) }
 
-// hear returns the next word of the client. It ends itself when it has waited too
-// long for the daemon, and says for what; here it is given a minute more for that.
-func (c *client) hear() string {
+// readWord returns the next word of the client. The client ends with an error after
+// clientTimeout; the wait here is a minute longer.
+func (c *client) readWord() string {
 	c.b.Helper()
-	if err := c.out.(interface{ SetReadDeadline(time.Time) error }).SetReadDeadline(time.Now().Add(patience + time.Minute)); err != nil {
+	if err := c.out.(interface{ SetReadDeadline(time.Time) error }).SetReadDeadline(time.Now().Add(clientTimeout + time.Minute)); err != nil {
 		c.b.Fatal(err)
 	}
 	var s string
@@ -234,7 +232,7 @@ func (c *client) hear() string {
 
 func (c *client) hearNumber() float64 {
 	c.b.Helper()
-	v, err := strconv.ParseFloat(c.hear(), 64)
+	v, err := strconv.ParseFloat(c.readWord(), 64)
 	if err != nil {
 		c.b.Fatal(err)
 	}
@@ -247,7 +245,7 @@ var built struct {
 	err       error
 }
 
-// build makes the binary as it is shipped.
+// build builds the binary as it is released.
 func build(b *testing.B) string {
 	b.Helper()
 	built.Do(func() {
@@ -267,7 +265,7 @@ func build(b *testing.B) string {
 	return built.path
 }
 
-// copySelf copies this program to where every user can run it.
+// copySelf copies this program to a place where every user can run it.
 func (w *world) copySelf() string {
 	w.b.Helper()
 	in, err := os.ReadFile("/proc/self/exe")

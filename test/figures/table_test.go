@@ -9,7 +9,7 @@ import (
 	"text/tabwriter"
 )
 
-// table collects the figures, to print them side by side in the end.
+// table collects the figures and prints them side by side at the end.
 var table struct {
 	rows []*row
 }
@@ -19,7 +19,7 @@ type row struct {
 	by               map[string][]float64 // by daemon
 }
 
-// figure reports one measured value. goal is what renewd is to reach.
+// figure reports one measured value. goal is the limit for renewd.
 func figure(b *testing.B, k kind, what, unit, goal string, v float64) {
 	b.Helper()
 	b.ReportMetric(v, unit)

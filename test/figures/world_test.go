@@ -22,7 +22,7 @@ import (
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
-// world is the embedded server on a TCP port of this machine, and a folder.
+// world is the embedded server on a local TCP port, and a folder.
 type world struct {
 	b       *testing.B
 	dir     string
@@ -31,12 +31,12 @@ type world struct {
 	stop    func() // ends Serve
 
 	frozen  freezer
-	refuse  atomic.Bool   // nothing is signed
-	bundles chan struct{} // each GetBundle that was answered while refusing
+	refuse  atomic.Bool   // the server signs nothing
+	bundles chan struct{} // wakes at each GetBundle answered while refusing
 
 	mu       sync.Mutex
 	minted   []time.Time // X.509-SVIDs of workloads
-	freezeAt int         // freeze at this many; 0: never
+	freezeAt int         // freeze after this many; 0: never
 }
 
 func newWorld(b *testing.B, entries []spireapi.Entry) *world {
@@ -88,8 +88,8 @@ func (w *world) serve() {
 			if err != nil {
 				w.b.Error(err)
 			}
-		case <-time.After(patience):
-			w.b.Errorf("stop the server: it still serves after %v", patience)
+		case <-time.After(clientTimeout):
+			w.b.Errorf("stop the server: it still serves after %v", clientTimeout)
 		}
 	})
 }
@@ -107,15 +107,15 @@ func entries(n int, uid func(i int) int) []spireapi.Entry {
 	return out
 }
 
-// firstOurs gives the first entry to this user and the others to nobody.
-func firstOurs(i int) int {
+// firstForThisUser assigns the first entry to this user, and the others to users that do not exist.
+func firstForThisUser(i int) int {
 	if i == 0 {
 		return os.Getuid()
 	}
 	return 1_000_000 + i
 }
 
-func allOurs(int) int { return os.Getuid() }
+func allForThisUser(int) int { return os.Getuid() }
 
 // Minted implements spireapi.Observer.
 func (w *world) Minted(kind string, code codes.Code, _ time.Duration) {
@@ -148,8 +148,8 @@ func (w *world) intercept(ctx context.Context, req any, info *grpc.UnaryServerIn
 	return resp, err
 }
 
-// forget starts the count of mints anew, and has the server freeze at one.
-func (w *world) forget(freezeAt int) {
+// resetMints resets the count of mints and sets the one at which the server freezes.
+func (w *world) resetMints(freezeAt int) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	w.minted, w.freezeAt = nil, freezeAt
@@ -161,8 +161,8 @@ func (w *world) mints() []time.Time {
 	return w.minted[:len(w.minted):len(w.minted)]
 }
 
-// await waits until n X.509-SVIDs were signed since forget.
-func (w *world) await(n int, limit time.Duration) {
+// waitMints waits until n X.509-SVIDs were signed since resetMints.
+func (w *world) waitMints(n int, limit time.Duration) {
 	w.b.Helper()
 	for deadline := time.Now().Add(limit); len(w.mints()) < n; time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
@@ -188,8 +188,8 @@ func (w *world) taint() {
 	}
 }
 
-// most is the largest number of times within any one second.
-func most(times []time.Time) int {
+// mostPerSecond returns the largest number of times within one second.
+func mostPerSecond(times []time.Time) int {
 	out, from := 0, 0
 	for i, t := range times {
 		for t.Sub(times[from]) >= time.Second {
@@ -200,8 +200,8 @@ func most(times []time.Time) int {
 	return out
 }
 
-// freezer stops a server like SIGSTOP: the kernel still takes connections and
-// bytes, and nobody reads or answers.
+// freezer stops a server like SIGSTOP: the kernel accepts connections and data, but the
+// server neither reads nor answers.
 type freezer struct {
 	mu     sync.Mutex
 	thawed chan struct{} // nil: not frozen

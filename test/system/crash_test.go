@@ -41,17 +41,16 @@ import (
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
-// crashes is how often the server is killed.
+// crashes is the number of kills of the server.
 const crashes = 200
 
-// The server is killed with SIGKILL at random instants, in the middle of
-// keyset mutations and of issuance, again and again on the same store. After
-// each time: the state is one of the two sides of the step that was under way,
-// exactly one keyset is active, its keys are there and sign, the audit log has
-// every change, and the ledger knows of every SVID that was handed out.
+// The server is repeatedly killed with SIGKILL at random moments, during keyset mutations
+// and issuance, on the same store. After each kill the state is that before or after the
+// step in progress, exactly one keyset is active and its keys sign, the audit log has every
+// change, and the ledger has every SVID that a client received.
 //
-// RENEWD_SEED replays the instants and steps of one run, as far as processes
-// can be replayed.
+// RENEWD_SEED replays the moments and steps of one run, as far as processes can be
+// replayed.
 func TestServerKilledAtAnyInstant(t *testing.T) {
 	t.Parallel()
 	seed := uint64(time.Now().UnixNano())
@@ -66,16 +65,16 @@ func TestServerKilledAtAnyInstant(t *testing.T) {
 			return
 		}
 	}
-	t.Logf("%d crashes: %d mutations confirmed, %d under way when it was killed (%d of them had happened), %d X.509-SVIDs and %d JWT-SVIDs handed out",
+	t.Logf("%d crashes: %d mutations confirmed, %d in progress at a kill (%d of them took effect), %d X.509-SVIDs and %d JWT-SVIDs issued",
 		crashes, w.confirmed, w.inFlight, w.happened, w.given, w.tokens)
-	// A run in which nothing was under way has shown nothing. Three rounds of four
-	// wait for what is counted here, however slow the machine is.
+	// The kills must hit steps in progress. Three of four rounds wait for the counts
+	// here, however slow the machine is.
 	if w.inFlight < crashes/2 || w.given < crashes/2 || w.tokens < crashes/2 {
 		t.Error("too little was going on")
 	}
 }
 
-// crashWorld is a store and what is known to have been promised about it.
+// crashWorld is a store and what the server has confirmed about it.
 type crashWorld struct {
 	t    *testing.T
 	rand *mathrand.Rand
@@ -84,20 +83,20 @@ type crashWorld struct {
 	address string
 	conn    *grpc.ClientConn
 
-	// states is what a mutation confirmed last; while one is under way, step
-	// names it. Both belong to the operator of a round.
+	// states is the last confirmed state, and step the mutation in progress. Both are
+	// owned by the operator of a round.
 	states map[string]keyset.State
 	step   step
 
-	did chan struct{} // capacity 1: something has been done since it was read
+	did chan struct{} // capacity 1: wakes the readers of the counts
 
-	mu       sync.Mutex
-	handed   []ledger.Row         // X.509-SVIDs that have arrived
-	handedJW map[string]time.Time // latest expiry of tokens that have arrived, by key ID
+	mu        sync.Mutex
+	issued    []ledger.Row         // X.509-SVIDs that the agent received
+	issuedJWT map[string]time.Time // latest expiry of the tokens received, by key ID
 	progress
 
-	audited uint64            // records that were looked at
-	last    store.AuditRecord // of them
+	audited uint64            // records inspected
+	last    store.AuditRecord // the last of them
 
 	inFlight, happened int
 }
@@ -115,7 +114,7 @@ func newCrashWorld(t *testing.T, seed uint64) *crashWorld {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &crashWorld{t: t, rand: mathrand.New(mathrand.NewPCG(seed, 0)), dir: dir, address: "127.0.0.1:" + free[0], handedJW: map[string]time.Time{}, did: make(chan struct{}, 1)}
+	w := &crashWorld{t: t, rand: mathrand.New(mathrand.NewPCG(seed, 0)), dir: dir, address: "127.0.0.1:" + free[0], issuedJWT: map[string]time.Time{}, did: make(chan struct{}, 1)}
 	if err := seal.NewFile(dir + "/key.json"); err != nil {
 		t.Fatal(err)
 	}
@@ -139,7 +138,7 @@ rotation: {mode: "off"}
 	return w
 }
 
-// start runs the server. The returned function kills it and waits for its end.
+// start starts the server. The returned function kills it and waits for its end.
 func (w *crashWorld) start() (kill func()) {
 	w.t.Helper()
 	var out bytes.Buffer
@@ -172,7 +171,7 @@ func (w *crashWorld) start() (kill func()) {
 	}
 }
 
-// prepare enters the identities and learns the first state.
+// prepare creates the entries and reads the first state.
 func (w *crashWorld) prepare() {
 	defer w.start()()
 	operator := api.NewOperatorClient(w.conn)
@@ -186,8 +185,8 @@ func (w *crashWorld) prepare() {
 	w.states = w.list(operator)
 }
 
-// join makes an agent and attests it within a time. What fails fails because the
-// server was killed, or the time was over.
+// join attests a new agent within a time. It fails when the server was killed or the time
+// is over.
 func (w *crashWorld) join(ctx context.Context, within time.Duration) (_ *upstream.Client, agent string, end func()) {
 	token, err := api.NewOperatorClient(w.conn).CreateJoinToken(ctx, &api.CreateJoinTokenRequest{})
 	if err != nil {
@@ -232,18 +231,18 @@ func (w *crashWorld) join(ctx context.Context, within time.Duration) (_ *upstrea
 	}
 	id := n.Identity()
 	w.mu.Lock()
-	w.handed = append(w.handed, ledger.Row{Authority: hex.EncodeToString(id.Chain[0].AuthorityKeyId), Agent: id.ID().String(), NotAfter: id.Chain[0].NotAfter})
+	w.issued = append(w.issued, ledger.Row{Authority: hex.EncodeToString(id.Chain[0].AuthorityKeyId), Agent: id.ID().String(), NotAfter: id.Chain[0].NotAfter})
 	w.mu.Unlock()
 	return client, id.ID().String(), end
 }
 
 func entryID(i int) string { return fmt.Sprintf("e%02d", i) }
 
-// round starts the server, has an operator and an agent at work, kills it
-// somewhere in the middle, and looks at what is left.
+// round starts the server, runs an operator and an agent, kills the server during that, and
+// inspects the store.
 //
-// When it is killed is counted in what was done and not in time, so that as much
-// is under way on a slow machine.
+// The moment of the kill follows from the number of operations, not from time, so that a
+// slow machine reaches the same states.
 func (w *crashWorld) round() {
 	kill := w.start()
 	ctx, cancel := context.WithCancel(w.t.Context())
@@ -252,17 +251,16 @@ func (w *crashWorld) round() {
 	together := w.rand.IntN(4) == 0
 	within := 5 * time.Minute
 	if together {
-		// When the keyset that signs for the server changes meanwhile, this agent
-		// will not get in.
+		// If the active keyset changes meanwhile, this agent cannot attest.
 		within = 200 * time.Millisecond
 	}
 	var work sync.WaitGroup
-	left, idle := make(chan struct{}), make(chan struct{}) // by the agent, by both
+	left, idle := make(chan struct{}), make(chan struct{}) // closed by the agent, by both
 	work.Go(func() {
 		defer close(left)
 		w.agent(ctx, within)
 	})
-	if !together { // else the server may be killed in the middle of a join
+	if !together { // otherwise the server may be killed during a join
 		w.await(left, func(now progress) bool { return now.given > begin.given && now.tokens > begin.tokens })
 	}
 	work.Go(func() {
@@ -272,7 +270,7 @@ func (w *crashWorld) round() {
 	})
 	started, before, goal := time.Now(), w.work().sum(), w.rand.IntN(30)
 	w.await(idle, func(now progress) bool { return now.sum() >= before+goal })
-	// Somewhere in what comes next.
+	// A random number of operations from now.
 	time.Sleep(time.Duration(w.rand.Int64N(int64(time.Since(started))/int64(goal+1) + int64(time.Millisecond))))
 	kill()
 	cancel()
@@ -280,7 +278,7 @@ func (w *crashWorld) round() {
 	w.inspect()
 }
 
-// agent joins and asks for SVIDs until something fails.
+// agent attests and requests SVIDs until a call fails.
 func (w *crashWorld) agent(ctx context.Context, within time.Duration) {
 	client, agent, end := w.join(ctx, within)
 	defer end()
@@ -295,7 +293,7 @@ func (w *crashWorld) agent(ctx context.Context, within time.Duration) {
 	minting.Go(func() { w.mintJWT(ctx, client) })
 }
 
-// progress is what was done so far.
+// progress counts the operations so far.
 type progress struct{ confirmed, given, tokens int }
 
 func (p progress) sum() int { return p.confirmed + p.given + p.tokens }
@@ -306,7 +304,7 @@ func (w *crashWorld) work() progress {
 	return w.progress
 }
 
-// done counts what was done.
+// done adds to the operations.
 func (w *crashWorld) done(count func(*progress)) {
 	w.mu.Lock()
 	count(&w.progress)
@@ -317,7 +315,7 @@ func (w *crashWorld) done(count func(*progress)) {
 	}
 }
 
-// await waits until enough was done, or those who do it have ended.
+// await waits for a number of operations, or for the end of the operator and the agent.
 func (w *crashWorld) await(ended <-chan struct{}, enough func(progress) bool) {
 	for !enough(w.work()) {
 		select {
@@ -328,8 +326,7 @@ func (w *crashWorld) await(ended <-chan struct{}, enough func(progress) bool) {
 	}
 }
 
-// operate mutates until something fails. The step whose outcome is not known
-// stays in w.step.
+// operate mutates until a call fails. The step with an unknown outcome stays in w.step.
 func (w *crashWorld) operate(ctx context.Context) {
 	operator := api.NewOperatorClient(w.conn)
 	for ctx.Err() == nil {
@@ -357,7 +354,7 @@ func (w *crashWorld) operate(ctx context.Context) {
 	}
 }
 
-// choose picks a legal step at random.
+// choose returns a random legal step.
 func (w *crashWorld) choose() step {
 	var steps []step
 	for id, s := range w.states {
@@ -374,7 +371,7 @@ func (w *crashWorld) choose() step {
 	return steps[mathrand.IntN(len(steps))]
 }
 
-// applied is what the states are after a step.
+// applied returns the states after a step.
 func (s step) applied(states map[string]keyset.State) map[string]keyset.State {
 	out := maps.Clone(states)
 	switch s.operation {
@@ -407,8 +404,7 @@ func (w *crashWorld) list(operator api.OperatorClient) map[string]keyset.State {
 	return out
 }
 
-// mint asks for X.509-SVIDs until the server is gone, and writes down each that
-// arrives.
+// mint requests X.509-SVIDs until a call fails, and records those received.
 func (w *crashWorld) mint(ctx context.Context, client *upstream.Client, agent string) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -439,7 +435,7 @@ func (w *crashWorld) mint(ctx context.Context, client *upstream.Client, agent st
 				return
 			}
 			w.mu.Lock()
-			w.handed = append(w.handed, ledger.Row{Authority: hex.EncodeToString(leaf.AuthorityKeyId), Agent: agent, Entry: requests[i].EntryID, NotAfter: leaf.NotAfter})
+			w.issued = append(w.issued, ledger.Row{Authority: hex.EncodeToString(leaf.AuthorityKeyId), Agent: agent, Entry: requests[i].EntryID, NotAfter: leaf.NotAfter})
 			w.mu.Unlock()
 			w.done(func(p *progress) { p.given++ })
 		}
@@ -464,8 +460,8 @@ func (w *crashWorld) mintJWT(ctx context.Context, client *upstream.Client) {
 		}
 		kid := parsed.Headers[0].KeyID
 		w.mu.Lock()
-		if svid.Expiry.After(w.handedJW[kid]) {
-			w.handedJW[kid] = svid.Expiry
+		if svid.Expiry.After(w.issuedJWT[kid]) {
+			w.issuedJWT[kid] = svid.Expiry
 		}
 		w.mu.Unlock()
 		w.done(func(p *progress) { p.tokens++ })
@@ -542,30 +538,30 @@ func (w *crashWorld) inspect() {
 		t.Fatal(err)
 	}
 	var still []ledger.Row
-	for _, r := range w.handed {
+	for _, r := range w.issued {
 		if !x509IDs[r.Authority] {
-			continue // removed: nothing it signed is good for anything
+			continue // removed: its SVIDs no longer verify
 		}
 		still = append(still, r)
 		if known[r.Authority+" "+r.Agent+" "+r.Entry].Before(r.NotAfter) {
-			t.Errorf("an X.509-SVID for %s, valid until %v, was handed out and the ledger has %v", r.Entry, r.NotAfter, known[r.Authority+" "+r.Agent+" "+r.Entry])
+			t.Errorf("an X.509-SVID for %s, valid until %v, was issued and the ledger has %v", r.Entry, r.NotAfter, known[r.Authority+" "+r.Agent+" "+r.Entry])
 		}
 	}
-	w.handed = still
-	for kid, expiry := range w.handedJW {
+	w.issued = still
+	for kid, expiry := range w.issuedJWT {
 		if jwtIDs[kid] && jwtKnown[kid].Before(expiry) {
-			t.Errorf("a JWT-SVID valid until %v was handed out and the ledger has %v", expiry, jwtKnown[kid])
+			t.Errorf("a JWT-SVID valid until %v was issued and the ledger has %v", expiry, jwtKnown[kid])
 		}
 	}
 }
 
-// settle checks that the states are one of the two sides of the step under
-// way, and goes on from there.
+// settle checks that the states are those before or after the step in progress, and
+// continues from there.
 func (w *crashWorld) settle(states map[string]keyset.State) {
 	w.t.Helper()
 	if w.step.operation == "" {
 		if !maps.Equal(states, w.states) {
-			w.t.Fatalf("nothing was under way, and the state is %v instead of %v", states, w.states)
+			w.t.Fatalf("no step was in progress, and the state is %v instead of %v", states, w.states)
 		}
 		return
 	}
@@ -581,7 +577,7 @@ func (w *crashWorld) settle(states map[string]keyset.State) {
 		}
 	}
 	if want := w.step.applied(w.states); !maps.Equal(states, want) {
-		w.t.Fatalf("%+v was under way: the state is %v, must be %v or %v", w.step, states, w.states, want)
+		w.t.Fatalf("%+v was in progress: the state is %v, must be %v or %v", w.step, states, w.states, want)
 	}
 	w.happened++
 	w.states = states

@@ -28,7 +28,7 @@ var member = tlsconfig.AdaptMatcher(func(id spiffeid.ID) error {
 	return nil
 })
 
-// fleet is workloads that use the reference client at an agent's socket.
+// fleet is a set of workloads with the reference client at agents' sockets.
 type fleet struct {
 	cancel  context.CancelFunc
 	work    sync.WaitGroup
@@ -40,7 +40,7 @@ type fleet struct {
 	failures []error
 }
 
-// start gets every workload its identity, then has each call the next.
+// start waits for the identity of every workload and then makes each call the next.
 func (f *fleet) start(sockets []string) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	f.cancel = cancel
@@ -117,7 +117,7 @@ func once(address string, config *tls.Config) error {
 	return err
 }
 
-// look returns the calls and the failures since the last look.
+// look returns the calls and the failures since the last call of look.
 func (f *fleet) look() (int, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()

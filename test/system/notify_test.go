@@ -11,8 +11,8 @@ import (
 	"time"
 )
 
-// Both programs tell a service manager when they have started: from then on, and
-// not before, whoever was ordered after them reaches them.
+// Both programs notify a service manager when they accept connections, and not before:
+// units that are ordered after them can then connect.
 func TestNotify(t *testing.T) {
 	t.Parallel()
 	free, err := ports(1)
@@ -41,12 +41,12 @@ func TestNotify(t *testing.T) {
 
 	agent := []string{"agent", "run", "-trust-domain", "example.org", "-server-address", "127.0.0.1:1", "-insecure-bootstrap",
 		"-join-token-file", dir + "/none", "-data-dir", dir + "/a", "-socket-path", dir + "/agent.sock", "-metrics-address"}
-	// The server has the address, so this one ends, and nobody was told otherwise.
+	// The server has the address, so this one ends without READY.
 	taken := manage(t, dir, append(agent, "127.0.0.1:"+free[0])...)
 	if said := taken.wait(); said != "ended" || !strings.Contains(taken.log(), "address already in use") {
 		t.Errorf("an agent whose address is in use said %q; its log:\n%s", said, taken.log())
 	}
-	// It starts while its server does not answer.
+	// This one is ready although its server does not answer.
 	alone := manage(t, dir, append(agent, "127.0.0.1:0")...)
 	if said := alone.wait(); said != "READY=1" {
 		t.Errorf("the agent said %q; its log:\n%s", said, alone.log())
@@ -67,7 +67,7 @@ func key(t *testing.T, dir string) string {
 	return path
 }
 
-// managed is a process with a service manager.
+// managed is a process under a service manager.
 type managed struct {
 	conn   *net.UnixConn
 	ended  chan struct{}
@@ -109,7 +109,7 @@ func manage(t *testing.T, dir string, args ...string) *managed {
 	return m
 }
 
-// wait returns what the process says first, or "ended" when it ends without.
+// wait returns the first notification of the process, or "ended" if it ends without one.
 func (m *managed) wait() string {
 	buf := make([]byte, 64)
 	n, err := m.conn.Read(buf)
@@ -119,7 +119,7 @@ func (m *managed) wait() string {
 	return string(buf[:n])
 }
 
-// log ends the process and returns what it wrote.
+// log ends the process and returns its log.
 func (m *managed) log() string {
 	m.stop()
 	return m.stderr.String()

@@ -16,8 +16,8 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// A wave of 1,000 SVIDs under a SPIRE server and a network that stalls: the
-// server's log has at most 20 of them in any second.
+// A wave of 1,000 SVIDs with a SPIRE server over a network that stalls: the server's log
+// has at most 20 of them in any second.
 func TestWaveUnderSPIRE(t *testing.T) {
 	t.Parallel()
 	run(t, "spire-wave.txtar", withSPIRE(t))
@@ -32,12 +32,12 @@ type stalls struct {
 	on     bool
 	random *rand.Rand
 	closed bool
-	until  time.Time // it is open or closed
+	until  time.Time // end of the current phase
 	count  int
-	time   time.Duration // how long it was closed in all
+	time   time.Duration // total time closed
 }
 
-// wait returns when what has just come may go on.
+// wait returns when data that has just arrived may pass.
 func (s *stalls) wait() {
 	s.mu.Lock()
 	now := time.Now()
@@ -61,7 +61,7 @@ func (s *stalls) wait() {
 	time.Sleep(left)
 }
 
-// stalling is a reader behind such a network.
+// stalling reads through such a network.
 type stalling struct {
 	io.Reader
 	network *stalls
@@ -73,8 +73,8 @@ func (r stalling) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// stall PORT TARGET forwards connections to a port; stall begin has what is
-// forwarded stall at random from then on, in each direction by itself.
+// stall PORT TARGET forwards connections to a port. After stall begin both directions
+// stall at random, independently.
 func stall(ts *testscript.TestScript, neg bool, args []string) {
 	both := ts.Value(stallsKey{}).(*[2]stalls)
 	if len(args) == 1 && args[0] == "begin" {
@@ -97,7 +97,7 @@ func stall(ts *testscript.TestScript, neg bool, args []string) {
 	}))
 }
 
-// spire-entries N PARENT FILE writes N entries in the form that spire-server takes.
+// spire-entries N PARENT FILE writes N entries in the format of spire-server.
 func spireEntries(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 3 {
 		ts.Fatalf("usage: spire-entries N PARENT FILE")

@@ -16,8 +16,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// TestReadme pastes README's "Run it" into a shell, as it stands: at its end the
-// reader has an SVID, and only this machine can reach what runs.
+// TestReadme runs the commands of README's "Run it" in a shell. At the end the reader has
+// an SVID, and the programs listen on the loopback interface only.
 func TestReadme(t *testing.T) {
 	t.Parallel()
 	readme, err := os.ReadFile("../../README.md")
@@ -38,7 +38,7 @@ func TestReadme(t *testing.T) {
 		t.Fatal(err)
 	}
 	ownLoopback(t)
-	// What make would build is there.
+	// The binaries that make would build.
 	script := "make() { [ \"$*\" = build ]; }\n" + string(block[1]) + "\necho exit $?\ncat /proc/net/tcp /proc/net/tcp6 > try/listening\nkill %bin/server %bin/agent\nwait\n"
 	cmd := exec.CommandContext(t.Context(), "bash", "-mc", script)
 	cmd.Dir = dir
@@ -66,11 +66,11 @@ func TestReadme(t *testing.T) {
 	}
 }
 
-// ownLoopback gives what this goroutine starts a loopback interface of its own,
-// since the ports are fixed, or skips the test where they are not free.
+// ownLoopback gives the processes of this goroutine a separate loopback interface, because
+// the ports are fixed. If it cannot, it skips the test unless the ports are free.
 func ownLoopback(t *testing.T) {
 	t.Helper()
-	runtime.LockOSThread() // and never unlocks it: the thread ends with the goroutine
+	runtime.LockOSThread() // never unlocked: the thread ends with the goroutine
 	if unix.Unshare(unix.CLONE_NEWNET) == nil {
 		if err := loopbackUp(); err != nil {
 			t.Fatal(err)

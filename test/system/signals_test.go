@@ -12,9 +12,9 @@ import (
 	"time"
 )
 
-// TestOutliveTerminal: neither program ends when its terminal hangs up, or when
-// somebody asks for a reload in that way, or when nobody reads its log any more. The
-// log says that nothing was reloaded. SIGTERM ends them in order all the same.
+// TestOutliveTerminal checks that neither program ends when its terminal hangs up, at
+// SIGHUP, or when its log has no reader. It logs that nothing was reloaded. SIGTERM still
+// ends it in good order.
 func TestOutliveTerminal(t *testing.T) {
 	t.Parallel()
 	dir, err := os.MkdirTemp("", "rn") // a Unix socket's path has at most 107 bytes
@@ -41,7 +41,7 @@ func TestOutliveTerminal(t *testing.T) {
 	}
 }
 
-// outlive runs a daemon that listens at socket, and takes its terminal away.
+// outlive runs a daemon that listens on socket, and closes its terminal.
 func outlive(t *testing.T, socket string, args []string) {
 	r, w, err := os.Pipe()
 	if err != nil {
@@ -66,7 +66,7 @@ func outlive(t *testing.T, socket string, args []string) {
 	}
 	for deadline := time.Now().Add(2 * time.Minute); !listens(); time.Sleep(10 * time.Millisecond) {
 		if time.Now().After(deadline) {
-			t.Fatal("it does not listen within two minutes")
+			t.Fatal("the daemon does not listen within two minutes")
 		}
 	}
 	send := func(s syscall.Signal) {
@@ -85,12 +85,12 @@ func outlive(t *testing.T, socket string, args []string) {
 	}
 	if !said {
 		_ = cmd.Process.Kill()
-		t.Fatalf("the log does not say so, and the program ended: %v", <-ended)
+		t.Fatalf("SIGHUP is not logged, and the program ended: %v", <-ended)
 	}
 	_ = r.Close()
-	send(syscall.SIGHUP) // is logged, with nobody to read it
+	send(syscall.SIGHUP) // is logged, without a reader
 	send(syscall.SIGTERM)
 	if err := <-ended; err != nil {
-		t.Errorf("it ended with %v", err)
+		t.Errorf("the daemon ended with %v", err)
 	}
 }

@@ -111,7 +111,7 @@ func spireEntry(ts *testscript.TestScript, neg bool, args []string) {
 //	                                   each call is given a token that verifies by the bundle of the SPIRE server at
 //	                                   its socket, until the agent with its metrics on a port knows the key no more
 func tokens(ts *testscript.TestScript, neg bool, args []string) {
-	ctx, cancel := context.WithTimeout(context.Background(), settleLimit)
+	ctx, cancel := context.WithTimeout(context.Background(), waitLimit)
 	defer cancel()
 	switch {
 	case len(args) == 3 && (args[0] == "distinct" || args[0] == "same"):

@@ -20,8 +20,7 @@ import (
 	"github.com/rogpeppe/go-internal/testscript"
 )
 
-// A SPIRE server below another one: what the upper one does to its authorities
-// reaches the agents of the lower.
+// A nested SPIRE server: changes of the root's authorities reach the agents below.
 func TestNestedSPIRE(t *testing.T) {
 	t.Parallel()
 	run(t, "spire-nested.txtar", withSPIRE(t))
@@ -42,8 +41,8 @@ func TestTwoServersOnOneDatabase(t *testing.T) {
 	run(t, "spire-two.txtar", env)
 }
 
-// The runbook for each of two SPIRE servers on one database, while the other one is
-// frozen, with a real Prometheus that knows when it is safe.
+// The runbook for each of two SPIRE servers on one database while the other is frozen, with
+// the figures from a real Prometheus.
 func TestRotateTwoServers(t *testing.T) {
 	t.Parallel()
 	env := withSPIRE(t)
@@ -52,7 +51,7 @@ func TestRotateTwoServers(t *testing.T) {
 	run(t, "spire-rotate.txtar", env)
 }
 
-// postgres starts a PostgreSQL server with a database and returns how to connect.
+// postgres starts a PostgreSQL server with a database and returns its connection string.
 func postgres(t *testing.T) string {
 	t.Helper()
 	found, _ := filepath.Glob("/usr/lib/postgresql/*/bin/initdb")
@@ -96,7 +95,7 @@ func postgres(t *testing.T) string {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() {
-		_ = server.Process.Signal(syscall.SIGQUIT) // ends at once, its children too
+		_ = server.Process.Signal(syscall.SIGQUIT) // ends it and its children at once
 		_ = server.Wait()
 	})
 	for deadline := time.Now().Add(time.Minute); ; time.Sleep(100 * time.Millisecond) {
@@ -128,7 +127,7 @@ func authority(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Setenv(args[0], state[args[2]].ID)
 }
 
-// synced N PORT... waits until each of the agents that have their metrics there has
+// synced N PORT... waits until each of the agents with their metrics on these ports has
 // synced its entries N more times.
 func synced(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 2 {
@@ -139,20 +138,20 @@ func synced(ts *testscript.TestScript, neg bool, args []string) {
 	for _, port := range args[1:] {
 		first, err := syncs(port)
 		ts.Check(err)
-		for deadline := time.Now().Add(settleLimit); ; time.Sleep(100 * time.Millisecond) {
+		for deadline := time.Now().Add(waitLimit); ; time.Sleep(100 * time.Millisecond) {
 			now, err := syncs(port)
 			ts.Check(err)
 			if now >= first+n {
 				break
 			}
 			if time.Now().After(deadline) {
-				ts.Fatalf("the agent of port %s has synced %d times within %v, not %d", port, now-first, settleLimit, n)
+				ts.Fatalf("the agent of port %s has synced %d times within %v, not %d", port, now-first, waitLimit, n)
 			}
 		}
 	}
 }
 
-// syncs is the number of an agent's successful syncs, from its metrics.
+// syncs returns the number of an agent's successful syncs, from its metrics.
 func syncs(port string) (int, error) {
 	resp, err := http.Get("http://127.0.0.1:" + port + "/metrics")
 	if err != nil {
@@ -172,9 +171,9 @@ func syncs(port string) (int, error) {
 
 type balancersKey struct{}
 
-// connectionLife is how long a balancer keeps a connection. Short, because a client
-// stays with its server until then. The first one is an agent's that joins: a
-// token whose answer is lost cannot be used again, so it may take its time.
+// connectionLife is how long a balancer keeps a connection. It is short, because a client
+// stays with its server until then. The first connection has longer: an agent attests on
+// it, and a join token whose answer is lost cannot be used again.
 const (
 	connectionLife = 2 * time.Second
 	joinLife       = time.Minute
@@ -188,7 +187,7 @@ type balancers struct {
 	work   sync.WaitGroup
 }
 
-// hold keeps something until it is forgotten or all is closed.
+// hold keeps a closer until it is forgotten or all are closed.
 func (b *balancers) hold(c io.Closer) (ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -219,8 +218,8 @@ func (b *balancers) stop() {
 
 // route is how a connection is forwarded.
 type route struct {
-	life        time.Duration             // it is closed after that; zero means never
-	there, back func(io.Reader) io.Reader // what the connection is read through on either way; nil: as it is
+	life        time.Duration             // until it is closed; zero means never
+	there, back func(io.Reader) io.Reader // wrap the readers of both directions; nil means none
 }
 
 func (b *balancers) start(port string, targets []string, r route) error {
@@ -276,8 +275,8 @@ func (b *balancers) forward(in net.Conn, target string, r route) {
 	answers.Wait()
 }
 
-// balance PORT TARGET... hands connections to a port to the targets in turn, and
-// ends each after a while.
+// balance PORT TARGET... forwards the connections of a port to the targets in turn, and
+// closes each after connectionLife.
 func balance(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) < 2 {
 		ts.Fatalf("usage: balance PORT TARGET...")

@@ -24,27 +24,26 @@ import (
 
 type streamsKey struct{}
 
-// streams are FetchX509SVID streams that are read as they come. A client's
-// library gets over an end, a missing SVID and one that is not valid; these write
-// all of it down.
+// streams are FetchX509SVID streams without a client library. They record what a library
+// would hide: ends of streams, missing SVIDs and invalid ones.
 type streams struct {
 	cancel []context.CancelFunc
 	work   sync.WaitGroup
 
 	mu       sync.Mutex
 	all      []*stream
-	released map[string]bool // IDs that may go
+	released map[string]bool // IDs that may disappear
 	answers  int
 	faults   []error
 }
 
-// stream is what the last answer of a stream said.
+// stream has the last answer of a stream.
 type stream struct {
 	socket string
 	ids    map[string]bool
-	gone   map[string]bool // IDs that it had
+	gone   map[string]bool // IDs that have disappeared
 	trusts map[string]int  // X.509 authorities, by trust domain
-	until  time.Time       // the first of its SVIDs ends
+	until  time.Time       // expiry of the first of its SVIDs
 	// The X.509 authorities that signed its SVIDs, by the key ID in hex.
 	signers map[string]bool
 }
@@ -70,7 +69,7 @@ func (s *streams) start(n int, sockets []string) error {
 	return s.wait("a first answer", time.Minute, func(st *stream) bool { return st.ids != nil })
 }
 
-// read follows a stream, and opens it again when it ends.
+// read records the answers of a stream, and reopens it when it ends.
 func (s *streams) read(ctx context.Context, conn *grpc.ClientConn, st *stream) {
 	for ctx.Err() == nil {
 		err := func() error {
@@ -83,7 +82,7 @@ func (s *streams) read(ctx context.Context, conn *grpc.ClientConn, st *stream) {
 				if err != nil {
 					return err
 				}
-				s.note(st, answer)
+				s.record(st, answer)
 			}
 		}()
 		s.mu.Lock()
@@ -98,7 +97,7 @@ func (s *streams) read(ctx context.Context, conn *grpc.ClientConn, st *stream) {
 	}
 }
 
-func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
+func (s *streams) record(st *stream, answer *workload.X509SVIDResponse) {
 	now := time.Now()
 	ids, trusts, signers := make(map[string]bool), make(map[string]int), make(map[string]bool)
 	var until time.Time
@@ -126,10 +125,10 @@ func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
 	}
 	s.answers++
 	if st.ids != nil && now.After(st.until) {
-		fault("was left with what ended at", st.until.Format(time.TimeOnly))
+		fault("was left with an SVID that expired at", st.until.Format(time.TimeOnly))
 	}
 	for _, err := range invalid {
-		fault("was sent", err.Error())
+		fault("got", err.Error())
 	}
 	for id := range st.ids {
 		if ids[id] {
@@ -141,14 +140,14 @@ func (s *streams) note(st *stream, answer *workload.X509SVIDResponse) {
 	}
 	for id := range ids {
 		if st.gone[id] && s.released[id] {
-			fault("was shown again", id)
+			fault("got again", id)
 		}
 	}
 	st.ids, st.trusts, st.until, st.signers = ids, trusts, until, signers
 }
 
-// valid verifies an SVID as its workload and its peers do, with the trust bundle that
-// it comes with, and returns its certificates.
+// valid verifies an SVID with the trust bundle of the same answer, as workloads do, and
+// returns its certificates.
 func valid(svid *workload.X509SVID, now time.Time) ([]*x509.Certificate, error) {
 	held, err := x509svid.ParseRaw(svid.GetX509Svid(), svid.GetX509SvidKey())
 	if err != nil {
@@ -169,7 +168,7 @@ func trustDomain(id string) string {
 	return td
 }
 
-// count is the number of certificates in concatenated DER, -1 for what is none.
+// count returns the number of certificates in concatenated DER, -1 for invalid DER.
 func count(der []byte) int {
 	certs, err := x509.ParseCertificates(der)
 	if err != nil {
@@ -178,7 +177,7 @@ func count(der []byte) int {
 	return len(certs)
 }
 
-// wait returns when ok of every stream.
+// wait returns when ok returns true for every stream.
 func (s *streams) wait(what string, limit time.Duration, ok func(*stream) bool) error {
 	for deadline := time.Now().Add(limit); ; time.Sleep(20 * time.Millisecond) {
 		s.mu.Lock()
@@ -204,9 +203,9 @@ func (s *streams) stop() {
 	s.work.Wait()
 }
 
-// settleLimit bounds a wait for what is slow by design: an agent shows an entry that
-// is gone for some minutes after it has attested its node.
-const settleLimit = 5 * time.Minute
+// waitLimit is the longest wait. Some steps are slow by design: for minutes after its
+// attestation an agent still serves an entry that is missing.
+const waitLimit = 5 * time.Minute
 
 // followStreams is the command "streams". "start N SOCKET..." opens N streams at each
 // agent's socket. After it
@@ -214,10 +213,10 @@ const settleLimit = 5 * time.Minute
 //	streams have SOCKET ID...           wait until the streams at a socket have these SPIFFE IDs
 //	streams lack SOCKET ID...           wait until they have none of them
 //	streams trust SOCKET TD N [LIMIT]   wait until they have N X.509 authorities of a trust domain
-//	streams release ID...               these SPIFFE IDs may go from now on, once
+//	streams release ID...               these SPIFFE IDs may disappear from now on, once
 //	streams free AUTHORITY              no stream has an SVID that this X.509 authority signed; with ! one has
 //	streams whole                       no stream has ended, none has lost a SPIFFE ID that was not released,
-//	                                    none was shown a released one again, and each had valid SVIDs all the time
+//	                                    none got a released one again, and each had valid SVIDs all the time
 func followStreams(ts *testscript.TestScript, neg bool, args []string) {
 	s := ts.Value(streamsKey{}).(*streams)
 	usage := func() {
@@ -239,17 +238,17 @@ func followStreams(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Check(err)
 		ts.Check(s.start(n, args[1:]))
 	case verb == "have" && len(args) > 1:
-		at(strings.Join(args[1:], " and "), settleLimit, func(st *stream) bool {
+		at(strings.Join(args[1:], " and "), waitLimit, func(st *stream) bool {
 			return !slices.ContainsFunc(args[1:], func(id string) bool { return !st.ids[id] })
 		})
 	case verb == "lack" && len(args) > 1:
-		at("none of "+strings.Join(args[1:], " and "), settleLimit, func(st *stream) bool {
+		at("none of "+strings.Join(args[1:], " and "), waitLimit, func(st *stream) bool {
 			return !slices.ContainsFunc(args[1:], func(id string) bool { return st.ids[id] })
 		})
 	case verb == "trust" && (len(args) == 3 || len(args) == 4):
 		n, err := strconv.Atoi(args[2])
 		ts.Check(err)
-		limit := settleLimit
+		limit := waitLimit
 		if len(args) == 4 {
 			limit, err = time.ParseDuration(args[3])
 			ts.Check(err)
@@ -276,7 +275,7 @@ func followStreams(ts *testscript.TestScript, neg bool, args []string) {
 		defer s.mu.Unlock()
 		for _, st := range s.all {
 			if now := time.Now(); now.After(st.until) {
-				s.faults = append(s.faults, fmt.Errorf("%s: a stream is left with what ended at %s", st.socket, st.until.Format(time.TimeOnly)))
+				s.faults = append(s.faults, fmt.Errorf("%s: a stream is left with an SVID that expired at %s", st.socket, st.until.Format(time.TimeOnly)))
 			}
 		}
 		ts.Check(errors.Join(s.faults...))

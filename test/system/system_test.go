@@ -21,9 +21,9 @@ import (
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
 )
 
-// ports returns n TCP ports of the loopback interface that are free now. They are
-// below those that Linux gives to outgoing connections, of which there are many
-// here: a port is used long after it was chosen.
+// ports returns n TCP ports of the loopback interface that are free now. They are below
+// Linux's range for outgoing connections, because they must stay free until a script uses
+// them.
 func ports(n int) ([]string, error) {
 	var out []string
 	var last error
@@ -134,8 +134,8 @@ func expand(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// applied [keysetctl flags] waits until every agent has applied the trust bundle:
-// one that has not cannot verify what a new keyset signs.
+// applied [keysetctl flags] waits until every agent has applied the trust bundle: without
+// it an agent cannot verify SVIDs of a new keyset.
 func applied(ts *testscript.TestScript, neg bool, args []string) {
 	deadline := time.Now().Add(5 * time.Minute)
 	for {
@@ -173,9 +173,8 @@ func spireToken(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Check(os.WriteFile(ts.MkAbs(args[0]), []byte(strings.TrimSpace(token)), 0o600))
 }
 
-// trusts SOCKET TRUSTDOMAIN N waits until workloads at an agent's socket are told N
-// X.509 authorities of a trust domain. An agent asks for those of another once a
-// minute.
+// trusts SOCKET TRUSTDOMAIN N waits until workloads at an agent's socket get N X.509
+// authorities of a trust domain. An agent fetches federated bundles once a minute.
 func trusts(ts *testscript.TestScript, neg bool, args []string) {
 	if len(args) != 3 {
 		ts.Fatalf("usage: trusts SOCKET TRUSTDOMAIN N")
@@ -201,8 +200,8 @@ func trusts(ts *testscript.TestScript, neg bool, args []string) {
 	ts.Fatalf("%d authorities of %s after five minutes, want %s", n, args[1], args[2])
 }
 
-// until COMMAND... runs a command again and again until it succeeds, or with !
-// until it fails, for at most five minutes.
+// until COMMAND... repeats a command until it succeeds, or with ! until it fails, for at
+// most five minutes.
 func until(ts *testscript.TestScript, neg bool, args []string) {
 	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
@@ -254,8 +253,8 @@ func signal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
 				ts.Check(cmd.Process.Signal(sig))
 				sent++
 				if sig == syscall.SIGSTOP {
-					// A process that stays stopped cannot be ended either. No script has
-					// one stopped for as long.
+					// A process that stays stopped could not be ended. No script stops one
+					// for that long.
 					time.AfterFunc(10*time.Minute, func() { cmd.Process.Signal(syscall.SIGCONT) })
 				}
 			}
@@ -266,10 +265,10 @@ func signal(sig syscall.Signal) func(*testscript.TestScript, bool, []string) {
 	}
 }
 
-// workloads start SOCKET... starts a workload at each agent's socket; each calls
-// the next over mutual TLS all the time. After it
+// workloads start SOCKET... starts a workload at each agent's socket. Each calls the next
+// continuously over mutual TLS. After it
 //
-//	workloads fine      there were calls since the last look, and none failed
+//	workloads fine      there were calls since the last check, and none failed
 //	workloads failing   wait until calls fail
 //	workloads recover   wait until there are calls for a second and none fails
 func workloads(ts *testscript.TestScript, neg bool, args []string) {
@@ -300,7 +299,7 @@ func workloads(ts *testscript.TestScript, neg bool, args []string) {
 	}
 }
 
-// The runbook, step by step, under renewd's own server.
+// The runbook, step by step, with renewd's server.
 func TestRunbook(t *testing.T) {
 	t.Parallel()
 	run(t, "runbook.txtar", nil)
@@ -312,26 +311,25 @@ func TestDNSNames(t *testing.T) {
 	run(t, "names.txtar", nil)
 }
 
-// What workloads are known by, and where they ask.
+// Selectors of workloads, and the sockets.
 func TestAttestation(t *testing.T) {
 	t.Parallel()
 	run(t, "attest.txtar", nil)
 }
 
-// What the runbook says about trouble, each case brought about.
+// Trouble in a rotation, each case provoked.
 func TestTroubleshooting(t *testing.T) {
 	t.Parallel()
 	run(t, "trouble.txtar", nil)
 }
 
-// A server that was lost and is put back from a backup.
+// A server is lost and restored from a backup.
 func TestRestore(t *testing.T) {
 	t.Parallel()
 	run(t, "restore.txtar", nil)
 }
 
-// The runbook under a real SPIRE server, with the agents' figures from a real
-// Prometheus.
+// The runbook with a real SPIRE server, and the agents' figures from a real Prometheus.
 func TestRunbookUnderSPIRE(t *testing.T) {
 	t.Parallel()
 	path := withSPIRE(t)
@@ -345,7 +343,7 @@ func TestFederationWithSPIRE(t *testing.T) {
 	run(t, "spire-federation.txtar", withSPIRE(t))
 }
 
-// needPrometheus skips the test where there is none.
+// needPrometheus skips the test if Prometheus is not installed.
 func needPrometheus(t *testing.T) {
 	t.Helper()
 	if _, err := exec.LookPath("prometheus"); err != nil {
@@ -353,7 +351,7 @@ func needPrometheus(t *testing.T) {
 	}
 }
 
-// withSPIRE has a script find SPIRE's programs, or skips the test.
+// withSPIRE puts SPIRE's programs on a script's path, or skips the test.
 func withSPIRE(t *testing.T) map[string]string {
 	t.Helper()
 	dir := os.Getenv("SPIRE_BIN_DIR")

@@ -9,32 +9,30 @@ import (
 	"strings"
 )
 
-// Attestor is one way of proving to the server which node this is. Its methods
-// are called by one goroutine at a time.
+// Attestor is one way to attest the node. One goroutine at a time calls its methods.
 type Attestor interface {
-	// Type is the name of the node attestor at the server.
+	// Type returns the name of the server's node attestor.
 	Type() string
-	// Payload is what the server is sent first. It is made anew for each
-	// attempt, so that a proof which was replaced meanwhile is found. It must
-	// not use up anything. When nothing is configured that could prove the
-	// node, ever, the error is [ErrNoProof].
+	// Payload returns the first message to the server. It is called for each
+	// attempt, to find a replaced credential, and must not use the credential up.
+	// It fails with [ErrNoCredential] when none is configured.
 	Payload(ctx context.Context) ([]byte, error)
 	// Respond answers one challenge of the server.
 	Respond(ctx context.Context, challenge []byte) ([]byte, error)
 }
 
-// ErrNoProof says that the configuration holds nothing to prove the node with,
-// so that trying again is of no use.
-var ErrNoProof = errors.New("nothing is configured that proves the node")
+// ErrNoCredential means that the configuration has no credential to attest the node
+// with, so that another attempt is useless.
+var ErrNoCredential = errors.New("no credential is configured to attest the node with")
 
-// maxToken is far above what a server makes (36 bytes).
+// maxToken is the longest token accepted, in bytes. A server's has 36.
 const maxToken = 4 << 10
 
 type joinToken struct{ value, file string }
 
-// JoinToken proves a node by a token that the server issued for it and takes
-// once. The token is value or, when that is empty, the content of file without
-// surrounding white space.
+// JoinToken attests a node with a token that the server has issued for it and
+// accepts once. The token is value or, when that is empty, the content of file
+// without surrounding white space.
 func JoinToken(value, file string) Attestor { return joinToken{strings.TrimSpace(value), file} }
 
 func (joinToken) Type() string { return "join_token" }
@@ -44,7 +42,7 @@ func (j joinToken) Payload(context.Context) ([]byte, error) {
 		return []byte(j.value), nil
 	}
 	if j.file == "" {
-		return nil, fmt.Errorf("%w: set join_token or join_token_file to a token that the server issued for this node", ErrNoProof)
+		return nil, fmt.Errorf("%w: set join_token or join_token_file to a token that the server issued for this node", ErrNoCredential)
 	}
 	f, err := os.Open(j.file)
 	if err != nil {
@@ -68,5 +66,5 @@ func (j joinToken) Payload(context.Context) ([]byte, error) {
 }
 
 func (joinToken) Respond(context.Context, []byte) ([]byte, error) {
-	return nil, errors.New("the server sent a challenge, which there is none of with join_token")
+	return nil, errors.New("the server sent a challenge, join_token has none")
 }

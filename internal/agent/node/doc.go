@@ -1,14 +1,11 @@
-// Package node proves to the server which node this is, and keeps the agent
-// SVID.
+// Package node attests the node to the server, and stores the agent SVID.
 //
-// A [Node] holds one [Identity] at a time. [Node.Attest] gets the first one by
-// proving the node through an [Attestor]; [Node.Renew] replaces it while it is
-// still accepted. What the server answers is verified, then written to the
-// [Store], and only then used. The order matters: a join token is gone once
-// the server has read it, so an identity that exists in memory only would be
-// lost with the process. What cannot be written all the same is tried again
-// until it is on disk.
+// A [Node] holds one [Identity] at a time. [Node.Attest] obtains the first one
+// through an [Attestor]; [Node.Renew] replaces it while the server accepts it. A new
+// identity is verified, then written to the [Store], and only then used. The order
+// matters: the server accepts a join token once, so an identity that exists in
+// memory only would be lost with the process. The Store retries failed writes.
 //
-// The package does not connect to anything: the caller passes a connection
-// and answers for the server at its other end being authenticated.
+// The package opens no connections. The caller passes one on which it has
+// authenticated the server.
 package node

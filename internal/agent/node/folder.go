@@ -13,21 +13,20 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// maxFile bounds what is read of any one file.
+// maxFile is the largest file that is read, in bytes.
 const maxFile = 32 << 20
 
-// folder is data_dir as it was when it was opened, with its lock held.
+// folder is an open data_dir whose lock this process holds.
 type folder struct {
 	path string
 	root *os.Root
 	lock *os.File
 }
 
-// openFolder opens the folder at path, makes it when it is missing, and takes
-// its lock.
+// openFolder opens the folder at path, creates it if it is missing, and locks it.
 func openFolder(path string) (_ *folder, err error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
-		return nil, fmt.Errorf("make the folder: %w", err)
+		return nil, fmt.Errorf("create the folder: %w", err)
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
@@ -43,7 +42,7 @@ func openFolder(path string) (_ *folder, err error) {
 	if err != nil {
 		return nil, err
 	}
-	// Whoever owns the folder can replace the key in it.
+	// The owner of the folder can replace the key in it.
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
 		return nil, fmt.Errorf("%s belongs to user %d and this process runs as %d: chown it, or run as its owner", path, st.Uid, os.Geteuid())
 	}
@@ -54,8 +53,8 @@ func openFolder(path string) (_ *folder, err error) {
 	}
 	f.lock, err = root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
 	if errors.Is(err, syscall.EROFS) {
-		// A disk with errors is often mounted again to be read only. What it
-		// holds is enough for a start.
+		// The kernel often remounts a disk with errors read-only. Its files
+		// suffice for a start.
 		f.lock, err = root.Open(lockFile)
 	}
 	if err != nil {
@@ -65,48 +64,48 @@ func openFolder(path string) (_ *folder, err error) {
 		if errors.Is(err, syscall.EWOULDBLOCK) {
 			return nil, fmt.Errorf("%s is in use by another agent: stop that one, or give this one a folder of its own", path)
 		}
-		return nil, fmt.Errorf("lock %s: %w", f.name(lockFile), err)
+		return nil, fmt.Errorf("lock %s: %w", f.pathOf(lockFile), err)
 	}
 	return f, nil
 }
 
-// close gives the folder free.
+// close unlocks and closes the folder.
 func (f *folder) close() error {
 	var errs []error
 	if f.lock != nil {
-		// Closing alone would leave the lock with a child process that has
-		// been forked and not yet executed, which shares the open file.
+		// Closing alone does not suffice: a child process between fork and exec
+		// shares the open file and would keep the lock.
 		errs = append(errs, syscall.Flock(int(f.lock.Fd()), syscall.LOCK_UN), f.lock.Close())
 	}
 	return errors.Join(append(errs, f.root.Close())...)
 }
 
-// current reports whether the path still leads to this folder, and the name of
-// the lock to the lock that is held.
-func (f *folder) current() bool {
-	return same(func() (fs.FileInfo, error) { return os.Stat(f.path) }, func() (fs.FileInfo, error) { return f.root.Stat(".") }) &&
-		same(func() (fs.FileInfo, error) { return f.root.Stat(lockFile) }, f.lock.Stat)
+// isCurrent reports whether the paths of the folder and of its lock file still lead
+// to those that are open.
+func (f *folder) isCurrent() bool {
+	return sameFile(func() (fs.FileInfo, error) { return os.Stat(f.path) }, func() (fs.FileInfo, error) { return f.root.Stat(".") }) &&
+		sameFile(func() (fs.FileInfo, error) { return f.root.Stat(lockFile) }, f.lock.Stat)
 }
 
-func same(a, b func() (fs.FileInfo, error)) bool {
+func sameFile(a, b func() (fs.FileInfo, error)) bool {
 	x, errX := a()
 	y, errY := b()
 	return errX == nil && errY == nil && os.SameFile(x, y)
 }
 
-// access returns an error when nothing can be written here, as far as that can
-// be told without writing: the permissions, and a read-only mount.
-func (f *folder) access() error {
+// checkAccess returns an error when the permissions or a read-only mount prevent
+// writing. It does not write.
+func (f *folder) checkAccess() error {
 	if err := unix.Faccessat(unix.AT_FDCWD, f.path, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
 		return &fs.PathError{Op: "write to", Path: f.path, Err: err}
 	}
 	return nil
 }
 
-func (f *folder) name(file string) string { return filepath.Join(f.path, file) }
+func (f *folder) pathOf(file string) string { return filepath.Join(f.path, file) }
 
-// stamp tells one content of a file from another without reading it. The zero
-// stamp is that of no file.
+// stamp identifies the content of a file without reading it. The zero stamp means
+// that there is no file.
 type stamp struct {
 	inode    uint64
 	size     int64
@@ -133,7 +132,7 @@ func (f *folder) stamp(file string) (stamp, error) {
 	return stampOf(info), nil
 }
 
-// read returns the content of a file, nil when it does not exist.
+// read returns the content of a file and its stamp, zero when it does not exist.
 func (f *folder) read(file string) ([]byte, stamp, error) {
 	r, err := f.root.Open(file)
 	if errors.Is(err, fs.ErrNotExist) {
@@ -149,7 +148,7 @@ func (f *folder) read(file string) ([]byte, stamp, error) {
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		if err := r.Chmod(0o600); err != nil {
-			return nil, stamp{}, fmt.Errorf("%s can be read by others (mode %v): chmod it to 0600: %w", f.name(file), info.Mode().Perm(), err)
+			return nil, stamp{}, fmt.Errorf("%s can be read by others (mode %v): chmod it to 0600: %w", f.pathOf(file), info.Mode().Perm(), err)
 		}
 		if info, err = r.Stat(); err != nil {
 			return nil, stamp{}, err
@@ -157,16 +156,16 @@ func (f *folder) read(file string) ([]byte, stamp, error) {
 	}
 	b, err := io.ReadAll(io.LimitReader(r, maxFile+1))
 	if err != nil {
-		return nil, stamp{}, fmt.Errorf("read %s: %w", f.name(file), err)
+		return nil, stamp{}, fmt.Errorf("read %s: %w", f.pathOf(file), err)
 	}
 	if len(b) > maxFile {
-		return nil, stamp{}, fmt.Errorf("%s is larger than %d bytes: it is not a file that the agent wrote", f.name(file), maxFile)
+		return nil, stamp{}, fmt.Errorf("%s is larger than %d bytes: the agent has not written it", f.pathOf(file), maxFile)
 	}
 	return b, stampOf(info), nil
 }
 
-// write replaces a file: after a crash at any moment it holds either the old
-// content or the new.
+// write replaces a file atomically: after a crash it has either the old content or
+// the new.
 func (f *folder) write(file string, b []byte) (stamp, error) {
 	temp := file + ".tmp"
 	if err := f.writeTemp(temp, b); err != nil {
@@ -182,8 +181,8 @@ func (f *folder) write(file string, b []byte) (stamp, error) {
 	return at, f.sync()
 }
 
-// writeTemp writes a new file and has it on disk when it returns. What a crash
-// left under that name is removed, because its permissions are unknown.
+// writeTemp creates a file and syncs it to disk. It removes a file that a crash has
+// left under that name, because its permissions are unknown.
 func (f *folder) writeTemp(file string, b []byte) (err error) {
 	if err := f.root.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -195,7 +194,7 @@ func (f *folder) writeTemp(file string, b []byte) (err error) {
 	defer func() {
 		err = errors.Join(err, w.Close())
 		if err != nil {
-			err = errors.Join(fmt.Errorf("write %s: %w", f.name(file), err), f.root.Remove(file))
+			err = errors.Join(fmt.Errorf("write %s: %w", f.pathOf(file), err), f.root.Remove(file))
 		}
 	}()
 	if _, err := w.Write(b); err != nil {
@@ -204,7 +203,7 @@ func (f *folder) writeTemp(file string, b []byte) (err error) {
 	return w.Sync()
 }
 
-// remove deletes a file; it is no error when there is none.
+// remove deletes a file, if there is one.
 func (f *folder) remove(file string) error {
 	if err := f.root.Remove(file); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return err
@@ -212,8 +211,8 @@ func (f *folder) remove(file string) error {
 	return f.sync()
 }
 
-// probe checks that an identity could be saved now, by doing all of it but the
-// last step.
+// probe checks that an identity could be saved now: it writes a file of that size and
+// removes it.
 func (f *folder) probe() error {
 	const file = identityFile + ".probe"
 	if err := f.writeTemp(file, make([]byte, 16<<10)); err != nil {
@@ -222,18 +221,18 @@ func (f *folder) probe() error {
 	return f.root.Remove(file)
 }
 
-// setAside renames a file, so that it is out of the way and nothing is lost,
-// and returns where it is now.
-func (f *folder) setAside(file, why string, now time.Time) (string, error) {
+// moveAside renames a file so that the agent no longer uses it, and returns its new
+// path.
+func (f *folder) moveAside(file, why string, now time.Time) (string, error) {
 	to := file + "." + why + "-" + now.UTC().Format("20060102T150405.000000000Z")
 	if err := f.root.Rename(file, to); err != nil {
 		return "", err
 	}
-	return f.name(to), f.sync()
+	return f.pathOf(to), f.sync()
 }
 
-// sync makes a rename last (fsync(2): syncing a file does not sync the folder
-// that names it).
+// sync makes renames in the folder durable (fsync(2): syncing a file does not sync
+// its directory entry).
 func (f *folder) sync() error {
 	d, err := f.root.Open(".")
 	if err != nil {

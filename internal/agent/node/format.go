@@ -15,8 +15,7 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// formatVersion is raised when a file can no longer be read by the version
-// before.
+// formatVersion is raised when earlier versions of the agent cannot read a file.
 const formatVersion = 1
 
 type identityJSON struct {
@@ -38,8 +37,8 @@ func encodeIdentity(id *Identity) ([]byte, error) {
 	return json.Marshal(out)
 }
 
-// decodeIdentity is careful with error texts: those of the key's decoder are
-// left out, so that nothing of the key can end in a log.
+// decodeIdentity omits the error texts of the key's decoder, so that no part of the
+// key can reach a log.
 func decodeIdentity(b []byte) (*Identity, error) {
 	var in identityJSON
 	if err := decode(b, &in); err != nil {
@@ -66,13 +65,13 @@ type bundleJSON struct {
 	RefreshHint time.Duration `json:"refresh_hint_ns"`
 	X509        []x509JSON    `json:"x509_authorities"`
 	JWT         []jwtJSON     `json:"jwt_authorities"`
-	// Adopted names the authorities that are no news when the operator gives them.
-	// It is of the own bundle only.
+	// Adopted has the fingerprints of the authorities of trust_bundle_file that the
+	// agent already knows. Only bundle.json has it.
 	Adopted []string `json:"adopted,omitzero"`
 }
 
 type x509JSON struct {
-	ID           string    `json:"id"` // for the reader; the certificate counts
+	ID           string    `json:"id"` // for people: decoding ignores it
 	Certificate  []byte    `json:"certificate"`
 	Tainted      bool      `json:"tainted,omitempty"`
 	TaintedSince time.Time `json:"tainted_since,omitzero"`
@@ -196,7 +195,7 @@ func checkVersion(v int) error {
 	return nil
 }
 
-// decode is json.Unmarshal without the content of the file in its errors.
+// decode is json.Unmarshal with errors that do not quote the file.
 func decode(b []byte, into any) error {
 	err := json.Unmarshal(b, into)
 	var syntax *json.SyntaxError

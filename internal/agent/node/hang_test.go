@@ -11,9 +11,9 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// hangDisk has whoever looks at identity.json next wait until the disk answers. It
-// returns what waits for somebody to wait, and what lets the disk answer.
-func hangDisk(t *testing.T, dir string) (waited, answer func()) {
+// blockDisk makes the next read of identity.json block. waited returns when a reader
+// is blocked, and answer unblocks it.
+func blockDisk(t *testing.T, dir string) (waited, answer func()) {
 	t.Helper()
 	path := filepath.Join(dir, "identity.json")
 	check(t, os.Remove(path), unix.Mkfifo(path, 0o600))
@@ -28,26 +28,26 @@ func hangDisk(t *testing.T, dir string) (waited, answer func()) {
 				if !errors.Is(err, unix.ENXIO) {
 					t.Fatal(err)
 				}
-				time.Sleep(time.Millisecond) // nobody reads yet
+				time.Sleep(time.Millisecond) // no reader yet
 			}
 		}, func() {
 			check(t, unix.Close(w))
 		}
 }
 
-// A disk that does not answer holds nobody up for long: neither the renewal of the
-// agent SVID nor an attestation, which is not begun. What was to be kept is written
-// when it answers again.
-func TestDiskThatDoesNotAnswerWhileTheStoreIsSynced(t *testing.T) {
+// A disk that does not answer does not block a renewal of the agent SVID or an
+// attestation for long. The attestation does not start. The files are written when
+// the disk answers again.
+func TestHungDiskDuringSync(t *testing.T) {
 	t.Parallel()
 	s := newState(t, t.TempDir())
 	other := newState(t, t.TempDir()).node.Identity()
-	waited, answer := hangDisk(t, s.dir)
+	waited, answer := blockDisk(t, s.dir)
 	synced := make(chan error, 1)
 	go func() { synced <- s.Sync() }()
 	waited()
 	calls := map[string]func() error{
-		"given up": func() error { return s.SaveIdentity(other, false) },
+		"no retry": func() error { return s.SaveIdentity(other, false) },
 		"attest":   func() error { return s.node.Attest(t.Context(), nil, s.ca.bundle()) },
 	}
 	failed := make(chan error, len(calls))
@@ -64,20 +64,20 @@ func TestDiskThatDoesNotAnswerWhileTheStoreIsSynced(t *testing.T) {
 		<-failed
 	}
 	if err := s.SaveIdentity(s.node.Identity(), true); err == nil || s.Unsaved()["identity.json"] == nil {
-		t.Errorf("insisted: %v, unsaved %v", err, s.Unsaved())
+		t.Errorf("with retry: %v, unsaved %v", err, s.Unsaved())
 	}
 	answer()
 	check(t, <-synced, s.Sync(), s.Err(), s.Close())
 	s.restart(t, s.dir)
 }
 
-// A write that ends after it was given up is taken back: the server would retire
-// the agent SVID in use when the other one is presented.
-func TestWriteThatEndsAfterItWasGivenUp(t *testing.T) {
+// A write that succeeds after SaveIdentity has timed out is undone: presenting that
+// identity after a restart would revoke the one in use.
+func TestWriteThatEndsAfterTheTimeout(t *testing.T) {
 	t.Parallel()
 	s := newState(t, t.TempDir())
 	other := newState(t, t.TempDir()).node.Identity()
-	waited, answer := hangDisk(t, s.dir)
+	waited, answer := blockDisk(t, s.dir)
 	saved := make(chan error, 1)
 	go func() { saved <- s.SaveIdentity(other, false) }()
 	waited()

@@ -22,8 +22,8 @@ import (
 	"github.com/renewd/renewd/bundle"
 )
 
-// maxChallenges is how many challenges of one attestation are answered. The
-// node attestors there are send none or one.
+// maxChallenges is the most challenges of one attestation that are answered. SPIRE's
+// node attestors send none or one.
 const maxChallenges = 10
 
 // Config is what a [Node] needs. TrustDomain, Attestor, Store and Bundle are
@@ -31,34 +31,33 @@ const maxChallenges = 10
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	Attestor    Attestor
-	// Store keeps the identity. The Node does not close it.
+	// Store stores the identity. The caller closes it.
 	Store *Store
-	// Bundle is the trust bundle in force, which a renewed SVID must verify
-	// with; nil before there is one. It is not called by New.
+	// Bundle returns the trust bundle in force, which verifies renewed SVIDs; nil
+	// before there is one. New does not call it.
 	Bundle func() *bundle.Bundle
 	Log    *slog.Logger
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
 }
 
-// Node is this machine as the server knows it. Identity may be called at any
-// time; of Attest, Renew and Wipe one at a time.
+// Node is this node's identity at the server. Attest, Renew and Wipe must not run at
+// the same time; the other methods are safe for concurrent use.
 type Node struct {
 	cfg Config
 	id  atomic.Pointer[Identity]
 
-	signing atomic.Int32 // see Signing
+	attesting atomic.Int32
 }
 
-// New makes a Node and loads the identity kept from the last run. One of another
-// trust domain is left out, which the log says. One that is outside its life is
-// not: the clock may be wrong.
+// New returns a Node with the identity that is stored. It ignores, and logs, an
+// identity of another trust domain. It keeps one that is outside its lifetime,
+// because the clock may be wrong.
 //
-// An identity file that cannot be read is an error when there is nothing to
-// attest with: an operator may be able to repair it. When there is something, a
-// join token for instance, the file is renamed and logged, and the node has to
-// attest. It is never deleted. A file of a newer version of the agent is always
-// an error: that version can still read it.
+// A corrupt identity file is an error when the node has no credential to attest
+// with, because an operator may be able to repair it. With a credential, such as a
+// join token, New renames the file and logs that, and the node has to attest. A file
+// of a newer version of the agent is always an error: that version can still read it.
 func New(cfg Config) (*Node, error) {
 	if cfg.TrustDomain.IsZero() || cfg.Attestor == nil || cfg.Store == nil || cfg.Bundle == nil {
 		return nil, errors.New("node: Config needs TrustDomain, Attestor, Store and Bundle")
@@ -74,19 +73,19 @@ func New(cfg Config) (*Node, error) {
 	var corrupt *CorruptError
 	switch {
 	case errors.As(err, &corrupt):
-		if _, noProof := cfg.Attestor.Payload(context.Background()); noProof != nil {
+		if _, noCredential := cfg.Attestor.Payload(context.Background()); noCredential != nil {
 			return nil, err
 		}
-		to, renameErr := cfg.Store.setAside(cfg.Now())
+		to, renameErr := cfg.Store.moveCorruptIdentity(cfg.Now())
 		if renameErr != nil {
 			return nil, errors.Join(err, renameErr)
 		}
-		cfg.Log.Warn("stored agent SVID is corrupt, moved aside, re-attestation required", "error", corrupt.Err, "file", corrupt.Path, "moved_to", to)
+		cfg.Log.Warn("stored agent SVID is corrupt, moved aside, re-attestation required", "error", corrupt.Err, "path", corrupt.Path, "moved_to", to)
 	case err != nil:
 		return nil, fmt.Errorf("load the agent SVID: %w", err)
 	case id == nil:
 	case !id.ID().MemberOf(cfg.TrustDomain):
-		cfg.Store.leaveIdentity()
+		cfg.Store.ignoreIdentity()
 		cfg.Log.Warn("stored agent SVID is of another trust domain, attestation required",
 			"spiffe_id", id.ID().String(), "trust_domain", cfg.TrustDomain.Name())
 	default:
@@ -98,44 +97,44 @@ func New(cfg Config) (*Node, error) {
 	return n, nil
 }
 
-// Identity is the identity held, nil when there is none. It may have expired.
+// Identity returns the identity held, nil when there is none. It may have expired.
 func (n *Node) Identity() *Identity { return n.id.Load() }
 
-// Signing counts the attestations on their way, whose agent SVID the server has perhaps
-// signed already. Read it before Identity, so that it is seen in one of the two.
-func (n *Node) Signing() int { return int(n.signing.Load()) }
+// Attesting returns the number of attestations in flight, whose agent SVID the server
+// may have signed already. Read it before Identity, so that a new SVID is seen in one
+// of the two.
+func (n *Node) Attesting() int { return int(n.attesting.Load()) }
 
-// Provable returns nil when there is something to prove the node with, and
+// CanAttest returns nil when there is a credential to attest the node with, and
 // otherwise what is missing.
-func (n *Node) Provable(ctx context.Context) error {
+func (n *Node) CanAttest(ctx context.Context) error {
 	_, err := n.cfg.Attestor.Payload(ctx)
 	return err
 }
 
-// Attest attests the node over conn and takes the identity that the server
-// answers with, whatever this node's clock makes of it. trust is what that must
-// verify with: the bundle that this same server answered just now, because the
-// one the operator gave may be older than the authority that signs.
+// Attest attests the node over conn and uses the identity that the server signs,
+// whatever this node's clock shows. trust must verify that identity: it is the bundle
+// that this server has just returned, because the operator's may be older than the
+// authority that signs.
 //
-// A join token is used up by the call, so whether the result could be kept is
-// checked before. Should it fail to be kept all the same, the identity is used
-// from memory, and the Store writes it as soon as it can: the token is gone
-// either way.
+// The call uses up a join token, so Attest first checks that the identity could be
+// stored. If storing it fails nevertheless, the Node uses it from memory, and the
+// Store retries.
 func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust *bundle.Bundle) error {
-	n.signing.Add(1)
-	defer n.signing.Add(-1)
+	n.attesting.Add(1)
+	defer n.attesting.Add(-1)
 	payload, err := n.cfg.Attestor.Payload(ctx)
 	if err != nil {
 		return err
 	}
 	if err := n.cfg.Store.writable(); err != nil {
-		return fmt.Errorf("the agent SVID could not be written to data_dir, so the node is not attested: %w", err)
+		return fmt.Errorf("attestation not started, the agent SVID could not be written to data_dir: %w", err)
 	}
 	key, csr, err := n.newKey()
 	if err != nil {
 		return err
 	}
-	result, err := n.converse(ctx, conn, payload, csr)
+	result, err := n.attestAgent(ctx, conn, payload, csr)
 	if err != nil {
 		return err
 	}
@@ -148,15 +147,15 @@ func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust 
 		return fmt.Errorf("the server answered with an agent SVID that cannot be used: %w", err)
 	}
 	id.received, id.wall = time.Now(), now
-	n.insist(id)
+	n.saveAndUse(id)
 	n.cfg.Log.Info("node attested", "spiffe_id", id.ID().String(), "attestor", n.cfg.Attestor.Type(), "expires_at", id.Chain[0].NotAfter)
 	return nil
 }
 
-// converse does the AttestAgent call: parameters, challenges, result.
-func (n *Node) converse(ctx context.Context, conn grpc.ClientConnInterface, payload, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
+// attestAgent makes the AttestAgent call: parameters, challenges, result.
+func (n *Node) attestAgent(ctx context.Context, conn grpc.ClientConnInterface, payload, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
 	ctx, cancel := context.WithCancel(ctx)
-	defer cancel() // ends the stream in every case
+	defer cancel() // ends the stream
 	stream, err := agentv1.NewAgentClient(conn).AttestAgent(ctx)
 	if err != nil {
 		return nil, err
@@ -166,8 +165,8 @@ func (n *Node) converse(ctx context.Context, conn grpc.ClientConnInterface, payl
 		Params: &agentv1.AgentX509SVIDParams{Csr: csr},
 	}}}
 	for range maxChallenges + 1 {
-		// Send fails with io.EOF when the server has ended the stream; why, only
-		// Recv knows.
+		// Send fails with io.EOF when the server has ended the stream; Recv returns
+		// the reason.
 		if err := stream.Send(request); err != nil && !errors.Is(err, io.EOF) {
 			return nil, err
 		}
@@ -194,11 +193,10 @@ func (n *Node) converse(ctx context.Context, conn grpc.ClientConnInterface, payl
 	return nil, fmt.Errorf("the server sent more than %d challenges", maxChallenges)
 }
 
-// Renew replaces the identity over conn, on which the present one is used. The
-// server takes the new one into force, and retires the present one, when it is
-// first used. So nothing is lost when the answer is wrong or cannot be kept:
-// the error says so and the present identity stays. Only one that is about to
-// end is replaced also by one that cannot be kept yet.
+// Renew replaces the identity over conn, which presents the one held. The server
+// revokes the one held at the first use of the new one. So when the answer is invalid
+// or cannot be stored, Renew returns an error and the identity held stays in use.
+// When that is about to expire, Renew uses the new one even if it cannot be stored.
 func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 	held := n.id.Load()
 	if held == nil {
@@ -223,33 +221,33 @@ func (n *Node) Renew(ctx context.Context, conn grpc.ClientConnInterface) error {
 		err = id.verify(n.cfg.TrustDomain, n.cfg.Bundle(), now)
 	}
 	if err == nil && !now.Before(id.Chain[0].NotAfter) && held.ValidAt(now) == nil {
-		err = id.ValidAt(now) // a clock that fits the one cannot be wrong about the other
+		err = id.ValidAt(now) // the clock is right about the SVID held, so it is about this one
 	}
 	if err != nil {
 		return fmt.Errorf("the server answered with an agent SVID that cannot be used: %w", err)
 	}
 	id.received, id.wall = time.Now(), now
-	if left := held.Life() - held.Age(now); left > held.Life()/4 {
+	if left := held.Lifetime() - held.Age(now); left > held.Lifetime()/4 {
 		if err := n.cfg.Store.SaveIdentity(id, false); err != nil {
 			return fmt.Errorf("write the agent SVID to data_dir: %w", err)
 		}
 		n.id.Store(id)
 	} else {
-		n.insist(id)
+		n.saveAndUse(id)
 	}
 	n.cfg.Log.Info("agent SVID renewed", "spiffe_id", id.ID().String(), "expires_at", id.Chain[0].NotAfter)
 	return nil
 }
 
-// insist uses id whether or not it can be written now. The Store tries until it is.
-func (n *Node) insist(id *Identity) {
+// saveAndUse uses id even if it cannot be written now. The Store retries the write.
+func (n *Node) saveAndUse(id *Identity) {
 	if err := n.cfg.Store.SaveIdentity(id, true); err != nil {
-		n.cfg.Log.Error("agent SVID not written to data_dir, a restart before it is makes attestation necessary", "error", err)
+		n.cfg.Log.Error("agent SVID not written to data_dir, re-attestation required if the agent restarts now", "error", err)
 	}
 	n.id.Store(id)
 }
 
-// Wipe forgets the identity, in memory and on disk: the server has banned it.
+// Wipe deletes the identity in memory and on disk, after the server has banned it.
 func (n *Node) Wipe() error {
 	n.id.Store(nil)
 	if err := n.cfg.Store.WipeIdentity(); err != nil {
@@ -258,16 +256,16 @@ func (n *Node) Wipe() error {
 	return nil
 }
 
-// newKey makes a key and a certificate request for it. The request conveys the
-// key and nothing else: the server chooses everything that the SVID says.
+// newKey returns a key and a certificate signing request for it. The request is empty
+// otherwise: the server decides what the SVID contains.
 func (n *Node) newKey() (crypto.Signer, []byte, error) {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make the node's key: %w", err)
+		return nil, nil, fmt.Errorf("generate the node's key: %w", err)
 	}
 	csr, err := x509.CreateCertificateRequest(rand.Reader, &x509.CertificateRequest{}, key)
 	if err != nil {
-		return nil, nil, fmt.Errorf("make the node's certificate request: %w", err)
+		return nil, nil, fmt.Errorf("create the node's certificate request: %w", err)
 	}
 	return key, csr, nil
 }

@@ -83,8 +83,8 @@ func (a *authority) bundle() *bundle.Bundle {
 	return b
 }
 
-// server answers AttestAgent and RenewAgent over a connection without TLS: who
-// the server is has been settled before this package is called.
+// server answers AttestAgent and RenewAgent over a connection without TLS:
+// authenticating the server is the caller's part.
 type server struct {
 	agentv1.UnimplementedAgentServer
 	t  testing.TB
@@ -92,7 +92,7 @@ type server struct {
 
 	challenges   int
 	reattestable bool
-	spoil        func(*x509.Certificate)            // changes the SVID
+	corrupt      func(*x509.Certificate)            // changes the SVID
 	answer       func(chain [][]byte) [][]byte      // changes the chain
 	result       func(*agentv1.AttestAgentResponse) // changes the answer
 	fail         error
@@ -111,8 +111,8 @@ func (s *server) sign(csrDER []byte) [][]byte {
 		SerialNumber: big.NewInt(lastSerial.Add(1)), NotBefore: time.Now().Add(-10 * time.Second), NotAfter: time.Now().Add(time.Minute),
 		KeyUsage: x509.KeyUsageDigitalSignature, URIs: []*url.URL{spiffeid.RequireFromString(nodeID).URL()}, BasicConstraintsValid: true,
 	}
-	if s.spoil != nil {
-		s.spoil(tmpl)
+	if s.corrupt != nil {
+		s.corrupt(tmpl)
 	}
 	chain := [][]byte{s.ca.sign(s.t, tmpl, s.ca.cert, csr.PublicKey).Raw}
 	if s.answer != nil {
@@ -220,8 +220,8 @@ func TestJoinToken(t *testing.T) {
 		if string(got) != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
 			t.Errorf("%s: got %q, %v", name, got, err)
 		}
-		if errors.Is(err, node.ErrNoProof) != (name == "nothing" || name == "blank") {
-			t.Errorf("%s: ErrNoProof: %v", name, err)
+		if errors.Is(err, node.ErrNoCredential) != (name == "nothing" || name == "blank") {
+			t.Errorf("%s: ErrNoCredential: %v", name, err)
 		}
 	}
 	if node.JoinToken("a", "").Type() != "join_token" {
@@ -232,12 +232,12 @@ func TestJoinToken(t *testing.T) {
 	}
 }
 
-// prover is an attestor with challenges.
-type prover struct{}
+// challenger is an attestor that answers challenges.
+type challenger struct{}
 
-func (prover) Type() string                            { return "prover" }
-func (prover) Payload(context.Context) ([]byte, error) { return []byte("payload"), nil }
-func (prover) Respond(_ context.Context, challenge []byte) ([]byte, error) {
+func (challenger) Type() string                            { return "challenger" }
+func (challenger) Payload(context.Context) ([]byte, error) { return []byte("payload"), nil }
+func (challenger) Respond(_ context.Context, challenge []byte) ([]byte, error) {
 	return append([]byte("answer to "), challenge...), nil
 }
 
@@ -245,12 +245,12 @@ func TestAttestAnswersChallenges(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	s := &server{ca: ca, challenges: 2, reattestable: true}
-	n := newNode(t, openStore(t, t.TempDir()), prover{}, ca, nil)
+	n := newNode(t, openStore(t, t.TempDir()), challenger{}, ca, nil)
 	conn := serve(t, s)
 	if err := n.Attest(t.Context(), conn, ca.bundle()); err != nil {
 		t.Fatal(err)
 	}
-	if fmt.Sprint(s.payloads) != "[prover payload]" || fmt.Sprint(s.responses) != "[answer to 0 answer to 1]" {
+	if fmt.Sprint(s.payloads) != "[challenger payload]" || fmt.Sprint(s.responses) != "[answer to 0 answer to 1]" {
 		t.Errorf("got %q, %q", s.payloads, s.responses)
 	}
 	if id := n.Identity(); !id.Reattestable || id.ID().String() != nodeID {
@@ -262,15 +262,15 @@ func TestAttestAnswersChallenges(t *testing.T) {
 	}
 }
 
-func TestAnswersThatCannotBeUsed(t *testing.T) {
+func TestInvalidAnswersAreRejected(t *testing.T) {
 	t.Parallel()
 	ca, other := newAuthority(t), newAuthority(t)
 	uri := func(id string) func(*server) {
 		return func(s *server) {
-			s.spoil = func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: id}} }
+			s.corrupt = func(c *x509.Certificate) { c.URIs = []*url.URL{{Scheme: "spiffe", Host: "example.org", Path: id}} }
 		}
 	}
-	for name, spoil := range map[string]func(*server){
+	for name, corrupt := range map[string]func(*server){
 		"no certificate":   func(s *server) { s.answer = func([][]byte) [][]byte { return nil } },
 		"bad DER":          func(s *server) { s.answer = func([][]byte) [][]byte { return [][]byte{[]byte("x")} } },
 		"bad intermediate": func(s *server) { s.answer = func(c [][]byte) [][]byte { return append(c, nil) } },
@@ -286,16 +286,16 @@ func TestAnswersThatCannotBeUsed(t *testing.T) {
 		"other authority": func(s *server) { s.ca = other },
 		"workload":        uri("/w"),
 		"server":          uri("/spire/server"),
-		"no ID":           func(s *server) { s.spoil = func(c *x509.Certificate) { c.URIs = nil } },
-		"two IDs":         func(s *server) { s.spoil = func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) } },
-		"other domain":    func(s *server) { s.spoil = func(c *x509.Certificate) { c.URIs[0].Host = "other.org" } },
-		"authority":       func(s *server) { s.spoil = func(c *x509.Certificate) { c.IsCA = true } },
-		"expired":         func(s *server) { s.spoil = func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) } },
+		"no ID":           func(s *server) { s.corrupt = func(c *x509.Certificate) { c.URIs = nil } },
+		"two IDs":         func(s *server) { s.corrupt = func(c *x509.Certificate) { c.URIs = append(c.URIs, c.URIs[0]) } },
+		"other domain":    func(s *server) { s.corrupt = func(c *x509.Certificate) { c.URIs[0].Host = "other.org" } },
+		"authority":       func(s *server) { s.corrupt = func(c *x509.Certificate) { c.IsCA = true } },
+		"expired":         func(s *server) { s.corrupt = func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) } },
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
 			s := &server{ca: ca}
-			spoil(s)
+			corrupt(s)
 			store := openStore(t, t.TempDir())
 			n := newNode(t, store, node.JoinToken("t", ""), ca, nil)
 			conn := serve(t, s)
@@ -310,7 +310,7 @@ func TestAnswersThatCannotBeUsed(t *testing.T) {
 				t.Fatal(err)
 			}
 			held := n.Identity()
-			spoil(s)
+			corrupt(s)
 			if err := n.Renew(t.Context(), conn); err == nil || n.Identity() != held {
 				t.Errorf("renew: accepted, %v", err)
 			}
@@ -333,7 +333,7 @@ func TestRenewedSVIDOfAnotherNode(t *testing.T) {
 	if err := n.Attest(t.Context(), conn, ca.bundle()); err != nil {
 		t.Fatal(err)
 	}
-	s.spoil = func(c *x509.Certificate) { c.URIs[0].Path = "/spire/agent/join_token/u" }
+	s.corrupt = func(c *x509.Certificate) { c.URIs[0].Path = "/spire/agent/join_token/u" }
 	if err := n.Renew(t.Context(), conn); err == nil || !strings.Contains(err.Error(), "the node is") {
 		t.Errorf("got %v", err)
 	}
@@ -342,14 +342,14 @@ func TestRenewedSVIDOfAnotherNode(t *testing.T) {
 func TestAttestAnswersWithoutResult(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
-	for name, spoil := range map[string]func(*server){
+	for name, corrupt := range map[string]func(*server){
 		"no step":   func(s *server) { s.result = func(r *agentv1.AttestAgentResponse) { r.Step = nil } },
 		"no SVID":   func(s *server) { s.result = func(r *agentv1.AttestAgentResponse) { r.GetResult().Svid = nil } },
 		"challenge": func(s *server) { s.challenges = 1 },
 		"refused":   func(s *server) { s.fail = status.Error(codes.InvalidArgument, "join token does not exist") },
 	} {
 		s := &server{ca: ca}
-		spoil(s)
+		corrupt(s)
 		n := newNode(t, openStore(t, t.TempDir()), node.JoinToken("t", ""), ca, nil)
 		err := n.Attest(t.Context(), serve(t, s), ca.bundle())
 		if err == nil || n.Identity() != nil {
@@ -361,9 +361,9 @@ func TestAttestAnswersWithoutResult(t *testing.T) {
 	}
 }
 
-// breakDisk has every write of a file in dir fail, for root, too, and returns what
-// mends it.
-func breakDisk(t testing.TB, dir string) (mend func()) {
+// makeUnwritable makes every write of a file in dir fail, also for root. repair undoes
+// that.
+func makeUnwritable(t testing.TB, dir string) (repair func()) {
 	t.Helper()
 	block := []string{filepath.Join(dir, "identity.json.probe")}
 	for _, name := range node.Files {
@@ -383,20 +383,20 @@ func breakDisk(t testing.TB, dir string) (mend func()) {
 	}
 }
 
-// A join token is not used up when the identity could not be kept.
-func TestTokenIsNotSpentOnAFolderThatCannotBeWritten(t *testing.T) {
+// A join token is not used up when the identity could not be saved.
+func TestTokenIsNotSentIfDataDirIsUnwritable(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	ca := newAuthority(t)
 	s := &server{ca: ca}
 	n := newNode(t, openStore(t, dir), node.JoinToken("t", ""), ca, nil)
-	breakDisk(t, dir)
+	makeUnwritable(t, dir)
 	if err := n.Attest(t.Context(), serve(t, s), ca.bundle()); err == nil || len(s.payloads) > 0 {
 		t.Errorf("got %v, sent %q", err, s.payloads)
 	}
 }
 
-func TestIdentityThatCannotBeKept(t *testing.T) {
+func TestAttestedIdentityIsUsedUnsaved(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	ca := newAuthority(t)
@@ -404,22 +404,22 @@ func TestIdentityThatCannotBeKept(t *testing.T) {
 	var logs bytes.Buffer
 	n := newNode(t, openStore(t, dir), node.JoinToken("t", ""), ca, func(c *node.Config) { c.Log = slog.New(slog.NewTextHandler(&logs, nil)) })
 	conn := serve(t, s)
-	s.result = func(*agentv1.AttestAgentResponse) { breakDisk(t, dir) } // between the check and the answer
+	s.result = func(*agentv1.AttestAgentResponse) { makeUnwritable(t, dir) } // between the check and the answer
 	if err := n.Attest(t.Context(), conn, ca.bundle()); err != nil || n.Identity() == nil {
-		t.Errorf("the token is gone and so is the identity: %v", err)
+		t.Errorf("the token is used up and the identity lost: %v", err)
 	}
 	if !strings.Contains(logs.String(), "agent SVID not written") {
 		t.Errorf("log: %s", &logs)
 	}
 	held := n.Identity()
 	if err := n.Renew(t.Context(), conn); err == nil || n.Identity() != held {
-		t.Errorf("a renewed identity is used that is not kept: %v", err)
+		t.Errorf("an unsaved renewed identity is used: %v", err)
 	}
 }
 
-// Towards the end of its life the own SVID is replaced also by one that cannot be
-// kept: a full disk must not cost the node its identity.
-func TestRenewalThatCannotBeKept(t *testing.T) {
+// Near its expiry the agent SVID is replaced although the new one cannot be saved: a
+// full disk must not cost the node its identity.
+func TestRenewedIdentityIsUsedUnsavedOnlyNearExpiry(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	ca := newAuthority(t)
@@ -433,22 +433,22 @@ func TestRenewalThatCannotBeKept(t *testing.T) {
 	if err := n.Attest(t.Context(), conn, ca.bundle()); err != nil {
 		t.Fatal(err)
 	}
-	breakDisk(t, dir)
+	makeUnwritable(t, dir)
 	held := n.Identity()
-	now.Store(int64(40 * time.Second)) // of 70, 10 of which were over at the start
+	now.Store(int64(40 * time.Second)) // of 70 s, of which 10 s had passed at the start
 	if err := n.Renew(t.Context(), conn); err == nil || n.Identity() != held {
-		t.Errorf("with time left to keep it a renewed identity is used that is not kept: %v", err)
+		t.Errorf("an unsaved renewed identity is used long before the expiry: %v", err)
 	}
 	now.Store(int64(50 * time.Second))
 	if err := n.Renew(t.Context(), conn); err != nil || n.Identity() == held {
-		t.Errorf("the identity is let run out: %v", err)
+		t.Errorf("the identity is not replaced before it expires: %v", err)
 	}
 	if !strings.Contains(logs.String(), "agent SVID not written") {
 		t.Errorf("log: %s", &logs)
 	}
 }
 
-func TestKeptIdentities(t *testing.T) {
+func TestStoredIdentities(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	other := spiffeid.RequireTrustDomainFromString("other.org")
@@ -482,7 +482,7 @@ func TestKeptIdentities(t *testing.T) {
 	}
 }
 
-func TestDamagedIdentity(t *testing.T) {
+func TestCorruptIdentity(t *testing.T) {
 	t.Parallel()
 	ca := newAuthority(t)
 	dir := t.TempDir()
@@ -500,7 +500,7 @@ func TestDamagedIdentity(t *testing.T) {
 		"empty": nil, "cut": whole[:len(whole)/2], "no key": []byte(`{"version":1,"key":"aGVsbG8="}`),
 		"no version": bytes.Replace(whole, []byte(`"version":1`), []byte(`"version":0`), 1),
 	} {
-		damage(t, dir, "identity.json", content)
+		overwrite(t, dir, "identity.json", content)
 		cfg := node.Config{TrustDomain: td, Attestor: node.JoinToken("", ""), Store: s, Bundle: ca.bundle}
 		_, err := node.New(cfg)
 		var corrupt *node.CorruptError
@@ -510,7 +510,7 @@ func TestDamagedIdentity(t *testing.T) {
 		if got, _ := os.ReadFile(path); !bytes.Equal(got, content) {
 			t.Errorf("%s: the file was changed", name)
 		}
-		// With a token there is a way on, and the file is kept all the same.
+		// With a token the agent starts, and the file is moved aside.
 		cfg.Attestor = node.JoinToken("t", "")
 		n, err := node.New(cfg)
 		if err != nil || n.Identity() != nil {
@@ -518,10 +518,10 @@ func TestDamagedIdentity(t *testing.T) {
 		}
 		aside, _ := filepath.Glob(path + ".corrupt-*")
 		if len(aside) != 1 {
-			t.Fatalf("%s: set aside: %v", name, aside)
+			t.Fatalf("%s: moved aside: %v", name, aside)
 		}
 		if got, _ := os.ReadFile(aside[0]); !bytes.Equal(got, content) {
-			t.Errorf("%s: the file set aside was changed", name)
+			t.Errorf("%s: the file moved aside was changed", name)
 		}
 		os.Remove(aside[0])
 	}
@@ -539,13 +539,13 @@ func TestWipe(t *testing.T) {
 		t.Fatal(err)
 	}
 	if id, err := s.LoadIdentity(); id != nil || err != nil || n.Identity() != nil {
-		t.Errorf("still there: %v, %v", id, err)
+		t.Errorf("not wiped: %v, %v", id, err)
 	}
 }
 
-// FuzzOwnSVIDAnswer sends arbitrary chains: what is accepted can be presented,
-// kept and loaded again.
-func FuzzOwnSVIDAnswer(f *testing.F) {
+// FuzzAgentSVIDAnswer answers with arbitrary chains. An accepted one can be presented,
+// saved and loaded.
+func FuzzAgentSVIDAnswer(f *testing.F) {
 	ca := newAuthority(f)
 	f.Add([]byte{}, []byte{}, true)
 	f.Add([]byte("x"), ca.cert.Raw, true)

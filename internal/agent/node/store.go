@@ -24,14 +24,14 @@ const (
 	lockFile      = "lock"
 )
 
-// IdentityFile is the one of [Files] that has the agent SVID.
+// IdentityFile is the file of [Files] that has the agent SVID.
 const IdentityFile = identityFile
 
-// Files are the files that a [Store] keeps, the most precious first.
+// Files are the files of a [Store], the most important first.
 var Files = []string{identityFile, bundleFile, federatedFile, seedFile}
 
-// CorruptError says that a file of the store cannot be read as what it should
-// be. Nothing was changed.
+// CorruptError means that the content of a file in the store is invalid. The file was
+// not changed.
 type CorruptError struct {
 	Path   string
 	Remedy string
@@ -42,57 +42,57 @@ func (e *CorruptError) Error() string {
 	return fmt.Sprintf("%s is corrupt (%v): %s", e.Path, e.Err, e.Remedy)
 }
 
-// Unwrap returns what is wrong with the file.
+// Unwrap returns the cause.
 func (e *CorruptError) Unwrap() error { return e.Err }
 
-// errNewer says that a file was written by a newer version of the agent. Such a
-// file is whole.
+// errNewer means that a newer version of the agent has written the file. Such a file
+// is not corrupt.
 var errNewer = errors.New("a newer version of the agent has written it")
 
-// Store keeps what a node must not lose over a restart: its identity, the last
-// trust bundles, and a seed. The folder has mode 0700 and its files 0600; they
-// are replaced atomically. One process at a time can have the folder open.
+// Store stores what a node needs after a restart: its identity, the last trust
+// bundles, and a seed. The folder has mode 0700 and its files 0600. Files are replaced
+// atomically. One process at a time can have the folder open.
 //
-// What is loaded or saved becomes what is to be on disk. [Store.Sync] brings the
-// disk to it, however the two came to differ: a write that failed, a file that
-// somebody removed, a folder that was replaced. [Store.Run] does so until it is
-// told to end. Methods may be called concurrently.
+// What was loaded or saved last is the wanted content of the folder. [Store.Sync]
+// writes whatever differs from it: after a failed write, a removed file or a replaced
+// folder. [Store.Run] does so until its context is done. A Store is safe for
+// concurrent use.
 type Store struct {
 	dir   string
 	log   *slog.Logger
 	wake  chan struct{}
 	fresh bool
 
-	// turn is held (by a value in it) by whoever reads or writes the disk. It
-	// guards what follows it up to mu.
-	turn    chan struct{}
-	folder  *folder
-	closed  bool
-	failing time.Time // since when a Sync fails; zero when the last did not
+	// diskLock is a lock (a value in it holds it) for reading and writing the disk.
+	// It guards the fields up to mu. Unlike a mutex it can be given up after a time.
+	diskLock chan struct{}
+	folder   *folder
+	closed   bool
+	failing  time.Time // since when Sync fails; zero after a success
 
 	mu          sync.Mutex
-	files       map[string]kept
+	files       map[string]fileState
 	stored      []*Identity // see Stored
-	syncing     time.Time   // since when a Sync is under way; zero when none is
+	syncing     time.Time   // start of the Sync in progress; zero when there is none
 	folderErr   error       // why the folder cannot be used now
-	identityErr error       // why the last identity could not be saved
+	identityErr error       // why the last identity was not saved
 }
 
-// kept is one file: what is to be in it, and whether it is.
-type kept struct {
-	generation uint64                 // another one each time that encode changes
-	encode     func() ([]byte, error) // nil: the file is not to be there
+// fileState is the wanted content of one file, and whether it is on disk.
+type fileState struct {
+	generation uint64                 // counts the changes of encode
+	encode     func() ([]byte, error) // nil: the file is to be removed
 	identity   *Identity              // what encode encodes, of identityFile
 	stamp      stamp                  // of the file as it was last read or written here
-	// since is when encode became what is to be there, while it is not known to
-	// be; zero afterwards.
+	// since is when encode was set, until its content is known to be on disk; zero
+	// afterwards.
 	since time.Time
-	err   error // of the last try to write it
+	err   error // of the last attempt to write the file
 }
 
-// OpenStore opens the folder dir and makes it when it is missing. Permissions
-// that let others in are tightened. It fails when the folder belongs to
-// another user or is open in another process. log may be nil.
+// OpenStore opens the folder dir and creates it if it is missing. It removes the
+// permissions of group and others. It fails when the folder belongs to another user
+// or is open in another process. log may be nil.
 func OpenStore(dir string, log *slog.Logger) (*Store, error) {
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
@@ -102,8 +102,8 @@ func OpenStore(dir string, log *slog.Logger) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, log: log, folder: f, files: make(map[string]kept), fresh: true,
-		turn: make(chan struct{}, 1), wake: make(chan struct{}, 1),
+		dir: dir, log: log, folder: f, files: make(map[string]fileState), fresh: true,
+		diskLock: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 	}
 	for _, file := range Files {
 		if at, err := f.stamp(file); at != (stamp{}) || err != nil {
@@ -113,16 +113,15 @@ func OpenStore(dir string, log *slog.Logger) (*Store, error) {
 	return s, nil
 }
 
-// Fresh reports whether the folder had none of [Files] when it was opened: no agent
-// has used it before.
+// Fresh reports whether the folder had none of [Files] when it was opened: this is
+// the first start of the agent.
 func (s *Store) Fresh() bool { return s.fresh }
 
-// Close writes what is still to be written, as Sync does, and gives the folder
-// free. The Store is of no use afterwards.
+// Close syncs the folder, unlocks and closes it.
 func (s *Store) Close() error {
 	_ = s.Sync() // logged
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
+	s.diskLock <- struct{}{}
+	defer func() { <-s.diskLock }()
 	if s.closed {
 		return errClosed
 	}
@@ -130,38 +129,38 @@ func (s *Store) Close() error {
 	return s.folder.close()
 }
 
-// LoadIdentity returns the identity kept, nil when there is none. A file that
-// cannot be read as an identity is a [CorruptError], and stays as it is.
+// LoadIdentity returns the stored identity, nil when there is none. It fails with a
+// [CorruptError] when the file is invalid, and leaves the file as it is.
 func (s *Store) LoadIdentity() (*Identity, error) {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
+	s.diskLock <- struct{}{}
+	defer func() { <-s.diskLock }()
 	b, at, err := s.folder.read(identityFile)
 	if at == (stamp{}) || err != nil {
 		return nil, err
 	}
 	id, err := decodeIdentity(b)
 	if errors.Is(err, errNewer) {
-		return nil, fmt.Errorf("%s: %w: install that version again, or move the file away and re-attest, with a new join token for instance", s.folder.name(identityFile), err)
+		return nil, fmt.Errorf("%s: %w: install that version again, or move the file away and re-attest, with a new join token for instance", s.folder.pathOf(identityFile), err)
 	}
 	if err != nil {
-		return nil, &CorruptError{s.folder.name(identityFile), "move it away and re-attest, with a new join token for instance", err}
+		return nil, &CorruptError{s.folder.pathOf(identityFile), "move it away and re-attest, with a new join token for instance", err}
 	}
-	s.keep(identityFile, kept{identity: id, encode: func() ([]byte, error) { return encodeIdentity(id) }, stamp: at})
-	s.noteStored(id)
+	s.setFile(identityFile, fileState{identity: id, encode: func() ([]byte, error) { return encodeIdentity(id) }, stamp: at})
+	s.addStored(id)
 	return id, nil
 }
 
-// Stored returns the identities one of which a restart would find on disk, as far as
-// is known: while one is being written, and after a write that failed, it may be that
-// or the one before. It does no I/O.
+// Stored returns the identities that may be on disk. There can be two: during a write,
+// and after a failed one, the file may have the new identity or the one before. It
+// does no I/O.
 func (s *Store) Stored() []*Identity {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return slices.Clone(s.stored)
 }
 
-// noteStored adds an identity to those that may be on disk.
-func (s *Store) noteStored(id *Identity) {
+// addStored adds an identity to those that may be on disk.
+func (s *Store) addStored(id *Identity) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if id != nil && !slices.Contains(s.stored, id) {
@@ -169,84 +168,83 @@ func (s *Store) noteStored(id *Identity) {
 	}
 }
 
-// SaveIdentity has id on disk, in place of the identity kept before, when it
-// returns nil. When it cannot be written the one before remains what is to be
-// on disk, unless insist is set: then it is id, and a later Sync writes it.
+// SaveIdentity writes id to disk in place of the stored identity. If that fails, the
+// stored identity stays the wanted one, unless retry is set: then a later Sync writes
+// id.
 //
-// It returns soon also when the disk does not answer, which is an error like any
-// other: while the agent SVID is on its way much else waits.
-func (s *Store) SaveIdentity(id *Identity, insist bool) error {
+// It returns an error soon when the disk does not answer, because other work waits
+// for the renewal of the agent SVID.
+func (s *Store) SaveIdentity(id *Identity, retry bool) error {
 	encode := func() ([]byte, error) { return encodeIdentity(id) }
-	if err := s.take(); err != nil {
-		s.noteIdentity(err)
-		if insist {
-			s.wantIdentity(id, encode)
+	if err := s.lockDisk(); err != nil {
+		s.setIdentityErr(err)
+		if retry {
+			s.setIdentity(id, encode)
 		}
 		return err
 	}
 	before := s.file(identityFile)
-	s.wantIdentity(id, encode)
+	s.setIdentity(id, encode)
 	written := make(chan error, 1)
-	go func() { // has the turn, for which Close waits
-		defer func() { <-s.turn }()
-		err := s.write(identityFile)
-		s.noteIdentity(err)
-		if err != nil && !insist {
-			s.keep(identityFile, before)
+	go func() { // holds diskLock, for which Close waits
+		defer func() { <-s.diskLock }()
+		err := s.writeLocked(identityFile)
+		s.setIdentityErr(err)
+		if err != nil && !retry {
+			s.setFile(identityFile, before)
 		}
 		written <- err
 	}()
 	select {
 	case err := <-written:
 		return err
-	case <-time.After(answerLimit):
-		if !insist {
-			s.wantIdentity(before.identity, before.encode) // in place of what may get there yet
+	case <-time.After(diskTimeout):
+		if !retry {
+			s.setIdentity(before.identity, before.encode) // the write may still succeed
 		}
-		return errHangs
+		return errDiskTimeout
 	}
 }
 
-func (s *Store) noteIdentity(err error) {
+func (s *Store) setIdentityErr(err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.identityErr = err
 }
 
-// take waits for the turn, unless the disk does not answer whoever has it.
-func (s *Store) take() error {
+// lockDisk acquires diskLock. It fails when the disk does not answer the holder.
+func (s *Store) lockDisk() error {
 	select {
-	case s.turn <- struct{}{}:
+	case s.diskLock <- struct{}{}:
 		return nil
-	case <-time.After(answerLimit):
-		return errHangs
+	case <-time.After(diskTimeout):
+		return errDiskTimeout
 	}
 }
 
-// WipeIdentity removes the identity kept, if any. When that fails a later Sync
+// WipeIdentity removes the stored identity, if any. If that fails, a later Sync
 // removes it.
 func (s *Store) WipeIdentity() error {
-	s.wantIdentity(nil, nil)
-	if err := s.take(); err != nil {
+	s.setIdentity(nil, nil)
+	if err := s.lockDisk(); err != nil {
 		return err
 	}
-	defer func() { <-s.turn }()
-	return s.write(identityFile)
+	defer func() { <-s.diskLock }()
+	return s.writeLocked(identityFile)
 }
 
-// leaveIdentity makes the identity file none of the Store's business, until one
-// is saved.
-func (s *Store) leaveIdentity() {
+// ignoreIdentity leaves the identity file alone until an identity is saved.
+func (s *Store) ignoreIdentity() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.files, identityFile)
 	s.stored = nil
 }
 
-// LoadBundle returns the trust bundle kept, with its taint marks and their
-// times, nil when there is none, and the names of the authorities that are no news
-// when the operator gives them, nil when that is not known. A file that cannot be
-// read is moved aside, as the log says, and is none: the server has what was in it.
+// LoadBundle returns the stored trust bundle with its taints and their times, nil when
+// there is none, and the fingerprints given to SaveBundle, nil when none were. A file
+// that is corrupt or of a newer version is moved aside, logged, and counts as none:
+// the server has the bundle.
 func (s *Store) LoadBundle() (b *bundle.Bundle, adopted []string) {
 	s.load(bundleFile,
 		func(raw []byte) (err error) { b, adopted, err = decodeBundle(raw); return err },
@@ -254,15 +252,15 @@ func (s *Store) LoadBundle() (b *bundle.Bundle, adopted []string) {
 	return b, adopted
 }
 
-// SaveBundle makes b the trust bundle that is to be on disk, and adopted the
-// names beside it. [Store.Run] is woken to write them.
+// SaveBundle wakes [Store.Run] to write b, and with it the fingerprints of the
+// authorities of trust_bundle_file that the agent already knows.
 func (s *Store) SaveBundle(b *bundle.Bundle, adopted []string) {
-	s.want(bundleFile, func() ([]byte, error) { return encodeBundle(b, adopted) })
+	s.setContent(bundleFile, func() ([]byte, error) { return encodeBundle(b, adopted) })
 	s.notify()
 }
 
-// LoadFederated returns the federated bundles kept, nil when there are none. A
-// file that cannot be read is moved aside as by LoadBundle.
+// LoadFederated returns the stored federated bundles, nil when there are none. It
+// moves an unreadable file aside as LoadBundle does.
 func (s *Store) LoadFederated() (bundles map[spiffeid.TrustDomain]*bundle.Bundle) {
 	s.load(federatedFile,
 		func(raw []byte) (err error) { bundles, err = decodeBundles(raw); return err },
@@ -270,16 +268,15 @@ func (s *Store) LoadFederated() (bundles map[spiffeid.TrustDomain]*bundle.Bundle
 	return bundles
 }
 
-// SaveFederated makes bundles the federated bundles that are to be on disk.
-// [Store.Run] is woken to write them. The map must not be changed afterwards.
+// SaveFederated wakes [Store.Run] to write the federated bundles. The map must not be
+// changed afterwards.
 func (s *Store) SaveFederated(bundles map[spiffeid.TrustDomain]*bundle.Bundle) {
-	s.want(federatedFile, func() ([]byte, error) { return encodeBundles(bundles) })
+	s.setContent(federatedFile, func() ([]byte, error) { return encodeBundles(bundles) })
 	s.notify()
 }
 
-// Seed returns random bytes that are this node's own: made at the first call
-// in the life of the folder, the same ever after. A file that cannot be read is
-// moved aside, and a new seed made.
+// Seed returns the node's random bytes: generated at the first call, and read from the
+// folder after that. An unreadable file is moved aside and a new seed generated.
 func (s *Store) Seed() (seed [32]byte) {
 	encode := func() ([]byte, error) { return seed[:], nil }
 	if s.load(seedFile, func(raw []byte) error {
@@ -293,18 +290,18 @@ func (s *Store) Seed() (seed [32]byte) {
 	}
 	rand.Read(seed[:]) // never fails
 	made := seed
-	s.want(seedFile, func() ([]byte, error) { return made[:], nil })
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
-	_ = s.write(seedFile) // a later Sync tries again
+	s.setContent(seedFile, func() ([]byte, error) { return made[:], nil })
+	s.diskLock <- struct{}{}
+	defer func() { <-s.diskLock }()
+	_ = s.writeLocked(seedFile) // a later Sync retries
 	return seed
 }
 
-// load reads a file and gives it to decode. It reports whether there was one
-// that could be decoded; encode then makes the same content again.
+// load reads a file and passes it to decode. It reports whether the file exists and
+// was decoded. encode encodes the same content again.
 func (s *Store) load(file string, decode func([]byte) error, encode func() ([]byte, error)) bool {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
+	s.diskLock <- struct{}{}
+	defer func() { <-s.diskLock }()
 	b, at, err := s.folder.read(file)
 	if at == (stamp{}) && err == nil {
 		return false
@@ -313,63 +310,63 @@ func (s *Store) load(file string, decode func([]byte) error, encode func() ([]by
 		err = decode(b)
 	}
 	if err == nil {
-		s.keep(file, kept{encode: encode, stamp: at})
+		s.setFile(file, fileState{encode: encode, stamp: at})
 		return true
 	}
 	why := "corrupt"
 	if errors.Is(err, errNewer) {
 		why = "newer"
 	}
-	to, asideErr := s.folder.setAside(file, why, time.Now())
+	to, asideErr := s.folder.moveAside(file, why, time.Now())
 	if asideErr != nil {
-		s.log.Warn("stored file is "+why+", going on without it", "file", s.folder.name(file), "error", errors.Join(err, asideErr))
+		s.log.Warn("stored file not usable, continuing without it", "reason", why, "path", s.folder.pathOf(file), "error", errors.Join(err, asideErr))
 	} else {
-		s.log.Warn("stored file is "+why+", moved aside, going on without it", "file", s.folder.name(file), "moved_to", to, "error", err)
+		s.log.Warn("stored file not usable, moved aside, continuing without it", "reason", why, "path", s.folder.pathOf(file), "moved_to", to, "error", err)
 	}
 	return false
 }
 
-// writable checks that an identity could be saved now.
+// writable returns an error when an identity could not be saved now.
 func (s *Store) writable() error {
-	if err := s.take(); err != nil {
+	if err := s.lockDisk(); err != nil {
 		return err
 	}
-	defer func() { <-s.turn }()
-	if err := s.follow(); err != nil {
+	defer func() { <-s.diskLock }()
+	if err := s.reopenLocked(); err != nil {
 		return err
 	}
 	return s.folder.probe()
 }
 
-// setAside moves the identity file out of the way and returns where it is now.
-func (s *Store) setAside(now time.Time) (string, error) {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
-	return s.folder.setAside(identityFile, "corrupt", now)
+// moveCorruptIdentity moves the identity file aside and returns its new path.
+func (s *Store) moveCorruptIdentity(now time.Time) (string, error) {
+	s.diskLock <- struct{}{}
+	defer func() { <-s.diskLock }()
+	return s.folder.moveAside(identityFile, "corrupt", now)
 }
 
-// want makes what encode returns, or no file at all, what is to be on disk.
-func (s *Store) want(file string, encode func() ([]byte, error)) {
+// setContent makes the result of encode the wanted content of a file.
+func (s *Store) setContent(file string, encode func() ([]byte, error)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k := s.files[file]
-	s.files[file] = kept{generation: k.generation + 1, encode: encode, stamp: k.stamp, since: time.Now()}
+	s.files[file] = fileState{generation: k.generation + 1, encode: encode, stamp: k.stamp, since: time.Now()}
 }
 
-func (s *Store) wantIdentity(id *Identity, encode func() ([]byte, error)) {
+func (s *Store) setIdentity(id *Identity, encode func() ([]byte, error)) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	k := s.files[identityFile]
-	s.files[identityFile] = kept{generation: k.generation + 1, identity: id, encode: encode, stamp: k.stamp, since: time.Now()}
+	s.files[identityFile] = fileState{generation: k.generation + 1, identity: id, encode: encode, stamp: k.stamp, since: time.Now()}
 }
 
-func (s *Store) keep(file string, k kept) {
+func (s *Store) setFile(file string, k fileState) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.files[file] = k
 }
 
-func (s *Store) file(file string) kept {
+func (s *Store) file(file string) fileState {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.files[file]
@@ -382,11 +379,10 @@ func (s *Store) notify() {
 	}
 }
 
-// Run brings the disk to what it should be until ctx is done: whenever
-// something is saved, and every few seconds.
+// Run syncs until ctx is done: at each save and every few seconds.
 func (s *Store) Run(ctx context.Context) error {
 	for {
-		_ = s.Sync() // logged, and tried again
+		_ = s.Sync() // logged
 		select {
 		case <-ctx.Done():
 			return nil

@@ -132,7 +132,7 @@ func TestStoreKeepsFederatedBundles(t *testing.T) {
 	}
 }
 
-func TestStoreKeepsWhatWasAdopted(t *testing.T) {
+func TestStoreKeepsAdoptedAuthorities(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	s := openStore(t, dir)
@@ -166,7 +166,7 @@ func TestSeedStays(t *testing.T) {
 	}
 }
 
-func damage(t *testing.T, dir, name string, content []byte) {
+func overwrite(t *testing.T, dir, name string, content []byte) {
 	t.Helper()
 	if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 		t.Fatal(err)
@@ -230,8 +230,8 @@ func TestTwoAgentsNeverShareAFolder(t *testing.T) {
 	openStore(t, dir)
 }
 
-// Whoever looks at the file at any moment, as the next process does after a
-// crash, sees one of the identities whole.
+// A reader finds one complete identity at any moment, as the next process does after a
+// crash.
 func TestSavingIsAtomic(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
@@ -293,8 +293,8 @@ func FuzzStoredFiles(f *testing.F) {
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
 		dir := t.TempDir()
-		damage(t, dir, "identity.json", b)
-		damage(t, dir, "bundle.json", b)
+		overwrite(t, dir, "identity.json", b)
+		overwrite(t, dir, "bundle.json", b)
 		s, err := node.OpenStore(dir, nil)
 		if err != nil {
 			t.Fatal(err)

@@ -8,37 +8,36 @@ import (
 )
 
 const (
-	// syncInterval is how often what is on disk is compared with what should
-	// be, and how soon a write that failed is tried again. Looking costs a few
-	// calls of stat(2).
+	// syncInterval is how often Run compares the disk with the wanted content and
+	// retries failed writes. Comparing takes a few calls of stat(2).
 	syncInterval = 10 * time.Second
-	// writeLimit is how long a write may take before what it writes counts as
-	// not on disk: a file system on a network may hang without an error.
-	writeLimit = 30 * time.Second
-	// answerLimit is how long the renewal of the agent SVID waits for the disk. A
-	// disk that is only slow takes less.
-	answerLimit = 5 * time.Second
+	// writeTimeout is how long a write may take before its file counts as not
+	// saved: a network file system may hang without an error.
+	writeTimeout = 30 * time.Second
+	// diskTimeout is how long the renewal of the agent SVID waits for the disk. A
+	// slow disk takes less.
+	diskTimeout = 5 * time.Second
 )
 
 var (
-	errClosed = errors.New("data_dir is closed")
-	errHangs  = fmt.Errorf("the disk of data_dir does not answer within %v", answerLimit)
+	errClosed      = errors.New("data_dir is closed")
+	errDiskTimeout = fmt.Errorf("the disk of data_dir does not answer within %v", diskTimeout)
 )
 
-// Sync writes what is to be on disk and is not there, as it was last read or
-// written. When the path of the folder leads to another folder by now, that one
-// is locked and gets all of it. It does not write when nothing has changed.
+// Sync writes the files that differ from their wanted content. When the folder was
+// replaced by another one, Sync locks that and writes all files. It writes nothing
+// when nothing has changed.
 func (s *Store) Sync() error {
-	s.turn <- struct{}{}
-	defer func() { <-s.turn }()
+	s.diskLock <- struct{}{}
+	defer func() { <-s.diskLock }()
 	if s.closed {
 		return errClosed
 	}
 	s.setSyncing(time.Now())
 	defer s.setSyncing(time.Time{})
-	err := s.follow()
+	err := s.reopenLocked()
 	if err == nil {
-		err = s.folder.access()
+		err = s.folder.checkAccess()
 	}
 	s.mu.Lock()
 	s.folderErr = err
@@ -50,7 +49,7 @@ func (s *Store) Sync() error {
 	if err == nil {
 		var errs []error
 		for _, file := range files {
-			errs = append(errs, s.write(file))
+			errs = append(errs, s.writeLocked(file))
 		}
 		err = errors.Join(errs...)
 	}
@@ -59,7 +58,7 @@ func (s *Store) Sync() error {
 		s.failing = time.Now()
 		s.log.Warn("state not written to data_dir, trying again", "path", s.dir, "error", err)
 	case err == nil && !s.failing.IsZero():
-		s.log.Info("writing to data_dir recovered", "path", s.dir, "after", time.Since(s.failing).Round(time.Millisecond).String())
+		s.log.Info("writing to data_dir recovered", "path", s.dir, "duration", time.Since(s.failing).Round(time.Millisecond).String())
 		s.failing = time.Time{}
 	}
 	return err
@@ -71,20 +70,20 @@ func (s *Store) setSyncing(since time.Time) {
 	s.syncing = since
 }
 
-// follow opens the folder that the path leads to now, unless it is open
-// already. It is for the holder of turn.
-func (s *Store) follow() error {
+// reopenLocked opens the folder that the path leads to now, unless it is open
+// already.
+func (s *Store) reopenLocked() error {
 	if s.closed {
 		return errClosed
 	}
-	if s.folder.current() {
+	if s.folder.isCurrent() {
 		return nil
 	}
 	f, err := openFolder(s.dir)
 	if err != nil {
 		return fmt.Errorf("open data_dir again: %w", err)
 	}
-	_ = s.folder.close() // nothing was written since its last sync
+	_ = s.folder.close() // every write was synced
 	s.folder = f
 	s.log.Warn("data_dir replaced, writing the agent's state into it", "path", s.dir)
 	s.mu.Lock()
@@ -96,16 +95,16 @@ func (s *Store) follow() error {
 	return nil
 }
 
-// write brings one file to what it should be. It is for the holder of turn.
-func (s *Store) write(file string) error {
-	err := s.follow()
+// writeLocked writes one file if it differs from its wanted content.
+func (s *Store) writeLocked(file string) error {
+	err := s.reopenLocked()
 	k := s.file(file)
 	at := k.stamp
 	if err == nil {
 		if file == identityFile {
-			s.noteStored(k.identity)
+			s.addStored(k.identity)
 		}
-		at, err = s.writeTo(s.folder, file, k)
+		at, err = s.writeToLocked(s.folder, file, k)
 	}
 	if err != nil {
 		err = fmt.Errorf("%s: %w", file, err)
@@ -116,7 +115,7 @@ func (s *Store) write(file string) error {
 	if !still {
 		return err
 	}
-	if now.generation == k.generation { // not saved again meanwhile
+	if now.generation == k.generation { // its wanted content has not changed meanwhile
 		now.err = err
 		if err == nil {
 			now.since = time.Time{}
@@ -140,7 +139,7 @@ func (s *Store) write(file string) error {
 	return err
 }
 
-func (s *Store) writeTo(f *folder, file string, k kept) (stamp, error) {
+func (s *Store) writeToLocked(f *folder, file string, k fileState) (stamp, error) {
 	have, err := f.stamp(file)
 	if err != nil {
 		return stamp{}, err
@@ -159,16 +158,16 @@ func (s *Store) writeTo(f *folder, file string, k kept) (stamp, error) {
 		return stamp{}, fmt.Errorf("encode: %w", err)
 	}
 	if file == identityFile && have != k.stamp && have != (stamp{}) {
-		if err := s.moveAsideOther(f, b); err != nil {
+		if err := s.moveForeignIdentity(f, b); err != nil {
 			return stamp{}, err
 		}
 	}
 	return f.write(file, b)
 }
 
-// moveAsideOther moves the identity file aside when somebody has put that of
-// another node there: with it a key would be lost that nobody else has.
-func (s *Store) moveAsideOther(f *folder, ours []byte) error {
+// moveForeignIdentity moves the identity file aside when it has become that of another
+// node, whose only copy of the key this may be.
+func (s *Store) moveForeignIdentity(f *folder, ours []byte) error {
 	found, _, err := f.read(identityFile)
 	if err != nil {
 		return err
@@ -179,19 +178,19 @@ func (s *Store) moveAsideOther(f *folder, ours []byte) error {
 	}
 	other, err := decodeIdentity(found)
 	if err == nil && other.ID() == mine.ID() {
-		s.noteStored(other)
+		s.addStored(other)
 		return nil
 	}
-	to, err := f.setAside(identityFile, "other", time.Now())
+	to, err := f.moveAside(identityFile, "other", time.Now())
 	if err != nil {
 		return err
 	}
-	s.log.Warn("identity.json is not the one of this agent, moved aside", "path", f.path, "moved_to", to)
+	s.log.Warn("identity.json belongs to another agent, moved aside", "path", f.path, "moved_to", to)
 	return nil
 }
 
-// Unsaved says which of [Files] are not on disk as they should be, and why. It
-// does no I/O.
+// Unsaved returns the [Files] whose wanted content is not on disk, with the reasons.
+// It does no I/O.
 func (s *Store) Unsaved() map[string]error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -206,15 +205,15 @@ func (s *Store) Unsaved() map[string]error {
 			out[file] = s.folderErr
 		case k.err != nil:
 			out[file] = k.err
-		case time.Since(k.since) > writeLimit:
-			out[file] = fmt.Errorf("%s: the disk has not answered for %v", file, writeLimit)
+		case time.Since(k.since) > writeTimeout:
+			out[file] = fmt.Errorf("%s: the disk has not answered for %v", file, writeTimeout)
 		}
 	}
 	return out
 }
 
-// Err is nil when everything is on disk and the next change could be written,
-// as of the last Sync. It does no I/O.
+// Err returns nil when the last Sync found all files saved and the folder writable. It
+// does no I/O.
 func (s *Store) Err() error {
 	unsaved := s.Unsaved()
 	s.mu.Lock()
@@ -223,8 +222,8 @@ func (s *Store) Err() error {
 	if err != nil {
 		return err
 	}
-	if !syncing.IsZero() && time.Since(syncing) > writeLimit {
-		return fmt.Errorf("the disk has not answered for %v", writeLimit)
+	if !syncing.IsZero() && time.Since(syncing) > writeTimeout {
+		return fmt.Errorf("the disk has not answered for %v", writeTimeout)
 	}
 	var errs []error
 	for _, file := range Files {

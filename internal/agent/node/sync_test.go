@@ -17,7 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/node"
 )
 
-// state is all that a node keeps, and the store that keeps it.
+// state is a store with everything that is saved in it.
 type state struct {
 	*node.Store
 	dir    string
@@ -30,7 +30,7 @@ type state struct {
 
 func newState(t *testing.T, dir string) *state { return newStateOf(t, dir, "t") }
 
-// newStateOf is newState of an agent with an ID of its own.
+// newStateOf is newState with the node's name.
 func newStateOf(t *testing.T, dir, name string) *state {
 	t.Helper()
 	s := &state{dir: dir, ca: newAuthority(t)}
@@ -41,14 +41,14 @@ func newStateOf(t *testing.T, dir, name string) *state {
 	t.Cleanup(func() { s.Close() })
 	s.seed = s.Seed()
 	s.node = newNode(t, s.Store, node.JoinToken("t", ""), s.ca, nil)
-	srv := &server{ca: s.ca, spoil: func(c *x509.Certificate) { c.URIs[0].Path = "/spire/agent/join_token/" + name }}
+	srv := &server{ca: s.ca, corrupt: func(c *x509.Certificate) { c.URIs[0].Path = "/spire/agent/join_token/" + name }}
 	check(t, s.node.Attest(t.Context(), serve(t, srv), s.ca.bundle()))
 	s.save(t)
 	check(t, s.Sync())
 	return s
 }
 
-// save gives the store other bundles than before.
+// save saves new bundles.
 func (s *state) save(t *testing.T) {
 	t.Helper()
 	s.bundle = newAuthority(t).bundle()
@@ -81,9 +81,8 @@ func check(t *testing.T, errs ...error) {
 	}
 }
 
-// However the folder comes to differ from what is to be in it, a Sync mends it,
-// and holds the lock that another agent would meet.
-func TestSyncMendsTheFolder(t *testing.T) {
+// Sync restores the folder after any change, and holds a lock against other agents.
+func TestSyncRestoresTheFolder(t *testing.T) {
 	t.Parallel()
 	for name, change := range map[string]func(t *testing.T, dir string){
 		"removed":                func(t *testing.T, dir string) { check(t, os.RemoveAll(dir)) },
@@ -99,7 +98,7 @@ func TestSyncMendsTheFolder(t *testing.T) {
 		},
 		"one file removed": func(t *testing.T, dir string) { check(t, os.Remove(filepath.Join(dir, "bundle.json"))) },
 		"lock removed":     func(t *testing.T, dir string) { check(t, os.Remove(filepath.Join(dir, "lock"))) },
-		"a file damaged":   func(t *testing.T, dir string) { damage(t, dir, "identity.json", []byte("{")) },
+		"a file damaged":   func(t *testing.T, dir string) { overwrite(t, dir, "identity.json", []byte("{")) },
 		"a file opened to all": func(t *testing.T, dir string) {
 			check(t, os.Chmod(filepath.Join(dir, "identity.json"), 0o644))
 		},
@@ -116,7 +115,7 @@ func TestSyncMendsTheFolder(t *testing.T) {
 				t.Errorf("identity.json: %v, %v", info, err)
 			}
 			if _, err := os.Stat(s.dir + ".old"); err == nil {
-				openStore(t, s.dir+".old").Close() // given free
+				openStore(t, s.dir+".old").Close() // unlocked
 			}
 			check(t, s.Close())
 			s.restart(t, s.dir)
@@ -124,15 +123,15 @@ func TestSyncMendsTheFolder(t *testing.T) {
 	}
 }
 
-// What cannot be written is named and tried until it is there; one line says
-// that it fails, one that it no longer does.
-func TestSyncTriesUntilEverythingIsOnDisk(t *testing.T) {
+// Failed writes are reported by file and retried until they succeed. There is one log
+// line for the failure and one for the recovery.
+func TestSyncRetriesFailedWrites(t *testing.T) {
 	t.Parallel()
 	s := newState(t, t.TempDir())
-	mend := breakDisk(t, s.dir)
+	repair := makeUnwritable(t, s.dir)
 	s.save(t)
 	if err := s.SaveIdentity(s.node.Identity(), true); err == nil {
-		t.Fatal("written all the same")
+		t.Fatal("saved")
 	}
 	check(t, os.Remove(filepath.Join(s.dir, "seed")))
 	for range 3 {
@@ -146,7 +145,7 @@ func TestSyncTriesUntilEverythingIsOnDisk(t *testing.T) {
 			t.Errorf("%s is not named: %v", name, s.Err())
 		}
 	}
-	mend()
+	repair()
 	check(t, s.Sync(), s.Err())
 	if len(s.Unsaved()) > 0 {
 		t.Errorf("left: %v", s.Unsaved())
@@ -158,30 +157,30 @@ func TestSyncTriesUntilEverythingIsOnDisk(t *testing.T) {
 	}
 }
 
-// An identity that is not to be used unless it is on disk does not get there
-// later, either: the server would retire the one in use when it is presented.
-func TestIdentityThatWasGivenUpIsNotWrittenLater(t *testing.T) {
+// A failed SaveIdentity without retry is not written later, either: presenting that
+// identity after a restart would revoke the one in use.
+func TestFailedSaveIsNotRetried(t *testing.T) {
 	t.Parallel()
 	s := newState(t, t.TempDir())
-	mend := breakDisk(t, s.dir)
+	repair := makeUnwritable(t, s.dir)
 	other := newState(t, t.TempDir())
 	if err := s.SaveIdentity(other.node.Identity(), false); err == nil {
-		t.Fatal("written all the same")
+		t.Fatal("saved")
 	}
 	check(t, s.Sync())
 	if err := s.Err(); err == nil || !strings.HasPrefix(err.Error(), "identity.json: ") {
 		t.Errorf("got %v", err)
 	}
-	mend()
+	repair()
 	check(t, s.Sync())
 	if s.Err() == nil {
-		t.Error("not known to be mended")
+		t.Error("the failure is forgotten without another save")
 	}
 	check(t, s.SaveIdentity(s.node.Identity(), false), s.Err(), s.Close())
 	s.restart(t, s.dir)
 }
 
-// Two agents never write to one folder, and the key of another one is not lost.
+// Two agents never write to one folder, and another agent's key is not lost.
 func TestFolderReplacedByThatOfAnotherAgent(t *testing.T) {
 	t.Parallel()
 	root := t.TempDir()
@@ -203,9 +202,9 @@ func TestFolderReplacedByThatOfAnotherAgent(t *testing.T) {
 	}
 }
 
-// A file that cannot be read stops no start: it is moved aside, and what was in
-// it comes from the server again. A file of a newer version is no other case.
-func TestDamagedFilesAreMovedAside(t *testing.T) {
+// A corrupt bundle or seed, or one of a newer version, does not prevent a start. It is
+// moved aside, and the server has the bundles.
+func TestCorruptFilesAreMovedAside(t *testing.T) {
 	t.Parallel()
 	s := newState(t, t.TempDir())
 	check(t, s.Close())
@@ -219,7 +218,7 @@ func TestDamagedFilesAreMovedAside(t *testing.T) {
 			if why == "newer" && name == "seed" {
 				continue
 			}
-			damage(t, s.dir, name, content)
+			overwrite(t, s.dir, name, content)
 			var logs bytes.Buffer
 			next, err := node.OpenStore(s.dir, slog.New(slog.NewTextHandler(&logs, nil)))
 			check(t, err)
@@ -232,7 +231,7 @@ func TestDamagedFilesAreMovedAside(t *testing.T) {
 				t.Fatalf("%s, %s: moved aside %v, log %s", name, why, aside, &logs)
 			}
 			if got, err := os.ReadFile(aside[0]); err != nil || !bytes.Equal(got, content) {
-				t.Errorf("%s, %s: what was moved aside was changed: %v", name, why, err)
+				t.Errorf("%s, %s: the file moved aside was changed: %v", name, why, err)
 			}
 			check(t, os.Remove(aside[0]), next.Close())
 			if name == "seed" {
@@ -248,8 +247,8 @@ func TestDamagedFilesAreMovedAside(t *testing.T) {
 	}
 }
 
-// The identity file of a newer version is whole: that version can be had again,
-// the join token cannot.
+// The identity file of a newer version stays as it is: the operator can install that
+// version again, but cannot use the join token again.
 func TestIdentityOfANewerVersionIsLeftAlone(t *testing.T) {
 	t.Parallel()
 	s := newState(t, t.TempDir())
@@ -261,7 +260,7 @@ func TestIdentityOfANewerVersionIsLeftAlone(t *testing.T) {
 		bytes.Replace(whole, []byte(`"version":1`), []byte(`"version":2`), 1),
 		[]byte(`{"version":2,"key":{"another":"shape"}}`),
 	} {
-		damage(t, s.dir, "identity.json", content)
+		overwrite(t, s.dir, "identity.json", content)
 		store := openStore(t, s.dir)
 		_, err = node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken("t", ""), Store: store, Bundle: s.ca.bundle})
 		if err == nil || !strings.Contains(err.Error(), "install that version again") {
@@ -274,8 +273,8 @@ func TestIdentityOfANewerVersionIsLeftAlone(t *testing.T) {
 	}
 }
 
-// Real file systems: one that is full, and one that became read only.
-func TestFileSystemsThatTakeNothing(t *testing.T) {
+// Real file systems: a full one, and one that was remounted read-only.
+func TestFullAndReadOnlyFileSystems(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
 	if err := unix.Mount("none", dir, "tmpfs", 0, "size=128k"); err != nil {
@@ -301,6 +300,6 @@ func TestFileSystemsThatTakeNothing(t *testing.T) {
 	}
 	check(t, unix.Mount("none", dir, "", unix.MS_REMOUNT, "size=128k"), again.Sync(), again.Err())
 	if !loadBundle(again).Equal(s.ca.bundle()) {
-		t.Error("not written when the disk was mended")
+		t.Error("not written after the disk was repaired")
 	}
 }

@@ -23,8 +23,8 @@ import (
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
 
-// memory returns a folder on a memory file system.
-func memory(t *testing.T) string {
+// memoryDir returns a folder on a memory file system.
+func memoryDir(t *testing.T) string {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "renewd-test-*")
 	if err != nil {
@@ -34,7 +34,7 @@ func memory(t *testing.T) string {
 	return dir
 }
 
-func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
+func discard() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
 func logTo(w *strings.Builder) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }
 
@@ -47,7 +47,7 @@ func open(t *testing.T, path string, log *slog.Logger) *svidstore.Dir {
 	return d
 }
 
-// signed is a certificate by a key that nobody has.
+// signed returns a certificate whose key is discarded.
 func signed(template *x509.Certificate) []byte {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -61,10 +61,10 @@ func signed(template *x509.Certificate) []byte {
 	return der
 }
 
-// leaf is the certificate of an X.509-SVID.
+// leaf returns the certificate of an X.509-SVID.
 func leaf(id spiffeid.ID) []byte { return signed(&x509.Certificate{URIs: []*url.URL{id.URL()}}) }
 
-// snapshot has one authority, which signed nothing.
+// snapshot has one authority, which has signed no SVID.
 func snapshot(t *testing.T) *bundle.Snapshot {
 	t.Helper()
 	cert, err := x509.ParseCertificate(signed(&x509.Certificate{NotAfter: time.Now().Add(24 * time.Hour), IsCA: true, BasicConstraintsValid: true}))
@@ -78,8 +78,8 @@ func snapshot(t *testing.T) *bundle.Snapshot {
 	return &bundle.Snapshot{Own: own}
 }
 
-// fill gives the cache an entry, and returns it with an SVID for it.
-func fill(c *cache.Cache, now time.Time) (*cache.Entry, *cache.SVID) {
+// addEntry adds an entry to the cache and returns it with an SVID for it.
+func addEntry(c *cache.Cache, now time.Time) (*cache.Entry, *cache.SVID) {
 	e := &cache.Entry{
 		ID: "../odd/entry id", SPIFFEID: spiffeid.RequireFromPath(td, "/w"), Hint: "web", Revision: 3,
 		Selectors: []cache.Selector{{Type: "unix", Value: "uid:1"}}, CreatedAt: now.UTC().Truncate(time.Second),
@@ -112,4 +112,4 @@ func follow(t *testing.T, d *svidstore.Dir, c *cache.Cache) (stop func()) {
 	}
 }
 
-func runs(cache.Process) cache.Life { return cache.Running }
+func running(cache.Process) cache.Life { return cache.Running }

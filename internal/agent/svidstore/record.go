@@ -14,8 +14,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// recordVersion is that of the content of a file. Version 0 lacks what an entry
-// says of its SVIDs, from dns_names to include_jti.
+// recordVersion is the version of a file's content. Version 0 lacks the entry's fields
+// from dns_names to include_jti.
 const recordVersion = 1
 
 // record is the content of one file.
@@ -27,7 +27,7 @@ type record struct {
 	FederatesWith []string         `json:"federates_with,omitempty"`
 	Hint          string           `json:"hint,omitempty"`
 	DNSNames      []string         `json:"dns_names,omitempty"`
-	X509TTL       time.Duration    `json:"x509_ttl,omitempty"` // nanoseconds, as the others
+	X509TTL       time.Duration    `json:"x509_ttl,omitempty"` // nanoseconds, as all durations
 	JWTTTL        time.Duration    `json:"jwt_ttl,omitempty"`
 	NoPrefetch    bool             `json:"no_prefetch,omitempty"`
 	IncludeJTI    bool             `json:"include_jti,omitempty"`
@@ -60,8 +60,8 @@ func read(path string) (*cache.Entry, *cache.SVID, error) {
 func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 	var r record
 	if err := json.Unmarshal(data, &r); err != nil {
-		// The error may quote the content, which is key material.
-		return nil, nil, errors.New("not a record of this program")
+		// json's error may quote the content, which has a key.
+		return nil, nil, errors.New("not a record of this agent")
 	}
 	id, err := spiffeid.FromString(r.SPIFFEID)
 	if err != nil {
@@ -75,7 +75,7 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 		NoPrefetch: r.NoPrefetch, IncludeJTI: r.IncludeJTI, Revision: r.Revision, CreatedAt: r.CreatedAt,
 	}
 	if r.Version < recordVersion {
-		// The server names what it holds by revision: it is to tell the rest.
+		// Never equal to the server's revision, so the next sync fetches the entry.
 		e.Revision = -1
 	}
 	for _, name := range r.FederatesWith {
@@ -85,18 +85,18 @@ func decode(data []byte) (*cache.Entry, *cache.SVID, error) {
 		}
 		e.FederatesWith = append(e.FederatesWith, td)
 	}
-	// What the SVID is for, its certificate says and not the entry: a file may
-	// pair an SVID with a later state of its entry.
+	// The SPIFFE ID and DNS names are the certificate's, because the entry may have
+	// changed since the SVID was signed.
 	leaf, err := x509.ParseCertificate(r.SVID.Leaf)
 	if err != nil {
 		return nil, nil, fmt.Errorf("parse SVID: %w", err)
 	}
-	of, err := x509svid.IDFromCert(leaf)
+	svidID, err := x509svid.IDFromCert(leaf)
 	if err != nil {
 		return nil, nil, fmt.Errorf("read SPIFFE ID of the SVID: %w", err)
 	}
 	s := &cache.SVID{
-		ID: of, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, TTL: r.SVID.TTL, DNSNames: leaf.DNSNames,
+		ID: svidID, EntryID: r.ID, Revision: r.SVID.Revision, Created: r.SVID.Created, TTL: r.SVID.TTL, DNSNames: leaf.DNSNames,
 		Leaf: r.SVID.Leaf, Intermediates: r.SVID.Intermediates, Key: r.SVID.Key,
 		Authority: r.SVID.Authority, NotBefore: r.SVID.NotBefore, NotAfter: r.SVID.NotAfter, RenewAt: r.SVID.RenewAt,
 	}

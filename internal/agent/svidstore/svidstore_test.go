@@ -18,24 +18,24 @@ import (
 
 func TestOpenRefusesADisk(t *testing.T) {
 	if dir := t.TempDir(); !strings.HasPrefix(dir, "/dev/shm") {
-		_, err := svidstore.Open(dir, quiet())
+		_, err := svidstore.Open(dir, discard())
 		if err == nil || !strings.Contains(err.Error(), "tmpfs") {
 			t.Errorf("Open(%s) on a disk: %v, want an error that names tmpfs", dir, err)
 		}
 	}
 }
 
-func TestRestartFindsWhatWasHeld(t *testing.T) {
+func TestRestart(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
-	dir := open(t, path, quiet())
+	path := memoryDir(t)
+	dir := open(t, path, discard())
 	c := cache.New(cache.Config{})
-	e, s := fill(c, now)
+	e, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*")
 	if len(files) != 1 {
-		t.Fatalf("files kept: %v, want one", files)
+		t.Fatalf("files stored: %v, want one", files)
 	}
 	if st, err := os.Stat(files[0]); err != nil || st.Mode().Perm() != 0o600 {
 		t.Errorf("file mode %v, %v; want 0600", st.Mode(), err)
@@ -61,44 +61,43 @@ func TestRestartFindsWhatWasHeld(t *testing.T) {
 	c.Update(nil, []string{e.ID})
 	follow(t, dir, c)()
 	if entries, _, _ := dir.Load(now); len(entries) != 0 {
-		t.Error("a deleted entry's SVID is still kept")
+		t.Error("a deleted entry's SVID is still stored")
 	}
 }
 
-func TestBrokenAndExpiredFilesAreDropped(t *testing.T) {
+func TestInvalidAndExpiredFilesAreRemoved(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
+	path := memoryDir(t)
 	var log strings.Builder
 	dir := open(t, path, logTo(&log))
 	c := cache.New(cache.Config{})
-	_, s := fill(c, now)
+	_, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, dir, c)()
 	if err := os.WriteFile(path+"/broken.json", []byte(`{"svid":{"key":"c2VjcmV0`), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if entries, _, err := dir.Load(now); err != nil || len(entries) != 1 {
-		t.Errorf("beside a broken file: %d entries, %v; want 1", len(entries), err)
+		t.Errorf("with an invalid file: %d entries, %v; want 1", len(entries), err)
 	}
 	if !strings.Contains(log.String(), "broken.json") || strings.Contains(log.String(), "c2VjcmV0") {
 		t.Errorf("the log must name the file and not its content:\n%s", log.String())
 	}
 	if entries, _, err := dir.Load(now.Add(2 * time.Hour)); err != nil || len(entries) != 0 {
-		t.Errorf("after its end: %d entries, %v; want none", len(entries), err)
+		t.Errorf("after the expiry: %d entries, %v; want none", len(entries), err)
 	}
 	if files, _ := filepath.Glob(path + "/*"); len(files) != 0 {
 		t.Errorf("files left: %v", files)
 	}
 }
 
-// An SVID of an authority is held until its file is gone, whatever the cache
-// says meanwhile: a restart would find it.
-func TestHoldsWhatARestartWouldFind(t *testing.T) {
+// Holds is about the files, not the cache: a restart would find what is in a file.
+func TestHoldsUntilTheFileIsReplaced(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
-	dir := open(t, path, quiet())
+	path := memoryDir(t)
+	dir := open(t, path, discard())
 	c := cache.New(cache.Config{})
-	e, s := fill(c, now)
+	e, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, dir, c)()
 	renewed := *s
@@ -112,31 +111,31 @@ func TestHoldsWhatARestartWouldFind(t *testing.T) {
 		t.Error("after the file was replaced: must hold the new authority's SVID alone")
 	}
 
-	again := open(t, path, quiet())
+	again := open(t, path, discard())
 	if _, _, err := again.Load(now); err != nil || !again.Holds("bb", now) {
 		t.Errorf("after a restart (%v): must hold what was loaded", err)
 	}
 	c.Update(nil, []string{e.ID})
 	follow(t, again, c)()
 	if again.Holds("bb", now) {
-		t.Error("holds the SVID of an entry that is gone")
+		t.Error("holds the SVID of a deleted entry")
 	}
 }
 
-// A file that cannot be replaced must not bring an old SVID back.
-func TestOldSVIDGoesWhenTheNewOneCannotBeKept(t *testing.T) {
+// If the new SVID cannot be written, a restart must not find the old one.
+func TestOldSVIDIsRemovedIfTheNewOneCannotBeWritten(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
-	dir := open(t, path, quiet())
+	path := memoryDir(t)
+	dir := open(t, path, discard())
 	c := cache.New(cache.Config{})
-	_, s := fill(c, now)
+	_, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*.json")
 	if len(files) != 1 {
 		t.Fatalf("files: %v, want one", files)
 	}
-	if err := os.MkdirAll(files[0]+".tmp/x", 0o700); err != nil { // the new one cannot be written
+	if err := os.MkdirAll(files[0]+".tmp/x", 0o700); err != nil { // makes the write fail
 		t.Fatal(err)
 	}
 	renewed := *s
@@ -153,8 +152,8 @@ func FuzzLoad(f *testing.F) {
 	f.Add([]byte(`{"id":"e","spiffe_id":"spiffe://a/b","selectors":[{"Type":"a","Value":"b"}],"svid":{"leaf":"` + der + `","key":"AA==","authority":"x"}}`))
 	f.Add([]byte(`{}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
-		path := memory(t)
-		dir := open(t, path, quiet())
+		path := memoryDir(t)
+		dir := open(t, path, discard())
 		if err := os.WriteFile(path+"/x.json", data, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -172,17 +171,17 @@ func FuzzLoad(f *testing.F) {
 	})
 }
 
-// What a crash or a full file system left of a write is a key, and takes room
-// that the others need.
-func TestHalfWrittenFilesAreRemoved(t *testing.T) {
+// A partial file, left by a crash or a full file system, has a key and takes space that
+// other files need.
+func TestPartialFilesAreRemoved(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
-	dir := open(t, path, quiet())
+	path := memoryDir(t)
+	dir := open(t, path, discard())
 	if err := os.WriteFile(path+"/gone.json.tmp", []byte("a key"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	c := cache.New(cache.Config{})
-	_, s := fill(c, now)
+	_, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*")
@@ -191,18 +190,18 @@ func TestHalfWrittenFilesAreRemoved(t *testing.T) {
 	}
 }
 
-// An entry that has changed is kept as it is now, before its SVID is renewed:
-// after a restart nobody is served by selectors that were taken back.
-func TestChangedEntryIsKept(t *testing.T) {
-	path := memory(t)
+// A changed entry is stored before its SVID is renewed: after a restart no workload
+// matches the selectors from before.
+func TestChangedEntryIsStored(t *testing.T) {
+	path := memoryDir(t)
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now()
-		dir := open(t, path, quiet())
+		dir := open(t, path, discard())
 		c := cache.New(cache.Config{})
-		e, s := fill(c, now)
+		e, s := addEntry(c, now)
 		put(t, c, s)
 		stop := follow(t, dir, c)
-		synctest.Wait() // it is kept
+		synctest.Wait() // it is stored
 		changed := *e
 		changed.Revision++
 		changed.Selectors = []cache.Selector{{Type: "unix", Value: "uid:2"}}
@@ -211,22 +210,22 @@ func TestChangedEntryIsKept(t *testing.T) {
 		stop()
 		entries, svids, err := dir.Load(now)
 		if err != nil || len(entries) != 1 || entries[0].Selectors[0].Value != "uid:2" {
-			t.Fatalf("Load: %+v, %v; want the entry as it is now", entries, err)
+			t.Fatalf("Load: %+v, %v; want the changed entry", entries, err)
 		}
 		if svids[0].For(entries[0]) || !svids[0].For(e) {
-			t.Error("the SVID does not say that it is for the entry before")
+			t.Error("the SVID is not that of the entry before the change")
 		}
 	})
 }
 
-// A file that pairs an SVID with an entry that gives another SPIFFE ID, as one
-// edited in place does, gives that SVID to nobody.
-func TestSVIDOfAnotherSPIFFEIDIsNotTheEntrys(t *testing.T) {
+// A file may have an SVID and an entry with another SPIFFE ID, after the entry was
+// edited. That SVID is not served.
+func TestSVIDOfAnotherSPIFFEIDIsNotServed(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
-	dir := open(t, path, quiet())
+	path := memoryDir(t)
+	dir := open(t, path, discard())
 	c := cache.New(cache.Config{})
-	e, s := fill(c, now)
+	e, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, dir, c)()
 	files, _ := filepath.Glob(path + "/*.json")
@@ -249,20 +248,20 @@ func TestSVIDOfAnotherSPIFFEIDIsNotTheEntrys(t *testing.T) {
 	}
 	follow(t, dir, again)()
 	if files, _ := filepath.Glob(path + "/*"); len(files) > 0 || dir.Holds("aa", now) {
-		t.Errorf("it is kept on: %v", files)
+		t.Errorf("it is still stored: %v", files)
 	}
 }
 
-// Whoever owns the folder can replace the keys in it.
+// The owner of the folder can replace the keys in it.
 func TestOpenRefusesTheFolderOfAnotherUser(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root can give a folder away")
 	}
-	path := memory(t)
+	path := memoryDir(t)
 	if err := os.Chown(path, 54321, 54321); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := svidstore.Open(path, quiet()); err == nil || !strings.Contains(err.Error(), "54321") {
+	if _, err := svidstore.Open(path, discard()); err == nil || !strings.Contains(err.Error(), "54321") {
 		t.Errorf("got %v, want an error that names the owner", err)
 	}
 }

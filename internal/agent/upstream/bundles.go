@@ -18,25 +18,25 @@ import (
 )
 
 const (
-	// maxBundleBytes bounds a bundle as the server or a file gives it. An
+	// maxBundleBytes is the largest bundle accepted from the server or a file. An
 	// authority takes 1 to 2 KiB.
 	maxBundleBytes = 8 << 20
-	// maxExpiry is the end of year 9999, beyond which Go cannot print a time.
+	// maxExpiry is the end of year 9999, the last that RFC 3339 can express.
 	maxExpiry = 253402300799
 )
 
-// FetchBundle returns the server's own trust bundle. Together with
-// FetchFederatedBundle it is the [bundle.Fetcher].
+// FetchBundle returns the bundle of the server's trust domain. With
+// FetchFederatedBundle it implements [bundle.Fetcher].
 //
-// A server that does not know the authority of the node's own SVID any more ends
-// the connection for it. What it has to say about that is asked for without one.
+// A server that no longer has the authority of the agent SVID ends every
+// connection that presents it. FetchBundle then fetches the bundle anonymously.
 func (c *Client) FetchBundle(ctx context.Context) (*bundle.Bundle, error) {
 	var out *bundle.Bundle
 	err := c.call(ctx, "fetch bundle", c.cfg.PollTimeout, needNothing, func(ctx context.Context, l *link) (err error) {
 		out, err = c.getBundle(ctx, l.conn)
 		return err
 	})
-	if met := c.met.Swap(false); met && status.Code(err) == codes.Unavailable && ctx.Err() == nil {
+	if seen := c.serverSeen.Swap(false); seen && status.Code(err) == codes.Unavailable && ctx.Err() == nil {
 		out, err = c.fetchAnonymously(ctx)
 	}
 	if err != nil {
@@ -62,7 +62,7 @@ func (c *Client) fetchAnonymously(ctx context.Context) (*bundle.Bundle, error) {
 }
 
 // FetchFederatedBundle returns the bundle of another trust domain, or
-// [bundle.ErrNotFound] when the server has none or one without any X.509
+// [bundle.ErrNotFound] when the server has none, or has one without any X.509
 // authority.
 func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
 	var out *bundle.Bundle
@@ -76,7 +76,7 @@ func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDoma
 			return err
 		}
 		if len(answer.GetX509Authorities()) == 0 && answer.GetTrustDomain() == td.Name() {
-			return bundle.ErrNotFound // all trust in X.509-SVIDs of that trust domain is withdrawn
+			return bundle.ErrNotFound // that trust domain trusts no X.509-SVID
 		}
 		out, err = parseBundle(td, answer)
 		return err
@@ -87,8 +87,8 @@ func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDoma
 	return out, nil
 }
 
-// parseBundle makes a Bundle of what a server answered. What of it can be used is
-// decided by [bundle.New].
+// parseBundle converts a server's bundle. [bundle.New] decides which authorities
+// are usable.
 func parseBundle(td spiffeid.TrustDomain, in *types.Bundle) (*bundle.Bundle, error) {
 	got, err := spiffeid.TrustDomainFromString(in.GetTrustDomain())
 	if err != nil {
@@ -111,9 +111,9 @@ func parseBundle(td spiffeid.TrustDomain, in *types.Bundle) (*bundle.Bundle, err
 	return b, nil
 }
 
-// LoadTrustBundle reads the bundle to bootstrap trust from: PEM certificates,
-// or the SPIFFE bundle format (SPIFFE Trust Domain and Bundle, section 4). A
-// file says nothing about taints.
+// LoadTrustBundle reads the bundle for the first connection from a file: PEM
+// certificates, or the SPIFFE bundle format (SPIFFE Trust Domain and Bundle,
+// section 4). Its authorities are never tainted.
 func LoadTrustBundle(path string, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
 	f, err := os.Open(path)
 	if err != nil {
@@ -128,7 +128,7 @@ func LoadTrustBundle(path string, td spiffeid.TrustDomain) (*bundle.Bundle, erro
 		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBundleBytes)
 	}
 	if len(b) == 0 {
-		return nil, fmt.Errorf("%s is empty: what was to write it has failed; write it again with \"server bundle\" or \"spire-server bundle show\"", path)
+		return nil, fmt.Errorf("%s is empty: write it again with \"server bundle\" or \"spire-server bundle show\"", path)
 	}
 	out, err := parseTrustBundle(b, td)
 	if err != nil {
@@ -145,7 +145,7 @@ func parseTrustBundle(b []byte, td spiffeid.TrustDomain) (*bundle.Bundle, error)
 	return bundle.New(td, doc.Content)
 }
 
-// unixTime is a time that a server gave in seconds; zero stands for none.
+// unixTime converts a server's time in seconds. Zero means no time.
 func unixTime(s int64) time.Time {
 	if s == 0 {
 		return time.Time{}

@@ -26,10 +26,9 @@ func newPKIX() []byte {
 	return must(x509.MarshalPKIXPublicKey(must(ecdsa.GenerateKey(elliptic.P256(), rand.Reader)).Public()))
 }
 
-// A nested SPIRE server (seen with 1.13.3 and 1.16-dev) publishes a JWT key twice, once
-// with and once without the mark, after its root has tainted it, and keeps doing so. The
-// taint of an X.509 authority that comes after that is seen, with any other part that
-// nobody can use.
+// After its root has tainted a JWT key, a nested SPIRE server (seen with 1.13.3 and
+// 1.16-dev) publishes the key twice, once tainted and once not. A later taint of an
+// X.509 authority is still recognized, also beside other unusable authorities.
 func TestNestedServerPublishesAKeyTwice(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
@@ -65,8 +64,8 @@ func TestNestedServerPublishesAKeyTwice(t *testing.T) {
 	})
 }
 
-// A federated bundle without any X.509 authority says that none is to be trusted.
-// One whose authorities cannot be used, or of somebody else, says nothing.
+// A federated bundle without any X.509 authority means that there is none to trust.
+// One with unusable authorities, or of another trust domain, is an error.
 func TestFederatedBundleWithoutAuthority(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
@@ -88,8 +87,8 @@ func TestFederatedBundleWithoutAuthority(t *testing.T) {
 	})
 }
 
-// A federated bundle that the server does not answer for, within the time that the
-// caller has for it, costs the other calls no connection.
+// A fetch of a federated bundle that reaches its caller's deadline does not close the
+// connection of the other calls.
 func TestHangingFederatedBundleKeepsTheConnection(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
@@ -101,7 +100,7 @@ func TestHangingFederatedBundleKeepsTheConnection(t *testing.T) {
 			if method != "GetFederatedBundle" {
 				return nil
 			}
-			// It knows the deadline, and may be the first to say that it is over.
+			// The server knows the deadline and may report it first.
 			time.Sleep(999 * time.Millisecond)
 			return status.Error(codes.DeadlineExceeded, "too late")
 		}
@@ -122,9 +121,9 @@ func TestHangingFederatedBundleKeepsTheConnection(t *testing.T) {
 	})
 }
 
-// A server with other keys than those in force is taken for the server when the
-// operator says so now, and for nobody otherwise.
-func TestServerVerifiedWithWhatTheOperatorSays(t *testing.T) {
+// A server whose authority the bundle in force lacks is verified with the trust that
+// the operator configures, and rejected otherwise.
+func TestServerVerifiedWithTheOperatorsTrust(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)

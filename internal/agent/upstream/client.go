@@ -22,15 +22,15 @@ import (
 	"github.com/renewd/renewd/internal/agent/node"
 )
 
-// The deadlines of calls when [Config] sets none.
+// Default deadlines of calls.
 const (
 	DefaultPollTimeout = 30 * time.Second
-	// DefaultMintTimeout is longer, because a server that limits such calls
-	// does not refuse them but lets them wait for their turn.
+	// DefaultMintTimeout is longer, because a server queues the calls above its
+	// rate limit and does not refuse them.
 	DefaultMintTimeout = 60 * time.Second
 )
 
-// maxVersion is what a SPIRE server takes of a version.
+// maxVersion is the longest version that a SPIRE server accepts, in bytes.
 const maxVersion = 255
 
 // Config is what a [Client] needs. ServerAddress, TrustDomain, Node and Bundle
@@ -42,28 +42,28 @@ type Config struct {
 	// Bundle is the trust bundle in force, nil before there is one. It is read
 	// at each handshake and must be safe for concurrent use.
 	Bundle func() *bundle.Bundle
-	// Operator, when set, is asked when the server cannot be verified with the
-	// bundle in force, because another authority signed for it. It returns what
-	// the operator says now to trust the server by, nil when that is nothing new,
-	// and what to call when the server was verified with it. It is called at
-	// handshakes and must be safe for concurrent use.
-	Operator func() (trust *bundle.Bundle, verified func())
-	// Insecure lets Bootstrap take the bundle from whoever answers when there
-	// is none yet. Nothing else is ever done without verifying the server.
+	// OperatorTrust, when set, is called when the bundle in force lacks the
+	// authority of the server's certificate. It returns the authorities that the
+	// operator has configured since, nil when there are none, and a function that
+	// the Client calls once it has verified the server with them. OperatorTrust is
+	// called at handshakes and must be safe for concurrent use.
+	OperatorTrust func() (trust *bundle.Bundle, verified func())
+	// Insecure lets Bootstrap take the first bundle from an unverified server.
+	// Every other call verifies the server.
 	Insecure bool
 	// Proxy, when set, is the HTTP proxy through which ServerAddress is reached:
-	// http://HOST:PORT, with user and password if it wants them.
+	// http://HOST:PORT, with user and password if the proxy requires them.
 	Proxy *url.URL
 	// Dial connects to ServerAddress, or to the proxy; nil means TCP.
 	Dial func(ctx context.Context, address string) (net.Conn, error)
-	// Process is a random ID of this process, which reports carry: it tells the process
-	// from another one of the same identity. Reports carry none when it is empty.
+	// Process is a random ID of this process. Reports carry it, so that the server can
+	// tell two processes with one identity apart. It may be empty.
 	Process string
 	// Version is reported to the server, cut to 255 bytes.
 	Version string
-	// PollTimeout is the deadline of calls that ask for bundles or entries or
-	// report the status, MintTimeout that of calls that have something signed.
-	// Zero means the default.
+	// PollTimeout is the deadline of calls that fetch bundles or entries or
+	// report the status. MintTimeout is the deadline of calls that sign. Zero
+	// means the default.
 	PollTimeout, MintTimeout time.Duration
 	Log                      *slog.Logger
 	// Now is the wall clock; nil means time.Now.
@@ -76,37 +76,38 @@ type Config struct {
 type Client struct {
 	cfg Config
 
-	reports atomic.Uint64 // that were begun
+	reports atomic.Uint64 // started so far
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
-	work   sync.WaitGroup // the background proof, connections being closed
+	work   sync.WaitGroup // background attestation, connections being closed
 	calls  sync.WaitGroup
 
-	mu      sync.Mutex
-	closed  bool
-	current *link // for new calls; nil: the next call opens one
-	links   map[*link]struct{}
-	proof   *proof // under way; nil when none
+	mu        sync.Mutex
+	closed    bool
+	current   *link // for new calls; nil: the next call opens one
+	links     map[*link]struct{}
+	attesting *attestation // nil: no attestation is in progress
 
 	banned  atomic.Bool
 	refused atomic.Pointer[refusal]
-	fetched atomic.Pointer[bundle.Bundle] // the last own bundle that a verified server answered
+	fetched atomic.Pointer[bundle.Bundle] // last bundle of the trust domain from a verified server
 	judged  atomic.Pointer[verdict]
-	// vouched is the identity that the server has made or accepted last, which
-	// says more about its time than this node's clock.
-	vouched  atomic.Pointer[node.Identity]
+	// accepted is the last identity that the server signed or accepted. It is
+	// usable although this node's clock shows a time outside its lifetime.
+	accepted atomic.Pointer[node.Identity]
 	attested atomic.Pointer[time.Time]
-	// met: since the bundle was fetched last the server has proved itself on a
-	// connection that presents the own SVID. In TLS 1.3 that is before it has
-	// judged the SVID.
-	met atomic.Bool
+	// serverSeen is set when a server was verified on a connection that presents
+	// the agent SVID, since the last fetch of the bundle. In TLS 1.3 the client
+	// verifies the server before the server verifies the client.
+	serverSeen atomic.Bool
 
-	// proving is held (by a value in it) by whoever replaces the identity.
-	proving chan struct{}
-	pace    *backoff.ExponentialBackOff // belongs to the holder of proof
+	// identityTurn is a lock (a value in it holds it) for replacing the identity.
+	// Unlike a mutex it can be given up when a context ends.
+	identityTurn chan struct{}
+	pace         *backoff.ExponentialBackOff // owned by keepAttesting
 
-	skipped map[string]stamp // entries known to be of no use; belongs to SyncEntries
+	skipped map[string]entryVersion // unusable entries, by ID; owned by SyncEntries
 }
 
 // New returns a Client. It makes no connection and starts nothing.
@@ -121,7 +122,7 @@ func New(cfg Config) (*Client, error) {
 		cfg.Dial = dialTCP
 	}
 	if cfg.Proxy != nil {
-		cfg.Dial = throughProxy(cfg.Proxy, cfg.Dial)
+		cfg.Dial = dialerThrough(cfg.Proxy, cfg.Dial)
 	}
 	if cfg.PollTimeout <= 0 {
 		cfg.PollTimeout = DefaultPollTimeout
@@ -137,17 +138,17 @@ func New(cfg Config) (*Client, error) {
 	}
 	cfg.Version = strings.ToValidUTF8(cfg.Version[:min(len(cfg.Version), maxVersion)], "")
 	c := &Client{
-		cfg:     cfg,
-		links:   make(map[*link]struct{}),
-		proving: make(chan struct{}, 1),
-		pace:    newPace(),
+		cfg:          cfg,
+		links:        make(map[*link]struct{}),
+		identityTurn: make(chan struct{}, 1),
+		pace:         newPace(),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c, nil
 }
 
-// Close ends calls under way and everything in the background, and returns
-// when all of it has ended.
+// Close cancels the calls and background work in progress, and returns when
+// they have ended.
 func (c *Client) Close() error {
 	c.cancel()
 	c.mu.Lock()
@@ -164,20 +165,21 @@ func (c *Client) Close() error {
 	return errors.Join(errs...)
 }
 
-// need is what a call needs of the node's identity.
+// need says which identity a call needs.
 type need int
 
 const (
-	needNothing  need = iota // whoever asks is answered
-	needIdentity             // a proved node
-	// needAnswer is needIdentity, and the call is made even though the server
-	// has refused the identity before. One such call is enough to notice that
-	// the server has changed its mind; it is made at the pace of a poll.
-	needAnswer
+	needNothing  need = iota // the server answers anonymous callers, too
+	needIdentity             // an attested node
+	// needProbe is needIdentity, but the call is made although the server has
+	// refused the identity before. So one poll notices when the server accepts
+	// the identity again.
+	needProbe
 )
 
-// call makes one call: it picks the connection, sets the deadline and draws the
-// conclusions from the outcome. what names the operation in errors.
+// call makes one call: it picks the connection, sets the deadline and updates the
+// state of the identity and the connection from the outcome. what names the
+// operation in errors.
 func (c *Client) call(ctx context.Context, what string, timeout time.Duration, n need, do func(context.Context, *link) error) error {
 	err := c.try(ctx, timeout, n, do)
 	if err == nil {
@@ -200,8 +202,8 @@ func (c *Client) try(caller context.Context, timeout time.Duration, n need, do f
 			}
 		}
 		if err != nil && n != needNothing {
-			c.prove()
-			return &unproved{err}
+			c.startAttesting()
+			return &notAttestedError{err}
 		}
 		l, err := c.acquire(identity)
 		if err != nil {
@@ -217,20 +219,19 @@ func (c *Client) try(caller context.Context, timeout time.Duration, n need, do f
 			return nil
 		case banned(err):
 			return c.ban(err)
-		case wantsProof(err) && again && identity != c.cfg.Node.Identity():
-			// The identity was replaced while this call was on its way. The
-			// server refused it before it did anything, so making it again
-			// does nothing twice.
+		case wantsAttestation(err) && again && identity != c.cfg.Node.Identity():
+			// The identity was replaced during this call. The server refused
+			// the call before it executed anything, so repeating it is safe.
 			continue
-		case wantsProof(err):
+		case wantsAttestation(err):
 			c.refused.Store(&refusal{identity, err})
-			c.prove()
+			c.startAttesting()
 		case timedOut(err, ctx, caller):
-			c.discard(l)
+			c.replace(l)
 		case status.Code(err) == codes.Unavailable && identity != nil && identity.ValidAt(c.cfg.Now()) != nil:
-			// No answer, or a handshake that the server has ended: perhaps the
-			// clock is right after all.
-			c.vouched.CompareAndSwap(identity, nil)
+			// No answer, or the server ended the handshake: the SVID may have
+			// expired by the server's clock, too.
+			c.accepted.CompareAndSwap(identity, nil)
 		}
 		return err
 	}
@@ -239,23 +240,23 @@ func (c *Client) try(caller context.Context, timeout time.Duration, n need, do f
 // ban wipes the identity and makes every later call fail.
 func (c *Client) ban(cause error) error {
 	if c.banned.CompareAndSwap(false, true) {
-		c.cfg.Log.Error("the server has banned this node", "error", cause)
+		c.cfg.Log.Error("node banned by the server", "error", cause)
 		if err := c.cfg.Node.Wipe(); err != nil {
-			c.cfg.Log.Error("the own SVID of the banned node is still on disk", "error", err)
+			c.cfg.Log.Error("agent SVID of the banned node not deleted from disk", "error", err)
 		}
 	}
 	return fmt.Errorf("%w (%w)", ErrBanned, cause)
 }
 
-// PostStatus reports this agent's version, and the sequence number of the
-// bundle in force, to the server. It fails with [ErrNoReports] at a server that
-// takes no statuses: the policy of SPIRE before 1.14.3 lets no agent post one.
+// PostStatus reports this agent's version and the sequence number of the bundle
+// in force to the server. It fails with [ErrNoReports] when the server accepts no
+// statuses: SPIRE before 1.14.3 denies the call to all agents.
 func (c *Client) PostStatus(ctx context.Context, sequence uint64) error {
 	err := c.call(ctx, "post status", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		_, err := agentv1.NewAgentClient(l.conn).PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: c.cfg.Version, CurrentBundleSerial: sequence})
 		return err
 	})
-	if unwelcome(err) {
+	if notOffered(err) {
 		return ErrNoReports
 	}
 	return err

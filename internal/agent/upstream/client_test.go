@@ -31,7 +31,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
-// agent is a client with everything around it.
+// agent is a client with its node, store and log.
 type agent struct {
 	*upstream.Client
 	node  *node.Node
@@ -67,7 +67,7 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 	a.store = must(node.OpenStore(o.dir, nil))
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log, Now: o.now}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Operator: o.operator, Insecure: o.insecure, Dial: o.dial, Process: "p1", Version: "1.0", Log: log, Now: o.now,
+		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, OperatorTrust: o.operator, Insecure: o.insecure, Dial: o.dial, Process: "p1", Version: "1.0", Log: log, Now: o.now,
 	}))
 	return a
 }
@@ -82,7 +82,7 @@ func (a *agent) close(t *testing.T) {
 	}
 }
 
-// bubble runs f with a server and an agent that is proved already.
+// bubble runs f in a synctest bubble with a server and an attested agent.
 func bubble(t *testing.T, f func(t *testing.T, s *server, a *agent), opts ...grpc.ServerOption) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t, opts...)
@@ -126,13 +126,13 @@ func TestAttestAndRestartWithoutToken(t *testing.T) {
 			t.Errorf("attested %d times", n)
 		}
 		if !a.Attested().IsZero() {
-			t.Error("a kept identity counts as a new proof")
+			t.Error("an identity from the last run counts as a new attestation")
 		}
 	})
 }
 
-// The file operator gave knows the authority of the server's certificate, but
-// the server signs with the next one already: the token must not be lost.
+// The operator's file has the authority of the server's certificate, but the server
+// already signs with the next one. The token must not be lost.
 func TestAttestUnderAnAuthorityNewerThanTheBootstrap(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -192,9 +192,8 @@ func TestAttestWaitsForTheServerAndTheToken(t *testing.T) {
 	})
 }
 
-// A failure that differs from the one before in a time, a port or a count is no
-// new one.
-func TestFailuresOfOneKindAreWarnedOfOnce(t *testing.T) {
+// Failures that differ only in a time, a port or a count are logged as one.
+func TestEqualFailuresAreLoggedOnce(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var tries atomic.Int64
@@ -213,18 +212,18 @@ func TestFailuresOfOneKindAreWarnedOfOnce(t *testing.T) {
 		}
 		synctest.Wait()
 		if n := strings.Count(a.logs.String(), "level=WARN"); n != 2 || tries.Load() < 110 {
-			t.Errorf("%d warnings of two kinds of failures, %d tries", n, tries.Load())
+			t.Errorf("%d warnings for two different failures, %d attempts", n, tries.Load())
 		}
 	})
 }
 
-func TestAttestFailsForGood(t *testing.T) {
+func TestAttestFailsAtOnceWithoutCredential(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		a := newAgent(t, newServer(t), options{})
 		defer a.close(t)
 		err := a.Attest(t.Context())
-		if !errors.Is(err, node.ErrNoProof) || !strings.Contains(err.Error(), "join_token_file") {
+		if !errors.Is(err, node.ErrNoCredential) || !strings.Contains(err.Error(), "join_token_file") {
 			t.Errorf("got %v", err)
 		}
 	})
@@ -232,7 +231,7 @@ func TestAttestFailsForGood(t *testing.T) {
 
 func TestServerIsVerified(t *testing.T) {
 	t.Parallel()
-	for name, spoil := range map[string]func(*testing.T, *server, *agent){
+	for name, corrupt := range map[string]func(*testing.T, *server, *agent){
 		"other ID":     func(_ *testing.T, s *server, _ *agent) { s.id = "spiffe://example.org/w" },
 		"other domain": func(_ *testing.T, s *server, _ *agent) { s.id = "spiffe://other.org/spire/server" },
 		"other authority": func(t *testing.T, s *server, a *agent) {
@@ -247,7 +246,7 @@ func TestServerIsVerified(t *testing.T) {
 				a := newAgent(t, s, options{token: "t"})
 				defer a.close(t)
 				s.stop()
-				spoil(t, s, a)
+				corrupt(t, s, a)
 				s.start()
 				if _, err := a.FetchBundle(t.Context()); upstream.Code(err) != "Unavailable" {
 					t.Errorf("got %v", err)
@@ -258,7 +257,7 @@ func TestServerIsVerified(t *testing.T) {
 					t.Errorf("got %v", err)
 				}
 				if s.count("AttestAgent")+s.count("GetBundle") > 0 {
-					t.Error("a server that is not the server was asked")
+					t.Error("an unverified server received a call")
 				}
 			})
 		})
@@ -310,13 +309,13 @@ func TestInsecureBootstrapRefusesABundleThatDoesNotCoverTheServer(t *testing.T) 
 	})
 }
 
-func TestRenewMovesToANewConnection(t *testing.T) {
+func TestRenewalOpensAnotherConnection(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Fatal(err)
 		}
-		// A slow mint is under way while the own SVID is renewed.
+		// A slow mint is in flight while the agent SVID is renewed.
 		mints := make(chan struct{})
 		var serials []string
 		s.hook = func(ctx context.Context, method string) error {
@@ -347,7 +346,7 @@ func TestRenewMovesToANewConnection(t *testing.T) {
 		}
 		close(mints)
 		if err := <-minted; err != nil {
-			t.Errorf("the call under way was lost: %v", err)
+			t.Errorf("the call in flight failed: %v", err)
 		}
 		o, f := old.Chain[0].SerialNumber.String(), fresh.Chain[0].SerialNumber.String()
 		want := []string{"NewJWTSVID " + o, "RenewAgent " + o, "PostStatus " + f, "PostStatus " + f, "PostStatus " + f}
@@ -357,23 +356,23 @@ func TestRenewMovesToANewConnection(t *testing.T) {
 		if s.active != f {
 			t.Error("the new SVID is not in force")
 		}
-		// It was kept before it was used.
+		// The SVID is stored before its first use.
 		if kept := must(a.store.LoadIdentity()); !kept.Chain[0].Equal(fresh.Chain[0]) {
-			t.Error("the new SVID was not kept")
+			t.Error("the new SVID is not stored")
 		}
 	})
 }
 
-// A call that was sent with the old SVID may arrive after the first call with
-// the new one. It is refused, and must not cost the node its identity.
-func TestCallRefusedForTheRetiredSVIDIsMadeAgain(t *testing.T) {
+// A call with the old SVID may arrive after the first call with the new one. The
+// server refuses it, and the node keeps its identity.
+func TestCallRefusedForTheRetiredSVIDIsRepeated(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		gate := make(chan struct{})
 		var held atomic.Bool
 		s.hook = func(_ context.Context, method string) error {
 			if method == "NewJWTSVID" && held.CompareAndSwap(false, true) {
-				<-gate // as if the network had kept it
+				<-gate // as if the network had delayed the call
 				return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE)
 			}
 			return nil
@@ -401,7 +400,7 @@ func TestCallRefusedForTheRetiredSVIDIsMadeAgain(t *testing.T) {
 	})
 }
 
-func TestReattestableNodeIsProvedAnewInsteadOfRenewed(t *testing.T) {
+func TestReattestableNodeReattestsInsteadOfRenewing(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
@@ -441,10 +440,10 @@ func TestRecycledConnections(t *testing.T) {
 		if s.conns < 8 {
 			t.Errorf("%d connections: they were not recycled", s.conns)
 		}
-	}, recycling)
+	}, maxConnectionAge)
 }
 
-func TestServerThatComesBackIsFoundQuickly(t *testing.T) {
+func TestReconnectSoonAfterAnOutage(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		s.stop()
@@ -502,7 +501,7 @@ func TestHungServer(t *testing.T) {
 		if err := a.PostStatus(t.Context(), 1); err != nil {
 			t.Error(err)
 		}
-		// A caller that is in a hurry is no sign of a broken connection.
+		// A caller's short deadline does not mean that the connection is broken.
 		conns = s.conns
 		hung.Store(true)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
@@ -517,7 +516,7 @@ func TestHungServer(t *testing.T) {
 	})
 }
 
-func TestDetailsThatAskForANewProof(t *testing.T) {
+func TestDenialReasonsThatRequireReattestation(t *testing.T) {
 	t.Parallel()
 	for _, reason := range []types.PermissionDeniedDetails_Reason{
 		types.PermissionDeniedDetails_AGENT_EXPIRED, types.PermissionDeniedDetails_AGENT_NOT_ACTIVE,
@@ -539,8 +538,8 @@ func TestDetailsThatAskForANewProof(t *testing.T) {
 				if status.Code(err) != codes.PermissionDenied || !strings.Contains(err.Error(), reason.String()) {
 					t.Errorf("got %v", err)
 				}
-				// The token is used: there is no way to prove the node. Mints are
-				// not even tried, the bundle is.
+				// The token is used up, so the node cannot attest. The client makes no
+				// mint calls, but fetches the bundle.
 				before := s.count("NewJWTSVID")
 				for range 100 {
 					if _, err := a.MintJWT(t.Context(), "e", nil); upstream.Code(err) != "Unauthenticated" || !strings.Contains(err.Error(), reason.String()) {
@@ -569,8 +568,8 @@ func TestDetailsThatAskForANewProof(t *testing.T) {
 	}
 }
 
-// Two machines with one identity evict each other for ever.
-func TestProofsThatSucceedInVainArePaced(t *testing.T) {
+// Two machines with one identity evict each other with every attestation.
+func TestAttestationsOfASharedIdentityArePaced(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
@@ -593,12 +592,12 @@ func TestProofsThatSucceedInVainArePaced(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 		}
 		if n := s.count("AttestAgent"); n < 100 || n > 600 {
-			t.Errorf("%d proofs in 10 minutes", n)
+			t.Errorf("%d attestations in 10 minutes", n)
 		}
 	})
 }
 
-func TestServerThatChangesItsMind(t *testing.T) {
+func TestServerThatAcceptsARefusedIdentityAgain(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		active := s.active
@@ -617,7 +616,7 @@ func TestServerThatChangesItsMind(t *testing.T) {
 		n := s.count("AttestAgent")
 		time.Sleep(time.Hour / 2)
 		if s.count("AttestAgent") != n {
-			t.Error("still proving a node that is accepted")
+			t.Error("still attesting a node that is accepted")
 		}
 	})
 }
@@ -633,7 +632,7 @@ func TestBanned(t *testing.T) {
 		if a.node.Identity() != nil || must(a.store.LoadIdentity()) != nil {
 			t.Error("the identity was not wiped")
 		}
-		calls := len(s.got)
+		calls := len(s.calls)
 		_, bundleErr := a.FetchBundle(t.Context())
 		_, mintErr := a.MintX509(t.Context(), []upstream.CSR{{}})
 		for _, err := range []error{bundleErr, mintErr, a.RenewNode(t.Context()), a.Attest(t.Context()), a.PostStatus(t.Context(), 1)} {
@@ -642,13 +641,13 @@ func TestBanned(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Hour)
-		if len(s.got) != calls || s.count("AttestAgent") != 1 {
-			t.Error("a banned node went on")
+		if len(s.calls) != calls || s.count("AttestAgent") != 1 {
+			t.Error("a banned node still makes calls")
 		}
 	})
 }
 
-func TestExpiredSVIDIsReplacedByANewProof(t *testing.T) {
+func TestExpiredSVIDIsReplacedByReattestation(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
@@ -689,8 +688,8 @@ func TestExpiredSVIDIsReplacedByANewProof(t *testing.T) {
 	})
 }
 
-// The authority of the own SVID was removed before the SVID was renewed.
-func TestSVIDWithoutAuthorityIsReplacedByANewProof(t *testing.T) {
+// The authority of the agent SVID was removed before the renewal of the SVID.
+func TestSVIDWithoutAuthorityIsReplacedByReattestation(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		next := newAuthority(t)
@@ -712,9 +711,9 @@ func TestSVIDWithoutAuthorityIsReplacedByANewProof(t *testing.T) {
 	})
 }
 
-func TestUnusableOwnSVIDAnswers(t *testing.T) {
+func TestUnusableAgentSVIDAnswers(t *testing.T) {
 	t.Parallel()
-	for name, spoil := range map[string]func(*x509.Certificate){
+	for name, corrupt := range map[string]func(*x509.Certificate){
 		"expired": func(c *x509.Certificate) { c.NotAfter = time.Now().Add(-time.Second) },
 		"not an agent": func(c *x509.Certificate) {
 			c.URIs[0] = spiffeid.RequireFromString("spiffe://example.org/w").URL()
@@ -731,14 +730,14 @@ func TestUnusableOwnSVIDAnswers(t *testing.T) {
 			t.Parallel()
 			bubble(t, func(t *testing.T, s *server, a *agent) {
 				held := a.node.Identity()
-				s.locked(func() { s.spoilSVID = spoil })
+				s.locked(func() { s.corruptSVID = corrupt })
 				if err := a.RenewNode(t.Context()); err == nil || !strings.Contains(err.Error(), "cannot be used") {
 					t.Errorf("got %v", err)
 				}
 				if a.node.Identity() != held || !must(a.store.LoadIdentity()).Chain[0].Equal(held.Chain[0]) {
 					t.Error("the identity changed")
 				}
-				s.locked(func() { s.spoilSVID = nil })
+				s.locked(func() { s.corruptSVID = nil })
 				if err := a.RenewNode(t.Context()); err != nil {
 					t.Errorf("afterwards: %v", err)
 				}
@@ -778,7 +777,7 @@ func TestMint(t *testing.T) {
 				t.Errorf("%s: got %v", name, err)
 			}
 		}
-		for name, spoil := range map[string]func(*svidv1.BatchNewX509SVIDResponse_Result){
+		for name, corrupt := range map[string]func(*svidv1.BatchNewX509SVIDResponse_Result){
 			"no status":     func(r *svidv1.BatchNewX509SVIDResponse_Result) { r.Status = nil },
 			"no SVID":       func(r *svidv1.BatchNewX509SVIDResponse_Result) { r.Svid = nil },
 			"empty DER":     func(r *svidv1.BatchNewX509SVIDResponse_Result) { r.Svid.CertChain[0] = nil },
@@ -788,7 +787,7 @@ func TestMint(t *testing.T) {
 		} {
 			s.mint = func(*svidv1.BatchNewX509SVIDRequest) *svidv1.BatchNewX509SVIDResponse {
 				bad := ok()
-				spoil(bad)
+				corrupt(bad)
 				return &svidv1.BatchNewX509SVIDResponse{Results: []*svidv1.BatchNewX509SVIDResponse_Result{bad, ok()}}
 			}
 			got, err := a.MintX509(t.Context(), []upstream.CSR{{}, {}})

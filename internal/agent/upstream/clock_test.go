@@ -17,7 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
-// nodeClock is a clock of a node that is not right.
+// nodeClock is a node's wrong clock.
 type nodeClock struct{ skew atomic.Int64 }
 
 func (c *nodeClock) set(skew time.Duration) { c.skew.Store(int64(skew)) }
@@ -26,9 +26,9 @@ func (c *nodeClock) now() time.Time         { return time.Now().Add(time.Duratio
 // up is how old the server's certificate is when the nodes of these tests start.
 const up = 20 * time.Hour
 
-// A join token is not lost to a clock: what the server answers with is kept and
-// used, over a renewal, an outage and a restart, and when the clock is set right.
-func TestClockThatIsWrongAtTheFirstStart(t *testing.T) {
+// A wrong clock costs no join token: the agent SVID is stored and used, over a
+// renewal, an outage and a restart, and after the clock is corrected.
+func TestWrongClockAtTheFirstStart(t *testing.T) {
 	t.Parallel()
 	for _, skew := range []time.Duration{-75 * time.Second, -time.Hour, -72 * time.Hour, 2 * time.Hour, 3 * time.Hour} {
 		t.Run(skew.String(), func(t *testing.T) {
@@ -81,9 +81,10 @@ func TestClockThatIsWrongAtTheFirstStart(t *testing.T) {
 	}
 }
 
-// The server's certificate has expired by a clock that is ahead. The token is not
-// sent, one line names the remedy, and with the clock right the node attests.
-func TestServerHasExpiredByTheNodesClock(t *testing.T) {
+// The node's clock is ahead, so that the server's certificate seems expired. The
+// token is not sent, and one log line names the remedy. After the clock is corrected
+// the node attests.
+func TestServerCertificateExpiredByTheNodesClock(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var clock nodeClock
@@ -113,9 +114,9 @@ func TestServerHasExpiredByTheNodesClock(t *testing.T) {
 	})
 }
 
-// An SVID that has really expired is replaced with the next token, whatever the
-// node's clock says of it, and in a running agent as well as after a restart.
-func TestSVIDThatHasExpiredByTheServersClock(t *testing.T) {
+// An SVID that has expired by the server's clock is replaced with the next token,
+// whatever the node's clock shows, in a running agent and after a restart.
+func TestSVIDExpiredByTheServersClock(t *testing.T) {
 	t.Parallel()
 	for _, skew := range []time.Duration{0, -72 * time.Hour, time.Hour} {
 		for _, restart := range []bool{false, true} {
@@ -153,8 +154,8 @@ func TestSVIDThatHasExpiredByTheServersClock(t *testing.T) {
 	}
 }
 
-// The server that could not be asked about the agent SVID held may be there a moment
-// later: the token is sent only when it has refused that SVID.
+// The agent sends the token only after the server has refused the agent SVID held. A
+// server that could not be asked may be back a moment later.
 func TestTokenIsNotSentBeforeTheHeldSVIDIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, trouble := range map[string]func(context.Context, net.Conn) (net.Conn, error){
@@ -199,10 +200,10 @@ func TestTokenIsNotSentBeforeTheHeldSVIDIsRefused(t *testing.T) {
 	}
 }
 
-// frozen is a connection to a machine that takes everything and no longer answers.
+// frozen is a connection to a machine that accepts data and does not answer.
 type frozen struct {
 	net.Conn
-	after int // what is written before
+	after int // writes that still reach it
 }
 
 func (c *frozen) Write(b []byte) (int, error) {
@@ -212,7 +213,7 @@ func (c *frozen) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// attest fails the test when that takes more than a minute.
+// attest attests the agent within a minute or fails the test.
 func attest(t *testing.T, a *agent) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

@@ -23,9 +23,9 @@ import (
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// The whole life of a node under the embedded server: bootstrap from a file,
-// proof, entries, mints, a rotation with the own SVID renewed, eviction, ban.
-func TestLifeUnderTheEmbeddedServer(t *testing.T) {
+// A node with the embedded server: bootstrap from a file, attestation, entries,
+// mints, a rotation with a renewal of the agent SVID, eviction, ban.
+func TestNodeLifecycleWithTheEmbeddedServer(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -106,7 +106,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 			t.Error(err)
 		}
 
-		// Prepare, activate, taint; the own SVID moves to the new authority.
+		// Prepare, activate, taint; the new authority signs the agent SVID.
 		old := s.Keysets().Active()
 		next := must(s.Keysets().Prepare(ctx))
 		a.trust.Store(must(a.FetchBundle(ctx)))
@@ -121,7 +121,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		a.trust.Store(b)
 		authority := func() string { return hex.EncodeToString(a.node.Identity().Chain[0].AuthorityKeyId) }
 		if x, ok := b.X509Authority(authority()); !ok || !x.Tainted {
-			t.Errorf("the own SVID's authority is %+v, known %v", x, ok)
+			t.Errorf("the agent SVID's authority is %+v, known %v", x, ok)
 		}
 		if err := a.RenewNode(ctx); err != nil {
 			t.Fatal(err)
@@ -138,7 +138,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 			t.Errorf("after the rotation: %v", err)
 		}
 
-		// Evicted, the node comes back with a new token; banned, it does not.
+		// After an eviction the node attests with a new token; after a ban it does not.
 		if err := s.EvictAgent(ctx, a.node.Identity().ID(), false); err != nil {
 			t.Fatal(err)
 		}
@@ -148,7 +148,7 @@ func TestLifeUnderTheEmbeddedServer(t *testing.T) {
 		give()
 		time.Sleep(6 * time.Second)
 		if err := a.PostStatus(ctx, 1); err != nil {
-			t.Errorf("after the new proof: %v", err)
+			t.Errorf("after the re-attestation: %v", err)
 		}
 		if err := s.BanAgent(ctx, a.node.Identity().ID()); err != nil {
 			t.Fatal(err)

@@ -14,42 +14,42 @@ import (
 )
 
 const (
-	// maxListBytes bounds a full list in one message: about 200,000 entries.
+	// maxListBytes is the largest message accepted: a list of about 200,000
+	// entries.
 	maxListBytes = 64 << 20
-	// maxEntries bounds what all pages of one sync may add up to.
+	// maxEntries is the most entries that one sync may return.
 	maxEntries = 1 << 20
-	// maxAsk is the most entries asked for at once; SPIRE's own page size.
+	// maxAsk is the most entries requested at once: SPIRE's page size.
 	maxAsk = 500
 )
 
-// stamp tells apart the states of an entry. The creation time is part of it:
-// an entry that is deleted and made again under the same ID starts with the
-// same revision number.
-type stamp struct{ revision, created int64 }
+// entryVersion identifies one state of an entry. It includes the creation time,
+// because an entry that is deleted and created again with the same ID starts with
+// the same revision number.
+type entryVersion struct{ revision, created int64 }
 
-// EntryChanges is how one answer about entries differs from what is held.
+// EntryChanges is the difference between one answer and the entries held.
 type EntryChanges struct {
-	// Upsert holds the entries that are new, or there with another revision or
-	// another time of creation, be it a lower one.
+	// Upsert holds the entries that are new, or have another revision or creation
+	// time, also an earlier one.
 	Upsert []*cache.Entry
 	// Missing holds the IDs of held entries that the answer does not name.
 	Missing []string
-	// Withdrawn holds held entries that it names as not for workloads, in the
-	// state that it names: ID, Revision and CreatedAt.
+	// Withdrawn holds the held entries that are no longer for workloads. Only ID,
+	// Revision and CreatedAt are set, to those of the answer.
 	Withdrawn []*cache.Entry
 }
 
 // SyncEntries asks which entries the node is authorized for. have is what the
-// caller holds, by ID; it is only read. Entries that cannot be used (broken, or
-// not meant for workloads) are left out, the broken ones with one log line for
-// each of their states; one that is held already is then neither missing nor
-// changed.
+// caller holds, by ID; SyncEntries only reads it. It skips entries that are not for
+// workloads, and invalid ones, with one log line for each version of those. A held
+// entry whose new version is invalid is neither missing nor changed.
 //
-// An answer that cannot be right as a whole is an error, and nothing of it
-// counts. The deadline is one PollTimeout for the whole sync.
+// An invalid answer is an error, and nothing of it is used. The whole sync has
+// PollTimeout.
 func (c *Client) SyncEntries(ctx context.Context, have map[string]*cache.Entry) (EntryChanges, error) {
-	var s *syncing
-	err := c.call(ctx, "sync entries", c.cfg.PollTimeout, needAnswer, func(ctx context.Context, l *link) error {
+	var s *entrySync
+	err := c.call(ctx, "sync entries", c.cfg.PollTimeout, needProbe, func(ctx context.Context, l *link) error {
 		if !l.noSync.Load() {
 			s = c.newSync(have)
 			err := s.stream(ctx, l)
@@ -57,7 +57,7 @@ func (c *Client) SyncEntries(ctx context.Context, have map[string]*cache.Entry) 
 				return err
 			}
 			l.noSync.Store(true)
-			c.cfg.Log.Info("the server lacks SyncAuthorizedEntries, asking for the full list each time")
+			c.cfg.Log.Info("SyncAuthorizedEntries not supported by the server, fetching the full list each time")
 		}
 		s = c.newSync(have)
 		return s.list(ctx, l)
@@ -69,29 +69,29 @@ func (c *Client) SyncEntries(ctx context.Context, have map[string]*cache.Entry) 
 	return s.result(), nil
 }
 
-// syncing is one sync under way.
-type syncing struct {
+// entrySync is one sync in progress.
+type entrySync struct {
 	client *Client
 	have   map[string]*cache.Entry
-	before map[string]stamp // known to be of no use as they are
+	before map[string]entryVersion // skipped by the sync before
 
-	skipped map[string]stamp    // before, for the next sync
-	seen    map[string]struct{} // IDs that the server named
+	skipped map[string]entryVersion
+	seen    map[string]struct{} // IDs that the server has named
 	changes EntryChanges
 }
 
-func (c *Client) newSync(have map[string]*cache.Entry) *syncing {
-	return &syncing{
+func (c *Client) newSync(have map[string]*cache.Entry) *entrySync {
+	return &entrySync{
 		client:  c,
 		have:    have,
 		before:  c.skipped,
-		skipped: make(map[string]stamp),
+		skipped: make(map[string]entryVersion),
 		seen:    make(map[string]struct{}, len(have)),
 	}
 }
 
-// list takes the whole list in one answer.
-func (s *syncing) list(ctx context.Context, l *link) error {
+// list fetches the whole list in one answer.
+func (s *entrySync) list(ctx context.Context, l *link) error {
 	answer, err := entryv1.NewEntryClient(l.conn).GetAuthorizedEntries(ctx,
 		&entryv1.GetAuthorizedEntriesRequest{OutputMask: entryMask}, grpc.MaxCallRecvMsgSize(maxListBytes))
 	if err != nil {
@@ -100,18 +100,18 @@ func (s *syncing) list(ctx context.Context, l *link) error {
 	return s.all(answer.GetEntries())
 }
 
-// stream does one SyncAuthorizedEntries. A server with few entries sends all of
-// them; one with many sends IDs with revisions in pages, and then what it is
-// asked for.
-func (s *syncing) stream(ctx context.Context, l *link) error {
+// stream makes one SyncAuthorizedEntries call. A server with few entries sends all
+// of them. One with many sends pages of IDs and revisions, and then the entries
+// that the client requests.
+func (s *entrySync) stream(ctx context.Context, l *link) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	stream, err := entryv1.NewEntryClient(l.conn).SyncAuthorizedEntries(ctx, grpc.MaxCallRecvMsgSize(maxListBytes))
 	if err != nil {
 		return err
 	}
-	// Send fails with io.EOF when the server has ended the stream; Recv then
-	// knows why.
+	// Send fails with io.EOF when the server has ended the stream; Recv returns
+	// the reason.
 	_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{OutputMask: entryMask})
 	page, err := stream.Recv()
 	if err != nil {
@@ -124,15 +124,15 @@ func (s *syncing) stream(ctx context.Context, l *link) error {
 	if err != nil {
 		return err
 	}
-	slices.Sort(ask) // the server does it otherwise
+	slices.Sort(ask) // saves the server sorting them
 	for ids := range slices.Chunk(ask, min(size, maxAsk)) {
 		_ = stream.Send(&entryv1.SyncAuthorizedEntriesRequest{Ids: ids})
 		if err := s.answers(stream, ids); err != nil {
 			return err
 		}
 	}
-	// What was asked for is here. The stream is ended in good order, so that
-	// the server does not count it as canceled; how that goes does not matter.
+	// Everything was received. The stream is closed so that the server does not
+	// count it as canceled; an error no longer matters.
 	if stream.CloseSend() == nil {
 		_, _ = stream.Recv()
 	}
@@ -143,8 +143,8 @@ type pageStream interface {
 	Recv() (*entryv1.SyncAuthorizedEntriesResponse, error)
 }
 
-// pages takes the full list, which may come in several messages.
-func (s *syncing) pages(stream pageStream, page *entryv1.SyncAuthorizedEntriesResponse) error {
+// pages receives the full list, which may come in several messages.
+func (s *entrySync) pages(stream pageStream, page *entryv1.SyncAuthorizedEntriesResponse) error {
 	entries := page.GetEntries()
 	for page.GetMore() {
 		var err error
@@ -165,22 +165,21 @@ func (s *syncing) pages(stream pageStream, page *entryv1.SyncAuthorizedEntriesRe
 	return s.all(entries)
 }
 
-// all takes a full list.
-func (s *syncing) all(entries []*types.Entry) error {
+// all processes a full list.
+func (s *entrySync) all(entries []*types.Entry) error {
 	for _, e := range entries {
-		at := stamp{e.GetRevisionNumber(), e.GetCreatedAt()}
-		if s.announce(e.GetId(), at) && (s.wanted(e.GetId(), at) || s.refederated(e)) {
+		at := entryVersion{e.GetRevisionNumber(), e.GetCreatedAt()}
+		if s.markNamed(e.GetId(), at) && (s.wanted(e.GetId(), at) || s.federationChanged(e)) {
 			s.take(e)
 		}
 	}
 	return nil
 }
 
-// refederated reports whether an entry that is held federates with others now. That
-// can be without another revision: SPIRE takes a trust domain out of the entries
-// when its bundle is deleted with mode dissociate, and counts that as no change of
-// them. A server with many entries shows it in no revision that it lists, either.
-func (s *syncing) refederated(in *types.Entry) bool {
+// federationChanged reports whether a held entry federates with other trust domains
+// now. SPIRE can change that without a new revision: when a bundle is deleted with
+// mode dissociate. With a server that sends pages of revisions it goes unnoticed.
+func (s *entrySync) federationChanged(in *types.Entry) bool {
 	held := s.have[in.GetId()]
 	if held == nil {
 		return false
@@ -189,14 +188,14 @@ func (s *syncing) refederated(in *types.Entry) bool {
 	return err == nil && !slices.Equal(held.FederatesWith, now)
 }
 
-// revisions takes the pages of IDs and returns those to ask for, and the size
-// of the server's pages.
-func (s *syncing) revisions(stream pageStream, page *entryv1.SyncAuthorizedEntriesResponse) (ask []string, size int, err error) {
+// revisions receives the pages of IDs and returns those to request, and the size of
+// the server's pages.
+func (s *entrySync) revisions(stream pageStream, page *entryv1.SyncAuthorizedEntriesResponse) (ask []string, size int, err error) {
 	size = len(page.GetEntryRevisions())
 	for n := 0; ; {
 		for _, r := range page.GetEntryRevisions() {
-			at := stamp{r.GetRevisionNumber(), r.GetCreatedAt()}
-			if s.announce(r.GetId(), at) && s.wanted(r.GetId(), at) {
+			at := entryVersion{r.GetRevisionNumber(), r.GetCreatedAt()}
+			if s.markNamed(r.GetId(), at) && s.wanted(r.GetId(), at) {
 				ask = append(ask, r.GetId())
 			}
 		}
@@ -218,11 +217,11 @@ func (s *syncing) revisions(stream pageStream, page *entryv1.SyncAuthorizedEntri
 	}
 }
 
-// answers takes the entries that were asked for: each of them once.
-func (s *syncing) answers(stream pageStream, ids []string) error {
-	open := make(map[string]struct{}, len(ids))
+// answers receives the requested entries, each exactly once.
+func (s *entrySync) answers(stream pageStream, ids []string) error {
+	pending := make(map[string]struct{}, len(ids))
 	for _, id := range ids {
-		open[id] = struct{}{}
+		pending[id] = struct{}{}
 	}
 	for {
 		page, err := stream.Recv()
@@ -236,34 +235,34 @@ func (s *syncing) answers(stream pageStream, ids []string) error {
 			return malformed("a page of it is empty")
 		}
 		for _, e := range page.GetEntries() {
-			if _, asked := open[e.GetId()]; !asked {
+			if _, asked := pending[e.GetId()]; !asked {
 				return malformed("entry %q was not asked for, or comes twice", e.GetId())
 			}
-			delete(open, e.GetId())
+			delete(pending, e.GetId())
 			s.take(e)
 		}
 		if page.GetMore() {
 			continue
 		}
-		if len(open) > 0 {
-			return malformed("%d of %d entries asked for are missing", len(open), len(ids))
+		if len(pending) > 0 {
+			return malformed("%d of %d entries asked for are missing", len(pending), len(ids))
 		}
 		return nil
 	}
 }
 
-// announce notes that the server named an entry, and reports whether it can be
-// told apart from the others.
-func (s *syncing) announce(id string, at stamp) bool {
+// markNamed records that the server named an entry. It returns false, and skips the
+// entry, when its ID or revision is invalid.
+func (s *entrySync) markNamed(id string, at entryVersion) bool {
 	if _, twice := s.seen[id]; id == "" || twice || at.revision < 0 {
 		why := "it has no ID"
 		switch {
 		case twice:
-			// Remembered under another name: the first entry is of use.
+			// Skipped under another name: the first entry is usable.
 			id, why = "second "+id, "another entry has the same ID"
 		case id != "":
 			why = "its revision is negative"
-			s.seen[id] = struct{}{} // named, thus not missing
+			s.seen[id] = struct{}{} // it is not missing
 		}
 		s.skip(id, at, why)
 		return false
@@ -272,9 +271,9 @@ func (s *syncing) announce(id string, at stamp) bool {
 	return true
 }
 
-// wanted reports whether the content of an entry is needed: not when it is held
-// as it is, nor when it is known to be of no use.
-func (s *syncing) wanted(id string, at stamp) bool {
+// wanted reports whether the content of an entry is needed: neither this version
+// is held nor was it skipped before.
+func (s *entrySync) wanted(id string, at entryVersion) bool {
 	held := s.have[id]
 	if held != nil && held.Revision == at.revision &&
 		(at.created == 0 || held.CreatedAt.IsZero() || held.CreatedAt.Equal(unixTime(at.created))) {
@@ -288,8 +287,8 @@ func (s *syncing) wanted(id string, at stamp) bool {
 }
 
 // take adds an entry to the result, or skips it.
-func (s *syncing) take(in *types.Entry) {
-	at := stamp{in.GetRevisionNumber(), in.GetCreatedAt()}
+func (s *entrySync) take(in *types.Entry) {
+	at := entryVersion{in.GetRevisionNumber(), in.GetCreatedAt()}
 	if in.GetStoreSvid() {
 		s.skipped[in.GetId()] = at
 		if _, held := s.have[in.GetId()]; held {
@@ -306,16 +305,16 @@ func (s *syncing) take(in *types.Entry) {
 	s.changes.Upsert = append(s.changes.Upsert, e)
 }
 
-// skip leaves an entry out and says so, once for each of its states.
-func (s *syncing) skip(id string, at stamp, why string) {
+// skip skips an entry and logs that once for each of its versions.
+func (s *entrySync) skip(id string, at entryVersion, why string) {
 	was, known := s.before[id]
 	s.skipped[id] = at
 	if !known || was != at {
-		s.client.cfg.Log.Warn("entry skipped", "entry", id, "revision", at.revision, "reason", why)
+		s.client.cfg.Log.Warn("entry skipped", "entry_id", id, "revision", at.revision, "reason", why)
 	}
 }
 
-func (s *syncing) result() EntryChanges {
+func (s *entrySync) result() EntryChanges {
 	for id := range s.have {
 		if _, seen := s.seen[id]; !seen {
 			s.changes.Missing = append(s.changes.Missing, id)

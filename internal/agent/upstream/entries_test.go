@@ -16,7 +16,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
 
-// holder does with the answers what a caller does.
+// holder applies the changes to the entries held, as the agent does.
 type holder map[string]*cache.Entry
 
 func (h holder) sync(t *testing.T, a *agent) (upsert, gone []string) {
@@ -105,9 +105,8 @@ func TestSyncDeltas(t *testing.T) {
 	}
 }
 
-// What an agent holds from its last run may be another entry of the same ID,
-// with the same revision. It is told apart by the time of its creation, and so is
-// an older one on a replica that lags.
+// The agent may hold another entry with the same ID and revision from its last run. The
+// creation time differs, as it does for an older entry on a replica that lags.
 func TestEntryReplacedWhileTheAgentWasAway(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{3, 600} {
@@ -144,7 +143,7 @@ func TestSyncAsksInPages(t *testing.T) {
 	})
 }
 
-func TestFallbackIsRememberedForTheConnectionOnly(t *testing.T) {
+func TestSyncFallbackLastsForOneConnection(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		s.lacksSync = true
@@ -182,9 +181,9 @@ func TestEntryContent(t *testing.T) {
 	})
 }
 
-func TestBadEntriesAreSkipped(t *testing.T) {
+func TestInvalidEntriesAreSkipped(t *testing.T) {
 	t.Parallel()
-	for name, spoil := range map[string]func(*types.Entry){
+	for name, corrupt := range map[string]func(*types.Entry){
 		"no ID":                  func(e *types.Entry) { e.Id = "" },
 		"second of its ID":       func(e *types.Entry) { e.Id = entry(0).Id },
 		"no SPIFFE ID":           func(e *types.Entry) { e.SpiffeId = nil },
@@ -201,7 +200,7 @@ func TestBadEntriesAreSkipped(t *testing.T) {
 				t.Parallel()
 				bubble(t, func(t *testing.T, s *server, a *agent) {
 					s.entries = entries(n)
-					spoil(s.entries[1])
+					corrupt(s.entries[1])
 					h := holder{}
 					for range 3 {
 						h.sync(t, a)
@@ -224,9 +223,9 @@ func TestBadEntriesAreSkipped(t *testing.T) {
 	}
 }
 
-func TestHeldEntryThatTurnsBadIsKept(t *testing.T) {
+func TestHeldEntryThatBecomesInvalidIsKept(t *testing.T) {
 	t.Parallel()
-	for name, spoil := range map[string]func(*types.Entry){
+	for name, corrupt := range map[string]func(*types.Entry){
 		"no selectors":      func(e *types.Entry) { e.RevisionNumber, e.Selectors = 2, nil },
 		"negative revision": func(e *types.Entry) { e.RevisionNumber = -1 },
 	} {
@@ -238,7 +237,7 @@ func TestHeldEntryThatTurnsBadIsKept(t *testing.T) {
 					h := holder{}
 					h.sync(t, a)
 					bad := entry(1)
-					spoil(bad)
+					corrupt(bad)
 					s.entries[1] = bad
 					for range 3 {
 						up, gone := h.sync(t, a)
@@ -253,7 +252,7 @@ func TestHeldEntryThatTurnsBadIsKept(t *testing.T) {
 	}
 }
 
-func TestEntriesForStoresAreNotForWorkloads(t *testing.T) {
+func TestStoreSVIDEntriesAreNotForWorkloads(t *testing.T) {
 	t.Parallel()
 	for _, n := range []int{3, 600} {
 		bubble(t, func(t *testing.T, s *server, a *agent) {
@@ -377,7 +376,7 @@ func TestSeveralPagesOfTheFullList(t *testing.T) {
 
 // SPIRE takes a trust domain out of entries without another revision of them, when
 // its bundle is deleted with mode dissociate.
-func TestFederationThatChangesWithoutARevision(t *testing.T) {
+func TestFederationChangesWithoutARevision(t *testing.T) {
 	t.Parallel()
 	for _, mode := range []string{"sync", "full list"} {
 		t.Run(mode, func(t *testing.T) {

@@ -12,8 +12,8 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// entryMask is what this agent uses of an entry. The revision number must not
-// be masked. store_svid marks entries that are not for workloads.
+// entryMask selects the fields that this agent uses. SyncAuthorizedEntries requires
+// the revision number. store_svid marks entries that are not for workloads.
 var entryMask = &types.EntryMask{
 	SpiffeId:       true,
 	Selectors:      true,
@@ -22,14 +22,14 @@ var entryMask = &types.EntryMask{
 	RevisionNumber: true,
 	CreatedAt:      true,
 	StoreSvid:      true,
-	// What makes an SVID, beside the SPIFFE ID: see [cache.SVID.For].
+	// Like the SPIFFE ID these decide what an SVID contains: see [cache.SVID.For].
 	DnsNames:             true,
 	X509SvidTtl:          true,
 	JwtSvidTtl:           true,
 	AdditionalAttributes: true,
 }
 
-// parseEntry makes an Entry of the server's.
+// parseEntry converts a server's entry, which must be of trust domain td.
 func parseEntry(td spiffeid.TrustDomain, in *types.Entry) (*cache.Entry, error) {
 	if in.GetId() == "" {
 		return nil, errors.New("it has no ID")
@@ -78,8 +78,8 @@ func parseEntry(td spiffeid.TrustDomain, in *types.Entry) (*cache.Entry, error) 
 	return e, nil
 }
 
-// federatesWith is the trust domains other than td that an entry federates with, in
-// order: a server may give them in another order each time.
+// federatesWith returns the trust domains other than td that an entry federates
+// with, sorted: a server may list them in another order each time.
 func federatesWith(td spiffeid.TrustDomain, in *types.Entry) ([]spiffeid.TrustDomain, error) {
 	var out []spiffeid.TrustDomain
 	for _, name := range in.GetFederatesWith() {

@@ -8,5 +8,5 @@ import (
 
 // ThroughProxy is the dialer of a Client with this proxy.
 func ThroughProxy(proxy *url.URL) func(context.Context, string) (net.Conn, error) {
-	return throughProxy(proxy, dialTCP)
+	return dialerThrough(proxy, dialTCP)
 }

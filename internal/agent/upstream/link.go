@@ -26,42 +26,41 @@ import (
 const (
 	// serverPath is the path of the server's own SPIFFE ID.
 	serverPath = "/spire/server"
-	// reconnectDelay is the longest pause between two tries to connect, so
-	// that a server which comes back is found quickly.
+	// reconnectDelay is the longest pause between two attempts to connect, so
+	// that the client reconnects soon after a server is back.
 	reconnectDelay = 3 * time.Second
-	// connectTimeout bounds one try, TLS included. A frozen machine accepts
-	// connections in its kernel and never answers.
+	// connectTimeout bounds one attempt, TLS included: the kernel of a frozen
+	// machine accepts connections that nothing answers.
 	connectTimeout = 5 * time.Second
 	// userTimeout is how long sent bytes may stay unacknowledged before the
 	// kernel gives the connection up (TCP_USER_TIMEOUT, RFC 5482).
 	userTimeout = 20 * time.Second
-	// window is how many bytes of an answer may be under way: an answer with
-	// 500 SVIDs.
+	// window is the flow control window in bytes: an answer with 500 SVIDs.
 	window = 1 << 20
 )
 
-// link is a connection that presents one identity, or none. What is not
-// atomic is guarded by Client.mu.
+// link is a connection that presents one identity or is anonymous. Client.mu
+// guards calls and retired.
 type link struct {
 	conn     *grpc.ClientConn
 	identity *node.Identity // nil: anonymous
-	calls    int            // under way
-	retired  bool           // no new calls; closed after the last
+	calls    int            // in flight
+	retired  bool           // takes no new calls; closed after the last one
 
-	// noSync says that the server lacks SyncAuthorizedEntries. It is a
-	// property of the connection: the next may lead to another server.
+	// noSync is set when the server lacks SyncAuthorizedEntries. The next
+	// connection may lead to another server.
 	noSync atomic.Bool
 }
 
-// open makes a link. It does no I/O yet.
+// open returns a link. It does no I/O: gRPC connects at the first call.
 func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error) {
 	conn, err := grpc.NewClient(
-		// passthrough: the address goes to the dialer as it is, and is resolved
-		// at each try. gRPC's own resolver would keep an old answer for longer
-		// and would ask for service configurations in DNS.
+		// passthrough: the dialer gets the address as it is and resolves it at
+		// each attempt. gRPC's own resolver would cache the answer for longer and
+		// would look for service configurations in DNS.
 		"passthrough:///"+c.cfg.ServerAddress,
 		grpc.WithContextDialer(c.cfg.Dial),
-		grpc.WithNoProxy(), // Config.Proxy alone counts, in Dial
+		grpc.WithNoProxy(), // Dial uses Config.Proxy
 		grpc.WithDisableServiceConfig(),
 		grpc.WithTransportCredentials(credentials.NewTLS(config)),
 		grpc.WithConnectParams(grpc.ConnectParams{
@@ -69,8 +68,8 @@ func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error
 			MinConnectTimeout: connectTimeout,
 		}),
 		grpc.WithUserAgent("renewd/"+c.cfg.Version),
-		// A fixed window also turns off gRPC's estimate of the bandwidth, which
-		// sends a ping after nearly every answer.
+		// A fixed window also turns off gRPC's bandwidth estimate, which sends a
+		// ping after nearly every answer.
 		grpc.WithStaticStreamWindowSize(window),
 		grpc.WithStaticConnWindowSize(window),
 	)
@@ -80,37 +79,37 @@ func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error
 	return &link{conn: conn, identity: identity}, nil
 }
 
-// clientTLS presents the identity, if any, and demands the server of the trust
-// domain at the other end.
+// clientTLS presents the identity, if any, and requires the peer to be the server
+// of the trust domain.
 func (c *Client) clientTLS(identity *node.Identity) *tls.Config {
 	config := &tls.Config{
 		MinVersion: tls.VersionTLS13,
-		// The peer is verified by its SPIFFE ID, not by a host name, in
-		// VerifyConnection.
+		// VerifyConnection verifies the peer by its SPIFFE ID instead of a host
+		// name.
 		InsecureSkipVerify: true,
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			// Read now, not when the link was made: a link outlives rotations.
+			// With the bundle of now: a link outlives rotations.
 			err := c.verify(cs.PeerCertificates)
 			if err == nil && identity != nil {
-				c.met.Store(true)
+				c.serverSeen.Store(true)
 			}
 			return err
 		},
 	}
 	if identity != nil {
 		cert := identity.TLSCertificate()
-		// Not Certificates: those are left out when the server names
-		// authorities that do not fit, and a call would arrive anonymously.
+		// Not Certificates: crypto/tls omits those when the server names other
+		// authorities, and calls would be anonymous.
 		config.GetClientCertificate = func(*tls.CertificateRequestInfo) (*tls.Certificate, error) { return &cert, nil }
 	}
 	return config
 }
 
-// insecureTLS accepts whoever claims to be the server of the trust domain.
+// insecureTLS accepts any peer that claims to be the server of the trust domain.
 func (c *Client) insecureTLS() *tls.Config {
 	return &tls.Config{
 		MinVersion:         tls.VersionTLS13,
-		InsecureSkipVerify: true, // asked for by name: Config.Insecure
+		InsecureSkipVerify: true, // only with Config.Insecure
 		VerifyConnection: func(cs tls.ConnectionState) error {
 			if len(cs.PeerCertificates) == 0 {
 				return errors.New("the server presents no certificate")
@@ -124,15 +123,15 @@ func (c *Client) insecureTLS() *tls.Config {
 	}
 }
 
-// verify checks a chain against the bundle in force or, when that is of other
-// authorities, against what the operator says now.
+// verify checks a chain against the bundle in force or, when that lacks its
+// authority, against what the operator has configured since.
 func (c *Client) verify(chain []*x509.Certificate) error {
 	err := verifyServer(chain, c.cfg.TrustDomain, c.cfg.Bundle(), c.cfg.Now())
 	var unknown x509.UnknownAuthorityError
-	if !errors.As(err, &unknown) || c.cfg.Operator == nil {
+	if !errors.As(err, &unknown) || c.cfg.OperatorTrust == nil {
 		return err
 	}
-	trust, verified := c.cfg.Operator()
+	trust, verified := c.cfg.OperatorTrust()
 	if trust == nil || verifyServer(chain, c.cfg.TrustDomain, trust, c.cfg.Now()) != nil {
 		return err
 	}
@@ -141,10 +140,10 @@ func (c *Client) verify(chain []*x509.Certificate) error {
 }
 
 // verifyServer checks that a chain is the server's and ends in an authority of
-// trust (SPIFFE X.509-SVID, section 5). A certificate of the future is one of
-// now: an authority that is trusted has signed it already, so it is this node's
-// clock that lags. To refuse it would part the node from its server at each new
-// certificate, until the agent SVID has expired.
+// trust (SPIFFE X.509-SVID, section 5). A certificate that is not valid yet is
+// accepted: a trusted authority has signed it already, so this node's clock is
+// behind. Refusing it would cut the node off whenever the server renews its
+// certificate.
 func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bundle.Bundle, now time.Time) error {
 	if trust == nil {
 		return errors.New("there is no trust bundle to verify the server with")
@@ -158,19 +157,19 @@ func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bun
 	}
 	id, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(now))
 	if err != nil {
-		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), timeless(err))
+		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), withoutCurrentTime(err))
 	}
 	return isServer(id, td)
 }
 
-// timeless gives an error about an expired certificate a text that names the
-// remedy and does not hold the current time, which would make each one a new one.
-func timeless(err error) error {
+// withoutCurrentTime returns err or, for an expired certificate, an error that
+// names the remedy. Its text lacks the current time, so that it is logged once.
+func withoutCurrentTime(err error) error {
 	var invalid x509.CertificateInvalidError
 	if !errors.As(err, &invalid) || invalid.Reason != x509.Expired {
 		return err
 	}
-	return fmt.Errorf("the certificate expired at %s by this node's clock: set the clock if it is ahead, else have the server renew its certificate",
+	return fmt.Errorf("the certificate expired at %s by this node's clock: set the clock if it is ahead, or renew the server's certificate",
 		invalid.Cert.NotAfter.UTC().Format(time.RFC3339))
 }
 
@@ -181,7 +180,8 @@ func isServer(id spiffeid.ID, td spiffeid.TrustDomain) error {
 	return nil
 }
 
-// dialTCP connects over TCP and has the kernel notice a peer that vanished.
+// dialTCP connects over TCP. The kernel ends the connection when the peer no
+// longer acknowledges what is sent.
 func dialTCP(ctx context.Context, address string) (net.Conn, error) {
 	d := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) error {
 		var set error
@@ -193,8 +193,8 @@ func dialTCP(ctx context.Context, address string) (net.Conn, error) {
 	return d.DialContext(ctx, "tcp", address)
 }
 
-// acquire returns the link for a call that begins now, bound to the identity
-// that is usable now; nil stands for an anonymous call.
+// acquire returns the link for a call with this identity; nil means an anonymous
+// call. End the call with release.
 func (c *Client) acquire(identity *node.Identity) (*link, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -206,7 +206,7 @@ func (c *Client) acquire(identity *node.Identity) (*link, error) {
 		if err != nil {
 			return nil, err
 		}
-		c.retire(c.current)
+		c.retireLocked(c.current)
 		c.current = l
 		c.links[l] = struct{}{}
 	}
@@ -215,36 +215,35 @@ func (c *Client) acquire(identity *node.Identity) (*link, error) {
 	return c.current, nil
 }
 
-// release ends a call.
+// release ends a call on the link.
 func (c *Client) release(l *link) {
 	defer c.calls.Done()
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	l.calls--
-	c.closeIdle(l)
+	c.closeIdleLocked(l)
 }
 
-// discard has the next call open another connection.
-func (c *Client) discard(l *link) {
+// replace makes the next call open another connection.
+func (c *Client) replace(l *link) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.current == l {
 		c.current = nil
 	}
-	c.retire(l)
+	c.retireLocked(l)
 }
 
-func (c *Client) retire(l *link) {
+func (c *Client) retireLocked(l *link) {
 	if l != nil {
 		l.retired = true
-		c.closeIdle(l)
+		c.closeIdleLocked(l)
 	}
 }
 
-// closeIdle closes a retired link after its last call. That says goodbye to
-// the peer, which takes seconds when it hangs, so nobody waits for it but
-// Close.
-func (c *Client) closeIdle(l *link) {
+// closeIdleLocked closes a retired link after its last call. It does so in the
+// background, because closing takes seconds when the peer hangs.
+func (c *Client) closeIdleLocked(l *link) {
 	if _, open := c.links[l]; open && l.retired && l.calls == 0 {
 		delete(c.links, l)
 		c.work.Go(func() { l.conn.Close() })

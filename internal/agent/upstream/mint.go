@@ -10,8 +10,7 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// The most that is taken of an answer. 500 SVIDs with two intermediates and RSA
-// keys are 3 MiB.
+// Limits of an answer. 500 SVIDs with two intermediates and RSA keys are 3 MiB.
 const (
 	maxMintBytes = 16 << 20
 	maxChain     = 10
@@ -19,24 +18,23 @@ const (
 	maxToken     = 64 << 10
 )
 
-// CSR asks for an X.509-SVID: the entry, and a certificate request that conveys
-// the key.
+// CSR requests an X.509-SVID for an entry. DER is the certificate signing request
+// with the public key.
 type CSR struct {
 	EntryID string
 	DER     []byte
 }
 
-// Signed is what came of one [CSR]: Chain, leaf first without the root, or Err,
-// which is a gRPC status error.
+// Signed is the result of one [CSR]: either Chain, leaf first and without the
+// root, or Err, a gRPC status error.
 type Signed struct {
 	Chain [][]byte
 	Err   error
 }
 
-// MintX509 has X.509-SVIDs signed. The answers are in the order of the
-// requests, as many as those. An error means that the call as a whole failed
-// and says nothing about any entry. What an SVID says is not verified here,
-// only its size.
+// MintX509 requests X.509-SVIDs. It returns one result for each request, in their
+// order. An error means that the call failed as a whole. MintX509 checks the size
+// of the SVIDs only; the caller verifies them.
 func (c *Client) MintX509(ctx context.Context, csrs []CSR) ([]Signed, error) {
 	if len(csrs) == 0 {
 		return nil, nil
@@ -60,8 +58,8 @@ func (c *Client) MintX509(ctx context.Context, csrs []CSR) ([]Signed, error) {
 	return out, nil
 }
 
-// parseSigned takes the answers apart. Answers are told apart by their place
-// only, so one too few or too many makes all of them worthless.
+// parseSigned returns the results of an answer. Results match requests by position
+// only, so an answer with too few or too many is rejected as a whole.
 func parseSigned(in *svidv1.BatchNewX509SVIDResponse, want int) ([]Signed, error) {
 	if len(in.GetResults()) != want {
 		return nil, malformed("it has %d results for %d requests", len(in.GetResults()), want)
@@ -81,7 +79,7 @@ func parseResult(r *svidv1.BatchNewX509SVIDResponse_Result) Signed {
 	case codes.Code(r.GetStatus().GetCode()) != codes.OK:
 		return Signed{Err: status.Error(codes.Code(r.GetStatus().GetCode()), r.GetStatus().GetMessage())}
 	case len(chain) == 0:
-		return Signed{Err: malformed("a result is OK and has no SVID")}
+		return Signed{Err: malformed("a result with status OK has no SVID")}
 	case len(chain) > maxChain:
 		return Signed{Err: malformed("an SVID has %d certificates, at most %d are accepted", len(chain), maxChain)}
 	}
@@ -93,7 +91,7 @@ func parseResult(r *svidv1.BatchNewX509SVIDResponse_Result) Signed {
 	return Signed{Chain: chain}
 }
 
-// MintJWT has a JWT-SVID signed for an entry. Only its size is checked here.
+// MintJWT requests a JWT-SVID for an entry. It checks the token's size only.
 func (c *Client) MintJWT(ctx context.Context, entryID string, audience []string) (string, error) {
 	var token string
 	err := c.call(ctx, "mint JWT-SVID", c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {

@@ -84,7 +84,7 @@ func TestParseBundle(t *testing.T) {
 		len(j) != 2 || !j[0].Tainted || j[1].Tainted || j[0].ExpiresAt.Unix() != 2000000000 || !j[1].ExpiresAt.IsZero() {
 		t.Errorf("got %+v, %+v", x, j)
 	}
-	for name, spoil := range map[string]func(*types.Bundle){
+	for name, corrupt := range map[string]func(*types.Bundle){
 		"bad DER":          func(b *types.Bundle) { b.X509Authorities[1].Asn1 = []byte("x") },
 		"nil authority":    func(b *types.Bundle) { b.X509Authorities[1] = nil },
 		"two in one":       func(b *types.Bundle) { b.X509Authorities[1].Asn1 = slices.Concat(testRoot(3), testRoot(4)) },
@@ -94,7 +94,7 @@ func TestParseBundle(t *testing.T) {
 		"JWT key ID twice": func(b *types.Bundle) { b.JwtAuthorities[1].KeyId = "a" },
 	} {
 		odd := proto.Clone(in).(*types.Bundle)
-		spoil(odd)
+		corrupt(odd)
 		b, err := parseBundle(example, odd)
 		if err != nil {
 			t.Errorf("%s: %v", name, err)
@@ -104,14 +104,14 @@ func TestParseBundle(t *testing.T) {
 			t.Errorf("%s: %+v, %+v, left out %v", name, b.X509(), b.JWT(), b.LeftOut())
 		}
 	}
-	for name, spoil := range map[string]func(*types.Bundle){
+	for name, corrupt := range map[string]func(*types.Bundle){
 		"other domain":    func(b *types.Bundle) { b.TrustDomain = "other.org" },
 		"no domain":       func(b *types.Bundle) { b.TrustDomain = "" },
 		"no authority":    func(b *types.Bundle) { b.X509Authorities = nil },
 		"none of any use": func(b *types.Bundle) { b.X509Authorities = []*types.X509Certificate{{Asn1: []byte("x")}, nil} },
 	} {
 		bad := proto.Clone(in).(*types.Bundle)
-		spoil(bad)
+		corrupt(bad)
 		if b, err := parseBundle(example, bad); err == nil || b != nil || status.Code(err) != codes.Internal {
 			t.Errorf("%s: got %v, %v", name, b, err)
 		}
@@ -192,7 +192,7 @@ func TestCode(t *testing.T) {
 		"DeadlineExceeded": fmt.Errorf("mint: %w", context.DeadlineExceeded),
 		"Canceled":         context.Canceled,
 		"PermissionDenied": fmt.Errorf("mint: %w", ErrBanned),
-		"Unauthenticated":  fmt.Errorf("mint: %w", &unproved{errors.New("x")}),
+		"Unauthenticated":  fmt.Errorf("mint: %w", &notAttestedError{errors.New("x")}),
 		"Internal":         fmt.Errorf("mint: %w", malformed("x")),
 		"Unknown":          errors.New("x"),
 	} {

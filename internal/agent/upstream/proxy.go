@@ -13,32 +13,31 @@ import (
 	"time"
 )
 
-// maxProxyAnswer bounds what a proxy may answer to CONNECT, in bytes.
+// maxProxyAnswer is the longest answer to CONNECT that is read, in bytes.
 const maxProxyAnswer = 64 << 10
 
 // dialer connects to an address.
 type dialer func(ctx context.Context, address string) (net.Conn, error)
 
-// throughProxy has an HTTP proxy connect to the address (CONNECT: RFC 9110,
-// section 9.3.6). The proxy sees the address and TLS: the server is verified, and
-// what is said encrypted, end to end.
+// dialerThrough returns a dialer that connects through an HTTP proxy (CONNECT: RFC
+// 9110, section 9.3.6). The proxy sees the address and the TLS records only.
 //
-// gRPC has a client of its own for it, which a dialer turns off.
-func throughProxy(proxy *url.URL, dial dialer) dialer {
+// gRPC's own proxy support does not work with a custom dialer.
+func dialerThrough(proxy *url.URL, dial dialer) dialer {
 	return func(ctx context.Context, address string) (net.Conn, error) {
 		conn, err := dial(ctx, proxy.Host)
 		if err != nil {
 			return nil, fmt.Errorf("connect to proxy %s: %w", proxy.Host, err)
 		}
-		if err := connectTo(ctx, conn, proxy, address); err != nil {
+		if err := connectThrough(ctx, conn, proxy, address); err != nil {
 			return nil, errors.Join(fmt.Errorf("connect to %s through proxy %s: %w", address, proxy.Host, err), conn.Close())
 		}
 		return conn, nil
 	}
 }
 
-// connectTo asks the proxy at the other end of conn.
-func connectTo(ctx context.Context, conn net.Conn, proxy *url.URL, address string) (err error) {
+// connectThrough asks the proxy, the peer of conn, to connect to the address.
+func connectThrough(ctx context.Context, conn net.Conn, proxy *url.URL, address string) (err error) {
 	stop := context.AfterFunc(ctx, func() { _ = conn.SetDeadline(time.Unix(1, 0)) })
 	defer func() {
 		if !stop() {
@@ -54,7 +53,7 @@ func connectTo(ctx context.Context, conn net.Conn, proxy *url.URL, address strin
 		return err
 	}
 	r := bufio.NewReader(io.LimitReader(conn, maxProxyAnswer))
-	resp, err := http.ReadResponse(r, req) //nolint:bodyclose // what follows is the connection, which is the caller's
+	resp, err := http.ReadResponse(r, req) //nolint:bodyclose // the body is the connection, which the caller owns
 	switch {
 	case err != nil:
 		return fmt.Errorf("read the answer to CONNECT: %w", err)

@@ -21,17 +21,17 @@ import (
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// behindProxy is a name that only the proxy can connect to.
-const behindProxy = "server.internal.invalid:8081"
+// serverBehindProxy is a name that only the proxy can connect to.
+const serverBehindProxy = "server.internal.invalid:8081"
 
-// connectProxy is an HTTP proxy that knows CONNECT.
+// connectProxy is an HTTP proxy that supports CONNECT.
 type connectProxy struct {
-	backend string // address of behindProxy
-	user    string // user:password that it wants; empty: nobody's
+	backend string // address of serverBehindProxy
+	user    string // user:password that it requires; empty: none
 	extra   string // sent after the answer
 
 	mu     sync.Mutex
-	hosts  []string // that were asked for
+	hosts  []string // of the requests
 	tunnel sync.WaitGroup
 }
 
@@ -45,7 +45,7 @@ func (p *connectProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, "who are you?", http.StatusProxyAuthRequired)
 		return
 	}
-	if r.Method != http.MethodConnect || r.Host != behindProxy {
+	if r.Method != http.MethodConnect || r.Host != serverBehindProxy {
 		http.Error(w, "not that way", http.StatusForbidden)
 		return
 	}
@@ -68,8 +68,8 @@ func (p *connectProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	}
 }
 
-// proxied is a node whose server is reached through a proxy alone.
-func proxied(t *testing.T, p *connectProxy, user *url.Userinfo) *agent {
+// agentBehindProxy is a node whose server is reached through a proxy alone.
+func agentBehindProxy(t *testing.T, p *connectProxy, user *url.Userinfo) *agent {
 	ctx, cancel := context.WithCancel(context.Background())
 	s := must(embedded.New(embedded.Config{TrustDomain: td}))
 	lis := must(net.Listen("tcp", "127.0.0.1:0"))
@@ -90,7 +90,7 @@ func proxied(t *testing.T, p *connectProxy, user *url.Userinfo) *agent {
 	token := must(s.CreateJoinToken(ctx, time.Hour)).Value
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(token, ""), Store: a.store, Bundle: a.trust.Load}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: behindProxy, Proxy: at, TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Version: "1.0", PollTimeout: 5 * time.Second,
+		ServerAddress: serverBehindProxy, Proxy: at, TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Version: "1.0", PollTimeout: 5 * time.Second,
 	}))
 	t.Cleanup(func() {
 		a.close(t)
@@ -108,7 +108,7 @@ func proxied(t *testing.T, p *connectProxy, user *url.Userinfo) *agent {
 func TestThroughProxy(t *testing.T) {
 	t.Parallel()
 	p := &connectProxy{user: "node:secret of the proxy"}
-	a := proxied(t, p, url.UserPassword("node", "secret of the proxy"))
+	a := agentBehindProxy(t, p, url.UserPassword("node", "secret of the proxy"))
 	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 	defer cancel()
 	if err := a.Attest(ctx); err != nil {
@@ -120,14 +120,14 @@ func TestThroughProxy(t *testing.T) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for _, host := range p.hosts {
-		if host != "CONNECT "+behindProxy {
+		if host != "CONNECT "+serverBehindProxy {
 			t.Errorf("the proxy was asked for %q", host)
 		}
 	}
 }
 
-// What a proxy refuses is said with its words, and no password.
-func TestProxyThatRefuses(t *testing.T) {
+// The error of a refused connection has the proxy's status and no password.
+func TestProxyRefuses(t *testing.T) {
 	t.Parallel()
 	for name, tt := range map[string]struct {
 		proxy *connectProxy
@@ -138,17 +138,17 @@ func TestProxyThatRefuses(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			a := proxied(t, tt.proxy, url.UserPassword("node", "hunter2"))
+			a := agentBehindProxy(t, tt.proxy, url.UserPassword("node", "hunter2"))
 			_, err := a.FetchBundle(t.Context())
-			if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), behindProxy) || strings.Contains(err.Error(), "hunter2") {
+			if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), serverBehindProxy) || strings.Contains(err.Error(), "hunter2") {
 				t.Errorf("got %v, want %q", err, tt.want)
 			}
 		})
 	}
 }
 
-// A proxy that does not answer is given up with the call.
-func TestProxyThatHangs(t *testing.T) {
+// A call to a proxy that does not answer ends with its context.
+func TestProxyHangs(t *testing.T) {
 	t.Parallel()
 	lis := must(net.Listen("tcp", "127.0.0.1:0"))
 	defer lis.Close()
@@ -164,7 +164,7 @@ func TestProxyThatHangs(t *testing.T) {
 		}
 	})
 	dial := upstream.ThroughProxy(&url.URL{Scheme: "http", Host: lis.Addr().String()})
-	conn, err := dial(ctx, behindProxy)
+	conn, err := dial(ctx, serverBehindProxy)
 	if conn != nil || !errors.Is(err, context.Canceled) {
 		t.Errorf("connected %v, %v; want Canceled", conn != nil, err)
 	}

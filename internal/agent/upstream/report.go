@@ -12,29 +12,29 @@ import (
 	"github.com/renewd/renewd/internal/api"
 )
 
-// ErrNoReports says that the server does not take reports: it is not one of
-// renewd's own.
-var ErrNoReports = errors.New("the server takes no reports")
+// ErrNoReports means that the server does not accept reports: it is not renewd's
+// own server, or it is older.
+var ErrNoReports = errors.New("the server accepts no reports")
 
-// Report is what the agent has to do with the X.509 authorities that are
-// tainted, or removed while something held was signed by them.
+// Report says how far this node's renewals are for each X.509 authority that is
+// tainted, or was removed while the node still used it.
 type Report struct {
 	Sequence    uint64  // of the bundle in force
-	Rate        float64 // taint renewals a second at most
+	Rate        float64 // limit of taint renewals a second
 	Authorities []AuthorityReport
 }
 
-// AuthorityReport is a [Report]'s part about one authority.
+// AuthorityReport is the part of a [Report] about one authority.
 type AuthorityReport struct {
 	ID               string
 	Tainted          bool // false: removed
-	Pending, Streams int  // SVIDs to be replaced; workloads that have not read the replacement
-	Settled          bool // nothing on the node depends on it any more
+	Pending, Streams int  // SVIDs to replace; workloads that have not read the replacement
+	Settled          bool // nothing on the node depends on the authority
 	BeginsAt         time.Time
 }
 
-// Report tells the server where this node is in a rotation. It fails with
-// [ErrNoReports] at a server that does not want to know.
+// Report sends a report to the server. It fails with [ErrNoReports] when the
+// server accepts none.
 func (c *Client) Report(ctx context.Context, r Report) error {
 	req := &api.ReportRequest{BundleSequence: r.Sequence, TaintRate: r.Rate, Process: []byte(c.cfg.Process), Number: c.reports.Add(1)}
 	for _, a := range r.Authorities {

@@ -37,7 +37,7 @@ func TestReport(t *testing.T) {
 			{ID: "cc", Pending: 1},
 		}}
 		if err := a.Report(t.Context(), report); !errors.Is(err, upstream.ErrNoReports) {
-			t.Errorf("to a server that takes none: %v, want ErrNoReports", err)
+			t.Errorf("to a server that accepts none: %v, want ErrNoReports", err)
 		}
 		s.stop()
 		s.fleet = new(fleet)
@@ -45,7 +45,7 @@ func TestReport(t *testing.T) {
 		if err := a.Report(t.Context(), report); err != nil {
 			t.Fatal(err)
 		}
-		// Two of one process: those that reached no server have a number, too.
+		// The second report of this process: the first, which the server rejected, counts.
 		if p, n := s.fleet.last.GetProcess(), s.fleet.last.GetNumber(); string(p) != "p1" || n != 2 {
 			t.Errorf("process %q, number %d", p, n)
 		}
@@ -56,10 +56,10 @@ func TestReport(t *testing.T) {
 			{AuthorityId: "cc", Pending: 1},
 		}}
 		if !proto.Equal(s.fleet.last, want) {
-			t.Errorf("the server was told %v, want %v", s.fleet.last, want)
+			t.Errorf("the server received %v, want %v", s.fleet.last, want)
 		}
 		if now := time.Now().UTC().Format(time.RFC3339Nano); !slices.Equal(s.fleet.sentAt, []string{now}) {
-			t.Errorf("it was told that the agent's clock shows %q, not %q", s.fleet.sentAt, now)
+			t.Errorf("sent at %q by the agent's clock, want %q", s.fleet.sentAt, now)
 		}
 	})
 }

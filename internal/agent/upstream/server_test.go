@@ -71,7 +71,7 @@ func newAuthority(t testing.TB) *authority {
 	return &authority{must(x509.ParseCertificate(der)), key}
 }
 
-// sign makes an SVID; edit may spoil it.
+// sign makes an SVID; edit may change it.
 func (a *authority) sign(id string, pub crypto.PublicKey, ttl time.Duration, edit ...func(*x509.Certificate)) []byte {
 	tmpl := &x509.Certificate{
 		SerialNumber: serial(), NotBefore: time.Now().Add(-10 * time.Second), NotAfter: time.Now().Add(ttl),
@@ -97,9 +97,9 @@ const (
 	agentID  = "spiffe://example.org/spire/agent/join_token/t"
 )
 
-// server speaks the SPIRE Server API over bufconn with TLS, and treats agents'
-// SVIDs as SPIRE does: one serial number is active, a renewed one becomes
-// active when it is first used.
+// server serves the SPIRE Server API over bufconn with TLS. It treats agent SVIDs as
+// SPIRE does: one serial number is active, and that of a renewed SVID becomes active
+// at its first use.
 type server struct {
 	agentv1.UnimplementedAgentServer
 	bundlev1.UnimplementedBundleServer
@@ -125,15 +125,15 @@ type server struct {
 	entries      []*types.Entry
 	page         int
 	asked        [][]string // IDs of each request for full entries
-	got          map[string]int
+	calls        map[string]int
 	reattestable bool
 	lacksSync    bool
-	spoilSVID    func(*x509.Certificate)
+	corruptSVID  func(*x509.Certificate)
 	fleet        *fleet // nil: the server takes no reports
 
-	// hook, when set, is called at the start of each call that was let in.
+	// hook, when set, is called at the start of each call that was admitted.
 	hook func(ctx context.Context, method string) error
-	// tap may replace what SyncAuthorizedEntries sends.
+	// sync, when set, replaces SyncAuthorizedEntries, and mint BatchNewX509SVID.
 	sync func(entryv1.Entry_SyncAuthorizedEntriesServer) error
 	mint func(*svidv1.BatchNewX509SVIDRequest) *svidv1.BatchNewX509SVIDResponse
 }
@@ -142,7 +142,7 @@ func newServer(t testing.TB, options ...grpc.ServerOption) *server {
 	ca := newAuthority(t)
 	s := &server{
 		t: t, ca: ca, id: serverID, options: options, ttl: time.Hour, page: 500,
-		tokens: map[string]bool{"t": true}, got: make(map[string]int),
+		tokens: map[string]bool{"t": true}, calls: make(map[string]int),
 		roots: []*types.X509Certificate{{Asn1: ca.cert.Raw}},
 	}
 	s.start()
@@ -183,8 +183,8 @@ func (s *server) start() {
 	go g.Serve(l)
 }
 
-// inTime ends the handshake of a client whose certificate is not valid now by the
-// server's clock, as a SPIRE server does.
+// inTime rejects a client certificate that is not valid now by the server's clock, as
+// a SPIRE server does.
 func inTime(cs tls.ConnectionState) error {
 	for _, c := range cs.PeerCertificates {
 		if now := time.Now(); now.Before(c.NotBefore) || now.After(c.NotAfter) {
@@ -194,8 +194,8 @@ func inTime(cs tls.ConnectionState) error {
 	return nil
 }
 
-// stop ends the server. When it returns its clients have noticed: a call that
-// still goes over the old connection would fail.
+// stop stops the server and returns when its clients have noticed. Otherwise the
+// next call could use the old connection and fail.
 func (s *server) stop() {
 	s.mu.Lock()
 	g := s.grpc
@@ -220,7 +220,7 @@ func (s *server) locked(f func()) {
 }
 
 func (s *server) count(method string) (n int) {
-	s.locked(func() { n = s.got[method] })
+	s.locked(func() { n = s.calls[method] })
 	return n
 }
 
@@ -242,7 +242,7 @@ func (s *server) admit(ctx context.Context, method string) error {
 	err := func() error {
 		s.mu.Lock()
 		defer s.mu.Unlock()
-		s.got[method]++
+		s.calls[method]++
 		if method == "AttestAgent" || method == "GetBundle" {
 			return nil
 		}
@@ -300,8 +300,8 @@ func (s *server) AttestAgent(stream agentv1.Agent_AttestAgentServer) error {
 }
 
 func (s *server) signAgent(pub crypto.PublicKey) []byte {
-	if s.spoilSVID != nil {
-		return s.ca.sign(agentID, pub, s.ttl, s.spoilSVID)
+	if s.corruptSVID != nil {
+		return s.ca.sign(agentID, pub, s.ttl, s.corruptSVID)
 	}
 	return s.ca.sign(agentID, pub, s.ttl)
 }
@@ -418,7 +418,7 @@ func (s *server) NewJWTSVID(_ context.Context, req *svidv1.NewJWTSVIDRequest) (*
 	return &svidv1.NewJWTSVIDResponse{Svid: &types.JWTSVID{Token: "token for " + req.GetEntryId()}}, nil
 }
 
-// trust is the bundle that an operator would give the agent.
+// trust is the bundle that an operator would configure for the agent.
 func (s *server) trust() *bundle.Bundle {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -444,5 +444,5 @@ func entries(n int) []*types.Entry {
 	return out
 }
 
-// recycling closes connections after 3 minutes as a SPIRE server does.
-var recycling = grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 3 * time.Minute})
+// maxConnectionAge closes connections after 3 minutes as a SPIRE server does.
+var maxConnectionAge = grpc.KeepaliveParams(keepalive.ServerParameters{MaxConnectionAge: 3 * time.Minute})

@@ -13,10 +13,10 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// reopened is what an agent finds that is started now.
-func reopened(t *testing.T, path string, life func(cache.Process) cache.Life) map[cache.Process][]cache.Use {
+// usesAfterRestart returns the uses that an agent would load if it started now.
+func usesAfterRestart(t *testing.T, path string, life func(cache.Process) cache.Life) map[cache.Process][]cache.Use {
 	t.Helper()
-	d := open(t, path, quiet())
+	d := open(t, path, discard())
 	uses, err := d.LoadProcesses(time.Now(), life)
 	if err != nil {
 		t.Fatal(err)
@@ -29,16 +29,16 @@ func processFiles(path string) []string {
 	return files
 }
 
-// What a process may use is found after the agent was killed at any time, and no
-// longer once it uses it no more.
-func TestProcessesAreKept(t *testing.T) {
-	path := memory(t)
+// After a kill at any time a restarted agent knows what a process may use. It forgets
+// what the process no longer uses.
+func TestProcessRecordsFollowTheCache(t *testing.T) {
+	path := memoryDir(t)
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now()
-		d := open(t, path, quiet())
+		d := open(t, path, discard())
 		c := cache.New(cache.Config{})
 		c.Restore(nil, nil, nil)
-		e, s := fill(c, now)
+		e, s := addEntry(c, now)
 		put(t, c, s)
 		stop := follow(t, d, c)
 		p := cache.Process{PID: 7, Started: 99}
@@ -52,7 +52,7 @@ func TestProcessesAreKept(t *testing.T) {
 		want := func(when string, authorities ...string) {
 			t.Helper()
 			var got []string
-			for _, u := range reopened(t, path, runs)[p] {
+			for _, u := range usesAfterRestart(t, path, running)[p] {
 				got = append(got, u.Authority)
 			}
 			if slices.Sort(got); !slices.Equal(got, authorities) {
@@ -65,7 +65,7 @@ func TestProcessesAreKept(t *testing.T) {
 		next.Authority = "bb"
 		put(t, c, &next)
 		answer()
-		want("replacement on its way", "aa", "bb")
+		want("replacement sent", "aa", "bb")
 		sub.Read()
 		time.Sleep(11 * time.Second)
 		want("replacement read", "bb")
@@ -76,7 +76,7 @@ func TestProcessesAreKept(t *testing.T) {
 		time.Sleep(11 * time.Second)
 		want("the process has ended")
 		d.Record(p, []cache.Use{{Authority: "bb", NotAfter: now.Add(time.Hour)}})
-		if got := reopened(t, path, func(cache.Process) cache.Life { return cache.Ended }); len(got) != 0 {
+		if got := usesAfterRestart(t, path, func(cache.Process) cache.Life { return cache.Ended }); len(got) != 0 {
 			t.Errorf("after the process has ended: %v", got)
 		}
 		if files := processFiles(path); len(files) != 0 {
@@ -86,10 +86,10 @@ func TestProcessesAreKept(t *testing.T) {
 	})
 }
 
-// A record says no more than its process uses, is not for others to read, and holds
-// no key. Broken ones are dropped, with a word.
-func TestRecordsOfProcesses(t *testing.T) {
-	path := memory(t)
+// Uses are merged, other users cannot read a record, and invalid records are removed and
+// logged.
+func TestProcessRecords(t *testing.T) {
+	path := memoryDir(t)
 	var log strings.Builder
 	d := open(t, path, logTo(&log))
 	end := time.Now().Add(time.Hour)
@@ -103,9 +103,9 @@ func TestRecordsOfProcesses(t *testing.T) {
 		t.Errorf("mode %v, %v; want 0600", st.Mode(), err)
 	}
 	d.Record(p, []cache.Use{{Authority: "aa", NotAfter: end.Add(-time.Minute)}, {Authority: "bb", NotAfter: end}})
-	got := reopened(t, path, runs)[p]
+	got := usesAfterRestart(t, path, running)[p]
 	if len(got) != 2 || got[0].Authority != "aa" || !got[0].NotAfter.Equal(end) || got[1].Authority != "bb" {
-		t.Errorf("kept %v, want both, aa until the later end", got)
+		t.Errorf("stored %v, want both, aa until the later expiry", got)
 	}
 	good, err := os.ReadFile(files[0])
 	if err != nil {
@@ -117,25 +117,25 @@ func TestRecordsOfProcesses(t *testing.T) {
 		}
 	}
 	again := open(t, path, logTo(&log))
-	if got, err := again.LoadProcesses(time.Now(), runs); err != nil || len(got) != 1 {
-		t.Errorf("beside broken files: %v, %v", got, err)
+	if got, err := again.LoadProcesses(time.Now(), running); err != nil || len(got) != 1 {
+		t.Errorf("with invalid files: %v, %v", got, err)
 	}
 	if files := processFiles(path); len(files) != 1 || !strings.Contains(log.String(), "1-2.process") || !strings.Contains(log.String(), "3-4.process") {
-		t.Errorf("files %v; the log must name those dropped:\n%s", files, log.String())
+		t.Errorf("files %v; the log must name those removed:\n%s", files, log.String())
 	}
-	if got, err := again.LoadProcesses(end, runs); err != nil || len(got) != 0 || len(processFiles(path)) != 0 {
-		t.Errorf("after its end: %v, %v", got, err)
+	if got, err := again.LoadProcesses(end, running); err != nil || len(got) != 0 || len(processFiles(path)) != 0 {
+		t.Errorf("after the expiry: %v, %v", got, err)
 	}
 }
 
-// What cannot be kept is said once, and written as soon as it can be.
-func TestRecordThatCannotBeWritten(t *testing.T) {
-	path := memory(t)
+// A failed write of a record is logged once and retried until it succeeds.
+func TestRecordIsRetried(t *testing.T) {
+	path := memoryDir(t)
 	synctest.Test(t, func(t *testing.T) {
 		var log strings.Builder
 		d := open(t, path, logTo(&log))
 		c := cache.New(cache.Config{})
-		e, s := fill(c, time.Now())
+		e, s := addEntry(c, time.Now())
 		put(t, c, s)
 		c.SetBundle(snapshot(t))
 		stop := follow(t, d, c)
@@ -150,34 +150,34 @@ func TestRecordThatCannotBeWritten(t *testing.T) {
 		d.Record(p, uses)
 		d.Record(p, uses)
 		if d.Err() == nil {
-			t.Error("nothing is wrong with a record that was not written")
+			t.Error("no error after a failed write")
 		}
 		time.Sleep(11 * time.Second)
-		if got := reopened(t, path, runs)[p]; d.Err() != nil || len(got) != 1 {
-			t.Errorf("seconds later %v is kept, %v", got, d.Err())
+		if got := usesAfterRestart(t, path, running)[p]; d.Err() != nil || len(got) != 1 {
+			t.Errorf("seconds later %v is stored, %v", got, d.Err())
 		}
 		if err := os.RemoveAll(path); err != nil {
 			t.Fatal(err)
 		}
 		time.Sleep(11 * time.Second)
-		if got := reopened(t, path, runs)[p]; len(got) != 1 {
-			t.Errorf("seconds after the folder was removed %v is kept", got)
+		if got := usesAfterRestart(t, path, running)[p]; len(got) != 1 {
+			t.Errorf("seconds after the folder was removed %v is stored", got)
 		}
 		stop()
-		if n := strings.Count(log.String(), "what a process uses not kept"); n != 1 || strings.Count(log.String(), "keeping what processes use recovered") != 1 {
-			t.Errorf("said %d times that it is not kept, want once:\n%s", n, log.String())
+		if n := strings.Count(log.String(), "process record not stored"); n != 1 || strings.Count(log.String(), "storing process records recovered") != 1 {
+			t.Errorf("%d failures logged, want one:\n%s", n, log.String())
 		}
 	})
 }
 
-// While the file of an SVID is being written it may be found there already, and after
-// the cache has another one it may be found there still.
-func TestHoldsWhatIsBeingWritten(t *testing.T) {
-	path := memory(t)
+// During a write of an SVID's file a restart could find the SVID before or the new one,
+// even if the cache has another one by then.
+func TestHoldsDuringAWrite(t *testing.T) {
+	path := memoryDir(t)
 	now := time.Now()
-	d := open(t, path, quiet())
+	d := open(t, path, discard())
 	c := cache.New(cache.Config{})
-	_, s := fill(c, now)
+	_, s := addEntry(c, now)
 	put(t, c, s)
 	follow(t, d, c)()
 	files, _ := filepath.Glob(path + "/*.json")
@@ -190,7 +190,7 @@ func TestHoldsWhatIsBeingWritten(t *testing.T) {
 	}
 	stop := follow(t, d, c)
 	deadline := time.Now().Add(10 * time.Second)
-	for time.Now().Before(deadline) { // until it is written once more, at the start
+	for time.Now().Before(deadline) { // until Follow has written it at its start
 		if now, err := os.Stat(files[0]); err == nil && !os.SameFile(before, now) {
 			break
 		}
@@ -214,7 +214,7 @@ func TestHoldsWhatIsBeingWritten(t *testing.T) {
 		t.Errorf("while bb is written over aa: holds aa %v and bb %v, want both", d.Holds("aa", now), d.Holds("bb", now))
 	}
 	if d.Holds("aa", s.NotAfter) {
-		t.Error("an SVID that has ended is held")
+		t.Error("an expired SVID is held")
 	}
 	r, err := os.Open(files[0] + ".tmp")
 	if err != nil {

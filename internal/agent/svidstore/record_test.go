@@ -11,15 +11,14 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// What an entry says of its SVIDs comes back with it. A file that was written
-// before that was kept does not say: its entry is one that the server tells anew,
-// and its SVID is still the one of its revision.
-func TestWhatAnEntrySaysOfItsSVIDsIsKept(t *testing.T) {
+// A restart restores all fields of an entry. With a file of version 0, which lacks some,
+// the next sync fetches the entry, and the SVID is still valid for it.
+func TestEntryFieldsAreStored(t *testing.T) {
 	now := time.Now()
-	path := memory(t)
-	dir := open(t, path, quiet())
+	path := memoryDir(t)
+	dir := open(t, path, discard())
 	c := cache.New(cache.Config{})
-	was, s := fill(c, now)
+	was, s := addEntry(c, now)
 	e := *was
 	e.DNSNames, e.X509TTL, e.JWTTTL, e.NoPrefetch, e.IncludeJTI = []string{"a.example.org"}, 2*time.Hour, time.Minute, true, true
 	s.TTL = e.X509TTL

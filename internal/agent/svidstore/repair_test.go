@@ -11,14 +11,14 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// However a file comes to be missing, it is written within seconds of when that is
-// possible again: nothing else would, until the SVID is renewed.
-func TestFollowMendsTheFolder(t *testing.T) {
+// A missing file is written again within seconds of when that is possible, and not only
+// at the next renewal of the SVID.
+func TestFollowRestoresTheFolder(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		dir := memory(t)
-		d := open(t, dir, quiet())
+		dir := memoryDir(t)
+		d := open(t, dir, discard())
 		c := cache.New(cache.Config{})
-		_, s := fill(c, time.Now())
+		_, s := addEntry(c, time.Now())
 		defer follow(t, d, c)()
 		files := func() []string {
 			time.Sleep(11 * time.Second)
@@ -33,7 +33,7 @@ func TestFollowMendsTheFolder(t *testing.T) {
 		renew()
 		whole := files()
 		if len(whole) != 1 || d.Err() != nil {
-			t.Fatalf("kept %v, %v", whole, d.Err())
+			t.Fatalf("stored %v, %v", whole, d.Err())
 		}
 		block := whole[0] + ".tmp"
 		if err := os.MkdirAll(filepath.Join(block, "x"), 0o700); err != nil {
@@ -41,13 +41,13 @@ func TestFollowMendsTheFolder(t *testing.T) {
 		}
 		renew()
 		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "odd/entry id") || d.Holds("aa", time.Now()) {
-			t.Errorf("with no room: %v, %v", got, d.Err())
+			t.Errorf("not writable: %v, %v", got, d.Err())
 		}
 		if err := os.RemoveAll(block); err != nil {
 			t.Fatal(err)
 		}
 		if got := files(); len(got) != 1 || d.Err() != nil || !d.Holds("aa", time.Now()) {
-			t.Errorf("with room again: %v, %v", got, d.Err())
+			t.Errorf("writable again: %v, %v", got, d.Err())
 		}
 		if err := os.RemoveAll(dir); err != nil {
 			t.Fatal(err)
@@ -63,7 +63,7 @@ func TestFollowMendsTheFolder(t *testing.T) {
 		}
 		renew()
 		if got := files(); len(got) != 0 || d.Err() == nil || !strings.Contains(d.Err().Error(), "tmpfs") {
-			t.Errorf("with a disk in the place of the folder: %v, %v", got, d.Err())
+			t.Errorf("with a disk in place of the folder: %v, %v", got, d.Err())
 		}
 	})
 }

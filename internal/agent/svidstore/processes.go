@@ -13,15 +13,15 @@ import (
 	"github.com/renewd/renewd/cache"
 )
 
-// What each process may use is kept in a file of its own, without any key: a restarted
-// agent then knows which processes may still use an SVID, also those that do not come
-// back soon. A file is written before the answer that makes it necessary, whatever
-// happens to the agent afterwards. It says too much until [Dir.Follow] has seen that
-// less is used.
+// Each process has a file that lists the SVIDs it may use, without any key. From it a
+// restarted agent knows which processes may still use an SVID, also those that do not
+// reconnect. The file is written before the answer with the SVID is sent, so it is
+// there even if the agent is killed then. It may list too much until [Dir.Follow]
+// updates it.
 
 const processSuffix = ".process"
 
-// processRecord is the content of a process's file.
+// processRecord is the content of the file of a process.
 type processRecord struct {
 	PID     int         `json:"pid"`
 	Started uint64      `json:"started"`
@@ -32,24 +32,23 @@ func (d *Dir) processFile(p cache.Process) string {
 	return filepath.Join(d.path, fmt.Sprintf("%d-%d%s", p.PID, p.Started, processSuffix))
 }
 
-// Record keeps what a process can use from now on, together with what it could before.
-// A failure is logged and tried again by [Dir.Follow]. Concurrent calls wait for each
-// other: a write to memory takes microseconds.
+// Record adds SVIDs to those that a process may use. Failures are logged, and
+// [Dir.Follow] retries them. Record is safe for concurrent use.
 func (d *Dir) Record(p cache.Process, uses []cache.Use) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	d.recordLock <- struct{}{}
+	defer func() { <-d.recordLock }()
 	all := slices.Clone(d.records[p])
 	for _, u := range uses {
 		all = cache.AddUse(all, u)
 	}
-	if err := d.record(p, all); err != nil {
-		d.reportRecord(err)
+	if err := d.recordLocked(p, all); err != nil {
+		d.setRecordErr(err)
 	}
 }
 
-// record has the file of a process say what it uses. It is for the holder of turn.
-func (d *Dir) record(p cache.Process, uses []cache.Use) error {
-	if equal(uses, d.records[p]) {
+// recordLocked sets the SVIDs that a process may use, and writes or removes its file.
+func (d *Dir) recordLocked(p cache.Process, uses []cache.Use) error {
+	if equalUses(uses, d.records[p]) {
 		return nil
 	}
 	path := d.processFile(p)
@@ -68,17 +67,17 @@ func (d *Dir) record(p cache.Process, uses []cache.Use) error {
 	return nil
 }
 
-// equal compares uses in any order.
-func equal(a, b []cache.Use) bool {
+// equalUses compares uses in any order.
+func equalUses(a, b []cache.Use) bool {
 	for _, u := range a {
-		if !has(b, u) {
+		if !containsUse(b, u) {
 			return false
 		}
 	}
 	return len(a) == len(b)
 }
 
-func has(uses []cache.Use, u cache.Use) bool {
+func containsUse(uses []cache.Use, u cache.Use) bool {
 	for _, v := range uses {
 		if v.Authority == u.Authority && v.NotAfter.Equal(u.NotAfter) {
 			return true
@@ -87,54 +86,56 @@ func has(uses []cache.Use, u cache.Use) bool {
 	return false
 }
 
-// sweep makes the files say what the processes use now. The cache is asked while
-// nobody can record: what a stream is about to send counts there already, or is
+// sweep updates the files to what the processes use now. It reads the cache with
+// recordLock held: an SVID about to be sent is in the cache's uses already, or is
 // recorded afterwards.
 func (d *Dir) sweep(c *cache.Cache) {
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	d.recordLock <- struct{}{}
+	defer func() { <-d.recordLock }()
 	uses := c.Uses()
 	var errs []error
 	for p := range d.records {
 		if _, used := uses[p]; !used {
-			errs = append(errs, d.record(p, nil))
+			errs = append(errs, d.recordLocked(p, nil))
 		}
 	}
 	for p, u := range uses {
-		errs = append(errs, d.record(p, u))
+		errs = append(errs, d.recordLocked(p, u))
 	}
-	d.reportRecord(errors.Join(errs...))
+	d.setRecordErr(errors.Join(errs...))
 }
 
-// reportRecord logs when something comes to fail and when nothing does any more.
-func (d *Dir) reportRecord(err error) {
+// setRecordErr sets recordErr and logs when it begins to fail and when it has
+// recovered.
+func (d *Dir) setRecordErr(err error) {
 	d.mu.Lock()
 	before := d.recordErr
 	d.recordErr = err
 	d.mu.Unlock()
 	switch {
 	case err != nil && before == nil:
-		d.log.Error("what a process uses not kept for a restart, trying again", "error", err)
+		d.log.Error("process record not stored, retrying", "error", err)
 	case err == nil && before != nil:
-		d.log.Info("keeping what processes use recovered")
+		d.log.Info("storing process records recovered")
 	}
 }
 
-// LoadProcesses returns what processes could use when the agent ended, as far as
-// they run still and it has not expired at now. Other files, and broken ones, are removed.
+// LoadProcesses returns the SVIDs that processes may use, without those that have
+// expired at now and processes that have ended. It removes the files of the others, and
+// invalid ones with a log line each.
 func (d *Dir) LoadProcesses(now time.Time, life func(cache.Process) cache.Life) (map[cache.Process][]cache.Use, error) {
 	names, err := os.ReadDir(d.path)
 	if err != nil {
 		return nil, fmt.Errorf("read runtime_dir: %w", err)
 	}
-	d.turn <- struct{}{}
-	defer func() { <-d.turn }()
+	d.recordLock <- struct{}{}
+	defer func() { <-d.recordLock }()
 	out := make(map[cache.Process][]cache.Use)
 	for _, name := range names {
 		path := filepath.Join(d.path, name.Name())
-		if strings.HasSuffix(path, processSuffix+temporary) {
+		if strings.HasSuffix(path, processSuffix+tempSuffix) {
 			if err := d.remove(path); err != nil {
-				return nil, fmt.Errorf("drop half a record: %w", err)
+				return nil, fmt.Errorf("remove a partial process record: %w", err)
 			}
 		}
 		if !strings.HasSuffix(path, processSuffix) {
@@ -142,10 +143,10 @@ func (d *Dir) LoadProcesses(now time.Time, life func(cache.Process) cache.Life) 
 		}
 		p, uses, err := readProcess(path)
 		if err == nil && path != d.processFile(p) {
-			err = errors.New("it is that of another process")
+			err = errors.New("the record is of another process")
 		}
 		if err != nil {
-			d.log.Warn("kept record of a process dropped", "file", path, "error", err)
+			d.log.Warn("invalid process record removed", "path", path, "error", err)
 		}
 		var valid []cache.Use
 		for _, u := range uses {
@@ -155,7 +156,7 @@ func (d *Dir) LoadProcesses(now time.Time, life func(cache.Process) cache.Life) 
 		}
 		if err != nil || len(valid) == 0 || life(p) == cache.Ended {
 			if err := d.remove(path); err != nil {
-				return nil, fmt.Errorf("drop the record of a process: %w", err)
+				return nil, fmt.Errorf("remove a process record: %w", err)
 			}
 			continue
 		}
@@ -171,7 +172,7 @@ func readProcess(path string) (cache.Process, []cache.Use, error) {
 	}
 	var r processRecord
 	if err := json.Unmarshal(data, &r); err != nil {
-		return cache.Process{}, nil, fmt.Errorf("not a record of this program: %w", err)
+		return cache.Process{}, nil, fmt.Errorf("not a record of this agent: %w", err)
 	}
 	return cache.Process{PID: r.PID, Started: r.Started}, r.Uses, nil
 }

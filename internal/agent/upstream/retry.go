@@ -1,0 +1,49 @@
+package upstream
+
+import (
+	"context"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+)
+
+// newPace returns the pauses between attempts to attest or to bootstrap.
+// RandomizationFactor 1 makes each pause uniform between zero and twice the
+// interval: full jitter, so that a fleet that lost its server does not return in
+// step. MaxInterval is the mean of the longest pauses, which are at most 5 s. Longer
+// pauses would not relieve the server, which admits one attestation a second for
+// each address.
+func newPace() *backoff.ExponentialBackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval = 500 * time.Millisecond
+	b.RandomizationFactor = 1
+	b.Multiplier = 1.5
+	b.MaxInterval = 2500 * time.Millisecond
+	b.Reset()
+	return b
+}
+
+// sleep waits for d, or returns the error of ctx when that ends first.
+func sleep(ctx context.Context, d time.Duration) error {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+// failureLog returns a function that logs failed attempts. It logs a failure as a
+// warning when it is the first or differs from the one before, else for debugging.
+func (c *Client) failureLog(what string) func(error) {
+	last := ""
+	return func(err error) {
+		log := c.cfg.Log.Debug
+		if k := withoutNumbers(err); k != last {
+			log, last = c.cfg.Log.Warn, k
+		}
+		log(what+" failed, trying again", "error", err)
+	}
+}
