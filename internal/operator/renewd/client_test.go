@@ -54,8 +54,8 @@ func (f *failing) RemoveKeyset(context.Context, *api.RemoveKeysetRequest) (*api.
 	return nil, f.fail()
 }
 
-// dialFailing connects to a server that does nothing but fail. The connection
-// is told to retry, by the one that asks for it.
+// dialFailing connects to a server that answers every call with an error. The service config
+// asks the connection to retry.
 func dialFailing(t *testing.T, f *failing) *renewd.Client {
 	t.Helper()
 	lis := bufconn.Listen(1 << 16)
@@ -73,8 +73,8 @@ func dialFailing(t *testing.T, f *failing) *renewd.Client {
 	return renewd.NewClient(conn)
 }
 
-// TestErrors: what an operator is told, by the server's code: its own words when
-// nothing was changed, that nobody knows otherwise; and no call is made twice.
+// TestErrors: the code decides whether an operator sees the server's message, because nothing
+// was changed, or an unknown outcome. No call is made twice.
 func TestErrors(t *testing.T) {
 	t.Parallel()
 	detailed := func(reason, domain string) error {
@@ -141,9 +141,8 @@ func TestErrors(t *testing.T) {
 	}
 }
 
-// TestNotReached: when no connection comes about, nothing was changed, and that
-// is said.
-func TestNotReached(t *testing.T) {
+// TestServerUnreachable: without a connection the error says that nothing was changed.
+func TestServerUnreachable(t *testing.T) {
 	t.Parallel()
 	path := filepath.Join(t.TempDir(), "none.sock")
 	c, err := renewd.DialSocket(path)

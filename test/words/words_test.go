@@ -1,0 +1,171 @@
+// Package words checks the words that code and documents are written in.
+package words
+
+import (
+	"go/scanner"
+	"go/token"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"testing"
+)
+
+// retired are words that readers have to stop at, and what is written instead.
+var retired = []struct {
+	pattern string
+	instead string
+}{
+	{`any ?more`, "no longer, or nothing"},
+	{`(hang|hangs|hanging|hung) (on|from)`, "depends on, still uses"},
+	{`anew`, "again"},
+	{`again and again`, "repeatedly, or how often"},
+	{`(is|are|was|were|be|been|being) told`, "who tells whom, or: receives, learns, is notified"},
+	{`prov(e|es|ed|en|ing)|proofs?`, "attest, attestation; shows; checks"},
+	{`own SVIDs?`, "agent SVID"},
+	{`(for|to|of|by|with|from|than) who`, "a subject: those who, an operator who, if you"},
+	{`strangers?`, "unknown, anonymous, overflow ID"},
+	{`works again`, "recovered"},
+	{`(is|are|be|was|were) read again`, "reloaded"},
+	{`does more than it may`, "rate limited, delayed, rejected"},
+	{`listens for`, "listening"},
+	{`clock was stepped`, "clock step detected"},
+	{`set aside`, "moved"},
+	{`whole numbers?`, "integer"},
+	{`true or false`, "boolean"},
+	{`born`, "createdAt, begins"},
+	{`flying|flights?`, "in flight"},
+	{`nowhere|quiet|nobody's`, "noop, or the name of what it is"},
+	{`max ?patience`, "maxWait"},
+	{`say ?again`, "logInterval"},
+	{`of ?strangers`, "isOverflowID"},
+	{`reunion`, "reconnectGrace"},
+	{`unready`, "dequeue"},
+}
+
+// exceptions are texts that hold a retired word for a reason. Each is in the file named.
+var exceptions = []struct {
+	file   string
+	text   string
+	reason string
+}{
+	{"deploy/boot_test.go", "--quiet", "a flag of systemd-nspawn"},
+	{"findings/systemd-on-failure.sh", "--quiet", "a flag of systemd-nspawn"},
+}
+
+// A text is a retired word's only if the word is one of its words: camel case counts as
+// words, too.
+func TestRetiredWords(t *testing.T) {
+	t.Parallel()
+	patterns := make([]*regexp.Regexp, len(retired))
+	for i, r := range retired {
+		patterns[i] = regexp.MustCompile(`(?i)\b(` + strings.ReplaceAll(r.pattern, " ", `\s+`) + `)\b`)
+	}
+	used := make([]bool, len(exceptions))
+	found := 0
+	for _, file := range texts(t) {
+		for _, p := range passages(t, file) {
+			for i, pattern := range patterns {
+				m := pattern.FindString(inFlight.ReplaceAllString(p.text, ""))
+				if m == "" {
+					continue
+				}
+				allowed := slices.IndexFunc(exceptions, func(e struct{ file, text, reason string }) bool {
+					return e.file == file && strings.Contains(p.text, e.text)
+				})
+				if allowed >= 0 {
+					used[allowed] = true
+					continue
+				}
+				found++
+				t.Errorf("%s:%d: %q: write %s", file, p.line, m, retired[i].instead)
+			}
+		}
+	}
+	for i, e := range exceptions {
+		if !used[i] {
+			t.Errorf("the exception for %q in %s is not needed", e.text, e.file)
+		}
+	}
+	t.Logf("%d retired words, %d exceptions", found, len(exceptions))
+}
+
+// passage is a text with the line that it begins at.
+type passage struct {
+	line int
+	text string
+}
+
+// inFlight is the field's word for what was asked for and has not come.
+var inFlight = regexp.MustCompile(`(?i)\bin[ -]flight\b`)
+
+var camel = regexp.MustCompile(`([a-z0-9])([A-Z])`)
+
+// passages returns the comments, strings and names of a Go file, and the lines of others.
+func passages(t *testing.T, file string) []passage {
+	t.Helper()
+	content, err := os.ReadFile(filepath.Join(root, file))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out []passage
+	if filepath.Ext(file) != ".go" {
+		for i, line := range strings.Split(string(content), "\n") {
+			out = append(out, passage{i + 1, line})
+		}
+		return out
+	}
+	set := token.NewFileSet()
+	f := set.AddFile(file, -1, len(content))
+	var s scanner.Scanner
+	s.Init(f, content, nil, scanner.ScanComments)
+	for {
+		pos, tok, lit := s.Scan()
+		switch tok {
+		case token.EOF:
+			return out
+		case token.IDENT:
+			lit = camel.ReplaceAllString(lit, "$1 $2")
+		case token.COMMENT, token.STRING:
+		default:
+			continue
+		}
+		line := f.Line(pos)
+		for i, text := range strings.Split(lit, "\n") {
+			out = append(out, passage{line + i, text})
+		}
+	}
+}
+
+// root is the project's folder.
+const root = "../.."
+
+// texts returns the files that people read, but for what is generated.
+func texts(t *testing.T) []string {
+	t.Helper()
+	var out []string
+	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := d.Name()
+		switch {
+		case d.IsDir() && (name == ".git" || name == "bin" || name == "fuzz" || path == filepath.Join(root, "test", "words")):
+			return filepath.SkipDir
+		case d.IsDir(), strings.HasSuffix(name, ".pb.go"), name == "go.sum", name == "LICENSE":
+			return nil
+		}
+		if slices.Contains([]string{".go", ".md", ".yaml", ".yml", ".txt", ".txtar", ".sh", ".proto", ".service", ".socket", ".conf", ".mod", ""}, filepath.Ext(name)) {
+			rel, err := filepath.Rel(root, path)
+			out = append(out, filepath.ToSlash(rel))
+			return err
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
