@@ -14,7 +14,7 @@ import (
 
 // ErrBanned means that the server has banned this node. Every later call fails
 // with it.
-var ErrBanned = errors.New("the server has banned this node: delete the agent at the server, then attest this node again, with a new join token for instance")
+var ErrBanned = errors.New("the server has banned this node: evict the agent at the server, then attest this node again, for example with a new join token")
 
 // errClosed is the error of calls after Close.
 var errClosed = errors.New("the client is closed")
