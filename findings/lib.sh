@@ -45,17 +45,17 @@ go_module() {
 	go get "$@" 2>get.log || { cat get.log >&2; exit 1; }
 }
 
-# spire VERSION puts spire-server and spire-agent of a release into PATH: those of
-# SPIRE_BIN_DIR if they are of that version, or built from the Go module, which takes a
-# quarter of an hour once.
+# spire VERSION adds spire-server and spire-agent of a release to PATH: those of
+# SPIRE_BIN_DIR if they have that version, or built from the Go module, which takes a
+# quarter of an hour the first time.
 spire() {
 	local dir=${SPIRE_BIN_DIR:-} ejbca=github.com/Keyfactor/ejbca-go-client-sdk
 	case $("${dir:-$work}/spire-server" --version 2>&1) in
 	"$1"*) ;;
 	*)
 		dir=$work
-		# Of a plugin that no script uses. Not every module proxy has the version that
-		# releases since 1.15 name.
+		# A dependency of a plugin that no script uses. Not every module proxy has the
+		# version that releases since 1.15 require.
 		go mod init finding 2>/dev/null
 		go mod edit -replace="$ejbca=$ejbca@v1.0.2"
 		go_module -tool "github.com/spiffe/spire/cmd/spire-server@v$1" "github.com/spiffe/spire/cmd/spire-agent@v$1"

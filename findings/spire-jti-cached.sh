@@ -1,15 +1,15 @@
 #!/usr/bin/env bash
-# spire-agent hands out one token with a jti to everybody who asks.
+# spire-agent returns one token with a jti to several callers.
 #
 # Seen with   SPIRE 1.15.3, and 1.16.0-dev (commit ef8527ec)
-# Behaviour   An entry with jwt_svid_include_jti is to have a JWT-SVID of its own for each request:
-#             "-jwtSVIDIncludeJTI ... bypasses the agent JWT-SVID cache", says "entry create -help".
-#             The server puts the claim into what it signs. The agent loses the attribute when it
-#             reads the entry, and so keeps the token and hands it out until half of its life is over.
-# Operators   Who refuses a jti that was there before, as replay protection does, refuses all but
-#             the first of the requests that a node makes with its token. "spire-server jwt mint" and
-#             the first token of an audience show nothing of it.
-# renewd      agents neither hold nor share such a token (spire-attribute-jti.txtar in
+# Behaviour   An entry with jwt_svid_include_jti should get a new JWT-SVID for each request, as
+#             "entry create -help" says: "-jwtSVIDIncludeJTI ... bypasses the agent JWT-SVID
+#             cache". The server adds the claim. The agent loses the attribute when it reads the
+#             entry, so it caches the token and returns it until half of its life is over.
+# Operators   A relying party with replay protection rejects a jti that it has seen, and so all but
+#             the first request that a node makes with its token. "spire-server jwt mint" and the
+#             first token for an audience do not show the problem.
+# renewd      agents do not cache or share such a token (spire-attribute-jti.txtar in
 #             test/system), and the file of entries has the attribute.
 #
 # Output seen

@@ -1,6 +1,5 @@
-// Package renewd is the operator's side of our own signing server: the client of
-// its operators' API, and with it a [runbook.Backend]. A server is reached at its
-// admin socket, or over mTLS with an X.509-SVID.
+// Package renewd is the client of renewd's signing server for operators, and implements
+// [runbook.Backend]. It connects to the admin socket, or over mTLS with an X.509-SVID.
 package renewd
 
 import (

@@ -21,7 +21,7 @@ import (
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
-// failing answers with an error to everything.
+// failing answers every call with an error.
 type failing struct {
 	api.UnimplementedOperatorServer
 	err   error
@@ -92,7 +92,7 @@ func TestErrors(t *testing.T) {
 		"busy":              {err: plain(codes.Aborted)},
 		"wrong request":     {err: plain(codes.InvalidArgument)},
 		"may not":           {err: plain(codes.PermissionDenied)},
-		"who":               {err: plain(codes.Unauthenticated)},
+		"unauthenticated":   {err: plain(codes.Unauthenticated)},
 		"older server":      {err: plain(codes.Unimplemented)},
 		"not safe":          {err: detailed("NOT_SAFE", "renewd"), notSafe: true},
 		"another detail":    {err: detailed("NOT_SAFE", "elsewhere")},
@@ -160,7 +160,7 @@ func TestServerUnreachable(t *testing.T) {
 	canceled, cancel := context.WithCancel(t.Context())
 	cancel()
 	if err := b.Taint(canceled, "ks_x"); err == nil || errors.Is(err, runbook.ErrOutcomeUnknown) {
-		t.Errorf("given up before it began: %v", err)
+		t.Errorf("canceled before the call: %v", err)
 	}
 }
 

@@ -11,7 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
-// TestClockDoubt puts what the server says of its clock into words.
+// TestClockDoubt checks the description of a clock in doubt.
 func TestClockDoubt(t *testing.T) {
 	t.Parallel()
 	at := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
