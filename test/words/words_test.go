@@ -60,13 +60,19 @@ var exceptions = []struct {
 func TestRetiredWords(t *testing.T) {
 	t.Parallel()
 	patterns := make([]*regexp.Regexp, len(retired))
+	all := make([]string, len(retired))
 	for i, r := range retired {
-		patterns[i] = regexp.MustCompile(`(?i)\b(` + strings.ReplaceAll(r.pattern, " ", `\s+`) + `)\b`)
+		all[i] = strings.ReplaceAll(r.pattern, " ", `\s+`)
+		patterns[i] = words(all[i])
 	}
+	some := words(strings.Join(all, "|")) // few texts have one
 	used := make([]bool, len(exceptions))
 	found := 0
 	for _, file := range texts(t) {
 		for _, p := range passages(t, file) {
+			if !some.MatchString(p.text) {
+				continue
+			}
 			for i, pattern := range patterns {
 				m := pattern.FindString(inFlight.ReplaceAllString(p.text, ""))
 				if m == "" {
@@ -91,6 +97,9 @@ func TestRetiredWords(t *testing.T) {
 	}
 	t.Logf("%d retired words, %d exceptions", found, len(exceptions))
 }
+
+// words matches the pattern as whole words.
+func words(pattern string) *regexp.Regexp { return regexp.MustCompile(`(?i)\b(` + pattern + `)\b`) }
 
 // passage is a text with the line that it begins at.
 type passage struct {
