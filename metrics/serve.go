@@ -83,7 +83,7 @@ func Serve(ctx context.Context, cfg ServeConfig) error {
 		if l, err = Listen(cfg.Address); err != nil {
 			return err
 		}
-		cfg.Log.Info("metrics are served", "address", l.Addr().String(), "web_config_file", cfg.WebConfigFile)
+		cfg.Log.Info("metrics listening", "address", l.Addr().String(), "web_config_file", cfg.WebConfigFile)
 	}
 	srv := &http.Server{
 		Handler:           handler(cfg),

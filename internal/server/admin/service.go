@@ -242,7 +242,7 @@ func (s *Service) RemoveKeyset(ctx context.Context, req *api.RemoveKeysetRequest
 	defer cancel()
 	if err := d.Ledger.Removed(ctx, removed.X509AuthorityID, removed.JWTKeyID); err != nil {
 		// The rows expire and are not read until then.
-		s.log.Warn("ledger rows of removed keyset not deleted", "deployment", d.Name, "keyset_id", removed.ID, "error", err)
+		s.log.Warn("ledger rows of a removed keyset not deleted, they stay until they expire", "deployment", d.Name, "keyset_id", removed.ID, "error", err)
 	}
 	return &api.RemoveKeysetResponse{}, nil
 }
