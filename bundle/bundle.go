@@ -18,6 +18,8 @@ import (
 	"crypto"
 	"crypto/sha1"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -103,13 +105,19 @@ func New(td spiffeid.TrustDomain, c Content) (*Bundle, error) {
 }
 
 // AuthorityID returns the ID of an X.509 authority: its subject key identifier in
-// lower-case hex or, if the certificate has none, the SHA-1 of its public key as in RFC
-// 5280 (4.2.1.2, method 1).
+// lower-case hex or, if the certificate has none, the SHA-1 of the bits of its public key
+// (RFC 5280, section 4.2.1.2, method 1).
 func AuthorityID(cert *x509.Certificate) string {
 	if len(cert.SubjectKeyId) > 0 {
 		return hex.EncodeToString(cert.SubjectKeyId)
 	}
-	sum := sha1.Sum(cert.RawSubjectPublicKeyInfo)
+	var info struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}
+	// It has been parsed before, with the certificate.
+	_, _ = asn1.Unmarshal(cert.RawSubjectPublicKeyInfo, &info)
+	sum := sha1.Sum(info.Key.Bytes)
 	return hex.EncodeToString(sum[:])
 }
 

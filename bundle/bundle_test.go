@@ -5,9 +5,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"math/big"
 	"net/url"
 	"slices"
@@ -138,6 +140,22 @@ func TestVerifyFindsTheAuthority(t *testing.T) {
 	}
 	if _, err := b.Verify(root.leaf(t), nil, time.Now().Add(2*time.Hour)); err == nil {
 		t.Error("an expired leaf was accepted")
+	}
+}
+
+// A certificate without a subject key identifier has the one of RFC 5280, section 4.2.1.2,
+// method 1: the SHA-1 of the public key's bits, without its algorithm.
+func TestAuthorityIDWithoutKeyIdentifier(t *testing.T) {
+	cert := newCA(t, "a", nil).leaf(t)
+	if len(cert.SubjectKeyId) > 0 {
+		t.Fatal("the certificate has a subject key identifier")
+	}
+	bits, err := cert.PublicKey.(*ecdsa.PublicKey).Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := bundle.AuthorityID(cert), fmt.Sprintf("%x", sha1.Sum(bits)); got != want {
+		t.Errorf("ID %s, want %s", got, want)
 	}
 }
 
