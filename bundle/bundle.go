@@ -172,15 +172,13 @@ func (b *Bundle) JWTKey(keyID string) (JWTAuthority, bool) {
 // several, an authority that is not tainted is preferred.
 func (b *Bundle) Verify(leaf *x509.Certificate, intermediates []*x509.Certificate, now time.Time) (string, error) {
 	opts := x509.VerifyOptions{
-		Roots:       b.roots,
-		CurrentTime: now,
-		KeyUsages:   []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+		Roots:         b.roots,
+		Intermediates: x509.NewCertPool(),
+		CurrentTime:   now,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	}
-	if len(intermediates) > 0 {
-		opts.Intermediates = x509.NewCertPool()
-		for _, c := range intermediates {
-			opts.Intermediates.AddCert(c)
-		}
+	for _, c := range intermediates {
+		opts.Intermediates.AddCert(c)
 	}
 	chains, err := leaf.Verify(opts)
 	if err != nil {
@@ -231,14 +229,13 @@ func (b *Bundle) since(prev *Bundle, now time.Time) *Bundle {
 	for i := range out.content.X509 {
 		a := &out.content.X509[i]
 		if !a.Tainted {
-			a.TaintedSince = time.Time{}
 			continue
 		}
 		// Without the monotonic reading: the time is kept over a restart, so only
 		// the wall clock counts.
 		a.TaintedSince = now.Round(0)
 		if prev != nil {
-			if p, ok := prev.X509Authority(a.ID); ok && p.Tainted && !p.TaintedSince.IsZero() {
+			if p, _ := prev.X509Authority(a.ID); !p.TaintedSince.IsZero() {
 				a.TaintedSince = p.TaintedSince
 			}
 		}
