@@ -99,6 +99,22 @@ func refreshing(t *testing.T, cfg bundle.RefresherConfig, src bundle.Fetcher, f 
 	}
 }
 
+func TestRefresherNeedsFetcherAndPublish(t *testing.T) {
+	for name, cfg := range map[string]bundle.RefresherConfig{
+		"no fetcher": {Publish: func(*bundle.Snapshot) {}},
+		"no publish": {Fetcher: &source{}},
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: no panic", name)
+				}
+			}()
+			bundle.NewRefresher(cfg)
+		}()
+	}
+}
+
 func TestRefreshPublishesOnlyChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := newCA(t, "a", nil), newCA(t, "b", nil)
