@@ -65,35 +65,35 @@ func (l *lines) want(t *testing.T, when string, want ...string) {
 func TestOwnBundleIsLoggedOnChange(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := bundle.X509Authority{Certificate: newCA(t, "a", nil).cert}, bundle.X509Authority{Certificate: newCA(t, "b", nil).cert}
-		src, log := &source{own: newBundle(t, 7, a)}, &lines{}
+		c := bundle.X509Authority{Certificate: newCA(t, "c", nil).cert, Tainted: true}
+		src, log := &source{own: newBundle(t, 7, a, c)}, &lines{}
 		refreshing(t, bundle.RefresherConfig{Log: log.logger()}, src, func(*bundle.Refresher, func() []*bundle.Snapshot) {
 			wait := func() { time.Sleep(30 * time.Second) }
 			wait()
-			log.want(t, "at first", `level=INFO msg="bundle refreshed" changes=1`)
+			log.want(t, "at first", `level=INFO msg="bundle refreshed" changes=3`, `level=INFO msg="x509 authority tainted" authority_id=63`)
 			tainted := a
 			tainted.Tainted = true
-			src.set(newBundle(t, 8, tainted, b), nil)
+			src.set(newBundle(t, 8, tainted, c, b), nil)
 			wait()
 			log.want(t, "a change", `level=INFO msg="bundle refreshed" changes=2`,
 				`level=INFO msg="x509 authority tainted" authority_id=61`, `level=INFO msg="x509 authority added" authority_id=62`)
 			src.set(nil, errors.New("no answer"))
 			wait()
 			log.want(t, "failures", `level=WARN msg="bundle refresh failed, current one kept"`)
-			src.set(newBundle(t, 8, tainted, b), nil)
+			src.set(newBundle(t, 8, tainted, c, b), nil)
 			wait()
 			log.want(t, "recovered", `level=INFO msg="bundle refresh recovered"`)
-			src.set(newBundle(t, 7, a), nil)
+			src.set(newBundle(t, 7, a, c), nil)
 			wait()
 			log.want(t, "older", `level=WARN msg="older bundle received, current one kept"`)
-			src.set(newBundle(t, 8, tainted, b), nil)
+			src.set(newBundle(t, 8, tainted, c, b), nil)
 			wait()
 			log.want(t, "newer again")
-			src.set(newBundle(t, 7, a), nil)
+			src.set(newBundle(t, 7, a, c), nil)
 			time.Sleep(2 * time.Minute)
 			log.want(t, "older for long", `level=WARN msg="older bundle received, current one kept"`, `level=WARN msg="older bundle received for a minute, applied"`,
 				`level=INFO msg="bundle refreshed" changes=2`, `level=INFO msg="x509 authority untainted" authority_id=61`, `level=INFO msg="x509 authority removed" authority_id=62`)
-			c := bundle.Content{Sequence: 8, X509: []bundle.X509Authority{a}, LeftOut: []bundle.LeftOut{{Type: bundle.TypeUnknown, Reason: "it has no use"}}}
-			odd, err := bundle.New(td, c)
+			odd, err := bundle.New(td, bundle.Content{Sequence: 8, X509: []bundle.X509Authority{a, c}, LeftOut: []bundle.LeftOut{{Type: bundle.TypeUnknown, Reason: "it has no use"}}})
 			if err != nil {
 				t.Fatal(err)
 			}

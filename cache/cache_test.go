@@ -363,6 +363,52 @@ func TestFollowerLearnsWhatChanged(t *testing.T) {
 	if !woken(f.C()) || len(f.Drain()) != 0 {
 		t.Error("a new bundle must wake the follower and change no entry")
 	}
+	f.Close()
+	if c.SetBundle(snapshot(t)); woken(f.C()) {
+		t.Error("a closed follower was woken")
+	}
+
+	early := cache.New(cache.Config{})
+	f = early.Follow()
+	defer f.Close()
+	woken(f.C())
+	for i, want := range []bool{true, false} {
+		if early.Update(nil, nil); woken(f.C()) != want {
+			t.Errorf("sync %d without entries: woken is not %v", i+1, want)
+		}
+	}
+}
+
+// A failed mint matters until there is an SVID, and wakes its streams once.
+func TestFailedMintWakesOnce(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	sub := c.Subscribe(cache.Process{}, sel("x"))
+	defer sub.Close()
+	woken(sub.C())
+	step := func(when string, wakes bool, waiting int) {
+		t.Helper()
+		if got := woken(sub.C()); got != wakes {
+			t.Errorf("%s: woken %v, want %v", when, got, wakes)
+		}
+		if got := sub.View().Waiting; got != waiting {
+			t.Errorf("%s: %d waiting, want %d", when, got, waiting)
+		}
+	}
+	c.Failed("unknown")
+	step("an unknown entry", false, 1)
+	c.Failed("e")
+	step("failed", true, 0)
+	c.Failed("e")
+	step("failed again", false, 0)
+	put(t, c, svid(e, "A"))
+	step("minted", true, 0)
+	c.Failed("e")
+	step("failed later", false, 0)
+	c.Update([]*cache.Entry{edited(e, "/other", "x")}, nil)
+	step("another SPIFFE ID", true, 1)
 }
 
 // An SVID that was minted for another entry with the same ID is rejected, unless it is
