@@ -1,8 +1,11 @@
 package server_test
 
 import (
+	"slices"
 	"testing"
 	"time"
+
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // TestIdleServerKeepsTheTime: a server to which nothing happens for days stores the time
@@ -17,6 +20,29 @@ func TestIdleServerKeepsTheTime(t *testing.T) {
 			h.t.Errorf("the clock is in doubt: %+v", s)
 		}
 		h.stop()
+	})
+}
+
+// TestDoubtIsLogged: the log says once that the clock is in doubt, at a start and at runtime,
+// and once that it no longer is.
+func TestDoubtIsLogged(t *testing.T) {
+	t.Parallel()
+	inClockHistory(t, 1, 90*day, func(h *clockHistory) {
+		h.config.Rotation.Mode = rotation.Off // it logs what it does not do
+		h.restart(0, 0)
+		for _, far := range []time.Duration{91 * day, -day} {
+			h.restart(0, far)
+			for _, off := range []time.Duration{far, 0, far, 0} {
+				h.off.Store(int64(off))
+				time.Sleep(3 * time.Minute)
+			}
+			h.stop()
+			const doubt = "WARN clock in doubt, automatic rotation waits: compare it with the true time, set it or confirm it with server clock confirm"
+			want := []string{doubt, "INFO clock no longer in doubt", doubt, "INFO clock no longer in doubt"}
+			if !slices.Equal(h.start.clock, want) {
+				h.t.Errorf("%v off: logged %q, want %q", far, h.start.clock, want)
+			}
+		}
 	})
 }
 
