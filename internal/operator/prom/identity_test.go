@@ -148,6 +148,23 @@ func TestRelabeled(t *testing.T) {
 	f.staysUnsafe("series without a target")
 }
 
+// Targets that have one instance label in common are told apart by their other labels.
+func TestOneInstanceLabel(t *testing.T) {
+	t.Parallel()
+	a, b := startNode(t, holding(1, 0, 0, 0)), startNode(t, holding(2, 4, 4, 0))
+	relabel := `    relabel_configs: [{source_labels: [__address__], target_label: node}, {target_label: instance, replacement: all}]` + "\n"
+	f := query(t, startPrometheus(t, "", []string{job("renewd-agent", relabel, a, b)}), prom.Config{}, 1, 2)
+	f.waitHolders("one renews", "all renewing")
+	if len(f.Agents) != 2 || f.X509SVIDs != 4 {
+		t.Errorf("agents %+v", f.Agents)
+	}
+	a.set(holding(1, 2, 2, 0))
+	f.waitHolders("both renew", "all renewing", "all renewing")
+	a.set(holding(1, 0, 0, 0))
+	b.set(holding(2, 0, 0, 0))
+	f.waitHolders("both are done")
+}
+
 // Only series of the configured job count.
 func TestTwoJobs(t *testing.T) {
 	t.Parallel()
