@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -32,9 +31,10 @@ type endpoint struct {
 	timeout                     time.Duration
 }
 
-// flags adds the flags of httpUsage to fset.
-func (p *endpoint) flags(fset *flag.FlagSet, getenv func(string) string) {
-	fset.StringVar(&p.url, "url", defaultURL(getenv("RENEWD_METRICS_ADDRESS")), "")
+// flags adds the flags of httpUsage to a call.
+func (p *endpoint) flags(call *cli.Call) {
+	fset := call.Flags
+	fset.StringVar(&p.url, "url", defaultURL(call.Getenv("RENEWD_METRICS_ADDRESS")), "")
 	fset.StringVar(&p.ca, "ca", "", "")
 	fset.StringVar(&p.user, "user", "", "")
 	fset.StringVar(&p.passwordFile, "password-file", "", "")

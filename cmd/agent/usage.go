@@ -1,10 +1,7 @@
 package main
 
 import (
-	"context"
 	"errors"
-	"io"
-	"strings"
 
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/cli"
@@ -13,9 +10,19 @@ import (
 // version is set by the linker (-X main.version=...); see the Makefile.
 var version string
 
-// exitBanned is the exit status of an agent whose node the server has banned: a
-// restart does not help.
-const exitBanned = 3
+var program = cli.Program{
+	Name: "agent", Version: version, Usage: usage, IsPermanent: isBanned,
+	Commands: []cli.Command{
+		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
+		cli.ConfigCommand("agent", &schema),
+		{Name: "healthcheck", Help: cli.Text(healthUsage), Run: healthCommand},
+		{Name: "status", Help: cli.Text(statusUsage), Run: statusCommand},
+		{Name: "fetch", Help: cli.Text(fetchUsage), Sub: []cli.Command{{Name: "x509", Run: fetchX509Command}, {Name: "jwt", Run: fetchJWTCommand}}},
+	},
+}
+
+// isBanned reports whether the server has banned the node.
+func isBanned(err error) bool { return errors.Is(err, upstream.ErrBanned) }
 
 const usage = `agent keeps the workload identities of this node valid while signing keys change.
 
@@ -40,12 +47,6 @@ const runUsage = `Usage: agent run [-config FILE] [-FIELD VALUE]...
 Runs until SIGTERM or SIGINT, then closes all streams and exits 0. A second
 signal ends it at once. A flag or a variable can set every field of the
 configuration: "agent help config" lists them.
-`
-
-const checkUsage = `Usage: agent config check -config FILE [-FIELD VALUE]...
-
-Reads the configuration like "agent run" and prints every error with its place
-and its remedy. Starts nothing and writes nothing.
 `
 
 const httpUsage = `
@@ -113,56 +114,3 @@ are never printed.
   -audience NAME,NAME   audience of the JWT-SVIDs
   -spiffe-id ID         only this identity (default all)
 `
-
-// run executes one command line and returns the exit status.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
-	err := dispatch(ctx, args, e)
-	code := cli.Report("agent", err, e)
-	if errors.Is(err, upstream.ErrBanned) {
-		return exitBanned
-	}
-	return code
-}
-
-func dispatch(ctx context.Context, args []string, e cli.Env) error {
-	name := ""
-	if len(args) > 0 {
-		name, args = args[0], args[1:]
-	}
-	switch name {
-	case "run":
-		return runCommand(ctx, args, e)
-	case "config":
-		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
-	case "healthcheck":
-		return healthCommand(ctx, args, e)
-	case "status":
-		return statusCommand(ctx, args, e)
-	case "fetch":
-		return fetchCommand(ctx, args, e)
-	case "version", "-version", "--version":
-		return cli.PrintVersion("agent", version, args, e)
-	case "help", "-h", "-help", "--help":
-		return help(args, e)
-	case "":
-		return cli.Usagef("no command")
-	}
-	return cli.Usagef("unknown command %q", name)
-}
-
-func help(args []string, e cli.Env) error {
-	texts := map[string]string{
-		"": usage, "run": runUsage, "healthcheck": healthUsage, "status": statusUsage, "fetch": fetchUsage,
-		"config": checkUsage + "\n" + schema.Usage(), "version": cli.VersionUsage("agent"),
-	}
-	topic := ""
-	if len(args) > 0 {
-		topic = args[0] // "help fetch jwt" is the help of fetch
-	}
-	text, ok := texts[topic]
-	if !ok {
-		return cli.Usagef("no help for %q", strings.Join(args, " "))
-	}
-	return cli.Printf(e.Stdout, "%s", text)
-}

@@ -104,17 +104,16 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 func parse(args []string) (settings, error) {
 	s := settings{workloads: 5, refresh: 5 * time.Second, pause: 2 * time.Second}
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
 	flags.IntVar(&s.svids, "svids", 200, "")
 	flags.DurationVar(&s.maxDelay, "max-delay", 10*time.Second, "")
 	form := flags.String("o", "text", "")
 	flags.BoolVar(&s.verbose, "v", false, "")
-	if err := flags.Parse(args); err != nil {
-		return s, err
-	}
+	rest, err := cli.ParseFlags(flags, args)
 	switch {
-	case flags.NArg() > 0:
-		return s, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case err != nil:
+		return s, err
+	case len(rest) > 0:
+		return s, fmt.Errorf("unexpected argument %q", rest[0])
 	case s.svids < s.workloads || s.svids > maxSVIDs:
 		return s, fmt.Errorf("-svids is %d: use %d (one for each workload) to %d", s.svids, s.workloads, maxSVIDs)
 	case s.maxDelay < time.Millisecond || s.maxDelay > time.Hour:

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"maps"
 	"slices"
 
@@ -15,20 +14,15 @@ import (
 	"github.com/renewd/renewd/metrics"
 )
 
-// exitStore is the exit status of a server whose store is damaged or was sealed
-// with another key.
-const exitStore = 3
-
-// isPermanent reports whether a restart would fail with the same error.
+// isPermanent reports whether the store is damaged or was sealed with another key.
 func isPermanent(err error) bool {
 	return errors.Is(err, store.ErrDamaged) || errors.Is(err, seal.ErrWrongKey)
 }
 
 // runCommand runs the server until ctx is done.
-func runCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("run", flag.ContinueOnError)
-	load := schema.Flags(fset, e.Getenv)
-	if err := cli.ParseOnlyFlags(fset, args, runUsage, e); err != nil {
+func runCommand(ctx context.Context, call *cli.Call) error {
+	load := schema.Flags(call.Flags, call.Getenv)
+	if _, err := call.Parse(); err != nil {
 		return err
 	}
 	s, err := load()
@@ -38,8 +32,8 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
 		return err
 	}
-	cfg := domainConfig(s, e)
-	cfg.Started = cli.Started(e.Getenv, cfg.Log)
+	cfg := domainConfig(s, call.Env)
+	cfg.Started = cli.Started(call.Getenv, cfg.Log)
 	defer cli.Outlive(cfg.Log)()
 	d, err := server.Open(ctx, cfg)
 	if err != nil {

@@ -1,17 +1,28 @@
 package main
 
-import (
-	"context"
-	"flag"
-	"fmt"
-	"io"
-	"strings"
-
-	"github.com/renewd/renewd/internal/cli"
-)
+import "github.com/renewd/renewd/internal/cli"
 
 // version is set by the linker (-X main.version=...); see the Makefile.
 var version string
+
+var program = cli.Program{
+	Name: "server", Version: version, Usage: usage, IsPermanent: isPermanent,
+	Commands: []cli.Command{
+		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
+		cli.ConfigCommand("server", &schema),
+		{Name: "key", Help: cli.Text(keyUsage), Sub: []cli.Command{{Name: "new", Run: keyNewCommand}, {Name: "add", Run: keyAddCommand}}},
+		{Name: "token", Help: cli.Text(tokenUsage), Sub: []cli.Command{{Name: "create", Run: tokenCommand}}},
+		{Name: "entries", Help: entriesHelp, Sub: []cli.Command{{Name: "apply", Run: applyCommand}, {Name: "list", Run: entriesCommand}}},
+		{Name: "agent", Help: cli.Text(agentUsage), Sub: []cli.Command{
+			{Name: "list", Run: agentsCommand}, {Name: "ban", Run: banCommand}, {Name: "evict", Run: evictCommand},
+		}},
+		{Name: "clock", Help: cli.Text(clockUsage), Sub: []cli.Command{{Name: "show", Run: clockCommand}, {Name: "confirm", Run: confirmCommand}}},
+		{Name: "backup", Help: cli.Text(backupUsage), Run: backupCommand},
+		{Name: "audit", Help: cli.Text(auditUsage), Run: auditCommand},
+		{Name: "bundle", Help: cli.Text(bundleUsage), Run: bundleCommand},
+		{Name: "health", Help: cli.Text(healthUsage), Run: healthCommand},
+	},
+}
 
 const usage = `server signs the workload identities of one trust domain.
 
@@ -51,12 +62,6 @@ Runs until SIGTERM or SIGINT, then finishes calls in flight and exits 0. A secon
 signal ends it at once. Every field of the configuration can also be set by a flag
 or in the environment, except deployments and federation, which can be set in the
 file only: "server help config" lists the fields.
-`
-
-const checkUsage = `Usage: server config check -config FILE [-FIELD VALUE]...
-
-Loads the configuration like "server run" and prints every error with its place
-and its remedy. It starts nothing and writes nothing.
 `
 
 const keyUsage = `Usage: server key new FILE
@@ -162,118 +167,6 @@ sign. Prints one line for each deployment, or for the named one only. It does no
 wait for a starting server.
 ` + clientUsage
 
-// run runs one command line and returns the exit status.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
-	err := dispatch(ctx, args, e)
-	code := cli.Report("server", err, e)
-	if code == cli.ExitFailed && isPermanent(err) {
-		return exitStore
-	}
-	return code
-}
-
-func dispatch(ctx context.Context, args []string, e cli.Env) error {
-	name, sub, rest := "", "", []string(nil)
-	if len(args) > 0 {
-		name, args = args[0], args[1:]
-	}
-	if len(args) > 0 {
-		sub, rest = args[0], args[1:]
-	}
-	switch name {
-	case "run":
-		return runCommand(ctx, args, e)
-	case "config":
-		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
-	case "audit":
-		return auditCommand(ctx, args, e)
-	case "backup":
-		return backupCommand(ctx, args, e)
-	case "bundle":
-		return bundleCommand(ctx, args, e)
-	case "health":
-		return healthCommand(ctx, args, e)
-	case "version", "-version", "--version":
-		return cli.PrintVersion("server", version, args, e)
-	case "help", "-h", "-help", "--help":
-		return help(args, e)
-	case "":
-		return cli.Usagef("no command")
-	}
-	commands, ok := subcommands[name]
-	if !ok {
-		return cli.Usagef("unknown command %q", name)
-	}
-	if command, ok := commands[sub]; ok {
-		return command(ctx, rest, e)
-	}
-	switch {
-	case cli.IsHelp(sub):
-		return help([]string{name}, e)
-	case sub == "":
-		return cli.Usagef("%s: say what to do: %s", name, verbs[name])
-	}
-	return cli.Usagef("%s: unknown subcommand %q: use %s", name, sub, verbs[name])
-}
-
-type command func(ctx context.Context, args []string, e cli.Env) error
-
-var subcommands = map[string]map[string]command{
-	"key":     {"new": keyNewCommand, "add": keyAddCommand},
-	"token":   {"create": tokenCommand},
-	"entries": {"apply": applyCommand, "list": entriesCommand},
-	"clock":   {"show": clockCommand, "confirm": confirmCommand},
-	"agent":   {"list": agentsCommand, "ban": banCommand, "evict": evictCommand},
-}
-
-var verbs = map[string]string{"key": "new or add", "token": "create", "entries": "apply or list", "agent": "list, ban or evict", "clock": "show or confirm"}
-
-func help(args []string, e cli.Env) error {
-	texts := map[string]string{
-		"": usage, "run": runUsage, "config": checkUsage + "\n" + schema.Usage(), "key": keyUsage, "token": tokenUsage,
-		"entries": entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList(),
-		"agent":   agentUsage, "clock": clockUsage, "audit": auditUsage, "backup": backupUsage, "bundle": bundleUsage, "health": healthUsage,
-		"version": cli.VersionUsage("server"),
-	}
-	topic := ""
-	if len(args) > 0 {
-		topic = args[0] // "help agent ban" is the help of agent
-	}
-	text, ok := texts[topic]
-	if !ok {
-		return cli.Usagef("no help for %q", strings.Join(args, " "))
-	}
-	return cli.Printf(e.Stdout, "%s", text)
-}
-
-// parse parses flags before, between and after the arguments, and returns the arguments.
-// There must be as many as names.
-func parse(fset *flag.FlagSet, args []string, helpText string, e cli.Env, names ...string) ([]string, error) {
-	var have []string
-	for {
-		rest, err := cli.ParseFlags(fset, args, helpText, e)
-		if err != nil {
-			return nil, err
-		}
-		if len(rest) == 0 {
-			break
-		}
-		have, args = append(have, rest[0]), rest[1:]
-	}
-	switch {
-	case len(have) < len(names):
-		return nil, cli.Usagef("%s: give the %s", fset.Name(), names[len(have)])
-	case len(have) > len(names):
-		return nil, cli.Usagef("%s: unexpected argument %q", fset.Name(), have[len(names)])
-	}
-	return have, nil
-}
-
-// flush writes a table.
-func flush(table interface{ Flush() error }) error {
-	if err := table.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
+func entriesHelp() string {
+	return entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList()
 }

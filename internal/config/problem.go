@@ -122,8 +122,11 @@ func BadAddress(s string, needHost bool) string {
 // without its closing NUL.
 const MaxSocketPath = 107
 
-// OneOf lists values as "a, b or c".
+// OneOf lists values, one at least, as "a, b or c".
 func OneOf(values []string) string {
 	last := len(values) - 1
+	if last == 0 {
+		return values[0]
+	}
 	return strings.Join(values[:last], ", ") + " or " + values[last]
 }
