@@ -163,7 +163,7 @@ func (f *fetcher) explain(err error) error {
 		if path, ok := strings.CutPrefix(socketURL(f.socket), "unix://"); ok {
 			conn, dialErr := net.Dial("unix", path)
 			if dialErr != nil {
-				return fmt.Errorf("no agent answers: %w; start it, or give its socket with -socket or SPIFFE_ENDPOINT_SOCKET", dialErr)
+				return fmt.Errorf("no agent answers: %w; start it, or give its socket with --socket or SPIFFE_ENDPOINT_SOCKET", dialErr)
 			}
 			_ = conn.Close()
 		}
@@ -195,13 +195,13 @@ func fetchJWTCommand(ctx context.Context, call *cli.Call) error {
 	}
 	audience := strings.FieldsFunc(*audiences, func(r rune) bool { return r == ',' })
 	if len(audience) == 0 {
-		return cli.Usagef("fetch jwt: give the audience with -audience")
+		return cli.Usagef("fetch jwt: give the audience with --audience")
 	}
 	params := jwtsvid.Params{Audience: audience[0], ExtraAudiences: audience[1:]}
 	if *spiffeID != "" {
 		id, err := spiffeid.FromString(*spiffeID)
 		if err != nil {
-			return cli.Usagef("fetch jwt: -spiffe-id: %v", err)
+			return cli.Usagef("fetch jwt: --spiffe-id: %v", err)
 		}
 		params.Subject = id
 	}
@@ -255,7 +255,7 @@ func keyID(token string) string {
 	return header.KeyID
 }
 
-// writeFile writes one file if -write was given. The name consists of fixed text and
+// writeFile writes one file if --write was given. The name consists of fixed text and
 // the characters of a trust domain, so it cannot leave the directory.
 func (f *fetcher) writeFile(name string, mode os.FileMode, data []byte) error {
 	if f.dir == "" {

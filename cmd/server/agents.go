@@ -122,7 +122,7 @@ func tokenCommand(ctx context.Context, call *cli.Call) error {
 		return err
 	}
 	if *ttl < time.Second {
-		return cli.Usagef("token create: -ttl %v is shorter than a second", *ttl)
+		return cli.Usagef("token create: --ttl %v is shorter than a second", *ttl)
 	}
 	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl)})

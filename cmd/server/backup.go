@@ -137,7 +137,7 @@ func (b *backup) checkNotExist() error {
 		return nil
 	}
 	if _, err := os.Lstat(b.file); !errors.Is(err, fs.ErrNotExist) {
-		return cmp.Or(err, fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with -force", b.file))
+		return cmp.Or(err, fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with --force", b.file))
 	}
 	return nil
 }

@@ -46,7 +46,7 @@ func (c *client) scope() *api.Scope {
 }
 
 // startWait is how long a command waits for a server that is starting, so that it can
-// follow the start of the server at once. It is at most half of -timeout, so that the
+// follow the start of the server at once. It is at most half of --timeout, so that the
 // cause is printed.
 const startWait = 5 * time.Second
 
@@ -81,11 +81,11 @@ func (c *client) dial(ctx context.Context, wait time.Duration) (*renewd.Client, 
 	}
 	if wrong := config.BadAddress(c.server, true); wrong != "" {
 		// gRPC would accept other forms, and use 443 as the default port.
-		return nil, cli.Usagef("%s: -server %s %s: give it with its port, such as server.example.org:8082", c.Name(), c.server, wrong)
+		return nil, cli.Usagef("%s: --server %s %s: give it with its port, such as server.example.org:8082", c.Name(), c.server, wrong)
 	}
 	workloadAPI := c.Getenv("SPIFFE_ENDPOINT_SOCKET")
 	if workloadAPI == "" {
-		return nil, cli.Usagef("%s: -server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", c.Name(), c.server)
+		return nil, cli.Usagef("%s: --server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", c.Name(), c.server)
 	}
 	return renewd.DialServer(ctx, c.server, workloadAPI)
 }

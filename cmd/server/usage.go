@@ -27,13 +27,13 @@ var program = cli.Program{
 const usage = `server signs the workload identities of one trust domain.
 
 Usage:
-  server run -config FILE            run the server
-  server config check -config FILE   check a configuration without starting the server
+  server run --config FILE           run the server
+  server config check --config FILE  check a configuration without starting the server
   server key new FILE                create the key that encrypts the signing keys
   server key add FILE                add a new key to a key file, to rotate the key
 
-Commands for the running server, over its admin socket or, with -server, over the network:
-  server token create [-ttl 10m]     create a join token for one agent
+Commands for the running server, over its admin socket or, with --server, over the network:
+  server token create [--ttl 10m]    create a join token for one agent
   server entries apply FILE          replace all registration entries with those of a file
   server entries list                list the registration entries
   server agent list                  list the agents
@@ -56,7 +56,7 @@ command line, configuration or entries file; 3 the store is damaged or was
 encrypted with another key, so that a restart does not help.
 `
 
-const runUsage = `Usage: server run [-config FILE] [-FIELD VALUE]...
+const runUsage = `Usage: server run [--config FILE] [--FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then finishes calls in flight and exits 0. A second
 signal ends it at once. Every field of the configuration can also be set by a flag
@@ -78,42 +78,42 @@ server encrypts everything with the new key; then you can remove the older ones.
 `
 
 const clientUsage = `
-  -admin-socket PATH      the server's admin socket (default RENEWD_ADMIN_SOCKET or
+  --admin-socket PATH     the server's admin socket (default RENEWD_ADMIN_SOCKET or
                           RENEWD_SERVER_ADMIN_SOCKET, else /run/renewd-server/admin.sock). The command
-                          waits for a starting server, for 5s or half of -timeout if that is less
-  -server HOST:PORT       a remote server (operators.address), with the operator's X.509-SVID from
+                          waits for a starting server, for 5s or half of --timeout if that is less
+  --server HOST:PORT      a remote server (operators.address), with the operator's X.509-SVID from
                           the Workload API at SPIFFE_ENDPOINT_SOCKET
-  -trust-domain NAME      the trust domain (default TRUST_DOMAIN, else the server's own)
-  -deployment-name NAME   the deployment (default DEPLOYMENT_NAME, else the only one)
-  -timeout DURATION       how long to wait (default 1m)
+  --trust-domain NAME     the trust domain (default TRUST_DOMAIN, else the server's own)
+  --deployment-name NAME  the deployment (default DEPLOYMENT_NAME, else the only one)
+  --timeout DURATION      how long to wait (default 1m)
   -o text|json            the output format (default text)
 `
 
-const tokenUsage = `Usage: server token create [-ttl DURATION]
+const tokenUsage = `Usage: server token create [--ttl DURATION]
 
 Creates a join token. It attests one agent, once, within the given time (default
 10m). Standard output has the token alone, standard error the time when it expires.
 ` + clientUsage
 
-const entriesUsage = `Usage: server entries apply FILE [-dry-run] [-remove N]
+const entriesUsage = `Usage: server entries apply FILE [--dry-run] [--remove N]
        server entries list
 
 apply replaces all registration entries of the deployment with those of a YAML file,
-atomically, and prints the changes: + added, ~ changed, - removed. With -dry-run it
+atomically, and prints the changes: + added, ~ changed, - removed. With --dry-run it
 changes nothing.
 
 apply rejects a file that removes all entries, more than 20, or more than 5 and more
 than a tenth of them, because a truncated file looks like that. To apply it, give the
-number that the dry run prints with -remove. Any other number is rejected, too.
+number that the dry run prints with --remove. Any other number is rejected, too.
 ` + clientUsage
 
 const agentUsage = `Usage: server agent list
        server agent ban ID
-       server agent evict ID [-gone]
+       server agent evict ID [--gone]
 
 ID is the agent's SPIFFE ID as list shows it. The server rejects a banned agent, and
 the agent stops. It deletes an evicted agent, which has to re-attest. The SVIDs of
-either count as held until they expire. With -gone you confirm that the node no longer
+either count as held until they expire. With --gone you confirm that the node no longer
 exists, and they stop counting at once. An unknown ID is an error.
 ` + clientUsage
 
@@ -131,22 +131,22 @@ confirm ends the doubt. TIME is the time of another clock that you trust, such a
 doubt. The audit log records the confirmation.
 ` + clientUsage
 
-const auditUsage = `Usage: server audit [-after NUMBER]
+const auditUsage = `Usage: server audit [--after NUMBER]
 
 Lists every change of the keysets and every confirmation of the clock, oldest first:
-the operator, the time and what changed. With -after it lists only the records after
+the operator, the time and what changed. With --after it lists only the records after
 that number.
 ` + clientUsage
 
-const backupUsage = `Usage: server backup FILE [-key-file KEY] [-force]
+const backupUsage = `Usage: server backup FILE [--key-file KEY] [--force]
 
 Writes a consistent copy of the running server's store, with all deployments, to FILE.
 The copy is checked before it is renamed to FILE, so FILE is always complete. An existing
-file is replaced only with -force. You must be in operators.managers. A backup can take
-two minutes (-timeout is 2m10s by default), and data_dir needs room for two copies.
+file is replaced only with --force. You must be in operators.managers. A backup can take
+two minutes (--timeout is 2m10s by default), and data_dir needs room for two copies.
 
 The signing keys in the copy are encrypted, as in the store. The encryption key is not
-in the copy. With -key-file the command also checks that this key decrypts them.
+in the copy. With --key-file the command also checks that this key decrypts them.
 
 To restore, stop the server, replace renewd.db in data_dir with the file, owned by
 the server's user, and start the server. It detects the restore. It does not know the

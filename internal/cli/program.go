@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"os/signal"
+	"regexp"
 	"strings"
 	"syscall"
 
@@ -176,14 +177,21 @@ func (c *Call) Parse(names ...string) ([]string, error) {
 	return have, nil
 }
 
+// oneDash is the start of an error of package flag, which writes flags with one dash.
+var oneDash = regexp.MustCompile(`^(flag [a-z ]+: |invalid (?:boolean )?value "(?:[^"\\]|\\.)*" for (?:flag )?)(-[\w-]{2,})`)
+
 // ParseFlags parses flags before, between and after the arguments, and returns the
-// arguments.
+// arguments. One dash is accepted; help and errors have two.
 func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
 	fset.SetOutput(io.Discard)
 	fset.Usage = func() {}
 	for {
-		if err := fset.Parse(args); err != nil {
+		err := fset.Parse(args)
+		switch {
+		case errors.Is(err, flag.ErrHelp):
 			return nil, err
+		case err != nil:
+			return nil, errors.New(oneDash.ReplaceAllString(err.Error(), "$1-$2"))
 		}
 		if fset.NArg() == 0 {
 			return have, nil
@@ -202,7 +210,7 @@ func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 		}
 		file := c.Flags.Lookup("config").Value.String()
 		if file == "" {
-			return Usagef("config check: give the file with -config")
+			return Usagef("config check: give the file with --config")
 		}
 		if _, err := load(); err != nil {
 			return err
@@ -210,7 +218,7 @@ func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 		return Printf(c.Stdout, "%s: ok\n", file)
 	}
 	help := func() string {
-		return "Usage: " + program + ` config check -config FILE [-FIELD VALUE]...
+		return "Usage: " + program + ` config check --config FILE [--FIELD VALUE]...
 
 Loads the configuration like "` + program + ` run" and prints every error with its place
 and its remedy. It starts nothing and writes nothing.

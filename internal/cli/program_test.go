@@ -17,6 +17,7 @@ var errBroken = errors.New("broken for good")
 func newProgram() *cli.Program {
 	show := func(_ context.Context, c *cli.Call) error {
 		on := c.Flags.Bool("on", false, "")
+		c.Flags.Int("size", 0, "")
 		c.Output()
 		args, err := c.Parse("file")
 		if err != nil {
@@ -65,7 +66,12 @@ func TestProgram(t *testing.T) {
 		"show":                {2, "", "prog: show: give the file" + usage},
 		"show f g":            {2, "", "prog: show: unexpected argument \"g\"" + usage},
 		"show f -o yaml":      {2, "", "prog: show: -o takes text or json, not \"yaml\"" + usage},
-		"group show f -no":    {2, "", "prog: group show: flag provided but not defined: -no" + usage},
+		"group show f -no":    {2, "", "prog: group show: flag provided but not defined: --no" + usage},
+		"show -n":             {2, "", "prog: show: flag provided but not defined: -n" + usage},
+		"show -on=x":          {2, "", "prog: show: invalid boolean value \"x\" for --on: parse error" + usage},
+		"show f -o":           {2, "", "prog: show: flag needs an argument: -o" + usage},
+		"show -size -on":      {2, "", "prog: show: invalid value \"-on\" for flag --size: parse error" + usage},
+		"show f -size":        {2, "", "prog: show: flag needs an argument: --size" + usage},
 	} {
 		var stdout, stderr bytes.Buffer
 		code := newProgram().Run(t.Context(), strings.Fields(line), cli.Env{Getenv: noEnv, Stdout: &stdout, Stderr: &stderr})
