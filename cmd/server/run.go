@@ -8,7 +8,6 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/server"
-	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/metrics"
@@ -64,12 +63,9 @@ func domainConfig(s *settings, e cli.Env) server.Config {
 		KeysetLifetime:   s.KeysetLifetime,
 		X509TTL:          s.X509TTL,
 		JWTTTL:           s.JWTTTL,
-		Rotation: rotation.Policy{
-			Mode: rotation.Mode(s.RotationMode), PreparationThreshold: s.PreparationThreshold,
-			ActivationThreshold: s.ActivationThreshold, TaintThreshold: s.TaintThreshold,
-		},
-		Version: cli.Version(version),
-		Log:     cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
+		Rotation:         s.policy(),
+		Version:          cli.Version(version),
+		Log:              cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Deployments)) {
 		c.Deployments = append(c.Deployments, server.DeploymentConfig{Name: name, ListenAddress: s.Deployments[name]})

@@ -86,6 +86,16 @@ func (c *Checker[C]) NotEmpty(paths ...string) {
 	}
 }
 
+// OneOf reports a string field that has none of the values, and returns whether it has one.
+func (c *Checker[C]) OneOf(path, what string, values []string) bool {
+	f, _ := c.schema.field(path)
+	ok := slices.Contains(values, *f.Value(c.Config).(*string))
+	if !ok {
+		c.Bad(path, what, "use "+OneOf(values))
+	}
+	return ok
+}
+
 // sorted returns the problems in the order of the fields.
 func (c *Checker[C]) sorted() []Problem {
 	order := func(p Problem) int { i, _ := c.index(p.Path); return i }
