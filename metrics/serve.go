@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -74,9 +75,7 @@ func (w warnings) Enabled(ctx context.Context, level slog.Level) bool {
 // Serve answers /metrics, /live and /ready until ctx ends, gives requests in flight a
 // short time to finish and returns nil. It returns an error if it cannot serve.
 func Serve(ctx context.Context, cfg ServeConfig) error {
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	l := cfg.Listener
 	if l == nil {
 		var err error

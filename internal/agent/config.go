@@ -4,6 +4,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -112,9 +113,7 @@ func (c Config) withDefaults() (Config, error) {
 	if sources != 1 {
 		errs = append(errs, errors.New("trust in the server needs exactly one of trust_bundle_file and insecure_bootstrap"))
 	}
-	if c.KeyType == "" {
-		c.KeyType = renew.ECP256
-	}
+	c.KeyType = cmp.Or(c.KeyType, renew.ECP256)
 	if !slices.Contains(renew.KeyTypes, c.KeyType) {
 		errs = append(errs, fmt.Errorf("key_type is %q: use one of %v", c.KeyType, renew.KeyTypes))
 	}
@@ -124,29 +123,18 @@ func (c Config) withDefaults() (Config, error) {
 	if c.TaintDelay < 0 || c.TaintRate < 0 || c.RefreshInterval < 0 || c.EntryRemovalDelay < 0 || c.CacheSize < 0 {
 		errs = append(errs, errors.New("taint_delay, taint_rate, refresh_interval, entry_removal_delay and svid_cache_size must not be negative"))
 	}
-	if c.SocketPath == "" {
-		c.SocketPath = DefaultSocketPath
-	}
-	if c.SocketMode == 0 {
-		c.SocketMode = 0o777
-	}
-	if c.RefreshInterval == 0 {
-		c.RefreshInterval = bundle.DefaultInterval
-	}
-	if c.EntryRemovalDelay == 0 {
-		c.EntryRemovalDelay = 30 * time.Second
-	}
-	if c.TaintRate == 0 {
-		c.TaintRate = wave.DefaultRate
-	}
-	if c.CacheSize == 0 {
-		c.CacheSize = cache.DefaultLimit
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	c.SocketPath = cmp.Or(c.SocketPath, DefaultSocketPath)
+	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
+	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
+	c.EntryRemovalDelay = cmp.Or(c.EntryRemovalDelay, 30*time.Second)
+	c.TaintRate = cmp.Or(c.TaintRate, wave.DefaultRate)
+	c.CacheSize = cmp.Or(c.CacheSize, cache.DefaultLimit)
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.Life == nil {
 		c.Life = attest.Life
+	}
+	if c.Started == nil {
+		c.Started = func() {}
 	}
 	if c.Now == nil {
 		c.Now = time.Now

@@ -35,9 +35,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	a.bundleRefreshes.record(nil)
 	a.log.Info("agent started", "trust_domain", a.cfg.TrustDomain.Name(), "address", a.cfg.ServerAddress,
 		"path", listener.Addr().String(), "version", a.cfg.Version)
-	if a.cfg.Started != nil {
-		a.cfg.Started()
-	}
+	a.cfg.Started()
 	stopped := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	serving := ctx

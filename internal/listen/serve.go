@@ -1,6 +1,7 @@
 package listen
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -74,12 +75,8 @@ type Config struct {
 // when all its connections are closed and all its goroutines have ended: nil if ctx
 // has ended.
 func Serve(ctx context.Context, lis net.Listener, c Config) error {
-	if c.Pool == nil {
-		c.Pool = NewPool()
-	}
-	if c.Lines == nil {
-		c.Lines = NewLines(slog.New(slog.DiscardHandler))
-	}
+	c.Pool = cmp.Or(c.Pool, NewPool())
+	c.Lines = cmp.Or(c.Lines, NewLines(slog.New(slog.DiscardHandler)))
 	if c.Refused == nil {
 		c.Refused = func(netip.Prefix, string, error) {}
 	}

@@ -10,6 +10,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -136,15 +137,9 @@ func (c Config) withDefaults() (Config, error) {
 		}
 		seen[d.Name] = true
 	}
-	if c.AdminSocketMode == 0 {
-		c.AdminSocketMode = 0o660
-	}
-	if c.KeysetLifetime == 0 {
-		c.KeysetLifetime = keyset.DefaultLifetime
-	}
-	if c.EndpointProfile == "" {
-		c.EndpointProfile = ProfileSPIFFE
-	}
+	c.AdminSocketMode = cmp.Or(c.AdminSocketMode, 0o660)
+	c.KeysetLifetime = cmp.Or(c.KeysetLifetime, keyset.DefaultLifetime)
+	c.EndpointProfile = cmp.Or(c.EndpointProfile, ProfileSPIFFE)
 	switch c.EndpointProfile {
 	case ProfileSPIFFE:
 		if c.EndpointCertFile != "" || c.EndpointKeyFile != "" {
@@ -163,8 +158,9 @@ func (c Config) withDefaults() (Config, error) {
 	if c.RefreshHint < 0 || c.RefreshHint%time.Second != 0 {
 		fail("bundle_endpoint.refresh_hint is %v: give whole seconds", c.RefreshHint)
 	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	if c.Started == nil {
+		c.Started = func() {}
 	}
 	if c.Now == nil {
 		c.Now = time.Now

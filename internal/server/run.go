@@ -44,9 +44,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 		return nil
 	})
 	d.cfg.Log.Info("server started", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
-	if d.cfg.Started != nil {
-		d.cfg.Started()
-	}
+	d.cfg.Started()
 	err = group.Wait()
 	d.cfg.Log.Info("server stopped")
 	return err

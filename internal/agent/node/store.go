@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -94,9 +95,7 @@ type fileState struct {
 // permissions of group and others. It fails when the folder belongs to another user
 // or is open in another process. log may be nil.
 func OpenStore(dir string, log *slog.Logger) (*Store, error) {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	log = cmp.Or(log, slog.New(slog.DiscardHandler))
 	f, err := openFolder(dir)
 	if err != nil {
 		return nil, err

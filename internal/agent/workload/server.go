@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -111,15 +112,9 @@ func New(cfg Config) (*Server, error) {
 	if len(cfg.Attestors) == 0 {
 		return nil, errors.New("workload API: no workload attestor")
 	}
-	if cfg.MaxPerUser == 0 {
-		cfg.MaxPerUser = DefaultMaxPerUser
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.Observer == nil {
-		cfg.Observer = noopObserver{}
-	}
+	cfg.MaxPerUser = cmp.Or(cfg.MaxPerUser, DefaultMaxPerUser)
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
+	cfg.Observer = cmp.Or[Observer](cfg.Observer, noopObserver{})
 	if cfg.Peers == nil {
 		cfg.Peers = peerOfUnixConn
 	}

@@ -14,6 +14,7 @@ package endpoint
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -67,12 +68,8 @@ type Server struct {
 // New returns a Server. It fails if the configuration is incomplete or the certificate
 // files cannot be loaded.
 func New(c Config) (*Server, error) {
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
-	if c.Connections == nil {
-		c.Connections = listen.NewPool()
-	}
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	c.Connections = cmp.Or(c.Connections, listen.NewPool())
 	s := &Server{config: c, tls: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: c.Certificate}}
 	web := c.CertFile != "" || c.KeyFile != ""
 	switch {

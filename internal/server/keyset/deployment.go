@@ -1,6 +1,7 @@
 package keyset
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -52,15 +53,9 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 	if c.TrustDomain.IsZero() {
 		return nil, errors.New("open keysets: no trust domain")
 	}
-	d := &Deployment{td: c.TrustDomain, name: c.Name, storage: c.Storage, lifetime: c.Lifetime, now: c.Now}
-	if d.name == "" {
-		d.name = "default"
-	}
-	if d.storage == nil {
-		d.storage = new(Memory)
-	}
-	if d.lifetime == 0 {
-		d.lifetime = DefaultLifetime
+	d := &Deployment{
+		td: c.TrustDomain, name: cmp.Or(c.Name, "default"), storage: cmp.Or[Storage](c.Storage, new(Memory)),
+		lifetime: cmp.Or(c.Lifetime, DefaultLifetime), now: c.Now,
 	}
 	if d.lifetime < time.Hour {
 		return nil, fmt.Errorf("open keysets: lifetime %v is below an hour", d.lifetime)

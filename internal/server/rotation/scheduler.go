@@ -1,6 +1,7 @@
 package rotation
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,14 +63,10 @@ func New(c Config) (*Scheduler, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Scheduler{keysets: c.Keysets, policy: policy, facts: c.Facts, log: c.Log, clock: c.Clock}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.clock == nil {
-		s.clock = clock.New(nil, nil, time.Time{})
-	}
-	return s, nil
+	return &Scheduler{
+		keysets: c.Keysets, policy: policy, facts: c.Facts,
+		log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)), clock: cmp.Or(c.Clock, clock.New(nil, nil, time.Time{})),
+	}, nil
 }
 
 // Run carries out due steps until ctx is done, and then returns nil. It checks the

@@ -23,6 +23,7 @@
 package spireapi
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -187,8 +188,8 @@ type Server struct {
 // New makes a Server and loads entries, agents and join tokens from its storage.
 func New(c Config) (*Server, error) {
 	s := &Server{
-		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
-		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
+		td: c.TrustDomain, keysets: c.Keysets, storage: cmp.Or[Storage](c.Storage, NewMemory()), config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)),
+		now: c.Now, observer: cmp.Or[Observer](c.Observer, noopObserver{}), ledger: cmp.Or[Ledger](c.Ledger, noopLedger{}),
 		entriesSem: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
@@ -200,24 +201,10 @@ func New(c Config) (*Server, error) {
 	if s.config.Heard == nil {
 		s.config.Heard = func(string, time.Time) {}
 	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.storage == nil {
-		s.storage = NewMemory()
-	}
-	if s.observer == nil {
-		s.observer = noopObserver{}
-	}
-	if s.ledger == nil {
-		s.ledger = noopLedger{}
-	}
 	if s.config.IsOperator == nil {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
 	}
-	if s.config.ConnectionAge == 0 {
-		s.config.ConnectionAge = connectionAge
-	}
+	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
 	switch {
 	case s.td.IsZero():
 		return nil, errors.New("new server: no trust domain")
