@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 // The files of a [Store].
@@ -61,6 +62,7 @@ var errNewer = errors.New("a newer version of the agent has written it")
 type Store struct {
 	dir   string
 	log   *slog.Logger
+	lines *loglimit.Log // of Sync
 	wake  chan struct{}
 	fresh bool
 
@@ -69,7 +71,6 @@ type Store struct {
 	diskLock chan struct{}
 	folder   *folder
 	closed   bool
-	failing  time.Time // since when Sync fails; zero after a success
 
 	mu          sync.Mutex
 	files       map[string]fileState
@@ -101,7 +102,7 @@ func OpenStore(dir string, log *slog.Logger) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, log: log, folder: f, files: make(map[string]fileState), fresh: true,
+		dir: dir, log: log, lines: loglimit.New(log, loglimit.Interval, 1), folder: f, files: make(map[string]fileState), fresh: true,
 		diskLock: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 	}
 	for _, file := range Files {

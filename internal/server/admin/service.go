@@ -27,6 +27,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -99,7 +100,7 @@ type Service struct {
 	config Config
 	rules  Rules
 	log    *slog.Logger
-	lines  *listen.Lines
+	lines  *loglimit.Log
 	now    func() time.Time
 	calls  detach.Group
 }
@@ -120,7 +121,7 @@ func New(c Config) (*Service, error) {
 		c.Heard = func(string, time.Time) {}
 	}
 	s := &Service{config: c, rules: c.Rules, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)), now: c.Clock.Now}
-	s.lines = listen.NewLines(s.log)
+	s.lines = listen.NewLog(s.log)
 	return s, nil
 }
 

@@ -47,6 +47,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/detach/rpc"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -165,7 +166,7 @@ type Server struct {
 	now      func() time.Time
 	observer Observer
 	ledger   Ledger
-	lines    *listen.Lines
+	lines    *loglimit.Log
 	limits   *limits
 	tls      *tls.Config
 
@@ -236,7 +237,7 @@ func New(c Config) (*Server, error) {
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.lines = listen.NewLines(s.log)
+	s.lines = listen.NewLog(s.log)
 	s.limits = newLimits(s.observer, s.lines)
 	s.serving.Now, s.serving.Issue = s.now, s.issue
 	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }
