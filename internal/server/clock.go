@@ -38,7 +38,7 @@ func (d *Domain) watchClock(ctx context.Context) error {
 	check, heartbeat := time.NewTicker(clockInterval), time.NewTicker(heartbeatInterval)
 	defer check.Stop()
 	defer heartbeat.Stop()
-	lines := loglimit.New(d.cfg.Log, heartbeatInterval, 1)
+	lines := loglimit.New(d.cfg.Log, 24*time.Hour, 1)
 	for {
 		if s := d.clock.State(); s.Doubt != 0 {
 			lines.Note(slog.LevelWarn, "clock in doubt, automatic rotation waits: compare it with the true time, set it or confirm it with server clock confirm",

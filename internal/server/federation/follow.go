@@ -54,7 +54,7 @@ type current struct {
 
 func (f *Follower) newPeer(e Endpoint) *peer {
 	p := &peer{Endpoint: e, client: f.newClient(e), refetch: make(chan struct{}, 1), retry: backoff.NewExponentialBackOff(),
-		lines: loglimit.New(f.cfg.Log, loglimit.Interval, 4)}
+		lines: loglimit.New(f.cfg.Log, time.Hour, 4)}
 	p.publish = func(b *spiffebundle.Bundle) { f.cfg.Publish(e.TrustDomain, b) }
 	p.retry.InitialInterval, p.retry.Multiplier = firstRetry, 2
 	p.retry.Reset()

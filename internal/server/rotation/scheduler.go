@@ -64,7 +64,7 @@ func New(c Config) (*Scheduler, error) {
 	}
 	log := cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	return &Scheduler{
-		keysets: c.Keysets, policy: policy, facts: c.Facts, log: log, lines: loglimit.New(log, time.Hour, 16),
+		keysets: c.Keysets, policy: policy, facts: c.Facts, log: log, lines: loglimit.New(log, 24*time.Hour, 16),
 		clock: cmp.Or(c.Clock, clock.New(nil, nil, time.Time{})),
 	}, nil
 }
