@@ -1,11 +1,10 @@
 package docs
 
 import (
-	"io/fs"
-	"os"
-	"path"
 	"regexp"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 // oneDash is a flag of one of our commands with one dash: Go's flag package takes it,
@@ -26,18 +25,10 @@ func TestFlags(t *testing.T) {
 			t.Errorf("%s: %q, want %q", text, got, want)
 		}
 	}
-	root := os.DirFS("../..")
-	err := fs.WalkDir(root, ".", func(file string, _ fs.DirEntry, err error) error {
-		if err != nil || path.Ext(file) != ".md" {
-			return err
-		}
-		text, err := fs.ReadFile(root, file)
-		for _, m := range oneDash.FindAllStringSubmatch(string(text), -1) {
+	root := tree.FS("../..")
+	for _, file := range tree.Files(t, root, ".md") {
+		for _, m := range oneDash.FindAllStringSubmatch(tree.Read(t, root, file), -1) {
 			t.Errorf("%s: %s: write --%s", file, m[0], m[1][1:])
 		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 }
