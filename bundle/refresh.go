@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -95,18 +96,14 @@ func NewRefresher(cfg RefresherConfig) *Refresher {
 	if cfg.Fetcher == nil || cfg.Publish == nil {
 		panic("bundle: RefresherConfig needs Fetcher and Publish")
 	}
-	if cfg.Interval <= 0 {
-		cfg.Interval = DefaultInterval
-	}
+	cfg.Interval = cmp.Or(cfg.Interval, DefaultInterval)
 	if cfg.Federated == nil {
 		cfg.Federated = func() []spiffeid.TrustDomain { return nil }
 	}
 	if cfg.Observe == nil {
 		cfg.Observe = func(string, *Bundle) {}
 	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}

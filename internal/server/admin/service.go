@@ -7,6 +7,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -26,6 +27,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -98,7 +100,7 @@ type Service struct {
 	config Config
 	rules  Rules
 	log    *slog.Logger
-	lines  *listen.Lines
+	lines  *loglimit.Log
 	now    func() time.Time
 	calls  detach.Group
 }
@@ -111,20 +113,15 @@ func New(c Config) (*Service, error) {
 	if c.TrustDomain.IsZero() || len(c.Deployments) == 0 || c.Published == nil {
 		return nil, errors.New("new operator service: needs a trust domain, deployments and the published bundle")
 	}
-	if c.Clock == nil {
-		c.Clock = clock.New(nil, nil, time.Time{})
-	}
+	c.Clock = cmp.Or(c.Clock, clock.New(nil, nil, time.Time{}))
 	if c.ConfirmClock == nil {
 		c.ConfirmClock = func(_ context.Context, at time.Time) (bool, error) { return c.Clock.Confirm(at), nil }
 	}
 	if c.Heard == nil {
 		c.Heard = func(string, time.Time) {}
 	}
-	s := &Service{config: c, rules: c.Rules, log: c.Log, now: c.Clock.Now}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	s.lines = listen.NewLines(s.log)
+	s := &Service{config: c, rules: c.Rules, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)), now: c.Clock.Now}
+	s.lines = listen.NewLog(s.log)
 	return s, nil
 }
 

@@ -15,6 +15,7 @@
 package federation
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -71,6 +72,13 @@ type Storage interface {
 	ForgetFederated(ctx context.Context, td spiffeid.TrustDomain) error
 }
 
+// noopStorage is the storage of a Follower in memory.
+type noopStorage struct{}
+
+func (noopStorage) Federated(context.Context) ([]Record, error)                 { return nil, nil }
+func (noopStorage) SaveFederated(context.Context, Record) error                 { return nil }
+func (noopStorage) ForgetFederated(context.Context, spiffeid.TrustDomain) error { return nil }
+
 // The outcomes of a refresh that are passed to [Config.Observe].
 const (
 	OutcomeApplied   = "applied"   // the bundle has changed
@@ -115,9 +123,8 @@ type Follower struct {
 // New checks the configuration, loads the bundles from the storage and from files, and
 // publishes them. It deletes the records of trust domains that are no longer configured.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Storage = cmp.Or[Storage](cfg.Storage, noopStorage{})
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -145,9 +152,6 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 // load returns the records of configured trust domains and deletes the others.
 func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, error) {
 	stored := make(map[spiffeid.TrustDomain]*Record)
-	if f.cfg.Storage == nil {
-		return stored, nil
-	}
 	records, err := f.cfg.Storage.Federated(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("load federated bundles: %w", err)
