@@ -9,7 +9,7 @@
 // verifies the fetch of the next. The first one comes from a file.
 //
 // An invalid answer changes nothing. An answer that is older than the current bundle
-// is accepted only after [staleLimit], because a lagging replica would undo the
+// is accepted only after [lagLimit], because a lagging replica would undo the
 // removal of a key. The size of an answer and the time of a fetch are bounded. The
 // bundles survive a restart.
 package federation

@@ -24,9 +24,9 @@ const (
 	// firstRetry is the pause after a first failure. It doubles up to the interval, but
 	// not beyond defaultInterval.
 	firstRetry = 10 * time.Second
-	// staleLimit is how long older answers are attributed to a lagging replica. If the
+	// lagLimit is how long older answers are attributed to a lagging replica. If the
 	// bundle is older for longer, the data of the server was restored.
-	staleLimit = 10 * time.Minute
+	lagLimit = 10 * time.Minute
 )
 
 // peer is a trust domain whose endpoint is polled.
@@ -38,10 +38,10 @@ type peer struct {
 	refetch chan struct{}           // the X.509 authorities that verify the endpoint have changed
 
 	// Owned by New, and then by the goroutine of follow.
-	file       string // see Record
-	retry      *backoff.ExponentialBackOff
-	lines      *loglimit.Log // of failures
-	staleSince time.Time
+	file  string // see Record
+	retry *backoff.ExponentialBackOff
+	lines *loglimit.Log // of failures
+	doubt bundle.Doubt
 }
 
 // current is a bundle that is in use. It is immutable.
@@ -132,7 +132,7 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	}
 	now := f.cfg.Now()
 	p.lines.Over("refresh", "federated bundle refresh recovered", "trust_domain", p.TrustDomain.Name())
-	if f.stale(p, before, b, now) {
+	if f.lags(p, before, b) {
 		return OutcomeRejected
 	}
 	f.logLeftOut(p, before, left)
@@ -175,9 +175,9 @@ func (f *Follower) logFailure(p *peer, before *current, err error) {
 	p.lines.Note(slog.LevelWarn, msg, "refresh", "trust_domain", p.TrustDomain.Name(), "error", err)
 }
 
-// stale reports whether an answer is older than the current bundle and must not replace
+// lags reports whether an answer is older than the current bundle and must not replace
 // it yet. A bundle from the file is older than any answer.
-func (f *Follower) stale(p *peer, before *current, b *spiffebundle.Bundle, now time.Time) bool {
+func (f *Follower) lags(p *peer, before *current, b *spiffebundle.Bundle) bool {
 	older := false
 	var sequence, held uint64
 	if before != nil && !before.fetchedAt.IsZero() {
@@ -187,20 +187,18 @@ func (f *Follower) stale(p *peer, before *current, b *spiffebundle.Bundle, now t
 		older = hadNumber && hasNumber && sequence < held
 	}
 	if !older {
-		p.staleSince = time.Time{}
+		p.doubt.Clear()
 		return false
 	}
 	args := []any{"trust_domain", p.TrustDomain.Name(), "sequence", sequence, "held", held}
-	if p.staleSince.IsZero() {
-		p.staleSince = now
+	first, counts := p.doubt.Again(defaultInterval, lagLimit)
+	switch {
+	case first:
 		f.cfg.Log.Warn("older federated bundle rejected, keeping the newer one", args...)
+	case counts:
+		f.cfg.Log.Warn("older federated bundle accepted, the endpoint keeps returning it", args...)
 	}
-	if now.Sub(p.staleSince) < staleLimit {
-		return true
-	}
-	f.cfg.Log.Warn("older federated bundle accepted, the endpoint keeps returning it", args...)
-	p.staleSince = time.Time{}
-	return false
+	return !counts
 }
 
 // attrs returns the attributes of a log line about a bundle.

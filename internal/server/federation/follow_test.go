@@ -242,6 +242,38 @@ func TestOlderBundle(t *testing.T) {
 	})
 }
 
+// TestOlderBundleAroundOutage: time without answers says nothing about the replica, so it
+// does not count.
+func TestOlderBundleAroundOutage(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := newAuthority(w.t).cert, newAuthority(w.t).cert
+		var answer atomic.Pointer[[]byte]
+		pass := func(doc []byte, d time.Duration) {
+			answer.Store(&doc)
+			time.Sleep(d)
+			synctest.Wait()
+		}
+		everyMinute := func(doc []byte) []byte { return append(doc[:len(doc)-1], `,"spiffe_refresh_hint":60}`...) }
+		newer, older := everyMinute(document(partner, 5, a, b)), everyMinute(document(partner, 4, a))
+		answer.Store(&newer)
+		w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+			if doc := *answer.Load(); doc != nil {
+				rw.Write(doc)
+				return
+			}
+			rw.WriteHeader(http.StatusServiceUnavailable)
+		})
+		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
+		w.holds(partner, a, b)
+		pass(older, 3*time.Minute)
+		pass(nil, time.Hour)
+		pass(older, 90*time.Second)
+		w.holds(partner, a, b)
+		pass(older, 10*time.Minute)
+		w.holds(partner, a)
+	})
+}
+
 // TestWithdrawn: a trust domain that publishes no keys has withdrawn them (SPIFFE Trust
 // Domain and Bundle, section 4.1.3). Its bundle is no longer published, also after a
 // restart.
