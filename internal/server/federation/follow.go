@@ -258,14 +258,12 @@ func (f *Follower) saveIfNeeded(ctx context.Context, p *peer) {
 // save stores the current bundle.
 func (f *Follower) save(ctx context.Context, p *peer) error {
 	c := p.current.Load()
-	if f.cfg.Storage != nil {
-		data, err := marshal(c.bundle)
-		if err != nil {
-			return err
-		}
-		if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: c.fetchedAt, File: p.file}); err != nil {
-			return err
-		}
+	data, err := marshal(c.bundle)
+	if err != nil {
+		return err
+	}
+	if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: c.fetchedAt, File: p.file}); err != nil {
+		return err
 	}
 	p.current.Store(&current{bundle: c.bundle, leftOut: c.leftOut, fetchedAt: c.fetchedAt, stored: true})
 	return nil
