@@ -154,7 +154,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	config := spireapi.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Storage: dep.stored, Lost: d.store.Lost(), X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
 		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
-		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, Heard: d.compareClock,
+		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, SetBack: d.clockSetBack, Heard: d.compareClock,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
 	if !rows.RestoredAt.IsZero() {

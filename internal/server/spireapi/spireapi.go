@@ -141,6 +141,9 @@ type Config struct {
 	// Now is the clock; time.Now when nil. AtLeast is a lower bound of the true
 	// time, by which expired agents and join tokens are deleted; Now when nil.
 	Now, AtLeast func() time.Time
+	// SetBack reports whether the clock is behind what it has shown before; never when
+	// nil.
+	SetBack func() bool
 	// Heard receives the time that an agent's own clock showed when it made a
 	// call; optional.
 	Heard func(agent string, sentAt time.Time)
@@ -195,6 +198,9 @@ func New(c Config) (*Server, error) {
 	}
 	if s.config.AtLeast == nil {
 		s.config.AtLeast = s.now
+	}
+	if s.config.SetBack == nil {
+		s.config.SetBack = func() bool { return false }
 	}
 	if s.config.Heard == nil {
 		s.config.Heard = func(string, time.Time) {}
