@@ -30,8 +30,8 @@ import (
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 
-	// DataDir is the folder of the store. If empty, everything is in memory and is
-	// lost when the process ends.
+	// DataDir is the folder of the store. If empty, the store is temporary and ends with
+	// the Domain.
 	DataDir string
 	// KeyFile holds the key that encrypts the signing keys; empty means
 	// the systemd credential renewd-store-key ([seal.CredentialName]). Not used

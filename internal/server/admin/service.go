@@ -43,8 +43,7 @@ type Deployment struct {
 	Keysets *keyset.Deployment
 	Server  *spireapi.Server
 	Ledger  *ledger.Ledger
-	// Audit returns at most limit records with a number above after. It is nil if there
-	// is no audit log.
+	// Audit returns at most limit records with a number above after.
 	Audit func(ctx context.Context, after uint64, limit int) ([]AuditRecord, error)
 	// Automatic returns the next step of automatic rotation. It is nil if there is none.
 	Automatic func() Automatic
@@ -73,8 +72,7 @@ type Config struct {
 	// Follows reports whether the server fetches the bundle of a federated trust
 	// domain. If it is nil, entries are applied without a warning about that.
 	Follows func(spiffeid.TrustDomain) bool
-	// Backup writes a copy of the store to w and returns its size in bytes. It is nil
-	// if there is no store.
+	// Backup writes a copy of the store to w and returns its size in bytes.
 	Backup func(ctx context.Context, w io.Writer) (size int64, err error)
 	// Certificate returns the certificate for remote operators. ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)

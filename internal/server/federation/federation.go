@@ -87,16 +87,15 @@ const (
 	OutcomeFailed    = "failed"    // there was no answer
 )
 
-// Config configures a [Follower]. TrustDomain and Publish are required.
+// Config configures a [Follower]. TrustDomain, Storage and Publish are required.
 type Config struct {
 	// TrustDomain is this server's trust domain. Own returns its X.509 authorities, for
 	// endpoints whose SPIFFE ID is in it.
 	TrustDomain spiffeid.TrustDomain
 	Own         func() []*x509.Certificate
-	// Endpoints are checked with [Check].
+	// Endpoints have passed [Check].
 	Endpoints []Endpoint
-	// Storage stores the bundles; they are lost with the process when nil.
-	Storage Storage
+	Storage   Storage
 	// Publish is called with each new bundle, which must not be modified, and with nil
 	// if it has no X.509 authority: that trust domain is then no longer trusted. [New]
 	// and Run call it, never concurrently for one trust domain.
@@ -120,7 +119,7 @@ type Follower struct {
 	peers map[spiffeid.TrustDomain]*peer
 }
 
-// New checks the configuration, loads the bundles from the storage and from files, and
+// New loads the bundles from the storage and from files, and
 // publishes them. It deletes the records of trust domains that are no longer configured.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
 	cfg.Storage = cmp.Or[Storage](cfg.Storage, noopStorage{})
