@@ -18,6 +18,8 @@ import (
 	"crypto"
 	"crypto/sha1"
 	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/asn1"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -103,13 +105,19 @@ func New(td spiffeid.TrustDomain, c Content) (*Bundle, error) {
 }
 
 // AuthorityID returns the ID of an X.509 authority: its subject key identifier in
-// lower-case hex or, if the certificate has none, the SHA-1 of its public key as in RFC
-// 5280 (4.2.1.2, method 1).
+// lower-case hex or, if the certificate has none, the SHA-1 of the bits of its public key
+// (RFC 5280, section 4.2.1.2, method 1).
 func AuthorityID(cert *x509.Certificate) string {
 	if len(cert.SubjectKeyId) > 0 {
 		return hex.EncodeToString(cert.SubjectKeyId)
 	}
-	sum := sha1.Sum(cert.RawSubjectPublicKeyInfo)
+	var info struct {
+		Algorithm pkix.AlgorithmIdentifier
+		Key       asn1.BitString
+	}
+	// It has been parsed before, with the certificate.
+	_, _ = asn1.Unmarshal(cert.RawSubjectPublicKeyInfo, &info)
+	sum := sha1.Sum(info.Key.Bytes)
 	return hex.EncodeToString(sum[:])
 }
 
@@ -164,15 +172,13 @@ func (b *Bundle) JWTKey(keyID string) (JWTAuthority, bool) {
 // several, an authority that is not tainted is preferred.
 func (b *Bundle) Verify(leaf *x509.Certificate, intermediates []*x509.Certificate, now time.Time) (string, error) {
 	opts := x509.VerifyOptions{
-		Roots:       b.roots,
-		CurrentTime: now,
-		KeyUsages:   []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
+		Roots:         b.roots,
+		Intermediates: x509.NewCertPool(),
+		CurrentTime:   now,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	}
-	if len(intermediates) > 0 {
-		opts.Intermediates = x509.NewCertPool()
-		for _, c := range intermediates {
-			opts.Intermediates.AddCert(c)
-		}
+	for _, c := range intermediates {
+		opts.Intermediates.AddCert(c)
 	}
 	chains, err := leaf.Verify(opts)
 	if err != nil {
@@ -223,14 +229,13 @@ func (b *Bundle) since(prev *Bundle, now time.Time) *Bundle {
 	for i := range out.content.X509 {
 		a := &out.content.X509[i]
 		if !a.Tainted {
-			a.TaintedSince = time.Time{}
 			continue
 		}
 		// Without the monotonic reading: the time is kept over a restart, so only
 		// the wall clock counts.
 		a.TaintedSince = now.Round(0)
 		if prev != nil {
-			if p, ok := prev.X509Authority(a.ID); ok && p.Tainted && !p.TaintedSince.IsZero() {
+			if p, _ := prev.X509Authority(a.ID); !p.TaintedSince.IsZero() {
 				a.TaintedSince = p.TaintedSince
 			}
 		}

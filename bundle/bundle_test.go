@@ -5,9 +5,11 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/sha1"
 	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
+	"fmt"
 	"math/big"
 	"net/url"
 	"slices"
@@ -141,6 +143,41 @@ func TestVerifyFindsTheAuthority(t *testing.T) {
 	}
 }
 
+// A certificate without a subject key identifier has the one of RFC 5280, section 4.2.1.2,
+// method 1: the SHA-1 of the public key's bits, without its algorithm.
+func TestAuthorityIDWithoutKeyIdentifier(t *testing.T) {
+	cert := newCA(t, "a", nil).leaf(t)
+	if len(cert.SubjectKeyId) > 0 {
+		t.Fatal("the certificate has a subject key identifier")
+	}
+	bits, err := cert.PublicKey.(*ecdsa.PublicKey).Bytes()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, want := bundle.AuthorityID(cert), fmt.Sprintf("%x", sha1.Sum(bits)); got != want {
+		t.Errorf("ID %s, want %s", got, want)
+	}
+}
+
+// Of the authorities that a chain leads to, one without a taint mark is preferred: an SVID
+// is replaced only if all of them are tainted.
+func TestVerifyPrefersAnAuthorityWithoutMark(t *testing.T) {
+	roots := []*ca{newCA(t, "a", nil), newCA(t, "b", nil)}
+	middle := newCA(t, "m", roots[0])
+	cross := sign(t, middle.cert, roots[1].cert, middle.key, roots[1].key)
+	for _, tt := range []struct {
+		a, b bool
+		want []string
+	}{{true, false, []string{"62"}}, {false, true, []string{"61"}}, {true, true, []string{"61", "62"}}} {
+		b := newBundle(t, 1, bundle.X509Authority{Certificate: roots[0].cert, Tainted: tt.a}, bundle.X509Authority{Certificate: roots[1].cert, Tainted: tt.b})
+		for _, chain := range [][]*x509.Certificate{{middle.cert, cross}, {cross, middle.cert}} {
+			if id, err := b.Verify(middle.leaf(t), chain, time.Now()); err != nil || !slices.Contains(tt.want, id) {
+				t.Errorf("marks %v and %v: %q, %v; want one of %v", tt.a, tt.b, id, err, tt.want)
+			}
+		}
+	}
+}
+
 func TestDiff(t *testing.T) {
 	certs := map[string]*x509.Certificate{"a": newCA(t, "a", nil).cert, "b": newCA(t, "b", nil).cert}
 	again := newCA(t, "a", nil).cert
@@ -168,5 +205,23 @@ func TestDiff(t *testing.T) {
 				t.Errorf("Diff = %v, want %v", got, tt.want)
 			}
 		})
+	}
+	keys := func(tainted bool, ids ...string) *bundle.Bundle {
+		c := bundle.Content{X509: []bundle.X509Authority{auth("a", false)}}
+		for _, id := range ids {
+			c.JWT = append(c.JWT, bundle.JWTAuthority{KeyID: id, PublicKey: certs["a"].PublicKey, Tainted: tainted})
+		}
+		b, err := bundle.New(td, c)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	want := []bundle.Change{
+		{Kind: bundle.KindTainted, Type: bundle.TypeJWT, ID: "k"}, {Kind: bundle.KindAdded, Type: bundle.TypeJWT, ID: "m"},
+		{Kind: bundle.KindTainted, Type: bundle.TypeJWT, ID: "m"}, {Kind: bundle.KindRemoved, Type: bundle.TypeJWT, ID: "l"},
+	}
+	if got := bundle.Diff(keys(false, "k", "l"), keys(true, "k", "m")); !slices.Equal(got, want) {
+		t.Errorf("of JWT keys: %v, want %v", got, want)
 	}
 }

@@ -187,6 +187,54 @@ func TestTwoKeysOfOneID(t *testing.T) {
 	}
 }
 
+// Of the times of a mark the earliest known one counts, and a key of which one copy has no
+// expiry has none.
+func TestTimesOfCopies(t *testing.T) {
+	t.Parallel()
+	root := newCA(t, "a", nil)
+	none, soon, late := time.Time{}, time.Now().Round(0), time.Now().Add(time.Hour).Round(0)
+	for _, tt := range []struct{ one, two, since, expiry time.Time }{
+		{soon, late, soon, late}, {late, soon, soon, late}, {none, none, none, none},
+		{soon, none, soon, none}, {none, soon, soon, none},
+	} {
+		b, err := bundle.New(td, bundle.Content{
+			X509: []bundle.X509Authority{{Certificate: root.cert, Tainted: true, TaintedSince: tt.one}, {Certificate: root.cert, Tainted: true, TaintedSince: tt.two}},
+			JWT:  []bundle.JWTAuthority{{KeyID: "k", PublicKey: root.key.Public(), ExpiresAt: tt.one}, {KeyID: "k", PublicKey: root.key.Public(), ExpiresAt: tt.two}},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if x, k := b.X509()[0], b.JWT()[0]; !x.TaintedSince.Equal(tt.since) || !k.ExpiresAt.Equal(tt.expiry) {
+			t.Errorf("%v and %v: tainted since %v, expires at %v", tt.one, tt.two, x.TaintedSince, k.ExpiresAt)
+		}
+	}
+}
+
+// Keys that are no usable public keys never get into a bundle, and the reason says what is
+// wrong.
+func TestUnusableJWTKeys(t *testing.T) {
+	t.Parallel()
+	root := newCA(t, "a", nil)
+	for reason, k := range map[string]bundle.JWTAuthority{
+		"it has no key ID":                            {PublicKey: root.key.Public()},
+		"it has no public key":                        {KeyID: "k"},
+		"it is not a public key of a supported type":  {KeyID: "k", PublicKey: root.key},
+		"it is not a public key of a supported type ": {KeyID: "k", PublicKey: ed25519.PublicKey("short")},
+		"its key has no JWK form":                     {KeyID: "k", PublicKey: newKey(t, elliptic.P224()).Public()},
+	} {
+		b, err := bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: root.cert}}, JWT: []bundle.JWTAuthority{k}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if left := b.LeftOut(); len(b.JWT()) > 0 || len(left) != 1 || !strings.HasPrefix(left[0].Reason, strings.TrimSpace(reason)) {
+			t.Errorf("%s: %d JWT authorities, left out %v", reason, len(b.JWT()), left)
+		}
+		if _, ok := b.JWTKey(k.KeyID); ok || strings.Contains(string(b.JWKS()), `"kty"`) {
+			t.Errorf("%s: the key is in the bundle: %s", reason, b.JWKS())
+		}
+	}
+}
+
 // Whatever a bundle is made of, in whatever order and number: it has all usable
 // authorities, each once, with every taint mark of a copy. A bundle made of the result is
 // the same.
@@ -263,12 +311,28 @@ func TestLeftOutIsLoggedOnce(t *testing.T) {
 	for i := range 1000 {
 		many = append(many, bundle.LeftOut{Type: bundle.TypeJWT, ID: strings.Repeat("\xff", 1000), Reason: fmt.Sprint(i, strings.Repeat("y", 1000))})
 	}
+	const some, none = "unusable authorities left out of the bundle", "no authority left out of the bundle"
 	for _, tt := range []struct {
 		before, now []bundle.LeftOut
 		lines       int
-	}{{nil, nil, 0}, {nil, many, 1}, {many, many, 0}, {many, many[1:], 1}, {many, nil, 1}} {
-		if bundle.LogLeftOut(l, td, tt.before, tt.now); lines() != tt.lines {
-			t.Errorf("from %d to %d left out: want %d lines", len(tt.before), len(tt.now), tt.lines)
+		text        string
+	}{{nil, nil, 0, ""}, {nil, many, 1, some}, {many, many, 0, ""}, {many, many[1:], 1, some}, {many, nil, 1, none}} {
+		bundle.LogLeftOut(l, td, tt.before, tt.now)
+		text := log.String()
+		if lines() != tt.lines || !strings.Contains(text, tt.text) {
+			t.Errorf("from %d to %d left out: want %d lines %q, have %.200q", len(tt.before), len(tt.now), tt.lines, tt.text, text)
+		}
+	}
+}
+
+func TestLeftOutNamesTheAuthority(t *testing.T) {
+	t.Parallel()
+	for want, l := range map[string]bundle.LeftOut{
+		"jwt:k: it has no public key": {Type: bundle.TypeJWT, ID: "k", Reason: "it has no public key"},
+		"unknown: it has no use":      {Type: bundle.TypeUnknown, Reason: "it has no use"},
+	} {
+		if got := l.String(); got != want {
+			t.Errorf("%q, want %q", got, want)
 		}
 	}
 }

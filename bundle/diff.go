@@ -58,20 +58,17 @@ type mark struct {
 	tainted bool
 }
 
-// marks lists one mark for each authority ID, tainted if any of its certificates is.
+// marks lists one mark for each authority ID. All certificates of an ID have the same; see
+// [Content.usable].
 func marks(b *Bundle, typ string) []mark {
 	if b == nil {
 		return nil
 	}
 	var out []mark
 	add := func(id string, tainted bool) {
-		for i := range out {
-			if out[i].id == id {
-				out[i].tainted = out[i].tainted || tainted
-				return
-			}
+		if _, had := find(out, id); !had {
+			out = append(out, mark{id, tainted})
 		}
-		out = append(out, mark{id, tainted})
 	}
 	if typ == TypeX509 {
 		for _, a := range b.content.X509 {

@@ -64,6 +64,11 @@ func TestReadDocument(t *testing.T) {
 			t.Errorf("%s: %+v", name, d)
 		}
 	}
+	key509 := pem.EncodeToMemory(&pem.Block{Type: "PUBLIC KEY", Bytes: pkix(t, key)})
+	mixed, err := bundle.Read(slices.Concat(key509, block))
+	if err != nil || len(mixed.X509) != 1 || len(mixed.LeftOut) != 1 {
+		t.Errorf("a certificate after another PEM block: %+v, %v", mixed, err)
+	}
 	empty, err := bundle.ReadJSON([]byte(`{"keys":[]}`))
 	if err != nil || empty.Numbered || len(empty.X509) != 0 {
 		t.Errorf("no keys: %+v, %v", empty, err)

@@ -264,7 +264,7 @@ func TestKeptFederatedBundles(t *testing.T) {
 			kept[td] = foreignBundle(t, td, 1, "kept")
 		}
 		var want atomic.Pointer[[]spiffeid.TrustDomain]
-		all := append(slices.Clone(wanted), td)
+		all := append([]spiffeid.TrustDomain{td}, wanted...)
 		want.Store(&all)
 		asked := map[spiffeid.TrustDomain]int{}
 		src.answer = func(ctx context.Context, of spiffeid.TrustDomain) error {

@@ -99,6 +99,22 @@ func refreshing(t *testing.T, cfg bundle.RefresherConfig, src bundle.Fetcher, f 
 	}
 }
 
+func TestRefresherNeedsFetcherAndPublish(t *testing.T) {
+	for name, cfg := range map[string]bundle.RefresherConfig{
+		"no fetcher": {Publish: func(*bundle.Snapshot) {}},
+		"no publish": {Fetcher: &source{}},
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: no panic", name)
+				}
+			}()
+			bundle.NewRefresher(cfg)
+		}()
+	}
+}
+
 func TestRefreshPublishesOnlyChanges(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		a, b := newCA(t, "a", nil), newCA(t, "b", nil)
@@ -228,6 +244,28 @@ func TestOlderBundleIsAppliedOnlyAfterAMinute(t *testing.T) {
 			time.Sleep(30 * time.Second)
 			if got := published(); len(got) != 2 || got[1].Own.Sequence() != 7 {
 				t.Errorf("an older bundle that stays was not followed")
+			}
+		})
+	})
+}
+
+// Of the time between two answers at most two intervals count, and a minute of it is
+// enough.
+func TestMinuteOfSlowOlderAnswers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		a := newCA(t, "a", nil)
+		src := &source{own: newBundle(t, 8, bundle.X509Authority{Certificate: a.cert})}
+		var answers []string
+		cfg := bundle.RefresherConfig{Observe: func(outcome string, _ *bundle.Bundle) { answers = append(answers, outcome) }}
+		refreshing(t, cfg, src, func(_ *bundle.Refresher, published func() []*bundle.Snapshot) {
+			time.Sleep(time.Second)
+			src.set(newBundle(t, 7, bundle.X509Authority{Certificate: a.cert}), nil)
+			src.setLatency(20 * time.Second)
+			time.Sleep(5 * time.Minute)
+			published()
+			// The first is the answer before, and each after the second counts 10 s.
+			if i := slices.Index(answers[1:], bundle.OutcomeApplied); i != 6 {
+				t.Errorf("the outcomes are %v, want the seventh older answer applied", answers)
 			}
 		})
 	})

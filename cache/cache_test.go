@@ -10,7 +10,6 @@ import (
 	"maps"
 	"math/big"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
@@ -116,6 +115,44 @@ func TestNotReadyWithoutBundleAndEntries(t *testing.T) {
 	}
 	if v := sub.View(); !v.Ready || v.Matched != 0 || v.Bundle == nil {
 		t.Errorf("view after an empty first sync: %+v, want ready with no match", v)
+	}
+	if !c.Ready() {
+		t.Error("not ready with bundle and entries")
+	}
+	c = cache.New(cache.Config{})
+	if c.Update(nil, nil); c.Ready() {
+		t.Error("ready without a bundle")
+	}
+}
+
+// Watches and streams are woken for a change and not for a sync that brings none.
+func TestUpdateWithoutAChangeWakesNoReader(t *testing.T) {
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	sub, watch := c.Subscribe(cache.Process{}, sel("x")), c.Watch()
+	defer sub.Close()
+	defer watch.Close()
+	for _, step := range []struct {
+		name       string
+		do         func()
+		sub, watch bool
+	}{
+		{"opened", func() {}, true, true},
+		{"first sync", func() { c.Update(nil, nil) }, true, true},
+		{"nothing new", func() { c.Update(nil, nil) }, false, false},
+		{"an entry of others", func() { c.Update([]*cache.Entry{entry("e", "y")}, nil) }, true, true}, // a kind of selectors is needed
+		{"another of the same kind", func() { c.Update([]*cache.Entry{entry("f", "y")}, nil) }, false, true},
+		{"deleted", func() { c.Update(nil, []string{"f"}) }, false, true},
+		{"a bundle", func() { c.SetBundle(snapshot(t)) }, true, true},
+	} {
+		step.do()
+		if s, w := woken(sub.C()), woken(watch.C()); s != step.sub || w != step.watch {
+			t.Errorf("%s: stream woken %v, watch woken %v; want %v and %v", step.name, s, w, step.sub, step.watch)
+		}
+	}
+	watch.Close()
+	if c.SetBundle(snapshot(t)); woken(watch.C()) {
+		t.Error("a closed watch was woken")
 	}
 }
 
@@ -326,145 +363,52 @@ func TestFollowerLearnsWhatChanged(t *testing.T) {
 	if !woken(f.C()) || len(f.Drain()) != 0 {
 		t.Error("a new bundle must wake the follower and change no entry")
 	}
-}
-
-func TestJWT(t *testing.T) {
-	now := time.Now()
-	c := cache.New(cache.Config{Now: func() time.Time { return now }})
-	c.SetBundle(snapshot(t, "k1", "k2"))
-	e := entry("e", "x")
-	c.Update([]*cache.Entry{e}, nil)
-	jwt := cache.JWT{Token: "t1", KeyID: "k1", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)}
-	c.PutJWT(e, []string{"b", "a"}, jwt)
-	if got, ok := c.JWT(e, []string{"a", "b", "a"}); !ok || got != jwt {
-		t.Error("the order of audiences and repeats must not matter")
-	}
-	if _, ok := c.JWT(e, []string{"a"}); ok {
-		t.Error("found under another set of audiences")
-	}
-	if !jwt.Fresh(now.Add(29*time.Minute)) || jwt.Fresh(now.Add(31*time.Minute)) {
-		t.Error("fresh must end at half of its life")
-	}
-	if got := c.JWTExpiry(); len(got) != 1 || !got["k1"].Equal(now.Add(time.Hour)) {
-		t.Errorf("latest expiry %v", got)
-	}
-	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t2", KeyID: "unknown", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
-	if _, ok := c.JWT(e, []string{"z"}); ok {
-		t.Error("a token by a key that is not in the bundle is held")
+	f.Close()
+	if c.SetBundle(snapshot(t)); woken(f.C()) {
+		t.Error("a closed follower was woken")
 	}
 
-	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t3", KeyID: "k2", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
-	c.SetBundle(snapshot(t, "k2"))
-	if _, ok := c.JWT(e, []string{"a", "b"}); ok {
-		t.Error("a token is handed out whose key left the bundle")
-	}
-	if _, ok := c.JWT(e, []string{"z"}); !ok {
-		t.Error("a token was dropped whose key stayed")
-	}
-	now = now.Add(2 * time.Hour)
-	if _, ok := c.JWT(e, []string{"z"}); ok || len(c.JWTExpiry()) != 0 {
-		t.Error("an expired token is handed out or still counted")
-	}
-	c.PutJWT(e, []string{"z"}, cache.JWT{Token: "t4", KeyID: "k2", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(2 * time.Hour)})
-	c.Update(nil, []string{"e"})
-	again := entry("e", "x")
-	c.Update([]*cache.Entry{again}, nil)
-	if _, ok := c.JWT(again, []string{"z"}); ok {
-		t.Error("a token outlived its entry")
-	}
-}
-
-// A token is for the revision that it was minted for: callers that matched before an edit
-// and callers that match after it do not get each other's.
-func TestJWTIsForTheCurrentRevision(t *testing.T) {
-	now := time.Now()
-	jwt := func(token string) cache.JWT {
-		return cache.JWT{Token: token, KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)}
-	}
-	for name, revision := range map[string]int64{"a new revision": 2, "the same revision": 1} {
-		c := cache.New(cache.Config{})
-		c.SetBundle(snapshot(t, "k"))
-		before, after := entry("e", "x"), entry("e", "x")
-		before.Revision, after.Revision = 1, revision
-		after.SPIFFEID = spiffeid.RequireFromString("spiffe://example.org/after")
-		c.Update([]*cache.Entry{before}, nil)
-		if err := c.PutJWT(before, []string{"a"}, jwt("before")); err != nil {
-			t.Fatal(err)
-		}
-		c.Update([]*cache.Entry{after}, nil)
-		if got, ok := c.JWT(after, []string{"a"}); ok {
-			t.Errorf("%s: the entry as it is now has the token %q", name, got.Token)
-		}
-		if err := c.PutJWT(before, []string{"a"}, jwt("late")); !errors.Is(err, cache.ErrChanged) {
-			t.Errorf("%s: a token for the entry as it was is taken: %v", name, err)
-		}
-		if err := c.PutJWT(after, []string{"a"}, jwt("after")); err != nil {
-			t.Error(err)
-		}
-		if got, ok := c.JWT(before, []string{"a"}); ok {
-			t.Errorf("%s: the entry as it was has the token %q", name, got.Token)
-		}
-		if got, ok := c.JWT(after, []string{"a"}); !ok || got.Token != "after" {
-			t.Errorf("%s: the entry as it is now has the token %q", name, got.Token)
+	early := cache.New(cache.Config{})
+	f = early.Follow()
+	defer f.Close()
+	woken(f.C())
+	for i, want := range []bool{true, false} {
+		if early.Update(nil, nil); woken(f.C()) != want {
+			t.Errorf("sync %d without entries: woken is not %v", i+1, want)
 		}
 	}
 }
 
-// However a workload varies its audiences, the number of tokens held is bounded.
-func TestJWTsAreBounded(t *testing.T) {
-	now := time.Now()
+// A failed mint matters until there is an SVID, and wakes its streams once.
+func TestFailedMintWakesOnce(t *testing.T) {
 	c := cache.New(cache.Config{})
-	c.SetBundle(snapshot(t, "k"))
+	c.SetBundle(snapshot(t))
 	e := entry("e", "x")
 	c.Update([]*cache.Entry{e}, nil)
-	for i := range 10_000 {
-		c.PutJWT(e, []string{fmt.Sprint(i)}, cache.JWT{KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
+	sub := c.Subscribe(cache.Process{}, sel("x"))
+	defer sub.Close()
+	woken(sub.C())
+	step := func(when string, wakes bool, waiting int) {
+		t.Helper()
+		if got := woken(sub.C()); got != wakes {
+			t.Errorf("%s: woken %v, want %v", when, got, wakes)
+		}
+		if got := sub.View().Waiting; got != waiting {
+			t.Errorf("%s: %d waiting, want %d", when, got, waiting)
+		}
 	}
-	if n := c.JWTCounts()["k"]; n > 5000 {
-		t.Errorf("%d JWT-SVIDs held", n)
-	}
-	if _, ok := c.JWT(e, []string{"9999"}); !ok {
-		t.Error("the newest was dropped instead of the oldest")
-	}
-}
-
-// Their size, which workloads choose, too, is bounded.
-func TestJWTsAreBoundedInSize(t *testing.T) {
-	now := time.Now()
-	c := cache.New(cache.Config{})
-	c.SetBundle(snapshot(t, "k"))
-	e := entry("e", "x")
-	c.Update([]*cache.Entry{e}, nil)
-	const size = 32 << 10
-	audience := func(i int) []string { return []string{fmt.Sprint(i) + strings.Repeat("a", size)} }
-	for i := range 2000 {
-		c.PutJWT(e, audience(i), cache.JWT{Token: strings.Repeat("t", size), KeyID: "k", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
-	}
-	if n := c.JWTCounts()["k"]; n > (32<<20)/(2*size) || n < 10 {
-		t.Errorf("%d JWT-SVIDs of %d bytes held", n, size)
-	}
-	if _, ok := c.JWT(e, audience(1999)); !ok {
-		t.Error("the newest was dropped instead of the oldest")
-	}
-}
-
-// A scrape with a wrong clock must not make the cache forget the keys of its tokens.
-func TestJWTOfARemovedKeyAfterTheClockWasWrong(t *testing.T) {
-	now := time.Now()
-	c := cache.New(cache.Config{Now: func() time.Time { return now }})
-	c.SetBundle(snapshot(t, "k1", "k2"))
-	e := entry("e", "x")
-	c.Update([]*cache.Entry{e}, nil)
-	c.PutJWT(e, []string{"a"}, cache.JWT{Token: "t", KeyID: "k1", IssuedAt: now, AskedAt: now, ExpiresAt: now.Add(time.Hour)})
-	now = now.Add(2 * time.Hour)
-	if got := c.JWTExpiry(); len(got) != 0 {
-		t.Errorf("expired tokens are reported: %v", got)
-	}
-	now = now.Add(-2 * time.Hour)
-	c.SetBundle(snapshot(t, "k2"))
-	if _, ok := c.JWT(e, []string{"a"}); ok {
-		t.Error("a token is handed out whose key left the bundle")
-	}
+	c.Failed("unknown")
+	step("an unknown entry", false, 1)
+	c.Failed("e")
+	step("failed", true, 0)
+	c.Failed("e")
+	step("failed again", false, 0)
+	put(t, c, svid(e, "A"))
+	step("minted", true, 0)
+	c.Failed("e")
+	step("failed later", false, 0)
+	c.Update([]*cache.Entry{edited(e, "/other", "x")}, nil)
+	step("another SPIFFE ID", true, 1)
 }
 
 // An SVID that was minted for another entry with the same ID is rejected, unless it is

@@ -158,6 +158,22 @@ func TestNoPrefetchAboveTheLimit(t *testing.T) {
 	held("put again", "other")
 }
 
+// As many SVIDs as the limit may be held, those of entries with NoPrefetch among them.
+func TestNoPrefetchAtTheLimit(t *testing.T) {
+	c := cache.New(cache.Config{Limit: 2})
+	c.SetBundle(snapshot(t))
+	usual, asked := entry("usual", "1"), entry("asked", "2")
+	asked.NoPrefetch = true
+	c.Update([]*cache.Entry{usual, asked}, nil)
+	c.Subscribe(cache.Process{}, asked.Selectors).Close()
+	put(t, c, svid(asked, "A"))
+	put(t, c, svid(usual, "A"))
+	put(t, c, svid(usual, "A"))
+	if n := c.Held("A"); n != 2 {
+		t.Errorf("%d SVIDs are held, want 2", n)
+	}
+}
+
 // hour is an SVID that is good for an hour from now.
 func hour(e *cache.Entry, now time.Time) *cache.SVID {
 	s := svid(e, "A")

@@ -61,13 +61,11 @@ type deployment struct {
 	stored    *store.Deployment // nil in memory
 }
 
-// Open checks the configuration, opens the store and loads its contents. It opens no
+// Open opens the store and loads its contents. It opens no
 // listener and starts nothing but the store. The caller must run or close the
 // Domain.
 func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
-	if cfg, err = cfg.withDefaults(); err != nil {
-		return nil, err
-	}
+	cfg = cfg.withDefaults()
 	d := &Domain{cfg: cfg, connections: listen.NewPool()}
 	if d.rules, err = admin.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
 		return nil, err

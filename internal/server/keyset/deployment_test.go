@@ -67,17 +67,15 @@ func TestOpenRefuses(t *testing.T) {
 		return fixed{doc}
 	}
 	for name, c := range map[string]keyset.Config{
-		"no trust domain": {},
-		"short lifetime":  {TrustDomain: td, Lifetime: time.Minute},
-		"storage fails":   {TrustDomain: td, Storage: failing{load: errors.New("disk")}},
-		"nothing stored":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = nil })},
-		"none active":     {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = keyset.Prepared })},
-		"unknown state":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = 7 })},
-		"stored twice":    {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = append(d.Records, d.Records[0]) })},
-		"broken CA":       {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA = []byte("x") })},
-		"broken CA key":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = []byte("x") })},
-		"foreign CA key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = d.Records[0].JWTKey })},
-		"broken JWT key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = nil })},
+		"storage fails":  {TrustDomain: td, Storage: failing{load: errors.New("disk")}},
+		"nothing stored": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = nil })},
+		"none active":    {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = keyset.Prepared })},
+		"unknown state":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = 7 })},
+		"stored twice":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = append(d.Records, d.Records[0]) })},
+		"broken CA":      {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA = []byte("x") })},
+		"broken CA key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = []byte("x") })},
+		"foreign CA key": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = d.Records[0].JWTKey })},
+		"broken JWT key": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = nil })},
 		"two active": {TrustDomain: td, Storage: broken(func(d *keyset.Document) {
 			other := d.Records[0]
 			other.ID = "ks_other"

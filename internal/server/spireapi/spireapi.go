@@ -25,7 +25,6 @@ package spireapi
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -224,26 +223,12 @@ func New(c Config) (*Server, error) {
 	if s.config.ConnectionAge == 0 {
 		s.config.ConnectionAge = connectionAge
 	}
-	switch {
-	case s.td.IsZero():
-		return nil, errors.New("new server: no trust domain")
-	case c.JWTTTL < 0:
-		return nil, fmt.Errorf("new server: JWT lifetime %v is negative", c.JWTTTL)
-	case c.RefreshHint < 0:
-		return nil, fmt.Errorf("new server: refresh hint %v is negative", c.RefreshHint)
-	}
-	if err := checkX509TTL(c.X509TTL); err != nil {
-		return nil, fmt.Errorf("new server: X.509 lifetime %w", err)
-	}
 	ctx := context.Background()
 	if s.keysets == nil {
 		var err error
 		if s.keysets, err = keyset.Open(ctx, keyset.Config{TrustDomain: s.td, Now: s.now}); err != nil {
 			return nil, fmt.Errorf("new server: %w", err)
 		}
-	}
-	if s.keysets.TrustDomain() != s.td {
-		return nil, fmt.Errorf("new server: keysets are of %q, not of %q", s.keysets.TrustDomain().Name(), s.td.Name())
 	}
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle
