@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"syscall"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -135,14 +136,21 @@ func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
 	return listen.ServeHTTP(ctx, d.connections, lis, srv, serve)
 }
 
-// Ready returns nil while the server answers and every served deployment can sign.
+// Ready returns nil while the server answers and every served deployment can sign what
+// verifies.
 func (d *Domain) Ready() error {
 	if !d.running.Load() {
 		return errors.New("starting or stopping")
 	}
 	for _, dep := range d.deployments {
-		if dep.serves() && !d.cfg.Now().Before(dep.keysets.Active().ExpiresAt) {
+		if !dep.serves() {
+			continue
+		}
+		switch now, active := d.cfg.Now(), dep.keysets.Active(); {
+		case !now.Before(active.ExpiresAt):
 			return fmt.Errorf("the active keyset of deployment %s has expired: nothing can be signed", dep.Name)
+		case now.Before(active.ValidFrom):
+			return fmt.Errorf("the active keyset of deployment %s is not valid before %s: nothing that it signs verifies", dep.Name, active.ValidFrom.UTC().Format(time.DateTime))
 		}
 	}
 	return nil
