@@ -58,7 +58,7 @@ func rotation() metrics.State {
 		},
 		OwnID: "spiffe://example.org/spire/agent/join_token/1", OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
 		JWTExpiry: map[string]time.Time{"k1": at.Add(2 * time.Hour)},
-		SVIDs:     map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
+		SVIDs:     map[string]int{"waiting": 0, "minting": 0, "fresh": 7, "due": 0, "backing_off": 1, "stale": 2, "expired": 0},
 	}
 }
 
