@@ -120,7 +120,7 @@ func (a *Agent) open() (err error) {
 		Deployment:  cfg.DeploymentName,
 		Version:     cfg.Version,
 		Process:     process,
-		Source:      metrics.SourceFunc(a.State),
+		Source:      a.State,
 		Log:         a.log,
 	})
 	initWorkloadMetrics(a.metrics)
