@@ -29,7 +29,7 @@ func (d *Domain) openOperator() (err error) {
 		c.Backup = d.store.Backup
 	}
 	for _, dep := range d.deployments {
-		part := admin.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
+		part := admin.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.scheduler.Automatic}
 		if dep.stored != nil {
 			part.Audit = dep.audit
 		}
@@ -78,7 +78,7 @@ func (d *Domain) state() metrics.ServerState {
 			continue
 		}
 		out := metrics.Deployment{
-			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.automatic().Mode,
+			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.scheduler.Automatic().Mode,
 		}
 		for _, k := range f.Keysets {
 			out.Keysets = append(out.Keysets, metrics.Keyset{
