@@ -89,9 +89,6 @@ type Config struct {
 	Now       func() time.Time
 }
 
-// DefaultSocketPath is the path of the Workload API's socket.
-const DefaultSocketPath = "/run/renewd/agent.sock"
-
 // withDefaults checks the configuration and sets the defaults.
 func (c Config) withDefaults() (Config, error) {
 	var errs []error
@@ -123,7 +120,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.TaintDelay < 0 || c.TaintRate < 0 || c.RefreshInterval < 0 || c.EntryRemovalDelay < 0 || c.CacheSize < 0 {
 		errs = append(errs, errors.New("taint_delay, taint_rate, refresh_interval, entry_removal_delay and svid_cache_size must not be negative"))
 	}
-	c.SocketPath = cmp.Or(c.SocketPath, DefaultSocketPath)
+	c.SocketPath = cmp.Or(c.SocketPath, "/run/renewd/agent.sock")
 	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
 	c.EntryRemovalDelay = cmp.Or(c.EntryRemovalDelay, 30*time.Second)
