@@ -62,7 +62,7 @@ func rotation() metrics.State {
 	}
 }
 
-func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notReady error) string {
+func serveHTTP(t *testing.T, e *testscript.Env, state func() metrics.State, notReady error) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -26,9 +26,6 @@ const (
 	lockFile      = "lock"
 )
 
-// IdentityFile is the file of [Files] that has the agent SVID.
-const IdentityFile = identityFile
-
 // Files are the files of a [Store], the most important first.
 var Files = []string{identityFile, bundleFile, federatedFile, seedFile}
 

@@ -252,7 +252,7 @@ func (s *service) mintInSlot(j *mintJob) (cache.JWT, error) {
 	start := time.Now()
 	jwt, err := s.mintOnce(ctx, j.key.entry, j.audience)
 	if err == nil || !s.cfg.Cache.Missing(j.key.entry.ID) {
-		s.obs.JWTMinted(time.Since(start), err)
+		s.cfg.Observer.JWTMinted(time.Since(start), err)
 	}
 	return jwt, err
 }
