@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"cmp"
 	"log/slog"
 	"net/http"
 	"time"
@@ -28,9 +29,7 @@ type common struct {
 // series from the start. The histogram has only the usual ones, because one for each code
 // would make hundreds of series.
 func newCommon(log *slog.Logger, mints string, duration prometheus.HistogramOpts, help string) common {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	log = cmp.Or(log, slog.New(slog.DiscardHandler))
 	labels := []string{"svid_type", "status_code"}
 	c := common{
 		registry:     prometheus.NewRegistry(),

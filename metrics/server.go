@@ -8,8 +8,8 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// DefaultServerAddress is the default address of the signing server's [Serve]. An agent on
-// the same machine has another one.
+// DefaultServerAddress is the default address of the signing server's [NewHTTPServer]. An
+// agent on the same machine has another one.
 const DefaultServerAddress = "127.0.0.1:9091"
 
 // ServerConfig is what [NewServer] needs. The first three are labels of

@@ -220,7 +220,7 @@ func TestServerGRPC(t *testing.T) {
 // The server's metrics are served by the same listener as the agent's.
 func TestServeServer(t *testing.T) {
 	t.Parallel()
-	url := serve(t, metrics.ServeConfig{Metrics: newServer(rotation)})
+	url := serve(t, metrics.HTTPConfig{Metrics: newServer(rotation)})
 	code, body := get(t, request(t, http.MethodGet, url+"/metrics"))
 	if want := `renewd_server_agents{deployment="east"} 3`; code != http.StatusOK || !strings.Contains(body, want) {
 		t.Errorf("%d without %s", code, want)

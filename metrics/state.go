@@ -34,10 +34,6 @@ func (s AuthorityState) label() string {
 	return string(s)
 }
 
-// SVIDStates are the states of an X.509-SVID, values of the state label of
-// renewd_svids.
-var SVIDStates = []string{"waiting", "minting", "fresh", "due", "backing_off", "stale", "expired"}
-
 // The values of the bundle label: which trust bundles are meant.
 const (
 	BundleOwn       = "own"
@@ -90,8 +86,7 @@ type State struct {
 	JWTExpiry map[string]time.Time
 	// LeftOut counts the unusable authorities in the current trust bundles.
 	LeftOut []LeftOut
-	// SVIDs counts the entries whose X.509-SVID is to be held by its state (see
-	// [SVIDStates]).
+	// SVIDs counts the entries whose X.509-SVID is to be held, by each of its states.
 	SVIDs map[string]int
 	// EntriesMissing counts the registration entries that the server does not list at
 	// present and that this node still serves.
@@ -209,8 +204,8 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, l := range s.LeftOut {
 		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
 	}
-	for _, state := range SVIDStates {
-		gauge(descSVIDs, float64(s.SVIDs[state]), state)
+	for state, n := range s.SVIDs {
+		gauge(descSVIDs, float64(n), state)
 	}
 	gauge(descMissing, float64(s.EntriesMissing))
 	for file, unsaved := range s.Unsaved {

@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"math/big"
+	"net"
 	"net/url"
 	"testing"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/test/clitest"
 )
@@ -61,16 +63,15 @@ func rotation() metrics.State {
 }
 
 func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notReady error) string {
-	l, err := metrics.Listen("127.0.0.1:0")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	m := metrics.New(metrics.Config{TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Source: state})
-	go func() {
-		done <- metrics.Serve(ctx, metrics.ServeConfig{Listener: l, Metrics: m, Ready: func() error { return notReady }})
-	}()
+	srv, serve := metrics.NewHTTPServer(metrics.HTTPConfig{Metrics: m, Ready: func() error { return notReady }})
+	go func() { done <- listen.ServeHTTP(ctx, listen.NewPool(), l, srv, serve) }()
 	e.Defer(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -45,9 +45,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 		return nil
 	})
 	d.cfg.Log.Info("server started", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
-	if d.cfg.Started != nil {
-		d.cfg.Started()
-	}
+	d.cfg.Started()
 	err = group.Wait()
 	d.cfg.Log.Info("server stopped")
 	return err
@@ -134,10 +132,8 @@ func (l *listeners) add(field string, lis net.Listener, serve serve) {
 }
 
 func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
-	limited := d.connections.Listen(lis, listen.HTTP, nil)
-	return metrics.Serve(ctx, metrics.ServeConfig{
-		Listener: limited, ConnState: limited.ConnState, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
-	})
+	srv, serve := metrics.NewHTTPServer(metrics.HTTPConfig{WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log})
+	return listen.ServeHTTP(ctx, d.connections, lis, srv, serve)
 }
 
 // Ready returns nil while the server answers and every served deployment can sign what

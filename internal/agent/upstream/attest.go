@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
@@ -71,7 +72,7 @@ func (c *Client) startAttesting() *attestation {
 
 // keepAttesting tries until the node is attested or banned, or the Client closed.
 func (c *Client) keepAttesting() {
-	log := c.failureLog("attestation")
+	failures := c.failures()
 	if at := c.Attested(); at.IsZero() || time.Since(at) >= attestPause {
 		c.pace.Reset()
 	} else if sleep(c.ctx, c.pace.NextBackOff()) != nil {
@@ -82,7 +83,7 @@ func (c *Client) keepAttesting() {
 		if err == nil || c.ctx.Err() != nil || c.banned.Load() {
 			return
 		}
-		log(err)
+		failures.Note(slog.LevelWarn, "attestation failed, trying again", withoutNumbers(err), "error", err)
 		if sleep(c.ctx, c.pace.NextBackOff()) != nil {
 			return
 		}

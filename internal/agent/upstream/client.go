@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -124,15 +125,9 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Proxy != nil {
 		cfg.Dial = dialerThrough(cfg.Proxy, cfg.Dial)
 	}
-	if cfg.PollTimeout <= 0 {
-		cfg.PollTimeout = DefaultPollTimeout
-	}
-	if cfg.MintTimeout <= 0 {
-		cfg.MintTimeout = DefaultMintTimeout
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.PollTimeout = cmp.Or(cfg.PollTimeout, DefaultPollTimeout)
+	cfg.MintTimeout = cmp.Or(cfg.MintTimeout, DefaultMintTimeout)
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}

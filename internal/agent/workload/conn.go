@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"sync"
 
@@ -27,7 +26,7 @@ func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 	p, err := c.s.cfg.Peers(conn)
 	if err != nil {
 		if !errors.Is(err, attest.ErrGone) {
-			c.s.log.Warn("caller not identified", slog.Any("error", err))
+			c.s.log.Warn("caller not identified", "error", err)
 		}
 		return nil, nil, err
 	}

@@ -1,6 +1,7 @@
 package keyset
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -49,15 +50,9 @@ type Deployment struct {
 // Open loads the keysets of a deployment. If none was ever stored, it makes the first
 // one, which is active.
 func Open(ctx context.Context, c Config) (*Deployment, error) {
-	d := &Deployment{td: c.TrustDomain, name: c.Name, storage: c.Storage, lifetime: c.Lifetime, now: c.Now}
-	if d.name == "" {
-		d.name = "default"
-	}
-	if d.storage == nil {
-		d.storage = new(Memory)
-	}
-	if d.lifetime == 0 {
-		d.lifetime = DefaultLifetime
+	d := &Deployment{
+		td: c.TrustDomain, name: cmp.Or(c.Name, "default"), storage: cmp.Or[Storage](c.Storage, new(Memory)),
+		lifetime: cmp.Or(c.Lifetime, DefaultLifetime), now: c.Now,
 	}
 	if d.now == nil {
 		d.now = time.Now

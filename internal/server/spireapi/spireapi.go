@@ -23,6 +23,7 @@
 package spireapi
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -45,6 +46,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/detach/rpc"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -166,7 +168,7 @@ type Server struct {
 	now      func() time.Time
 	observer Observer
 	ledger   Ledger
-	lines    *listen.Lines
+	lines    *loglimit.Log
 	limits   *limits
 	tls      *tls.Config
 
@@ -189,8 +191,8 @@ type Server struct {
 // New makes a Server and loads entries, agents and join tokens from its storage.
 func New(c Config) (*Server, error) {
 	s := &Server{
-		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
-		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
+		td: c.TrustDomain, keysets: c.Keysets, storage: cmp.Or[Storage](c.Storage, NewMemory()), config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)),
+		now: c.Now, observer: cmp.Or[Observer](c.Observer, noopObserver{}), ledger: cmp.Or[Ledger](c.Ledger, noopLedger{}),
 		entriesSem: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
@@ -205,24 +207,10 @@ func New(c Config) (*Server, error) {
 	if s.config.Heard == nil {
 		s.config.Heard = func(string, time.Time) {}
 	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.storage == nil {
-		s.storage = NewMemory()
-	}
-	if s.observer == nil {
-		s.observer = noopObserver{}
-	}
-	if s.ledger == nil {
-		s.ledger = noopLedger{}
-	}
 	if s.config.IsOperator == nil {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
 	}
-	if s.config.ConnectionAge == 0 {
-		s.config.ConnectionAge = connectionAge
-	}
+	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
 	ctx := context.Background()
 	if s.keysets == nil {
 		var err error
@@ -240,7 +228,7 @@ func New(c Config) (*Server, error) {
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.lines = listen.NewLines(s.log)
+	s.lines = listen.NewLog(s.log)
 	s.limits = newLimits(s.observer, s.lines)
 	s.serving.Now, s.serving.Issue = s.now, s.issue
 	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }

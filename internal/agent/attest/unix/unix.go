@@ -15,6 +15,7 @@
 package unix
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -62,9 +63,7 @@ var _ attest.Attestor = (*Attestor)(nil)
 
 // New returns the attestor.
 func New(cfg Config) *Attestor {
-	if cfg.SHA256Limit == 0 {
-		cfg.SHA256Limit = DefaultSHA256Limit
-	}
+	cfg.SHA256Limit = cmp.Or(cfg.SHA256Limit, DefaultSHA256Limit)
 	if cfg.SHA256Needed == nil {
 		cfg.SHA256Needed = func() bool { return true }
 	}
