@@ -56,7 +56,7 @@ func wave() metrics.State {
 func newMetrics(s func() metrics.State) *metrics.Metrics {
 	return metrics.New(metrics.Config{
 		TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Process: "p1",
-		Source: metrics.SourceFunc(s),
+		Source: s,
 	})
 }
 

@@ -30,7 +30,7 @@ func rotation() metrics.ServerState {
 	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}, LeftOut: map[string]int{"partner.example": 2}, ClockDoubt: -90 * time.Minute}
 }
 
-func newServer(state metrics.ServerSourceFunc) *metrics.Server {
+func newServer(state func() metrics.ServerState) *metrics.Server {
 	return metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: "example.org", Deployments: []string{"east", "west"}, Version: "v1.2.3", Source: state,
 		Federated: []string{"partner.example"},

@@ -50,19 +50,6 @@ const (
 	RPCJWTBundles  = "FetchJWTBundles"
 )
 
-// Source provides the state of the agent. Snapshot must be one consistent read, return
-// soon, do no I/O, and be safe for concurrent use. The result is neither modified nor
-// kept.
-type Source interface {
-	Snapshot() State
-}
-
-// SourceFunc is a function used as a [Source].
-type SourceFunc func() State
-
-// Snapshot calls f.
-func (f SourceFunc) Snapshot() State { return f() }
-
 // State is the state of the agent at one moment. A zero time means unknown and leaves out
 // its series.
 type State struct {
@@ -171,7 +158,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // stateCollector exports one snapshot for each scrape.
 type stateCollector struct {
-	source  Source
+	source  func() State
 	process string
 }
 
@@ -182,7 +169,7 @@ func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
-	s := c.source.Snapshot()
+	s := c.source()
 	gauge, stamp := exporters(ch)
 	for _, a := range s.Authorities {
 		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State.label())

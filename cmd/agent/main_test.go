@@ -58,11 +58,11 @@ func rotation() metrics.State {
 		},
 		OwnID: "spiffe://example.org/spire/agent/join_token/1", OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
 		JWTExpiry: map[string]time.Time{"k1": at.Add(2 * time.Hour)},
-		SVIDs:     map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
+		SVIDs:     map[string]int{"waiting": 0, "minting": 0, "fresh": 7, "due": 0, "backing_off": 1, "stale": 2, "expired": 0},
 	}
 }
 
-func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notReady error) string {
+func serveHTTP(t *testing.T, e *testscript.Env, state func() metrics.State, notReady error) string {
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

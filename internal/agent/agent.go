@@ -117,7 +117,7 @@ func (a *Agent) open() (err error) {
 		Deployment:  cfg.DeploymentName,
 		Version:     cfg.Version,
 		Process:     process,
-		Source:      metrics.SourceFunc(a.State),
+		Source:      a.State,
 		Log:         a.log,
 	})
 	initWorkloadMetrics(a.metrics)
@@ -151,10 +151,11 @@ func (a *Agent) open() (err error) {
 	})
 	attestors := cfg.Attestors
 	if attestors == nil {
-		a.processes = unix.New(unix.Config{
-			SkipPath: !cfg.DiscoverPath, SHA256: cfg.DiscoverPath && cfg.SHA256Limit > 0, SHA256Limit: cfg.SHA256Limit,
-			SHA256Needed: func() bool { return a.hashNeeded() != 0 },
-		})
+		c := unix.Config{SkipPath: !cfg.DiscoverPath, SHA256Needed: func() bool { return a.hashNeeded() != 0 }}
+		if cfg.DiscoverPath {
+			c.SHA256Limit = cfg.SHA256Limit
+		}
+		a.processes = unix.New(c)
 		attestors = []attest.Attestor{a.processes}
 	}
 	if err := a.restore(initial); err != nil {
@@ -269,7 +270,7 @@ func (a *Agent) restore(stored *bundle.Bundle) error {
 			return fmt.Errorf("load runtime_dir: %w", err)
 		}
 	}
-	if a.store.Fresh() && len(svids)+len(uses) == 0 {
+	if a.store.WasEmpty() && len(svids)+len(uses) == 0 {
 		return nil // the first start: no workload can have an SVID
 	}
 	if len(svids) == 0 {

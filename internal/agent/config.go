@@ -87,13 +87,10 @@ type Config struct {
 	Now       func() time.Time
 }
 
-// DefaultSocketPath is the path of the Workload API's socket.
-const DefaultSocketPath = "/run/renewd/agent.sock"
-
 // withDefaults sets the defaults of empty fields.
 func (c Config) withDefaults() Config {
 	c.KeyType = cmp.Or(c.KeyType, renew.ECP256)
-	c.SocketPath = cmp.Or(c.SocketPath, DefaultSocketPath)
+	c.SocketPath = cmp.Or(c.SocketPath, "/run/renewd/agent.sock")
 	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
 	c.EntryRemovalDelay = cmp.Or(c.EntryRemovalDelay, 30*time.Second)

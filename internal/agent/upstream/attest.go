@@ -145,7 +145,7 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 		return nil, err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	began := time.Now()
 	if _, err := c.getBundle(ctx, l.conn); err != nil {
@@ -167,7 +167,7 @@ func (c *Client) attestOnce(ctx context.Context) error {
 		return err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.MintTimeout)
+	ctx, cancel := context.WithTimeout(ctx, mintTimeout)
 	defer cancel()
 	// Fetch the bundle first: if the server signs with an authority that the
 	// bundle in force lacks, the answer could not be verified, and the join token
@@ -212,7 +212,7 @@ func (c *Client) RenewNode(ctx context.Context) error {
 		}
 		return nil
 	}
-	err := c.call(ctx, "renew agent SVID", c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "renew agent SVID", mintTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		return c.cfg.Node.Renew(ctx, l.conn)
 	})
 	if err == nil {

@@ -49,7 +49,7 @@ func (c *Client) bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 		return nil, err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	var p peer.Peer
 	b, err := c.getBundle(ctx, l.conn, grpc.Peer(&p))

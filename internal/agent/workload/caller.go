@@ -63,10 +63,11 @@ func (s *service) admitCall(ctx context.Context) (*caller, error) {
 	if s.stopping.Err() != nil {
 		return nil, errStopping
 	}
-	p, ok := peerOf(ctx)
+	info, ok := peerOf(ctx)
 	if !ok {
 		return nil, errAttest
 	}
+	p := info.peer
 	if !s.calls.acquire(p.UID()) {
 		s.logLimitExceeded(p, "calls", s.calls.limit)
 		return nil, errLimit

@@ -100,8 +100,6 @@ type Config struct {
 // Server serves the Workload API. Make it with [New].
 type Server struct {
 	cfg   Config
-	log   *slog.Logger
-	obs   Observer
 	lines *loglimit.Log
 	conns quota
 	calls quota
@@ -130,8 +128,6 @@ func New(cfg Config) (*Server, error) {
 	}
 	return &Server{
 		cfg:   cfg,
-		log:   cfg.Log,
-		obs:   cfg.Observer,
 		lines: loglimit.New(cfg.Log, loglimit.Interval, maxSubjects),
 		conns: quota{limit: cfg.MaxPerUser},
 		calls: quota{limit: cfg.MaxPerUser},

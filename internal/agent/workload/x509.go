@@ -120,7 +120,7 @@ func (x *x509Stream) open() error {
 	if err := x.stream.RecvMsg(&req); err != nil {
 		return err
 	}
-	info, ok := peerInfoOf(x.stream.Context())
+	info, ok := peerOf(x.stream.Context())
 	if !ok {
 		return errAttest
 	}
@@ -131,7 +131,7 @@ func (x *x509Stream) open() error {
 		return err
 	}
 	x.caller, x.openedAt = c, time.Now()
-	x.s.obs.StreamOpened(fetchX509SVID)
+	x.s.cfg.Observer.StreamOpened(fetchX509SVID)
 	x.sub.Select(c.selectors)
 	<-x.sub.C() // the first update follows in any case
 	return nil
@@ -149,7 +149,7 @@ func (x *x509Stream) close() {
 		x.sub.Close()
 	}
 	if x.caller != nil {
-		x.s.obs.StreamClosed(fetchX509SVID)
+		x.s.cfg.Observer.StreamClosed(fetchX509SVID)
 		x.caller.release()
 	}
 }
@@ -231,7 +231,7 @@ func (x *x509Stream) update() (outcome, error) {
 	}
 	size := next.size()
 	if size > maxClientMessage {
-		x.s.obs.OversizeAnswer(fetchX509SVID)
+		x.s.cfg.Observer.OversizeAnswer(fetchX509SVID)
 		x.s.logOversize(x.caller, len(next.identities), size)
 	}
 	answer := next.encode(size)

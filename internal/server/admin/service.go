@@ -32,6 +32,7 @@ import (
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
+	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -46,21 +47,13 @@ type Deployment struct {
 	// Audit returns at most limit records with a number above after.
 	Audit func(ctx context.Context, after uint64, limit int) ([]AuditRecord, error)
 	// Automatic returns the next step of automatic rotation. It is nil if there is none.
-	Automatic func() Automatic
+	Automatic func() rotation.Preview
 }
 
 // AuditRecord is a mutation. Numbers start at 1 and have no gaps.
 type AuditRecord struct {
 	Number uint64
 	keyset.Change
-}
-
-// Automatic is the next step of automatic rotation.
-type Automatic struct {
-	Mode     string    // off, on or paused
-	Next     string    // such as "taint ks_…"; empty: nothing
-	At       time.Time // if WaitsFor is set: at the latest
-	WaitsFor string    // the condition, if the step does not wait for a time
 }
 
 // Config configures a [Service]. TrustDomain, Deployments and Published are required.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"math/rand/v2"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -97,9 +96,9 @@ func (f *Follower) follow(ctx context.Context, p *peer) {
 		}
 		f.cfg.Observe(p.TrustDomain, outcome)
 		interval := p.interval()
-		if outcome == OutcomeApplied || outcome == OutcomeUnchanged {
+		if outcome == bundle.OutcomeApplied || outcome == bundle.OutcomeUnchanged {
 			p.retry.Reset()
-			timer.Reset(time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))) // not in step with others
+			timer.Reset(bundle.Jitter(interval))
 		} else {
 			p.retry.MaxInterval = min(interval, defaultInterval)
 			timer.Reset(p.retry.NextBackOff())
@@ -120,26 +119,26 @@ func (p *peer) interval() time.Duration {
 func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	b, left, err := p.fetch(ctx)
 	if ctx.Err() != nil {
-		return OutcomeFailed
+		return bundle.OutcomeFailed
 	}
 	before := p.current.Load()
 	if err != nil {
 		f.logFailure(p, before, err)
 		if errors.Is(err, errAnswer) {
-			return OutcomeRejected
+			return bundle.OutcomeRejected
 		}
-		return OutcomeFailed
+		return bundle.OutcomeFailed
 	}
 	now := f.cfg.Now()
 	p.lines.Over("refresh", "federated bundle refresh recovered", "trust_domain", p.TrustDomain.Name())
 	if f.lags(p, before, b) {
-		return OutcomeRejected
+		return bundle.OutcomeRejected
 	}
 	f.logLeftOut(p, before, left)
 	if before != nil && !before.fetchedAt.IsZero() && b.Equal(before.bundle) {
 		p.current.Store(&current{bundle: before.bundle, leftOut: left, fetchedAt: now, stored: before.stored})
 		f.saveIfNeeded(ctx, p)
-		return OutcomeUnchanged
+		return bundle.OutcomeUnchanged
 	}
 	f.logChange(p, before, b)
 	p.set(&current{bundle: b, leftOut: left, fetchedAt: now})
@@ -147,7 +146,7 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	if before == nil || !sameAuthorities(before.bundle, b) {
 		f.refetchVerifiedWith(p)
 	}
-	return OutcomeApplied
+	return bundle.OutcomeApplied
 }
 
 // refetchVerifiedWith triggers a fetch from the endpoints that p's bundle verifies.
