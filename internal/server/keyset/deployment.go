@@ -17,13 +17,12 @@ import (
 // DefaultLifetime is the default lifetime of a keyset.
 const DefaultLifetime = 90 * 24 * time.Hour
 
-// Config describes the deployment to open. Only TrustDomain is required.
+// Config describes the deployment to open. TrustDomain and Storage are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Name is the deployment's name within the trust domain; "default" when
 	// empty.
-	Name string
-	// Storage keeps the keysets; memory when nil.
+	Name    string
 	Storage Storage
 	// Lifetime is the lifetime of a new keyset; DefaultLifetime when zero. It must
 	// be at least an hour.
@@ -52,9 +51,6 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 	d := &Deployment{td: c.TrustDomain, name: c.Name, storage: c.Storage, lifetime: c.Lifetime, now: c.Now}
 	if d.name == "" {
 		d.name = "default"
-	}
-	if d.storage == nil {
-		d.storage = new(Memory)
 	}
 	if d.lifetime == 0 {
 		d.lifetime = DefaultLifetime

@@ -4,7 +4,7 @@
 // Agents join with a one-time token (AttestAgent, RenewAgent, PostStatus),
 // fetch the entries that they serve (SyncAuthorizedEntries, GetAuthorizedEntries)
 // and the trust bundles (GetBundle, GetFederatedBundle), and have SVIDs signed
-// (BatchNewX509SVID, NewJWTSVID). With a [Ledger], every SVID is recorded there
+// (BatchNewX509SVID, NewJWTSVID). Every SVID is recorded in the [Ledger]
 // before it is sent, and agents may report their progress in a rotation
 // (renewd's own Fleet service). Every other RPC answers Unimplemented. Operators
 // use [Server]'s methods and [Server.Keysets].
@@ -96,10 +96,10 @@ type Observer interface {
 	Limited(method string)
 }
 
-// Config says what to serve. Only TrustDomain is required.
+// Config says what to serve. TrustDomain, Keysets, Storage and Ledger are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	// Keysets is the deployment that signs; a new one in memory when nil.
+	// Keysets is the deployment that signs.
 	Keysets *keyset.Deployment
 	// Published returns the bundle that GetBundle serves and that client
 	// certificates are verified against; Keysets.Bundle when nil. If several
@@ -107,7 +107,7 @@ type Config struct {
 	// called for every such answer and must be fast. It should return the same
 	// pointer until the bundle changes, so that an answer is made once for all agents.
 	Published func() *keyset.Bundle
-	// Storage keeps agents, join tokens and entries; memory when nil.
+	// Storage keeps agents, join tokens and entries.
 	Storage Storage
 	// Lost are the periods that Storage has no data of, one for each restore from
 	// a copy. A period whose SVIDs have all expired may be left out.
@@ -130,8 +130,7 @@ type Config struct {
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
 	// such an ID needs ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
-	// Ledger records every SVID before it is sent. When nil, SVIDs are not
-	// recorded and reports are not accepted.
+	// Ledger records every SVID before it is sent.
 	Ledger Ledger
 	// Connections bounds the connections of every Serve together; each has its
 	// own bound when nil.
@@ -208,14 +207,8 @@ func New(c Config) (*Server, error) {
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
-	if s.storage == nil {
-		s.storage = NewMemory()
-	}
 	if s.observer == nil {
 		s.observer = noopObserver{}
-	}
-	if s.ledger == nil {
-		s.ledger = noopLedger{}
 	}
 	if s.config.IsOperator == nil {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
@@ -224,12 +217,6 @@ func New(c Config) (*Server, error) {
 		s.config.ConnectionAge = connectionAge
 	}
 	ctx := context.Background()
-	if s.keysets == nil {
-		var err error
-		if s.keysets, err = keyset.Open(ctx, keyset.Config{TrustDomain: s.td, Now: s.now}); err != nil {
-			return nil, fmt.Errorf("new server: %w", err)
-		}
-	}
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle
 	}
@@ -278,9 +265,7 @@ func (s *Server) register(r grpc.ServiceRegistrar) {
 	bundlev1.RegisterBundleServer(r, &bundleService{s: s})
 	entryv1.RegisterEntryServer(r, &entryService{s: s})
 	svidv1.RegisterSVIDServer(r, &svidService{s: s})
-	if s.config.Ledger != nil {
-		api.RegisterFleetServer(r, &fleetService{s: s})
-	}
+	api.RegisterFleetServer(r, &fleetService{s: s})
 }
 
 // Wait returns when no call is waiting for storage. Call it after closing storage.
