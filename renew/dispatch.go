@@ -395,7 +395,7 @@ func (r *Renewer) handleAgentResult(c *call, now time.Time) {
 // logSettled logs once for each tainted authority that no SVID depends on it.
 func (r *Renewer) logSettled() {
 	for id := range r.settling {
-		if r.cfg.Cache.Held(id) == 0 && len(r.postponedLocked(id)) == 0 {
+		if r.cfg.Cache.Held(id) == 0 && len(r.withPostponed(id)) == 0 {
 			delete(r.settling, id)
 			r.cfg.Log.Info("no X.509-SVID depends on the tainted authority", "authority_id", id)
 		}

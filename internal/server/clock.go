@@ -3,9 +3,11 @@ package server
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -30,15 +32,13 @@ func (d *Domain) watchClock(ctx context.Context) error {
 	check, heartbeat := time.NewTicker(clockInterval), time.NewTicker(heartbeatInterval)
 	defer check.Stop()
 	defer heartbeat.Stop()
-	for doubted := false; ; {
-		if s := d.clock.State(); (s.Doubt != 0) != doubted {
-			doubted = !doubted
-			if doubted {
-				d.cfg.Log.Warn("clock in doubt, automatic rotation waits: compare it with the true time, set it or confirm it with server clock confirm",
-					"clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC(), "step_of_clock", s.Doubt)
-			} else {
-				d.cfg.Log.Info("clock no longer in doubt", "clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC())
-			}
+	lines := loglimit.New(d.cfg.Log, 24*time.Hour, 1)
+	for {
+		if s := d.clock.State(); s.Doubt != 0 {
+			lines.Note(slog.LevelWarn, "clock in doubt, automatic rotation waits: compare it with the true time, set it or confirm it with server clock confirm",
+				"", "clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC(), "step_of_clock", s.Doubt)
+		} else {
+			lines.Over("", "clock no longer in doubt", "clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC())
 		}
 		select {
 		case <-ctx.Done():

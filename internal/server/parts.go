@@ -27,7 +27,7 @@ func (d *Domain) openOperator() (err error) {
 	}
 	for _, dep := range d.deployments {
 		c.Deployments = append(c.Deployments, admin.Deployment{
-			Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Audit: dep.audit, Automatic: dep.automatic,
+			Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Audit: dep.audit, Automatic: dep.scheduler.Automatic,
 		})
 	}
 	d.operator, err = admin.New(c)
@@ -73,7 +73,7 @@ func (d *Domain) state() metrics.ServerState {
 			continue
 		}
 		out := metrics.Deployment{
-			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.automatic().Mode,
+			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.scheduler.Automatic().Mode,
 		}
 		for _, k := range f.Keysets {
 			out.Keysets = append(out.Keysets, metrics.Keyset{

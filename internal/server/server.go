@@ -88,7 +88,7 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	d.openClock()
 	d.metrics = metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: cfg.TrustDomain.Name(), Deployments: deploymentNames(cfg.Deployments), Version: cfg.Version,
-		Federated: federatedNames(cfg.Federation), Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
+		Federated: federatedNames(cfg.Federation), Source: d.state, Log: cfg.Log,
 	})
 	initMetrics(d.metrics)
 	for _, c := range deployments {

@@ -9,12 +9,13 @@
 // verifies the fetch of the next. The first one comes from a file.
 //
 // An invalid answer changes nothing. An answer that is older than the current bundle
-// is accepted only after [staleLimit], because a lagging replica would undo the
+// is accepted only after [lagLimit], because a lagging replica would undo the
 // removal of a key. The size of an answer and the time of a fetch are bounded. The
 // bundles survive a restart.
 package federation
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -71,14 +72,6 @@ type Storage interface {
 	ForgetFederated(ctx context.Context, td spiffeid.TrustDomain) error
 }
 
-// The outcomes of a refresh that are passed to [Config.Observe].
-const (
-	OutcomeApplied   = "applied"   // the bundle has changed
-	OutcomeUnchanged = "unchanged" // the bundle is the current one
-	OutcomeRejected  = "rejected"  // the answer is invalid or older
-	OutcomeFailed    = "failed"    // there was no answer
-)
-
 // Config configures a [Follower]. TrustDomain, Storage and Publish are required.
 type Config struct {
 	// TrustDomain is this server's trust domain. Own returns its X.509 authorities, for
@@ -92,7 +85,8 @@ type Config struct {
 	// if it has no X.509 authority: that trust domain is then no longer trusted. [New]
 	// and Run call it, never concurrently for one trust domain.
 	Publish func(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
-	// Observe, if set, is called with the outcome of each refresh.
+	// Observe, if set, is called with the outcome of each refresh, such as
+	// [bundle.OutcomeApplied].
 	Observe func(td spiffeid.TrustDomain, outcome string)
 
 	// Roots verify endpoints with profile https_web; the system's when nil.
@@ -114,9 +108,7 @@ type Follower struct {
 // New loads the bundles from the storage and from files, and
 // publishes them. It deletes the records of trust domains that are no longer configured.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}

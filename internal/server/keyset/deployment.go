@@ -1,6 +1,7 @@
 package keyset
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -48,12 +49,9 @@ type Deployment struct {
 // Open loads the keysets of a deployment. If none was ever stored, it makes the first
 // one, which is active.
 func Open(ctx context.Context, c Config) (*Deployment, error) {
-	d := &Deployment{td: c.TrustDomain, name: c.Name, storage: c.Storage, lifetime: c.Lifetime, now: c.Now}
-	if d.name == "" {
-		d.name = "default"
-	}
-	if d.lifetime == 0 {
-		d.lifetime = DefaultLifetime
+	d := &Deployment{
+		td: c.TrustDomain, name: cmp.Or(c.Name, "default"), storage: c.Storage,
+		lifetime: cmp.Or(c.Lifetime, DefaultLifetime), now: c.Now,
 	}
 	if d.now == nil {
 		d.now = time.Now

@@ -23,6 +23,7 @@
 package spireapi
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -45,6 +46,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/detach/rpc"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -165,7 +167,7 @@ type Server struct {
 	now      func() time.Time
 	observer Observer
 	ledger   Ledger
-	lines    *listen.Lines
+	lines    *loglimit.Log
 	limits   *limits
 	tls      *tls.Config
 
@@ -188,8 +190,8 @@ type Server struct {
 // New makes a Server and loads entries, agents and join tokens from its storage.
 func New(c Config) (*Server, error) {
 	s := &Server{
-		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
-		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
+		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)),
+		now: c.Now, observer: cmp.Or[Observer](c.Observer, noopObserver{}), ledger: c.Ledger,
 		entriesSem: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
@@ -204,18 +206,10 @@ func New(c Config) (*Server, error) {
 	if s.config.Heard == nil {
 		s.config.Heard = func(string, time.Time) {}
 	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.observer == nil {
-		s.observer = noopObserver{}
-	}
 	if s.config.IsOperator == nil {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
 	}
-	if s.config.ConnectionAge == 0 {
-		s.config.ConnectionAge = connectionAge
-	}
+	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
 	ctx := context.Background()
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle
@@ -227,7 +221,7 @@ func New(c Config) (*Server, error) {
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.lines = listen.NewLines(s.log)
+	s.lines = listen.NewLog(s.log)
 	s.limits = newLimits(s.observer, s.lines)
 	s.serving.Now, s.serving.Issue = s.now, s.issue
 	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }
