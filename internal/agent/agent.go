@@ -270,7 +270,7 @@ func (a *Agent) restore(stored *bundle.Bundle) error {
 			return fmt.Errorf("load runtime_dir: %w", err)
 		}
 	}
-	if a.store.Fresh() && len(svids)+len(uses) == 0 {
+	if a.store.WasEmpty() && len(svids)+len(uses) == 0 {
 		return nil // the first start: no workload can have an SVID
 	}
 	if len(svids) == 0 {

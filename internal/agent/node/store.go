@@ -57,11 +57,11 @@ var errNewer = errors.New("a newer version of the agent has written it")
 // folder. [Store.Run] does so until its context is done. A Store is safe for
 // concurrent use.
 type Store struct {
-	dir   string
-	log   *slog.Logger
-	lines *loglimit.Log // of Sync
-	wake  chan struct{}
-	fresh bool
+	dir      string
+	log      *slog.Logger
+	lines    *loglimit.Log // of Sync
+	wake     chan struct{}
+	wasEmpty bool
 
 	// diskLock is a lock (a value in it holds it) for reading and writing the disk.
 	// It guards the fields up to mu. Unlike a mutex it can be given up after a time.
@@ -99,20 +99,20 @@ func OpenStore(dir string, log *slog.Logger) (*Store, error) {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, log: log, lines: loglimit.New(log, loglimit.Interval, 1), folder: f, files: make(map[string]fileState), fresh: true,
+		dir: dir, log: log, lines: loglimit.New(log, loglimit.Interval, 1), folder: f, files: make(map[string]fileState), wasEmpty: true,
 		diskLock: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 	}
 	for _, file := range Files {
 		if at, err := f.stamp(file); at != (stamp{}) || err != nil {
-			s.fresh = false
+			s.wasEmpty = false
 		}
 	}
 	return s, nil
 }
 
-// Fresh reports whether the folder had none of [Files] when it was opened: this is
+// WasEmpty reports whether the folder had none of [Files] when it was opened: this is
 // the first start of the agent.
-func (s *Store) Fresh() bool { return s.fresh }
+func (s *Store) WasEmpty() bool { return s.wasEmpty }
 
 // Close syncs the folder, unlocks and closes it.
 func (s *Store) Close() error {

@@ -117,8 +117,8 @@ func (s *service) refresh(r *jwtRequest, e *cache.Entry) {
 // lagging server still signs with the tainted key and must not be asked at each call.
 const taintedRemintAge = 10 * time.Second
 
-// stale reports whether a cached token should be minted again in the background.
-func (s *service) stale(jwt cache.JWT, b *bundle.Snapshot) bool {
+// refreshDue reports whether a cached token should be minted again in the background.
+func (s *service) refreshDue(jwt cache.JWT, b *bundle.Snapshot) bool {
 	now := s.cfg.Cache.Now()
 	if !jwt.Fresh(now) {
 		return true

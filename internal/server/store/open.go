@@ -84,10 +84,10 @@ func open(path string, o Options) (*Store, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	s.db.AllocSize = allocSize
-	var stale []string
+	var reseal []string
 	err = guard(func() error {
 		return s.db.View(func(tx *bbolt.Tx) (err error) {
-			stale, err = s.checkContents(tx)
+			reseal, err = s.checkContents(tx)
 			return err
 		})
 	})
@@ -113,7 +113,7 @@ func open(path string, o Options) (*Store, error) {
 	if o.ReadOnly {
 		return s, nil
 	}
-	for _, name := range stale {
+	for _, name := range reseal {
 		if err := s.Deployment(name).reseal(context.Background()); err != nil {
 			return nil, errors.Join(fmt.Errorf("seal the keys of deployment %s with the new encryption key: %w", name, err), s.Close())
 		}
@@ -280,7 +280,7 @@ func initialize(path string, o Options) error {
 
 // checkContents checks the keys and values of the file. It returns the deployments
 // with secrets that are sealed with an older encryption key.
-func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
+func (s *Store) checkContents(tx *bbolt.Tx) (reseal []string, err error) {
 	b := tx.Bucket(bucketAbout)
 	if b == nil || b.Get(keyStore) == nil {
 		return nil, fmt.Errorf("%w, or it is not a store of this program", ErrDamaged)
@@ -326,11 +326,11 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 			return fmt.Errorf("deployment %q: %w", name, err)
 		}
 		if old {
-			stale = append(stale, string(name))
+			reseal = append(reseal, string(name))
 		}
 		return nil
 	})
-	return stale, err
+	return reseal, err
 }
 
 // checkKeys checks that these keys, in this order, are all that there are.
@@ -348,7 +348,7 @@ func checkKeys(c *bbolt.Cursor, keys ...[]byte) error {
 	return nil
 }
 
-func (s *Store) checkDeployment(b *bbolt.Bucket, name string) (stale bool, err error) {
+func (s *Store) checkDeployment(b *bbolt.Bucket, name string) (reseal bool, err error) {
 	stored, err := unpack(keyName, b.Get(keyName))
 	if err != nil {
 		return false, err
