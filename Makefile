@@ -60,6 +60,11 @@ cover: ## what of the code the tests run, by function, into bin/cover.txt and bi
 vuln: ## known vulnerabilities in what the code calls; asks vuln.go.dev
 	go tool -modfile=tools/go.mod govulncheck ./...
 
+.PHONY: spire
+spire: ## spire-server and spire-agent, as tools/spire/go.mod pins them, in bin/spire; a quarter of an hour the first time
+	@mkdir -p bin/spire
+	go -C tools/spire build -o $(CURDIR)/bin/spire/ tool
+
 .PHONY: bench
 bench: ## benchmarks of the packages, into BENCHMARKS.txt; BENCH=regexp chooses, BENCHTIME=duration sets the length
 	go test -run '^$$' -bench '$(BENCH)' -benchtime $(BENCHTIME) -benchmem \

@@ -69,6 +69,15 @@ func checkUnit(t *testing.T, name string) {
 	}
 }
 
+// TestServerStartsAfterTheClockIsSet: the unit is ordered after time-sync.target, by which wait
+// services such as systemd-time-wait-sync hold up a start until the clock is set.
+func TestServerStartsAfterTheClockIsSet(t *testing.T) {
+	t.Parallel()
+	if !regexp.MustCompile(`(?m)^After=(.* )?time-sync\.target( |$)`).Match(read(t, "renewd-server.service")) {
+		t.Error("renewd-server.service is not ordered after time-sync.target")
+	}
+}
+
 func TestPrometheusExamples(t *testing.T) {
 	t.Parallel()
 	for _, name := range []string{"prometheus.example.yaml", "prometheus.kubernetes.example.yaml"} {

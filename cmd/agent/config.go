@@ -6,7 +6,6 @@ import (
 	"io/fs"
 	"log/slog"
 	"path/filepath"
-	"slices"
 	"strings"
 	"time"
 
@@ -15,6 +14,7 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/renew"
 )
 
 // settings is the agent's whole configuration. Every field has one row in
@@ -50,7 +50,7 @@ type settings struct {
 
 // The limits of values, which validate checks.
 const (
-	maxBatch      = 500 // a server answers ResourceExhausted above it
+	maxBatch      = renew.DefaultBatchSize // a server answers ResourceExhausted above it
 	maxTaintDelay = time.Hour
 	minRefresh    = time.Second
 	maxRefresh    = 10 * time.Minute
@@ -136,9 +136,7 @@ func (c checker) paths() {
 		c.Bad("metrics.web_config_file", "is of no use without metrics.address", "set metrics.address or remove it")
 	}
 	c.NotEmpty("data_dir", "socket_path")
-	if !slices.Contains(cli.LogFormats, c.Config.LogFormat) {
-		c.Bad("log.format", "is not a format", "use "+config.OneOf(cli.LogFormats))
-	}
+	c.OneOf("log.format", "is not a format", cli.LogFormats)
 }
 
 // renewal checks the limits of the renewal policy and of the caches.
@@ -158,12 +156,8 @@ func (c checker) renewal() {
 	if c.Config.BatchSize < 1 || c.Config.BatchSize > maxBatch {
 		c.Bad("renewal.batch_size", fmt.Sprintf("is not from 1 to %d, the most that a server accepts", maxBatch), fmt.Sprintf("set %d or less", maxBatch))
 	}
-	if !slices.Contains(keyTypes, c.Config.KeyType) {
-		c.Bad("renewal.key_type", "is not a key type", "use "+config.OneOf(keyTypes))
-	}
-	if !slices.Contains(jwtTainted, c.Config.JWTTainted) {
-		c.Bad("jwt.tainted", "is not one of the two", "use "+config.OneOf(jwtTainted))
-	}
+	c.OneOf("renewal.key_type", "is not a key type", keyTypes)
+	c.OneOf("jwt.tainted", "is not one of the two", jwtTainted)
 	if c.Config.SVIDCacheSize < 1 {
 		c.Bad("svid_cache_size", "keeps nothing", "set 1 or more; 1000 is usual")
 	}

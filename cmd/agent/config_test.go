@@ -152,7 +152,7 @@ func TestProblems(t *testing.T) {
 		{name: "contradicting tokens", add: "join_token_file: /t", env: map[string]string{"RENEWD_JOIN_TOKEN": "s3cr3t"}, want: `RENEWD_JOIN_TOKEN: join_token contradicts join_token_file (agent.yaml:4); keep one of the two`},
 		{name: "token with space", add: `join_token: "s3cr3t x"`, want: `agent.yaml:4: join_token contains white space; give the token alone, as the server printed it`},
 		{name: "token of wrong type", add: `join_token: 1234`, want: `agent.yaml:4: join_token is not a string; put quotes around it`},
-		{name: "rate 0", flags: map[string]string{"renewal.taint_rate": "0"}, want: `flag -renewal-taint-rate: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual`},
+		{name: "rate 0", flags: map[string]string{"renewal.taint_rate": "0"}, want: `flag --renewal-taint-rate: renewal.taint_rate: 0 would never renew anything; set 1 or more renewals a second; 20 is usual`},
 		{name: "batch", env: map[string]string{"RENEWD_RENEWAL_BATCH_SIZE": "501"}, want: `RENEWD_RENEWAL_BATCH_SIZE: renewal.batch_size: 501 is not from 1 to 500, the most that a server accepts; set 500 or less`},
 		{name: "delay", add: "renewal: {taint_delay: 61m}", want: `agent.yaml:4: renewal.taint_delay: 1h1m is not from 0s to 1h; 60s spreads a fleet over a minute`},
 		{name: "removal", add: "entry_removal_delay: 0s", want: `agent.yaml:4: entry_removal_delay: 0s is not from 1s to 1h; 30s is usual`},

@@ -44,7 +44,7 @@ func TestUnitFitsAgent(t *testing.T) {
 	}
 	for _, want := range []string{
 		"\nRestart=always\n",
-		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitBanned) + "\n",
+		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(cli.ExitPermanent) + "\n",
 		"\nEnvironment=GOTRACEBACK=crash\n", // else a crash ends with cli.ExitUsage
 	} {
 		if !strings.Contains(unit, want) {

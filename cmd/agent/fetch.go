@@ -7,7 +7,6 @@ import (
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -49,50 +48,20 @@ type fetchedJWT struct {
 	Token     string     `json:"token"`
 }
 
-// fetcher holds the flags that "fetch x509" and "fetch jwt" share.
+// fetcher is a call of "fetch x509" or "fetch jwt", with the flags that they share.
 type fetcher struct {
-	cli.Env
-	socket, output, dir string
-	timeout             time.Duration
-	audience, spiffeID  string
+	*cli.Call
+	socket, dir string
+	timeout     time.Duration
 }
 
-// fetchCommand is "fetch".
-func fetchCommand(ctx context.Context, args []string, e cli.Env) error {
-	kind := ""
-	if len(args) > 0 {
-		kind, args = args[0], args[1:]
-	}
-	switch kind {
-	case "x509", "jwt":
-	default:
-		if cli.IsHelp(kind) {
-			return cli.Printf(e.Stdout, "%s", fetchUsage)
-		}
-		return cli.Usagef("fetch: give what to fetch, x509 or jwt")
-	}
-	f := fetcher{Env: e}
-	fset := flag.NewFlagSet("fetch "+kind, flag.ContinueOnError)
-	fset.StringVar(&f.socket, "socket", defaultSocketPath(e.Getenv), "")
-	fset.StringVar(&f.output, "o", "text", "")
-	fset.StringVar(&f.dir, "write", "", "")
-	fset.DurationVar(&f.timeout, "timeout", 5*time.Second, "")
-	if kind == "jwt" {
-		fset.StringVar(&f.audience, "audience", "", "")
-		fset.StringVar(&f.spiffeID, "spiffe-id", "", "")
-	}
-	if err := cli.ParseOnlyFlags(fset, args, fetchUsage, e); err != nil {
-		return err
-	}
-	if err := cli.CheckOutput(fset.Name(), f.output); err != nil {
-		return err
-	}
-	ctx, cancel := context.WithTimeout(ctx, f.timeout)
-	defer cancel()
-	if kind == "jwt" {
-		return f.jwt(ctx)
-	}
-	return f.x509(ctx)
+func newFetcher(call *cli.Call) *fetcher {
+	f := &fetcher{Call: call}
+	f.Flags.StringVar(&f.socket, "socket", defaultSocketPath(f.Getenv), "")
+	f.Output()
+	f.Flags.StringVar(&f.dir, "write", "", "")
+	f.Flags.DurationVar(&f.timeout, "timeout", 5*time.Second, "")
+	return f
 }
 
 // defaultSocketPath is the Workload API socket if no flag gives one.
@@ -111,7 +80,14 @@ func socketURL(socket string) string {
 	return "unix://" + socket
 }
 
-func (f *fetcher) x509(ctx context.Context) error {
+// fetchX509Command is "fetch x509".
+func fetchX509Command(ctx context.Context, call *cli.Call) error {
+	f := newFetcher(call)
+	if _, err := f.Parse(); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	defer cancel()
 	got, err := retryUnavailable(ctx, func() (*workloadapi.X509Context, error) {
 		return workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(socketURL(f.socket)))
 	})
@@ -146,7 +122,7 @@ func (f *fetcher) x509(ctx context.Context) error {
 			return err
 		}
 	}
-	if f.output == "json" {
+	if f.JSON() {
 		return f.json(out)
 	}
 	now := time.Now()
@@ -187,7 +163,7 @@ func (f *fetcher) explain(err error) error {
 		if path, ok := strings.CutPrefix(socketURL(f.socket), "unix://"); ok {
 			conn, dialErr := net.Dial("unix", path)
 			if dialErr != nil {
-				return fmt.Errorf("no agent answers: %w; start it, or give its socket with -socket or SPIFFE_ENDPOINT_SOCKET", dialErr)
+				return fmt.Errorf("no agent answers: %w; start it, or give its socket with --socket or SPIFFE_ENDPOINT_SOCKET", dialErr)
 			}
 			_ = conn.Close()
 		}
@@ -209,19 +185,28 @@ func authorityOf(chain []*x509.Certificate) string {
 	return hex.EncodeToString(chain[len(chain)-1].AuthorityKeyId)
 }
 
-func (f *fetcher) jwt(ctx context.Context) error {
-	audience := strings.FieldsFunc(f.audience, func(r rune) bool { return r == ',' })
+// fetchJWTCommand is "fetch jwt".
+func fetchJWTCommand(ctx context.Context, call *cli.Call) error {
+	f := newFetcher(call)
+	audiences := f.Flags.String("audience", "", "")
+	spiffeID := f.Flags.String("spiffe-id", "", "")
+	if _, err := f.Parse(); err != nil {
+		return err
+	}
+	audience := strings.FieldsFunc(*audiences, func(r rune) bool { return r == ',' })
 	if len(audience) == 0 {
-		return cli.Usagef("fetch jwt: give the audience with -audience")
+		return cli.Usagef("fetch jwt: give the audience with --audience")
 	}
 	params := jwtsvid.Params{Audience: audience[0], ExtraAudiences: audience[1:]}
-	if f.spiffeID != "" {
-		id, err := spiffeid.FromString(f.spiffeID)
+	if *spiffeID != "" {
+		id, err := spiffeid.FromString(*spiffeID)
 		if err != nil {
-			return cli.Usagef("fetch jwt: -spiffe-id: %v", err)
+			return cli.Usagef("fetch jwt: --spiffe-id: %v", err)
 		}
 		params.Subject = id
 	}
+	ctx, cancel := context.WithTimeout(ctx, f.timeout)
+	defer cancel()
 	svids, err := retryUnavailable(ctx, func() ([]*jwtsvid.SVID, error) {
 		return workloadapi.FetchJWTSVIDs(ctx, params, workloadapi.WithAddr(socketURL(f.socket)))
 	})
@@ -242,7 +227,7 @@ func (f *fetcher) jwt(ctx context.Context) error {
 			return err
 		}
 	}
-	if f.output == "json" {
+	if f.JSON() {
 		return f.json(out)
 	}
 	now := time.Now()
@@ -270,7 +255,7 @@ func keyID(token string) string {
 	return header.KeyID
 }
 
-// writeFile writes one file if -write was given. The name consists of fixed text and
+// writeFile writes one file if --write was given. The name consists of fixed text and
 // the characters of a trust domain, so it cannot leave the directory.
 func (f *fetcher) writeFile(name string, mode os.FileMode, data []byte) error {
 	if f.dir == "" {
@@ -312,8 +297,8 @@ func (f *fetcher) printBlocks(n int, block func(w io.Writer, i int)) error {
 		}
 		table := cli.NewTable(f.Stdout)
 		block(table, i)
-		if err := table.Flush(); err != nil {
-			return fmt.Errorf("write output: %w", err)
+		if err := cli.Flush(table); err != nil {
+			return err
 		}
 	}
 	return nil

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"strings"
 
@@ -18,12 +17,11 @@ import (
 )
 
 // healthCommand is "healthcheck".
-func healthCommand(ctx context.Context, args []string, e cli.Env) error {
+func healthCommand(ctx context.Context, call *cli.Call) error {
 	var p endpoint
-	fset := flag.NewFlagSet("healthcheck", flag.ContinueOnError)
-	p.flags(fset, e.Getenv)
-	socket := fset.String("socket", defaultSocketPath(e.Getenv), "")
-	if err := cli.ParseOnlyFlags(fset, args, healthUsage, e); err != nil {
+	p.flags(call)
+	socket := call.Flags.String("socket", defaultSocketPath(call.Getenv), "")
+	if _, err := call.Parse(); err != nil {
 		return err
 	}
 	reasons, err := p.ready(ctx)
@@ -40,7 +38,7 @@ func healthCommand(ctx context.Context, args []string, e cli.Env) error {
 	if len(reasons) > 0 {
 		return errors.New("not ready: " + strings.Join(reasons, "\nnot ready: "))
 	}
-	return cli.Printf(e.Stdout, "ready\n")
+	return cli.Printf(call.Stdout, "ready\n")
 }
 
 // checkWorkloadAPI returns nil if the Workload API answers. PermissionDenied is an

@@ -1,7 +1,6 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -10,10 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"math/big"
-	"net"
 	"net/url"
-	"os"
-	"path/filepath"
 	"testing"
 	"time"
 
@@ -25,8 +21,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/test/clitest"
 )
 
 func TestMain(m *testing.M) {
@@ -38,22 +34,12 @@ func TestMain(m *testing.M) {
 // $STARTING one of an agent that is not ready).
 func TestScripts(t *testing.T) {
 	t.Parallel()
-	testscript.Run(t, testscript.Params{
-		Dir: filepath.Join("testdata", "script"),
-		Setup: func(e *testscript.Env) error {
-			// A race-built program otherwise sleeps for a second before it exits.
-			e.Setenv("GORACE", "atexit_sleep_ms=0")
-			e.Setenv("API", filepath.Join(e.WorkDir, "api.sock"))
-			e.Setenv("NO_IDENTITY", filepath.Join(e.WorkDir, "no-identity.sock"))
-			serveWorkloadAPI(t, e, e.Getenv("API"), newIdentity(t))
-			serveWorkloadAPI(t, e, e.Getenv("NO_IDENTITY"), nil)
-			e.Setenv("URL", serveHTTP(t, e, rotation, nil))
-			e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} },
-				errors.New("starting: nothing has arrived yet\ndata_dir: bundle.json: no space left on device")))
-			example, err := filepath.Abs(filepath.Join("..", "..", "deploy", "agent.example.yaml"))
-			e.Setenv("EXAMPLE", example)
-			return err
-		},
+	clitest.Run(t, map[string]string{"EXAMPLE": "agent.example.yaml"}, func(e *testscript.Env) {
+		serveWorkloadAPI(t, e, "API", newIdentity(t))
+		serveWorkloadAPI(t, e, "NO_IDENTITY", nil)
+		e.Setenv("URL", serveHTTP(t, e, rotation, nil))
+		e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} },
+			errors.New("starting: nothing has arrived yet\ndata_dir: bundle.json: no space left on device")))
 	})
 }
 
@@ -95,21 +81,8 @@ func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notRea
 }
 
 // serveWorkloadAPI serves one identity, or none if id is nil.
-func serveWorkloadAPI(t *testing.T, e *testscript.Env, path string, id *identity) {
-	l, err := net.Listen("unix", path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	srv := grpc.NewServer()
-	workload.RegisterSpiffeWorkloadAPIServer(srv, &fakeAPI{id: id})
-	done := make(chan error, 1)
-	go func() { done <- srv.Serve(l) }()
-	e.Defer(func() {
-		srv.Stop()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
+func serveWorkloadAPI(t *testing.T, e *testscript.Env, name string, id *identity) {
+	clitest.Serve(t, e, name, func(r grpc.ServiceRegistrar) { workload.RegisterSpiffeWorkloadAPIServer(r, &fakeAPI{id: id}) })
 }
 
 type fakeAPI struct {
@@ -200,21 +173,6 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 		t.Fatal(err)
 	}
 	return key
-}
-
-// A closed pipe must not look like success.
-func TestOutputError(t *testing.T) {
-	t.Parallel()
-	r, w, err := os.Pipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = r.Close()
-	defer func() { _ = w.Close() }()
-	var stderr bytes.Buffer
-	if code := run(t.Context(), []string{"version"}, noEnv, w, &stderr); code != cli.ExitFailed {
-		t.Errorf("exit %d, stderr %q", code, stderr.String())
-	}
 }
 
 func noEnv(string) string { return "" }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"flag"
 	"runtime/debug"
 
 	"github.com/renewd/renewd/internal/agent"
@@ -12,30 +11,29 @@ import (
 )
 
 // runCommand runs the daemon until ctx ends.
-func runCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("run", flag.ContinueOnError)
-	loadConfig := schema.Flags(fset, e.Getenv)
-	if err := cli.ParseOnlyFlags(fset, args, runUsage, e); err != nil {
+func runCommand(ctx context.Context, call *cli.Call) error {
+	load := schema.Flags(call.Flags, call.Getenv)
+	if _, err := call.Parse(); err != nil {
 		return err
 	}
-	cfg, err := loadConfig()
+	cfg, err := load()
 	if err != nil {
 		return err
 	}
 	if err := metrics.CheckWebConfig(cfg.WebConfigFile); err != nil {
 		return err
 	}
-	if e.Getenv("GOGC") == "" && e.Getenv("GOMEMLIMIT") == "" {
+	if call.Getenv("GOGC") == "" && call.Getenv("GOMEMLIMIT") == "" {
 		// The agent is idle most of the time, and its memory is lost to the
 		// workloads: with 5,000 SVIDs this needs 38 MB instead of 55, for a tenth
 		// more CPU when it is busy.
 		debug.SetGCPercent(25)
 	}
-	c := agentConfig(cfg, e)
-	if c.ServerProxy, err = serverProxy(cfg, e.Getenv, c.Log); err != nil {
+	c := agentConfig(cfg, call.Env)
+	if c.ServerProxy, err = serverProxy(cfg, call.Getenv, c.Log); err != nil {
 		return err
 	}
-	c.Started = cli.Started(e.Getenv, c.Log)
+	c.Started = cli.Started(call.Getenv, c.Log)
 	defer cli.Outlive(c.Log)()
 	a, err := agent.New(c)
 	if err != nil {

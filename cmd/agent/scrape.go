@@ -5,7 +5,6 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"net"
@@ -32,9 +31,10 @@ type endpoint struct {
 	timeout                     time.Duration
 }
 
-// flags adds the flags of httpUsage to fset.
-func (p *endpoint) flags(fset *flag.FlagSet, getenv func(string) string) {
-	fset.StringVar(&p.url, "url", defaultURL(getenv("RENEWD_METRICS_ADDRESS")), "")
+// flags adds the flags of httpUsage to a call.
+func (p *endpoint) flags(call *cli.Call) {
+	fset := call.Flags
+	fset.StringVar(&p.url, "url", defaultURL(call.Getenv("RENEWD_METRICS_ADDRESS")), "")
 	fset.StringVar(&p.ca, "ca", "", "")
 	fset.StringVar(&p.user, "user", "", "")
 	fset.StringVar(&p.passwordFile, "password-file", "", "")
@@ -65,7 +65,7 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 	defer cancel()
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, strings.TrimSuffix(p.url, "/")+path, nil)
 	if err != nil {
-		return 0, nil, cli.Usagef("-url %q is not a URL", p.url)
+		return 0, nil, cli.Usagef("--url %q is not a URL", p.url)
 	}
 	if p.user != "" {
 		password, err := config.ReadFile(p.passwordFile, maxPassword)
@@ -76,7 +76,7 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 	}
 	resp, err := client.Do(req)
 	if errors.Is(err, syscall.ECONNREFUSED) {
-		return 0, nil, fmt.Errorf("query agent: %w: no agent is listening; start it, or give its metrics.address with -url", err)
+		return 0, nil, fmt.Errorf("query agent: %w: no agent is listening; start it, or give its metrics.address with --url", err)
 	}
 	if err != nil {
 		return 0, nil, fmt.Errorf("query agent: %w", err)
@@ -97,11 +97,11 @@ func (p *endpoint) client() (*http.Client, error) {
 	if p.ca != "" {
 		pem, err := os.ReadFile(p.ca)
 		if err != nil {
-			return nil, fmt.Errorf("read -ca: %w", err)
+			return nil, fmt.Errorf("read --ca: %w", err)
 		}
 		pool := x509.NewCertPool()
 		if !pool.AppendCertsFromPEM(pem) {
-			return nil, fmt.Errorf("-ca %s contains no PEM certificate", p.ca)
+			return nil, fmt.Errorf("--ca %s contains no PEM certificate", p.ca)
 		}
 		transport.TLSClientConfig = &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 	}
@@ -125,7 +125,7 @@ func (p *endpoint) ready(ctx context.Context) (reasons []string, err error) {
 
 func statusError(url string, code int) error {
 	if code == http.StatusUnauthorized {
-		return fmt.Errorf("%s requires a user and a password: give -user and -password-file", url)
+		return fmt.Errorf("%s requires a user and a password: give --user and --password-file", url)
 	}
 	return fmt.Errorf("%s answers %d %s", url, code, http.StatusText(code))
 }

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"context"
-	"flag"
 	"fmt"
 	"io"
 	"net/http"
@@ -56,15 +55,11 @@ type authorityStatus struct {
 }
 
 // statusCommand is "status".
-func statusCommand(ctx context.Context, args []string, e cli.Env) error {
+func statusCommand(ctx context.Context, call *cli.Call) error {
 	var p endpoint
-	fset := flag.NewFlagSet("status", flag.ContinueOnError)
-	p.flags(fset, e.Getenv)
-	output := fset.String("o", "text", "")
-	if err := cli.ParseOnlyFlags(fset, args, statusUsage, e); err != nil {
-		return err
-	}
-	if err := cli.CheckOutput("status", *output); err != nil {
+	p.flags(call)
+	call.Output()
+	if _, err := call.Parse(); err != nil {
 		return err
 	}
 	notReady, err := p.ready(ctx)
@@ -83,10 +78,10 @@ func statusCommand(ctx context.Context, args []string, e cli.Env) error {
 		return fmt.Errorf("%s/metrics: %w", p.url, err)
 	}
 	s.Ready, s.NotReady = len(notReady) == 0, notReady
-	if *output == "json" {
-		return cli.PrintJSON(e.Stdout, s)
+	if call.JSON() {
+		return cli.PrintJSON(call.Stdout, s)
 	}
-	return s.print(e.Stdout, time.Now())
+	return s.print(call.Stdout, time.Now())
 }
 
 // readStatus finds the state of an agent in what it answers to a scrape.
@@ -191,8 +186,8 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 		row("Trust bundle:", fmt.Sprintf("sequence %d, applied %s", s.Bundle.Sequence, cli.When(s.Bundle.AppliedAt, now)))
 	}
 	row("X.509-SVIDs:", s.states())
-	if err := head.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
+	if err := cli.Flush(head); err != nil {
+		return err
 	}
 	if len(s.Authorities) == 0 {
 		return cli.Printf(w, "\nNo signing authority is known yet.\n")
@@ -210,10 +205,7 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%d\t%s\t%s\t%s\t%s\n",
 			a.Type, a.ID, a.State, a.Held, count(a.Pending), count(a.Streams), safe, last)
 	}
-	if err := table.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
+	return cli.Flush(table)
 }
 
 // states lists the states that X.509-SVIDs are in.

@@ -1,10 +1,7 @@
 package main
 
 import (
-	"context"
 	"errors"
-	"io"
-	"strings"
 
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/cli"
@@ -13,20 +10,30 @@ import (
 // version is set by the linker (-X main.version=...); see the Makefile.
 var version string
 
-// exitBanned is the exit status of an agent whose node the server has banned: a
-// restart does not help.
-const exitBanned = 3
+var program = cli.Program{
+	Name: "agent", Version: version, Usage: usage, IsPermanent: isBanned,
+	Commands: []cli.Command{
+		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
+		cli.ConfigCommand("agent", &schema),
+		{Name: "healthcheck", Help: cli.Text(healthUsage), Run: healthCommand},
+		{Name: "status", Help: cli.Text(statusUsage), Run: statusCommand},
+		{Name: "fetch", Help: cli.Text(fetchUsage), Sub: []cli.Command{{Name: "x509", Run: fetchX509Command}, {Name: "jwt", Run: fetchJWTCommand}}},
+	},
+}
+
+// isBanned reports whether the server has banned the node.
+func isBanned(err error) bool { return errors.Is(err, upstream.ErrBanned) }
 
 const usage = `agent keeps the workload identities of this node valid while signing keys change.
 
 Usage:
-  agent run -config FILE           run the daemon
-  agent config check -config FILE  report every problem of a configuration, and start nothing
-  agent healthcheck                exit 0 if the running agent is ready
-  agent status                     print what the running agent holds by signing authority
-  agent fetch x509                 fetch X.509-SVIDs from the Workload API like a workload
-  agent fetch jwt -audience NAME   fetch JWT-SVIDs
-  agent version                    print the version
+  agent run --config FILE           run the daemon
+  agent config check --config FILE  report every problem of a configuration, and start nothing
+  agent healthcheck                 exit 0 if the running agent is ready
+  agent status                      print what the running agent holds by signing authority
+  agent fetch x509                  fetch X.509-SVIDs from the Workload API like a workload
+  agent fetch jwt --audience NAME   fetch JWT-SVIDs
+  agent version                     print the version
 
 "agent help COMMAND" describes one command, "agent help config" every field of
 the configuration.
@@ -35,29 +42,23 @@ Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 wrong
 command line or configuration; 3 the server has banned this node.
 `
 
-const runUsage = `Usage: agent run [-config FILE] [-FIELD VALUE]...
+const runUsage = `Usage: agent run [--config FILE] [--FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then closes all streams and exits 0. A second
 signal ends it at once. A flag or a variable can set every field of the
 configuration: "agent help config" lists them.
 `
 
-const checkUsage = `Usage: agent config check -config FILE [-FIELD VALUE]...
-
-Reads the configuration like "agent run" and prints every error with its place
-and its remedy. Starts nothing and writes nothing.
-`
-
 const httpUsage = `
-  -url URL              metrics and health of the agent (default http://127.0.0.1:9090, or
+  --url URL             metrics and health of the agent (default http://127.0.0.1:9090, or
                         the address in RENEWD_METRICS_ADDRESS)
-  -ca FILE              CA certificates (PEM) that the agent's HTTPS certificate must chain to
-  -user NAME            user for basic auth
-  -password-file FILE   file with the password for basic auth
-  -timeout DURATION     how long to wait (default 5s)
+  --ca FILE             CA certificates (PEM) that the agent's HTTPS certificate must chain to
+  --user NAME           user for basic auth
+  --password-file FILE  file with the password for basic auth
+  --timeout DURATION    how long to wait (default 5s)
 `
 
-const healthUsage = `Usage: agent healthcheck [-url URL] [-socket PATH]
+const healthUsage = `Usage: agent healthcheck [--url URL] [--socket PATH]
 
 Exits 0 if /ready of the running agent succeeds and the Workload API answers. This
 process needs no identity. Otherwise prints the reasons, one a line:
@@ -74,10 +75,10 @@ process needs no identity. Otherwise prints the reasons, one a line:
 The agent goes on serving SVIDs meanwhile. Use /live, not /ready, to decide about
 restarts.
 
-  -socket PATH          socket of the Workload API (default SPIFFE_ENDPOINT_SOCKET,
+  --socket PATH         socket of the Workload API (default SPIFFE_ENDPOINT_SOCKET,
                         RENEWD_SOCKET_PATH or /run/renewd/agent.sock; "" to skip it)` + httpUsage
 
-const statusUsage = `Usage: agent status [-o text|json] [-url URL]
+const statusUsage = `Usage: agent status [-o text|json] [--url URL]
 
 Prints how many X.509-SVIDs of workloads are in each state and, for each signing
 authority, how many SVIDs this node holds, how many taint renewals wait, how many
@@ -99,70 +100,17 @@ SVID), prepared (it signs nothing yet or no longer), tainted, removed.
 
   -o text|json          output format (default text)` + httpUsage
 
-const fetchUsage = `Usage: agent fetch x509 [-socket PATH] [-o text|json] [-write DIR] [-timeout DURATION]
-       agent fetch jwt -audience NAME[,NAME] [-spiffe-id ID] [same flags]
+const fetchUsage = `Usage: agent fetch x509 [--socket PATH] [-o text|json] [--write DIR] [--timeout DURATION]
+       agent fetch jwt --audience NAME[,NAME] [--spiffe-id ID] [same flags]
 
 Fetches the identities of the calling process from the Workload API. Private keys
 are never printed.
 
-  -socket PATH          socket of the Workload API (default SPIFFE_ENDPOINT_SOCKET,
+  --socket PATH         socket of the Workload API (default SPIFFE_ENDPOINT_SOCKET,
                         RENEWD_SOCKET_PATH or /run/renewd/agent.sock)
   -o text|json          output format (default text)
-  -write DIR            write SVIDs, keys (mode 0600) and bundles as files into DIR
-  -timeout DURATION     how long to wait, also for an agent that is starting (default 5s)
-  -audience NAME,NAME   audience of the JWT-SVIDs
-  -spiffe-id ID         only this identity (default all)
+  --write DIR           write SVIDs, keys (mode 0600) and bundles as files into DIR
+  --timeout DURATION    how long to wait, also for an agent that is starting (default 5s)
+  --audience NAME,NAME  audience of the JWT-SVIDs
+  --spiffe-id ID        only this identity (default all)
 `
-
-// run executes one command line and returns the exit status.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
-	err := dispatch(ctx, args, e)
-	code := cli.Report("agent", err, e)
-	if errors.Is(err, upstream.ErrBanned) {
-		return exitBanned
-	}
-	return code
-}
-
-func dispatch(ctx context.Context, args []string, e cli.Env) error {
-	name := ""
-	if len(args) > 0 {
-		name, args = args[0], args[1:]
-	}
-	switch name {
-	case "run":
-		return runCommand(ctx, args, e)
-	case "config":
-		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
-	case "healthcheck":
-		return healthCommand(ctx, args, e)
-	case "status":
-		return statusCommand(ctx, args, e)
-	case "fetch":
-		return fetchCommand(ctx, args, e)
-	case "version", "-version", "--version":
-		return cli.PrintVersion("agent", version, args, e)
-	case "help", "-h", "-help", "--help":
-		return help(args, e)
-	case "":
-		return cli.Usagef("no command")
-	}
-	return cli.Usagef("unknown command %q", name)
-}
-
-func help(args []string, e cli.Env) error {
-	texts := map[string]string{
-		"": usage, "run": runUsage, "healthcheck": healthUsage, "status": statusUsage, "fetch": fetchUsage,
-		"config": checkUsage + "\n" + schema.Usage(), "version": cli.VersionUsage("agent"),
-	}
-	topic := ""
-	if len(args) > 0 {
-		topic = args[0] // "help fetch jwt" is the help of fetch
-	}
-	text, ok := texts[topic]
-	if !ok {
-		return cli.Usagef("no help for %q", strings.Join(args, " "))
-	}
-	return cli.Printf(e.Stdout, "%s", text)
-}

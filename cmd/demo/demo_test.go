@@ -28,11 +28,11 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// fastSettings are those of -svids 30 -max-delay 500ms -o json, with more frequent bundle
+// fastSettings are those of --svids 30 --max-delay 500ms -o json, with more frequent bundle
 // refreshes.
 func fastSettings(t *testing.T) settings {
 	t.Helper()
-	s, err := parse([]string{"-svids", "30", "-max-delay", "500ms", "-o", "json"})
+	s, err := parse([]string{"--svids", "30", "--max-delay", "500ms", "-o", "json"})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -192,7 +192,7 @@ func TestOutputClosed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	cmd := exec.Command(program, "-svids", "5")
+	cmd := exec.Command(program, "--svids", "5")
 	cmd.Env = append(os.Environ(), "DEMO_MAIN=1")
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
@@ -255,11 +255,11 @@ func TestCommandLine(t *testing.T) {
 		want string
 	}{
 		{"-h", exitOK, "Usage:"},
-		{"-svids 4", exitUsage, "-svids is 4: use 5"},
-		{"-svids 20001", exitUsage, "-svids is 20001"},
-		{"-svids many", exitUsage, `invalid value "many"`},
-		{"-max-delay 0", exitUsage, "-max-delay is 0s"},
-		{"-max-delay 2h", exitUsage, "-max-delay is 2h0m0s"},
+		{"--svids 4", exitUsage, "--svids is 4: use 5"},
+		{"--svids 20001", exitUsage, "--svids is 20001"},
+		{"--svids many", exitUsage, `invalid value "many"`},
+		{"--max-delay 0", exitUsage, "--max-delay is 0s"},
+		{"--max-delay 2h", exitUsage, "--max-delay is 2h0m0s"},
 		{"-o yaml", exitUsage, `-o is "yaml": use text or json`},
 		{"-x", exitUsage, "not defined: -x"},
 		{"-\x1b[2J", exitUsage, "not defined: -\uFFFD[2J"},

@@ -8,13 +8,13 @@ import (
 	"os"
 	"os/signal"
 	"syscall"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 func main() {
 	// If its output is closed, as in "demo | head", the demo ends by the failed write. Any
 	// connection can raise SIGPIPE.
 	signal.Ignore(syscall.SIGPIPE)
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
-	context.AfterFunc(ctx, stop) // a second signal ends the process at once
-	os.Exit(run(ctx, os.Args[1:], os.Stdout, os.Stderr))
+	cli.Main(func(ctx context.Context) int { return run(ctx, os.Args[1:], os.Stdout, os.Stderr) }, syscall.SIGHUP)
 }

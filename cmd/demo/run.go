@@ -25,18 +25,18 @@ const (
 const usage = `demo shows a key rotation live, with workloads that are in use.
 
 Usage:
-  demo [-svids N] [-max-delay DURATION] [-o text|json] [-v]
+  demo [--svids N] [--max-delay DURATION] [-o text|json] [-v]
 
 It runs a signing server, a node agent on a Unix socket and a few workload
 processes on this machine. The workloads get their identities (SVIDs) from the
 agent with a standard SPIFFE client and call each other over mutual TLS.
 
-  -svids N             identities on the node; all but a few are idle (default 200)
-  -max-delay DURATION  longest random delay before the agent reacts to the taint of
-                       a key (default 10s; in the agent 60s)
-  -o text|json         format of the report (default text). With json, standard output
-                       is one JSON document and the timeline goes to standard error
-  -v                   write the logs of server and agent to standard error
+  --svids N             identities on the node; all but a few are idle (default 200)
+  --max-delay DURATION  longest random delay before the agent reacts to the taint of
+                        a key (default 10s; in the agent 60s)
+  -o text|json          format of the report (default text). With json, standard output
+                        is one JSON document and the timeline goes to standard error
+  -v                    write the logs of server and agent to standard error
 
 Exit status: 0 every promise held; 1 a promise was broken, or the demo could not
 run; 2 wrong command line; 130 interrupted. The demo stops its processes and removes
@@ -104,21 +104,20 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 func parse(args []string) (settings, error) {
 	s := settings{workloads: 5, refresh: 5 * time.Second, pause: 2 * time.Second}
 	flags := flag.NewFlagSet("demo", flag.ContinueOnError)
-	flags.SetOutput(io.Discard)
 	flags.IntVar(&s.svids, "svids", 200, "")
 	flags.DurationVar(&s.maxDelay, "max-delay", 10*time.Second, "")
 	form := flags.String("o", "text", "")
 	flags.BoolVar(&s.verbose, "v", false, "")
-	if err := flags.Parse(args); err != nil {
-		return s, err
-	}
+	rest, err := cli.ParseFlags(flags, args)
 	switch {
-	case flags.NArg() > 0:
-		return s, fmt.Errorf("unexpected argument %q", flags.Arg(0))
+	case err != nil:
+		return s, err
+	case len(rest) > 0:
+		return s, fmt.Errorf("unexpected argument %q", rest[0])
 	case s.svids < s.workloads || s.svids > maxSVIDs:
-		return s, fmt.Errorf("-svids is %d: use %d (one for each workload) to %d", s.svids, s.workloads, maxSVIDs)
+		return s, fmt.Errorf("--svids is %d: use %d (one for each workload) to %d", s.svids, s.workloads, maxSVIDs)
 	case s.maxDelay < time.Millisecond || s.maxDelay > time.Hour:
-		return s, fmt.Errorf("-max-delay is %v: use 1ms to 1h", s.maxDelay)
+		return s, fmt.Errorf("--max-delay is %v: use 1ms to 1h", s.maxDelay)
 	case *form != "text" && *form != "json":
 		return s, fmt.Errorf("-o is %q: use text or json", *form)
 	}

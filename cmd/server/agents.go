@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"strconv"
 	"time"
@@ -40,13 +39,12 @@ func showAgent(a *api.Agent, now time.Time) shownAgent {
 }
 
 // agentsCommand is "agent list".
-func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("agent list", flag.ContinueOnError)
-	c := newClient(fset, e)
-	if _, err := parse(fset, args, agentUsage, e); err != nil {
+func agentsCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.ListAgents(ctx, &api.ListAgentsRequest{Scope: c.scope()}, large)
 		if err != nil {
 			return err
@@ -56,7 +54,7 @@ func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
 		for _, a := range resp.GetAgents() {
 			agents = append(agents, showAgent(a, now))
 		}
-		if c.json() {
+		if c.JSON() {
 			return cli.PrintJSON(c.Stdout, map[string]any{"agents": agents})
 		}
 		table := cli.NewTable(c.Stdout)
@@ -73,19 +71,18 @@ func agentsCommand(ctx context.Context, args []string, e cli.Env) error {
 			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), state, text(a.Version), sequence,
 				when(a.LastReport, now), when(a.ExpiresAt, now))
 		}
-		return flush(table)
+		return cli.Flush(table)
 	})
 }
 
 // banCommand is "agent ban".
-func banCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("agent ban", flag.ContinueOnError)
-	c := newClient(fset, e)
-	id, err := parse(fset, args, agentUsage, e, "agent's ID")
+func banCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	id, err := c.Parse("agent's ID")
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		if _, err := o.BanAgent(ctx, &api.BanAgentRequest{Scope: c.scope(), AgentId: id[0]}); err != nil {
 			return err
 		}
@@ -94,15 +91,14 @@ func banCommand(ctx context.Context, args []string, e cli.Env) error {
 }
 
 // evictCommand is "agent evict".
-func evictCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("agent evict", flag.ContinueOnError)
-	c := newClient(fset, e)
-	gone := fset.Bool("gone", false, "")
-	id, err := parse(fset, args, agentUsage, e, "agent's ID")
+func evictCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	gone := c.Flags.Bool("gone", false, "")
+	id, err := c.Parse("agent's ID")
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		if _, err := o.EvictAgent(ctx, &api.EvictAgentRequest{Scope: c.scope(), AgentId: id[0], Gone: *gone}); err != nil {
 			return err
 		}
@@ -112,30 +108,29 @@ func evictCommand(ctx context.Context, args []string, e cli.Env) error {
 
 // done prints the result of a command.
 func (c *client) done(what, id, how string) error {
-	if c.json() {
+	if c.JSON() {
 		return cli.PrintJSON(c.Stdout, map[string]string{what: id, "result": how})
 	}
 	return cli.Printf(c.Stdout, "%s %s\n", cli.Printable(id), how)
 }
 
 // tokenCommand is "token create".
-func tokenCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("token create", flag.ContinueOnError)
-	c := newClient(fset, e)
-	ttl := fset.Duration("ttl", 10*time.Minute, "")
-	if _, err := parse(fset, args, tokenUsage, e); err != nil {
+func tokenCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	ttl := c.Flags.Duration("ttl", 10*time.Minute, "")
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
 	if *ttl < time.Second {
-		return cli.Usagef("token create: -ttl %v is shorter than a second", *ttl)
+		return cli.Usagef("token create: --ttl %v is shorter than a second", *ttl)
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl)})
 		if err != nil {
 			return err
 		}
 		expires := moment(resp.GetExpiresAt())
-		if c.json() {
+		if c.JSON() {
 			return cli.PrintJSON(c.Stdout, struct {
 				Token     string     `json:"token"`
 				ExpiresAt *time.Time `json:"expires_at"`

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"io/fs"
@@ -56,22 +55,21 @@ type shownBackupOfPart struct {
 }
 
 // backupCommand is "backup".
-func backupCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("backup", flag.ContinueOnError)
-	b := backup{client: newClient(fset, e), progress: &runbook.Screen{W: e.Stderr}}
+func backupCommand(ctx context.Context, call *cli.Call) error {
+	b := backup{client: newClient(call), progress: &runbook.Screen{W: call.Stderr}}
 	b.timeout = backupTimeout
-	fset.BoolVar(&b.force, "force", false, "")
-	fset.StringVar(&b.keyFile, "key-file", "", "")
-	file, err := parse(fset, args, backupUsage, e, "file")
+	b.Flags.BoolVar(&b.force, "force", false, "")
+	b.Flags.StringVar(&b.keyFile, "key-file", "", "")
+	file, err := b.Parse("file")
 	if err != nil {
 		return err
 	}
 	b.file = file[0]
-	shown, err := b.make(ctx, fset.Name())
+	shown, err := b.make(ctx)
 	if err != nil {
 		return err
 	}
-	if b.json() {
+	if b.JSON() {
 		return cli.PrintJSON(b.Stdout, shown)
 	}
 	return b.print(shown)
@@ -79,9 +77,9 @@ func backupCommand(ctx context.Context, args []string, e cli.Env) error {
 
 // make writes the backup to a temporary file and renames it when it is durable and
 // checked.
-func (b *backup) make(ctx context.Context, operation string) (shown shownBackup, err error) {
+func (b *backup) make(ctx context.Context) (shown shownBackup, err error) {
 	failed := func(err error) (shownBackup, error) {
-		return shownBackup{}, fmt.Errorf("%s: %w", operation, err)
+		return shownBackup{}, fmt.Errorf("%s: %w", b.Name(), err)
 	}
 	var key seal.Manager
 	if b.keyFile != "" {
@@ -99,7 +97,7 @@ func (b *backup) make(ctx context.Context, operation string) (shown shownBackup,
 	defer os.Remove(f.Name())
 	defer f.Close()
 	var td spiffeid.TrustDomain
-	err = b.do(ctx, operation, func(ctx context.Context, o api.OperatorClient) error {
+	err = b.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.ListDeployments(ctx, &api.ListDeploymentsRequest{TrustDomain: b.trustDomain})
 		if err == nil {
 			td, err = spiffeid.TrustDomainFromString(resp.GetTrustDomain())
@@ -139,7 +137,7 @@ func (b *backup) checkNotExist() error {
 		return nil
 	}
 	if _, err := os.Lstat(b.file); !errors.Is(err, fs.ErrNotExist) {
-		return cmp.Or(err, fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with -force", b.file))
+		return cmp.Or(err, fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with --force", b.file))
 	}
 	return nil
 }
@@ -208,7 +206,7 @@ func (b *backup) print(s shownBackup) error {
 	}
 	_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n", text(s.File), s.TakenAt.Format("2006-01-02 15:04:05 UTC"), amount(s.Size),
 		text(s.TrustDomain), text(strings.Join(names, " ")), sum.Keysets, sum.Entries, sum.Agents, keys)
-	return flush(table)
+	return cli.Flush(table)
 }
 
 // amount formats a number of bytes.

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"time"
 
@@ -25,20 +24,20 @@ const maxAnswer = 256 << 20
 
 // client connects an operator's command to the running server.
 type client struct {
-	cli.Env
-	socket, server, trustDomain, deployment, output string
-	timeout                                         time.Duration
+	*cli.Call
+	socket, server, trustDomain, deployment string
+	timeout                                 time.Duration
 }
 
-// newClient adds the flags of clientUsage to fset.
-func newClient(fset *flag.FlagSet, e cli.Env) *client {
-	c := &client{Env: e}
-	fset.StringVar(&c.socket, "admin-socket", cmp.Or(e.Getenv("RENEWD_ADMIN_SOCKET"), e.Getenv("RENEWD_SERVER_ADMIN_SOCKET"), defaultSocket), "")
-	fset.StringVar(&c.server, "server", "", "")
-	fset.StringVar(&c.trustDomain, "trust-domain", e.Getenv("TRUST_DOMAIN"), "")
-	fset.StringVar(&c.deployment, "deployment-name", e.Getenv("DEPLOYMENT_NAME"), "")
-	fset.DurationVar(&c.timeout, "timeout", time.Minute, "")
-	fset.StringVar(&c.output, "o", "text", "")
+// newClient adds the flags of clientUsage to a call.
+func newClient(call *cli.Call) *client {
+	c := &client{Call: call}
+	c.Flags.StringVar(&c.socket, "admin-socket", cmp.Or(c.Getenv("RENEWD_ADMIN_SOCKET"), c.Getenv("RENEWD_SERVER_ADMIN_SOCKET"), defaultSocket), "")
+	c.Flags.StringVar(&c.server, "server", "", "")
+	c.Flags.StringVar(&c.trustDomain, "trust-domain", c.Getenv("TRUST_DOMAIN"), "")
+	c.Flags.StringVar(&c.deployment, "deployment-name", c.Getenv("DEPLOYMENT_NAME"), "")
+	c.Flags.DurationVar(&c.timeout, "timeout", time.Minute, "")
+	c.Output()
 	return c
 }
 
@@ -46,38 +45,33 @@ func (c *client) scope() *api.Scope {
 	return &api.Scope{TrustDomain: c.trustDomain, Deployment: c.deployment}
 }
 
-func (c *client) json() bool { return c.output == "json" }
-
 // startWait is how long a command waits for a server that is starting, so that it can
-// follow the start of the server at once. It is at most half of -timeout, so that the
+// follow the start of the server at once. It is at most half of --timeout, so that the
 // cause is printed.
 const startWait = 5 * time.Second
 
-// do connects and calls f. Its error begins with the operation. It waits for a server that
+// do connects and calls f. Its error begins with the name of the command. It waits for a server that
 // is starting.
-func (c *client) do(ctx context.Context, operation string, f func(context.Context, api.OperatorClient) error) error {
-	return c.doWithin(ctx, min(startWait, c.timeout/2), operation, f)
+func (c *client) do(ctx context.Context, f func(context.Context, api.OperatorClient) error) error {
+	return c.doWithin(ctx, min(startWait, c.timeout/2), f)
 }
 
 // doWithin is do with another time to wait for a server that is starting.
-func (c *client) doWithin(ctx context.Context, wait time.Duration, operation string, f func(context.Context, api.OperatorClient) error) error {
-	if err := cli.CheckOutput(operation, c.output); err != nil {
-		return err
-	}
+func (c *client) doWithin(ctx context.Context, wait time.Duration, f func(context.Context, api.OperatorClient) error) error {
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
-	conn, err := c.dial(ctx, wait, operation)
+	conn, err := c.dial(ctx, wait)
 	if err != nil {
 		return err
 	}
 	defer func() { _ = conn.Close() }()
 	if err := f(ctx, conn.OperatorClient); err != nil {
-		return fmt.Errorf("%s: %w", operation, c.explain(err))
+		return fmt.Errorf("%s: %w", c.Name(), c.explain(err))
 	}
 	return nil
 }
 
-func (c *client) dial(ctx context.Context, wait time.Duration, operation string) (*renewd.Client, error) {
+func (c *client) dial(ctx context.Context, wait time.Duration) (*renewd.Client, error) {
 	if c.server == "" {
 		return renewd.DialStarting(c.socket, wait, func() {
 			if cli.IsTerminal(c.Stderr) {
@@ -87,11 +81,11 @@ func (c *client) dial(ctx context.Context, wait time.Duration, operation string)
 	}
 	if wrong := config.BadAddress(c.server, true); wrong != "" {
 		// gRPC would accept other forms, and use 443 as the default port.
-		return nil, cli.Usagef("%s: -server %s %s: give it with its port, such as server.example.org:8082", operation, c.server, wrong)
+		return nil, cli.Usagef("%s: --server %s %s: give it with its port, such as server.example.org:8082", c.Name(), c.server, wrong)
 	}
 	workloadAPI := c.Getenv("SPIFFE_ENDPOINT_SOCKET")
 	if workloadAPI == "" {
-		return nil, cli.Usagef("%s: -server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", operation, c.server)
+		return nil, cli.Usagef("%s: --server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", c.Name(), c.server)
 	}
 	return renewd.DialServer(ctx, c.server, workloadAPI)
 }

@@ -2,7 +2,6 @@ package main
 
 import (
 	"context"
-	"flag"
 	"fmt"
 	"time"
 
@@ -23,13 +22,12 @@ type shownClock struct {
 }
 
 // clockCommand is "clock show".
-func clockCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("clock show", flag.ContinueOnError)
-	c := newClient(fset, e)
-	if _, err := parse(fset, args, clockUsage, e); err != nil {
+func clockCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.GetClock(ctx, &api.GetClockRequest{Scope: c.scope()})
 		if err != nil {
 			return err
@@ -39,10 +37,9 @@ func clockCommand(ctx context.Context, args []string, e cli.Env) error {
 }
 
 // confirmCommand is "clock confirm".
-func confirmCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("clock confirm", flag.ContinueOnError)
-	c := newClient(fset, e)
-	given, err := parse(fset, args, clockUsage, e, "time that another clock shows")
+func confirmCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	given, err := c.Parse("time that another clock shows")
 	if err != nil {
 		return err
 	}
@@ -53,7 +50,7 @@ func confirmCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err != nil {
 		return cli.Usagef("clock confirm: %q is not a time: give it with its zone, such as 2026-01-02T15:04Z or 2026-01-02T16:04+01:00", given[0])
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.ConfirmClock(ctx, &api.ConfirmClockRequest{Scope: c.scope(), Time: timestamppb.New(at)})
 		if err != nil {
 			return err
@@ -68,7 +65,7 @@ func (c *client) printClock(p *api.Clock) error {
 		Shows: moment(p.GetShows()), AtLeast: moment(p.GetAtLeast()), DoubtSeconds: doubt.Seconds(),
 		SteadySeconds: steady.Seconds(), RotationWaits: p.GetRotationWaits(),
 	}
-	if c.json() {
+	if c.JSON() {
 		return cli.PrintJSON(c.Stdout, out)
 	}
 	cells := []string{"no", "-", "continues"}
@@ -84,7 +81,7 @@ func (c *client) printClock(p *api.Clock) error {
 	table := cli.NewTable(c.Stdout)
 	_, _ = fmt.Fprintf(table, "CLOCK SHOWS\tAT LEAST\tIN DOUBT\tSTEADY FOR\tAUTOMATIC ROTATION\n%s\t%s\t%s\t%s\t%s\n",
 		utc(out.Shows), utc(out.AtLeast), cells[0], cells[1], cells[2])
-	if err := flush(table); err != nil {
+	if err := cli.Flush(table); err != nil {
 		return err
 	}
 	if why := renewd.ClockDoubt(p); why != "" {

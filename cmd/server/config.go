@@ -119,9 +119,7 @@ func validate(shared *config.Checker[settings]) {
 	c.endpoint()
 	c.federation()
 	c.lifetimes()
-	if !slices.Contains(cli.LogFormats, c.Config.LogFormat) {
-		c.Bad("log.format", "is not a format", "use "+config.OneOf(cli.LogFormats))
-	}
+	c.OneOf("log.format", "is not a format", cli.LogFormats)
 }
 
 // listeners checks the socket and the addresses, and that no address is used twice.
@@ -170,8 +168,7 @@ func (c checker) listeners() {
 // endpoint checks the bundle endpoint.
 func (c checker) endpoint() {
 	web := c.Config.EndpointProfile == server.ProfileWeb
-	if !slices.Contains(profiles, c.Config.EndpointProfile) {
-		c.Bad("bundle_endpoint.profile", "is not a profile", "use "+config.OneOf(profiles))
+	if !c.OneOf("bundle_endpoint.profile", "is not a profile", profiles) {
 		return
 	}
 	for path, file := range map[string]string{"bundle_endpoint.cert_file": c.Config.EndpointCertFile, "bundle_endpoint.key_file": c.Config.EndpointKeyFile} {
@@ -271,9 +268,10 @@ func (c checker) lifetimes() {
 	if s.JWTTTL < time.Second {
 		c.Bad("keysets.jwt_ttl", "is shorter than a second", "24h is usual")
 	}
-	if !slices.Contains(modes, s.RotationMode) {
-		c.Bad("rotation.mode", "is not a mode", "use "+config.OneOf(modes))
-	} else if _, err := s.policy().For(s.KeysetLifetime); err != nil {
+	if !c.OneOf("rotation.mode", "is not a mode", modes) {
+		return
+	}
+	if _, err := s.policy().For(s.KeysetLifetime); err != nil {
 		c.rotation(err)
 	}
 }

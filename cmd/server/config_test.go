@@ -95,7 +95,7 @@ func TestProblems(t *testing.T) {
 		{name: "mode without owner", add: "admin_socket_mode: 0066", want: `server.yaml:2: admin_socket_mode: 0066 does not let its owner connect; set at least 0600`},
 		{name: "profile", add: "bundle_endpoint: {profile: http}", want: `server.yaml:2: bundle_endpoint.profile: "http" is not a profile; use https_spiffe or https_web`},
 		{name: "web profile without files", add: "bundle_endpoint: {profile: https_web, cert_file: /c}", want: `server.yaml: bundle_endpoint.key_file is not set and profile https_web needs it; give the PEM file`},
-		{name: "files without web profile", flags: map[string]string{"bundle_endpoint.cert_file": "/c"}, want: `flag -bundle-endpoint-cert-file: bundle_endpoint.cert_file: "/c" is not used with profile https_spiffe; remove it or set bundle_endpoint.profile: https_web`},
+		{name: "files without web profile", flags: map[string]string{"bundle_endpoint.cert_file": "/c"}, want: `flag --bundle-endpoint-cert-file: bundle_endpoint.cert_file: "/c" is not used with profile https_spiffe; remove it or set bundle_endpoint.profile: https_web`},
 		{name: "refresh hint", add: "bundle_endpoint: {refresh_hint: 1500ms}", want: `server.yaml:2: bundle_endpoint.refresh_hint: 1.5s is not in whole seconds; 5m is usual`},
 		{name: "federation without anything", add: "federation:\n  partner.example: {}", want: `server.yaml:3: federation.partner.example has no fields; give one or remove it`},
 		{name: "federation, misspelled", add: "federation:\n  partner.example:\n    url: https://p", want: `server.yaml:4: "federation.partner.example.url" is not a field; did you mean federation.partner.example.profile?`},

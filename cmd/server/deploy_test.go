@@ -39,7 +39,7 @@ func TestUnitFitsServer(t *testing.T) {
 	for _, want := range []string{
 		"\nRestart=always\n",
 		"\nEnvironment=GOTRACEBACK=crash\n", // otherwise a crash exits with cli.ExitUsage
-		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(exitStore) + "\n",
+		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(cli.ExitPermanent) + "\n",
 		"\nLoadCredentialEncrypted=" + seal.CredentialName + ":",
 	} {
 		if !strings.Contains(unit, want) {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"io"
 	"slices"
@@ -70,13 +69,12 @@ func lifetime(d *durationpb.Duration) string {
 }
 
 // entriesCommand is "entries list".
-func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("entries list", flag.ContinueOnError)
-	c := newClient(fset, e)
-	if _, err := parse(fset, args, entriesUsage, e); err != nil {
+func entriesCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope()}, large)
 		if err != nil {
 			return err
@@ -85,7 +83,7 @@ func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
 		for _, e := range resp.GetEntries() {
 			entries = append(entries, showEntry(e))
 		}
-		if c.json() {
+		if c.JSON() {
 			return cli.PrintJSON(c.Stdout, map[string]any{"entries": entries})
 		}
 		table := cli.NewTable(c.Stdout)
@@ -94,17 +92,16 @@ func entriesCommand(ctx context.Context, args []string, e cli.Env) error {
 			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
 				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL), text(strings.Join(e.attributes(), " ")))
 		}
-		return flush(table)
+		return cli.Flush(table)
 	})
 }
 
 // applyCommand is "entries apply".
-func applyCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("entries apply", flag.ContinueOnError)
-	c := newClient(fset, e)
-	dryRun := fset.Bool("dry-run", false, "")
+func applyCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	dryRun := c.Flags.Bool("dry-run", false, "")
 	var remove *int64
-	fset.Func("remove", "", func(text string) error {
+	c.Flags.Func("remove", "", func(text string) error {
 		n, err := strconv.ParseUint(text, 10, 31)
 		if err != nil {
 			return errors.New("give the number of entries")
@@ -112,7 +109,7 @@ func applyCommand(ctx context.Context, args []string, e cli.Env) error {
 		remove = new(int64(n))
 		return nil
 	})
-	file, err := parse(fset, args, entriesUsage, e, "file")
+	file, err := c.Parse("file")
 	if err != nil {
 		return err
 	}
@@ -120,12 +117,12 @@ func applyCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.ApplyEntries(ctx, &api.ApplyEntriesRequest{Scope: c.scope(), Entries: entries, DryRun: *dryRun, Remove: remove}, large)
 		if err != nil {
 			return err
 		}
-		if c.json() {
+		if c.JSON() {
 			return cli.PrintJSON(c.Stdout, showChanges(resp, *dryRun))
 		}
 		if err := printChanges(c.Stdout, resp, *dryRun); err != nil {

@@ -3,7 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"fmt"
 	"strings"
 	"time"
@@ -57,14 +56,13 @@ func title(state string) string {
 }
 
 // auditCommand is "audit".
-func auditCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("audit", flag.ContinueOnError)
-	c := newClient(fset, e)
-	after := fset.Uint64("after", 0, "")
-	if _, err := parse(fset, args, auditUsage, e); err != nil {
+func auditCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	after := c.Flags.Uint64("after", 0, "")
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		records := []shownRecord{}
 		for last := *after; ; {
 			resp, err := o.ReadAudit(ctx, &api.ReadAuditRequest{Scope: c.scope(), After: last})
@@ -79,7 +77,7 @@ func auditCommand(ctx context.Context, args []string, e cli.Env) error {
 			}
 			last = records[len(records)-1].Number
 		}
-		if c.json() {
+		if c.JSON() {
 			return cli.PrintJSON(c.Stdout, map[string]any{"records": records})
 		}
 		table := cli.NewTable(c.Stdout)
@@ -88,23 +86,22 @@ func auditCommand(ctx context.Context, args []string, e cli.Env) error {
 			_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Number, r.At.UTC().Format("2006-01-02 15:04:05 UTC"),
 				text(r.Actor), text(r.Operation), text(r.Keyset), text(strings.Join(r.changes, ", ")), text(r.Note))
 		}
-		return flush(table)
+		return cli.Flush(table)
 	})
 }
 
 // bundleCommand is "bundle".
-func bundleCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("bundle", flag.ContinueOnError)
-	c := newClient(fset, e)
-	if _, err := parse(fset, args, bundleUsage, e); err != nil {
+func bundleCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
-	return c.do(ctx, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.GetBundle(ctx, &api.GetBundleRequest{Scope: c.scope()})
 		if err != nil {
 			return err
 		}
-		if c.json() {
+		if c.JSON() {
 			return cli.PrintJSON(c.Stdout, struct {
 				Sequence uint64 `json:"sequence"`
 				PEM      string `json:"pem"`
@@ -126,14 +123,13 @@ type deploymentHealth struct {
 }
 
 // healthCommand is "health".
-func healthCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("health", flag.ContinueOnError)
-	c := newClient(fset, e)
-	if _, err := parse(fset, args, healthUsage, e); err != nil {
+func healthCommand(ctx context.Context, call *cli.Call) error {
+	c := newClient(call)
+	if _, err := c.Parse(); err != nil {
 		return err
 	}
 	// Without waiting for a starting server, because the present state is asked for.
-	return c.doWithin(ctx, 0, fset.Name(), func(ctx context.Context, o api.OperatorClient) error {
+	return c.doWithin(ctx, 0, func(ctx context.Context, o api.OperatorClient) error {
 		names := []string{c.deployment}
 		if c.deployment == "" {
 			resp, err := o.ListDeployments(ctx, &api.ListDeploymentsRequest{TrustDomain: c.trustDomain})
@@ -176,7 +172,7 @@ func healthOf(name string, resp *api.ListKeysetsResponse, now time.Time) deploym
 }
 
 func (c *client) printHealth(all []deploymentHealth, now time.Time) error {
-	if c.json() {
+	if c.JSON() {
 		return cli.PrintJSON(c.Stdout, map[string]any{"deployments": all})
 	}
 	table := cli.NewTable(c.Stdout)
@@ -186,5 +182,5 @@ func (c *client) printHealth(all []deploymentHealth, now time.Time) error {
 		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%d\t%d\t%s\n", text(d.Deployment), healthy, text(d.Keyset),
 			when(d.ExpiresAt, now), d.Agents, d.AgentsBehind, text(d.Rotation))
 	}
-	return flush(table)
+	return cli.Flush(table)
 }

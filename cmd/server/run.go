@@ -3,32 +3,25 @@ package main
 import (
 	"context"
 	"errors"
-	"flag"
 	"maps"
 	"slices"
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/server"
-	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/metrics"
 )
 
-// exitStore is the exit status of a server whose store is damaged or was sealed
-// with another key.
-const exitStore = 3
-
-// isPermanent reports whether a restart would fail with the same error.
+// isPermanent reports whether the store is damaged or was sealed with another key.
 func isPermanent(err error) bool {
 	return errors.Is(err, store.ErrDamaged) || errors.Is(err, seal.ErrWrongKey)
 }
 
 // runCommand runs the server until ctx is done.
-func runCommand(ctx context.Context, args []string, e cli.Env) error {
-	fset := flag.NewFlagSet("run", flag.ContinueOnError)
-	load := schema.Flags(fset, e.Getenv)
-	if err := cli.ParseOnlyFlags(fset, args, runUsage, e); err != nil {
+func runCommand(ctx context.Context, call *cli.Call) error {
+	load := schema.Flags(call.Flags, call.Getenv)
+	if _, err := call.Parse(); err != nil {
 		return err
 	}
 	s, err := load()
@@ -38,8 +31,8 @@ func runCommand(ctx context.Context, args []string, e cli.Env) error {
 	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
 		return err
 	}
-	cfg := domainConfig(s, e)
-	cfg.Started = cli.Started(e.Getenv, cfg.Log)
+	cfg := domainConfig(s, call.Env)
+	cfg.Started = cli.Started(call.Getenv, cfg.Log)
 	defer cli.Outlive(cfg.Log)()
 	d, err := server.Open(ctx, cfg)
 	if err != nil {
@@ -70,12 +63,9 @@ func domainConfig(s *settings, e cli.Env) server.Config {
 		KeysetLifetime:   s.KeysetLifetime,
 		X509TTL:          s.X509TTL,
 		JWTTTL:           s.JWTTTL,
-		Rotation: rotation.Policy{
-			Mode: rotation.Mode(s.RotationMode), PreparationThreshold: s.PreparationThreshold,
-			ActivationThreshold: s.ActivationThreshold, TaintThreshold: s.TaintThreshold,
-		},
-		Version: cli.Version(version),
-		Log:     cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
+		Rotation:         s.policy(),
+		Version:          cli.Version(version),
+		Log:              cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
 	}
 	for _, name := range slices.Sorted(maps.Keys(s.Deployments)) {
 		c.Deployments = append(c.Deployments, server.DeploymentConfig{Name: name, ListenAddress: s.Deployments[name]})

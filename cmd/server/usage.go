@@ -1,28 +1,39 @@
 package main
 
-import (
-	"context"
-	"flag"
-	"fmt"
-	"io"
-	"strings"
-
-	"github.com/renewd/renewd/internal/cli"
-)
+import "github.com/renewd/renewd/internal/cli"
 
 // version is set by the linker (-X main.version=...); see the Makefile.
 var version string
 
+var program = cli.Program{
+	Name: "server", Version: version, Usage: usage, IsPermanent: isPermanent,
+	Commands: []cli.Command{
+		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
+		cli.ConfigCommand("server", &schema),
+		{Name: "key", Help: cli.Text(keyUsage), Sub: []cli.Command{{Name: "new", Run: keyNewCommand}, {Name: "add", Run: keyAddCommand}}},
+		{Name: "token", Help: cli.Text(tokenUsage), Sub: []cli.Command{{Name: "create", Run: tokenCommand}}},
+		{Name: "entries", Help: entriesHelp, Sub: []cli.Command{{Name: "apply", Run: applyCommand}, {Name: "list", Run: entriesCommand}}},
+		{Name: "agent", Help: cli.Text(agentUsage), Sub: []cli.Command{
+			{Name: "list", Run: agentsCommand}, {Name: "ban", Run: banCommand}, {Name: "evict", Run: evictCommand},
+		}},
+		{Name: "clock", Help: cli.Text(clockUsage), Sub: []cli.Command{{Name: "show", Run: clockCommand}, {Name: "confirm", Run: confirmCommand}}},
+		{Name: "backup", Help: cli.Text(backupUsage), Run: backupCommand},
+		{Name: "audit", Help: cli.Text(auditUsage), Run: auditCommand},
+		{Name: "bundle", Help: cli.Text(bundleUsage), Run: bundleCommand},
+		{Name: "health", Help: cli.Text(healthUsage), Run: healthCommand},
+	},
+}
+
 const usage = `server signs the workload identities of one trust domain.
 
 Usage:
-  server run -config FILE            run the server
-  server config check -config FILE   check a configuration without starting the server
+  server run --config FILE           run the server
+  server config check --config FILE  check a configuration without starting the server
   server key new FILE                create the key that encrypts the signing keys
   server key add FILE                add a new key to a key file, to rotate the key
 
-Commands for the running server, over its admin socket or, with -server, over the network:
-  server token create [-ttl 10m]     create a join token for one agent
+Commands for the running server, over its admin socket or, with --server, over the network:
+  server token create [--ttl 10m]    create a join token for one agent
   server entries apply FILE          replace all registration entries with those of a file
   server entries list                list the registration entries
   server agent list                  list the agents
@@ -45,18 +56,12 @@ command line, configuration or entries file; 3 the store is damaged or was
 encrypted with another key, so that a restart does not help.
 `
 
-const runUsage = `Usage: server run [-config FILE] [-FIELD VALUE]...
+const runUsage = `Usage: server run [--config FILE] [--FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then finishes calls in flight and exits 0. A second
 signal ends it at once. Every field of the configuration can also be set by a flag
 or in the environment, except deployments and federation, which can be set in the
 file only: "server help config" lists the fields.
-`
-
-const checkUsage = `Usage: server config check -config FILE [-FIELD VALUE]...
-
-Loads the configuration like "server run" and prints every error with its place
-and its remedy. It starts nothing and writes nothing.
 `
 
 const keyUsage = `Usage: server key new FILE
@@ -73,42 +78,42 @@ server encrypts everything with the new key; then you can remove the older ones.
 `
 
 const clientUsage = `
-  -admin-socket PATH      the server's admin socket (default RENEWD_ADMIN_SOCKET or
+  --admin-socket PATH     the server's admin socket (default RENEWD_ADMIN_SOCKET or
                           RENEWD_SERVER_ADMIN_SOCKET, else /run/renewd-server/admin.sock). The command
-                          waits for a starting server, for 5s or half of -timeout if that is less
-  -server HOST:PORT       a remote server (operators.address), with the operator's X.509-SVID from
+                          waits for a starting server, for 5s or half of --timeout if that is less
+  --server HOST:PORT      a remote server (operators.address), with the operator's X.509-SVID from
                           the Workload API at SPIFFE_ENDPOINT_SOCKET
-  -trust-domain NAME      the trust domain (default TRUST_DOMAIN, else the server's own)
-  -deployment-name NAME   the deployment (default DEPLOYMENT_NAME, else the only one)
-  -timeout DURATION       how long to wait (default 1m)
+  --trust-domain NAME     the trust domain (default TRUST_DOMAIN, else the server's own)
+  --deployment-name NAME  the deployment (default DEPLOYMENT_NAME, else the only one)
+  --timeout DURATION      how long to wait (default 1m)
   -o text|json            the output format (default text)
 `
 
-const tokenUsage = `Usage: server token create [-ttl DURATION]
+const tokenUsage = `Usage: server token create [--ttl DURATION]
 
 Creates a join token. It attests one agent, once, within the given time (default
 10m). Standard output has the token alone, standard error the time when it expires.
 ` + clientUsage
 
-const entriesUsage = `Usage: server entries apply FILE [-dry-run] [-remove N]
+const entriesUsage = `Usage: server entries apply FILE [--dry-run] [--remove N]
        server entries list
 
 apply replaces all registration entries of the deployment with those of a YAML file,
-atomically, and prints the changes: + added, ~ changed, - removed. With -dry-run it
+atomically, and prints the changes: + added, ~ changed, - removed. With --dry-run it
 changes nothing.
 
 apply rejects a file that removes all entries, more than 20, or more than 5 and more
 than a tenth of them, because a truncated file looks like that. To apply it, give the
-number that the dry run prints with -remove. Any other number is rejected, too.
+number that the dry run prints with --remove. Any other number is rejected, too.
 ` + clientUsage
 
 const agentUsage = `Usage: server agent list
        server agent ban ID
-       server agent evict ID [-gone]
+       server agent evict ID [--gone]
 
 ID is the agent's SPIFFE ID as list shows it. The server rejects a banned agent, and
 the agent stops. It deletes an evicted agent, which has to re-attest. The SVIDs of
-either count as held until they expire. With -gone you confirm that the node no longer
+either count as held until they expire. With --gone you confirm that the node no longer
 exists, and they stop counting at once. An unknown ID is an error.
 ` + clientUsage
 
@@ -126,22 +131,22 @@ confirm ends the doubt. TIME is the time of another clock that you trust, such a
 doubt. The audit log records the confirmation.
 ` + clientUsage
 
-const auditUsage = `Usage: server audit [-after NUMBER]
+const auditUsage = `Usage: server audit [--after NUMBER]
 
 Lists every change of the keysets and every confirmation of the clock, oldest first:
-the operator, the time and what changed. With -after it lists only the records after
+the operator, the time and what changed. With --after it lists only the records after
 that number.
 ` + clientUsage
 
-const backupUsage = `Usage: server backup FILE [-key-file KEY] [-force]
+const backupUsage = `Usage: server backup FILE [--key-file KEY] [--force]
 
 Writes a consistent copy of the running server's store, with all deployments, to FILE.
 The copy is checked before it is renamed to FILE, so FILE is always complete. An existing
-file is replaced only with -force. You must be in operators.managers. A backup can take
-two minutes (-timeout is 2m10s by default), and data_dir needs room for two copies.
+file is replaced only with --force. You must be in operators.managers. A backup can take
+two minutes (--timeout is 2m10s by default), and data_dir needs room for two copies.
 
 The signing keys in the copy are encrypted, as in the store. The encryption key is not
-in the copy. With -key-file the command also checks that this key decrypts them.
+in the copy. With --key-file the command also checks that this key decrypts them.
 
 To restore, stop the server, replace renewd.db in data_dir with the file, owned by
 the server's user, and start the server. It detects the restore. It does not know the
@@ -162,118 +167,6 @@ sign. Prints one line for each deployment, or for the named one only. It does no
 wait for a starting server.
 ` + clientUsage
 
-// run runs one command line and returns the exit status.
-func run(ctx context.Context, args []string, getenv func(string) string, stdout, stderr io.Writer) int {
-	e := cli.Env{Getenv: getenv, Stdout: stdout, Stderr: stderr}
-	err := dispatch(ctx, args, e)
-	code := cli.Report("server", err, e)
-	if code == cli.ExitFailed && isPermanent(err) {
-		return exitStore
-	}
-	return code
-}
-
-func dispatch(ctx context.Context, args []string, e cli.Env) error {
-	name, sub, rest := "", "", []string(nil)
-	if len(args) > 0 {
-		name, args = args[0], args[1:]
-	}
-	if len(args) > 0 {
-		sub, rest = args[0], args[1:]
-	}
-	switch name {
-	case "run":
-		return runCommand(ctx, args, e)
-	case "config":
-		return cli.ConfigCheck(&schema, args, checkUsage+"\n"+schema.Usage(), e)
-	case "audit":
-		return auditCommand(ctx, args, e)
-	case "backup":
-		return backupCommand(ctx, args, e)
-	case "bundle":
-		return bundleCommand(ctx, args, e)
-	case "health":
-		return healthCommand(ctx, args, e)
-	case "version", "-version", "--version":
-		return cli.PrintVersion("server", version, args, e)
-	case "help", "-h", "-help", "--help":
-		return help(args, e)
-	case "":
-		return cli.Usagef("no command")
-	}
-	commands, ok := subcommands[name]
-	if !ok {
-		return cli.Usagef("unknown command %q", name)
-	}
-	if command, ok := commands[sub]; ok {
-		return command(ctx, rest, e)
-	}
-	switch {
-	case cli.IsHelp(sub):
-		return help([]string{name}, e)
-	case sub == "":
-		return cli.Usagef("%s: say what to do: %s", name, verbs[name])
-	}
-	return cli.Usagef("%s: unknown subcommand %q: use %s", name, sub, verbs[name])
-}
-
-type command func(ctx context.Context, args []string, e cli.Env) error
-
-var subcommands = map[string]map[string]command{
-	"key":     {"new": keyNewCommand, "add": keyAddCommand},
-	"token":   {"create": tokenCommand},
-	"entries": {"apply": applyCommand, "list": entriesCommand},
-	"clock":   {"show": clockCommand, "confirm": confirmCommand},
-	"agent":   {"list": agentsCommand, "ban": banCommand, "evict": evictCommand},
-}
-
-var verbs = map[string]string{"key": "new or add", "token": "create", "entries": "apply or list", "agent": "list, ban or evict", "clock": "show or confirm"}
-
-func help(args []string, e cli.Env) error {
-	texts := map[string]string{
-		"": usage, "run": runUsage, "config": checkUsage + "\n" + schema.Usage(), "key": keyUsage, "token": tokenUsage,
-		"entries": entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList(),
-		"agent":   agentUsage, "clock": clockUsage, "audit": auditUsage, "backup": backupUsage, "bundle": bundleUsage, "health": healthUsage,
-		"version": cli.VersionUsage("server"),
-	}
-	topic := ""
-	if len(args) > 0 {
-		topic = args[0] // "help agent ban" is the help of agent
-	}
-	text, ok := texts[topic]
-	if !ok {
-		return cli.Usagef("no help for %q", strings.Join(args, " "))
-	}
-	return cli.Printf(e.Stdout, "%s", text)
-}
-
-// parse parses flags before, between and after the arguments, and returns the arguments.
-// There must be as many as names.
-func parse(fset *flag.FlagSet, args []string, helpText string, e cli.Env, names ...string) ([]string, error) {
-	var have []string
-	for {
-		rest, err := cli.ParseFlags(fset, args, helpText, e)
-		if err != nil {
-			return nil, err
-		}
-		if len(rest) == 0 {
-			break
-		}
-		have, args = append(have, rest[0]), rest[1:]
-	}
-	switch {
-	case len(have) < len(names):
-		return nil, cli.Usagef("%s: give the %s", fset.Name(), names[len(have)])
-	case len(have) > len(names):
-		return nil, cli.Usagef("%s: unexpected argument %q", fset.Name(), have[len(names)])
-	}
-	return have, nil
-}
-
-// flush writes a table.
-func flush(table interface{ Flush() error }) error {
-	if err := table.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
+func entriesHelp() string {
+	return entriesUsage + "\nThe fields of an entry, below entries:\n\n" + entrySchema.FieldList()
 }

@@ -54,13 +54,10 @@ type Agent struct {
 	socket          atomic.Pointer[socket.Listener]         // nil before Run and with Config.Listener
 }
 
-// New checks the configuration and loads the state from DataDir and RuntimeDir. It opens
+// New loads the state from DataDir and RuntimeDir. It opens
 // no connection and starts no goroutine.
 func New(cfg Config) (*Agent, error) {
-	cfg, err := cfg.withDefaults()
-	if err != nil {
-		return nil, err
-	}
+	cfg = cfg.withDefaults()
 	a := &Agent{cfg: cfg, log: cfg.Log, operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.close())

@@ -5,13 +5,10 @@ package agent
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
 	"net/url"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -24,7 +21,8 @@ import (
 )
 
 // Config is what an [Agent] needs. TrustDomain, ServerAddress, DataDir and one
-// of the sources of trust are required; everything else has a default.
+// of the sources of trust are required; everything else has a default. The program that
+// reads it from a file checks the values, so that it can name their places.
 type Config struct {
 	TrustDomain   spiffeid.TrustDomain
 	ServerAddress string // host:port of the SPIRE Server API
@@ -91,38 +89,10 @@ type Config struct {
 // DefaultSocketPath is the path of the Workload API's socket.
 const DefaultSocketPath = "/run/renewd/agent.sock"
 
-// withDefaults checks the configuration and sets the defaults.
-func (c Config) withDefaults() (Config, error) {
-	var errs []error
-	if c.TrustDomain.IsZero() {
-		errs = append(errs, errors.New("trust_domain is not set: give the name of the SPIFFE trust domain, such as example.org"))
-	}
-	if c.ServerAddress == "" {
-		errs = append(errs, errors.New("server_address is not set: give host:port of the server"))
-	}
-	if c.DataDir == "" {
-		errs = append(errs, errors.New("data_dir is not set: give a folder that survives a restart"))
-	}
-	sources := 0
-	for _, set := range []bool{c.TrustBundleFile != "", c.TrustBundle != nil, c.InsecureBootstrap} {
-		if set {
-			sources++
-		}
-	}
-	if sources != 1 {
-		errs = append(errs, errors.New("trust in the server needs exactly one of trust_bundle_file and insecure_bootstrap"))
-	}
+// withDefaults sets the defaults of empty fields.
+func (c Config) withDefaults() Config {
 	if c.KeyType == "" {
 		c.KeyType = renew.ECP256
-	}
-	if !slices.Contains(renew.KeyTypes, c.KeyType) {
-		errs = append(errs, fmt.Errorf("key_type is %q: use one of %v", c.KeyType, renew.KeyTypes))
-	}
-	if c.BatchSize < 0 || c.BatchSize > renew.DefaultBatchSize {
-		errs = append(errs, fmt.Errorf("batch_size is %d: use 1 to %d, which is the server's limit", c.BatchSize, renew.DefaultBatchSize))
-	}
-	if c.TaintDelay < 0 || c.TaintRate < 0 || c.RefreshInterval < 0 || c.EntryRemovalDelay < 0 || c.CacheSize < 0 {
-		errs = append(errs, errors.New("taint_delay, taint_rate, refresh_interval, entry_removal_delay and svid_cache_size must not be negative"))
 	}
 	if c.SocketPath == "" {
 		c.SocketPath = DefaultSocketPath
@@ -151,5 +121,5 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return c, errors.Join(errs...)
+	return c
 }

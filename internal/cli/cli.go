@@ -15,11 +15,12 @@ import (
 )
 
 // The exit statuses of all programs. A service manager should not restart a program after
-// ExitUsage, because it would fail again.
+// ExitUsage or ExitPermanent, because it would fail again.
 const (
-	ExitOK     = 0
-	ExitFailed = 1
-	ExitUsage  = 2 // wrong command line or configuration
+	ExitOK        = 0
+	ExitFailed    = 1
+	ExitUsage     = 2 // wrong command line or configuration
+	ExitPermanent = 3 // see [Program.IsPermanent]
 )
 
 // Env is the process environment of a command.
@@ -59,67 +60,6 @@ func Report(program string, err error, e Env) int {
 	}
 	_, _ = fmt.Fprintln(e.Stderr, text)
 	return status
-}
-
-// ParseFlags parses args into fset and returns the remaining arguments. If args ask for
-// help, it prints the help text and returns [flag.ErrHelp].
-func ParseFlags(fset *flag.FlagSet, args []string, help string, e Env) ([]string, error) {
-	fset.SetOutput(io.Discard)
-	fset.Usage = func() {}
-	if err := fset.Parse(args); err != nil {
-		if errors.Is(err, flag.ErrHelp) {
-			if err := Printf(e.Stdout, "%s", help); err != nil {
-				return nil, err
-			}
-			return nil, flag.ErrHelp
-		}
-		return nil, Usagef("%s: %v", fset.Name(), err)
-	}
-	return fset.Args(), nil
-}
-
-// ParseOnlyFlags is [ParseFlags] without remaining arguments.
-func ParseOnlyFlags(fset *flag.FlagSet, args []string, help string, e Env) error {
-	rest, err := ParseFlags(fset, args, help, e)
-	if err == nil && len(rest) > 0 {
-		return Usagef("%s: unexpected argument %q", fset.Name(), rest[0])
-	}
-	return err
-}
-
-// ConfigCheck runs a program's config command. Its one subcommand, check, loads the
-// configuration and reports whether it is valid.
-func ConfigCheck[C any](s *config.Schema[C], args []string, help string, e Env) error {
-	if len(args) > 0 && IsHelp(args[0]) {
-		return Printf(e.Stdout, "%s", help)
-	}
-	if len(args) == 0 || args[0] != "check" {
-		return Usagef("config: the one subcommand is check")
-	}
-	fset := flag.NewFlagSet("config check", flag.ContinueOnError)
-	load := s.Flags(fset, e.Getenv)
-	if err := ParseOnlyFlags(fset, args[1:], help, e); err != nil {
-		return err
-	}
-	file := fset.Lookup("config").Value.String()
-	if file == "" {
-		return Usagef("config check: give the file with -config")
-	}
-	if _, err := load(); err != nil {
-		return err
-	}
-	return Printf(e.Stdout, "%s: ok\n", file)
-}
-
-// IsHelp reports whether an argument asks for help.
-func IsHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
-
-// CheckOutput checks the value of a command's -o flag.
-func CheckOutput(command, output string) error {
-	if output != "text" && output != "json" {
-		return Usagef("%s: -o takes text or json, not %q", command, output)
-	}
-	return nil
 }
 
 // When formats a time and its distance from now.

@@ -39,27 +39,6 @@ func TestReport(t *testing.T) {
 	}
 }
 
-func TestParseFlags(t *testing.T) {
-	t.Parallel()
-	parse := func(args ...string) (rest []string, stdout string, err error) {
-		var out bytes.Buffer
-		fset := flag.NewFlagSet("cmd", flag.ContinueOnError)
-		fset.Bool("x", false, "")
-		rest, err = cli.ParseFlags(fset, args, "the help\n", cli.Env{Stdout: &out})
-		return rest, out.String(), err
-	}
-	if rest, _, err := parse("-x", "a", "b"); err != nil || fmt.Sprint(rest) != "[a b]" {
-		t.Errorf("rest %v, error %v", rest, err)
-	}
-	if _, out, err := parse("-h"); !errors.Is(err, flag.ErrHelp) || out != "the help\n" {
-		t.Errorf("help: %q, error %v", out, err)
-	}
-	var usage cli.UsageError
-	if _, _, err := parse("-y"); !errors.As(err, &usage) || err.Error() != "cmd: flag provided but not defined: -y" {
-		t.Errorf("unknown flag: %v", err)
-	}
-}
-
 func TestWhen(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)

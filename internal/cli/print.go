@@ -46,6 +46,14 @@ func NewTable(w io.Writer) *tabwriter.Writer {
 	return tabwriter.NewWriter(printableWriter{w}, 0, 0, 2, ' ', 0)
 }
 
+// Flush writes a table.
+func Flush(table *tabwriter.Writer) error {
+	if err := table.Flush(); err != nil {
+		return fmt.Errorf("write output: %w", err)
+	}
+	return nil
+}
+
 // printableWriter passes text through [PrintableLines]. A Write must not split a
 // character.
 type printableWriter struct{ w io.Writer }

@@ -1,8 +1,8 @@
 package cli
 
 import (
+	"context"
 	"crypto/fips140"
-	"flag"
 	"io"
 	"runtime"
 	"runtime/debug"
@@ -43,26 +43,23 @@ func (b Build) Print(w io.Writer, output string) error {
 	return Printf(w, "renewd %s %s\n", b.Program, b.Version)
 }
 
-// VersionUsage returns the help text of a program's version command.
-func VersionUsage(program string) string {
-	return "Usage: " + program + ` version [-o text|json]
+// version is the command version.
+func (p *Program) version() Command {
+	return Command{
+		Name: "version",
+		Help: Text("Usage: " + p.Name + ` version [-o text|json]
 
 Prints the version. JSON also has the commit, the version of Go, and whether the
 program runs in FIPS 140-3 mode.
-`
-}
-
-// PrintVersion runs a program's version command.
-func PrintVersion(program, linked string, args []string, e Env) error {
-	fset := flag.NewFlagSet("version", flag.ContinueOnError)
-	output := fset.String("o", "text", "")
-	if err := ParseOnlyFlags(fset, args, VersionUsage(program), e); err != nil {
-		return err
+`),
+		Run: func(_ context.Context, c *Call) error {
+			c.Output()
+			if _, err := c.Parse(); err != nil {
+				return err
+			}
+			return ReadBuild(p.Name, p.Version).Print(c.Stdout, c.output)
+		},
 	}
-	if err := CheckOutput("version", *output); err != nil {
-		return err
-	}
-	return ReadBuild(program, linked).Print(e.Stdout, *output)
 }
 
 // Version returns the linker's version, otherwise the one that the Go tool recorded.

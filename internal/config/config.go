@@ -50,7 +50,7 @@ type Field[C any] struct {
 	Doc     string // one line
 }
 
-// Flag returns the field's flag without the dash; "" if it has none.
+// Flag returns the field's flag without dashes; "" if it has none.
 func (f *Field[C]) Flag() string {
 	if f.Secret || f.chosen() {
 		return ""

@@ -172,7 +172,7 @@ func TestUsage(t *testing.T) {
 	t.Parallel()
 	usage, table := schema.Usage(), schema.Markdown()
 	for _, want := range []string{
-		"team.managers (list of strings)\n    -team-managers, X_TEAM_MANAGERS\n    Managers.\n",
+		"team.managers (list of strings)\n    --team-managers, X_TEAM_MANAGERS\n    Managers.\n",
 		"places.NAME.listen_address (string)\n    Address.\n",
 		"wait (duration, default 5s)\n",
 	} {

@@ -24,7 +24,7 @@ func (s *Schema[C]) fieldList(names bool) string {
 		}
 		fmt.Fprintf(&b, "%s (%s%s)\n", f.Path, f.Kind(), def)
 		if flag := f.Flag(); names && flag != "" {
-			fmt.Fprintf(&b, "    -%s, %s\n", flag, s.Variable(f))
+			fmt.Fprintf(&b, "    --%s, %s\n", flag, s.Variable(f))
 		} else if variable := s.Variable(f); names && variable != "" {
 			fmt.Fprintf(&b, "    %s\n", variable)
 		}

@@ -14,7 +14,7 @@ import (
 	"go.yaml.in/yaml/v3"
 )
 
-// Flags adds -config and a flag for each field to fset. The returned function, to be
+// Flags adds --config and a flag for each field to fset. The returned function, to be
 // called after fset.Parse, loads the configuration. Its error is an [Error] unless the
 // file cannot be read.
 func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func() (*C, error) {
@@ -59,7 +59,7 @@ func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, gete
 			}
 		}
 		if v, ok := flags[f.Path]; ok {
-			l.store(f, "", v, "flag -"+f.Flag())
+			l.store(f, "", v, "flag --"+f.Flag())
 		}
 	}
 	// Check the values only if all of them are known.

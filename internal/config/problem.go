@@ -86,6 +86,16 @@ func (c *Checker[C]) NotEmpty(paths ...string) {
 	}
 }
 
+// OneOf reports a string field that has none of the values, and returns whether it has one.
+func (c *Checker[C]) OneOf(path, what string, values []string) bool {
+	f, _ := c.schema.field(path)
+	ok := slices.Contains(values, *f.Value(c.Config).(*string))
+	if !ok {
+		c.Bad(path, what, "use "+OneOf(values))
+	}
+	return ok
+}
+
 // sorted returns the problems in the order of the fields.
 func (c *Checker[C]) sorted() []Problem {
 	order := func(p Problem) int { i, _ := c.index(p.Path); return i }
@@ -122,8 +132,11 @@ func BadAddress(s string, needHost bool) string {
 // without its closing NUL.
 const MaxSocketPath = 107
 
-// OneOf lists values as "a, b or c".
+// OneOf lists values, one at least, as "a, b or c".
 func OneOf(values []string) string {
 	last := len(values) - 1
+	if last == 0 {
+		return values[0]
+	}
 	return strings.Join(values[:last], ", ") + " or " + values[last]
 }

@@ -23,9 +23,9 @@ type conn struct {
 
 	// Guarded by owner.pool.mu.
 	state  state
-	began  time.Time     // start of the handshake
+	began  time.Time     // start of the handshake, then its end
 	caller string        // empty unless known
-	waits  *list.Element // in the pool's list for its state, until the handshake is done
+	waits  *list.Element // in the pool's list for its state, until it is known
 
 	// The first byte, which was read before the connection was accepted, until the
 	// server reads it.
@@ -38,16 +38,15 @@ type conn struct {
 	left    int
 }
 
-// keysLocked returns the keys that a connection is counted by.
-func (c *conn) keysLocked() []key {
-	keys := []key{{state: c.state}}
+// keysLocked returns the keys that a connection is counted by, the widest last.
+func (c *conn) keysLocked() (keys []key) {
 	if c.from.IsValid() {
 		keys = append(keys, key{state: c.state, from: c.from})
 		if site := Site(c.from); site.IsValid() && (c.state == handshaking || c.state == anonymous) {
 			keys = append(keys, key{state: c.state, from: site})
 		}
 	}
-	return keys
+	return append(keys, key{state: c.state})
 }
 
 // Read implements net.Conn.

@@ -153,12 +153,18 @@ func (r *reasons) take() []string {
 // serve runs a server without services on a network, with limits.
 func serve(t *testing.T, limits listen.Limits, refused *reasons) *network {
 	t.Helper()
+	return serveOf(t, listen.NewPool(), limits, refused)
+}
+
+// serveOf is serve with the connections of a pool.
+func serveOf(t *testing.T, p *listen.Pool, limits listen.Limits, refused *reasons) *network {
+	t.Helper()
 	n := newNetwork()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() {
 		done <- listen.Serve(ctx, n, listen.Config{
-			Credentials: named{}, Limits: limits, MaxRequest: 1 << 20, MaxStreams: 128,
+			Credentials: named{}, Pool: p, Limits: limits, MaxRequest: 1 << 20, MaxStreams: 128,
 			Identify: func(info credentials.AuthInfo) string { return info.(name).letter },
 			Register: func(grpc.ServiceRegistrar) {},
 			Refused: func(from netip.Prefix, _ string, reason error) {

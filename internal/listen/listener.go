@@ -16,6 +16,7 @@ const silentTime = 5 * time.Second
 var (
 	errNoRoom = errors.New("too many connections without completed handshake")
 	errNewer  = errors.New("its caller has made a newer connection")
+	errOldest = errors.New("too many connections of anonymous callers, this was the oldest")
 )
 
 // Listener is a listener with limits. Accept returns a connection after its first
@@ -91,7 +92,7 @@ func (l *Listener) accept() {
 			continue
 		}
 		c := &conn{Conn: raw, owner: l, from: Client(raw.RemoteAddr())}
-		evicted, err := l.pool.enter(c)
+		evicted, err := l.pool.enter(c, time.Now())
 		if err != nil {
 			_ = raw.Close()
 			continue // the pool refuses because of Close; lis follows
@@ -139,8 +140,12 @@ func (l *Listener) refuse(evicted *conn, reason error) {
 
 // identify ends a connection's handshake; see [Pool.identify].
 func (l *Listener) identify(c *conn, caller string) error {
-	evicted, err := l.pool.identify(c, caller)
-	l.refuse(evicted, errNewer)
+	evicted, err := l.pool.identify(c, caller, time.Now())
+	reason := errNewer
+	if caller == "" {
+		reason = errOldest
+	}
+	l.refuse(evicted, reason)
 	return err
 }
 

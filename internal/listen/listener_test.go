@@ -186,6 +186,58 @@ func TestPoolIsShared(t *testing.T) {
 	})
 }
 
+// TestAnonymousAreEvicted: when a listener has all its connections of anonymous callers, a new
+// one evicts the oldest that is ten seconds old. The limit of its own address comes first.
+func TestAnonymousAreEvicted(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := listenOn(t, listen.NewPoolOf(16), listen.Limits{Anonymous: 2})
+		dial := func(ip string) client {
+			c := l.net.dial(t, ip).say("x")
+			l.active(t)
+			return c
+		}
+		a1, a2 := dial("10.0.0.1"), dial("10.0.0.1")
+		time.Sleep(5 * time.Second)
+		b1, b2 := dial("10.0.0.2"), dial("10.0.0.2") // a quarter of 16
+		early := dial("10.0.0.3")
+		wantOpen(t, map[client]bool{a1: true, a2: true, b1: true, b2: true, early: false})
+		time.Sleep(5 * time.Second)
+		own := dial("10.0.0.1")
+		wantOpen(t, map[client]bool{a1: true, a2: true, own: false})
+		c1 := dial("10.0.0.3")
+		wantOpen(t, map[client]bool{a1: false, a2: true, b1: true, b2: true, c1: true})
+		a3 := dial("10.0.0.1") // has one left
+		wantOpen(t, map[client]bool{a2: false, a3: true, b1: true, b2: true, c1: true})
+		d1 := dial("10.0.0.4")
+		wantOpen(t, map[client]bool{a3: true, b1: true, b2: true, c1: true, d1: false})
+		if got := l.refused.by; got["10.0.0.1/32"] != 3 || got["10.0.0.3/32"] != 1 || got["10.0.0.4/32"] != 1 {
+			t.Errorf("refused: %v", got)
+		}
+	})
+}
+
+// TestAnonymousGiveWayToAll: when the process has no connection left, a new one evicts an
+// anonymous caller's, at whichever listener.
+func TestAnonymousGiveWayToAll(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p := listen.NewPoolOf(4) // one of them may be anonymous at each listener
+		var conns []client
+		for range 4 {
+			l := listenOn(t, p, listen.Limits{})
+			conns = append(conns, l.net.dial(t, "10.0.0.1").say("x"))
+			l.active(t)
+		}
+		n := serveOf(t, p, listen.Limits{}, new(reasons))
+		early := n.dial(t, "10.0.0.2")
+		wantOpen(t, map[client]bool{conns[0]: true, conns[1]: true, conns[2]: true, conns[3]: true, early: false})
+		time.Sleep(10 * time.Second)
+		agent := n.dial(t, "10.0.0.2").say("a")
+		wantOpen(t, map[client]bool{conns[0]: false, conns[1]: true, conns[2]: true, conns[3]: true, agent: true})
+	})
+}
+
 func TestPoolOfThisProcess(t *testing.T) {
 	t.Parallel()
 	var limit syscall.Rlimit

@@ -29,6 +29,10 @@ const (
 	// handshakeShare is the age from which a handshake is evicted for a new one. With
 	// less, many agents behind one address that reconnect at once would fail.
 	handshakeShare = time.Second
+	// anonymousShare is the age from which a connection of an anonymous caller is
+	// evicted for a new connection. An attestation takes less, unless it waits for
+	// others of its address.
+	anonymousShare = 10 * time.Second
 )
 
 // Pool bounds the connections of a process, over all its listeners: by 256 less than
@@ -37,16 +41,17 @@ const (
 // a quarter of anonymous callers. Make it with [NewPool]. It is safe for concurrent
 // use.
 //
-// When a bound is reached, a new connection evicts the oldest silent one, and a new
-// handshake evicts the oldest one that has taken a second, so that clients which do
-// not proceed do not block others. A connection whose handshake is done is closed only
-// for a newer one of the same caller.
+// When a bound is reached, a new connection evicts the oldest silent one, a new
+// handshake evicts the oldest one that has taken a second, and a new anonymous caller
+// evicts the oldest that has had ten, so that clients which keep what they have do not
+// block others. A connection of a known caller is closed only for a newer one of the
+// same caller.
 type Pool struct {
 	max, silent, handshakes, anonymous int
 
 	mu      sync.Mutex // never held over IO
 	open    int
-	waiting [anonymous]*list.List // *conn by each earlier state, the oldest first
+	waiting [known]*list.List // *conn by each earlier state, the oldest first
 }
 
 // NewPool makes a Pool for this process.
@@ -115,7 +120,7 @@ type key struct {
 
 // enter adds a new connection, in state silent, and returns the one that is evicted
 // for it, which is c if there is no other.
-func (p *Pool) enter(c *conn) (evicted *conn, err error) {
+func (p *Pool) enter(c *conn, now time.Time) (evicted *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.owner.closed {
@@ -126,7 +131,7 @@ func (p *Pool) enter(c *conn) (evicted *conn, err error) {
 	} else if p.open >= p.max {
 		for s := range p.waiting {
 			if evicted == nil {
-				evicted = p.oldestLocked(state(s), func(*conn) bool { return true })
+				evicted = p.oldestLocked(state(s), func(o *conn) bool { return o.state != anonymous || now.Sub(o.began) >= anonymousShare })
 			}
 		}
 		if evicted == nil {
@@ -169,7 +174,7 @@ func (p *Pool) beginHandshake(c *conn, now time.Time) (evicted *conn, err error)
 // identify ends a connection's handshake, once, with its caller, "" if that is
 // anonymous. It returns the connection that is evicted for it. An error says which
 // limit is exceeded; then the connection is no longer counted and must be closed.
-func (p *Pool) identify(c *conn, caller string) (evicted *conn, err error) {
+func (p *Pool) identify(c *conn, caller string, now time.Time) (evicted *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	switch c.state {
@@ -179,15 +184,21 @@ func (p *Pool) identify(c *conn, caller string) (evicted *conn, err error) {
 		return nil, nil
 	}
 	p.dropLocked(c)
-	c.state, c.caller = anonymous, caller
+	l := c.owner
+	c.state, c.caller, c.began = anonymous, caller, now
 	if caller != "" {
 		c.state = known
 	}
 	if full, ok := p.fullLocked(c); ok {
-		c.state = closed
-		return nil, full.error(p.limit(c.owner, full))
+		if !full.from.IsValid() {
+			evicted = p.oldestLocked(anonymous, func(o *conn) bool { return o.owner == l })
+		}
+		if evicted == nil || now.Sub(evicted.began) < anonymousShare {
+			c.state = closed
+			return nil, full.error(p.limit(l, full))
+		}
+		p.dropLocked(evicted)
 	}
-	l := c.owner
 	if of := l.callers[caller]; caller != "" && l.limits.Caller > 0 && len(of) >= l.limits.Caller {
 		evicted = of[0]
 		p.dropLocked(evicted)
@@ -196,8 +207,8 @@ func (p *Pool) identify(c *conn, caller string) (evicted *conn, err error) {
 	return evicted, nil
 }
 
-// oldestLocked returns the oldest connection in a state before the end of the
-// handshake that matches; nil for none.
+// oldestLocked returns the oldest connection in a state before known that matches; nil
+// for none.
 func (p *Pool) oldestLocked(s state, matches func(*conn) bool) *conn {
 	for e := p.waiting[s].Front(); e != nil; e = e.Next() {
 		if c := e.Value.(*conn); matches(c) {
@@ -254,7 +265,7 @@ func (p *Pool) addLocked(c *conn) {
 	l := c.owner
 	l.open[c] = struct{}{}
 	p.open++
-	if c.state < anonymous {
+	if c.state < known {
 		c.waits = p.waiting[c.state].PushBack(c)
 	}
 	if c.caller != "" {
@@ -272,7 +283,7 @@ func (p *Pool) dropLocked(c *conn) {
 	l := c.owner
 	delete(l.open, c)
 	p.open--
-	if c.state < anonymous {
+	if c.state < known {
 		p.waiting[c.state].Remove(c.waits)
 	}
 	if of := l.callers[c.caller]; len(of) > 1 {

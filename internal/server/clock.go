@@ -66,6 +66,9 @@ func (d *Domain) storeHeartbeat(ctx context.Context) error {
 	return d.store.StoreHeartbeat(ctx)
 }
 
+// clockSetBack reports whether the clock is in doubt because it was set back.
+func (d *Domain) clockSetBack() bool { return d.clock.State().Doubt < 0 }
+
 // compareClock compares the clock with sentAt, the time that the clock of an agent or a
 // remote operator showed at a call.
 func (d *Domain) compareClock(spiffeID string, sentAt time.Time) {

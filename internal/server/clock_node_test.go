@@ -70,6 +70,10 @@ func (h *clockHistory) attestNode(ctx context.Context, n *clockNode) error {
 	if err != nil {
 		return err
 	}
+	return h.attestWith(ctx, n, token.Value)
+}
+
+func (h *clockHistory) attestWith(ctx context.Context, n *clockNode, token string) error {
 	a := h.reach(nil)
 	defer a.Close()
 	key, csr := newKey(h.t)
@@ -77,7 +81,7 @@ func (h *clockHistory) attestNode(ctx context.Context, n *clockNode) error {
 	if err != nil {
 		return err
 	}
-	if err := stream.Send(attestation(token.Value, csr)); err != nil {
+	if err := stream.Send(attestation(token, csr)); err != nil {
 		return err
 	}
 	resp, err := stream.Recv()

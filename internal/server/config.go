@@ -11,12 +11,9 @@ package server
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"io/fs"
 	"log/slog"
 	"net"
-	"slices"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -27,7 +24,8 @@ import (
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
-// Config configures a [Domain]. Only TrustDomain is required.
+// Config configures a [Domain]. Only TrustDomain is required. The program that reads it
+// from a file checks the values, so that it can name their places.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 
@@ -112,29 +110,10 @@ const (
 	ProfileWeb    = federation.ProfileWeb
 )
 
-// withDefaults checks the configuration and sets the defaults of empty fields. Its
-// errors name the field and the remedy.
-func (c Config) withDefaults() (Config, error) {
-	var errs []error
-	fail := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
-	if c.TrustDomain.IsZero() {
-		fail("trust_domain is not set: give the name of the SPIFFE trust domain, such as example.org")
-	}
+// withDefaults sets the defaults of empty fields.
+func (c Config) withDefaults() Config {
 	if len(c.Deployments) == 0 {
 		c.Deployments = []DeploymentConfig{{Name: DefaultDeployment, ListenAddress: "0.0.0.0:8081"}}
-	}
-	c.Deployments = slices.Clone(c.Deployments)
-	seen := map[string]bool{}
-	for i, d := range c.Deployments {
-		switch {
-		case d.Name == "":
-			fail("deployments[%d] has no name: give one", i)
-		case seen[d.Name]:
-			fail("deployments.%s is given twice: give each deployment a unique name", d.Name)
-		case !d.serves():
-			fail("deployments.%s.listen_address is not set: give host:port for its agents", d.Name)
-		}
-		seen[d.Name] = true
 	}
 	if c.AdminSocketMode == 0 {
 		c.AdminSocketMode = 0o660
@@ -145,31 +124,13 @@ func (c Config) withDefaults() (Config, error) {
 	if c.EndpointProfile == "" {
 		c.EndpointProfile = ProfileSPIFFE
 	}
-	switch c.EndpointProfile {
-	case ProfileSPIFFE:
-		if c.EndpointCertFile != "" || c.EndpointKeyFile != "" {
-			fail("bundle_endpoint.cert_file and key_file are not used with profile %s: remove them or use %s", ProfileSPIFFE, ProfileWeb)
-		}
-	case ProfileWeb:
-		if c.EndpointCertFile == "" || c.EndpointKeyFile == "" {
-			fail("bundle_endpoint.profile is %s: give cert_file and key_file", ProfileWeb)
-		}
-	default:
-		fail("bundle_endpoint.profile is %q: use %s or %s", c.EndpointProfile, ProfileSPIFFE, ProfileWeb)
-	}
-	if err := federation.Check(c.TrustDomain, c.Federation); err != nil {
-		errs = append(errs, err)
-	}
-	if c.RefreshHint < 0 || c.RefreshHint%time.Second != 0 {
-		fail("bundle_endpoint.refresh_hint is %v: give whole seconds", c.RefreshHint)
-	}
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
 	if c.Now == nil {
 		c.Now = time.Now
 	}
-	return c, errors.Join(errs...)
+	return c
 }
 
 // DefaultDeployment is the name of the one deployment when none is configured.

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -81,6 +82,7 @@ type start struct {
 	mu        sync.Mutex
 	addresses map[string]string // by configuration field
 	refused   []string          // IDs of stored entries that would be refused
+	clock     []string          // what was logged of the clock
 	done      chan struct{}
 }
 
@@ -103,6 +105,9 @@ func (s *start) Handle(_ context.Context, r slog.Record) error {
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if strings.HasPrefix(r.Message, "clock ") {
+		s.clock = append(s.clock, r.Level.String()+" "+r.Message)
+	}
 	switch r.Message {
 	case "listening":
 		s.addresses[field] = address

@@ -61,13 +61,11 @@ type deployment struct {
 	stored    *store.Deployment // nil in memory
 }
 
-// Open checks the configuration, opens the store and loads its contents. It opens no
+// Open opens the store and loads its contents. It opens no
 // listener and starts nothing but the store. The caller must run or close the
 // Domain.
 func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
-	if cfg, err = cfg.withDefaults(); err != nil {
-		return nil, err
-	}
+	cfg = cfg.withDefaults()
 	d := &Domain{cfg: cfg, connections: listen.NewPool()}
 	if d.rules, err = admin.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
 		return nil, err
@@ -149,7 +147,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	config := spireapi.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
 		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
-		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, Heard: d.compareClock,
+		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, SetBack: d.clockSetBack, Heard: d.compareClock,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
 	if d.store != nil {

@@ -27,43 +27,11 @@ func TestErrors(t *testing.T) {
 		is    error
 		want  []string
 	}{
-		"no trust domain": {
-			func(_ *testing.T, c *server.Config) { c.TrustDomain = spiffeid.TrustDomain{} },
-			nil, []string{"trust_domain", "give the name"},
-		},
-		"two of a name": {
-			func(_ *testing.T, c *server.Config) { c.Deployments[1].Name = "east" },
-			nil, []string{"deployments.east", "given twice", "unique name"},
-		},
-		"no address": {
-			func(_ *testing.T, c *server.Config) { c.Deployments[1] = server.DeploymentConfig{Name: "west"} },
-			nil, []string{"deployments.west.listen_address", "give host:port"},
-		},
-		"no name": {
-			func(_ *testing.T, c *server.Config) { c.Deployments[1].Name = "" },
-			nil, []string{"deployments[1]", "give one"},
-		},
-		"profile": {
-			func(_ *testing.T, c *server.Config) { c.EndpointProfile = "https" },
-			nil, []string{"bundle_endpoint.profile", `"https"`, "use https_spiffe or https_web"},
-		},
-		"profile without files": {
-			func(_ *testing.T, c *server.Config) { c.EndpointProfile = server.ProfileWeb },
-			nil, []string{"bundle_endpoint.profile", "give cert_file and key_file"},
-		},
-		"files without profile": {
-			func(_ *testing.T, c *server.Config) { c.EndpointCertFile = "/cert" },
-			nil, []string{"bundle_endpoint.cert_file", "https_web"},
-		},
 		"certificate that is not there": {
 			func(_ *testing.T, c *server.Config) {
 				c.EndpointProfile, c.EndpointCertFile, c.EndpointKeyFile = server.ProfileWeb, "/missing/cert", "/missing/key"
 			},
 			os.ErrNotExist, []string{"bundle_endpoint", "/missing/cert"},
-		},
-		"refresh hint": {
-			func(_ *testing.T, c *server.Config) { c.RefreshHint = time.Millisecond },
-			nil, []string{"bundle_endpoint.refresh_hint", "1ms", "whole seconds"},
 		},
 		"rule": {
 			func(_ *testing.T, c *server.Config) { c.Readers = []string{"spiffe://example.com/bob"} },

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path"
 	"regexp"
+	"strings"
 	"testing"
 )
 
@@ -12,7 +13,11 @@ import (
 // and readers who know other tools take it for several short flags.
 var oneDash = regexp.MustCompile("(?m)(?:^|[\\s`]|bin/|renewd-)(?:agent|server|keysetctl|demo) [^`\n|]*?[ \\[](-[a-z][a-z]+[a-z-]*)")
 
-// TestFlags: documents write the flags of our commands with two dashes.
+// listed is such a flag at the start of a line of a help text. Go code is indented with
+// tabs.
+var listed = regexp.MustCompile("(?m)^ +(-[a-z][a-z]+[a-z-]*)")
+
+// TestFlags: documents and help texts write the flags of our commands with two dashes.
 func TestFlags(t *testing.T) {
 	t.Parallel()
 	for text, want := range map[string]string{
@@ -28,11 +33,16 @@ func TestFlags(t *testing.T) {
 	}
 	root := os.DirFS("../..")
 	err := fs.WalkDir(root, ".", func(file string, _ fs.DirEntry, err error) error {
-		if err != nil || path.Ext(file) != ".md" {
+		help := strings.HasPrefix(file, "cmd/") && path.Ext(file) == ".go" && !strings.HasSuffix(file, "_test.go")
+		if err != nil || path.Ext(file) != ".md" && !help {
 			return err
 		}
 		text, err := fs.ReadFile(root, file)
-		for _, m := range oneDash.FindAllStringSubmatch(string(text), -1) {
+		found := oneDash.FindAllStringSubmatch(string(text), -1)
+		if help {
+			found = append(found, listed.FindAllStringSubmatch(string(text), -1)...)
+		}
+		for _, m := range found {
 			t.Errorf("%s: %s: write --%s", file, m[0], m[1][1:])
 		}
 		return err

@@ -91,6 +91,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"applied":       applied,
+			"documented":    documented,
 			"expand":        expand,
 			"until":         until,
 			"keyset":        keysetVar,

@@ -1,6 +1,7 @@
 package prom_test
 
 import (
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -95,6 +96,22 @@ func TestStale(t *testing.T) {
 	f.staysUnsafe("the series ends")
 	a.set(holding(1, 0, 0, 0))
 	f.waitHolders("the series begins again")
+	// With the first scrape that lacks the series, its last sample is still recent.
+	p.reload(t, job("renewd-agent", "    scrape_interval: 10s\n", a, b))
+	seen := func() bool { return f.update() == nil && f.Agents[0].ID != "" && f.Agents[1].ID != "" }
+	of := func(agent string) prom.Agent {
+		return f.Agents[slices.IndexFunc(f.Agents, func(a prom.Agent) bool { return a.ID == agent })]
+	}
+	first := time.Now()
+	eventually(t, "a scrape at the longer interval", func() bool { return seen() && of(id(1)).LastScrape.After(first) && f.X509Safe })
+	a.set(holding(1, 0, -1, 0))
+	ended := time.Now()
+	eventually(t, "a scrape without the series", func() bool { return seen() && of(id(1)).LastScrape.After(ended) })
+	if f.X509Safe || of(id(1)).Seen {
+		t.Errorf("safe by a sample of an older scrape: %+v", f.Figures)
+	}
+	a.set(holding(1, 0, 0, 0))
+	f.waitHolders("the series begins once more")
 	p.reload(t, job("renewd-agent", "", a))
 	f.waitHolders("the target goes", id(2)+" silent")
 	f.staysUnsafe("the target goes")
@@ -129,6 +146,23 @@ func TestRelabeled(t *testing.T) {
 	p.reload(t, job("renewd-agent", `    metric_relabel_configs: [{target_label: instance, replacement: all}]`+"\n", a))
 	f.waitHolders("series without a target", a.instance()+" silent")
 	f.staysUnsafe("series without a target")
+}
+
+// Targets that have one instance label in common are told apart by their other labels.
+func TestOneInstanceLabel(t *testing.T) {
+	t.Parallel()
+	a, b := startNode(t, holding(1, 0, 0, 0)), startNode(t, holding(2, 4, 4, 0))
+	relabel := `    relabel_configs: [{source_labels: [__address__], target_label: node}, {target_label: instance, replacement: all}]` + "\n"
+	f := query(t, startPrometheus(t, "", []string{job("renewd-agent", relabel, a, b)}), prom.Config{}, 1, 2)
+	f.waitHolders("one renews", "all renewing")
+	if len(f.Agents) != 2 || f.X509SVIDs != 4 {
+		t.Errorf("agents %+v", f.Agents)
+	}
+	a.set(holding(1, 2, 2, 0))
+	f.waitHolders("both renew", "all renewing", "all renewing")
+	a.set(holding(1, 0, 0, 0))
+	b.set(holding(2, 0, 0, 0))
+	f.waitHolders("both are done")
 }
 
 // Only series of the configured job count.

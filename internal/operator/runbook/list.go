@@ -39,10 +39,7 @@ func List(w io.Writer, s Status, now time.Time) error {
 			row(k, "JWT", string(k.state(JWT)), k.liveJWT(now), k.safeCell(JWT))
 		}
 	}
-	if err := table.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
+	return cli.Flush(table)
 }
 
 // Remarks returns a line for everything unusual: agents behind, unknown figures,

@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/guptarohit/asciigraph"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 const (
@@ -35,8 +37,8 @@ func (p Plan) Print(w io.Writer) error {
 	row("50 % renewed after", p.T50, seconds)
 	row("99 % renewed after", p.T99, seconds)
 	row("100 % renewed after", p.T100, seconds)
-	if err := table.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
+	if err := cli.Flush(table); err != nil {
+		return err
 	}
 	if _, err := fmt.Fprintf(w, "\nAt the latest after %s. %s\n\n%s\n", seconds(p.Limit), p.assumptions(), p.plot()); err != nil {
 		return fmt.Errorf("write output: %w", err)

@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -48,7 +49,7 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n agentCounts, err 
 	// Measured in uptime, because a clock step gives agents no time to fetch.
 	fetched := s.config.Clock.PastFor(s.bundleChanged()) >= fetchGrace
 	for _, a := range agents {
-		if a.Banned || !now.Before(latestExpiry(a)) {
+		if a.Banned || !now.Before(clock.Over(latestExpiry(a))) {
 			continue
 		}
 		n.agents++

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -64,6 +65,27 @@ func TestBehind(t *testing.T) {
 		want("it is applied", 1)
 		d.ledger.Applied(agent("reported-version").String(), d.keysets.Bundle().Sequence)
 		want("the last is back", 0)
+	})
+}
+
+// TestExpiredAgents: an agent counts until its agent SVID has expired by every machine's
+// clock, as SVIDs do in the ledger.
+func TestExpiredAgents(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t)
+		w.only().attest(t, spireapi.Agent{ID: agent("one"), Version: "1.0", ExpiresAt: time.Now().Add(time.Hour)})
+		for _, step := range []struct {
+			later time.Duration
+			want  int64
+		}{{0, 1}, {time.Hour + clock.Skew - time.Second, 1}, {time.Second, 0}} {
+			time.Sleep(step.later)
+			list, err := w.ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+			check(t, err)
+			if list.GetAgents() != step.want || list.GetAgentsBehind() != step.want {
+				t.Errorf("%v later: %d agents, %d behind, want %d", step.later, list.GetAgents(), list.GetAgentsBehind(), step.want)
+			}
+		}
 	})
 }
 

@@ -179,13 +179,13 @@ func checkRemoval(diff spireapi.Diff, expected *int64) error {
 	removed, before := diff.Removed()
 	switch {
 	case expected != nil && *expected != int64(removed):
-		return removalError(fmt.Sprintf("this removes %d of %d entries, not %d as -remove says: check the changes with -dry-run", removed, before, *expected))
+		return removalError(fmt.Sprintf("this removes %d of %d entries, not %d as --remove says: check the changes with --dry-run", removed, before, *expected))
 	case expected != nil || removed == 0:
 		return nil
 	case removed == before:
-		return removalError(fmt.Sprintf("this removes all %d entries: check the changes with -dry-run; if they are intended, give -remove %d", removed, removed))
+		return removalError(fmt.Sprintf("this removes all %d entries: check the changes with --dry-run; if they are intended, give --remove %d", removed, removed))
 	case removed > manyRemoved || removed > someRemoved && removed*10 > before:
-		return removalError(fmt.Sprintf("this removes %d of %d entries: check the changes with -dry-run; if they are intended, give -remove %d", removed, before, removed))
+		return removalError(fmt.Sprintf("this removes %d of %d entries: check the changes with --dry-run; if they are intended, give --remove %d", removed, before, removed))
 	}
 	return nil
 }

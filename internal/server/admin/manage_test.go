@@ -186,7 +186,7 @@ func TestRemovedEntries(t *testing.T) {
 		_, err = c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: entry("colleague", "/x")})
 		check(t, err)
 		_, err = c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: list, Remove: new(int64(2))})
-		if got := status.Convert(err).Message(); !strings.HasPrefix(got, "this removes 3 of 4 entries, not 2 as -remove says") {
+		if got := status.Convert(err).Message(); !strings.HasPrefix(got, "this removes 3 of 4 entries, not 2 as --remove says") {
 			t.Errorf("after another change: %v", err)
 		}
 	})

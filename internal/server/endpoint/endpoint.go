@@ -64,8 +64,7 @@ type Server struct {
 	rendered atomic.Pointer[documents]
 }
 
-// New returns a Server. It fails if the configuration is incomplete or the certificate
-// files cannot be loaded.
+// New returns a Server. It fails if the certificate files cannot be loaded.
 func New(c Config) (*Server, error) {
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
@@ -74,15 +73,7 @@ func New(c Config) (*Server, error) {
 		c.Connections = listen.NewPool()
 	}
 	s := &Server{config: c, tls: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: c.Certificate}}
-	web := c.CertFile != "" || c.KeyFile != ""
-	switch {
-	case c.TrustDomain.IsZero() || c.Bundle == nil:
-		return nil, errors.New("no trust domain or no bundle")
-	case c.RefreshHint < 0 || c.RefreshHint%time.Second != 0:
-		return nil, fmt.Errorf("refresh hint %v is not in whole seconds", c.RefreshHint)
-	case web == (c.Certificate != nil):
-		return nil, errors.New("it needs either an X.509-SVID or certificate files")
-	case web:
+	if c.CertFile != "" {
 		files := &certFiles{cert: c.CertFile, key: c.KeyFile, log: c.Log}
 		if _, err := files.get(nil); err != nil {
 			return nil, err

@@ -127,9 +127,6 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	if cfg.Observe == nil {
 		cfg.Observe = func(spiffeid.TrustDomain, string) {}
 	}
-	if err := Check(cfg.TrustDomain, cfg.Endpoints); err != nil {
-		return nil, err
-	}
 	f := &Follower{cfg: cfg, peers: make(map[spiffeid.TrustDomain]*peer)}
 	stored, err := f.load(ctx)
 	if err != nil {

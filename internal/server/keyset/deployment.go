@@ -49,9 +49,6 @@ type Deployment struct {
 // Open loads the keysets of a deployment. If none was ever stored, it makes the first
 // one, which is active.
 func Open(ctx context.Context, c Config) (*Deployment, error) {
-	if c.TrustDomain.IsZero() {
-		return nil, errors.New("open keysets: no trust domain")
-	}
 	d := &Deployment{td: c.TrustDomain, name: c.Name, storage: c.Storage, lifetime: c.Lifetime, now: c.Now}
 	if d.name == "" {
 		d.name = "default"
@@ -61,9 +58,6 @@ func Open(ctx context.Context, c Config) (*Deployment, error) {
 	}
 	if d.lifetime == 0 {
 		d.lifetime = DefaultLifetime
-	}
-	if d.lifetime < time.Hour {
-		return nil, fmt.Errorf("open keysets: lifetime %v is below an hour", d.lifetime)
 	}
 	if d.now == nil {
 		d.now = time.Now

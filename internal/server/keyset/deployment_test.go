@@ -82,20 +82,18 @@ func TestOpenRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	for name, c := range map[string]keyset.Config{
-		"no trust domain": {},
-		"short lifetime":  {TrustDomain: td, Lifetime: time.Minute},
-		"storage fails":   {TrustDomain: td, Storage: failing{load: errors.New("disk")}},
-		"nothing stored":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = nil })},
-		"none active":     {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = keyset.Prepared })},
-		"unknown state":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = 7 })},
-		"stored twice":    {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = append(d.Records, d.Records[0]) })},
-		"broken CA":       {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA = []byte("x") })},
-		"broken CA key":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = []byte("x") })},
-		"foreign CA key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = d.Records[0].JWTKey })},
-		"broken JWT key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = nil })},
-		"CA of two":       {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA, d.Records[0].CAKey = caOfTwo(t) })},
-		"JWT key RSA":     {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = pkcs8(t, rsaKey) })},
-		"JWT key P-384":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = pkcs8(t, p384) })},
+		"storage fails":  {TrustDomain: td, Storage: failing{load: errors.New("disk")}},
+		"nothing stored": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = nil })},
+		"none active":    {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = keyset.Prepared })},
+		"unknown state":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].State = 7 })},
+		"stored twice":   {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = append(d.Records, d.Records[0]) })},
+		"broken CA":      {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA = []byte("x") })},
+		"broken CA key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = []byte("x") })},
+		"foreign CA key": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = d.Records[0].JWTKey })},
+		"broken JWT key": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = nil })},
+		"CA of two":      {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA, d.Records[0].CAKey = caOfTwo(t) })},
+		"JWT key RSA":    {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = pkcs8(t, rsaKey) })},
+		"JWT key P-384":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = pkcs8(t, p384) })},
 		"two active": {TrustDomain: td, Storage: broken(func(d *keyset.Document) {
 			other := d.Records[0]
 			other.ID = "ks_other"
@@ -130,15 +128,6 @@ func caOfTwo(t *testing.T) (cert, key []byte) {
 		t.Fatal(err)
 	}
 	return der, pkcs8(t, private)
-}
-
-// The shortest lifetime of a keyset is an hour.
-func TestShortestLifetime(t *testing.T) {
-	t.Parallel()
-	d := open(t, keyset.Config{Lifetime: time.Hour})
-	if k := d.Active(); d.Lifetime() != time.Hour || k.ExpiresAt.Sub(k.IssuedAt) != time.Hour {
-		t.Errorf("lifetime %v, the keyset is valid from %v to %v", d.Lifetime(), k.IssuedAt, k.ExpiresAt)
-	}
 }
 
 // TestEveryStepFromEveryState tries each operation on a keyset in each state.

@@ -1,19 +1,19 @@
 package ledger
 
 import (
-	"container/heap"
 	"context"
+	"math"
 	"slices"
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
 )
 
-// expiryQueue holds rows and agents by the minute in which they may expire. The minutes
-// are a heap, so that the cost of a clock step does not depend on its size.
+// expiryQueue holds rows and agents by the minute in which they may expire. There are at
+// most as many minutes as the longest lifetime has.
 type expiryQueue struct {
-	minutes minuteHeap
-	at      map[int64][]expiryItem
+	at   map[int64][]expiryItem
+	next int64 // no minute in at is earlier
 }
 
 // expiryItem is a row whose expiry is to be checked. There is one for each row: if the
@@ -23,41 +23,35 @@ type expiryItem struct {
 	entry string // or the agent's ID
 }
 
-func newExpiryQueue() expiryQueue { return expiryQueue{at: make(map[int64][]expiryItem)} }
+func newExpiryQueue() expiryQueue {
+	return expiryQueue{at: make(map[int64][]expiryItem), next: math.MaxInt64}
+}
 
 // add adds an item that expires at a time in Unix seconds.
 func (c *expiryQueue) add(end int64, a expiryItem) {
 	const minute = 60
 	m := (clock.Over(time.Unix(end, 0)).Unix() + minute - 1) / minute
-	list, ok := c.at[m]
-	if !ok {
-		heap.Push(&c.minutes, m)
-	}
-	c.at[m] = append(list, a)
+	c.at[m] = append(c.at[m], a)
+	c.next = min(c.next, m)
 }
 
-// due removes and returns the items up to now.
+// due removes and returns the items up to now, in any order.
 func (c *expiryQueue) due(now time.Time) []expiryItem {
+	last := now.Unix() / 60
+	if last < c.next {
+		return nil
+	}
 	var due []expiryItem
-	for len(c.minutes) > 0 && c.minutes[0] <= now.Unix()/60 {
-		m := heap.Pop(&c.minutes).(int64)
-		due = append(due, c.at[m]...)
-		delete(c.at, m)
+	c.next = math.MaxInt64
+	for m, items := range c.at {
+		if m <= last {
+			due = append(due, items...)
+			delete(c.at, m)
+		} else {
+			c.next = min(c.next, m)
+		}
 	}
 	return due
-}
-
-type minuteHeap []int64
-
-func (h minuteHeap) Len() int           { return len(h) }
-func (h minuteHeap) Less(i, j int) bool { return h[i] < h[j] }
-func (h minuteHeap) Swap(i, j int)      { h[i], h[j] = h[j], h[i] }
-func (h *minuteHeap) Push(m any)        { *h = append(*h, m.(int64)) }
-func (h *minuteHeap) Pop() any {
-	last := len(*h) - 1
-	m := (*h)[last]
-	*h = (*h)[:last]
-	return m
 }
 
 // expireLocked drops expired rows and agents from memory. Every method that reads calls

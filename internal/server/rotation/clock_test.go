@@ -1,6 +1,7 @@
 package rotation_test
 
 import (
+	"errors"
 	"log/slog"
 	"strings"
 	"testing"
@@ -89,6 +90,33 @@ func TestClockAheadForAMoment(t *testing.T) {
 	}
 	if k := m.keysets.Status().Keysets; len(k) != 2 || k[0].State != keyset.Prepared || k[1].State != keyset.Active {
 		t.Errorf("after 23 hours keysets are %v", k)
+	}
+}
+
+// TestClockStepsDuringAStep: the clock goes ahead after automatic rotation has decided on a
+// step and before the step is done. It is not done.
+func TestClockStepsDuringAStep(t *testing.T) {
+	t.Parallel()
+	m := &machine{store: new(store)}
+	m.restart(t, facts{})
+	m.up = 75 * day
+	m.runDue(t)
+	m.up = 76 * day
+	loads := 0
+	m.store.beforeLoad = func() {
+		if loads++; loads == 2 { // the step loads the keysets again
+			m.off = 91 * day
+		}
+	}
+	m.scheduler.RunDue(t.Context())
+	if loads != 2 || !errors.Is(m.scheduler.Failed(), rotation.ErrSuperseded) || len(m.store.saves) != 1 {
+		t.Errorf("after %d loads %v, keysets are %v", loads, m.scheduler.Failed(), m.keysets.Status().Keysets)
+	}
+	m.off = 0
+	m.up += time.Minute
+	m.runDue(t)
+	if len(m.store.saves) != 2 {
+		t.Errorf("the clock is right again: %+v", m.store.saves)
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // access says which callers may call a method.
@@ -231,7 +232,8 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certifica
 // that with this call: RenewAgent issued it last, or it was issued in a lost period
 // and expires later than those in storage. Without the second rule a restored
 // server would refuse every agent that has renewed since the copy, and each would
-// need a new join token.
+// need a new join token. The rule ends with the SVIDs that the server can have signed
+// in that period: one with a longer lifetime is forged.
 func (s *Server) becomesActive(a *Agent, serial string, svid *x509.Certificate) bool {
 	if a == nil || a.Banned || a.Serial == serial {
 		return false
@@ -241,6 +243,9 @@ func (s *Server) becomesActive(a *Agent, serial string, svid *x509.Certificate) 
 	}
 	// NotBefore is a little before the time of signing.
 	begin := svid.NotBefore.Add(time.Minute)
+	if svid.NotAfter.Sub(begin) > keyset.MaxX509TTL {
+		return false
+	}
 	lost := slices.ContainsFunc(s.config.Lost, func(l Lost) bool { return begin.After(l.From) && svid.NotBefore.Before(l.To) })
 	if n := len(s.config.Lost); n > 0 && s.config.LostUntil != nil {
 		lost = lost || begin.After(s.config.Lost[n-1].From) && svid.NotBefore.Before(s.config.LostUntil())

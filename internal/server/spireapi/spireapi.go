@@ -25,7 +25,6 @@ package spireapi
 import (
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -142,6 +141,9 @@ type Config struct {
 	// Now is the clock; time.Now when nil. AtLeast is a lower bound of the true
 	// time, by which expired agents and join tokens are deleted; Now when nil.
 	Now, AtLeast func() time.Time
+	// SetBack reports whether the clock is behind what it has shown before; never when
+	// nil.
+	SetBack func() bool
 	// Heard receives the time that an agent's own clock showed when it made a
 	// call; optional.
 	Heard func(agent string, sentAt time.Time)
@@ -197,6 +199,9 @@ func New(c Config) (*Server, error) {
 	if s.config.AtLeast == nil {
 		s.config.AtLeast = s.now
 	}
+	if s.config.SetBack == nil {
+		s.config.SetBack = func() bool { return false }
+	}
 	if s.config.Heard == nil {
 		s.config.Heard = func(string, time.Time) {}
 	}
@@ -218,26 +223,12 @@ func New(c Config) (*Server, error) {
 	if s.config.ConnectionAge == 0 {
 		s.config.ConnectionAge = connectionAge
 	}
-	switch {
-	case s.td.IsZero():
-		return nil, errors.New("new server: no trust domain")
-	case c.JWTTTL < 0:
-		return nil, fmt.Errorf("new server: JWT lifetime %v is negative", c.JWTTTL)
-	case c.RefreshHint < 0:
-		return nil, fmt.Errorf("new server: refresh hint %v is negative", c.RefreshHint)
-	}
-	if err := checkX509TTL(c.X509TTL); err != nil {
-		return nil, fmt.Errorf("new server: X.509 lifetime %w", err)
-	}
 	ctx := context.Background()
 	if s.keysets == nil {
 		var err error
 		if s.keysets, err = keyset.Open(ctx, keyset.Config{TrustDomain: s.td, Now: s.now}); err != nil {
 			return nil, fmt.Errorf("new server: %w", err)
 		}
-	}
-	if s.keysets.TrustDomain() != s.td {
-		return nil, fmt.Errorf("new server: keysets are of %q, not of %q", s.keysets.TrustDomain().Name(), s.td.Name())
 	}
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle

@@ -18,29 +18,8 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
-	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
-
-func TestNewRefuses(t *testing.T) {
-	t.Parallel()
-	other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: partner})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for name, c := range map[string]spireapi.Config{
-		"no trust domain":       {},
-		"short lifetime":        {TrustDomain: td, X509TTL: time.Minute},
-		"long lifetime":         {TrustDomain: td, X509TTL: 200 * time.Hour},
-		"negative JWT lifetime": {TrustDomain: td, JWTTTL: -1},
-		"negative refresh hint": {TrustDomain: td, RefreshHint: -1},
-		"foreign keysets":       {TrustDomain: td, Keysets: other},
-	} {
-		if _, err := spireapi.New(c); err == nil {
-			t.Errorf("%s: no error", name)
-		}
-	}
-}
 
 // handshake connects without gRPC and returns the authority and the expiry of the
 // server's certificate.

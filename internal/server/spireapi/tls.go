@@ -55,11 +55,20 @@ func (s *Server) issue() (*tls.Certificate, error) {
 // certificate is an X.509-SVID of the trust domain. Whether the client is an agent
 // of this server is checked by authorize: the published bundle may be of several
 // deployments.
+//
+// A certificate that begins in the future was issued while this clock was ahead. It is
+// verified as of its beginning: if it were refused, an agent that renewed at that time
+// would be shut out until then. While the clock itself is behind it is refused, because
+// this server would replace it by one that has expired when the clock is right again.
 func (s *Server) verifyClient(state tls.ConnectionState) error {
 	if len(state.PeerCertificates) == 0 {
 		return nil
 	}
-	if _, _, err := x509svid.Verify(state.PeerCertificates, s.published().authorities, x509svid.WithTime(s.now())); err != nil {
+	at := s.now()
+	if begin := state.PeerCertificates[0].NotBefore; at.Before(begin) && !s.config.SetBack() {
+		at = begin
+	}
+	if _, _, err := x509svid.Verify(state.PeerCertificates, s.published().authorities, x509svid.WithTime(at)); err != nil {
 		return fmt.Errorf("client certificate: %w", err)
 	}
 	return nil

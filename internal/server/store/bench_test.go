@@ -2,7 +2,11 @@ package store_test
 
 import (
 	"fmt"
+	"io"
+	"os"
+	"os/exec"
 	"runtime"
+	"strconv"
 	"sync/atomic"
 	"testing"
 
@@ -125,6 +129,80 @@ func BenchmarkStart100k(b *testing.B) {
 			}
 		}
 	})
+}
+
+// BenchmarkCompaction deletes all but a hundredth of the rows of a store, and starts on it.
+// There are 100,000 rows, or RENEWD_ROWS. Each of the commits is of one row.
+func BenchmarkCompaction(b *testing.B) {
+	n := 100_000
+	if text := os.Getenv("RENEWD_ROWS"); text != "" {
+		var err error
+		if n, err = strconv.Atoi(text); err != nil || n < 100 {
+			b.Fatalf("RENEWD_ROWS is %q, want 100 or more", text)
+		}
+	}
+	path := newPath(b)
+	s := open(b, path)
+	d := s.Deployment("default")
+	save := func(from, to int, change func([]ledger.Row) ledger.Change) {
+		const batch = 4096
+		for ; from < to; from += batch {
+			var list []ledger.Row
+			for i := from; i < min(from+batch, to); i++ {
+				list = append(list, rowOf(i))
+			}
+			if err := d.SaveLedger(b.Context(), change(list)); err != nil {
+				b.Fatal(err)
+			}
+		}
+	}
+	put := func(rows []ledger.Row) ledger.Change { return ledger.Change{Put: rows} }
+	size := func(b *testing.B, path string) {
+		info, err := os.Stat(path)
+		if err != nil {
+			b.Fatal(err)
+		}
+		b.ReportMetric(float64(info.Size())/1e6, "MB-file")
+	}
+	commit := func(when string) {
+		b.Run("commit/"+when, func(b *testing.B) {
+			for b.Loop() {
+				save(0, 1, put)
+			}
+			size(b, path)
+		})
+	}
+	save(0, n, put)
+	commit("full")
+	save(n/100, n, func(rows []ledger.Row) ledger.Change { return ledger.Change{Gone: rows} })
+	commit("deleted")
+	b.Run("backup", func(b *testing.B) {
+		for b.Loop() {
+			if _, err := s.Backup(b.Context(), io.Discard); err != nil {
+				b.Fatal(err)
+			}
+		}
+	})
+	closed(b, s)
+	b.Run("start", func(b *testing.B) {
+		var copied string
+		for b.Loop() {
+			b.StopTimer()
+			copied = newPath(b)
+			if out, err := exec.Command("cp", path, copied).CombinedOutput(); err != nil {
+				b.Fatalf("%v: %s", err, out)
+			}
+			b.StartTimer()
+			s = open(b, copied)
+			b.StopTimer()
+			closed(b, s)
+			b.StartTimer()
+		}
+		size(b, copied)
+	})
+	s = opened(b, path)
+	d = s.Deployment("default")
+	commit("compacted")
 }
 
 func heap() uint64 {

@@ -105,18 +105,15 @@ func (r *restored) end() time.Time {
 	return end
 }
 
-// expiryMargin is added to every expiry, because clocks differ; an hour costs nothing.
-const expiryMargin = time.Hour
-
-// hasPassed reports whether a time has passed by every machine's clock, as far as is known
-// when the store is opened. The heartbeat must be past it, too, because the clock may be
-// ahead.
+// hasPassed reports whether something with the given expiry has expired by every machine's
+// clock ([clock.Over]), as far as is known when the store is opened. The heartbeat must be
+// past it, too, because the clock may be ahead.
 func (s *Store) hasPassed(t time.Time) bool {
 	now := s.now()
 	if !s.heartbeat.IsZero() && s.heartbeat.Before(now) {
 		now = s.heartbeat
 	}
-	return now.After(t.Add(expiryMargin))
+	return !now.Before(clock.Over(t))
 }
 
 // checkAbout reads and checks the optional values of the bucket.

@@ -1,0 +1,229 @@
+package cli
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"flag"
+	"io"
+	"os"
+	"os/signal"
+	"regexp"
+	"strings"
+	"syscall"
+
+	"github.com/renewd/renewd/internal/config"
+)
+
+// Main runs a program until it returns its exit status. SIGINT, SIGTERM and the signals
+// in more end ctx; a second one ends the process at once.
+func Main(run func(ctx context.Context) int, more ...os.Signal) {
+	ctx, stop := signal.NotifyContext(context.Background(), append(more, os.Interrupt, syscall.SIGTERM)...)
+	context.AfterFunc(ctx, stop)
+	os.Exit(run(ctx))
+}
+
+// Program is a program with commands. Besides its own it has the commands help and
+// version.
+type Program struct {
+	Name     string
+	Version  string // the linker's, or empty
+	Usage    string
+	Commands []Command
+	// IsPermanent reports whether a restart would fail with the same error, so that
+	// the exit status is ExitPermanent; nil if there is no such error.
+	IsPermanent func(error) bool
+}
+
+// Command is a command, or a group of commands: a group has no Run.
+type Command struct {
+	Name string
+	Help func() string // of a group: also of its commands
+	Run  func(context.Context, *Call) error
+	Sub  []Command
+}
+
+// Text returns a Help function for a constant text.
+func Text(text string) func() string { return func() string { return text } }
+
+// Main runs the program's command line.
+func (p *Program) Main() {
+	Main(func(ctx context.Context) int {
+		return p.Run(ctx, os.Args[1:], Env{Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr})
+	})
+}
+
+// Run runs a command line and returns the exit status.
+func (p *Program) Run(ctx context.Context, args []string, e Env) int {
+	err := p.dispatch(ctx, args, e)
+	code := Report(p.Name, err, e)
+	if code == ExitFailed && p.IsPermanent != nil && p.IsPermanent(err) {
+		return ExitPermanent
+	}
+	return code
+}
+
+func (p *Program) dispatch(ctx context.Context, args []string, e Env) error {
+	name, args := cut(args)
+	switch name {
+	case "-version", "--version":
+		name = "version"
+	case "-h", "-help", "--help", "help":
+		return p.help(args, e)
+	case "":
+		return Usagef("no command")
+	}
+	c := find(p.commands(), name)
+	if c == nil {
+		return Usagef("unknown command %q", name)
+	}
+	help := c.Help()
+	if c.Run == nil {
+		group := c
+		name, args = cut(args)
+		if c = find(group.Sub, name); c == nil {
+			return group.usage(name, e)
+		}
+		name = group.Name + " " + name
+	}
+	return c.Run(ctx, &Call{Env: e, Flags: flag.NewFlagSet(name, flag.ContinueOnError), help: help, args: args})
+}
+
+// usage handles a group that is called without one of its commands.
+func (c *Command) usage(name string, e Env) error {
+	names := make([]string, len(c.Sub))
+	for i, sub := range c.Sub {
+		names[i] = sub.Name
+	}
+	switch {
+	case isHelp(name):
+		return Printf(e.Stdout, "%s", c.Help())
+	case name == "":
+		return Usagef("%s: say what to do: %s", c.Name, config.OneOf(names))
+	}
+	return Usagef("%s: unknown subcommand %q: use %s", c.Name, name, config.OneOf(names))
+}
+
+// help prints the help of the program, or of the command that args begin with.
+func (p *Program) help(args []string, e Env) error {
+	topic, _ := cut(args)
+	if topic == "" {
+		return Printf(e.Stdout, "%s", p.Usage)
+	}
+	c := find(p.commands(), topic)
+	if c == nil {
+		return Usagef("no help for %q", strings.Join(args, " "))
+	}
+	return Printf(e.Stdout, "%s", c.Help())
+}
+
+func (p *Program) commands() []Command { return append(p.Commands, p.version()) }
+
+func find(commands []Command, name string) *Command {
+	for i := range commands {
+		if commands[i].Name == name {
+			return &commands[i]
+		}
+	}
+	return nil
+}
+
+// cut returns the first argument, or "", and the others.
+func cut(args []string) (first string, rest []string) {
+	if len(args) == 0 {
+		return "", nil
+	}
+	return args[0], args[1:]
+}
+
+// isHelp reports whether an argument asks for help.
+func isHelp(arg string) bool { return arg == "-h" || arg == "-help" || arg == "--help" }
+
+// Call is the call of a command. The command adds its flags to Flags and calls Parse.
+type Call struct {
+	Env
+	Flags  *flag.FlagSet
+	help   string
+	args   []string
+	output string
+}
+
+// Name returns the name of the command, with that of its group.
+func (c *Call) Name() string { return c.Flags.Name() }
+
+// Output adds the flag -o, for JSON instead of text.
+func (c *Call) Output() { c.Flags.StringVar(&c.output, "o", "text", "") }
+
+// JSON reports whether -o asks for JSON.
+func (c *Call) JSON() bool { return c.output == "json" }
+
+// Parse parses flags before, between and after the arguments, and returns the arguments.
+// There must be as many as names. If help is asked for, Parse prints it and returns
+// [flag.ErrHelp].
+func (c *Call) Parse(names ...string) ([]string, error) {
+	have, err := ParseFlags(c.Flags, c.args)
+	switch {
+	case errors.Is(err, flag.ErrHelp):
+		return nil, cmp.Or(Printf(c.Stdout, "%s", c.help), err)
+	case err != nil:
+		return nil, Usagef("%s: %v", c.Name(), err)
+	case len(have) < len(names):
+		return nil, Usagef("%s: give the %s", c.Name(), names[len(have)])
+	case len(have) > len(names):
+		return nil, Usagef("%s: unexpected argument %q", c.Name(), have[len(names)])
+	case c.output != "" && c.output != "text" && c.output != "json":
+		return nil, Usagef("%s: -o takes text or json, not %q", c.Name(), c.output)
+	}
+	return have, nil
+}
+
+// oneDash is the start of an error of package flag, which writes flags with one dash.
+var oneDash = regexp.MustCompile(`^(flag [a-z ]+: |invalid (?:boolean )?value "(?:[^"\\]|\\.)*" for (?:flag )?)(-[\w-]{2,})`)
+
+// ParseFlags parses flags before, between and after the arguments, and returns the
+// arguments. One dash is accepted; help and errors have two.
+func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
+	fset.SetOutput(io.Discard)
+	fset.Usage = func() {}
+	for {
+		err := fset.Parse(args)
+		switch {
+		case errors.Is(err, flag.ErrHelp):
+			return nil, err
+		case err != nil:
+			return nil, errors.New(oneDash.ReplaceAllString(err.Error(), "$1-$2"))
+		}
+		if fset.NArg() == 0 {
+			return have, nil
+		}
+		have, args = append(have, fset.Arg(0)), fset.Args()[1:]
+	}
+}
+
+// ConfigCommand returns the command config. Its one subcommand, check, loads the
+// configuration and reports whether it is valid.
+func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
+	check := func(_ context.Context, c *Call) error {
+		load := s.Flags(c.Flags, c.Getenv)
+		if _, err := c.Parse(); err != nil {
+			return err
+		}
+		file := c.Flags.Lookup("config").Value.String()
+		if file == "" {
+			return Usagef("config check: give the file with --config")
+		}
+		if _, err := load(); err != nil {
+			return err
+		}
+		return Printf(c.Stdout, "%s: ok\n", file)
+	}
+	help := func() string {
+		return "Usage: " + program + ` config check --config FILE [--FIELD VALUE]...
+
+Loads the configuration like "` + program + ` run" and prints every error with its place
+and its remedy. It starts nothing and writes nothing.
+
+` + s.Usage()
+	}
+	return Command{Name: "config", Help: help, Sub: []Command{{Name: "check", Run: check}}}
+}
