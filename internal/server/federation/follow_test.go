@@ -344,7 +344,7 @@ func TestEndpointsOfOthers(t *testing.T) {
 		w.stop()
 		self.serve(other, o.Bundle, self.certificate)
 		follower, err := federation.New(w.t.Context(), federation.Config{
-			TrustDomain: own, Own: self.certificates, Storage: new(memory), Publish: w.publish, Dial: w.dial,
+			TrustDomain: own, Own: self.certificates, Storage: new(records), Publish: w.publish, Dial: w.dial,
 			Endpoints: []federation.Endpoint{{TrustDomain: other, URL: "https://other.example", Profile: federation.ProfileSPIFFE, ID: self.id()}},
 		})
 		w.check(err)

@@ -18,13 +18,12 @@ import (
 // DefaultLifetime is the default lifetime of a keyset.
 const DefaultLifetime = 90 * 24 * time.Hour
 
-// Config describes the deployment to open. Only TrustDomain is required.
+// Config describes the deployment to open. TrustDomain and Storage are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Name is the deployment's name within the trust domain; "default" when
 	// empty.
-	Name string
-	// Storage keeps the keysets; memory when nil.
+	Name    string
 	Storage Storage
 	// Lifetime is the lifetime of a new keyset; DefaultLifetime when zero. It must
 	// be at least an hour.
@@ -51,7 +50,7 @@ type Deployment struct {
 // one, which is active.
 func Open(ctx context.Context, c Config) (*Deployment, error) {
 	d := &Deployment{
-		td: c.TrustDomain, name: cmp.Or(c.Name, "default"), storage: cmp.Or[Storage](c.Storage, new(Memory)),
+		td: c.TrustDomain, name: cmp.Or(c.Name, "default"), storage: c.Storage,
 		lifetime: cmp.Or(c.Lifetime, DefaultLifetime), now: c.Now,
 	}
 	if d.now == nil {

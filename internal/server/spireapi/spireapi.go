@@ -4,7 +4,7 @@
 // Agents join with a one-time token (AttestAgent, RenewAgent, PostStatus),
 // fetch the entries that they serve (SyncAuthorizedEntries, GetAuthorizedEntries)
 // and the trust bundles (GetBundle, GetFederatedBundle), and have SVIDs signed
-// (BatchNewX509SVID, NewJWTSVID). With a [Ledger], every SVID is recorded there
+// (BatchNewX509SVID, NewJWTSVID). Every SVID is recorded in the [Ledger]
 // before it is sent, and agents may report their progress in a rotation
 // (renewd's own Fleet service). Every other RPC answers Unimplemented. Operators
 // use [Server]'s methods and [Server.Keysets].
@@ -98,10 +98,10 @@ type Observer interface {
 	Limited(method string)
 }
 
-// Config says what to serve. Only TrustDomain is required.
+// Config says what to serve. TrustDomain, Keysets, Storage and Ledger are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	// Keysets is the deployment that signs; a new one in memory when nil.
+	// Keysets is the deployment that signs.
 	Keysets *keyset.Deployment
 	// Published returns the bundle that GetBundle serves and that client
 	// certificates are verified against; Keysets.Bundle when nil. If several
@@ -109,7 +109,7 @@ type Config struct {
 	// called for every such answer and must be fast. It should return the same
 	// pointer until the bundle changes, so that an answer is made once for all agents.
 	Published func() *keyset.Bundle
-	// Storage keeps agents, join tokens and entries; memory when nil.
+	// Storage keeps agents, join tokens and entries.
 	Storage Storage
 	// Lost are the periods that Storage has no data of, one for each restore from
 	// a copy. A period whose SVIDs have all expired may be left out.
@@ -132,8 +132,7 @@ type Config struct {
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
 	// such an ID needs ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
-	// Ledger records every SVID before it is sent. When nil, SVIDs are not
-	// recorded and reports are not accepted.
+	// Ledger records every SVID before it is sent.
 	Ledger Ledger
 	// Connections bounds the connections of every Serve together; each has its
 	// own bound when nil.
@@ -191,8 +190,8 @@ type Server struct {
 // New makes a Server and loads entries, agents and join tokens from its storage.
 func New(c Config) (*Server, error) {
 	s := &Server{
-		td: c.TrustDomain, keysets: c.Keysets, storage: cmp.Or[Storage](c.Storage, NewMemory()), config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)),
-		now: c.Now, observer: cmp.Or[Observer](c.Observer, noopObserver{}), ledger: cmp.Or[Ledger](c.Ledger, noopLedger{}),
+		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)),
+		now: c.Now, observer: cmp.Or[Observer](c.Observer, noopObserver{}), ledger: c.Ledger,
 		entriesSem: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
@@ -212,12 +211,6 @@ func New(c Config) (*Server, error) {
 	}
 	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
 	ctx := context.Background()
-	if s.keysets == nil {
-		var err error
-		if s.keysets, err = keyset.Open(ctx, keyset.Config{TrustDomain: s.td, Now: s.now}); err != nil {
-			return nil, fmt.Errorf("new server: %w", err)
-		}
-	}
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle
 	}
@@ -266,9 +259,7 @@ func (s *Server) register(r grpc.ServiceRegistrar) {
 	bundlev1.RegisterBundleServer(r, &bundleService{s: s})
 	entryv1.RegisterEntryServer(r, &entryService{s: s})
 	svidv1.RegisterSVIDServer(r, &svidService{s: s})
-	if s.config.Ledger != nil {
-		api.RegisterFleetServer(r, &fleetService{s: s})
-	}
+	api.RegisterFleetServer(r, &fleetService{s: s})
 }
 
 // Wait returns when no call is waiting for storage. Call it after closing storage.
