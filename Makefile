@@ -6,6 +6,9 @@ BENCH     ?= .
 BENCHTIME ?= 1s
 
 LDFLAGS := -s -w -X main.version=$(VERSION)
+# The packages whose mutants "make mutate" makes.
+MUTATE  ?= bundle cache renew internal/server/keyset internal/server/ledger
+
 LINT    := go tool -modfile=tools/go.mod golangci-lint
 
 .DEFAULT_GOAL := build
@@ -55,6 +58,11 @@ cover: ## what of the code the tests run, by function, into bin/cover.txt and bi
 	go tool cover -func bin/cover.out > bin/cover.txt
 	go tool cover -html bin/cover.out -o bin/cover.html
 	@tail -n 1 bin/cover.txt
+
+.PHONY: mutate
+mutate: ## do the tests fail with the code broken? Hours; MUTATE=packages chooses. The reports are in bin/mutants
+	tools/mutate $(MUTATE)
+	go test -v -count=1 -run TestSurvivors ./test/mutants -reports $(CURDIR)/bin/mutants
 
 .PHONY: vuln
 vuln: ## known vulnerabilities in what the code calls; asks vuln.go.dev

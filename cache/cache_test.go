@@ -237,6 +237,10 @@ func TestHintsAreUnique(t *testing.T) {
 	if got, want := ids(c.Match(sel("x"))), []string{"c", "d", "e", "f"}; !slices.Equal(got, want) {
 		t.Errorf("shown are %q without the oldest, want %q", got, want)
 	}
+	c.Update(nil, []string{"d", "e", "f"})
+	if got, want := ids(c.Match(sel("x"))), []string{"c"}; !slices.Equal(got, want) {
+		t.Errorf("shown are %q of two with one hint, want %q", got, want)
+	}
 }
 
 func TestPutRejectsAnSVIDOfAnotherRevision(t *testing.T) {

@@ -79,6 +79,33 @@ func TestExpiredSVIDsDoNotCount(t *testing.T) {
 	})
 }
 
+// Sweep asks only for processes with ended streams: their uses may have ended with them.
+func TestSweepAsksForProcessesWithEndedStreams(t *testing.T) {
+	t.Parallel()
+	c := cache.New(cache.Config{})
+	c.SetBundle(snapshot(t))
+	e := entry("e", "x")
+	c.Update([]*cache.Entry{e}, nil)
+	put(t, c, svid(e, "A"))
+	for pid := 1; pid <= 2; pid++ {
+		sub := c.Subscribe(cache.Process{PID: pid}, sel("x"))
+		sub.View()
+		sub.Sending()
+		sub.Read()
+		if pid == 2 {
+			sub.Close()
+		}
+	}
+	var asked []int
+	c.Sweep(func(p cache.Process) cache.Life {
+		asked = append(asked, p.PID)
+		return cache.Running
+	})
+	if !slices.Equal(asked, []int{2}) {
+		t.Errorf("asked for the processes %v, want 2", asked)
+	}
+}
+
 // After a restart a call counts until it is answered, because what its process uses is
 // unknown, but not for longer than the grace. Without a restart it does not count.
 func TestUnansweredCallsCountAfterARestart(t *testing.T) {

@@ -169,9 +169,11 @@ func TestPartialAnswers(t *testing.T) {
 			t.Errorf("restored, %s: ready %v, partial %v; want %v", selector, v.Ready, v.Partial, want)
 		}
 	}
-	c.Update(nil, nil)
-	for selector, want := range map[string]int{"x": 1, "y": 0} {
-		if v := c.Match(sel(selector, selector)); !v.Ready || v.Partial || len(v.Identities) != want {
+	other := entry("other", "z")
+	c.Update([]*cache.Entry{other}, nil)
+	put(t, c, svid(other, "A"))
+	for selector, want := range map[string]int{"x": 2, "y": 1} {
+		if v := c.Match(sel(selector, selector, "z")); !v.Ready || v.Partial || len(v.Identities) != want {
 			t.Errorf("synced, %s: ready %v, partial %v, %v", selector, v.Ready, v.Partial, ids(v))
 		}
 	}

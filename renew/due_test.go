@@ -11,6 +11,22 @@ import (
 	"github.com/renewd/renewd/renew"
 )
 
+func TestNewNeedsCacheAndMinter(t *testing.T) {
+	for name, cfg := range map[string]renew.Config{
+		"no cache":  {Minter: &fakeServer{}},
+		"no minter": {Cache: cache.New(cache.Config{})},
+	} {
+		func() {
+			defer func() {
+				if recover() == nil {
+					t.Errorf("%s: no panic", name)
+				}
+			}()
+			renew.New(cfg)
+		}()
+	}
+}
+
 func TestDue(t *testing.T) {
 	ca := newCA(t, "a")
 	other := newCA(t, "b")

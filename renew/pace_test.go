@@ -282,6 +282,50 @@ func TestRetriesOfALaggingServerArePaced(t *testing.T) {
 	})
 }
 
+// The agent SVID comes first in the wave, and takes a place of the rate. At its half-life
+// it does not wait for the rate.
+func TestAgentSVIDInTheWave(t *testing.T) {
+	for name, tt := range map[string]struct {
+		tainted bool
+		half    time.Duration // after the begin of the wave
+	}{"of the tainted authority": {true, time.Hour}, "at its half-life": {false, 2500 * time.Millisecond}} {
+		t.Run(name, func(t *testing.T) {
+			own := &agentSVID{}
+			var renewed atomic.Pointer[time.Time]
+			drill(t, 10, func(r *rig) {
+				r.cfg.Rate, r.cfg.AgentSVID = 1, own
+				own.next = func() *cache.SVID {
+					at := time.Now()
+					renewed.Store(&at)
+					return &cache.SVID{Authority: r.next.id, NotBefore: at, NotAfter: at.Add(time.Hour), RenewAt: at.Add(30 * time.Minute)}
+				}
+			}, func(r *rig) {
+				begin := r.taint()
+				held := &cache.SVID{Authority: r.next.id, NotAfter: begin.Add(2 * time.Hour), RenewAt: begin.Add(tt.half)}
+				if tt.tainted {
+					held.Authority = r.ca.id
+				}
+				own.held.Store(held)
+				r.sleepUntil(begin.Add(10 * time.Second))
+				calls := r.server.since(begin)
+				if renewed.Load() == nil || len(calls) < 7 {
+					t.Fatalf("the agent SVID was renewed at %v, and %d others in 10 s", renewed.Load(), len(calls))
+				}
+				answered, want := renewed.Load().Sub(begin), 100*time.Millisecond // see agentSVID
+				if !tt.tainted {
+					want += tt.half
+				}
+				if answered != want {
+					t.Errorf("the agent SVID was renewed %v after the begin, want %v", answered, want)
+				}
+				if first := calls[0].at.Sub(begin); tt.tainted && first < answered+time.Second {
+					t.Errorf("the first of the wave came %v after the begin, want a second after the agent SVID's answer", first)
+				}
+			})
+		})
+	}
+}
+
 // stalledAgentSVID blocks Run once, for as long as stall says.
 type stalledAgentSVID struct{ stall atomic.Int64 }
 

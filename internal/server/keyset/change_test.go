@@ -3,6 +3,7 @@ package keyset_test
 import (
 	"context"
 	"errors"
+	"maps"
 	"reflect"
 	"slices"
 	"testing"
@@ -77,6 +78,22 @@ func TestAudit(t *testing.T) {
 		if !reflect.DeepEqual(got, want[i]) {
 			t.Errorf("change %d:\n got %v\nwant %v", i, got, want[i])
 		}
+	}
+}
+
+// TestNote adds a line to the audit log and changes nothing.
+func TestNote(t *testing.T) {
+	t.Parallel()
+	store := new(audited)
+	d := open(t, keyset.Config{Storage: store})
+	before := list(t, d)
+	check(t, d.Note(keyset.WithNote(keyset.WithActor(t.Context(), "unix:uid:0"), "from Monday"), "restore"))
+	last := store.log[len(store.log)-1]
+	if last.Operation != "restore" || last.Actor != "unix:uid:0" || last.Note != "from Monday" || last.KeysetID != "" || !maps.Equal(last.Before, last.After) {
+		t.Errorf("noted %+v", last)
+	}
+	if got := list(t, d); !maps.Equal(got, before) || d.Bundle().Sequence != 1 {
+		t.Errorf("changed %v to %v", before, got)
 	}
 }
 

@@ -2,10 +2,17 @@ package keyset_test
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/rsa"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"maps"
+	"math/big"
+	"net/url"
 	"regexp"
 	"slices"
 	"testing"
@@ -67,6 +74,14 @@ func TestOpenRefuses(t *testing.T) {
 		change(&doc)
 		return fixed{doc}
 	}
+	rsaKey, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p384, err := ecdsa.GenerateKey(elliptic.P384(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]keyset.Config{
 		"storage fails":  {TrustDomain: td, Storage: failing{load: errors.New("disk")}},
 		"nothing stored": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records = nil })},
@@ -77,6 +92,9 @@ func TestOpenRefuses(t *testing.T) {
 		"broken CA key":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = []byte("x") })},
 		"foreign CA key": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CAKey = d.Records[0].JWTKey })},
 		"broken JWT key": {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = nil })},
+		"CA of two":      {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].CA, d.Records[0].CAKey = caOfTwo(t) })},
+		"JWT key RSA":    {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = pkcs8(t, rsaKey) })},
+		"JWT key P-384":  {TrustDomain: td, Storage: broken(func(d *keyset.Document) { d.Records[0].JWTKey = pkcs8(t, p384) })},
 		"two active": {TrustDomain: td, Storage: broken(func(d *keyset.Document) {
 			other := d.Records[0]
 			other.ID = "ks_other"
@@ -87,6 +105,30 @@ func TestOpenRefuses(t *testing.T) {
 			t.Errorf("%s: no error", name)
 		}
 	}
+}
+
+func pkcs8(t *testing.T, key any) []byte {
+	t.Helper()
+	der, err := x509.MarshalPKCS8PrivateKey(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der
+}
+
+// caOfTwo returns a CA certificate with the IDs of two trust domains, and its key.
+func caOfTwo(t *testing.T) (cert, key []byte) {
+	t.Helper()
+	private := newKey(t)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), IsCA: true, BasicConstraintsValid: true, NotAfter: start.Add(time.Hour),
+		URIs: []*url.URL{td.ID().URL(), spiffeid.RequireFromString("spiffe://other.org").URL()},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return der, pkcs8(t, private)
 }
 
 // TestEveryStepFromEveryState tries each operation on a keyset in each state.

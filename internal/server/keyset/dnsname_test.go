@@ -30,7 +30,7 @@ func TestCheckDNSNames(t *testing.T) {
 	}
 	for _, names := range [][]string{
 		nil, {}, {"localhost"}, {"web.example.org", "example.org"}, {"WEB.Example.org"}, {"*.example.org", "web.example.org"}, {"*.local"},
-		{"a-b.c-d"}, {"0.1a"}, {"10-0-0-1.ns.pod"}, {"xn--bcher-kva.example"}, {name253}, {"*." + name253[2:]}, hundred,
+		{"a-b.c-d"}, {"0.1a"}, {"a0.z9"}, {"10-0-0-1.ns.pod"}, {"xn--bcher-kva.example"}, {name253}, {"*." + name253[2:]}, hundred,
 	} {
 		if err := keyset.CheckDNSNames(names); err != nil {
 			t.Errorf("%.100q: %v", names, err)
@@ -62,6 +62,9 @@ func TestCheckDNSNames(t *testing.T) {
 		"web.example.org\n":           `has the character '\n'; `,
 		"web\x00.example.org":         `has the character '\x00'; `,
 		"spiffe://example.org/web":    `has the character ':'; `,
+		"web`.example.org":            "has the character '`'; ",
+		"web{.example.org":            `has the character '{'; `,
+		"web/.example.org":            `has the character '/'; `,
 		"web.example.org:443":         `has the character ':'; `,
 		"-web.example.org":            `has the label "-web"; a label begins and ends with a letter or a digit`,
 		"web-.example.org":            `has the label "web-"; `,
@@ -69,6 +72,8 @@ func TestCheckDNSNames(t *testing.T) {
 		"bücher.example":              `is not ASCII; write an international name in ASCII, as "xn--bcher-kva.example"`,
 		"\u212aube.example":           `is not ASCII; `, // the Kelvin sign, which is a k in lower case
 		"web\u3002example":            `is not ASCII; `, // a dot in Japanese
+		"b\u00fc_cher.example":        `is not ASCII; write an international name in ASCII, as "xn--..."`,
+		"web\x7f.example.org":         `has the character '\x7f'; `,
 		"web\xff.example":             `is not ASCII; write an international name in ASCII, as "xn--..."`,
 		"xn--.example":                `has the label "xn--"; `,
 		"xn--a.example":               "has a label with -- in third place and is no valid international name; ",
@@ -92,6 +97,7 @@ func TestCheckDNSNames(t *testing.T) {
 		`"A.org" is there twice; remove one of them`:                      {"a.org", "A.org"},
 		`"one.more" is one name too many; there may be 100`:               append(slices.Clone(hundred), "one.more"),
 		`"n0.example.org" is one name too many; there may be 100`:         slices.Repeat(hundred, 10_000),
+		`"` + label63 + `aaaaaaaaaaaaaaaaa" has a label of 80`:            {strings.Repeat("a", 80)},
 		`"` + label63 + `aaaaaaaaaaaaaaaaa"... has 300 characters; a DNS`: {strings.Repeat("a", 300)},
 	} {
 		if err := keyset.CheckDNSNames(names); err == nil || !strings.HasPrefix(err.Error(), want) {

@@ -171,6 +171,7 @@ func TestSignJWTBoundsAudience(t *testing.T) {
 		signed   bool
 	}{
 		"long":           {[]string{strings.Repeat("x", 64<<10-5)}, true},
+		"64 KiB":         {[]string{strings.Repeat("x", 64<<10-4)}, false},
 		"too long":       {[]string{strings.Repeat("x", 64<<10)}, false},
 		"many":           {slices.Repeat([]string{"a"}, 16<<10-1), true},
 		"too many":       {slices.Repeat([]string{"a"}, 16<<10+1), false},

@@ -128,6 +128,14 @@ func TestRestartOrClone(t *testing.T) {
 			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 69, ledger.Report{})))
 			d.is("one comes twice", false, true)
 		},
+		"a report that comes twice, with another between": func(d *doubles) {
+			for _, number := range []uint64{1, 3} {
+				check(d.t, d.l.Report(d.t.Context(), "one", by("a", number, ledger.Report{})))
+			}
+			d.is("no number comes twice", false, false)
+			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 1, ledger.Report{})))
+			d.is("one comes twice", false, true)
+		},
 		"a machine that is set back": func(d *doubles) {
 			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 70, ledger.Report{})))
 			check(d.t, d.l.Report(d.t.Context(), "one", by("a", 6, ledger.Report{})))
@@ -148,7 +156,9 @@ func TestRestartOrClone(t *testing.T) {
 			}
 			time.Sleep(day)
 			d.is("expired", true, true)
-			time.Sleep(7 * day)
+			time.Sleep(5 * day)
+			d.is("what was given at the end may live for a week", true, true)
+			time.Sleep(2 * day)
 			d.is("forgotten", true, false)
 			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
 			d.settled("a")
@@ -255,6 +265,24 @@ func TestDuplicatesAreCheap(t *testing.T) {
 			t.Errorf("the last but one has come back: duplicated are %v", got)
 		}
 	})
+}
+
+// The last 64 processes before the one that reports are known.
+func TestEarlierProcesses(t *testing.T) {
+	t.Parallel()
+	for n, two := range map[int]bool{65: true, 66: false} {
+		synctest.Test(t, func(t *testing.T) {
+			l := open(t, nil, nil)
+			for i := range n {
+				check(t, l.Report(t.Context(), "one", by(fmt.Sprint(i), 1, ledger.Report{})))
+				time.Sleep(time.Second)
+			}
+			check(t, l.Report(t.Context(), "one", by("0", 2, ledger.Report{})))
+			if got := len(l.Duplicated()) == 1; got != two {
+				t.Errorf("the first of %d processes has come back: duplicated is %v, want %v", n, got, two)
+			}
+		})
+	}
 }
 
 // A clock step that is trusted does not shorten the wait for the other process.

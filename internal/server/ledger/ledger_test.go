@@ -4,11 +4,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
@@ -240,6 +243,35 @@ func TestReopen(t *testing.T) {
 	})
 }
 
+// A row counts until it has expired by every machine's clock, and not for longer.
+func TestRowExpiresToTheSecond(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := open(t, nil, nil)
+		end := time.Now().Add(time.Hour)
+		check(t, l.RecordX509(t.Context(), row("A", "one", "x", end)))
+		time.Sleep(time.Until(clock.Over(end)) - 1)
+		if h := l.X509("A", true); h.Clear {
+			t.Errorf("before: %+v", h)
+		}
+		time.Sleep(1)
+		if h := l.X509("A", true); !h.Clear {
+			t.Errorf("at its end: %+v", h)
+		}
+	})
+}
+
+// A read does not look at each row: it makes as much garbage with many as with one.
+func TestReadsOfManyRows(t *testing.T) {
+	l := open(t, nil, nil)
+	for i := range 1000 {
+		check(t, l.RecordX509(t.Context(), row("A", fmt.Sprint(i), "x", time.Now().Add(day))))
+	}
+	if n := testing.AllocsPerRun(10, func() { l.X509("A", true) }); n > 5 {
+		t.Errorf("%v allocations", n)
+	}
+}
+
 // Expired rows are deleted from storage, also after storage has failed for a while,
 // unless they were recorded again.
 func TestRun(t *testing.T) {
@@ -253,10 +285,16 @@ func TestRun(t *testing.T) {
 			}
 			return nil
 		}
-		l := open(t, m, nil)
+		var log strings.Builder
+		l, err := ledger.Open(t.Context(), ledger.Config{Storage: m, Log: slog.New(slog.NewTextHandler(&log, nil))})
+		check(t, err)
 		go func() { _ = l.Run(t.Context()) }()
 		for i := range 10_000 {
 			check(t, l.RecordX509(t.Context(), row("A", fmt.Sprint(i%7), fmt.Sprint(i), time.Now().Add(time.Hour+time.Duration(i)*time.Second/10))))
+		}
+		time.Sleep(time.Hour)
+		if failures := log.String(); l.X509("A", true).Clear || failures != "" {
+			t.Errorf("before it fails:\n%s", failures)
 		}
 		failing.Store(true)
 		time.Sleep(2 * time.Hour)
@@ -264,8 +302,16 @@ func TestRun(t *testing.T) {
 			t.Errorf("%+v and %d rows in storage, want reads not to wait for it", h, m.count())
 		}
 		check(t, l.RecordX509(t.Context(), row("A", "1", "1", time.Now().Add(time.Hour))))
+		failures := strings.Count(log.String(), "expired rows not deleted")
+		if l.X509("A", true); failures < 10 || failures > 125 {
+			t.Errorf("%d lines about the failures of two hours, want about one a minute", failures)
+		}
 		failing.Store(false)
 		time.Sleep(2 * time.Minute)
+		l.X509("A", true) // whose lock orders the read after what was logged before
+		if n := strings.Count(log.String(), "expired rows not deleted"); n > failures+1 {
+			t.Errorf("%d lines more after storage has recovered", n-failures)
+		}
 		if m.count() != 1 || !m.has("A", "1", "1") {
 			t.Errorf("%d rows in storage, want the one that has come back", m.count())
 		}

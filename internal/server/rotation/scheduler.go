@@ -126,7 +126,7 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 	if err != nil {
 		return Step{}, err
 	}
-	step := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
+	step := Next(now, s.clock, s.policy, keysets, s.facts)
 	c := s.clock.State()
 	if !c.Waits {
 		s.lines.Over("clock", "")
@@ -154,7 +154,7 @@ func (s *Scheduler) do(ctx context.Context, step Step) error {
 	ctx = keyset.WithNote(keyset.WithActor(ctx, Actor), step.Why)
 	stillNext := func(keysets []keyset.Keyset) error {
 		now := s.clock.Now()
-		again := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
+		again := Next(now, s.clock, s.policy, keysets, s.facts)
 		if s.clock.State().Waits || !again.Due(now) || again.String() != step.String() {
 			return errSuperseded
 		}
@@ -205,7 +205,7 @@ type Preview struct {
 // Automatic returns the next step. It may be called at any time.
 func (s *Scheduler) Automatic() Preview {
 	now := s.clock.Now()
-	step := Next(now, s.clock.PastFor, s.policy, s.keysets.Status().Keysets, s.facts)
+	step := Next(now, s.clock, s.policy, s.keysets.Status().Keysets, s.facts)
 	p := Preview{Mode: string(s.policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
 	if f := s.failed.Load(); f != nil && step.Due(now) {
 		p.At, p.WaitsFor = f.retryAt(), fmt.Sprintf("another attempt: %v", f.err)
