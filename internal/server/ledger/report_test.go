@@ -114,6 +114,10 @@ func TestContact(t *testing.T) {
 		if c, ok := l.Contact("one"); !ok || c != (ledger.Contact{Sequence: 5, At: time.Now(), Reports: true}) {
 			t.Errorf("after a report and a status: %+v", c)
 		}
+		l.Applied("one", 0)
+		if c, ok := l.Contact("one"); !ok || c.Sequence != 5 {
+			t.Errorf("after a status without a sequence number: %+v", c)
+		}
 		for range 8 {
 			time.Sleep(day)
 			l.X509("A", false)
@@ -169,6 +173,19 @@ func TestReportIsBounded(t *testing.T) {
 	for _, a := range r.Authorities[:100_000] {
 		if h := l.X509(a.Authority, false); h.Agents != 0 {
 			t.Fatalf("%s is held although the last report does not have it: %+v", a.Authority, h)
+		}
+	}
+}
+
+// The ID of an authority that the ledger does not have is stored up to a length.
+func TestReportOfAnUnknownAuthority(t *testing.T) {
+	t.Parallel()
+	l := open(t, nil, nil)
+	for n, agents := range map[int]int{128: 1, 129: 0} {
+		id := strings.Repeat("x", n)
+		check(t, l.Report(t.Context(), "one", says(id, 1, 0, false)))
+		if h := l.X509(id, false); h.Agents != agents {
+			t.Errorf("an ID of %d bytes: %+v, want %d agents", n, h, agents)
 		}
 	}
 }
