@@ -136,35 +136,3 @@ func TestOutcomesOfWrongAnswers(t *testing.T) {
 		})
 	}
 }
-
-// However high the rate is, at most 64 calls of the wave are in flight.
-func TestWaveCallsInFlightAreBounded(t *testing.T) {
-	drill(t, 100, func(r *rig) { r.cfg.Rate = 100 }, func(r *rig) {
-		r.server.set(func() { r.server.latency = 30 * time.Second })
-		begin := r.taint()
-		r.sleepUntil(begin.Add(20 * time.Second))
-		if n := len(r.server.since(begin)); n != 64 {
-			t.Errorf("%d calls are in flight, want 64", n)
-		}
-		r.sleepUntil(begin.Add(2 * time.Minute))
-		if held := r.cache.Held(r.ca.id); held != 0 {
-			t.Errorf("%d SVIDs still depend on the tainted authority", held)
-		}
-	})
-}
-
-// A renewal that succeeds leaves no pause: the next reason is acted on at once.
-func TestNoPauseAfterSuccess(t *testing.T) {
-	drill(t, 1, func(r *rig) { r.cfg.MaxDelay = 0 }, func(r *rig) {
-		first := mustItem(t, r.cache, entryID(0)).SVID
-		r.sleepUntil(first.RenewAt)
-		if mustItem(t, r.cache, entryID(0)).SVID == first {
-			t.Fatal("not renewed at its half-life")
-		}
-		r.taint()
-		r.sleepUntil(time.Now().Add(10 * time.Millisecond))
-		if r.cache.Held(r.next.id) != 1 {
-			t.Error("not renewed at once after the taint")
-		}
-	})
-}

@@ -180,8 +180,9 @@ func TestRestartOrClone(t *testing.T) {
 			time.Sleep(time.Hour)
 			d.is("forgotten", true, false)
 		},
-		"an SVID of a clock that was ahead, and a restart of the server": func(d *doubles) {
-			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(9*day))))
+		"SVIDs of a clock that was ahead, and a restart of the server": func(d *doubles) {
+			late := time.Now().Add(9 * day)
+			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", late), row("A", "one", "x", late)))
 			d.restart()
 			for _, process := range []string{"a", "b", "a"} {
 				d.settled(process)
