@@ -46,6 +46,28 @@ func TestNoPauseAfterSuccess(t *testing.T) {
 	})
 }
 
+// An entry that changes in mid-wave is minted at once, also if it was tried later than all
+// that wait in the wave.
+func TestChangesDoNotWaitBehindTheWave(t *testing.T) {
+	drill(t, 100, nil, func(r *rig) {
+		begin := r.taint()
+		r.sleepUntil(begin.Add(time.Second))
+		for i := range 3 {
+			changed := *mustItem(t, r.cache, entryID(99)).Entry
+			changed.Revision++
+			changed.X509TTL += time.Hour
+			r.cache.Update([]*cache.Entry{&changed}, nil)
+			r.sleepUntil(time.Now().Add(time.Millisecond))
+			if s := mustItem(t, r.cache, entryID(99)).SVID; s.Revision != changed.Revision {
+				t.Errorf("change %d: the SVID in use is of revision %d, want %d", i+1, s.Revision, changed.Revision)
+			}
+		}
+		if r.cache.Held(r.ca.id) == 0 {
+			t.Error("the wave is over")
+		}
+	})
+}
+
 // The removal of its authority ends the pause of an SVID, but not the pauses after that.
 func TestRemovalEndsThePause(t *testing.T) {
 	drill(t, 1, nil, func(r *rig) {
