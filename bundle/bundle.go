@@ -213,7 +213,7 @@ func (b *Bundle) Equal(o *Bundle) bool {
 	}
 	for i, x := range b.content.JWT {
 		y := o.content.JWT[i]
-		if x.KeyID != y.KeyID || x.Tainted != y.Tainted || !x.ExpiresAt.Equal(y.ExpiresAt) || !sameKey(x.PublicKey, y.PublicKey) {
+		if x.KeyID != y.KeyID || x.Tainted != y.Tainted || !x.ExpiresAt.Equal(y.ExpiresAt) || !SameKey(x.PublicKey, y.PublicKey) {
 			return false
 		}
 	}

@@ -220,7 +220,7 @@ func (u *sorter) addJWT(k JWTAuthority) {
 	case !had:
 		u.keys[k.KeyID] = len(u.out.JWT)
 		u.out.JWT = append(u.out.JWT, k)
-	case !sameKey(u.out.JWT[i].PublicKey, k.PublicKey):
+	case !SameKey(u.out.JWT[i].PublicKey, k.PublicKey):
 		u.leaveOut(LeftOut{TypeJWT, k.KeyID, "another key has the same key ID and comes first", k.Tainted})
 		return
 	default:
@@ -266,7 +266,8 @@ func unusableKey(k JWTAuthority) string {
 	return ""
 }
 
-func sameKey(a, b crypto.PublicKey) bool {
+// SameKey reports whether two public keys are equal.
+func SameKey(a, b crypto.PublicKey) bool {
 	key, ok := a.(interface{ Equal(crypto.PublicKey) bool })
 	return ok && key.Equal(b)
 }

@@ -38,7 +38,7 @@ type following struct {
 	wanted, asking bool
 	due            time.Time // of the next request; zero: at once
 	lane           int
-	doubt          doubt
+	doubt          Doubt
 	failing        time.Time // since when requests fail; zero: the last one did not
 	warned         bool      // the failures were logged as a warning
 }
@@ -197,7 +197,7 @@ func (r *Refresher) apply(next *Snapshot, a federatedAnswer) bool {
 		"trust_domain", a.td.Name(), "sequence", a.bundle.Sequence(), "current", held.Sequence()):
 		return false
 	}
-	f.doubt = doubt{}
+	f.doubt.Clear()
 	if a.bundle.Equal(held) {
 		return false
 	}

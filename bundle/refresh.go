@@ -1,6 +1,7 @@
 package bundle
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -38,9 +39,9 @@ const (
 	// lags or the authority is not the server's, more requests than the polls only add
 	// load.
 	kickInterval = DefaultInterval
-	// staleLimit is how long older answers are attributed to a lagging replica. After
+	// lagLimit is how long older answers are attributed to a lagging replica. After
 	// that they are attributed to a restored data store.
-	staleLimit = time.Minute
+	lagLimit = time.Minute
 )
 
 // RefresherConfig is what a [Refresher] needs. Fetcher and Publish are
@@ -82,7 +83,7 @@ type Refresher struct {
 
 	// Owned by Run.
 	snap      *Snapshot
-	doubt     doubt
+	doubt     Doubt
 	failing   bool
 	federated map[spiffeid.TrustDomain]*following
 	answers   chan federatedAnswer
@@ -95,18 +96,14 @@ func NewRefresher(cfg RefresherConfig) *Refresher {
 	if cfg.Fetcher == nil || cfg.Publish == nil {
 		panic("bundle: RefresherConfig needs Fetcher and Publish")
 	}
-	if cfg.Interval <= 0 {
-		cfg.Interval = DefaultInterval
-	}
+	cfg.Interval = cmp.Or(cfg.Interval, DefaultInterval)
 	if cfg.Federated == nil {
 		cfg.Federated = func() []spiffeid.TrustDomain { return nil }
 	}
 	if cfg.Observe == nil {
 		cfg.Observe = func(string, *Bundle) {}
 	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -211,7 +208,7 @@ func (r *Refresher) refresh(own *Bundle, err error) {
 		outcome = OutcomeFailed
 		r.failed(err)
 		own = held
-	case r.stale(held, own):
+	case r.lags(held, own):
 		outcome = OutcomeRejected
 		own = held
 	case !own.Equal(held):
@@ -241,13 +238,13 @@ func (r *Refresher) failed(err error) {
 	r.cfg.Log.Log(context.Background(), level, "bundle refresh failed, current one kept", "error", err)
 }
 
-// stale reports whether got is older than held and is not to be applied. It may be the
+// lags reports whether got is older than held and is not to be applied. It may be the
 // answer of a replica that reads from a lagging database. Applying it would withdraw a
-// taint mark or, worse, remove the newest authority. After staleLimit without a newer
+// taint mark or, worse, remove the newest authority. After lagLimit without a newer
 // answer the older one is applied.
-func (r *Refresher) stale(held, got *Bundle) bool {
+func (r *Refresher) lags(held, got *Bundle) bool {
 	if !older(held, got) {
-		r.doubt = doubt{}
+		r.doubt.Clear()
 		return false
 	}
 	return r.withheld(&r.doubt, "older bundle received",
@@ -259,30 +256,17 @@ func older(held, got *Bundle) bool {
 	return held != nil && got.Sequence() != 0 && got.Sequence() < held.Sequence()
 }
 
-// doubt counts consecutive answers that are older than the current bundle. Zero means that
-// the last answer was not.
-type doubt struct {
-	last  time.Time
-	stood time.Duration // for how long they have been received
-}
-
-// withheld counts one such answer and reports whether it is not to be applied yet. It
-// logs the first one, and the one that is applied. Only time with answers counts, not an
-// outage between two of them.
-func (r *Refresher) withheld(d *doubt, what string, args ...any) bool {
-	now := time.Now()
-	if d.last.IsZero() {
+// withheld counts such an answer and reports whether it is not to be applied yet. It logs
+// the first one, and the one that is applied.
+func (r *Refresher) withheld(d *Doubt, what string, args ...any) bool {
+	first, counts := d.Again(2*r.cfg.Interval, lagLimit)
+	switch {
+	case first:
 		r.cfg.Log.Warn(what+", current one kept", args...)
-	} else {
-		d.stood += min(now.Sub(d.last), 2*r.cfg.Interval)
+	case counts:
+		r.cfg.Log.Warn(what+" for a minute, applied", args...)
 	}
-	d.last = now
-	if d.stood < staleLimit {
-		return true
-	}
-	r.cfg.Log.Warn(what+" for a minute, applied", args...)
-	*d = doubt{}
-	return false
+	return !counts
 }
 
 // log logs each change of the own bundle.

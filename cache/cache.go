@@ -17,6 +17,7 @@
 package cache
 
 import (
+	"cmp"
 	"container/list"
 	"sync"
 	"time"
@@ -123,9 +124,7 @@ type record struct {
 
 // New returns an empty cache, which is not ready until it has entries and a bundle.
 func New(cfg Config) *Cache {
-	if cfg.Limit <= 0 {
-		cfg.Limit = DefaultLimit
-	}
+	cfg.Limit = cmp.Or(cfg.Limit, DefaultLimit)
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}

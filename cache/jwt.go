@@ -29,8 +29,8 @@ type JWT struct {
 	// IssuedAt and ExpiresAt are the token's iat and exp, by the server's clock.
 	IssuedAt, ExpiresAt time.Time
 	// AskedAt is when it was requested, by this node's clock.
-	AskedAt time.Time
-	stale   bool // minted for an earlier revision of the entry
+	AskedAt  time.Time
+	outdated bool // minted for an earlier revision of the entry
 }
 
 // life returns how long the token is valid after AskedAt. Servers write iat in seconds (RFC
@@ -47,7 +47,7 @@ func (j JWT) Valid(now time.Time) bool {
 // Fresh reports whether the token was minted for the current revision of the entry and is
 // in the first half of its life.
 func (j JWT) Fresh(now time.Time) bool {
-	return !j.stale && max(now.Sub(j.AskedAt), j.wallAge(now)) < j.life()/2
+	return !j.outdated && max(now.Sub(j.AskedAt), j.wallAge(now)) < j.life()/2
 }
 
 // wallAge returns the age by the wall clock.
@@ -214,7 +214,7 @@ func (j *jwtCache) markStale(entryID string) {
 	for _, key := range j.byEntry[entryID] {
 		el := j.items[key]
 		item := el.Value.(jwtItem)
-		item.jwt.stale = true
+		item.jwt.outdated = true
 		el.Value = item
 	}
 }

@@ -262,22 +262,32 @@ func (c *Cache) Newest() Newest {
 	return c.newest
 }
 
-// Counts returns the number of entries, of X.509-SVIDs held, and of those that are due by
-// their age (see [Item.RenewAt]) for longer than grace. It reads all of them and is meant
-// for a scrape.
-func (c *Cache) Counts(grace time.Duration) (entries, held, overdue int) {
+// Overdue counts the X.509-SVIDs held that are due by their age (see [Item.RenewAt]) for
+// longer than grace. It reads all of them and is meant for a scrape.
+func (c *Cache) Overdue(grace time.Duration) (overdue int) {
 	late := c.now().Add(-grace)
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	for _, a := range c.authorities {
-		held += len(a.signed)
 		for _, r := range a.signed {
 			if r.svid.RenewAt.Before(late) && r.list != c.onDemand {
 				overdue++
 			}
 		}
 	}
-	return len(c.records), held, overdue
+	return overdue
+}
+
+// Serving returns the number of entries, and whether a valid X.509-SVID is held for any of
+// them.
+func (c *Cache) Serving() (entries int, valid bool) {
+	now := c.now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, a := range c.authorities {
+		valid = valid || a.valid(now) > 0
+	}
+	return len(c.records), valid
 }
 
 // Follower is notified of changed entries. Close it after use.

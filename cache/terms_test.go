@@ -101,7 +101,7 @@ func TestNoPrefetch(t *testing.T) {
 
 	now = now.Add(40 * time.Minute)
 	wanted("past half-life, the server may be away", "asked", "other", "usual")
-	if _, _, overdue := c.Counts(0); overdue != 1 {
+	if overdue := c.Overdue(0); overdue != 1 {
 		t.Errorf("%d overdue, want the one that is renewed by its age", overdue)
 	}
 	put(t, c, hour(other, now))

@@ -4,11 +4,11 @@ import (
 	"go/ast"
 	"go/parser"
 	"go/token"
-	"io/fs"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 // TestThreats: in docs/security.md each row of the tables that begin with "who" names tests,
@@ -51,26 +51,20 @@ func TestThreats(t *testing.T) {
 func tests(t *testing.T) map[string]bool {
 	t.Helper()
 	known := make(map[string]bool)
-	err := filepath.WalkDir("..", func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
+	root := tree.FS("..")
+	for _, name := range tree.Files(t, root, ".go") {
+		if !strings.HasSuffix(name, "_test.go") {
+			continue
 		}
-		if !strings.HasSuffix(path, "_test.go") {
-			return nil
-		}
-		file, err := parser.ParseFile(token.NewFileSet(), path, nil, parser.SkipObjectResolution)
+		file, err := parser.ParseFile(token.NewFileSet(), name, tree.Read(t, root, name), parser.SkipObjectResolution)
 		if err != nil {
-			return err
+			t.Fatal(err)
 		}
 		for _, decl := range file.Decls {
 			if f, ok := decl.(*ast.FuncDecl); ok && f.Recv == nil {
 				known[strings.TrimSuffix(file.Name.Name, "_test")+"."+f.Name.Name] = true
 			}
 		}
-		return nil
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 	return known
 }

@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"cmp"
 	"log/slog"
 	"net/http"
 	"time"
@@ -28,9 +29,7 @@ type common struct {
 // series from the start. The histogram has only the usual ones, because one for each code
 // would make hundreds of series.
 func newCommon(log *slog.Logger, mints string, duration prometheus.HistogramOpts, help string) common {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	log = cmp.Or(log, slog.New(slog.DiscardHandler))
 	labels := []string{"svid_type", "status_code"}
 	c := common{
 		registry:     prometheus.NewRegistry(),
@@ -65,7 +64,11 @@ func (c *common) info(component, trustDomain, version string, deployments ...str
 	c.registry.MustRegister(g)
 }
 
-func (c *common) minted(svidType, code string, d time.Duration) {
+// Minted counts one attempt to obtain or sign an SVID. svidType is [TypeX509] or
+// [TypeJWT], code the gRPC status as codes.Code prints it, d the time from generating the
+// key to the parsed answer, or from the request to its durable record. Each item of a
+// batch is one attempt that took as long as the batch.
+func (c *common) Minted(svidType, code string, d time.Duration) {
 	c.mints.WithLabelValues(svidType, code).Inc()
 	c.mintDuration.WithLabelValues(svidType, code).Observe(d.Seconds())
 }

@@ -3,7 +3,7 @@
 // package of renewd; its users translate.
 //
 // Events are counted by methods ([Metrics.Minted], [Metrics.Renewed], ...). State is
-// never counted up and down: the gauges are read from a [Source] or [ServerSource] at
+// never counted up and down: the gauges are read from the Source of the [Config] or [ServerConfig] at
 // each scrape, all from one snapshot, so they are consistent and cannot drift.
 //
 // Existing dashboards read the names that start with spirl_ and grpc_server_. All other
@@ -66,9 +66,10 @@ type Config struct {
 	// Process is a random ID of this process, which renewd_agent_info shows.
 	Process string
 
-	// Source provides the gauges of state. It is read at each scrape, possibly
-	// concurrently.
-	Source Source
+	// Source provides the gauges of state. It is called at each scrape, possibly
+	// concurrently. It must be one consistent read, return soon and do no I/O. The
+	// result is neither modified nor kept.
+	Source func() State
 	// Log receives the errors of scrapes; nil means that they are not logged.
 	Log *slog.Logger
 }
@@ -131,14 +132,6 @@ func (m *Metrics) zero() {
 	}
 	m.syncs.WithLabelValues(SyncDone)
 	m.syncs.WithLabelValues(SyncFailed)
-}
-
-// Minted counts one attempt to obtain an SVID from the server. svidType is [TypeX509] or
-// [TypeJWT], code the gRPC status as codes.Code prints it, d the time from generating the
-// key to the parsed answer. Each item of a batch is one attempt that took as long as the
-// batch.
-func (m *Metrics) Minted(svidType, code string, d time.Duration) {
-	m.minted(svidType, code, d)
 }
 
 // Renewed counts one renewal of a workload's X.509-SVID by its reason and

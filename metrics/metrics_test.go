@@ -48,7 +48,7 @@ func wave() metrics.State {
 		Expiring:       map[string]int{metrics.TypeX509: 5},
 		JWTExpiry:      map[string]time.Time{"k1": at.Add(2 * time.Hour)},
 		Streams:        map[string]int{metrics.RPCX509SVID: 6},
-		SVIDs:          map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
+		SVIDs:          map[string]int{"waiting": 0, "minting": 0, "fresh": 7, "due": 0, "backing_off": 1, "stale": 2, "expired": 0},
 		EntriesMissing: 2,
 	}
 }
@@ -56,7 +56,7 @@ func wave() metrics.State {
 func newMetrics(s func() metrics.State) *metrics.Metrics {
 	return metrics.New(metrics.Config{
 		TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Process: "p1",
-		Source: metrics.SourceFunc(s),
+		Source: s,
 	})
 }
 

@@ -15,34 +15,42 @@ import (
 
 	"golang.org/x/crypto/bcrypt"
 
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/metrics"
 )
 
-// serve starts Serve on a free port and returns its URL. It is stopped, and its
-// result checked, at the end of the test.
-func serve(t *testing.T, cfg metrics.ServeConfig) string {
+// start serves on a free port until ctx ends, and returns the address and the result.
+func start(ctx context.Context, t *testing.T, cfg metrics.HTTPConfig) (address string, done <-chan error) {
 	t.Helper()
-	l, err := metrics.Listen("127.0.0.1:0")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	cfg.Listener = l
+	srv, serve := metrics.NewHTTPServer(cfg)
+	ended := make(chan error, 1)
+	go func() { ended <- listen.ServeHTTP(ctx, listen.NewPool(), l, srv, serve) }()
+	return l.Addr().String(), ended
+}
+
+// serve serves on a free port and returns its URL. It is stopped, and its result checked,
+// at the end of the test.
+func serve(t *testing.T, cfg metrics.HTTPConfig) string {
+	t.Helper()
 	if cfg.Metrics == nil {
 		cfg.Metrics = newMetrics(wave)
 	}
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() { done <- metrics.Serve(ctx, cfg) }()
+	address, done := start(ctx, t, cfg)
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {
-			t.Errorf("Serve: %v", err)
+			t.Errorf("ServeHTTP: %v", err)
 		}
-		if _, err := net.Dial("tcp", l.Addr().String()); err == nil {
-			t.Error("the port is still open after Serve returned")
+		if _, err := net.Dial("tcp", address); err == nil {
+			t.Error("the port is still open after ServeHTTP returned")
 		}
 	})
-	return "http://" + l.Addr().String()
+	return "http://" + address
 }
 
 func get(t *testing.T, req *http.Request) (int, string) {
@@ -72,7 +80,7 @@ func request(t *testing.T, method, url string) *http.Request {
 func TestServe(t *testing.T) {
 	t.Parallel()
 	var ready atomic.Bool
-	url := serve(t, metrics.ServeConfig{Ready: func() error {
+	url := serve(t, metrics.HTTPConfig{Ready: func() error {
 		if !ready.Load() {
 			return errors.New("waiting for the first sync")
 		}
@@ -112,7 +120,7 @@ func TestServeBasicAuth(t *testing.T) {
 	if err := metrics.CheckWebConfig(file); err != nil {
 		t.Fatal(err)
 	}
-	url := serve(t, metrics.ServeConfig{WebConfigFile: file})
+	url := serve(t, metrics.HTTPConfig{WebConfigFile: file})
 	if code, _ := get(t, request(t, "GET", url+"/metrics")); code != http.StatusUnauthorized {
 		t.Errorf("without a password: %d", code)
 	}
@@ -125,23 +133,16 @@ func TestServeBasicAuth(t *testing.T) {
 
 func TestServeErrors(t *testing.T) {
 	t.Parallel()
-	l, err := metrics.Listen("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	taken := l.Addr().String()
-	if err := metrics.Serve(t.Context(), metrics.ServeConfig{Address: taken, Metrics: newMetrics(wave)}); err == nil || !strings.Contains(err.Error(), taken) {
-		t.Errorf("on a taken port: %v", err)
-	}
 	missing := filepath.Join(t.TempDir(), "missing.yml")
 	if err := metrics.CheckWebConfig(missing); err == nil {
 		t.Error("CheckWebConfig accepts a missing file")
 	}
-	if err := metrics.Serve(t.Context(), metrics.ServeConfig{Listener: l, WebConfigFile: missing, Metrics: newMetrics(wave)}); err == nil {
-		t.Error("Serve accepts a missing web config file")
+	address, done := start(t.Context(), t, metrics.HTTPConfig{WebConfigFile: missing, Metrics: newMetrics(wave)})
+	if err := <-done; err == nil {
+		t.Error("ServeHTTP accepts a missing web config file")
 	}
-	if _, err := net.Dial("tcp", taken); err == nil {
-		t.Error("the listener is still open after Serve failed")
+	if _, err := net.Dial("tcp", address); err == nil {
+		t.Error("the listener is still open after ServeHTTP failed")
 	}
 }
 
@@ -150,25 +151,18 @@ func TestServeStopsWithRequestInFlight(t *testing.T) {
 	t.Parallel()
 	entered, release := make(chan struct{}), make(chan struct{})
 	t.Cleanup(func() { close(release) })
-	l, err := metrics.Listen("127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	ctx, cancel := context.WithCancel(t.Context())
-	done := make(chan error, 1)
-	go func() {
-		done <- metrics.Serve(ctx, metrics.ServeConfig{Listener: l, Metrics: newMetrics(wave), Live: func() error {
-			close(entered)
-			<-release
-			return nil
-		}})
-	}()
-	conn, err := net.Dial("tcp", l.Addr().String())
+	address, done := start(ctx, t, metrics.HTTPConfig{Metrics: newMetrics(wave), Ready: func() error {
+		close(entered)
+		<-release
+		return nil
+	}})
+	conn, err := net.Dial("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer func() { _ = conn.Close() }()
-	if _, err := io.WriteString(conn, "GET /live HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+	if _, err := io.WriteString(conn, "GET /ready HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
 		t.Fatal(err)
 	}
 	<-entered
@@ -176,9 +170,9 @@ func TestServeStopsWithRequestInFlight(t *testing.T) {
 	select {
 	case err := <-done:
 		if err != nil {
-			t.Errorf("Serve: %v", err)
+			t.Errorf("ServeHTTP: %v", err)
 		}
 	case <-time.After(2 * time.Minute):
-		t.Fatal("Serve does not stop")
+		t.Fatal("ServeHTTP does not stop")
 	}
 }

@@ -8,10 +8,6 @@ import (
 	"google.golang.org/grpc/codes"
 )
 
-// DefaultServerAddress is the default address of the signing server's [Serve]. An agent on
-// the same machine has another one.
-const DefaultServerAddress = "127.0.0.1:9091"
-
 // ServerConfig is what [NewServer] needs. The first three are labels of
 // spirl_application_info, which has one series for each deployment.
 type ServerConfig struct {
@@ -21,9 +17,10 @@ type ServerConfig struct {
 	// Federated are the trust domains whose bundles the server follows.
 	Federated []string
 
-	// Source provides the gauges of state. It is read at each scrape, possibly
-	// concurrently.
-	Source ServerSource
+	// Source provides the gauges of state. It is called at each scrape, possibly
+	// concurrently. It must return soon and read each deployment consistently. The
+	// result is neither modified nor kept.
+	Source func() ServerState
 	// Log receives the errors of scrapes; nil means that they are not logged.
 	Log *slog.Logger
 }
@@ -76,7 +73,7 @@ func NewServer(cfg ServerConfig) *Server {
 // [TypeJWT], took the time from the request to its durable record. Each item of a batch
 // is one.
 func (s *Server) Minted(svidType string, code codes.Code, took time.Duration) {
-	s.minted(svidType, code.String(), took)
+	s.common.Minted(svidType, code.String(), took)
 }
 
 // Limited counts one call that was delayed or rejected by the limits of its client
@@ -95,19 +92,6 @@ const (
 	RotationOn     = "on"
 	RotationPaused = "paused"
 )
-
-// ServerSource provides the state of the signing server. Snapshot must return soon, be
-// safe for concurrent use, and read each deployment consistently. The result is neither
-// modified nor kept.
-type ServerSource interface {
-	Snapshot() ServerState
-}
-
-// ServerSourceFunc is a function used as a [ServerSource].
-type ServerSourceFunc func() ServerState
-
-// Snapshot calls f.
-func (f ServerSourceFunc) Snapshot() ServerState { return f() }
 
 // ServerState is what the server knows at one moment.
 type ServerState struct {
@@ -190,7 +174,7 @@ var (
 )
 
 // serverCollector exports one snapshot for each scrape.
-type serverCollector struct{ source ServerSource }
+type serverCollector struct{ source func() ServerState }
 
 func (c serverCollector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range serverDescs {
@@ -200,7 +184,7 @@ func (c serverCollector) Describe(ch chan<- *prometheus.Desc) {
 
 func (c serverCollector) Collect(ch chan<- prometheus.Metric) {
 	gauge, stamp := exporters(ch)
-	state := c.source.Snapshot()
+	state := c.source()
 	gauge(descClockDoubt, state.ClockDoubt.Seconds())
 	for td, at := range state.Federated {
 		stamp(descFederated, at, td)

@@ -30,7 +30,7 @@ func rotation() metrics.ServerState {
 	}, Federated: map[string]time.Time{"partner.example": at, "new.example": {}}, LeftOut: map[string]int{"partner.example": 2}, ClockDoubt: -90 * time.Minute}
 }
 
-func newServer(state metrics.ServerSourceFunc) *metrics.Server {
+func newServer(state func() metrics.ServerState) *metrics.Server {
 	return metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: "example.org", Deployments: []string{"east", "west"}, Version: "v1.2.3", Source: state,
 		Federated: []string{"partner.example"},
@@ -220,7 +220,7 @@ func TestServerGRPC(t *testing.T) {
 // The server's metrics are served by the same listener as the agent's.
 func TestServeServer(t *testing.T) {
 	t.Parallel()
-	url := serve(t, metrics.ServeConfig{Metrics: newServer(rotation)})
+	url := serve(t, metrics.HTTPConfig{Metrics: newServer(rotation)})
 	code, body := get(t, request(t, http.MethodGet, url+"/metrics"))
 	if want := `renewd_server_agents{deployment="east"} 3`; code != http.StatusOK || !strings.Contains(body, want) {
 		t.Errorf("%d without %s", code, want)

@@ -34,10 +34,6 @@ func (s AuthorityState) label() string {
 	return string(s)
 }
 
-// SVIDStates are the states of an X.509-SVID, values of the state label of
-// renewd_svids.
-var SVIDStates = []string{"waiting", "minting", "fresh", "due", "backing_off", "stale", "expired"}
-
 // The values of the bundle label: which trust bundles are meant.
 const (
 	BundleOwn       = "own"
@@ -53,19 +49,6 @@ const (
 	RPCX509Bundles = "FetchX509Bundles"
 	RPCJWTBundles  = "FetchJWTBundles"
 )
-
-// Source provides the state of the agent. Snapshot must be one consistent read, return
-// soon, do no I/O, and be safe for concurrent use. The result is neither modified nor
-// kept.
-type Source interface {
-	Snapshot() State
-}
-
-// SourceFunc is a function used as a [Source].
-type SourceFunc func() State
-
-// Snapshot calls f.
-func (f SourceFunc) Snapshot() State { return f() }
 
 // State is the state of the agent at one moment. A zero time means unknown and leaves out
 // its series.
@@ -90,8 +73,7 @@ type State struct {
 	JWTExpiry map[string]time.Time
 	// LeftOut counts the unusable authorities in the current trust bundles.
 	LeftOut []LeftOut
-	// SVIDs counts the entries whose X.509-SVID is to be held by its state (see
-	// [SVIDStates]).
+	// SVIDs counts the entries whose X.509-SVID is to be held, by each of its states.
 	SVIDs map[string]int
 	// EntriesMissing counts the registration entries that the server does not list at
 	// present and that this node still serves.
@@ -176,7 +158,7 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // stateCollector exports one snapshot for each scrape.
 type stateCollector struct {
-	source  Source
+	source  func() State
 	process string
 }
 
@@ -187,7 +169,7 @@ func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
 }
 
 func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
-	s := c.source.Snapshot()
+	s := c.source()
 	gauge, stamp := exporters(ch)
 	for _, a := range s.Authorities {
 		gauge(descHeld, float64(a.Held), a.Type, a.ID, a.State.label())
@@ -209,8 +191,8 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 	for _, l := range s.LeftOut {
 		gauge(descLeftOut, float64(l.Count), l.Bundle, l.Type)
 	}
-	for _, state := range SVIDStates {
-		gauge(descSVIDs, float64(s.SVIDs[state]), state)
+	for state, n := range s.SVIDs {
+		gauge(descSVIDs, float64(n), state)
 	}
 	gauge(descMissing, float64(s.EntriesMissing))
 	for file, unsaved := range s.Unsaved {

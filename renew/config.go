@@ -1,6 +1,7 @@
 package renew
 
 import (
+	"cmp"
 	"context"
 	"log/slog"
 	"time"
@@ -108,24 +109,14 @@ func (cfg Config) withDefaults() Config {
 	if cfg.Cache == nil || cfg.Minter == nil {
 		panic("renew: Config needs Cache and Minter")
 	}
-	if cfg.Rate <= 0 {
-		cfg.Rate = wave.DefaultRate
-	}
-	if cfg.BatchSize <= 0 {
-		cfg.BatchSize = DefaultBatchSize
-	}
-	if cfg.KeyType == "" {
-		cfg.KeyType = ECP256
-	}
+	cfg.Rate = cmp.Or(cfg.Rate, wave.DefaultRate)
+	cfg.BatchSize = cmp.Or(cfg.BatchSize, DefaultBatchSize)
+	cfg.KeyType = cmp.Or(cfg.KeyType, ECP256)
 	if cfg.UnknownAuthority == nil {
 		cfg.UnknownAuthority = func() {}
 	}
-	if cfg.Observer == nil {
-		cfg.Observer = noopObserver{}
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Observer = cmp.Or[Observer](cfg.Observer, noopObserver{})
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}

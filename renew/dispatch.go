@@ -90,7 +90,7 @@ func (r *Renewer) waveProbes() bool {
 	if _, ok := r.pace.Wait(1, time.Now()); !ok {
 		return false
 	}
-	u, w := r.urgent.stalest(), r.wave.stalest()
+	u, w := r.urgent.leastRecent(), r.wave.leastRecent()
 	return u != nil && w != nil && w.tried.Before(u.tried)
 }
 
@@ -105,7 +105,7 @@ func (r *Renewer) startAgentSVID(paced bool) *call {
 func (r *Renewer) start(q *queue, n int, paced bool) *call {
 	c := &call{paced: paced, snapshot: r.snapshot, started: time.Now(), attempts: make([]*attempt, 0, min(n, q.Len()))}
 	if r.gate.closed {
-		r.take(c, q, q.stalest())
+		r.take(c, q, q.leastRecent())
 		return c
 	}
 	for first := q.items[0].streams; q.Len() > 0; {
@@ -395,7 +395,7 @@ func (r *Renewer) handleAgentResult(c *call, now time.Time) {
 // logSettled logs once for each tainted authority that no SVID depends on it.
 func (r *Renewer) logSettled() {
 	for id := range r.settling {
-		if r.cfg.Cache.Held(id) == 0 && len(r.postponedLocked(id)) == 0 {
+		if r.cfg.Cache.Held(id) == 0 && len(r.withPostponed(id)) == 0 {
 			delete(r.settling, id)
 			r.cfg.Log.Info("no X.509-SVID depends on the tainted authority", "authority_id", id)
 		}

@@ -147,8 +147,7 @@ func verify(e *cache.Entry, key crypto.Signer, chain [][]byte, own *bundle.Bundl
 	if leaf.IsCA {
 		return nil, errors.New("SVID is a CA certificate")
 	}
-	public, ok := leaf.PublicKey.(interface{ Equal(crypto.PublicKey) bool })
-	if !ok || !public.Equal(key.Public()) {
+	if !bundle.SameKey(leaf.PublicKey, key.Public()) {
 		return nil, errors.New("SVID is for another key than the one requested")
 	}
 	authority, err := own.Verify(leaf, certs[1:], later(now, leaf.NotBefore))

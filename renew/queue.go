@@ -127,8 +127,8 @@ func (q *queue) drop(it *item) {
 	}
 }
 
-// stalest returns the least recently tried item, nil when the queue is empty.
-func (q *queue) stalest() *item {
+// leastRecent returns the least recently tried item, nil when the queue is empty.
+func (q *queue) leastRecent() *item {
 	if len(q.items) == 0 {
 		return nil
 	}

@@ -123,8 +123,13 @@ func (r *Renewer) InFlight(authorityID string, since time.Time) int {
 	return n + len(r.postponedLocked(authorityID))
 }
 
-// postponedLocked lists the entries whose postponed SVID the authority signed. Run may
-// call it without mu, because only Run changes postponed.
+// withPostponed lists the entries whose postponed SVID the authority signed.
+func (r *Renewer) withPostponed(authorityID string) []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.postponedLocked(authorityID)
+}
+
 func (r *Renewer) postponedLocked(authorityID string) []string {
 	var ids []string
 	for id, s := range r.postponed {
@@ -223,7 +228,7 @@ func (r *Renewer) affected(prev, next *bundle.Snapshot) []string {
 		if c.Type != bundle.TypeX509 {
 			continue
 		}
-		signed := append(r.cfg.Cache.SignedBy(c.ID), r.postponedLocked(c.ID)...)
+		signed := append(r.cfg.Cache.SignedBy(c.ID), r.withPostponed(c.ID)...)
 		ids = append(ids, signed...)
 		delete(r.lagging, c.ID)
 		switch c.Kind {

@@ -9,6 +9,7 @@ import (
 	"crypto/x509/pkix"
 	"errors"
 	"math/big"
+	"net"
 	"net/url"
 	"testing"
 	"time"
@@ -21,6 +22,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/test/clitest"
 )
@@ -56,21 +58,20 @@ func rotation() metrics.State {
 		},
 		OwnID: "spiffe://example.org/spire/agent/join_token/1", OwnExpiry: at.Add(time.Hour), BundleApplied: at, BundleSequence: 42,
 		JWTExpiry: map[string]time.Time{"k1": at.Add(2 * time.Hour)},
-		SVIDs:     map[string]int{"fresh": 7, "stale": 2, "backing_off": 1},
+		SVIDs:     map[string]int{"waiting": 0, "minting": 0, "fresh": 7, "due": 0, "backing_off": 1, "stale": 2, "expired": 0},
 	}
 }
 
-func serveHTTP(t *testing.T, e *testscript.Env, state metrics.SourceFunc, notReady error) string {
-	l, err := metrics.Listen("127.0.0.1:0")
+func serveHTTP(t *testing.T, e *testscript.Env, state func() metrics.State, notReady error) string {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	m := metrics.New(metrics.Config{TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Source: state})
-	go func() {
-		done <- metrics.Serve(ctx, metrics.ServeConfig{Listener: l, Metrics: m, Ready: func() error { return notReady }})
-	}()
+	srv, serve := metrics.NewHTTPServer(metrics.HTTPConfig{Metrics: m, Ready: func() error { return notReady }})
+	go func() { done <- listen.ServeHTTP(ctx, listen.NewPool(), l, srv, serve) }()
 	e.Defer(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -18,6 +18,7 @@ import (
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/metrics"
+	"github.com/renewd/renewd/renew"
 )
 
 // agentStatus is what "status" prints, and the whole of its JSON form. It is
@@ -31,7 +32,7 @@ type agentStatus struct {
 	OwnID       string        `json:"agent_id,omitempty"`
 	OwnExpiry   *time.Time    `json:"agent_svid_expires_at,omitempty"`
 	Bundle      *bundleStatus `json:"bundle,omitempty"`
-	// SVIDs counts the workloads' X.509-SVIDs by their state (metrics.SVIDStates).
+	// SVIDs counts the workloads' X.509-SVIDs by their state (renew.State).
 	SVIDs       map[string]int    `json:"svids"`
 	Authorities []authorityStatus `json:"authorities"`
 }
@@ -211,9 +212,9 @@ func (s *agentStatus) print(w io.Writer, now time.Time) error {
 // states lists the states that X.509-SVIDs are in.
 func (s *agentStatus) states() string {
 	var out []string
-	for _, state := range metrics.SVIDStates {
-		if n := s.SVIDs[state]; n > 0 {
-			out = append(out, fmt.Sprintf("%d %s", n, strings.ReplaceAll(state, "_", " ")))
+	for _, state := range renew.States {
+		if n := s.SVIDs[state.String()]; n > 0 {
+			out = append(out, fmt.Sprintf("%d %s", n, strings.ReplaceAll(state.String(), "_", " ")))
 		}
 	}
 	return cmp.Or(strings.Join(out, ", "), "none")

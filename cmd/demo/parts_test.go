@@ -17,6 +17,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // goodReport returns a report whose promises all hold.
@@ -180,11 +181,11 @@ func TestValidity(t *testing.T) {
 // An SVID is not valid without its authority in the bundle.
 func TestExamine(t *testing.T) {
 	t.Parallel()
-	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: trustDomain})
+	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: trustDomain, Storage: new(memory.Keysets)})
 	if err != nil {
 		t.Fatal(err)
 	}
-	other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: trustDomain})
+	other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: trustDomain, Storage: new(memory.Keysets)})
 	if err != nil {
 		t.Fatal(err)
 	}

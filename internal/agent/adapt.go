@@ -39,7 +39,7 @@ func (m minter) Mint(ctx context.Context, requests []renew.Request) ([]renew.Res
 	return out, nil
 }
 
-// agentSVID is the [renew.Own] of the node's identity.
+// agentSVID is the [renew.AgentSVID] of the node's identity.
 type agentSVID struct {
 	node   *node.Node
 	store  *node.Store

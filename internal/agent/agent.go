@@ -20,6 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/svidstore"
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/agent/workload"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
@@ -29,6 +30,7 @@ import (
 type Agent struct {
 	cfg       Config
 	log       *slog.Logger
+	lines     *loglimit.Log
 	cache     *cache.Cache
 	store     *node.Store
 	node      *node.Node
@@ -54,11 +56,14 @@ type Agent struct {
 	socket          atomic.Pointer[socket.Listener]         // nil before Run and with Config.Listener
 }
 
+// maxSubjects is how many subjects of repeated log lines are distinguished.
+const maxSubjects = 16
+
 // New loads the state from DataDir and RuntimeDir. It opens
 // no connection and starts no goroutine.
 func New(cfg Config) (*Agent, error) {
 	cfg = cfg.withDefaults()
-	a := &Agent{cfg: cfg, log: cfg.Log, operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}}
+	a := &Agent{cfg: cfg, log: cfg.Log, lines: loglimit.New(cfg.Log, loglimit.Interval, maxSubjects), operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
@@ -112,7 +117,7 @@ func (a *Agent) open() (err error) {
 		Deployment:  cfg.DeploymentName,
 		Version:     cfg.Version,
 		Process:     process,
-		Source:      metrics.SourceFunc(a.State),
+		Source:      a.State,
 		Log:         a.log,
 	})
 	initWorkloadMetrics(a.metrics)
@@ -146,10 +151,11 @@ func (a *Agent) open() (err error) {
 	})
 	attestors := cfg.Attestors
 	if attestors == nil {
-		a.processes = unix.New(unix.Config{
-			SkipPath: !cfg.DiscoverPath, SHA256: cfg.DiscoverPath && cfg.SHA256Limit > 0, SHA256Limit: cfg.SHA256Limit,
-			SHA256Needed: func() bool { return a.hashNeeded() != 0 },
-		})
+		c := unix.Config{SkipPath: !cfg.DiscoverPath, SHA256Needed: func() bool { return a.hashNeeded() != 0 }}
+		if cfg.DiscoverPath {
+			c.SHA256Limit = cfg.SHA256Limit
+		}
+		a.processes = unix.New(c)
 		attestors = []attest.Attestor{a.processes}
 	}
 	if err := a.restore(initial); err != nil {
@@ -264,7 +270,7 @@ func (a *Agent) restore(stored *bundle.Bundle) error {
 			return fmt.Errorf("load runtime_dir: %w", err)
 		}
 	}
-	if a.store.Fresh() && len(svids)+len(uses) == 0 {
+	if a.store.WasEmpty() && len(svids)+len(uses) == 0 {
 		return nil // the first start: no workload can have an SVID
 	}
 	if len(svids) == 0 {

@@ -4,6 +4,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"io/fs"
 	"log/slog"
@@ -86,37 +87,21 @@ type Config struct {
 	Now       func() time.Time
 }
 
-// DefaultSocketPath is the path of the Workload API's socket.
-const DefaultSocketPath = "/run/renewd/agent.sock"
-
 // withDefaults sets the defaults of empty fields.
 func (c Config) withDefaults() Config {
-	if c.KeyType == "" {
-		c.KeyType = renew.ECP256
-	}
-	if c.SocketPath == "" {
-		c.SocketPath = DefaultSocketPath
-	}
-	if c.SocketMode == 0 {
-		c.SocketMode = 0o777
-	}
-	if c.RefreshInterval == 0 {
-		c.RefreshInterval = bundle.DefaultInterval
-	}
-	if c.EntryRemovalDelay == 0 {
-		c.EntryRemovalDelay = 30 * time.Second
-	}
-	if c.TaintRate == 0 {
-		c.TaintRate = wave.DefaultRate
-	}
-	if c.CacheSize == 0 {
-		c.CacheSize = cache.DefaultLimit
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
+	c.KeyType = cmp.Or(c.KeyType, renew.ECP256)
+	c.SocketPath = cmp.Or(c.SocketPath, "/run/renewd/agent.sock")
+	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
+	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
+	c.EntryRemovalDelay = cmp.Or(c.EntryRemovalDelay, 30*time.Second)
+	c.TaintRate = cmp.Or(c.TaintRate, wave.DefaultRate)
+	c.CacheSize = cmp.Or(c.CacheSize, cache.DefaultLimit)
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	if c.Life == nil {
 		c.Life = attest.Life
+	}
+	if c.Started == nil {
+		c.Started = func() {}
 	}
 	if c.Now == nil {
 		c.Now = time.Now

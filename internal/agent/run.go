@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 
 	"golang.org/x/sync/errgroup"
 
@@ -35,9 +36,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	a.bundleRefreshes.record(nil)
 	a.log.Info("agent started", "trust_domain", a.cfg.TrustDomain.Name(), "address", a.cfg.ServerAddress,
 		"path", listener.Addr().String(), "version", a.cfg.Version)
-	if a.cfg.Started != nil {
-		a.cfg.Started()
-	}
+	a.cfg.Started()
 	stopped := ctx
 	group, ctx := errgroup.WithContext(ctx)
 	serving := ctx
@@ -100,21 +99,14 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 	if a.cfg.MetricsAddress == "" {
 		return func(context.Context) error { return nil }, nil
 	}
-	listener, err := metrics.Listen(a.cfg.MetricsAddress)
+	listener, err := net.Listen("tcp", a.cfg.MetricsAddress)
 	if err != nil {
 		return nil, wrap("metrics", err)
 	}
 	a.log.Info("metrics listening", "address", listener.Addr().String(), "web_config_file", a.cfg.WebConfigFile)
+	srv, serve := metrics.NewHTTPServer(metrics.HTTPConfig{WebConfigFile: a.cfg.WebConfigFile, Metrics: a.metrics, Ready: a.ready, Log: a.log})
 	return func(ctx context.Context) error {
-		limited := listen.NewPool().Listen(listener, listen.HTTP, nil)
-		return wrap("metrics", metrics.Serve(ctx, metrics.ServeConfig{
-			Listener:      limited,
-			ConnState:     limited.ConnState,
-			Metrics:       a.metrics,
-			WebConfigFile: a.cfg.WebConfigFile,
-			Ready:         a.ready,
-			Log:           a.log,
-		}))
+		return wrap("metrics", listen.ServeHTTP(ctx, listen.NewPool(), listener, srv, serve))
 	}, nil
 }
 

@@ -110,7 +110,7 @@ func (h *settledHistory) reattest() {
 	h.pass(80 * time.Second)
 	w.freeDisk()
 	w.until("agent attested", time.Minute, func() bool {
-		return w.agent.State().OwnID != before && w.agent.Unsaved()[node.IdentityFile] == nil
+		return w.agent.State().OwnID != before && w.agent.Unsaved()[node.Files[0]] == nil
 	})
 }
 

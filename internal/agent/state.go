@@ -39,7 +39,7 @@ func (a *Agent) State() metrics.State {
 	agentSVID := a.agentSVID.Held()
 	usages := a.cache.Authorities()
 	unanswered := a.cache.Unanswered()
-	_, _, late := a.cache.Counts(expiryGrace)
+	late := a.cache.Overdue(expiryGrace)
 
 	s := metrics.State{
 		Expiring:  map[string]int{metrics.TypeX509: late},

@@ -24,7 +24,9 @@ type stream struct {
 
 	mu      sync.Mutex
 	updates []update
-	end     error // why the stream ended
+	end     error     // why the stream ended
+	ended   time.Time // when it did
+	left    bool      // the workload ended it
 }
 
 // update is one message of a stream.
@@ -36,6 +38,7 @@ type update struct {
 	identities  int
 	ids         []string // SPIFFE IDs
 	names       []string // DNS names of the first identity
+	serial      string   // serial number of its SVID
 }
 
 func (w *world) open(selectors ...int) *stream { return w.openAs(testValues(selectors)...) }
@@ -57,7 +60,7 @@ func (p *process) open() *stream {
 			res, err := rpc.Recv()
 			s.mu.Lock()
 			if err != nil {
-				s.end = err
+				s.end, s.ended = err, time.Now()
 				s.mu.Unlock()
 				return
 			}
@@ -121,7 +124,7 @@ func (w *world) read(res *workloadpb.X509SVIDResponse) update {
 			w.t.Errorf("%s: %v", s.SpiffeId, err)
 		}
 		if i == 0 {
-			u.names = chain[0].DNSNames
+			u.names, u.serial = chain[0].DNSNames, chain[0].SerialNumber.String()
 		}
 		if u.expiry.IsZero() || chain[0].NotAfter.Before(u.expiry) {
 			u.expiry = chain[0].NotAfter
@@ -147,6 +150,9 @@ func (s *stream) close() {
 
 // leave ends the stream from the client's side. The process keeps its SVIDs.
 func (s *stream) leave() {
+	s.mu.Lock()
+	s.left = s.end == nil
+	s.mu.Unlock()
 	s.cancel()
 	<-s.done
 	s.conn.leave()

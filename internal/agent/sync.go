@@ -3,6 +3,7 @@ package agent
 import (
 	"context"
 	"errors"
+	"log/slog"
 	"time"
 
 	"github.com/renewd/renewd/bundle"
@@ -23,7 +24,6 @@ const (
 // returns an error only when the server has banned the node.
 func (a *Agent) syncEntries(ctx context.Context) error {
 	list := newRoster(a.cfg.EntryRemovalDelay, a.cfg.RefreshInterval, a.cache.Entries())
-	failing := false
 	for {
 		began := time.Now()
 		answer, err := a.client.SyncEntries(ctx, list.entries)
@@ -37,16 +37,9 @@ func (a *Agent) syncEntries(ctx context.Context) error {
 		case errors.Is(err, upstream.ErrBanned):
 			return err
 		case err != nil:
-			level := a.log.Debug
-			if !failing {
-				failing, level = true, a.log.Warn
-			}
-			level("entry sync failed, keeping the entries held", "error", err)
+			a.lines.Note(slog.LevelWarn, "entry sync failed, keeping the entries held", "entry sync", "error", err)
 		default:
-			if failing {
-				failing = false
-				a.log.Info("entry sync recovered")
-			}
+			a.lines.Over("entry sync", "entry sync recovered")
 			attested := time.Since(a.client.Attested())
 			a.applyAnswer(list, answer, attested < attestGrace)
 			if attested < entryLag && (!list.known || len(list.missing) > 0) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"log/slog"
 	"slices"
 	"sync"
 
@@ -25,7 +26,6 @@ type operatorTrust struct {
 	removed  []string
 	changed  chan struct{} // wakes compareTrust
 	verified []string      // IDs in the last log line about the verified server
-	fileErr  string        // last logged error of the file
 }
 
 // fingerprints returns the hashes of the X.509 authorities' certificates. Two
@@ -81,10 +81,7 @@ func (a *Agent) newOperatorTrust() (trust *bundle.Bundle, verified func()) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if err != nil {
-		if text := err.Error(); text != s.fileErr {
-			s.fileErr = text
-			a.log.Warn("trust_bundle_file not loaded", "error", err)
-		}
+		a.lines.Note(slog.LevelWarn, "trust_bundle_file not loaded", err.Error(), "error", err)
 		return nil, nil
 	}
 	if given == nil {

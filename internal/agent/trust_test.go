@@ -15,6 +15,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // withTrustFile runs f in a world whose agent reads its bundle and join token from files.
@@ -47,16 +48,16 @@ func (w *world) writeToken() {
 func (w *world) newServer(keys *keyset.Deployment, n int) {
 	w.stopServer()
 	if keys == nil {
-		w.storage = &keyset.Memory{}
+		w.storage = new(memory.Keysets)
 		var err error
 		keys, err = keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})
 		w.check(err)
 	}
 	var err error
-	w.ledger, err = ledger.Open(w.t.Context(), ledger.Config{})
+	w.ledger, err = ledger.Open(w.t.Context(), ledger.Config{Storage: memory.Ledger{}})
 	w.check(err)
 	w.server, err = spireapi.New(spireapi.Config{
-		TrustDomain: td, Keysets: keys, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+		TrustDomain: td, Keysets: keys, Storage: memory.NewServer(), Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 	})
 	w.check(err)
 	w.setEntries(entriesFor(n))
@@ -67,7 +68,7 @@ func (w *world) newServer(keys *keyset.Deployment, n int) {
 func (w *world) stolenKeys() *keyset.Deployment {
 	doc, err := w.storage.Load(w.t.Context())
 	w.check(err)
-	var copied keyset.Memory
+	var copied memory.Keysets
 	doc.Version = 1
 	w.check(copied.Save(w.t.Context(), doc, keyset.Change{}))
 	keys, err := keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: &copied})

@@ -29,6 +29,7 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/test/listentest"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // world is a whole system in a bubble: the embedded server, an agent, and workloads with
@@ -36,8 +37,8 @@ import (
 // credentials and the clock are simulated.
 type world struct {
 	t           *testing.T
-	storage     *keyset.Memory
-	unknownKeys keyset.Memory
+	storage     *memory.Keysets
+	unknownKeys memory.Keysets
 	server      *spireapi.Server
 	ledger      *ledger.Ledger // of the server
 	cfg         agent.Config
@@ -83,13 +84,13 @@ type world struct {
 func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, storage: &keyset.Memory{}, logs: testLog(t), signing: make(map[*mint]string)}
+		w := &world{t: t, storage: new(memory.Keysets), logs: testLog(t), signing: make(map[*mint]string)}
 		deployment, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: w.storage})
 		w.check(err)
-		w.ledger, err = ledger.Open(t.Context(), ledger.Config{})
+		w.ledger, err = ledger.Open(t.Context(), ledger.Config{Storage: memory.Ledger{}})
 		w.check(err)
 		w.server, err = spireapi.New(spireapi.Config{
-			TrustDomain: td, Keysets: deployment, Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+			TrustDomain: td, Keysets: deployment, Storage: memory.NewServer(), Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 		})
 		w.check(err)
 		w.setEntries(entriesFor(n))

@@ -1,13 +1,10 @@
 package listen_test
 
 import (
-	"bytes"
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -181,35 +178,4 @@ func serveOf(t *testing.T, p *listen.Pool, limits listen.Limits, refused *reason
 		}
 	})
 	return n
-}
-
-// lines is a log whose lines a test can read.
-type lines struct {
-	mu  sync.Mutex
-	buf bytes.Buffer
-}
-
-func (l *lines) Write(p []byte) (int, error) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	return l.buf.Write(p)
-}
-
-func (l *lines) logger() *slog.Logger { return slog.New(slog.NewJSONHandler(l, nil)) }
-
-// take returns the lines since the last take.
-func (l *lines) take(t *testing.T) (out []map[string]any) {
-	t.Helper()
-	synctest.Wait()
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for line := range strings.Lines(l.buf.String()) {
-		var rec map[string]any
-		if err := json.Unmarshal([]byte(line), &rec); err != nil {
-			t.Fatal(err)
-		}
-		out = append(out, rec)
-	}
-	l.buf.Reset()
-	return out
 }

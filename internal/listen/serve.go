@@ -1,6 +1,7 @@
 package listen
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
@@ -17,6 +18,8 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/tap"
+
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 const (
@@ -62,24 +65,24 @@ type Config struct {
 	// MaxRequest is the largest request in bytes, and MaxStreams how many calls of
 	// one connection are served at a time; the client delays further calls.
 	MaxRequest, MaxStreams int
-	// Lines are run while serving, for Admit and Refused. Optional.
-	Lines *Lines
+	// Lines are run while serving, for Admit and Refused; see [NewLog]. Optional.
+	Lines *loglimit.Log
 	// Options come before those that Serve adds, and cannot replace them.
 	Options  []grpc.ServerOption
 	Register func(grpc.ServiceRegistrar)
 }
+
+// NewLog returns a Log for lines that remote clients can cause at any rate: one a minute
+// about each of 16 clients, and one about all others.
+func NewLog(log *slog.Logger) *loglimit.Log { return loglimit.New(log, time.Minute, 16) }
 
 // Serve serves gRPC on lis, which it closes, until ctx ends or lis fails. When ctx
 // ends, calls in flight have two seconds to finish; then they are canceled. It returns
 // when all its connections are closed and all its goroutines have ended: nil if ctx
 // has ended.
 func Serve(ctx context.Context, lis net.Listener, c Config) error {
-	if c.Pool == nil {
-		c.Pool = NewPool()
-	}
-	if c.Lines == nil {
-		c.Lines = NewLines(slog.New(slog.DiscardHandler))
-	}
+	c.Pool = cmp.Or(c.Pool, NewPool())
+	c.Lines = cmp.Or(c.Lines, NewLog(slog.New(slog.DiscardHandler)))
 	if c.Refused == nil {
 		c.Refused = func(netip.Prefix, string, error) {}
 	}

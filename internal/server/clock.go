@@ -3,23 +3,19 @@ package server
 import (
 	"context"
 	"fmt"
+	"log/slog"
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // openClock makes the clock that the whole signing side shares. It starts from the
 // store's heartbeat, a time that is known to have passed.
 func (d *Domain) openClock() {
-	var heartbeat time.Time
-	if d.store != nil {
-		heartbeat = d.store.Heartbeat()
-	}
-	d.clock = clock.New(d.cfg.Now, d.cfg.Uptime, heartbeat)
-	if d.store != nil {
-		d.store.SetClock(d.clock)
-	}
+	d.clock = clock.New(d.cfg.Now, d.cfg.Uptime, d.store.Heartbeat())
+	d.store.SetClock(d.clock)
 }
 
 const (
@@ -36,15 +32,13 @@ func (d *Domain) watchClock(ctx context.Context) error {
 	check, heartbeat := time.NewTicker(clockInterval), time.NewTicker(heartbeatInterval)
 	defer check.Stop()
 	defer heartbeat.Stop()
-	for doubted := false; ; {
-		if s := d.clock.State(); (s.Doubt != 0) != doubted {
-			doubted = !doubted
-			if doubted {
-				d.cfg.Log.Warn("clock in doubt, automatic rotation waits: compare it with the true time, set it or confirm it with server clock confirm",
-					"clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC(), "step_of_clock", s.Doubt)
-			} else {
-				d.cfg.Log.Info("clock no longer in doubt", "clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC())
-			}
+	lines := loglimit.New(d.cfg.Log, 24*time.Hour, 1)
+	for {
+		if s := d.clock.State(); s.Doubt != 0 {
+			lines.Note(slog.LevelWarn, "clock in doubt, automatic rotation waits: compare it with the true time, set it or confirm it with server clock confirm",
+				"", "clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC(), "step_of_clock", s.Doubt)
+		} else {
+			lines.Over("", "clock no longer in doubt", "clock", s.Shows.UTC(), "at_least", s.AtLeast.UTC())
 		}
 		select {
 		case <-ctx.Done():
@@ -53,17 +47,10 @@ func (d *Domain) watchClock(ctx context.Context) error {
 			continue
 		case <-heartbeat.C:
 		}
-		if err := d.storeHeartbeat(ctx); err != nil && ctx.Err() == nil {
+		if err := d.store.StoreHeartbeat(ctx); err != nil && ctx.Err() == nil {
 			d.cfg.Log.Error("heartbeat not stored", "delay", heartbeatInterval, "error", err)
 		}
 	}
-}
-
-func (d *Domain) storeHeartbeat(ctx context.Context) error {
-	if d.store == nil {
-		return nil
-	}
-	return d.store.StoreHeartbeat(ctx)
 }
 
 // clockSetBack reports whether the clock is in doubt because it was set back.
@@ -98,7 +85,7 @@ func (d *Domain) confirmClock(ctx context.Context, at time.Time) (bool, error) {
 	if !d.clock.Confirm(at) {
 		return false, nil
 	}
-	if err := d.storeHeartbeat(ctx); err != nil {
+	if err := d.store.StoreHeartbeat(ctx); err != nil {
 		return true, fmt.Errorf("clock confirmed until the next restart only: %w", err)
 	}
 	return true, nil

@@ -164,30 +164,36 @@ func TestAgentSVIDOfAClockThatWasSetBack(t *testing.T) {
 	})
 }
 
-// TestFirstStartWithAClockBehind: the first keyset is made while the clock is a year behind,
-// and has expired when it is right. The server does not know which of the two is right, and
-// signs nothing until an operator confirms the clock. A minute later it attests and signs.
-func TestFirstStartWithAClockBehind(t *testing.T) {
+// TestFirstStartWithAWrongClock: the first keyset is made while the clock is wrong. When it is
+// right, that keyset has expired or is not yet valid. The server does not know which time was
+// right, and is not ready until an operator confirms the clock. A minute later it attests and
+// signs.
+func TestFirstStartWithAWrongClock(t *testing.T) {
 	t.Parallel()
-	inClockHistory(t, 1, 90*day, func(h *clockHistory) {
-		h.restart(0, -365*day)
-		h.entries()
-		time.Sleep(10 * time.Minute)
-		h.off.Store(0)
-		time.Sleep(3 * day)
-		if s := h.Clock(); s.Doubt.Round(day) != 365*day || !s.Waits {
-			h.t.Errorf("the clock is %+v", s)
-		}
-		if err := h.Ready(); err == nil {
-			h.t.Error("ready")
-		}
-		if ok, err := h.ConfirmClock(h.t.Context(), time.Now()); !ok || err != nil {
-			h.t.Fatalf("not confirmed: %v", err)
-		}
-		h.checkRecovered("the first start by a clock that was behind")
-		if err := h.Ready(); err != nil {
-			h.t.Error(err)
-		}
-		h.stop()
-	})
+	for name, far := range map[string]time.Duration{"behind": -365 * day, "ahead": 91 * day} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			inClockHistory(t, 1, 90*day, func(h *clockHistory) {
+				h.restart(0, far)
+				h.entries()
+				time.Sleep(10 * time.Minute)
+				h.off.Store(0)
+				time.Sleep(3 * day)
+				if s := h.Clock(); s.Doubt.Round(day) != -far || !s.Waits {
+					h.t.Errorf("the clock is %+v", s)
+				}
+				if err := h.Ready(); err == nil {
+					h.t.Error("ready")
+				}
+				if ok, err := h.ConfirmClock(h.t.Context(), time.Now()); !ok || err != nil {
+					h.t.Fatalf("not confirmed: %v", err)
+				}
+				h.checkRecovered("the first start by a wrong clock")
+				if err := h.Ready(); err != nil {
+					h.t.Error(err)
+				}
+				h.stop()
+			})
+		})
+	}
 }

@@ -10,6 +10,7 @@
 package server
 
 import (
+	"cmp"
 	"context"
 	"io/fs"
 	"log/slog"
@@ -29,8 +30,8 @@ import (
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 
-	// DataDir is the folder of the store. If empty, everything is in memory and is
-	// lost when the process ends.
+	// DataDir is the folder of the store. If empty, the store is temporary and ends with
+	// the Domain.
 	DataDir string
 	// KeyFile holds the key that encrypts the signing keys; empty means
 	// the systemd credential renewd-store-key ([seal.CredentialName]). Not used
@@ -115,17 +116,12 @@ func (c Config) withDefaults() Config {
 	if len(c.Deployments) == 0 {
 		c.Deployments = []DeploymentConfig{{Name: DefaultDeployment, ListenAddress: "0.0.0.0:8081"}}
 	}
-	if c.AdminSocketMode == 0 {
-		c.AdminSocketMode = 0o660
-	}
-	if c.KeysetLifetime == 0 {
-		c.KeysetLifetime = keyset.DefaultLifetime
-	}
-	if c.EndpointProfile == "" {
-		c.EndpointProfile = ProfileSPIFFE
-	}
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
+	c.AdminSocketMode = cmp.Or(c.AdminSocketMode, 0o660)
+	c.KeysetLifetime = cmp.Or(c.KeysetLifetime, keyset.DefaultLifetime)
+	c.EndpointProfile = cmp.Or(c.EndpointProfile, ProfileSPIFFE)
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	if c.Started == nil {
+		c.Started = func() {}
 	}
 	if c.Now == nil {
 		c.Now = time.Now

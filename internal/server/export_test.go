@@ -7,6 +7,7 @@ import (
 
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/admin"
+	"github.com/renewd/renewd/internal/server/rotation"
 )
 
 // Figures returns the figures that operators see of a deployment, without a socket.
@@ -23,13 +24,13 @@ func (d *Domain) ConfirmClock(ctx context.Context, at time.Time) (bool, error) {
 }
 
 // Automatic returns the next step of automatic rotation.
-func (d *Domain) Automatic(deployment string) admin.Automatic {
+func (d *Domain) Automatic(deployment string) rotation.Preview {
 	for _, dep := range d.deployments {
 		if dep.Name == deployment {
-			return dep.automatic()
+			return dep.scheduler.Automatic()
 		}
 	}
-	return admin.Automatic{}
+	return rotation.Preview{}
 }
 
 // Backup writes a copy of the store.

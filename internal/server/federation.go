@@ -21,11 +21,8 @@ import (
 func (d *Domain) openFederation(ctx context.Context) error {
 	c := federation.Config{
 		TrustDomain: d.cfg.TrustDomain, Own: func() []*x509.Certificate { return d.Published().Certificates() },
-		Endpoints: d.cfg.Federation, Publish: d.setFederatedBundle, Dial: d.cfg.FederationDial, Log: d.cfg.Log, Now: d.cfg.Now,
+		Endpoints: d.cfg.Federation, Storage: d.store, Publish: d.setFederatedBundle, Dial: d.cfg.FederationDial, Log: d.cfg.Log, Now: d.cfg.Now,
 		Observe: func(td spiffeid.TrustDomain, outcome string) { d.metrics.FederatedBundleRefreshed(td.Name(), outcome) },
-	}
-	if d.store != nil {
-		c.Storage = d.store
 	}
 	var err error
 	if d.federation, err = federation.New(ctx, c); err != nil {

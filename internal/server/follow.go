@@ -4,7 +4,6 @@ import (
 	"context"
 	"log/slog"
 
-	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
 )
@@ -34,10 +33,6 @@ func (dep *deployment) pruneLedger(ctx context.Context, log *slog.Logger) error 
 			}
 		}
 	}
-}
-
-func (dep *deployment) automatic() admin.Automatic {
-	return admin.Automatic(dep.scheduler.Automatic())
 }
 
 // facts implements [rotation.Facts] for a deployment.

@@ -23,17 +23,12 @@ func (d *Domain) openOperator() (err error) {
 	c := admin.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
 		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.compareClock,
-		ConfirmClock: d.confirmClock,
-	}
-	if d.store != nil {
-		c.Backup = d.store.Backup
+		ConfirmClock: d.confirmClock, Backup: d.store.Backup,
 	}
 	for _, dep := range d.deployments {
-		part := admin.Deployment{Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Automatic: dep.automatic}
-		if dep.stored != nil {
-			part.Audit = dep.audit
-		}
-		c.Deployments = append(c.Deployments, part)
+		c.Deployments = append(c.Deployments, admin.Deployment{
+			Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Audit: dep.audit, Automatic: dep.scheduler.Automatic,
+		})
 	}
 	d.operator, err = admin.New(c)
 	return err
@@ -78,7 +73,7 @@ func (d *Domain) state() metrics.ServerState {
 			continue
 		}
 		out := metrics.Deployment{
-			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.automatic().Mode,
+			Name: dep.Name, Sequence: f.Sequence, Agents: f.Agents, AgentsBehind: f.AgentsBehind, AgentsDuplicated: len(f.Duplicated), Rotation: dep.scheduler.Automatic().Mode,
 		}
 		for _, k := range f.Keysets {
 			out.Keysets = append(out.Keysets, metrics.Keyset{

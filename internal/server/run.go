@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"syscall"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -44,9 +45,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 		return nil
 	})
 	d.cfg.Log.Info("server started", "trust_domain", d.cfg.TrustDomain.Name(), "version", d.cfg.Version)
-	if d.cfg.Started != nil {
-		d.cfg.Started()
-	}
+	d.cfg.Started()
 	err = group.Wait()
 	d.cfg.Log.Info("server stopped")
 	return err
@@ -133,20 +132,25 @@ func (l *listeners) add(field string, lis net.Listener, serve serve) {
 }
 
 func (d *Domain) serveMetrics(ctx context.Context, lis net.Listener) error {
-	limited := d.connections.Listen(lis, listen.HTTP, nil)
-	return metrics.Serve(ctx, metrics.ServeConfig{
-		Listener: limited, ConnState: limited.ConnState, WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log,
-	})
+	srv, serve := metrics.NewHTTPServer(metrics.HTTPConfig{WebConfigFile: d.cfg.WebConfigFile, Metrics: d.metrics, Ready: d.Ready, Log: d.cfg.Log})
+	return listen.ServeHTTP(ctx, d.connections, lis, srv, serve)
 }
 
-// Ready returns nil while the server answers and every served deployment can sign.
+// Ready returns nil while the server answers and every served deployment can sign what
+// verifies.
 func (d *Domain) Ready() error {
 	if !d.running.Load() {
 		return errors.New("starting or stopping")
 	}
 	for _, dep := range d.deployments {
-		if dep.serves() && !d.cfg.Now().Before(dep.keysets.Active().ExpiresAt) {
+		if !dep.serves() {
+			continue
+		}
+		switch now, active := d.cfg.Now(), dep.keysets.Active(); {
+		case !now.Before(active.ExpiresAt):
 			return fmt.Errorf("the active keyset of deployment %s has expired: nothing can be signed", dep.Name)
+		case now.Before(active.ValidFrom):
+			return fmt.Errorf("the active keyset of deployment %s is not valid before %s: nothing that it signs verifies", dep.Name, active.ValidFrom.UTC().Format(time.DateTime))
 		}
 	}
 	return nil

@@ -32,7 +32,7 @@ const FileName = "renewd.db"
 // once with [Domain.Run].
 type Domain struct {
 	cfg         Config
-	store       *store.Store // nil in memory
+	store       *store.Store
 	deployments []*deployment
 	union       atomic.Pointer[union]
 	unionMu     sync.Mutex // held while a new union is made
@@ -58,7 +58,7 @@ type deployment struct {
 	ledger    *ledger.Ledger
 	server    *spireapi.Server
 	scheduler *rotation.Scheduler
-	stored    *store.Deployment // nil in memory
+	stored    *store.Deployment
 }
 
 // Open opens the store and loads its contents. It opens no
@@ -72,22 +72,23 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	}
 	d.certs.Now, d.certs.Issue = cfg.Now, d.newCertificate
 	d.certs.Usable = func(authority string) bool { return publishes(d.Published(), authority) }
+	if err := d.openStore(); err != nil {
+		return nil, err
+	}
 	d.close = sync.OnceValue(d.closeStore)
 	defer func() {
 		if err != nil {
 			err = errors.Join(err, d.close())
 		}
 	}()
-	deployments := cfg.Deployments
-	if cfg.DataDir != "" {
-		if deployments, err = d.openStore(ctx); err != nil {
-			return nil, err
-		}
+	deployments, err := d.allDeployments(ctx)
+	if err != nil {
+		return nil, err
 	}
 	d.openClock()
 	d.metrics = metrics.NewServer(metrics.ServerConfig{
 		TrustDomain: cfg.TrustDomain.Name(), Deployments: deploymentNames(cfg.Deployments), Version: cfg.Version,
-		Federated: federatedNames(cfg.Federation), Source: metrics.ServerSourceFunc(d.state), Log: cfg.Log,
+		Federated: federatedNames(cfg.Federation), Source: d.state, Log: cfg.Log,
 	})
 	initMetrics(d.metrics)
 	for _, c := range deployments {
@@ -111,20 +112,26 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	return d, nil
 }
 
-// openStore opens the store. It returns the configured deployments, followed by
-// those that are in the store only.
-func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
-	key, err := seal.Find(d.cfg.KeyFile, os.Getenv)
-	if err != nil {
-		return nil, fmt.Errorf("key_file: %w", err)
+// openStore opens the store in DataDir, or a temporary one.
+func (d *Domain) openStore() (err error) {
+	o := store.Options{TrustDomain: d.cfg.TrustDomain, Log: d.cfg.Log, Now: d.cfg.Now}
+	if d.cfg.DataDir == "" {
+		d.store, err = store.OpenTemporary(o)
+		return err
+	}
+	if o.Seal, err = seal.Find(d.cfg.KeyFile, os.Getenv); err != nil {
+		return fmt.Errorf("key_file: %w", err)
 	}
 	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
-		return nil, fmt.Errorf("data_dir: %w", err)
+		return fmt.Errorf("data_dir: %w", err)
 	}
-	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), store.Options{TrustDomain: d.cfg.TrustDomain, Seal: key, Log: d.cfg.Log, Now: d.cfg.Now})
-	if err != nil {
-		return nil, err
-	}
+	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), o)
+	return err
+}
+
+// allDeployments returns the configured deployments, followed by those that are in the
+// store only.
+func (d *Domain) allDeployments(ctx context.Context) ([]DeploymentConfig, error) {
 	all := slices.Clone(d.cfg.Deployments)
 	known, err := d.store.Deployments(ctx)
 	if err != nil {
@@ -140,23 +147,18 @@ func (d *Domain) openStore(ctx context.Context) ([]DeploymentConfig, error) {
 }
 
 func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deployment, error) {
-	dep := &deployment{DeploymentConfig: c}
+	dep := &deployment{DeploymentConfig: c, stored: d.store.Deployment(c.Name)}
 	log := d.cfg.Log.With("deployment", c.Name)
-	keys := keyset.Config{TrustDomain: d.cfg.TrustDomain, Name: c.Name, Lifetime: d.cfg.KeysetLifetime, Now: d.cfg.Now}
-	rows := ledger.Config{Log: log, Clock: d.clock}
+	keys := keyset.Config{TrustDomain: d.cfg.TrustDomain, Name: c.Name, Storage: dep.stored, Lifetime: d.cfg.KeysetLifetime, Now: d.cfg.Now}
+	rows := ledger.Config{Storage: dep.stored, Restored: dep.stored.Restored(), RestoredAt: d.store.RestoredAt(), Log: log, Clock: d.clock}
 	config := spireapi.Config{
-		TrustDomain: d.cfg.TrustDomain, Published: d.Published, X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
+		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Storage: dep.stored, Lost: d.store.Lost(), X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
 		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
 		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, SetBack: d.clockSetBack, Heard: d.compareClock,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
-	if d.store != nil {
-		dep.stored = d.store.Deployment(c.Name)
-		keys.Storage, rows.Storage, config.Storage = dep.stored, dep.stored, dep.stored
-		rows.Restored, rows.RestoredAt, config.Lost = dep.stored.Restored(), d.store.RestoredAt(), d.store.Lost()
-		if !rows.RestoredAt.IsZero() {
-			config.LostUntil = d.clock.Start
-		}
+	if !rows.RestoredAt.IsZero() {
+		config.LostUntil = d.clock.Start
 	}
 	var err error
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {
@@ -196,9 +198,6 @@ func (d *Domain) Close() error {
 }
 
 func (d *Domain) closeStore() error {
-	if d.store == nil {
-		return nil
-	}
 	err := d.store.Close()
 	for _, dep := range d.deployments {
 		dep.keysets.Wait()

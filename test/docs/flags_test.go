@@ -1,12 +1,12 @@
 package docs
 
 import (
-	"io/fs"
-	"os"
 	"path"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 // oneDash is a flag of one of our commands with one dash: Go's flag package takes it,
@@ -31,23 +31,19 @@ func TestFlags(t *testing.T) {
 			t.Errorf("%s: %q, want %q", text, got, want)
 		}
 	}
-	root := os.DirFS("../..")
-	err := fs.WalkDir(root, ".", func(file string, _ fs.DirEntry, err error) error {
-		help := strings.HasPrefix(file, "cmd/") && path.Ext(file) == ".go" && !strings.HasSuffix(file, "_test.go")
-		if err != nil || path.Ext(file) != ".md" && !help {
-			return err
+	root := tree.FS("../..")
+	for _, file := range tree.Files(t, root, ".md", ".go") {
+		help := strings.HasPrefix(file, "cmd/") && !strings.HasSuffix(file, "_test.go")
+		if path.Ext(file) == ".go" && !help {
+			continue
 		}
-		text, err := fs.ReadFile(root, file)
-		found := oneDash.FindAllStringSubmatch(string(text), -1)
-		if help {
-			found = append(found, listed.FindAllStringSubmatch(string(text), -1)...)
+		text := tree.Read(t, root, file)
+		found := oneDash.FindAllStringSubmatch(text, -1)
+		if path.Ext(file) == ".go" {
+			found = append(found, listed.FindAllStringSubmatch(text, -1)...)
 		}
 		for _, m := range found {
 			t.Errorf("%s: %s: write --%s", file, m[0], m[1][1:])
 		}
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 }

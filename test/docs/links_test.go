@@ -3,7 +3,6 @@ package docs
 import (
 	"fmt"
 	"io/fs"
-	"os"
 	"path"
 	"regexp"
 	"slices"
@@ -11,6 +10,8 @@ import (
 	"testing"
 	"testing/fstest"
 	"unicode"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 var (
@@ -46,22 +47,10 @@ func anchors(text string) (names []string) {
 
 // check returns the relative links of all documents that lead to no file or to no
 // heading, and how many relative links there are.
-func check(root fs.FS) (broken []string, links int, err error) {
-	err = fs.WalkDir(root, ".", func(file string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		if d.IsDir() && (d.Name() == ".git" || d.Name() == "bin" || d.Name() == "try") {
-			return fs.SkipDir
-		}
-		if path.Ext(file) != ".md" {
-			return nil
-		}
-		text, err := fs.ReadFile(root, file)
-		if err != nil {
-			return err
-		}
-		prose := codeSpan.ReplaceAllString(codeBlock.ReplaceAllString(string(text), ""), "")
+func check(t *testing.T, root fs.FS) (broken []string, links int) {
+	t.Helper()
+	for _, file := range tree.Files(t, root, ".md") {
+		prose := codeSpan.ReplaceAllString(codeBlock.ReplaceAllString(tree.Read(t, root, file), ""), "")
 		for _, m := range link.FindAllStringSubmatch(prose, -1) {
 			if scheme.MatchString(m[1]) {
 				continue
@@ -76,30 +65,19 @@ func check(root fs.FS) (broken []string, links int, err error) {
 				broken = append(broken, fmt.Sprintf("%s: %s: no such file", file, m[1]))
 				continue
 			}
-			if !hasAnchor {
-				continue
-			}
-			linked, err := fs.ReadFile(root, to)
-			if err != nil {
-				return err
-			}
-			if !slices.Contains(anchors(string(linked)), anchor) {
+			if hasAnchor && !slices.Contains(anchors(tree.Read(t, root, to)), anchor) {
 				broken = append(broken, fmt.Sprintf("%s: %s: no such heading", file, m[1]))
 			}
 		}
-		return nil
-	})
-	return broken, links, err
+	}
+	return broken, links
 }
 
 // TestLinks: every relative link in a document leads to a file, and to a heading if
 // it names one.
 func TestLinks(t *testing.T) {
 	t.Parallel()
-	broken, links, err := check(os.DirFS("../.."))
-	if err != nil {
-		t.Fatal(err)
-	}
+	broken, links := check(t, tree.FS("../.."))
 	for _, b := range broken {
 		t.Error(b)
 	}
@@ -111,16 +89,13 @@ func TestLinks(t *testing.T) {
 // TestBrokenLinks: links without a target are found, and no others.
 func TestBrokenLinks(t *testing.T) {
 	t.Parallel()
-	broken, links, err := check(fstest.MapFS{
+	broken, links := check(t, fstest.MapFS{
 		"a.md": {Data: []byte("# The server's clock\n## Twice\n## Twice\n" +
 			"[1](b/c.md) [2](#the-servers-clock) [3](#twice-1) [4](b/c.md#d-e) ![5](b/p.svg) [6](https://example.org/x)\n" +
 			"[7](c.md) [8](#twice-2) [9](b/c.md#f) [10](../a.md)\n`[11](x.md)`\n```\n# Not a heading\n[12](y.md)\n```\n[13](#not-a-heading)\n")},
 		"b/c.md":  {Data: []byte("### D `e`\n[1](../a.md#twice)\n")},
 		"b/p.svg": {},
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
 	want := []string{"a.md: c.md: no such file", "a.md: #twice-2: no such heading", "a.md: b/c.md#f: no such heading",
 		"a.md: ../a.md: no such file", "a.md: #not-a-heading: no such heading"}
 	if !slices.Equal(broken, want) {

@@ -1,12 +1,11 @@
 package docs
 
 import (
-	"io/fs"
-	"os"
-	"path"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 // elsewhere are texts in docs/troubleshooting.md that other programs print.
@@ -36,26 +35,16 @@ func quoted(document string) (texts []string) {
 // code.
 func TestMessages(t *testing.T) {
 	t.Parallel()
-	root := os.DirFS("../..")
-	document, err := fs.ReadFile(root, "docs/troubleshooting.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+	root := tree.FS("../..")
 	var code strings.Builder
-	err = fs.WalkDir(root, ".", func(file string, _ fs.DirEntry, err error) error {
-		if err != nil || path.Ext(file) != ".go" || strings.HasSuffix(file, "_test.go") {
-			return err
+	for _, file := range tree.Files(t, root, ".go") {
+		if !strings.HasSuffix(file, "_test.go") {
+			code.WriteString(tree.Read(t, root, file))
 		}
-		text, err := fs.ReadFile(root, file)
-		code.Write(text)
-		return err
-	})
-	if err != nil {
-		t.Fatal(err)
 	}
 	// A literal may go on in the next line.
 	all := regexp.MustCompile(`"\s*\+\s*"`).ReplaceAllString(code.String(), "")
-	texts := quoted(string(document))
+	texts := quoted(tree.Read(t, root, "docs/troubleshooting.md"))
 	for _, text := range texts {
 		if elsewhere[text] == "" && !strings.Contains(all, text) {
 			t.Errorf("%q is in docs/troubleshooting.md and not in the code", text)

@@ -17,7 +17,10 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var td = spiffeid.RequireTrustDomainFromString("example.org")
@@ -51,8 +54,16 @@ func newWorld(b *testing.B, entries []spireapi.Entry) *world {
 		b.Fatal(err)
 	}
 	w := &world{b: b, dir: dir, address: "127.0.0.1:0", bundles: make(chan struct{}, 1)}
+	keys, err := keyset.Open(b.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
+	if err != nil {
+		b.Fatal(err)
+	}
+	rows, err := ledger.Open(b.Context(), ledger.Config{Storage: memory.Ledger{}})
+	if err != nil {
+		b.Fatal(err)
+	}
 	w.server, err = spireapi.New(spireapi.Config{
-		TrustDomain: td, Observer: w, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept)},
+		TrustDomain: td, Keysets: keys, Storage: memory.NewServer(), Ledger: rows, Observer: w, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept)},
 	})
 	if err != nil {
 		b.Fatal(err)

@@ -1,16 +1,18 @@
 package layout
 
 import (
-	"encoding/json"
 	"fmt"
 	"maps"
-	"os/exec"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
-const module = "github.com/renewd/renewd"
+const module = tree.Module
+
+var root = tree.FS("../..")
 
 // room is a part of the house that the sentences about imports name.
 type room string
@@ -25,7 +27,7 @@ const (
 )
 
 // ground are the folders of the ground floor.
-var ground = []string{"api", "cli", "clock", "config", "listen", "refusal", "socket"}
+var ground = []string{"api", "cli", "clock", "config", "listen", "loglimit", "refusal", "socket"}
 
 // roomOf is the room of a folder, "" for a folder that has none.
 func roomOf(folder string) room {
@@ -71,41 +73,17 @@ var arrows = map[room][]room{
 // withoutGRPC are the rooms that import no gRPC.
 var withoutGRPC = []room{"bundle", "cache", "renew", "renew/wave"}
 
-// pkg is a package as go list shows it, without its tests.
-type pkg struct {
-	ImportPath string
-	Imports    []string
-}
-
-func (p pkg) folder() string { return strings.TrimPrefix(p.ImportPath, module+"/") }
-
-// list returns the packages of the module in folder dir.
-func list(t *testing.T, dir string) (out []pkg) {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", "list", "-json=ImportPath,Imports", "./...")
-	cmd.Dir = dir
-	b, err := cmd.Output()
-	if err != nil {
-		t.Fatalf("go list: %v", err)
-	}
-	for d := json.NewDecoder(strings.NewReader(string(b))); d.More(); {
-		var p pkg
-		if err := d.Decode(&p); err != nil {
-			t.Fatal(err)
-		}
-		out = append(out, p)
-	}
-	return out
-}
+// folderOf is the folder of a package.
+func folderOf(p tree.Package) string { return strings.TrimPrefix(p.ImportPath, module+"/") }
 
 // check returns what is wrong with the imports of packages, and what goes from
 // which room to which.
-func check(all []pkg) (wrong []string, graph map[room]map[room]int) {
+func check(all []tree.Package) (wrong []string, graph map[room]map[room]int) {
 	graph = make(map[room]map[room]int)
 	for _, p := range all {
-		from := roomOf(p.folder())
+		from := roomOf(folderOf(p))
 		if from == "" || arrows[from] == nil {
-			wrong = append(wrong, p.folder()+" is in no room")
+			wrong = append(wrong, folderOf(p)+" is in no room")
 			continue
 		}
 		if graph[from] == nil {
@@ -113,7 +91,7 @@ func check(all []pkg) (wrong []string, graph map[room]map[room]int) {
 		}
 		for _, i := range p.Imports {
 			if slices.Contains(withoutGRPC, from) && strings.HasPrefix(i, "google.golang.org/grpc") {
-				wrong = append(wrong, p.folder()+" imports "+i)
+				wrong = append(wrong, folderOf(p)+" imports "+i)
 			}
 			folder, ours := strings.CutPrefix(i, module+"/")
 			to := roomOf(folder)
@@ -122,7 +100,7 @@ func check(all []pkg) (wrong []string, graph map[room]map[room]int) {
 			}
 			graph[from][to]++
 			if !slices.Contains(arrows[from], to) {
-				wrong = append(wrong, fmt.Sprintf("%s imports %s: not from %s to %s", p.folder(), folder, from, to))
+				wrong = append(wrong, fmt.Sprintf("%s imports %s: not from %s to %s", folderOf(p), folder, from, to))
 			}
 		}
 	}
@@ -132,7 +110,7 @@ func check(all []pkg) (wrong []string, graph map[room]map[room]int) {
 // TestArrows: packages import what the rooms that they are in may import.
 func TestArrows(t *testing.T) {
 	t.Parallel()
-	all := list(t, "../..")
+	all := tree.Packages(t, "../..")
 	wrong, graph := check(all)
 	for _, w := range wrong {
 		t.Error(w)
@@ -150,11 +128,11 @@ func TestArrows(t *testing.T) {
 // each folder of the table has a package.
 func TestRooms(t *testing.T) {
 	t.Parallel()
-	_, table, _ := strings.Cut(string(read(t, "ARCHITECTURE.md")), "\n## The rooms\n")
+	_, table, _ := strings.Cut(tree.Read(t, root, "ARCHITECTURE.md"), "\n## The rooms\n")
 	table, _, _ = strings.Cut(table, "\n## ")
 	var want, got []string
-	for _, p := range list(t, "../..") {
-		want = append(want, p.folder())
+	for _, p := range tree.Packages(t, "../..") {
+		want = append(want, folderOf(p))
 	}
 	for line := range strings.Lines(table) {
 		if cell, ok := strings.CutPrefix(line, "| `"); ok {
@@ -173,11 +151,11 @@ func TestRooms(t *testing.T) {
 func TestWrongArrows(t *testing.T) {
 	t.Parallel()
 	for _, w := range planted {
-		if wrong, _ := check([]pkg{{module + "/" + w.in, []string{w.imports}}}); len(wrong) != 1 && w.sentence {
+		if wrong, _ := check([]tree.Package{{ImportPath: module + "/" + w.in, Imports: []string{w.imports}}}); len(wrong) != 1 && w.sentence {
 			t.Errorf("%s imports %s: %q", w.in, w.imports, wrong)
 		}
 	}
-	if wrong, _ := check([]pkg{{ImportPath: module + "/internal/attic"}}); len(wrong) != 1 {
+	if wrong, _ := check([]tree.Package{{ImportPath: module + "/internal/attic"}}); len(wrong) != 1 {
 		t.Errorf("a folder in no room: %q", wrong)
 	}
 }

@@ -11,16 +11,9 @@ import (
 	"slices"
 	"strings"
 	"testing"
-)
 
-func read(t *testing.T, name string) []byte {
-	t.Helper()
-	b, err := os.ReadFile(filepath.Join("..", "..", name))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
+	"github.com/renewd/renewd/test/tree"
+)
 
 // planted are imports that are not allowed. Those that break one of the first
 // five sentences go test sees, too.
@@ -73,24 +66,24 @@ var allowed = []struct{ in, imports string }{
 func TestLinter(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	put := func(name string, data []byte) {
+	put := func(name, data string) {
 		t.Helper()
 		name = filepath.Join(dir, name)
 		if err := os.MkdirAll(filepath.Dir(name), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := os.WriteFile(name, data, 0o600); err != nil {
+		if err := os.WriteFile(name, []byte(data), 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
 	for _, name := range []string{"go.mod", "go.sum", "tools/go.mod", "tools/go.sum", ".golangci.yml"} {
-		put(name, read(t, name))
+		put(name, tree.Read(t, root, name))
 	}
-	for _, p := range list(t, "../..") {
-		put(path.Join(p.folder(), "empty.go"), []byte("package empty\n"))
+	for _, p := range tree.Packages(t, "../..") {
+		put(path.Join(folderOf(p), "empty.go"), "package empty\n")
 	}
 	plant := func(in, name, imports string) {
-		put(path.Join(in, name), fmt.Appendf(nil, "package empty\n\nimport _ %q\n", imports))
+		put(path.Join(in, name), fmt.Sprintf("package empty\n\nimport _ %q\n", imports))
 	}
 	var want []string
 	for _, w := range planted {

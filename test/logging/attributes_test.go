@@ -2,9 +2,6 @@
 package logging
 
 import (
-	"bytes"
-	"encoding/json"
-	"errors"
 	"fmt"
 	"go/ast"
 	"go/constant"
@@ -15,18 +12,19 @@ import (
 	"io"
 	"maps"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 const (
 	root   = "../.."
 	list   = "docs/logging.md"
-	module = "github.com/renewd/renewd"
+	module = tree.Module
 )
 
 // programs are those whose logs operators read. An attribute that none of them has is
@@ -46,13 +44,9 @@ func TestAttributesAreListed(t *testing.T) {
 	if len(used) == 0 {
 		t.Fatal("no attribute found")
 	}
-	text, err := os.ReadFile(filepath.Join(root, list))
-	if err != nil {
-		t.Fatal(err)
-	}
 	listed := make(map[string]bool)
 	last := ""
-	for _, m := range row.FindAllStringSubmatch(string(text), -1) {
+	for _, m := range row.FindAllStringSubmatch(tree.Read(t, tree.FS(root), list), -1) {
 		name, where := m[1], m[3]
 		switch use := used[name]; {
 		case listed[name]:
@@ -93,41 +87,16 @@ func (u *use) programs() string {
 	return strings.Join(out, ", ")
 }
 
-// goPackage is what go list prints of a package.
-type goPackage struct {
-	ImportPath, Dir, Export string
-	GoFiles, Deps           []string
-}
-
-// packages returns the module's packages and those that they depend on.
-func packages(t *testing.T) map[string]*goPackage {
-	t.Helper()
-	cmd := exec.CommandContext(t.Context(), "go", "list", "-export", "-deps", "-json=ImportPath,Dir,Export,GoFiles,Deps", "./...")
-	cmd.Dir, cmd.Stderr = root, os.Stderr
-	out, err := cmd.Output()
-	if err != nil {
-		t.Fatal(err)
-	}
-	all := make(map[string]*goPackage)
-	for dec := json.NewDecoder(bytes.NewReader(out)); ; {
-		var p goPackage
-		switch err := dec.Decode(&p); {
-		case errors.Is(err, io.EOF):
-			return all
-		case err != nil:
-			t.Fatal(err)
-		}
-		all[p.ImportPath] = &p
-	}
-}
-
 // attributes returns the attributes of all log messages.
 func attributes(t *testing.T) map[string]*use {
 	t.Helper()
-	all := packages(t)
+	all := make(map[string]tree.Package)
+	for _, p := range tree.Packages(t, root, "-export", "-deps") {
+		all[p.ImportPath] = p
+	}
 	f := finder{t: t, set: token.NewFileSet(), found: make(map[string]*use)}
 	imports := importer.ForCompiler(f.set, "gc", func(path string) (io.ReadCloser, error) {
-		if p := all[path]; p != nil && p.Export != "" {
+		if p := all[path]; p.Export != "" {
 			return os.Open(p.Export)
 		}
 		return nil, fmt.Errorf("no package %s", path)

@@ -13,6 +13,7 @@ import (
 
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // Server implements [runbook.Backend]. Its fields may be changed between calls
@@ -46,7 +47,7 @@ type Server struct {
 // keyset.
 func NewServer(t testing.TB) *Server {
 	t.Helper()
-	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org")})
+	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: spiffeid.RequireTrustDomainFromString("example.org"), Storage: new(memory.Keysets)})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -4,13 +4,13 @@ package words
 import (
 	"go/scanner"
 	"go/token"
-	"io/fs"
-	"os"
-	"path/filepath"
+	"path"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/renewd/renewd/test/tree"
 )
 
 // retired are words that readers have to stop at, and what is written instead.
@@ -115,13 +115,10 @@ var camel = regexp.MustCompile(`([a-z0-9])([A-Z])`)
 // passages returns the comments, strings and names of a Go file, and the lines of others.
 func passages(t *testing.T, file string) []passage {
 	t.Helper()
-	content, err := os.ReadFile(filepath.Join(root, file))
-	if err != nil {
-		t.Fatal(err)
-	}
+	content := tree.Read(t, root, file)
 	var out []passage
-	if filepath.Ext(file) != ".go" {
-		for i, line := range strings.Split(string(content), "\n") {
+	if path.Ext(file) != ".go" {
+		for i, line := range strings.Split(content, "\n") {
 			out = append(out, passage{i + 1, line})
 		}
 		return out
@@ -129,7 +126,7 @@ func passages(t *testing.T, file string) []passage {
 	set := token.NewFileSet()
 	f := set.AddFile(file, -1, len(content))
 	var s scanner.Scanner
-	s.Init(f, content, nil, scanner.ScanComments)
+	s.Init(f, []byte(content), nil, scanner.ScanComments)
 	for {
 		pos, tok, lit := s.Scan()
 		switch tok {
@@ -149,32 +146,13 @@ func passages(t *testing.T, file string) []passage {
 }
 
 // root is the project's folder.
-const root = "../.."
+var root = tree.FS("../..")
 
 // texts returns the files that people read, but for what is generated.
 func texts(t *testing.T) []string {
 	t.Helper()
-	var out []string
-	err := filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		if err != nil {
-			return err
-		}
-		name := d.Name()
-		switch {
-		case d.IsDir() && (name == ".git" || name == "bin" || name == "fuzz" || path == filepath.Join(root, "test", "words")):
-			return filepath.SkipDir
-		case d.IsDir(), strings.HasSuffix(name, ".pb.go"), name == "go.sum", name == "LICENSE":
-			return nil
-		}
-		if slices.Contains([]string{".go", ".md", ".yaml", ".yml", ".txt", ".txtar", ".sh", ".proto", ".service", ".socket", ".conf", ".mod", ""}, filepath.Ext(name)) {
-			rel, err := filepath.Rel(root, path)
-			out = append(out, filepath.ToSlash(rel))
-			return err
-		}
-		return nil
+	files := tree.Files(t, root, ".go", ".md", ".yaml", ".yml", ".txt", ".txtar", ".sh", ".proto", ".service", ".socket", ".conf", ".mod", "")
+	return slices.DeleteFunc(files, func(file string) bool {
+		return strings.HasSuffix(file, ".pb.go") || file == "LICENSE" || strings.Contains(file, "/fuzz/") || strings.HasPrefix(file, "test/words/")
 	})
-	if err != nil {
-		t.Fatal(err)
-	}
-	return out
 }

@@ -134,7 +134,7 @@ func newIdentity(key crypto.Signer, der [][]byte, reattestable bool) (*Identity,
 		return nil, fmt.Errorf("%q is not the ID of a node: it is not below %s", id, agentPath)
 	case leaf.IsCA:
 		return nil, fmt.Errorf("the certificate of %q is a CA certificate", id)
-	case !equalPublicKeys(leaf.PublicKey, key.Public()):
+	case !bundle.SameKey(leaf.PublicKey, key.Public()):
 		return nil, fmt.Errorf("the SVID of %q is for another key", id)
 	}
 	return &Identity{Key: key, Chain: chain, Reattestable: reattestable}, nil
@@ -159,9 +159,4 @@ func (i *Identity) verify(td spiffeid.TrustDomain, trust *bundle.Bundle, now tim
 	}
 	_, err := trust.Verify(leaf, i.Chain[1:], now)
 	return err
-}
-
-func equalPublicKeys(a, b crypto.PublicKey) bool {
-	k, ok := a.(interface{ Equal(crypto.PublicKey) bool })
-	return ok && k.Equal(b)
 }

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"crypto/ecdsa"
@@ -62,9 +63,7 @@ func New(cfg Config) (*Node, error) {
 	if cfg.TrustDomain.IsZero() || cfg.Attestor == nil || cfg.Store == nil || cfg.Bundle == nil {
 		return nil, errors.New("node: Config needs TrustDomain, Attestor, Store and Bundle")
 	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}

@@ -1,6 +1,7 @@
 package node
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -13,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 // The files of a [Store].
@@ -23,9 +25,6 @@ const (
 	seedFile      = "seed"
 	lockFile      = "lock"
 )
-
-// IdentityFile is the file of [Files] that has the agent SVID.
-const IdentityFile = identityFile
 
 // Files are the files of a [Store], the most important first.
 var Files = []string{identityFile, bundleFile, federatedFile, seedFile}
@@ -58,17 +57,17 @@ var errNewer = errors.New("a newer version of the agent has written it")
 // folder. [Store.Run] does so until its context is done. A Store is safe for
 // concurrent use.
 type Store struct {
-	dir   string
-	log   *slog.Logger
-	wake  chan struct{}
-	fresh bool
+	dir      string
+	log      *slog.Logger
+	lines    *loglimit.Log // of Sync
+	wake     chan struct{}
+	wasEmpty bool
 
 	// diskLock is a lock (a value in it holds it) for reading and writing the disk.
 	// It guards the fields up to mu. Unlike a mutex it can be given up after a time.
 	diskLock chan struct{}
 	folder   *folder
 	closed   bool
-	failing  time.Time // since when Sync fails; zero after a success
 
 	mu          sync.Mutex
 	files       map[string]fileState
@@ -94,28 +93,26 @@ type fileState struct {
 // permissions of group and others. It fails when the folder belongs to another user
 // or is open in another process. log may be nil.
 func OpenStore(dir string, log *slog.Logger) (*Store, error) {
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
+	log = cmp.Or(log, slog.New(slog.DiscardHandler))
 	f, err := openFolder(dir)
 	if err != nil {
 		return nil, err
 	}
 	s := &Store{
-		dir: dir, log: log, folder: f, files: make(map[string]fileState), fresh: true,
+		dir: dir, log: log, lines: loglimit.New(log, loglimit.Interval, 1), folder: f, files: make(map[string]fileState), wasEmpty: true,
 		diskLock: make(chan struct{}, 1), wake: make(chan struct{}, 1),
 	}
 	for _, file := range Files {
 		if at, err := f.stamp(file); at != (stamp{}) || err != nil {
-			s.fresh = false
+			s.wasEmpty = false
 		}
 	}
 	return s, nil
 }
 
-// Fresh reports whether the folder had none of [Files] when it was opened: this is
+// WasEmpty reports whether the folder had none of [Files] when it was opened: this is
 // the first start of the agent.
-func (s *Store) Fresh() bool { return s.fresh }
+func (s *Store) WasEmpty() bool { return s.wasEmpty }
 
 // Close syncs the folder, unlocks and closes it.
 func (s *Store) Close() error {

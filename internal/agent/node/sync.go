@@ -3,6 +3,7 @@ package node
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"slices"
 	"time"
 )
@@ -53,13 +54,10 @@ func (s *Store) Sync() error {
 		}
 		err = errors.Join(errs...)
 	}
-	switch {
-	case err != nil && s.failing.IsZero():
-		s.failing = time.Now()
-		s.log.Warn("state not written to data_dir, trying again", "path", s.dir, "error", err)
-	case err == nil && !s.failing.IsZero():
-		s.log.Info("writing to data_dir recovered", "path", s.dir, "duration", time.Since(s.failing).Round(time.Millisecond).String())
-		s.failing = time.Time{}
+	if err != nil {
+		s.lines.Note(slog.LevelWarn, "state not written to data_dir, trying again", "", "path", s.dir, "error", err)
+	} else {
+		s.lines.Over("", "writing to data_dir recovered", "path", s.dir)
 	}
 	return err
 }

@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -105,18 +106,15 @@ func (d *Dir) sweep(c *cache.Cache) {
 	d.setRecordErr(errors.Join(errs...))
 }
 
-// setRecordErr sets recordErr and logs when it begins to fail and when it has
-// recovered.
+// setRecordErr sets recordErr, and logs it or that storing has recovered.
 func (d *Dir) setRecordErr(err error) {
 	d.mu.Lock()
-	before := d.recordErr
 	d.recordErr = err
 	d.mu.Unlock()
-	switch {
-	case err != nil && before == nil:
-		d.log.Error("process record not stored, retrying", "error", err)
-	case err == nil && before != nil:
-		d.log.Info("storing process records recovered")
+	if err != nil {
+		d.lines.Note(slog.LevelError, "process record not stored, retrying", "records", "error", err)
+	} else {
+		d.lines.Over("records", "storing process records recovered")
 	}
 }
 

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 // checkInterval is how often failed writes are retried and the folder is checked.
@@ -33,9 +34,10 @@ const checkInterval = 10 * time.Second
 
 // Dir is an open runtime_dir.
 type Dir struct {
-	path string
-	log  *slog.Logger
-	info fs.FileInfo // of the folder as prepared; owned by Follow
+	path  string
+	log   *slog.Logger
+	lines *loglimit.Log // of failed writes
+	info  fs.FileInfo   // of the folder as prepared; owned by Follow
 
 	mu        sync.Mutex
 	err       error                  // why an SVID is not stored
@@ -55,7 +57,7 @@ func Open(path string, log *slog.Logger) (*Dir, error) {
 		return nil, err
 	}
 	return &Dir{
-		path: path, log: log, info: info, files: make(map[string][]cache.Use),
+		path: path, log: log, lines: loglimit.New(log, loglimit.Interval, 2), info: info, files: make(map[string][]cache.Use),
 		recordLock: make(chan struct{}, 1), records: make(map[cache.Process][]cache.Use),
 	}, nil
 }
@@ -254,17 +256,15 @@ func (d *Dir) reopen(kept map[string]written) ([]string, error) {
 	return ids, nil
 }
 
-// setErr sets err and logs when it begins to fail and when it has recovered.
+// setErr sets err, and logs it or that storing has recovered.
 func (d *Dir) setErr(err error) {
 	d.mu.Lock()
-	before := d.err
 	d.err = err
 	d.mu.Unlock()
-	switch {
-	case err != nil && before == nil:
-		d.log.Error("SVID not stored, retrying", "error", err)
-	case err == nil && before != nil:
-		d.log.Info("storing SVIDs recovered")
+	if err != nil {
+		d.lines.Note(slog.LevelError, "SVID not stored, retrying", "svids", "error", err)
+	} else {
+		d.lines.Over("svids", "storing SVIDs recovered")
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"log/slog"
 	"sync/atomic"
 	"time"
 
@@ -71,7 +72,7 @@ func (c *Client) startAttesting() *attestation {
 
 // keepAttesting tries until the node is attested or banned, or the Client closed.
 func (c *Client) keepAttesting() {
-	log := c.failureLog("attestation")
+	failures := c.failures()
 	if at := c.Attested(); at.IsZero() || time.Since(at) >= attestPause {
 		c.pace.Reset()
 	} else if sleep(c.ctx, c.pace.NextBackOff()) != nil {
@@ -82,7 +83,7 @@ func (c *Client) keepAttesting() {
 		if err == nil || c.ctx.Err() != nil || c.banned.Load() {
 			return
 		}
-		log(err)
+		failures.Note(slog.LevelWarn, "attestation failed, trying again", withoutNumbers(err), "error", err)
 		if sleep(c.ctx, c.pace.NextBackOff()) != nil {
 			return
 		}
@@ -144,7 +145,7 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 		return nil, err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	began := time.Now()
 	if _, err := c.getBundle(ctx, l.conn); err != nil {
@@ -166,7 +167,7 @@ func (c *Client) attestOnce(ctx context.Context) error {
 		return err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.MintTimeout)
+	ctx, cancel := context.WithTimeout(ctx, mintTimeout)
 	defer cancel()
 	// Fetch the bundle first: if the server signs with an authority that the
 	// bundle in force lacks, the answer could not be verified, and the join token
@@ -211,7 +212,7 @@ func (c *Client) RenewNode(ctx context.Context) error {
 		}
 		return nil
 	}
-	err := c.call(ctx, "renew agent SVID", c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "renew agent SVID", mintTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		return c.cfg.Node.Renew(ctx, l.conn)
 	})
 	if err == nil {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	"google.golang.org/grpc"
@@ -23,7 +24,7 @@ func (c *Client) Bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 	if c.cfg.Bundle() == nil {
 		c.cfg.Log.Warn("insecure bootstrap started, the first server that answers is trusted", "address", c.cfg.ServerAddress)
 	}
-	pace, log := newPace(), c.failureLog("bootstrap")
+	pace, failures := newPace(), c.failures()
 	for {
 		b, err := c.bootstrap(ctx)
 		if err == nil {
@@ -32,7 +33,7 @@ func (c *Client) Bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 		if ctx.Err() != nil || errors.Is(err, ErrBanned) || errors.Is(err, errClosed) {
 			return nil, err
 		}
-		log(err)
+		failures.Note(slog.LevelWarn, "bootstrap failed, trying again", withoutNumbers(err), "error", err)
 		if sleep(ctx, pace.NextBackOff()) != nil {
 			return nil, err
 		}
@@ -48,7 +49,7 @@ func (c *Client) bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 		return nil, err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	var p peer.Peer
 	b, err := c.getBundle(ctx, l.conn, grpc.Peer(&p))

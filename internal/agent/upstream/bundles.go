@@ -32,7 +32,7 @@ const (
 // connection that presents it. FetchBundle then fetches the bundle anonymously.
 func (c *Client) FetchBundle(ctx context.Context) (*bundle.Bundle, error) {
 	var out *bundle.Bundle
-	err := c.call(ctx, "fetch bundle", c.cfg.PollTimeout, needNothing, func(ctx context.Context, l *link) (err error) {
+	err := c.call(ctx, "fetch bundle", pollTimeout, needNothing, func(ctx context.Context, l *link) (err error) {
 		out, err = c.getBundle(ctx, l.conn)
 		return err
 	})
@@ -52,7 +52,7 @@ func (c *Client) fetchAnonymously(ctx context.Context) (*bundle.Bundle, error) {
 		return nil, err
 	}
 	defer l.conn.Close()
-	ctx, cancel := context.WithTimeout(ctx, c.cfg.PollTimeout)
+	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	out, err := c.getBundle(ctx, l.conn)
 	if err != nil {
@@ -66,7 +66,7 @@ func (c *Client) fetchAnonymously(ctx context.Context) (*bundle.Bundle, error) {
 // authority.
 func (c *Client) FetchFederatedBundle(ctx context.Context, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
 	var out *bundle.Bundle
-	err := c.call(ctx, fmt.Sprintf("fetch bundle of %q", td.Name()), c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, fmt.Sprintf("fetch bundle of %q", td.Name()), pollTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		answer, err := bundlev1.NewBundleClient(l.conn).GetFederatedBundle(ctx,
 			&bundlev1.GetFederatedBundleRequest{TrustDomain: td.Name()}, grpc.MaxCallRecvMsgSize(maxBundleBytes))
 		if status.Code(err) == codes.NotFound {

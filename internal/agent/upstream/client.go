@@ -1,6 +1,7 @@
 package upstream
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -22,16 +23,16 @@ import (
 	"github.com/renewd/renewd/internal/agent/node"
 )
 
-// Default deadlines of calls.
 const (
-	DefaultPollTimeout = 30 * time.Second
-	// DefaultMintTimeout is longer, because a server queues the calls above its
-	// rate limit and does not refuse them.
-	DefaultMintTimeout = 60 * time.Second
+	// pollTimeout is the deadline of calls that fetch bundles or entries or report the
+	// status.
+	pollTimeout = 30 * time.Second
+	// mintTimeout is that of calls that sign. It is longer, because a server queues the
+	// calls above its rate limit and does not refuse them.
+	mintTimeout = 60 * time.Second
+	// maxVersion is the longest version that a SPIRE server accepts, in bytes.
+	maxVersion = 255
 )
-
-// maxVersion is the longest version that a SPIRE server accepts, in bytes.
-const maxVersion = 255
 
 // Config is what a [Client] needs. ServerAddress, TrustDomain, Node and Bundle
 // are required.
@@ -61,11 +62,7 @@ type Config struct {
 	Process string
 	// Version is reported to the server, cut to 255 bytes.
 	Version string
-	// PollTimeout is the deadline of calls that fetch bundles or entries or
-	// report the status. MintTimeout is the deadline of calls that sign. Zero
-	// means the default.
-	PollTimeout, MintTimeout time.Duration
-	Log                      *slog.Logger
+	Log     *slog.Logger
 	// Now is the wall clock; nil means time.Now.
 	Now func() time.Time
 }
@@ -124,15 +121,7 @@ func New(cfg Config) (*Client, error) {
 	if cfg.Proxy != nil {
 		cfg.Dial = dialerThrough(cfg.Proxy, cfg.Dial)
 	}
-	if cfg.PollTimeout <= 0 {
-		cfg.PollTimeout = DefaultPollTimeout
-	}
-	if cfg.MintTimeout <= 0 {
-		cfg.MintTimeout = DefaultMintTimeout
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -252,7 +241,7 @@ func (c *Client) ban(cause error) error {
 // in force to the server. It fails with [ErrNoReports] when the server accepts no
 // statuses: SPIRE before 1.14.3 denies the call to all agents.
 func (c *Client) PostStatus(ctx context.Context, sequence uint64) error {
-	err := c.call(ctx, "post status", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "post status", pollTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		_, err := agentv1.NewAgentClient(l.conn).PostStatus(ctx, &agentv1.PostStatusRequest{AgentVersion: c.cfg.Version, CurrentBundleSerial: sequence})
 		return err
 	})

@@ -46,10 +46,10 @@ type EntryChanges struct {
 // entry whose new version is invalid is neither missing nor changed.
 //
 // An invalid answer is an error, and nothing of it is used. The whole sync has
-// PollTimeout.
+// pollTimeout.
 func (c *Client) SyncEntries(ctx context.Context, have map[string]*cache.Entry) (EntryChanges, error) {
 	var s *entrySync
-	err := c.call(ctx, "sync entries", c.cfg.PollTimeout, needProbe, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "sync entries", pollTimeout, needProbe, func(ctx context.Context, l *link) error {
 		if !l.noSync.Load() {
 			s = c.newSync(have)
 			err := s.stream(ctx, l)

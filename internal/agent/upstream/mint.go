@@ -44,7 +44,7 @@ func (c *Client) MintX509(ctx context.Context, csrs []CSR) ([]Signed, error) {
 		request.Params[i] = &svidv1.NewX509SVIDParams{EntryId: r.EntryID, Csr: r.DER}
 	}
 	var out []Signed
-	err := c.call(ctx, fmt.Sprintf("mint %d X.509-SVIDs", len(csrs)), c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, fmt.Sprintf("mint %d X.509-SVIDs", len(csrs)), mintTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		answer, err := svidv1.NewSVIDClient(l.conn).BatchNewX509SVID(ctx, request, grpc.MaxCallRecvMsgSize(maxMintBytes))
 		if err != nil {
 			return err
@@ -94,7 +94,7 @@ func parseResult(r *svidv1.BatchNewX509SVIDResponse_Result) Signed {
 // MintJWT requests a JWT-SVID for an entry. It checks the token's size only.
 func (c *Client) MintJWT(ctx context.Context, entryID string, audience []string) (string, error) {
 	var token string
-	err := c.call(ctx, "mint JWT-SVID", c.cfg.MintTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "mint JWT-SVID", mintTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		answer, err := svidv1.NewSVIDClient(l.conn).NewJWTSVID(ctx,
 			&svidv1.NewJWTSVIDRequest{EntryId: entryID, Audience: audience}, grpc.MaxCallRecvMsgSize(2*maxToken))
 		if err != nil {

@@ -90,7 +90,7 @@ func agentBehindProxy(t *testing.T, p *connectProxy, user *url.Userinfo) *agent 
 	token := must(s.CreateJoinToken(ctx, time.Hour)).Value
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(token, ""), Store: a.store, Bundle: a.trust.Load}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: serverBehindProxy, Proxy: at, TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Version: "1.0", PollTimeout: 5 * time.Second,
+		ServerAddress: serverBehindProxy, Proxy: at, TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Version: "1.0",
 	}))
 	t.Cleanup(func() {
 		a.close(t)

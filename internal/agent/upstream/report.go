@@ -46,7 +46,7 @@ func (c *Client) Report(ctx context.Context, r Report) error {
 		}
 		req.Authorities = append(req.Authorities, p)
 	}
-	err := c.call(ctx, "report", c.cfg.PollTimeout, needIdentity, func(ctx context.Context, l *link) error {
+	err := c.call(ctx, "report", pollTimeout, needIdentity, func(ctx context.Context, l *link) error {
 		_, err := api.NewFleetClient(l.conn).Report(api.WithSentAt(ctx, time.Now()), req)
 		return err
 	})

@@ -5,6 +5,8 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 // newPace returns the pauses between attempts to attest or to bootstrap.
@@ -35,15 +37,5 @@ func sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// failureLog returns a function that logs failed attempts. It logs a failure as a
-// warning when it is the first or differs from the one before, else for debugging.
-func (c *Client) failureLog(what string) func(error) {
-	last := ""
-	return func(err error) {
-		log := c.cfg.Log.Debug
-		if k := withoutNumbers(err); k != last {
-			log, last = c.cfg.Log.Warn, k
-		}
-		log(what+" failed, trying again", "error", err)
-	}
-}
+// failures returns the log of one series of attempts.
+func (c *Client) failures() *loglimit.Log { return loglimit.New(c.cfg.Log, loglimit.Interval, 16) }

@@ -33,8 +33,8 @@ func (s *service) streamBundles(method string, stream grpc.ServerStream, field p
 		return err
 	}
 	defer c.release()
-	s.obs.StreamOpened(method)
-	defer s.obs.StreamClosed(method)
+	s.cfg.Observer.StreamOpened(method)
+	defer s.cfg.Observer.StreamClosed(method)
 	watch := s.cfg.Cache.Watch()
 	defer watch.Close()
 

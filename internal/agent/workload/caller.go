@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"slices"
 	"strings"
@@ -62,10 +63,11 @@ func (s *service) admitCall(ctx context.Context) (*caller, error) {
 	if s.stopping.Err() != nil {
 		return nil, errStopping
 	}
-	p, ok := peerOf(ctx)
+	info, ok := peerOf(ctx)
 	if !ok {
 		return nil, errAttest
 	}
+	p := info.peer
 	if !s.calls.acquire(p.UID()) {
 		s.logLimitExceeded(p, "calls", s.calls.limit)
 		return nil, errLimit
@@ -78,14 +80,26 @@ func (s *service) admitCall(ctx context.Context) (*caller, error) {
 	return c, nil
 }
 
-// logLimitExceeded logs, once per logInterval, that a user is at the limit of a
-// resource.
+// logLimitExceeded logs that a user is at the limit of a resource.
 func (s *Server) logLimitExceeded(p *attest.Peer, resource string, limit int) {
-	if s.logged.allow(logKey{kind: resource, uid: p.UID()}) {
-		s.log.Warn("limit of a user exceeded", slog.String("resource", resource),
-			slog.Uint64("user", uint64(p.UID())), slog.Int("pid", p.PID()),
-			slog.String("path", p.Executable()), slog.Int("limit", limit))
+	s.note(slog.LevelWarn, "limit of a user exceeded", fmt.Sprint(resource, p.UID()), p, "resource", resource, "limit", limit)
+}
+
+// note logs a line about a process, which may repeat.
+func (s *Server) note(level slog.Level, message, about string, p *attest.Peer, attrs ...any) {
+	s.lines.Note(level, message, about, append(attrs, "pid", p.PID(), "user", p.UID(), "path", executable{p})...)
+}
+
+// executable is the path of a process's executable, which is read only for a line that is
+// written. It is empty if the process has ended.
+type executable struct{ *attest.Peer }
+
+// LogValue implements [slog.LogValuer].
+func (e executable) LogValue() slog.Value {
+	if e.Alive() != nil {
+		return slog.StringValue("")
 	}
+	return slog.StringValue(e.Executable())
 }
 
 func (c *caller) release() { c.s.calls.release(c.peer.UID()) }
@@ -99,9 +113,8 @@ func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
 		return nil, errGone
 	case ctx.Err() != nil:
 		return nil, status.FromContextError(ctx.Err()).Err()
-	case failure != nil && s.logged.allow(logKey{kind: "attest", uid: p.UID()}):
-		s.log.Warn("caller attestation incomplete", slog.Any("error", failure),
-			slog.Int("pid", p.PID()), slog.Uint64("user", uint64(p.UID())), slog.String("path", p.Executable()))
+	case failure != nil:
+		s.note(slog.LevelWarn, "caller attestation incomplete", fmt.Sprint(p.UID()), p, "error", failure)
 	}
 	if err != nil {
 		return nil, errAttest
@@ -130,10 +143,7 @@ func (s *service) reattest(ctx context.Context, c *caller) (changed bool, err er
 	now, err := s.attest(limited, c.peer)
 	if limited.Err() != nil && ctx.Err() == nil && !errors.Is(err, errGone) {
 		c.nextReattest = time.Now().Add(reattestPause)
-		if s.logged.allow(logKey{kind: "reattest", uid: c.peer.UID()}) {
-			s.log.Warn("caller re-attestation delayed, its stream keeps the known selectors", slog.Int("pid", c.peer.PID()),
-				slog.Uint64("user", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()), slog.Duration("delay", reattestWait))
-		}
+		s.note(slog.LevelWarn, "caller re-attestation delayed, its stream keeps the known selectors", fmt.Sprint(c.peer.UID()), c.peer, "delay", reattestWait)
 		return false, nil
 	}
 	c.attestedFor = needs
@@ -163,11 +173,7 @@ func (c *caller) authorize(v *cache.View) error {
 		// A missing selector might match.
 		return errAttest
 	}
-	if c.s.logged.allow(logKey{kind: c.describe()}) {
-		c.s.log.Info("caller denied, no registration entry matches",
-			slog.Int("pid", c.peer.PID()), slog.Uint64("user", uint64(c.peer.UID())),
-			slog.String("path", c.peer.Executable()), slog.String("selectors", c.describe()))
-	}
+	c.s.note(slog.LevelInfo, "caller denied, no registration entry matches", c.describe(), c.peer, "selectors", c.describe())
 	return errDenied
 }
 

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"sync"
 
@@ -27,7 +26,7 @@ func (c peerCredentials) ServerHandshake(conn net.Conn) (net.Conn, credentials.A
 	p, err := c.s.cfg.Peers(conn)
 	if err != nil {
 		if !errors.Is(err, attest.ErrGone) {
-			c.s.log.Warn("caller not identified", slog.Any("error", err))
+			c.s.cfg.Log.Warn("caller not identified", "error", err)
 		}
 		return nil, nil, err
 	}
@@ -68,12 +67,7 @@ type peerInfo struct {
 
 func (peerInfo) AuthType() string { return "unix" }
 
-func peerOf(ctx context.Context) (*attest.Peer, bool) {
-	info, ok := peerInfoOf(ctx)
-	return info.peer, ok
-}
-
-func peerInfoOf(ctx context.Context) (peerInfo, bool) {
+func peerOf(ctx context.Context) (peerInfo, bool) {
 	p, ok := peer.FromContext(ctx)
 	if !ok {
 		return peerInfo{}, false

@@ -340,9 +340,9 @@ type logs struct {
 	records []slog.Record
 }
 
-func (l *logs) Enabled(context.Context, slog.Level) bool { return true }
-func (l *logs) WithAttrs([]slog.Attr) slog.Handler       { return l }
-func (l *logs) WithGroup(string) slog.Handler            { return l }
+func (l *logs) Enabled(_ context.Context, level slog.Level) bool { return level >= slog.LevelInfo }
+func (l *logs) WithAttrs([]slog.Attr) slog.Handler               { return l }
+func (l *logs) WithGroup(string) slog.Handler                    { return l }
 func (l *logs) Handle(_ context.Context, r slog.Record) error {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -360,7 +360,7 @@ func (l *logs) attrs(prefix string) []map[string]string {
 			continue
 		}
 		m := map[string]string{}
-		r.Attrs(func(a slog.Attr) bool { m[a.Key] = a.Value.String(); return true })
+		r.Attrs(func(a slog.Attr) bool { m[a.Key] = a.Value.Resolve().String(); return true })
 		out = append(out, m)
 	}
 	return out

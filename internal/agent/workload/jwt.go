@@ -131,7 +131,7 @@ func (r *jwtRequest) collect() ([]*workloadpb.JWTSVID, error) {
 			continue
 		}
 		jwt, ok := store.JWT(e, r.audience)
-		if ok && r.s.stale(jwt, v.Bundle) {
+		if ok && r.s.refreshDue(jwt, v.Bundle) {
 			r.s.refresh(r, e)
 		}
 		if !ok {

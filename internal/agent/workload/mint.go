@@ -117,8 +117,8 @@ func (s *service) refresh(r *jwtRequest, e *cache.Entry) {
 // lagging server still signs with the tainted key and must not be asked at each call.
 const taintedRemintAge = 10 * time.Second
 
-// stale reports whether a cached token should be minted again in the background.
-func (s *service) stale(jwt cache.JWT, b *bundle.Snapshot) bool {
+// refreshDue reports whether a cached token should be minted again in the background.
+func (s *service) refreshDue(jwt cache.JWT, b *bundle.Snapshot) bool {
 	now := s.cfg.Cache.Now()
 	if !jwt.Fresh(now) {
 		return true
@@ -130,10 +130,8 @@ func (s *service) stale(jwt cache.JWT, b *bundle.Snapshot) bool {
 // logHidden logs the entries that are omitted because of their hints.
 func (s *service) logHidden(entries []*cache.Entry) {
 	for _, e := range entries {
-		if s.logged.allow(logKey{kind: "hint " + e.ID}) {
-			s.log.Warn("entry omitted, an older entry of the caller has the same hint", slog.String("entry_id", e.ID),
-				slog.String("spiffe_id", e.SPIFFEID.String()), slog.String("hint", e.Hint))
-		}
+		s.lines.Note(slog.LevelWarn, "entry omitted, an older entry of the caller has the same hint", e.ID,
+			"entry_id", e.ID, "spiffe_id", e.SPIFFEID.String(), "hint", e.Hint)
 	}
 }
 
@@ -223,9 +221,8 @@ func (s *service) mintAndStore(j *mintJob) (cache.JWT, error) {
 	}
 	failed := err != nil && !errors.Is(err, cache.ErrChanged) && s.stopping.Err() == nil
 	// A server that does not list the entry does not mint for it: no fault.
-	if failed && !s.cfg.Cache.Missing(e.ID) && s.logged.allow(logKey{kind: "mint " + e.ID}) {
-		s.log.Warn("JWT-SVID not minted", slog.String("entry_id", e.ID),
-			slog.String("spiffe_id", e.SPIFFEID.String()), slog.Any("error", err))
+	if failed && !s.cfg.Cache.Missing(e.ID) {
+		s.lines.Note(slog.LevelWarn, "JWT-SVID not minted", e.ID, "entry_id", e.ID, "spiffe_id", e.SPIFFEID.String(), "error", err)
 	}
 	return jwt, err
 }
@@ -255,7 +252,7 @@ func (s *service) mintInSlot(j *mintJob) (cache.JWT, error) {
 	start := time.Now()
 	jwt, err := s.mintOnce(ctx, j.key.entry, j.audience)
 	if err == nil || !s.cfg.Cache.Missing(j.key.entry.ID) {
-		s.obs.JWTMinted(time.Since(start), err)
+		s.cfg.Observer.JWTMinted(time.Since(start), err)
 	}
 	return jwt, err
 }

@@ -1,6 +1,7 @@
 package workload
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 // Limits of the resources that one caller can use.
@@ -31,6 +33,9 @@ const (
 	maxHeaders = 8 << 10
 	// handshakeTimeout is how long the handshake of a connection may take.
 	handshakeTimeout = 10 * time.Second
+	// maxSubjects is how many subjects of repeated log lines are distinguished, such
+	// as denied callers.
+	maxSubjects = 1024
 	// stopGrace is how long clients get to read the last status at shutdown.
 	stopGrace = time.Second
 )
@@ -94,13 +99,11 @@ type Config struct {
 
 // Server serves the Workload API. Make it with [New].
 type Server struct {
-	cfg    Config
-	log    *slog.Logger
-	obs    Observer
-	logged logLimiter
-	conns  quota
-	calls  quota
-	mints  quota // mintJobs, by the user who started them
+	cfg   Config
+	lines *loglimit.Log
+	conns quota
+	calls quota
+	mints quota // mintJobs, by the user who started them
 }
 
 // New returns a server. It fails if a required field is missing.
@@ -111,15 +114,9 @@ func New(cfg Config) (*Server, error) {
 	if len(cfg.Attestors) == 0 {
 		return nil, errors.New("workload API: no workload attestor")
 	}
-	if cfg.MaxPerUser == 0 {
-		cfg.MaxPerUser = DefaultMaxPerUser
-	}
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
-	if cfg.Observer == nil {
-		cfg.Observer = noopObserver{}
-	}
+	cfg.MaxPerUser = cmp.Or(cfg.MaxPerUser, DefaultMaxPerUser)
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
+	cfg.Observer = cmp.Or[Observer](cfg.Observer, noopObserver{})
 	if cfg.Peers == nil {
 		cfg.Peers = peerOfUnixConn
 	}
@@ -131,8 +128,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	return &Server{
 		cfg:   cfg,
-		log:   cfg.Log,
-		obs:   cfg.Observer,
+		lines: loglimit.New(cfg.Log, loglimit.Interval, maxSubjects),
 		conns: quota{limit: cfg.MaxPerUser},
 		calls: quota{limit: cfg.MaxPerUser},
 		mints: quota{limit: cfg.MaxPerUser},

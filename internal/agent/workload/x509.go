@@ -75,19 +75,18 @@ func onOtherGoroutine(f func() error) (err error) {
 
 // x509Stream is one open call of FetchX509SVID.
 type x509Stream struct {
-	s              *service
-	stream         grpc.ServerStream
-	caller         *caller
-	process        cache.Process
-	conn           *peerConn
-	sub            *cache.Subscription
-	last           x509Answer
-	sending        *delivery     // of last; nil once it was read
-	readPause      time.Duration // until the next check of sending
-	oversizeLogged bool
-	openedAt       time.Time // when the caller was attested
-	partialSince   time.Time // a first answer waits for the other SVIDs since then
-	orphanedSince  time.Time // the authority of an SVID is not in the bundle since then
+	s             *service
+	stream        grpc.ServerStream
+	caller        *caller
+	process       cache.Process
+	conn          *peerConn
+	sub           *cache.Subscription
+	last          x509Answer
+	sending       *delivery     // of last; nil once it was read
+	readPause     time.Duration // until the next check of sending
+	openedAt      time.Time     // when the caller was attested
+	partialSince  time.Time     // a first answer waits for the other SVIDs since then
+	orphanedSince time.Time     // the authority of an SVID is not in the bundle since then
 }
 
 // maxReadPause is the longest pause between two checks whether the client has read
@@ -121,7 +120,7 @@ func (x *x509Stream) open() error {
 	if err := x.stream.RecvMsg(&req); err != nil {
 		return err
 	}
-	info, ok := peerInfoOf(x.stream.Context())
+	info, ok := peerOf(x.stream.Context())
 	if !ok {
 		return errAttest
 	}
@@ -132,7 +131,7 @@ func (x *x509Stream) open() error {
 		return err
 	}
 	x.caller, x.openedAt = c, time.Now()
-	x.s.obs.StreamOpened(fetchX509SVID)
+	x.s.cfg.Observer.StreamOpened(fetchX509SVID)
 	x.sub.Select(c.selectors)
 	<-x.sub.C() // the first update follows in any case
 	return nil
@@ -150,7 +149,7 @@ func (x *x509Stream) close() {
 		x.sub.Close()
 	}
 	if x.caller != nil {
-		x.s.obs.StreamClosed(fetchX509SVID)
+		x.s.cfg.Observer.StreamClosed(fetchX509SVID)
 		x.caller.release()
 	}
 }
@@ -232,11 +231,8 @@ func (x *x509Stream) update() (outcome, error) {
 	}
 	size := next.size()
 	if size > maxClientMessage {
-		x.s.obs.OversizeAnswer(fetchX509SVID)
-		if !x.oversizeLogged {
-			x.oversizeLogged = true
-			x.s.logOversize(x.caller, len(next.identities), size)
-		}
+		x.s.cfg.Observer.OversizeAnswer(fetchX509SVID)
+		x.s.logOversize(x.caller, len(next.identities), size)
 	}
 	answer := next.encode(size)
 	x.s.cfg.Record(x.process, x.sub.Sending())
@@ -248,11 +244,9 @@ func (x *x509Stream) update() (outcome, error) {
 }
 
 func (s *service) logOversize(c *caller, identities, size int) {
-	s.log.Warn("answer larger than gRPC clients accept by default: reduce the workload's entries or raise its client's limit "+
-		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions)",
-		slog.String("selectors", c.describe()), slog.Int("pid", c.peer.PID()),
-		slog.Uint64("user", uint64(c.peer.UID())), slog.String("path", c.peer.Executable()),
-		slog.Int("count", identities), slog.Int("bytes", size), slog.Int("limit", maxClientMessage))
+	s.note(slog.LevelWarn, "answer larger than gRPC clients accept by default: reduce the workload's entries or raise its client's limit "+
+		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions)", c.describe(), c.peer,
+		"selectors", c.describe(), "svids", identities, "bytes", size, "limit", maxClientMessage)
 }
 
 // x509Answer is one answer of FetchX509SVID. It shares its data with the cache, so

@@ -438,7 +438,7 @@ func TestOversizeAnswerIsSent(t *testing.T) {
 			t.Errorf("%d oversize answers counted, want 2", s.obs.oversize)
 		}
 		got := s.logs.attrs("answer larger than gRPC clients accept")
-		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1000" || got[0]["count"] != "3" {
+		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1000" || got[0]["svids"] != "3" {
 			t.Errorf("logged %v, want one warning that names the selectors", got)
 		}
 	})

@@ -47,7 +47,7 @@ func (n *node) restart(s metrics.State) {
 	n.set(s)
 	h := metrics.New(metrics.Config{
 		TrustDomain: "example.org", Version: "1.2.3", Process: rand.Text(),
-		Source: metrics.SourceFunc(func() metrics.State { return *n.state.Load() }),
+		Source: func() metrics.State { return *n.state.Load() },
 	}).Handler()
 	n.process.Store(&h)
 }

@@ -148,7 +148,7 @@ func TestRelabeled(t *testing.T) {
 	f.staysUnsafe("series without a target")
 }
 
-// Targets that have one instance label in common are told apart by their other labels.
+// Targets that have one instance label in common are distinguished by their other labels.
 func TestOneInstanceLabel(t *testing.T) {
 	t.Parallel()
 	a, b := startNode(t, holding(1, 0, 0, 0)), startNode(t, holding(2, 4, 4, 0))

@@ -61,7 +61,7 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 	if active < 0 {
 		return Step{}, errors.New("no keyset is active: activate one, then run keysetctl rotate again")
 	}
-	var tainted, old, fresh []string
+	var tainted, old, prepared []string
 	for i, k := range s.Keysets {
 		expired := !k.ExpiresAt.IsZero() && !now.Before(k.ExpiresAt)
 		switch {
@@ -71,7 +71,7 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 		case k.SteppedDown || i < active || expired:
 			old = append(old, k.ID)
 		default:
-			fresh = append(fresh, k.ID)
+			prepared = append(prepared, k.ID)
 		}
 	}
 	switch {
@@ -79,8 +79,8 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 		return choose(ActRemove, tainted, chosen)
 	case len(old) > 0:
 		return choose(ActTaint, old, chosen)
-	case len(fresh) > 0:
-		return choose(ActActivate, fresh, chosen)
+	case len(prepared) > 0:
+		return choose(ActActivate, prepared, chosen)
 	}
 	return Step{}, nil
 }

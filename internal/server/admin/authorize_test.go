@@ -25,6 +25,7 @@ import (
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 const service = "/renewd.v1.Operator/"
@@ -186,12 +187,12 @@ func TestAuthorization(t *testing.T) {
 			return r.dial(t, w, nil)
 		}, codes.Unavailable, codes.Unavailable},
 		"manager's path in another trust domain": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
-			other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: foreign})
+			other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: foreign, Storage: new(memory.Keysets)})
 			check(t, err)
 			return r.dial(t, w, sign(t, other, spiffeid.RequireFromPath(foreign, boss.Path()), time.Hour))
 		}, codes.Unavailable, codes.Unavailable},
 		"manager's ID by another authority": {func(t *testing.T, w *world, r *remote) *grpc.ClientConn {
-			other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+			other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 			check(t, err)
 			return r.dial(t, w, sign(t, other, boss, time.Hour))
 		}, codes.Unavailable, codes.Unavailable},

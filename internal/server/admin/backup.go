@@ -4,7 +4,6 @@ import (
 	"path"
 
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
@@ -13,9 +12,6 @@ import (
 
 // Backup implements the service.
 func (s *Service) Backup(_ *api.BackupRequest, stream grpc.ServerStreamingServer[api.BackupResponse]) error {
-	if s.config.Backup == nil {
-		return status.Error(codes.Unimplemented, "this server has no store to back up: it has no data_dir")
-	}
 	size, err := s.config.Backup(stream.Context(), chunkWriter{stream})
 	if err != nil {
 		return statusError(err)

@@ -15,7 +15,6 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
-	"github.com/renewd/renewd/internal/server/admin"
 )
 
 // received returns a backup as a client receives it.
@@ -127,23 +126,4 @@ func TestBackupClientHangs(t *testing.T) {
 			})
 		})
 	}
-}
-
-// TestBackupWithoutStore: a server without a store returns an error.
-func TestBackupWithoutStore(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(t)
-		rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
-		check(t, err)
-		w.Service, err = admin.New(admin.Config{
-			TrustDomain: td, Rules: rules, Published: w.published, Certificate: w.only().certificate,
-			Deployments: []admin.Deployment{{Name: "default", Keysets: w.only().keysets, Server: w.only().server, Ledger: w.only().ledger}},
-		})
-		check(t, err)
-		_, err = received(t.Context(), w.serveTLS(t).dial(t, w, w.only().sign(t, boss, time.Hour)))
-		if status.Code(err) != codes.Unimplemented {
-			t.Error(err)
-		}
-	})
 }

@@ -31,6 +31,7 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -63,7 +64,7 @@ type deployment struct {
 	keysets *keyset.Deployment
 	server  *spireapi.Server
 	ledger  *ledger.Ledger
-	kept    *spireapi.Memory
+	kept    *memory.Server
 	storage *storage
 	rows    *rows
 }
@@ -89,7 +90,7 @@ func newWorldFor(t testing.TB, managers, readers []string, names ...string) *wor
 		Certificate: func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) { return w.only().certificate(hello) },
 	}
 	for _, name := range w.names {
-		d := &deployment{kept: spireapi.NewMemory(), storage: new(storage), rows: new(rows)}
+		d := &deployment{kept: memory.NewServer(), storage: new(storage), rows: new(rows)}
 		d.keysets, err = keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Name: name, Storage: d.storage})
 		check(t, err)
 		d.ledger, err = ledger.Open(t.Context(), ledger.Config{Storage: d.rows})
@@ -128,7 +129,7 @@ func (d *deployment) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error)
 
 // storage stores keysets and an audit log in memory. Its hooks can hang or fail.
 type storage struct {
-	keyset.Memory
+	memory.Keysets
 	mu  sync.Mutex
 	log []admin.AuditRecord
 	// before is called before a change is stored, after when it is stored.
@@ -150,7 +151,7 @@ func (s *storage) Save(ctx context.Context, d keyset.Document, c keyset.Change) 
 			return err
 		}
 	}
-	if err := s.Memory.Save(ctx, d, c); err != nil {
+	if err := s.Keysets.Save(ctx, d, c); err != nil {
 		return err
 	}
 	s.mu.Lock()

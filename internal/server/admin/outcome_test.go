@@ -19,6 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // hang waits until ctx is done.
@@ -215,7 +216,7 @@ func TestOtherCallsTimeOut(t *testing.T) {
 		w := newWorld(t)
 		d := w.only()
 		var err error
-		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: hangingStorage{d.kept}})
+		d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: hangingStorage{d.kept}, Ledger: d.ledger})
 		check(t, err)
 		rules, err := admin.ParseRules(td, []string{boss.String()}, nil)
 		check(t, err)
@@ -234,7 +235,7 @@ func TestOtherCallsTimeOut(t *testing.T) {
 }
 
 // hangingStorage is a server's storage that hangs when a token is stored.
-type hangingStorage struct{ *spireapi.Memory }
+type hangingStorage struct{ *memory.Server }
 
 func (hangingStorage) PutToken(ctx context.Context, _ spireapi.Token) error { return hang(ctx) }
 

@@ -6,8 +6,6 @@ import (
 	"slices"
 	"time"
 
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
@@ -189,9 +187,6 @@ func (s *Service) ReadAudit(ctx context.Context, req *api.ReadAuditRequest) (*ap
 	d, err := s.find(req)
 	if err != nil {
 		return nil, err
-	}
-	if d.Audit == nil {
-		return nil, status.Error(codes.Unimplemented, "this server has no audit log: it has no data_dir")
 	}
 	limit := int(req.GetLimit())
 	if limit == 0 || limit > maxAudit {

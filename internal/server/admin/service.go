@@ -7,6 +7,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -26,10 +27,12 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
+	"github.com/renewd/renewd/internal/server/rotation"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -41,25 +44,16 @@ type Deployment struct {
 	Keysets *keyset.Deployment
 	Server  *spireapi.Server
 	Ledger  *ledger.Ledger
-	// Audit returns at most limit records with a number above after. It is nil if there
-	// is no audit log.
+	// Audit returns at most limit records with a number above after.
 	Audit func(ctx context.Context, after uint64, limit int) ([]AuditRecord, error)
 	// Automatic returns the next step of automatic rotation. It is nil if there is none.
-	Automatic func() Automatic
+	Automatic func() rotation.Preview
 }
 
 // AuditRecord is a mutation. Numbers start at 1 and have no gaps.
 type AuditRecord struct {
 	Number uint64
 	keyset.Change
-}
-
-// Automatic is the next step of automatic rotation.
-type Automatic struct {
-	Mode     string    // off, on or paused
-	Next     string    // such as "taint ks_…"; empty: nothing
-	At       time.Time // if WaitsFor is set: at the latest
-	WaitsFor string    // the condition, if the step does not wait for a time
 }
 
 // Config configures a [Service]. TrustDomain, Deployments and Published are required.
@@ -71,8 +65,7 @@ type Config struct {
 	// Follows reports whether the server fetches the bundle of a federated trust
 	// domain. If it is nil, entries are applied without a warning about that.
 	Follows func(spiffeid.TrustDomain) bool
-	// Backup writes a copy of the store to w and returns its size in bytes. It is nil
-	// if there is no store.
+	// Backup writes a copy of the store to w and returns its size in bytes.
 	Backup func(ctx context.Context, w io.Writer) (size int64, err error)
 	// Certificate returns the certificate for remote operators. ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
@@ -98,7 +91,7 @@ type Service struct {
 	config Config
 	rules  Rules
 	log    *slog.Logger
-	lines  *listen.Lines
+	lines  *loglimit.Log
 	now    func() time.Time
 	calls  detach.Group
 }
@@ -111,20 +104,15 @@ func New(c Config) (*Service, error) {
 	if c.TrustDomain.IsZero() || len(c.Deployments) == 0 || c.Published == nil {
 		return nil, errors.New("new operator service: needs a trust domain, deployments and the published bundle")
 	}
-	if c.Clock == nil {
-		c.Clock = clock.New(nil, nil, time.Time{})
-	}
+	c.Clock = cmp.Or(c.Clock, clock.New(nil, nil, time.Time{}))
 	if c.ConfirmClock == nil {
 		c.ConfirmClock = func(_ context.Context, at time.Time) (bool, error) { return c.Clock.Confirm(at), nil }
 	}
 	if c.Heard == nil {
 		c.Heard = func(string, time.Time) {}
 	}
-	s := &Service{config: c, rules: c.Rules, log: c.Log, now: c.Clock.Now}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	s.lines = listen.NewLines(s.log)
+	s := &Service{config: c, rules: c.Rules, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)), now: c.Clock.Now}
+	s.lines = listen.NewLog(s.log)
 	return s, nil
 }
 

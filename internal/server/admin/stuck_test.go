@@ -17,11 +17,12 @@ import (
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // stuck is a server's storage whose reads and writes can hang and ignore contexts.
 type stuck struct {
-	*spireapi.Memory
+	*memory.Server
 	mu   sync.Mutex
 	gate chan struct{}
 }
@@ -51,32 +52,32 @@ func (s *stuck) wait() {
 
 func (s *stuck) PutToken(ctx context.Context, t spireapi.Token) error {
 	s.wait()
-	return s.Memory.PutToken(ctx, t)
+	return s.Server.PutToken(ctx, t)
 }
 
 func (s *stuck) TakeToken(ctx context.Context, value string) (spireapi.Token, error) {
 	s.wait()
-	return s.Memory.TakeToken(ctx, value)
+	return s.Server.TakeToken(ctx, value)
 }
 
 func (s *stuck) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent, error) {
 	s.wait()
-	return s.Memory.Agent(ctx, id)
+	return s.Server.Agent(ctx, id)
 }
 
 func (s *stuck) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
 	s.wait()
-	return s.Memory.UpdateAgent(ctx, id, change)
+	return s.Server.UpdateAgent(ctx, id, change)
 }
 
 func (s *stuck) Agents(ctx context.Context) ([]spireapi.Agent, error) {
 	s.wait()
-	return s.Memory.Agents(ctx)
+	return s.Server.Agents(ctx)
 }
 
 func (s *stuck) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
 	s.wait()
-	return s.Memory.PutEntries(ctx, put, gone)
+	return s.Server.PutEntries(ctx, put, gone)
 }
 
 // stuckWorld returns a world whose deployment stores agents, tokens and entries in stuck.
@@ -84,7 +85,7 @@ func stuckWorld(t *testing.T) (*world, *stuck) {
 	t.Helper()
 	w := newWorld(t)
 	d, disk := w.only(), new(stuck)
-	disk.Memory = d.kept
+	disk.Server = d.kept
 	var err error
 	d.server, err = spireapi.New(spireapi.Config{TrustDomain: td, Keysets: d.keysets, Storage: disk, Ledger: d.ledger})
 	check(t, err)

@@ -14,9 +14,9 @@ package endpoint
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/tls"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
@@ -30,9 +30,6 @@ import (
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
-
-// shutdownTimeout is how long requests in flight may take after ctx of Serve is done.
-const shutdownTimeout = 3 * time.Second
 
 // Config configures a [Server]. TrustDomain, Bundle and the fields of a profile are required.
 type Config struct {
@@ -66,12 +63,8 @@ type Server struct {
 
 // New returns a Server. It fails if the certificate files cannot be loaded.
 func New(c Config) (*Server, error) {
-	if c.Log == nil {
-		c.Log = slog.New(slog.DiscardHandler)
-	}
-	if c.Connections == nil {
-		c.Connections = listen.NewPool()
-	}
+	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	c.Connections = cmp.Or(c.Connections, listen.NewPool())
 	s := &Server{config: c, tls: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: c.Certificate}}
 	if c.CertFile != "" {
 		files := &certFiles{cert: c.CertFile, key: c.KeyFile, log: c.Log}
@@ -83,14 +76,11 @@ func New(c Config) (*Server, error) {
 	return s, nil
 }
 
-// Serve serves on lis until ctx is done. Then it closes lis, lets requests in flight
-// finish for a short time and returns nil. If it ends for another reason, it closes lis
-// and returns an error.
+// Serve serves on lis, which it closes, until ctx ends or lis fails, as [listen.ServeHTTP]
+// does.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
-	limited := s.config.Connections.Listen(lis, listen.HTTP, nil)
 	srv := &http.Server{
 		Handler:           s.handler(),
-		ConnState:         limited.ConnState,
 		TLSConfig:         s.tls,
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       5 * time.Second,
@@ -100,23 +90,9 @@ func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 		// At debug level: anonymous clients cause failed handshakes.
 		ErrorLog: slog.NewLogLogger(s.config.Log.Handler(), slog.LevelDebug),
 	}
-	done := make(chan error, 1)
-	go func() { done <- srv.ServeTLS(limited, "", "") }()
-	var err error
-	select {
-	case err = <-done:
-	case <-ctx.Done():
-		stop, cancel := context.WithTimeout(context.WithoutCancel(ctx), shutdownTimeout)
-		defer cancel()
-		if srv.Shutdown(stop) != nil {
-			_ = srv.Close() // ends the remaining requests; Shutdown has closed the listener
-		}
-		err = <-done
-	}
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return fmt.Errorf("serve the bundle endpoint: %w", err)
+	return listen.ServeHTTP(ctx, s.config.Connections, lis, srv, func(l net.Listener) error {
+		return fmt.Errorf("serve the bundle endpoint: %w", srv.ServeTLS(l, "", ""))
+	})
 }
 
 func (s *Server) handler() http.Handler {

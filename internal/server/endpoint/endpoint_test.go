@@ -27,6 +27,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -41,7 +42,7 @@ type domain struct {
 }
 
 func newDomain(t *testing.T) *domain {
-	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+	d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 	if err != nil {
 		t.Fatal(err)
 	}

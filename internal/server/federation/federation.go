@@ -9,12 +9,13 @@
 // verifies the fetch of the next. The first one comes from a file.
 //
 // An invalid answer changes nothing. An answer that is older than the current bundle
-// is accepted only after [staleLimit], because a lagging replica would undo the
+// is accepted only after [lagLimit], because a lagging replica would undo the
 // removal of a key. The size of an answer and the time of a fetch are bounded. The
 // bundles survive a restart.
 package federation
 
 import (
+	"cmp"
 	"context"
 	"crypto/x509"
 	"errors"
@@ -71,29 +72,21 @@ type Storage interface {
 	ForgetFederated(ctx context.Context, td spiffeid.TrustDomain) error
 }
 
-// The outcomes of a refresh that are passed to [Config.Observe].
-const (
-	OutcomeApplied   = "applied"   // the bundle has changed
-	OutcomeUnchanged = "unchanged" // the bundle is the current one
-	OutcomeRejected  = "rejected"  // the answer is invalid or older
-	OutcomeFailed    = "failed"    // there was no answer
-)
-
-// Config configures a [Follower]. TrustDomain and Publish are required.
+// Config configures a [Follower]. TrustDomain, Storage and Publish are required.
 type Config struct {
 	// TrustDomain is this server's trust domain. Own returns its X.509 authorities, for
 	// endpoints whose SPIFFE ID is in it.
 	TrustDomain spiffeid.TrustDomain
 	Own         func() []*x509.Certificate
-	// Endpoints are checked with [Check].
+	// Endpoints have passed [Check].
 	Endpoints []Endpoint
-	// Storage stores the bundles; they are lost with the process when nil.
-	Storage Storage
+	Storage   Storage
 	// Publish is called with each new bundle, which must not be modified, and with nil
 	// if it has no X.509 authority: that trust domain is then no longer trusted. [New]
 	// and Run call it, never concurrently for one trust domain.
 	Publish func(td spiffeid.TrustDomain, b *spiffebundle.Bundle)
-	// Observe, if set, is called with the outcome of each refresh.
+	// Observe, if set, is called with the outcome of each refresh, such as
+	// [bundle.OutcomeApplied].
 	Observe func(td spiffeid.TrustDomain, outcome string)
 
 	// Roots verify endpoints with profile https_web; the system's when nil.
@@ -112,12 +105,10 @@ type Follower struct {
 	peers map[spiffeid.TrustDomain]*peer
 }
 
-// New checks the configuration, loads the bundles from the storage and from files, and
+// New loads the bundles from the storage and from files, and
 // publishes them. It deletes the records of trust domains that are no longer configured.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
-	if cfg.Log == nil {
-		cfg.Log = slog.New(slog.DiscardHandler)
-	}
+	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
 	}
@@ -145,9 +136,6 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 // load returns the records of configured trust domains and deletes the others.
 func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, error) {
 	stored := make(map[spiffeid.TrustDomain]*Record)
-	if f.cfg.Storage == nil {
-		return stored, nil
-	}
 	records, err := f.cfg.Storage.Federated(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("load federated bundles: %w", err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"log/slog"
-	"math/rand/v2"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -13,6 +12,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 const (
@@ -23,9 +23,9 @@ const (
 	// firstRetry is the pause after a first failure. It doubles up to the interval, but
 	// not beyond defaultInterval.
 	firstRetry = 10 * time.Second
-	// staleLimit is how long older answers are attributed to a lagging replica. If the
+	// lagLimit is how long older answers are attributed to a lagging replica. If the
 	// bundle is older for longer, the data of the server was restored.
-	staleLimit = 10 * time.Minute
+	lagLimit = 10 * time.Minute
 )
 
 // peer is a trust domain whose endpoint is polled.
@@ -37,11 +37,10 @@ type peer struct {
 	refetch chan struct{}           // the X.509 authorities that verify the endpoint have changed
 
 	// Owned by New, and then by the goroutine of follow.
-	file           string // see Record
-	retry          *backoff.ExponentialBackOff
-	failing        bool // the last fetch failed
-	storageFailing bool
-	staleSince     time.Time
+	file  string // see Record
+	retry *backoff.ExponentialBackOff
+	lines *loglimit.Log // of failures
+	doubt bundle.Doubt
 }
 
 // current is a bundle that is in use. It is immutable.
@@ -53,7 +52,8 @@ type current struct {
 }
 
 func (f *Follower) newPeer(e Endpoint) *peer {
-	p := &peer{Endpoint: e, client: f.newClient(e), refetch: make(chan struct{}, 1), retry: backoff.NewExponentialBackOff()}
+	p := &peer{Endpoint: e, client: f.newClient(e), refetch: make(chan struct{}, 1), retry: backoff.NewExponentialBackOff(),
+		lines: loglimit.New(f.cfg.Log, time.Hour, 4)}
 	p.publish = func(b *spiffebundle.Bundle) { f.cfg.Publish(e.TrustDomain, b) }
 	p.retry.InitialInterval, p.retry.Multiplier = firstRetry, 2
 	p.retry.Reset()
@@ -96,9 +96,9 @@ func (f *Follower) follow(ctx context.Context, p *peer) {
 		}
 		f.cfg.Observe(p.TrustDomain, outcome)
 		interval := p.interval()
-		if outcome == OutcomeApplied || outcome == OutcomeUnchanged {
+		if outcome == bundle.OutcomeApplied || outcome == bundle.OutcomeUnchanged {
 			p.retry.Reset()
-			timer.Reset(time.Duration(float64(interval) * (0.9 + 0.2*rand.Float64()))) // not in step with others
+			timer.Reset(bundle.Jitter(interval))
 		} else {
 			p.retry.MaxInterval = min(interval, defaultInterval)
 			timer.Reset(p.retry.NextBackOff())
@@ -119,29 +119,26 @@ func (p *peer) interval() time.Duration {
 func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	b, left, err := p.fetch(ctx)
 	if ctx.Err() != nil {
-		return OutcomeFailed
+		return bundle.OutcomeFailed
 	}
 	before := p.current.Load()
 	if err != nil {
 		f.logFailure(p, before, err)
 		if errors.Is(err, errAnswer) {
-			return OutcomeRejected
+			return bundle.OutcomeRejected
 		}
-		return OutcomeFailed
+		return bundle.OutcomeFailed
 	}
 	now := f.cfg.Now()
-	if p.failing {
-		p.failing = false
-		f.cfg.Log.Info("federated bundle refresh recovered", "trust_domain", p.TrustDomain.Name())
-	}
-	if f.stale(p, before, b, now) {
-		return OutcomeRejected
+	p.lines.Over("refresh", "federated bundle refresh recovered", "trust_domain", p.TrustDomain.Name())
+	if f.lags(p, before, b) {
+		return bundle.OutcomeRejected
 	}
 	f.logLeftOut(p, before, left)
 	if before != nil && !before.fetchedAt.IsZero() && b.Equal(before.bundle) {
 		p.current.Store(&current{bundle: before.bundle, leftOut: left, fetchedAt: now, stored: before.stored})
 		f.saveIfNeeded(ctx, p)
-		return OutcomeUnchanged
+		return bundle.OutcomeUnchanged
 	}
 	f.logChange(p, before, b)
 	p.set(&current{bundle: b, leftOut: left, fetchedAt: now})
@@ -149,7 +146,7 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 	if before == nil || !sameAuthorities(before.bundle, b) {
 		f.refetchVerifiedWith(p)
 	}
-	return OutcomeApplied
+	return bundle.OutcomeApplied
 }
 
 // refetchVerifiedWith triggers a fetch from the endpoints that p's bundle verifies.
@@ -169,23 +166,17 @@ func sameAuthorities(a, b *spiffebundle.Bundle) bool {
 	return a.X509Bundle().Equal(b.X509Bundle())
 }
 
-// logFailure logs the first of several consecutive failures as a warning and the others
-// as debug lines.
 func (f *Follower) logFailure(p *peer, before *current, err error) {
-	level := slog.LevelDebug
-	if !p.failing {
-		p.failing, level = true, slog.LevelWarn
-	}
 	msg := "federated bundle refresh failed, keeping the current bundle"
 	if before == nil {
 		msg = "federated bundle refresh failed, there is none yet: workloads cannot verify peers of this trust domain"
 	}
-	f.cfg.Log.Log(context.Background(), level, msg, "trust_domain", p.TrustDomain.Name(), "error", err)
+	p.lines.Note(slog.LevelWarn, msg, "refresh", "trust_domain", p.TrustDomain.Name(), "error", err)
 }
 
-// stale reports whether an answer is older than the current bundle and must not replace
+// lags reports whether an answer is older than the current bundle and must not replace
 // it yet. A bundle from the file is older than any answer.
-func (f *Follower) stale(p *peer, before *current, b *spiffebundle.Bundle, now time.Time) bool {
+func (f *Follower) lags(p *peer, before *current, b *spiffebundle.Bundle) bool {
 	older := false
 	var sequence, held uint64
 	if before != nil && !before.fetchedAt.IsZero() {
@@ -195,20 +186,18 @@ func (f *Follower) stale(p *peer, before *current, b *spiffebundle.Bundle, now t
 		older = hadNumber && hasNumber && sequence < held
 	}
 	if !older {
-		p.staleSince = time.Time{}
+		p.doubt.Clear()
 		return false
 	}
 	args := []any{"trust_domain", p.TrustDomain.Name(), "sequence", sequence, "held", held}
-	if p.staleSince.IsZero() {
-		p.staleSince = now
+	first, counts := p.doubt.Again(defaultInterval, lagLimit)
+	switch {
+	case first:
 		f.cfg.Log.Warn("older federated bundle rejected, keeping the newer one", args...)
+	case counts:
+		f.cfg.Log.Warn("older federated bundle accepted, the endpoint keeps returning it", args...)
 	}
-	if now.Sub(p.staleSince) < staleLimit {
-		return true
-	}
-	f.cfg.Log.Warn("older federated bundle accepted, the endpoint keeps returning it", args...)
-	p.staleSince = time.Time{}
-	return false
+	return !counts
 }
 
 // attrs returns the attributes of a log line about a bundle.
@@ -245,27 +234,23 @@ func (f *Follower) saveIfNeeded(ctx context.Context, p *peer) {
 	if p.current.Load().stored {
 		return
 	}
-	err := f.save(ctx, p)
-	switch {
-	case err != nil && !p.storageFailing && ctx.Err() == nil:
-		f.cfg.Log.Warn("federated bundle not stored, a restart would restore the previous one", "trust_domain", p.TrustDomain.Name(), "error", err)
-	case err == nil && p.storageFailing:
-		f.cfg.Log.Info("federated bundle storage recovered", "trust_domain", p.TrustDomain.Name())
+	if err := f.save(ctx, p); err == nil {
+		p.lines.Over("storage", "federated bundle storage recovered", "trust_domain", p.TrustDomain.Name())
+	} else if ctx.Err() == nil {
+		p.lines.Note(slog.LevelWarn, "federated bundle not stored, a restart would restore the previous one", "storage",
+			"trust_domain", p.TrustDomain.Name(), "error", err)
 	}
-	p.storageFailing = err != nil
 }
 
 // save stores the current bundle.
 func (f *Follower) save(ctx context.Context, p *peer) error {
 	c := p.current.Load()
-	if f.cfg.Storage != nil {
-		data, err := marshal(c.bundle)
-		if err != nil {
-			return err
-		}
-		if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: c.fetchedAt, File: p.file}); err != nil {
-			return err
-		}
+	data, err := marshal(c.bundle)
+	if err != nil {
+		return err
+	}
+	if err := f.cfg.Storage.SaveFederated(ctx, Record{TrustDomain: p.TrustDomain, Bundle: data, FetchedAt: c.fetchedAt, File: p.file}); err != nil {
+		return err
 	}
 	p.current.Store(&current{bundle: c.bundle, leftOut: c.leftOut, fetchedAt: c.fetchedAt, stored: true})
 	return nil

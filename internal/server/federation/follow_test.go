@@ -104,8 +104,8 @@ func TestMissedRotation(t *testing.T) {
 }
 
 // TestOutage: while the endpoint is down its bundle stays, also after a restart. The
-// pauses between the fetches grow, and the log has one line at the first failure and one
-// at the recovery.
+// pauses between the fetches grow, and the log has one line at the first failure, one an
+// hour while it lasts, and one at the recovery.
 func TestOutage(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
@@ -120,7 +120,8 @@ func TestOutage(t *testing.T) {
 		w.mu.Unlock()
 		time.Sleep(3 * time.Hour)
 		w.holds(partner, p.certificates()...)
-		w.logged("level=WARN|federated bundle refresh failed, keeping the current bundle|trust_domain=partner.example|connection refused")
+		const failed = "level=WARN|federated bundle refresh failed, keeping the current bundle|trust_domain=partner.example|connection refused"
+		w.logged(failed, failed+"|count=", failed+"|count=")
 		if got := w.follower.Refreshed()[partner]; !got.Equal(at) {
 			w.t.Errorf("refreshed at %v, want %v", got, at)
 		}
@@ -148,7 +149,7 @@ func TestOutage(t *testing.T) {
 		p.up()
 		time.Sleep(10 * time.Minute)
 		synctest.Wait()
-		w.logged("level=INFO|federated bundle refresh recovered|partner.example")
+		w.logged("level=INFO|federated bundle refresh recovered|partner.example|duration=")
 		if got := w.observed(); !strings.HasPrefix(got, "applied failed failed") || !strings.Contains(got, "failed unchanged") {
 			w.t.Errorf("outcomes %s", got)
 		}
@@ -241,6 +242,38 @@ func TestOlderBundle(t *testing.T) {
 	})
 }
 
+// TestOlderBundleAroundOutage: time without answers says nothing about the replica, so it
+// does not count.
+func TestOlderBundleAroundOutage(t *testing.T) {
+	inWorld(t, func(w *world) {
+		a, b := newAuthority(w.t).cert, newAuthority(w.t).cert
+		var answer atomic.Pointer[[]byte]
+		pass := func(doc []byte, d time.Duration) {
+			answer.Store(&doc)
+			time.Sleep(d)
+			synctest.Wait()
+		}
+		everyMinute := func(doc []byte) []byte { return append(doc[:len(doc)-1], `,"spiffe_refresh_hint":60}`...) }
+		newer, older := everyMinute(document(partner, 5, a, b)), everyMinute(document(partner, 4, a))
+		answer.Store(&newer)
+		w.handle("partner.example:443", w.web.certificate("partner.example"), func(rw http.ResponseWriter, _ *http.Request) {
+			if doc := *answer.Load(); doc != nil {
+				rw.Write(doc)
+				return
+			}
+			rw.WriteHeader(http.StatusServiceUnavailable)
+		})
+		w.start(federation.Endpoint{TrustDomain: partner, URL: "https://partner.example", Profile: federation.ProfileWeb})
+		w.holds(partner, a, b)
+		pass(older, 3*time.Minute)
+		pass(nil, time.Hour)
+		pass(older, 90*time.Second)
+		w.holds(partner, a, b)
+		pass(older, 10*time.Minute)
+		w.holds(partner, a)
+	})
+}
+
 // TestWithdrawn: a trust domain that publishes no keys has withdrawn them (SPIFFE Trust
 // Domain and Bundle, section 4.1.3). Its bundle is no longer published, also after a
 // restart.
@@ -311,7 +344,7 @@ func TestEndpointsOfOthers(t *testing.T) {
 		w.stop()
 		self.serve(other, o.Bundle, self.certificate)
 		follower, err := federation.New(w.t.Context(), federation.Config{
-			TrustDomain: own, Own: self.certificates, Publish: w.publish, Dial: w.dial,
+			TrustDomain: own, Own: self.certificates, Storage: new(records), Publish: w.publish, Dial: w.dial,
 			Endpoints: []federation.Endpoint{{TrustDomain: other, URL: "https://other.example", Profile: federation.ProfileSPIFFE, ID: self.id()}},
 		})
 		w.check(err)

@@ -29,6 +29,7 @@ import (
 	"github.com/renewd/renewd/internal/server/endpoint"
 	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -51,7 +52,7 @@ type world struct {
 	bundles  map[spiffeid.TrustDomain]*spiffebundle.Bundle // published; nil: withdrawn
 	outcomes []string                                      // of partner
 
-	storage  *memory
+	storage  *records
 	follower *federation.Follower
 	stop     func()
 }
@@ -64,7 +65,7 @@ type dial struct {
 func inWorld(t *testing.T, f func(w *world)) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		w := &world{t: t, hosts: map[string]*bufconn.Listener{}, web: newAuthority(t), log: new(lines), storage: new(memory), stop: func() {}}
+		w := &world{t: t, hosts: map[string]*bufconn.Listener{}, web: newAuthority(t), log: new(lines), storage: new(records), stop: func() {}}
 		defer func() { w.stop() }()
 		f(w)
 	})
@@ -183,7 +184,7 @@ func (w *world) domain(td spiffeid.TrustDomain) *domain {
 	w.t.Helper()
 	d := &domain{w: w, td: td, down: func() {}, hint: time.Minute}
 	var err error
-	d.Deployment, err = keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td})
+	d.Deployment, err = keyset.Open(w.t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 	w.check(err)
 	return d
 }
@@ -351,21 +352,21 @@ func (w *world) logged(want ...string) {
 	}
 }
 
-// memory is a storage that survives a follower.
-type memory struct {
+// records is a storage that survives a follower.
+type records struct {
 	mu      sync.Mutex
 	records []federation.Record
 	err     error
 	saved   int
 }
 
-func (m *memory) Federated(context.Context) ([]federation.Record, error) {
+func (m *records) Federated(context.Context) ([]federation.Record, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	return slices.Clone(m.records), m.err
 }
 
-func (m *memory) SaveFederated(_ context.Context, r federation.Record) error {
+func (m *records) SaveFederated(_ context.Context, r federation.Record) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.err != nil {
@@ -377,19 +378,19 @@ func (m *memory) SaveFederated(_ context.Context, r federation.Record) error {
 	return nil
 }
 
-func (m *memory) ForgetFederated(_ context.Context, td spiffeid.TrustDomain) error {
+func (m *records) ForgetFederated(_ context.Context, td spiffeid.TrustDomain) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.delete(td)
 	return m.err
 }
 
-func (m *memory) delete(td spiffeid.TrustDomain) {
+func (m *records) delete(td spiffeid.TrustDomain) {
 	m.records = slices.DeleteFunc(m.records, func(r federation.Record) bool { return r.TrustDomain == td })
 }
 
 // fail makes all methods fail with err, or none when it is nil.
-func (m *memory) fail(err error) {
+func (m *records) fail(err error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.err = err

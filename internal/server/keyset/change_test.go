@@ -12,16 +12,17 @@ import (
 
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // audited is a storage that keeps the audit log.
 type audited struct {
-	keyset.Memory
+	memory.Keysets
 	log []keyset.Change
 }
 
 func (a *audited) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
-	if err := a.Memory.Save(ctx, d, c); err != nil {
+	if err := a.Keysets.Save(ctx, d, c); err != nil {
 		return err
 	}
 	a.log = append(a.log, c)
@@ -101,7 +102,7 @@ func TestNote(t *testing.T) {
 func TestActorsAndTimes(t *testing.T) {
 	t.Parallel()
 	c := &clock{start}
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	d := open(t, keyset.Config{Storage: store, Now: c.Now})
 	expect := func(rotated time.Time, id, by string, down, tainted time.Time) {
 		t.Helper()
@@ -216,7 +217,7 @@ func TestCheck(t *testing.T) {
 // TestCheckIsAtomic: another process changes the keysets after the Check.
 func TestCheckIsAtomic(t *testing.T) {
 	t.Parallel()
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	other := open(t, keyset.Config{Storage: store})
 	d := open(t, keyset.Config{Storage: store})
 	k, err := d.Prepare(t.Context())
@@ -244,7 +245,7 @@ func TestChanged(t *testing.T) {
 			return false
 		}
 	}
-	store := &failing{Storage: new(keyset.Memory)}
+	store := &failing{Storage: new(memory.Keysets)}
 	d := open(t, keyset.Config{Storage: store})
 	s := d.Status()
 	store.save = errors.New("disk")
@@ -281,7 +282,7 @@ func TestChanged(t *testing.T) {
 // TestUnknownOutcome loses the answer of a commit.
 func TestUnknownOutcome(t *testing.T) {
 	t.Parallel()
-	store := &failing{Storage: new(keyset.Memory)}
+	store := &failing{Storage: new(memory.Keysets)}
 	d := open(t, keyset.Config{Storage: store})
 	store.Storage = failsAfterSave{store.Storage, errors.New("connection lost")}
 	if _, err := d.Prepare(t.Context()); err == nil || err.Error() != "prepare keyset: save: connection lost" {

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // TestSuccessorOfAClockAhead prepares a keyset while the clock is far ahead. Its CA
@@ -47,7 +48,7 @@ func TestSuccessorOfAClockAhead(t *testing.T) {
 func TestActivateRefusesTheFuture(t *testing.T) {
 	t.Parallel()
 	c := &clock{start.Add(48 * time.Hour)}
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	d := open(t, keyset.Config{Now: c.Now, Storage: store})
 	k, err := d.Prepare(t.Context())
 	if err != nil {

@@ -1,6 +1,7 @@
 package keyset
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -17,13 +18,12 @@ import (
 // DefaultLifetime is the default lifetime of a keyset.
 const DefaultLifetime = 90 * 24 * time.Hour
 
-// Config describes the deployment to open. Only TrustDomain is required.
+// Config describes the deployment to open. TrustDomain and Storage are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
 	// Name is the deployment's name within the trust domain; "default" when
 	// empty.
-	Name string
-	// Storage keeps the keysets; memory when nil.
+	Name    string
 	Storage Storage
 	// Lifetime is the lifetime of a new keyset; DefaultLifetime when zero. It must
 	// be at least an hour.
@@ -49,15 +49,9 @@ type Deployment struct {
 // Open loads the keysets of a deployment. If none was ever stored, it makes the first
 // one, which is active.
 func Open(ctx context.Context, c Config) (*Deployment, error) {
-	d := &Deployment{td: c.TrustDomain, name: c.Name, storage: c.Storage, lifetime: c.Lifetime, now: c.Now}
-	if d.name == "" {
-		d.name = "default"
-	}
-	if d.storage == nil {
-		d.storage = new(Memory)
-	}
-	if d.lifetime == 0 {
-		d.lifetime = DefaultLifetime
+	d := &Deployment{
+		td: c.TrustDomain, name: cmp.Or(c.Name, "default"), storage: c.Storage,
+		lifetime: cmp.Or(c.Lifetime, DefaultLifetime), now: c.Now,
 	}
 	if d.now == nil {
 		d.now = time.Now

@@ -22,6 +22,7 @@ import (
 	"pgregory.net/rapid"
 
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 func ctx(t any) context.Context {
@@ -64,7 +65,7 @@ func TestOpenMakesTheFirstKeyset(t *testing.T) {
 
 func TestOpenRefuses(t *testing.T) {
 	t.Parallel()
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	open(t, keyset.Config{Storage: store})
 	good, _ := store.Load(t.Context())
 	broken := func(change func(*keyset.Document)) keyset.Storage {
@@ -375,7 +376,7 @@ func TestStateText(t *testing.T) {
 
 func TestOpenChecksTheTrustDomain(t *testing.T) {
 	t.Parallel()
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	open(t, keyset.Config{Storage: store})
 	foreign := spiffeid.RequireTrustDomainFromString("other.org")
 	if _, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: foreign, Storage: store}); err == nil {

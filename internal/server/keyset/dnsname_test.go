@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -177,7 +178,7 @@ func FuzzCheckDNSNames(f *testing.F) {
 	} {
 		f.Add(seed)
 	}
-	d, err := keyset.Open(f.Context(), keyset.Config{TrustDomain: td})
+	d, err := keyset.Open(f.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 	if err != nil {
 		f.Fatal(err)
 	}

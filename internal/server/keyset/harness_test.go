@@ -11,6 +11,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -33,6 +34,9 @@ type fataler interface {
 func open(t fataler, c keyset.Config) *keyset.Deployment {
 	t.Helper()
 	c.TrustDomain = td
+	if c.Storage == nil {
+		c.Storage = new(memory.Keysets)
+	}
 	d, err := keyset.Open(ctx(t), c)
 	if err != nil {
 		t.Fatal(err)

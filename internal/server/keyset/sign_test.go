@@ -30,6 +30,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
 
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 func TestAuthorityCertificate(t *testing.T) {
@@ -417,7 +418,7 @@ func FuzzParseCSR(f *testing.F) {
 	f.Add(der)
 	f.Add(edDER)
 	f.Add(der[:len(der)/2])
-	d, err := keyset.Open(f.Context(), keyset.Config{TrustDomain: td})
+	d, err := keyset.Open(f.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 	if err != nil {
 		f.Fatal(err)
 	}

@@ -3,8 +3,6 @@ package keyset
 import (
 	"context"
 	"errors"
-	"slices"
-	"sync"
 	"time"
 )
 
@@ -63,31 +61,4 @@ type Storage interface {
 	// when that is durable. If the stored version differs, it changes nothing and
 	// returns ErrConflict.
 	Save(ctx context.Context, d Document, c Change) error
-}
-
-// Memory is a Storage in memory, without audit log. The zero value is empty.
-type Memory struct {
-	mu  sync.Mutex
-	doc Document
-}
-
-// Load implements Storage.
-func (m *Memory) Load(context.Context) (Document, error) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	d := m.doc
-	d.Records = slices.Clone(d.Records)
-	return d, nil
-}
-
-// Save implements Storage.
-func (m *Memory) Save(_ context.Context, d Document, _ Change) error {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if d.Version != m.doc.Version+1 {
-		return ErrConflict
-	}
-	d.Records = slices.Clone(d.Records)
-	m.doc = d
-	return nil
 }

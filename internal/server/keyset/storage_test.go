@@ -11,6 +11,7 @@ import (
 
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // TestSecondMutationFailsAtOnce blocks one mutation in its commit.
@@ -126,7 +127,7 @@ func TestStuckRead(t *testing.T) {
 
 // stuckRead is a storage whose reads wait for the gate, if there is one.
 type stuckRead struct {
-	keyset.Memory
+	memory.Keysets
 	mu   sync.Mutex
 	gate chan struct{}
 }
@@ -144,7 +145,7 @@ func (s *stuckRead) Load(ctx context.Context) (keyset.Document, error) {
 	if gate != nil {
 		<-gate
 	}
-	return s.Memory.Load(ctx)
+	return s.Keysets.Load(ctx)
 }
 
 // TestStuckCommit: a disk hangs in a commit and ignores the context. The mutation
@@ -182,18 +183,18 @@ func TestStuckCommit(t *testing.T) {
 
 // stuck is a storage whose Save waits for the gate alone.
 type stuck struct {
-	keyset.Memory
+	memory.Keysets
 	gate chan struct{}
 }
 
 func (s *stuck) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	<-s.gate
-	return s.Memory.Save(ctx, d, c)
+	return s.Keysets.Save(ctx, d, c)
 }
 
 // hanging is a storage that hangs once something is stored.
 type hanging struct {
-	keyset.Memory
+	memory.Keysets
 	stored bool
 }
 
@@ -202,19 +203,19 @@ func (h *hanging) Load(ctx context.Context) (keyset.Document, error) {
 		<-ctx.Done()
 		return keyset.Document{}, ctx.Err()
 	}
-	return h.Memory.Load(ctx)
+	return h.Keysets.Load(ctx)
 }
 
 func (h *hanging) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	h.stored = true
-	return h.Memory.Save(ctx, d, c)
+	return h.Keysets.Save(ctx, d, c)
 }
 
 // TestChangedOnce loads the result of a mutation before the mutation has ended: it is
 // published then, and the end of the mutation is not another change.
 func TestChangedOnce(t *testing.T) {
 	t.Parallel()
-	store := &failing{Storage: new(keyset.Memory)}
+	store := &failing{Storage: new(memory.Keysets)}
 	d := open(t, keyset.Config{Storage: store})
 	var read keyset.Status
 	store.Storage = afterSave{store.Storage, func() {
@@ -249,7 +250,7 @@ func (s afterSave) Save(ctx context.Context, d keyset.Document, c keyset.Change)
 // TestLostRace uses two deployments on one storage, as two servers would.
 func TestLostRace(t *testing.T) {
 	t.Parallel()
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	d := open(t, keyset.Config{Storage: store})
 	other := open(t, keyset.Config{Storage: store})
 	if d.Active() != other.Active() {
@@ -283,7 +284,7 @@ func TestLostRace(t *testing.T) {
 // TestOpenRace opens two deployments over an empty storage at the same moment.
 func TestOpenRace(t *testing.T) {
 	t.Parallel()
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	var winner *keyset.Deployment
 	d := open(t, keyset.Config{Storage: &beforeSave{Storage: store, do: func() { winner = open(t, keyset.Config{Storage: store}) }}})
 	if d.Active() != winner.Active() {
@@ -294,7 +295,7 @@ func TestOpenRace(t *testing.T) {
 func TestStorageErrors(t *testing.T) {
 	t.Parallel()
 	disk := errors.New("disk is full")
-	store := &failing{Storage: new(keyset.Memory)}
+	store := &failing{Storage: new(memory.Keysets)}
 	d := open(t, keyset.Config{Storage: store})
 	before, sequence := list(t, d), d.Bundle().Sequence
 	store.save = disk
@@ -320,7 +321,7 @@ func TestStorageErrors(t *testing.T) {
 // TestReopen: a restart keeps the keys.
 func TestReopen(t *testing.T) {
 	t.Parallel()
-	store := new(keyset.Memory)
+	store := new(memory.Keysets)
 	d := open(t, keyset.Config{Storage: store})
 	next, err := d.Prepare(t.Context())
 	if err != nil {
@@ -342,7 +343,7 @@ func TestReopen(t *testing.T) {
 // again.
 func TestParsesNewVersionsOnly(t *testing.T) {
 	t.Parallel()
-	store := &failing{Storage: new(keyset.Memory)}
+	store := &failing{Storage: new(memory.Keysets)}
 	d := open(t, keyset.Config{Storage: store})
 	doc, err := store.Load(t.Context())
 	check(t, err)
@@ -426,14 +427,14 @@ func (f failing) Save(ctx context.Context, d keyset.Document, c keyset.Change) e
 
 // slow is a storage whose saves wait for a gate.
 type slow struct {
-	keyset.Memory
+	memory.Keysets
 	gate chan struct{}
 }
 
 func (s *slow) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
 	select {
 	case <-s.gate:
-		return s.Memory.Save(ctx, d, c)
+		return s.Keysets.Save(ctx, d, c)
 	case <-ctx.Done():
 		return ctx.Err()
 	}

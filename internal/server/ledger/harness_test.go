@@ -81,6 +81,9 @@ func (m *memory) count() int {
 
 func open(t testing.TB, s ledger.Storage, now func() time.Time) *ledger.Ledger {
 	t.Helper()
+	if s == nil {
+		s = newMemory()
+	}
 	l, err := ledger.Open(t.Context(), ledger.Config{Storage: s, Clock: clock.New(now, nil, time.Time{})})
 	check(t, err)
 	return l

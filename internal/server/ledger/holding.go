@@ -11,7 +11,7 @@ type authority struct {
 	// Sums over holdings.
 	svids, agents int
 	latest        int64 // Unix seconds
-	stale         bool  // latest is of a holding that was dropped
+	latestDropped bool  // latest is of a holding that was dropped
 }
 
 // agent is an agent that could hold SVIDs, or that was in contact.
@@ -151,7 +151,7 @@ func (l *Ledger) recountLocked(h *holding) {
 	}
 	h.counted = n
 	if len(h.rows) == 0 && h.latest > 0 {
-		a.stale = a.stale || h.latest == a.latest
+		a.latestDropped = a.latestDropped || h.latest == a.latest
 		h.latest = 0
 	}
 	if n > 0 {
@@ -177,8 +177,8 @@ func (l *Ledger) pruneAgentLocked(g *agent) {
 
 // latestExpiry returns the highest expiry of the authority's rows.
 func (a *authority) latestExpiry() int64 {
-	if a.stale {
-		a.latest, a.stale = 0, false
+	if a.latestDropped {
+		a.latest, a.latestDropped = 0, false
 		for _, h := range a.holdings {
 			a.latest = max(a.latest, h.latest)
 		}

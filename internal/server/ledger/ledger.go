@@ -86,9 +86,9 @@ type Restored struct {
 	X509, JWT map[string]time.Time
 }
 
-// Config says how to open a ledger. The zero value works.
+// Config says how to open a ledger. Only Storage is required.
 type Config struct {
-	Storage Storage // memory when nil
+	Storage Storage
 	// Restored describes each restore of Storage; it must not be modified.
 	Restored []Restored
 	// RestoredAt is when this process started, by the clock at that time, which may have
@@ -147,9 +147,6 @@ func Open(ctx context.Context, c Config) (*Ledger, error) {
 		jwt:         make(map[string]*jwtKey),
 		expiryQueue: newExpiryQueue(),
 		signing:     make(map[uint64]int),
-	}
-	if l.storage == nil {
-		l.storage = noopStorage{}
 	}
 	if c.Clock == nil {
 		c.Clock = clock.New(nil, nil, time.Time{})
@@ -210,11 +207,3 @@ func fromUnix(unix int64) time.Time {
 	}
 	return time.Unix(unix, 0).UTC()
 }
-
-// noopStorage is the storage of a ledger in memory.
-type noopStorage struct{}
-
-func (noopStorage) LoadLedger(context.Context, func(Row)) (map[string]time.Time, error) {
-	return nil, nil
-}
-func (noopStorage) SaveLedger(context.Context, Change) error { return nil }

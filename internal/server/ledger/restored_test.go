@@ -100,7 +100,7 @@ func TestRestoredTwice(t *testing.T) {
 			"the first ends last": {restored(first.Add(day), "A", now.Add(2*day)), restored(first, "A", now.Add(day)), restored(now, "B", now.Add(day))},
 		} {
 			for after, since := range map[time.Duration]time.Time{0: first, day + time.Hour: first.Add(day), 2*day + time.Hour: {}} {
-				l, err := ledger.Open(t.Context(), ledger.Config{Restored: all, Clock: clock.New(func() time.Time { return now.Add(after) }, nil, time.Time{})})
+				l, err := ledger.Open(t.Context(), ledger.Config{Storage: newMemory(), Restored: all, Clock: clock.New(func() time.Time { return now.Add(after) }, nil, time.Time{})})
 				check(t, err)
 				h, want := l.X509("A", true), ledger.Holding{UnknownSince: since, UnknownUntil: now.Add(2 * day), Clear: since.IsZero()}
 				if since.IsZero() {

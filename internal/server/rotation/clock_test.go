@@ -3,6 +3,7 @@ package rotation_test
 import (
 	"errors"
 	"log/slog"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -90,6 +91,44 @@ func TestClockAheadForAMoment(t *testing.T) {
 	}
 	if k := m.keysets.Status().Keysets; len(k) != 2 || k[0].State != keyset.Prepared || k[1].State != keyset.Active {
 		t.Errorf("after 23 hours keysets are %v", k)
+	}
+}
+
+// TestThresholdsAreNotSkipped: the clock goes ahead by two days, which is not in doubt, ten
+// minutes after a keyset is prepared. It is activated when its age is certain, and not before
+// every verifier had time to fetch it. The same applies to the taint of its predecessor.
+func TestThresholdsAreNotSkipped(t *testing.T) {
+	t.Parallel()
+	m := &machine{store: new(store)}
+	m.restart(t, facts{holding: func(keyset.Keyset) rotation.Holding { return rotation.Holding{Agents: 1} }})
+	m.up = 76 * day
+	m.runDue(t)
+	expect := func(what string, want ...keyset.State) {
+		t.Helper()
+		var got []keyset.State
+		for _, k := range m.keysets.Status().Keysets {
+			got = append(got, k.State)
+		}
+		if !slices.Equal(got, want) {
+			t.Errorf("%s, after %v: keysets are %v, want %v", what, m.up, got, want)
+		}
+	}
+	run := func(d time.Duration) {
+		for end := m.up + d; m.up < end; {
+			m.up += time.Minute
+			m.runDue(t)
+		}
+	}
+	for _, step := range [][]keyset.State{{keyset.Active, keyset.Prepared}, {keyset.Prepared, keyset.Active}, {keyset.Tainted, keyset.Active}} {
+		expect("before the step", step...)
+		if step[0] == keyset.Tainted {
+			break
+		}
+		run(10 * time.Minute)
+		m.off += 2 * day
+		run(23 * time.Hour)
+		expect("two days ahead", step...)
+		run(time.Hour)
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/test/memory"
 )
 
 const day = 24 * time.Hour
@@ -48,6 +49,9 @@ func check(t testing.TB, err error) {
 func open(t testing.TB, c keyset.Config) *keyset.Deployment {
 	t.Helper()
 	c.TrustDomain = td
+	if c.Storage == nil {
+		c.Storage = new(memory.Keysets)
+	}
 	d, err := keyset.Open(context.Background(), c)
 	check(t, err)
 	return d

@@ -76,9 +76,13 @@ type Holding struct {
 	JWTExpiry         time.Time // of the last JWT-SVID; zero if not known
 }
 
-// Past returns for how much uptime the wall clock has been past a time; see
-// [clock.Clock.PastFor].
-type Past func(time.Time) time.Duration
+// Clock says how far the wall clock is trusted; see [clock.Clock].
+type Clock interface {
+	// PastFor returns for how much uptime the wall clock has been past a time.
+	PastFor(t time.Time) time.Duration
+	// AtLeast returns a lower bound of the true time.
+	AtLeast() time.Time
+}
 
 // Next returns the next step: of the steps that are due the most urgent one, otherwise
 // the earliest. The policy must be one that [Policy.For] has returned, the keysets must be
@@ -100,8 +104,8 @@ type Past func(time.Time) time.Duration
 // operators until it has expired. Every expired keyset is tainted, and removed when the
 // ledger knows nothing that depends on it. The clock that determines the expiry may be
 // wrong, so such a step waits until the process has been up for [clock.Hold] past the
-// expiry.
-func Next(now time.Time, past Past, p Policy, keysets []keyset.Keyset, f Facts) Step {
+// expiry. The activation and taint thresholds have passed when that is certain, too.
+func Next(now time.Time, c Clock, p Policy, keysets []keyset.Keyset, f Facts) Step {
 	var next Step
 	if p.Mode == Off {
 		return next
@@ -112,21 +116,21 @@ func Next(now time.Time, past Past, p Policy, keysets []keyset.Keyset, f Facts) 
 		}
 	}
 	// The most urgent first.
-	consider(succession(now, p, keysets, f))
+	consider(succession(now, c, p, keysets, f))
 	for _, k := range keysets {
 		if k.State == keyset.Prepared {
-			consider(taint(now, past, p, k))
+			consider(taint(now, c, p, k))
 		}
 	}
 	for _, k := range keysets {
 		if k.State == keyset.Tainted {
-			consider(removal(now, past, k, f))
+			consider(removal(now, c, k, f))
 		}
 	}
 	return next
 }
 
-func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step {
+func succession(now time.Time, c Clock, p Policy, keysets []keyset.Keyset, f Facts) Step {
 	var active keyset.Keyset
 	for _, k := range keysets {
 		if k.State == keyset.Active {
@@ -153,7 +157,7 @@ func succession(now time.Time, p Policy, keysets []keyset.Keyset, f Facts) Step 
 	if k.IssuedAt.After(from) {
 		from = k.IssuedAt
 	}
-	ready := earliest(from.Add(p.ActivationThreshold), middle(from, expires), expires)
+	ready := earliest(after(now, c, from, p.ActivationThreshold), middle(from, expires), expires)
 	s := Step{Action: Activate, Keyset: k.ID, At: ready, Why: why}
 	if now.Before(ready) {
 		return s
@@ -190,18 +194,18 @@ func successor(now time.Time, p Policy, keysets []keyset.Keyset, expires time.Ti
 	return last, ok
 }
 
-func taint(now time.Time, past Past, p Policy, k keyset.Keyset) Step {
-	s := Step{Action: Taint, Keyset: k.ID, At: expired(now, past, k), Why: "it has expired"}
+func taint(now time.Time, c Clock, p Policy, k keyset.Keyset) Step {
+	s := Step{Action: Taint, Keyset: k.ID, At: expired(now, c, k), Why: "it has expired"}
 	if k.SteppedDownBy == Actor {
-		if at := k.SteppedDownAt.Add(p.TaintThreshold); at.Before(s.At) {
+		if at := after(now, c, k.SteppedDownAt, p.TaintThreshold); at.Before(s.At) {
 			s.At, s.Why = at, "it was replaced "+text(k.SteppedDownAt)
 		}
 	}
 	return s
 }
 
-func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
-	s := Step{Action: Remove, Keyset: k.ID, At: expired(now, past, k), Why: "it has expired"}
+func removal(now time.Time, c Clock, k keyset.Keyset, f Facts) Step {
+	s := Step{Action: Remove, Keyset: k.ID, At: expired(now, c, k), Why: "it has expired"}
 	due := s.Due(now)
 	if k.SteppedDownBy != Actor && !due {
 		return s
@@ -231,8 +235,18 @@ func removal(now time.Time, past Past, k keyset.Keyset, f Facts) Step {
 
 // expired returns when a keyset has certainly expired: nothing that it signed is valid by
 // any machine's clock, and the clock that says so has not just gone ahead.
-func expired(now time.Time, past Past, k keyset.Keyset) time.Time {
-	return now.Add(clock.Hold - past(clock.Over(k.ExpiresAt)))
+func expired(now time.Time, c Clock, k keyset.Keyset) time.Time {
+	return now.Add(clock.Hold - c.PastFor(clock.Over(k.ExpiresAt)))
+}
+
+// after returns when d has certainly passed since t. A clock that goes ahead does not skip
+// that time.
+func after(now time.Time, c Clock, t time.Time, d time.Duration) time.Time {
+	end := t.Add(d)
+	if left := end.Sub(c.AtLeast()); left > 0 {
+		return now.Add(left)
+	}
+	return end
 }
 
 func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }

@@ -18,15 +18,17 @@ func ks(id string, state keyset.State, issued float64) keyset.Keyset {
 	return keyset.Keyset{ID: id, State: state, IssuedAt: at(issued), ExpiresAt: at(issued + 90), ValidFrom: at(issued)}
 }
 
-// upSince returns the Past of a clock that has been right since then.
-func upSince(now, since time.Time) rotation.Past {
-	return func(t time.Time) time.Duration {
-		if t.Before(since) {
-			t = since
-		}
-		return min(now.Sub(t), day)
+// upSince is a clock that has been right since then.
+type upSince struct{ now, since time.Time }
+
+func (c upSince) PastFor(t time.Time) time.Duration {
+	if t.Before(c.since) {
+		t = c.since
 	}
+	return min(c.now.Sub(t), day)
 }
+
+func (c upSince) AtLeast() time.Time { return c.now }
 
 func replaced(k keyset.Keyset, days float64, by string) keyset.Keyset {
 	k.SteppedDownAt, k.SteppedDownBy = at(days), by
@@ -126,7 +128,7 @@ func TestNext(t *testing.T) {
 		"removal while activation waits":    {77, []keyset.Keyset{replaced(ks("o", tainted, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, facts{behind: behind.behind}, "remove o", 77, ""},
 		"taint while activation is to come": {76.5, []keyset.Keyset{replaced(ks("o", prepared, -12), 60, "scheduler"), a, ks("b", prepared, 76)}, unused, "taint o", 61, ""},
 	} {
-		got := rotation.Next(at(row.now), upSince(at(row.now), at(row.now-2)), policy(t, rotation.Policy{}), row.keysets, row.facts)
+		got := rotation.Next(at(row.now), upSince{at(row.now), at(row.now - 2)}, policy(t, rotation.Policy{}), row.keysets, row.facts)
 		if got.String() != row.want || got.WaitsFor != row.waitsFor {
 			t.Errorf("%s: %q waits for %q, want %q and %q", name, got, got.WaitsFor, row.want, row.waitsFor)
 		}
@@ -137,7 +139,7 @@ func TestNext(t *testing.T) {
 			t.Errorf("%s: due is %v, want %v: %+v", name, !due, due, got)
 		}
 		off := policy(t, rotation.Policy{Mode: rotation.Off})
-		if got := rotation.Next(at(row.now), upSince(at(row.now), start), off, row.keysets, unused); got != (rotation.Step{}) || got.Due(at(row.now)) || got.String() != "" {
+		if got := rotation.Next(at(row.now), upSince{at(row.now), start}, off, row.keysets, unused); got != (rotation.Step{}) || got.Due(at(row.now)) || got.String() != "" {
 			t.Errorf("%s: mode off: %v", name, got)
 		}
 	}
@@ -150,7 +152,7 @@ func TestExpiredWaitsForUptime(t *testing.T) {
 	for _, state := range []keyset.State{prepared, tainted} {
 		keysets := []keyset.Keyset{replaced(ks("o", state, 0), 77, "alice"), ks("a", active, 340)}
 		for up, want := range map[float64]float64{0: 401, 0.5: 400.5, 1: 400, 3: 400} {
-			got := rotation.Next(at(400), upSince(at(400), at(400-up)), policy(t, rotation.Policy{}), keysets, facts{})
+			got := rotation.Next(at(400), upSince{at(400), at(400 - up)}, policy(t, rotation.Policy{}), keysets, facts{})
 			if !got.At.Equal(at(want)) || got.Keyset != "o" {
 				t.Errorf("%v, up for %v days: %v at day %v, want %v", state, up, got, got.At.Sub(start).Hours()/24, want)
 			}

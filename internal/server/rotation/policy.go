@@ -1,6 +1,7 @@
 package rotation
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"time"
@@ -50,9 +51,7 @@ func (e *PolicyError) Error() string {
 // activated in the first half of the remaining time, and it is tainted before it expires.
 // The error joins a [*PolicyError] for each invalid field.
 func (p Policy) For(lifetime time.Duration) (Policy, error) {
-	if p.Mode == "" {
-		p.Mode = On
-	}
+	p.Mode = cmp.Or(p.Mode, On)
 	for field, days := range map[*time.Duration]int64{
 		&p.PreparationThreshold: 14, &p.ActivationThreshold: 1, &p.TaintThreshold: 1,
 	} {

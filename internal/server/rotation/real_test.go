@@ -11,6 +11,7 @@ import (
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -22,7 +23,7 @@ var (
 type fixture struct{ records []keyset.Record }
 
 func newFixture(t *testing.T) *fixture {
-	memory := new(keyset.Memory)
+	memory := new(memory.Keysets)
 	d := open(t, keyset.Config{Storage: memory, Now: func() time.Time { return start.Add(-100 * day) }})
 	for range 2 {
 		_, err := d.Prepare(t.Context())
@@ -70,7 +71,7 @@ func pause(ctx context.Context, load bool) {
 
 // steps is a storage that pauses before it loads and before and after it saves.
 type steps struct {
-	keyset.Memory
+	memory.Keysets
 	saves   []keyset.Change
 	failing bool // every call fails
 }
@@ -80,7 +81,7 @@ func (s *steps) Load(ctx context.Context) (keyset.Document, error) {
 	if s.failing {
 		return keyset.Document{}, errCanceled
 	}
-	return s.Memory.Load(ctx)
+	return s.Keysets.Load(ctx)
 }
 
 func (s *steps) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
@@ -88,7 +89,7 @@ func (s *steps) Save(ctx context.Context, d keyset.Document, c keyset.Change) er
 	if s.failing {
 		return errCanceled
 	}
-	if err := s.Memory.Save(ctx, d, c); err != nil {
+	if err := s.Keysets.Save(ctx, d, c); err != nil {
 		return err
 	}
 	s.saves = append(s.saves, c)
@@ -102,7 +103,7 @@ func (f *fixture) start(t *testing.T, m model) *real {
 	for i, k := range m.stored.keysets {
 		r.names[doc.Records[i].ID] = k.name
 	}
-	check(t, r.store.Memory.Save(t.Context(), doc, keyset.Change{}))
+	check(t, r.store.Keysets.Save(t.Context(), doc, keyset.Change{}))
 	for i := range r.deployments {
 		if i > 0 && !slices.ContainsFunc(m.threads, func(t modelThread) bool { return t.on == i }) {
 			break
@@ -204,7 +205,7 @@ func (r *real) cancel() {
 
 // differs describes a difference between the real code and the model; empty: none.
 func (r *real) differs(m model) string {
-	doc, err := r.store.Memory.Load(context.Background())
+	doc, err := r.store.Keysets.Load(context.Background())
 	if err != nil {
 		return err.Error()
 	}

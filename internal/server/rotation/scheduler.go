@@ -1,6 +1,7 @@
 package rotation
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -9,6 +10,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
@@ -40,9 +42,7 @@ type Scheduler struct {
 	clock   *clock.Clock
 
 	failed atomic.Pointer[failure] // nil: the last attempt succeeded
-	// Owned by Run.
-	loggedPaused string // the step last logged as held up by the mode paused
-	loggedDoubt  bool   // the present doubt about the clock is logged
+	lines  *loglimit.Log           // of steps that wait
 }
 
 // failure is an attempt that did not succeed.
@@ -62,14 +62,11 @@ func New(c Config) (*Scheduler, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Scheduler{keysets: c.Keysets, policy: policy, facts: c.Facts, log: c.Log, clock: c.Clock}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.clock == nil {
-		s.clock = clock.New(nil, nil, time.Time{})
-	}
-	return s, nil
+	log := cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	return &Scheduler{
+		keysets: c.Keysets, policy: policy, facts: c.Facts, log: log, lines: loglimit.New(log, 24*time.Hour, 16),
+		clock: cmp.Or(c.Clock, clock.New(nil, nil, time.Time{})),
+	}, nil
 }
 
 // Run carries out due steps until ctx is done, and then returns nil. It checks the
@@ -129,25 +126,19 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 	if err != nil {
 		return Step{}, err
 	}
-	step := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
+	step := Next(now, s.clock, s.policy, keysets, s.facts)
 	c := s.clock.State()
 	if !c.Waits {
-		s.loggedDoubt = false
+		s.lines.Over("clock", "")
 	}
 	switch {
 	case !step.Due(now):
 	case c.Waits:
-		if !s.loggedDoubt {
-			s.loggedDoubt = true
-			s.log.Warn("clock in doubt, automatic rotation waits until it is right, agrees with another machine's, or is confirmed",
-				"step_of_clock", c.Doubt, "step", step.String(), "reason", step.Why)
-		}
+		s.lines.Note(slog.LevelWarn, "clock in doubt, automatic rotation waits until it is right, agrees with another machine's, or is confirmed",
+			"clock", "step_of_clock", c.Doubt, "step", step.String(), "reason", step.Why)
 		step.At = now.Add(longestSleep)
 	case s.policy.Mode == Paused:
-		if s.loggedPaused != step.String() {
-			s.loggedPaused = step.String()
-			s.log.Warn("automatic rotation paused, step is due and not carried out", "step", s.loggedPaused, "reason", step.Why)
-		}
+		s.lines.Note(slog.LevelWarn, "automatic rotation paused, step is due and not carried out", step.String(), "step", step.String(), "reason", step.Why)
 		step.At = now.Add(longestSleep)
 	default:
 		return step, s.do(ctx, step)
@@ -163,7 +154,7 @@ func (s *Scheduler) do(ctx context.Context, step Step) error {
 	ctx = keyset.WithNote(keyset.WithActor(ctx, Actor), step.Why)
 	stillNext := func(keysets []keyset.Keyset) error {
 		now := s.clock.Now()
-		again := Next(now, s.clock.PastFor, s.policy, keysets, s.facts)
+		again := Next(now, s.clock, s.policy, keysets, s.facts)
 		if s.clock.State().Waits || !again.Due(now) || again.String() != step.String() {
 			return errSuperseded
 		}
@@ -214,7 +205,7 @@ type Preview struct {
 // Automatic returns the next step. It may be called at any time.
 func (s *Scheduler) Automatic() Preview {
 	now := s.clock.Now()
-	step := Next(now, s.clock.PastFor, s.policy, s.keysets.Status().Keysets, s.facts)
+	step := Next(now, s.clock, s.policy, s.keysets.Status().Keysets, s.facts)
 	p := Preview{Mode: string(s.policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
 	if f := s.failed.Load(); f != nil && step.Due(now) {
 		p.At, p.WaitsFor = f.retryAt(), fmt.Sprintf("another attempt: %v", f.err)

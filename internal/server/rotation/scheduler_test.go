@@ -17,6 +17,7 @@ import (
 	"github.com/renewd/renewd/internal/refusal"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // rig is a scheduler in a synctest bubble, with keysets of a lifetime of an hour: a
@@ -124,7 +125,7 @@ func (l *logs) take() []string {
 
 // store is a storage that counts calls and can be made to fail.
 type store struct {
-	keyset.Memory
+	memory.Keysets
 	mu         sync.Mutex
 	load, save error
 	before     func() // before a save, once
@@ -147,7 +148,7 @@ func (s *store) Load(ctx context.Context) (keyset.Document, error) {
 	if s.load != nil {
 		return keyset.Document{}, s.load
 	}
-	return s.Memory.Load(ctx)
+	return s.Keysets.Load(ctx)
 }
 
 func (s *store) Save(ctx context.Context, d keyset.Document, c keyset.Change) error {
@@ -163,7 +164,7 @@ func (s *store) Save(ctx context.Context, d keyset.Document, c keyset.Change) er
 	if err != nil {
 		return err
 	}
-	return s.Memory.Save(ctx, d, c)
+	return s.Keysets.Save(ctx, d, c)
 }
 
 func TestRotation(t *testing.T) {
@@ -294,7 +295,7 @@ func TestStorageFails(t *testing.T) {
 // TestLostRace: another process commits at the same moment.
 func TestLostRace(t *testing.T) {
 	inRig(t, rotation.Policy{}, facts{}, func(r *rig) {
-		other := open(r, keyset.Config{Storage: &r.store.Memory, Lifetime: time.Hour})
+		other := open(r, keyset.Config{Storage: &r.store.Keysets, Lifetime: time.Hour})
 		r.store.mu.Lock()
 		r.store.before = func() {
 			if _, err := other.Prepare(r.Context()); err != nil {
@@ -366,7 +367,7 @@ func TestSuperseded(t *testing.T) {
 				t.Fatalf("next after %d steps: %+v", len(st.saves)-1, p)
 			}
 			log.take()
-			other := open(t, keyset.Config{Storage: &st.Memory, Now: wall})
+			other := open(t, keyset.Config{Storage: &st.Keysets, Now: wall})
 			loads := 0
 			st.mu.Lock()
 			st.beforeLoad = func() {

@@ -12,6 +12,7 @@ import (
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // TestYears simulates years in steps of hours, with agents that lag or never finish,
@@ -40,7 +41,7 @@ type world struct {
 	seed      uint64
 	rand      *rand.Rand
 	now       time.Time
-	memory    keyset.Memory
+	memory    memory.Keysets
 	log       []keyset.Change
 	failing   int // 1: before the save, 2: after it
 	keysets   *keyset.Deployment

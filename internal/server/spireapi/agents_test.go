@@ -19,6 +19,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 const (
@@ -125,7 +126,7 @@ func TestFailedAttestationKeepsToken(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var ahead atomic.Int64 // of the keysets' clock
-		keys, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Now: func() time.Time {
+		keys, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets), Now: func() time.Time {
 			return time.Now().Add(time.Duration(ahead.Load()))
 		}})
 		check(t, err)
@@ -182,7 +183,7 @@ func TestCallerMustBeAnAgent(t *testing.T) {
 		wantCode(t, s.dial(t, caller).ping(t.Context()), codes.PermissionDenied, notAttested)
 
 		// The handshake fails with an SVID of another authority.
-		other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+		other, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -287,7 +288,7 @@ func TestSVIDExpiresOnOpenConnection(t *testing.T) {
 
 func TestPostStatus(t *testing.T) {
 	t.Parallel()
-	store := spireapi.NewMemory()
+	store := memory.NewServer()
 	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
 		caller, c := s.join(t)
 		post := func(version string) error {
@@ -322,7 +323,7 @@ func TestOtherMethodsAreUnimplemented(t *testing.T) {
 // TestRestart starts a second server on the storage of the first.
 func TestRestart(t *testing.T) {
 	t.Parallel()
-	keys, store := new(keyset.Memory), spireapi.NewMemory()
+	keys, store := new(memory.Keysets), memory.NewServer()
 	bubble(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
 		s.apply(t, []spireapi.Entry{entry("a")})
 		caller, _ := s.join(t)
@@ -346,7 +347,7 @@ func TestRestart(t *testing.T) {
 // renewed their SVIDs.
 func TestRestoredAgents(t *testing.T) {
 	t.Parallel()
-	keys, store := new(keyset.Memory), spireapi.NewMemory()
+	keys, store := new(memory.Keysets), memory.NewServer()
 	synctest.Test(t, func(t *testing.T) {
 		open := func() *keyset.Deployment {
 			d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: keys})
@@ -371,7 +372,7 @@ func TestRestoredAgents(t *testing.T) {
 		time.Sleep(time.Hour)
 
 		copied := time.Now()
-		copyOf := spireapi.NewMemory()
+		copyOf := memory.NewServer()
 		agents, err := store.Agents(t.Context())
 		check(t, err)
 		for _, a := range agents {

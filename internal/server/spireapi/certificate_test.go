@@ -19,8 +19,7 @@ func TestServerCertificateAfterClockSteps(t *testing.T) {
 	base := time.Now()
 	var off atomic.Int64
 	now := func() time.Time { return base.Add(time.Duration(off.Load())) }
-	s, err := spireapi.New(spireapi.Config{TrustDomain: td, Now: now})
-	check(t, err)
+	s := newServer(t, spireapi.Config{Now: now})
 	get := func() *x509.Certificate {
 		t.Helper()
 		c, err := s.Certificate()

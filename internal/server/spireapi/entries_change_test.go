@@ -11,10 +11,11 @@ import (
 	"testing"
 
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // brokenEntries is a storage that cannot store entries.
-type brokenEntries struct{ *spireapi.Memory }
+type brokenEntries struct{ *memory.Server }
 
 func (brokenEntries) PutEntries(context.Context, []spireapi.StoredEntry, []string) error {
 	return errors.New("disk full")
@@ -22,7 +23,7 @@ func (brokenEntries) PutEntries(context.Context, []spireapi.StoredEntry, []strin
 
 func TestEntriesThatAreNotStoredDoNotCount(t *testing.T) {
 	t.Parallel()
-	bubble(t, spireapi.Config{Storage: brokenEntries{spireapi.NewMemory()}}, func(t *testing.T, s *running) {
+	bubble(t, spireapi.Config{Storage: brokenEntries{memory.NewServer()}}, func(t *testing.T, s *running) {
 		_, applied := s.ApplyEntries(t.Context(), []spireapi.Entry{entry("a")}, false)
 		_, upserted := s.UpsertEntry(t.Context(), entry("a"))
 		if applied == nil || upserted == nil || len(s.Entries()) > 0 {
@@ -33,12 +34,12 @@ func TestEntriesThatAreNotStoredDoNotCount(t *testing.T) {
 
 // failsAfterStoring is a storage that stores entries and may then return an error.
 type failsAfterStoring struct {
-	*spireapi.Memory
+	*memory.Server
 	fail func() // called after entries were stored; nil: no error
 }
 
 func (o *failsAfterStoring) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
-	if err := o.Memory.PutEntries(ctx, put, gone); err != nil || o.fail == nil {
+	if err := o.Server.PutEntries(ctx, put, gone); err != nil || o.fail == nil {
 		return err
 	}
 	o.fail()
@@ -49,14 +50,14 @@ func (o *failsAfterStoring) Entries(ctx context.Context) ([]spireapi.StoredEntry
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
-	return o.Memory.Entries(ctx)
+	return o.Server.Entries(ctx)
 }
 
 // TestFailedChangeThatWasStored: the next change is compared with what the failed
 // one has stored. Otherwise that entry would reappear with the next start.
 func TestFailedChangeThatWasStored(t *testing.T) {
 	t.Parallel()
-	storage := &failsAfterStoring{Memory: spireapi.NewMemory()}
+	storage := &failsAfterStoring{Server: memory.NewServer()}
 	bubble(t, spireapi.Config{Storage: storage}, func(t *testing.T, s *running) {
 		caller, _ := s.join(t)
 		s.apply(t, []spireapi.Entry{entry("a"), entry("b")})
@@ -91,11 +92,8 @@ func TestFailedChangeThatWasStored(t *testing.T) {
 // revisions differ, and the stored entries are the served ones.
 func TestConcurrentChanges(t *testing.T) {
 	t.Parallel()
-	storage := spireapi.NewMemory()
-	s, err := spireapi.New(spireapi.Config{TrustDomain: td, Storage: storage})
-	if err != nil {
-		t.Fatal(err)
-	}
+	storage := memory.NewServer()
+	s := newServer(t, spireapi.Config{Storage: storage})
 	const writers, rounds = 8, 50
 	var wg sync.WaitGroup
 	for w := range writers {

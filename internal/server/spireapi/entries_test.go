@@ -14,8 +14,8 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/protobuf/proto"
 
-	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var partner = spiffeid.RequireTrustDomainFromString("partner.org")
@@ -226,7 +226,7 @@ func TestRevisionsOfDNSNames(t *testing.T) {
 // and was deleted before the server restarted.
 func TestRevisionsOverARestart(t *testing.T) {
 	t.Parallel()
-	keys, store := new(keyset.Memory), spireapi.NewMemory()
+	keys, store := new(memory.Keysets), memory.NewServer()
 	bubble(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
 		all := many(1000)
 		s.apply(t, all)

@@ -10,8 +10,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 
-	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 func counted(t *testing.T, store spireapi.Storage) (tokens, agents int) {
@@ -30,7 +30,7 @@ func counted(t *testing.T, store spireapi.Storage) (tokens, agents int) {
 // TestExpiredTokensAreDeleted makes tokens for years, with a restart in between.
 func TestExpiredTokensAreDeleted(t *testing.T) {
 	t.Parallel()
-	keys, store := new(keyset.Memory), spireapi.NewMemory()
+	keys, store := new(memory.Keysets), memory.NewServer()
 	bubble(t, spireapi.Config{Storage: store, Keysets: openKeysets(t, keys)}, func(t *testing.T, s *running) {
 		for range 30 {
 			s.token(t)
@@ -53,7 +53,7 @@ func TestExpiredTokensAreDeleted(t *testing.T) {
 // TestExpiredAgentsAreDeleted: one agent stops, one renews and one is banned.
 func TestExpiredAgentsAreDeleted(t *testing.T) {
 	t.Parallel()
-	store := spireapi.NewMemory()
+	store := memory.NewServer()
 	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
 		silent, _ := s.join(t)
 		banned, _ := s.join(t)
@@ -99,7 +99,7 @@ func TestExpiredAgentsAreDeleted(t *testing.T) {
 
 // stuck is a storage whose deletions fail for a while, and which counts them.
 type stuck struct {
-	*spireapi.Memory
+	*memory.Server
 	on    atomic.Bool
 	tries atomic.Int64
 }
@@ -109,14 +109,14 @@ func (s *stuck) TakeToken(ctx context.Context, value string) (spireapi.Token, er
 	if s.on.Load() {
 		return spireapi.Token{}, errors.New("disk full")
 	}
-	return s.Memory.TakeToken(ctx, value)
+	return s.Server.TakeToken(ctx, value)
 }
 
 // TestSweepIsBounded: one call deletes a bounded number of tokens, and a failed
 // deletion is retried later.
 func TestSweepIsBounded(t *testing.T) {
 	t.Parallel()
-	store := &stuck{Memory: spireapi.NewMemory()}
+	store := &stuck{Server: memory.NewServer()}
 	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
 		for range 25 {
 			s.token(t)
@@ -147,7 +147,7 @@ func TestSweepIsBounded(t *testing.T) {
 // the time deletes no agent.
 func TestClockAheadDeletesNothing(t *testing.T) {
 	t.Parallel()
-	store := spireapi.NewMemory()
+	store := memory.NewServer()
 	var ahead atomic.Int64
 	now := func() time.Time { return time.Now().Add(time.Duration(ahead.Load())) }
 	bubble(t, spireapi.Config{Storage: store, Now: now, AtLeast: time.Now}, func(t *testing.T, s *running) {

@@ -20,6 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 func (c *client) report(ctx context.Context, req *api.ReportRequest) error {
@@ -182,30 +183,22 @@ func TestReportRefuses(t *testing.T) {
 	})
 }
 
-func TestNoReportsWithoutLedger(t *testing.T) {
-	t.Parallel()
-	bubble(t, spireapi.Config{}, func(t *testing.T, s *running) {
-		_, c := s.join(t)
-		wantCode(t, c.report(t.Context(), &api.ReportRequest{}), codes.Unimplemented)
-	})
-}
-
 // writes is a storage that counts the updates of agents.
 type writes struct {
-	*spireapi.Memory
+	*memory.Server
 	n atomic.Int64
 }
 
 func (w *writes) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
 	w.n.Add(1)
-	return w.Memory.UpdateAgent(ctx, id, change)
+	return w.Server.UpdateAgent(ctx, id, change)
 }
 
 // TestPostStatusReachesLedger posts as an agent does each minute: storage is written
 // only for a new version.
 func TestPostStatusReachesLedger(t *testing.T) {
 	t.Parallel()
-	b, store := newFakeLedger(), &writes{Memory: spireapi.NewMemory()}
+	b, store := newFakeLedger(), &writes{Server: memory.NewServer()}
 	bubble(t, spireapi.Config{Ledger: b, Storage: store}, func(t *testing.T, s *running) {
 		caller, c := s.join(t)
 		post := func(version string, sequence uint64) {

@@ -32,7 +32,9 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 var (
@@ -83,12 +85,27 @@ func bubble(t *testing.T, c spireapi.Config, f func(t *testing.T, s *running)) {
 
 func start(t testing.TB, c spireapi.Config) *running {
 	t.Helper()
+	return serve(t, newServer(t, c))
+}
+
+// newServer makes a server. What c does not have is in memory.
+func newServer(t testing.TB, c spireapi.Config) *spireapi.Server {
+	t.Helper()
 	c.TrustDomain = td
-	s, err := spireapi.New(c)
-	if err != nil {
-		t.Fatal(err)
+	if c.Keysets == nil {
+		var err error
+		c.Keysets, err = keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets), Now: c.Now})
+		check(t, err)
 	}
-	return serve(t, s)
+	if c.Storage == nil {
+		c.Storage = memory.NewServer()
+	}
+	if c.Ledger == nil {
+		c.Ledger = newFakeLedger()
+	}
+	s, err := spireapi.New(c)
+	check(t, err)
+	return s
 }
 
 func serve(t testing.TB, s *spireapi.Server) *running {

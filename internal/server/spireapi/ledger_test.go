@@ -10,11 +10,12 @@ import (
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 func openLedger(t testing.TB) *ledger.Ledger {
 	t.Helper()
-	l, err := ledger.Open(t.Context(), ledger.Config{})
+	l, err := ledger.Open(t.Context(), ledger.Config{Storage: memory.Ledger{}})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -17,6 +17,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 // budget is the kind of rate limit that a call counts against.
@@ -79,7 +80,7 @@ const (
 // maxClients are kept, all further clients share the overflow client.
 type limits struct {
 	observer Observer
-	lines    *listen.Lines
+	lines    *loglimit.Log
 
 	mu         sync.Mutex // never held while a call waits
 	young, old generation
@@ -122,7 +123,7 @@ type queue struct {
 	waiting int
 }
 
-func newLimits(observer Observer, lines *listen.Lines) *limits {
+func newLimits(observer Observer, lines *loglimit.Log) *limits {
 	return &limits{observer: observer, lines: lines, young: newGeneration(), old: newGeneration(), createdAt: time.Now()}
 }
 

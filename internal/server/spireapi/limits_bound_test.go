@@ -1,6 +1,7 @@
 package spireapi
 
 import (
+	"log/slog"
 	"net/netip"
 	"testing"
 	"time"
@@ -19,7 +20,7 @@ func address(i int) netip.Prefix {
 // TestClientsAreBounded: more clients come than are distinguished.
 func TestClientsAreBounded(t *testing.T) {
 	t.Parallel()
-	l := newLimits(noopObserver{}, listen.NewLines(nil))
+	l := newLimits(noopObserver{}, listen.NewLog(slog.New(slog.DiscardHandler)))
 	now := l.createdAt
 	known := l.findLocked(address(0), now)
 	for round := range 4 {
@@ -54,7 +55,7 @@ func TestClientsAreBounded(t *testing.T) {
 // calls waits, and its budgets are full.
 func TestEvictionGainsNothing(t *testing.T) {
 	t.Parallel()
-	l := newLimits(noopObserver{}, listen.NewLines(nil))
+	l := newLimits(noopObserver{}, listen.NewLog(slog.New(slog.DiscardHandler)))
 	begin := l.createdAt
 	last := begin.Add(generationTime - 1) // the last moment of a generation
 	c := l.findLocked(address(1), last)
@@ -80,7 +81,7 @@ func TestEvictionGainsNothing(t *testing.T) {
 // is known in that /48 stays so.
 func TestOneSiteIsBounded(t *testing.T) {
 	t.Parallel()
-	l := newLimits(noopObserver{}, listen.NewLines(nil))
+	l := newLimits(noopObserver{}, listen.NewLog(slog.New(slog.DiscardHandler)))
 	now := l.createdAt
 	network := func(site, i int) netip.Prefix {
 		return netip.PrefixFrom(netip.AddrFrom16([16]byte{0x20, 0x01, 0x0d, 0xb8, byte(site >> 8), byte(site), byte(i >> 8), byte(i)}), 64)

@@ -284,10 +284,7 @@ func TestLimitsAreLogged(t *testing.T) {
 func TestLimitsOverTCP(t *testing.T) {
 	t.Parallel()
 	seen := &counts{by: make(map[string]int)}
-	s, err := spireapi.New(spireapi.Config{TrustDomain: td, Observer: seen})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := newServer(t, spireapi.Config{Observer: seen})
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

@@ -12,6 +12,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // TestLostTimeEnds: an SVID that begins in the lost time and lives for longer than the
@@ -20,12 +21,12 @@ import (
 func TestLostTimeEnds(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		keys, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+		keys, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 		check(t, err)
 		old := keys.Active()
 		from := time.Now()
 		// An agent of the copy, and SVIDs for it that are signed in the lost time.
-		store := spireapi.NewMemory()
+		store := memory.NewServer()
 		first := start(t, spireapi.Config{Storage: store, Keysets: keys})
 		agent, _ := first.join(t)
 		first.stop()

@@ -20,6 +20,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // TestPublishedBundle serves one of two deployments of a trust domain.
@@ -27,7 +28,7 @@ func TestPublishedBundle(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		open := func() *keyset.Deployment {
-			d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td})
+			d, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})
 			if err != nil {
 				t.Fatal(err)
 			}

@@ -46,17 +46,3 @@ func (s *Server) recordError(ctx context.Context, err error) error {
 	s.log.Error("ledger not written, SVIDs not sent", "error", err)
 	return status.Error(codes.Unavailable, "failed to record the SVIDs")
 }
-
-// noopLedger is the Ledger of a server without one.
-type noopLedger struct{}
-
-func (noopLedger) Begin() func()                                   { return func() {} }
-func (noopLedger) RecordX509(context.Context, ...ledger.Row) error { return nil }
-func (noopLedger) RecordWith(ctx context.Context, r ledger.Row, store func(context.Context, func() ledger.Row) error) error {
-	return store(ctx, func() ledger.Row { return r })
-}
-func (noopLedger) RecordJWT(context.Context, string, time.Time) error  { return nil }
-func (noopLedger) Report(context.Context, string, ledger.Report) error { return nil }
-func (noopLedger) Applied(string, uint64)                              {}
-func (noopLedger) Knows(string) bool                                   { return false }
-func (noopLedger) RemoveAgent(context.Context, string) error           { return nil }

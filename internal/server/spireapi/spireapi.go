@@ -4,7 +4,7 @@
 // Agents join with a one-time token (AttestAgent, RenewAgent, PostStatus),
 // fetch the entries that they serve (SyncAuthorizedEntries, GetAuthorizedEntries)
 // and the trust bundles (GetBundle, GetFederatedBundle), and have SVIDs signed
-// (BatchNewX509SVID, NewJWTSVID). With a [Ledger], every SVID is recorded there
+// (BatchNewX509SVID, NewJWTSVID). Every SVID is recorded in the [Ledger]
 // before it is sent, and agents may report their progress in a rotation
 // (renewd's own Fleet service). Every other RPC answers Unimplemented. Operators
 // use [Server]'s methods and [Server.Keysets].
@@ -23,6 +23,7 @@
 package spireapi
 
 import (
+	"cmp"
 	"context"
 	"crypto/tls"
 	"fmt"
@@ -45,6 +46,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/loglimit"
 	"github.com/renewd/renewd/internal/server/detach"
 	"github.com/renewd/renewd/internal/server/detach/rpc"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -96,10 +98,10 @@ type Observer interface {
 	Limited(method string)
 }
 
-// Config says what to serve. Only TrustDomain is required.
+// Config says what to serve. TrustDomain, Keysets, Storage and Ledger are required.
 type Config struct {
 	TrustDomain spiffeid.TrustDomain
-	// Keysets is the deployment that signs; a new one in memory when nil.
+	// Keysets is the deployment that signs.
 	Keysets *keyset.Deployment
 	// Published returns the bundle that GetBundle serves and that client
 	// certificates are verified against; Keysets.Bundle when nil. If several
@@ -107,7 +109,7 @@ type Config struct {
 	// called for every such answer and must be fast. It should return the same
 	// pointer until the bundle changes, so that an answer is made once for all agents.
 	Published func() *keyset.Bundle
-	// Storage keeps agents, join tokens and entries; memory when nil.
+	// Storage keeps agents, join tokens and entries.
 	Storage Storage
 	// Lost are the periods that Storage has no data of, one for each restore from
 	// a copy. A period whose SVIDs have all expired may be left out.
@@ -130,8 +132,7 @@ type Config struct {
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
 	// such an ID needs ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
-	// Ledger records every SVID before it is sent. When nil, SVIDs are not
-	// recorded and reports are not accepted.
+	// Ledger records every SVID before it is sent.
 	Ledger Ledger
 	// Connections bounds the connections of every Serve together; each has its
 	// own bound when nil.
@@ -166,7 +167,7 @@ type Server struct {
 	now      func() time.Time
 	observer Observer
 	ledger   Ledger
-	lines    *listen.Lines
+	lines    *loglimit.Log
 	limits   *limits
 	tls      *tls.Config
 
@@ -189,8 +190,8 @@ type Server struct {
 // New makes a Server and loads entries, agents and join tokens from its storage.
 func New(c Config) (*Server, error) {
 	s := &Server{
-		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c,
-		log: c.Log, now: c.Now, observer: c.Observer, ledger: c.Ledger,
+		td: c.TrustDomain, keysets: c.Keysets, storage: c.Storage, config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)),
+		now: c.Now, observer: cmp.Or[Observer](c.Observer, noopObserver{}), ledger: c.Ledger,
 		entriesSem: make(chan struct{}, 1), federated: make(map[spiffeid.TrustDomain]*types.Bundle),
 	}
 	if s.now == nil {
@@ -205,31 +206,11 @@ func New(c Config) (*Server, error) {
 	if s.config.Heard == nil {
 		s.config.Heard = func(string, time.Time) {}
 	}
-	if s.log == nil {
-		s.log = slog.New(slog.DiscardHandler)
-	}
-	if s.storage == nil {
-		s.storage = NewMemory()
-	}
-	if s.observer == nil {
-		s.observer = noopObserver{}
-	}
-	if s.ledger == nil {
-		s.ledger = noopLedger{}
-	}
 	if s.config.IsOperator == nil {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
 	}
-	if s.config.ConnectionAge == 0 {
-		s.config.ConnectionAge = connectionAge
-	}
+	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
 	ctx := context.Background()
-	if s.keysets == nil {
-		var err error
-		if s.keysets, err = keyset.Open(ctx, keyset.Config{TrustDomain: s.td, Now: s.now}); err != nil {
-			return nil, fmt.Errorf("new server: %w", err)
-		}
-	}
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle
 	}
@@ -240,7 +221,7 @@ func New(c Config) (*Server, error) {
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.lines = listen.NewLines(s.log)
+	s.lines = listen.NewLog(s.log)
 	s.limits = newLimits(s.observer, s.lines)
 	s.serving.Now, s.serving.Issue = s.now, s.issue
 	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }
@@ -278,9 +259,7 @@ func (s *Server) register(r grpc.ServiceRegistrar) {
 	bundlev1.RegisterBundleServer(r, &bundleService{s: s})
 	entryv1.RegisterEntryServer(r, &entryService{s: s})
 	svidv1.RegisterSVIDServer(r, &svidService{s: s})
-	if s.config.Ledger != nil {
-		api.RegisterFleetServer(r, &fleetService{s: s})
-	}
+	api.RegisterFleetServer(r, &fleetService{s: s})
 }
 
 // Wait returns when no call is waiting for storage. Call it after closing storage.

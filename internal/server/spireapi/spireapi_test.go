@@ -145,10 +145,7 @@ func TestServeAgain(t *testing.T) {
 
 func TestServeReportsAFailedListener(t *testing.T) {
 	t.Parallel()
-	s, err := spireapi.New(spireapi.Config{TrustDomain: td})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := newServer(t, spireapi.Config{})
 	broken := errors.New("broken")
 	if err := s.Serve(t.Context(), brokenListener{broken}); !errors.Is(err, broken) {
 		t.Errorf("Serve: %v", err)
@@ -203,10 +200,7 @@ func TestConnectionsAreRecycled(t *testing.T) {
 // TestOverTCP uses a real socket, outside of any bubble.
 func TestOverTCP(t *testing.T) {
 	t.Parallel()
-	s, err := spireapi.New(spireapi.Config{TrustDomain: td})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := newServer(t, spireapi.Config{})
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

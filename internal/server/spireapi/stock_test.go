@@ -26,10 +26,7 @@ func TestStockAgent(t *testing.T) {
 	if bin == "" {
 		t.Skip("SPIRE_BIN_DIR is not set: it names a folder with spire-agent")
 	}
-	s, err := spireapi.New(spireapi.Config{TrustDomain: td})
-	if err != nil {
-		t.Fatal(err)
-	}
+	s := newServer(t, spireapi.Config{})
 	lis, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)

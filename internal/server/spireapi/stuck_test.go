@@ -14,11 +14,12 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // hungDisk is a storage on a disk that can hang, whatever the caller's deadline is.
 type hungDisk struct {
-	*spireapi.Memory
+	*memory.Server
 	mu   sync.Mutex
 	gate chan struct{} // nil: it does not hang
 }
@@ -40,22 +41,22 @@ func (s *hungDisk) wait() {
 
 func (s *hungDisk) Token(ctx context.Context, value string) (spireapi.Token, error) {
 	s.wait()
-	return s.Memory.Token(ctx, value)
+	return s.Server.Token(ctx, value)
 }
 
 func (s *hungDisk) Admit(ctx context.Context, a spireapi.Admission) error {
 	s.wait()
-	return s.Memory.Admit(ctx, a)
+	return s.Server.Admit(ctx, a)
 }
 
 func (s *hungDisk) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent, error) {
 	s.wait()
-	return s.Memory.Agent(ctx, id)
+	return s.Server.Agent(ctx, id)
 }
 
 func (s *hungDisk) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
 	s.wait()
-	return s.Memory.UpdateAgent(ctx, id, change)
+	return s.Server.UpdateAgent(ctx, id, change)
 }
 
 // TestStuckDisk: a call that signs ends by its caller's deadline, or with its
@@ -76,7 +77,7 @@ func TestStuckDisk(t *testing.T) {
 }
 
 func stuckDisk(t *testing.T, what string, call func(context.Context, *testing.T, *running, *client) (any, error), deadline bool) {
-	disk, b := &hungDisk{Memory: spireapi.NewMemory()}, newFakeLedger()
+	disk, b := &hungDisk{Server: memory.NewServer()}, newFakeLedger()
 	var serving atomic.Int64
 	s := start(t, spireapi.Config{Storage: disk, Ledger: b, Options: []grpc.ServerOption{
 		grpc.ChainUnaryInterceptor(func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
@@ -133,7 +134,7 @@ func stuckDisk(t *testing.T, what string, call func(context.Context, *testing.T,
 
 func (s *hungDisk) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
 	s.wait()
-	return s.Memory.PutEntries(ctx, put, gone)
+	return s.Server.PutEntries(ctx, put, gone)
 }
 
 // TestEntriesBehindAStuckDisk: a writer that waits for another change of entries
@@ -141,7 +142,7 @@ func (s *hungDisk) PutEntries(ctx context.Context, put []spireapi.StoredEntry, g
 func TestEntriesBehindAStuckDisk(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		disk := &hungDisk{Memory: spireapi.NewMemory()}
+		disk := &hungDisk{Server: memory.NewServer()}
 		s := start(t, spireapi.Config{Storage: disk})
 		gate, first := make(chan struct{}), make(chan error, 1)
 		disk.set(gate)

@@ -24,6 +24,7 @@ import (
 
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // counts is an observer that counts by type and code.
@@ -289,7 +290,7 @@ func TestFederatedBundle(t *testing.T) {
 		_, err = get("example.org")
 		wantCode(t, err, codes.InvalidArgument)
 
-		theirs, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: partner})
+		theirs, err := keyset.Open(t.Context(), keyset.Config{TrustDomain: partner, Storage: new(memory.Keysets)})
 		if err != nil {
 			t.Fatal(err)
 		}

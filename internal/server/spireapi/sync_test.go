@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/codes"
 
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 type syncStream = entryv1.Entry_SyncAuthorizedEntriesClient
@@ -136,7 +137,7 @@ func TestSyncOfLargeEntries(t *testing.T) {
 			e.Selectors = append(e.Selectors, spireapi.Selector{Type: "k8s", Value: strings.Repeat("x", bytes)})
 		}
 	}
-	storage := spireapi.NewMemory()
+	storage := memory.NewServer()
 	entries := make([]spireapi.StoredEntry, 400)
 	for i := range entries {
 		entries[i].Entry = entry(fmt.Sprintf("e%05d", i), large(20_000))

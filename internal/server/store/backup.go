@@ -142,12 +142,11 @@ func (s *Store) compactCopy(from *os.File, at time.Time) (f *os.File, size int64
 // openUnlinked opens a database in a file without a name, which need not survive a
 // crash. Closing the database leaves the file open.
 func openUnlinked(f *os.File) (db *bbolt.DB, err error) {
-	o := options(false, func(string, int, fs.FileMode) (*os.File, error) {
+	o := options(Options{temporary: true}, func(string, int, fs.FileMode) (*os.File, error) {
 		// A duplicate, because closing a database closes its file.
 		fd, err := unix.FcntlInt(f.Fd(), unix.F_DUPFD_CLOEXEC, 0)
 		return os.NewFile(uintptr(fd), f.Name()), err
 	})
-	o.NoSync, o.NoGrowSync = true, true
 	err = guard(func() error {
 		db, err = bbolt.Open(f.Name(), 0, o)
 		return err

@@ -131,8 +131,8 @@ func BenchmarkStart100k(b *testing.B) {
 	})
 }
 
-// BenchmarkCompaction deletes all but a hundredth of the rows of a store, and starts on it.
-// There are 100,000 rows, or RENEWD_ROWS. Each of the commits is of one row.
+// BenchmarkCompaction starts on a store with 100,000 rows, or RENEWD_ROWS, deletes all but a
+// hundredth of them, and starts again, which compacts the file. Each commit is of one row.
 func BenchmarkCompaction(b *testing.B) {
 	n := 100_000
 	if text := os.Getenv("RENEWD_ROWS"); text != "" {
@@ -174,6 +174,16 @@ func BenchmarkCompaction(b *testing.B) {
 	}
 	save(0, n, put)
 	commit("full")
+	closed(b, s)
+	b.Run("start/full", func(b *testing.B) {
+		for b.Loop() {
+			s = open(b, path)
+			closed(b, s)
+		}
+		size(b, path)
+	})
+	s = open(b, path)
+	d = s.Deployment("default")
 	save(n/100, n, func(rows []ledger.Row) ledger.Change { return ledger.Change{Gone: rows} })
 	commit("deleted")
 	b.Run("backup", func(b *testing.B) {
@@ -184,7 +194,7 @@ func BenchmarkCompaction(b *testing.B) {
 		}
 	})
 	closed(b, s)
-	b.Run("start", func(b *testing.B) {
+	b.Run("start/deleted", func(b *testing.B) {
 		var copied string
 		for b.Loop() {
 			b.StopTimer()

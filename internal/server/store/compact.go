@@ -94,8 +94,7 @@ func (s *Store) compactTo(temp string, use usage) (db *bbolt.DB, f *os.File, err
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
 		return nil, f, fmt.Errorf("lock: %w", err)
 	}
-	o := options(false, func(string, int, fs.FileMode) (*os.File, error) { return f, nil })
-	o.NoSync, o.NoGrowSync = true, true // once, at the end
+	o := options(Options{temporary: true}, func(string, int, fs.FileMode) (*os.File, error) { return f, nil })
 	err = guard(func() (err error) {
 		db, err = bbolt.Open(temp, 0, o)
 		return err

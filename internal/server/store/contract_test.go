@@ -15,13 +15,14 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
 
 // TestKeysetStorage checks that each implementation satisfies keyset.Storage.
 func TestKeysetStorage(t *testing.T) {
 	t.Parallel()
 	for name, make := range map[string]func(*testing.T) keyset.Storage{
-		"memory": func(*testing.T) keyset.Storage { return new(keyset.Memory) },
+		"memory": func(*testing.T) keyset.Storage { return new(memory.Keysets) },
 		"store":  func(t *testing.T) keyset.Storage { return fresh(t) },
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -108,7 +109,7 @@ func document(n byte) keyset.Document {
 func TestServerStorage(t *testing.T) {
 	t.Parallel()
 	for name, make := range map[string]func(*testing.T) spireapi.Storage{
-		"memory": func(*testing.T) spireapi.Storage { return spireapi.NewMemory() },
+		"memory": func(*testing.T) spireapi.Storage { return memory.NewServer() },
 		"store":  func(t *testing.T) spireapi.Storage { return fresh(t) },
 	} {
 		t.Run(name, func(t *testing.T) {

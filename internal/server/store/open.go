@@ -16,6 +16,8 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/server/seal"
 )
 
 // lockTimeout is how long Open waits for another process to release the file.
@@ -36,6 +38,21 @@ func Open(path string, o Options) (*Store, error) {
 		return nil, fmt.Errorf("open store %s: %w", path, err)
 	}
 	return s, nil
+}
+
+// OpenTemporary opens a new store in a temporary file, which has no name and ends with
+// the store. Its encryption key is in memory only.
+func OpenTemporary(o Options) (*Store, error) {
+	o.Seal, o.temporary = seal.Ephemeral(), true
+	f, err := os.CreateTemp("", "renewd-*.db")
+	if err != nil {
+		return nil, fmt.Errorf("open temporary store: %w", err)
+	}
+	defer os.Remove(f.Name())
+	if err := errors.Join(f.Close(), initialize(f.Name(), o)); err != nil {
+		return nil, fmt.Errorf("open temporary store: %w", err)
+	}
+	return Open(f.Name(), o)
 }
 
 // open opens a store. Without a Seal it does not decrypt what is sealed.
@@ -60,17 +77,17 @@ func open(path string, o Options) (*Store, error) {
 		return nil, errors.Join(err, f.Close())
 	}
 	err = guard(func() (err error) {
-		s.db, err = bbolt.Open(path, 0, options(o.ReadOnly, func(string, int, fs.FileMode) (*os.File, error) { return f, nil }))
+		s.db, err = bbolt.Open(path, 0, options(o, func(string, int, fs.FileMode) (*os.File, error) { return f, nil }))
 		return err
 	})
 	if err != nil {
 		return nil, errors.Join(err, f.Close())
 	}
 	s.db.AllocSize = allocSize
-	var stale []string
+	var reseal []string
 	err = guard(func() error {
 		return s.db.View(func(tx *bbolt.Tx) (err error) {
-			stale, err = s.checkContents(tx)
+			reseal, err = s.checkContents(tx)
 			return err
 		})
 	})
@@ -96,7 +113,7 @@ func open(path string, o Options) (*Store, error) {
 	if o.ReadOnly {
 		return s, nil
 	}
-	for _, name := range stale {
+	for _, name := range reseal {
 		if err := s.Deployment(name).reseal(context.Background()); err != nil {
 			return nil, errors.Join(fmt.Errorf("seal the keys of deployment %s with the new encryption key: %w", name, err), s.Close())
 		}
@@ -112,10 +129,12 @@ const allocSize = 1 << 20
 // smaller, a write never waits for readers.
 const mapSize = 256 << 20
 
-func options(readOnly bool, openFile func(string, int, fs.FileMode) (*os.File, error)) *bbolt.Options {
+func options(o Options, openFile func(string, int, fs.FileMode) (*os.File, error)) *bbolt.Options {
 	return &bbolt.Options{
-		ReadOnly: readOnly,
-		OpenFile: openFile,
+		ReadOnly:   o.ReadOnly,
+		NoSync:     o.temporary,
+		NoGrowSync: o.temporary,
+		OpenFile:   openFile,
 		// Keep the list of free pages in the file. Without it bbolt scans for them at
 		// each start and after each failed write, in a goroutine whose panic on a
 		// damaged page cannot be recovered.
@@ -241,7 +260,7 @@ func putAbout(b *bbolt.Bucket, td spiffeid.TrustDomain) error {
 }
 
 func initialize(path string, o Options) error {
-	db, err := bbolt.Open(path, 0o600, options(false, nil))
+	db, err := bbolt.Open(path, 0o600, options(o, nil))
 	if err != nil {
 		return cause(err)
 	}
@@ -261,7 +280,7 @@ func initialize(path string, o Options) error {
 
 // checkContents checks the keys and values of the file. It returns the deployments
 // with secrets that are sealed with an older encryption key.
-func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
+func (s *Store) checkContents(tx *bbolt.Tx) (reseal []string, err error) {
 	b := tx.Bucket(bucketAbout)
 	if b == nil || b.Get(keyStore) == nil {
 		return nil, fmt.Errorf("%w, or it is not a store of this program", ErrDamaged)
@@ -307,11 +326,11 @@ func (s *Store) checkContents(tx *bbolt.Tx) (stale []string, err error) {
 			return fmt.Errorf("deployment %q: %w", name, err)
 		}
 		if old {
-			stale = append(stale, string(name))
+			reseal = append(reseal, string(name))
 		}
 		return nil
 	})
-	return stale, err
+	return reseal, err
 }
 
 // checkKeys checks that these keys, in this order, are all that there are.
@@ -329,7 +348,7 @@ func checkKeys(c *bbolt.Cursor, keys ...[]byte) error {
 	return nil
 }
 
-func (s *Store) checkDeployment(b *bbolt.Bucket, name string) (stale bool, err error) {
+func (s *Store) checkDeployment(b *bbolt.Bucket, name string) (reseal bool, err error) {
 	stored, err := unpack(keyName, b.Get(keyName))
 	if err != nil {
 		return false, err

@@ -45,23 +45,23 @@ func (d *Deployment) unseal(doc keyset.Document) (keyset.Document, error) {
 
 // checkSealed decrypts everything that is sealed, and reports whether some of it is
 // sealed with an older key.
-func (d *Deployment) checkSealed(b *bbolt.Bucket) (stale bool, err error) {
+func (d *Deployment) checkSealed(b *bbolt.Bucket) (reseal bool, err error) {
 	doc, err := decodeDocument(b)
 	if err != nil || d.s.seal == nil {
 		return false, err
 	}
-	stale = slices.ContainsFunc(doc.Records, func(r keyset.Record) bool {
+	reseal = slices.ContainsFunc(doc.Records, func(r keyset.Record) bool {
 		return !d.s.seal.Current(r.CAKey) || !d.s.seal.Current(r.JWTKey)
 	})
 	if _, err := d.unseal(doc); err != nil {
 		return false, err
 	}
 	err = b.Bucket([]byte(tokens)).ForEach(func(k, v []byte) error {
-		stale = stale || !d.s.seal.Current(v)
+		reseal = reseal || !d.s.seal.Current(v)
 		_, err := d.openToken(k, v)
 		return err
 	})
-	return stale, err
+	return reseal, err
 }
 
 // reseal seals everything with the current key, so that older keys can be removed.

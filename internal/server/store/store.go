@@ -82,6 +82,8 @@ type Options struct {
 	Log *slog.Logger
 	// Now is the clock; time.Now when nil.
 	Now func() time.Time
+
+	temporary bool // nothing is synced
 }
 
 // Store is an open file. All methods may be called concurrently.

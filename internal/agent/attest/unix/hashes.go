@@ -85,7 +85,7 @@ func (s *hashes) hashOf(ctx context.Context, uid uint32, exe *attest.Executable,
 	if err != nil {
 		return "", err
 	}
-	if limit >= 0 && st.Size > limit {
+	if st.Size > limit {
 		path, _ := exe.Path()
 		return "", fmt.Errorf("%s has %d bytes and unix.sha256_size_limit is %d: raise it if an entry needs this hash", path, st.Size, limit)
 	}

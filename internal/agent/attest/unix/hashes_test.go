@@ -431,7 +431,7 @@ func TestHashOfProgramIsCached(t *testing.T) {
 	t.Parallel()
 	path := testProgram(t, t.TempDir(), "app")
 	p, other := run(t, path, nil), run(t, path, nil)
-	a := New(Config{SHA256: true})
+	a := New(Config{SHA256Limit: 1 << 30})
 	defer a.Close()
 	a.hashes.now = func() time.Time { return time.Now().Add(time.Hour) }
 	want := with(values(t, a, p), "sha256:")

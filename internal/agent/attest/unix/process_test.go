@@ -61,7 +61,7 @@ func beAgent(peer string) {
 	if err != nil {
 		panic(err)
 	}
-	a := New(Config{SHA256: true})
+	a := New(Config{SHA256Limit: 1 << 30})
 	defer a.Close()
 	res, err := attest.Selectors(context.Background(), p, []attest.Attestor{a})
 	fmt.Println(res.Selectors, errors.Join(err, res.Partial))
@@ -98,7 +98,7 @@ func TestMainThreadEnded(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer p.Close()
-	a := New(Config{SHA256: true})
+	a := New(Config{SHA256Limit: 1 << 30})
 	defer a.Close()
 	got := strings.Join(values(t, a, p), " ")
 	data, err := os.ReadFile(exe)
@@ -137,7 +137,7 @@ func TestProgramWithoutFile(t *testing.T) {
 		"removed":   {run(t, removed, nil), "path:" + removed},
 	} {
 		_ = os.Remove(removed)
-		a := New(Config{SHA256: true})
+		a := New(Config{SHA256Limit: 1 << 30})
 		got := strings.Join(values(t, a, tt.p), " ")
 		a.Close()
 		if want := fmt.Sprintf("%s sha256:%x", tt.want, sha256.Sum256(data)); !strings.HasSuffix(got, want) {
@@ -241,8 +241,8 @@ func TestAttestationsLeakNothing(t *testing.T) {
 	over, cancel := context.WithCancel(t.Context())
 	cancel()
 	files, goroutines := open(), runtime.NumGoroutine()
-	for _, limit := range []int64{0, 1} { // 1: too large to hash
-		a := New(Config{SHA256: true, SHA256Limit: limit})
+	for _, limit := range []int64{1 << 30, 1} { // 1: too large to hash
+		a := New(Config{SHA256Limit: limit})
 		for i := range 100 {
 			for _, p := range peers {
 				for _, ctx := range []context.Context{t.Context(), over} {

@@ -30,19 +30,14 @@ import (
 // Name is the attestor's name and the type of its selectors.
 const Name = "unix"
 
-// DefaultSHA256Limit is the size above which programs are not hashed.
-const DefaultSHA256Limit = 1 << 30
-
 // Config configures the attestor. The zero value is valid.
 type Config struct {
 	// SkipPath leaves out unix:path. Reading the path requires the same user or
 	// CAP_SYS_PTRACE.
 	SkipPath bool
-	// SHA256 adds unix:sha256. The hash of a file is cached until the file changes.
-	SHA256 bool
 	// SHA256Limit is the size in bytes above which an executable gets no
-	// unix:sha256, because hashing would delay its workload. Zero means
-	// DefaultSHA256Limit, a negative number no limit.
+	// unix:sha256, because hashing would delay its workload. Zero means that none
+	// gets one. The hash of a file is cached until the file changes.
 	SHA256Limit int64
 	// SHA256Needed reports whether an entry has a unix:sha256 selector; otherwise
 	// nothing is hashed. It is called at each attestation. Nil: always.
@@ -62,9 +57,6 @@ var _ attest.Attestor = (*Attestor)(nil)
 
 // New returns the attestor.
 func New(cfg Config) *Attestor {
-	if cfg.SHA256Limit == 0 {
-		cfg.SHA256Limit = DefaultSHA256Limit
-	}
 	if cfg.SHA256Needed == nil {
 		cfg.SHA256Needed = func() bool { return true }
 	}
@@ -121,7 +113,7 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 	if st.moreGroups {
 		f.addFailure(fmt.Errorf("process %d has more than %d supplementary groups: no selectors for the others", p.PID(), maxGroups))
 	}
-	hash := a.cfg.SHA256 && a.cfg.SHA256Needed()
+	hash := a.cfg.SHA256Limit > 0 && a.cfg.SHA256Needed()
 	if hash || !a.cfg.SkipPath {
 		a.executable(ctx, p, &f, hash)
 	}

@@ -89,7 +89,7 @@ func TestSelectors(t *testing.T) {
 	t.Parallel()
 	path := testProgram(t, t.TempDir(), "app (1) x")
 	p := run(t, path, nil)
-	got := values(t, New(Config{SHA256: true}), p)
+	got := values(t, New(Config{SHA256Limit: 1 << 30}), p)
 
 	uid, gid := strconv.Itoa(os.Geteuid()), strconv.Itoa(os.Getegid())
 	want := []string{"uid:" + uid, "gid:" + gid, "path:" + path}
@@ -198,13 +198,12 @@ func TestOptions(t *testing.T) {
 	}{
 		"default":             {Config{}, "path", ""},
 		"no path":             {Config{SkipPath: true}, "", ""},
-		"hash":                {Config{SHA256: true}, "path sha256", ""},
-		"hash without path":   {Config{SHA256: true, SkipPath: true}, "sha256", ""},
-		"hash, needed":        {Config{SHA256: true, SHA256Needed: needed}, "path sha256", ""},
-		"hash, not needed":    {Config{SHA256: true, SHA256Needed: notNeeded}, "path", ""},
-		"hash, limited":       {Config{SHA256: true, SHA256Limit: 10}, "path", "unix.sha256_size_limit is 10"},
-		"limited, not needed": {Config{SHA256: true, SHA256Limit: 10, SHA256Needed: notNeeded}, "path", ""},
-		"hash, always":        {Config{SHA256: true, SHA256Limit: -1}, "path sha256", ""},
+		"hash":                {Config{SHA256Limit: 1 << 30}, "path sha256", ""},
+		"hash without path":   {Config{SHA256Limit: 1 << 30, SkipPath: true}, "sha256", ""},
+		"hash, needed":        {Config{SHA256Limit: 1 << 30, SHA256Needed: needed}, "path sha256", ""},
+		"hash, not needed":    {Config{SHA256Limit: 1 << 30, SHA256Needed: notNeeded}, "path", ""},
+		"hash, limited":       {Config{SHA256Limit: 10}, "path", "unix.sha256_size_limit is 10"},
+		"limited, not needed": {Config{SHA256Limit: 10, SHA256Needed: notNeeded}, "path", ""},
 	} {
 		got, failure := attestSelf(t, tt.cfg, p)
 		if got != tt.want || !says(failure, tt.missing) {
@@ -247,7 +246,7 @@ func TestProgramReplacedWhileItRuns(t *testing.T) {
 	dir := t.TempDir()
 	path := testProgram(t, dir, "app")
 	p := run(t, path, nil)
-	a := New(Config{SHA256: true})
+	a := New(Config{SHA256Limit: 1 << 30})
 	before := values(t, a, p)
 	if err := os.WriteFile(path+".new", []byte("another program"), 0o755); err != nil {
 		t.Fatal(err)
@@ -255,7 +254,7 @@ func TestProgramReplacedWhileItRuns(t *testing.T) {
 	if err := os.Rename(path+".new", path); err != nil {
 		t.Fatal(err)
 	}
-	for name, a := range map[string]*Attestor{"same attestor": a, "new attestor": New(Config{SHA256: true})} {
+	for name, a := range map[string]*Attestor{"same attestor": a, "new attestor": New(Config{SHA256Limit: 1 << 30})} {
 		if after := values(t, a, p); !slices.Equal(before, after) {
 			t.Errorf("%s:\nbefore %q\nafter  %q", name, before, after)
 		}
@@ -413,7 +412,7 @@ func FuzzParseStatus(f *testing.F) {
 }
 
 func BenchmarkAttest(b *testing.B) {
-	for name, cfg := range map[string]Config{"default": {}, "sha256": {SHA256: true}} {
+	for name, cfg := range map[string]Config{"default": {}, "sha256": {SHA256Limit: 1 << 30}} {
 		b.Run(name, func(b *testing.B) {
 			p, err := attest.FromPID(os.Getpid(), 0, 0)
 			if err != nil {
