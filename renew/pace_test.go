@@ -326,6 +326,32 @@ func TestAgentSVIDInTheWave(t *testing.T) {
 	}
 }
 
+// While the agent SVID is being replaced, no call of the wave begins.
+func TestWaveWaitsForTheAgentSVID(t *testing.T) {
+	own := &agentSVID{}
+	var renewed time.Time
+	drill(t, 100, func(r *rig) {
+		r.cfg.AgentSVID = own
+		own.next = func() *cache.SVID {
+			renewed = time.Now()
+			return &cache.SVID{Authority: r.next.id, NotBefore: renewed, NotAfter: renewed.Add(time.Hour), RenewAt: renewed.Add(30 * time.Minute)}
+		}
+	}, func(r *rig) {
+		begin := r.taint()
+		own.held.Store(&cache.SVID{Authority: r.next.id, NotAfter: begin.Add(time.Hour), RenewAt: begin.Add(2510 * time.Millisecond)})
+		r.sleepUntil(begin.Add(10 * time.Second))
+		calls := r.server.since(begin)
+		if len(calls) != 100 || renewed.IsZero() {
+			t.Fatalf("%d calls, the agent SVID was renewed at %v", len(calls), renewed)
+		}
+		for _, c := range calls {
+			if !c.at.Before(renewed.Add(-100*time.Millisecond)) && c.at.Before(renewed) {
+				t.Errorf("a call %v before the agent SVID was replaced", renewed.Sub(c.at))
+			}
+		}
+	})
+}
+
 // stalledAgentSVID blocks Run once, for as long as stall says.
 type stalledAgentSVID struct{ stall atomic.Int64 }
 

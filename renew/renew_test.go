@@ -279,6 +279,12 @@ func TestOutageClosesOneGate(t *testing.T) {
 		if tries > 400 {
 			t.Errorf("%d tries in a ten-minute outage", tries)
 		}
+		probes := r.server.since(begin.Add(10 * time.Second))
+		for i := 1; i < len(probes); i++ {
+			if d := probes[i].at.Sub(probes[i-1].at); d < 100*time.Millisecond {
+				t.Errorf("a probe came %v after the one before", d)
+			}
+		}
 		if held := r.cache.Held(r.ca.id); held != 200 {
 			t.Errorf("%d SVIDs held through the outage, want all 200", held)
 		}

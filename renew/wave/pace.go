@@ -51,12 +51,9 @@ func (p *Pace) Wait(n int, now time.Time) (d time.Duration, ok bool) {
 	for _, e := range p.ended {
 		free -= e.n
 	}
-	for _, e := range p.ended {
-		if free >= n {
-			break
-		}
-		free += e.n
-		d = e.at.Add(time.Second).Sub(now)
+	for i := 0; free < n && i < len(p.ended); i++ {
+		free += p.ended[i].n
+		d = p.ended[i].at.Add(time.Second).Sub(now)
 	}
 	return d, free >= n
 }

@@ -180,6 +180,26 @@ func TestRestartOrClone(t *testing.T) {
 			time.Sleep(time.Hour)
 			d.is("forgotten", true, false)
 		},
+		"SVIDs of a clock that was ahead, and a restart of the server": func(d *doubles) {
+			late := time.Now().Add(9 * day)
+			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", late), row("A", "one", "x", late)))
+			d.restart()
+			for _, process := range []string{"a", "b", "a"} {
+				d.settled(process)
+			}
+			d.is("two processes", false, true)
+			saves := d.m.saves
+			d.restart()
+			d.log.Reset()
+			d.log.WriteString("two processes")
+			for _, process := range []string{"a", "b", "a"} {
+				d.settled(process)
+			}
+			d.is("and after another restart", false, true)
+			if d.m.saves != saves {
+				d.t.Errorf("%d writes of what is stored", d.m.saves-saves)
+			}
+		},
 		"the operator's word": func(d *doubles) {
 			d.settled("a")
 			check(d.t, d.l.RecordX509(d.t.Context(), row("A", "one", "", time.Now().Add(day))))
@@ -233,6 +253,29 @@ func TestClaimsOfTwo(t *testing.T) {
 				t.Errorf("round %d: %+v", i, h)
 			}
 		}
+	})
+}
+
+// Of the waves that two processes announce the later one is shown.
+func TestBeginOfTwo(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		l := open(t, newMemory(), nil)
+		l.X509("A", true)
+		soon, late := time.Now().Add(time.Minute), time.Now().Add(time.Hour)
+		begins := func(process string, number uint64, at, want time.Time) {
+			t.Helper()
+			r := by(process, number, says("A", 1, 0, false))
+			r.Authorities[0].BeginsAt = at
+			check(t, l.Report(t.Context(), "one", r))
+			if h := l.Holders("A"); len(h) != 1 || !h[0].BeginsAt.Equal(want) {
+				t.Errorf("after report %d of %s: %+v, want the begin at %v", number, process, h, want)
+			}
+		}
+		begins("a", 1, soon, soon)
+		begins("b", 1, late, late)
+		begins("a", 2, soon, late)
+		begins("b", 2, late.Add(1), late.Add(1))
 	})
 }
 

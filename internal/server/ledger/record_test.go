@@ -67,30 +67,43 @@ func TestRecordDuringDeletion(t *testing.T) {
 	}
 }
 
-// A row is recorded, and two processes are noticed, while rows are being deleted: each of
-// the two keeps the holding.
-func TestDuplicateDuringDeletion(t *testing.T) {
+// While rows are being deleted, a row is recorded and the agent reports that it holds
+// SVIDs, or a second process is noticed: each of these keeps the holding.
+func TestReportDuringDeletion(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		m := newMemory()
-		l := open(t, m, nil)
-		in := time.Now().Add(day)
-		check(t, l.RecordX509(t.Context(), row("A", "one", "x", in)))
-		release := held(m)
-		gone := async(func() error { return l.RemoveAgent(t.Context(), "one") })
-		given := async(func() error { return l.RecordX509(t.Context(), row("A", "one", "new", in)) })
-		check(t, l.Report(t.Context(), "one", by("a", 1, ledger.Report{})))
-		check(t, l.Report(t.Context(), "one", by("b", 1, ledger.Report{})))
-		noticed := async(func() error { return l.Report(t.Context(), "one", by("a", 2, ledger.Report{})) })
-		release <- nil
-		check(t, <-gone)
-		release <- nil
-		check(t, <-given)
-		check(t, <-noticed)
-		if h := l.X509("A", true); h.Agents != 1 || !m.has("A", "one", "new") {
-			t.Errorf("%+v, in storage %v: the recorded row is lost", h, m.rows)
-		}
-	})
+	for name, reports := range map[string][]ledger.Report{
+		"it holds an SVID": {by("a", 1, says("A", 1, 0, false))},
+		"two processes":    {by("a", 1, ledger.Report{}), by("b", 1, ledger.Report{}), by("a", 2, ledger.Report{})},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				m := newMemory()
+				l := open(t, m, nil)
+				in := time.Now().Add(day)
+				check(t, l.RecordX509(t.Context(), row("A", "one", "x", in)))
+				release := held(m)
+				gone := async(func() error { return l.RemoveAgent(t.Context(), "one") })
+				given := async(func() error { return l.RecordX509(t.Context(), row("A", "one", "new", in)) })
+				reported := async(func() error {
+					for _, r := range reports {
+						if err := l.Report(t.Context(), "one", r); err != nil {
+							return err
+						}
+					}
+					return nil
+				})
+				release <- nil
+				check(t, <-gone)
+				release <- nil
+				check(t, <-given)
+				check(t, <-reported)
+				if h := l.X509("A", true); h.Agents != 1 || h.Latest.IsZero() || !m.has("A", "one", "new") {
+					t.Errorf("%+v, in storage %v: the recorded row is lost", h, m.rows)
+				}
+			})
+		})
+	}
 }
 
 // recordWithDuringDeletion deletes rows before, during and after a RecordWith: the

@@ -17,6 +17,8 @@ func TestReports(t *testing.T) {
 	}
 	waiting := report(true, 2, 1, false)
 	waiting.BeginsAt = time.Date(2000, 1, 1, 1, 0, 0, 0, time.UTC)
+	early := report(true, 0, 4, false)
+	early.BeginsAt = waiting.BeginsAt
 	for _, tt := range []struct {
 		name    string
 		rows    int
@@ -29,6 +31,7 @@ func TestReports(t *testing.T) {
 		{"pending", 3, []ledger.AuthorityReport{report(true, 2, 1, false)}, 2, 1, ledger.ReasonRenewing},
 		{"waiting", 3, []ledger.AuthorityReport{waiting}, 2, 1, ledger.ReasonWaiting},
 		{"streams", 3, []ledger.AuthorityReport{report(true, 0, 4, false)}, 1, 4, ledger.ReasonStreams},
+		{"streams before the wave", 3, []ledger.AuthorityReport{early}, 1, 4, ledger.ReasonStreams},
 		{"not settled", 3, []ledger.AuthorityReport{report(true, 0, 0, false)}, 1, 0, ledger.ReasonRenewing},
 		{"contradiction", 3, []ledger.AuthorityReport{report(true, 1, 0, true)}, 1, 0, ledger.ReasonRenewing},
 		{"contradiction of streams", 3, []ledger.AuthorityReport{report(true, 0, 1, true)}, 1, 1, ledger.ReasonStreams},
@@ -84,7 +87,11 @@ func TestReasonSilent(t *testing.T) {
 		check(t, l.RecordX509(t.Context(), row("A", "never", "", time.Now().Add(day)), row("A", "away", "", time.Now().Add(day)),
 			row("A", "posts", "", time.Now().Add(day))))
 		check(t, l.Report(t.Context(), "away", says("A", 1, 0, false)))
-		time.Sleep(4 * time.Minute)
+		time.Sleep(3 * time.Minute)
+		if h := l.Holders("A"); len(h) != 3 || h[0].Agent != "away" || h[0].Reason != ledger.ReasonRenewing {
+			t.Errorf("three minutes after a report: %+v", h)
+		}
+		time.Sleep(time.Minute)
 		l.Applied("posts", 9)
 		var got []string
 		for _, h := range l.Holders("A") {
@@ -113,6 +120,10 @@ func TestContact(t *testing.T) {
 		l.Applied("one", 5)
 		if c, ok := l.Contact("one"); !ok || c != (ledger.Contact{Sequence: 5, At: time.Now(), Reports: true}) {
 			t.Errorf("after a report and a status: %+v", c)
+		}
+		l.Applied("one", 0)
+		if c, ok := l.Contact("one"); !ok || c.Sequence != 5 {
+			t.Errorf("after a status without a sequence number: %+v", c)
 		}
 		for range 8 {
 			time.Sleep(day)
@@ -169,6 +180,31 @@ func TestReportIsBounded(t *testing.T) {
 	for _, a := range r.Authorities[:100_000] {
 		if h := l.X509(a.Authority, false); h.Agents != 0 {
 			t.Fatalf("%s is held although the last report does not have it: %+v", a.Authority, h)
+		}
+	}
+}
+
+// A report that changes no row writes nothing.
+func TestReportWithoutRowsIsNotStored(t *testing.T) {
+	t.Parallel()
+	m := newMemory()
+	l := open(t, m, nil)
+	check(t, l.Report(t.Context(), "one", says("A", 1, 0, false)))
+	check(t, l.Report(t.Context(), "one", says("A", 0, 0, true)))
+	if h := l.X509("A", true); !h.Clear || m.saves != 0 {
+		t.Errorf("%+v after %d writes", h, m.saves)
+	}
+}
+
+// The ID of an authority that the ledger does not have is stored up to a length.
+func TestReportOfAnUnknownAuthority(t *testing.T) {
+	t.Parallel()
+	l := open(t, nil, nil)
+	for n, agents := range map[int]int{128: 1, 129: 0} {
+		id := strings.Repeat("x", n)
+		check(t, l.Report(t.Context(), "one", says(id, 1, 0, false)))
+		if h := l.X509(id, false); h.Agents != agents {
+			t.Errorf("an ID of %d bytes: %+v, want %d agents", n, h, agents)
 		}
 	}
 }

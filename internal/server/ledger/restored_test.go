@@ -120,6 +120,28 @@ func TestRestoredTwice(t *testing.T) {
 	})
 }
 
+// TestRestoredBehind: at the last restore the clock was behind. The SVIDs of that
+// restore count for longer, those of an earlier one do not.
+func TestRestoredBehind(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		now := time.Now().UTC()
+		l, err := ledger.Open(t.Context(), ledger.Config{
+			Restored: []ledger.Restored{
+				{CopiedAt: now.Add(-2 * day), X509: map[string]time.Time{"A": now.Add(day)}},
+				{CopiedAt: now.Add(-day), X509: map[string]time.Time{"B": now.Add(2 * day)}},
+			},
+			RestoredAt: now.Add(-time.Hour),
+		})
+		check(t, err)
+		for authority, until := range map[string]time.Time{"A": now.Add(day), "B": now.Add(2*day + time.Hour), "C": {}} {
+			if h := l.X509(authority, true); !h.UnknownUntil.Equal(until) {
+				t.Errorf("%s: unknown until %v, want %v", authority, h.UnknownUntil, until)
+			}
+		}
+	})
+}
+
 // TestRestoredJWT: recorded and unknown JWT-SVIDs count, whichever expire later.
 func TestRestoredJWT(t *testing.T) {
 	t.Parallel()
