@@ -27,8 +27,11 @@ type Log struct {
 	interval time.Duration
 	most     int
 
-	mu    sync.Mutex // not held while a line is written
-	lines map[subject]*line
+	mu      sync.Mutex // not held while a line is written
+	lines   map[subject]*line
+	running int    // calls of Run
+	waiting []line // for Run
+	wake    chan struct{}
 }
 
 // subject identifies lines that are counted together.
@@ -47,10 +50,11 @@ type line struct {
 // Lines about further ones are counted together, one line for each message, and have no
 // attributes.
 func New(log *slog.Logger, interval time.Duration, most int) *Log {
-	return &Log{log: log, interval: interval, most: most, lines: make(map[subject]*line)}
+	return &Log{log: log, interval: interval, most: most, lines: make(map[subject]*line), wake: make(chan struct{}, 1)}
 }
 
-// Note notes a line with a message about something, such as a client.
+// Note notes a line with a message about something, such as a client. It does not wait for
+// the log while [Log.Run] runs, except at debug level.
 func (l *Log) Note(level slog.Level, message, about string, attrs ...any) {
 	now := time.Now()
 	s := subject{about, message}
@@ -73,6 +77,13 @@ func (l *Log) Note(level slog.Level, message, about string, attrs ...any) {
 		n.count, n.written = 0, now
 	} else {
 		out = append(out, line{subject: s, level: slog.LevelDebug, attrs: attrs})
+	}
+	if l.running > 0 && out[len(out)-1].level != slog.LevelDebug {
+		l.waiting, out = append(l.waiting, out...), nil
+		select {
+		case l.wake <- struct{}{}:
+		default: // Run is about to write
+		}
 	}
 	l.mu.Unlock()
 	l.write(out)
@@ -98,22 +109,32 @@ func (l *Log) Over(about, message string, attrs ...any) {
 	}
 }
 
-// Run writes the counts of lines that no longer repeat, until ctx ends, and then the rest.
-// Several may run at a time. A Log whose lines all end with [Log.Over] does not need it.
+// Run writes the lines of [Log.Note], and the counts of lines that no longer repeat, until
+// ctx ends, and then the rest. Several may run at a time. A Log whose lines all end with
+// [Log.Over], and may wait for the log, does not need it.
 func (l *Log) Run(ctx context.Context) {
 	tick := time.NewTicker(l.interval)
 	defer tick.Stop()
+	l.mu.Lock()
+	l.running++
+	l.mu.Unlock()
 	for ctx.Err() == nil {
-		age := l.interval
+		var counts []line
 		select {
-		case <-ctx.Done():
-			age = 0
+		case <-l.wake:
+			l.mu.Lock()
 		case <-tick.C:
+			l.mu.Lock()
+			counts = l.takeLocked(time.Now(), l.interval)
+		case <-ctx.Done():
+			l.mu.Lock()
+			l.running--
+			counts = l.takeLocked(time.Now(), 0)
 		}
-		l.mu.Lock()
-		due := l.takeLocked(time.Now(), age)
+		slices.SortFunc(counts, func(a, b line) int { return cmp.Or(cmp.Compare(a.message, b.message), cmp.Compare(a.about, b.about)) })
+		due := append(l.waiting, counts...)
+		l.waiting = nil
 		l.mu.Unlock()
-		slices.SortFunc(due, func(a, b line) int { return cmp.Or(cmp.Compare(a.message, b.message), cmp.Compare(a.about, b.about)) })
 		l.write(due)
 	}
 }

@@ -198,3 +198,41 @@ func TestOldSubjectsMakeRoom(t *testing.T) {
 		}
 	})
 }
+
+// stuck is a log that nobody reads.
+type stuck chan struct{}
+
+func (s stuck) Write(p []byte) (int, error) {
+	<-s
+	return len(p), nil
+}
+
+// While Run runs, who notes a line does not wait for a log that is stuck.
+func TestStuckLog(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		log := make(stuck)
+		l := loglimit.New(slog.New(slog.NewJSONHandler(log, nil)), time.Minute, 16)
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() { defer close(done); l.Run(ctx) }()
+		synctest.Wait()
+		noted := make(chan struct{})
+		go func() {
+			defer close(noted)
+			for i := range 100 {
+				l.Note(slog.LevelWarn, "call refused", fmt.Sprint(i%20))
+			}
+		}()
+		synctest.Wait()
+		select {
+		case <-noted:
+		default:
+			t.Error("Note waits for the log")
+		}
+		cancel()
+		close(log)
+		<-noted
+		<-done
+	})
+}
