@@ -2,18 +2,14 @@ package main
 
 import (
 	"errors"
-	"flag"
-	"os"
-	"path/filepath"
 	"reflect"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/test/clitest"
 )
-
-var update = flag.Bool("update", false, "write docs/configuration-agent.md")
 
 // minimal is a configuration with the required fields only.
 const minimal = "trust_domain: example.org\nserver_address: server.example.org:8081\ntrust_bundle_file: bundle.pem\n"
@@ -25,28 +21,7 @@ func loadText(text string, flags, env map[string]string) (*settings, error) {
 // The table and the struct describe the same fields.
 func TestFieldsCoverConfig(t *testing.T) {
 	t.Parallel()
-	cfg := new(settings)
-	rows := map[uintptr]string{}
-	for i := range fields {
-		f := &fields[i]
-		p := reflect.ValueOf(f.Value(cfg)).Pointer()
-		if other, dup := rows[p]; dup {
-			t.Errorf("%s and %s are the same field", f.Path, other)
-		}
-		rows[p] = f.Path
-		if f.Doc == "" || !strings.HasSuffix(f.Doc, ".") {
-			t.Errorf("%s: documentation %q", f.Path, f.Doc)
-		}
-	}
-	v := reflect.ValueOf(cfg).Elem()
-	for i := range v.NumField() {
-		if _, ok := rows[v.Field(i).Addr().Pointer()]; !ok {
-			t.Errorf("settings.%s has no row in fields", v.Type().Field(i).Name)
-		}
-	}
-	if len(rows) != v.NumField() {
-		t.Errorf("%d rows for %d fields", len(rows), v.NumField())
-	}
+	clitest.Covers(t, fields)
 }
 
 // Every field takes its value from the file, then from its variable, then from
@@ -207,26 +182,11 @@ func TestMissing(t *testing.T) {
 // go test ./cmd/agent -run TestConfigTable -update
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
-	var b strings.Builder
-	b.WriteString("# Configuration of the agent\n\n" +
-		"One YAML file, given with `--config`; start from [agent.example.yaml](../deploy/agent.example.yaml). A flag takes precedence over the\n" +
-		"environment, the environment over the file, and the file over the default. A dot separates sections of the file. An empty variable\n" +
-		"counts as unset. An unknown or contradictory field is an error. `agent config check --config FILE` reports all errors at once,\n" +
-		"with file, line and remedy.\n\n")
-	b.WriteString(schema.Markdown())
-	file := filepath.Join("..", "..", "docs", "configuration-agent.md")
-	if *update {
-		if err := os.WriteFile(file, []byte(b.String()), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	have, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if string(have) != b.String() {
-		t.Errorf("%s does not match the code; run this test with -update", file)
-	}
+	clitest.Document(t, "configuration-agent.md", "# Configuration of the agent\n\n"+
+		"One YAML file, given with `--config`; start from [agent.example.yaml](../deploy/agent.example.yaml). A flag takes precedence over the\n"+
+		"environment, the environment over the file, and the file over the default. A dot separates sections of the file. An empty variable\n"+
+		"counts as unset. An unknown or contradictory field is an error. `agent config check --config FILE` reports all errors at once,\n"+
+		"with file, line and remedy.\n\n"+schema.Markdown())
 }
 
 // FuzzConfig checks that no file makes the loader panic, that every problem has a

@@ -15,6 +15,8 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // TestMain lets this test binary run as a workload.
@@ -98,7 +100,7 @@ func decode(t *testing.T, stdout []byte) Report {
 func TestRotation(t *testing.T) {
 	checkCleanup(t)
 	var stdout, stderr bytes.Buffer
-	if code := play(t.Context(), fastSettings(t), &stdout, &stderr); code != exitOK {
+	if code := play(t.Context(), fastSettings(t), &stdout, &stderr); code != cli.ExitOK {
 		t.Errorf("exit status %d\n%s%s", code, &stderr, &stdout)
 	}
 	r := decode(t, stdout.Bytes())
@@ -140,7 +142,7 @@ func TestBrokenPromise(t *testing.T) {
 	s := fastSettings(t)
 	s.svids, s.rate, s.json = 120, 1000, false
 	var stdout, stderr bytes.Buffer
-	if code := play(t.Context(), s, &stdout, &stderr); code != exitBroken {
+	if code := play(t.Context(), s, &stdout, &stderr); code != cli.ExitFailed {
 		t.Errorf("exit status %d", code)
 	}
 	if got := stderr.String(); got != "demo: broken promise: rate\n" {
@@ -239,7 +241,7 @@ func TestWorkloadDies(t *testing.T) {
 		}
 	}
 	var stderr bytes.Buffer
-	if code := play(t.Context(), s, out, &stderr); code != exitBroken {
+	if code := play(t.Context(), s, out, &stderr); code != cli.ExitFailed {
 		t.Errorf("exit status %d", code)
 	}
 	if !strings.Contains(stderr.String(), "ended: signal: killed") {
@@ -254,16 +256,16 @@ func TestCommandLine(t *testing.T) {
 		code int
 		want string
 	}{
-		{"-h", exitOK, "Usage:"},
-		{"--svids 4", exitUsage, "--svids is 4: use 5"},
-		{"--svids 20001", exitUsage, "--svids is 20001"},
-		{"--svids many", exitUsage, `invalid value "many"`},
-		{"--max-delay 0", exitUsage, "--max-delay is 0s"},
-		{"--max-delay 2h", exitUsage, "--max-delay is 2h0m0s"},
-		{"-o yaml", exitUsage, `-o is "yaml": use text or json`},
-		{"-x", exitUsage, "not defined: -x"},
-		{"-\x1b[2J", exitUsage, "not defined: -\uFFFD[2J"},
-		{"workload now", exitUsage, `unexpected argument "workload"`},
+		{"-h", cli.ExitOK, "Usage:"},
+		{"--svids 4", cli.ExitUsage, "--svids is 4: use 5"},
+		{"--svids 20001", cli.ExitUsage, "--svids is 20001"},
+		{"--svids many", cli.ExitUsage, `invalid value "many"`},
+		{"--max-delay 0", cli.ExitUsage, "--max-delay is 0s"},
+		{"--max-delay 2h", cli.ExitUsage, "--max-delay is 2h0m0s"},
+		{"-o yaml", cli.ExitUsage, `-o is "yaml": use text or json`},
+		{"-x", cli.ExitUsage, "not defined: -x"},
+		{"-\x1b[2J", cli.ExitUsage, "not defined: -\uFFFD[2J"},
+		{"workload now", cli.ExitUsage, `unexpected argument "workload"`},
 	} {
 		var stdout, stderr bytes.Buffer
 		code := run(t.Context(), strings.Fields(c.args), &stdout, &stderr)

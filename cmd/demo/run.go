@@ -14,13 +14,9 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-// The exit codes.
-const (
-	exitOK          = 0
-	exitBroken      = 1 // a promise was broken, or the demo could not run
-	exitUsage       = 2
-	exitInterrupted = 130 // as in shells, for SIGINT
-)
+// exitInterrupted is the exit status after a signal, as in shells for SIGINT.
+// [cli.ExitFailed] is that of a broken promise, and of a demo that could not run.
+const exitInterrupted = 130
 
 const usage = `demo shows a key rotation live, with workloads that are in use.
 
@@ -85,18 +81,18 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	if len(args) == 1 && args[0] == workloadArg {
 		if err := runWorkload(ctx, os.Stdin, stdout); err != nil {
 			fmt.Fprintln(stderr, cli.PrintableLines(err.Error()))
-			return exitBroken
+			return cli.ExitFailed
 		}
-		return exitOK
+		return cli.ExitOK
 	}
 	s, err := parse(args)
 	switch {
 	case errors.Is(err, flag.ErrHelp):
 		fmt.Fprint(stdout, usage)
-		return exitOK
+		return cli.ExitOK
 	case err != nil:
 		fmt.Fprintf(stderr, "demo: %s\nRun \"demo -h\" for help.\n", cli.PrintableLines(err.Error()))
-		return exitUsage
+		return cli.ExitUsage
 	}
 	return play(ctx, s, stdout, stderr)
 }
@@ -139,7 +135,7 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 	screen := newScreen(timeline, cancel)
 	log := slog.New(slog.DiscardHandler)
 	if s.verbose {
-		log = slog.New(cli.NewTextHandler(stderr, slog.LevelDebug, "15:04:05.000", colored(stderr)))
+		log = slog.New(cli.NewTextHandler(stderr, slog.LevelDebug, "15:04:05.000", cli.Colored(stderr, os.Getenv)))
 		screen.live = false // log lines would interrupt a redrawn line
 	}
 	report, err := rotate(ctx, s, screen, log)
@@ -150,7 +146,7 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 		return exitInterrupted
 	case err != nil:
 		fmt.Fprintf(stderr, "demo: %s\n", cli.PrintableLines(err.Error()))
-		return exitBroken
+		return cli.ExitFailed
 	}
 	if s.json {
 		err = cli.PrintJSON(stdout, report)
@@ -159,11 +155,11 @@ func play(ctx context.Context, s settings, stdout, stderr io.Writer) int {
 	}
 	if err != nil {
 		fmt.Fprintf(stderr, "demo: write the report: %v\n", err)
-		return exitBroken
+		return cli.ExitFailed
 	}
 	if !report.OK {
 		fmt.Fprintf(stderr, "demo: broken promise: %s\n", strings.Join(report.Broken, ", "))
-		return exitBroken
+		return cli.ExitFailed
 	}
-	return exitOK
+	return cli.ExitOK
 }

@@ -10,6 +10,8 @@ import (
 	"unicode/utf8"
 
 	"golang.org/x/term"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // screen writes the timeline: a line for each event, and a progress line that is redrawn in
@@ -33,7 +35,7 @@ const (
 )
 
 func newScreen(w io.Writer, onWriteError func()) *screen {
-	return &screen{w: w, live: isTerminal(w), color: colored(w), start: time.Now(), onWriteError: onWriteError, width: func() int { return columns(w) }}
+	return &screen{w: w, live: cli.HasControl(w, os.Getenv), color: cli.Colored(w, os.Getenv), start: time.Now(), onWriteError: onWriteError, width: func() int { return columns(w) }}
 }
 
 func (s *screen) columns() int {
@@ -45,7 +47,7 @@ func (s *screen) columns() int {
 
 // columns returns the columns of a terminal, or a readable width elsewhere.
 func columns(w io.Writer) int {
-	if f, ok := w.(*os.File); ok && isTerminal(w) {
+	if f, ok := w.(*os.File); ok && cli.HasControl(w, os.Getenv) {
 		if width, _, err := term.GetSize(int(f.Fd())); err == nil && width > 0 {
 			return width
 		}
@@ -94,15 +96,6 @@ func (s *screen) write(format string, args ...any) {
 		s.onWriteError()
 	}
 }
-
-// isTerminal reports whether w is a terminal with control sequences.
-func isTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
-	return ok && term.IsTerminal(int(f.Fd())) && os.Getenv("TERM") != "dumb"
-}
-
-// colored reports whether to use color: on a terminal, unless NO_COLOR is set (no-color.org).
-func colored(w io.Writer) bool { return isTerminal(w) && os.Getenv("NO_COLOR") == "" }
 
 // The colors, as parameters of the SGR sequence (ECMA-48, 8.3.117).
 const (

@@ -8,7 +8,6 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/operator/runbook"
@@ -71,18 +70,15 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 			}
 		}
 	}
-	address := ""
+	if len(where) > 1 {
+		return cli.Usagef("%s and %s name two servers: give one of them", where[0], where[1])
+	}
 	if t.Server != "" {
-		// gRPC would also accept an address without a port, and use 443.
-		address = config.BadAddress(t.Server, true)
+		if err := renewd.CheckServer(t.Server, t.WorkloadAPI); err != nil {
+			return err
+		}
 	}
 	switch {
-	case len(where) > 1:
-		return cli.Usagef("%s and %s name two servers: give one of them", where[0], where[1])
-	case address != "":
-		return cli.Usagef("--server %s %s: give it with its port, such as server.example.org:8082", t.Server, address)
-	case t.Server != "" && t.WorkloadAPI == "":
-		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that gives you an SVID", t.Server)
 	case t.Prometheus != "" && t.SpireSocket == "":
 		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; omit it, or give --spire-socket", t.Prometheus)
 	case t.Prometheus == "" && (f.Changed("prometheus-job") || t.Agents != 0):

@@ -5,19 +5,16 @@ import (
 
 	"golang.org/x/sys/unix"
 	"golang.org/x/term"
+
+	"github.com/renewd/renewd/internal/cli"
 )
 
 // red is a parameter of the SGR sequence (ECMA-48, 8.3.117).
 const red = "31"
 
-func isTerminal(stream any) bool {
-	f, ok := stream.(*os.File)
-	return ok && term.IsTerminal(int(f.Fd()))
-}
-
-// paint colors text on a terminal unless NO_COLOR is set (no-color.org).
+// paint colors text; see [cli.Colored].
 func paint(stream any, getenv func(string) string, color, text string) string {
-	if !isTerminal(stream) || getenv("NO_COLOR") != "" || getenv("TERM") == "dumb" {
+	if !cli.Colored(stream, getenv) {
 		return text
 	}
 	return "\x1b[" + color + "m" + text + "\x1b[0m"
@@ -27,7 +24,7 @@ func paint(stream any, getenv func(string) string, color, text string) string {
 // nil if a line cannot be redrawn on the stream.
 func terminalWidth(stream any, getenv func(string) string) func() int {
 	f, ok := stream.(*os.File)
-	if !ok || !isTerminal(f) || getenv("TERM") == "dumb" {
+	if !ok || !cli.HasControl(f, getenv) {
 		return nil
 	}
 	return func() int {
@@ -41,7 +38,7 @@ func terminalWidth(stream any, getenv func(string) string) func() int {
 
 // dropTyped discards unread input of a terminal.
 func dropTyped(stream any) {
-	if f, ok := stream.(*os.File); ok && isTerminal(f) {
+	if f, ok := stream.(*os.File); ok && cli.IsTerminal(f) {
 		// If it fails, early answers count, as they do on a pipe.
 		_ = unix.IoctlSetInt(int(f.Fd()), unix.TCFLSH, unix.TCIFLUSH)
 	}

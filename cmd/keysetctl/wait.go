@@ -95,7 +95,7 @@ func (p *program) rotate() *cobra.Command {
 			}
 			ro := runbook.RotateOptions{Wait: o, Keyset: keysetID}
 			if !yes {
-				if !isTerminal(p.stdin) || !isTerminal(p.stderr) {
+				if !cli.IsTerminal(p.stdin) || !cli.IsTerminal(p.stderr) {
 					return cli.Usagef("rotate: cannot ask before each step without a terminal: give --yes")
 				}
 				ro.Ask = p.asker(c.Context(), o.Progress)

@@ -14,7 +14,6 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
@@ -79,13 +78,9 @@ func (c *client) dial(ctx context.Context, wait time.Duration) (*renewd.Client, 
 			}
 		})
 	}
-	if wrong := config.BadAddress(c.server, true); wrong != "" {
-		// gRPC would accept other forms, and use 443 as the default port.
-		return nil, cli.Usagef("%s: --server %s %s: give it with its port, such as server.example.org:8082", c.Name(), c.server, wrong)
-	}
 	workloadAPI := c.Getenv("SPIFFE_ENDPOINT_SOCKET")
-	if workloadAPI == "" {
-		return nil, cli.Usagef("%s: --server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", c.Name(), c.server)
+	if err := renewd.CheckServer(c.server, workloadAPI); err != nil {
+		return nil, cli.Usagef("%s: %v", c.Name(), err)
 	}
 	return renewd.DialServer(ctx, c.server, workloadAPI)
 }

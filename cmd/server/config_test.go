@@ -2,10 +2,6 @@ package main
 
 import (
 	"errors"
-	"flag"
-	"os"
-	"path/filepath"
-	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -16,9 +12,8 @@ import (
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/federation"
+	"github.com/renewd/renewd/test/clitest"
 )
-
-var update = flag.Bool("update", false, "update docs/configuration-server.md")
 
 const minimal = "trust_domain: example.org\n"
 
@@ -29,31 +24,8 @@ func loadText(text string, flags, env map[string]string) (*settings, error) {
 // TestFieldsCoverSettings: the tables and the structs have the same fields.
 func TestFieldsCoverSettings(t *testing.T) {
 	t.Parallel()
-	covers(t, schema.Fields)
-	covers(t, entrySchema.Fields)
-}
-
-func covers[C any](t *testing.T, fields []config.Field[C]) {
-	t.Helper()
-	cfg := new(C)
-	rows := map[uintptr]string{}
-	for i := range fields {
-		f := &fields[i]
-		p := reflect.ValueOf(f.Value(cfg)).Pointer()
-		if other, dup := rows[p]; dup {
-			t.Errorf("%s and %s are the same field", f.Path, other)
-		}
-		rows[p] = f.Path
-		if !strings.HasSuffix(f.Doc, ".") {
-			t.Errorf("%s: documentation %q", f.Path, f.Doc)
-		}
-	}
-	v := reflect.ValueOf(cfg).Elem()
-	for i := range v.NumField() {
-		if _, ok := rows[v.Field(i).Addr().Pointer()]; !ok {
-			t.Errorf("%s has no row", v.Type().Field(i).Name)
-		}
-	}
+	clitest.Covers(t, schema.Fields)
+	clitest.Covers(t, entrySchema.Fields)
 }
 
 func TestDefaults(t *testing.T) {
@@ -155,25 +127,12 @@ func TestProblems(t *testing.T) {
 // go test ./cmd/server -run TestConfigTable -update
 func TestConfigTable(t *testing.T) {
 	t.Parallel()
-	want := "# Configuration of the server\n\n" +
-		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n" +
-		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME or\n" +
-		"TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n" +
-		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n" +
-		"with file, line and remedy.\n\n" + schema.Markdown()
-	file := filepath.Join("..", "..", "docs", "configuration-server.md")
-	if *update {
-		if err := os.WriteFile(file, []byte(want), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	have, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if string(have) != want {
-		t.Errorf("%s differs from the code; run this test with -update", file)
-	}
+	clitest.Document(t, "configuration-server.md", "# Configuration of the server\n\n"+
+		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n"+
+		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME or\n"+
+		"TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
+		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n"+
+		"with file, line and remedy.\n\n"+schema.Markdown())
 }
 
 // FuzzEntries: no file causes a panic, every error has a place and a cause, and accepted

@@ -66,8 +66,19 @@ func durationText(_ []string, a slog.Attr) slog.Attr {
 	return a
 }
 
-// IsTerminal reports whether w is a terminal.
-func IsTerminal(w io.Writer) bool {
-	f, ok := w.(*os.File)
+// IsTerminal reports whether a stream is a terminal.
+func IsTerminal(stream any) bool {
+	f, ok := stream.(*os.File)
 	return ok && term.IsTerminal(int(f.Fd()))
+}
+
+// HasControl reports whether a stream is a terminal with control sequences.
+func HasControl(stream any, getenv func(string) string) bool {
+	return IsTerminal(stream) && getenv("TERM") != "dumb"
+}
+
+// Colored reports whether to use color: on a terminal, unless NO_COLOR is set to any value
+// (no-color.org).
+func Colored(stream any, getenv func(string) string) bool {
+	return HasControl(stream, getenv) && getenv("NO_COLOR") == ""
 }

@@ -105,7 +105,7 @@ func (s *start) Handle(_ context.Context, r slog.Record) error {
 	})
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if strings.HasPrefix(r.Message, "clock ") {
+	if strings.HasPrefix(r.Message, "clock ") && r.Level >= slog.LevelInfo {
 		s.clock = append(s.clock, r.Level.String()+" "+r.Message)
 	}
 	switch r.Message {

@@ -20,8 +20,21 @@ import (
 
 	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
+	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/ledger"
 	embedded "github.com/renewd/renewd/internal/server/spireapi"
+	"github.com/renewd/renewd/test/memory"
 )
+
+// newEmbedded returns a server that keeps everything in memory.
+func newEmbedded(t *testing.T) *embedded.Server {
+	t.Helper()
+	return must(embedded.New(embedded.Config{
+		TrustDomain: td, Storage: memory.NewServer(),
+		Keysets: must(keyset.Open(t.Context(), keyset.Config{TrustDomain: td, Storage: new(memory.Keysets)})),
+		Ledger:  must(ledger.Open(t.Context(), ledger.Config{Storage: memory.Ledger{}})),
+	}))
+}
 
 // A node with the embedded server: bootstrap from a file, attestation, entries,
 // mints, a rotation with a renewal of the agent SVID, eviction, ban.
@@ -29,7 +42,7 @@ func TestNodeLifecycleWithTheEmbeddedServer(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		ctx, cancel := context.WithCancel(t.Context())
-		s := must(embedded.New(embedded.Config{TrustDomain: td}))
+		s := newEmbedded(t)
 		lis := bufconn.Listen(1 << 16)
 		served := make(chan error, 1)
 		go func() { served <- s.Serve(ctx, lis) }()

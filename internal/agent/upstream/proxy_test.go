@@ -18,7 +18,6 @@ import (
 
 	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
-	embedded "github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // serverBehindProxy is a name that only the proxy can connect to.
@@ -71,7 +70,7 @@ func (p *connectProxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 // agentBehindProxy is a node whose server is reached through a proxy alone.
 func agentBehindProxy(t *testing.T, p *connectProxy, user *url.Userinfo) *agent {
 	ctx, cancel := context.WithCancel(context.Background())
-	s := must(embedded.New(embedded.Config{TrustDomain: td}))
+	s := newEmbedded(t)
 	lis := must(net.Listen("tcp", "127.0.0.1:0"))
 	p.backend = lis.Addr().String()
 	served := make(chan error, 1)

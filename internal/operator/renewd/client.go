@@ -27,6 +27,8 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 )
 
 // Client is a connection to the Operator service. It does not retry calls that the server
@@ -105,6 +107,19 @@ const startPoll = 50 * time.Millisecond
 
 // serverPath is the path of the signing server's SPIFFE ID.
 const serverPath = "/spire/server"
+
+// CheckServer returns a usage error if the flag --server cannot be used: the address is not
+// host:port, or there is no Workload API to get the operator's SVID from.
+func CheckServer(address, workloadAPI string) error {
+	if wrong := config.BadAddress(address, true); wrong != "" {
+		// gRPC would accept other forms, and use 443 as the default port.
+		return cli.Usagef("--server %s %s: give it with its port, such as server.example.org:8082", address, wrong)
+	}
+	if workloadAPI == "" {
+		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", address)
+	}
+	return nil
+}
 
 // DialServer returns a Client of a server at host:port. It uses this process's SVID from
 // the Workload API at socket, and waits for it until ctx is done. The server must be of

@@ -91,9 +91,6 @@ func (d *Deployment) first(doc *Document, c *Change) error {
 	return nil
 }
 
-// TrustDomain returns the trust domain that the keysets sign for.
-func (d *Deployment) TrustDomain() spiffeid.TrustDomain { return d.td }
-
 // Name returns the deployment's name.
 func (d *Deployment) Name() string { return d.name }
 

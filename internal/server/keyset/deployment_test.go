@@ -50,8 +50,8 @@ func TestOpenMakesTheFirstKeyset(t *testing.T) {
 	if want := start.Truncate(time.Second); !k.IssuedAt.Equal(want) || !k.ExpiresAt.Equal(want.Add(90*24*time.Hour)) {
 		t.Errorf("issued %v, expires %v", k.IssuedAt, k.ExpiresAt)
 	}
-	if d.Name() != "default" || d.TrustDomain() != td {
-		t.Errorf("deployment %q of %v", d.Name(), d.TrustDomain())
+	if d.Name() != "default" {
+		t.Errorf("deployment %q", d.Name())
 	}
 	text, err := json.Marshal(k)
 	if err != nil {
