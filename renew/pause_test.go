@@ -14,6 +14,36 @@ import (
 	"github.com/renewd/renewd/renew"
 )
 
+// SVIDs in flight may come from a tainted authority if their calls began before this node
+// learned of that taint. Those of the wave began after it.
+func TestInFlightCountsCallsFromBeforeTheTaint(t *testing.T) {
+	drill(t, 4, func(r *rig) { r.cfg.BatchSize, r.cfg.MaxDelay = 1, 0 }, func(r *rig) {
+		r.server.set(func() { r.server.latency = 10 * time.Second })
+		for i := range 2 {
+			changed := *mustItem(t, r.cache, entryID(i)).Entry
+			changed.Revision++
+			changed.X509TTL = time.Hour
+			r.cache.Update([]*cache.Entry{&changed}, nil)
+		}
+		r.sleepUntil(time.Now().Add(time.Second))
+		since := time.Now()
+		r.taint()
+		r.sleepUntil(since.Add(time.Second)) // two calls of the wave have begun
+		for want, n := range map[int]int{
+			2: r.renewer.InFlight(r.ca.id, since),
+			4: r.renewer.InFlight(r.ca.id, since.Add(-time.Hour)), // of an earlier taint nothing is known
+		} {
+			if n != want {
+				t.Errorf("%d SVIDs may come from the tainted authority, want %d", n, want)
+			}
+		}
+		r.sleepUntil(since.Add(time.Minute))
+		if n := r.renewer.InFlight(r.ca.id, since); n != 0 {
+			t.Errorf("%d SVIDs are in flight, want none", n)
+		}
+	})
+}
+
 // However high the rate is, at most 64 calls of the wave are in flight.
 func TestWaveCallsInFlightAreBounded(t *testing.T) {
 	drill(t, 100, func(r *rig) { r.cfg.Rate = 100 }, func(r *rig) {

@@ -127,6 +127,7 @@ func TestRestoredBehind(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		now := time.Now().UTC()
 		l, err := ledger.Open(t.Context(), ledger.Config{
+			Storage: newMemory(),
 			Restored: []ledger.Restored{
 				{CopiedAt: now.Add(-2 * day), X509: map[string]time.Time{"A": now.Add(day)}},
 				{CopiedAt: now.Add(-day), X509: map[string]time.Time{"B": now.Add(2 * day)}},
