@@ -304,10 +304,10 @@ func TestRestartBeforeActivation(t *testing.T) {
 		}
 	}
 	r.stop()
-	later.Add(int64(2 * time.Minute))
 	r = run(t, c)
+	later.Add(int64(2 * time.Minute))
 	if a := r.keysets("east").GetAutomatic(); a.GetWaitsFor() != "1 agent that has not applied the trust bundle" || states() != "ACTIVE PREPARED" {
-		t.Errorf("just after the start: %v, %s", a, states())
+		t.Errorf("two minutes after the start: %v, %s", a, states())
 	}
 	later.Add(int64(4 * time.Minute))
 	if a := r.keysets("east").GetAutomatic(); a.GetWaitsFor() != "" || !strings.HasPrefix(a.GetNext(), "activate ") {

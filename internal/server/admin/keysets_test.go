@@ -49,7 +49,7 @@ func TestRotation(t *testing.T) {
 		for name, banned := range map[string]bool{"a": false, "b": false, "banned": true} {
 			d.attest(t, spireapi.Agent{ID: agent(name), ExpiresAt: end, Banned: banned, Version: "v9"})
 		}
-		d.attest(t, spireapi.Agent{ID: agent("expired"), ExpiresAt: time.Now().Add(-time.Second)})
+		d.attest(t, spireapi.Agent{ID: agent("expired"), ExpiresAt: time.Now().Add(-2 * time.Hour)})
 		d.attest(t, spireapi.Agent{ID: agent("renewed"), ExpiresAt: time.Now().Add(-time.Second), NextSerial: "7", NextExpiresAt: end})
 
 		next, err := b.Prepare(t.Context())

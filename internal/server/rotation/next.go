@@ -239,14 +239,14 @@ func expired(now time.Time, c Clock, k keyset.Keyset) time.Time {
 	return now.Add(clock.Hold - c.PastFor(clock.Over(k.ExpiresAt)))
 }
 
-// after returns when d has certainly passed since t. A clock that goes ahead does not skip
-// that time.
+// after returns when d has certainly passed since t, by the uptime or by the lower bound of
+// the time. A clock that goes ahead does not skip that time. After an outage the bound lags
+// behind a t that came later, and the uptime counts.
 func after(now time.Time, c Clock, t time.Time, d time.Duration) time.Time {
-	end := t.Add(d)
-	if left := end.Sub(c.AtLeast()); left > 0 {
+	if left := d - max(c.AtLeast().Sub(t), c.PastFor(t)); left > 0 {
 		return now.Add(left)
 	}
-	return end
+	return t.Add(d)
 }
 
 func middle(a, b time.Time) time.Time { return a.Add(b.Sub(a) / 2) }
