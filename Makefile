@@ -31,9 +31,10 @@ check: ## what CI runs: fuzzing for a minute, lint, all tests
 	$(MAKE) fuzz FUZZTIME=4s
 	$(MAKE) lint test
 
+# test/system is first, because it takes the longest and mostly waits.
 .PHONY: test
 test: ## all tests with the race detector; several minutes, and a slow machine may take longer
-	go test -race -timeout 30m ./...
+	go test -race -timeout 30m ./test/system ./...
 
 .PHONY: lint
 lint: ## formatting, vet, staticcheck, import rules and more (.golangci.yml)
