@@ -70,7 +70,7 @@ func (c *Cache) upsertLocked(e *Entry) {
 		case r.entry.SPIFFEID != e.SPIFFEID || e.IncludeJTI:
 			c.jwts.dropEntry(e.ID)
 		case r.entry.JWTTTL != e.JWTTTL:
-			c.jwts.markStale(e.ID)
+			c.jwts.markOutdated(e.ID)
 		}
 		r.entry, r.failed = e, false
 		if r.svid != nil && !r.gives(r.svid) {

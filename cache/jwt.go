@@ -208,9 +208,9 @@ func (j *jwtCache) dropEntry(entryID string) {
 	}
 }
 
-// markStale marks the tokens of an entry as minted for an earlier revision. They stay
+// markOutdated marks the tokens of an entry as minted for an earlier revision. They stay
 // valid until they are replaced.
-func (j *jwtCache) markStale(entryID string) {
+func (j *jwtCache) markOutdated(entryID string) {
 	for _, key := range j.byEntry[entryID] {
 		el := j.items[key]
 		item := el.Value.(jwtItem)

@@ -59,8 +59,8 @@ type Agent struct {
 // maxSubjects is how many subjects of repeated log lines are distinguished.
 const maxSubjects = 16
 
-// New loads the state from DataDir and RuntimeDir. It opens
-// no connection and starts no goroutine.
+// New loads the state from DataDir and RuntimeDir. It opens no connection and starts no
+// goroutine.
 func New(cfg Config) (*Agent, error) {
 	cfg = cfg.withDefaults()
 	a := &Agent{cfg: cfg, log: cfg.Log, lines: loglimit.New(cfg.Log, loglimit.Interval, maxSubjects), operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}}

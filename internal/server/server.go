@@ -61,9 +61,8 @@ type deployment struct {
 	stored    *store.Deployment
 }
 
-// Open opens the store and loads its contents. It opens no
-// listener and starts nothing but the store. The caller must run or close the
-// Domain.
+// Open opens the store and loads its contents. It opens no listener and starts nothing but
+// the store. The caller must run or close the Domain.
 func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	cfg = cfg.withDefaults()
 	d := &Domain{cfg: cfg, connections: listen.NewPool()}

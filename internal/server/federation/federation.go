@@ -105,8 +105,8 @@ type Follower struct {
 	peers map[spiffeid.TrustDomain]*peer
 }
 
-// New loads the bundles from the storage and from files, and
-// publishes them. It deletes the records of trust domains that are no longer configured.
+// New loads the bundles from the storage and from files, and publishes them. It deletes the
+// records of trust domains that are no longer configured.
 func New(ctx context.Context, cfg Config) (*Follower, error) {
 	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
