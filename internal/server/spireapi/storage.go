@@ -16,7 +16,12 @@ var ErrNotFound = errors.New("not found")
 // Agent is an attested node.
 type Agent struct {
 	ID   spiffeid.ID
-	Type string // attestation type: "join_token"
+	Type string // attestation type, such as "join_token"
+	// Selectors describe the node, as its verifier found it at the last attestation;
+	// they are sorted and each is there once. A join token gives none.
+	Selectors []Selector `json:",omitempty"`
+	// Reattestable is set when the agent has to attest again instead of renewing.
+	Reattestable bool `json:",omitempty"`
 	// Serial is the serial number (decimal) of the active SVID.
 	Serial    string
 	ExpiresAt time.Time
