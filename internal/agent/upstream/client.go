@@ -21,6 +21,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent/node"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 const (
@@ -102,7 +103,9 @@ type Client struct {
 	// identityTurn is a lock (a value in it holds it) for replacing the identity.
 	// Unlike a mutex it can be given up when a context ends.
 	identityTurn chan struct{}
-	pace         *backoff.ExponentialBackOff // owned by keepAttesting
+	// Owned by keepAttesting.
+	pace, evictionPace *backoff.ExponentialBackOff
+	lines              *loglimit.Log
 
 	skipped map[string]entryVersion // unusable entries, by ID; owned by SyncEntries
 }
@@ -131,6 +134,8 @@ func New(cfg Config) (*Client, error) {
 		links:        make(map[*link]struct{}),
 		identityTurn: make(chan struct{}, 1),
 		pace:         newPace(),
+		evictionPace: newEvictionPace(),
+		lines:        loglimit.New(cfg.Log, loglimit.Interval, 1),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c, nil
