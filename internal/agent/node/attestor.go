@@ -4,9 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"os"
 	"strings"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 // Attestor is one way to attest the node. It must be safe for concurrent use.
@@ -69,17 +69,9 @@ func (j joinToken) Credential(context.Context) (*Credential, error) {
 
 // readFile reads the file that a field of the configuration names, up to limit bytes.
 func readFile(field, path string, limit int64) ([]byte, error) {
-	f, err := os.Open(path)
+	b, err := config.ReadFile(path, limit)
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", field, err)
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", field, err)
-	}
-	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("%s %s is larger than %d bytes: give the right file", field, path, limit)
 	}
 	return b, nil
 }

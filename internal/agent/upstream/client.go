@@ -44,12 +44,14 @@ type Config struct {
 	// Bundle is the trust bundle in force, nil before there is one. It is read
 	// at each handshake and must be safe for concurrent use.
 	Bundle func() *bundle.Bundle
-	// OperatorTrust, when set, is called when the bundle in force lacks the
-	// authority of the server's certificate. It returns the authorities that the
-	// operator has configured since, nil when there are none, and a function that
-	// the Client calls once it has verified the server with them. OperatorTrust is
-	// called at handshakes and must be safe for concurrent use.
-	OperatorTrust func() (trust *bundle.Bundle, verified func())
+	// VerifyOtherwise, when set, is called when the bundle in force lacks the
+	// authority of the server's certificate. It calls verify, which checks the
+	// certificate, with what else the operator trusts, and reports whether that has
+	// verified it.
+	VerifyOtherwise func(verify func(*bundle.Bundle) error) bool
+	// Verified, when set, is called when the bundle in force has verified the server.
+	// Both are called at handshakes and must be safe for concurrent use.
+	Verified func()
 	// Insecure lets Bootstrap take the first bundle from an unverified server.
 	// Every other call verifies the server.
 	Insecure bool

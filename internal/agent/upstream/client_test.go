@@ -47,7 +47,8 @@ type options struct {
 	tokenFile string
 	insecure  bool
 	noTrust   bool
-	operator  func() (*bundle.Bundle, func())
+	otherwise func(verify func(*bundle.Bundle) error) bool
+	verified  func()
 	now       func() time.Time
 	dial      func(context.Context, string) (net.Conn, error) // nil: to the server
 }
@@ -68,7 +69,7 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 	a.store = must(node.OpenStore(o.dir, nil))
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log, Now: o.now}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, OperatorTrust: o.operator, Insecure: o.insecure, Dial: o.dial, Process: "p1", Version: "1.0", Log: log, Now: o.now,
+		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, VerifyOtherwise: o.otherwise, Verified: o.verified, Insecure: o.insecure, Dial: o.dial, Process: "p1", Version: "1.0", Log: log, Now: o.now,
 	}))
 	return a
 }
