@@ -198,6 +198,10 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 // attestOnce attests the node. The caller holds identityTurn. It uses a separate
 // anonymous connection, because the server may refuse the identity held.
 func (c *Client) attestOnce(ctx context.Context) error {
+	// A node without its credential may try for days: do not call the server for that.
+	if err := c.cfg.Node.CanAttest(ctx); err != nil {
+		return fmt.Errorf("attest the node: %w", err)
+	}
 	l, err := c.open(nil, c.clientTLS(nil))
 	if err != nil {
 		return err
