@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"strings"
+	"time"
 
 	"github.com/renewd/renewd/internal/config"
 )
@@ -28,6 +29,9 @@ type Credential struct {
 	// About describes the credential in the error of a server that refuses it. It has
 	// nothing secret and may be empty.
 	About string
+	// ExpiresAt is when the credential ends; zero if that is not known. One that has ended
+	// is presented nevertheless: this node's clock may be wrong.
+	ExpiresAt time.Time
 }
 
 // ErrNoCredential means that the configuration has no credential to attest the node

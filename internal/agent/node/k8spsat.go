@@ -18,6 +18,8 @@ const (
 	// maxServiceAccountToken is the longest token accepted, in bytes. A cluster's has 1
 	// to 2 KiB.
 	maxServiceAccountToken = 64 << 10
+	// maxExpiry is the end of year 9999, the last that RFC 3339 can express.
+	maxExpiry = 253402300799
 )
 
 // K8sPSATConfig says which projected service account token attests the node.
@@ -65,7 +67,7 @@ func (k k8sPSAT) Credential(context.Context) (*Credential, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode the payload of k8s_psat: %w", err)
 	}
-	return &Credential{Payload: payload, About: claims.about(k.cfg.Cluster)}, nil
+	return &Credential{Payload: payload, About: claims.about(k.cfg.Cluster), ExpiresAt: claims.expiresAt()}, nil
 }
 
 // claims are those of a service account token that tell people what it is.
@@ -86,13 +88,19 @@ func (c *claims) about(cluster string) string {
 	if c.Kubernetes.Pod.Name != "" {
 		text += fmt.Sprintf(", of pod %q in namespace %q", c.Kubernetes.Pod.Name, c.Kubernetes.Namespace)
 	}
-	if c.Expiry != 0 {
-		text += ", good until " + c.expiresAt().UTC().Format(time.RFC3339)
+	if at := c.expiresAt(); !at.IsZero() {
+		text += ", good until " + at.UTC().Format(time.RFC3339)
 	}
 	return text
 }
 
-func (c *claims) expiresAt() time.Time { return time.Unix(int64(min(max(c.Expiry, 0), 1<<40)), 0) }
+// expiresAt returns the claim exp, zero when there is none.
+func (c *claims) expiresAt() time.Time {
+	if c.Expiry == 0 {
+		return time.Time{}
+	}
+	return time.Unix(int64(min(max(c.Expiry, 0), maxExpiry)), 0)
+}
 
 // audience is the claim aud: one string or a list (RFC 7519, section 4.1.3).
 type audience []string

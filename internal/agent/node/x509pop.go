@@ -82,6 +82,7 @@ func (x x509PoP) Credential(ctx context.Context) (*Credential, error) {
 		Respond: func(challenge []byte) ([]byte, error) { return respondX509PoP(key, challenge) },
 		About: fmt.Sprintf("the certificate of %q with serial number %x, issued by %q, good until %s",
 			leaf.Subject, leaf.SerialNumber, leaf.Issuer, leaf.NotAfter.UTC().Format(time.RFC3339)),
+		ExpiresAt: leaf.NotAfter,
 	}, nil
 }
 
