@@ -41,7 +41,7 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	case data.GetType() == "":
 		return status.Error(codes.InvalidArgument, "missing attestation data type")
 	case data.GetType() != joinToken && verifier == nil:
-		err := status.Errorf(codes.FailedPrecondition, "attestation of type %q is not supported: this deployment accepts %s", data.GetType(), s.attestationTypes())
+		err := status.Errorf(codes.FailedPrecondition, "attestation of type %.64q is not supported: this deployment accepts %s", data.GetType(), s.attestationTypes())
 		s.logNotAttested(ctx, data.GetType(), err)
 		return err
 	case len(data.GetPayload()) == 0:

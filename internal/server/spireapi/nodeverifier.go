@@ -134,11 +134,11 @@ func (s *Server) checkNode(n AttestedNode) error {
 	return nil
 }
 
-// logNotAttested logs why a node was not attested.
+// logNotAttested logs why a node was not attested. An unknown kind may be of any length.
 func (s *Server) logNotAttested(ctx context.Context, kind string, err error) {
 	var from netip.Prefix
 	if p, ok := peer.FromContext(ctx); ok {
 		from = listen.Client(p.Addr)
 	}
-	s.lines.Note(slog.LevelWarn, "node not attested", listen.Name(from), "type", kind, "address", listen.Name(from), "error", err)
+	s.lines.Note(slog.LevelWarn, "node not attested", listen.Name(from), "type", kind[:min(len(kind), 64)], "address", listen.Name(from), "error", err)
 }
