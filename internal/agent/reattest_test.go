@@ -314,7 +314,7 @@ func TestFirstBundleFromASource(t *testing.T) {
 		if r := src.requests(); r[len(r)-1].Rebootstrap {
 			w.t.Errorf("the last request is %+v", r[len(r)-1])
 		}
-		// The source is not asked any more.
+		// The source is no longer asked.
 		n := len(src.requests())
 		time.Sleep(time.Hour)
 		w.stopAgent()

@@ -22,7 +22,7 @@ import (
 // maxBytes is the largest bundle accepted, in bytes. An authority takes 1 to 2 KiB.
 const maxBytes = 8 << 20
 
-// Request says why and how often a source has been asked. A local publisher is told.
+// Request says why and how often a source has been asked. A local publisher receives it.
 type Request struct {
 	// Rebootstrap is set when the agent has a bundle, which no longer verifies the
 	// server.

@@ -220,7 +220,7 @@ func TestHTTPS(t *testing.T) {
 	}
 }
 
-// A local publisher is told what spire-agent tells it.
+// A local publisher receives what spire-agent tells it.
 func TestUnixSocket(t *testing.T) {
 	t.Parallel()
 	pems, _ := documents(t)

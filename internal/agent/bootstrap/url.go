@@ -28,7 +28,7 @@ const (
 	maxCA = 1 << 20
 )
 
-// URLConfig says where a bundle is published, and what a local publisher is told.
+// URLConfig says where a bundle is published, and what a local publisher receives.
 type URLConfig struct {
 	// URL is an https URL, or unix:///PATH or unix:///PATH:/REQUEST for a publisher that
 	// speaks HTTP on the Unix socket PATH. REQUEST is / by default.
