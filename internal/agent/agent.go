@@ -61,7 +61,7 @@ type Agent struct {
 // maxSubjects is how many subjects of repeated log lines are distinguished.
 const maxSubjects = 16
 
-// New loads the state from DataDir and RuntimeDir. It opens no connection and starts no
+// New loads the state from DataDir and RuntimeDir. It calls no server and starts no
 // goroutine.
 func New(cfg Config) (*Agent, error) {
 	cfg = cfg.withDefaults()

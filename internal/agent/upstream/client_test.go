@@ -672,7 +672,7 @@ func TestAttestationsOfASharedIdentityArePaced(t *testing.T) {
 			}
 		}
 		// The other machine is gone.
-		if err := b.Client.Close(); err != nil {
+		if err := b.Close(); err != nil {
 			t.Fatal(err)
 		}
 		attested := func() bool { _, err := a.SyncEntries(t.Context(), nil); return err == nil }
