@@ -105,7 +105,7 @@ func (w *walk) next(parent, segment string) {
 	case isDelegated(segment):
 		w.ended = true
 	default:
-		// A parent that Docker or Podman was told to use, such as /ecs/TASK.
+		// A parent that Docker or Podman is configured with, such as /ecs/TASK.
 		w.trusted = false
 	}
 }
