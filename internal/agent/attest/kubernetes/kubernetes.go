@@ -56,7 +56,7 @@ const (
 	DefaultCAFile = serviceAccountDir + "ca.crt"
 )
 
-// Config configures the attestor. Files are read again for each request.
+// Config configures the attestor. Files are reloaded for each request.
 type Config struct {
 	// NodeName is the name that the kubelet's certificate must have. Empty: any name,
 	// which requires that KubeletHost is empty, too.

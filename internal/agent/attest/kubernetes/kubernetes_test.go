@@ -391,16 +391,16 @@ func TestTLS(t *testing.T) {
 			c.KubeletCAFile, c.NodeName, c.KubeletHost = otherCA.file, "node-1", "127.0.0.1"
 		}, ": give the CA of the kubelet's certificate"},
 		"not verified":          {token, []string{"node-2"}, func(c *kubernetes.Config) { c.KubeletCAFile, c.SkipKubeletVerification = "", true }, ""},
-		"no CA file":            {token, nil, func(c *kubernetes.Config) { c.KubeletCAFile = "/nowhere/ca.crt" }, "read the kubelet's CA file: open /nowhere/ca.crt: no such file"},
+		"no CA file":            {token, nil, func(c *kubernetes.Config) { c.KubeletCAFile = "/missing/ca.crt" }, "read the kubelet's CA file: open /missing/ca.crt: no such file"},
 		"CA file without a CA":  {token, nil, func(c *kubernetes.Config) { c.KubeletCAFile = c.TokenFile }, "has no certificate in PEM: give the CA"},
-		"no token file":         {token, nil, func(c *kubernetes.Config) { c.TokenFile = "/nowhere/token" }, "read the token: open /nowhere/token: no such file"},
+		"no token file":         {token, nil, func(c *kubernetes.Config) { c.TokenFile = "/missing/token" }, "read the token: open /missing/token: no such file"},
 		"no token":              {token, nil, func(c *kubernetes.Config) { c.TokenFile = "" }, `401 Unauthorized, "Unauthorized": give a token of this cluster's API server in token_file`},
 		"anonymous":             {list, nil, func(c *kubernetes.Config) { c.TokenFile = "" }, ""},
 		"another token":         {bearer("token-2", list), nil, func(*kubernetes.Config) {}, "401 Unauthorized"},
 		"not allowed":           {fails(403, "Forbidden"), nil, func(*kubernetes.Config) {}, "allow get on the resource nodes/pods (Kubernetes 1.33 and newer) or nodes/proxy (older)"},
 		"client certificate":    {clientCertificate("agent", list), nil, func(c *kubernetes.Config) { c.CertificateFile, c.PrivateKeyFile = ca.client("agent") }, ""},
 		"another CA's client":   {list, nil, func(c *kubernetes.Config) { c.CertificateFile, c.PrivateKeyFile = otherCA.client("agent") }, "check that kubelet_host"},
-		"no client certificate": {list, nil, func(c *kubernetes.Config) { c.CertificateFile, c.PrivateKeyFile = "/nowhere/a", "/nowhere/b" }, "read the client certificate: open /nowhere/a"},
+		"no client certificate": {list, nil, func(c *kubernetes.Config) { c.CertificateFile, c.PrivateKeyFile = "/missing/a", "/missing/b" }, "read the client certificate: open /missing/a"},
 		"a key of another": {list, nil, func(c *kubernetes.Config) {
 			c.CertificateFile, _ = ca.client("a")
 			_, c.PrivateKeyFile = ca.client("b")
@@ -448,9 +448,9 @@ func plainPort(t *testing.T) int {
 	return srv.Listener.Addr().(*net.TCPAddr).Port
 }
 
-// The files are read again for each request: the kubelet replaces the token, and others
+// The files are reloaded for each request: the kubelet replaces the token, and others
 // the certificates.
-func TestFilesAreReread(t *testing.T) {
+func TestFilesAreReloaded(t *testing.T) {
 	t.Parallel()
 	list := answers(handwritten(t))
 	ca, nextCA := newAuthority(t), newAuthority(t)
