@@ -75,15 +75,15 @@ func (f Findings) Missing() []string {
 // ([ErrGone]), or that this cannot be checked: then nothing that was found counts.
 func Selectors(ctx context.Context, p *Peer, attestors []Attestor) (Findings, error) {
 	found := make(Findings, len(attestors))
-	var others sync.WaitGroup
-	// The first runs here: the only one of most nodes costs no goroutine.
-	for i := 1; i < len(attestors); i++ {
-		others.Go(func() { found[i] = find(ctx, p, attestors[i]) })
-	}
-	if len(attestors) > 0 {
+	if len(attestors) == 1 { // as on most nodes: costs no goroutine
 		found[0] = find(ctx, p, attestors[0])
+	} else {
+		var all sync.WaitGroup
+		for i, a := range attestors {
+			all.Go(func() { found[i] = find(ctx, p, a) })
+		}
+		all.Wait()
 	}
-	others.Wait()
 	// Only a process that is still alive had its PID all the time.
 	if err := p.Alive(); err != nil {
 		return nil, err
