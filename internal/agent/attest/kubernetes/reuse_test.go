@@ -56,9 +56,9 @@ func TestReusedPID(t *testing.T) {
 		attestors := []attest.Attestor{a}
 		switch round % 4 {
 		case 0: // before the attestor reads
-			attestors = []attest.Attestor{moment(swap), a}
+			attestors = []attest.Attestor{sequence{moment(swap), a}}
 		case 1: // after it
-			attestors = []attest.Attestor{a, moment(swap)}
+			attestors = []attest.Attestor{sequence{a, moment(swap)}}
 		case 2: // while the kubelet is asked: the attestor has read the control group
 			a.Close()
 			if a, err = kubernetes.New(cfg); err != nil {
@@ -70,15 +70,15 @@ func TestReusedPID(t *testing.T) {
 			go func() { defer close(done); swap() }()
 			res, err := attest.Selectors(t.Context(), caller, attestors)
 			// While it is exiting, cgroup v1 shows it at the root.
-			if len(res.Selectors) > 0 && (err != nil || !has(res.Selectors, "pod-uid:"+webUID) || has(res.Selectors, "pod-uid:"+newUID)) {
-				t.Fatalf("round %d: the process that died has %v", round, res.Selectors)
+			if got := res.Selectors(); len(got) > 0 && (err != nil || !has(got, "pod-uid:"+webUID) || has(got, "pod-uid:"+newUID)) {
+				t.Fatalf("round %d: the process that died has %v", round, got)
 			}
 			<-done
 			attestors = []attest.Attestor{a}
 		}
-		res, err := attest.Selectors(t.Context(), caller, sequence(attestors))
-		if !errors.Is(err, attest.ErrGone) || len(res.Selectors) > 0 {
-			t.Fatalf("round %d: the caller died: got %v, %v, want ErrGone", round, res.Selectors, err)
+		res, err := attest.Selectors(t.Context(), caller, attestors)
+		if !errors.Is(err, attest.ErrGone) || res != nil {
+			t.Fatalf("round %d: the caller died: got %v, %v, want ErrGone", round, res, err)
 		}
 		if second.Process.Pid == first.Process.Pid {
 			reused++
@@ -89,8 +89,8 @@ func TestReusedPID(t *testing.T) {
 			t.Fatal(err)
 		}
 		res, err = attest.Selectors(t.Context(), heir, []attest.Attestor{a})
-		if err != nil || !has(res.Selectors, "pod-uid:"+newUID) || has(res.Selectors, "pod-uid:"+webUID) || has(res.Selectors, "pod-label:app:c") {
-			t.Fatalf("round %d: the process with its PID: %v, %v", round, res.Selectors, err)
+		if got := res.Selectors(); err != nil || !has(got, "pod-uid:"+newUID) || has(got, "pod-uid:"+webUID) || has(got, "pod-label:app:c") {
+			t.Fatalf("round %d: the process with its PID: %v, %v", round, got, err)
 		}
 		heir.Close()
 		end(second)
