@@ -31,3 +31,12 @@ func Read(body []byte, c cgroup.Container) ([]cache.Selector, error) {
 	}
 	return f.container.selectors(f.pod.selectors()), nil
 }
+
+// Keep reads a list and returns what the attestor keeps of it.
+func Keep(body []byte) any {
+	l, err := readPodList(bytes.NewReader(body))
+	if err != nil {
+		panic(err)
+	}
+	return l
+}

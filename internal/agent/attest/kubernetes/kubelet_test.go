@@ -168,13 +168,13 @@ func (l *pipes) Addr() net.Addr {
 
 // authority is a CA in PEM, with the files that it signs.
 type authority struct {
-	t    *testing.T
+	t    testing.TB
 	cert *x509.Certificate
 	key  *ecdsa.PrivateKey
 	file string
 }
 
-func newAuthority(t *testing.T) *authority {
+func newAuthority(t testing.TB) *authority {
 	t.Helper()
 	ca := &authority{t: t}
 	template := &x509.Certificate{SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "kubernetes"}, IsCA: true, BasicConstraintsValid: true}
@@ -229,12 +229,12 @@ func (ca *authority) client(name string) (certFile, keyFile string) {
 	return writePEM(ca.t, "client.crt", "CERTIFICATE", cert.Raw), writePEM(ca.t, "client.key", "PRIVATE KEY", der)
 }
 
-func writePEM(t *testing.T, name, kind string, der []byte) string {
+func writePEM(t testing.TB, name, kind string, der []byte) string {
 	t.Helper()
 	return write(t, name, string(pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: der})))
 }
 
-func write(t *testing.T, name, text string) string {
+func write(t testing.TB, name, text string) string {
 	t.Helper()
 	path := filepath.Join(t.TempDir(), name)
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
@@ -245,7 +245,7 @@ func write(t *testing.T, name, text string) string {
 
 // overTLS serves a kubelet with TLS on 127.0.0.1 and returns a configuration that reaches
 // it.
-func overTLS(t *testing.T, k http.Handler, ca *authority, names ...string) kubernetes.Config {
+func overTLS(t testing.TB, k http.Handler, ca *authority, names ...string) kubernetes.Config {
 	t.Helper()
 	srv := httptest.NewUnstartedServer(k)
 	clients := x509.NewCertPool()

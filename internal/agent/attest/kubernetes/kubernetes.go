@@ -172,6 +172,8 @@ func (a *Attestor) selectors(ctx context.Context, c cgroup.Container) ([]cache.S
 	}
 	held := a.pods.last()
 	oldest := time.Now().Add(-MaxAge)
+	ctx, cancel := context.WithTimeout(ctx, requestTimeout+time.Duration(a.cfg.PollAttempts)*a.cfg.PollInterval)
+	defer cancel()
 	for range a.cfg.PollAttempts {
 		list, err := a.pods.after(ctx, oldest)
 		if err != nil {

@@ -25,7 +25,7 @@ func TestReusedPID(t *testing.T) {
 	if testing.Short() {
 		t.Skip("starts 2,000 processes")
 	}
-	old, young := newGroup(t, webUID, "c"), newGroup(t, newUID, "8")
+	old, young := newGroup(t, webUID, id("c")), newGroup(t, newUID, id("8"))
 	list := newKubelet(answers(listOf(t, map[string]string{webUID: "c", newUID: "8"})))
 	var onRequest func()
 	k := newKubelet(func(w http.ResponseWriter, r *http.Request) {
@@ -124,7 +124,7 @@ func (s sequence) Attest(ctx context.Context, p *attest.Peer) (all []cache.Selec
 
 // newGroup makes a control group of a container below the test's own, and returns its
 // file of processes.
-func newGroup(t *testing.T, podUID, digit string) (procs string) {
+func newGroup(t testing.TB, podUID, container string) (procs string) {
 	t.Helper()
 	own, err := os.ReadFile("/proc/self/cgroup")
 	if err != nil {
@@ -139,15 +139,15 @@ func newGroup(t *testing.T, podUID, digit string) (procs string) {
 				continue
 			}
 			pods := filepath.Join(base, "kubepods", fmt.Sprint("pod", podUID))
-			if err := os.MkdirAll(filepath.Join(pods, id(digit)), 0o755); err != nil {
+			if err := os.MkdirAll(filepath.Join(pods, container), 0o755); err != nil {
 				t.Skipf("no control group can be made: %v", err)
 			}
 			t.Cleanup(func() {
-				for _, dir := range []string{filepath.Join(pods, id(digit)), pods, filepath.Dir(pods)} {
+				for _, dir := range []string{filepath.Join(pods, container), pods, filepath.Dir(pods)} {
 					os.Remove(dir) // the last one of the last test
 				}
 			})
-			return filepath.Join(pods, id(digit), "cgroup.procs")
+			return filepath.Join(pods, container, "cgroup.procs")
 		}
 	}
 	t.Skip("no control group file system is mounted where it usually is")
@@ -155,7 +155,7 @@ func newGroup(t *testing.T, podUID, digit string) (procs string) {
 }
 
 // start starts a process in a control group.
-func start(t *testing.T, procs string) *exec.Cmd {
+func start(t testing.TB, procs string) *exec.Cmd {
 	t.Helper()
 	cmd := exec.Command("sleep", "600")
 	if err := cmd.Start(); err != nil {
@@ -192,7 +192,7 @@ func startWithPID(t *testing.T, procs string, pid int) *exec.Cmd {
 
 // The control group that the kernel shows is the one that is found.
 func TestControlGroupOfProcess(t *testing.T) {
-	cmd := start(t, newGroup(t, webUID, "c"))
+	cmd := start(t, newGroup(t, webUID, id("c")))
 	defer end(cmd)
 	view, err := cgroup.Self()
 	if err != nil {
