@@ -14,7 +14,7 @@ var program = cli.Program{
 	Name: "agent", Version: version, Usage: usage, IsPermanent: isBanned,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
-		cli.ConfigCommand("agent", &schema),
+		cli.ConfigCommand("agent", &schema, checkMachine),
 		{Name: "healthcheck", Help: cli.Text(healthUsage), Run: healthCommand},
 		{Name: "status", Help: cli.Text(statusUsage), Run: statusCommand},
 		{Name: "fetch", Help: cli.Text(fetchUsage), Sub: []cli.Command{{Name: "x509", Run: fetchX509Command}, {Name: "jwt", Run: fetchJWTCommand}}},

@@ -9,7 +9,7 @@ var program = cli.Program{
 	Name: "server", Version: version, Usage: usage, IsPermanent: isPermanent,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
-		cli.ConfigCommand("server", &schema),
+		cli.ConfigCommand("server", &schema, nil),
 		{Name: "key", Help: cli.Text(keyUsage), Sub: []cli.Command{{Name: "new", Run: keyNewCommand}, {Name: "add", Run: keyAddCommand}}},
 		{Name: "token", Help: cli.Text(tokenUsage), Sub: []cli.Command{{Name: "create", Run: tokenCommand}}},
 		{Name: "entries", Help: entriesHelp, Sub: []cli.Command{{Name: "apply", Run: applyCommand}, {Name: "list", Run: entriesCommand}}},

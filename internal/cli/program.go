@@ -201,10 +201,18 @@ func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
 }
 
 // ConfigCommand returns the command config. Its one subcommand, check, loads the
-// configuration and reports whether it is valid.
-func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
-	check := func(_ context.Context, c *Call) error {
-		load := s.Flags(c.Flags, c.Getenv)
+// configuration and reports whether it is valid. If probe is not nil, it also reports what
+// a valid configuration needs and this machine lacks. It is called if every value was parsed.
+func ConfigCommand[C any](program string, s *config.Schema[C], probe func(context.Context, *config.Checker[C])) Command {
+	check := func(ctx context.Context, c *Call) error {
+		probed := *s
+		probed.Check = func(found *config.Checker[C]) {
+			s.Check(found)
+			if probe != nil {
+				probe(ctx, found)
+			}
+		}
+		load := probed.Flags(c.Flags, c.Getenv)
 		if _, err := c.Parse(); err != nil {
 			return err
 		}
@@ -217,12 +225,18 @@ func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 		}
 		return Printf(c.Stdout, "%s: ok\n", file)
 	}
+	machine := ""
+	if probe != nil {
+		machine = `It also says what the configuration needs and this machine lacks. Run it as the
+user of the ` + program + `.
+`
+	}
 	help := func() string {
 		return "Usage: " + program + ` config check --config FILE [--FIELD VALUE]...
 
 Loads the configuration like "` + program + ` run" and prints every error with its place
 and its remedy. It starts nothing and writes nothing.
-
+` + machine + `
 ` + s.Usage()
 	}
 	return Command{Name: "config", Help: help, Sub: []Command{{Name: "check", Run: check}}}
