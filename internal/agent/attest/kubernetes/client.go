@@ -54,13 +54,13 @@ const maxFile = 1 << 20
 
 // read reads the files, which others replace while the agent runs.
 func (c *client) read() (m material, err error) {
-	read := func(path, what string) (b []byte) {
+	read := func(path, what, remedy string) (b []byte) {
 		if path == "" || err != nil {
 			return nil
 		}
 		f, openErr := os.Open(path)
 		if openErr != nil {
-			err = fmt.Errorf("read the %s: %w", what, openErr)
+			err = fmt.Errorf("read the %s: %w: %s", what, openErr, remedy)
 			return nil
 		}
 		defer f.Close()
@@ -70,13 +70,13 @@ func (c *client) read() (m material, err error) {
 		return b
 	}
 	if !c.skipVerify {
-		m.ca = read(c.files.ca, c.name+"'s CA file")
+		m.ca = read(c.files.ca, c.name+"'s CA file", c.remedies.ca)
 	}
 	if c.files.certificate != "" {
-		m.certificate = read(c.files.certificate, "client certificate")
-		m.key = read(c.files.key, "client certificate's private key")
+		m.certificate = read(c.files.certificate, "client certificate", "correct certificate_file")
+		m.key = read(c.files.key, "client certificate's private key", "correct private_key_file")
 	} else {
-		m.token = bytes.TrimSpace(read(c.files.token, "token"))
+		m.token = bytes.TrimSpace(read(c.files.token, "token", "mount the service account's token, or give another file in token_file"))
 	}
 	return m, err
 }
@@ -161,6 +161,7 @@ func (c *client) get(ctx context.Context, path, accept string, limit int64, read
 }
 
 func (c *client) try(ctx context.Context, path, accept string, limit int64, read func(io.Reader) error) error {
+	start := time.Now()
 	transport, token, err := c.use()
 	if err != nil {
 		return err
@@ -176,7 +177,7 @@ func (c *client) try(ctx context.Context, path, accept string, limit int64, read
 	// RoundTrip follows no redirect: the token is for this server alone.
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		return c.explain(ctx, err)
+		return c.explain(err, ctx.Err(), time.Since(start))
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
@@ -188,7 +189,7 @@ func (c *client) try(ctx context.Context, path, accept string, limit int64, read
 		case body.left < 0:
 			return fmt.Errorf("the answer is longer than %d MB", limit>>20)
 		case ctx.Err() != nil:
-			return fmt.Errorf("the answer did not end within %s", requestTimeout)
+			return fmt.Errorf("the answer did not end within %s", time.Since(start).Round(time.Second))
 		case errors.Is(err, io.EOF):
 			err = io.ErrUnexpectedEOF
 		}
@@ -198,12 +199,13 @@ func (c *client) try(ctx context.Context, path, accept string, limit int64, read
 	return nil
 }
 
-// explain adds the remedy to the error of a request that got no answer.
-func (c *client) explain(ctx context.Context, err error) error {
+// explain adds the remedy to the error of a request that got no answer. ended is the reason if
+// its time had ended.
+func (c *client) explain(err, ended error, took time.Duration) error {
 	remedy := c.remedies.unreachable
 	switch {
-	case errors.Is(context.Cause(ctx), context.DeadlineExceeded):
-		return fmt.Errorf("no answer within %s: %s", requestTimeout, remedy)
+	case ended != nil:
+		return fmt.Errorf("no answer within %s: %s", took.Round(time.Second), remedy)
 	case as[x509.HostnameError](err):
 		remedy = c.remedies.serverName
 	case as[x509.UnknownAuthorityError](err), as[x509.CertificateInvalidError](err):

@@ -130,7 +130,7 @@ func newAttestor(cfg Config, view cgroup.View) (*Attestor, error) {
 	case (cfg.CertificateFile == "") != (cfg.PrivateKeyFile == ""):
 		return nil, errors.New("a client certificate and its private key are needed together")
 	case cfg.NamespaceLabels && cfg.APIServer == "":
-		return nil, errors.New("no API server to ask for the labels of namespaces")
+		return nil, errors.New("no API server to ask for the labels of namespaces: run the agent in a pod, or remove namespace_labels")
 	}
 	a := &Attestor{cfg: cfg, view: view, requests: newRequests(), kubelet: newKubelet(cfg)}
 	a.pods = newSource(a.requests, cfg.PollInterval, a.kubelet.pods)
@@ -230,7 +230,10 @@ func (a *Attestor) Check(ctx context.Context) error {
 	_, err := a.kubelet.pods(ctx)
 	if a.namespaces != nil {
 		_, nsErr := a.namespaces.server.namespaceLabels(ctx, "default")
-		err = errors.Join(err, nsErr)
+		if err != nil && nsErr != nil {
+			return fmt.Errorf("%w; %w", err, nsErr)
+		}
+		err = cmp.Or(err, nsErr)
 	}
 	return err
 }
