@@ -35,7 +35,7 @@ type Schema[C any] struct {
 	Check func(*Checker[C])
 	// Probe reports what this machine lacks for a configuration without problems, such as
 	// files that cannot be read. Only [Schema.CheckFlags] calls it; nil reports nothing.
-	Probe func(context.Context, *Checker[C])
+	Probe func(ctx context.Context, getenv func(string) string, c *Checker[C])
 }
 
 // Field describes a field of a configuration: its names, default and meaning.

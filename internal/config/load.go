@@ -38,7 +38,7 @@ func (s *Schema[C]) CheckFlags(fset *flag.FlagSet, getenv func(string) string) f
 		if err != nil || s.Probe == nil {
 			return nil, err
 		}
-		return l.collect(func(c *Checker[C]) { s.Probe(ctx, c) }), nil
+		return l.collect(func(c *Checker[C]) { s.Probe(ctx, getenv, c) }), nil
 	}
 }
 
