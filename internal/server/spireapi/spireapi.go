@@ -130,7 +130,7 @@ type Config struct {
 	// when zero, never when negative.
 	ConnectionAge time.Duration
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
-	// such an ID needs ParentID or Operator. When nil, no ID may.
+	// such an ID needs an agent's ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
 	// Ledger records every SVID before it is sent.
 	Ledger Ledger
@@ -171,7 +171,7 @@ type Server struct {
 	limits   *limits
 	tls      *tls.Config
 
-	entries    atomic.Pointer[entrySet]
+	entries    atomic.Pointer[EntrySet]
 	entriesSem chan struct{} // a semaphore for writers of entries
 
 	rendered atomic.Pointer[published]
