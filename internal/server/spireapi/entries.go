@@ -92,6 +92,19 @@ func (d Diff) Removed() (removed, before int) {
 // EntrySet returns all entries as they are now.
 func (s *Server) EntrySet() *EntrySet { return s.entries.Load() }
 
+// EntriesOf returns the entries that an agent serves, ordered by ID. It returns ErrNotFound for
+// an agent that is not attested.
+func (s *Server) EntriesOf(ctx context.Context, id spiffeid.ID) ([]*StoredEntry, error) {
+	agent, err := s.storage.Agent(ctx, id)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("entries of agent %s: %w", id, err)
+	case agent == nil:
+		return nil, fmt.Errorf("entries of agent %s: %w", id, ErrNotFound)
+	}
+	return s.EntrySet().Authorized(agent), nil
+}
+
 // Entries returns copies of all entries, ordered by ID. Their slices must not be
 // modified.
 func (s *Server) Entries() []StoredEntry {
