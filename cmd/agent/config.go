@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -56,6 +57,29 @@ type settings struct {
 	JWTTainted        string
 	DiscoverPath      bool
 	SHA256Limit       int64
+	DockerEnabled     bool
+	DockerSocket      string
+	PodmanSocket      string
+	RootlessPodman    string
+	SystemdEnabled    bool
+	SystemdSocket     string
+	KubernetesEnabled bool
+	NodeName          string
+	NodeNameEnv       string
+	KubeletHost       string
+	KubeletPort       int
+	KubeletReadOnly   int
+	KubeletCAFile     string
+	KubeletUnverified bool
+	KubeletToken      string
+	KubeletCert       string
+	KubeletKey        string
+	PodPollAttempts   int
+	PodPollInterval   time.Duration
+	SkipContainer     bool
+	NamespaceLabels   bool
+	LogSelectors      []string
+	AdminSocket       string
 }
 
 // The limits of values, which validate checks.
@@ -87,6 +111,14 @@ func validate(shared *config.Checker[settings]) {
 	c.identity()
 	c.paths()
 	c.renewal()
+	c.attestation()
+}
+
+// probeMachine reports what this machine lacks for a valid configuration.
+func probeMachine(ctx context.Context, getenv func(string) string, shared *config.Checker[settings]) {
+	c := checker{shared}
+	c.probeNode(ctx)
+	c.probeAttestors(ctx, getenv)
 }
 
 // identity checks the trust domain, the server and how agent and server authenticate
@@ -116,8 +148,13 @@ func (c checker) paths() {
 			c.Bad("runtime_dir", reason, "private keys are kept there: use a directory on tmpfs, such as one under /run, or remove it")
 		}
 	}
-	if n := len(c.Config.SocketPath); n > config.MaxSocketPath {
-		c.Bad("socket_path", fmt.Sprintf("is %d bytes long, and the kernel takes at most %d", n, config.MaxSocketPath), "choose a shorter path")
+	for _, socket := range []struct{ field, path string }{{"socket_path", c.Config.SocketPath}, {"admin_socket", c.Config.AdminSocket}} {
+		if n := len(socket.path); n > config.MaxSocketPath {
+			c.Bad(socket.field, fmt.Sprintf("is %d bytes long, and the kernel takes at most %d", n, config.MaxSocketPath), "choose a shorter path")
+		}
+	}
+	if c.Config.AdminSocket != "" && filepath.Clean(c.Config.AdminSocket) == filepath.Clean(c.Config.SocketPath) {
+		c.Bad("admin_socket", "is the same as socket_path", "give it a path of its own")
 	}
 	for _, private := range []struct{ field, dir string }{{"data_dir", c.Config.DataDir}, {"runtime_dir", c.Config.RuntimeDir}} {
 		if private.dir != "" && inside(private.dir, c.Config.SocketPath) {

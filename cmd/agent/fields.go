@@ -3,7 +3,7 @@ package main
 import "github.com/renewd/renewd/internal/config"
 
 // schema describes how the configuration is written, checked and documented.
-var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_", Help: "agent help config", Check: validate, Probe: probeNode}
+var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_", Help: "agent help config", Check: validate, Probe: probeMachine}
 
 // fields are all fields of the configuration in the order of their documentation.
 var fields = []config.Field[settings]{
@@ -30,8 +30,10 @@ var fields = []config.Field[settings]{
 	{Path: "runtime_dir", Value: func(c *settings) any { return &c.RuntimeDir }, Doc: "Directory on a memory file system. With it workload SVIDs, their keys and the record of the processes that use them survive a restart of the agent. Without it they are in the agent's memory only, and a restarted agent waits three minutes for the workloads before it reports settled."},
 	{Path: "socket_path", Value: func(c *settings) any { return &c.SocketPath }, Default: "/run/renewd/agent.sock", Doc: "Unix socket of the Workload API."},
 	{Path: "socket_mode", Value: func(c *settings) any { return &c.SocketMode }, Default: "0777", Doc: "Permissions of the socket. The agent attests each caller in any case."},
+	{Path: "admin_socket", Value: func(c *settings) any { return &c.AdminSocket }, Default: defaultAdminSocket, Doc: "Unix socket for agent attest, for root and the agent's own user. Empty: not served."},
 	{Path: "log.level", Value: func(c *settings) any { return &c.LogLevel }, Default: "info", Doc: "debug, info, warn or error."},
 	{Path: "log.format", Value: func(c *settings) any { return &c.LogFormat }, Default: "auto", Doc: "text, json, or auto: text on a terminal and JSON otherwise."},
+	{Path: "log_selectors", Value: func(c *settings) any { return &c.LogSelectors }, Default: "unix", Doc: "Types of selectors whose values may be logged, or prefixes such as docker:label. Of others the log has the type only: labels and variables may be secrets."},
 	{Path: "metrics.address", Value: func(c *settings) any { return &c.MetricsAddress }, Default: "127.0.0.1:9090", Doc: "Address of /metrics, /live and /ready. Empty: not served."},
 	{Path: "metrics.web_config_file", Value: func(c *settings) any { return &c.WebConfigFile }, Doc: "Prometheus exporter web configuration file that enables TLS and basic auth for them."},
 	{Path: "renewal.taint_delay", Value: func(c *settings) any { return &c.TaintDelay }, Default: "60s", Doc: "Upper limit of the random delay before SVIDs of a tainted authority are renewed."},
@@ -44,4 +46,25 @@ var fields = []config.Field[settings]{
 	{Path: "jwt.tainted", Value: func(c *settings) any { return &c.JWTTainted }, Default: jwtServe, Doc: "What the agent does with a cached JWT-SVID whose key is tainted. serve: it serves the JWT-SVID until half of its lifetime is over, or its key is removed. replace: when a workload asks for it, it serves the JWT-SVID and has another one minted; for servers whose operators remove a JWT key shortly after the taint."},
 	{Path: "unix.discover_path", Value: func(c *settings) any { return &c.DiscoverPath }, Default: "true", Doc: "Provide the selectors unix:path and unix:sha256, which need access to the caller's executable."},
 	{Path: "unix.sha256_size_limit", Value: func(c *settings) any { return &c.SHA256Limit }, Default: "1073741824", Doc: "Largest executable, in bytes, that is hashed for unix:sha256 while an entry has that selector. 0: none."},
+	{Path: "workload_attestation.kubernetes.enabled", Value: func(c *settings) any { return &c.KubernetesEnabled }, Default: "false", Doc: "Provide k8s selectors: the pod and the container of the process, as the node's kubelet reports them."},
+	{Path: "workload_attestation.kubernetes.node_name", Value: func(c *settings) any { return &c.NodeName }, Doc: "Name of the node: the name that the kubelet's certificate must have, and at which it is reached if kubelet_host is not set."},
+	{Path: "workload_attestation.kubernetes.node_name_env", Value: func(c *settings) any { return &c.NodeNameEnv }, Default: "MY_NODE_NAME", Doc: "Environment variable with the name of the node, if node_name is not set. Without either the kubelet is at 127.0.0.1, which requires the host's network namespace, and its certificate may have any name."},
+	{Path: "workload_attestation.kubernetes.kubelet_host", Value: func(c *settings) any { return &c.KubeletHost }, Doc: "Name or address at which the kubelet is reached, such as the node's address, if that is not the name of the node."},
+	{Path: "workload_attestation.kubernetes.kubelet_port", Value: func(c *settings) any { return &c.KubeletPort }, Default: "10250", Doc: "Port of the kubelet's HTTPS API."},
+	{Path: "workload_attestation.kubernetes.kubelet_read_only_port", Value: func(c *settings) any { return &c.KubeletReadOnly }, Default: "0", Doc: "Port of the kubelet's read-only API, usually 10255, instead of the HTTPS API. It is not authenticated: who can listen on the port can invent pods. 0: not used."},
+	{Path: "workload_attestation.kubernetes.kubelet_ca_file", Value: func(c *settings) any { return &c.KubeletCAFile }, Default: "/var/run/secrets/kubernetes.io/serviceaccount/ca.crt", Doc: "CA of the kubelet's certificate in PEM, reloaded at each request: the cluster's, or the node's /var/lib/kubelet/pki/kubelet.crt if the kubelet signed its certificate itself."},
+	{Path: "workload_attestation.kubernetes.skip_kubelet_verification", Value: func(c *settings) any { return &c.KubeletUnverified }, Default: "false", Doc: "Accept any certificate of the kubelet."},
+	{Path: "workload_attestation.kubernetes.token_file", Value: func(c *settings) any { return &c.KubeletToken }, Default: "/var/run/secrets/kubernetes.io/serviceaccount/token", Doc: "File with the bearer token for the kubelet, reloaded at each request. Not used with certificate_file. Empty: no token."},
+	{Path: "workload_attestation.kubernetes.certificate_file", Value: func(c *settings) any { return &c.KubeletCert }, Doc: "Client certificate for the kubelet in PEM, reloaded at each request. With private_key_file."},
+	{Path: "workload_attestation.kubernetes.private_key_file", Value: func(c *settings) any { return &c.KubeletKey }, Doc: "Private key of certificate_file in PEM."},
+	{Path: "workload_attestation.kubernetes.poll_attempts", Value: func(c *settings) any { return &c.PodPollAttempts }, Default: "5", Doc: "Lists of pods in which a container is looked for before the attestation fails."},
+	{Path: "workload_attestation.kubernetes.poll_interval", Value: func(c *settings) any { return &c.PodPollInterval }, Default: "500ms", Doc: "Least time between two requests to the kubelet."},
+	{Path: "workload_attestation.kubernetes.disable_container_selectors", Value: func(c *settings) any { return &c.SkipContainer }, Default: "false", Doc: "Leave out container-name and container-image. A pod is then attested before the kubelet reports its container: during a postStart hook, and in gVisor."},
+	{Path: "workload_attestation.kubernetes.namespace_labels", Value: func(c *settings) any { return &c.NamespaceLabels }, Default: "false", Doc: "Provide k8s:ns-label selectors. They come from the API server, so the agent has to run in a pod."},
+	{Path: "workload_attestation.docker.enabled", Value: func(c *settings) any { return &c.DockerEnabled }, Default: "false", Doc: "Provide docker selectors of containers of Docker Engine and Podman."},
+	{Path: "workload_attestation.docker.socket_path", Value: func(c *settings) any { return &c.DockerSocket }, Default: "/var/run/docker.sock", Doc: "Socket of Docker Engine."},
+	{Path: "workload_attestation.docker.podman_socket_path", Value: func(c *settings) any { return &c.PodmanSocket }, Default: "/run/podman/podman.sock", Doc: "Socket of Podman as root."},
+	{Path: "workload_attestation.docker.rootless_podman_socket_path", Value: func(c *settings) any { return &c.RootlessPodman }, Doc: "Socket of a user's Podman, with %d for the user ID, such as /run/user/%d/podman/podman.sock. With it any user can give a process any docker selector: every entry with docker selectors should name the user, too. Empty: no selectors for rootless containers."},
+	{Path: "workload_attestation.systemd.enabled", Value: func(c *settings) any { return &c.SystemdEnabled }, Default: "false", Doc: "Provide systemd selectors: the unit of the process."},
+	{Path: "workload_attestation.systemd.socket_path", Value: func(c *settings) any { return &c.SystemdSocket }, Default: "/run/dbus/system_bus_socket", Doc: "Socket of the system bus (D-Bus)."},
 }

@@ -180,8 +180,7 @@ func trustSource(cfg *settings) agent.TrustSource {
 const probeTimeout = 5 * time.Second
 
 // probeNode reports what this machine lacks to authenticate the server and to attest the node.
-func probeNode(ctx context.Context, shared *config.Checker[settings]) {
-	c := checker{shared}
+func (c checker) probeNode(ctx context.Context) {
 	ask := func(path, remedy string, question func(context.Context) error) {
 		ctx, cancel := context.WithTimeout(ctx, probeTimeout)
 		defer cancel()

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"maps"
 	"slices"
@@ -40,7 +41,8 @@ type Agent struct {
 	workload  *workload.Server
 	metrics   *metrics.Metrics
 	svidStore *svidstore.Dir // nil without RuntimeDir
-	processes *unix.Attestor // nil with Config.Attestors
+	attestors []attest.Attestor
+	closers   []io.Closer // of attestors
 	agentSVID *agentSVID
 	seed      [32]byte
 	streams   streams
@@ -121,11 +123,19 @@ func (a *Agent) open() (err error) {
 	if err != nil {
 		return fmt.Errorf("set up the server connection: %w", err)
 	}
+	if a.attestors, err = a.openAttestors(); err != nil {
+		return fmt.Errorf("set up workload attestation: %w", err)
+	}
+	var names []string
+	for _, attestor := range a.attestors {
+		names = append(names, attestor.Name())
+	}
 	a.metrics = metrics.New(metrics.Config{
 		TrustDomain: cfg.TrustDomain.Name(),
 		Deployment:  cfg.DeploymentName,
 		Version:     cfg.Version,
 		Process:     process,
+		Attestors:   names,
 		Source:      a.State,
 		Log:         a.log,
 	})
@@ -158,21 +168,13 @@ func (a *Agent) open() (err error) {
 		Log:              a.log,
 		Now:              cfg.Now,
 	})
-	attestors := cfg.Attestors
-	if attestors == nil {
-		c := unix.Config{SkipPath: !cfg.DiscoverPath, SHA256Needed: func() bool { return a.hashNeeded() != 0 }}
-		if cfg.DiscoverPath {
-			c.SHA256Limit = cfg.SHA256Limit
-		}
-		a.processes = unix.New(c)
-		attestors = []attest.Attestor{a.processes}
-	}
 	if err := a.restore(initial); err != nil {
 		return err
 	}
 	a.workload, err = workload.New(workload.Config{
 		Cache:          a.cache,
-		Attestors:      attestors,
+		Attestors:      a.attestors,
+		LogSelectors:   cfg.LogSelectors,
 		Needs:          a.hashNeeded,
 		Peers:          cfg.Peers,
 		JWT:            a.client,
@@ -313,8 +315,8 @@ func (a *Agent) record(p cache.Process, uses []cache.Use) {
 
 func (a *Agent) close() error {
 	var errs []error
-	if a.processes != nil {
-		errs = append(errs, a.processes.Close())
+	for _, c := range a.closers {
+		errs = append(errs, c.Close())
 	}
 	if a.client != nil {
 		errs = append(errs, a.client.Close())

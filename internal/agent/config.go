@@ -17,6 +17,8 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/agent/attest/docker"
+	"github.com/renewd/renewd/internal/agent/attest/kubernetes"
 	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/renew"
 	"github.com/renewd/renewd/renew/wave"
@@ -61,6 +63,16 @@ type Config struct {
 	// Options of the unix workload attestor.
 	DiscoverPath bool  // add selectors unix:path and unix:sha256
 	SHA256Limit  int64 // largest program to hash, in bytes; 0 means no unix:sha256
+
+	// Kubernetes is for the attestor k8s. Nil: it is not used.
+	Kubernetes *kubernetes.Config
+	// Docker and SystemdSocket, the path of the system bus's socket, are for the
+	// attestors of these names. Empty: they are not used. Docker.Container is not needed.
+	Docker        *docker.Config
+	SystemdSocket string
+	// LogSelectors are the types of selectors whose values may be logged, or prefixes.
+	LogSelectors []string
+	AdminSocket  string // empty means that it is not served
 
 	MetricsAddress string // empty means no HTTP listener
 	WebConfigFile  string // TLS and basic auth of the HTTP listener

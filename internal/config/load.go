@@ -38,7 +38,7 @@ func (s *Schema[C]) CheckFlags(fset *flag.FlagSet, getenv func(string) string) f
 		if err != nil || s.Probe == nil {
 			return nil, err
 		}
-		return l.collect(func(c *Checker[C]) { s.Probe(ctx, c) }), nil
+		return l.collect(func(c *Checker[C]) { s.Probe(ctx, getenv, c) }), nil
 	}
 }
 
@@ -117,6 +117,7 @@ type loader[C any] struct {
 	schema  *Schema[C]
 	c       *C
 	origins map[string]string
+	named   map[string]bool // sections with a name whose defaults are set
 }
 
 // check runs the schema's own checks.
@@ -139,17 +140,31 @@ func (l *loader[C]) store(f *Field[C], name, text, where string) {
 	path := f.Path
 	if name != "" {
 		path = concrete(f.Path, name)
+		l.name(f, name)
 	}
 	if err := f.parse(l.c, name, text); err != nil {
 		l.out = append(l.out, Problem{Where: where, Path: path, Value: shown(f, text), What: err.Error()})
 		return
 	}
 	l.origins[path] = where
-	if list, ok := f.Value(l.c).(*[]string); ok {
+	if list, ok := f.pointer(l.c, name).(*[]string); ok {
 		for i := range *list {
 			l.origins[fmt.Sprintf("%s[%d]", path, i)] = where
 		}
 	}
+}
+
+// name sets the defaults of a section with a name when its first value is stored.
+func (l *loader[C]) name(f *Field[C], name string) {
+	section := beforeName(f.Path) + "." + name
+	if l.named[section] {
+		return
+	}
+	if l.named == nil {
+		l.named = map[string]bool{}
+	}
+	l.named[section] = true
+	l.schema.nameDefaults(l.c, f.Path, name)
 }
 
 // concrete replaces the placeholder of a path with a name.
@@ -277,7 +292,7 @@ func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	case v.Kind == yaml.ScalarNode && v.ShortTag() == "!!null":
 		l.at(key.Line, path, "has no value", "give one or remove the line")
 	case kind == kindList && v.Kind == yaml.SequenceNode:
-		l.list(f, path, key, v)
+		l.list(f, name, path, key, v)
 	case kind == kindList:
 		bad("is not a list", "write "+last+": [A, B], or one \"- value\" a line")
 	case v.Kind != yaml.ScalarNode:
@@ -291,9 +306,12 @@ func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	}
 }
 
-// list stores the items of a list, each with its line.
-func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
-	var items []string
+// list stores the items of a list, each with its line. An empty list is not nil.
+func (l *loader[C]) list(f *Field[C], name, path string, key, v *yaml.Node) {
+	if name != "" {
+		l.name(f, name)
+	}
+	items := make([]string, 0, len(v.Content))
 	for i, n := range v.Content {
 		if n.Kind == yaml.AliasNode {
 			n = n.Alias
@@ -306,7 +324,7 @@ func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
 		l.origins[item] = l.place(n.Line)
 		items = append(items, n.Value)
 	}
-	*f.Value(l.c).(*[]string) = items
+	*f.pointer(l.c, name).(*[]string) = items
 	l.origins[path] = l.place(key.Line)
 }
 
