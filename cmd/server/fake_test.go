@@ -112,6 +112,7 @@ func (f *fake) ListAgents(context.Context, *api.ListAgentsRequest) (*api.ListAge
 	return &api.ListAgentsResponse{Agents: []*api.Agent{
 		{Id: agentID, AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Version: "v1.2.3\x1b[31m", AppliedSequence: 7, LastReport: timestamppb.New(past)},
 		{Id: agentID + "4", AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Duplicated: true},
+		{Id: "spiffe://example.org/spire/agent/x509pop/0abc", AttestationType: "x509pop", ExpiresAt: timestamppb.New(future), Reattestable: true, Selectors: []string{"x509pop:serialnumber:0abc", "x509pop:subject:cn:node-1"}},
 		{Id: agentID + "2", AttestationType: "join_token", ExpiresAt: timestamppb.New(past)},
 		{Id: agentID + "3", AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Banned: true},
 	}}, nil

@@ -1723,7 +1723,11 @@ type Agent struct {
 	AppliedSequence uint64                 `protobuf:"varint,6,opt,name=applied_sequence,json=appliedSequence,proto3" json:"applied_sequence,omitempty"`
 	LastReport      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=last_report,json=lastReport,proto3" json:"last_report,omitempty"`
 	// Two processes use its identity, as in ListKeysetsResponse.
-	Duplicated    bool `protobuf:"varint,20,opt,name=duplicated,proto3" json:"duplicated,omitempty"`
+	Duplicated bool `protobuf:"varint,20,opt,name=duplicated,proto3" json:"duplicated,omitempty"`
+	// Node selectors, TYPE:VALUE each, sorted: what the last attestation found out.
+	Selectors []string `protobuf:"bytes,21,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	// The agent attests again instead of renewing its SVID.
+	Reattestable  bool `protobuf:"varint,22,opt,name=reattestable,proto3" json:"reattestable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1810,6 +1814,20 @@ func (x *Agent) GetLastReport() *timestamppb.Timestamp {
 func (x *Agent) GetDuplicated() bool {
 	if x != nil {
 		return x.Duplicated
+	}
+	return false
+}
+
+func (x *Agent) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Agent) GetReattestable() bool {
+	if x != nil {
+		return x.Reattestable
 	}
 	return false
 }
@@ -3373,7 +3391,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\n" +
 	"AuditState\x12\x1b\n" +
 	"\tkeyset_id\x18\x01 \x01(\tR\bkeysetId\x12,\n" +
-	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xb7\x02\n" +
+	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xf9\x02\n" +
 	"\x05Agent\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x10attestation_type\x18\x02 \x01(\tR\x0fattestationType\x129\n" +
@@ -3386,7 +3404,9 @@ const file_renewd_proto_rawDesc = "" +
 	"lastReport\x12\x1e\n" +
 	"\n" +
 	"duplicated\x18\x14 \x01(\bR\n" +
-	"duplicated\";\n" +
+	"duplicated\x12\x1c\n" +
+	"\tselectors\x18\x15 \x03(\tR\tselectors\x12\"\n" +
+	"\freattestable\x18\x16 \x01(\bR\freattestable\";\n" +
 	"\x11ListAgentsRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\">\n" +
 	"\x12ListAgentsResponse\x12(\n" +

@@ -40,7 +40,10 @@ func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*
 	resp := &api.ListAgentsResponse{}
 	duplicated := d.Ledger.Duplicated()
 	for _, a := range agents {
-		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version}
+		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version, Reattestable: a.Reattestable}
+		for _, sel := range a.Selectors {
+			out.Selectors = append(out.Selectors, sel.Type+":"+sel.Value)
+		}
 		if c, ok := d.Ledger.Contact(out.Id); ok {
 			out.AppliedSequence, out.LastReport = c.Sequence, protoTime(c.At)
 		}
