@@ -146,6 +146,10 @@ func (e *entryService) edit(ctx context.Context, items int, change func(c *spire
 	entries, statuses := make([]*types.Entry, items), make([]*types.Status, items)
 	diff, err := d.Server.EditEntries(ctx, func(c *spireapi.EntryEdit) error {
 		for i := range items {
+			// Looking for similar entries takes long if very many have one SPIFFE ID.
+			if err := ctx.Err(); err != nil {
+				return err
+			}
 			entries[i], statuses[i] = change(c, i)
 		}
 		return nil

@@ -131,10 +131,11 @@ func (set *EntrySet) Authorized(a *Agent) []*StoredEntry {
 }
 
 // find returns an entry by ID; nil if the agent serves none with that ID. It goes from
-// the entry upwards, so it costs the same however many entries the agent serves.
+// the entry upwards, so it costs the same however many entries the agent serves. No agent
+// serves an alias: nothing has the server's SPIFFE ID.
 func (set *EntrySet) find(a *Agent, id string) *StoredEntry {
 	entry := set.Entry(id)
-	if entry == nil || entry.IsAlias() {
+	if entry == nil {
 		return nil
 	}
 	seen := make(map[spiffeid.ID]bool)

@@ -12,8 +12,9 @@ import (
 )
 
 // formatVersion is the version of the layout in the package comment. Version 1 had no
-// heartbeat. Up to version 2 only the last restore was stored.
-const formatVersion = 3
+// heartbeat. Up to version 2 only the last restore was stored. Up to version 3 an entry
+// had no end and an agent no selectors; an older program would lose them.
+const formatVersion = 4
 
 var (
 	bucketAbout       = []byte("about")

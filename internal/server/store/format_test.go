@@ -41,6 +41,7 @@ func TestFormat(t *testing.T) {
 			{"entries", "e", `{"ID":"e","SPIFFEID":"spiffe://example.org/w","ParentID":"spiffe://example.org/a","Selectors":[{"Type":"unix","Value":"uid:0"}],"Hint":"h","FederatesWith":["example.net"],"X509TTL":3600000000000,"JWTTTL":1000000000,"Revision":7,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
 			{"entries", "f", `{"ID":"f","SPIFFEID":"spiffe://example.org/w","ParentID":"","Selectors":null,"Hint":"","FederatesWith":null,"DNSNames":["b.example.org","a.example.org"],"X509TTL":0,"JWTTTL":0,"Revision":8,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
 			{"entries", "g", `{"ID":"g","SPIFFEID":"spiffe://example.org/w","ParentID":"","Selectors":null,"Hint":"","FederatesWith":null,"DNSNames":null,"X509TTL":0,"JWTTTL":0,"DisableX509SVIDPrefetch":true,"JWTSVIDIncludeJTI":true,"Revision":9,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
+			{"entries", "h", `{"ID":"h","SPIFFEID":"spiffe://example.org/w","ParentID":"spiffe://example.org/spire/server","Selectors":null,"Hint":"","FederatesWith":null,"DNSNames":null,"X509TTL":0,"JWTTTL":0,"ExpiresAt":"2026-01-02T03:04:05.000000678Z","Revision":10,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
 			{"keysets", "document", `{"Version":3,"Sequence":5,"RotatedAt":"2026-01-02T03:04:05.000000678Z","Records":[{"ID":"ks_a","State":"TAINTED","IssuedAt":"2026-01-02T03:04:05.000000678Z","ExpiresAt":"2026-01-02T03:04:05.000000678Z","SteppedDownAt":"2026-01-02T03:04:05.000000678Z","SteppedDownBy":"scheduler","TaintedAt":"2026-01-02T03:04:05.000000678Z","CA":"AQ==","CAKey":"` +
 				sealed("ca", "renewd signing key|example.org|default|ks_a|X.509") + `","JWTKeyID":"k","JWTKey":"` + sealed("jwt", "renewd signing key|example.org|default|ks_a|JWT") + `"}]}`},
 			{"ledger", "auth\x00spiffe://example.org/a\x00e", "\x00\x00\x00\x00\x69\x57\x35\xa5\x00\x00\x02\xa6"},
@@ -84,7 +85,9 @@ func TestFormat(t *testing.T) {
 		ID: "f", SPIFFEID: w, DNSNames: []string{"b.example.org", "a.example.org"},
 	}, Revision: 8, CreatedAt: start}, {Entry: spireapi.Entry{
 		ID: "g", SPIFFEID: w, DisableX509SVIDPrefetch: true, JWTSVIDIncludeJTI: true,
-	}, Revision: 9, CreatedAt: start}}, entries, err)
+	}, Revision: 9, CreatedAt: start}, {Entry: spireapi.Entry{
+		ID: "h", SPIFFEID: w, ParentID: spiffeid.RequireFromString("spiffe://example.org/spire/server"), ExpiresAt: start,
+	}, Revision: 10, CreatedAt: start}}, entries, err)
 	doc, err := d.Load(t.Context())
 	check(keyset.Document{Version: 3, Sequence: 5, RotatedAt: start, Records: []keyset.Record{{
 		ID: "ks_a", State: keyset.Tainted, IssuedAt: start, ExpiresAt: start, SteppedDownAt: start, SteppedDownBy: "scheduler", TaintedAt: start,
