@@ -52,6 +52,24 @@ func (c *Cache) Match(selectors []Selector) View {
 	return c.viewLocked(c.matchLocked(selectors))
 }
 
+// MayMatch reports whether a caller with these selectors could match one of the wanted
+// entries if it also had all selectors of the missing types. wanted is called with the
+// cache locked.
+func (c *Cache) MayMatch(selectors []Selector, missing []string, wanted func(*Entry) bool) bool {
+	if len(missing) == 0 {
+		return false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, r := range c.records {
+		lacks := func(s Selector) bool { return !slices.Contains(missing, s.Type) && !slices.Contains(selectors, s) }
+		if !slices.ContainsFunc(r.entry.Selectors, lacks) && wanted(r.entry) {
+			return true
+		}
+	}
+	return false
+}
+
 func (c *Cache) viewLocked(matched []*record) View {
 	if c.snapshot == nil || (!c.synced && len(matched) == 0) {
 		return View{}

@@ -51,10 +51,11 @@ const (
 	RefreshFailed    = "failed"    // there was no answer
 )
 
-// The values of the outcome label of renewd_sync_duration_seconds.
+// The values of the outcome label of renewd_sync_duration_seconds and of
+// renewd_workload_attestation_duration_seconds.
 const (
-	SyncDone   = "ok"
-	SyncFailed = "failed"
+	OutcomeOK     = "ok"
+	OutcomeFailed = "failed"
 )
 
 // Config is what [New] needs. The first three are labels of
@@ -65,6 +66,8 @@ type Config struct {
 	Version     string
 	// Process is a random ID of this process, which renewd_agent_info shows.
 	Process string
+	// Attestors are the names of the workload attestors.
+	Attestors []string
 
 	// Source provides the gauges of state. It is called at each scrape, possibly
 	// concurrently. It must be one consistent read, return soon and do no I/O. The
@@ -81,6 +84,7 @@ type Metrics struct {
 	renewals  *prometheus.CounterVec
 	refreshes *prometheus.CounterVec
 	syncs     *prometheus.HistogramVec
+	attested  *prometheus.HistogramVec
 	oversize  prometheus.Counter
 }
 
@@ -106,17 +110,26 @@ func New(cfg Config) *Metrics {
 			Help:    "Time of one synchronization of registration entries with the server, by outcome.",
 			Buckets: []float64{.001, .005, .01, .05, .1, .5, 1, 5, 10, 30},
 		}, []string{"outcome"}),
+		attested: prometheus.NewHistogramVec(prometheus.HistogramOpts{
+			Name:    "renewd_workload_attestation_duration_seconds",
+			Help:    "Time of one workload attestor for one caller, by attestor and outcome. If failed increases, the caller may lack selectors of this type, and gets Unavailable if an entry could depend on them; the log says why.",
+			Buckets: []float64{.0001, .0005, .001, .005, .01, .05, .1, .5, 1, 5, 10, 30},
+		}, []string{"attestor", "outcome"}),
 		oversize: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "renewd_oversize_answers_total",
 			Help: "Workload API answers above 4 MiB, the default limit of gRPC clients. The log names the workload and the remedy.",
 		}),
 	}
-	m.registry.MustRegister(m.renewals, m.refreshes, m.syncs, m.oversize)
+	m.registry.MustRegister(m.renewals, m.refreshes, m.syncs, m.attested, m.oversize)
 	m.info("agent", cfg.TrustDomain, cfg.Version, cfg.Deployment)
 	if cfg.Source != nil {
 		m.registry.MustRegister(stateCollector{cfg.Source, cfg.Process})
 	}
 	m.zero()
+	for _, a := range cfg.Attestors {
+		m.attested.WithLabelValues(a, OutcomeOK)
+		m.attested.WithLabelValues(a, OutcomeFailed)
+	}
 	return m
 }
 
@@ -130,8 +143,8 @@ func (m *Metrics) zero() {
 	for _, outcome := range []string{RefreshApplied, RefreshUnchanged, RefreshRejected, RefreshFailed} {
 		m.refreshes.WithLabelValues(outcome)
 	}
-	m.syncs.WithLabelValues(SyncDone)
-	m.syncs.WithLabelValues(SyncFailed)
+	m.syncs.WithLabelValues(OutcomeOK)
+	m.syncs.WithLabelValues(OutcomeFailed)
 }
 
 // Renewed counts one renewal of a workload's X.509-SVID by its reason and
@@ -148,11 +161,19 @@ func (m *Metrics) BundleRefreshed(outcome string) {
 
 // Synced records one synchronization of entries that took d and returned err.
 func (m *Metrics) Synced(d time.Duration, err error) {
-	outcome := SyncDone
+	m.syncs.WithLabelValues(outcome(err)).Observe(d.Seconds())
+}
+
+// Attested records that a workload attestor took d for one caller and returned err.
+func (m *Metrics) Attested(attestor string, d time.Duration, err error) {
+	m.attested.WithLabelValues(attestor, outcome(err)).Observe(d.Seconds())
+}
+
+func outcome(err error) string {
 	if err != nil {
-		outcome = SyncFailed
+		return OutcomeFailed
 	}
-	m.syncs.WithLabelValues(outcome).Observe(d.Seconds())
+	return OutcomeOK
 }
 
 // Oversized counts one Workload API answer above the default limit of clients.

@@ -1,12 +1,12 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"log/slog"
 	"path/filepath"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,9 +25,20 @@ type settings struct {
 	ServerProxy       string
 	DeploymentName    string
 	TrustBundleFile   string
+	TrustBundleURL    string
+	TrustBundleCAFile string
 	InsecureBootstrap bool
+	Rebootstrap       string
+	RebootstrapDelay  time.Duration
 	JoinToken         string
 	JoinTokenFile     string
+	PSATCluster       string
+	PSATTokenPath     string
+	PSATAudience      string
+	PoPKeyPath        string
+	PoPCertPath       string
+	PoPChainPath      string
+	PoPEndpoint       string
 	DataDir           string
 	RuntimeDir        string
 	SocketPath        string
@@ -46,6 +57,29 @@ type settings struct {
 	JWTTainted        string
 	DiscoverPath      bool
 	SHA256Limit       int64
+	DockerEnabled     bool
+	DockerSocket      string
+	PodmanSocket      string
+	RootlessPodman    string
+	SystemdEnabled    bool
+	SystemdSocket     string
+	KubernetesEnabled bool
+	NodeName          string
+	NodeNameEnv       string
+	KubeletHost       string
+	KubeletPort       int
+	KubeletReadOnly   int
+	KubeletCAFile     string
+	KubeletUnverified bool
+	KubeletToken      string
+	KubeletCert       string
+	KubeletKey        string
+	PodPollAttempts   int
+	PodPollInterval   time.Duration
+	SkipContainer     bool
+	NamespaceLabels   bool
+	LogSelectors      []string
+	AdminSocket       string
 }
 
 // The limits of values, which validate checks.
@@ -77,6 +111,14 @@ func validate(shared *config.Checker[settings]) {
 	c.identity()
 	c.paths()
 	c.renewal()
+	c.attestation()
+}
+
+// probeMachine reports what this machine lacks for a valid configuration.
+func probeMachine(ctx context.Context, getenv func(string) string, shared *config.Checker[settings]) {
+	c := checker{shared}
+	c.probeNode(ctx)
+	c.probeAttestors(ctx, getenv)
 }
 
 // identity checks the trust domain, the server and how agent and server authenticate
@@ -93,20 +135,8 @@ func (c checker) identity() {
 	if _, err := parseProxy(c.Config.ServerProxy); err != nil {
 		c.Bad("server_proxy", err.Error(), "write it as http://proxy.example.org:3128, environment or none")
 	}
-	switch {
-	case c.Config.TrustBundleFile != "" && c.Config.InsecureBootstrap:
-		c.Bad("insecure_bootstrap", "contradicts trust_bundle_file ("+c.Origin("trust_bundle_file")+")",
-			"remove insecure_bootstrap: with a bundle file the first connection is authenticated")
-	case c.Config.TrustBundleFile == "" && !c.Config.InsecureBootstrap:
-		c.Missing("trust_bundle_file", "is not set, so the server cannot be authenticated",
-			"give the server's trust bundle (PEM or SPIFFE JSON), or set insecure_bootstrap: true to trust the first server that answers")
-	}
-	if c.Config.JoinToken != "" && c.Config.JoinTokenFile != "" {
-		c.Bad("join_token", "contradicts join_token_file ("+c.Origin("join_token_file")+")", "keep one of the two")
-	}
-	if strings.ContainsAny(c.Config.JoinToken, " \t\r\n") {
-		c.Bad("join_token", "contains white space", "give the token alone, as the server printed it")
-	}
+	c.trustBootstrap()
+	c.nodeAttestation()
 }
 
 // paths checks directories, sockets and addresses.
@@ -118,8 +148,13 @@ func (c checker) paths() {
 			c.Bad("runtime_dir", reason, "private keys are kept there: use a directory on tmpfs, such as one under /run, or remove it")
 		}
 	}
-	if n := len(c.Config.SocketPath); n > config.MaxSocketPath {
-		c.Bad("socket_path", fmt.Sprintf("is %d bytes long, and the kernel takes at most %d", n, config.MaxSocketPath), "choose a shorter path")
+	for _, socket := range []struct{ field, path string }{{"socket_path", c.Config.SocketPath}, {"admin_socket", c.Config.AdminSocket}} {
+		if n := len(socket.path); n > config.MaxSocketPath {
+			c.Bad(socket.field, fmt.Sprintf("is %d bytes long, and the kernel takes at most %d", n, config.MaxSocketPath), "choose a shorter path")
+		}
+	}
+	if c.Config.AdminSocket != "" && filepath.Clean(c.Config.AdminSocket) == filepath.Clean(c.Config.SocketPath) {
+		c.Bad("admin_socket", "is the same as socket_path", "give it a path of its own")
 	}
 	for _, private := range []struct{ field, dir string }{{"data_dir", c.Config.DataDir}, {"runtime_dir", c.Config.RuntimeDir}} {
 		if private.dir != "" && inside(private.dir, c.Config.SocketPath) {

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -31,6 +32,7 @@ func TestPrecedence(t *testing.T) {
 	values := map[string][3]string{ // as text in the file, the environment, the flag
 		"trust_domain":             {"a.org", "b.org", "c.org"},
 		"insecure_bootstrap":       {"true", "false", "true"},
+		"rebootstrap_delay":        {"1s", "2s", "3s"},
 		"socket_mode":              {"0700", "0770", "0777"},
 		"log.level":                {"debug", "warn", "error"},
 		"renewal.taint_delay":      {"1s", "2s", "3s"},
@@ -41,6 +43,18 @@ func TestPrecedence(t *testing.T) {
 		"svid_cache_size":          {"1", "2", "3"},
 		"unix.discover_path":       {"false", "true", "false"},
 		"unix.sha256_size_limit":   {"1", "2", "3"},
+
+		"workload_attestation.kubernetes.enabled":                     {"true", "false", "true"},
+		"workload_attestation.kubernetes.kubelet_port":                {"1", "2", "3"},
+		"workload_attestation.kubernetes.kubelet_read_only_port":      {"1", "2", "3"},
+		"workload_attestation.kubernetes.skip_kubelet_verification":   {"true", "false", "true"},
+		"workload_attestation.kubernetes.poll_attempts":               {"1", "2", "3"},
+		"workload_attestation.kubernetes.poll_interval":               {"1s", "2s", "3s"},
+		"workload_attestation.kubernetes.disable_container_selectors": {"true", "false", "true"},
+		"workload_attestation.kubernetes.namespace_labels":            {"true", "false", "true"},
+
+		"workload_attestation.docker.enabled":  {"true", "false", "true"},
+		"workload_attestation.systemd.enabled": {"true", "false", "true"},
 	}
 	unchecked := schema
 	unchecked.Check = nil
@@ -80,10 +94,18 @@ func TestPrecedence(t *testing.T) {
 
 // document is a file that sets one field.
 func document(path, value string) string {
-	if section, name, ok := strings.Cut(path, "."); ok {
-		return section + ":\n  " + name + ": " + value + "\n"
+	if path == "log_selectors" {
+		value = "[" + value + "]"
 	}
-	return path + ": " + value + "\n"
+	var out strings.Builder
+	parts := strings.Split(path, ".")
+	for depth, part := range parts {
+		out.WriteString(strings.Repeat("  ", depth) + part + ":")
+		if depth < len(parts)-1 {
+			out.WriteString("\n")
+		}
+	}
+	return out.String() + " " + value + "\n"
 }
 
 func TestDefaults(t *testing.T) {
@@ -95,6 +117,7 @@ func TestDefaults(t *testing.T) {
 	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second || cfg.EntryRemovalDelay != 30*time.Second ||
 		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 || cfg.ServerProxy != "" || cfg.JWTTainted != "serve" ||
 		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
+		cfg.AdminSocket != "/run/renewd/admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.KubernetesEnabled || cfg.DockerEnabled || cfg.SystemdEnabled ||
 		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
 		t.Errorf("defaults: %+v", *cfg)
 	}
@@ -147,6 +170,16 @@ func TestProblems(t *testing.T) {
 		{name: "no port", add: "metrics: {address: localhost}", want: `agent.yaml:4: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9090`},
 		{name: "web config without an address", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
 		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
+		{name: "two sockets at one path", add: "admin_socket: /run/renewd/x/../agent.sock", want: `agent.yaml:4: admin_socket: "/run/renewd/x/../agent.sock" is the same as socket_path; give it a path of its own`},
+		{name: "kubelet's port", add: "workload_attestation: {kubernetes: {kubelet_port: 0}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_port: 0 is not a port; 10250 is usual`},
+		{name: "kubelet's read-only port", add: "workload_attestation: {kubernetes: {kubelet_read_only_port: 65536}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_read_only_port: 65536 is not a port; 10255 is usual; remove it to use HTTPS`},
+		{name: "kubelet without a CA", add: "workload_attestation: {kubernetes: {kubelet_ca_file: ''}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_ca_file: "" is empty, so the kubelet cannot be authenticated; give the CA of its certificate, or set skip_kubelet_verification: true to accept any`},
+		{name: "certificate without a key", add: "workload_attestation: {kubernetes: {certificate_file: a}}", want: `agent.yaml:4: workload_attestation.kubernetes.certificate_file: "a" is of no use without private_key_file; give both or none`},
+		{name: "key without a certificate", add: "workload_attestation: {kubernetes: {private_key_file: a}}", want: `agent.yaml:4: workload_attestation.kubernetes.private_key_file: "a" is of no use without certificate_file; give both or none`},
+		{name: "no polls", add: "workload_attestation: {kubernetes: {poll_attempts: 0}}", want: `agent.yaml:4: workload_attestation.kubernetes.poll_attempts: 0 is not from 1 to 100; 5 is usual`},
+		{name: "polls without a pause", add: "workload_attestation: {kubernetes: {poll_interval: 1ms}}", want: `agent.yaml:4: workload_attestation.kubernetes.poll_interval: 1ms is not from 100ms to 10s; 500ms is usual`},
+		{name: "a URL for a path", add: "workload_attestation:\n  docker:\n    socket_path: unix:///var/run/docker.sock", want: `agent.yaml:6: workload_attestation.docker.socket_path: "unix:///var/run/docker.sock" is not an absolute path; write the path of the socket, without unix://`},
+		{name: "one socket for all users", add: "workload_attestation: {docker: {rootless_podman_socket_path: /run/podman.sock}}", want: `agent.yaml:4: workload_attestation.docker.rootless_podman_socket_path: "/run/podman.sock" is not an absolute path with %d once, the place of the user ID; write it like /run/user/%d/podman/podman.sock, without unix://`},
 		{name: "syntax", add: "data_dir: [", want: `agent.yaml:4: is not YAML: did not find expected node content; check the indentation and the quotes around it`},
 		{name: "token as alias", add: "join_token: *s3cr3t", want: `agent.yaml: is not YAML: an alias has no anchor; check the indentation and the quotes around it`},
 		{name: "two documents", add: "---\ndata_dir: /x", want: `agent.yaml:4: the file has more than one document; remove everything from the second --- on`},
@@ -170,7 +203,7 @@ func TestMissing(t *testing.T) {
 	t.Parallel()
 	want := "agent.yaml: trust_domain is not set; give the trust domain of the server, such as example.org\n" +
 		"agent.yaml: server_address is not set; give the server's host and port, such as server.example.org:8081\n" +
-		"agent.yaml: trust_bundle_file is not set, so the server cannot be authenticated; give the server's trust bundle (PEM or SPIFFE JSON), or set insecure_bootstrap: true to trust the first server that answers"
+		"agent.yaml: trust_bundle_file is not set, so the server cannot be authenticated; give the server's trust bundle (PEM or SPIFFE JSON) or trust_bundle_url, or set insecure_bootstrap: true to trust the first server that answers"
 	for _, text := range []string{"", "# only this\n", "null\n"} {
 		if _, err := loadText(text, nil, nil); err == nil || err.Error() != want {
 			t.Errorf("%q: %v", text, err)

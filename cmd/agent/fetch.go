@@ -24,7 +24,10 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-const defaultSocket = "/run/renewd/agent.sock"
+const (
+	defaultSocket      = "/run/renewd/agent.sock"
+	defaultAdminSocket = "/run/renewd/admin.sock"
+)
 
 // fetchedX509 is one X.509-SVID in the output of "fetch x509", without its key.
 type fetchedX509 struct {

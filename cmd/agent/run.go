@@ -44,11 +44,15 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 
 // agentConfig converts the settings to the configuration of [agent.New].
 func agentConfig(cfg *settings, e cli.Env) agent.Config {
-	return agent.Config{
+	c := agent.Config{
 		TrustDomain:       cfg.TrustDomain,
 		ServerAddress:     cfg.ServerAddress,
 		TrustBundleFile:   cfg.TrustBundleFile,
 		InsecureBootstrap: cfg.InsecureBootstrap,
+		TrustSource:       trustSource(cfg),
+		Rebootstrap:       agent.Rebootstrap(cfg.Rebootstrap),
+		RebootstrapDelay:  cfg.RebootstrapDelay,
+		Attestor:          attestor(cfg),
 		JoinToken:         cfg.JoinToken,
 		JoinTokenFile:     cfg.JoinTokenFile,
 		DataDir:           cfg.DataDir,
@@ -69,6 +73,10 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		KeyType:           renew.KeyType(cfg.KeyType),
 		CacheSize:         cfg.SVIDCacheSize,
 		ReplaceTaintedJWT: cfg.JWTTainted == jwtReplace,
+		LogSelectors:      cfg.LogSelectors,
+		AdminSocket:       cfg.AdminSocket,
 		Log:               cli.NewLog(e.Stderr, cfg.LogLevel, cfg.LogFormat, e.Getenv),
 	}
+	setAttestors(&c, cfg, e.Getenv)
+	return c
 }

@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -143,12 +144,17 @@ func (f *fake) GetBundle(context.Context, *api.GetBundleRequest) (*api.GetBundle
 	return &api.GetBundleResponse{Pem: []byte("-----BEGIN CERTIFICATE-----\n"), Sequence: 9}, nil
 }
 
-func (f *fake) ListEntries(context.Context, *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
+func (f *fake) ListEntries(_ context.Context, r *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := &api.ListEntriesResponse{}
+	if _, err := spiffeid.FromString(r.GetAgentId()); r.GetAgentId() != "" && err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "agent_id: %q is not a SPIFFE ID", r.GetAgentId())
+	}
 	for _, id := range slices.Sorted(maps.Keys(f.entries)) {
-		out.Entries = append(out.Entries, f.entries[id])
+		if e := f.entries[id]; r.GetAgentId() == "" || e.GetParentId() == r.GetAgentId() {
+			out.Entries = append(out.Entries, e)
+		}
 	}
 	return out, nil
 }

@@ -176,6 +176,10 @@ func (s *streams) counts() map[string]int {
 
 func (s *streams) OversizeAnswer(string) { s.metrics.Oversized() }
 
+func (s *streams) Attested(attestor string, took time.Duration, err error) {
+	s.metrics.Attested(attestor, took, err)
+}
+
 func (s *streams) JWTMinted(took time.Duration, err error) {
 	s.metrics.Minted(metrics.TypeJWT, upstream.Code(err), took)
 }

@@ -17,6 +17,9 @@ import (
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/agent/attest/docker"
+	"github.com/renewd/renewd/internal/agent/attest/kubernetes"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/renew"
 	"github.com/renewd/renewd/renew/wave"
 )
@@ -34,11 +37,19 @@ type Config struct {
 	// The first connection trusts exactly one of these. A restart with a stored
 	// agent SVID trusts the stored bundle instead.
 	TrustBundleFile   string         // PEM or SPIFFE JSON
-	TrustBundle       *bundle.Bundle // instead of a file
+	TrustSource       TrustSource    // such as a [bootstrap.URL]
+	TrustBundle       *bundle.Bundle // as it is
 	InsecureBootstrap bool           // trust the first server that answers
 
-	// JoinToken or JoinTokenFile attests the node. Neither is needed while DataDir
-	// has a valid agent SVID.
+	// Rebootstrap says whether TrustBundleFile or TrustSource is asked again when the
+	// bundle in force has not verified the server for RebootstrapDelay; never when empty,
+	// and 10 minutes when zero.
+	Rebootstrap      Rebootstrap
+	RebootstrapDelay time.Duration
+
+	// Attestor attests the node. Without it JoinToken or JoinTokenFile does. None is
+	// needed while DataDir has a valid agent SVID.
+	Attestor                 node.Attestor
 	JoinToken, JoinTokenFile string
 
 	// DataDir stores the agent SVID with its key, and the bundles.
@@ -52,6 +63,16 @@ type Config struct {
 	// Options of the unix workload attestor.
 	DiscoverPath bool  // add selectors unix:path and unix:sha256
 	SHA256Limit  int64 // largest program to hash, in bytes; 0 means no unix:sha256
+
+	// Kubernetes is for the attestor k8s. Nil: it is not used.
+	Kubernetes *kubernetes.Config
+	// Docker and SystemdSocket, the path of the system bus's socket, are for the
+	// attestors of these names. Empty: they are not used. Docker.Container is not needed.
+	Docker        *docker.Config
+	SystemdSocket string
+	// LogSelectors are the types of selectors whose values may be logged, or prefixes.
+	LogSelectors []string
+	AdminSocket  string // empty means that it is not served
 
 	MetricsAddress string // empty means no HTTP listener
 	WebConfigFile  string // TLS and basic auth of the HTTP listener
@@ -93,6 +114,11 @@ func (c Config) withDefaults() Config {
 	c.SocketPath = cmp.Or(c.SocketPath, "/run/renewd/agent.sock")
 	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
+	c.Rebootstrap = cmp.Or(c.Rebootstrap, RebootstrapNever)
+	c.RebootstrapDelay = cmp.Or(c.RebootstrapDelay, 10*time.Minute)
+	if c.Attestor == nil {
+		c.Attestor = node.JoinToken(c.JoinToken, c.JoinTokenFile)
+	}
 	c.EntryRemovalDelay = cmp.Or(c.EntryRemovalDelay, 30*time.Second)
 	c.TaintRate = cmp.Or(c.TaintRate, wave.DefaultRate)
 	c.CacheSize = cmp.Or(c.CacheSize, cache.DefaultLimit)

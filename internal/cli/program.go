@@ -201,10 +201,10 @@ func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
 }
 
 // ConfigCommand returns the command config. Its one subcommand, check, loads the
-// configuration and reports whether it is valid.
+// configuration and reports whether it is valid, and as warnings what this machine lacks.
 func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
-	check := func(_ context.Context, c *Call) error {
-		load := s.Flags(c.Flags, c.Getenv)
+	check := func(ctx context.Context, c *Call) error {
+		load := s.CheckFlags(c.Flags, c.Getenv)
 		if _, err := c.Parse(); err != nil {
 			return err
 		}
@@ -212,8 +212,14 @@ func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 		if file == "" {
 			return Usagef("config check: give the file with --config")
 		}
-		if _, err := load(); err != nil {
+		missing, err := load(ctx)
+		if err != nil {
 			return err
+		}
+		for _, p := range missing {
+			if err := Printf(c.Stderr, "warning: %s\n", p); err != nil {
+				return err
+			}
 		}
 		return Printf(c.Stdout, "%s: ok\n", file)
 	}
@@ -221,7 +227,8 @@ func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 		return "Usage: " + program + ` config check --config FILE [--FIELD VALUE]...
 
 Loads the configuration like "` + program + ` run" and prints every error with its place
-and its remedy. It starts nothing and writes nothing.
+and its remedy. It starts nothing and writes nothing. What this machine lacks for the
+configuration, such as a file, is a warning, because it may be for another machine.
 
 ` + s.Usage()
 	}

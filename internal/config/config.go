@@ -8,6 +8,7 @@
 package config
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -32,6 +33,9 @@ type Schema[C any] struct {
 	// Check reports invalid values. It is called only if every value was parsed; nil
 	// checks nothing.
 	Check func(*Checker[C])
+	// Probe reports what this machine lacks for a configuration without problems, such as
+	// files that cannot be read. Only [Schema.CheckFlags] calls it; nil reports nothing.
+	Probe func(ctx context.Context, getenv func(string) string, c *Checker[C])
 }
 
 // Field describes a field of a configuration: its names, default and meaning.

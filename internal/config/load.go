@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -18,6 +19,30 @@ import (
 // called after fset.Parse, loads the configuration. Its error is an [Error] unless the
 // file cannot be read.
 func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func() (*C, error) {
+	load := s.flags(fset, getenv)
+	return func() (*C, error) {
+		l, err := load()
+		if err != nil {
+			return nil, err
+		}
+		return l.c, nil
+	}
+}
+
+// CheckFlags is [Schema.Flags] for a command that only checks the configuration. The
+// returned function also returns what this machine lacks for it.
+func (s *Schema[C]) CheckFlags(fset *flag.FlagSet, getenv func(string) string) func(context.Context) ([]Problem, error) {
+	load := s.flags(fset, getenv)
+	return func(ctx context.Context) ([]Problem, error) {
+		l, err := load()
+		if err != nil || s.Probe == nil {
+			return nil, err
+		}
+		return l.collect(func(c *Checker[C]) { s.Probe(ctx, getenv, c) }), nil
+	}
+}
+
+func (s *Schema[C]) flags(fset *flag.FlagSet, getenv func(string) string) func() (*loader[C], error) {
 	file := fset.String("config", "", "")
 	flags := map[string]string{}
 	for i := range s.Fields {
@@ -32,7 +57,7 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 			fset.Func(f.Flag(), f.Doc, set)
 		}
 	}
-	return func() (*C, error) {
+	return func() (*loader[C], error) {
 		var data []byte
 		if *file != "" {
 			var err error
@@ -40,13 +65,21 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 				return nil, fmt.Errorf("read configuration: %w", err)
 			}
 		}
-		return s.Load(*file, data, flags, getenv)
+		return s.load(*file, data, flags, getenv)
 	}
 }
 
 // Load loads a configuration from the content of file, the environment, and flags by the
 // path of their field. The error is an [Error].
 func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, getenv func(string) string) (*C, error) {
+	l, err := s.load(file, data, flags, getenv)
+	if err != nil {
+		return nil, err
+	}
+	return l.c, nil
+}
+
+func (s *Schema[C]) load(file string, data []byte, flags map[string]string, getenv func(string) string) (*loader[C], error) {
 	l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: file}, origins: map[string]string{}}
 	if root := l.document(data); root != nil {
 		l.section("", root, 0, 1)
@@ -69,7 +102,7 @@ func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, gete
 	if len(l.out) > 0 {
 		return nil, Error(l.out)
 	}
-	return l.c, nil
+	return l, nil
 }
 
 // reader parses a YAML file and collects problems.
@@ -92,8 +125,13 @@ func (l *loader[C]) check() []Problem {
 	if l.schema.Check == nil {
 		return nil
 	}
+	return l.collect(l.schema.Check)
+}
+
+// collect returns the problems that check finds, in the order of the fields.
+func (l *loader[C]) collect(check func(*Checker[C])) []Problem {
 	c := &Checker[C]{Config: l.c, schema: l.schema, file: l.file, origins: l.origins}
-	l.schema.Check(c)
+	check(c)
 	return c.sorted()
 }
 

@@ -18,6 +18,7 @@ import (
 
 	authenticationv1 "k8s.io/api/authentication/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 )
 
@@ -126,9 +127,9 @@ func (s *Server) Asked() []string {
 }
 
 func (s *Server) review(w http.ResponseWriter, r *http.Request) {
-	var review authenticationv1.TokenReview
-	if err := json.NewDecoder(r.Body).Decode(&review); err != nil || review.Kind != "TokenReview" {
-		fail(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "no TokenReview")
+	review, err := decodeReview(r)
+	if err != nil {
+		fail(w, http.StatusBadRequest, metav1.StatusReasonBadRequest, "no TokenReview: "+err.Error())
 		return
 	}
 	s.mu.Lock()
@@ -154,6 +155,31 @@ func (s *Server) review(w http.ResponseWriter, r *http.Request) {
 		change(&review.Status)
 	}
 	answer(w, http.StatusCreated, review)
+}
+
+// decodeReview decodes a request in JSON, or in the protobuf encoding that client-go
+// prefers: four bytes, and a runtime.Unknown around the object.
+func decodeReview(r *http.Request) (review authenticationv1.TokenReview, err error) {
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		return review, err
+	}
+	if encoded, ok := bytes.CutPrefix(body, []byte("k8s\x00")); ok {
+		var object runtime.Unknown
+		if err := object.Unmarshal(encoded); err != nil {
+			return review, err
+		}
+		err := review.Unmarshal(object.Raw)
+		review.TypeMeta = metav1.TypeMeta{APIVersion: object.APIVersion, Kind: object.Kind}
+		return review, err
+	}
+	if err := json.Unmarshal(body, &review); err != nil {
+		return review, err
+	}
+	if review.Kind != "TokenReview" {
+		return review, fmt.Errorf("it is a %q", review.Kind)
+	}
+	return review, nil
 }
 
 func (s *Server) pod(w http.ResponseWriter, r *http.Request) {

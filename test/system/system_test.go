@@ -90,6 +90,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"alike":         alike,
 			"applied":       applied,
 			"documented":    documented,
 			"expand":        expand,
@@ -107,6 +108,8 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"stall":         stall,
 			"spire-entries": spireEntries,
 			"spire-entry":   spireEntry,
+			"both":          bothEntryCommands,
+			"differs":       differingEntryCommands,
 			"tokens":        tokens,
 			"held":          held,
 			"unread":        unread,

@@ -3,6 +3,7 @@ package attest_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"net"
 	"os"
 	"os/exec"
@@ -11,8 +12,11 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/renewd/renewd/cache"
@@ -174,9 +178,9 @@ func TestSelectorsOfReusedPID(t *testing.T) {
 		cmd.Wait()
 		reusePID(t, cmd.Process.Pid)
 	}}
-	res, err := attest.Selectors(t.Context(), p, []attest.Attestor{someone})
-	if !errors.Is(err, attest.ErrGone) || len(res.Selectors) != 0 {
-		t.Errorf("got %v, %v, want ErrGone", res.Selectors, err)
+	found, err := attest.Selectors(t.Context(), p, []attest.Attestor{someone})
+	if !errors.Is(err, attest.ErrGone) || found != nil {
+		t.Errorf("got %v, %v, want ErrGone", found, err)
 	}
 }
 
@@ -204,16 +208,13 @@ func TestSelectorsOfSeveralAttestors(t *testing.T) {
 	for name, tt := range map[string]struct {
 		attestors []attest.Attestor
 		want      []cache.Selector
-		partial   bool
-		fails     bool
+		missing   []string
 	}{
-		"all answer":            {[]attest.Attestor{one, two}, []cache.Selector{a, b}, false, false},
-		"one fails":             {[]attest.Attestor{broken, one, two}, []cache.Selector{a, b}, true, false},
-		"all fail":              {[]attest.Attestor{broken, broken}, nil, false, true},
-		"one fails, none gives": {[]attest.Attestor{broken, fake{name: "unix"}}, nil, false, true},
-		"one fails in part":     {[]attest.Attestor{fake{name: "k8s", selectors: []cache.Selector{b}, err: broken.err}, one}, []cache.Selector{b, a}, true, false},
-		"all fail in part":      {[]attest.Attestor{fake{name: "k8s", selectors: []cache.Selector{b}, err: broken.err}}, []cache.Selector{b}, true, false},
-		"nothing to say":        {[]attest.Attestor{fake{name: "unix"}}, nil, false, false},
+		"all answer":        {[]attest.Attestor{one, two}, []cache.Selector{a, b}, nil},
+		"one fails":         {[]attest.Attestor{broken, one, two}, []cache.Selector{a, b}, []string{"k8s"}},
+		"all fail":          {[]attest.Attestor{broken, fake{name: "unix", err: broken.err}}, nil, []string{"k8s", "unix"}},
+		"one fails in part": {[]attest.Attestor{fake{name: "k8s", selectors: []cache.Selector{b}, err: broken.err}, one}, []cache.Selector{b, a}, []string{"k8s"}},
+		"nothing to say":    {[]attest.Attestor{fake{name: "unix"}}, nil, nil},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -222,15 +223,91 @@ func TestSelectorsOfSeveralAttestors(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer p.Close()
-			res, err := attest.Selectors(t.Context(), p, tt.attestors)
-			if (err != nil) != tt.fails || (res.Partial != nil) != tt.partial || !slices.Equal(res.Selectors, tt.want) {
-				t.Errorf("got %v, partial %v, error %v", res.Selectors, res.Partial, err)
+			found, err := attest.Selectors(t.Context(), p, tt.attestors)
+			if err != nil || !slices.Equal(found.Selectors(), tt.want) || !slices.Equal(found.Missing(), tt.missing) {
+				t.Errorf("got %v, missing %v, error %v", found.Selectors(), found.Missing(), err)
 			}
-			if failure := errors.Join(err, res.Partial); failure != nil && !strings.Contains(failure.Error(), "attestor k8s: kubelet is down") {
-				t.Errorf("the error does not name the attestor: %v", failure)
+			for i, f := range found {
+				want := tt.attestors[i].(fake)
+				if f.Attestor != want.name || !errors.Is(f.Err, want.err) {
+					t.Errorf("finding %d: %+v of %q", i, f, want.name)
+				}
 			}
 		})
 	}
+}
+
+// self returns this process as a Peer.
+func self(t *testing.T) *attest.Peer {
+	t.Helper()
+	p, err := attest.FromPID(os.Getpid(), 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { p.Close() })
+	return p
+}
+
+// Attestors run side by side: all together take as long as the slowest.
+func TestSelectorsSideBySide(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var attestors []attest.Attestor
+		for i := range 4 {
+			attestors = append(attestors, fake{name: fmt.Sprint(i), do: func() { time.Sleep(time.Duration(i) * time.Second) }})
+		}
+		start := time.Now()
+		found, err := attest.Selectors(t.Context(), self(t), attestors)
+		if took := time.Since(start); err != nil || took != 3*time.Second {
+			t.Errorf("took %v, %v, want 3s", took, err)
+		}
+		for i, f := range found {
+			if f.Took != time.Duration(i)*time.Second {
+				t.Errorf("attestor %d took %v", i, f.Took)
+			}
+		}
+	})
+}
+
+// An attestor that ignores its context delays no caller beyond its limit, and the calls that
+// it does not return from are bounded.
+func TestLimit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		p, release := self(t), make(chan struct{})
+		var entered atomic.Int32
+		slow := attest.Limit(fake{name: "docker", do: func() { entered.Add(1); <-release }}, 5*time.Second)
+		call := func(ctx context.Context) (time.Duration, error) {
+			start := time.Now()
+			found, err := attest.Selectors(ctx, p, []attest.Attestor{fake{name: "unix", selectors: []cache.Selector{{Type: "unix", Value: "uid:1"}}}, slow})
+			if err != nil || len(found.Selectors()) != 1 {
+				t.Errorf("got %v, %v", found, err)
+			}
+			return time.Since(start), found[1].Err
+		}
+		var callers sync.WaitGroup
+		for range 100 {
+			callers.Go(func() {
+				if took, err := call(t.Context()); took != 5*time.Second || err == nil || !strings.Contains(err.Error(), "not answered within 5s") {
+					t.Errorf("took %v, %v", took, err)
+				}
+			})
+		}
+		callers.Wait()
+		if n := entered.Load(); n == 0 || n > 32 {
+			t.Errorf("%d calls in flight", n)
+		}
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if took, err := call(ctx); took != time.Second || !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("with a deadline of its own: took %v, %v", took, err)
+		}
+		close(release)
+		synctest.Wait()
+		if _, err := call(t.Context()); err != nil {
+			t.Errorf("when it answers again: %v", err)
+		}
+	})
 }
 
 func TestFromPIDThatDoesNotExist(t *testing.T) {

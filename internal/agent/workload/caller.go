@@ -1,7 +1,6 @@
 package workload
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -23,8 +22,9 @@ type caller struct {
 	s         *Server
 	peer      *attest.Peer
 	selectors []cache.Selector
-	// partial is true if an attestor failed: selectors may be missing.
-	partial     bool
+	// missing are the types of which selectors may be missing, because their
+	// attestors failed.
+	missing     []string
 	attestedFor uint64 // Config.Needs before the attestation
 	// nextReattest is the earliest time of the next attempt after one took too long.
 	nextReattest time.Time
@@ -106,28 +106,33 @@ func (c *caller) release() { c.s.calls.release(c.peer.UID()) }
 
 func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
 	needs := s.cfg.Needs()
-	res, err := attest.Selectors(ctx, p, s.cfg.Attestors)
-	failure := cmp.Or(err, res.Partial)
+	found, err := attest.Selectors(ctx, p, s.cfg.Attestors)
 	switch {
 	case errors.Is(err, attest.ErrGone):
 		return nil, errGone
 	case ctx.Err() != nil:
 		return nil, status.FromContextError(ctx.Err()).Err()
-	case failure != nil:
-		s.note(slog.LevelWarn, "caller attestation incomplete", fmt.Sprint(p.UID()), p, "error", failure)
-	}
-	if err != nil {
+	case err != nil:
+		s.note(slog.LevelWarn, "caller attestation failed", fmt.Sprint(p.UID()), p, "error", err)
 		return nil, errAttest
 	}
-	return &caller{s: s.Server, peer: p, selectors: res.Selectors, partial: failure != nil, attestedFor: needs}, nil
+	for _, f := range found {
+		s.cfg.Observer.Attested(f.Attestor, f.Took, f.Err)
+		if f.Err != nil {
+			s.note(slog.LevelWarn, "caller attestation incomplete", fmt.Sprint(f.Attestor, " ", p.UID()), p, "attestor", f.Attestor, "error", f.Err)
+		}
+	}
+	return &caller{s: s.Server, peer: p, selectors: found.Selectors(), missing: found.Missing(), attestedFor: needs}, nil
 }
 
 // outdated reports whether the attestors find more selectors now than when the
 // caller was attested.
 func (c *caller) outdated() bool { return c.s.cfg.Needs() > c.attestedFor }
 
-// incomplete reports whether the caller may have more selectors than are known.
-func (c *caller) incomplete() bool { return c.partial || c.outdated() }
+// mayMatch reports whether entries could match the caller if no selectors were missing.
+func (c *caller) mayMatch(wanted func(*cache.Entry) bool) bool {
+	return c.outdated() || c.s.cfg.Cache.MayMatch(c.selectors, c.missing, wanted)
+}
 
 // reattest attests the caller of an open stream again if it is outdated, and
 // reports whether its selectors changed. If the attestation is incomplete or takes
@@ -146,15 +151,19 @@ func (s *service) reattest(ctx context.Context, c *caller) (changed bool, err er
 		s.note(slog.LevelWarn, "caller re-attestation delayed, its stream keeps the known selectors", fmt.Sprint(c.peer.UID()), c.peer, "delay", reattestWait)
 		return false, nil
 	}
-	c.attestedFor = needs
 	switch {
-	case err == nil && (!now.partial || isSubset(c.selectors, now.selectors)):
-		changed = !isSubset(now.selectors, c.selectors) || !isSubset(c.selectors, now.selectors)
-		c.selectors, c.partial = now.selectors, now.partial
-	case err == nil, errors.Is(err, errAttest):
-		c.partial, err = true, nil
+	case errors.Is(err, errAttest):
+		c.nextReattest = time.Now().Add(reattestPause)
+		return false, nil
+	case err != nil:
+		return false, err
 	}
-	return changed, err
+	if len(now.missing) == 0 || isSubset(c.selectors, now.selectors) {
+		changed = !isSubset(now.selectors, c.selectors) || !isSubset(c.selectors, now.selectors)
+		c.selectors = now.selectors
+	}
+	c.missing, c.attestedFor = now.missing, needs
+	return changed, nil
 }
 
 // isSubset reports whether every selector in some is in all.
@@ -169,15 +178,15 @@ func (c *caller) authorize(v *cache.View) error {
 		return errStarting
 	case v.Matched > 0:
 		return nil
-	case c.incomplete():
-		// A missing selector might match.
+	case c.mayMatch(func(*cache.Entry) bool { return true }):
 		return errAttest
 	}
-	c.s.note(slog.LevelInfo, "caller denied, no registration entry matches", c.describe(), c.peer, "selectors", c.describe())
+	c.s.note(slog.LevelInfo, "caller denied, no registration entry matches", c.describe(), c.peer, c.loggable()...)
 	return errDenied
 }
 
-// describe lists the selectors for a log message.
+// describe lists the selectors. They may be secrets, such as the environment of a container:
+// log [caller.loggable].
 func (c *caller) describe() string {
 	names := make([]string, len(c.selectors))
 	for i, s := range c.selectors {
@@ -185,4 +194,26 @@ func (c *caller) describe() string {
 	}
 	slices.Sort(names)
 	return strings.Join(names, " ")
+}
+
+// loggable returns the attributes of a log line that tell the selectors: the types of all,
+// and the values of those in Config.LogSelectors.
+func (c *caller) loggable() []any {
+	var types, values []string
+	for _, s := range c.selectors {
+		types = append(types, s.Type)
+		if slices.ContainsFunc(c.s.cfg.LogSelectors, func(prefix string) bool { return hasPrefix(s, prefix) }) {
+			values = append(values, s.String())
+		}
+	}
+	slices.Sort(types)
+	slices.Sort(values)
+	return []any{"selector_types", strings.Join(slices.Compact(types), " "), "selectors", strings.Join(values, " ")}
+}
+
+// hasPrefix reports whether a selector is of a type, such as docker, or begins with whole
+// parts, such as docker:label.
+func hasPrefix(s cache.Selector, prefix string) bool {
+	rest, found := strings.CutPrefix(s.String(), prefix)
+	return found && (rest == "" || rest[0] == ':')
 }

@@ -132,7 +132,7 @@ func TestDeniedIsLoggedOnce(t *testing.T) {
 			ended(t, fetchX509(t.Context(), s.client(1001)), codes.PermissionDenied)
 		}
 		got := s.logs.attrs("caller denied")
-		if len(got) != 1 || got[0]["selectors"] != "unix:uid:1001" || got[0]["user"] != "1001" || got[0]["path"] == "" || got[0]["pid"] == "" {
+		if len(got) != 1 || got[0]["selector_types"] != "unix" || got[0]["selectors"] != "unix:uid:1001" || got[0]["user"] != "1001" || got[0]["path"] == "" || got[0]["pid"] == "" {
 			t.Errorf("logged %v, want one line with pid, user, path and selectors", got)
 		}
 		if n := s.obs.streams("FetchX509SVID"); n != 0 {

@@ -185,14 +185,14 @@ func newSystem(t testing.TB, change func(*Config)) *system {
 	t.Helper()
 	s := &system{
 		t: t, ca: newAuthority(t, td, "a"), cache: cache.New(cache.Config{}), lis: newListener(),
-		logs: &logs{}, obs: &counts{open: map[string]int{}},
+		logs: &logs{}, obs: &counts{open: map[string]int{}, attested: map[string]int{}},
 	}
 	s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 1, s.ca)})
 	cfg := Config{
 		Cache:     s.cache,
-		Attestors: []attest.Attestor{byUID{}},
-		Log:       slog.New(s.logs),
-		Observer:  s.obs,
+		Attestors: []attest.Attestor{byUID{}}, LogSelectors: []string{"unix"},
+		Log:      slog.New(s.logs),
+		Observer: s.obs,
 		Peers: func(c net.Conn) (*attest.Peer, error) {
 			return attest.FromPID(os.Getpid(), c.(*uidConn).uid, 0)
 		},
@@ -372,11 +372,17 @@ type counts struct {
 	open     map[string]int
 	oversize int
 	mints    []error
+	attested map[string]int // by attestor and error
 }
 
 func (c *counts) StreamOpened(m string) { c.mu.Lock(); c.open[m]++; c.mu.Unlock() }
 func (c *counts) StreamClosed(m string) { c.mu.Lock(); c.open[m]--; c.mu.Unlock() }
 func (c *counts) OversizeAnswer(string) { c.mu.Lock(); c.oversize++; c.mu.Unlock() }
+func (c *counts) Attested(attestor string, _ time.Duration, err error) {
+	c.mu.Lock()
+	c.attested[fmt.Sprint(attestor, " ", err)]++
+	c.mu.Unlock()
+}
 func (c *counts) JWTMinted(_ time.Duration, err error) {
 	c.mu.Lock()
 	c.mints = append(c.mints, err)

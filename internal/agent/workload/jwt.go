@@ -154,7 +154,7 @@ func (r *jwtRequest) checkWanted(v *cache.View) error {
 	switch {
 	case slices.ContainsFunc(v.Entries, r.wants):
 		return nil
-	case r.caller.incomplete():
+	case r.caller.mayMatch(r.wants):
 		return errAttest
 	case v.Partial:
 		return errStarting

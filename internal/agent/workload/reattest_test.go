@@ -289,7 +289,7 @@ func TestIncompleteAttestation(t *testing.T) {
 		if status.Code(err) != codes.Unavailable {
 			t.Errorf("ValidateJWTSVID: %v", err)
 		}
-		if got := s.logs.attrs("caller attestation incomplete"); len(got) != 2 || got[0]["error"] != "attestor unix: may not be read" {
+		if got := s.logs.attrs("caller attestation incomplete"); len(got) != 2 || got[0]["attestor"] != "unix" || got[0]["error"] != "may not be read" {
 			t.Errorf("logged %v, want once for each user", got)
 		}
 	})

@@ -35,7 +35,7 @@ func TestJWTForAPossiblyUnknownID(t *testing.T) {
 				if tt.restored {
 					s.cache.Restore([]*cache.Entry{e}, []*cache.SVID{s.ca.svid(t, e, time.Hour)}, nil)
 				} else {
-					s.add(e)
+					s.add(e, entry("e2", "/two", 1001))
 				}
 				_, err := s.client(1000).FetchJWTSVID(withHeader(t.Context()),
 					&workloadpb.JWTSVIDRequest{Audience: []string{"a"}, SpiffeId: "spiffe://example.org/two"})

@@ -57,6 +57,9 @@ type Observer interface {
 	// OversizeAnswer is called for each answer above 4 MiB, the limit of gRPC
 	// clients by default.
 	OversizeAnswer(method string)
+	// Attested is called for each attestor after the attestation of a caller, with the
+	// time that it took. err is nil if it succeeded.
+	Attested(attestor string, took time.Duration, err error)
 	// JWTMinted is called after each attempt to mint a JWT-SVID with the time that it
 	// took. err is nil if the token was signed and checked.
 	JWTMinted(took time.Duration, err error)
@@ -66,8 +69,13 @@ type Observer interface {
 type Config struct {
 	// Cache holds what is served. Required.
 	Cache *cache.Cache
-	// Attestors find the callers' selectors. At least one is required.
+	// Attestors find the callers' selectors. At least one is required. A caller that an
+	// entry could match whose selectors an attestor failed to find gets Unavailable, not
+	// PermissionDenied.
 	Attestors []attest.Attestor
+	// LogSelectors are the types of selectors whose values may be logged, such as unix,
+	// or prefixes of whole parts, such as docker:label. Of others only the type is.
+	LogSelectors []string
 	// Needs returns 0 at first, and a greater number each time that Attestors begin to
 	// find more kinds of selectors because an entry needs them; see
 	// [cache.Cache.Needs]. The callers of open streams are then attested again, and
@@ -210,7 +218,8 @@ const readBuffer = 1 << 10
 
 type noopObserver struct{}
 
-func (noopObserver) StreamOpened(string)            {}
-func (noopObserver) StreamClosed(string)            {}
-func (noopObserver) OversizeAnswer(string)          {}
-func (noopObserver) JWTMinted(time.Duration, error) {}
+func (noopObserver) StreamOpened(string)                   {}
+func (noopObserver) StreamClosed(string)                   {}
+func (noopObserver) OversizeAnswer(string)                 {}
+func (noopObserver) Attested(string, time.Duration, error) {}
+func (noopObserver) JWTMinted(time.Duration, error)        {}

@@ -32,7 +32,7 @@ import (
 // matches the test process.
 func serveSocket(t testing.TB, change func(*Config)) (s *system, path string, e *cache.Entry) {
 	t.Helper()
-	s = &system{t: t, ca: newAuthority(t, td, "a"), cache: cache.New(cache.Config{}), logs: &logs{}, obs: &counts{open: map[string]int{}}}
+	s = &system{t: t, ca: newAuthority(t, td, "a"), cache: cache.New(cache.Config{}), logs: &logs{}, obs: &counts{open: map[string]int{}, attested: map[string]int{}}}
 	s.cache.SetBundle(&bundle.Snapshot{Own: bundleOf(t, td, 1, s.ca)})
 	e = entry("e1", "/one", uint32(os.Geteuid()))
 	s.add(e)

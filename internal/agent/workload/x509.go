@@ -246,7 +246,7 @@ func (x *x509Stream) update() (outcome, error) {
 func (s *service) logOversize(c *caller, identities, size int) {
 	s.note(slog.LevelWarn, "answer larger than gRPC clients accept by default: reduce the workload's entries or raise its client's limit "+
 		"(in Go: grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(...)) in workloadapi.WithDialOptions)", c.describe(), c.peer,
-		"selectors", c.describe(), "svids", identities, "bytes", size, "limit", maxClientMessage)
+		append(c.loggable(), "svids", identities, "bytes", size, "limit", maxClientMessage)...)
 }
 
 // x509Answer is one answer of FetchX509SVID. It shares its data with the cache, so

@@ -132,7 +132,7 @@ type Config struct {
 	// NodeVerifiers attest nodes, each another type. Join tokens are always accepted.
 	NodeVerifiers []NodeVerifier
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
-	// such an ID needs ParentID or Operator. When nil, no ID may.
+	// such an ID needs an agent's ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
 	// Ledger records every SVID before it is sent.
 	Ledger Ledger
@@ -175,7 +175,7 @@ type Server struct {
 
 	verifiers map[string]NodeVerifier // by type
 
-	entries    atomic.Pointer[entrySet]
+	entries    atomic.Pointer[EntrySet]
 	entriesSem chan struct{} // a semaphore for writers of entries
 
 	rendered atomic.Pointer[published]

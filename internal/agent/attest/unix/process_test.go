@@ -63,8 +63,11 @@ func beAgent(peer string) {
 	}
 	a := New(Config{SHA256Limit: 1 << 30})
 	defer a.Close()
-	res, err := attest.Selectors(context.Background(), p, []attest.Attestor{a})
-	fmt.Println(res.Selectors, errors.Join(err, res.Partial))
+	found, err := attest.Selectors(context.Background(), p, []attest.Attestor{a})
+	if err != nil {
+		panic(err)
+	}
+	fmt.Println(found[0].Selectors, found[0].Err)
 }
 
 // A process whose main thread has exited (pthread_exit in main, as many daemons do)
