@@ -174,7 +174,7 @@ func TestAnonymousCallsGiveWay(t *testing.T) {
 	seen := &counts{by: make(map[string]int)}
 	bubble(t, spireapi.Config{Observer: seen}, func(t *testing.T, s *running) {
 		at := s.from(t, "2001:db8:1::1")
-		stranger, agent := at.dial(t, nil), at.dial(t, nil)
+		unknown, agent := at.dial(t, nil), at.dial(t, nil)
 		bundle := func() error {
 			_, err := agent.GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
 			return err
@@ -182,7 +182,7 @@ func TestAnonymousCallsGiveWay(t *testing.T) {
 		check(t, bundle())
 		var silent []grpc.BidiStreamingClient[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse]
 		for range 4 {
-			stream, err := stranger.AttestAgent(t.Context())
+			stream, err := unknown.AttestAgent(t.Context())
 			check(t, err)
 			silent = append(silent, stream)
 			synctest.Wait()

@@ -39,7 +39,7 @@ type NodeVerifier interface {
 	Type() string
 	// Verify checks an agent's payload, which comes from anybody. Each call of
 	// challenge sends one challenge and returns the agent's answer; its error is
-	// returned as it is. A payload that proves nothing is refused with a gRPC status
+	// returned as it is. A payload that attests no node is refused with a gRPC status
 	// (InvalidArgument, PermissionDenied): the agent gets it, and it is logged. Any
 	// other error means that the verifier could not find out: it is logged, and the
 	// agent gets Unavailable without it.
@@ -48,8 +48,8 @@ type NodeVerifier interface {
 	Verify(ctx context.Context, payload []byte, challenge func([]byte) ([]byte, error)) (AttestedNode, error)
 }
 
-// AttestedNode is what a [NodeVerifier] has found out. Such a node can always prove
-// itself again, so its agent attests again instead of renewing.
+// AttestedNode is what a [NodeVerifier] has found out. Such a node can attest at any
+// time, so its agent attests again instead of renewing.
 type AttestedNode struct {
 	// ID is the agent's, below /spire/agent/.
 	ID spiffeid.ID

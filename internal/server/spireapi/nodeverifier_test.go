@@ -75,7 +75,7 @@ func (r *running) renew(t *testing.T, caller *identity) error {
 	return err
 }
 
-// TestAttestNode: a node attests by what it is, again and again, and never renews.
+// TestAttestNode: a node attests by what it is, any number of times, and never renews.
 func TestAttestNode(t *testing.T) {
 	t.Parallel()
 	log := new(records)
@@ -256,10 +256,10 @@ func TestSilentNodesGiveWay(t *testing.T) {
 	t.Parallel()
 	bubble(t, spireapi.Config{NodeVerifiers: []spireapi.NodeVerifier{fakeVerifier(askName)}}, func(t *testing.T, s *running) {
 		at := s.from(t, "10.0.0.1")
-		stranger, node := at.dial(t, nil), at.dial(t, nil)
+		silent, node := at.dial(t, nil), at.dial(t, nil)
 		_, csr := newKey(t)
 		for range 4 {
-			stream, err := stranger.AttestAgent(t.Context())
+			stream, err := silent.AttestAgent(t.Context())
 			check(t, err)
 			check(t, stream.Send(&agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
 				Data: &types.AttestationData{Type: "fake", Payload: []byte("x")}, Params: &agentv1.AgentX509SVIDParams{Csr: csr},

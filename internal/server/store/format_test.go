@@ -37,6 +37,7 @@ func TestFormat(t *testing.T) {
 		d := tx.Bucket([]byte("deployments")).Bucket([]byte("default"))
 		for _, v := range [][3]string{
 			{"agents", "spiffe://example.org/a", `{"ID":"spiffe://example.org/a","Type":"join_token","Serial":"1","ExpiresAt":"2026-01-02T03:04:05.000000678Z","NextSerial":"2","NextExpiresAt":"2026-01-02T03:04:05.000000678Z","Banned":true,"Version":"1.2"}`},
+			{"agents", "spiffe://example.org/b", `{"ID":"spiffe://example.org/b","Type":"x509pop","Selectors":[{"Type":"x509pop","Value":"subject:cn:b"}],"Reattestable":true,"Serial":"3","ExpiresAt":"2026-01-02T03:04:05.000000678Z","NextSerial":"","NextExpiresAt":"0001-01-01T00:00:00Z","Banned":false,"Version":""}`},
 			{"audit", "\x00\x00\x00\x00\x00\x00\x00\x01", `{"Number":1,"At":"2026-01-02T03:04:05.000000678Z","Actor":"uid 0","Operation":"taint","KeysetID":"ks_a","Before":{"ks_a":"PREPARED"},"After":{"ks_a":"TAINTED"},"Note":"n"}`},
 			{"entries", "e", `{"ID":"e","SPIFFEID":"spiffe://example.org/w","ParentID":"spiffe://example.org/a","Selectors":[{"Type":"unix","Value":"uid:0"}],"Hint":"h","FederatesWith":["example.net"],"X509TTL":3600000000000,"JWTTTL":1000000000,"Revision":7,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
 			{"entries", "f", `{"ID":"f","SPIFFEID":"spiffe://example.org/w","ParentID":"","Selectors":null,"Hint":"","FederatesWith":null,"DNSNames":["b.example.org","a.example.org"],"X509TTL":0,"JWTTTL":0,"Revision":8,"CreatedAt":"2026-01-02T03:04:05.000000678Z"}`},
@@ -71,6 +72,9 @@ func TestFormat(t *testing.T) {
 	a := spiffeid.RequireFromString("spiffe://example.org/a")
 	agent, err := d.Agent(t.Context(), a)
 	check(&spireapi.Agent{ID: a, Type: "join_token", Serial: "1", ExpiresAt: start, NextSerial: "2", NextExpiresAt: start, Banned: true, Version: "1.2"}, agent, err)
+	b := spiffeid.RequireFromString("spiffe://example.org/b")
+	agent, err = d.Agent(t.Context(), b)
+	check(&spireapi.Agent{ID: b, Type: "x509pop", Selectors: []spireapi.Selector{{Type: "x509pop", Value: "subject:cn:b"}}, Reattestable: true, Serial: "3", ExpiresAt: start}, agent, err)
 	records, err := d.Audit(t.Context(), 0, 0)
 	check([]store.AuditRecord{{Number: 1, Change: keyset.Change{
 		At: start, Actor: "uid 0", Operation: "taint", KeysetID: "ks_a", Note: "n",

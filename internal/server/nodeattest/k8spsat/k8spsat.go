@@ -129,7 +129,7 @@ func (v *Verifier) Verify(ctx context.Context, data []byte, _ func([]byte) ([]by
 	return node, nil
 }
 
-// refused is the answer to a token or pod that proves nothing.
+// refused is the answer to a token or pod that does not attest a node.
 func (c *cluster) refused(format string, args ...any) error {
 	return status.Errorf(codes.PermissionDenied, "cluster %q: %s", c.Name, fmt.Sprintf(format, args...))
 }

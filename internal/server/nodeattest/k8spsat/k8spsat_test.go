@@ -127,7 +127,7 @@ func TestClusters(t *testing.T) {
 	}
 }
 
-// TestRefuses: tokens and pods that prove nothing. The errors say what to do.
+// TestRefuses: tokens and pods that do not attest a node. The errors say what to do.
 func TestRefuses(t *testing.T) {
 	t.Parallel()
 	const denied, invalid = codes.PermissionDenied, codes.InvalidArgument

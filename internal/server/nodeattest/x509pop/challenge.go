@@ -44,8 +44,8 @@ type answers struct {
 	} `json:"ecdsa_signature"`
 }
 
-// prove lets the agent prove that it has the key of its certificate.
-func prove(leaf *x509.Certificate, challenge func([]byte) ([]byte, error)) error {
+// possession checks that the agent has the key of its certificate.
+func possession(leaf *x509.Certificate, challenge func([]byte) ([]byte, error)) error {
 	if leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
 		return status.Error(codes.Internal, "unable to generate challenge: certificate not intended for digital signature use")
 	}

@@ -1,5 +1,5 @@
 // Package x509pop verifies nodes by a certificate that they were given before and whose
-// key they have: proof of possession. It is the counterpart of the agents' attestor of that
+// key they possess. It is the counterpart of the agents' attestor of that
 // name, SPIRE's and our own, and gives the same IDs and selectors as the x509pop plugin of
 // a SPIRE server (1.15).
 //
@@ -150,7 +150,7 @@ func (v *Verifier) Verify(ctx context.Context, data []byte, challenge func([]byt
 			return none, err
 		}
 	}
-	if err := prove(leaf, challenge); err != nil {
+	if err := possession(leaf, challenge); err != nil {
 		return none, err
 	}
 	var rest string
