@@ -103,7 +103,7 @@ func TestDefaults(t *testing.T) {
 	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second || cfg.EntryRemovalDelay != 30*time.Second ||
 		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 || cfg.ServerProxy != "" || cfg.JWTTainted != "serve" ||
 		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
-		cfg.AdminSocket != "/run/renewd/admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.DockerEnabled || cfg.SystemdEnabled ||
+		adminSocket(cfg.AdminSocket, cfg.SocketPath) != "/run/renewd/agent-admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.DockerEnabled || cfg.SystemdEnabled ||
 		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
 		t.Errorf("defaults: %+v", *cfg)
 	}
@@ -156,7 +156,7 @@ func TestProblems(t *testing.T) {
 		{name: "no port", add: "metrics: {address: localhost}", want: `agent.yaml:4: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9090`},
 		{name: "web config without an address", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
 		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
-		{name: "two sockets at one path", add: "admin_socket: /run/renewd/x/../agent.sock", want: `agent.yaml:4: admin_socket: "/run/renewd/x/../agent.sock" is the same as socket_path; give it a path of its own`},
+		{name: "two sockets at one path", add: "admin_socket_path: /run/renewd/x/../agent.sock", want: `agent.yaml:4: admin_socket_path: "/run/renewd/x/../agent.sock" is the same as socket_path; give it a path of its own`},
 		{name: "a URL for a path", add: "workload_attestation:\n  docker:\n    socket_path: unix:///var/run/docker.sock", want: `agent.yaml:6: workload_attestation.docker.socket_path: "unix:///var/run/docker.sock" is not an absolute path; write the path of the socket, without unix://`},
 		{name: "one socket for all users", add: "workload_attestation: {docker: {rootless_podman_socket_path: /run/podman.sock}}", want: `agent.yaml:4: workload_attestation.docker.rootless_podman_socket_path: "/run/podman.sock" is not an absolute path with %d once, the place of the user ID; write it like /run/user/%d/podman/podman.sock, without unix://`},
 		{name: "syntax", add: "data_dir: [", want: `agent.yaml:4: is not YAML: did not find expected node content; check the indentation and the quotes around it`},
