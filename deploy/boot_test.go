@@ -21,10 +21,11 @@ var bootFiles = map[string]string{
 	"etc/hosts":         "127.0.0.1 localhost server.example.org\n",
 	"etc/passwd": `root:x:0:0:root:/root:/bin/sh
 nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
+messagebus:x:100:100::/nonexistent:/usr/sbin/nologin
 web:x:1001:1001::/:/bin/sh
 ops:x:1002:1002::/:/bin/sh
 `,
-	"etc/group": "root:x:0:\nnobody:x:65534:\nweb:x:1001:\nops:x:1002:\n",
+	"etc/group": "root:x:0:\nnobody:x:65534:\nmessagebus:x:100:\nweb:x:1001:\nops:x:1002:\n",
 	// Without the random delay of up to a minute.
 	"etc/systemd/system/renewd-agent.service.d/test.conf": "[Service]\nEnvironment=RENEWD_RENEWAL_TAINT_DELAY=1s RENEWD_RENEWAL_REFRESH_INTERVAL=1s\n",
 	"etc/systemd/system/check.service": `[Unit]

@@ -38,6 +38,39 @@ ok renewd-server entries apply /etc/renewd/entries.yaml
 until_ok as nobody renewd-agent fetch x509
 rm /etc/renewd/join_token
 
+if [ -e /usr/lib/systemd/system/dbus.socket ]; then
+	echo "== a service by its unit, whatever its user; the bus is restarted meanwhile"
+	printf 'workload_attestation:\n  systemd:\n    enabled: true\n' >>/etc/renewd/agent.yaml
+	ok as renewd renewd-agent config check --config /etc/renewd/agent.yaml
+	cat >>/etc/renewd/entries.yaml <<END
+  - id: shop
+    spiffe_id: spiffe://example.org/shop
+    selectors:
+      - systemd:id:shop.service
+      - systemd:fragment_path:/etc/systemd/system/shop.service
+END
+	ok renewd-server entries apply /etc/renewd/entries.yaml
+	printf '[Service]\nType=oneshot\nDynamicUser=yes\nExecStart=/usr/local/bin/renewd-agent fetch x509\n' >/etc/systemd/system/shop.service
+	systemctl daemon-reload
+	not systemctl start shop
+	ok systemctl restart renewd-agent
+	until_ok systemctl start shop
+	systemctl restart dbus
+	ok systemctl start shop
+	journal_has shop info 'spiffe://example.org/shop'
+	systemd-run --quiet --unit=cart sleep infinity
+	attested() { renewd-agent attest "$(property MainPID cart)" -o json >/out/attested && grep -q "$1" /out/attested; }
+	ok attested '"systemd:id:cart.service"'
+	ok attested '"systemd:fragment_path:/run/systemd/transient/cart.service"'
+	ok attested '"outcome": "denied"'
+	not as renewd-server renewd-agent attest 1
+	systemctl stop dbus.socket dbus
+	ok attested '"outcome": "unavailable"'
+	not as renewd renewd-agent config check --config /etc/renewd/agent.yaml
+	systemctl start dbus.socket
+	systemctl stop cart
+fi
+
 echo "== operators: root, and members of the socket's group if the configuration has that"
 not as ops keysetctl list
 sed -i 's/^    - unix:uid:0$/&\n    - unix:group:renewd-server/' /etc/renewd/server.yaml
