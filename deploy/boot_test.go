@@ -46,7 +46,8 @@ StandardError=inherit
 }
 
 // TestBoot boots systemd in a container with this machine's /usr, runs the commands of
-// README.md with the units of this directory, and then testdata/units.sh.
+// README.md with the units of this directory, and then testdata/units.sh. With SPIRE's
+// programs in SPIRE_BIN_DIR that compares a service's selectors with those of spire-agent.
 func TestBoot(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -67,6 +68,9 @@ func TestBoot(t *testing.T) {
 	}
 	boot := append(common, "--bind-ro="+programs(t)+":/src/bin", "--bind-ro="+wd(t)+":/src/deploy",
 		"--boot", "systemd.unit=check.service")
+	if spire := os.Getenv("SPIRE_BIN_DIR"); spire != "" {
+		boot = append([]string{"--bind-ro=" + spire + ":/src/spire"}, boot...)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, nspawn, boot...)

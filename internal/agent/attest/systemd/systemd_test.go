@@ -295,6 +295,7 @@ func TestNoBus(t *testing.T) {
 func FuzzMessages(f *testing.F) {
 	f.Add([]byte("l\x04\x00\x01\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00"))
 	f.Add(append([]byte("B\x04\x00\x01\x00\x00\x00\x03\x00\x00\x00\x01\x00\x00\x00\x05"), make([]byte, 11)...))
+	f.Add([]byte("l\x04\x00\x01\x00\x00\x10\x00\x01\x00\x00\x00\x00\x00\x00\x00 of 1 MiB"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		here, there := net.Pipe()
 		defer here.Close()
