@@ -119,7 +119,7 @@ agent {
 plugins {
   NodeAttestor "join_token" { plugin_data {} }
   KeyManager "memory" { plugin_data {} }
-  WorkloadAttestor "unix" { plugin_data { discover_workload_path = true workload_size_limit = -1 } }
+  WorkloadAttestor "unix" { plugin_data { discover_workload_path = true } }
   WorkloadAttestor "systemd" { plugin_data {} }
 }
 END
