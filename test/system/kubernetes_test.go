@@ -109,7 +109,7 @@ func ownControlGroup(t *testing.T) string {
 
 var (
 	ourSelector   = regexp.MustCompile(`k8s:[^ "]*`)
-	theirSelector = regexp.MustCompile(`type:\\"k8s\\"\s+value:\\"([^"\\]*)\\"`)
+	theirSelector = regexp.MustCompile(`"type":"k8s","value":"([^"]*)"`)
 )
 
 // alike SPIRE-LOG RENEWD-LOG compares the last selectors of type k8s in two logs, in
