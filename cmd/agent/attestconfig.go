@@ -11,6 +11,7 @@ import (
 
 // attestation checks the workload attestors.
 func (c checker) attestation() {
+	c.kubernetes()
 	for _, path := range []struct{ field, value string }{
 		{"workload_attestation.docker.socket_path", c.Config.DockerSocket},
 		{"workload_attestation.docker.podman_socket_path", c.Config.PodmanSocket},
@@ -29,7 +30,8 @@ func (c checker) attestation() {
 }
 
 // reachable reports the workload attestors that cannot work on this machine now.
-func (c checker) reachable(ctx context.Context) {
+func (c checker) reachable(ctx context.Context, getenv func(string) string) {
+	c.kubeletReachable(ctx, getenv)
 	ctx, cancel := context.WithTimeout(ctx, agent.AttestorLimit)
 	defer cancel()
 	if c.Config.DockerEnabled {
@@ -47,7 +49,10 @@ func (c checker) reachable(ctx context.Context) {
 }
 
 // setAttestors sets the workload attestors in the configuration of [agent.New].
-func setAttestors(to *agent.Config, cfg *settings) {
+func setAttestors(to *agent.Config, cfg *settings, getenv func(string) string) {
+	if cfg.KubernetesEnabled {
+		to.Kubernetes = kubernetesConfig(cfg, getenv)
+	}
 	if cfg.DockerEnabled {
 		to.Docker = &docker.Config{Socket: cfg.DockerSocket, Podman: cfg.PodmanSocket, RootlessPodman: cfg.RootlessPodman}
 	}

@@ -53,6 +53,21 @@ type settings struct {
 	RootlessPodman    string
 	SystemdEnabled    bool
 	SystemdSocket     string
+	KubernetesEnabled bool
+	NodeName          string
+	NodeNameEnv       string
+	KubeletHost       string
+	KubeletPort       int
+	KubeletReadOnly   int
+	KubeletCAFile     string
+	KubeletUnverified bool
+	KubeletToken      string
+	KubeletCert       string
+	KubeletKey        string
+	PodPollAttempts   int
+	PodPollInterval   time.Duration
+	SkipContainer     bool
+	NamespaceLabels   bool
 	LogSelectors      []string
 	AdminSocket       string
 }
@@ -90,8 +105,8 @@ func validate(shared *config.Checker[settings]) {
 }
 
 // checkMachine also reports what the agent could not use on this machine.
-func checkMachine(ctx context.Context, shared *config.Checker[settings]) {
-	checker{shared}.reachable(ctx)
+func checkMachine(ctx context.Context, env cli.Env, shared *config.Checker[settings]) {
+	checker{shared}.reachable(ctx, env.Getenv)
 }
 
 // identity checks the trust domain, the server and how agent and server authenticate

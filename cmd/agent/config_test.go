@@ -43,6 +43,15 @@ func TestPrecedence(t *testing.T) {
 		"unix.discover_path":       {"false", "true", "false"},
 		"unix.sha256_size_limit":   {"1", "2", "3"},
 
+		"workload_attestation.kubernetes.enabled":                     {"true", "false", "true"},
+		"workload_attestation.kubernetes.kubelet_port":                {"1", "2", "3"},
+		"workload_attestation.kubernetes.kubelet_read_only_port":      {"1", "2", "3"},
+		"workload_attestation.kubernetes.skip_kubelet_verification":   {"true", "false", "true"},
+		"workload_attestation.kubernetes.poll_attempts":               {"1", "2", "3"},
+		"workload_attestation.kubernetes.poll_interval":               {"1s", "2s", "3s"},
+		"workload_attestation.kubernetes.disable_container_selectors": {"true", "false", "true"},
+		"workload_attestation.kubernetes.namespace_labels":            {"true", "false", "true"},
+
 		"workload_attestation.docker.enabled":  {"true", "false", "true"},
 		"workload_attestation.systemd.enabled": {"true", "false", "true"},
 	}
@@ -103,7 +112,7 @@ func TestDefaults(t *testing.T) {
 	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second || cfg.EntryRemovalDelay != 30*time.Second ||
 		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 || cfg.ServerProxy != "" || cfg.JWTTainted != "serve" ||
 		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
-		adminSocket(cfg.AdminSocket, cfg.SocketPath) != "/run/renewd/agent-admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.DockerEnabled || cfg.SystemdEnabled ||
+		adminSocket(cfg.AdminSocket, cfg.SocketPath) != "/run/renewd/agent-admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.KubernetesEnabled || cfg.DockerEnabled || cfg.SystemdEnabled ||
 		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
 		t.Errorf("defaults: %+v", *cfg)
 	}
@@ -157,6 +166,13 @@ func TestProblems(t *testing.T) {
 		{name: "web config without an address", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
 		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
 		{name: "two sockets at one path", add: "admin_socket_path: /run/renewd/x/../agent.sock", want: `agent.yaml:4: admin_socket_path: "/run/renewd/x/../agent.sock" is the same as socket_path; give it a path of its own`},
+		{name: "kubelet's port", add: "workload_attestation: {kubernetes: {kubelet_port: 0}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_port: 0 is not a port; 10250 is usual`},
+		{name: "kubelet's read-only port", add: "workload_attestation: {kubernetes: {kubelet_read_only_port: 65536}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_read_only_port: 65536 is not a port; 10255 is usual; remove it to use HTTPS`},
+		{name: "kubelet without a CA", add: "workload_attestation: {kubernetes: {kubelet_ca_file: ''}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_ca_file: "" is empty, so the kubelet cannot be authenticated; give the CA of its certificate, or set skip_kubelet_verification: true to accept any`},
+		{name: "certificate without a key", add: "workload_attestation: {kubernetes: {certificate_file: a}}", want: `agent.yaml:4: workload_attestation.kubernetes.certificate_file: "a" is of no use without private_key_file; give both or none`},
+		{name: "key without a certificate", add: "workload_attestation: {kubernetes: {private_key_file: a}}", want: `agent.yaml:4: workload_attestation.kubernetes.private_key_file: "a" is of no use without certificate_file; give both or none`},
+		{name: "no polls", add: "workload_attestation: {kubernetes: {poll_attempts: 0}}", want: `agent.yaml:4: workload_attestation.kubernetes.poll_attempts: 0 is not from 1 to 100; 5 is usual`},
+		{name: "polls without a pause", add: "workload_attestation: {kubernetes: {poll_interval: 1ms}}", want: `agent.yaml:4: workload_attestation.kubernetes.poll_interval: 1ms is not from 100ms to 10s; 500ms is usual`},
 		{name: "a URL for a path", add: "workload_attestation:\n  docker:\n    socket_path: unix:///var/run/docker.sock", want: `agent.yaml:6: workload_attestation.docker.socket_path: "unix:///var/run/docker.sock" is not an absolute path; write the path of the socket, without unix://`},
 		{name: "one socket for all users", add: "workload_attestation: {docker: {rootless_podman_socket_path: /run/podman.sock}}", want: `agent.yaml:4: workload_attestation.docker.rootless_podman_socket_path: "/run/podman.sock" is not an absolute path with %d once, the place of the user ID; write it like /run/user/%d/podman/podman.sock, without unix://`},
 		{name: "syntax", add: "data_dir: [", want: `agent.yaml:4: is not YAML: did not find expected node content; check the indentation and the quotes around it`},

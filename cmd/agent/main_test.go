@@ -7,10 +7,17 @@ import (
 	"crypto/rand"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/pem"
 	"errors"
+	"io"
 	"math/big"
 	"net"
+	"net/http"
+	"net/http/httptest"
 	"net/url"
+	"os"
+	"path/filepath"
+	"strconv"
 	"testing"
 	"time"
 
@@ -33,7 +40,8 @@ func TestMain(m *testing.M) {
 
 // TestScripts runs the command lines in testdata/script against a Workload API (at
 // $API; at $NO_IDENTITY one without identities) and an HTTP listener (at $URL; at
-// $STARTING one of an agent that is not ready).
+// $STARTING one of an agent that is not ready). Kubelets listen on the ports $KUBELET and
+// $FORBIDDEN, with certificates that kubelet.crt verifies.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	clitest.Run(t, map[string]string{"EXAMPLE": "agent.example.yaml"}, func(e *testscript.Env) {
@@ -42,6 +50,10 @@ func TestScripts(t *testing.T) {
 		e.Setenv("URL", serveHTTP(t, e, rotation, nil))
 		e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} },
 			errors.New("starting: nothing has arrived yet\ndata_dir: bundle.json: no space left on device")))
+		serveKubelet(t, e, "KUBELET", func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, `{"kind": "PodList", "items": []}`)
+		})
+		serveKubelet(t, e, "FORBIDDEN", func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "Forbidden", http.StatusForbidden) })
 	})
 }
 
@@ -177,3 +189,16 @@ func newKey(t *testing.T) *ecdsa.PrivateKey {
 }
 
 func noEnv(string) string { return "" }
+
+// serveKubelet serves HTTPS on 127.0.0.1. The port is in the variable, the certificate in
+// kubelet.crt.
+func serveKubelet(t *testing.T, e *testscript.Env, variable string, answer http.HandlerFunc) {
+	t.Helper()
+	srv := httptest.NewTLSServer(answer)
+	e.Defer(srv.Close)
+	e.Setenv(variable, strconv.Itoa(srv.Listener.Addr().(*net.TCPAddr).Port))
+	crt := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: srv.Certificate().Raw})
+	if err := os.WriteFile(filepath.Join(e.WorkDir, "kubelet.crt"), crt, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}

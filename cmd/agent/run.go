@@ -73,6 +73,6 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		AdminSocket:       adminSocket(cfg.AdminSocket, cfg.SocketPath),
 		Log:               cli.NewLog(e.Stderr, cfg.LogLevel, cfg.LogFormat, e.Getenv),
 	}
-	setAttestors(&c, cfg)
+	setAttestors(&c, cfg, e.Getenv)
 	return c
 }

@@ -1,11 +1,13 @@
 package agent
 
 import (
+	"fmt"
 	"time"
 
 	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/agent/attest/cgroup"
 	"github.com/renewd/renewd/internal/agent/attest/docker"
+	"github.com/renewd/renewd/internal/agent/attest/kubernetes"
 	"github.com/renewd/renewd/internal/agent/attest/systemd"
 	"github.com/renewd/renewd/internal/agent/attest/unix"
 )
@@ -28,6 +30,14 @@ func (a *Agent) openAttestors() ([]attest.Attestor, error) {
 	processes := unix.New(c)
 	a.closers = append(a.closers, processes)
 	all := []attest.Attestor{processes}
+	if cfg.Kubernetes != nil {
+		pods, err := kubernetes.New(*cfg.Kubernetes) // has a limit of its own
+		if err != nil {
+			return nil, fmt.Errorf("set up the attestor %s: %w", kubernetes.Name, err)
+		}
+		a.closers = append(a.closers, pods)
+		all = append(all, pods)
+	}
 	if cfg.Docker != nil {
 		view, err := cgroup.Self()
 		if err != nil {

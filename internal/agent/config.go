@@ -18,6 +18,7 @@ import (
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/agent/attest/docker"
+	"github.com/renewd/renewd/internal/agent/attest/kubernetes"
 	"github.com/renewd/renewd/renew"
 	"github.com/renewd/renewd/renew/wave"
 )
@@ -54,6 +55,8 @@ type Config struct {
 	DiscoverPath bool  // add selectors unix:path and unix:sha256
 	SHA256Limit  int64 // largest program to hash, in bytes; 0 means no unix:sha256
 
+	// Kubernetes is for the attestor k8s. Nil: it is not used.
+	Kubernetes *kubernetes.Config
 	// Docker and SystemdSocket, the path of the system bus's socket, are for the
 	// attestors of these names. Empty: they are not used. Docker.Container is not needed.
 	Docker        *docker.Config

@@ -203,13 +203,13 @@ func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
 // ConfigCommand returns the command config. Its one subcommand, check, loads the
 // configuration and reports whether it is valid. If probe is not nil, it also reports what
 // a valid configuration needs and this machine lacks. It is called if every value was parsed.
-func ConfigCommand[C any](program string, s *config.Schema[C], probe func(context.Context, *config.Checker[C])) Command {
+func ConfigCommand[C any](program string, s *config.Schema[C], probe func(context.Context, Env, *config.Checker[C])) Command {
 	check := func(ctx context.Context, c *Call) error {
 		probed := *s
 		probed.Check = func(found *config.Checker[C]) {
 			s.Check(found)
 			if probe != nil {
-				probe(ctx, found)
+				probe(ctx, c.Env, found)
 			}
 		}
 		load := probed.Flags(c.Flags, c.Getenv)

@@ -90,6 +90,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			return nil
 		},
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"alike":         alike,
 			"applied":       applied,
 			"documented":    documented,
 			"expand":        expand,

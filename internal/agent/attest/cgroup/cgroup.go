@@ -77,7 +77,8 @@ func NewView(b []byte) (View, error) {
 
 // Read returns the container of a process. It is the caller's only if
 // [attest.Peer.Alive] returns nil afterwards. A process does not leave its container: that
-// takes write access to a control group above both, so one reading is enough.
+// takes write access to a control group above both, so one reading is enough. In cgroup
+// v1 the kernel shows a process without a main thread in no container.
 func (v View) Read(p *attest.Peer) (Container, error) {
 	b, err := p.ReadProc("cgroup", nil, limit)
 	if err != nil {
