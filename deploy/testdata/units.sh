@@ -65,7 +65,7 @@ not grep -q "$OLD" <(keysetctl list)
 if [ -e /usr/lib/systemd/system/dbus.socket ]; then
 	echo "== a service by its unit, whatever its user; the bus is restarted meanwhile"
 	printf 'workload_attestation:\n  systemd:\n    enabled: true\n' >>/etc/renewd/agent.yaml
-	lacks() { as renewd renewd-agent config check --config /etc/renewd/agent.yaml 2>&1 | grep -q "^warning: .*$1"; }
+	lacks() { grep -q "^warning: .*$1" <(as renewd renewd-agent config check --config /etc/renewd/agent.yaml 2>&1); }
 	not lacks systemd
 	cat >>/etc/renewd/entries.yaml <<END
   - id: shop
