@@ -24,10 +24,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-const (
-	defaultSocket      = "/run/renewd/agent.sock"
-	defaultAdminSocket = "/run/renewd/admin.sock"
-)
+const defaultSocket = "/run/renewd/agent.sock"
 
 // fetchedX509 is one X.509-SVID in the output of "fetch x509", without its key.
 type fetchedX509 struct {
@@ -161,7 +158,7 @@ func (f *fetcher) explain(err error) error {
 	st, _ := status.FromError(err)
 	switch st.Code() {
 	case codes.PermissionDenied:
-		return fmt.Errorf("%s (%s): the agent's log names the selectors of this process; an entry takes effect some seconds after it was applied", st.Message(), st.Code())
+		return fmt.Errorf("%s (%s): \"agent attest PID\" as root shows the selectors of a process; an entry takes effect some seconds after it was applied", st.Message(), st.Code())
 	case codes.Unavailable, codes.DeadlineExceeded:
 		if path, ok := strings.CutPrefix(socketURL(f.socket), "unix://"); ok {
 			conn, dialErr := net.Dial("unix", path)

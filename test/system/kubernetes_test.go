@@ -38,7 +38,11 @@ func withPods(t *testing.T, env map[string]string) map[string]string {
 	if env == nil {
 		env = make(map[string]string)
 	}
-	groups := map[string]string{}
+	node, err := os.MkdirTemp(ownControlGroup(t), "test*.slice")
+	if err != nil {
+		t.Skipf("no control group can be made: %v", err)
+	}
+	t.Cleanup(func() { os.Remove(node) })
 	for name, group := range map[string]string{
 		"APP":     "pod2c48913c-b29f-11e7-9350-020968147796/" + strings.Repeat("c", 64),
 		"METRICS": "pod2c48913c-b29f-11e7-9350-020968147796/" + strings.Repeat("d", 64),
@@ -46,16 +50,12 @@ func withPods(t *testing.T, env map[string]string) map[string]string {
 		"JOB":     "poda2830d0d-b0f0-4ff0-81b5-0ee4e299cf80/" + strings.Repeat("0", 64),
 		"UNKNOWN": "pod72f7f152-440c-66ac-9084-e0fc1d8a910c/" + strings.Repeat("8", 64),
 	} {
-		groups[name] = group
-	}
-	base := ownControlGroup(t)
-	for name, group := range groups {
-		dir := filepath.Join(base, "kubepods", group)
+		dir := filepath.Join(node, "kubepods", group)
 		if err := os.MkdirAll(dir, 0o755); err != nil {
-			t.Skipf("no control group can be made: %v", err)
+			t.Fatal(err)
 		}
 		t.Cleanup(func() {
-			for ; dir != base && os.Remove(dir) == nil; dir = filepath.Dir(dir) {
+			for dir := dir; dir != node && os.Remove(dir) == nil; dir = filepath.Dir(dir) {
 			}
 		})
 		env[name] = filepath.Join(dir, "cgroup.procs")
@@ -109,7 +109,7 @@ func ownControlGroup(t *testing.T) string {
 
 var (
 	ourSelector   = regexp.MustCompile(`k8s:[^ "]*`)
-	theirSelector = regexp.MustCompile(`type:\\"k8s\\"\s+value:\\"([^"\\]*)\\"`)
+	theirSelector = regexp.MustCompile(`"type":"k8s","value":"([^"]*)"`)
 )
 
 // alike SPIRE-LOG RENEWD-LOG compares the last selectors of type k8s in two logs, in

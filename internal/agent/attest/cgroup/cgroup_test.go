@@ -26,8 +26,8 @@ func pod(runtime string) cgroup.Container {
 	return cgroup.Container{ID: id, Runtime: runtime, Pod: true, PodUID: uid}
 }
 
-// The forms of container runtimes and drivers, seen from the host. Each says where it
-// comes from.
+// The forms of container runtimes and drivers, seen from the host, written after the
+// sources of the versions that each names.
 func TestForms(t *testing.T) {
 	t.Parallel()
 	none := cgroup.Container{}
@@ -51,7 +51,7 @@ func TestForms(t *testing.T) {
 		"CRI-O's conmon in the system's slice":        {"CRI-O 1.30, conmon_cgroup = system.slice", "/system.slice/crio-conmon-" + id + ".scope", none},
 		"Docker under the kubelet, systemd driver":    {"cri-dockerd 0.3", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + under + ".slice/docker-" + id + ".scope", pod("docker")},
 		"Docker under the kubelet, cgroupfs driver":   {"cri-dockerd 0.3", "/kubepods/burstable/pod" + uid + "/" + id, pod("")},
-		"static pod":                           {"kubelet 1.30: the MD5 sum of the manifest", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + static + ".slice/cri-containerd-" + id + ".scope", staticPod},
+		"static pod":                           {"kubelet 1.37: a hash of the manifest", "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod" + static + ".slice/cri-containerd-" + id + ".scope", staticPod},
 		"static pod whose manifest has a UID":  {"kubelet 1.30: metadata.uid is kept", "/kubepods/burstable/podmine/" + id, cgroup.Container{ID: id, Pod: true}},
 		"kubelet with a root":                  {"kind 0.20, containerd 1.7: --cgroup-root=/kubelet", "/kubelet.slice/kubelet-kubepods.slice/kubelet-kubepods-burstable.slice/kubelet-kubepods-burstable-pod" + under + ".slice/cri-containerd-" + id + ".scope", pod("cri-containerd")},
 		"kubelet with a root, cgroupfs driver": {"kind 0.11, containerd 1.5", "/kubelet/kubepods/besteffort/pod" + uid + "/" + id, pod("")},

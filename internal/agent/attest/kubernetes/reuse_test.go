@@ -138,16 +138,19 @@ func newGroup(t testing.TB, podUID, container string) (procs string) {
 			if _, err := os.Stat(filepath.Join(base, "cgroup.procs")); !ok || err != nil {
 				continue
 			}
-			pods := filepath.Join(base, "kubepods", fmt.Sprint("pod", podUID))
-			if err := os.MkdirAll(filepath.Join(pods, container), 0o755); err != nil {
+			node, err := os.MkdirTemp(base, "test*.slice")
+			if err != nil {
 				t.Skipf("no control group can be made: %v", err)
 			}
+			group := filepath.Join(node, "kubepods", fmt.Sprint("pod", podUID), container)
+			if err := os.MkdirAll(group, 0o755); err != nil {
+				t.Fatal(err)
+			}
 			t.Cleanup(func() {
-				for _, dir := range []string{filepath.Join(pods, container), pods, filepath.Dir(pods)} {
-					os.Remove(dir) // the last one of the last test
+				for dir := group; dir != base && os.Remove(dir) == nil; dir = filepath.Dir(dir) {
 				}
 			})
-			return filepath.Join(pods, container, "cgroup.procs")
+			return filepath.Join(group, "cgroup.procs")
 		}
 	}
 	t.Skip("no control group file system is mounted where it usually is")
