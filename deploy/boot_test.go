@@ -21,10 +21,11 @@ var bootFiles = map[string]string{
 	"etc/hosts":         "127.0.0.1 localhost server.example.org\n",
 	"etc/passwd": `root:x:0:0:root:/root:/bin/sh
 nobody:x:65534:65534:nobody:/nonexistent:/usr/sbin/nologin
+messagebus:x:100:100::/nonexistent:/usr/sbin/nologin
 web:x:1001:1001::/:/bin/sh
 ops:x:1002:1002::/:/bin/sh
 `,
-	"etc/group": "root:x:0:\nnobody:x:65534:\nweb:x:1001:\nops:x:1002:\n",
+	"etc/group": "root:x:0:\nnobody:x:65534:\nmessagebus:x:100:\nweb:x:1001:\nops:x:1002:\n",
 	// Without the random delay of up to a minute.
 	"etc/systemd/system/renewd-agent.service.d/test.conf": "[Service]\nEnvironment=RENEWD_RENEWAL_TAINT_DELAY=1s RENEWD_RENEWAL_REFRESH_INTERVAL=1s\n",
 	"etc/systemd/system/check.service": `[Unit]
@@ -45,7 +46,8 @@ StandardError=inherit
 }
 
 // TestBoot boots systemd in a container with this machine's /usr, runs the commands of
-// README.md with the units of this directory, and then testdata/units.sh.
+// README.md with the units of this directory, and then testdata/units.sh. With SPIRE's
+// programs in SPIRE_BIN_DIR that compares a service's selectors with those of spire-agent.
 func TestBoot(t *testing.T) {
 	t.Parallel()
 	if os.Getuid() != 0 {
@@ -66,6 +68,9 @@ func TestBoot(t *testing.T) {
 	}
 	boot := append(common, "--bind-ro="+programs(t)+":/src/bin", "--bind-ro="+wd(t)+":/src/deploy",
 		"--boot", "systemd.unit=check.service")
+	if spire := os.Getenv("SPIRE_BIN_DIR"); spire != "" {
+		boot = append([]string{"--bind-ro=" + spire + ":/src/spire"}, boot...)
+	}
 	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, nspawn, boot...)

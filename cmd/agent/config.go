@@ -148,13 +148,16 @@ func (c checker) paths() {
 			c.Bad("runtime_dir", reason, "private keys are kept there: use a directory on tmpfs, such as one under /run, or remove it")
 		}
 	}
-	for _, socket := range []struct{ field, path string }{{"socket_path", c.Config.SocketPath}, {"admin_socket", c.Config.AdminSocket}} {
+	for _, socket := range []struct{ field, path string }{{"socket_path", c.Config.SocketPath}, {"admin_socket_path", c.Config.AdminSocket}} {
 		if n := len(socket.path); n > config.MaxSocketPath {
 			c.Bad(socket.field, fmt.Sprintf("is %d bytes long, and the kernel takes at most %d", n, config.MaxSocketPath), "choose a shorter path")
 		}
 	}
+	if n := len(c.Config.SocketPath); n <= config.MaxSocketPath && len(adminSocket(c.Config.AdminSocket, c.Config.SocketPath)) > config.MaxSocketPath {
+		c.Bad("socket_path", fmt.Sprintf("is %d bytes long, too long for the admin socket beside it", n), "choose a shorter path, or set admin_socket_path")
+	}
 	if c.Config.AdminSocket != "" && filepath.Clean(c.Config.AdminSocket) == filepath.Clean(c.Config.SocketPath) {
-		c.Bad("admin_socket", "is the same as socket_path", "give it a path of its own")
+		c.Bad("admin_socket_path", "is the same as socket_path", "give it a path of its own")
 	}
 	for _, private := range []struct{ field, dir string }{{"data_dir", c.Config.DataDir}, {"runtime_dir", c.Config.RuntimeDir}} {
 		if private.dir != "" && inside(private.dir, c.Config.SocketPath) {
@@ -172,6 +175,19 @@ func (c checker) paths() {
 	}
 	c.NotEmpty("data_dir", "socket_path")
 	c.OneOf("log.format", "is not a format", cli.LogFormats)
+}
+
+// adminSocket returns the path of the admin socket: the one that is set, or else one beside
+// the Workload API's socket.
+func adminSocket(set, workloadAPI string) string {
+	if set != "" {
+		return set
+	}
+	name, isSock := strings.CutSuffix(workloadAPI, ".sock")
+	if !isSock {
+		return name + "-admin"
+	}
+	return name + "-admin.sock"
 }
 
 // renewal checks the limits of the renewal policy and of the caches.

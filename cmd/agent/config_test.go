@@ -112,7 +112,7 @@ func TestDefaults(t *testing.T) {
 	if cfg.TaintDelay != time.Minute || cfg.TaintRate != 20 || cfg.RefreshInterval != 5*time.Second || cfg.EntryRemovalDelay != 30*time.Second ||
 		cfg.BatchSize != 500 || cfg.KeyType != "ec-p256" || cfg.SVIDCacheSize != 1000 || cfg.ServerProxy != "" || cfg.JWTTainted != "serve" ||
 		cfg.MetricsAddress != "127.0.0.1:9090" || cfg.SocketPath != defaultSocket || cfg.SocketMode != 0o777 ||
-		cfg.AdminSocket != "/run/renewd/admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.KubernetesEnabled || cfg.DockerEnabled || cfg.SystemdEnabled ||
+		adminSocket(cfg.AdminSocket, cfg.SocketPath) != "/run/renewd/agent-admin.sock" || !slices.Equal(cfg.LogSelectors, []string{"unix"}) || cfg.KubernetesEnabled || cfg.DockerEnabled || cfg.SystemdEnabled ||
 		cfg.DataDir != "/var/lib/renewd" || !cfg.DiscoverPath || cfg.InsecureBootstrap {
 		t.Errorf("defaults: %+v", *cfg)
 	}
@@ -165,7 +165,7 @@ func TestProblems(t *testing.T) {
 		{name: "no port", add: "metrics: {address: localhost}", want: `agent.yaml:4: metrics.address: "localhost" is not host:port; write it as host:port, such as 127.0.0.1:9090`},
 		{name: "web config without an address", add: `metrics: {address: "", web_config_file: w.yml}`, want: `agent.yaml:4: metrics.web_config_file: "w.yml" is of no use without metrics.address; set metrics.address or remove it`},
 		{name: "size limit", add: "unix: {sha256_size_limit: -1}", want: `agent.yaml:4: unix.sha256_size_limit: -1 is negative; give a number of bytes, or 0 to hash none`},
-		{name: "two sockets at one path", add: "admin_socket: /run/renewd/x/../agent.sock", want: `agent.yaml:4: admin_socket: "/run/renewd/x/../agent.sock" is the same as socket_path; give it a path of its own`},
+		{name: "two sockets at one path", add: "admin_socket_path: /run/renewd/x/../agent.sock", want: `agent.yaml:4: admin_socket_path: "/run/renewd/x/../agent.sock" is the same as socket_path; give it a path of its own`},
 		{name: "kubelet's port", add: "workload_attestation: {kubernetes: {kubelet_port: 0}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_port: 0 is not a port; 10250 is usual`},
 		{name: "kubelet's read-only port", add: "workload_attestation: {kubernetes: {kubelet_read_only_port: 65536}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_read_only_port: 65536 is not a port; 10255 is usual; remove it to use HTTPS`},
 		{name: "kubelet without a CA", add: "workload_attestation: {kubernetes: {kubelet_ca_file: ''}}", want: `agent.yaml:4: workload_attestation.kubernetes.kubelet_ca_file: "" is empty, so the kubelet cannot be authenticated; give the CA of its certificate, or set skip_kubelet_verification: true to accept any`},

@@ -24,10 +24,7 @@ import (
 	"github.com/renewd/renewd/internal/cli"
 )
 
-const (
-	defaultSocket      = "/run/renewd/agent.sock"
-	defaultAdminSocket = "/run/renewd/admin.sock"
-)
+const defaultSocket = "/run/renewd/agent.sock"
 
 // fetchedX509 is one X.509-SVID in the output of "fetch x509", without its key.
 type fetchedX509 struct {

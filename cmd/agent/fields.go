@@ -19,7 +19,7 @@ var fields = []config.Field[settings]{
 	{Path: "runtime_dir", Value: func(c *settings) any { return &c.RuntimeDir }, Doc: "Directory on a memory file system. With it workload SVIDs, their keys and the record of the processes that use them survive a restart of the agent. Without it they are in the agent's memory only, and a restarted agent waits three minutes for the workloads before it reports settled."},
 	{Path: "socket_path", Value: func(c *settings) any { return &c.SocketPath }, Default: "/run/renewd/agent.sock", Doc: "Unix socket of the Workload API."},
 	{Path: "socket_mode", Value: func(c *settings) any { return &c.SocketMode }, Default: "0777", Doc: "Permissions of the socket. The agent attests each caller in any case."},
-	{Path: "admin_socket", Value: func(c *settings) any { return &c.AdminSocket }, Default: defaultAdminSocket, Doc: "Unix socket for agent attest, for root and the agent's own user. Empty: not served."},
+	{Path: "admin_socket_path", Value: func(c *settings) any { return &c.AdminSocket }, Doc: "Unix socket for agent attest, for root and the agent's own user. If it is not set, it is beside socket_path, with a name like agent-admin.sock."},
 	{Path: "log.level", Value: func(c *settings) any { return &c.LogLevel }, Default: "info", Doc: "debug, info, warn or error."},
 	{Path: "log.format", Value: func(c *settings) any { return &c.LogFormat }, Default: "auto", Doc: "text, json, or auto: text on a terminal and JSON otherwise."},
 	{Path: "log_selectors", Value: func(c *settings) any { return &c.LogSelectors }, Default: "unix", Doc: "Types of selectors whose values may be logged, or prefixes such as docker:label. Of others the log has the type only: labels and variables may be secrets."},

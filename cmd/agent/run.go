@@ -70,7 +70,7 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		CacheSize:         cfg.SVIDCacheSize,
 		ReplaceTaintedJWT: cfg.JWTTainted == jwtReplace,
 		LogSelectors:      cfg.LogSelectors,
-		AdminSocket:       cfg.AdminSocket,
+		AdminSocket:       adminSocket(cfg.AdminSocket, cfg.SocketPath),
 		Log:               cli.NewLog(e.Stderr, cfg.LogLevel, cfg.LogFormat, e.Getenv),
 	}
 	setAttestors(&c, cfg, e.Getenv)

@@ -17,6 +17,7 @@ var program = cli.Program{
 		cli.ConfigCommand("agent", &schema, checkMachine),
 		{Name: "healthcheck", Help: cli.Text(healthUsage), Run: healthCommand},
 		{Name: "status", Help: cli.Text(statusUsage), Run: statusCommand},
+		{Name: "attest", Help: cli.Text(attestUsage), Run: attestCommand},
 		{Name: "fetch", Help: cli.Text(fetchUsage), Sub: []cli.Command{{Name: "x509", Run: fetchX509Command}, {Name: "jwt", Run: fetchJWTCommand}}},
 	},
 }
@@ -31,6 +32,7 @@ Usage:
   agent config check --config FILE  report every problem of a configuration, and start nothing
   agent healthcheck                 exit 0 if the running agent is ready
   agent status                      print what the running agent holds by signing authority
+  agent attest PID                  print what the running agent finds out about a process
   agent fetch x509                  fetch X.509-SVIDs from the Workload API like a workload
   agent fetch jwt --audience NAME   fetch JWT-SVIDs
   agent version                     print the version
@@ -99,6 +101,25 @@ States of an authority, as far as this node knows: active (it signed the newest
 SVID), prepared (it signs nothing yet or no longer), tainted, removed.
 
   -o text|json          output format (default text)` + httpUsage
+
+const attestUsage = `Usage: agent attest PID [--admin-socket PATH] [-o text|json] [--timeout DURATION]
+
+Has the running agent attest a process of this node, and prints its selectors, the
+attestor that found each, how long it took, and the entries that match. If none does,
+it prints the entries that lack only one selector. Run it as root. Selectors may
+contain secrets, such as the environment of a container.
+
+Outcome: what the Workload API answers to the process.
+  matched       the identities of the entries
+  denied        PermissionDenied: no entry matches
+  unavailable   Unavailable: an attestor failed, and an entry could match
+  starting      Unavailable: the agent does not know the entries yet
+
+  --admin-socket PATH   the agent's admin socket (default RENEWD_ADMIN_SOCKET_PATH, or the
+                        one beside the socket of the Workload API: /run/renewd/agent-admin.sock)
+  -o text|json          output format (default text)
+  --timeout DURATION    how long to wait (default 30s)
+`
 
 const fetchUsage = `Usage: agent fetch x509 [--socket PATH] [-o text|json] [--write DIR] [--timeout DURATION]
        agent fetch jwt --audience NAME[,NAME] [--spiffe-id ID] [same flags]

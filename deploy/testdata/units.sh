@@ -62,6 +62,89 @@ wait
 [ ! -s /out/denied ] || fail "a workload had no SVID: $(cat /out/denied)"
 not grep -q "$OLD" <(keysetctl list)
 
+if [ -e /usr/lib/systemd/system/dbus.socket ]; then
+	echo "== a service by its unit, whatever its user; the bus is restarted meanwhile"
+	printf 'workload_attestation:\n  systemd:\n    enabled: true\n' >>/etc/renewd/agent.yaml
+	ok as renewd renewd-agent config check --config /etc/renewd/agent.yaml
+	cat >>/etc/renewd/entries.yaml <<END
+  - id: shop
+    spiffe_id: spiffe://example.org/shop
+    selectors:
+      - systemd:id:shop.service
+      - systemd:fragment_path:/etc/systemd/system/shop.service
+END
+	ok renewd-server entries apply /etc/renewd/entries.yaml
+	printf '[Service]\nType=oneshot\nDynamicUser=yes\nExecStart=/usr/local/bin/renewd-agent fetch x509\n' >/etc/systemd/system/shop.service
+	systemctl daemon-reload
+	not systemctl start shop
+	ok systemctl restart renewd-agent
+	until_ok systemctl start shop
+	systemctl restart dbus
+	ok systemctl start shop
+	journal_has shop info 'spiffe://example.org/shop'
+	systemd-run -q --unit=cart sleep infinity
+	attested() { renewd-agent attest "$(property MainPID cart)" -o json >/out/attested && grep -q "$1" /out/attested; }
+	ok attested '"systemd:id:cart.service"'
+	ok attested '"systemd:fragment_path:/run/systemd/transient/cart.service"'
+	ok attested '"outcome": "denied"'
+	not as renewd-server renewd-agent attest 1
+	if [ -x /src/spire/spire-agent ]; then
+		echo "== its selectors, byte for byte beside those of spire-agent"
+		install -d -m 0755 /run/spire
+		cat >/run/spire/server.conf <<END
+server {
+  bind_address = "127.0.0.1"
+  bind_port = "8090"
+  trust_domain = "spire.example"
+  data_dir = "/run/spire"
+  socket_path = "/run/spire/server.sock"
+}
+plugins {
+  DataStore "sql" { plugin_data { database_type = "sqlite3" connection_string = "/run/spire/db" } }
+  NodeAttestor "join_token" { plugin_data {} }
+  KeyManager "memory" { plugin_data {} }
+}
+END
+		cat >/run/spire/agent.conf <<END
+agent {
+  data_dir = "/run/spire"
+  log_level = "DEBUG"
+  log_file = "/run/spire/log"
+  server_address = "127.0.0.1"
+  server_port = "8090"
+  socket_path = "/run/spire/agent.sock"
+  insecure_bootstrap = true
+  trust_domain = "spire.example"
+}
+plugins {
+  NodeAttestor "join_token" { plugin_data {} }
+  KeyManager "memory" { plugin_data {} }
+  WorkloadAttestor "unix" { plugin_data { discover_workload_path = true workload_size_limit = -1 } }
+  WorkloadAttestor "systemd" { plugin_data {} }
+}
+END
+		systemd-run -q --unit=spire-server /src/spire/spire-server run -config /run/spire/server.conf
+		until_ok /src/spire/spire-server healthcheck -socketPath /run/spire/server.sock
+		TOKEN=$(/src/spire/spire-server token generate -socketPath /run/spire/server.sock -output json | grep -o '"value":"[^"]*"' | cut -d'"' -f4)
+		systemd-run -q --unit=spire-agent /src/spire/spire-agent run -config /run/spire/agent.conf -joinToken "$TOKEN"
+		until_ok /src/spire/spire-agent healthcheck -socketPath /run/spire/agent.sock
+		systemd-run -q --unit=twin --uid=web /src/spire/spire-agent api watch -socketPath /run/spire/agent.sock
+		theirs() { grep 'PID attested to have selectors' /run/spire/log | grep "pid=$(property MainPID twin) " >/out/theirs; }
+		until_ok theirs
+		# In that log: selectors="[type:\"unix\" value:\"uid:1001\" type:...]", with one or two spaces.
+		head -1 /out/theirs | grep -o 'type:[^]]*' | sed 's/ type:/\ntype:/g' | sed 's/^type:\\"\([a-z]*\)\\"  *value:\\"\(.*\)\\"$/\1:\2/' | sort >/out/theirs.sorted
+		renewd-agent attest "$(property MainPID twin)" -o json | grep -o '^ *"\(unix\|systemd\):.*"' | sed 's/^ *"//; s/"$//' | sort >/out/ours.sorted
+		ok diff /out/ours.sorted /out/theirs.sorted
+		ok grep -qx systemd:fragment_path:/run/systemd/transient/twin.service /out/ours.sorted
+		systemctl stop twin spire-agent spire-server
+	fi
+	systemctl stop dbus.socket dbus
+	ok attested '"outcome": "unavailable"'
+	not as renewd renewd-agent config check --config /etc/renewd/agent.yaml
+	systemctl start dbus.socket
+	systemctl stop cart
+fi
+
 echo "== restarted after any signal except SIGHUP, which is ignored"
 restarted() { # PID 0: no process
 	local now=$(property MainPID $UNIT)

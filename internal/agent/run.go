@@ -5,9 +5,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"sync"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/renewd/renewd/internal/agent/admin"
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/socket"
@@ -28,9 +30,15 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		a.socket.Store(lis)
 		listener = lis
 	}
-	serveMetrics, err := a.listenMetrics()
+	serveAdmin, err := a.listenAdmin()
 	if err != nil {
 		return errors.Join(err, listener.Close())
+	}
+	serveMetrics, err := a.listenMetrics()
+	if err != nil {
+		stopped, cancel := context.WithCancel(ctx)
+		cancel()
+		return errors.Join(err, listener.Close(), serveAdmin(stopped))
 	}
 	a.entrySyncs.record(nil)
 	a.bundleRefreshes.record(nil)
@@ -68,6 +76,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if lis := a.socket.Load(); lis != nil {
 		group.Go(func() error { lis.Watch(ctx, a.log); return nil })
 	}
+	group.Go(func() error { return serveAdmin(ctx) })
 	group.Go(func() error { return serveMetrics(ctx) })
 	group.Go(func() error {
 		if err := a.connect(ctx); err != nil {
@@ -91,6 +100,25 @@ func wrap(what string, err error) error {
 		return fmt.Errorf("%s: %w", what, err)
 	}
 	return nil
+}
+
+// listenAdmin opens the admin socket, if one is configured, and returns the function that
+// serves it and closes it.
+func (a *Agent) listenAdmin() (func(context.Context) error, error) {
+	if a.cfg.AdminSocket == "" {
+		return func(context.Context) error { return nil }, nil
+	}
+	lis, err := socket.Listen(a.cfg.AdminSocket, 0o600)
+	if err != nil {
+		return nil, wrap("open the admin socket", err)
+	}
+	server := admin.New(admin.Config{Attestors: a.attestors, Cache: a.cache, Log: a.log})
+	return func(ctx context.Context) error {
+		var watch sync.WaitGroup
+		watch.Go(func() { lis.Watch(ctx, a.log) })
+		defer watch.Wait()
+		return wrap("admin socket", server.Serve(ctx, lis))
+	}, nil
 }
 
 // listenMetrics opens the HTTP listener, if one is configured, and returns the function

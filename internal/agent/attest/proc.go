@@ -132,3 +132,63 @@ func parseStat(stat []byte) (started uint64, life cache.Life, err error) {
 	}
 	return 0, cache.Running, errors.New("no start time")
 }
+
+// Running returns the process that has this PID now, with the user and the group that it
+// runs as: for an operator who names it.
+func Running(pid int) (*Peer, error) {
+	p, err := FromPID(pid, 0, 0)
+	if err != nil {
+		return nil, err
+	}
+	text, err := p.ReadProc("status", nil, maxStatus)
+	if err == nil {
+		err = p.Alive()
+	}
+	if err == nil {
+		p.uid, err = effectiveID(text, "Uid")
+	}
+	if err == nil {
+		p.gid, err = effectiveID(text, "Gid")
+	}
+	if err != nil {
+		return nil, errors.Join(err, p.Close())
+	}
+	return p, nil
+}
+
+// InAgentsPIDNamespace reports whether the process sees the node's processes as the agent
+// does. A process in a container usually does not, also if it is root's.
+func (p *Peer) InAgentsPIDNamespace() (bool, error) {
+	text, err := p.ReadProc("status", nil, maxStatus)
+	if err == nil {
+		err = p.Alive()
+	}
+	if err != nil {
+		return false, err
+	}
+	// One PID for each namespace, from the agent's inwards.
+	return len(statusFields(text, "NSpid")) == 1, nil
+}
+
+// maxStatus exceeds the size of the status file with the most groups that Linux allows.
+const maxStatus = 1 << 20
+
+// statusFields returns the values in a line of /proc/PID/status; none without the line.
+func statusFields(text []byte, name string) [][]byte {
+	for line := range bytes.Lines(text) {
+		if found, value, ok := bytes.Cut(line, []byte(":")); ok && string(found) == name {
+			return bytes.Fields(value)
+		}
+	}
+	return nil
+}
+
+// effectiveID returns the second of the four IDs real, effective, saved, file system.
+func effectiveID(text []byte, name string) (uint32, error) {
+	ids := statusFields(text, name)
+	if len(ids) != 4 {
+		return 0, fmt.Errorf("status of the process has no line %s with four IDs", name)
+	}
+	id, err := strconv.ParseUint(string(ids[1]), 10, 32)
+	return uint32(id), err
+}

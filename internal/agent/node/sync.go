@@ -54,12 +54,31 @@ func (s *Store) Sync() error {
 		}
 		err = errors.Join(errs...)
 	}
+	if err == nil {
+		err = s.probeLocked()
+	}
 	if err != nil {
 		s.lines.Note(slog.LevelWarn, "state not written to data_dir, trying again", "", "path", s.dir, "error", err)
 	} else {
 		s.lines.Over("", "writing to data_dir recovered", "path", s.dir)
 	}
 	return err
+}
+
+// probeLocked ends the failure of an identity that is not to be written later, when the
+// disk takes one again: the next renewal would succeed.
+func (s *Store) probeLocked() error {
+	s.mu.Lock()
+	failed := s.identityErr != nil
+	s.mu.Unlock()
+	if !failed {
+		return nil
+	}
+	if err := s.folder.probe(); err != nil {
+		return fmt.Errorf("%s: %w", identityFile, err)
+	}
+	s.setIdentityErr(nil)
+	return nil
 }
 
 func (s *Store) setSyncing(since time.Time) {

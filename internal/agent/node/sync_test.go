@@ -167,16 +167,16 @@ func TestFailedSaveIsNotRetried(t *testing.T) {
 	if err := s.SaveIdentity(other.node.Identity(), false); err == nil {
 		t.Fatal("saved")
 	}
-	check(t, s.Sync())
-	if err := s.Err(); err == nil || !strings.HasPrefix(err.Error(), "identity.json: ") {
-		t.Errorf("got %v", err)
+	for range 2 {
+		if s.Sync() == nil {
+			t.Error("the failure is forgotten while the disk refuses to write")
+		}
+		if err := s.Err(); err == nil || !strings.HasPrefix(err.Error(), "identity.json: ") {
+			t.Errorf("got %v", err)
+		}
 	}
 	repair()
-	check(t, s.Sync())
-	if s.Err() == nil {
-		t.Error("the failure is forgotten without another save")
-	}
-	check(t, s.SaveIdentity(s.node.Identity(), false), s.Err(), s.Close())
+	check(t, s.Sync(), s.Err(), s.Close())
 	s.restart(t, s.dir)
 }
 

@@ -108,7 +108,7 @@ func TestEngineOfContainer(t *testing.T) {
 	t.Parallel()
 	me := uint32(os.Geteuid())
 	if me == 0 {
-		me = 1 // nobody's engine: the listener is root
+		me = 1 // root is no user of a rootless engine
 	}
 	for name, tt := range map[string]struct {
 		container cgroup.Container

@@ -9,6 +9,7 @@ import (
 	"io"
 	"io/fs"
 	"net"
+	"os"
 	"syscall"
 	"time"
 
@@ -73,14 +74,15 @@ func Reach(ctx context.Context, path string) error {
 		return err
 	}
 	defer conn.Close()
-	var running bool
-	if err := conn.BusObject().CallWithContext(ctx, "org.freedesktop.DBus.NameHasOwner", 0, service).Store(&running); err != nil {
-		return fmt.Errorf("system bus %s: %w", path, err)
-	}
-	if !running {
+	var answered dbus.Error
+	switch _, err := unitOf(ctx, conn, os.Getpid()); {
+	case err == nil, errors.As(err, &answered) && answered.Name == errNoUnit:
+		return nil
+	case answered.Name == "org.freedesktop.DBus.Error.ServiceUnknown":
 		return fmt.Errorf("system bus %s: systemd is not on this bus: remove the attestor on a node without systemd", path)
+	default:
+		return fmt.Errorf("system bus %s: ask systemd: %w", path, err)
 	}
-	return nil
 }
 
 // messages is a connection that drops incoming messages above maxMessage.

@@ -122,8 +122,6 @@ func systemdAnswer(call *dbus.Message) *dbus.Message {
 	switch member(call) {
 	case "Hello":
 		return respond(call, ":1.1")
-	case "NameHasOwner":
-		return respond(call, true)
 	case "GetUnitByPID":
 		if call.Body[0] == uint32(os.Getpid()) {
 			return respond(call, path)
@@ -261,18 +259,31 @@ func TestNoBus(t *testing.T) {
 	lis.(*net.UnixListener).SetUnlinkOnClose(false)
 	lis.Close()
 	alone := newBus(t)
-	alone.answer = func(_ net.Conn, call *dbus.Message) *dbus.Message { return respond(call, false) }
+	alone.answer = func(_ net.Conn, call *dbus.Message) *dbus.Message {
+		return refuse(call, "org.freedesktop.DBus.Error.ServiceUnknown", "The name is not activatable")
+	}
+	closed := newBus(t)
+	closed.answer = func(_ net.Conn, call *dbus.Message) *dbus.Message {
+		return refuse(call, "org.freedesktop.DBus.Error.AccessDenied", "Sender is not authorized.")
+	}
 	for path, want := range map[string]string{
 		filepath.Join(dir, "none"): "does not exist: start D-Bus",
 		stale:                      "nobody listens: start D-Bus",
 		alone.path:                 "systemd is not on this bus",
+		closed.path:                "ask systemd: Sender is not authorized.",
 	} {
 		if err := Reach(t.Context(), path); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), path) {
 			t.Errorf("Reach %s: %v, want %q", path, err, want)
 		}
 	}
-	if err := Reach(t.Context(), newBus(t).path); err != nil {
-		t.Errorf("with systemd: %v", err)
+	outside := newBus(t)
+	outside.answer = func(_ net.Conn, call *dbus.Message) *dbus.Message {
+		return refuse(call, errNoUnit, "PID 1 does not belong to any loaded unit.")
+	}
+	for _, path := range []string{newBus(t).path, outside.path} {
+		if err := Reach(t.Context(), path); err != nil {
+			t.Errorf("with systemd: %v", err)
+		}
 	}
 	if _, err := texts(t, attestor(t, stale), t.Context()); err == nil || !strings.Contains(err.Error(), "nobody listens") {
 		t.Errorf("attest: %v", err)
@@ -284,6 +295,7 @@ func TestNoBus(t *testing.T) {
 func FuzzMessages(f *testing.F) {
 	f.Add([]byte("l\x04\x00\x01\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00"))
 	f.Add(append([]byte("B\x04\x00\x01\x00\x00\x00\x03\x00\x00\x00\x01\x00\x00\x00\x05"), make([]byte, 11)...))
+	f.Add([]byte("l\x04\x00\x01\x00\x00\x10\x00\x01\x00\x00\x00\x00\x00\x00\x00 of 1 MiB"))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		here, there := net.Pipe()
 		defer here.Close()
