@@ -269,6 +269,39 @@ func TestKubeletOutage(t *testing.T) {
 	})
 }
 
+// A kubelet that hangs delays the callers of known containers by two seconds, and the others
+// until the request ends. When it answers, it is asked as before.
+func TestKubeletHangs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		k := newKubelet(answers(handwritten(t)))
+		a := overPipes(t, k, kubernetes.Config{})
+		if _, err := a.Selectors(t.Context(), inPod(webUID, "c")); err != nil {
+			t.Fatal(err)
+		}
+		k.set(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+		time.Sleep(kubernetes.MaxAge)
+		var callers sync.WaitGroup
+		attest := func(digit string, took time.Duration, selectors bool, failure string) {
+			callers.Go(func() {
+				start := time.Now()
+				got, err := a.Selectors(t.Context(), inPod(webUID, digit))
+				if time.Since(start) != took || has(got, "ns:prod") != selectors || err == nil || !strings.Contains(err.Error(), failure) {
+					t.Errorf("container %s after %s: %v, %v", digit, time.Since(start), got, err)
+				}
+			})
+		}
+		attest("c", 2*time.Second, true, "selectors of the pod are 7s old: no answer of the kubelet within 2s")
+		attest("8", 10*time.Second, false, "no answer within 10s")
+		callers.Wait()
+		requireCount(t, k, 2)
+		k.set(answers(handwritten(t)))
+		if got, err := a.Selectors(t.Context(), inPod(webUID, "c")); err != nil || !has(got, "ns:prod") {
+			t.Errorf("got %v, %v", got, err)
+		}
+	})
+}
+
 // Answers that are not a list of pods are errors, nobody has selectors, and nothing of them
 // is kept.
 func TestBadAnswers(t *testing.T) {
