@@ -14,7 +14,7 @@
 //
 // An image has two selectors: the name that the kubelet reports, and its digest.
 //
-// The kubelet is asked when a container is not known, and for a known one when its
+// The kubelet is asked when a container is not known, and for a known one before its
 // answer is older than [MaxAge]. All callers share one request.
 package kubernetes
 
@@ -36,7 +36,10 @@ const Name = "k8s"
 const (
 	// MaxAge is how old a label, an image or the presence of a container in a selector may be:
 	// an answer of the kubelet or of the API server is used again for this long.
-	MaxAge = 5 * time.Second
+	MaxAge = 6 * time.Second
+	// refreshAge is the age of an answer from which the next one is asked for, so that
+	// under steady load no caller waits for it.
+	refreshAge = 5 * time.Second
 	// HeldFor is how long the last good answer about a known container is used if the
 	// kubelet does not answer. Kubernetes by default evicts the pods of such a node
 	// after the same time.
@@ -172,6 +175,7 @@ func (a *Attestor) selectors(ctx context.Context, c cgroup.Container) ([]cache.S
 	}
 	known, age := a.lastKnown(c)
 	if known.pod != nil && age < MaxAge {
+		a.pods.refresh(time.Now().Add(-refreshAge))
 		return a.describe(ctx, known)
 	}
 	limit := requestTimeout + time.Duration(a.cfg.PollAttempts)*a.cfg.PollInterval
