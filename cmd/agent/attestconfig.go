@@ -29,9 +29,9 @@ func (c checker) attestation() {
 	}
 }
 
-// reachable reports the workload attestors that cannot work on this machine now.
-func (c checker) reachable(ctx context.Context, getenv func(string) string) {
-	c.kubeletReachable(ctx, getenv)
+// probeAttestors reports the workload attestors that cannot work on this machine now.
+func (c checker) probeAttestors(ctx context.Context, getenv func(string) string) {
+	c.probeKubelet(ctx, getenv)
 	ctx, cancel := context.WithTimeout(ctx, agent.AttestorLimit)
 	defer cancel()
 	if c.Config.DockerEnabled {

@@ -26,9 +26,20 @@ type settings struct {
 	ServerProxy       string
 	DeploymentName    string
 	TrustBundleFile   string
+	TrustBundleURL    string
+	TrustBundleCAFile string
 	InsecureBootstrap bool
+	Rebootstrap       string
+	RebootstrapDelay  time.Duration
 	JoinToken         string
 	JoinTokenFile     string
+	PSATCluster       string
+	PSATTokenPath     string
+	PSATAudience      string
+	PoPKeyPath        string
+	PoPCertPath       string
+	PoPChainPath      string
+	PoPEndpoint       string
 	DataDir           string
 	RuntimeDir        string
 	SocketPath        string
@@ -104,9 +115,11 @@ func validate(shared *config.Checker[settings]) {
 	c.attestation()
 }
 
-// checkMachine also reports what the agent could not use on this machine.
-func checkMachine(ctx context.Context, env cli.Env, shared *config.Checker[settings]) {
-	checker{shared}.reachable(ctx, env.Getenv)
+// probeMachine reports what this machine lacks for a valid configuration.
+func probeMachine(ctx context.Context, getenv func(string) string, shared *config.Checker[settings]) {
+	c := checker{shared}
+	c.probeNode(ctx)
+	c.probeAttestors(ctx, getenv)
 }
 
 // identity checks the trust domain, the server and how agent and server authenticate
@@ -123,20 +136,8 @@ func (c checker) identity() {
 	if _, err := parseProxy(c.Config.ServerProxy); err != nil {
 		c.Bad("server_proxy", err.Error(), "write it as http://proxy.example.org:3128, environment or none")
 	}
-	switch {
-	case c.Config.TrustBundleFile != "" && c.Config.InsecureBootstrap:
-		c.Bad("insecure_bootstrap", "contradicts trust_bundle_file ("+c.Origin("trust_bundle_file")+")",
-			"remove insecure_bootstrap: with a bundle file the first connection is authenticated")
-	case c.Config.TrustBundleFile == "" && !c.Config.InsecureBootstrap:
-		c.Missing("trust_bundle_file", "is not set, so the server cannot be authenticated",
-			"give the server's trust bundle (PEM or SPIFFE JSON), or set insecure_bootstrap: true to trust the first server that answers")
-	}
-	if c.Config.JoinToken != "" && c.Config.JoinTokenFile != "" {
-		c.Bad("join_token", "contradicts join_token_file ("+c.Origin("join_token_file")+")", "keep one of the two")
-	}
-	if strings.ContainsAny(c.Config.JoinToken, " \t\r\n") {
-		c.Bad("join_token", "contains white space", "give the token alone, as the server printed it")
-	}
+	c.trustBootstrap()
+	c.nodeAttestation()
 }
 
 // paths checks directories, sockets and addresses.

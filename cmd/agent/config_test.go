@@ -32,6 +32,7 @@ func TestPrecedence(t *testing.T) {
 	values := map[string][3]string{ // as text in the file, the environment, the flag
 		"trust_domain":             {"a.org", "b.org", "c.org"},
 		"insecure_bootstrap":       {"true", "false", "true"},
+		"rebootstrap_delay":        {"1s", "2s", "3s"},
 		"socket_mode":              {"0700", "0770", "0777"},
 		"log.level":                {"debug", "warn", "error"},
 		"renewal.taint_delay":      {"1s", "2s", "3s"},
@@ -93,14 +94,18 @@ func TestPrecedence(t *testing.T) {
 
 // document is a file that sets one field.
 func document(path, value string) string {
-	section, name, ok := strings.Cut(path, ".")
 	if path == "log_selectors" {
 		value = "[" + value + "]"
 	}
-	if !ok {
-		return path + ": " + value + "\n"
+	var out strings.Builder
+	parts := strings.Split(path, ".")
+	for depth, part := range parts {
+		out.WriteString(strings.Repeat("  ", depth) + part + ":")
+		if depth < len(parts)-1 {
+			out.WriteString("\n")
+		}
 	}
-	return section + ":\n  " + strings.ReplaceAll(document(name, value), "\n  ", "\n    ")
+	return out.String() + " " + value + "\n"
 }
 
 func TestDefaults(t *testing.T) {
@@ -198,7 +203,7 @@ func TestMissing(t *testing.T) {
 	t.Parallel()
 	want := "agent.yaml: trust_domain is not set; give the trust domain of the server, such as example.org\n" +
 		"agent.yaml: server_address is not set; give the server's host and port, such as server.example.org:8081\n" +
-		"agent.yaml: trust_bundle_file is not set, so the server cannot be authenticated; give the server's trust bundle (PEM or SPIFFE JSON), or set insecure_bootstrap: true to trust the first server that answers"
+		"agent.yaml: trust_bundle_file is not set, so the server cannot be authenticated; give the server's trust bundle (PEM or SPIFFE JSON) or trust_bundle_url, or set insecure_bootstrap: true to trust the first server that answers"
 	for _, text := range []string{"", "# only this\n", "null\n"} {
 		if _, err := loadText(text, nil, nil); err == nil || err.Error() != want {
 			t.Errorf("%q: %v", text, err)

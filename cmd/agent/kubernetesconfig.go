@@ -46,8 +46,8 @@ func (c checker) kubernetes() {
 	}
 }
 
-// kubeletReachable reports what the attestor would not get on this machine now.
-func (c checker) kubeletReachable(ctx context.Context, getenv func(string) string) {
+// probeKubelet reports what the attestor would not get on this machine now.
+func (c checker) probeKubelet(ctx context.Context, getenv func(string) string) {
 	if !c.Config.KubernetesEnabled {
 		return
 	}

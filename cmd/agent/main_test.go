@@ -45,7 +45,9 @@ func TestMain(m *testing.M) {
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	clitest.Run(t, map[string]string{"EXAMPLE": "agent.example.yaml"}, func(e *testscript.Env) {
-		serveWorkloadAPI(t, e, "API", newIdentity(t))
+		id := newIdentity(t)
+		serveWorkloadAPI(t, e, "API", id)
+		serveBundle(t, e, id)
 		serveWorkloadAPI(t, e, "NO_IDENTITY", nil)
 		e.Setenv("URL", serveHTTP(t, e, rotation, nil))
 		e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} },

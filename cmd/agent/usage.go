@@ -14,7 +14,7 @@ var program = cli.Program{
 	Name: "agent", Version: version, Usage: usage, IsPermanent: isBanned,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
-		cli.ConfigCommand("agent", &schema, checkMachine),
+		cli.ConfigCommand("agent", &schema),
 		{Name: "healthcheck", Help: cli.Text(healthUsage), Run: healthCommand},
 		{Name: "status", Help: cli.Text(statusUsage), Run: statusCommand},
 		{Name: "attest", Help: cli.Text(attestUsage), Run: attestCommand},

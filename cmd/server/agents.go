@@ -16,8 +16,10 @@ import (
 type shownAgent struct {
 	ID              string     `json:"id"`
 	Type            string     `json:"attestation_type"`
-	State           string     `json:"state"`                // attested, banned or expired
-	Duplicated      bool       `json:"duplicated,omitempty"` // two processes use its identity
+	State           string     `json:"state"`                  // attested, banned or expired
+	Duplicated      bool       `json:"duplicated,omitempty"`   // two processes use its identity
+	Reattestable    bool       `json:"reattestable,omitempty"` // it attests again instead of renewing
+	Selectors       []string   `json:"selectors,omitempty"`    // of its node
 	ExpiresAt       *time.Time `json:"expires_at,omitempty"`
 	Version         string     `json:"version,omitempty"`
 	AppliedSequence uint64     `json:"applied_sequence,omitempty"` // of the trust bundle
@@ -28,6 +30,7 @@ func showAgent(a *api.Agent, now time.Time) shownAgent {
 	out := shownAgent{
 		ID: a.GetId(), Type: a.GetAttestationType(), State: "attested", Duplicated: a.GetDuplicated(), ExpiresAt: moment(a.GetExpiresAt()),
 		Version: a.GetVersion(), AppliedSequence: a.GetAppliedSequence(), LastReport: moment(a.GetLastReport()),
+		Reattestable: a.GetReattestable(), Selectors: a.GetSelectors(),
 	}
 	switch {
 	case a.GetBanned():
@@ -58,7 +61,7 @@ func agentsCommand(ctx context.Context, call *cli.Call) error {
 			return cli.PrintJSON(c.Stdout, map[string]any{"agents": agents})
 		}
 		table := cli.NewTable(c.Stdout)
-		_, _ = fmt.Fprint(table, "ID\tSTATE\tVERSION\tBUNDLE\tLAST REPORT\tSVID ENDS\n")
+		_, _ = fmt.Fprint(table, "ID\tTYPE\tSTATE\tVERSION\tBUNDLE\tLAST REPORT\tSVID ENDS\n")
 		for _, a := range agents {
 			sequence := "-"
 			if a.LastReport != nil {
@@ -68,7 +71,7 @@ func agentsCommand(ctx context.Context, call *cli.Call) error {
 			if a.Duplicated {
 				state += ", duplicated"
 			}
-			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), state, text(a.Version), sequence,
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), text(a.Type), state, text(a.Version), sequence,
 				when(a.LastReport, now), when(a.ExpiresAt, now))
 		}
 		return cli.Flush(table)

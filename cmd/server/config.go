@@ -20,6 +20,7 @@ import (
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/nodeattest/x509pop"
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
@@ -29,7 +30,8 @@ type settings struct {
 	TrustDomain          spiffeid.TrustDomain
 	DataDir              string
 	KeyFile              string
-	Deployments          map[string]string // listen address by name
+	Deployments          map[string]*deployment
+	Clusters             map[string]*cluster // of Kubernetes
 	AdminSocket          string
 	AdminSocketMode      fs.FileMode
 	OperatorAddress      string
@@ -40,10 +42,7 @@ type settings struct {
 	EndpointCertFile     string
 	EndpointKeyFile      string
 	RefreshHint          time.Duration
-	FederatedURL         map[string]string // by trust domain
-	FederatedProfile     map[string]string
-	FederatedID          map[string]string
-	FederatedFile        map[string]string
+	Federation           map[string]*federated // by trust domain
 	MetricsAddress       string
 	WebConfigFile        string
 	KeysetLifetime       time.Duration
@@ -56,6 +55,22 @@ type settings struct {
 	LogLevel             slog.Level
 	LogFormat            string
 }
+
+// federated is the bundle endpoint of a trust domain.
+type federated struct{ URL, Profile, ID, File string }
+
+// named returns the value under a name, which is added if it is new.
+func named[V any](m *map[string]*V, name string) *V {
+	if *m == nil {
+		*m = make(map[string]*V)
+	}
+	if (*m)[name] == nil {
+		(*m)[name] = new(V)
+	}
+	return (*m)[name]
+}
+
+func (s *settings) federated(name string) *federated { return named(&s.Federation, name) }
 
 // schema describes the configuration.
 var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Check: validate}
@@ -70,7 +85,21 @@ var fields = []config.Field[settings]{
 	{Path: "trust_domain", Value: func(c *settings) any { return &c.TrustDomain }, Doc: "Trust domain that the server signs for. Required. It cannot be changed later."},
 	{Path: "data_dir", Value: func(c *settings) any { return &c.DataDir }, Default: "/var/lib/renewd-server", Doc: "Directory of the store: keysets, entries, agents, tokens, the ledger of issued SVIDs, and the audit log."},
 	{Path: "key_file", Value: func(c *settings) any { return &c.KeyFile }, Doc: "File with the key that encrypts the signing keys in the store, created with \"server key new\". The systemd credential renewd-store-key when not set."},
-	{Path: "deployments.NAME.listen_address", Value: func(c *settings) any { return &c.Deployments }, Doc: "Host and port for the agents of the deployment NAME. Each deployment has its own keysets, entries and agents. When none is set, there is one named default, on 0.0.0.0:8081."},
+	{Path: "deployments.NAME.listen_address", Named: func(c *settings, name string) any { return &c.deployment(name).ListenAddress }, Default: defaultAddress, Doc: "Host and port for the agents of the deployment NAME. Each deployment has its own keysets, entries and agents. When none is set, there is one named default."},
+	{Path: "deployments.NAME.node_attestation.x509pop.ca_bundle_files", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.CABundleFiles }, Doc: "PEM files with the CAs of the nodes' certificates. A node with such a certificate, whose key it has, may attest with x509pop. Reloaded when they change."},
+	{Path: "deployments.NAME.node_attestation.x509pop.mode", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.Mode }, Default: x509pop.ModeExternalPKI, Doc: "external_pki: the CAs are in ca_bundle_files. spiffe: a node exchanges an X.509-SVID of the trust domain for its agent SVID."},
+	{Path: "deployments.NAME.node_attestation.x509pop.svid_prefix", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.SVIDPrefix }, Doc: "For mode: spiffe, what the path of such an X.509-SVID begins with; /spire-exchange when not set, and / allows every path."},
+	{Path: "deployments.NAME.node_attestation.x509pop.agent_path_template", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.AgentPathTemplate }, Doc: "Path of the agent's SPIFFE ID after /spire/agent, a text/template with fields of the certificate, as in SPIRE: `/x509pop/{{ .Fingerprint }}` when not set, `/x509pop/{{ .SVIDPathTrimmed }}` for mode: spiffe. Two nodes must not get the same."},
+	{Path: "deployments.NAME.node_attestation.x509pop.max_intermediates", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.MaxIntermediates }, Default: strconv.Itoa(x509pop.DefaultMaxIntermediates), Doc: "Most certificates between a node's and its CA."},
+	{Path: "deployments.NAME.node_attestation.x509pop.max_rsa_key_size", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.MaxRSAKeySize }, Default: strconv.Itoa(x509pop.DefaultMaxRSAKeySize), Doc: "Most bits of an RSA key in these certificates."},
+	{Path: "deployments.NAME.node_attestation.x509pop.verify_client_ip", Named: func(c *settings, name string) any { return &c.deployment(name).X509Pop.VerifyClientIP }, Doc: "Whether the agent has to connect from an IP address that its certificate names."},
+	{Path: "deployments.NAME.node_attestation.k8s_psat.clusters", Named: func(c *settings, name string) any { return &c.deployment(name).Clusters }, Doc: "Names of the clusters of kubernetes_clusters whose nodes may attest with k8s_psat."},
+	{Path: "kubernetes_clusters.CLUSTER.service_account_allow_list", Named: func(c *settings, name string) any { return &c.cluster(name).ServiceAccounts }, Doc: "Service accounts, NAMESPACE:NAME each, whose pods are agents. CLUSTER is the name that these agents give; it is in their SPIFFE IDs. Several may be of one API server."},
+	{Path: "kubernetes_clusters.CLUSTER.audience", Named: func(c *settings, name string) any { return &c.cluster(name).Audiences }, Doc: "Audiences of which an agent's token has to have one; [spire-server] when not set. []: that of the API server."},
+	{Path: "kubernetes_clusters.CLUSTER.kube_config_file", Named: func(c *settings, name string) any { return &c.cluster(name).Kubeconfig }, Doc: "kubeconfig with the API server and a user who may create tokenreviews and get pods and nodes. Not set: the server runs in a pod of the cluster."},
+	{Path: "kubernetes_clusters.CLUSTER.allowed_node_label_keys", Named: func(c *settings, name string) any { return &c.cluster(name).NodeLabels }, Doc: "Labels of nodes that become selectors, agent_node_label:KEY:VALUE."},
+	{Path: "kubernetes_clusters.CLUSTER.allowed_pod_label_keys", Named: func(c *settings, name string) any { return &c.cluster(name).PodLabels }, Doc: "Labels of the agents' pods that become selectors, agent_pod_label:KEY:VALUE."},
+	{Path: "kubernetes_clusters.CLUSTER.use_pod_uid_for_agent_id", Named: func(c *settings, name string) any { return &c.cluster(name).PodUIDs }, Doc: "Whether the agents' SPIFFE IDs have the pod's UID instead of the node's, for agents of which several run on a node."},
 	{Path: "admin_socket", Value: func(c *settings) any { return &c.AdminSocket }, Default: defaultSocket, Doc: "Unix socket for operators on this machine."},
 	{Path: "admin_socket_mode", Value: func(c *settings) any { return &c.AdminSocketMode }, Default: "0660", Doc: "Permissions of the socket. With 0660 root and the server's group can connect, with 0666 everybody. operators.managers and operators.readers set what they may do."},
 	{Path: "operators.address", Value: func(c *settings) any { return &c.OperatorAddress }, Doc: "Host and port for remote operators, who connect with X.509-SVIDs of the trust domain. Empty: not served."},
@@ -81,10 +110,10 @@ var fields = []config.Field[settings]{
 	{Path: "bundle_endpoint.cert_file", Value: func(c *settings) any { return &c.EndpointCertFile }, Doc: "Certificate chain (PEM) for https_web, reloaded when it changes."},
 	{Path: "bundle_endpoint.key_file", Value: func(c *settings) any { return &c.EndpointKeyFile }, Doc: "Its private key (PEM)."},
 	{Path: "bundle_endpoint.refresh_hint", Value: func(c *settings) any { return &c.RefreshHint }, Default: "5m", Doc: "Refresh hint of the bundle: how often relying parties should ask for it, in whole seconds. 0s: no hint."},
-	{Path: "federation.TRUSTDOMAIN.endpoint_url", Value: func(c *settings) any { return &c.FederatedURL }, Doc: "https URL of the bundle endpoint of the trust domain TRUSTDOMAIN. The server keeps that bundle current, and workloads whose entries federate with TRUSTDOMAIN get it. When the field is removed, the bundle is deleted."},
-	{Path: "federation.TRUSTDOMAIN.profile", Value: func(c *settings) any { return &c.FederatedProfile }, Doc: "https_web: the endpoint is verified like a web server, with the root certificates of this machine. https_spiffe: it is verified by its X.509-SVID."},
-	{Path: "federation.TRUSTDOMAIN.endpoint_spiffe_id", Value: func(c *settings) any { return &c.FederatedID }, Doc: "SPIFFE ID of an endpoint with https_spiffe, in TRUSTDOMAIN itself, in trust_domain or in another trust domain of federation."},
-	{Path: "federation.TRUSTDOMAIN.bundle_file", Value: func(c *settings) any { return &c.FederatedFile }, Doc: "File with the initial bundle, in SPIFFE's format or PEM. It is required to verify an endpoint in TRUSTDOMAIN itself for the first time. A fetched bundle takes precedence, until the authorities in the file change."},
+	{Path: "federation.TRUSTDOMAIN.endpoint_url", Named: func(c *settings, name string) any { return &c.federated(name).URL }, Doc: "https URL of the bundle endpoint of the trust domain TRUSTDOMAIN. The server keeps that bundle current, and workloads whose entries federate with TRUSTDOMAIN get it. When the field is removed, the bundle is deleted."},
+	{Path: "federation.TRUSTDOMAIN.profile", Named: func(c *settings, name string) any { return &c.federated(name).Profile }, Doc: "https_web: the endpoint is verified like a web server, with the root certificates of this machine. https_spiffe: it is verified by its X.509-SVID."},
+	{Path: "federation.TRUSTDOMAIN.endpoint_spiffe_id", Named: func(c *settings, name string) any { return &c.federated(name).ID }, Doc: "SPIFFE ID of an endpoint with https_spiffe, in TRUSTDOMAIN itself, in trust_domain or in another trust domain of federation."},
+	{Path: "federation.TRUSTDOMAIN.bundle_file", Named: func(c *settings, name string) any { return &c.federated(name).File }, Doc: "File with the initial bundle, in SPIFFE's format or PEM. It is required to verify an endpoint in TRUSTDOMAIN itself for the first time. A fetched bundle takes precedence, until the authorities in the file change."},
 	{Path: "metrics.address", Value: func(c *settings) any { return &c.MetricsAddress }, Default: "127.0.0.1:9091", Doc: "Host and port of /metrics, /live and /ready. Empty: not served."},
 	{Path: "metrics.web_config_file", Value: func(c *settings) any { return &c.WebConfigFile }, Doc: "Prometheus exporter web configuration file, for TLS and basic auth of metrics.address."},
 	{Path: "keysets.lifetime", Value: func(c *settings) any { return &c.KeysetLifetime }, Default: "2160h", Doc: "Lifetime of a new keyset; the default is 90 days."},
@@ -117,6 +146,7 @@ func validate(shared *config.Checker[settings]) {
 	c.listeners()
 	c.operators()
 	c.endpoint()
+	c.nodeAttestation()
 	c.federation()
 	c.lifetimes()
 	c.OneOf("log.format", "is not a format", cli.LogFormats)
@@ -146,7 +176,7 @@ func (c checker) listeners() {
 			c.Bad(path, "belongs to a deployment with an invalid name", "use up to 63 letters, digits, - and _")
 			continue
 		}
-		listener(path, c.Config.Deployments[name], defaultAddress)
+		listener(path, c.Config.Deployments[name].ListenAddress, defaultAddress)
 	}
 	if len(c.Config.Deployments) == 0 {
 		taken[defaultAddress] = "deployment " + server.DefaultDeployment
@@ -191,13 +221,16 @@ func (c checker) federation() {
 		c.Bad("federation."+name+"."+field, what, remedy)
 		readable = false
 	}
-	for _, field := range c.Config.federated() {
-		for _, name := range slices.Sorted(maps.Keys(field.values)) {
+	for _, name := range slices.Sorted(maps.Keys(c.Config.Federation)) {
+		for _, field := range c.Config.Federation[name].fields() {
+			if c.Origin("federation."+name+"."+field.name) == "" {
+				continue
+			}
 			if _, err := spiffeid.TrustDomainFromString(name); err != nil {
 				bad(name, field.name, "has a name that is not a trust domain", "write it as federation: {partner.example: {…}}")
-			} else if field.values[name] == "" {
+			} else if field.value == "" {
 				bad(name, field.name, "is empty", "give a value or remove it")
-			} else if _, err := spiffeid.FromString(field.values[name]); field.name == "endpoint_spiffe_id" && err != nil {
+			} else if _, err := spiffeid.FromString(field.value); field.name == "endpoint_spiffe_id" && err != nil {
 				bad(name, field.name, "is not a SPIFFE ID", "write it as spiffe://"+name+"/spire/server")
 			}
 		}
@@ -225,32 +258,21 @@ func (c checker) endpoints(err error) {
 	}
 }
 
-// federatedField has the values of a field of federation.
-type federatedField struct {
-	name   string
-	values map[string]string
-}
+// federatedField is a field of federation.
+type federatedField struct{ name, value string }
 
-func (s *settings) federated() []federatedField {
-	return []federatedField{
-		{"endpoint_url", s.FederatedURL}, {"profile", s.FederatedProfile},
-		{"endpoint_spiffe_id", s.FederatedID}, {"bundle_file", s.FederatedFile},
-	}
+func (f *federated) fields() []federatedField {
+	return []federatedField{{"endpoint_url", f.URL}, {"profile", f.Profile}, {"endpoint_spiffe_id", f.ID}, {"bundle_file", f.File}}
 }
 
 // endpoints returns the bundle endpoints of federation.
 func (s *settings) endpoints() []federation.Endpoint {
-	all := make(map[string]bool)
-	for _, field := range s.federated() {
-		for name := range field.values {
-			all[name] = true
-		}
-	}
 	var out []federation.Endpoint
-	for _, name := range slices.Sorted(maps.Keys(all)) {
-		e := federation.Endpoint{URL: s.FederatedURL[name], Profile: s.FederatedProfile[name], BundleFile: s.FederatedFile[name]}
+	for _, name := range slices.Sorted(maps.Keys(s.Federation)) {
+		f := s.Federation[name]
+		e := federation.Endpoint{URL: f.URL, Profile: f.Profile, BundleFile: f.File}
 		e.TrustDomain, _ = spiffeid.TrustDomainFromString(name)
-		e.ID, _ = spiffeid.FromString(s.FederatedID[name])
+		e.ID, _ = spiffeid.FromString(f.ID)
 		out = append(out, e)
 	}
 	return out

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -12,6 +13,8 @@ import (
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server"
 	"github.com/renewd/renewd/internal/server/federation"
+	"github.com/renewd/renewd/internal/server/nodeattest/k8spsat"
+	"github.com/renewd/renewd/internal/server/nodeattest/x509pop"
 	"github.com/renewd/renewd/test/clitest"
 )
 
@@ -56,6 +59,27 @@ func TestProblems(t *testing.T) {
 		{name: "name of a deployment", add: "deployments: {east/1: {listen_address: ':1'}}", want: `server.yaml:2: deployments.east/1.listen_address: ":1" belongs to a deployment with an invalid name; use up to 63 letters, digits, - and _`},
 		{name: "address of a deployment", add: "deployments: {east: {listen_address: here}}", want: `server.yaml:2: deployments.east.listen_address: "here" is not host:port; write it as host:port, such as 0.0.0.0:8081`},
 		{name: "same address", add: "deployments:\n  east: {listen_address: ':1'}\n  west: {listen_address: ':1'}", want: `server.yaml:4: deployments.west.listen_address: ":1" is also the address of deployments.east.listen_address; use different addresses`},
+		{name: "two deployments without addresses", add: "deployments:\n  east: {node_attestation: {x509pop: {mode: spiffe}}}\n  west: {node_attestation: {x509pop: {mode: spiffe}}}", want: `deployments.west.listen_address: "0.0.0.0:8081" is also the address of deployments.east.listen_address; use different addresses`},
+		{name: "x509pop without CAs", add: "deployments: {east: {node_attestation: {x509pop: {verify_client_ip: true}}}}", want: `server.yaml: deployments.east.node_attestation.x509pop.ca_bundle_files is not set and x509pop needs it; give a PEM file with the CAs of the nodes, or set mode: spiffe`},
+		{name: "x509pop with no CAs", add: "deployments: {east: {node_attestation: {x509pop: {ca_bundle_files: []}}}}", want: `server.yaml:2: deployments.east.node_attestation.x509pop.ca_bundle_files: [] is empty; give a PEM file with the CAs of the nodes, or remove x509pop`},
+		{name: "x509pop with values", add: "deployments:\n  east:\n    node_attestation:\n      x509pop:\n        ca_bundle_files: [ca.pem]\n        svid_prefix: /x\n        agent_path_template: '/{{ env \"HOME\" }}'\n        max_intermediates: 0\n        max_rsa_key_size: 512",
+			want: `server.yaml:7: deployments.east.node_attestation.x509pop.svid_prefix: "/x" is not used with mode: external_pki; remove it or set mode: spiffe` + "\n" +
+				`server.yaml:8: deployments.east.node_attestation.x509pop.agent_path_template: "/{{ env \"HOME\" }}" is not a template of a path; write it as /x509pop/cn/{{ .Subject.CommonName }}` + "\n" +
+				`server.yaml:9: deployments.east.node_attestation.x509pop.max_intermediates: 0 is not from 1 to 100; 4 is usual` + "\n" +
+				`server.yaml:10: deployments.east.node_attestation.x509pop.max_rsa_key_size: 512 is not from 1024 to 16384; 8192 is usual`},
+		{name: "x509pop of SVIDs", add: "deployments:\n  east:\n    node_attestation:\n      x509pop:\n        mode: spiffe\n        ca_bundle_files: [ca.pem]\n        svid_prefix: x\n        agent_path_template: x509pop",
+			want: `server.yaml:7: deployments.east.node_attestation.x509pop.ca_bundle_files: ["ca.pem"] is not used with mode: spiffe; remove it or set mode: external_pki` + "\n" +
+				`server.yaml:8: deployments.east.node_attestation.x509pop.svid_prefix: "x" does not begin with a slash; write it as /spire-exchange, or / for every path` + "\n" +
+				`server.yaml:9: deployments.east.node_attestation.x509pop.agent_path_template: "x509pop" is not a template of a path; write it as /x509pop/cn/{{ .Subject.CommonName }}`},
+		{name: "mode of x509pop", add: "deployments: {east: {node_attestation: {x509pop: {mode: tpm}}}}", want: `server.yaml:2: deployments.east.node_attestation.x509pop.mode: "tpm" is not a mode; use external_pki or spiffe`},
+		{name: "clusters", add: "deployments:\n  east:\n    node_attestation:\n      k8s_psat:\n        clusters: [prod, prod,\n          test]\nkubernetes_clusters:\n  prod:\n    service_account_allow_list: [renewd:renewd-agent,\n      renewd-agent]\n    kube_config_file: ''\n  spare: {audience: []}",
+			want: `server.yaml: kubernetes_clusters.spare is in no deployment; add it to deployments.NAME.node_attestation.k8s_psat.clusters or remove it` + "\n" +
+				`server.yaml:6: deployments.east.node_attestation.k8s_psat.clusters[1]: "prod" is given twice; keep one of the two` + "\n" +
+				`server.yaml:7: deployments.east.node_attestation.k8s_psat.clusters[2]: "test" is no cluster of kubernetes_clusters; add kubernetes_clusters.test or remove it` + "\n" +
+				`server.yaml:11: kubernetes_clusters.prod.service_account_allow_list[1]: "renewd-agent" is not a service account; write it as NAMESPACE:NAME` + "\n" +
+				`server.yaml: kubernetes_clusters.spare.service_account_allow_list is not set; give the service accounts of the agents' pods, such as [renewd:renewd-agent]` + "\n" +
+				`server.yaml:12: kubernetes_clusters.prod.kube_config_file: "" is empty; give a file or remove it`},
+		{name: "name of a cluster", add: "deployments: {east: {node_attestation: {k8s_psat: {clusters: ['a/b']}}}}\nkubernetes_clusters: {a/b: {service_account_allow_list: ['a:b']}}", want: `server.yaml: kubernetes_clusters.a/b has a name that cannot be in a SPIFFE ID; use letters, digits, -, _ and dots`},
 		{name: "address of the default deployment", add: "operators: {address: '0.0.0.0:8081'}", want: `server.yaml:2: operators.address: "0.0.0.0:8081" is also the address of deployment default; use different addresses`},
 		{name: "rule", add: "operators:\n  managers:\n  - unix:uid:0\n  - nobody\n  readers: ['unix:user:does-not-exist']", want: "server.yaml:5: operators.managers[1]: \"nobody\" is no rule: write unix:uid:N, unix:user:NAME, unix:gid:N, unix:group:NAME or a SPIFFE ID\n" +
 			`server.yaml:6: operators.readers[0]: "unix:user:does-not-exist" names a user that this machine does not have: user: unknown user does-not-exist`},
@@ -117,6 +141,25 @@ func TestProblems(t *testing.T) {
 	if got := cfg.endpoints(); !slices.Equal(got, endpoints) {
 		t.Errorf("endpoints %+v", got)
 	}
+	cfg, err = loadText(minimal+"deployments:\n  default:\n    node_attestation:\n      x509pop: {ca_bundle_files: [a.pem, b.pem], verify_client_ip: true}\n      k8s_psat: {clusters: [prod, east.2]}\n  other: {listen_address: ':1'}\n"+
+		"kubernetes_clusters:\n  prod: {service_account_allow_list: ['ns:sa'], allowed_node_label_keys: [zone]}\n  east.2: {service_account_allow_list: ['ns:sa'], audience: [], kube_config_file: k, use_pod_uid_for_agent_id: true}\n", nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	deployments := []server.DeploymentConfig{
+		{
+			Name: "default", ListenAddress: "0.0.0.0:8081",
+			X509Pop: &x509pop.Config{Mode: "external_pki", CABundleFiles: []string{"a.pem", "b.pem"}, MaxIntermediates: 4, MaxRSAKeySize: 8192, VerifyClientIP: true},
+			Clusters: []k8spsat.Cluster{
+				{Name: "prod", ServiceAccounts: []string{"ns:sa"}, NodeLabels: []string{"zone"}},
+				{Name: "east.2", ServiceAccounts: []string{"ns:sa"}, Audiences: []string{}, Kubeconfig: "k", PodUIDs: true},
+			},
+		},
+		{Name: "other", ListenAddress: ":1"},
+	}
+	if got := cfg.deployments(); !reflect.DeepEqual(got, deployments) {
+		t.Errorf("deployments %+v", got)
+	}
 	want := "server.yaml: trust_domain is not set; give the trust domain to sign for, such as example.org"
 	if _, err := loadText("", nil, nil); err == nil || err.Error() != want {
 		t.Errorf("nothing: %v", err)
@@ -129,8 +172,8 @@ func TestConfigTable(t *testing.T) {
 	t.Parallel()
 	clitest.Document(t, "configuration-server.md", "# Configuration of the server\n\n"+
 		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n"+
-		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME or\n"+
-		"TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
+		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME,\n"+
+		"CLUSTER or TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
 		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n"+
 		"with file, line and remedy.\n\n"+schema.Markdown())
 }

@@ -151,7 +151,7 @@ func TestStatefulSetFitsServer(t *testing.T) {
 		ports[p.Name] = p.ContainerPort
 	}
 	want := map[string]int{
-		"agents":  port(t, cfg.Deployments["default"]),
+		"agents":  port(t, cfg.Deployments["default"].ListenAddress),
 		"bundle":  port(t, cfg.EndpointAddress),
 		"metrics": port(t, cfg.MetricsAddress),
 	}

@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
@@ -28,6 +29,7 @@ type shownEntry struct {
 	DNSNames      []string `json:"dns_names,omitempty"`
 	X509TTL       string   `json:"x509_ttl,omitempty"`
 	JWTTTL        string   `json:"jwt_ttl,omitempty"`
+	ExpiresAt     string   `json:"expires_at,omitempty"`
 
 	DisableX509SVIDPrefetch bool `json:"disable_x509_svid_prefetch,omitempty"`
 	JWTSVIDIncludeJTI       bool `json:"jwt_svid_include_jti,omitempty"`
@@ -42,6 +44,9 @@ func showEntry(e *api.Entry) *shownEntry {
 		Selectors: []string{}, FederatesWith: e.GetFederatesWith(), DNSNames: e.GetDnsNames(),
 		X509TTL: lifetime(e.GetX509Ttl()), JWTTTL: lifetime(e.GetJwtTtl()),
 		DisableX509SVIDPrefetch: e.GetDisableX509SvidPrefetch(), JWTSVIDIncludeJTI: e.GetJwtSvidIncludeJti(),
+	}
+	if at := e.GetExpiresAt(); at != nil {
+		out.ExpiresAt = at.AsTime().Format(time.RFC3339)
 	}
 	for _, s := range e.GetSelectors() {
 		out.Selectors = append(out.Selectors, s.GetType()+":"+s.GetValue())
@@ -71,11 +76,12 @@ func lifetime(d *durationpb.Duration) string {
 // entriesCommand is "entries list".
 func entriesCommand(ctx context.Context, call *cli.Call) error {
 	c := newClient(call)
+	agent := c.Flags.String("agent", "", "")
 	if _, err := c.Parse(); err != nil {
 		return err
 	}
 	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
-		resp, err := o.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope()}, large)
+		resp, err := o.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope(), AgentId: *agent}, large)
 		if err != nil {
 			return err
 		}
@@ -87,10 +93,10 @@ func entriesCommand(ctx context.Context, call *cli.Call) error {
 			return cli.PrintJSON(c.Stdout, map[string]any{"entries": entries})
 		}
 		table := cli.NewTable(c.Stdout)
-		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tDNS NAMES\tPARENT ID\tX.509 TTL\tJWT TTL\tATTRIBUTES\n")
+		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tDNS NAMES\tPARENT ID\tX.509 TTL\tJWT TTL\tEXPIRES AT\tATTRIBUTES\n")
 		for _, e := range entries {
-			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
-				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL), text(strings.Join(e.attributes(), " ")))
+			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
+				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL), text(e.ExpiresAt), text(strings.Join(e.attributes(), " ")))
 		}
 		return cli.Flush(table)
 	})
@@ -210,6 +216,7 @@ func difference(out *strings.Builder, before, after *shownEntry) {
 		{"dns_names", strings.Join(before.DNSNames, " "), strings.Join(after.DNSNames, " ")}, // the order counts
 		{"x509_ttl", before.X509TTL, after.X509TTL},
 		{"jwt_ttl", before.JWTTTL, after.JWTTTL},
+		{"expires_at", before.ExpiresAt, after.ExpiresAt},
 		{"disable_x509_svid_prefetch", yes(before.DisableX509SVIDPrefetch), yes(after.DisableX509SVIDPrefetch)},
 		{"jwt_svid_include_jti", yes(before.JWTSVIDIncludeJTI), yes(after.JWTSVIDIncludeJTI)},
 	} {

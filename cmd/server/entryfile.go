@@ -8,6 +8,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/config"
@@ -29,6 +30,7 @@ type entry struct {
 	DNSNames      []string
 	X509TTL       time.Duration
 	JWTTTL        time.Duration
+	ExpiresAt     string
 
 	DisableX509SVIDPrefetch bool
 	JWTSVIDIncludeJTI       bool
@@ -41,14 +43,15 @@ var entrySchema = config.Schema[entry]{
 	Fields: []config.Field[entry]{
 		{Path: "id", Value: func(e *entry) any { return &e.ID }, Doc: "Name of the entry, unique in the file. Required."},
 		{Path: "spiffe_id", Value: func(e *entry) any { return &e.SPIFFEID }, Doc: "SPIFFE ID of the workloads. Required."},
-		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "SPIFFE ID of the one agent that serves the entry. Every agent serves it when not set."},
-		{Path: "operator", Value: func(e *entry) any { return &e.Operator }, Doc: "Set true to let every agent serve an entry whose spiffe_id is in operators of the server's configuration. Otherwise such an entry needs a parent_id, because an agent with its SVID has the operator's role."},
+		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "Who serves the entry: the SPIFFE ID of an agent; that of an alias, for all nodes of the alias; or that of another entry, for the agents that serve it. Every agent serves it when not set. With spiffe://TRUSTDOMAIN/spire/server the entry is an alias: nodes with all of its selectors, such as k8s_psat:cluster:NAME, go by its spiffe_id, and no workload gets it."},
+		{Path: "operator", Value: func(e *entry) any { return &e.Operator }, Doc: "Set true to let several agents serve an entry whose spiffe_id is in operators of the server's configuration. Otherwise the parent_id of such an entry must be an agent, because an agent with its SVID has the operator's role."},
 		{Path: "selectors", Value: func(e *entry) any { return &e.Selectors }, Doc: "Selectors, such as unix:uid:1000. A workload must match all of them. Required."},
 		{Path: "hint", Value: func(e *entry) any { return &e.Hint }, Doc: "Tells a workload with several identities which one to use."},
 		{Path: "federates_with", Value: func(e *entry) any { return &e.FederatesWith }, Doc: "Other trust domains whose bundles the workloads get."},
 		{Path: "dns_names", Value: func(e *entry) any { return &e.DNSNames }, Doc: "DNS names in X.509-SVIDs, for clients without SPIFFE support. The first is also the common name. At most 100; the first label may be *."},
 		{Path: "x509_ttl", Value: func(e *entry) any { return &e.X509TTL }, Doc: "Lifetime of X.509-SVIDs, 1h to 168h. The server's default when not set."},
 		{Path: "jwt_ttl", Value: func(e *entry) any { return &e.JWTTTL }, Doc: "Lifetime of JWT-SVIDs. The server's default when not set."},
+		{Path: "expires_at", Value: func(e *entry) any { return &e.ExpiresAt }, Doc: "When the server deletes the entry, in quotes, such as \"2027-01-31T12:00:00Z\". Never when not set. SVIDs that it has signed live to their own end."},
 		{Path: "disable_x509_svid_prefetch", Value: func(e *entry) any { return &e.DisableX509SVIDPrefetch }, Doc: "Set true to have an X.509-SVID minted only when a workload asks for it, and renewed only while a workload has a stream open. For workloads that use JWT-SVIDs only."},
 		{Path: "jwt_svid_include_jti", Value: func(e *entry) any { return &e.JWTSVIDIncludeJTI }, Doc: "Set true to add a unique jti claim to each JWT-SVID. Every request then waits for the server to sign a new one."},
 	},
@@ -66,7 +69,7 @@ func validateEntry(c *config.Checker[entry]) {
 	}
 	if e.ParentID != "" {
 		if _, err := spiffeid.FromString(e.ParentID); err != nil {
-			c.Bad("parent_id", "is not a SPIFFE ID: "+err.Error(), "write it as \"server agent list\" shows it")
+			c.Bad("parent_id", "is not a SPIFFE ID: "+err.Error(), "write it as \"server agent list\" shows it, or as the spiffe_id of the alias")
 		}
 	}
 	if len(e.Selectors) == 0 {
@@ -90,6 +93,11 @@ func validateEntry(c *config.Checker[entry]) {
 	}
 	if c.Origin("jwt_ttl") != "" && e.JWTTTL < time.Second {
 		c.Bad("jwt_ttl", "is shorter than a second", "remove it for the server's default")
+	}
+	if e.ExpiresAt != "" {
+		if at, err := time.Parse(time.RFC3339, e.ExpiresAt); err != nil || at.Nanosecond() != 0 {
+			c.Bad("expires_at", "is not a time in full seconds", "write it as \"2027-01-31T12:00:00Z\"")
+		}
 	}
 }
 
@@ -139,6 +147,9 @@ func (e *entry) proto() *api.Entry {
 	}
 	if e.JWTTTL != 0 {
 		out.JwtTtl = durationpb.New(e.JWTTTL)
+	}
+	if at, err := time.Parse(time.RFC3339, e.ExpiresAt); err == nil { // checked by validateEntry
+		out.ExpiresAt = timestamppb.New(at)
 	}
 	return out
 }

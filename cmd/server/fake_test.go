@@ -7,6 +7,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -111,6 +112,7 @@ func (f *fake) ListAgents(context.Context, *api.ListAgentsRequest) (*api.ListAge
 	return &api.ListAgentsResponse{Agents: []*api.Agent{
 		{Id: agentID, AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Version: "v1.2.3\x1b[31m", AppliedSequence: 7, LastReport: timestamppb.New(past)},
 		{Id: agentID + "4", AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Duplicated: true},
+		{Id: "spiffe://example.org/spire/agent/x509pop/0abc", AttestationType: "x509pop", ExpiresAt: timestamppb.New(future), Reattestable: true, Selectors: []string{"x509pop:serialnumber:0abc", "x509pop:subject:cn:node-1"}},
 		{Id: agentID + "2", AttestationType: "join_token", ExpiresAt: timestamppb.New(past)},
 		{Id: agentID + "3", AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Banned: true},
 	}}, nil
@@ -142,12 +144,17 @@ func (f *fake) GetBundle(context.Context, *api.GetBundleRequest) (*api.GetBundle
 	return &api.GetBundleResponse{Pem: []byte("-----BEGIN CERTIFICATE-----\n"), Sequence: 9}, nil
 }
 
-func (f *fake) ListEntries(context.Context, *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
+func (f *fake) ListEntries(_ context.Context, r *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	out := &api.ListEntriesResponse{}
+	if _, err := spiffeid.FromString(r.GetAgentId()); r.GetAgentId() != "" && err != nil {
+		return nil, status.Errorf(codes.InvalidArgument, "agent_id: %q is not a SPIFFE ID", r.GetAgentId())
+	}
 	for _, id := range slices.Sorted(maps.Keys(f.entries)) {
-		out.Entries = append(out.Entries, f.entries[id])
+		if e := f.entries[id]; r.GetAgentId() == "" || e.GetParentId() == r.GetAgentId() {
+			out.Entries = append(out.Entries, e)
+		}
 	}
 	return out, nil
 }

@@ -3,8 +3,6 @@ package main
 import (
 	"context"
 	"errors"
-	"maps"
-	"slices"
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/server"
@@ -43,10 +41,11 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 
 // domainConfig converts the configuration.
 func domainConfig(s *settings, e cli.Env) server.Config {
-	c := server.Config{
+	return server.Config{
 		TrustDomain:      s.TrustDomain,
 		DataDir:          s.DataDir,
 		KeyFile:          s.KeyFile,
+		Deployments:      s.deployments(),
 		AdminSocket:      s.AdminSocket,
 		AdminSocketMode:  s.AdminSocketMode,
 		OperatorAddress:  s.OperatorAddress,
@@ -67,8 +66,4 @@ func domainConfig(s *settings, e cli.Env) server.Config {
 		Version:          cli.Version(version),
 		Log:              cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
 	}
-	for _, name := range slices.Sorted(maps.Keys(s.Deployments)) {
-		c.Deployments = append(c.Deployments, server.DeploymentConfig{Name: name, ListenAddress: s.Deployments[name]})
-	}
-	return c
 }

@@ -9,7 +9,7 @@ var program = cli.Program{
 	Name: "server", Version: version, Usage: usage, IsPermanent: isPermanent,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
-		cli.ConfigCommand("server", &schema, nil),
+		cli.ConfigCommand("server", &schema),
 		{Name: "key", Help: cli.Text(keyUsage), Sub: []cli.Command{{Name: "new", Run: keyNewCommand}, {Name: "add", Run: keyAddCommand}}},
 		{Name: "token", Help: cli.Text(tokenUsage), Sub: []cli.Command{{Name: "create", Run: tokenCommand}}},
 		{Name: "entries", Help: entriesHelp, Sub: []cli.Command{{Name: "apply", Run: applyCommand}, {Name: "list", Run: entriesCommand}}},
@@ -35,7 +35,7 @@ Usage:
 Commands for the running server, over its admin socket or, with --server, over the network:
   server token create [--ttl 10m]    create a join token for one agent
   server entries apply FILE          replace all registration entries with those of a file
-  server entries list                list the registration entries
+  server entries list                list the registration entries, of all agents or of one
   server agent list                  list the agents
   server agent ban ID                reject an agent from now on
   server agent evict ID              delete an agent, so that it has to re-attest
@@ -96,7 +96,11 @@ Creates a join token. It attests one agent, once, within the given time (default
 ` + clientUsage
 
 const entriesUsage = `Usage: server entries apply FILE [--dry-run] [--remove N]
-       server entries list
+       server entries list [--agent ID]
+
+list prints all registration entries of the deployment, or with --agent those that this
+agent serves: the entries below its SPIFFE ID and below the aliases of its node, and
+those without a parent.
 
 apply replaces all registration entries of the deployment with those of a YAML file,
 atomically, and prints the changes: + added, ~ changed, - removed. With --dry-run it

@@ -52,7 +52,9 @@ type Agent struct {
 
 	// bootstrap verifies the server until a bundle is in force.
 	bootstrap       atomic.Pointer[bundle.Bundle]
+	firstTrust      bool // there is no stored bundle of a server
 	operatorTrust   operatorTrust
+	rebootstrap     rebootstrapper
 	storedFederated map[spiffeid.TrustDomain]*bundle.Bundle // federated bundles of the last run
 	applied         atomic.Pointer[time.Time]               // when the bundle in force was applied
 	socket          atomic.Pointer[socket.Listener]         // nil before Run and with Config.Listener
@@ -65,7 +67,10 @@ const maxSubjects = 16
 // goroutine.
 func New(cfg Config) (*Agent, error) {
 	cfg = cfg.withDefaults()
-	a := &Agent{cfg: cfg, log: cfg.Log, lines: loglimit.New(cfg.Log, loglimit.Interval, maxSubjects), operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}}
+	a := &Agent{
+		cfg: cfg, log: cfg.Log, lines: loglimit.New(cfg.Log, loglimit.Interval, maxSubjects),
+		operatorTrust: operatorTrust{changed: make(chan struct{}, 1)}, rebootstrap: rebootstrapper{unknown: make(chan struct{}, 1)},
+	}
 	if err := a.open(); err != nil {
 		return nil, errors.Join(err, a.close())
 	}
@@ -81,7 +86,7 @@ func (a *Agent) open() (err error) {
 	a.seed = a.store.Seed()
 	a.node, err = node.New(node.Config{
 		TrustDomain: cfg.TrustDomain,
-		Attestor:    node.JoinToken(cfg.JoinToken, cfg.JoinTokenFile),
+		Attestor:    cfg.Attestor,
 		Store:       a.store,
 		Bundle:      a.trust,
 		Log:         a.log,
@@ -89,6 +94,9 @@ func (a *Agent) open() (err error) {
 	})
 	if err != nil {
 		return fmt.Errorf("load the node's identity: %w", err)
+	}
+	if err := a.checkReattestable(); err != nil {
+		return err
 	}
 	initial, err := a.initialTrust()
 	if err != nil {
@@ -98,18 +106,19 @@ func (a *Agent) open() (err error) {
 	a.storedFederated = a.store.LoadFederated()
 	process := rand.Text()
 	a.client, err = upstream.New(upstream.Config{
-		ServerAddress: cfg.ServerAddress,
-		TrustDomain:   cfg.TrustDomain,
-		Node:          a.node,
-		Bundle:        a.trust,
-		OperatorTrust: a.newOperatorTrust,
-		Insecure:      cfg.InsecureBootstrap,
-		Proxy:         cfg.ServerProxy,
-		Dial:          cfg.Dial,
-		Process:       process,
-		Version:       cfg.Version,
-		Log:           a.log,
-		Now:           cfg.Now,
+		ServerAddress:   cfg.ServerAddress,
+		TrustDomain:     cfg.TrustDomain,
+		Node:            a.node,
+		Bundle:          a.trust,
+		VerifyOtherwise: a.verifyOtherwise,
+		Verified:        a.serverVerified,
+		Insecure:        cfg.InsecureBootstrap,
+		Proxy:           cfg.ServerProxy,
+		Dial:            cfg.Dial,
+		Process:         process,
+		Version:         cfg.Version,
+		Log:             a.log,
+		Now:             cfg.Now,
 	})
 	if err != nil {
 		return fmt.Errorf("set up the server connection: %w", err)
@@ -193,9 +202,17 @@ func (a *Agent) initialTrust() (*bundle.Bundle, error) {
 	if a.node.Identity() != nil {
 		if stored, adopted := a.store.LoadBundle(); stored != nil {
 			a.bootstrap.Store(stored)
-			a.resumeTrust(stored, adopted)
+			if a.cfg.TrustSource != nil {
+				a.operatorTrust.adopted = adopted
+			} else {
+				a.resumeTrust(stored, adopted)
+			}
 			return stored, nil
 		}
+	}
+	a.firstTrust = true
+	if a.cfg.TrustSource != nil {
+		return nil, nil // it is asked in connect
 	}
 	given, err := a.configuredTrust()
 	if err != nil {

@@ -19,6 +19,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/agent/attest/docker"
 	"github.com/renewd/renewd/internal/agent/attest/kubernetes"
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/renew"
 	"github.com/renewd/renewd/renew/wave"
 )
@@ -36,11 +37,19 @@ type Config struct {
 	// The first connection trusts exactly one of these. A restart with a stored
 	// agent SVID trusts the stored bundle instead.
 	TrustBundleFile   string         // PEM or SPIFFE JSON
-	TrustBundle       *bundle.Bundle // instead of a file
+	TrustSource       TrustSource    // such as a [bootstrap.URL]
+	TrustBundle       *bundle.Bundle // as it is
 	InsecureBootstrap bool           // trust the first server that answers
 
-	// JoinToken or JoinTokenFile attests the node. Neither is needed while DataDir
-	// has a valid agent SVID.
+	// Rebootstrap says whether TrustBundleFile or TrustSource is asked again when the
+	// bundle in force has not verified the server for RebootstrapDelay; never when empty,
+	// and 10 minutes when zero.
+	Rebootstrap      Rebootstrap
+	RebootstrapDelay time.Duration
+
+	// Attestor attests the node. Without it JoinToken or JoinTokenFile does. None is
+	// needed while DataDir has a valid agent SVID.
+	Attestor                 node.Attestor
 	JoinToken, JoinTokenFile string
 
 	// DataDir stores the agent SVID with its key, and the bundles.
@@ -105,6 +114,11 @@ func (c Config) withDefaults() Config {
 	c.SocketPath = cmp.Or(c.SocketPath, "/run/renewd/agent.sock")
 	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
+	c.Rebootstrap = cmp.Or(c.Rebootstrap, RebootstrapNever)
+	c.RebootstrapDelay = cmp.Or(c.RebootstrapDelay, 10*time.Minute)
+	if c.Attestor == nil {
+		c.Attestor = node.JoinToken(c.JoinToken, c.JoinTokenFile)
+	}
 	c.EntryRemovalDelay = cmp.Or(c.EntryRemovalDelay, 30*time.Second)
 	c.TaintRate = cmp.Or(c.TaintRate, wave.DefaultRate)
 	c.CacheSize = cmp.Or(c.CacheSize, cache.DefaultLimit)

@@ -17,8 +17,8 @@ import (
 )
 
 // Run serves until ctx is done and then returns nil. It returns an error before that
-// when a listener cannot be opened, when the node has no credential to attest with, or
-// when the server has banned it. All its goroutines have ended when it returns.
+// when a listener cannot be opened, when the node has no credential to attest with, when
+// the server has banned it, or when [RebootstrapAlways] is not possible. All its goroutines have ended when it returns.
 func (a *Agent) Run(ctx context.Context) (err error) {
 	defer func() { err = errors.Join(err, a.close()) }()
 	listener := a.cfg.Listener
@@ -72,6 +72,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 		a.compareTrust(ctx)
 		return nil
 	})
+	group.Go(func() error { return a.runRebootstrap(ctx) })
 	group.Go(func() error { return wrap("Workload API", a.workload.Serve(serving, listener)) })
 	if lis := a.socket.Load(); lis != nil {
 		group.Go(func() error { lis.Watch(ctx, a.log); return nil })
@@ -142,11 +143,18 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 // trust bundle and a valid identity.
 func (a *Agent) connect(ctx context.Context) error {
 	if a.trust() == nil {
-		b, err := a.client.Bootstrap(ctx)
+		first := a.client.Bootstrap
+		if a.cfg.TrustSource != nil {
+			first = a.firstBundle
+		}
+		b, err := first(ctx)
 		if err != nil {
 			return fmt.Errorf("bootstrap trust: %w", err)
 		}
 		a.bootstrap.Store(b)
 	}
-	return wrap("attest the node", a.client.Attest(ctx))
+	if err := a.client.Attest(ctx); err != nil {
+		return fmt.Errorf("attest the node: %w", err)
+	}
+	return a.checkReattestable()
 }

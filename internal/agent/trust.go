@@ -9,7 +9,7 @@ import (
 	"sync"
 
 	"github.com/renewd/renewd/bundle"
-	"github.com/renewd/renewd/internal/agent/upstream"
+	"github.com/renewd/renewd/internal/agent/bootstrap"
 )
 
 // operatorTrust tracks which authorities of trust_bundle_file the agent has adopted:
@@ -43,12 +43,12 @@ func fingerprints(b *bundle.Bundle) []string {
 }
 
 // configuredTrust returns the bundle that the operator configures, nil for an insecure
-// bootstrap.
+// bootstrap and for a source that is not a file.
 func (a *Agent) configuredTrust() (*bundle.Bundle, error) {
 	if a.cfg.TrustBundleFile == "" {
 		return a.cfg.TrustBundle, nil
 	}
-	return upstream.LoadTrustBundle(a.cfg.TrustBundleFile, a.cfg.TrustDomain)
+	return a.source().Fetch(context.Background(), bootstrap.Request{})
 }
 
 // beginTrust adopts the authorities that the operator configures. Only New calls it.
@@ -73,8 +73,8 @@ func (a *Agent) resumeTrust(stored *bundle.Bundle, adopted []string) {
 	}
 }
 
-// newOperatorTrust is the OperatorTrust of the upstream client: it returns the
-// authorities of trust_bundle_file that are new.
+// newOperatorTrust returns the authorities of trust_bundle_file that are new, nil when
+// there are none, and a function to call when they have verified the server.
 func (a *Agent) newOperatorTrust() (trust *bundle.Bundle, verified func()) {
 	given, err := a.configuredTrust()
 	s := &a.operatorTrust
@@ -153,6 +153,9 @@ func (a *Agent) saveBundle(prev, current *bundle.Bundle) {
 // may block.
 func (a *Agent) compareTrust(ctx context.Context) {
 	s := &a.operatorTrust
+	if a.cfg.TrustSource != nil {
+		return // there is no file
+	}
 	for {
 		select {
 		case <-ctx.Done():

@@ -57,7 +57,7 @@ func (w *world) newServer(keys *keyset.Deployment, n int) {
 	w.ledger, err = ledger.Open(w.t.Context(), ledger.Config{Storage: memory.Ledger{}})
 	w.check(err)
 	w.server, err = spireapi.New(spireapi.Config{
-		TrustDomain: td, Keysets: keys, Storage: memory.NewServer(), Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+		TrustDomain: td, Keysets: keys, Storage: memory.NewServer(), Ledger: w.ledger, NodeVerifiers: w.verifiers(), Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 	})
 	w.check(err)
 	w.setEntries(entriesFor(n))

@@ -74,6 +74,7 @@ type world struct {
 	attesting    atomic.Int64
 	conns        []net.Conn // between agent and server
 	skew         time.Duration
+	noCredential bool // of testNode
 }
 
 // inWorld runs f in a bubble with a world of n entries, in which entry i is
@@ -90,7 +91,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w.ledger, err = ledger.Open(t.Context(), ledger.Config{Storage: memory.Ledger{}})
 		w.check(err)
 		w.server, err = spireapi.New(spireapi.Config{
-			TrustDomain: td, Keysets: deployment, Storage: memory.NewServer(), Ledger: w.ledger, Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
+			TrustDomain: td, Keysets: deployment, Storage: memory.NewServer(), Ledger: w.ledger, NodeVerifiers: w.verifiers(), Options: []grpc.ServerOption{grpc.ChainUnaryInterceptor(w.intercept), grpc.ChainStreamInterceptor(w.delayStream)},
 		})
 		w.check(err)
 		w.setEntries(entriesFor(n))

@@ -1723,7 +1723,11 @@ type Agent struct {
 	AppliedSequence uint64                 `protobuf:"varint,6,opt,name=applied_sequence,json=appliedSequence,proto3" json:"applied_sequence,omitempty"`
 	LastReport      *timestamppb.Timestamp `protobuf:"bytes,7,opt,name=last_report,json=lastReport,proto3" json:"last_report,omitempty"`
 	// Two processes use its identity, as in ListKeysetsResponse.
-	Duplicated    bool `protobuf:"varint,20,opt,name=duplicated,proto3" json:"duplicated,omitempty"`
+	Duplicated bool `protobuf:"varint,20,opt,name=duplicated,proto3" json:"duplicated,omitempty"`
+	// Node selectors, TYPE:VALUE each, sorted: what the last attestation found out.
+	Selectors []string `protobuf:"bytes,21,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	// The agent attests again instead of renewing its SVID.
+	Reattestable  bool `protobuf:"varint,22,opt,name=reattestable,proto3" json:"reattestable,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1810,6 +1814,20 @@ func (x *Agent) GetLastReport() *timestamppb.Timestamp {
 func (x *Agent) GetDuplicated() bool {
 	if x != nil {
 		return x.Duplicated
+	}
+	return false
+}
+
+func (x *Agent) GetSelectors() []string {
+	if x != nil {
+		return x.Selectors
+	}
+	return nil
+}
+
+func (x *Agent) GetReattestable() bool {
+	if x != nil {
+		return x.Reattestable
 	}
 	return false
 }
@@ -2245,20 +2263,25 @@ func (x *Selector) GetValue() string {
 }
 
 type Entry struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	SpiffeId      string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
-	ParentId      string                 `protobuf:"bytes,3,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"` // empty: every agent
-	Selectors     []*Selector            `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`
-	Hint          string                 `protobuf:"bytes,5,opt,name=hint,proto3" json:"hint,omitempty"`
-	FederatesWith []string               `protobuf:"bytes,6,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
-	X509Ttl       *durationpb.Duration   `protobuf:"bytes,7,opt,name=x509_ttl,json=x509Ttl,proto3" json:"x509_ttl,omitempty"`
-	JwtTtl        *durationpb.Duration   `protobuf:"bytes,8,opt,name=jwt_ttl,json=jwtTtl,proto3" json:"jwt_ttl,omitempty"`
-	DnsNames      []string               `protobuf:"bytes,9,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"` // in the X.509-SVID, in addition to the SPIFFE ID
-	// Allows an empty parent_id for an operator's SPIFFE ID: every agent may get its SVID.
-	Operator                bool `protobuf:"varint,10,opt,name=operator,proto3" json:"operator,omitempty"`
-	DisableX509SvidPrefetch bool `protobuf:"varint,11,opt,name=disable_x509_svid_prefetch,json=disableX509SvidPrefetch,proto3" json:"disable_x509_svid_prefetch,omitempty"` // agents mint an X.509-SVID only when a workload asks for it
-	JwtSvidIncludeJti       bool `protobuf:"varint,12,opt,name=jwt_svid_include_jti,json=jwtSvidIncludeJti,proto3" json:"jwt_svid_include_jti,omitempty"`                   // each JWT-SVID has a jti and is handed out once
+	state    protoimpl.MessageState `protogen:"open.v1"`
+	Id       string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SpiffeId string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	// Who serves the entry: an agent; the nodes of an alias, by its SPIFFE ID; who serves
+	// another entry, by its SPIFFE ID; empty: every agent. An entry whose parent is the
+	// server is an alias: nodes that have all its selectors go by its SPIFFE ID.
+	ParentId      string               `protobuf:"bytes,3,opt,name=parent_id,json=parentId,proto3" json:"parent_id,omitempty"`
+	Selectors     []*Selector          `protobuf:"bytes,4,rep,name=selectors,proto3" json:"selectors,omitempty"`
+	Hint          string               `protobuf:"bytes,5,opt,name=hint,proto3" json:"hint,omitempty"`
+	FederatesWith []string             `protobuf:"bytes,6,rep,name=federates_with,json=federatesWith,proto3" json:"federates_with,omitempty"`
+	X509Ttl       *durationpb.Duration `protobuf:"bytes,7,opt,name=x509_ttl,json=x509Ttl,proto3" json:"x509_ttl,omitempty"`
+	JwtTtl        *durationpb.Duration `protobuf:"bytes,8,opt,name=jwt_ttl,json=jwtTtl,proto3" json:"jwt_ttl,omitempty"`
+	DnsNames      []string             `protobuf:"bytes,9,rep,name=dns_names,json=dnsNames,proto3" json:"dns_names,omitempty"` // in the X.509-SVID, in addition to the SPIFFE ID
+	// Allows an operator's SPIFFE ID in an entry that is not for one agent only: several
+	// agents may get its SVID.
+	Operator                bool                   `protobuf:"varint,10,opt,name=operator,proto3" json:"operator,omitempty"`
+	DisableX509SvidPrefetch bool                   `protobuf:"varint,11,opt,name=disable_x509_svid_prefetch,json=disableX509SvidPrefetch,proto3" json:"disable_x509_svid_prefetch,omitempty"` // agents mint an X.509-SVID only when a workload asks for it
+	JwtSvidIncludeJti       bool                   `protobuf:"varint,12,opt,name=jwt_svid_include_jti,json=jwtSvidIncludeJti,proto3" json:"jwt_svid_include_jti,omitempty"`                   // each JWT-SVID has a jti and is handed out once
+	ExpiresAt               *timestamppb.Timestamp `protobuf:"bytes,13,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`                                                // when it is deleted; absent: never
 	unknownFields           protoimpl.UnknownFields
 	sizeCache               protoimpl.SizeCache
 }
@@ -2377,9 +2400,17 @@ func (x *Entry) GetJwtSvidIncludeJti() bool {
 	return false
 }
 
+func (x *Entry) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
 type ListEntriesRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Scope         *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
+	AgentId       string                 `protobuf:"bytes,2,opt,name=agent_id,json=agentId,proto3" json:"agent_id,omitempty"` // only the entries that this agent serves; empty: all
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -2419,6 +2450,13 @@ func (x *ListEntriesRequest) GetScope() *Scope {
 		return x.Scope
 	}
 	return nil
+}
+
+func (x *ListEntriesRequest) GetAgentId() string {
+	if x != nil {
+		return x.AgentId
+	}
+	return ""
 }
 
 type ListEntriesResponse struct {
@@ -3353,7 +3391,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\n" +
 	"AuditState\x12\x1b\n" +
 	"\tkeyset_id\x18\x01 \x01(\tR\bkeysetId\x12,\n" +
-	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xb7\x02\n" +
+	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xf9\x02\n" +
 	"\x05Agent\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x10attestation_type\x18\x02 \x01(\tR\x0fattestationType\x129\n" +
@@ -3366,7 +3404,9 @@ const file_renewd_proto_rawDesc = "" +
 	"lastReport\x12\x1e\n" +
 	"\n" +
 	"duplicated\x18\x14 \x01(\bR\n" +
-	"duplicated\";\n" +
+	"duplicated\x12\x1c\n" +
+	"\tselectors\x18\x15 \x03(\tR\tselectors\x12\"\n" +
+	"\freattestable\x18\x16 \x01(\bR\freattestable\";\n" +
 	"\x11ListAgentsRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\">\n" +
 	"\x12ListAgentsResponse\x12(\n" +
@@ -3389,7 +3429,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\x12EvictAgentResponse\"4\n" +
 	"\bSelector\x12\x12\n" +
 	"\x04type\x18\x01 \x01(\tR\x04type\x12\x14\n" +
-	"\x05value\x18\x02 \x01(\tR\x05value\"\xd0\x03\n" +
+	"\x05value\x18\x02 \x01(\tR\x05value\"\x8b\x04\n" +
 	"\x05Entry\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12\x1b\n" +
 	"\tspiffe_id\x18\x02 \x01(\tR\bspiffeId\x12\x1b\n" +
@@ -3403,9 +3443,12 @@ const file_renewd_proto_rawDesc = "" +
 	"\boperator\x18\n" +
 	" \x01(\bR\boperator\x12;\n" +
 	"\x1adisable_x509_svid_prefetch\x18\v \x01(\bR\x17disableX509SvidPrefetch\x12/\n" +
-	"\x14jwt_svid_include_jti\x18\f \x01(\bR\x11jwtSvidIncludeJti\"<\n" +
+	"\x14jwt_svid_include_jti\x18\f \x01(\bR\x11jwtSvidIncludeJti\x129\n" +
+	"\n" +
+	"expires_at\x18\r \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"W\n" +
 	"\x12ListEntriesRequest\x12&\n" +
-	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"A\n" +
+	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12\x19\n" +
+	"\bagent_id\x18\x02 \x01(\tR\aagentId\"A\n" +
 	"\x13ListEntriesResponse\x12*\n" +
 	"\aentries\x18\x01 \x03(\v2\x10.renewd.v1.EntryR\aentries\"\xaa\x01\n" +
 	"\x13ApplyEntriesRequest\x12&\n" +
@@ -3611,67 +3654,68 @@ var file_renewd_proto_depIdxs = []int32{
 	37, // 47: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
 	56, // 48: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
 	56, // 49: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
-	1,  // 50: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
-	38, // 51: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
-	1,  // 52: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
-	38, // 53: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
-	43, // 54: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
-	38, // 55: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
-	38, // 56: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
-	1,  // 57: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
-	38, // 58: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
-	43, // 59: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
-	1,  // 60: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 61: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
-	53, // 62: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
-	55, // 63: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
-	3,  // 64: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
-	5,  // 65: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
-	13, // 66: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
-	16, // 67: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
-	18, // 68: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
-	20, // 69: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
-	22, // 70: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
-	24, // 71: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
-	29, // 72: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
-	31, // 73: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
-	33, // 74: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
-	35, // 75: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
-	39, // 76: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
-	41, // 77: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
-	44, // 78: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
-	46, // 79: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
-	48, // 80: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
-	8,  // 81: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
-	10, // 82: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
-	50, // 83: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
-	52, // 84: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
-	4,  // 85: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
-	6,  // 86: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
-	14, // 87: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
-	17, // 88: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
-	19, // 89: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
-	21, // 90: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
-	23, // 91: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
-	25, // 92: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
-	30, // 93: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
-	32, // 94: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
-	34, // 95: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
-	36, // 96: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
-	40, // 97: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
-	42, // 98: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
-	45, // 99: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
-	47, // 100: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
-	49, // 101: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
-	9,  // 102: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
-	11, // 103: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
-	51, // 104: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
-	54, // 105: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
-	85, // [85:106] is the sub-list for method output_type
-	64, // [64:85] is the sub-list for method input_type
-	64, // [64:64] is the sub-list for extension type_name
-	64, // [64:64] is the sub-list for extension extendee
-	0,  // [0:64] is the sub-list for field type_name
+	55, // 50: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 51: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
+	38, // 52: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
+	1,  // 53: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
+	38, // 54: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
+	43, // 55: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
+	38, // 56: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
+	38, // 57: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
+	1,  // 58: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
+	38, // 59: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
+	43, // 60: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
+	1,  // 61: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 62: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
+	53, // 63: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
+	55, // 64: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
+	3,  // 65: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
+	5,  // 66: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
+	13, // 67: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
+	16, // 68: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
+	18, // 69: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
+	20, // 70: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
+	22, // 71: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
+	24, // 72: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
+	29, // 73: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
+	31, // 74: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
+	33, // 75: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
+	35, // 76: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
+	39, // 77: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
+	41, // 78: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
+	44, // 79: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
+	46, // 80: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
+	48, // 81: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
+	8,  // 82: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
+	10, // 83: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
+	50, // 84: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
+	52, // 85: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
+	4,  // 86: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
+	6,  // 87: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
+	14, // 88: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
+	17, // 89: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
+	19, // 90: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
+	21, // 91: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
+	23, // 92: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
+	25, // 93: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
+	30, // 94: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
+	32, // 95: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
+	34, // 96: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
+	36, // 97: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
+	40, // 98: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
+	42, // 99: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
+	45, // 100: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
+	47, // 101: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
+	49, // 102: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
+	9,  // 103: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
+	11, // 104: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
+	51, // 105: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
+	54, // 106: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
+	86, // [86:107] is the sub-list for method output_type
+	65, // [65:86] is the sub-list for method input_type
+	65, // [65:65] is the sub-list for extension type_name
+	65, // [65:65] is the sub-list for extension extendee
+	0,  // [0:65] is the sub-list for field type_name
 }
 
 func init() { file_renewd_proto_init() }

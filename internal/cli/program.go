@@ -201,18 +201,10 @@ func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
 }
 
 // ConfigCommand returns the command config. Its one subcommand, check, loads the
-// configuration and reports whether it is valid. If probe is not nil, it also reports what
-// a valid configuration needs and this machine lacks. It is called if every value was parsed.
-func ConfigCommand[C any](program string, s *config.Schema[C], probe func(context.Context, Env, *config.Checker[C])) Command {
+// configuration and reports whether it is valid, and as warnings what this machine lacks.
+func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 	check := func(ctx context.Context, c *Call) error {
-		probed := *s
-		probed.Check = func(found *config.Checker[C]) {
-			s.Check(found)
-			if probe != nil {
-				probe(ctx, c.Env, found)
-			}
-		}
-		load := probed.Flags(c.Flags, c.Getenv)
+		load := s.CheckFlags(c.Flags, c.Getenv)
 		if _, err := c.Parse(); err != nil {
 			return err
 		}
@@ -220,23 +212,24 @@ func ConfigCommand[C any](program string, s *config.Schema[C], probe func(contex
 		if file == "" {
 			return Usagef("config check: give the file with --config")
 		}
-		if _, err := load(); err != nil {
+		missing, err := load(ctx)
+		if err != nil {
 			return err
 		}
+		for _, p := range missing {
+			if err := Printf(c.Stderr, "warning: %s\n", p); err != nil {
+				return err
+			}
+		}
 		return Printf(c.Stdout, "%s: ok\n", file)
-	}
-	machine := ""
-	if probe != nil {
-		machine = `It also says what the configuration needs and this machine lacks. Run it as the
-user of the ` + program + `.
-`
 	}
 	help := func() string {
 		return "Usage: " + program + ` config check --config FILE [--FIELD VALUE]...
 
 Loads the configuration like "` + program + ` run" and prints every error with its place
-and its remedy. It starts nothing and writes nothing.
-` + machine + `
+and its remedy. It starts nothing and writes nothing. What this machine lacks for the
+configuration, such as a file, is a warning, because it may be for another machine.
+
 ` + s.Usage()
 	}
 	return Command{Name: "config", Help: help, Sub: []Command{{Name: "check", Run: check}}}

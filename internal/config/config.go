@@ -8,6 +8,7 @@
 package config
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -32,6 +33,9 @@ type Schema[C any] struct {
 	// Check reports invalid values. It is called only if every value was parsed; nil
 	// checks nothing.
 	Check func(*Checker[C])
+	// Probe reports what this machine lacks for a configuration without problems, such as
+	// files that cannot be read. Only [Schema.CheckFlags] calls it; nil reports nothing.
+	Probe func(ctx context.Context, getenv func(string) string, c *Checker[C])
 }
 
 // Field describes a field of a configuration: its names, default and meaning.
@@ -41,11 +45,15 @@ type Field[C any] struct {
 	// deployments.NAME.address.
 	Path string
 	// Value returns a pointer to the field, of type *string, *[]string, *bool,
-	// *int, *int64, *time.Duration, *fs.FileMode, *slog.Level,
-	// *spiffeid.TrustDomain or, if Path has a placeholder,
-	// *map[string]string. Such a map has neither flag nor variable.
-	Value   func(*C) any
-	Default string // in the same syntax as in the file; lists are empty
+	// *int, *int64, *time.Duration, *fs.FileMode, *slog.Level or
+	// *spiffeid.TrustDomain. If Path has a placeholder, it is nil, and Named returns
+	// the pointer for a name, which it adds when it is new. Such a field has neither
+	// flag nor variable.
+	Value func(*C) any
+	Named func(c *C, name string) any
+	// Default is in the same syntax as in the file; lists are empty. That of a field
+	// with a placeholder is set for each name of its section.
+	Default string
 	Secret  bool   // never printed, and no flag: flags are visible to every process
 	Doc     string // one line
 }
@@ -79,7 +87,7 @@ const (
 
 // Kind returns the type of the field's value for the documentation.
 func (f *Field[C]) Kind() string {
-	switch f.Value(new(C)).(type) {
+	switch f.pointer(new(C), "").(type) {
 	case *[]string:
 		return kindList
 	case *bool:
@@ -97,31 +105,56 @@ func (f *Field[C]) Kind() string {
 	}
 }
 
+// pointer returns a pointer to the field in c, for a name if its path has a placeholder.
+func (f *Field[C]) pointer(c *C, name string) any {
+	if f.Named != nil {
+		return f.Named(c, name)
+	}
+	return f.Value(c)
+}
+
 // Defaults returns a configuration of all default values.
 func (s *Schema[C]) Defaults() *C {
 	c := new(C)
 	for i := range s.Fields {
-		if f := &s.Fields[i]; f.Default != "" {
-			if err := f.parse(c, "", f.Default); err != nil {
-				panic(fmt.Sprintf("default of %s %v", f.Path, err))
-			}
+		if f := &s.Fields[i]; !f.chosen() {
+			f.setDefault(c, "")
 		}
 	}
 	return c
 }
 
-// parse stores text in c, in a map under name. The error says what text should be and
-// does not contain it.
+// nameDefaults sets the defaults of all fields of the section with a placeholder that
+// pattern belongs to, for a name.
+func (s *Schema[C]) nameDefaults(c *C, pattern, name string) {
+	for i := range s.Fields {
+		if f := &s.Fields[i]; f.chosen() && beforeName(f.Path) == beforeName(pattern) {
+			f.setDefault(c, name)
+		}
+	}
+}
+
+// beforeName returns the part of a path before its placeholder.
+func beforeName(path string) string {
+	parts := strings.Split(path, ".")
+	return strings.Join(parts[:slices.IndexFunc(parts, isChosen)], ".")
+}
+
+func (f *Field[C]) setDefault(c *C, name string) {
+	if f.Default == "" {
+		return
+	}
+	if err := f.parse(c, name, f.Default); err != nil {
+		panic(fmt.Sprintf("default of %s %v", f.Path, err))
+	}
+}
+
+// parse stores text in c. The error says what text should be and does not contain it.
 func (f *Field[C]) parse(c *C, name, text string) error {
 	var err error
-	switch p := f.Value(c).(type) {
+	switch p := f.pointer(c, name).(type) {
 	case *string:
 		*p = text
-	case *map[string]string:
-		if *p == nil {
-			*p = map[string]string{}
-		}
-		(*p)[name] = text
 	case *[]string: // in the environment and in flags
 		*p = nil
 		for item := range strings.SplitSeq(text, ",") {
@@ -174,20 +207,18 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 	return nil
 }
 
-// show formats the field's value; "" for a secret. key is the name of one value of a map or
-// the index of one item of a list; empty for all.
-func (f *Field[C]) show(c *C, key string) string {
+// show formats the field's value for a name, or one item of a list; "" for a secret. An
+// item is -1 for the whole list.
+func (f *Field[C]) show(c *C, name string, item int) string {
 	if f.Secret {
 		return ""
 	}
-	switch p := f.Value(c).(type) {
+	switch p := f.pointer(c, name).(type) {
 	case *string:
 		return strconv.Quote(*p)
-	case *map[string]string:
-		return strconv.Quote((*p)[key])
 	case *[]string:
-		if i, err := strconv.Atoi(key); err == nil && i < len(*p) {
-			return strconv.Quote((*p)[i])
+		if item >= 0 && item < len(*p) {
+			return strconv.Quote((*p)[item])
 		}
 		return fmt.Sprintf("%q", *p)
 	case *bool:

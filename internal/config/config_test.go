@@ -2,6 +2,7 @@ package config_test
 
 import (
 	"errors"
+	"fmt"
 	"reflect"
 	"strings"
 	"testing"
@@ -14,8 +15,24 @@ import (
 type settings struct {
 	Name     string
 	Managers []string
-	Places   map[string]string
+	Places   map[string]*place
 	Wait     time.Duration
+}
+
+type place struct {
+	Address string
+	Keys    []string
+	Count   int
+}
+
+func (s *settings) place(name string) *place {
+	if s.Places == nil {
+		s.Places = make(map[string]*place)
+	}
+	if s.Places[name] == nil {
+		s.Places[name] = new(place)
+	}
+	return s.Places[name]
 }
 
 var schema = config.Schema[settings]{
@@ -23,15 +40,22 @@ var schema = config.Schema[settings]{
 	Fields: []config.Field[settings]{
 		{Path: "name", Value: func(s *settings) any { return &s.Name }, Doc: "Name."},
 		{Path: "team.managers", Value: func(s *settings) any { return &s.Managers }, Doc: "Managers."},
-		{Path: "places.NAME.listen_address", Value: func(s *settings) any { return &s.Places }, Doc: "Address."},
+		{Path: "places.NAME.listen_address", Named: func(s *settings, name string) any { return &s.place(name).Address }, Doc: "Address."},
+		{Path: "places.NAME.door.keys", Named: func(s *settings, name string) any { return &s.place(name).Keys }, Doc: "Keys."},
+		{Path: "places.NAME.door.count", Named: func(s *settings, name string) any { return &s.place(name).Count }, Default: "4", Doc: "Count."},
 		{Path: "wait", Value: func(s *settings) any { return &s.Wait }, Default: "5s", Doc: "Wait."},
 	},
 	Check: func(c *config.Checker[settings]) {
 		if c.Config.Wait < 0 {
 			c.Bad("wait", "is negative", "set 5s")
 		}
-		for name, address := range c.Config.Places {
-			if reason := config.BadAddress(address, false); reason != "" {
+		for name, p := range c.Config.Places {
+			for i, key := range p.Keys {
+				if key == "bad" {
+					c.Bad(fmt.Sprintf("places.%s.door.keys[%d]", name, i), "is bad", "remove it")
+				}
+			}
+			if reason := config.BadAddress(p.Address, false); reason != "" {
 				c.Bad("places."+name+".listen_address", reason, "write it as host:port")
 			}
 		}
@@ -48,7 +72,7 @@ func load(text string, flags, env map[string]string) (*settings, error) {
 func TestListsAndNames(t *testing.T) {
 	t.Parallel()
 	file := "name: n\nteam:\n  managers:\n  - a,b\n  - c\nplaces:\n  east: {listen_address: ':1'}\n  west-2:\n    listen_address: :2\n"
-	places := map[string]string{"east": ":1", "west-2": ":2"}
+	places := map[string]*place{"east": {Address: ":1", Count: 4}, "west-2": {Address: ":2", Count: 4}}
 	for _, tt := range []struct {
 		name       string
 		text       string
@@ -60,7 +84,9 @@ func TestListsAndNames(t *testing.T) {
 			want: settings{"n", []string{"x", "y"}, places, 5 * time.Second}},
 		{name: "flag over environment", text: file, env: map[string]string{"X_TEAM_MANAGERS": "x, y"}, flags: map[string]string{"team.managers": "z"},
 			want: settings{"n", []string{"z"}, places, 5 * time.Second}},
-		{name: "names with dots", text: "places:\n  a.b.c: {listen_address: ':1'}\n  d: {listen_address: ':2'}\n", want: settings{Places: map[string]string{"a.b.c": ":1", "d": ":2"}, Wait: 5 * time.Second}},
+		{name: "names with dots", text: "places:\n  a.b.c: {listen_address: ':1'}\n  d: {listen_address: ':2'}\n", want: settings{Places: map[string]*place{"a.b.c": {Address: ":1", Count: 4}, "d": {Address: ":2", Count: 4}}, Wait: 5 * time.Second}},
+		{name: "fields of a name", text: "places:\n  a:\n    door: {keys: [k, l], count: 7}\n    listen_address: ':1'\n  b.c:\n    listen_address: ':2'\n    door:\n      keys: []\n",
+			want: settings{Places: map[string]*place{"a": {":1", []string{"k", "l"}, 7}, "b.c": {":2", []string{}, 4}}, Wait: 5 * time.Second}},
 		{name: "alias", text: "name: &a n\nteam: {managers: &l [*a]}\n", want: settings{Name: "n", Managers: []string{"n"}, Wait: 5 * time.Second}},
 		{name: "nothing", want: settings{Wait: 5 * time.Second}},
 	} {
@@ -95,7 +121,7 @@ func TestProblems(t *testing.T) {
 		{name: "an item as a key", text: "team: {'managers[0]': a}", want: `x.yaml:1: "team.managers[0]" is not a field; did you mean team.managers?`},
 		{name: "misspelled under a name", text: "places:\n  east:\n    listen_addr: :1", want: `x.yaml:3: "places.east.listen_addr" is not a field; did you mean places.east.listen_address?`},
 		{name: "misspelled under a name with dots", text: "places:\n  a.b:\n    listen_addr: :1", want: `x.yaml:3: "places.a.b.listen_addr" is not a field; did you mean places.a.b.listen_address?`},
-		{name: "a name with dots as sections", text: "places:\n  a:\n    b: {listen_address: ':1'}", want: `x.yaml:3: "places.a.b" is not a field; did you mean places.a.listen_address?`},
+		{name: "a name with dots as sections", text: "places:\n  a:\n    b: {listen_address: ':1'}", want: `x.yaml:3: "places.a.b" is not a field; did you mean places.a.door.keys?`},
 		{name: "a name with dots twice", text: "places:\n  a.b: {listen_address: ':1'}\n  a.b: {listen_address: ':1'}", want: `x.yaml:3: places.a.b is given twice, first in line 2; keep one of the two`},
 		{name: "a value of a name with dots", text: "places:\n  a.b:\n    listen_address: x", want: `x.yaml:3: places.a.b.listen_address: "x" is not host:port; write it as host:port`},
 		{name: "an empty name", text: "places:\n  a.: {listen_address: ':1'}", want: `x.yaml:2: "places.a." is not a field; remove it; "x help config" lists the fields`},
@@ -106,6 +132,8 @@ func TestProblems(t *testing.T) {
 		{name: "a value for the names", text: "places: :1", want: `x.yaml:1: places is not a list of fields; write one "name: value" a line`},
 		{name: "a name twice", text: "places:\n  a: {listen_address: ':1'}\n  a: {listen_address: ':1'}", want: `x.yaml:3: places.a is given twice, first in line 2; keep one of the two`},
 		{name: "one of many values", text: "places:\n  a: {listen_address: ':1'}\n  b:\n    listen_address: x", want: `x.yaml:4: places.b.listen_address: "x" is not host:port; write it as host:port`},
+		{name: "an item of a name", text: "places:\n  a.b:\n    listen_address: ':1'\n    door:\n      keys: [k,\n        bad]", want: `x.yaml:6: places.a.b.door.keys[1]: "bad" is bad; remove it`},
+		{name: "no integer under a name", text: "places:\n  a: {door: {count: '7'}}", want: `x.yaml:2: places.a.door.count: "7" is not an integer; write the digits without quotes and without a unit`},
 		{name: "in the order of the fields", text: "wait: -1s\nplaces: {a: {listen_address: x}}", want: "x.yaml:2: places.a.listen_address: \"x\" is not host:port; write it as host:port\n" +
 			"x.yaml:1: wait: -1s is negative; set 5s"},
 	} {

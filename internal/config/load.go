@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"flag"
 	"fmt"
@@ -18,6 +19,30 @@ import (
 // called after fset.Parse, loads the configuration. Its error is an [Error] unless the
 // file cannot be read.
 func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func() (*C, error) {
+	load := s.flags(fset, getenv)
+	return func() (*C, error) {
+		l, err := load()
+		if err != nil {
+			return nil, err
+		}
+		return l.c, nil
+	}
+}
+
+// CheckFlags is [Schema.Flags] for a command that only checks the configuration. The
+// returned function also returns what this machine lacks for it.
+func (s *Schema[C]) CheckFlags(fset *flag.FlagSet, getenv func(string) string) func(context.Context) ([]Problem, error) {
+	load := s.flags(fset, getenv)
+	return func(ctx context.Context) ([]Problem, error) {
+		l, err := load()
+		if err != nil || s.Probe == nil {
+			return nil, err
+		}
+		return l.collect(func(c *Checker[C]) { s.Probe(ctx, getenv, c) }), nil
+	}
+}
+
+func (s *Schema[C]) flags(fset *flag.FlagSet, getenv func(string) string) func() (*loader[C], error) {
 	file := fset.String("config", "", "")
 	flags := map[string]string{}
 	for i := range s.Fields {
@@ -32,7 +57,7 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 			fset.Func(f.Flag(), f.Doc, set)
 		}
 	}
-	return func() (*C, error) {
+	return func() (*loader[C], error) {
 		var data []byte
 		if *file != "" {
 			var err error
@@ -40,13 +65,21 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 				return nil, fmt.Errorf("read configuration: %w", err)
 			}
 		}
-		return s.Load(*file, data, flags, getenv)
+		return s.load(*file, data, flags, getenv)
 	}
 }
 
 // Load loads a configuration from the content of file, the environment, and flags by the
 // path of their field. The error is an [Error].
 func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, getenv func(string) string) (*C, error) {
+	l, err := s.load(file, data, flags, getenv)
+	if err != nil {
+		return nil, err
+	}
+	return l.c, nil
+}
+
+func (s *Schema[C]) load(file string, data []byte, flags map[string]string, getenv func(string) string) (*loader[C], error) {
 	l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: file}, origins: map[string]string{}}
 	if root := l.document(data); root != nil {
 		l.section("", root, 0, 1)
@@ -69,7 +102,7 @@ func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, gete
 	if len(l.out) > 0 {
 		return nil, Error(l.out)
 	}
-	return l.c, nil
+	return l, nil
 }
 
 // reader parses a YAML file and collects problems.
@@ -84,6 +117,7 @@ type loader[C any] struct {
 	schema  *Schema[C]
 	c       *C
 	origins map[string]string
+	named   map[string]bool // sections with a name whose defaults are set
 }
 
 // check runs the schema's own checks.
@@ -91,8 +125,13 @@ func (l *loader[C]) check() []Problem {
 	if l.schema.Check == nil {
 		return nil
 	}
+	return l.collect(l.schema.Check)
+}
+
+// collect returns the problems that check finds, in the order of the fields.
+func (l *loader[C]) collect(check func(*Checker[C])) []Problem {
 	c := &Checker[C]{Config: l.c, schema: l.schema, file: l.file, origins: l.origins}
-	l.schema.Check(c)
+	check(c)
 	return c.sorted()
 }
 
@@ -101,17 +140,31 @@ func (l *loader[C]) store(f *Field[C], name, text, where string) {
 	path := f.Path
 	if name != "" {
 		path = concrete(f.Path, name)
+		l.name(f, name)
 	}
 	if err := f.parse(l.c, name, text); err != nil {
 		l.out = append(l.out, Problem{Where: where, Path: path, Value: shown(f, text), What: err.Error()})
 		return
 	}
 	l.origins[path] = where
-	if list, ok := f.Value(l.c).(*[]string); ok {
+	if list, ok := f.pointer(l.c, name).(*[]string); ok {
 		for i := range *list {
 			l.origins[fmt.Sprintf("%s[%d]", path, i)] = where
 		}
 	}
+}
+
+// name sets the defaults of a section with a name when its first value is stored.
+func (l *loader[C]) name(f *Field[C], name string) {
+	section := beforeName(f.Path) + "." + name
+	if l.named[section] {
+		return
+	}
+	if l.named == nil {
+		l.named = map[string]bool{}
+	}
+	l.named[section] = true
+	l.schema.nameDefaults(l.c, f.Path, name)
 }
 
 // concrete replaces the placeholder of a path with a name.
@@ -239,7 +292,7 @@ func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	case v.Kind == yaml.ScalarNode && v.ShortTag() == "!!null":
 		l.at(key.Line, path, "has no value", "give one or remove the line")
 	case kind == kindList && v.Kind == yaml.SequenceNode:
-		l.list(f, path, key, v)
+		l.list(f, name, path, key, v)
 	case kind == kindList:
 		bad("is not a list", "write "+last+": [A, B], or one \"- value\" a line")
 	case v.Kind != yaml.ScalarNode:
@@ -253,9 +306,12 @@ func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	}
 }
 
-// list stores the items of a list, each with its line.
-func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
-	var items []string
+// list stores the items of a list, each with its line. An empty list is not nil.
+func (l *loader[C]) list(f *Field[C], name, path string, key, v *yaml.Node) {
+	if name != "" {
+		l.name(f, name)
+	}
+	items := make([]string, 0, len(v.Content))
 	for i, n := range v.Content {
 		if n.Kind == yaml.AliasNode {
 			n = n.Alias
@@ -268,7 +324,7 @@ func (l *loader[C]) list(f *Field[C], path string, key, v *yaml.Node) {
 		l.origins[item] = l.place(n.Line)
 		items = append(items, n.Value)
 	}
-	*f.Value(l.c).(*[]string) = items
+	*f.pointer(l.c, name).(*[]string) = items
 	l.origins[path] = l.place(key.Line)
 }
 

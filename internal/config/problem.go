@@ -62,10 +62,10 @@ type Checker[C any] struct {
 
 // Bad reports an invalid value of the field at path.
 func (c *Checker[C]) Bad(path, what, remedy string) {
-	i, key := c.index(path)
+	i, name, item := c.index(path)
 	f := &c.schema.Fields[i]
 	c.out = append(c.out, Problem{
-		Where: c.origins[path], Path: path, Value: f.show(c.Config, key), What: what, Remedy: remedy,
+		Where: c.origins[path], Path: path, Value: f.show(c.Config, name, item), What: what, Remedy: remedy,
 	})
 }
 
@@ -80,7 +80,7 @@ func (c *Checker[C]) Origin(path string) string { return c.origins[path] }
 // NotEmpty reports string fields that have a default and were set to an empty value.
 func (c *Checker[C]) NotEmpty(paths ...string) {
 	for _, path := range paths {
-		if f, _ := c.schema.field(path); *f.Value(c.Config).(*string) == "" {
+		if f, name := c.schema.field(path); *f.pointer(c.Config, name).(*string) == "" {
 			c.Bad(path, "is empty", "remove it for the default, "+f.Default)
 		}
 	}
@@ -88,8 +88,8 @@ func (c *Checker[C]) NotEmpty(paths ...string) {
 
 // OneOf reports a string field that has none of the values, and returns whether it has one.
 func (c *Checker[C]) OneOf(path, what string, values []string) bool {
-	f, _ := c.schema.field(path)
-	ok := slices.Contains(values, *f.Value(c.Config).(*string))
+	f, name := c.schema.field(path)
+	ok := slices.Contains(values, *f.pointer(c.Config, name).(*string))
 	if !ok {
 		c.Bad(path, what, "use "+OneOf(values))
 	}
@@ -98,18 +98,23 @@ func (c *Checker[C]) OneOf(path, what string, values []string) bool {
 
 // sorted returns the problems in the order of the fields.
 func (c *Checker[C]) sorted() []Problem {
-	order := func(p Problem) int { i, _ := c.index(p.Path); return i }
+	order := func(p Problem) int { i, _, _ := c.index(p.Path); return i }
 	slices.SortStableFunc(c.out, func(a, b Problem) int { return order(a) - order(b) })
 	return c.out
 }
 
-// index returns the index of the field of a path, and the name or list index in the path.
-func (c *Checker[C]) index(path string) (i int, key string) {
-	if list, item, ok := strings.Cut(path, "["); ok {
-		i, _ = c.schema.index(list)
-		return i, strings.TrimSuffix(item, "]")
+// index returns the index of the field of a path, and the name and list item in the path,
+// which is -1 if there is none.
+func (c *Checker[C]) index(path string) (i int, name string, item int) {
+	item = -1
+	if list, number, ok := strings.Cut(path, "["); ok {
+		path = list
+		if n, err := strconv.Atoi(strings.TrimSuffix(number, "]")); err == nil {
+			item = n
+		}
 	}
-	return c.schema.index(path)
+	i, name = c.schema.index(path)
+	return i, name, item
 }
 
 // BadAddress returns what is wrong with a host:port, or "". The address of a server to

@@ -29,9 +29,9 @@ const (
 	// handshakeShare is the age from which a handshake is evicted for a new one. With
 	// less, many agents behind one address that reconnect at once would fail.
 	handshakeShare = time.Second
-	// anonymousShare is the age from which a connection of an anonymous caller is
-	// evicted for a new connection. An attestation takes less, unless it waits for
-	// others of its address.
+	// anonymousShare is the age from which a connection or call of an anonymous caller
+	// is evicted for a new one. An attestation takes less, unless it waits for others
+	// of its address.
 	anonymousShare = 10 * time.Second
 )
 
@@ -92,8 +92,9 @@ type Limits struct {
 	// addresses. The oldest is closed for one more: after a network failure only the
 	// caller knows which of its connections are dead.
 	Caller int
-	// AnonymousCalls is how many calls anonymous callers may have in flight, and
-	// CallerCalls how many calls one known caller may have in flight.
+	// AnonymousCalls is how many calls anonymous callers may have in flight; for one
+	// more, the oldest is ended that has taken ten seconds. CallerCalls is how many
+	// calls one known caller may have in flight.
 	AnonymousCalls, CallerCalls int
 }
 

@@ -30,7 +30,7 @@ const (
 	// mutation is unknown to its caller.
 	drainTime = 2 * time.Second
 	// anonymousTime is how long a call of an anonymous caller may take: twice the
-	// longest delay by a rate limit.
+	// longest delay by a rate limit. After anonymousShare it gives way to a new one.
 	anonymousTime = time.Minute
 	// maxHeaders is the most bytes in a call's metadata.
 	maxHeaders = 16 << 10
@@ -86,7 +86,7 @@ func Serve(ctx context.Context, lis net.Listener, c Config) error {
 	if c.Refused == nil {
 		c.Refused = func(netip.Prefix, string, error) {}
 	}
-	s := &server{Config: c, inFlight: make(map[string]int)}
+	s := &server{Config: c, inFlight: make(map[string][]*call)}
 	gs := grpc.NewServer(append(slices.Clone(c.Options), s.options()...)...)
 	c.Register(gs)
 
@@ -143,7 +143,7 @@ type server struct {
 	Config
 
 	mu       sync.Mutex
-	inFlight map[string]int // calls by caller, client or site
+	inFlight map[string][]*call // by caller, client or site, the oldest first
 }
 
 func (s *server) options() []grpc.ServerOption {
@@ -181,19 +181,38 @@ func (s *server) admit(ctx context.Context, info *tap.Info) (context.Context, er
 		return ctx, nil
 	}
 	from, caller := Client(p.Addr), s.Identify(p.AuthInfo)
-	of := s.countedFor(caller, from)
-	if full, ok := s.begin(of); !ok {
+	c := &call{method: info.FullMethodName, from: from, of: s.countedFor(caller, from), began: time.Now()}
+	if caller == "" {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, anonymousTime)
+		ctx, c.evict = context.WithCancelCause(ctx)
+		context.AfterFunc(stream, cancel)
+	}
+	evicted, full := s.begin(c)
+	if full != nil {
 		err := status.Errorf(codes.ResourceExhausted, "%s has %d calls in flight: try again later", full.name, full.limit)
+		if c.evict != nil {
+			c.evict(err)
+		}
 		s.Refused(from, info.FullMethodName, err)
 		return nil, err
 	}
-	context.AfterFunc(stream, func() { s.end(of) })
-	if caller == "" {
-		bounded, cancel := context.WithTimeout(ctx, anonymousTime)
-		context.AfterFunc(stream, cancel)
-		ctx = bounded
+	for _, e := range evicted {
+		err := status.Errorf(codes.ResourceExhausted, "%s has too many calls in flight, and this one has taken %v: try again later", e.from, anonymousShare)
+		e.evict(err)
+		s.Refused(e.from, e.method, err)
 	}
+	context.AfterFunc(stream, func() { s.end(c) })
 	return ctx, nil
+}
+
+// call is a call in flight.
+type call struct {
+	method string
+	from   netip.Prefix
+	of     []counter
+	began  time.Time
+	evict  context.CancelCauseFunc // ends a call of an anonymous caller; nil for others
 }
 
 // counter counts the calls in flight of a caller, client or site.
@@ -216,27 +235,45 @@ func (s *server) countedFor(caller string, from netip.Prefix) (of []counter) {
 	return of
 }
 
-// begin counts a call, or returns the counter whose limit is reached.
-func (s *server) begin(of []counter) (full counter, ok bool) {
+// begin counts a call. If a limit is reached, the oldest call that counts towards it is
+// no longer counted and is returned, to be evicted; if that is not anonymous or has not
+// had anonymousShare, the new call is not counted, and full is the counter.
+func (s *server) begin(c *call) (evicted []*call, full *counter) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, c := range of {
-		if s.inFlight[c.name] >= c.limit {
-			return c, false
+	for i := range c.of {
+		of := s.inFlight[c.of[i].name]
+		if len(of) < c.of[i].limit || slices.ContainsFunc(evicted, func(e *call) bool { return slices.Contains(e.of, c.of[i]) }) {
+			continue
 		}
+		if of[0].evict == nil || c.began.Sub(of[0].began) < anonymousShare {
+			return nil, &c.of[i]
+		}
+		evicted = append(evicted, of[0])
 	}
-	for _, c := range of {
-		s.inFlight[c.name]++
+	for _, e := range evicted {
+		s.endLocked(e)
 	}
-	return counter{}, true
+	for _, of := range c.of {
+		s.inFlight[of.name] = append(s.inFlight[of.name], c)
+	}
+	return evicted, nil
 }
 
-func (s *server) end(of []counter) {
+// end does nothing for a call that was evicted.
+func (s *server) end(c *call) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, c := range of {
-		if s.inFlight[c.name]--; s.inFlight[c.name] == 0 {
-			delete(s.inFlight, c.name)
+	s.endLocked(c)
+}
+
+func (s *server) endLocked(c *call) {
+	for _, of := range c.of {
+		left := slices.DeleteFunc(s.inFlight[of.name], func(o *call) bool { return o == c })
+		if len(left) == 0 {
+			delete(s.inFlight, of.name)
+		} else {
+			s.inFlight[of.name] = left
 		}
 	}
 }

@@ -22,6 +22,8 @@ import (
 
 	"github.com/renewd/renewd/internal/server/federation"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/nodeattest/k8spsat"
+	"github.com/renewd/renewd/internal/server/nodeattest/x509pop"
 	"github.com/renewd/renewd/internal/server/rotation"
 )
 
@@ -99,6 +101,11 @@ type DeploymentConfig struct {
 	// successful [Open] the Domain owns and closes the listener.
 	ListenAddress string
 	Listener      net.Listener
+	// X509Pop lets nodes attest with certificates; not when nil. The Domain sets its
+	// TrustDomain, TrustBundle, Now and Log.
+	X509Pop *x509pop.Config
+	// Clusters are the clusters of Kubernetes whose nodes may attest.
+	Clusters []k8spsat.Cluster
 }
 
 // serves reports whether the deployment serves agents. A deployment that is in the

@@ -3,6 +3,7 @@ package server
 import (
 	"context"
 	"log/slog"
+	"time"
 
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/rotation"
@@ -31,6 +32,26 @@ func (dep *deployment) pruneLedger(ctx context.Context, log *slog.Logger) error 
 			if err := dep.ledger.Removed(ctx, k.X509AuthorityID, k.JWTKeyID); err != nil && ctx.Err() == nil {
 				log.Warn("ledger rows of a removed keyset not deleted, they stay until they expire", "deployment", dep.Name, "keyset_id", k.ID, "error", err)
 			}
+		}
+	}
+}
+
+// pruneInterval is how long an expired entry may stay: less than under a SPIRE server, which
+// deletes expired entries every 5 minutes.
+const pruneInterval = time.Minute
+
+// pruneEntries deletes expired entries.
+func (dep *deployment) pruneEntries(ctx context.Context, log *slog.Logger) error {
+	tick := time.NewTicker(pruneInterval)
+	defer tick.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		if err := dep.server.PruneEntries(ctx); err != nil && ctx.Err() == nil {
+			log.Warn("expired entries not deleted, they are served", "deployment", dep.Name, "error", err, "delay", pruneInterval)
 		}
 	}
 }

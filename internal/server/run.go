@@ -35,6 +35,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 		group.Go(func() error { return dep.ledger.Run(ctx) })
 		group.Go(func() error { return dep.scheduler.Run(ctx) })
 		group.Go(func() error { return dep.pruneLedger(ctx, d.cfg.Log) })
+		group.Go(func() error { return dep.pruneEntries(ctx, d.cfg.Log) })
 	}
 	group.Go(func() error { return d.federation.Run(ctx) })
 	group.Go(func() error { return d.watchClock(ctx) })

@@ -160,6 +160,9 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		config.LostUntil = d.clock.Start
 	}
 	var err error
+	if config.NodeVerifiers, err = d.nodeVerifiers(c, log); err != nil {
+		return nil, fmt.Errorf("node_attestation: %w", err)
+	}
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {
 		return nil, err
 	}

@@ -30,13 +30,22 @@ func Document(t *testing.T, name, want string) {
 	}
 }
 
-// Covers checks that a table of fields and its struct have the same fields.
+// Covers checks that a table of fields and its struct have the same fields. A map of the
+// struct needs a field with a placeholder.
 func Covers[C any](t *testing.T, fields []config.Field[C]) {
 	cfg := new(C)
 	rows := map[uintptr]string{}
+	values := 0
 	for i := range fields {
 		f := &fields[i]
-		p := reflect.ValueOf(f.Value(cfg)).Pointer()
+		var field any
+		if f.Named != nil {
+			field = f.Named(cfg, "name")
+		} else {
+			field = f.Value(cfg)
+			values++
+		}
+		p := reflect.ValueOf(field).Pointer()
 		if other, dup := rows[p]; dup {
 			t.Errorf("%s and %s are the same field", f.Path, other)
 		}
@@ -47,11 +56,16 @@ func Covers[C any](t *testing.T, fields []config.Field[C]) {
 	}
 	v := reflect.ValueOf(cfg).Elem()
 	for i := range v.NumField() {
-		if _, ok := rows[v.Field(i).Addr().Pointer()]; !ok {
+		if field := v.Field(i); field.Kind() == reflect.Map {
+			values++
+			if field.Len() != 1 {
+				t.Errorf("%s has no row", v.Type().Field(i).Name)
+			}
+		} else if _, ok := rows[field.Addr().Pointer()]; !ok {
 			t.Errorf("%s has no row", v.Type().Field(i).Name)
 		}
 	}
-	if len(rows) != v.NumField() {
-		t.Errorf("%d rows for %d fields", len(rows), v.NumField())
+	if values != v.NumField() {
+		t.Errorf("%d rows for %d fields", values, v.NumField())
 	}
 }

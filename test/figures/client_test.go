@@ -19,7 +19,8 @@ import (
 	"google.golang.org/grpc/status"
 )
 
-// clientEnv makes this program a client: "kind socket number".
+// clientEnv makes this program a client: "kind socket number", and the folders of
+// cgroups for the kind "pod".
 const clientEnv = "RENEWD_FIGURES_CLIENT"
 
 func runClient(spec string) error {
@@ -33,6 +34,8 @@ func runClient(spec string) error {
 		return hold(f[1], n)
 	case "watch":
 		return watch(f[1])
+	case "pod":
+		return inPod(f[1], f[3:])
 	}
 	return ask(f[1], time.Duration(n)*time.Second, f[0] == "kept")
 }

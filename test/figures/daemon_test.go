@@ -27,19 +27,27 @@ type kind struct {
 }
 
 var renewd = kind{"renewd", build, func(w *world, token, socket string, cached int) ([]string, []string) {
-	return []string{
+	args := []string{
 		"run", "-trust-domain", td.Name(), "-server-address", w.address,
 		"-trust-bundle-file", w.file("bundle.pem", w.server.BundlePEM()), "-data-dir", filepath.Join(w.dir, "data"),
 		"-socket-path", socket, "-svid-cache-size", strconv.Itoa(cached), "-metrics-address", "127.0.0.1:0",
 		// Without the random delay, which is not to be measured.
 		"-renewal-taint-delay", "0s",
-	}, []string{"RENEWD_JOIN_TOKEN=" + token}
+	}
+	if w.kubelet != 0 {
+		args = append(args, "-workload-attestation-kubernetes-enabled", "-workload-attestation-kubernetes-kubelet-read-only-port", strconv.Itoa(w.kubelet))
+	}
+	return args, []string{"RENEWD_JOIN_TOKEN=" + token}
 }}
 
 var spireAgent = kind{"spire-agent", func(*testing.B) string {
 	return filepath.Join(os.Getenv("SPIRE_BIN_DIR"), "spire-agent")
 }, func(w *world, token, socket string, cached int) ([]string, []string) {
 	host, port, _ := net.SplitHostPort(w.address)
+	kubernetes := ""
+	if w.kubelet != 0 {
+		kubernetes = fmt.Sprintf(`  WorkloadAttestor "k8s" { plugin_data { kubelet_read_only_port = %d } }`, w.kubelet)
+	}
 	config := fmt.Sprintf(`
 agent {
   data_dir = %q
@@ -55,8 +63,9 @@ plugins {
   NodeAttestor "join_token" { plugin_data {} }
   KeyManager "disk" { plugin_data { directory = %q } }
   WorkloadAttestor "unix" { plugin_data {} }
+%s
 }
-`, w.dir, host, port, socket, td.Name(), w.file("bundle.pem", w.server.BundlePEM()), token, cached, w.dir)
+`, w.dir, host, port, socket, td.Name(), w.file("bundle.pem", w.server.BundlePEM()), token, cached, w.dir, kubernetes)
 	return []string{"run", "-config", w.file("agent.conf", []byte(config))}, nil
 }}
 

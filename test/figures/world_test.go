@@ -32,6 +32,7 @@ type world struct {
 	server  *spireapi.Server
 	address string
 	stop    func() // ends Serve
+	kubelet int    // read-only port; 0: no kubelet
 
 	frozen  freezer
 	refuse  atomic.Bool   // the server signs nothing

@@ -108,6 +108,8 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"stall":         stall,
 			"spire-entries": spireEntries,
 			"spire-entry":   spireEntry,
+			"both":          bothEntryCommands,
+			"differs":       differingEntryCommands,
 			"tokens":        tokens,
 			"held":          held,
 			"unread":        unread,

@@ -6,6 +6,6 @@
 // matters: the server accepts a join token once, so an identity that exists in
 // memory only would be lost with the process. The Store retries failed writes.
 //
-// The package opens no connections. The caller passes one on which it has
-// authenticated the server.
+// The package opens no connections to the server. The caller passes one on which it
+// has authenticated the server.
 package node

@@ -72,7 +72,7 @@ func New(cfg Config) (*Node, error) {
 	var corrupt *CorruptError
 	switch {
 	case errors.As(err, &corrupt):
-		if _, noCredential := cfg.Attestor.Payload(context.Background()); noCredential != nil {
+		if _, noCredential := cfg.Attestor.Credential(context.Background()); noCredential != nil {
 			return nil, err
 		}
 		to, renameErr := cfg.Store.moveCorruptIdentity(cfg.Now())
@@ -107,7 +107,7 @@ func (n *Node) Attesting() int { return int(n.attesting.Load()) }
 // CanAttest returns nil when there is a credential to attest the node with, and
 // otherwise what is missing.
 func (n *Node) CanAttest(ctx context.Context) error {
-	_, err := n.cfg.Attestor.Payload(ctx)
+	_, err := n.cfg.Attestor.Credential(ctx)
 	return err
 }
 
@@ -122,7 +122,7 @@ func (n *Node) CanAttest(ctx context.Context) error {
 func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust *bundle.Bundle) error {
 	n.attesting.Add(1)
 	defer n.attesting.Add(-1)
-	payload, err := n.cfg.Attestor.Payload(ctx)
+	credential, err := n.cfg.Attestor.Credential(ctx)
 	if err != nil {
 		return err
 	}
@@ -133,7 +133,10 @@ func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust 
 	if err != nil {
 		return err
 	}
-	result, err := n.attestAgent(ctx, conn, payload, csr)
+	result, err := n.attestAgent(ctx, conn, credential, csr)
+	if err != nil && credential.About != "" {
+		return fmt.Errorf("with %s: %w", credential.About, err)
+	}
 	if err != nil {
 		return err
 	}
@@ -152,7 +155,7 @@ func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust 
 }
 
 // attestAgent makes the AttestAgent call: parameters, challenges, result.
-func (n *Node) attestAgent(ctx context.Context, conn grpc.ClientConnInterface, payload, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
+func (n *Node) attestAgent(ctx context.Context, conn grpc.ClientConnInterface, credential *Credential, csr []byte) (*agentv1.AttestAgentResponse_Result, error) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel() // ends the stream
 	stream, err := agentv1.NewAgentClient(conn).AttestAgent(ctx)
@@ -160,7 +163,7 @@ func (n *Node) attestAgent(ctx context.Context, conn grpc.ClientConnInterface, p
 		return nil, err
 	}
 	request := &agentv1.AttestAgentRequest{Step: &agentv1.AttestAgentRequest_Params_{Params: &agentv1.AttestAgentRequest_Params{
-		Data:   &types.AttestationData{Type: n.cfg.Attestor.Type(), Payload: payload},
+		Data:   &types.AttestationData{Type: n.cfg.Attestor.Type(), Payload: credential.Payload},
 		Params: &agentv1.AgentX509SVIDParams{Csr: csr},
 	}}}
 	for range maxChallenges + 1 {
@@ -180,7 +183,10 @@ func (n *Node) attestAgent(ctx context.Context, conn grpc.ClientConnInterface, p
 		case *agentv1.AttestAgentResponse_Result_:
 			return step.Result, nil
 		case *agentv1.AttestAgentResponse_Challenge:
-			response, err := n.cfg.Attestor.Respond(ctx, step.Challenge)
+			if credential.Respond == nil {
+				return nil, fmt.Errorf("the server sent a challenge, %s has none", n.cfg.Attestor.Type())
+			}
+			response, err := credential.Respond(step.Challenge)
 			if err != nil {
 				return nil, err
 			}

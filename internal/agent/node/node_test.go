@@ -216,7 +216,11 @@ func TestJoinToken(t *testing.T) {
 		"two words":         {file: file("a b"), err: "more than one word"},
 		"large file":        {file: file(strings.Repeat("x", 5000)), err: "larger than"},
 	} {
-		got, err := node.JoinToken(c.value, c.file).Payload(t.Context())
+		var got []byte
+		credential, err := node.JoinToken(c.value, c.file).Credential(t.Context())
+		if err == nil {
+			got = credential.Payload
+		}
 		if string(got) != c.want || (err == nil) != (c.err == "") || err != nil && !strings.Contains(err.Error(), c.err) {
 			t.Errorf("%s: got %q, %v", name, got, err)
 		}
@@ -227,18 +231,19 @@ func TestJoinToken(t *testing.T) {
 	if node.JoinToken("a", "").Type() != "join_token" {
 		t.Error("type")
 	}
-	if _, err := node.JoinToken("a", "").Respond(t.Context(), nil); err == nil {
-		t.Error("a challenge was answered")
+	if credential, err := node.JoinToken("a", "").Credential(t.Context()); err != nil || credential.Respond != nil {
+		t.Errorf("a challenge would be answered: %v", err)
 	}
 }
 
 // challenger is an attestor that answers challenges.
 type challenger struct{}
 
-func (challenger) Type() string                            { return "challenger" }
-func (challenger) Payload(context.Context) ([]byte, error) { return []byte("payload"), nil }
-func (challenger) Respond(_ context.Context, challenge []byte) ([]byte, error) {
-	return append([]byte("answer to "), challenge...), nil
+func (challenger) Type() string { return "challenger" }
+func (challenger) Credential(context.Context) (*node.Credential, error) {
+	return &node.Credential{Payload: []byte("payload"), Respond: func(challenge []byte) ([]byte, error) {
+		return append([]byte("answer to "), challenge...), nil
+	}}, nil
 }
 
 func TestAttestAnswersChallenges(t *testing.T) {

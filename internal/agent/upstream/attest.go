@@ -9,13 +9,22 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
+
 	"github.com/renewd/renewd/internal/agent/node"
 )
 
-// attestPause is how long ago the last attestation must be for the next one to
-// start without a pause. Two machines that share one identity evict each other with
-// every attestation; the pause keeps them out of a tight loop.
-const attestPause = time.Minute
+const (
+	// attestPause is how long ago the last attestation must be for the next one to
+	// start without a pause.
+	attestPause = time.Minute
+	// evictionWindow is how long after an attestation a refusal of its SVID as not
+	// active means that another agent has attested with the same node identity. It is
+	// longer than the longest pause of such an agent, see newEvictionPace.
+	evictionWindow = 15 * time.Minute
+	// shared is the subject of the log line about such an agent.
+	shared = "shared node identity"
+)
 
 // attestation is a series of attempts in the background to attest the node.
 type attestation struct{ done chan struct{} }
@@ -73,9 +82,7 @@ func (c *Client) startAttesting() *attestation {
 // keepAttesting tries until the node is attested or banned, or the Client closed.
 func (c *Client) keepAttesting() {
 	failures := c.failures()
-	if at := c.Attested(); at.IsZero() || time.Since(at) >= attestPause {
-		c.pace.Reset()
-	} else if sleep(c.ctx, c.pace.NextBackOff()) != nil {
+	if sleep(c.ctx, c.pauseBeforeAttesting()) != nil {
 		return
 	}
 	for c.Identified() != nil && !c.banned.Load() {
@@ -88,6 +95,35 @@ func (c *Client) keepAttesting() {
 			return
 		}
 	}
+}
+
+// pauseBeforeAttesting returns how long to wait before the first attempt. Two agents with
+// one node identity, such as two machines with one certificate, evict each other with
+// every attestation. Their pauses grow to minutes, and the log names the remedy.
+func (c *Client) pauseBeforeAttesting() time.Duration {
+	at := c.Attested()
+	since := time.Since(at)
+	if !at.IsZero() && since < evictionWindow && c.evicted() {
+		pause := c.evictionPace.NextBackOff()
+		c.lines.Note(slog.LevelWarn, "agent SVID revoked by another attestation of the same node identity: give each agent a credential of its own", shared,
+			"spiffe_id", c.cfg.Node.Identity().ID().String(), "delay", pause.Round(time.Millisecond).String())
+		return pause
+	}
+	c.evictionPace.Reset()
+	c.lines.Over(shared, "node identity used by this agent alone")
+	if at.IsZero() || since >= attestPause {
+		c.pace.Reset()
+		return 0
+	}
+	return c.pace.NextBackOff()
+}
+
+// evicted reports whether the server has refused the identity held as not active, and not
+// because this agent is replacing it.
+func (c *Client) evicted() bool {
+	r := c.refused.Load()
+	return r != nil && r.identity == c.cfg.Node.Identity() && r.identity != nil && len(c.identityTurn) == 0 &&
+		denial(r.err) == types.PermissionDeniedDetails_AGENT_NOT_ACTIVE
 }
 
 // attest makes one attempt to attest the node, unless the identity was replaced
@@ -162,6 +198,10 @@ func (c *Client) presentHeld(ctx context.Context, id *node.Identity) (refusal, e
 // attestOnce attests the node. The caller holds identityTurn. It uses a separate
 // anonymous connection, because the server may refuse the identity held.
 func (c *Client) attestOnce(ctx context.Context) error {
+	// A node without its credential may try for days: do not call the server for that.
+	if err := c.cfg.Node.CanAttest(ctx); err != nil {
+		return fmt.Errorf("attest the node: %w", err)
+	}
 	l, err := c.open(nil, c.clientTLS(nil))
 	if err != nil {
 		return err
@@ -190,7 +230,8 @@ func (c *Client) attestOnce(ctx context.Context) error {
 }
 
 // RenewNode replaces the agent SVID, by renewal or, when the server requires that
-// of this node, by re-attestation. When it returns nil, new calls use the new SVID.
+// of this node, by re-attestation. When it returns nil, new calls use the new SVID. When
+// it fails, the one held stays in use.
 func (c *Client) RenewNode(ctx context.Context) error {
 	if c.banned.Load() {
 		return fmt.Errorf("renew agent SVID: %w", ErrBanned)
@@ -206,17 +247,27 @@ func (c *Client) RenewNode(ctx context.Context) error {
 	if held != before {
 		return nil // replaced meanwhile
 	}
-	if held != nil && held.Reattestable {
+	reattest := held != nil && held.Reattestable
+	if !reattest {
+		err := c.call(ctx, "renew agent SVID", mintTimeout, needIdentity, func(ctx context.Context, l *link) error {
+			err := c.cfg.Node.Renew(ctx, l.conn)
+			if denial(err) == types.PermissionDeniedDetails_AGENT_MUST_REATTEST {
+				// Only the renewal is refused: the SVID held is good for other calls.
+				reattest = true
+				return nil
+			}
+			return err
+		})
+		if err != nil {
+			return err
+		}
+	}
+	if reattest {
 		if err := c.attestOnce(ctx); err != nil {
 			return fmt.Errorf("renew agent SVID: %w", err)
 		}
 		return nil
 	}
-	err := c.call(ctx, "renew agent SVID", mintTimeout, needIdentity, func(ctx context.Context, l *link) error {
-		return c.cfg.Node.Renew(ctx, l.conn)
-	})
-	if err == nil {
-		c.useNewIdentity()
-	}
-	return err
+	c.useNewIdentity()
+	return nil
 }

@@ -19,7 +19,7 @@ import (
 // tries until it succeeds or ctx is done. It fails at once when there is neither.
 func (c *Client) Bootstrap(ctx context.Context) (*bundle.Bundle, error) {
 	if c.cfg.Bundle() == nil && !c.cfg.Insecure {
-		return nil, errors.New("there is no trust bundle: set trust_bundle_file, or insecure_bootstrap to trust the first server that answers")
+		return nil, errors.New("there is no trust bundle: set trust_bundle_file or trust_bundle_url, or insecure_bootstrap to trust the first server that answers")
 	}
 	if c.cfg.Bundle() == nil {
 		c.cfg.Log.Warn("insecure bootstrap started, the first server that answers is trusted", "address", c.cfg.ServerAddress)

@@ -3,8 +3,6 @@ package upstream
 import (
 	"context"
 	"fmt"
-	"io"
-	"os"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -18,8 +16,8 @@ import (
 )
 
 const (
-	// maxBundleBytes is the largest bundle accepted from the server or a file. An
-	// authority takes 1 to 2 KiB.
+	// maxBundleBytes is the largest bundle accepted from the server. An authority takes 1
+	// to 2 KiB.
 	maxBundleBytes = 8 << 20
 	// maxExpiry is the end of year 9999, the last that RFC 3339 can express.
 	maxExpiry = 253402300799
@@ -109,40 +107,6 @@ func parseBundle(td spiffeid.TrustDomain, in *types.Bundle) (*bundle.Bundle, err
 		return nil, malformed("%v", err)
 	}
 	return b, nil
-}
-
-// LoadTrustBundle reads the bundle for the first connection from a file: PEM
-// certificates, or the SPIFFE bundle format (SPIFFE Trust Domain and Bundle,
-// section 4). Its authorities are never tainted.
-func LoadTrustBundle(path string, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxBundleBytes+1))
-	if err != nil {
-		return nil, fmt.Errorf("read %s: %w", path, err)
-	}
-	if len(b) > maxBundleBytes {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, maxBundleBytes)
-	}
-	if len(b) == 0 {
-		return nil, fmt.Errorf("%s is empty: write it again with \"server bundle\" or \"spire-server bundle show\"", path)
-	}
-	out, err := parseTrustBundle(b, td)
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	return out, nil
-}
-
-func parseTrustBundle(b []byte, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
-	doc, err := bundle.Read(b)
-	if err != nil {
-		return nil, err
-	}
-	return bundle.New(td, doc.Content)
 }
 
 // unixTime converts a server's time in seconds. Zero means no time.

@@ -128,17 +128,24 @@ func TestServerVerifiedWithTheOperatorsTrust(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		var says atomic.Pointer[bundle.Bundle]
-		var asked, verified atomic.Int64
-		a := newAgent(t, s, options{operator: func() (*bundle.Bundle, func()) {
-			asked.Add(1)
-			return says.Load(), func() { verified.Add(1) }
-		}})
+		var asked, otherwise, verified atomic.Int64
+		a := newAgent(t, s, options{
+			verified: func() { verified.Add(1) },
+			otherwise: func(verify func(*bundle.Bundle) error) bool {
+				asked.Add(1)
+				if trust := says.Load(); trust == nil || verify(trust) != nil {
+					return false
+				}
+				otherwise.Add(1)
+				return true
+			},
+		})
 		defer a.close(t)
 		fetch := func() error {
 			_, err := a.FetchBundle(t.Context())
 			return err
 		}
-		if err := fetch(); err != nil || asked.Load() > 0 {
+		if err := fetch(); err != nil || asked.Load() > 0 || verified.Swap(0) == 0 {
 			t.Errorf("with the bundle in force: %v, asked %d times", err, asked.Load())
 		}
 		s.stop()
@@ -150,13 +157,16 @@ func TestServerVerifiedWithTheOperatorsTrust(t *testing.T) {
 		}
 		says.Store(must(bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: newAuthority(t).cert}}})))
 		time.Sleep(5 * time.Second)
-		if err := fetch(); err == nil || verified.Load() > 0 {
-			t.Errorf("with authorities of others: %v, verified %d times", err, verified.Load())
+		if err := fetch(); err == nil || otherwise.Load() > 0 {
+			t.Errorf("with authorities of others: %v, verified %d times", err, otherwise.Load())
 		}
 		says.Store(s.trust())
 		time.Sleep(5 * time.Second)
-		if err := fetch(); err != nil || verified.Load() == 0 {
-			t.Errorf("with its authority: %v, verified %d times", err, verified.Load())
+		if err := fetch(); err != nil || otherwise.Load() == 0 {
+			t.Errorf("with its authority: %v, verified %d times", err, otherwise.Load())
+		}
+		if verified.Load() > 0 {
+			t.Errorf("verified %d times by the bundle in force", verified.Load())
 		}
 	})
 }

@@ -21,6 +21,7 @@ import (
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/agent/node"
+	"github.com/renewd/renewd/internal/loglimit"
 )
 
 const (
@@ -43,12 +44,14 @@ type Config struct {
 	// Bundle is the trust bundle in force, nil before there is one. It is read
 	// at each handshake and must be safe for concurrent use.
 	Bundle func() *bundle.Bundle
-	// OperatorTrust, when set, is called when the bundle in force lacks the
-	// authority of the server's certificate. It returns the authorities that the
-	// operator has configured since, nil when there are none, and a function that
-	// the Client calls once it has verified the server with them. OperatorTrust is
-	// called at handshakes and must be safe for concurrent use.
-	OperatorTrust func() (trust *bundle.Bundle, verified func())
+	// VerifyOtherwise, when set, is called when the bundle in force lacks the
+	// authority of the server's certificate. It calls verify, which checks the
+	// certificate, with what else the operator trusts, and reports whether that has
+	// verified it.
+	VerifyOtherwise func(verify func(*bundle.Bundle) error) bool
+	// Verified, when set, is called when the bundle in force has verified the server.
+	// Both are called at handshakes and must be safe for concurrent use.
+	Verified func()
 	// Insecure lets Bootstrap take the first bundle from an unverified server.
 	// Every other call verifies the server.
 	Insecure bool
@@ -102,7 +105,9 @@ type Client struct {
 	// identityTurn is a lock (a value in it holds it) for replacing the identity.
 	// Unlike a mutex it can be given up when a context ends.
 	identityTurn chan struct{}
-	pace         *backoff.ExponentialBackOff // owned by keepAttesting
+	// Owned by keepAttesting.
+	pace, evictionPace *backoff.ExponentialBackOff
+	lines              *loglimit.Log
 
 	skipped map[string]entryVersion // unusable entries, by ID; owned by SyncEntries
 }
@@ -131,6 +136,8 @@ func New(cfg Config) (*Client, error) {
 		links:        make(map[*link]struct{}),
 		identityTurn: make(chan struct{}, 1),
 		pace:         newPace(),
+		evictionPace: newEvictionPace(),
+		lines:        loglimit.New(cfg.Log, loglimit.Interval, 1),
 	}
 	c.ctx, c.cancel = context.WithCancel(context.Background())
 	return c, nil

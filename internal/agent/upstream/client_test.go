@@ -47,7 +47,8 @@ type options struct {
 	tokenFile string
 	insecure  bool
 	noTrust   bool
-	operator  func() (*bundle.Bundle, func())
+	otherwise func(verify func(*bundle.Bundle) error) bool
+	verified  func()
 	now       func() time.Time
 	dial      func(context.Context, string) (net.Conn, error) // nil: to the server
 }
@@ -68,7 +69,7 @@ func newAgent(t *testing.T, s *server, o options) *agent {
 	a.store = must(node.OpenStore(o.dir, nil))
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(o.token, o.tokenFile), Store: a.store, Bundle: a.trust.Load, Log: log, Now: o.now}))
 	a.Client = must(upstream.New(upstream.Config{
-		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, OperatorTrust: o.operator, Insecure: o.insecure, Dial: o.dial, Process: "p1", Version: "1.0", Log: log, Now: o.now,
+		ServerAddress: "server:8081", TrustDomain: td, Node: a.node, Bundle: a.trust.Load, VerifyOtherwise: o.otherwise, Verified: o.verified, Insecure: o.insecure, Dial: o.dial, Process: "p1", Version: "1.0", Log: log, Now: o.now,
 	}))
 	return a
 }
@@ -576,33 +577,132 @@ func TestDenialReasonsThatRequireReattestation(t *testing.T) {
 	}
 }
 
-// Two machines with one identity evict each other with every attestation.
+// The server wants a re-attestation only when it is asked for a renewal. The identity held
+// stays in use whatever becomes of it.
+func TestRenewalThatTheServerRefusesIsAReattestation(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newServer(t)
+		file := filepath.Join(t.TempDir(), "token")
+		if err := os.WriteFile(file, []byte("t"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		a := newAgent(t, s, options{tokenFile: file})
+		defer a.close(t)
+		if err := a.Attest(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		held := a.node.Identity()
+		if held.Reattestable {
+			t.Fatal("the server has said that the node can be attested again")
+		}
+		s.locked(func() { s.reattestable = true })
+		stays := func(why string) {
+			t.Helper()
+			if err := a.RenewNode(t.Context()); err == nil {
+				t.Errorf("%s: renewed", why)
+			}
+			if err := a.Identified(); err != nil || a.node.Identity() != held {
+				t.Errorf("%s: the identity held is lost: %v", why, err)
+			}
+			if _, err := a.MintJWT(t.Context(), "e", nil); err != nil {
+				t.Errorf("%s: %v", why, err)
+			}
+		}
+		stays("used token")
+		if err := os.Remove(file); err != nil {
+			t.Fatal(err)
+		}
+		stays("no token")
+		s.stop()
+		if err := a.RenewNode(t.Context()); err == nil || a.node.Identity() != held {
+			t.Errorf("server down: %v", err)
+		}
+		s.start()
+		time.Sleep(5 * time.Second)
+		stays("no token, server back")
+		if err := os.WriteFile(file, []byte("t"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+		s.locked(func() { s.tokens["t"] = true })
+		for range 2 {
+			before := s.count("RenewAgent")
+			if err := a.RenewNode(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if id := a.node.Identity(); id == held || !id.Reattestable {
+				t.Error("not attested again")
+			}
+			if err := a.PostStatus(t.Context(), 1); err != nil {
+				t.Error(err)
+			}
+			if held.Reattestable && s.count("RenewAgent") != before {
+				t.Error("the server is asked for a renewal again")
+			}
+			held = a.node.Identity()
+		}
+	})
+}
+
+// Two machines with one node identity revoke each other's agent SVID with every
+// attestation: a line in each log says so, and the attestations become rare.
 func TestAttestationsOfASharedIdentityArePaced(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		s := newServer(t)
 		s.reattestable = true
-		a := newAgent(t, s, options{token: "t"})
+		a, b := newAgent(t, s, options{token: "t"}), newAgent(t, s, options{token: "t"})
 		defer a.close(t)
-		if err := a.Attest(t.Context()); err != nil {
-			t.Fatal(err)
-		}
-		s.hook = func(_ context.Context, method string) error {
-			if method == "PostStatus" {
-				return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE)
+		defer b.close(t)
+		for _, agent := range []*agent{a, b} {
+			if err := agent.Attest(t.Context()); err != nil {
+				t.Fatal(err)
 			}
-			return nil
 		}
-		for range 6000 {
-			if err := a.PostStatus(t.Context(), 1); err == nil {
-				t.Fatal("not refused")
-			}
-			time.Sleep(100 * time.Millisecond)
-		}
-		if n := s.count("AttestAgent"); n < 100 || n > 600 {
+		if n := attestations(t, s, 10*time.Minute, a, b); n > 20 {
 			t.Errorf("%d attestations in 10 minutes", n)
 		}
+		if n := attestations(t, s, time.Hour, a, b); n < 6 || n > 40 {
+			t.Errorf("%d attestations in the hour after that", n)
+		}
+		const line = "level=WARN msg=\"agent SVID revoked by another attestation of the same node identity: give each agent a credential of its own\" spiffe_id=" + agentID
+		for _, agent := range []*agent{a, b} {
+			if n := strings.Count(agent.logs.String(), line); n < 2 || n > 8 {
+				t.Errorf("%d warnings", n)
+			}
+		}
+		// The other machine is gone.
+		if err := b.Client.Close(); err != nil {
+			t.Fatal(err)
+		}
+		attested := func() bool { _, err := a.SyncEntries(t.Context(), nil); return err == nil }
+		for end := time.Now().Add(8 * time.Minute); !attested() && time.Now().Before(end); time.Sleep(5 * time.Second) {
+		}
+		if n := attestations(t, s, time.Hour, a); n > 1 {
+			t.Errorf("%d attestations of the only agent in an hour", n)
+		}
+		// A later eviction is not held against it.
+		s.locked(func() { s.active = "" })
+		_ = a.PostStatus(t.Context(), 1)
+		time.Sleep(5 * time.Second)
+		if err := a.PostStatus(t.Context(), 1); err != nil {
+			t.Error(err)
+		}
+		if !strings.Contains(a.logs.String(), "node identity used by this agent alone") {
+			t.Error("the end is not logged")
+		}
 	})
+}
+
+// attestations lets the agents poll for a while and returns how often they have attested.
+func attestations(t *testing.T, s *server, d time.Duration, agents ...*agent) int {
+	before := s.count("AttestAgent")
+	for end := time.Now().Add(d); time.Now().Before(end); time.Sleep(5 * time.Second) {
+		for _, a := range agents {
+			_, _ = a.SyncEntries(t.Context(), nil) // refused while another one is active
+		}
+	}
+	return s.count("AttestAgent") - before
 }
 
 func TestServerThatAcceptsARefusedIdentityAgain(t *testing.T) {

@@ -18,6 +18,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/test/bufconn"
 
+	"github.com/renewd/renewd/internal/agent/bootstrap"
 	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/server/keyset"
@@ -66,7 +67,7 @@ func TestNodeLifecycleWithTheEmbeddedServer(t *testing.T) {
 		give()
 
 		a := &agent{}
-		a.trust.Store(must(upstream.LoadTrustBundle(file, td)))
+		a.trust.Store(must(bootstrap.File{Path: file, TrustDomain: td}.Fetch(t.Context(), bootstrap.Request{})))
 		a.store = must(node.OpenStore(filepath.Join(dir, "data"), nil))
 		a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken("", token), Store: a.store, Bundle: a.trust.Load}))
 		a.Client = must(upstream.New(upstream.Config{

@@ -124,19 +124,20 @@ func (c *Client) insecureTLS() *tls.Config {
 }
 
 // verify checks a chain against the bundle in force or, when that lacks its
-// authority, against what the operator has configured since.
+// authority, against what else the operator trusts.
 func (c *Client) verify(chain []*x509.Certificate) error {
-	err := verifyServer(chain, c.cfg.TrustDomain, c.cfg.Bundle(), c.cfg.Now())
+	verify := func(trust *bundle.Bundle) error {
+		return verifyServer(chain, c.cfg.TrustDomain, trust, c.cfg.Now())
+	}
+	err := verify(c.cfg.Bundle())
 	var unknown x509.UnknownAuthorityError
-	if !errors.As(err, &unknown) || c.cfg.OperatorTrust == nil {
-		return err
+	switch {
+	case err == nil && c.cfg.Verified != nil:
+		c.cfg.Verified()
+	case errors.As(err, &unknown) && c.cfg.VerifyOtherwise != nil && c.cfg.VerifyOtherwise(verify):
+		return nil
 	}
-	trust, verified := c.cfg.OperatorTrust()
-	if trust == nil || verifyServer(chain, c.cfg.TrustDomain, trust, c.cfg.Now()) != nil {
-		return err
-	}
-	verified()
-	return nil
+	return err
 }
 
 // verifyServer checks that a chain is the server's and ends in an authority of

@@ -6,20 +6,15 @@ import (
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/x509"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"math/big"
-	"os"
-	"path/filepath"
 	"slices"
-	"strings"
 	"testing"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
@@ -122,68 +117,6 @@ func TestParseBundle(t *testing.T) {
 	}
 }
 
-func TestLoadTrustBundle(t *testing.T) {
-	t.Parallel()
-	one, two := testRoot(1), testRoot(2)
-	pems := slices.Concat(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: one}), []byte("# second\n"),
-		pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: two}))
-	sb := spiffebundle.New(example)
-	for _, der := range [][]byte{one, two} {
-		cert, err := x509.ParseCertificate(der)
-		if err != nil {
-			t.Fatal(err)
-		}
-		sb.AddX509Authority(cert)
-	}
-	if err := sb.AddJWTAuthority("k", testKey().Public()); err != nil {
-		t.Fatal(err)
-	}
-	sb.SetSequenceNumber(9)
-	doc, err := sb.Marshal()
-	if err != nil {
-		t.Fatal(err)
-	}
-	load := func(content []byte) (n int, jwt int, err error) {
-		path := filepath.Join(t.TempDir(), "bundle")
-		if err := os.WriteFile(path, content, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		b, err := LoadTrustBundle(path, example)
-		if err != nil {
-			if !strings.Contains(err.Error(), path) {
-				t.Errorf("the error does not name the file: %v", err)
-			}
-			return 0, 0, err
-		}
-		return len(b.X509()), len(b.JWT()), nil
-	}
-	if n, _, err := load(pems); n != 2 || err != nil {
-		t.Errorf("PEM: %d, %v", n, err)
-	}
-	if n, j, err := load(append([]byte(" \n"), doc...)); n != 2 || j != 1 || err != nil {
-		t.Errorf("JSON: %d, %d, %v", n, j, err)
-	}
-	if _, _, err := load(nil); err == nil || !strings.Contains(err.Error(), "bundle is empty: ") {
-		t.Errorf("empty: %v", err)
-	}
-	for name, content := range map[string][]byte{
-		"blank":        []byte("\n"),
-		"text":         []byte("hello"),
-		"empty JSON":   []byte("{}"),
-		"no authority": []byte(`{"keys":[]}`),
-		"bad DER":      pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: []byte("x")}),
-		"private key":  pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: []byte("x")}),
-		"large":        make([]byte, maxBundleBytes+1),
-	} {
-		if _, _, err := load(content); err == nil {
-			t.Errorf("%s: accepted", name)
-		}
-	}
-	if _, err := LoadTrustBundle(filepath.Join(t.TempDir(), "none"), example); !errors.Is(err, os.ErrNotExist) {
-		t.Errorf("got %v", err)
-	}
-}
-
 func TestCode(t *testing.T) {
 	t.Parallel()
 	for want, err := range map[string]error{
@@ -246,17 +179,6 @@ func FuzzBundleAnswer(f *testing.F) {
 			if !ok && !slices.ContainsFunc(out.LeftOut(), func(l bundle.LeftOut) bool { return l.ID == k.GetKeyId() }) {
 				t.Fatalf("%q is lost", k.GetKeyId())
 			}
-		}
-	})
-}
-
-func FuzzTrustBundleFile(f *testing.F) {
-	f.Add(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: testRoot(1)}))
-	f.Add([]byte(`{"keys":[],"spiffe_sequence":1}`))
-	f.Fuzz(func(t *testing.T, b []byte) {
-		out, err := parseTrustBundle(b, example)
-		if (out == nil) == (err == nil) {
-			t.Fatalf("got %v, %v", out, err)
 		}
 	})
 }

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/renewd/renewd/internal/agent/bootstrap"
 	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/agent/upstream"
 )
@@ -84,7 +85,7 @@ func agentBehindProxy(t *testing.T, p *connectProxy, user *url.Userinfo) *agent 
 		t.Fatal(err)
 	}
 	a := &agent{}
-	a.trust.Store(must(upstream.LoadTrustBundle(file, td)))
+	a.trust.Store(must(bootstrap.File{Path: file, TrustDomain: td}.Fetch(t.Context(), bootstrap.Request{})))
 	a.store = must(node.OpenStore(filepath.Join(dir, "data"), nil))
 	token := must(s.CreateJoinToken(ctx, time.Hour)).Value
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(token, ""), Store: a.store, Bundle: a.trust.Load}))

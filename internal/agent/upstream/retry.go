@@ -25,6 +25,18 @@ func newPace() *backoff.ExponentialBackOff {
 	return b
 }
 
+// newEvictionPace returns the pauses of an agent whose SVID another agent revokes with
+// each attestation: 10 s at first and 5 minutes at last, each with half of it as jitter.
+func newEvictionPace() *backoff.ExponentialBackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval = 10 * time.Second
+	b.RandomizationFactor = 0.5
+	b.Multiplier = 2
+	b.MaxInterval = 5 * time.Minute
+	b.Reset()
+	return b
+}
+
 // sleep waits for d, or returns the error of ctx when that ends first.
 func sleep(ctx context.Context, d time.Duration) error {
 	t := time.NewTimer(d)

@@ -8,6 +8,7 @@ import (
 
 	"github.com/spiffe/go-spiffe/v2/bundle/x509bundle"
 	"github.com/spiffe/go-spiffe/v2/svid/x509svid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
 	"google.golang.org/grpc/peer"
@@ -43,6 +44,13 @@ var roles = map[string]Role{
 	api.Operator_DeleteEntry_FullMethodName:     Manager,
 	api.Operator_ConfirmClock_FullMethodName:    Manager,
 	api.Operator_Backup_FullMethodName:          Manager,
+
+	entryv1.Entry_CountEntries_FullMethodName:     Reader,
+	entryv1.Entry_ListEntries_FullMethodName:      Reader,
+	entryv1.Entry_GetEntry_FullMethodName:         Reader,
+	entryv1.Entry_BatchCreateEntry_FullMethodName: Manager,
+	entryv1.Entry_BatchUpdateEntry_FullMethodName: Manager,
+	entryv1.Entry_BatchDeleteEntry_FullMethodName: Manager,
 }
 
 // admit rejects a call unless its caller has the role that the method needs, and adds the

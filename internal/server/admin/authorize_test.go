@@ -10,6 +10,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -28,12 +30,33 @@ import (
 	"github.com/renewd/renewd/test/memory"
 )
 
-const service = "/renewd.v1.Operator/"
+const (
+	service      = "/renewd.v1.Operator/"
+	entryService = "/spire.api.server.entry.v1.Entry/"
+)
+
+// fullMethod returns the full name of a method; the names of SPIRE's begin with "SPIRE ".
+func fullMethod(name string) string {
+	if of, ok := strings.CutPrefix(name, "SPIRE "); ok {
+		return entryService + of
+	}
+	return service + name
+}
+
+// spireMethods returns the methods of SPIRE's Entry service that are not for agents.
+func spireMethods() (names []string) {
+	for _, m := range entryv1.Entry_ServiceDesc.Methods {
+		if m.MethodName != "GetAuthorizedEntries" {
+			names = append(names, "SPIRE "+m.MethodName)
+		}
+	}
+	return names
+}
 
 // changes reports by its name whether a method is for managers only.
 func changes(method string) bool {
-	for _, verb := range []string{"List", "Get", "Read"} {
-		if strings.HasPrefix(method, verb) {
+	for _, verb := range []string{"List", "Get", "Read", "Count"} {
+		if strings.HasPrefix(strings.TrimPrefix(method, "SPIRE "), verb) {
 			return false
 		}
 	}
@@ -51,17 +74,18 @@ func TestEveryMethodHasARole(t *testing.T) {
 	for _, m := range api.Operator_ServiceDesc.Methods {
 		names = append(names, m.MethodName)
 	}
+	names = append(names, spireMethods()...)
 	for _, name := range names {
 		want := admin.Reader
 		if changes(name) {
 			want = admin.Manager
 		}
-		if got := admin.Roles[service+name]; got != want {
+		if got := admin.Roles[fullMethod(name)]; got != want {
 			t.Errorf("%s needs %v, want %v", name, got, want)
 		}
 	}
 	if got, want := len(admin.Roles), len(names); got != want {
-		t.Errorf("the table has %d methods, the service %d", got, want)
+		t.Errorf("the table has %d methods, the services %d", got, want)
 	}
 }
 
@@ -85,7 +109,14 @@ func requests(w *world) map[string]proto.Message {
 		"PutEntry": &api.PutEntryRequest{Entry: &api.Entry{
 			Id: "new", SpiffeId: workload.String(), Selectors: []*api.Selector{{Type: "unix", Value: "uid:1"}},
 		}},
-		"DeleteEntry":  &api.DeleteEntryRequest{Id: "web"},
+		"DeleteEntry": &api.DeleteEntryRequest{Id: "web"},
+
+		"SPIRE CountEntries": &entryv1.CountEntriesRequest{}, "SPIRE ListEntries": &entryv1.ListEntriesRequest{},
+		"SPIRE GetEntry":         &entryv1.GetEntryRequest{Id: "other"},
+		"SPIRE BatchCreateEntry": &entryv1.BatchCreateEntryRequest{Entries: []*types.Entry{spireEntry("spire")}},
+		"SPIRE BatchUpdateEntry": &entryv1.BatchUpdateEntryRequest{Entries: []*types.Entry{{Id: "other", Hint: "x"}}, InputMask: &types.EntryMask{Hint: true}},
+		"SPIRE BatchDeleteEntry": &entryv1.BatchDeleteEntryRequest{Ids: []string{"third"}},
+
 		"ConfirmClock": &api.ConfirmClockRequest{Time: timestamppb.Now()},
 	}
 }
@@ -106,11 +137,26 @@ func populate(t testing.TB, w *world) *world {
 		check(t, err)
 	}
 	d.attest(t, spireapi.Agent{ID: agent("a"), Type: "join_token", Serial: "1", ExpiresAt: time.Now().Add(time.Hour)})
-	_, err := d.server.ApplyEntries(t.Context(), []spireapi.Entry{{
-		ID: "web", SPIFFEID: workload, Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:1000"}},
-	}}, false)
+	var entries []spireapi.Entry
+	for _, id := range []string{"web", "other", "third"} {
+		entries = append(entries, spireapi.Entry{ID: id, SPIFFEID: workload, Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:1000"}}})
+	}
+	_, err := d.server.ApplyEntries(t.Context(), entries, false)
 	check(t, err)
 	return w
+}
+
+// spireEntry returns an entry of an agent in SPIRE's form.
+func spireEntry(id string, change ...func(*types.Entry)) *types.Entry {
+	e := &types.Entry{
+		Id: id, SpiffeId: &types.SPIFFEID{TrustDomain: td.Name(), Path: "/spire-" + id},
+		ParentId:  &types.SPIFFEID{TrustDomain: td.Name(), Path: agent("a").Path()},
+		Selectors: []*types.Selector{{Type: "unix", Value: "uid:1"}},
+	}
+	for _, f := range change {
+		f(e)
+	}
+	return e
 }
 
 // state is all that operators can change.
@@ -138,16 +184,20 @@ func callAll(t testing.TB, w *world, conn grpc.ClientConnInterface) map[string]c
 	t.Helper()
 	out := make(map[string]codes.Code)
 	reqs := requests(w)
+	names := spireMethods() // before ApplyEntries, which removes all
 	for _, m := range api.Operator_ServiceDesc.Methods {
-		if reqs[m.MethodName] == nil {
-			t.Fatalf("no request of %s", m.MethodName)
+		names = append(names, m.MethodName)
+	}
+	for _, name := range names {
+		if reqs[name] == nil {
+			t.Fatalf("no request of %s", name)
 		}
 		ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)
-		err := conn.Invoke(ctx, service+m.MethodName, reqs[m.MethodName], new(emptypb.Empty))
+		err := conn.Invoke(ctx, fullMethod(name), reqs[name], new(emptypb.Empty))
 		cancel()
-		out[m.MethodName] = status.Code(err)
+		out[name] = status.Code(err)
 		if err != nil && status.Convert(err).Message() == "" {
-			t.Errorf("%s: an error without a message: %v", m.MethodName, err)
+			t.Errorf("%s: an error without a message: %v", name, err)
 		}
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), 2*time.Minute)

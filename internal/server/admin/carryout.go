@@ -1,11 +1,16 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"path"
+	"strings"
 	"time"
 
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
+	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
@@ -78,10 +83,41 @@ func (s *Service) logAttrs(req, resp any) (attrs []any) {
 		}
 	}
 	switch r := resp.(type) {
+	case *entryv1.BatchCreateEntryResponse:
+		attrs = append(attrs, batchAttrs(s, r.GetResults(), func(r *entryv1.BatchCreateEntryResponse_Result) string { return r.GetEntry().GetId() })...)
+	case *entryv1.BatchUpdateEntryResponse:
+		attrs = append(attrs, batchAttrs(s, r.GetResults(), func(r *entryv1.BatchUpdateEntryResponse_Result) string { return r.GetEntry().GetId() })...)
+	case *entryv1.BatchDeleteEntryResponse:
+		attrs = append(attrs, batchAttrs(s, r.GetResults(), (*entryv1.BatchDeleteEntryResponse_Result).GetId)...)
 	case *api.PrepareKeysetResponse:
 		attrs = append(attrs, "keyset_id", r.GetKeyset().GetId())
 	case *api.ApplyEntriesResponse:
 		attrs = append(attrs, "changed", len(r.GetChanges()))
+	}
+	return attrs
+}
+
+// maxLoggedEntries is how many entries of a batch a log line names.
+const maxLoggedEntries = 10
+
+// batchAttrs returns the log attributes of a batch of SPIRE's Entry API: the first entries that
+// it changed, and how many items failed, with the first failure.
+func batchAttrs[R interface{ GetStatus() *types.Status }](s *Service, results []R, id func(R) string) (attrs []any) {
+	var ids []string
+	failed, failure := 0, ""
+	for _, r := range results {
+		if st := r.GetStatus(); codes.Code(st.GetCode()) != codes.OK {
+			failed, failure = failed+1, cmp.Or(failure, st.GetMessage())
+		} else if len(ids) < maxLoggedEntries {
+			ids = append(ids, id(r))
+		}
+	}
+	if d, err := s.spireDeployment(); err == nil {
+		attrs = append(attrs, "deployment", d.Name)
+	}
+	attrs = append(attrs, "entries", len(results), "entry_ids", strings.Join(ids, " "))
+	if failed > 0 {
+		attrs = append(attrs, "failed", failed, "error", failure)
 	}
 	return attrs
 }

@@ -40,7 +40,10 @@ func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*
 	resp := &api.ListAgentsResponse{}
 	duplicated := d.Ledger.Duplicated()
 	for _, a := range agents {
-		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version}
+		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version, Reattestable: a.Reattestable}
+		for _, sel := range a.Selectors {
+			out.Selectors = append(out.Selectors, sel.Type+":"+sel.Value)
+		}
 		if c, ok := d.Ledger.Contact(out.Id); ok {
 			out.AppliedSequence, out.LastReport = c.Sequence, protoTime(c.At)
 		}
@@ -117,13 +120,23 @@ func agentID(text string) (spiffeid.ID, error) {
 }
 
 // ListEntries implements the service.
-func (s *Service) ListEntries(_ context.Context, req *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
+func (s *Service) ListEntries(ctx context.Context, req *api.ListEntriesRequest) (*api.ListEntriesResponse, error) {
 	d, err := s.find(req)
 	if err != nil {
 		return nil, err
 	}
+	entries := d.Server.EntrySet().All()
+	if req.GetAgentId() != "" {
+		id, err := agentID(req.GetAgentId())
+		if err != nil {
+			return nil, err
+		}
+		if entries, err = d.Server.EntriesOf(ctx, id); err != nil {
+			return nil, statusError(err)
+		}
+	}
 	resp := &api.ListEntriesResponse{}
-	for _, e := range d.Server.Entries() {
+	for _, e := range entries {
 		resp.Entries = append(resp.Entries, protoEntry(&e.Entry))
 	}
 	return resp, nil
@@ -288,6 +301,7 @@ func protoEntry(e *spireapi.Entry) *api.Entry {
 	if e.JWTTTL != 0 {
 		out.JwtTtl = durationpb.New(e.JWTTTL)
 	}
+	out.ExpiresAt = protoTime(e.ExpiresAt)
 	return out
 }
 
@@ -319,6 +333,9 @@ func parseEntry(p *api.Entry) (spireapi.Entry, error) {
 			return wrong("federates_with", name, err)
 		}
 		e.FederatesWith = append(e.FederatesWith, td)
+	}
+	if at := p.GetExpiresAt(); at != nil {
+		e.ExpiresAt = at.AsTime()
 	}
 	return e, nil
 }

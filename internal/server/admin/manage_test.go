@@ -12,6 +12,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/types/known/durationpb"
+	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/operator/renewd"
@@ -34,6 +35,7 @@ func TestEntries(t *testing.T) {
 		full.DnsNames = []string{"web.example.org", "a.example.org"}
 		full.X509Ttl, full.JwtTtl = durationpb.New(2*time.Hour), durationpb.New(time.Minute)
 		full.DisableX509SvidPrefetch, full.JwtSvidIncludeJti = true, true
+		full.ExpiresAt = timestamppb.New(time.Now().Add(time.Hour).Truncate(time.Second))
 		full.Selectors = append(full.Selectors, &api.Selector{Type: "unix", Value: "user:www"})
 		changes := func(of []*api.EntryChange) (out []string) {
 			for _, c := range of {
@@ -107,6 +109,39 @@ func TestEntries(t *testing.T) {
 		}
 		if n := len(list()); n != 2 {
 			t.Errorf("%d entries", n)
+		}
+	})
+}
+
+// TestEntriesOfAgent lists the entries that one agent serves.
+func TestEntriesOfAgent(t *testing.T) {
+	t.Parallel()
+	bubble(t, func(t *testing.T, w *world, _ *remote, c *renewd.Client) {
+		w.only().attest(t, spireapi.Agent{ID: agent("a"), Type: "k8s_psat", Selectors: []spireapi.Selector{{Type: "k8s_psat", Value: "cluster:one"}}})
+		below := func(id, parent string) *api.Entry {
+			e := entry(id, "/"+id)
+			e.ParentId = parent
+			return e
+		}
+		alias := below("cluster", serverID.String())
+		alias.Selectors = []*api.Selector{{Type: "k8s_psat", Value: "cluster:one"}}
+		_, err := c.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Entries: []*api.Entry{
+			alias, below("all", ""), below("own", agent("a").String()), below("pod", "spiffe://example.org/cluster"), below("other", agent("b").String()),
+		}})
+		check(t, err)
+		resp, err := c.ListEntries(t.Context(), &api.ListEntriesRequest{AgentId: agent("a").String()})
+		check(t, err)
+		var got []string
+		for _, e := range resp.GetEntries() {
+			got = append(got, e.GetId())
+		}
+		if !slices.Equal(got, []string{"all", "own", "pod"}) {
+			t.Errorf("the agent has %v", got)
+		}
+		for id, code := range map[string]codes.Code{agent("b").String(): codes.NotFound, "b": codes.InvalidArgument} {
+			if _, err := c.ListEntries(t.Context(), &api.ListEntriesRequest{AgentId: id}); status.Code(err) != code {
+				t.Errorf("agent %q: %v", id, err)
+			}
 		}
 	})
 }

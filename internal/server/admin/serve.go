@@ -12,6 +12,7 @@ import (
 	"slices"
 	"time"
 
+	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials"
 
@@ -77,7 +78,10 @@ func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials
 		Options: append(slices.Clone(s.config.Options),
 			grpc.ChainUnaryInterceptor(s.interceptUnary),
 			grpc.ChainStreamInterceptor(s.interceptBackup, rpc.Stream(&s.calls))),
-		Register: func(r grpc.ServiceRegistrar) { api.RegisterOperatorServer(r, s) },
+		Register: func(r grpc.ServiceRegistrar) {
+			api.RegisterOperatorServer(r, s)
+			entryv1.RegisterEntryServer(r, &entryService{s: s})
+		},
 	})
 }
 

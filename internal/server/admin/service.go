@@ -1,4 +1,5 @@
-// Package admin implements the Operator service of package api, and its authorization.
+// Package admin implements the Operator service of package api, the part of SPIRE's Entry
+// service that is for administrators, and their authorization.
 //
 // Operators call it at the admin socket, where the kernel identifies the user, or over
 // mTLS with an X.509-SVID of the trust domain. [Rules] give roles to users and SPIFFE IDs.

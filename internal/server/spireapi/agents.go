@@ -2,6 +2,7 @@ package spireapi
 
 import (
 	"context"
+	"crypto"
 	"errors"
 	"unicode/utf8"
 
@@ -16,7 +17,8 @@ import (
 	"github.com/renewd/renewd/internal/server/ledger"
 )
 
-// joinToken is the only attestation type that the server supports.
+// joinToken is the attestation type that every server supports; the others are those of
+// Config.NodeVerifiers.
 const joinToken = "join_token"
 
 // agentPath is the prefix of the path of every agent ID.
@@ -34,11 +36,14 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 		return status.Error(codes.InvalidArgument, "no attestation request")
 	}
 	data, csr := req.GetParams().GetData(), req.GetParams().GetParams().GetCsr()
+	verifier := s.verifiers[data.GetType()]
 	switch {
 	case data.GetType() == "":
 		return status.Error(codes.InvalidArgument, "missing attestation data type")
-	case data.GetType() != joinToken:
-		return status.Errorf(codes.FailedPrecondition, "attestation of type %q is not supported", data.GetType())
+	case data.GetType() != joinToken && verifier == nil:
+		err := status.Errorf(codes.FailedPrecondition, "attestation of type %.64q is not supported: this deployment accepts %s", data.GetType(), s.attestationTypes())
+		s.logNotAttested(ctx, data.GetType(), err)
+		return err
 	case len(data.GetPayload()) == 0:
 		return status.Error(codes.InvalidArgument, "missing attestation payload")
 	case len(csr) == 0:
@@ -48,31 +53,65 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
-	token := string(data.GetPayload())
-	id, err := s.agentForToken(ctx, token)
+	var token string
+	var node AttestedNode
+	if verifier == nil {
+		token = string(data.GetPayload())
+		node.ID, err = s.agentForToken(ctx, token)
+	} else {
+		node, err = s.verifyNode(stream, verifier, data.GetPayload())
+	}
 	if err != nil {
 		return err
 	}
+	svid, err := s.admitNode(ctx, token, Agent{ID: node.ID, Type: data.GetType(), Selectors: node.Selectors, Reattestable: verifier != nil}, key)
+	if err != nil {
+		return err
+	}
+	s.log.Info("agent attested", "agent_id", node.ID.String(), "type", data.GetType(), "expires_at", svid.NotAfter)
+	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
+		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid), Reattestable: verifier != nil},
+	}})
+}
+
+// admitNode signs an agent SVID and records the attested agent, in the place of one with
+// the same ID, whose SVIDs are no longer accepted then. token is spent, if it is not empty.
+func (s *Server) admitNode(ctx context.Context, token string, agent Agent, key crypto.PublicKey) (keyset.X509SVID, error) {
 	end := s.ledger.Begin()
 	defer end()
-	svid, err := s.keysets.SignX509(id, key, s.config.X509TTL)
+	svid, err := s.keysets.SignX509(agent.ID, key, s.config.X509TTL)
 	if err != nil {
-		return s.internalError("sign SVID", err)
+		return keyset.X509SVID{}, s.internalError("sign SVID", err)
 	}
+	agent.Serial, agent.ExpiresAt = svid.Serial, svid.NotAfter
+	var isNew bool
 	err = s.recordAgentSVID(ctx, token, svid, func(old *Agent) (*Agent, error) {
-		if old != nil && old.Banned {
-			return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
+		isNew = old == nil
+		switch {
+		case isNew:
+			return &agent, nil
+		case old.Banned:
+			return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", agent.ID)
+		case old.Type != agent.Type:
+			// A template of agent IDs could give a node the identity of another.
+			return nil, status.Errorf(codes.PermissionDenied, "agent %q is attested by %s: evict it before it attests by %s", agent.ID, old.Type, agent.Type)
 		}
-		return &Agent{ID: id, Type: joinToken, Serial: svid.Serial, ExpiresAt: svid.NotAfter}, nil
+		agent.Version = old.Version
+		return &agent, nil
 	})
-	if err != nil {
-		return err
+	if status.Code(err) == codes.PermissionDenied {
+		s.logNotAttested(ctx, agent.Type, err)
 	}
-	s.addExpiry(expiry{at: svid.NotAfter.Add(retention), agent: id})
-	s.log.Info("agent attested", "agent_id", id.String(), "type", joinToken, "expires_at", svid.NotAfter)
-	return stream.Send(&agentv1.AttestAgentResponse{Step: &agentv1.AttestAgentResponse_Result_{
-		Result: &agentv1.AttestAgentResponse_Result{Svid: protoX509(svid)},
-	}})
+	if err != nil {
+		return keyset.X509SVID{}, err
+	}
+	if isNew {
+		s.addExpiry(expiry{at: svid.NotAfter.Add(retention), agent: agent.ID})
+	}
+	if token == "" {
+		s.sweep(ctx)
+	}
+	return svid, nil
 }
 
 // errUnknownToken is the answer to an unknown join token.
@@ -119,6 +158,12 @@ func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRe
 	id, err := caller(ctx)
 	if err != nil {
 		return nil, err
+	}
+	switch agent, err := s.storage.Agent(ctx, id); {
+	case err != nil:
+		return nil, s.internalError("look up agent", err)
+	case agent != nil && agent.Reattestable:
+		return nil, denied(types.PermissionDeniedDetails_AGENT_MUST_REATTEST, "agent %q has to attest again instead of renewing", id)
 	}
 	csr := req.GetParams().GetCsr()
 	if len(csr) == 0 {

@@ -167,6 +167,44 @@ func TestAnonymousCalls(t *testing.T) {
 	})
 }
 
+// TestAnonymousCallsGiveWay: a call that has taken ten seconds, such as that of a caller
+// who does not answer, ends for a new one of the same address.
+func TestAnonymousCallsGiveWay(t *testing.T) {
+	t.Parallel()
+	seen := &counts{by: make(map[string]int)}
+	bubble(t, spireapi.Config{Observer: seen}, func(t *testing.T, s *running) {
+		at := s.from(t, "2001:db8:1::1")
+		stranger, agent := at.dial(t, nil), at.dial(t, nil)
+		bundle := func() error {
+			_, err := agent.GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
+			return err
+		}
+		check(t, bundle())
+		var silent []grpc.BidiStreamingClient[agentv1.AttestAgentRequest, agentv1.AttestAgentResponse]
+		for range 4 {
+			stream, err := stranger.AttestAgent(t.Context())
+			check(t, err)
+			silent = append(silent, stream)
+			synctest.Wait()
+			time.Sleep(time.Second)
+		}
+		wantCode(t, bundle(), codes.ResourceExhausted)
+		time.Sleep(6 * time.Second) // the first has had ten seconds, the others less
+		check(t, bundle())
+		_, err := silent[0].Recv()
+		wantCode(t, err, codes.Canceled)
+		if n := seen.limited("AttestAgent"); n < 1 {
+			t.Errorf("%d evicted calls are counted", n)
+		}
+		check(t, bundle()) // in the place that is free now
+		for _, stream := range silent[1:] {
+			check(t, stream.CloseSend())
+			_, err := stream.Recv()
+			wantCode(t, err, codes.InvalidArgument)
+		}
+	})
+}
+
 // TestAnonymousCallsOfOneSite: all clients of a /48, of which there can be 65,536,
 // have at most 32 calls in flight.
 func TestAnonymousCallsOfOneSite(t *testing.T) {

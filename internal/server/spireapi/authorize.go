@@ -111,13 +111,22 @@ func (s *Server) logRefused(ctx context.Context, method string, id spiffeid.ID, 
 
 type callerKey struct{}
 
-// caller returns the agent that authorize found for this call.
+// caller returns the ID of the agent that authorize found for this call.
 func caller(ctx context.Context) (spiffeid.ID, error) {
-	id, ok := ctx.Value(callerKey{}).(spiffeid.ID)
-	if !ok {
-		return spiffeid.ID{}, status.Error(codes.Internal, "call was not authorized")
+	agent, err := callingAgent(ctx)
+	if err != nil {
+		return spiffeid.ID{}, err
 	}
-	return id, nil
+	return agent.ID, nil
+}
+
+// callingAgent returns the agent that authorize found for this call, as it was then.
+func callingAgent(ctx context.Context) (*Agent, error) {
+	agent, ok := ctx.Value(callerKey{}).(*Agent)
+	if !ok {
+		return nil, status.Error(codes.Internal, "call was not authorized")
+	}
+	return agent, nil
 }
 
 func (s *Server) authorizeUnary(ctx context.Context, req any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
@@ -173,14 +182,15 @@ func (s *Server) authorize(ctx context.Context, method string) (context.Context,
 		return ctx, nil
 	}
 	id, svid, err := s.identify(ctx)
+	var agent *Agent
 	if err == nil {
-		err = s.admit(ctx, id, svid)
+		agent, err = s.admit(ctx, id, svid)
 	}
 	if err != nil {
 		s.logRefused(ctx, method, id, err)
 		return nil, err
 	}
-	return context.WithValue(ctx, callerKey{}, id), nil
+	return context.WithValue(ctx, callerKey{}, agent), nil
 }
 
 func (s *Server) identify(ctx context.Context) (id spiffeid.ID, svid *x509.Certificate, err error) {
@@ -199,11 +209,11 @@ func (s *Server) identify(ctx context.Context) (id spiffeid.ID, svid *x509.Certi
 	return id, svid, nil
 }
 
-func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certificate) error {
+func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certificate) (*Agent, error) {
 	serial := svid.SerialNumber.String()
 	agent, err := s.storage.Agent(ctx, id)
 	if err != nil {
-		return s.internalError("look up agent", err)
+		return nil, s.internalError("look up agent", err)
 	}
 	if s.becomesActive(agent, serial, svid) {
 		agent, err = s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
@@ -214,18 +224,18 @@ func (s *Server) admit(ctx context.Context, id spiffeid.ID, svid *x509.Certifica
 			return a, nil
 		})
 		if err != nil {
-			return s.internalError("activate SVID of agent", err)
+			return nil, s.internalError("activate SVID of agent", err)
 		}
 	}
 	switch {
 	case agent == nil:
-		return denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q is not attested", id)
+		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ATTESTED, "agent %q is not attested", id)
 	case agent.Banned:
-		return denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
+		return nil, denied(types.PermissionDeniedDetails_AGENT_BANNED, "agent %q is banned", id)
 	case agent.Serial != serial:
-		return denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "SVID %s is not the active one of agent %q", serial, id)
+		return nil, denied(types.PermissionDeniedDetails_AGENT_NOT_ACTIVE, "SVID %s is not the active one of agent %q", serial, id)
 	}
-	return nil
+	return agent, nil
 }
 
 // becomesActive reports whether an SVID that is not the agent's active one becomes

@@ -4,7 +4,6 @@ import (
 	"cmp"
 	"context"
 	"fmt"
-	"maps"
 	"slices"
 	"time"
 
@@ -18,10 +17,13 @@ type Selector struct{ Type, Value string }
 type Entry struct {
 	ID       string // at most 255 bytes
 	SPIFFEID spiffeid.ID
-	// ParentID is the agent that serves the entry; every agent when zero.
+	// ParentID says which agents serve the entry: the agent itself, the SPIFFE ID of an
+	// alias, or that of another entry; every agent when zero. An alias is an entry whose
+	// parent is the server, spiffe://<trust domain>/spire/server: an agent goes by its
+	// SPIFFE ID if the agent's node has all its Selectors.
 	ParentID spiffeid.ID
-	// Operator allows an entry of an operator's SPIFFE ID without ParentID; see
-	// [Config.IsOperator].
+	// Operator allows an entry of an operator's SPIFFE ID that is not for one agent
+	// only; see [Config.IsOperator].
 	Operator  bool `json:",omitempty"`
 	Selectors []Selector
 	// Hint lets a workload tell its identities apart.
@@ -39,7 +41,12 @@ type Entry struct {
 	// JWTSVIDIncludeJTI adds a jti claim to JWT-SVIDs, and makes agents use each of
 	// them for one answer only.
 	JWTSVIDIncludeJTI bool `json:",omitempty"`
+	// ExpiresAt is when the entry is deleted, in full seconds; never when zero.
+	ExpiresAt time.Time `json:",omitzero"`
 }
+
+// IsAlias reports whether an entry gives a SPIFFE ID to nodes, not to workloads.
+func (e *Entry) IsAlias() bool { return e.ParentID.Path() == serverPath }
 
 // StoredEntry is an Entry as the server stores it.
 type StoredEntry struct {
@@ -82,7 +89,23 @@ func (d Diff) Removed() (removed, before int) {
 	return removed, before
 }
 
-// Entries returns all entries, ordered by ID. Their slices must not be
+// EntrySet returns all entries as they are now.
+func (s *Server) EntrySet() *EntrySet { return s.entries.Load() }
+
+// EntriesOf returns the entries that an agent serves, ordered by ID. It returns ErrNotFound for
+// an agent that is not attested.
+func (s *Server) EntriesOf(ctx context.Context, id spiffeid.ID) ([]*StoredEntry, error) {
+	agent, err := s.storage.Agent(ctx, id)
+	switch {
+	case err != nil:
+		return nil, fmt.Errorf("entries of agent %s: %w", id, err)
+	case agent == nil:
+		return nil, fmt.Errorf("entries of agent %s: %w", id, ErrNotFound)
+	}
+	return s.EntrySet().Authorized(agent), nil
+}
+
+// Entries returns copies of all entries, ordered by ID. Their slices must not be
 // modified.
 func (s *Server) Entries() []StoredEntry {
 	set := s.entries.Load()
@@ -113,15 +136,20 @@ func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun boo
 			return Diff{}, fmt.Errorf("apply entries: %w", &EntryError{e.ID, "id", "appears twice"})
 		}
 		keep[e.ID] = true
+		if err := s.checkEntry(e); err != nil {
+			return Diff{}, fmt.Errorf("apply entries: %w", err)
+		}
 	}
-	d, err := s.changeEntries(ctx, entries, func(cur *entrySet) []string {
-		var remove []string
-		for _, e := range cur.sorted {
+	d, err := s.editEntries(ctx, func(edit *EntryEdit) error {
+		for _, e := range entries {
+			edit.putChecked(e)
+		}
+		for _, e := range edit.before.All() {
 			if !keep[e.ID] {
-				remove = append(remove, e.ID)
+				edit.Delete(e.ID)
 			}
 		}
-		return remove
+		return nil
 	}, dryRun, accept)
 	if err != nil {
 		return Diff{}, fmt.Errorf("apply entries: %w", err)
@@ -135,7 +163,10 @@ func acceptAny(Diff) error { return nil }
 // Before and After are equal if nothing has changed. An invalid entry is refused
 // with an [EntryError].
 func (s *Server) UpsertEntry(ctx context.Context, e Entry) (EntryChange, error) {
-	d, err := s.changeEntries(ctx, []Entry{e}, func(*entrySet) []string { return nil }, false, acceptAny)
+	d, err := s.EditEntries(ctx, func(edit *EntryEdit) error {
+		_, err := edit.Put(e)
+		return err
+	})
 	switch {
 	case err != nil:
 		return EntryChange{}, fmt.Errorf("upsert entry: %w", err)
@@ -148,84 +179,188 @@ func (s *Server) UpsertEntry(ctx context.Context, e Entry) (EntryChange, error) 
 
 // DeleteEntry deletes an entry. It returns ErrNotFound when there is none.
 func (s *Server) DeleteEntry(ctx context.Context, id string) error {
-	d, err := s.changeEntries(ctx, nil, func(cur *entrySet) []string {
-		if cur.byID[id] == nil {
-			return nil
+	_, err := s.EditEntries(ctx, func(edit *EntryEdit) error {
+		if !edit.Delete(id) {
+			return ErrNotFound
 		}
-		return []string{id}
-	}, false, acceptAny)
-	switch {
-	case err != nil:
+		return nil
+	})
+	if err != nil {
 		return fmt.Errorf("delete entry %q: %w", id, err)
-	case len(d.Changes) == 0:
-		return fmt.Errorf("delete entry %q: %w", id, ErrNotFound)
 	}
 	return nil
 }
 
-// changeEntries stores entries and deletes those whose IDs remove returns, unless
-// accept returns an error. One writer at a time runs here, the call of storage
-// included; readers never wait.
-func (s *Server) changeEntries(ctx context.Context, entries []Entry, remove func(cur *entrySet) []string, dryRun bool, accept func(Diff) error) (Diff, error) {
-	for _, e := range entries {
-		if err := s.checkEntry(e); err != nil {
-			return Diff{}, err
+// PruneEntries deletes the entries whose ExpiresAt has passed.
+func (s *Server) PruneEntries(ctx context.Context) error {
+	now := s.config.AtLeast()
+	expired := func(e *StoredEntry) bool { return !e.ExpiresAt.IsZero() && e.ExpiresAt.Before(now) }
+	if !slices.ContainsFunc(s.EntrySet().All(), expired) {
+		return nil
+	}
+	d, err := s.EditEntries(ctx, func(edit *EntryEdit) error {
+		for _, e := range edit.before.All() {
+			if expired(e) {
+				edit.Delete(e.ID)
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		return fmt.Errorf("delete expired entries: %w", err)
+	}
+	for _, c := range d.Changes {
+		s.log.Info("expired entry deleted", "entry_id", c.Before.ID, "spiffe_id", c.Before.SPIFFEID.String())
+	}
+	return nil
+}
+
+// EntryEdit is a change of several entries that is being prepared; see
+// [Server.EditEntries]. It is not safe for concurrent use. What it returns must not be
+// modified.
+type EntryEdit struct {
+	s         *Server
+	before    *EntrySet
+	edits     map[string]*StoredEntry  // by ID; nil: to be removed
+	put       map[spiffeid.ID][]string // the IDs of those with a SPIFFE ID that are to be stored
+	now       time.Time
+	revision  int64
+	unchanged int
+}
+
+// Entry returns an entry by ID as it will be; nil if there will be none.
+func (c *EntryEdit) Entry(id string) *StoredEntry {
+	if e, edited := c.edits[id]; edited {
+		return e
+	}
+	return c.before.Entry(id)
+}
+
+// Similar returns an entry as it will be that has the same SPIFFE ID, parent and
+// selectors, by which a SPIRE server tells duplicates; nil if there is none.
+func (c *EntryEdit) Similar(e Entry) *StoredEntry {
+	e = canonical(e)
+	similar := func(other *StoredEntry) bool {
+		return other != nil && other.SPIFFEID == e.SPIFFEID && other.ParentID == e.ParentID && slices.Equal(other.Selectors, e.Selectors)
+	}
+	for _, other := range c.before.OfSPIFFEID(e.SPIFFEID) {
+		if other = c.Entry(other.ID); similar(other) {
+			return other
 		}
 	}
+	for _, id := range c.put[e.SPIFFEID] {
+		if other := c.Entry(id); similar(other) {
+			return other
+		}
+	}
+	return nil
+}
+
+// Put adds an entry, or replaces the one with the same ID, and returns it as it will be
+// stored. It refuses an invalid entry with an [EntryError]. Without a difference the entry
+// stays as it is.
+func (c *EntryEdit) Put(e Entry) (*StoredEntry, error) {
+	if err := c.s.checkEntry(e); err != nil {
+		return nil, err
+	}
+	return c.putChecked(e), nil
+}
+
+func (c *EntryEdit) putChecked(e Entry) *StoredEntry {
+	stored := &StoredEntry{Entry: canonical(e), CreatedAt: c.now.Truncate(time.Second)}
+	if old := c.Entry(e.ID); old != nil {
+		if equalEntry(old.Entry, stored.Entry) {
+			c.unchanged++
+			return old
+		}
+		stored.CreatedAt = old.CreatedAt
+	}
+	c.revision++
+	stored.Revision = c.revision
+	c.edits[e.ID] = stored
+	c.put[e.SPIFFEID] = append(c.put[e.SPIFFEID], e.ID)
+	return stored
+}
+
+// Delete removes an entry. It reports whether there was one.
+func (c *EntryEdit) Delete(id string) bool {
+	if c.Entry(id) == nil {
+		return false
+	}
+	if c.before.Entry(id) == nil {
+		delete(c.edits, id) // added by this edit
+	} else {
+		c.edits[id] = nil
+	}
+	return true
+}
+
+func (c *EntryEdit) diff() Diff {
+	d := Diff{Unchanged: c.unchanged}
+	for id, after := range c.edits {
+		var change EntryChange
+		if before := c.before.Entry(id); before != nil {
+			change.Before = &before.Entry
+		}
+		if after != nil {
+			change.After = &after.Entry
+		}
+		d.Changes = append(d.Changes, change)
+	}
+	slices.SortFunc(d.Changes, func(a, b EntryChange) int { return cmp.Compare(a.id(), b.id()) })
+	return d
+}
+
+// EditEntries stores what edit does to the entries, in one atomic step, and returns the
+// difference. No other change happens in between, so edit must not call the Server. If it
+// returns an error, nothing changes and EditEntries returns that error. For errors of
+// storage see [Server.ApplyEntries].
+func (s *Server) EditEntries(ctx context.Context, edit func(*EntryEdit) error) (Diff, error) {
+	return s.editEntries(ctx, edit, false, acceptAny)
+}
+
+// editEntries stores what edit does, unless accept returns an error. One writer at a time
+// runs here, the call of storage included; readers never wait.
+func (s *Server) editEntries(ctx context.Context, prepare func(*EntryEdit) error, dryRun bool, accept func(Diff) error) (Diff, error) {
 	select {
 	case s.entriesSem <- struct{}{}:
 		defer func() { <-s.entriesSem }()
 	case <-ctx.Done():
 		return Diff{}, fmt.Errorf("wait for another change of entries: %w", ctx.Err())
 	}
-	cur := s.entries.Load()
-	var d Diff
-	var put []StoredEntry
-	now := s.now().UTC()
-	revision := max(cur.revision, now.UnixNano())
-	for _, e := range entries {
-		e = canonical(e)
-		stored := StoredEntry{Entry: e, CreatedAt: now.Truncate(time.Second)}
-		change := EntryChange{After: &e}
-		if old := cur.byID[e.ID]; old != nil {
-			if equalEntry(old.Entry, e) {
-				d.Unchanged++
-				continue
-			}
-			change.Before, stored.CreatedAt = &old.Entry, old.CreatedAt
-		}
-		revision++
-		stored.Revision = revision
-		put = append(put, stored)
-		d.Changes = append(d.Changes, change)
+	c := &EntryEdit{s: s, before: s.entries.Load(), edits: make(map[string]*StoredEntry), put: make(map[spiffeid.ID][]string), now: s.now().UTC()}
+	c.revision = max(c.before.revision, c.now.UnixNano())
+	if err := prepare(c); err != nil {
+		return Diff{}, err
 	}
-	drop := remove(cur)
-	for _, id := range drop {
-		d.Changes = append(d.Changes, EntryChange{Before: &cur.byID[id].Entry})
-	}
-	slices.SortFunc(d.Changes, func(a, b EntryChange) int { return cmp.Compare(a.id(), b.id()) })
+	d := c.diff()
 	if err := accept(d); err != nil {
 		return Diff{}, err
 	}
 	if dryRun || len(d.Changes) == 0 {
 		return d, nil
 	}
-	if err := s.storage.PutEntries(ctx, put, drop); err != nil {
+	var put []StoredEntry
+	var remove []string
+	edits := make([]edit, 0, len(c.edits))
+	for id, e := range c.edits {
+		edits = append(edits, edit{id, e})
+		if e == nil {
+			remove = append(remove, id)
+		} else {
+			put = append(put, *e)
+		}
+	}
+	if err := s.storage.PutEntries(ctx, put, remove); err != nil {
 		// The change may have been stored: serve what storage has.
 		if loadErr := s.loadEntries(context.WithoutCancel(ctx)); loadErr != nil {
 			s.log.Error("entries neither stored nor reloaded", "error", loadErr)
 		}
 		return Diff{}, err
 	}
-	next := maps.Clone(cur.byID)
-	for _, id := range drop {
-		delete(next, id)
-	}
-	for i := range put {
-		next[put[i].ID] = &put[i]
-	}
-	s.entries.Store(newEntrySet(next, revision))
-	s.log.Info("entries changed", "stored", len(put), "deleted", len(drop), "total", len(next))
+	next := c.before.with(edits, c.revision)
+	s.entries.Store(next)
+	s.log.Info("entries changed", "stored", len(put), "deleted", len(remove), "total", len(next.sorted))
 	return d, nil
 }
 
@@ -235,13 +370,13 @@ func (s *Server) loadEntries(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("load entries: %w", err)
 	}
-	entries := make(map[string]*StoredEntry, len(stored))
+	entries := make([]*StoredEntry, len(stored))
 	var revision int64
 	if cur := s.entries.Load(); cur != nil {
 		revision = cur.revision
 	}
 	for i := range stored {
-		entries[stored[i].ID] = &stored[i]
+		entries[i] = &stored[i]
 		revision = max(revision, stored[i].Revision)
 	}
 	s.entries.Store(newEntrySet(entries, revision))

@@ -315,9 +315,18 @@ func TestInvalidEntriesChangeNothing(t *testing.T) {
 			"long X.509 TTL":     {"x509_ttl", func(e *spireapi.Entry) { e.X509TTL = 169 * time.Hour }},
 			"negative JWT TTL":   {"jwt_ttl", func(e *spireapi.Entry) { e.JWTTTL = -1 }},
 			"fleeting JWT TTL":   {"jwt_ttl", func(e *spireapi.Entry) { e.JWTTTL = time.Second - 1 }},
-			"parent is no agent": {"parent_id", func(e *spireapi.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/node/1") }},
+			"reserved parent":    {"parent_id", func(e *spireapi.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/spire/agents") }},
+			"all of /spire":      {"parent_id", func(e *spireapi.Entry) { e.ParentID = spiffeid.RequireFromPath(td, "/spire") }},
 			"parent is a domain": {"parent_id", func(e *spireapi.Entry) { e.ParentID = td.ID() }},
-			"long hint":          {"hint", func(e *spireapi.Entry) { e.Hint = strings.Repeat("x", 1025) }},
+			"long parent": {"parent_id", func(e *spireapi.Entry) {
+				e.ParentID = spiffeid.RequireFromPath(td, "/"+strings.Repeat("x", 2048-len("spiffe://example.org")))
+			}},
+			"expires in a fraction of a second": {"expires_at", func(e *spireapi.Entry) { e.ExpiresAt = time.Unix(1, 1) }},
+			"expires in 1970":                   {"expires_at", func(e *spireapi.Entry) { e.ExpiresAt = time.Unix(0, 0) }},
+			"alias is reserved": {"spiffe_id", func(e *spireapi.Entry) {
+				e.ParentID, e.SPIFFEID = serverID, spiffeid.RequireFromPath(td, "/spire/agent/x")
+			}},
+			"long hint": {"hint", func(e *spireapi.Entry) { e.Hint = strings.Repeat("x", 1025) }},
 			"too large by selectors": {"size", func(e *spireapi.Entry) {
 				e.Selectors = []spireapi.Selector{{Type: "k8s", Value: strings.Repeat("x", 64<<10)}}
 			}},

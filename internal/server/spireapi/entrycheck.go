@@ -52,20 +52,24 @@ func (s *Server) checkEntry(e Entry) error {
 		return wrong("spiffe_id", "%q has no path", e.SPIFFEID)
 	case len(e.SPIFFEID.String()) > maxSPIFFEID:
 		return wrong("spiffe_id", "is longer than %d bytes", maxSPIFFEID)
-	case e.SPIFFEID.Path() == "/spire" || strings.HasPrefix(e.SPIFFEID.Path(), "/spire/"):
+	case isReservedPath(e.SPIFFEID.Path()):
 		return wrong("spiffe_id", "%q is reserved for servers and agents", e.SPIFFEID)
 	case !e.ParentID.IsZero() && !e.ParentID.MemberOf(s.td):
 		return wrong("parent_id", "%q is not of trust domain %q", e.ParentID, s.td.Name())
-	case !e.ParentID.IsZero() && !strings.HasPrefix(e.ParentID.Path(), agentPath):
-		return wrong("parent_id", "%q is not an agent ID: name an agent, or leave it out for all agents", e.ParentID)
-	case e.ParentID.IsZero() && !e.Operator && s.config.IsOperator(e.SPIFFEID):
-		return wrong("parent_id", "is not set, and %q is an operator's ID, so every agent could act as that operator: name the agent that serves the entry, or set operator: true to allow every agent", e.SPIFFEID)
+	case !e.ParentID.IsZero() && !isParentPath(e.ParentID.Path()):
+		return wrong("parent_id", "%q is neither an agent's ID nor that of an alias: name one of them, or leave it out for all agents", e.ParentID)
+	case len(e.ParentID.String()) > maxSPIFFEID:
+		return wrong("parent_id", "is longer than %d bytes", maxSPIFFEID)
+	case !e.Operator && !e.IsAlias() && !strings.HasPrefix(e.ParentID.Path(), agentPath) && s.config.IsOperator(e.SPIFFEID):
+		return wrong("parent_id", "does not name one agent, and %q is an operator's ID, so several agents could act as that operator: name the agent that serves the entry, or set operator: true to allow every agent", e.SPIFFEID)
 	case len(e.Selectors) == 0:
 		return wrong("selectors", "is empty, so the entry would match every workload: add a selector")
 	case len(e.Hint) > maxHint:
 		return wrong("hint", "is longer than %d bytes", maxHint)
 	case e.JWTTTL != 0 && e.JWTTTL < time.Second:
 		return wrong("jwt_ttl", "%v is shorter than a second", e.JWTTTL)
+	case !e.ExpiresAt.IsZero() && (e.ExpiresAt.Unix() <= 0 || e.ExpiresAt.Nanosecond() != 0):
+		return wrong("expires_at", "%v is not a time in full seconds after 1970", e.ExpiresAt)
 	case slices.Contains(e.FederatesWith, s.td):
 		return wrong("federates_with", "%q is the entry's own trust domain", s.td.Name())
 	}
@@ -81,10 +85,19 @@ func (s *Server) checkEntry(e Entry) error {
 		return wrong("x509_ttl", "%v", err)
 	}
 	stored := StoredEntry{Entry: e}
-	if n := proto.Size(stored.proto(e.ParentID, nil)); n > maxEntrySize {
+	if n := proto.Size(stored.Proto(e.ParentID, nil)); n > maxEntrySize {
 		return wrong("size", "is %d bytes, more than %d: shorten selectors, federates_with or dns_names", n, maxEntrySize)
 	}
 	return nil
+}
+
+// isReservedPath reports whether workloads and aliases cannot have a path.
+func isReservedPath(path string) bool { return path == "/spire" || strings.HasPrefix(path, "/spire/") }
+
+// isParentPath reports whether a path can be that of a parent: of an agent, of the server,
+// or of an alias or workload.
+func isParentPath(path string) bool {
+	return strings.HasPrefix(path, agentPath) || path == serverPath || path != "" && !isReservedPath(path)
 }
 
 // maxListed bounds how many entries [Server.logInvalidEntries] lists.
@@ -127,6 +140,9 @@ func canonical(e Entry) Entry {
 	e.FederatesWith = slices.Clone(e.FederatesWith)
 	slices.SortFunc(e.FederatesWith, spiffeid.TrustDomain.Compare)
 	e.FederatesWith = slices.Compact(e.FederatesWith)
+	if !e.ExpiresAt.IsZero() {
+		e.ExpiresAt = e.ExpiresAt.UTC()
+	}
 	e.DNSNames = slices.Clone(e.DNSNames)
 	for i, name := range e.DNSNames {
 		e.DNSNames[i] = strings.ToLower(name)
@@ -138,6 +154,7 @@ func equalEntry(a, b Entry) bool {
 	return a.ID == b.ID && a.SPIFFEID == b.SPIFFEID && a.ParentID == b.ParentID && a.Operator == b.Operator && a.Hint == b.Hint &&
 		a.X509TTL == b.X509TTL && a.JWTTTL == b.JWTTTL &&
 		a.DisableX509SVIDPrefetch == b.DisableX509SVIDPrefetch && a.JWTSVIDIncludeJTI == b.JWTSVIDIncludeJTI &&
+		a.ExpiresAt.Equal(b.ExpiresAt) &&
 		slices.Equal(a.Selectors, b.Selectors) && slices.Equal(a.FederatesWith, b.FederatesWith) &&
 		slices.Equal(a.DNSNames, b.DNSNames)
 }

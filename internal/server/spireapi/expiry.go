@@ -70,8 +70,8 @@ func (s *Server) addExpiry(e expiry) {
 }
 
 // sweep deletes expired join tokens, and agents after their retention. Banned
-// agents are kept. It runs whenever a join token is made, because every agent needs
-// one: so storage does not grow without bound, and no task has to scan all of it.
+// agents are kept. It runs whenever a join token is made and whenever a node attests
+// without one: so storage does not grow without bound, and no task has to scan all of it.
 func (s *Server) sweep(ctx context.Context) {
 	for range sweepSize {
 		e, ok := s.popExpired()

@@ -1,9 +1,9 @@
 // Package spireapi is the embedded signing server: the services of the SPIRE
 // Server API that an agent needs, over the keysets of one deployment.
 //
-// Agents join with a one-time token (AttestAgent, RenewAgent, PostStatus),
-// fetch the entries that they serve (SyncAuthorizedEntries, GetAuthorizedEntries)
-// and the trust bundles (GetBundle, GetFederatedBundle), and have SVIDs signed
+// Agents join with a one-time token or by what their node is (AttestAgent,
+// RenewAgent, PostStatus; see [NodeVerifier]), fetch the entries that they
+// serve (SyncAuthorizedEntries, GetAuthorizedEntries) and the trust bundles (GetBundle, GetFederatedBundle), and have SVIDs signed
 // (BatchNewX509SVID, NewJWTSVID). Every SVID is recorded in the [Ledger]
 // before it is sent, and agents may report their progress in a rotation
 // (renewd's own Fleet service). Every other RPC answers Unimplemented. Operators
@@ -129,8 +129,10 @@ type Config struct {
 	// ConnectionAge is when a client is asked to reconnect: after three minutes
 	// when zero, never when negative.
 	ConnectionAge time.Duration
+	// NodeVerifiers attest nodes, each another type. Join tokens are always accepted.
+	NodeVerifiers []NodeVerifier
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
-	// such an ID needs ParentID or Operator. When nil, no ID may.
+	// such an ID needs an agent's ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
 	// Ledger records every SVID before it is sent.
 	Ledger Ledger
@@ -171,7 +173,9 @@ type Server struct {
 	limits   *limits
 	tls      *tls.Config
 
-	entries    atomic.Pointer[entrySet]
+	verifiers map[string]NodeVerifier // by type
+
+	entries    atomic.Pointer[EntrySet]
 	entriesSem chan struct{} // a semaphore for writers of entries
 
 	rendered atomic.Pointer[published]
@@ -210,6 +214,10 @@ func New(c Config) (*Server, error) {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
 	}
 	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
+	var err error
+	if s.verifiers, err = verifiersByType(c.NodeVerifiers); err != nil {
+		return nil, fmt.Errorf("new server: %w", err)
+	}
 	ctx := context.Background()
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle

@@ -31,7 +31,7 @@ type signed struct {
 // BatchNewX509SVID answers each item in order, with its own status. The SVIDs are
 // recorded together: if that fails, so does the call.
 func (v *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNewX509SVIDRequest) (*svidv1.BatchNewX509SVIDResponse, error) {
-	agent, err := caller(ctx)
+	agent, err := callingAgent(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -82,7 +82,7 @@ func (v *svidService) BatchNewX509SVID(ctx context.Context, req *svidv1.BatchNew
 	return resp, nil
 }
 
-func (v *svidService) x509(agent spiffeid.ID, p *svidv1.NewX509SVIDParams) (*types.X509SVID, ledger.Row, error) {
+func (v *svidService) x509(agent *Agent, p *svidv1.NewX509SVIDParams) (*types.X509SVID, ledger.Row, error) {
 	refused := func(err error) (*types.X509SVID, ledger.Row, error) { return nil, ledger.Row{}, err }
 	switch {
 	case p.GetEntryId() == "":
@@ -90,7 +90,7 @@ func (v *svidService) x509(agent spiffeid.ID, p *svidv1.NewX509SVIDParams) (*typ
 	case len(p.GetCsr()) == 0:
 		return refused(status.Error(codes.InvalidArgument, "missing CSR"))
 	}
-	entry := v.s.entries.Load().find(agent, p.GetEntryId())
+	entry := v.s.EntrySet().find(agent, p.GetEntryId())
 	if entry == nil {
 		return refused(status.Error(codes.NotFound, "entry not found or not authorized"))
 	}
@@ -104,7 +104,7 @@ func (v *svidService) x509(agent spiffeid.ID, p *svidv1.NewX509SVIDParams) (*typ
 	}
 	out := protoX509(svid)
 	out.Hint = entry.Hint
-	return out, ledgerRow(svid, agent, entry.ID), nil
+	return out, ledgerRow(svid, agent.ID, entry.ID), nil
 }
 
 // ledgerRow returns the ledger's row for an SVID.
@@ -113,7 +113,7 @@ func ledgerRow(v keyset.X509SVID, agent spiffeid.ID, entryID string) ledger.Row 
 }
 
 func (v *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequest) (*svidv1.NewJWTSVIDResponse, error) {
-	agent, err := caller(ctx)
+	agent, err := callingAgent(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -128,8 +128,8 @@ func (v *svidService) NewJWTSVID(ctx context.Context, req *svidv1.NewJWTSVIDRequ
 	return &svidv1.NewJWTSVIDResponse{Svid: svid}, nil
 }
 
-func (v *svidService) jwt(ctx context.Context, agent spiffeid.ID, req *svidv1.NewJWTSVIDRequest) (*types.JWTSVID, error) {
-	entry := v.s.entries.Load().find(agent, req.GetEntryId())
+func (v *svidService) jwt(ctx context.Context, agent *Agent, req *svidv1.NewJWTSVIDRequest) (*types.JWTSVID, error) {
+	entry := v.s.EntrySet().find(agent, req.GetEntryId())
 	if entry == nil {
 		return nil, status.Error(codes.NotFound, "entry not found or not authorized")
 	}

@@ -19,14 +19,14 @@ type entryService struct {
 }
 
 func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.GetAuthorizedEntriesRequest) (*entryv1.GetAuthorizedEntriesResponse, error) {
-	id, err := caller(ctx)
+	agent, err := callingAgent(ctx)
 	if err != nil {
 		return nil, err
 	}
-	entries := e.s.entries.Load().authorized(id)
+	entries := e.s.EntrySet().Authorized(agent)
 	resp := &entryv1.GetAuthorizedEntriesResponse{Entries: make([]*types.Entry, len(entries))}
 	for i, entry := range entries {
-		resp.Entries[i] = entry.proto(id, req.GetOutputMask())
+		resp.Entries[i] = entry.Proto(agent.ID, req.GetOutputMask())
 	}
 	return resp, nil
 }
@@ -37,7 +37,7 @@ func (e *entryService) GetAuthorizedEntries(ctx context.Context, req *entryv1.Ge
 // that it names, at most pageSize and each of them once, until the agent closes the
 // stream. All answers are from the same set of entries.
 func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[entryv1.SyncAuthorizedEntriesRequest, entryv1.SyncAuthorizedEntriesResponse]) error {
-	id, err := caller(stream.Context())
+	agent, err := callingAgent(stream.Context())
 	if err != nil {
 		return err
 	}
@@ -52,12 +52,11 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 	case mask != nil && !mask.GetRevisionNumber():
 		return status.Error(codes.InvalidArgument, "the revision number must not be masked")
 	}
-	set := e.s.entries.Load()
-	entries := set.authorized(id)
+	entries := e.s.EntrySet().Authorized(agent)
 	if len(entries) <= pageSize {
 		p := newPage(len(entries))
 		for _, entry := range entries {
-			p.add(entry.proto(id, mask))
+			p.add(entry.Proto(agent.ID, mask))
 		}
 		if p.bytes <= pageBytes {
 			return stream.Send(p.resp)
@@ -86,12 +85,12 @@ func (e *entryService) SyncAuthorizedEntries(stream grpc.BidiStreamingServer[ent
 		p := newPage(len(req.GetIds()))
 		answered := make(map[string]bool, len(req.GetIds()))
 		for _, entryID := range req.GetIds() {
-			entry := set.find(id, entryID)
-			if entry == nil || answered[entryID] {
+			at, found := search(entries, entryID)
+			if !found || answered[entryID] {
 				continue // does not exist, is of another agent, or was named before
 			}
 			answered[entryID] = true
-			out := entry.proto(id, mask)
+			out := entries[at].Proto(agent.ID, mask)
 			if !p.fits(out) {
 				p.resp.More = true
 				if err := stream.Send(p.resp); err != nil {

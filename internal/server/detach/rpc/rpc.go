@@ -19,7 +19,7 @@ import (
 func Unary(g *detach.Group) grpc.UnaryServerInterceptor {
 	return func(ctx context.Context, req any, _ *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (any, error) {
 		resp, err := detach.Do(ctx, g, func() (any, error) { return handler(ctx, req) })
-		return resp, Error(err)
+		return resp, ended(ctx, err)
 	}
 }
 
@@ -30,8 +30,19 @@ func Stream(g *detach.Group) grpc.StreamServerInterceptor {
 		s := &leaving{ServerStream: stream}
 		_, err := detach.Do(stream.Context(), g, func() (struct{}, error) { return struct{}{}, handler(srv, s) })
 		s.leave()
-		return Error(err)
+		return ended(stream.Context(), err)
 	}
+}
+
+// ended returns the error of a call. If the call was canceled with a status, that is it,
+// whatever the handler made of the canceled context.
+func ended(ctx context.Context, err error) error {
+	if cause := context.Cause(ctx); err != nil && cause != nil {
+		if _, ok := status.FromError(cause); ok {
+			return cause
+		}
+	}
+	return Error(err)
 }
 
 // Error converts an error of package detach to a status. Other errors are returned
