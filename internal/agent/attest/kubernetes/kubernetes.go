@@ -14,7 +14,7 @@
 //
 // An image has two selectors: the name that the kubelet reports, and its digest.
 //
-// The kubelet is asked when a container is not known, and for a known one when its
+// The kubelet is asked when a container is not known, and for a known one before its
 // answer is older than [MaxAge]. All callers share one request.
 package kubernetes
 
@@ -36,7 +36,10 @@ const Name = "k8s"
 const (
 	// MaxAge is how old a label, an image or the presence of a container in a selector may be:
 	// an answer of the kubelet or of the API server is used again for this long.
-	MaxAge = 5 * time.Second
+	MaxAge = 6 * time.Second
+	// refreshAge is the age of an answer from which the next one is asked for, so that
+	// under steady load no caller waits for it.
+	refreshAge = 5 * time.Second
 	// HeldFor is how long the last good answer about a known container is used if the
 	// kubelet does not answer. Kubernetes by default evicts the pods of such a node
 	// after the same time.
@@ -156,8 +159,8 @@ func (a *Attestor) Name() string { return Name }
 // Attest returns the selectors of the pod and the container of the process. A process that
 // is in no pod has none. As in SPIRE, nor has one in an ephemeral container, unless
 // SkipContainer is set: who may debug a pod does not thereby get its identity. A container that the kubelet does not report yet is waited
-// for. If the kubelet does not answer, Attest returns what it last reported about a known
-// container with the error, for up to [HeldFor].
+// for. If the kubelet does not answer, soon for a known container, Attest returns what it
+// last reported about it with the error, for up to [HeldFor].
 func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector, error) {
 	c, err := a.view.Read(p)
 	if err != nil {
@@ -170,39 +173,66 @@ func (a *Attestor) selectors(ctx context.Context, c cgroup.Container) ([]cache.S
 	if !c.Pod {
 		return nil, nil
 	}
+	known, age := a.lastKnown(c)
+	if known.pod != nil && age < MaxAge {
+		a.pods.refresh(time.Now().Add(-refreshAge))
+		return a.describe(ctx, known)
+	}
+	limit := requestTimeout + time.Duration(a.cfg.PollAttempts)*a.cfg.PollInterval
+	if known.pod != nil {
+		limit = refreshWait
+	}
+	found, err := a.find(ctx, c, limit)
+	if err == nil {
+		return a.describe(ctx, found)
+	}
+	// A new list may not have it any more.
+	if known, age = a.lastKnown(c); known.pod == nil || ctx.Err() != nil {
+		return nil, err
+	}
+	selectors, describeErr := a.describe(ctx, known)
+	return selectors, errors.Join(fmt.Errorf("selectors of the pod are %s old: %w", age.Round(time.Second), err), describeErr)
+}
+
+// refreshWait is how long the attestation of a known container waits for a new answer.
+const refreshWait = 2 * time.Second
+
+// lastKnown returns what the last good list says about a container, and its age. There is
+// nothing after HeldFor.
+func (a *Attestor) lastKnown(c cgroup.Container) (found, time.Duration) {
 	held := a.pods.last()
-	oldest := time.Now().Add(-MaxAge)
-	ctx, cancel := context.WithTimeout(ctx, requestTimeout+time.Duration(a.cfg.PollAttempts)*a.cfg.PollInterval)
+	if held == nil {
+		return found{}, 0
+	}
+	f, err := held.value.find(c, a.cfg.SkipContainer)
+	age := time.Since(held.asked)
+	if err != nil || age > HeldFor {
+		return found{}, 0
+	}
+	return f, age
+}
+
+// find looks for a container in lists that are younger than MaxAge.
+func (a *Attestor) find(ctx context.Context, c cgroup.Container, limit time.Duration) (found, error) {
+	limited, cancel := context.WithTimeout(ctx, limit)
 	defer cancel()
+	oldest := time.Now().Add(-MaxAge)
 	for range a.cfg.PollAttempts {
-		list, err := a.pods.after(ctx, oldest)
-		if err != nil {
-			return a.lastKnown(ctx, held, c, err)
+		list, err := a.pods.after(limited, oldest)
+		switch {
+		case err != nil && limited.Err() != nil && ctx.Err() == nil:
+			return found{}, fmt.Errorf("no answer of the kubelet within %s", limit)
+		case err != nil:
+			return found{}, err
 		}
-		found, err := list.value.find(c, a.cfg.SkipContainer)
-		if err != nil {
-			return nil, err
-		}
-		if found.pod != nil {
-			return a.describe(ctx, found)
+		f, err := list.value.find(c, a.cfg.SkipContainer)
+		if err != nil || f.pod != nil {
+			return f, err
 		}
 		oldest = list.asked
 	}
-	return nil, fmt.Errorf("container %s is not in the kubelet's list of pods after %d attempts, %s apart",
+	return found{}, fmt.Errorf("container %s is not in the kubelet's list of pods after %d attempts, %s apart",
 		c.ID, a.cfg.PollAttempts, a.cfg.PollInterval)
-}
-
-// lastKnown answers from the last good list because of a failure.
-func (a *Attestor) lastKnown(ctx context.Context, held *answer[*podList], c cgroup.Container, failure error) ([]cache.Selector, error) {
-	if ctx.Err() != nil || held == nil || time.Since(held.asked) > HeldFor {
-		return nil, failure
-	}
-	found, err := held.value.find(c, a.cfg.SkipContainer)
-	if err != nil || found.pod == nil {
-		return nil, failure
-	}
-	selectors, err := a.describe(ctx, found)
-	return selectors, errors.Join(fmt.Errorf("selectors of the pod are %s old: %w", time.Since(held.asked).Round(time.Second), failure), err)
 }
 
 // describe returns the selectors of a container. Labels of the namespace that cannot be

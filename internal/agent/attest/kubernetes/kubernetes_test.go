@@ -147,7 +147,8 @@ func TestDeadlineEndsWait(t *testing.T) {
 	})
 }
 
-// All callers share one request, and its answer is used again for MaxAge.
+// All callers share one request, and its answer is used again for MaxAge. A second before
+// that, a caller starts the next request and does not wait for it.
 func TestCallersShareRequests(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
@@ -171,12 +172,21 @@ func TestCallersShareRequests(t *testing.T) {
 		}
 		attestAll()
 		requireCount(t, k, 1)
-		time.Sleep(kubernetes.MaxAge - time.Second)
+		time.Sleep(kubernetes.MaxAge - 1200*time.Millisecond)
 		attestAll()
 		requireCount(t, k, 1)
+		time.Sleep(200 * time.Millisecond)
+		start := time.Now()
+		attestAll()
+		if took := time.Since(start); took != 0 {
+			t.Errorf("callers waited for %s", took)
+		}
 		time.Sleep(time.Second)
 		attestAll()
 		requireCount(t, k, 2)
+		time.Sleep(kubernetes.MaxAge)
+		attestAll()
+		requireCount(t, k, 3)
 	})
 }
 
@@ -258,7 +268,7 @@ func TestKubeletOutage(t *testing.T) {
 		k.set(fails(500, "the kubelet is down"))
 		check("within MaxAge", "c", true, "")
 		time.Sleep(kubernetes.MaxAge)
-		check("after MaxAge", "c", true, "selectors of the pod are 5s old")
+		check("after MaxAge", "c", true, "selectors of the pod are 6s old")
 		check("an unknown container", "8", false, "the kubelet is down")
 		time.Sleep(kubernetes.HeldFor - kubernetes.MaxAge - time.Second)
 		check("within HeldFor", "c", true, "the kubelet is down")
@@ -266,6 +276,39 @@ func TestKubeletOutage(t *testing.T) {
 		check("after HeldFor", "c", false, "the kubelet is down")
 		k.set(answers(handwritten(t)))
 		check("recovered", "c", true, "")
+	})
+}
+
+// A kubelet that hangs delays the callers of known containers by two seconds, and the others
+// until the request ends. When it answers, it is asked as before.
+func TestKubeletHangs(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		k := newKubelet(answers(handwritten(t)))
+		a := overPipes(t, k, kubernetes.Config{})
+		if _, err := a.Selectors(t.Context(), inPod(webUID, "c")); err != nil {
+			t.Fatal(err)
+		}
+		k.set(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+		time.Sleep(kubernetes.MaxAge)
+		var callers sync.WaitGroup
+		attest := func(digit string, took time.Duration, selectors bool, failure string) {
+			callers.Go(func() {
+				start := time.Now()
+				got, err := a.Selectors(t.Context(), inPod(webUID, digit))
+				if time.Since(start) != took || has(got, "ns:prod") != selectors || err == nil || !strings.Contains(err.Error(), failure) {
+					t.Errorf("container %s after %s: %v, %v", digit, time.Since(start), got, err)
+				}
+			})
+		}
+		attest("c", 2*time.Second, true, "selectors of the pod are 8s old: no answer of the kubelet within 2s")
+		attest("8", 10*time.Second, false, "no answer within 10s")
+		callers.Wait()
+		requireCount(t, k, 2)
+		k.set(answers(handwritten(t)))
+		if got, err := a.Selectors(t.Context(), inPod(webUID, "c")); err != nil || !has(got, "ns:prod") {
+			t.Errorf("got %v, %v", got, err)
+		}
 	})
 }
 

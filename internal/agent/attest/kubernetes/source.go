@@ -97,14 +97,9 @@ func (s *source[T]) after(ctx context.Context, t time.Time) (*answer[T], error) 
 		defer s.mu.Unlock()
 		return s.held, nil
 	}
-	if s.call == nil {
-		c := &call[T]{done: make(chan struct{})}
-		pause := time.Until(s.asked.Add(s.interval))
-		if !s.owner.start(func() { s.run(c, pause) }) {
-			s.mu.Unlock()
-			return nil, errClosed
-		}
-		s.call = c
+	if !s.startLocked() {
+		s.mu.Unlock()
+		return nil, errClosed
 	}
 	c := s.call
 	s.mu.Unlock()
@@ -114,6 +109,29 @@ func (s *source[T]) after(ctx context.Context, t time.Time) (*answer[T], error) 
 	case <-ctx.Done():
 		return nil, ctx.Err()
 	}
+}
+
+// refresh starts a request if the answer that is held was not asked for after t.
+func (s *source[T]) refresh(t time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.held != nil && !s.held.asked.After(t) {
+		s.startLocked()
+	}
+}
+
+// startLocked starts a request if there is none. It returns false after the owner's close.
+func (s *source[T]) startLocked() bool {
+	if s.call != nil {
+		return true
+	}
+	c := &call[T]{done: make(chan struct{})}
+	pause := time.Until(s.asked.Add(s.interval))
+	if !s.owner.start(func() { s.run(c, pause) }) {
+		return false
+	}
+	s.call = c
+	return true
 }
 
 func (s *source[T]) run(c *call[T], pause time.Duration) {
