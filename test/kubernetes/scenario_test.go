@@ -1,0 +1,156 @@
+package kubernetes
+
+import (
+	"encoding/json"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+)
+
+// entries are those of the workloads, and as many more as make a wave of some seconds.
+func entries() string {
+	var out strings.Builder
+	out.WriteString(`entries:
+  - id: web
+    spiffe_id: spiffe://example.org/shop/web
+    selectors: ["k8s:ns:shop", "k8s:sa:web", "k8s:pod-label:app:web"]
+  - id: first
+    spiffe_id: spiffe://example.org/shop/pair/first
+    selectors: ["k8s:ns:shop", "k8s:sa:pair", "k8s:container-name:first"]
+  - id: second
+    spiffe_id: spiffe://example.org/shop/pair/second
+    selectors: ["k8s:ns:shop", "k8s:sa:pair", "k8s:container-name:second"]
+`)
+	for n := range 200 {
+		fmt.Fprintf(&out, "  - {id: other-%d, spiffe_id: 'spiffe://example.org/other/%[1]d', selectors: ['k8s:ns:other', 'k8s:sa:other-%[1]d']}\n", n)
+	}
+	return out.String()
+}
+
+// workloads are the containers of testdata/workloads.yaml that have an identity.
+var workloads = []struct{ pod, container, id string }{
+	{"web", "main", "spiffe://example.org/shop/web"},
+	{"pair", "first", "spiffe://example.org/shop/pair/first"},
+	{"pair", "second", "spiffe://example.org/shop/pair/second"},
+}
+
+// TestSystem runs the server and the agent as deploy has them: the node joins by what it is,
+// pods get the identities of their entries, and keep them over a rotation during which the
+// agent's pod is replaced.
+func TestSystem(t *testing.T) {
+	c := onNode(t)
+	c.deployServer(t, entries())
+	c.deployAgent(t)
+	c.must(t, "apply", "-f", filepath.Join("testdata", "workloads.yaml"))
+
+	t.Run("node", func(t *testing.T) {
+		uid := c.must(t, "get", "node", nodeName, "-o", "jsonpath={.metadata.uid}")
+		agents := c.server(t, "/server", "agent", "list")
+		if want := "spiffe://example.org/spire/agent/k8s_psat/example/" + uid; !strings.Contains(agents, want) {
+			t.Errorf("the agent is not %s:\n%s", want, agents)
+		}
+	})
+	t.Run("workloads", func(t *testing.T) {
+		for _, w := range workloads {
+			c.holds(t, w.pod, w.container, w.id, "")
+		}
+	})
+	t.Run("stranger", func(t *testing.T) { c.denied(t, "stranger", "main") })
+	t.Run("rotation", func(t *testing.T) { c.rotate(t) })
+	t.Run("token", func(t *testing.T) { c.replaceToken(t) })
+}
+
+// denied fails unless the workload is refused, and has had no SVID.
+func (c *cluster) denied(t *testing.T, pod, container string) {
+	t.Helper()
+	var events []event
+	err := until(time.Minute, "a refusal", func() (err error) {
+		if events, err = c.events(pod, container); err == nil && len(events) == 0 {
+			err = fmt.Errorf("no event")
+		}
+		return err
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range events {
+		if e.SPIFFEID != "" || !strings.Contains(e.Error, "PermissionDenied") {
+			t.Errorf("%s/%s: %+v", pod, container, e)
+		}
+	}
+}
+
+// rotate replaces the keyset by the runbook's steps, and the agent's pod while its wave runs.
+func (c *cluster) rotate(t *testing.T) {
+	old, _ := c.keysets(t).keyset(t, "active")
+	c.server(t, "/keysetctl", "prepare")
+	next, authority := c.keysets(t).keyset(t, "prepared")
+	err := until(time.Minute, "the bundle on every node", func() error {
+		if list := c.keysets(t); list.Agents == 0 || list.Behind > 0 {
+			return fmt.Errorf("%d of %d agents are behind", list.Behind, list.Agents)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.server(t, "/keysetctl", "activate", next)
+	c.server(t, "/keysetctl", "taint", old)
+
+	// The wave takes ten seconds, after a delay of up to a minute.
+	agent := c.must(t, "-n", "renewd", "get", "pods", "-o", "name")
+	err = until(2*time.Minute, "the wave", func() error {
+		if left := c.tainted(t, old); left > 150 {
+			return fmt.Errorf("%d SVIDs of the tainted keyset", left)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.must(t, "-n", "renewd", "delete", strings.TrimSpace(agent))
+	if left := c.tainted(t, old); left == 0 {
+		t.Error("the wave was over before the agent's pod was replaced")
+	}
+	c.must(t, "-n", "renewd", "rollout", "status", "daemonset/renewd-agent", "--timeout=120s")
+	t.Log(c.server(t, "/keysetctl", "wait", old, "--timeout", "3m"))
+	c.server(t, "/keysetctl", "remove", old)
+	for _, w := range workloads {
+		c.holds(t, w.pod, w.container, w.id, authority)
+	}
+}
+
+// tainted is the number of X.509-SVIDs that depend on a keyset.
+func (c *cluster) tainted(t *testing.T, keyset string) int {
+	t.Helper()
+	var list struct {
+		Keysets []struct {
+			ID        string
+			X509SVIDs int `json:"x509_svids"`
+		}
+	}
+	if err := json.Unmarshal([]byte(c.server(t, "/keysetctl", "list", "-o", "json")), &list); err != nil {
+		t.Fatal(err)
+	}
+	for _, ks := range list.Keysets {
+		if ks.ID == keyset {
+			return ks.X509SVIDs
+		}
+	}
+	t.Fatalf("keyset %s is not listed", keyset)
+	return 0
+}
+
+// replaceToken makes the token invalid that the agent joined with. The kubelet writes another
+// one, and the agent, evicted from the server, joins with that.
+func (c *cluster) replaceToken(t *testing.T) {
+	c.must(t, "-n", "renewd", "delete", "serviceaccount", "renewd-agent")
+	c.must(t, "-n", "renewd", "create", "serviceaccount", "renewd-agent")
+	c.kubelet.stop()
+	if err := c.runKubelet(); err != nil {
+		t.Fatal(err)
+	}
+	t.Log(c.server(t, "/server", "agent", "list"))
+}
