@@ -103,7 +103,7 @@ func (c *cluster) startControlPlane() error {
 		"--service-cluster-ip-range="+serviceCIDR,
 		"--tls-cert-file="+c.pki.file("kube-apiserver.pem"), "--tls-private-key-file="+c.pki.file("kube-apiserver.key"),
 		"--client-ca-file="+c.pki.file("ca.pem"),
-		"--kubelet-certificate-authority="+c.pki.file("ca.pem"),
+		"--kubelet-preferred-address-types=InternalIP", "--kubelet-certificate-authority="+c.pki.file("ca.pem"),
 		"--kubelet-client-certificate="+c.pki.file("kubelet-client.pem"), "--kubelet-client-key="+c.pki.file("kubelet-client.key"),
 		"--service-account-issuer=https://kubernetes.default.svc",
 		"--service-account-key-file="+c.pki.file("service-account.pem"), "--service-account-signing-key-file="+c.pki.file("service-account.key"),

@@ -36,15 +36,11 @@ type containerStatus struct {
 // container, as the kubelet's answer has them.
 func TestPods(t *testing.T) {
 	c := onNode(t)
-	manifest := filepath.Join("testdata", "pods.yaml")
-	c.must(t, "apply", "-f", manifest)
-	t.Cleanup(func() { c.must(t, "delete", "--grace-period=1", "-f", manifest) })
-	static, err := os.ReadFile(filepath.Join("testdata", "static.yaml"))
-	if err != nil {
-		t.Fatal(err)
-	}
+	manifest := testdata(t, "pods.yaml")
+	c.apply(t, manifest)
+	t.Cleanup(func() { c.kubectl(manifest, "delete", "--grace-period=1", "-f", "-") })
 	file := filepath.Join(c.dir, "static-pods", "static.yaml")
-	if err := os.WriteFile(file, static, 0o644); err != nil {
+	if err := os.WriteFile(file, []byte(testdata(t, "static.yaml")), 0o644); err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.Remove(file) })
@@ -58,7 +54,7 @@ func TestPods(t *testing.T) {
 		"web/first", "web/second", "web/sidecar",
 	}
 	var missing []string
-	err = until(time.Minute, "the pods' processes", func() error {
+	err := until(time.Minute, "the pods' processes", func() error {
 		missing = missing[:0]
 		answer := c.must(t, "get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/pods")
 		found, err := processes(answer)

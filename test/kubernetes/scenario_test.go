@@ -1,8 +1,10 @@
 package kubernetes
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -43,13 +45,12 @@ func TestSystem(t *testing.T) {
 	c := onNode(t)
 	c.deployServer(t, entries())
 	c.deployAgent(t)
-	c.must(t, "apply", "-f", filepath.Join("testdata", "workloads.yaml"))
+	c.apply(t, testdata(t, "workloads.yaml"))
+	t.Cleanup(func() { c.must(t, "delete", "namespace", "shop", "--wait=false") })
 
 	t.Run("node", func(t *testing.T) {
-		uid := c.must(t, "get", "node", nodeName, "-o", "jsonpath={.metadata.uid}")
-		agents := c.server(t, "/server", "agent", "list")
-		if want := "spiffe://example.org/spire/agent/k8s_psat/example/" + uid; !strings.Contains(agents, want) {
-			t.Errorf("the agent is not %s:\n%s", want, agents)
+		if agents, id := c.server(t, "/server", "agent", "list"), agentID(t, c); !strings.Contains(agents, id) {
+			t.Errorf("the agent is not %s:\n%s", id, agents)
 		}
 	})
 	t.Run("workloads", func(t *testing.T) {
@@ -84,9 +85,9 @@ func (c *cluster) denied(t *testing.T, pod, container string) {
 
 // rotate replaces the keyset by the runbook's steps, and the agent's pod while its wave runs.
 func (c *cluster) rotate(t *testing.T) {
-	old, _ := c.keysets(t).keyset(t, "active")
+	old, _ := c.keysets(t).keyset(t, "Active")
 	c.server(t, "/keysetctl", "prepare")
-	next, authority := c.keysets(t).keyset(t, "prepared")
+	next, authority := c.keysets(t).keyset(t, "Prepared")
 	err := until(time.Minute, "the bundle on every node", func() error {
 		if list := c.keysets(t); list.Agents == 0 || list.Behind > 0 {
 			return fmt.Errorf("%d of %d agents are behind", list.Behind, list.Agents)
@@ -143,14 +144,50 @@ func (c *cluster) tainted(t *testing.T, keyset string) int {
 	return 0
 }
 
-// replaceToken makes the token invalid that the agent joined with. The kubelet writes another
-// one, and the agent, evicted from the server, joins with that.
+// replaceToken makes the tokens invalid that the agent's pod has. The kubelet writes others.
+// With them the agent, evicted from the server, joins again, and attests a new pod.
 func (c *cluster) replaceToken(t *testing.T) {
+	pod := c.must(t, "-n", "renewd", "get", "pods", "-o", "jsonpath={.items[0].metadata.uid}")
+	file := filepath.Join("/var/lib/kubelet/pods", pod, "volumes/kubernetes.io~projected/token/spire-agent")
+	before, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	// A token is of one account, which its UID names, and a kubelet forgets the tokens that
+	// it has asked for when it ends.
 	c.must(t, "-n", "renewd", "delete", "serviceaccount", "renewd-agent")
 	c.must(t, "-n", "renewd", "create", "serviceaccount", "renewd-agent")
 	c.kubelet.stop()
 	if err := c.runKubelet(); err != nil {
 		t.Fatal(err)
 	}
-	t.Log(c.server(t, "/server", "agent", "list"))
+	err = until(time.Minute, "another token", func() error {
+		if after, err := os.ReadFile(file); err != nil || bytes.Equal(before, after) {
+			return fmt.Errorf("%s is as before (%v)", file, err)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := agentID(t, c)
+	c.server(t, "/server", "agent", "evict", id)
+	err = until(time.Minute, "the agent", func() error {
+		if agents := c.server(t, "/server", "agent", "list"); !strings.Contains(agents, id) {
+			return fmt.Errorf("it is not in %s", agents)
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.must(t, "-n", "shop", "delete", "pod", "web")
+	c.apply(t, testdata(t, "workloads.yaml"))
+	c.holds(t, "web", "main", "spiffe://example.org/shop/web", "")
+}
+
+// agentID is the SPIFFE ID of the node's agent.
+func agentID(t *testing.T, c *cluster) string {
+	t.Helper()
+	return "spiffe://example.org/spire/agent/k8s_psat/example/" + c.must(t, "get", "node", nodeName, "-o", "jsonpath={.metadata.uid}")
 }

@@ -15,7 +15,8 @@ const entriesExample = `    entries:
       - id: web
         spiffe_id: spiffe://example.org/web
         selectors:
-          - unix:user:web
+          - k8s:ns:shop
+          - k8s:sa:web
 `
 
 // disk is the volume that the server's claim binds: a folder of the node.
@@ -103,11 +104,26 @@ func indent(text, by string) string {
 	return out.String()
 }
 
+// apply applies a manifest. A new namespace has no service account for a moment.
 func (c *cluster) apply(t *testing.T, text string) {
 	t.Helper()
-	if _, err := c.kubectl(text, "apply", "-f", "-"); err != nil {
+	err := until(20*time.Second, "what is applied", func() error {
+		_, err := c.kubectl(text, "apply", "-f", "-")
+		return err
+	})
+	if err != nil {
 		t.Fatal(err)
 	}
+}
+
+// testdata reads a manifest of the tests.
+func testdata(t *testing.T, name string) string {
+	t.Helper()
+	data, err := os.ReadFile(filepath.Join("testdata", name))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(data)
 }
 
 // event is a line that a workload prints.
