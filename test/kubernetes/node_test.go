@@ -251,7 +251,7 @@ var tunables = map[string]string{
 }
 
 // prepareNode makes the namespaces of this process a node: its own /proc, /sys with the
-// cgroups, /run and /var, its host name, and a network of which nothing leaves.
+// cgroups, /run, /var and /etc/hosts, its host name, and a network of which nothing leaves.
 func prepareNode(dir string) error {
 	all, err := hierarchies()
 	if err != nil {
@@ -275,6 +275,9 @@ func prepareNode(dir string) error {
 		m.do(os.WriteFile(file, []byte(value+"\n"), 0o644))
 		m.mount(file, filepath.Join("/proc/sys", name), "", syscall.MS_BIND, "")
 	}
+	hosts := filepath.Join(dir, "hosts")
+	m.do(os.WriteFile(hosts, []byte("127.0.0.1 localhost\n"+nodeIP+" "+nodeName+"\n"), 0o644))
+	m.mount(hosts, "/etc/hosts", "", syscall.MS_BIND, "")
 	m.mount("", "/", "", syscall.MS_REC|syscall.MS_SHARED, "")
 	if m.err != nil {
 		return m.err

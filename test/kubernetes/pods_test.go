@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -32,8 +33,15 @@ type containerStatus struct {
 	State             map[string]any
 }
 
+// process is one of a container in a pod.
+type process struct {
+	pod, container string
+	pid            int
+	cgroup         string // its /proc/PID/cgroup
+}
+
 // TestPods runs pods of all kinds. The cgroup of each container's process names pod and
-// container, as the kubelet's answer has them.
+// container as the kubelet's answer has them, and our attestor gives it SPIRE's selectors.
 func TestPods(t *testing.T) {
 	c := onNode(t)
 	manifest := testdata(t, "pods.yaml")
@@ -49,36 +57,28 @@ func TestPods(t *testing.T) {
 	c.must(t, "-n", "shop", "wait", "job/once", "--for=condition=Complete", "--timeout=60s")
 	c.must(t, "-n", "shop", "debug", "guaranteed", "--image=renewd.test/workload:dev", "--container=debug", "--profile=general")
 
-	want := []string{
-		"best-effort/main", "guaranteed/debug", "guaranteed/main", "static-" + nodeName + "/main",
-		"web/first", "web/second", "web/sidecar",
-	}
-	var missing []string
+	var all []process
 	err := until(time.Minute, "the pods' processes", func() error {
-		missing = missing[:0]
 		answer := c.must(t, "get", "--raw", "/api/v1/nodes/"+nodeName+"/proxy/pods")
 		found, err := processes(answer)
 		if err != nil {
 			return err
 		}
-		for _, name := range want {
-			if found[name] == "" {
-				missing = append(missing, name)
-			}
-		}
-		if len(missing) > 0 {
-			return fmt.Errorf("no process of %s", missing)
+		// Two of web, with its sidecar, and one each of four more containers.
+		if all = found; len(found) < 7 {
+			return fmt.Errorf("%d processes: %v", len(found), found)
 		}
 		return save(answer, found)
 	})
 	if err != nil {
-		t.Error(err)
+		t.Fatal(err)
 	}
+	t.Run("selectors", func(t *testing.T) { c.compareSelectors(t, all) })
 }
 
-// processes returns the cgroup file of a process of each running container, by POD/CONTAINER
-// without what a Deployment appends to a name. It fails if a path lacks the pod's UID.
-func processes(answer string) (map[string]string, error) {
+// processes returns a process of each running container in the namespace of the tests. It fails
+// if the path of its cgroup lacks the pod's UID.
+func processes(answer string) ([]process, error) {
 	var list pods
 	if err := json.Unmarshal([]byte(answer), &list); err != nil {
 		return nil, err
@@ -87,11 +87,10 @@ func processes(answer string) (map[string]string, error) {
 	if err != nil {
 		return nil, err
 	}
-	out := make(map[string]string)
+	var out []process
 	for _, pod := range list.Items {
-		name := pod.Metadata.Name
-		if strings.HasPrefix(name, "web-") {
-			name = "web"
+		if pod.Metadata.Namespace != "shop" {
+			continue
 		}
 		// The cgroup of a static pod is that of the file, and the API has a mirror of it.
 		uid := pod.Metadata.UID
@@ -99,12 +98,12 @@ func processes(answer string) (map[string]string, error) {
 			uid = source
 		}
 		s := pod.Status
-		for _, status := range append(append(s.InitContainerStatuses, s.ContainerStatuses...), s.EphemeralContainerStatuses...) {
-			if _, running := status.State["running"]; !running {
+		for _, status := range slices.Concat(s.InitContainerStatuses, s.ContainerStatuses, s.EphemeralContainerStatuses) {
+			_, id, _ := strings.Cut(status.ContainerID, "://")
+			if _, running := status.State["running"]; !running || id == "" {
 				continue
 			}
-			_, id, _ := strings.Cut(status.ContainerID, "://")
-			for _, text := range cgroups {
+			for pid, text := range cgroups {
 				if !strings.Contains(text, id) {
 					continue
 				}
@@ -113,7 +112,8 @@ func processes(answer string) (map[string]string, error) {
 						return nil, fmt.Errorf("container %s of pod %s has the cgroup %s", id, uid, line)
 					}
 				}
-				out[name+"/"+status.Name] = text
+				out = append(out, process{pod.Metadata.Name, status.Name, pid, text})
+				break
 			}
 		}
 	}
@@ -121,35 +121,36 @@ func processes(answer string) (map[string]string, error) {
 }
 
 // cgroupFiles returns /proc/PID/cgroup of every process of the node.
-func cgroupFiles() ([]string, error) {
+func cgroupFiles() (map[int]string, error) {
 	entries, err := os.ReadDir("/proc")
 	if err != nil {
 		return nil, err
 	}
-	var out []string
+	out := make(map[int]string)
 	for _, entry := range entries {
-		if _, err := strconv.Atoi(entry.Name()); err != nil {
+		pid, err := strconv.Atoi(entry.Name())
+		if err != nil {
 			continue
 		}
 		// A process may have ended since.
 		if text, err := os.ReadFile(filepath.Join("/proc", entry.Name(), "cgroup")); err == nil {
-			out = append(out, string(text))
+			out[pid] = string(text)
 		}
 	}
 	return out, nil
 }
 
 // save writes the recordings, if the flag says so.
-func save(answer string, cgroups map[string]string) error {
+func save(answer string, found []process) error {
 	if *record == "" {
 		return nil
 	}
-	for name, text := range cgroups {
-		file := filepath.Join(*record, "cgroup", strings.ReplaceAll(name, "/", "_"))
+	for _, p := range found {
+		file := filepath.Join(*record, "cgroup", p.pod+"_"+p.container)
 		if err := os.MkdirAll(filepath.Dir(file), 0o755); err != nil {
 			return err
 		}
-		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+		if err := os.WriteFile(file, []byte(p.cgroup), 0o644); err != nil {
 			return err
 		}
 	}

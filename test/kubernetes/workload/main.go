@@ -1,6 +1,6 @@
 // Command workload is what the pods of the tests run. "workload pause" holds a pod's
-// namespaces, "workload watch" is a workload with the stock SPIFFE client, and "workload exit"
-// ends at once.
+// namespaces, "workload watch" is a workload with the stock SPIFFE client, "workload ask ADDRESS"
+// asks an agent once, and "workload exit" ends at once.
 package main
 
 import (
@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 )
 
 func main() {
@@ -35,8 +37,10 @@ func run(ctx context.Context, args []string) error {
 		return nil
 	case len(args) == 1 && args[0] == "watch":
 		return watch(ctx)
+	case len(args) == 2 && args[0] == "ask":
+		return ask(ctx, args[1])
 	default:
-		return errors.New("usage: workload pause|watch|exit")
+		return errors.New("usage: workload pause|watch|ask ADDRESS|exit")
 	}
 }
 
@@ -67,6 +71,17 @@ func watch(ctx context.Context) error {
 			return nil
 		}
 	}
+}
+
+// ask asks the agent at an address once. That it has no identity for this process is an answer.
+func ask(ctx context.Context, address string) error {
+	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
+	defer cancel()
+	_, err := workloadapi.FetchX509Context(ctx, workloadapi.WithAddr(address))
+	if status.Code(err) == codes.PermissionDenied {
+		return nil
+	}
+	return err
 }
 
 func line(fields map[string]any) {
