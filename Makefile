@@ -78,7 +78,7 @@ spire: ## spire-server and spire-agent, as tools/spire/go.mod pins them, in bin/
 KUBERNETES = $$(go -C tools/kubernetes list -m -f '{{.Version}}' k8s.io/kubernetes)
 
 .PHONY: k8s
-k8s: ## Kubernetes, as tools/kubernetes/go.mod pins it, in bin/kubernetes; half an hour the first time
+k8s: ## Kubernetes, as tools/kubernetes/go.mod pins it, in bin/kubernetes; a quarter of an hour the first time
 	@mkdir -p bin/kubernetes
 	CGO_ENABLED=0 go -C tools/kubernetes build -trimpath -o $(CURDIR)/bin/kubernetes/ -ldflags "-s -w \
 		-X k8s.io/component-base/version.gitVersion=$(KUBERNETES) \

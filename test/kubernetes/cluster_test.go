@@ -112,7 +112,8 @@ func (c *cluster) startControlPlane() error {
 	if err != nil {
 		return err
 	}
-	if err := c.waitHTTP(apiServer + "/readyz"); err != nil {
+	err = until(time.Minute, "the API server", func() error { return c.get(apiServer+"/readyz", "", http.StatusOK) })
+	if err != nil {
 		return err
 	}
 	_, err = c.run("kube-controller-manager", c.tool("kube-controller-manager"),
@@ -285,33 +286,34 @@ func (c *cluster) run(name, program string, args ...string) (*component, error) 
 	return p, nil
 }
 
-// waitHTTP waits for 200 from an address of the API server.
-func (c *cluster) waitHTTP(url string) error {
+// get asks a server of the cluster, as the administrator or with a token, and fails unless the
+// status is the wanted one.
+func (c *cluster) get(url, token string, want int) error {
 	ca, err := os.ReadFile(c.pki.file("ca.pem"))
 	if err != nil {
 		return err
 	}
-	admin, err := tls.LoadX509KeyPair(c.pki.file("admin.pem"), c.pki.file("admin.key"))
+	config := &tls.Config{RootCAs: x509.NewCertPool()}
+	config.RootCAs.AppendCertsFromPEM(ca)
+	req, err := http.NewRequest(http.MethodGet, url, nil)
 	if err != nil {
 		return err
 	}
-	roots := x509.NewCertPool()
-	roots.AppendCertsFromPEM(ca)
-	client := &http.Client{
-		Timeout:   5 * time.Second,
-		Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots, Certificates: []tls.Certificate{admin}}},
+	if token != "" {
+		req.Header.Set("Authorization", "Bearer "+token)
+	} else if config.Certificates, err = c.pki.load("admin"); err != nil {
+		return err
 	}
-	return until(time.Minute, url, func() error {
-		resp, err := client.Get(url)
-		if err != nil {
-			return err
-		}
-		resp.Body.Close()
-		if resp.StatusCode != http.StatusOK {
-			return errors.New(resp.Status)
-		}
-		return nil
-	})
+	transport := &http.Transport{TLSClientConfig: config, DisableKeepAlives: true}
+	resp, err := (&http.Client{Timeout: 5 * time.Second, Transport: transport}).Do(req)
+	if err != nil {
+		return err
+	}
+	resp.Body.Close()
+	if resp.StatusCode != want {
+		return errors.New(resp.Status)
+	}
+	return nil
 }
 
 // kubectl runs kubectl as the cluster's administrator.

@@ -5,6 +5,7 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/pem"
@@ -46,6 +47,12 @@ func newPKI(dir string) (*pki, error) {
 }
 
 func (p *pki) file(name string) string { return filepath.Join(p.dir, name) }
+
+// load reads a certificate with its key.
+func (p *pki) load(name string) ([]tls.Certificate, error) {
+	cert, err := tls.LoadX509KeyPair(p.file(name+".pem"), p.file(name+".key"))
+	return []tls.Certificate{cert}, err
+}
 
 // issueServer writes a serving certificate.
 func (p *pki) issueServer(name string, dnsNames []string, ips ...string) error {

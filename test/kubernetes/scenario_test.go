@@ -58,9 +58,45 @@ func TestSystem(t *testing.T) {
 			c.holds(t, w.pod, w.container, w.id, "")
 		}
 	})
+	t.Run("permissions", func(t *testing.T) { c.permissions(t) })
 	t.Run("stranger", func(t *testing.T) { c.denied(t, "stranger", "main") })
 	t.Run("rotation", func(t *testing.T) { c.rotate(t) })
 	t.Run("token", func(t *testing.T) { c.replaceToken(t) })
+}
+
+// permissions: the agent's account may read the list of pods, and nothing else of the kubelet;
+// with nodes/proxy instead, as before Kubernetes 1.33, it may read all.
+func (c *cluster) permissions(t *testing.T) {
+	agent := c.must(t, "-n", "renewd", "get", "pods", "-o", "name")
+	check := c.must(t, "-n", "renewd", "exec", strings.TrimSpace(agent), "--", "/agent", "config", "check", "--config", "/etc/renewd/config/agent.yaml")
+	if !strings.HasSuffix(check, ": ok\n") {
+		t.Errorf("agent config check: %s", check)
+	}
+	for _, account := range []struct {
+		name, resource string
+		want           map[string]int
+	}{
+		{"renewd-agent", "", map[string]int{"/pods": 200, "/metrics": 403, "/configz": 403, "/run/shop/web/main": 403}},
+		{"proxy", "nodes/proxy", map[string]int{"/pods": 200, "/configz": 200}},
+		{"none", "", map[string]int{"/pods": 403}},
+	} {
+		if account.name != "renewd-agent" {
+			c.must(t, "-n", "renewd", "create", "serviceaccount", account.name)
+		}
+		if account.resource != "" {
+			c.must(t, "create", "clusterrole", account.name, "--verb=get", "--resource="+account.resource)
+			c.must(t, "create", "clusterrolebinding", account.name, "--clusterrole="+account.name, "--serviceaccount=renewd:"+account.name)
+		}
+		token := strings.TrimSpace(c.must(t, "-n", "renewd", "create", "token", account.name))
+		for path, want := range account.want {
+			err := until(20*time.Second, fmt.Sprintf("%d for %s of %s", want, path, account.name), func() error {
+				return c.get("https://"+nodeIP+":10250"+path, token, want)
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		}
+	}
 }
 
 // denied fails unless the workload is refused, and has had no SVID.
