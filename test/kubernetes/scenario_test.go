@@ -59,7 +59,7 @@ func TestSystem(t *testing.T) {
 		}
 	})
 	t.Run("permissions", func(t *testing.T) { c.permissions(t) })
-	t.Run("stranger", func(t *testing.T) { c.denied(t, "stranger", "main") })
+	t.Run("unknown", func(t *testing.T) { c.denied(t, "unknown", "main") })
 	t.Run("rotation", func(t *testing.T) { c.rotate(t) })
 	t.Run("token", func(t *testing.T) { c.replaceToken(t) })
 }
@@ -198,10 +198,11 @@ func (c *cluster) replaceToken(t *testing.T) {
 		t.Fatal(err)
 	}
 	err = until(time.Minute, "another token", func() error {
-		if after, err := os.ReadFile(file); err != nil || bytes.Equal(before, after) {
-			return fmt.Errorf("%s is as before (%v)", file, err)
+		after, err := os.ReadFile(file)
+		if err == nil && bytes.Equal(before, after) {
+			err = fmt.Errorf("%s is as before", file)
 		}
-		return nil
+		return err
 	})
 	if err != nil {
 		t.Fatal(err)
