@@ -19,7 +19,7 @@ SHELL       := bash
 
 .PHONY: help
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
 
 .PHONY: build
 build: ## static binaries of every command, in bin/
@@ -73,6 +73,20 @@ vuln: ## known vulnerabilities in what the code calls; asks vuln.go.dev
 spire: ## spire-server and spire-agent, as tools/spire/go.mod pins them, in bin/spire; a quarter of an hour the first time
 	@mkdir -p bin/spire
 	go -C tools/spire build -o $(CURDIR)/bin/spire/ tool
+
+# The version of Kubernetes, as its programs report it.
+KUBERNETES = $$(go -C tools/kubernetes list -m -f '{{.Version}}' k8s.io/kubernetes)
+
+.PHONY: k8s
+k8s: ## Kubernetes, as tools/kubernetes/go.mod pins it, in bin/kubernetes; a quarter of an hour the first time
+	@mkdir -p bin/kubernetes
+	CGO_ENABLED=0 go -C tools/kubernetes build -trimpath -o $(CURDIR)/bin/kubernetes/ -ldflags "-s -w \
+		-X k8s.io/component-base/version.gitVersion=$(KUBERNETES) \
+		-X k8s.io/component-base/version.gitMajor=1 -X k8s.io/component-base/version.gitMinor=$$(echo $(KUBERNETES) | cut -d. -f2)" tool
+
+.PHONY: test-k8s
+test-k8s: k8s ## the programs in a real cluster of one node, as root; CONTRIBUTING.md says what it needs
+	KUBERNETES_BIN_DIR=$(CURDIR)/bin/kubernetes go test -count=1 -timeout 30m ./test/kubernetes
 
 .PHONY: bench
 bench: ## benchmarks of the packages, into BENCHMARKS.txt; BENCH=regexp chooses, BENCHTIME=duration sets the length
