@@ -8,6 +8,7 @@ import (
 	"crypto/rsa"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/base64"
 	"encoding/pem"
 	"math/big"
 	"net/url"
@@ -19,18 +20,35 @@ import (
 	"github.com/renewd/renewd/test/kubetest"
 )
 
-// SPIRE's agents attest to our server by what their nodes are.
+// Our agents attest to our server by what their nodes are.
+func TestAgentsAttestNodes(t *testing.T) {
+	t.Parallel()
+	env := make(map[string]string)
+	nodes(t, env)
+	run(t, "attest-node.txtar", env)
+}
+
+// SPIRE's agents do the same.
 func TestSPIREAgentsAttestNodes(t *testing.T) {
 	t.Parallel()
 	env := withSPIRE(t)
+	nodes(t, env)
+	run(t, "spire-attest.txtar", env)
+}
+
+// nodes makes two nodes with certificates (PKI), and one of Kubernetes, whose API server
+// is in KUBECONFIG and the token of whose agent is TOKEN.
+func nodes(t *testing.T, env map[string]string) {
+	t.Helper()
 	env["PKI"] = nodeCertificates(t)
+	part := base64.RawURLEncoding.EncodeToString
+	env["TOKEN"] = part([]byte(`{"alg":"RS256"}`)) + "." + part([]byte(`{"aud":["spire-server"],"exp":4102444800}`)) + "." + part([]byte("signature"))
 	api := kubetest.Start(t)
-	api.Put("token-of-the-pod", kubetest.Pod{
+	api.Put(env["TOKEN"], kubetest.Pod{
 		Namespace: "spire", ServiceAccount: "spire-agent", Name: "spire-agent-x7", UID: "1b5e-pod", HostIP: "192.0.2.7", Labels: map[string]string{"app": "agent"},
 		Node: "worker-1", NodeUID: "77aa-node", NodeLabels: map[string]string{"zone": "a"}, Audiences: []string{"spire-server"},
 	})
 	env["KUBECONFIG"] = api.Kubeconfig(t)
-	run(t, "spire-attest.txtar", env)
 }
 
 // nodeCertificates writes a CA (ca.pem), and below an intermediate (intermediate.pem) the
