@@ -186,7 +186,7 @@ func (a *Attestor) selectors(ctx context.Context, c cgroup.Container) ([]cache.S
 	if err == nil {
 		return a.describe(ctx, found)
 	}
-	// A new list may not have it any more.
+	// A new list may no longer have it.
 	if known, age = a.lastKnown(c); known.pod == nil || ctx.Err() != nil {
 		return nil, err
 	}
