@@ -131,6 +131,25 @@ func TestEntriesOfAliases(t *testing.T) {
 	})
 }
 
+// TestEntriesOfAttestedNode: a node's attestation decides which aliases it has, and the next one
+// decides again.
+func TestEntriesOfAttestedNode(t *testing.T) {
+	t.Parallel()
+	bubble(t, spireapi.Config{NodeVerifiers: []spireapi.NodeVerifier{fakeVerifier(askName)}}, func(t *testing.T, s *running) {
+		s.apply(t, []spireapi.Entry{
+			alias("red", "/red", spireapi.Selector{Type: "fake", Value: "red"}),
+			alias("blue", "/blue", spireapi.Selector{Type: "fake", Value: "blue"}),
+			entry("of-red", below(path("/red"))), entry("of-blue", below(path("/blue"))),
+		})
+		for payload, want := range map[string][]string{"red": {"of-red"}, "blue green": {"of-blue"}, "red blue": {"of-red", "of-blue"}} {
+			time.Sleep(2 * time.Second) // for the limit of attestations
+			_, node, err := s.dial(t, nil).attestNode(t, payload, "n1")
+			check(t, err)
+			s.dial(t, node).serves(t, s, want...)
+		}
+	})
+}
+
 // TestNestedEntries: the parent of an entry may be another entry, as under a SPIRE server. Who
 // serves the one serves the other. Circles do no harm.
 func TestNestedEntries(t *testing.T) {
