@@ -15,7 +15,7 @@
 // Service and ours work, with kube-proxy.
 //
 // On two cores Kubernetes takes a quarter of an hour to build, and three times that beside other
-// work. Once built, the cluster is up in 10 to 20 seconds and takes about 1.5 GiB. All tests take
+// work. Once built, the cluster is up in 10 to 20 seconds and takes less than 1 GiB of memory. All tests take
 // five minutes, most of them the rotation, in which the agent's pod is replaced in mid-wave.
 //
 // With -record FOLDER the tests write the cgroup file of each container and the kubelet's list
