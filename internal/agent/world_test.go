@@ -103,7 +103,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		w.cfg = agent.Config{
 			TrustDomain: td, ServerAddress: "server:8081", TrustBundle: w.trust(), JoinToken: token.Value, DataDir: dir,
 			TaintDelay: time.Minute, CacheSize: n + 1000, Log: w.logs,
-			Dial: w.dial, Attestors: []attest.Attestor{w}, Peers: w.peer, Life: w.life, Now: w.now,
+			Dial: w.dial, Attestors: []attest.Attestor{w}, LogSelectors: []string{"test"}, Peers: w.peer, Life: w.life, Now: w.now,
 		}
 		if configure != nil {
 			configure(w)
