@@ -318,7 +318,7 @@ func (c *cluster) get(url, token string, want int) error {
 
 // kubectl runs kubectl as the cluster's administrator.
 func (c *cluster) kubectl(stdin string, args ...string) (string, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 6*time.Minute)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, c.tool("kubectl"), append([]string{"--kubeconfig=" + c.pki.file("admin.kubeconfig")}, args...)...)
 	var stdout, stderr bytes.Buffer

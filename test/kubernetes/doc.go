@@ -7,7 +7,8 @@
 // host name and cgroups (TestMain). Everything is in a temporary folder. When the program ends,
 // the kernel ends all processes of the cluster with it, and with them its mounts and its network;
 // the folder and the cgroup are removed. Nothing of the machine is changed: the kubelet is shown
-// files in place of the kernel's settings that it would write. Both versions of cgroups work.
+// files in place of the kernel's settings that it would write. The tests have been run on a machine
+// with cgroup v1; the node is made for cgroup v2, too.
 //
 // No image is pulled. The images are made of our static programs, as deploy/Dockerfile makes
 // them, and of the command workload, which is also the pods' pause program. There is no DNS in

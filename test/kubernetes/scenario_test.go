@@ -152,7 +152,10 @@ func (c *cluster) rotate(t *testing.T) {
 		t.Error("the wave was over before the agent's pod was replaced")
 	}
 	c.must(t, "-n", "renewd", "rollout", "status", "daemonset/renewd-agent", "--timeout=120s")
-	t.Log(c.server(t, "/keysetctl", "wait", old, "--timeout", "3m"))
+	if _, err := c.kubectl("", "-n", "renewd-server", "exec", "renewd-server-0", "--", "/keysetctl", "wait", old, "--timeout", "5m"); err != nil {
+		log, _ := c.kubectl("", "-n", "renewd", "logs", "daemonset/renewd-agent")
+		t.Fatalf("%v\nthe agent's log:\n%s", err, log)
+	}
 	c.server(t, "/keysetctl", "remove", old)
 	for _, w := range workloads {
 		c.holds(t, w.pod, w.container, w.id, authority)
