@@ -64,8 +64,9 @@ type manifest struct {
 		Template struct {
 			Metadata struct{ Labels map[string]string }
 			Spec     struct {
-				HostPID    bool `yaml:"hostPID"`
-				Containers []struct {
+				HostPID        bool `yaml:"hostPID"`
+				AutomountToken bool `yaml:"automountServiceAccountToken"`
+				Containers     []struct {
 					Args  []string
 					Ports []struct {
 						ContainerPort int `yaml:"containerPort"`
@@ -148,10 +149,12 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 		t.Errorf("security context %v", c.SecurityContext)
 	}
 
-	// Every path in the configuration is in an existing volume.
-	needed := []string{cfg.TrustBundleFile, cfg.JoinTokenFile, cfg.DataDir, cfg.RuntimeDir, cfg.SocketPath, c.Args[2]}
+	// Every path in the configuration is in an existing volume, or where Kubernetes mounts
+	// the service account's token.
+	const serviceAccount = "/var/run/secrets/kubernetes.io/serviceaccount/"
+	needed := []string{cfg.TrustBundleFile, cfg.PSATTokenPath, cfg.KubeletToken, cfg.KubeletCAFile, cfg.DataDir, cfg.RuntimeDir, cfg.SocketPath, c.Args[2]}
 	for _, path := range needed {
-		mounted := false
+		mounted := pod.AutomountToken && strings.HasPrefix(path, serviceAccount)
 		for _, m := range c.VolumeMounts {
 			known := false
 			for _, v := range pod.Volumes {
