@@ -984,7 +984,8 @@ type Holder struct {
 	AppliedSequence uint64                 `protobuf:"varint,7,opt,name=applied_sequence,json=appliedSequence,proto3" json:"applied_sequence,omitempty"`
 	// Why it is counted: "silent" (it has not reported lately or ever), "behind" (it has
 	// not seen the taint), "waiting" (for its random delay), "renewing", "streams"
-	// (workloads have not read all replacements), "signing" (an answer is in flight),
+	// (workloads have not read all replacements), "settling" (nothing is left, as far as an
+	// agent knows so soon after its restart), "signing" (an answer is in flight),
 	// "restored" (the server was restored from a copy that was made at last_report; SVIDs
 	// that were signed after it are unknown). agent_id is empty for "signing" and
 	// "restored". "duplicated" (two processes use the agent's identity) is counted until

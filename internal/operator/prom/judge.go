@@ -19,6 +19,7 @@ const (
 	reasonBehind       = "behind"       // has not seen that the authority is tainted
 	reasonRenewing     = "renewing"     // has SVIDs to replace
 	reasonStreams      = "streams"      // has replaced them, but workloads have not read them
+	reasonSettling     = "settling"     // has nothing left, as far as it knows so soon after a restart
 )
 
 // component is the label of agents in spirl_application_info.
@@ -143,6 +144,8 @@ func (a Agent) reason() string {
 		return ""
 	case a.Streams > 0 && a.SVIDs == 0 && a.Pending == 0:
 		return reasonStreams
+	case a.SVIDs == 0 && a.Pending == 0:
+		return reasonSettling
 	}
 	return reasonRenewing
 }

@@ -262,7 +262,7 @@ func TestRules(t *testing.T) {
 		"more than config says":    {func(w *world) { w.cfg.Expected = 5 }, "2 of 5 agents that Prometheus does not scrape: silent", true, ""},
 		"taint not seen":           {func(w *world) { w.targets[2].drop("renewd_taint_settled") }, "node-2:9090: behind", false, ""},
 		"settled before":           {func(w *world) { w.targets[2].of("renewd_taint_settled").at = now - 29 }, "node-2:9090: behind", false, ""},
-		"settled is 0":             {func(w *world) { w.targets[2].of("renewd_taint_settled").value = 0 }, "node-2:9090: renewing", false, ""},
+		"settled is 0":             {func(w *world) { w.targets[2].of("renewd_taint_settled").value = 0 }, "node-2:9090: settling", false, ""},
 		"settled is no number":     {func(w *world) { w.targets[2].of("renewd_taint_settled").value = "NaN" }, "node-2:9090: behind", false, ""},
 		"settled but holds":        {func(w *world) { w.targets[2].of("renewd_svids_held").value = 1 }, "node-2:9090: renewing", false, ""},
 		"settled but pending":      {func(w *world) { w.targets[2].of("renewd_taint_renewals_pending").value = 1 }, "node-2:9090: renewing", false, ""},
@@ -271,7 +271,7 @@ func TestRules(t *testing.T) {
 			replica := *w.targets[2].of("renewd_taint_settled")
 			replica.value, replica.labels = 0, map[string]string{"authority": "old", "replica": "b"}
 			w.targets[2].series = append(w.targets[2].series, replica)
-		}, "node-2:9090: renewing", false, ""},
+		}, "node-2:9090: settling", false, ""},
 		"two replicas, one cannot scrape it": {func(w *world) {
 			replica := *w.targets[2].of("up")
 			replica.value, replica.labels = 0, map[string]string{"replica": "b"}
@@ -280,7 +280,7 @@ func TestRules(t *testing.T) {
 		"one holds, one is silent": {func(w *world) {
 			w.targets[0].health = "down"
 			w.targets[2].of("renewd_taint_settled").value = 0
-		}, "node-0:9090: silent, node-2:9090: renewing", true, ""},
+		}, "node-0:9090: silent, node-2:9090: settling", true, ""},
 		"scraped twice": {func(w *world) {
 			twin := agent(1)
 			twin.instance, w.targets[2] = "10.0.0.1:9090", twin
@@ -289,7 +289,7 @@ func TestRules(t *testing.T) {
 			twin := agent(1)
 			twin.instance, twin.scrape, twin.of("renewd_taint_settled").value = "10.0.0.1:9090", now-1, 0
 			w.targets = append(w.targets, twin)
-		}, "10.0.0.1:9090: renewing", false, ""},
+		}, "10.0.0.1:9090: settling", false, ""},
 		"scraped twice, the older says less": {func(w *world) {
 			twin := agent(1)
 			twin.instance, twin.scrape = "10.0.0.1:9090", now-1
@@ -315,7 +315,7 @@ func TestRules(t *testing.T) {
 		"one of two equal agents": {func(w *world) {
 			w.targets[1].scrape, w.targets[2].scrape = now-3, now-3
 			w.targets[2].of("renewd_taint_settled").value = 0
-		}, "node-2:9090: renewing", false, ""},
+		}, "node-2:9090: settling", false, ""},
 		"a clone": {func(w *world) {
 			clone := agent(1)
 			clone.instance, clone.of("renewd_agent_info").labels["process_id"] = "10.0.0.1:9090", "another"
@@ -358,7 +358,7 @@ func TestRules(t *testing.T) {
 			w.targets[2].instance = w.targets[1].instance
 			w.targets[2].scrape = now - 1
 			w.targets[2].of("renewd_taint_settled").value = 0
-		}, "node-1:9090: renewing, node-1:9090: silent", true, ""},
+		}, "node-1:9090: settling, node-1:9090: silent", true, ""},
 		"JWT-SVIDs have ended": {change: func(w *world) { w.jwt = ends(-1) }},
 		"a JWT-SVID lives":     {change: func(w *world) { w.jwt = ends(0.5) }, jwt: true},
 		// A restarted agent has forgotten its JWT-SVIDs. So has one that ended, or that

@@ -22,7 +22,12 @@ const (
 	reasonDuplicated   = "duplicated"
 	reasonBehind       = "behind"
 	reasonRestored     = "restored"
+	reasonSettling     = "settling"
 )
+
+// reconnectGrace is how long a restarted agent waits for workloads that it does not know,
+// at most.
+const reconnectGrace = 3 * time.Minute
 
 // holdingsUnknown reports whether it is not known what the agent holds. Only expiry,
 // or an operator, ends the wait for such an agent.
@@ -55,6 +60,8 @@ func (h Holder) end(now time.Time) time.Time {
 		begins = h.BeginsAt
 	case h.Reason == reasonBehind && h.BeginsAt.IsZero():
 		begins = now.Add(wave.DefaultMaxDelay) // its delay is not known yet
+	case h.Reason == reasonSettling:
+		return now.Add(reconnectGrace) // since when is not known
 	}
 	rate := h.Rate
 	if rate <= 0 {
@@ -96,6 +103,9 @@ func estimated(holders []Holder, now time.Time) string {
 		return "ends at the latest " + timeAndDistance(end, now) + ", when the SVIDs of duplicated agents have expired by all clocks"
 	case reason == reasonSilent:
 		return "ends at the latest " + timeAndDistance(end, now) + ", when the SVIDs of silent agents have expired by all clocks"
+	}
+	if reason == reasonSettling {
+		return "ends at the latest " + timeAndDistance(end, now) + ", when restarted agents have waited for their workloads"
 	}
 	return "ends about " + timeAndDistance(end, now)
 }
@@ -153,6 +163,8 @@ func (h Holder) describe(now time.Time) string {
 		text += ", renewing"
 	case "streams":
 		text += ", replaced but not yet read by " + quantity(h.Streams, "workload")
+	case reasonSettling:
+		text += ", replaced; restarted, it waits up to " + formatDuration(reconnectGrace) + " for workloads that may hold one"
 	case "signing":
 		text += ", being sent its SVIDs"
 	default:

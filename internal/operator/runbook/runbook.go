@@ -71,7 +71,7 @@ type Holder struct {
 	Version      string    `json:"version,omitempty"`
 	SVIDs        int       `json:"svids"`
 	Streams      int       `json:"streams"`
-	Reason       string    `json:"reason"` // silent, unidentified, duplicated, behind, waiting, renewing, streams, signing, restored
+	Reason       string    `json:"reason"` // silent, unidentified, duplicated, behind, waiting, renewing, streams, settling, signing, restored
 	LatestExpiry time.Time `json:"latest_expiry,omitzero"`
 	LastReport   time.Time `json:"last_report,omitzero"` // for the reason restored: the time of the backup
 	BeginsAt     time.Time `json:"begins_at,omitzero"`

@@ -172,7 +172,7 @@ func (k Keyset) progress(f Scope, holders []Holder, now time.Time) string {
 		}
 		switch end, reason := estimate(holders, now); {
 		case end.IsZero():
-		case reason == reasonSilent || reason == reasonRestored:
+		case reason == reasonSilent || reason == reasonRestored || reason == reasonSettling:
 			parts[0] += ", done in " + formatDuration(end.Sub(now)) + " at the latest"
 		default:
 			parts[0] += ", done in about " + formatDuration(end.Sub(now))

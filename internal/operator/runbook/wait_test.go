@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/test/runbooktest"
 )
@@ -114,6 +115,7 @@ func TestWaitEstimates(t *testing.T) {
 		"one without estimate":           {[]runbook.Holder{{SVIDs: 20, Reason: "renewing"}, {SVIDs: 2, Reason: "silent"}}, time.Time{}},
 		"unidentified":                   {[]runbook.Holder{{Reason: "unidentified"}}, time.Time{}},
 		"duplicated":                     {[]runbook.Holder{{SVIDs: 20, Reason: "duplicated"}, {SVIDs: 20, Reason: "duplicated"}}, time.Time{}},
+		"settling":                       {[]runbook.Holder{{SVIDs: 40, Reason: "settling", Rate: 20}}, in(0).Add(cache.ReconnectGrace)},
 		"only streams left":              {[]runbook.Holder{{Streams: 3, Reason: "streams"}}, in(0)},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -102,9 +102,12 @@ const (
 	ReasonSilent   = "silent"   // it has not reported for some minutes, or ever
 	ReasonBehind   = "behind"   // it reports and has not seen the taint
 	ReasonWaiting  = "waiting"  // for its random delay
-	ReasonRenewing = "renewing" // or about to report that it is done
+	ReasonRenewing = "renewing" // has SVIDs to replace
 	ReasonStreams  = "streams"  // workloads have not read all replacements
-	ReasonSigning  = "signing"  // an answer is in flight
+	// Nothing is left, as far as is known: after a restart the agent waits for
+	// workloads that it does not know.
+	ReasonSettling = "settling"
+	ReasonSigning  = "signing" // an answer is in flight
 	// Two processes use its identity: the reports of one do not cover the other.
 	ReasonDuplicated = "duplicated"
 	ReasonRestored   = "restored" // the server was restored, and the holders are unknown
@@ -169,6 +172,8 @@ func (h *holding) reason(now time.Time) string {
 		return ReasonWaiting
 	case s.pending == 0 && s.streams > 0:
 		return ReasonStreams
+	case s.pending == 0:
+		return ReasonSettling
 	}
 	return ReasonRenewing
 }
