@@ -90,8 +90,9 @@ type probe struct {
 	HTTPGet struct{ Path, Port string } `yaml:"httpGet"`
 }
 
-func TestDaemonSetFitsAgent(t *testing.T) {
-	t.Parallel()
+// manifestsOf returns the objects of daemonset.yaml by kind.
+func manifestsOf(t *testing.T) map[string]manifest {
+	t.Helper()
 	byKind := map[string]manifest{}
 	dec := yaml.NewDecoder(bytes.NewReader(deployFile(t, "daemonset.yaml")))
 	for {
@@ -105,6 +106,12 @@ func TestDaemonSetFitsAgent(t *testing.T) {
 		}
 		byKind[m.Kind] = m
 	}
+	return byKind
+}
+
+func TestDaemonSetFitsAgent(t *testing.T) {
+	t.Parallel()
+	byKind := manifestsOf(t)
 
 	// /run may not be a memory file system where the test runs.
 	data := []byte(byKind["ConfigMap"].Data["agent.yaml"])

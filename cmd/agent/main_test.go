@@ -41,10 +41,15 @@ func TestMain(m *testing.M) {
 // TestScripts runs the command lines in testdata/script against a Workload API (at
 // $API; at $NO_IDENTITY one without identities) and an HTTP listener (at $URL; at
 // $STARTING one of an agent that is not ready). Kubelets listen on the ports $KUBELET and
-// $FORBIDDEN, with certificates that kubelet.crt verifies.
+// $FORBIDDEN, with certificates that kubelet.crt verifies. $DAEMONSET is the configuration
+// in daemonset.yaml.
 func TestScripts(t *testing.T) {
 	t.Parallel()
-	clitest.Run(t, map[string]string{"EXAMPLE": "agent.example.yaml"}, func(e *testscript.Env) {
+	clitest.Run(t, map[string]string{"DEPLOY": "."}, func(e *testscript.Env) {
+		e.Setenv("DAEMONSET", filepath.Join(e.WorkDir, "daemonset.yaml"))
+		if err := os.WriteFile(e.Getenv("DAEMONSET"), []byte(manifestsOf(t)["ConfigMap"].Data["agent.yaml"]), 0o600); err != nil {
+			t.Fatal(err)
+		}
 		id := newIdentity(t)
 		serveWorkloadAPI(t, e, "API", id)
 		serveBundle(t, e, id)

@@ -8,9 +8,12 @@ import (
 	"github.com/renewd/renewd/test/tree"
 )
 
-// elsewhere are texts in docs/troubleshooting.md that other programs print.
+// elsewhere are quoted texts that other programs print.
 var elsewhere = map[string]string{
 	"certificate signed by unknown authority": "crypto/x509",
+	"connection refused":                      "the kernel",
+	"401 Unauthorized":                        "net/http",
+	"403 Forbidden":                           "net/http",
 	"243/CREDENTIALS":                         "systemd",
 }
 
@@ -31,8 +34,8 @@ func quoted(document string) (texts []string) {
 	return texts
 }
 
-// TestMessages: the texts that docs/troubleshooting.md says operators see are in the
-// code.
+// TestMessages: the texts that docs/troubleshooting.md and "Messages" of docs/kubernetes.md
+// say operators see are in the code.
 func TestMessages(t *testing.T) {
 	t.Parallel()
 	root := tree.FS("../..")
@@ -44,13 +47,20 @@ func TestMessages(t *testing.T) {
 	}
 	// A literal may go on in the next line.
 	all := regexp.MustCompile(`"\s*\+\s*"`).ReplaceAllString(code.String(), "")
-	texts := quoted(tree.Read(t, root, "docs/troubleshooting.md"))
-	for _, text := range texts {
-		if elsewhere[text] == "" && !strings.Contains(all, text) {
-			t.Errorf("%q is in docs/troubleshooting.md and not in the code", text)
+	_, kubernetes, _ := strings.Cut(tree.Read(t, root, "docs/kubernetes.md"), "\n## Messages\n")
+	kubernetes, _, _ = strings.Cut(kubernetes, "\n## ")
+	for document, want := range map[string]struct {
+		text  string
+		texts int
+	}{"docs/troubleshooting.md": {tree.Read(t, root, "docs/troubleshooting.md"), 25}, "docs/kubernetes.md": {kubernetes, 6}} {
+		texts := quoted(want.text)
+		for _, text := range texts {
+			if elsewhere[text] == "" && !strings.Contains(all, text) {
+				t.Errorf("%q is in %s and not in the code", text, document)
+			}
 		}
-	}
-	if len(texts) < 25 {
-		t.Errorf("only %d texts were found", len(texts))
+		if len(texts) < want.texts {
+			t.Errorf("only %d texts were found in %s", len(texts), document)
+		}
 	}
 }

@@ -28,9 +28,12 @@ var (
 
 	// notCommands are inline texts that only look like commands.
 	notCommands = map[string]string{
-		"server not answering, renewals paused":                       "a log message",
-		"server verified with the changed trust_bundle_file":          "a log message",
-		"keysetctl --spire-socket /run/spire-server/private/api.sock": "the beginning of every command under SPIRE",
+		"server not answering, renewals paused":                               "a log message",
+		"server verified with the changed trust_bundle_file":                  "a log message",
+		"server verified with the trust bundle of its source":                 "a log message",
+		"server not verified by the bundle in force":                          "a log message",
+		"agent SVID revoked by another attestation of the same node identity": "a log message",
+		"keysetctl --spire-socket /run/spire-server/private/api.sock":         "the beginning of every command under SPIRE",
 	}
 
 	placeholder = regexp.MustCompile(`\b[A-Z]+\b`)
