@@ -22,6 +22,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
@@ -49,13 +50,40 @@ type Config struct {
 type Attestor struct {
 	cfg            Config
 	docker, podman *engine
+
+	mu     sync.Mutex
+	asking map[uint32]int // calls in flight to a user's Podman, by user ID
 }
 
 var _ attest.Attestor = (*Attestor)(nil)
 
 // New returns the attestor. It connects when it is needed.
 func New(cfg Config) *Attestor {
-	return &Attestor{cfg: cfg, docker: newEngine(cfg.Socket), podman: newEngine(cfg.Podman)}
+	return &Attestor{cfg: cfg, docker: newEngine(cfg.Socket), podman: newEngine(cfg.Podman), asking: make(map[uint32]int)}
+}
+
+// maxPerUser is how many calls to one user's Podman may be in flight. The user decides how
+// long it takes and how much it answers. [attest.Limit] bounds the calls of all containers
+// together: without a bound for each user, one could have the callers of all others fail.
+const maxPerUser = 4
+
+// enter reports whether a user's Podman may be asked, until leave is called.
+func (a *Attestor) enter(uid uint32) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.asking[uid] >= maxPerUser {
+		return false
+	}
+	a.asking[uid]++
+	return true
+}
+
+func (a *Attestor) leave(uid uint32) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.asking[uid]--; a.asking[uid] == 0 {
+		delete(a.asking, uid)
+	}
 }
 
 // Name returns "docker".
@@ -76,6 +104,10 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 		if c.Runtime != "libpod" || a.cfg.RootlessPodman == "" {
 			return nil, nil
 		}
+		if !a.enter(c.User) {
+			return nil, fmt.Errorf("%d earlier calls to the Podman of user %d have not ended", maxPerUser, c.User)
+		}
+		defer a.leave(c.User)
 		e = newUserEngine(expand(a.cfg.RootlessPodman, c.User), c.User)
 	case c.Runtime == "libpod":
 		e = a.podman

@@ -8,11 +8,15 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent/attest"
@@ -177,6 +181,108 @@ func TestRootlessPodman(t *testing.T) {
 	}
 	if got, err := attestWith(t, t.Context(), docker.Config{RootlessPodman: template, Container: of}); err != nil || !slices.Equal(got, ofRecorded) {
 		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// serveAs is an engine of another user that never answers about containers. The user of a
+// socket is that of the thread that listens.
+func serveAs(t *testing.T, uid uint32) (path string, asked chan struct{}) {
+	t.Helper()
+	path, asked = filepath.Join(t.TempDir(), "s"), make(chan struct{}, 100)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrUnix{Name: path})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	listened := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine
+		_, _, failed := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid))
+		if failed == 0 {
+			listened <- unix.Listen(fd, 100)
+			return
+		}
+		listened <- failed
+	}()
+	if err := <-listened; err != nil {
+		t.Fatal(err)
+	}
+	file := os.NewFile(uintptr(fd), path)
+	lis, err := net.FileListener(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/_ping" {
+			w.Header().Set("Api-Version", "1.41")
+			return
+		}
+		asked <- struct{}{}
+		<-r.Context().Done()
+	})}
+	done := make(chan struct{})
+	go func() { defer close(done); srv.Serve(lis) }()
+	t.Cleanup(func() { srv.Close(); <-done })
+	return path, asked
+}
+
+// A user whose Podman does not answer takes no more than a few of the calls that are in
+// flight for all users.
+func TestHangingPodmanOfOneUser(t *testing.T) {
+	t.Parallel()
+	const user = 12345
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to listen as a user")
+	}
+	hanging, asked := serveAs(t, user)
+	system, _ := serve(t, "1.41", says(recorded(t)))
+	template := filepath.Join(t.TempDir(), "%d")
+	if err := os.Symlink(hanging, fmt.Sprintf(template, user)); err != nil {
+		t.Fatal(err)
+	}
+	p, err := attest.FromPID(os.Getpid(), 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	var ofUser atomic.Bool
+	ofUser.Store(true)
+	a := attest.Limit(docker.New(docker.Config{Socket: system, RootlessPodman: template, Container: func(*attest.Peer) (cgroup.Container, error) {
+		if ofUser.Load() {
+			return cgroup.Container{ID: id, Runtime: "libpod", User: user}, nil
+		}
+		return cgroup.Container{ID: id, Runtime: "docker"}, nil
+	}}), time.Minute)
+	ctx, cancel := context.WithCancel(t.Context())
+	var callers sync.WaitGroup
+	defer callers.Wait()
+	defer cancel()
+	rejected := make(chan error, 100)
+	for range 50 {
+		callers.Go(func() {
+			_, err := a.Attest(ctx, p)
+			rejected <- err
+		})
+	}
+	for range 4 {
+		<-asked
+	}
+	for range 46 {
+		select {
+		case err := <-rejected:
+			if err == nil || !strings.Contains(err.Error(), "Podman of user 12345") {
+				t.Fatalf("got %v", err)
+			}
+		case <-asked:
+			t.Fatal("the user's Podman has more than 4 calls")
+		}
+	}
+	ofUser.Store(false)
+	if got, err := a.Attest(t.Context(), p); err != nil || !slices.Equal(text(got), ofRecorded) {
+		t.Errorf("another container: %q, %v", got, err)
 	}
 }
 
