@@ -117,6 +117,9 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 	found, err := e.inspect(ctx, c.ID)
 	switch {
 	case err == nil:
+		if err := a.checkPath(c, found); err != nil {
+			return nil, fmt.Errorf("process %d: %w", p.PID(), err)
+		}
 		return selectors(found), nil
 	case errdefs.IsNotFound(err) && c.Runtime == "":
 		// The path does not tell the runtime, and it is not this engine.
@@ -127,6 +130,33 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 		return nil, fmt.Errorf("%s does not know container %s of process %d", e.path, c.ID, p.PID())
 	}
 	return nil, fmt.Errorf("inspect container %s: %w", c.ID, err)
+}
+
+// checkPath returns an error if the control group has the name of a container and may not be
+// its: the container's first process is elsewhere.
+func (a *Attestor) checkPath(c cgroup.Container, found container.InspectResponse) error {
+	if c.Path == "" {
+		return nil
+	}
+	if found.State == nil || found.State.Pid <= 0 {
+		return fmt.Errorf("container %s does not run", c.ID)
+	}
+	first, err := attest.FromPID(found.State.Pid, 0, 0)
+	if err != nil {
+		return fmt.Errorf("first process of container %s: %w", c.ID, err)
+	}
+	defer first.Close()
+	is, err := a.cfg.Container(first)
+	if err == nil {
+		err = first.Alive()
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("first process of container %s: %w", c.ID, err)
+	case is != c:
+		return fmt.Errorf("its control group %s has the name of container %s, which is in another one", c.Path, c.ID)
+	}
+	return nil
 }
 
 // selectors returns the selectors of a container.

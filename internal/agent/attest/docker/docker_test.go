@@ -7,7 +7,9 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -181,6 +183,53 @@ func TestRootlessPodman(t *testing.T) {
 	}
 	if got, err := attestWith(t, t.Context(), docker.Config{RootlessPodman: template, Container: of}); err != nil || !slices.Equal(got, ofRecorded) {
 		t.Errorf("got %q, %v", got, err)
+	}
+}
+
+// A service with Delegate= can make a control group that has the name of a container. It
+// gets nothing of that container, which is elsewhere.
+func TestForgedNameBelowService(t *testing.T) {
+	t.Parallel()
+	first := exec.Command("sleep", "60")
+	if err := first.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer first.Wait()
+	defer first.Process.Kill()
+	path := func(service string) cgroup.Container {
+		return cgroup.Container{ID: id, Runtime: "libpod", Path: "/system.slice/" + service + ".service/libpod-payload-" + id}
+	}
+	answer := func(pid int) string {
+		return regexp.MustCompile(`"Pid": *[0-9]+`).ReplaceAllString(recorded(t), fmt.Sprintf(`"Pid":%d`, pid))
+	}
+	for name, tt := range map[string]struct {
+		first cgroup.Container
+		pid   int
+		want  string
+	}{
+		"in the container":         {path("web"), first.Process.Pid, ""},
+		"in another service":       {path("db"), first.Process.Pid, "which is in another one"},
+		"in the container's scope": {cgroup.Container{ID: id, Runtime: "libpod"}, first.Process.Pid, "which is in another one"},
+		"no container any more":    {cgroup.Container{}, first.Process.Pid, "which is in another one"},
+		"stopped":                  {path("web"), 0, "does not run"},
+		"ended":                    {path("web"), 1 << 30, "has exited"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			podman, _ := serve(t, "1.41", says(answer(tt.pid)))
+			got, err := attestWith(t, t.Context(), docker.Config{Podman: podman, Container: func(p *attest.Peer) (cgroup.Container, error) {
+				if p.PID() == os.Getpid() {
+					return path("web"), nil
+				}
+				return tt.first, nil
+			}})
+			if tt.want == "" {
+				if err != nil || !slices.Equal(got, ofRecorded) {
+					t.Errorf("got %q, %v", got, err)
+				}
+			} else if got != nil || err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %q, %v, want an error with %q", got, err, tt.want)
+			}
+		})
 	}
 }
 
