@@ -278,8 +278,8 @@ func serveAs(t *testing.T, uid uint32) (path string, asked chan struct{}) {
 	return path, asked
 }
 
-// A user whose Podman does not answer takes no more than a few of the calls that are in
-// flight for all users.
+// A user whose Podman does not answer takes no more than a few of the calls that run
+// for all users.
 func TestHangingPodmanOfOneUser(t *testing.T) {
 	t.Parallel()
 	const user = 12345
