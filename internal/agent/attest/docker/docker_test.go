@@ -210,7 +210,7 @@ func TestForgedNameBelowService(t *testing.T) {
 		"in the container":         {path("web"), first.Process.Pid, ""},
 		"in another service":       {path("db"), first.Process.Pid, "which is in another one"},
 		"in the container's scope": {cgroup.Container{ID: id, Runtime: "libpod"}, first.Process.Pid, "which is in another one"},
-		"no container any more":    {cgroup.Container{}, first.Process.Pid, "which is in another one"},
+		"in no container":          {cgroup.Container{}, first.Process.Pid, "which is in another one"},
 		"stopped":                  {path("web"), 0, "does not run"},
 		"ended":                    {path("web"), 1 << 30, "has exited"},
 	} {
