@@ -62,6 +62,9 @@ func New(cfg Config) *Attestor {
 	return &Attestor{cfg: cfg, docker: newEngine(cfg.Socket), podman: newEngine(cfg.Podman), asking: make(map[uint32]int)}
 }
 
+// maxReason bounds what of an engine's error is quoted: a user can have Podman say anything.
+const maxReason = 500
+
 // maxPerUser is how many calls to one user's Podman may be in flight. The user decides how
 // long it takes and how much it answers. [attest.Limit] bounds the calls of all containers
 // together: without a bound for each user, one could have the callers of all others fail.
@@ -129,7 +132,7 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 		// this kind runs it. What an entry could need is not known.
 		return nil, fmt.Errorf("%s does not know container %s of process %d", e.path, c.ID, p.PID())
 	}
-	return nil, fmt.Errorf("inspect container %s: %w", c.ID, err)
+	return nil, fmt.Errorf("inspect container %s: %.*s", c.ID, maxReason, err.Error())
 }
 
 // checkPath returns an error if the control group has the name of a container and may not be

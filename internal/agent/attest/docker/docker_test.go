@@ -353,6 +353,10 @@ func TestBadAnswers(t *testing.T) {
 			w.WriteHeader(http.StatusInternalServerError)
 			io.WriteString(w, `{"message":"the store is damaged"}`)
 		}, "the store is damaged"},
+		"long error": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusInternalServerError)
+			io.WriteString(w, `{"message":"the store is `+strings.Repeat("x", 900_000)+`"}`)
+		}, "the store is xxx"},
 		"too new an engine": {func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(http.StatusBadRequest)
 			io.WriteString(w, `{"message":"client version 1.41 is too old"}`)
@@ -362,8 +366,8 @@ func TestBadAnswers(t *testing.T) {
 			t.Parallel()
 			path, _ := serve(t, "1.41", tt.answer)
 			got, err := attestWith(t, t.Context(), docker.Config{Socket: path, Container: in(cgroup.Container{ID: id, Runtime: "docker"})})
-			if got != nil || err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), id) {
-				t.Errorf("got %q, %v, want an error with %q", got, err, tt.want)
+			if got != nil || err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), id) || len(err.Error()) > 1000 {
+				t.Errorf("got %q, %.1000v, want an error with %q", got, err, tt.want)
 			}
 		})
 	}
