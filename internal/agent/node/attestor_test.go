@@ -359,6 +359,7 @@ func FuzzServiceAccountToken(f *testing.F) {
 	f.Add(serviceAccountToken(`{"aud":"spire-server","exp":1e300}`))
 	f.Add(serviceAccountToken(`{"aud":["spire-server"],"exp":-1}`))
 	f.Add("a.b.c")
+	f.Add("\x87" + serviceAccountToken(`{"aud":["spire-server"]}`))
 	path := writeFile(f, "token", nil)
 	f.Fuzz(func(t *testing.T, content string) {
 		if err := os.WriteFile(path, []byte(content), 0o600); err != nil {

@@ -118,15 +118,18 @@ func (a *audience) UnmarshalJSON(b []byte) error {
 // of the token.
 func parseClaims(token string) (*claims, error) {
 	parts := strings.Split(token, ".")
-	if len(parts) != 3 {
+	if len(parts) != 3 || strings.ContainsAny(token, "\r\n") { // which the decoder skips
 		return nil, errors.New("the file holds no JWT")
 	}
-	raw, err := base64.RawURLEncoding.DecodeString(parts[1])
-	if err != nil {
-		return nil, errors.New("the file holds no JWT: its claims are not base64url")
+	var decoded [3][]byte
+	for i, part := range parts {
+		var err error
+		if decoded[i], err = base64.RawURLEncoding.DecodeString(part); err != nil {
+			return nil, errors.New("the file holds no JWT: a part of it is not base64url")
+		}
 	}
 	var c claims
-	if json.Unmarshal(raw, &c) != nil {
+	if json.Unmarshal(decoded[1], &c) != nil {
 		return nil, errors.New("the file holds no JWT: its claims are not those of a token")
 	}
 	return &c, nil

@@ -26,7 +26,8 @@ type caller struct {
 	// attestors failed.
 	missing     []string
 	attestedFor uint64 // Config.Needs before the attestation
-	// nextReattest is the earliest time of the next attempt after one took too long.
+	// nextReattest is the earliest time of the next attempt after one took too long or
+	// failed.
 	nextReattest time.Time
 }
 
@@ -35,8 +36,9 @@ const (
 	// caller: a large program takes seconds to hash, and a file system may hang.
 	// Renewals must not wait for that.
 	reattestWait = 5 * time.Second
-	// reattestPause is how long the stream then keeps the known selectors. A hash
-	// that was started goes on meanwhile.
+	// reattestPause is how long the stream then keeps the known selectors, and how
+	// soon it has those of an attestor that recovers. A hash that was started goes on
+	// meanwhile.
 	reattestPause = 30 * time.Second
 )
 
@@ -122,25 +124,32 @@ func (s *service) attest(ctx context.Context, p *attest.Peer) (*caller, error) {
 			s.note(slog.LevelWarn, "caller attestation incomplete", fmt.Sprint(f.Attestor, " ", p.UID()), p, "attestor", f.Attestor, "error", f.Err)
 		}
 	}
-	return &caller{s: s.Server, peer: p, selectors: found.Selectors(), missing: found.Missing(), attestedFor: needs}, nil
+	c := &caller{s: s.Server, peer: p, selectors: found.Selectors(), missing: found.Missing(), attestedFor: needs}
+	if len(c.missing) > 0 {
+		c.nextReattest = time.Now().Add(reattestPause)
+	}
+	return c, nil
 }
 
 // outdated reports whether the attestors find more selectors now than when the
 // caller was attested.
 func (c *caller) outdated() bool { return c.s.cfg.Needs() > c.attestedFor }
 
+// incomplete reports whether another attestation may find more selectors.
+func (c *caller) incomplete() bool { return c.outdated() || len(c.missing) > 0 }
+
 // mayMatch reports whether entries could match the caller if no selectors were missing.
 func (c *caller) mayMatch(wanted func(*cache.Entry) bool) bool {
 	return c.outdated() || c.s.cfg.Cache.MayMatch(c.selectors, c.missing, wanted)
 }
 
-// reattest attests the caller of an open stream again if it is outdated, and
-// reports whether its selectors changed. If the attestation is incomplete or takes
-// longer than reattestWait, the caller keeps its selectors: a new entry on the node
-// takes no identity away.
+// reattest attests the caller of an open stream again if its attestation is incomplete,
+// and reports whether its selectors changed. If that stays so or takes longer than
+// reattestWait, the caller keeps its selectors: a new entry on the node, or an attestor
+// that fails, takes no identity away.
 func (s *service) reattest(ctx context.Context, c *caller) (changed bool, err error) {
 	needs := s.cfg.Needs()
-	if needs <= c.attestedFor || time.Now().Before(c.nextReattest) {
+	if !c.incomplete() || time.Now().Before(c.nextReattest) {
 		return false, nil
 	}
 	limited, cancel := context.WithTimeout(ctx, reattestWait)
@@ -162,7 +171,7 @@ func (s *service) reattest(ctx context.Context, c *caller) (changed bool, err er
 		changed = !isSubset(now.selectors, c.selectors) || !isSubset(c.selectors, now.selectors)
 		c.selectors = now.selectors
 	}
-	c.missing, c.attestedFor = now.missing, needs
+	c.missing, c.attestedFor, c.nextReattest = now.missing, needs, now.nextReattest
 	return changed, nil
 }
 

@@ -228,6 +228,43 @@ func TestStreamWithoutEntryWhileItsHashIsDelayed(t *testing.T) {
 	})
 }
 
+// A stream that was opened while an attestor failed gets the identities that depend on it
+// when the attestor has recovered.
+func TestStreamIsCompleteAfterAnAttestorRecovers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, h := newHasherSystem(t)
+		h.err = errors.New("no answer")
+		s.add(entry("e1", "/one", 1000))
+		s.add(hashEntry("e2", "/two", "good"))
+		in := fetchX509(t.Context(), s.client(1000))
+		if got := ids(one(t, in)); !slices.Equal(got, []string{"spiffe://example.org/one"}) {
+			t.Fatalf("got %v", got)
+		}
+		time.Sleep(10 * time.Minute)
+		noAnswer(t, in)
+		h.mu.Lock()
+		if h.hashed > 25 {
+			t.Errorf("attested %d times in 10 minutes", h.hashed)
+		}
+		h.err = nil
+		h.mu.Unlock()
+		time.Sleep(reattestPause + time.Second)
+		if got := ids(one(t, in)); !slices.Equal(got, []string{"spiffe://example.org/one", "spiffe://example.org/two"}) {
+			t.Errorf("got %v, want /one and /two", got)
+		}
+		h.mu.Lock()
+		before := h.hashed
+		h.mu.Unlock()
+		time.Sleep(10 * time.Minute)
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		if h.hashed != before {
+			t.Errorf("attested %d times after the attestation was complete", h.hashed-before)
+		}
+	})
+}
+
 // An open stream continues when its caller cannot be fully attested, and does not end
 // with PermissionDenied.
 func TestFailedReattestation(t *testing.T) {

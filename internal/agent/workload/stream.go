@@ -19,7 +19,7 @@ type outcome struct {
 
 // follow runs one stream: it calls update when woken and lets at least
 // PushSpacing pass after each answer. update sends an answer if it differs from the
-// last one. While the caller waits for re-attestation, follow calls update at least
+// last one. While the caller's attestation is incomplete, follow calls update at least
 // every reattestPause. before is the outcome of an earlier update, zero if there was
 // none.
 func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-chan struct{}, update func() (outcome, error)) error {
@@ -32,7 +32,7 @@ func (s *service) follow(ctx context.Context, c *caller, before outcome, wake <-
 		switch {
 		case before.after > 0:
 			due = time.After(before.after)
-		case c.outdated():
+		case c.incomplete():
 			due = time.After(reattestPause)
 		}
 		select {
