@@ -156,7 +156,7 @@ func TestHTTPS(t *testing.T) {
 	defer close(stopped)
 	bad := unusable()
 	address, ca := publisher(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.RawQuery != "" && r.URL.Path != "/query" {
+		if q := r.URL.RawQuery; q != "" && q != "signature=hunter2" && r.URL.Path != "/query" {
 			t.Errorf("query %q", r.URL.RawQuery)
 		}
 		switch name := strings.TrimPrefix(r.URL.Path, "/"); name {
@@ -170,6 +170,8 @@ func TestHTTPS(t *testing.T) {
 			http.Redirect(w, r, "/loop", http.StatusFound)
 		case "plain":
 			http.Redirect(w, r, plain.URL, http.StatusFound)
+		case "moved-with-query":
+			http.Redirect(w, r, plain.URL+"/?signature=hunter2", http.StatusFound)
 		case "hangs":
 			select {
 			case <-r.Context().Done():
@@ -196,6 +198,14 @@ func TestHTTPS(t *testing.T) {
 		at := address + "/" + url.PathEscape(path)
 		if got, err := fetch(t, t.Context(), bootstrap.URLConfig{URL: at, CAFile: ca}, bootstrap.Request{}); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), at) {
 			t.Errorf("%s: %s, %v, want %s", path, got, err, want)
+		}
+	}
+	// The query of a presigned URL is a secret.
+	for path, want := range map[string]string{"none": "404", "plain": "not https", "moved-with-query": "not https", "text": "not a trust bundle"} {
+		at := address + "/" + path
+		_, err := fetch(t, t.Context(), bootstrap.URLConfig{URL: at + "?signature=hunter2", CAFile: ca}, bootstrap.Request{})
+		if err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), at) || strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s with a query: %v", path, err)
 		}
 	}
 	short, cancel := context.WithTimeout(t.Context(), 50*time.Millisecond)

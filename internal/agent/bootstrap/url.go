@@ -45,6 +45,9 @@ type URL struct {
 	cfg    URLConfig
 	url    *url.URL // of the request
 	socket string   // path of the Unix socket; empty for https
+	// name is the URL for errors: without its query, which may have a secret, as that of a
+	// presigned URL does.
+	name string
 }
 
 // NewURL returns the source of a URL. Its error continues a sentence that begins with the
@@ -56,7 +59,7 @@ func NewURL(cfg URLConfig) (*URL, error) {
 	}
 	switch {
 	case u.Scheme == "https" && u.Hostname() != "" && u.User == nil:
-		return &URL{cfg: cfg, url: u}, nil
+		return &URL{cfg: cfg, url: u, name: withoutQuery(u)}, nil
 	case u.Scheme == "https" && u.User != nil:
 		return nil, errors.New("has a user or a password")
 	case u.Scheme == "unix" && u.Host == "" && strings.HasPrefix(u.Path, "/") && u.RawQuery == "" && u.Fragment == "":
@@ -67,7 +70,7 @@ func NewURL(cfg URLConfig) (*URL, error) {
 		if !strings.HasPrefix(request, "/") {
 			return nil, errors.New("has a request that does not begin with /")
 		}
-		return &URL{cfg: cfg, url: &url.URL{Scheme: "http", Host: "localhost", Path: request}, socket: socket}, nil
+		return &URL{cfg: cfg, url: &url.URL{Scheme: "http", Host: "localhost", Path: request}, socket: socket, name: cfg.URL}, nil
 	}
 	return nil, errors.New("is neither an https URL nor unix:///PATH")
 }
@@ -86,7 +89,7 @@ func (u *URL) Fetch(ctx context.Context, r Request) (*bundle.Bundle, error) {
 	}
 	request, err := http.NewRequestWithContext(ctx, http.MethodGet, target.String(), http.NoBody)
 	if err != nil {
-		return nil, fmt.Errorf("ask %s: %w", u.cfg.URL, err)
+		return nil, fmt.Errorf("ask %s: %w", u.name, err)
 	}
 	transport, err := u.transport()
 	if err != nil {
@@ -95,19 +98,19 @@ func (u *URL) Fetch(ctx context.Context, r Request) (*bundle.Bundle, error) {
 	client := &http.Client{Transport: transport, CheckRedirect: u.checkRedirect}
 	response, err := client.Do(request)
 	if err != nil {
-		var inner *url.Error // its text has the query, which differs from attempt to attempt
+		var inner *url.Error // its text has the query
 		if errors.As(err, &inner) {
 			err = inner.Err
 		}
-		return nil, fmt.Errorf("ask %s: %w", u.cfg.URL, err)
+		return nil, fmt.Errorf("ask %s: %w", u.name, err)
 	}
 	defer response.Body.Close()
 	if response.StatusCode != http.StatusOK {
-		return nil, fmt.Errorf("ask %s: the answer is %q", u.cfg.URL, response.Status)
+		return nil, fmt.Errorf("ask %s: the answer is %q", u.name, response.Status)
 	}
 	b, err := read(response.Body, u.cfg.TrustDomain)
 	if err != nil {
-		return nil, fmt.Errorf("the answer of %s %w", u.cfg.URL, err)
+		return nil, fmt.Errorf("the answer of %s %w", u.name, err)
 	}
 	return b, nil
 }
@@ -162,12 +165,17 @@ func loadCAs(path string) (*x509.CertPool, error) {
 	return roots, nil
 }
 
+func withoutQuery(u *url.URL) string {
+	plain := url.URL{Scheme: u.Scheme, Host: u.Host, Path: u.Path, RawPath: u.RawPath}
+	return plain.String()
+}
+
 func (u *URL) checkRedirect(next *http.Request, before []*http.Request) error {
 	switch {
 	case u.socket != "":
 		return errors.New("a publisher on a Unix socket must not redirect")
 	case next.URL.Scheme != "https":
-		return fmt.Errorf("it redirects to %s, which is not https", next.URL.Redacted())
+		return fmt.Errorf("it redirects to %s, which is not https", withoutQuery(next.URL))
 	case len(before) > maxRedirects:
 		return fmt.Errorf("it redirects more than %d times", maxRedirects)
 	}

@@ -45,6 +45,11 @@ type Container struct {
 	// the system's. That user can give the control group of any of its processes any
 	// name: ask nobody but an engine of this user about the ID.
 	User uint32
+	// Path is set for a container below a service that is not the runtime's own (Podman's
+	// --cgroups=split): the path of its control group. A service with Delegate= and a User=
+	// can give a control group of its own that name, so the ID counts only if the engine's
+	// container is at the same path.
+	Path string
 }
 
 // limit bounds the file: 14 hierarchies of cgroup v1 with paths of 4 KiB each.

@@ -33,6 +33,7 @@ func TestForms(t *testing.T) {
 	none := cgroup.Container{}
 	plain := func(runtime string) cgroup.Container { return cgroup.Container{ID: id, Runtime: runtime} }
 	rootless := func(runtime string) cgroup.Container { return cgroup.Container{ID: id, Runtime: runtime, User: 1000} }
+	ofService := cgroup.Container{ID: id, Runtime: "libpod", Path: "/system.slice/web.service/libpod-payload-" + id}
 	staticPod := cgroup.Container{ID: id, Runtime: "cri-containerd", Pod: true, PodUID: static}
 	for name, tt := range map[string]struct {
 		source, path string
@@ -65,7 +66,8 @@ func TestForms(t *testing.T) {
 		"Podman, pod":                          {"Podman 4.3", "/machine.slice/machine-libpod_pod_" + id2 + ".slice/libpod-" + id + ".scope/container", plain("libpod")},
 		"Podman, cgroupfs driver":              {"Podman 4.3, --cgroup-manager=cgroupfs", "/libpod_parent/libpod-" + id, plain("libpod")},
 		"Podman, cgroupfs driver, pod":         {"Podman 4.3, --cgroup-manager=cgroupfs", "/libpod_parent/" + id2 + "/libpod-" + id, plain("libpod")},
-		"Podman in a service":                  {"Podman 4.4, Quadlet: --cgroups=split", "/system.slice/web.service/libpod-payload-" + id, plain("libpod")},
+		"Podman in a service":                  {"Podman 4.4, Quadlet: --cgroups=split", "/system.slice/web.service/libpod-payload-" + id, ofService},
+		"Podman in a service, a subgroup":      {"Podman 4.4, Quadlet: --cgroups=split, systemd in the container", "/system.slice/web.service/libpod-payload-" + id + "/system.slice/x.service", ofService},
 		"Podman, rootless":                     {"Podman 4.3", "/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-" + id + ".scope/container", rootless("libpod")},
 		"Podman in a user's service":           {"Podman 4.4, Quadlet: --cgroups=split", "/user.slice/user-1000.slice/user@1000.service/app.slice/web.service/libpod-payload-" + id, rootless("libpod")},
 		"nerdctl":                              {"nerdctl 1.7", "/system.slice/nerdctl-" + id + ".scope", plain("nerdctl")},

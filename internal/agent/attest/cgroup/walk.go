@@ -26,6 +26,9 @@ func find(path, own []string) Container {
 		}
 		w.next(parent(path, i), path[i])
 		switch {
+		case w.found.ID != "" && w.ofService:
+			w.found.Path = "/" + strings.Join(path[:i+1], "/")
+			return w.found
 		case w.found.ID != "":
 			return w.found
 		case w.ended:
@@ -57,6 +60,8 @@ type walk struct {
 	user    uint32
 
 	found Container
+	// ofService is true if a service may have made the control group of found.
+	ofService bool
 	// ended is true below a control group that somebody else governs.
 	ended bool
 }
@@ -85,6 +90,7 @@ func (w *walk) next(parent, segment string) {
 			w.ended = true
 			return
 		}
+		w.ofService = runtime == payload && service != "" && w.user == 0
 		if ofPod != "" && w.trusted {
 			w.kubepods, w.podUID = true, ofPod
 		}

@@ -22,6 +22,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
@@ -49,13 +50,43 @@ type Config struct {
 type Attestor struct {
 	cfg            Config
 	docker, podman *engine
+
+	mu     sync.Mutex
+	asking map[uint32]int // calls in flight to a user's Podman, by user ID
 }
 
 var _ attest.Attestor = (*Attestor)(nil)
 
 // New returns the attestor. It connects when it is needed.
 func New(cfg Config) *Attestor {
-	return &Attestor{cfg: cfg, docker: newEngine(cfg.Socket), podman: newEngine(cfg.Podman)}
+	return &Attestor{cfg: cfg, docker: newEngine(cfg.Socket), podman: newEngine(cfg.Podman), asking: make(map[uint32]int)}
+}
+
+// maxReason bounds what of an engine's error is quoted: a user can have Podman say anything.
+const maxReason = 500
+
+// maxPerUser is how many calls to one user's Podman may be in flight. The user decides how
+// long it takes and how much it answers. [attest.Limit] bounds the calls of all containers
+// together: without a bound for each user, one could have the callers of all others fail.
+const maxPerUser = 4
+
+// enter reports whether a user's Podman may be asked, until leave is called.
+func (a *Attestor) enter(uid uint32) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.asking[uid] >= maxPerUser {
+		return false
+	}
+	a.asking[uid]++
+	return true
+}
+
+func (a *Attestor) leave(uid uint32) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.asking[uid]--; a.asking[uid] == 0 {
+		delete(a.asking, uid)
+	}
 }
 
 // Name returns "docker".
@@ -76,6 +107,10 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 		if c.Runtime != "libpod" || a.cfg.RootlessPodman == "" {
 			return nil, nil
 		}
+		if !a.enter(c.User) {
+			return nil, fmt.Errorf("%d earlier calls to the Podman of user %d have not ended", maxPerUser, c.User)
+		}
+		defer a.leave(c.User)
 		e = newUserEngine(expand(a.cfg.RootlessPodman, c.User), c.User)
 	case c.Runtime == "libpod":
 		e = a.podman
@@ -85,6 +120,9 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 	found, err := e.inspect(ctx, c.ID)
 	switch {
 	case err == nil:
+		if err := a.checkPath(c, found); err != nil {
+			return nil, fmt.Errorf("process %d: %w", p.PID(), err)
+		}
 		return selectors(found), nil
 	case errdefs.IsNotFound(err) && c.Runtime == "":
 		// The path does not tell the runtime, and it is not this engine.
@@ -94,7 +132,34 @@ func (a *Attestor) Attest(ctx context.Context, p *attest.Peer) ([]cache.Selector
 		// this kind runs it. What an entry could need is not known.
 		return nil, fmt.Errorf("%s does not know container %s of process %d", e.path, c.ID, p.PID())
 	}
-	return nil, fmt.Errorf("inspect container %s: %w", c.ID, err)
+	return nil, fmt.Errorf("inspect container %s: %.*s", c.ID, maxReason, err.Error())
+}
+
+// checkPath returns an error if the control group has the name of a container and may not be
+// its: the container's first process is elsewhere.
+func (a *Attestor) checkPath(c cgroup.Container, found container.InspectResponse) error {
+	if c.Path == "" {
+		return nil
+	}
+	if found.State == nil || found.State.Pid <= 0 {
+		return fmt.Errorf("container %s does not run", c.ID)
+	}
+	first, err := attest.FromPID(found.State.Pid, 0, 0)
+	if err != nil {
+		return fmt.Errorf("first process of container %s: %w", c.ID, err)
+	}
+	defer first.Close()
+	is, err := a.cfg.Container(first)
+	if err == nil {
+		err = first.Alive()
+	}
+	switch {
+	case err != nil:
+		return fmt.Errorf("first process of container %s: %w", c.ID, err)
+	case is != c:
+		return fmt.Errorf("its control group %s has the name of container %s, which is in another one", c.Path, c.ID)
+	}
+	return nil
 }
 
 // selectors returns the selectors of a container.

@@ -7,12 +7,18 @@ import (
 	"net"
 	"net/http"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"regexp"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/cache"
 	"github.com/renewd/renewd/internal/agent/attest"
@@ -180,6 +186,155 @@ func TestRootlessPodman(t *testing.T) {
 	}
 }
 
+// A service with Delegate= can make a control group that has the name of a container. It
+// gets nothing of that container, which is elsewhere.
+func TestForgedNameBelowService(t *testing.T) {
+	t.Parallel()
+	first := exec.Command("sleep", "60")
+	if err := first.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer first.Wait()
+	defer first.Process.Kill()
+	path := func(service string) cgroup.Container {
+		return cgroup.Container{ID: id, Runtime: "libpod", Path: "/system.slice/" + service + ".service/libpod-payload-" + id}
+	}
+	answer := func(pid int) string {
+		return regexp.MustCompile(`"Pid": *[0-9]+`).ReplaceAllString(recorded(t), fmt.Sprintf(`"Pid":%d`, pid))
+	}
+	for name, tt := range map[string]struct {
+		first cgroup.Container
+		pid   int
+		want  string
+	}{
+		"in the container":         {path("web"), first.Process.Pid, ""},
+		"in another service":       {path("db"), first.Process.Pid, "which is in another one"},
+		"in the container's scope": {cgroup.Container{ID: id, Runtime: "libpod"}, first.Process.Pid, "which is in another one"},
+		"in no container":          {cgroup.Container{}, first.Process.Pid, "which is in another one"},
+		"stopped":                  {path("web"), 0, "does not run"},
+		"ended":                    {path("web"), 1 << 30, "has exited"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			podman, _ := serve(t, "1.41", says(answer(tt.pid)))
+			got, err := attestWith(t, t.Context(), docker.Config{Podman: podman, Container: func(p *attest.Peer) (cgroup.Container, error) {
+				if p.PID() == os.Getpid() {
+					return path("web"), nil
+				}
+				return tt.first, nil
+			}})
+			if tt.want == "" {
+				if err != nil || !slices.Equal(got, ofRecorded) {
+					t.Errorf("got %q, %v", got, err)
+				}
+			} else if got != nil || err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("got %q, %v, want an error with %q", got, err, tt.want)
+			}
+		})
+	}
+}
+
+// serveAs is an engine of another user that never answers about containers. The user of a
+// socket is that of the thread that listens.
+func serveAs(t *testing.T, uid uint32) (path string, asked chan struct{}) {
+	t.Helper()
+	path, asked = filepath.Join(t.TempDir(), "s"), make(chan struct{}, 100)
+	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
+	if err == nil {
+		err = unix.Bind(fd, &unix.SockaddrUnix{Name: path})
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	listened := make(chan error)
+	go func() {
+		runtime.LockOSThread() // the thread ends with the goroutine
+		_, _, failed := unix.RawSyscall(unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid))
+		if failed == 0 {
+			listened <- unix.Listen(fd, 100)
+			return
+		}
+		listened <- failed
+	}()
+	if err := <-listened; err != nil {
+		t.Fatal(err)
+	}
+	file := os.NewFile(uintptr(fd), path)
+	lis, err := net.FileListener(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	file.Close()
+	srv := &http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/_ping" {
+			w.Header().Set("Api-Version", "1.41")
+			return
+		}
+		asked <- struct{}{}
+		<-r.Context().Done()
+	})}
+	done := make(chan struct{})
+	go func() { defer close(done); srv.Serve(lis) }()
+	t.Cleanup(func() { srv.Close(); <-done })
+	return path, asked
+}
+
+// A user whose Podman does not answer takes no more than a few of the calls that run
+// for all users.
+func TestHangingPodmanOfOneUser(t *testing.T) {
+	t.Parallel()
+	const user = 12345
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to listen as a user")
+	}
+	hanging, asked := serveAs(t, user)
+	system, _ := serve(t, "1.41", says(recorded(t)))
+	template := filepath.Join(t.TempDir(), "%d")
+	if err := os.Symlink(hanging, fmt.Sprintf(template, user)); err != nil {
+		t.Fatal(err)
+	}
+	p, err := attest.FromPID(os.Getpid(), 0, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer p.Close()
+	var ofUser atomic.Bool
+	ofUser.Store(true)
+	a := attest.Limit(docker.New(docker.Config{Socket: system, RootlessPodman: template, Container: func(*attest.Peer) (cgroup.Container, error) {
+		if ofUser.Load() {
+			return cgroup.Container{ID: id, Runtime: "libpod", User: user}, nil
+		}
+		return cgroup.Container{ID: id, Runtime: "docker"}, nil
+	}}), time.Minute)
+	ctx, cancel := context.WithCancel(t.Context())
+	var callers sync.WaitGroup
+	defer callers.Wait()
+	defer cancel()
+	rejected := make(chan error, 100)
+	for range 50 {
+		callers.Go(func() {
+			_, err := a.Attest(ctx, p)
+			rejected <- err
+		})
+	}
+	for range 4 {
+		<-asked
+	}
+	for range 46 {
+		select {
+		case err := <-rejected:
+			if err == nil || !strings.Contains(err.Error(), "Podman of user 12345") {
+				t.Fatalf("got %v", err)
+			}
+		case <-asked:
+			t.Fatal("the user's Podman has more than 4 calls")
+		}
+	}
+	ofUser.Store(false)
+	if got, err := a.Attest(t.Context(), p); err != nil || !slices.Equal(text(got), ofRecorded) {
+		t.Errorf("another container: %q, %v", got, err)
+	}
+}
+
 // Whatever an engine answers, there are either its selectors or an error that says why not.
 func TestBadAnswers(t *testing.T) {
 	t.Parallel()
@@ -198,6 +353,10 @@ func TestBadAnswers(t *testing.T) {
 			w.WriteHeader(http.StatusInternalServerError)
 			io.WriteString(w, `{"message":"the store is damaged"}`)
 		}, "the store is damaged"},
+		"long error": {func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(http.StatusInternalServerError)
+			io.WriteString(w, `{"message":"the store is `+strings.Repeat("x", 900_000)+`"}`)
+		}, "the store is xxx"},
 		"too new an engine": {func(w http.ResponseWriter, _ *http.Request) {
 			w.WriteHeader(http.StatusBadRequest)
 			io.WriteString(w, `{"message":"client version 1.41 is too old"}`)
@@ -207,8 +366,8 @@ func TestBadAnswers(t *testing.T) {
 			t.Parallel()
 			path, _ := serve(t, "1.41", tt.answer)
 			got, err := attestWith(t, t.Context(), docker.Config{Socket: path, Container: in(cgroup.Container{ID: id, Runtime: "docker"})})
-			if got != nil || err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), id) {
-				t.Errorf("got %q, %v, want an error with %q", got, err, tt.want)
+			if got != nil || err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), id) || len(err.Error()) > 1000 {
+				t.Errorf("got %q, %.1000v, want an error with %q", got, err, tt.want)
 			}
 		})
 	}

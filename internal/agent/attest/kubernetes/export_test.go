@@ -14,6 +14,11 @@ func (a *Attestor) Dial(dial func(ctx context.Context, network, address string) 
 	a.kubelet.dial = dial
 }
 
+// DialAPIServer replaces the network of the API server's client.
+func (a *Attestor) DialAPIServer(dial func(ctx context.Context, network, address string) (net.Conn, error)) {
+	a.namespaces.server.dial = dial
+}
+
 // Selectors returns the selectors of a process in a container.
 func (a *Attestor) Selectors(ctx context.Context, c cgroup.Container) ([]cache.Selector, error) {
 	return a.selectors(ctx, c)

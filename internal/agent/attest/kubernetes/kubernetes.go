@@ -40,8 +40,8 @@ const (
 	// refreshAge is the age of an answer from which the next one is asked for, so that
 	// under steady load no caller waits for it.
 	refreshAge = 5 * time.Second
-	// HeldFor is how long the last good answer about a known container is used if the
-	// kubelet does not answer. Kubernetes by default evicts the pods of such a node
+	// HeldFor is how long the last good answer about a known container or namespace is used
+	// if the kubelet or the API server does not answer. Kubernetes by default evicts the pods of such a node
 	// after the same time.
 	HeldFor = 5 * time.Minute
 
@@ -194,7 +194,8 @@ func (a *Attestor) selectors(ctx context.Context, c cgroup.Container) ([]cache.S
 	return selectors, errors.Join(fmt.Errorf("selectors of the pod are %s old: %w", age.Round(time.Second), err), describeErr)
 }
 
-// refreshWait is how long the attestation of a known container waits for a new answer.
+// refreshWait is how long the attestation of a known container waits for a new answer, about
+// it or about its namespace.
 const refreshWait = 2 * time.Second
 
 // lastKnown returns what the last good list says about a container, and its age. There is
@@ -236,7 +237,7 @@ func (a *Attestor) find(ctx context.Context, c cgroup.Container, limit time.Dura
 }
 
 // describe returns the selectors of a container. Labels of the namespace that cannot be
-// had only cost their own selectors.
+// had only cost their own selectors, and old ones are returned with an error.
 func (a *Attestor) describe(ctx context.Context, f found) ([]cache.Selector, error) {
 	selectors := f.pod.selectors()
 	if !a.cfg.SkipContainer {

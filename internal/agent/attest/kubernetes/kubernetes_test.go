@@ -2,8 +2,11 @@ package kubernetes_test
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -570,6 +573,51 @@ func TestNamespaceLabels(t *testing.T) {
 	if err := a.Check(t.Context()); err == nil || !strings.Contains(err.Error(), "allow get on the resource namespaces") {
 		t.Errorf("check: %v", err)
 	}
+}
+
+// An API server that hangs or fails delays the callers in a known namespace by two seconds at
+// most, and costs them no selectors for HeldFor.
+func TestAPIServerOutage(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		ca := newAuthority(t)
+		api := newKubelet(func(w http.ResponseWriter, _ *http.Request) {
+			fmt.Fprint(w, `{"metadata": {"name": "prod", "labels": {"team": "payments"}}}`)
+		})
+		l := &pipes{conns: make(chan net.Conn), closed: make(chan struct{})}
+		srv := &http.Server{
+			Handler: api, ErrorLog: log.New(io.Discard, "", 0),
+			TLSConfig: &tls.Config{Certificates: []tls.Certificate{ca.server("api.example.org")}},
+		}
+		var served sync.WaitGroup
+		served.Go(func() { _ = srv.ServeTLS(l, "", "") })
+		t.Cleanup(func() { srv.Close(); served.Wait() })
+		a := overPipes(t, newKubelet(answers(handwritten(t))), kubernetes.Config{
+			NamespaceLabels: true, APIServer: "api.example.org:443", APIServerCAFile: ca.file,
+		})
+		a.DialAPIServer(l.dial)
+		check := func(when, digit string, took time.Duration, labels bool, failure string) {
+			t.Helper()
+			start := time.Now()
+			got, err := a.Selectors(t.Context(), inPod(webUID, digit))
+			if time.Since(start) != took || !has(got, "ns:prod") || has(got, "ns-label:team:payments") != labels {
+				t.Errorf("%s: after %s got %v", when, time.Since(start), got)
+			}
+			if err == nil != (failure == "") || err != nil && !strings.Contains(err.Error(), failure) {
+				t.Errorf("%s: error %v, want %q", when, err, failure)
+			}
+		}
+		check("at first", "c", 0, true, "")
+		api.set(func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+		check("within MaxAge", "c", 0, true, "")
+		time.Sleep(kubernetes.MaxAge)
+		check("hanging", "c", 2*time.Second, true, "labels of namespace prod are 8s old: no answer of the API server within 2s")
+		api.set(fails(500, "down"))
+		time.Sleep(kubernetes.HeldFor - 20*time.Second)
+		check("failing", "c", 0, true, "down")
+		time.Sleep(20 * time.Second)
+		check("after HeldFor", "c", 0, false, "down")
+	})
 }
 
 func TestNewRefusesConfig(t *testing.T) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"net"
@@ -25,13 +26,35 @@ func newNamespaces(owner *requests, server *client) *namespaces {
 	return &namespaces{owner: owner, server: server, byName: make(map[string]*source[map[string]string])}
 }
 
-// labels returns the labels of a namespace, at most [MaxAge] old.
+// labels returns the labels of a namespace, at most [MaxAge] old. If the API server does not
+// answer, soon for a known namespace, it returns what it last answered with the error, for up
+// to [HeldFor].
 func (n *namespaces) labels(ctx context.Context, name string) (map[string]string, error) {
-	a, err := n.source(name).after(ctx, time.Now().Add(-MaxAge))
-	if err != nil {
+	s := n.source(name)
+	known := func() *answer[map[string]string] {
+		if held := s.last(); held != nil && time.Since(held.asked) <= HeldFor {
+			return held
+		}
+		return nil
+	}
+	limit := requestTimeout + s.interval
+	if known() != nil {
+		limit = refreshWait
+	}
+	limited, cancel := context.WithTimeout(ctx, limit)
+	defer cancel()
+	a, err := s.after(limited, time.Now().Add(-MaxAge))
+	if err == nil {
+		return a.value, nil
+	}
+	if limited.Err() != nil && ctx.Err() == nil {
+		err = fmt.Errorf("no answer of the API server within %s", limit)
+	}
+	held := known()
+	if held == nil || ctx.Err() != nil {
 		return nil, err
 	}
-	return a.value, nil
+	return held.value, fmt.Errorf("labels of namespace %s are %s old: %w", name, time.Since(held.asked).Round(time.Second), err)
 }
 
 func (n *namespaces) source(name string) *source[map[string]string] {

@@ -54,6 +54,10 @@ const (
 	DefaultMaxRSAKeySize    = 8192
 )
 
+// maxShown is the most bytes of the reason why a certificate is refused. It can have names
+// of as many as fit into a request, which anybody can choose.
+const maxShown = 500
+
 // Config configures a [Verifier]. TrustDomain is required, and CABundleFiles or
 // TrustBundle, depending on Mode.
 type Config struct {
@@ -143,7 +147,7 @@ func (v *Verifier) Verify(ctx context.Context, data []byte, challenge func([]byt
 		KeyUsages: []x509.ExtKeyUsage{x509.ExtKeyUsageAny},
 	})
 	if err != nil {
-		return none, status.Errorf(codes.PermissionDenied, "certificate verification failed: %v", err)
+		return none, status.Errorf(codes.PermissionDenied, "certificate verification failed: %.*s", maxShown, err.Error())
 	}
 	if v.config.VerifyClientIP {
 		if err := verifyClientIP(ctx, leaf); err != nil {

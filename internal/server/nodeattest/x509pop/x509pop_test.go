@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"net"
 	"net/url"
@@ -129,6 +130,18 @@ func TestRefuses(t *testing.T) {
 	}
 	if _, err := v.Verify(t.Context(), leaf, func([]byte) ([]byte, error) { return nil, gone }); !errors.Is(err, gone) {
 		t.Errorf("challenge failed: %v", err)
+	}
+}
+
+// TestLongNames: names in an unknown node's certificates make no long errors.
+func TestLongNames(t *testing.T) {
+	t.Parallel()
+	name := strings.Repeat("n", 500_000)
+	issuer, sameName := authority(t, nil, name), authority(t, nil, name)
+	v := newVerifier(t, x509pop.Config{CABundleFiles: []string{writeCAs(t, "", authority(t, nil, "root"))}})
+	_, err := attest(t, v, issue(t, issuer, ecKey(t), nil), []*identity{sameName}, nil)
+	if text := fmt.Sprint(err); status.Code(err) != codes.PermissionDenied || !strings.Contains(text, "unknown authority") || len(text) > 1000 {
+		t.Errorf("%d bytes: %.1000s", len(text), text)
 	}
 }
 
