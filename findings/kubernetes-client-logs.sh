@@ -67,7 +67,7 @@ go build -o client . 2>build.log || { cat build.log >&2; exit 1; }
 {
 	./client 2>err
 	echo "standard error: $(sed -E 's/^E[0-9]{4} [0-9:.]+ +[0-9]+ request.go:[0-9]+\]/E0101 00:00:00.000000 1 request.go:N]/' err)"
-	./client quiet 2>err >/dev/null
+	./client discard 2>err >/dev/null
 	echo "with a logger in the context: $(wc -c <err) bytes"
 } >seen
 expect <<'SEEN'
