@@ -115,6 +115,7 @@ func TestForgedPaths(t *testing.T) {
 		"in LXC, v1":                      {"/lxc/web" + forged, cgroup.Container{}},
 		"in a user's group":               {"/user/web/0" + forged, cgroup.Container{}},
 		"below an unknown parent":         {"/garden" + forged, cgroup.Container{ID: id2, Runtime: "cri-containerd"}},
+		"with a UID that is no pod's":     {"/kubepods-" + under2 + ".slice:cri-containerd:" + id2, cgroup.Container{ID: id2, Runtime: "cri-containerd", Pod: true}},
 		"with another form of the pod":    {"/kubepods/notpod" + uid2 + "/" + id2, cgroup.Container{ID: id2}},
 		"in a pod of unknown form":        {"/kubepods/podmine/web/" + id2, cgroup.Container{}},
 		"in a directory named like one":   {"/podman/" + id2, cgroup.Container{ID: id2}},
@@ -237,6 +238,7 @@ func FuzzParse(f *testing.F) {
 	f.Add([]byte("0::/\n"), []byte("0::/../../kubepods-besteffort-pod"+under+".slice/cri-containerd-"+id+".scope\n"))
 	f.Add([]byte("1:cpu:/docker/"+nodeID+"/init\n"), []byte("1:cpu:/docker/"+nodeID+"/kubepods/pod"+uid+"/"+id+"\n0::/\n"))
 	f.Add([]byte(""), []byte("0::/system.slice/containerd.service/kubepods-pod"+under+".slice:cri-containerd:"+id))
+	f.Add([]byte(""), []byte("0::/kubepods-"+under+".slice:cri-containerd:"+id))
 	f.Add([]byte(""), []byte("0::/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-"+id+".scope/container"))
 	f.Fuzz(func(t *testing.T, own, file []byte) {
 		view, err := cgroup.NewView(own)

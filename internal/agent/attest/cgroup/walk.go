@@ -187,7 +187,9 @@ func podOf(segment string) (uid string, ok bool) {
 		}
 		segment = name[at+1:]
 	}
-	uid, ok = strings.CutPrefix(segment, "pod")
+	if uid, ok = strings.CutPrefix(segment, "pod"); !ok {
+		return "", false
+	}
 	if uid = strings.ReplaceAll(uid, "_", "-"); !isUID(uid) {
 		uid = ""
 	}
