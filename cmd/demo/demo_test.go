@@ -12,6 +12,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -40,6 +41,24 @@ func fastSettings(t *testing.T) settings {
 	}
 	s.refresh, s.pause = 200*time.Millisecond, 300*time.Millisecond
 	return s
+}
+
+// output is a standard error that several goroutines write to.
+type output struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (o *output) Write(b []byte) (int, error) {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.Write(b)
+}
+
+func (o *output) String() string {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	return o.buf.String()
 }
 
 // checkCleanup checks at the end of the test that no file, process or goroutine is left.
@@ -99,8 +118,11 @@ func decode(t *testing.T, stdout []byte) Report {
 
 func TestRotation(t *testing.T) {
 	checkCleanup(t)
-	var stdout, stderr bytes.Buffer
-	if code := play(t.Context(), fastSettings(t), &stdout, &stderr); code != cli.ExitOK {
+	var stdout bytes.Buffer
+	var stderr output
+	s := fastSettings(t)
+	s.verbose = true // a broken promise is shown with the logs of server and agent
+	if code := play(t.Context(), s, &stdout, &stderr); code != cli.ExitOK {
 		t.Errorf("exit status %d\n%s%s", code, &stderr, &stdout)
 	}
 	r := decode(t, stdout.Bytes())
