@@ -155,14 +155,12 @@ func (s *Server) recordAgentSVID(ctx context.Context, token string, svid keyset.
 
 func (a *agentService) RenewAgent(ctx context.Context, req *agentv1.RenewAgentRequest) (*agentv1.RenewAgentResponse, error) {
 	s := a.s
-	id, err := caller(ctx)
+	agent, err := callingAgent(ctx)
 	if err != nil {
 		return nil, err
 	}
-	switch agent, err := s.storage.Agent(ctx, id); {
-	case err != nil:
-		return nil, s.internalError("look up agent", err)
-	case agent != nil && agent.Reattestable:
+	id := agent.ID
+	if agent.Reattestable {
 		return nil, denied(types.PermissionDeniedDetails_AGENT_MUST_REATTEST, "agent %q has to attest again instead of renewing", id)
 	}
 	csr := req.GetParams().GetCsr()
