@@ -11,11 +11,12 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"strings"
 	"sync"
 	"time"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 // client sends GET requests to one server of the cluster. It is safe for concurrent use.
@@ -58,14 +59,8 @@ func (c *client) read() (m material, err error) {
 		if path == "" || err != nil {
 			return nil
 		}
-		f, openErr := os.Open(path)
-		if openErr != nil {
-			err = fmt.Errorf("read the %s: %w: %s", what, openErr, remedy)
-			return nil
-		}
-		defer f.Close()
-		if b, err = io.ReadAll(io.LimitReader(f, maxFile+1)); err == nil && len(b) > maxFile {
-			err = fmt.Errorf("%s has more than %d bytes", path, maxFile)
+		if b, err = config.ReadFile(path, maxFile); err != nil {
+			err = fmt.Errorf("read the %s: %w: %s", what, err, remedy)
 		}
 		return b
 	}
@@ -96,14 +91,14 @@ func (c *client) use() (*http.Transport, string, error) {
 		return nil, "", err
 	}
 	if c.transport == nil || !now.sameTLS(c.material) {
-		config, err := c.tlsConfig(now)
+		settings, err := c.tlsConfig(now)
 		if err != nil {
 			return nil, "", err
 		}
 		if c.transport != nil {
 			c.transport.CloseIdleConnections()
 		}
-		c.transport, c.material = c.newTransport(config), now
+		c.transport, c.material = c.newTransport(settings), now
 	}
 	return c.transport, string(now.token), nil
 }

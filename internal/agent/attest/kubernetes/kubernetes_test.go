@@ -451,7 +451,7 @@ func TestTLS(t *testing.T) {
 			c.CertificateFile, _ = ca.client("a")
 			_, c.PrivateKeyFile = ca.client("b")
 		}, "private key does not match"},
-		"a file without end":      {token, nil, func(c *kubernetes.Config) { c.TokenFile = "/dev/zero" }, "/dev/zero has more than 1048576 bytes"},
+		"a file without end":      {token, nil, func(c *kubernetes.Config) { c.TokenFile = "/dev/zero" }, "/dev/zero is larger than 1048576 bytes"},
 		"nobody listens":          {token, nil, func(c *kubernetes.Config) { c.KubeletPort = closedPort(t) }, "connection refused: check that kubelet_host (or node_name) and kubelet_port name this node's kubelet"},
 		"not the kubelet's TLS":   {token, nil, func(c *kubernetes.Config) { c.KubeletPort = plainPort(t) }, "check that kubelet_host"},
 		"read-only, not on":       {token, nil, func(c *kubernetes.Config) { c.KubeletReadOnlyPort = closedPort(t) }, "check that the kubelet has readOnlyPort"},
