@@ -67,11 +67,11 @@ func New(c Config) (*Server, error) {
 	c.Connections = cmp.Or(c.Connections, listen.NewPool())
 	s := &Server{config: c, tls: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: c.Certificate}}
 	if c.CertFile != "" {
-		files := &certFiles{cert: c.CertFile, key: c.KeyFile, log: c.Log}
-		if _, err := files.get(nil); err != nil {
-			return nil, err
+		files := certFiles(c.CertFile, c.KeyFile, c.Log)
+		if _, err := files.Get(); err != nil {
+			return nil, fmt.Errorf("certificate files: %w", err)
 		}
-		s.tls.GetCertificate = files.get
+		s.tls.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return files.Get() }
 	}
 	return s, nil
 }

@@ -5,12 +5,7 @@ import (
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
 	"log/slog"
-	"os"
-	"slices"
-	"sync"
-	"sync/atomic"
 
 	"github.com/renewd/renewd/internal/config"
 )
@@ -18,68 +13,40 @@ import (
 // maxFile is the largest file of CAs: a few thousand.
 const maxFile = 8 << 20
 
-// files are the PEM files of the trusted CAs. They are reloaded when they change.
-type files struct {
-	names []string
-	log   *slog.Logger
-
-	loaded atomic.Pointer[x509.CertPool]
-	mu     sync.Mutex
-	read   []fs.FileInfo // at the last attempt to load them
+// cas are the trusted CAs of the files.
+type cas struct {
+	pool  *x509.CertPool
+	count int
 }
 
-// openFiles loads the files.
-func openFiles(names []string, log *slog.Logger) (*files, error) {
+// openFiles loads the PEM files of the trusted CAs. The function that it returns reloads
+// files that have changed. Files that cannot be used are logged once, and the previous CAs
+// stay trusted.
+func openFiles(names []string, log *slog.Logger) (roots func() *x509.CertPool, err error) {
 	if len(names) == 0 {
 		return nil, errors.New("ca_bundle_files: none is given")
 	}
-	f := &files{names: names, log: log}
-	f.read = f.stat()
-	certs, err := load(names)
-	if err != nil {
+	loadCAs := func() (*cas, error) {
+		certs, err := load(names)
+		if err != nil {
+			return nil, err
+		}
+		return &cas{pool(certs), len(certs)}, nil
+	}
+	files := config.Reload(names, loadCAs, func(c *cas, err error) {
+		if err != nil {
+			log.Error("CA bundle of x509pop not reloaded, the previous one stays in use", "error", err)
+		} else {
+			log.Info("CA bundle of x509pop reloaded", "certificates", c.count)
+		}
+	})
+	if _, err := files.Get(); err != nil {
 		return nil, err
 	}
-	f.loaded.Store(pool(certs))
-	return f, nil
-}
-
-// pool returns the trusted CAs, after reloading files that have changed. Files that cannot
-// be used are logged once, and the previous CAs stay trusted. One attestation at a time
-// checks the files; the others do not wait for it.
-func (f *files) pool() *x509.CertPool {
-	if !f.mu.TryLock() {
-		return f.loaded.Load()
-	}
-	defer f.mu.Unlock()
-	now := f.stat()
-	if slices.EqualFunc(now, f.read, same) {
-		return f.loaded.Load()
-	}
-	f.read = now
-	certs, err := load(f.names)
-	if err != nil {
-		f.log.Error("CA bundle of x509pop not reloaded, the previous one stays in use", "error", err)
-		return f.loaded.Load()
-	}
-	f.log.Info("CA bundle of x509pop reloaded", "certificates", len(certs))
-	f.loaded.Store(pool(certs))
-	return f.loaded.Load()
-}
-
-// stat describes the files; one that is missing, perhaps for a moment, is nil.
-func (f *files) stat() []fs.FileInfo {
-	out := make([]fs.FileInfo, len(f.names))
-	for i, name := range f.names {
-		out[i], _ = os.Stat(name)
-	}
-	return out
-}
-
-func same(a, b fs.FileInfo) bool {
-	if a == nil || b == nil {
-		return a == nil && b == nil
-	}
-	return os.SameFile(a, b) && a.ModTime().Equal(b.ModTime()) && a.Size() == b.Size()
+	return func() *x509.CertPool {
+		loaded, _ := files.Get() // fails only before the first success
+		return loaded.pool
+	}, nil
 }
 
 // load reads the certificates of all files.

@@ -109,11 +109,11 @@ func New(c Config) (*Verifier, error) {
 	path := "/{{ .PluginName }}/{{ .Fingerprint }}"
 	switch c.Mode {
 	case ModeExternalPKI:
-		files, err := openFiles(c.CABundleFiles, c.Log)
+		roots, err := openFiles(c.CABundleFiles, c.Log)
 		if err != nil {
 			return nil, fmt.Errorf("x509pop: %w", err)
 		}
-		v.roots = files.pool
+		v.roots = roots
 	case ModeSPIFFE:
 		path = "/{{ .PluginName }}/{{ .SVIDPathTrimmed }}"
 		v.roots = func() *x509.CertPool { return pool(c.TrustBundle()) }
