@@ -1,4 +1,5 @@
-// Package socket opens the Unix sockets of the programs and keeps their files in place.
+// Package socket opens the Unix sockets of the programs, keeps their files in place, and connects
+// to those of other programs.
 package socket
 
 import (

@@ -4,16 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net"
 	"net/http"
 	"sync"
-	"syscall"
 
 	"github.com/containerd/errdefs"
 	"github.com/moby/moby/api/types/container"
 	"github.com/moby/moby/client"
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/socket"
 )
 
 // maxAnswer is the size of an engine's answer in bytes, with its header. Labels and variables make most of
@@ -138,18 +138,12 @@ func Reach(ctx context.Context, path string) error {
 }
 
 func dial(ctx context.Context, path string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("socket %s does not exist: start the engine, or correct the path", path)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("socket %s: permission denied: let the agent connect, for example with SupplementaryGroups=docker in its unit (whoever may connect has root's rights)", path)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("socket %s: nobody listens: start the engine", path)
-	case err != nil:
-		return nil, fmt.Errorf("socket %s: %w", path, err)
-	}
-	return conn, nil
+	return socket.Remote{
+		What: "socket", Path: path,
+		Missing: "start the engine, or correct the path",
+		Denied:  "let the agent connect, for example with SupplementaryGroups=docker in its unit (whoever may connect has root's rights)",
+		Refused: "start the engine",
+	}.Dial(ctx)
 }
 
 // listenerOf returns the user that listens at the other end: the credentials of a

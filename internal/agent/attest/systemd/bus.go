@@ -7,13 +7,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"net"
 	"os"
-	"syscall"
 	"time"
 
 	"github.com/godbus/dbus/v5"
+
+	"github.com/renewd/renewd/internal/socket"
 )
 
 const (
@@ -27,7 +27,10 @@ const (
 // connect connects to the bus and authenticates. The connection does not support file
 // descriptors, so that the bus delivers none.
 func connect(ctx context.Context, path string) (*dbus.Conn, error) {
-	raw, err := dial(ctx, path)
+	raw, err := socket.Remote{
+		What: "system bus", Path: path,
+		Missing: "start D-Bus, or let the agent see its socket", Denied: "let the agent connect", Refused: "start D-Bus",
+	}.Dial(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -46,21 +49,6 @@ func connect(ctx context.Context, path string) (*dbus.Conn, error) {
 	}
 	if err != nil {
 		_ = conn.Close() // err is the one to report
-		return nil, fmt.Errorf("system bus %s: %w", path, err)
-	}
-	return conn, nil
-}
-
-func dial(ctx context.Context, path string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, "unix", path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, fmt.Errorf("system bus %s does not exist: start D-Bus, or let the agent see its socket", path)
-	case errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("system bus %s: permission denied: let the agent connect", path)
-	case errors.Is(err, syscall.ECONNREFUSED):
-		return nil, fmt.Errorf("system bus %s: nobody listens: start D-Bus", path)
-	case err != nil:
 		return nil, fmt.Errorf("system bus %s: %w", path, err)
 	}
 	return conn, nil
