@@ -450,8 +450,13 @@ type ListKeysetsResponse struct {
 	// The IDs of agents, of all deployments, whose identity two processes use, ordered.
 	// Their reports do not make a keyset safe. Evict each and attest both nodes.
 	AgentsDuplicated []string `protobuf:"bytes,20,rep,name=agents_duplicated,json=agentsDuplicated,proto3" json:"agents_duplicated,omitempty"`
-	unknownFields    protoimpl.UnknownFields
-	sizeCache        protoimpl.SizeCache
+	// When the server started: reports are not kept over a restart.
+	ServerStartedAt *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=server_started_at,json=serverStartedAt,proto3" json:"server_started_at,omitempty"`
+	// Of the agents that agents_behind counts, the first 100 by ID. The reason is "behind",
+	// or "silent" for an agent without a report lately.
+	Behind        []*Holder `protobuf:"bytes,22,rep,name=behind,proto3" json:"behind,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
 }
 
 func (x *ListKeysetsResponse) Reset() {
@@ -536,6 +541,20 @@ func (x *ListKeysetsResponse) GetClock() *Clock {
 func (x *ListKeysetsResponse) GetAgentsDuplicated() []string {
 	if x != nil {
 		return x.AgentsDuplicated
+	}
+	return nil
+}
+
+func (x *ListKeysetsResponse) GetServerStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ServerStartedAt
+	}
+	return nil
+}
+
+func (x *ListKeysetsResponse) GetBehind() []*Holder {
+	if x != nil {
+		return x.Behind
 	}
 	return nil
 }
@@ -927,10 +946,11 @@ func (x *ListHoldersRequest) GetKeysetId() string {
 }
 
 type ListHoldersResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Holders       []*Holder              `protobuf:"bytes,1,rep,name=holders,proto3" json:"holders,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Holders         []*Holder              `protobuf:"bytes,1,rep,name=holders,proto3" json:"holders,omitempty"`
+	ServerStartedAt *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=server_started_at,json=serverStartedAt,proto3" json:"server_started_at,omitempty"` // as in ListKeysetsResponse
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ListHoldersResponse) Reset() {
@@ -970,6 +990,13 @@ func (x *ListHoldersResponse) GetHolders() []*Holder {
 	return nil
 }
 
+func (x *ListHoldersResponse) GetServerStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ServerStartedAt
+	}
+	return nil
+}
+
 // Holder is an agent that could still hold X.509-SVIDs of a keyset.
 type Holder struct {
 	state   protoimpl.MessageState `protogen:"open.v1"`
@@ -992,8 +1019,12 @@ type Holder struct {
 	// the SVIDs expire.
 	Reason string `protobuf:"bytes,8,opt,name=reason,proto3" json:"reason,omitempty"`
 	// When the agent begins to renew, and how many SVIDs it renews a second, as reported.
-	BeginsAt      *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=begins_at,json=beginsAt,proto3" json:"begins_at,omitempty"`
-	Rate          float64                `protobuf:"fixed64,10,opt,name=rate,proto3" json:"rate,omitempty"`
+	BeginsAt *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=begins_at,json=beginsAt,proto3" json:"begins_at,omitempty"`
+	Rate     float64                `protobuf:"fixed64,10,opt,name=rate,proto3" json:"rate,omitempty"`
+	// What an operator recognises the node by: the hostname, as reported, and the label of
+	// the join token.
+	Hostname      string `protobuf:"bytes,11,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Label         string `protobuf:"bytes,12,opt,name=label,proto3" json:"label,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1096,6 +1127,20 @@ func (x *Holder) GetRate() float64 {
 		return x.Rate
 	}
 	return 0
+}
+
+func (x *Holder) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *Holder) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
 }
 
 type PrepareKeysetRequest struct {
@@ -1728,7 +1773,9 @@ type Agent struct {
 	// Node selectors, TYPE:VALUE each, sorted: what the last attestation found out.
 	Selectors []string `protobuf:"bytes,21,rep,name=selectors,proto3" json:"selectors,omitempty"`
 	// The agent attests again instead of renewing its SVID.
-	Reattestable  bool `protobuf:"varint,22,opt,name=reattestable,proto3" json:"reattestable,omitempty"`
+	Reattestable  bool   `protobuf:"varint,22,opt,name=reattestable,proto3" json:"reattestable,omitempty"`
+	Hostname      string `protobuf:"bytes,23,opt,name=hostname,proto3" json:"hostname,omitempty"` // as in Holder
+	Label         string `protobuf:"bytes,24,opt,name=label,proto3" json:"label,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1833,6 +1880,20 @@ func (x *Agent) GetReattestable() bool {
 	return false
 }
 
+func (x *Agent) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *Agent) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
 type ListAgentsRequest struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Scope         *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
@@ -1878,10 +1939,11 @@ func (x *ListAgentsRequest) GetScope() *Scope {
 }
 
 type ListAgentsResponse struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Agents        []*Agent               `protobuf:"bytes,1,rep,name=agents,proto3" json:"agents,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	state           protoimpl.MessageState `protogen:"open.v1"`
+	Agents          []*Agent               `protobuf:"bytes,1,rep,name=agents,proto3" json:"agents,omitempty"`
+	ServerStartedAt *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=server_started_at,json=serverStartedAt,proto3" json:"server_started_at,omitempty"` // as in ListKeysetsResponse
+	unknownFields   protoimpl.UnknownFields
+	sizeCache       protoimpl.SizeCache
 }
 
 func (x *ListAgentsResponse) Reset() {
@@ -1921,10 +1983,19 @@ func (x *ListAgentsResponse) GetAgents() []*Agent {
 	return nil
 }
 
+func (x *ListAgentsResponse) GetServerStartedAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ServerStartedAt
+	}
+	return nil
+}
+
 type CreateJoinTokenRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Scope         *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
-	Ttl           *durationpb.Duration   `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Scope *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
+	Ttl   *durationpb.Duration   `protobuf:"bytes,2,opt,name=ttl,proto3" json:"ttl,omitempty"`
+	// What operators call the node, up to 255 characters; shown beside the agent's ID.
+	Label         string `protobuf:"bytes,3,opt,name=label,proto3" json:"label,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1971,6 +2042,13 @@ func (x *CreateJoinTokenRequest) GetTtl() *durationpb.Duration {
 		return x.Ttl
 	}
 	return nil
+}
+
+func (x *CreateJoinTokenRequest) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
 }
 
 type CreateJoinTokenResponse struct {
@@ -3080,6 +3158,7 @@ type ReportRequest struct {
 	// distinguished.
 	Process       []byte `protobuf:"bytes,20,opt,name=process,proto3" json:"process,omitempty"`
 	Number        uint64 `protobuf:"varint,21,opt,name=number,proto3" json:"number,omitempty"`
+	Hostname      string `protobuf:"bytes,22,opt,name=hostname,proto3" json:"hostname,omitempty"` // of the node, up to 255 characters
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -3147,6 +3226,13 @@ func (x *ReportRequest) GetNumber() uint64 {
 		return x.Number
 	}
 	return 0
+}
+
+func (x *ReportRequest) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
 }
 
 // AuthorityReport is what an agent has left to replace of one X.509 authority that is
@@ -3308,7 +3394,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12 \n" +
 	"\vdeployments\x18\x02 \x03(\tR\vdeployments\"<\n" +
 	"\x12ListKeysetsRequest\x12&\n" +
-	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\xcc\x02\n" +
+	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\xbf\x03\n" +
 	"\x13ListKeysetsResponse\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12+\n" +
 	"\akeysets\x18\x02 \x03(\v2\x11.renewd.v1.KeysetR\akeysets\x12\x1a\n" +
@@ -3317,7 +3403,9 @@ const file_renewd_proto_rawDesc = "" +
 	"\ragents_behind\x18\x05 \x01(\x03R\fagentsBehind\x122\n" +
 	"\tautomatic\x18\x06 \x01(\v2\x14.renewd.v1.AutomaticR\tautomatic\x12&\n" +
 	"\x05clock\x18\a \x01(\v2\x10.renewd.v1.ClockR\x05clock\x12+\n" +
-	"\x11agents_duplicated\x18\x14 \x03(\tR\x10agentsDuplicated\"\x82\x02\n" +
+	"\x11agents_duplicated\x18\x14 \x03(\tR\x10agentsDuplicated\x12F\n" +
+	"\x11server_started_at\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\x0fserverStartedAt\x12)\n" +
+	"\x06behind\x18\x16 \x03(\v2\x11.renewd.v1.HolderR\x06behind\"\x82\x02\n" +
 	"\x05Clock\x120\n" +
 	"\x05shows\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05shows\x125\n" +
 	"\bat_least\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aatLeast\x12/\n" +
@@ -3341,9 +3429,10 @@ const file_renewd_proto_rawDesc = "" +
 	"\twaits_for\x18\x04 \x01(\tR\bwaitsFor\"Y\n" +
 	"\x12ListHoldersRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12\x1b\n" +
-	"\tkeyset_id\x18\x02 \x01(\tR\bkeysetId\"B\n" +
+	"\tkeyset_id\x18\x02 \x01(\tR\bkeysetId\"\x8a\x01\n" +
 	"\x13ListHoldersResponse\x12+\n" +
-	"\aholders\x18\x01 \x03(\v2\x11.renewd.v1.HolderR\aholders\"\xfb\x02\n" +
+	"\aholders\x18\x01 \x03(\v2\x11.renewd.v1.HolderR\aholders\x12F\n" +
+	"\x11server_started_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x0fserverStartedAt\"\xad\x03\n" +
 	"\x06Holder\x12\x19\n" +
 	"\bagent_id\x18\x01 \x01(\tR\aagentId\x12\x18\n" +
 	"\aversion\x18\x02 \x01(\tR\aversion\x12\x14\n" +
@@ -3356,7 +3445,9 @@ const file_renewd_proto_rawDesc = "" +
 	"\x06reason\x18\b \x01(\tR\x06reason\x127\n" +
 	"\tbegins_at\x18\t \x01(\v2\x1a.google.protobuf.TimestampR\bbeginsAt\x12\x12\n" +
 	"\x04rate\x18\n" +
-	" \x01(\x01R\x04rate\">\n" +
+	" \x01(\x01R\x04rate\x12\x1a\n" +
+	"\bhostname\x18\v \x01(\tR\bhostname\x12\x14\n" +
+	"\x05label\x18\f \x01(\tR\x05label\">\n" +
 	"\x14PrepareKeysetRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"B\n" +
 	"\x15PrepareKeysetResponse\x12)\n" +
@@ -3392,7 +3483,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\n" +
 	"AuditState\x12\x1b\n" +
 	"\tkeyset_id\x18\x01 \x01(\tR\bkeysetId\x12,\n" +
-	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xf9\x02\n" +
+	"\x05state\x18\x02 \x01(\x0e2\x16.renewd.v1.KeysetStateR\x05state\"\xab\x03\n" +
 	"\x05Agent\x12\x0e\n" +
 	"\x02id\x18\x01 \x01(\tR\x02id\x12)\n" +
 	"\x10attestation_type\x18\x02 \x01(\tR\x0fattestationType\x129\n" +
@@ -3407,14 +3498,18 @@ const file_renewd_proto_rawDesc = "" +
 	"duplicated\x18\x14 \x01(\bR\n" +
 	"duplicated\x12\x1c\n" +
 	"\tselectors\x18\x15 \x03(\tR\tselectors\x12\"\n" +
-	"\freattestable\x18\x16 \x01(\bR\freattestable\";\n" +
+	"\freattestable\x18\x16 \x01(\bR\freattestable\x12\x1a\n" +
+	"\bhostname\x18\x17 \x01(\tR\bhostname\x12\x14\n" +
+	"\x05label\x18\x18 \x01(\tR\x05label\";\n" +
 	"\x11ListAgentsRequest\x12&\n" +
-	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\">\n" +
+	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\x86\x01\n" +
 	"\x12ListAgentsResponse\x12(\n" +
-	"\x06agents\x18\x01 \x03(\v2\x10.renewd.v1.AgentR\x06agents\"m\n" +
+	"\x06agents\x18\x01 \x03(\v2\x10.renewd.v1.AgentR\x06agents\x12F\n" +
+	"\x11server_started_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x0fserverStartedAt\"\x83\x01\n" +
 	"\x16CreateJoinTokenRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12+\n" +
-	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\"j\n" +
+	"\x03ttl\x18\x02 \x01(\v2\x19.google.protobuf.DurationR\x03ttl\x12\x14\n" +
+	"\x05label\x18\x03 \x01(\tR\x05label\"j\n" +
 	"\x17CreateJoinTokenResponse\x12\x14\n" +
 	"\x05token\x18\x01 \x01(\tR\x05token\x129\n" +
 	"\n" +
@@ -3483,14 +3578,15 @@ const file_renewd_proto_rawDesc = "" +
 	"\rBackupRequest\"8\n" +
 	"\x0eBackupResponse\x12\x12\n" +
 	"\x04data\x18\x01 \x01(\fR\x04data\x12\x12\n" +
-	"\x04size\x18\x02 \x01(\x03R\x04size\"\xc7\x01\n" +
+	"\x04size\x18\x02 \x01(\x03R\x04size\"\xe3\x01\n" +
 	"\rReportRequest\x12'\n" +
 	"\x0fbundle_sequence\x18\x01 \x01(\x04R\x0ebundleSequence\x12<\n" +
 	"\vauthorities\x18\x02 \x03(\v2\x1a.renewd.v1.AuthorityReportR\vauthorities\x12\x1d\n" +
 	"\n" +
 	"taint_rate\x18\x03 \x01(\x01R\ttaintRate\x12\x18\n" +
 	"\aprocess\x18\x14 \x01(\fR\aprocess\x12\x16\n" +
-	"\x06number\x18\x15 \x01(\x04R\x06number\"\xd5\x01\n" +
+	"\x06number\x18\x15 \x01(\x04R\x06number\x12\x1a\n" +
+	"\bhostname\x18\x16 \x01(\tR\bhostname\"\xd5\x01\n" +
 	"\x0fAuthorityReport\x12!\n" +
 	"\fauthority_id\x18\x01 \x01(\tR\vauthorityId\x12\x18\n" +
 	"\atainted\x18\x02 \x01(\bR\atainted\x12\x18\n" +
@@ -3617,106 +3713,110 @@ var file_renewd_proto_depIdxs = []int32{
 	2,  // 9: renewd.v1.ListKeysetsResponse.keysets:type_name -> renewd.v1.Keyset
 	12, // 10: renewd.v1.ListKeysetsResponse.automatic:type_name -> renewd.v1.Automatic
 	7,  // 11: renewd.v1.ListKeysetsResponse.clock:type_name -> renewd.v1.Clock
-	55, // 12: renewd.v1.Clock.shows:type_name -> google.protobuf.Timestamp
-	55, // 13: renewd.v1.Clock.at_least:type_name -> google.protobuf.Timestamp
-	56, // 14: renewd.v1.Clock.doubt:type_name -> google.protobuf.Duration
-	56, // 15: renewd.v1.Clock.steady_for:type_name -> google.protobuf.Duration
-	1,  // 16: renewd.v1.GetClockRequest.scope:type_name -> renewd.v1.Scope
-	7,  // 17: renewd.v1.GetClockResponse.clock:type_name -> renewd.v1.Clock
-	1,  // 18: renewd.v1.ConfirmClockRequest.scope:type_name -> renewd.v1.Scope
-	55, // 19: renewd.v1.ConfirmClockRequest.time:type_name -> google.protobuf.Timestamp
-	7,  // 20: renewd.v1.ConfirmClockResponse.clock:type_name -> renewd.v1.Clock
-	55, // 21: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
-	1,  // 22: renewd.v1.ListHoldersRequest.scope:type_name -> renewd.v1.Scope
-	15, // 23: renewd.v1.ListHoldersResponse.holders:type_name -> renewd.v1.Holder
-	55, // 24: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
-	55, // 25: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
-	55, // 26: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
-	1,  // 27: renewd.v1.PrepareKeysetRequest.scope:type_name -> renewd.v1.Scope
-	2,  // 28: renewd.v1.PrepareKeysetResponse.keyset:type_name -> renewd.v1.Keyset
-	1,  // 29: renewd.v1.ActivateKeysetRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 30: renewd.v1.TaintKeysetRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 31: renewd.v1.RemoveKeysetRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 32: renewd.v1.ReadAuditRequest.scope:type_name -> renewd.v1.Scope
-	26, // 33: renewd.v1.ReadAuditResponse.records:type_name -> renewd.v1.AuditRecord
-	55, // 34: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
-	27, // 35: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
-	27, // 36: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
-	0,  // 37: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
-	55, // 38: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
-	55, // 39: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
-	1,  // 40: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
-	28, // 41: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
-	1,  // 42: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
-	56, // 43: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	55, // 44: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 45: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 46: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
-	37, // 47: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
-	56, // 48: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
-	56, // 49: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
-	55, // 50: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 51: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
-	38, // 52: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
-	1,  // 53: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
-	38, // 54: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
-	43, // 55: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
-	38, // 56: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
-	38, // 57: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
-	1,  // 58: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
-	38, // 59: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
-	43, // 60: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
-	1,  // 61: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 62: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
-	53, // 63: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
-	55, // 64: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
-	3,  // 65: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
-	5,  // 66: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
-	13, // 67: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
-	16, // 68: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
-	18, // 69: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
-	20, // 70: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
-	22, // 71: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
-	24, // 72: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
-	29, // 73: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
-	31, // 74: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
-	33, // 75: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
-	35, // 76: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
-	39, // 77: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
-	41, // 78: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
-	44, // 79: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
-	46, // 80: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
-	48, // 81: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
-	8,  // 82: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
-	10, // 83: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
-	50, // 84: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
-	52, // 85: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
-	4,  // 86: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
-	6,  // 87: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
-	14, // 88: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
-	17, // 89: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
-	19, // 90: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
-	21, // 91: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
-	23, // 92: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
-	25, // 93: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
-	30, // 94: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
-	32, // 95: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
-	34, // 96: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
-	36, // 97: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
-	40, // 98: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
-	42, // 99: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
-	45, // 100: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
-	47, // 101: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
-	49, // 102: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
-	9,  // 103: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
-	11, // 104: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
-	51, // 105: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
-	54, // 106: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
-	86, // [86:107] is the sub-list for method output_type
-	65, // [65:86] is the sub-list for method input_type
-	65, // [65:65] is the sub-list for extension type_name
-	65, // [65:65] is the sub-list for extension extendee
-	0,  // [0:65] is the sub-list for field type_name
+	55, // 12: renewd.v1.ListKeysetsResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	15, // 13: renewd.v1.ListKeysetsResponse.behind:type_name -> renewd.v1.Holder
+	55, // 14: renewd.v1.Clock.shows:type_name -> google.protobuf.Timestamp
+	55, // 15: renewd.v1.Clock.at_least:type_name -> google.protobuf.Timestamp
+	56, // 16: renewd.v1.Clock.doubt:type_name -> google.protobuf.Duration
+	56, // 17: renewd.v1.Clock.steady_for:type_name -> google.protobuf.Duration
+	1,  // 18: renewd.v1.GetClockRequest.scope:type_name -> renewd.v1.Scope
+	7,  // 19: renewd.v1.GetClockResponse.clock:type_name -> renewd.v1.Clock
+	1,  // 20: renewd.v1.ConfirmClockRequest.scope:type_name -> renewd.v1.Scope
+	55, // 21: renewd.v1.ConfirmClockRequest.time:type_name -> google.protobuf.Timestamp
+	7,  // 22: renewd.v1.ConfirmClockResponse.clock:type_name -> renewd.v1.Clock
+	55, // 23: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
+	1,  // 24: renewd.v1.ListHoldersRequest.scope:type_name -> renewd.v1.Scope
+	15, // 25: renewd.v1.ListHoldersResponse.holders:type_name -> renewd.v1.Holder
+	55, // 26: renewd.v1.ListHoldersResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	55, // 27: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
+	55, // 28: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
+	55, // 29: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
+	1,  // 30: renewd.v1.PrepareKeysetRequest.scope:type_name -> renewd.v1.Scope
+	2,  // 31: renewd.v1.PrepareKeysetResponse.keyset:type_name -> renewd.v1.Keyset
+	1,  // 32: renewd.v1.ActivateKeysetRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 33: renewd.v1.TaintKeysetRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 34: renewd.v1.RemoveKeysetRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 35: renewd.v1.ReadAuditRequest.scope:type_name -> renewd.v1.Scope
+	26, // 36: renewd.v1.ReadAuditResponse.records:type_name -> renewd.v1.AuditRecord
+	55, // 37: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
+	27, // 38: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
+	27, // 39: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
+	0,  // 40: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
+	55, // 41: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
+	55, // 42: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
+	1,  // 43: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
+	28, // 44: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
+	55, // 45: renewd.v1.ListAgentsResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	1,  // 46: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
+	56, // 47: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	55, // 48: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 49: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 50: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
+	37, // 51: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
+	56, // 52: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
+	56, // 53: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
+	55, // 54: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 55: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
+	38, // 56: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
+	1,  // 57: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
+	38, // 58: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
+	43, // 59: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
+	38, // 60: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
+	38, // 61: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
+	1,  // 62: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
+	38, // 63: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
+	43, // 64: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
+	1,  // 65: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 66: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
+	53, // 67: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
+	55, // 68: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
+	3,  // 69: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
+	5,  // 70: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
+	13, // 71: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
+	16, // 72: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
+	18, // 73: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
+	20, // 74: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
+	22, // 75: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
+	24, // 76: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
+	29, // 77: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
+	31, // 78: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
+	33, // 79: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
+	35, // 80: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
+	39, // 81: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
+	41, // 82: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
+	44, // 83: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
+	46, // 84: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
+	48, // 85: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
+	8,  // 86: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
+	10, // 87: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
+	50, // 88: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
+	52, // 89: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
+	4,  // 90: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
+	6,  // 91: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
+	14, // 92: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
+	17, // 93: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
+	19, // 94: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
+	21, // 95: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
+	23, // 96: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
+	25, // 97: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
+	30, // 98: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
+	32, // 99: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
+	34, // 100: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
+	36, // 101: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
+	40, // 102: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
+	42, // 103: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
+	45, // 104: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
+	47, // 105: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
+	49, // 106: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
+	9,  // 107: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
+	11, // 108: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
+	51, // 109: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
+	54, // 110: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
+	90, // [90:111] is the sub-list for method output_type
+	69, // [69:90] is the sub-list for method input_type
+	69, // [69:69] is the sub-list for extension type_name
+	69, // [69:69] is the sub-list for extension extendee
+	0,  // [0:69] is the sub-list for field type_name
 }
 
 func init() { file_renewd_proto_init() }

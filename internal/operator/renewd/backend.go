@@ -38,6 +38,7 @@ func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
 		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()), Duplicated: resp.GetAgentsDuplicated(),
 		Automatic: automatic(resp.GetAutomatic()), ClockDoubt: ClockDoubt(resp.GetClock()),
+		Behind: holders(resp.GetBehind()), ServerStartedAt: fromProtoTime(resp.GetServerStartedAt()),
 	}
 	for _, k := range resp.GetKeysets() {
 		s.Keysets = append(s.Keysets, fromProto(k))
@@ -90,14 +91,19 @@ func (b *backend) Holders(ctx context.Context, id string) ([]runbook.Holder, err
 	if err != nil {
 		return nil, plainError(err)
 	}
+	return holders(resp.GetHolders()), nil
+}
+
+func holders(list []*api.Holder) []runbook.Holder {
 	var out []runbook.Holder
-	for _, h := range resp.GetHolders() {
+	for _, h := range list {
 		out = append(out, runbook.Holder{
-			Agent: h.GetAgentId(), Version: h.GetVersion(), SVIDs: int(h.GetSvids()), Streams: int(h.GetStreams()), Reason: h.GetReason(),
+			Agent: h.GetAgentId(), Version: h.GetVersion(), Hostname: h.GetHostname(), Label: h.GetLabel(),
+			SVIDs: int(h.GetSvids()), Streams: int(h.GetStreams()), Reason: h.GetReason(),
 			LatestExpiry: fromProtoTime(h.GetLatestExpiry()), LastReport: fromProtoTime(h.GetLastReport()), BeginsAt: fromProtoTime(h.GetBeginsAt()), Rate: h.GetRate(),
 		})
 	}
-	return out, nil
+	return out
 }
 
 // Prepare implements runbook.Backend.

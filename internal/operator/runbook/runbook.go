@@ -33,6 +33,11 @@ type Status struct {
 	// Duplicated are the SPIFFE IDs that two agents use, as on a node and its clone.
 	// Their reports make no keyset safe to remove.
 	Duplicated []string `json:"agents_duplicated,omitempty"`
+	// Behind names agents that AgentsBehind counts, at most 100 of them.
+	Behind []Holder `json:"behind,omitempty"`
+	// ServerStartedAt is the start of the server, which keeps no reports over a restart.
+	// It is zero if that is not known.
+	ServerStartedAt time.Time `json:"server_started_at,omitzero"`
 	// Automatic describes the next step of automatic rotation. It is empty if the
 	// server has none.
 	Automatic string `json:"automatic,omitempty"`
@@ -69,6 +74,8 @@ type Keyset struct {
 type Holder struct {
 	Agent        string    `json:"agent"` // SPIFFE ID, or another name; empty: not known
 	Version      string    `json:"version,omitempty"`
+	Hostname     string    `json:"hostname,omitempty"` // as the agent reports it
+	Label        string    `json:"label,omitempty"`    // of its join token
 	SVIDs        int       `json:"svids"`
 	Streams      int       `json:"streams"`
 	Reason       string    `json:"reason"` // silent, unidentified, duplicated, behind, waiting, renewing, streams, settling, signing, restored
