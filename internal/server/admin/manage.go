@@ -1,6 +1,7 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -149,10 +150,18 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 		return nil, err
 	}
 	entries := make([]spireapi.Entry, len(req.GetEntries()))
+	var wrong spireapi.EntryErrors
 	for i, e := range req.GetEntries() {
-		if entries[i], err = parseEntry(e); err != nil {
-			return nil, err
+		var bad *spireapi.EntryError
+		if entries[i], bad = parseEntry(e); bad != nil {
+			if e.GetId() == "" {
+				bad.Place = i + 1
+			}
+			wrong = append(wrong, bad)
 		}
+	}
+	if len(wrong) > 0 {
+		return nil, statusError(wrong)
 	}
 	warnings := s.warnings(entries)
 	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff spireapi.Diff) error {
@@ -209,9 +218,9 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	if err != nil {
 		return nil, err
 	}
-	e, err := parseEntry(req.GetEntry())
-	if err != nil {
-		return nil, err
+	e, wrong := parseEntry(req.GetEntry())
+	if wrong != nil {
+		return nil, statusError(wrong)
 	}
 	c, err := d.Server.UpsertEntry(ctx, e)
 	if err != nil {
@@ -306,9 +315,9 @@ func protoEntry(e *spireapi.Entry) *api.Entry {
 }
 
 // parseEntry parses the fields of an entry. Package spireapi validates it.
-func parseEntry(p *api.Entry) (spireapi.Entry, error) {
-	wrong := func(field string, value any, err error) (spireapi.Entry, error) {
-		return spireapi.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)
+func parseEntry(p *api.Entry) (spireapi.Entry, *spireapi.EntryError) {
+	wrong := func(field, value string, err error) (spireapi.Entry, *spireapi.EntryError) {
+		return spireapi.Entry{}, &spireapi.EntryError{Entry: cmp.Or(p.GetId(), p.GetSpiffeId()), Field: field, Problem: fmt.Sprintf("%q: %v", value, err)}
 	}
 	e := spireapi.Entry{
 		ID: p.GetId(), Operator: p.GetOperator(), Hint: p.GetHint(), DNSNames: p.GetDnsNames(),
