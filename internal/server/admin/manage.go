@@ -6,8 +6,6 @@ import (
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -16,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/selector"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -229,32 +228,34 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	return &api.PutEntryResponse{Change: protoChange(c), Warnings: s.warnings([]spireapi.Entry{e})}, nil
 }
 
-// maxNamedEntries is how many entries a warning names.
-const maxNamedEntries = 5
-
-// warnings names the entries that federate with trust domains whose bundles the server does
-// not fetch.
+// warnings names the entries whose selectors never match, and those that federate with trust
+// domains whose bundles the server does not fetch.
 func (s *Service) warnings(entries []spireapi.Entry) []string {
+	out := selector.Warnings(func(yield func(selector.Entry) bool) {
+		for _, e := range entries {
+			of := selector.Entry{Name: e.Name(), Alias: e.IsAlias()}
+			for _, sel := range e.Selectors {
+				of.Selectors = append(of.Selectors, sel.Type+":"+sel.Value)
+			}
+			if !yield(of) {
+				return
+			}
+		}
+	})
 	if s.config.Follows == nil {
-		return nil
+		return out
 	}
 	unknown := make(map[string][]string) // entries by trust domain
 	for _, e := range entries {
 		for _, td := range e.FederatesWith {
 			if !s.config.Follows(td) {
-				unknown[td.Name()] = append(unknown[td.Name()], strconv.Quote(e.ID))
+				unknown[td.Name()] = append(unknown[td.Name()], e.Name())
 			}
 		}
 	}
-	var out []string
 	for _, td := range slices.Sorted(maps.Keys(unknown)) {
-		ids := unknown[td]
-		slices.Sort(ids)
-		if ids = slices.Compact(ids); len(ids) > maxNamedEntries {
-			ids = append(ids[:maxNamedEntries:maxNamedEntries], fmt.Sprintf("and %d more", len(ids)-maxNamedEntries))
-		}
 		out = append(out, fmt.Sprintf("entries that federate with %q: the server does not fetch its bundle, so workloads do not get it: set federation.%s in the server's configuration, or correct %s",
-			td, td, strings.Join(ids, ", ")))
+			td, td, selector.List(unknown[td])))
 	}
 	return out
 }

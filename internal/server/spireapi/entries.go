@@ -49,6 +49,9 @@ type Entry struct {
 // IsAlias reports whether an entry gives a SPIFFE ID to nodes, not to workloads.
 func (e *Entry) IsAlias() bool { return e.ParentID.Path() == serverPath }
 
+// Name returns what messages call an entry: its ID, or the SPIFFE ID if it has none yet.
+func (e *Entry) Name() string { return cmp.Or(e.ID, e.SPIFFEID.String()) }
+
 // StoredEntry is an Entry as the server stores it.
 type StoredEntry struct {
 	Entry

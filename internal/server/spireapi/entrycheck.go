@@ -92,7 +92,7 @@ func (s *Server) checkList(entries []Entry) error {
 }
 
 func problem(e Entry, field, format string, args ...any) *EntryError {
-	return &EntryError{Entry: cmp.Or(e.ID, e.SPIFFEID.String()), Field: field, Problem: fmt.Sprintf(format, args...)}
+	return &EntryError{Entry: e.Name(), Field: field, Problem: fmt.Sprintf(format, args...)}
 }
 
 // checkEntry returns what is wrong with an entry, nil if nothing is. It may have no ID.
