@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/selector"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -339,6 +340,9 @@ func parseEntry(p *api.Entry) (spireapi.Entry, *spireapi.EntryError) {
 	}
 	for _, name := range p.GetFederatesWith() {
 		td, err := spiffeid.TrustDomainFromString(name)
+		if err == nil {
+			err = config.CheckTrustDomain(name)
+		}
 		if err != nil {
 			return wrong("federates_with", name, err)
 		}

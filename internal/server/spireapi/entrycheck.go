@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -35,11 +36,11 @@ type EntryError struct {
 
 // Error implements error.
 func (e *EntryError) Error() string {
-	place := ""
+	which := "entry"
 	if e.Place > 0 {
-		place = fmt.Sprintf("%d ", e.Place)
+		which = fmt.Sprintf("entries[%d]", e.Place-1)
 	}
-	return fmt.Sprintf("entry %s%.*q: %s: %s", place, maxEntryID, e.Entry, e.Field, e.Problem)
+	return fmt.Sprintf("%s %.*q: %s: %s", which, maxEntryID, e.Entry, e.Field, e.Problem)
 }
 
 // EntryErrors are the problems of a list of entries, one at least.
@@ -72,9 +73,9 @@ func (s *Server) checkList(entries []Entry) error {
 		switch {
 		case err != nil:
 		case e.ID != "" && twice:
-			err = problem(e, "id", "is also that of entry %d: give each entry a unique name", first)
+			err = problem(e, "id", "is also that of entries[%d]: give each entry a unique name", first-1)
 		case again && (e.ID == "" || entries[similar-1].ID == ""):
-			err = problem(e, "id", "is needed, because entry %d has the same parent_id, spiffe_id and selectors: remove one of them, or give both an id", similar)
+			err = problem(e, "id", "is needed, because entries[%d] has the same parent_id, spiffe_id and selectors: remove one of them, or give both an id", similar-1)
 		}
 		if err != nil {
 			if e.ID == "" {
@@ -131,6 +132,11 @@ func (s *Server) checkEntry(e Entry) *EntryError {
 	for _, sel := range e.Selectors {
 		if sel.Type == "" || sel.Value == "" || strings.Contains(sel.Type, ":") {
 			return wrong("selectors", "%q is not of the form type:value", sel.Type+":"+sel.Value)
+		}
+	}
+	for _, td := range e.FederatesWith {
+		if err := config.CheckTrustDomain(td.Name()); err != nil {
+			return wrong("federates_with", "%q %v", td.Name(), err)
 		}
 	}
 	if err := keyset.CheckDNSNames(e.DNSNames); err != nil {

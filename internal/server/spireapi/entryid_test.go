@@ -194,7 +194,7 @@ func TestManyProblems(t *testing.T) {
 	_, err := s.ApplyEntries(t.Context(), list, false)
 	wrong, _ := errors.AsType[spireapi.EntryErrors](err)
 	lines := strings.Split(wrong.Error(), "\n")
-	if len(wrong) != 30 || len(lines) != 21 || lines[20] != "and 10 more" || !strings.HasPrefix(lines[1], `entry 2 "spiffe://example.org/a1": x509_ttl: `) {
+	if len(wrong) != 30 || len(lines) != 21 || lines[20] != "and 10 more" || !strings.HasPrefix(lines[1], `entries[1] "spiffe://example.org/a1": x509_ttl: `) {
 		t.Errorf("%v", err)
 	}
 }
