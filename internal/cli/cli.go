@@ -27,6 +27,7 @@ const (
 // Env is the process environment of a command.
 type Env struct {
 	Getenv         func(string) string
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 }
 
