@@ -173,9 +173,9 @@ func TestConfigTable(t *testing.T) {
 	clitest.Document(t, "configuration-server.md", "# Configuration of the server\n\n"+
 		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n"+
 		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME,\n"+
-		"CLUSTER or TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
+		"CLUSTER, TRUSTDOMAIN or CIDR is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
 		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n"+
-		"with file, line and remedy.\n\n"+schema.Markdown())
+		"with file, line and remedy. A reload ([operations.md](operations.md#reload-the-configuration)) applies fields with ↻.\n\n"+schema.Markdown())
 }
 
 // FuzzEntries: no file causes a panic, every error has a place and a cause, and accepted
