@@ -216,7 +216,6 @@ func New(c Config) (*Server, error) {
 	if err := s.loadEntries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.logInvalidEntries()
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
@@ -241,7 +240,8 @@ type Reloaded struct {
 }
 
 // Reload checks these fields and returns the function that replaces them. Lower limits of
-// connections end none that is open.
+// connections end none that is open. As New does, that function logs the stored entries
+// that would be refused now: IsOperator may have changed, too.
 func (s *Server) Reload(r Reloaded) (apply func(), err error) {
 	verifiers, err := verifiersByType(r.NodeVerifiers)
 	if err != nil {
@@ -251,6 +251,7 @@ func (s *Server) Reload(r Reloaded) (apply func(), err error) {
 		s.verifiers.Store(&verifiers)
 		s.refreshHint.Store(int64(r.RefreshHint))
 		s.limits.of.Store(cmp.Or(r.Limits, &ClientLimits{Default: DefaultLimits}))
+		s.logInvalidEntries()
 	}, nil
 }
 
