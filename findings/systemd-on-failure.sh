@@ -7,7 +7,7 @@
 #             and SIGSEGV count as failures, and the unit is restarted.
 # Operators   "kill -HUP", which reloads many daemons, ends one that does not handle it, and
 #             "systemctl --failed" shows nothing. An identity agent needs Restart=always.
-# renewd      ignores SIGHUP with a log line (internal/cli), and its units have Restart=always
+# renewd      reloads its configuration at SIGHUP (internal/cli), and its units have Restart=always
 #             (deploy/).
 #
 # Output seen

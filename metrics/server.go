@@ -54,11 +54,7 @@ func NewServer(cfg ServerConfig) *Server {
 		}, []string{"trust_domain", "outcome"}),
 	}
 	s.registry.MustRegister(s.limited, s.refreshes)
-	for _, td := range cfg.Federated {
-		for _, outcome := range []string{RefreshApplied, RefreshUnchanged, RefreshRejected, RefreshFailed} {
-			s.refreshes.WithLabelValues(td, outcome)
-		}
-	}
+	s.Follow(cfg.Federated)
 	for _, method := range limitedMethods {
 		s.limited.WithLabelValues(method)
 	}
@@ -74,6 +70,16 @@ func NewServer(cfg ServerConfig) *Server {
 // is one.
 func (s *Server) Minted(svidType string, code codes.Code, took time.Duration) {
 	s.common.Minted(svidType, code.String(), took)
+}
+
+// Follow makes these the trust domains whose bundles the server follows. The counters of
+// others that were followed before stay.
+func (s *Server) Follow(trustDomains []string) {
+	for _, td := range trustDomains {
+		for _, outcome := range []string{RefreshApplied, RefreshUnchanged, RefreshRejected, RefreshFailed} {
+			s.refreshes.WithLabelValues(td, outcome)
+		}
+	}
 }
 
 // Limited counts one call that was delayed or rejected by the limits of its client

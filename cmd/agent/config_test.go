@@ -219,7 +219,7 @@ func TestConfigTable(t *testing.T) {
 		"One YAML file, given with `--config`; start from [an example for your kind of node](../deploy/README.md#kinds-of-nodes). A flag takes precedence over the\n"+
 		"environment, the environment over the file, and the file over the default. A dot separates sections of the file. Write a list as `[A, B]` in\n"+
 		"the file, and as `A,B` in a flag or a variable. An empty variable counts as unset. An unknown or contradictory field is an error.\n"+
-		"`agent config check --config FILE` reports all errors at once, with file, line and remedy.\n\n"+schema.Markdown())
+		"`agent config check --config FILE` reports all errors at once, with file, line and remedy. A reload ([operations.md](operations.md#reload-the-configuration)) applies fields with ↻.\n\n"+schema.Markdown())
 }
 
 // FuzzConfig checks that no file makes the loader panic, that every problem has a

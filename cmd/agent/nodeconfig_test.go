@@ -77,7 +77,7 @@ func TestNodeAttestationProblems(t *testing.T) {
 			t.Errorf("%s: %v", text, err)
 			continue
 		}
-		c := agentConfig(cfg, cli.Env{Stderr: os.Stderr, Getenv: noEnv})
+		c := agentConfig(cfg, noEnv)
 		if c.Attestor == nil && want != "" || c.Attestor != nil && c.Attestor.Type() != want {
 			t.Errorf("%s: attestor %v, want %q", text, c.Attestor, want)
 		}

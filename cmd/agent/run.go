@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 	"runtime/debug"
 
 	"github.com/renewd/renewd/internal/agent"
@@ -30,12 +31,30 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 		// more CPU when it is busy.
 		debug.SetGCPercent(25)
 	}
-	c := agentConfig(cfg, call.Env)
+	level := new(slog.LevelVar)
+	level.Set(cfg.LogLevel)
+	c := agentConfig(cfg, call.Getenv)
+	c.Log = cli.NewLog(call.Stderr, level, cfg.LogFormat, call.Getenv)
 	if c.ServerProxy, err = serverProxy(cfg, call.Getenv, c.Log); err != nil {
 		return err
 	}
-	c.Started = cli.Started(call.Getenv, c.Log)
-	defer cli.Outlive(c.Log)()
+	hangups := cli.Outlive()
+	defer hangups.Stop()
+	reloader := &cli.Reloader[settings]{
+		Schema: &schema, Running: cfg, Load: load, Log: c.Log, Getenv: call.Getenv,
+		Apply: func(next *settings) error {
+			if err := metrics.CheckWebConfig(next.WebConfigFile); err != nil {
+				return err
+			}
+			level.Set(next.LogLevel)
+			return nil
+		},
+	}
+	notify := cli.Started(call.Getenv, c.Log)
+	c.Started = func() {
+		notify()
+		hangups.Each(reloader.Reload)
+	}
 	a, err := agent.New(c)
 	if err != nil {
 		return err
@@ -44,7 +63,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 }
 
 // agentConfig converts the settings to the configuration of [agent.New].
-func agentConfig(cfg *settings, e cli.Env) agent.Config {
+func agentConfig(cfg *settings, getenv func(string) string) agent.Config {
 	c := agent.Config{
 		TrustDomain:       cfg.TrustDomain,
 		ServerAddress:     cfg.ServerAddress,
@@ -76,8 +95,7 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		ReplaceTaintedJWT: cfg.JWTTainted == jwtReplace,
 		LogSelectors:      cfg.LogSelectors,
 		AdminSocket:       adminSocket(cfg.AdminSocket, cfg.SocketPath),
-		Log:               cli.NewLog(e.Stderr, cfg.LogLevel, cfg.LogFormat, e.Getenv),
 	}
-	setAttestors(&c, cfg, e.Getenv)
+	setAttestors(&c, cfg, getenv)
 	return c
 }

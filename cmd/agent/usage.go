@@ -41,8 +41,8 @@ command line or configuration; 3 the server has banned this node.
 const runUsage = `Usage: agent run [--config FILE] [--FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then closes all streams and exits 0. A second
-signal ends it at once. A flag or a variable can set every field of the
-configuration: "agent help config" lists them.
+signal ends it at once. SIGHUP reloads the configuration. A flag or a variable
+can set every field of the configuration: "agent help config" lists them.
 `
 
 const httpUsage = `

@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -45,6 +46,48 @@ func TestDefaults(t *testing.T) {
 	}
 }
 
+// TestListenAddress: listen_address is the address of the deployment default.
+func TestListenAddress(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name, add string
+		flags     map[string]string
+		want      map[string]string
+	}{
+		{"nothing", "", nil, map[string]string{"default": "0.0.0.0:8081"}},
+		{"in the file", "listen_address: ':1'", nil, map[string]string{"default": ":1"}},
+		{"as a flag", "listen_address: ':1'", map[string]string{"listen_address": ":2"}, map[string]string{"default": ":2"}},
+		{"of a deployment without", "listen_address: ':1'\ndeployments: {default: {node_attestation: {x509pop: {mode: spiffe}}}, west: {listen_address: ':3'}}", nil, map[string]string{"default": ":1", "west": ":3"}},
+		{"of other deployments", "deployments: {west: {listen_address: ':3'}}", nil, map[string]string{"west": ":3"}},
+	} {
+		s, err := loadText(minimal+tt.add, tt.flags, nil)
+		if err != nil {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		s.complete()
+		got := map[string]string{}
+		for _, d := range s.deployments() {
+			got[d.Name] = d.ListenAddress
+		}
+		if !maps.Equal(got, tt.want) {
+			t.Errorf("%s: addresses %v, want %v", tt.name, got, tt.want)
+		}
+	}
+}
+
+// TestNames: a reload compares each section with a name that the operator chooses.
+func TestNames(t *testing.T) {
+	t.Parallel()
+	s, err := loadText(minimal, nil, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if changes := schema.Changes(s, s); len(changes) > 0 {
+		t.Errorf("changes %v", changes)
+	}
+}
+
 // TestProblems: each invalid configuration causes exactly this error.
 func TestProblems(t *testing.T) {
 	t.Parallel()
@@ -59,6 +102,25 @@ func TestProblems(t *testing.T) {
 		{name: "name of a deployment", add: "deployments: {east/1: {listen_address: ':1'}}", want: `server.yaml:2: deployments.east/1.listen_address: ":1" belongs to a deployment with an invalid name; use up to 63 letters, digits, - and _`},
 		{name: "address of a deployment", add: "deployments: {east: {listen_address: here}}", want: `server.yaml:2: deployments.east.listen_address: "here" is not host:port; write it as host:port, such as 0.0.0.0:8081`},
 		{name: "same address", add: "deployments:\n  east: {listen_address: ':1'}\n  west: {listen_address: ':1'}", want: `server.yaml:4: deployments.west.listen_address: ":1" is also the address of deployments.east.listen_address; use different addresses`},
+		{name: "both addresses", add: "listen_address: ':1'\ndeployments: {default: {listen_address: ':2'}}", want: `server.yaml:2: listen_address: ":1" is set, and deployments.default.listen_address, too; remove one of the two`},
+		{name: "address without its deployment", add: "deployments: {east: {listen_address: ':2'}}", env: map[string]string{"RENEWD_SERVER_LISTEN_ADDRESS": ":1"}, want: `RENEWD_SERVER_LISTEN_ADDRESS: listen_address: ":1" is for the deployment default, which is not in deployments; set deployments.NAME.listen_address instead`},
+		{name: "invalid address", flags: map[string]string{"listen_address": "here"}, want: `flag --listen-address: listen_address: "here" is not host:port; write it as host:port, such as 0.0.0.0:8081`},
+		{name: "address that is taken", add: "listen_address: ':1'\nmetrics: {address: ':1'}", want: `server.yaml:3: metrics.address: ":1" is also the address of listen_address; use different addresses`},
+		{name: "limits", add: "limits:\n  attestation_rate: 0\n  status_rate: none\n  report_rate: 1.5\n  connections: true\n  agent_calls: 3000000000\n  networks: {10.0.0.0/8: {calls: 1}}",
+			want: `server.yaml:3: limits.attestation_rate: "0" is neither a positive integer nor off` + "\n" +
+				`server.yaml:4: limits.status_rate: "none" is neither a positive integer nor off` + "\n" +
+				`server.yaml:5: limits.report_rate: "1.5" is not an integer; write the digits without quotes and without a unit, or off` + "\n" +
+				`server.yaml:6: limits.connections: "true" is not an integer; write the digits without quotes and without a unit, or off` + "\n" +
+				`server.yaml:7: limits.agent_calls: "3000000000" is neither a positive integer nor off` + "\n" +
+				`server.yaml:8: "limits.networks.10.0.0.0/8.calls" is not a field; did you mean limits.networks.10.0.0.0/8.agent_calls?`},
+		{name: "networks", add: "limits:\n  networks:\n    10.0.0.1/8: {connections: 1}\n    10.0.0.7: {connections: 1}\n    2001:DB8::/32: {connections: 1}\n    2001:db8::/96: {connections: 1}\n    \"::ffff:10.0.0.0/104\": {connections: 1}\n    lan: {connections: 1}\nproxy_protocol: {trusted_cidrs: [10.0.0.0/8, 10.0.0.7]}",
+			want: `server.yaml: limits.networks.10.0.0.1/8 is not written as usual, or has bits after its prefix; write it as 10.0.0.0/8` + "\n" +
+				`server.yaml: limits.networks.10.0.0.7 has no prefix length; write it as 10.0.0.7/32` + "\n" +
+				`server.yaml: limits.networks.2001:DB8::/32 is not written as usual, or has bits after its prefix; write it as 2001:db8::/32` + "\n" +
+				`server.yaml: limits.networks.2001:db8::/96 is smaller than a /64, which is limited as one address; write it as 2001:db8::/64` + "\n" +
+				`server.yaml: limits.networks.::ffff:10.0.0.0/104 is an IPv4 network in IPv6 notation; write it in IPv4 notation, such as 10.0.0.0/8` + "\n" +
+				`server.yaml: limits.networks.lan is not a network; write it as 10.0.0.0/8 or 2001:db8::/32` + "\n" +
+				`server.yaml:10: proxy_protocol.trusted_cidrs[1]: "10.0.0.7" has no prefix length; write it as 10.0.0.7/32`},
 		{name: "two deployments without addresses", add: "deployments:\n  east: {node_attestation: {x509pop: {mode: spiffe}}}\n  west: {node_attestation: {x509pop: {mode: spiffe}}}", want: `deployments.west.listen_address: "0.0.0.0:8081" is also the address of deployments.east.listen_address; use different addresses`},
 		{name: "x509pop without CAs", add: "deployments: {east: {node_attestation: {x509pop: {verify_client_ip: true}}}}", want: `server.yaml: deployments.east.node_attestation.x509pop.ca_bundle_files is not set and x509pop needs it; give a PEM file with the CAs of the nodes, or set mode: spiffe`},
 		{name: "x509pop with no CAs", add: "deployments: {east: {node_attestation: {x509pop: {ca_bundle_files: []}}}}", want: `server.yaml:2: deployments.east.node_attestation.x509pop.ca_bundle_files: [] is empty; give a PEM file with the CAs of the nodes, or remove x509pop`},
@@ -173,9 +235,9 @@ func TestConfigTable(t *testing.T) {
 	clitest.Document(t, "configuration-server.md", "# Configuration of the server\n\n"+
 		"One YAML file, given with `--config`; start from [server.example.yaml](../deploy/server.example.yaml). A flag takes precedence over the\n"+
 		"environment, the environment over the file, and the file over the default. A dot separates sections of the file, and NAME,\n"+
-		"CLUSTER or TRUSTDOMAIN is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
+		"CLUSTER, TRUSTDOMAIN or CIDR is a name of your choice. Write a list as `[A, B]` in the file, and as `A,B` in a flag or a variable. An empty variable\n"+
 		"counts as unset. An unknown or contradictory field is an error. `server config check --config FILE` reports all errors at once,\n"+
-		"with file, line and remedy.\n\n"+schema.Markdown())
+		"with file, line and remedy. A reload ([operations.md](operations.md#reload-the-configuration)) applies fields with ↻.\n\n"+schema.Markdown())
 }
 
 // FuzzEntries: no file causes a panic, every error has a place and a cause, and accepted

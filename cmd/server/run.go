@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"log/slog"
 
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
@@ -15,25 +16,50 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 	if _, err := call.Parse(); err != nil {
 		return err
 	}
-	s, err := load()
+	completed := func() (*settings, error) {
+		s, err := load()
+		if err == nil {
+			s.complete()
+		}
+		return s, err
+	}
+	s, err := completed()
 	if err != nil {
 		return err
 	}
 	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
 		return config.FileError(err)
 	}
-	cfg := domainConfig(s, call.Env)
-	cfg.Started = cli.Started(call.Getenv, cfg.Log)
-	defer cli.Outlive(cfg.Log)()
-	d, err := server.Open(ctx, cfg)
-	if err != nil {
+	level := new(slog.LevelVar)
+	level.Set(s.LogLevel)
+	cfg := domainConfig(s)
+	cfg.Log = cli.NewLog(call.Stderr, level, s.LogFormat, call.Getenv)
+	hangups := cli.Outlive()
+	defer hangups.Stop()
+	var d *server.Domain
+	reloader := &cli.Reloader[settings]{
+		Schema: &schema, Running: s, Load: completed, Log: cfg.Log, Getenv: call.Getenv,
+		Apply: func(next *settings) error {
+			if err := d.Reload(domainConfig(next)); err != nil {
+				return err
+			}
+			level.Set(next.LogLevel)
+			return nil
+		},
+	}
+	notify := cli.Started(call.Getenv, cfg.Log)
+	cfg.Started = func() {
+		notify()
+		hangups.Each(reloader.Reload)
+	}
+	if d, err = server.Open(ctx, cfg); err != nil {
 		return err
 	}
 	return d.Run(ctx)
 }
 
 // domainConfig converts the configuration.
-func domainConfig(s *settings, e cli.Env) server.Config {
+func domainConfig(s *settings) server.Config {
 	return server.Config{
 		TrustDomain:      s.TrustDomain,
 		DataDir:          s.DataDir,
@@ -49,6 +75,8 @@ func domainConfig(s *settings, e cli.Env) server.Config {
 		EndpointCertFile: s.EndpointCertFile,
 		EndpointKeyFile:  s.EndpointKeyFile,
 		RefreshHint:      s.RefreshHint,
+		Limits:           s.clientLimits(),
+		Proxies:          s.proxies(),
 		Federation:       s.endpoints(),
 		MetricsAddress:   s.MetricsAddress,
 		WebConfigFile:    s.WebConfigFile,
@@ -57,6 +85,5 @@ func domainConfig(s *settings, e cli.Env) server.Config {
 		JWTTTL:           s.JWTTTL,
 		Rotation:         s.policy(),
 		Version:          cli.Version(version),
-		Log:              cli.NewLog(e.Stderr, s.LogLevel, s.LogFormat, e.Getenv),
 	}
 }

@@ -60,9 +60,11 @@ encrypted with another key, so that a restart does not help.
 const runUsage = `Usage: server run [--config FILE] [--FIELD VALUE]...
 
 Runs until SIGTERM or SIGINT, then finishes calls in flight and exits 0. A second
-signal ends it at once. Every field of the configuration can also be set by a flag
-or in the environment, except deployments and federation, which can be set in the
-file only: "server help config" lists the fields.
+signal ends it at once. SIGHUP reloads the configuration.
+
+Every field can also be set by a flag or in the environment, except those below a name of
+your choice, such as federation, which can be set in the file only: "server help config"
+lists the fields.
 `
 
 const keyUsage = `Usage: server key new FILE

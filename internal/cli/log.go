@@ -15,10 +15,10 @@ import (
 // LogFormats are the formats of NewLog.
 var LogFormats = []string{"auto", "text", "json"}
 
-// NewLog returns a daemon's log. Format auto means text on a terminal and JSON
+// NewLog returns a daemon's log; a level that is a *[slog.LevelVar] can change. Format auto means text on a terminal and JSON
 // otherwise. Text has colors only on a terminal, and not if NO_COLOR is set to any value
 // (no-color.org). Lines to systemd's journal start with the journal's priority.
-func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) string) *slog.Logger {
+func NewLog(w io.Writer, level slog.Leveler, format string, getenv func(string) string) *slog.Logger {
 	if toJournal(w, getenv) {
 		l := &line{w: w}
 		return slog.New(journal{newHandler(l, level, format, getenv), l})
@@ -26,7 +26,7 @@ func NewLog(w io.Writer, level slog.Level, format string, getenv func(string) st
 	return slog.New(newHandler(w, level, format, getenv))
 }
 
-func newHandler(w io.Writer, level slog.Level, format string, getenv func(string) string) slog.Handler {
+func newHandler(w io.Writer, level slog.Leveler, format string, getenv func(string) string) slog.Handler {
 	terminal := IsTerminal(w)
 	if format == "json" || (format == "auto" && !terminal) {
 		return slog.NewJSONHandler(w, &slog.HandlerOptions{Level: level, ReplaceAttr: durationText})
@@ -36,7 +36,7 @@ func newHandler(w io.Writer, level slog.Level, format string, getenv func(string
 
 // NewTextHandler returns a handler that writes readable text. It passes values through
 // [PrintableLines].
-func NewTextHandler(w io.Writer, level slog.Level, timeFormat string, color bool) slog.Handler {
+func NewTextHandler(w io.Writer, level slog.Leveler, timeFormat string, color bool) slog.Handler {
 	return tint.NewTextHandler(w, &tint.Options{
 		Level: level, TimeFormat: timeFormat, NoColor: !color, ReplaceAttr: printable,
 	})

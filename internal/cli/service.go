@@ -15,14 +15,20 @@ import (
 // notifies the service manager that the start is complete (sd_notify(3)), so that units
 // ordered after the service start then. Without a service manager it does nothing.
 func Started(getenv func(string) string, log *slog.Logger) func() {
-	return func() {
-		name := getenv("NOTIFY_SOCKET")
-		if name == "" {
-			return
-		}
-		if err := notify(name, "READY=1"); err != nil {
-			log.Error("service manager not notified of the completed start", "error", err)
-		}
+	return func() { tell(getenv, log, ready) }
+}
+
+// ready says that the start or a reload is complete.
+const ready = "READY=1"
+
+// tell sends the service manager, if there is one, a state of the daemon.
+func tell(getenv func(string) string, log *slog.Logger, state string) {
+	name := getenv("NOTIFY_SOCKET")
+	if name == "" {
+		return
+	}
+	if err := notify(name, state); err != nil {
+		log.Error("service manager not notified", "error", err)
 	}
 }
 

@@ -30,6 +30,9 @@ type Schema[C any] struct {
 	Env string
 	// Help is the command that lists the fields, such as agent help config.
 	Help string
+	// Names returns the names that a C has in the place of a placeholder, sorted. before is
+	// the part of the path before it. [Schema.Changes] needs it; nil if no field has one.
+	Names func(c *C, before string) []string
 	// Check reports invalid values. It is called only if every value was parsed; nil
 	// checks nothing.
 	Check func(*Checker[C])
@@ -45,7 +48,7 @@ type Field[C any] struct {
 	// deployments.NAME.address.
 	Path string
 	// Value returns a pointer to the field, of type *string, *[]string, *bool,
-	// *int, *int64, *time.Duration, *fs.FileMode, *slog.Level or
+	// *int, *int64, *[Limit], *time.Duration, *fs.FileMode, *slog.Level or
 	// *spiffeid.TrustDomain. If Path has a placeholder, it is nil, and Named returns
 	// the pointer for a name, which it adds when it is new. Such a field has neither
 	// flag nor variable.
@@ -55,6 +58,7 @@ type Field[C any] struct {
 	// with a placeholder is set for each name of its section.
 	Default string
 	Secret  bool   // never printed, and no flag: flags are visible to every process
+	Reload  bool   // a running program applies a new value at SIGHUP
 	Doc     string // one line
 }
 
@@ -74,12 +78,30 @@ func (s *Schema[C]) Variable(f *Field[C]) string {
 	return s.Env + strings.ToUpper(strings.ReplaceAll(f.Path, ".", "_"))
 }
 
+// Limit is a limit that can be switched off. The zero value is a limit that is not set.
+type Limit int
+
+// Off is no limit.
+const Off Limit = -1
+
+// String returns the limit as it is written in a file; empty if it is not set.
+func (l Limit) String() string {
+	switch l {
+	case 0:
+		return ""
+	case Off:
+		return "off"
+	}
+	return strconv.Itoa(int(l))
+}
+
 // The types of values in the documentation.
 const (
 	kindText     = "string"
 	kindList     = "list of strings"
 	kindBool     = "boolean"
 	kindNumber   = "integer"
+	kindLimit    = "integer or off"
 	kindDuration = "duration"
 	kindMode     = "octal mode"
 	kindLevel    = "level"
@@ -94,6 +116,8 @@ func (f *Field[C]) Kind() string {
 		return kindBool
 	case *int, *int64:
 		return kindNumber
+	case *Limit:
+		return kindLimit
 	case *time.Duration:
 		return kindDuration
 	case *fs.FileMode:
@@ -176,6 +200,16 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 		if *p, err = strconv.ParseInt(text, 10, 64); err != nil {
 			return errors.New("is not an integer")
 		}
+	case *Limit:
+		n, err := strconv.ParseInt(text, 10, 32)
+		switch {
+		case text == Off.String():
+			*p = Off
+		case err != nil || n <= 0:
+			return errors.New("is neither a positive integer nor off")
+		default:
+			*p = Limit(n)
+		}
 	case *time.Duration:
 		if *p, err = time.ParseDuration(text); err != nil {
 			return errors.New("is not a duration such as 500ms, 60s or 5m")
@@ -225,6 +259,8 @@ func (f *Field[C]) show(c *C, name string, item int) string {
 		return strconv.Itoa(*p)
 	case *int64:
 		return strconv.FormatInt(*p, 10)
+	case *Limit:
+		return p.String()
 	case *time.Duration:
 		return Short(*p)
 	case *fs.FileMode:

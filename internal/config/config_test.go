@@ -3,7 +3,9 @@ package config_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -37,6 +39,7 @@ func (s *settings) place(name string) *place {
 
 var schema = config.Schema[settings]{
 	Env: "X_", Help: "x help config",
+	Names: func(s *settings, before string) []string { return slices.Sorted(maps.Keys(s.Places)) },
 	Fields: []config.Field[settings]{
 		{Path: "name", Value: func(s *settings) any { return &s.Name }, Doc: "Name."},
 		{Path: "team.managers", Value: func(s *settings) any { return &s.Managers }, Doc: "Managers."},
@@ -233,4 +236,60 @@ func FuzzLoad(f *testing.F) {
 			}
 		}
 	})
+}
+
+// TestChanges: the fields that differ, with both values, also of sections that only one
+// configuration has.
+func TestChanges(t *testing.T) {
+	t.Parallel()
+	const base = "name: n\nplaces: {east: {listen_address: ':1'}, a.b: {listen_address: ':3'}}\n"
+	reloading := schema
+	reloading.Fields = slices.Clone(schema.Fields)
+	for i := range reloading.Fields {
+		f := &reloading.Fields[i]
+		f.Reload = f.Path != "name" && f.Path != "places.NAME.listen_address"
+		f.Secret = f.Path == "name"
+	}
+	for _, tt := range []struct{ name, text, changes, refused string }{
+		{"nothing", base, "", ""},
+		{"spelled otherwise", "name: n\nwait: 5000ms\nplaces: {a.b: {listen_address: ':3', door: {count: 4}}, east: {listen_address: ':1'}}\n", "", ""},
+		{"a secret", "name: other\nplaces: {east: {listen_address: ':1'}, a.b: {listen_address: ':3'}}\n", "name", "name"},
+		{"values", base + "wait: 1m\nteam: {managers: [a, b]}\n", `team.managers: not set -> ["a" "b"], wait: 5s -> 1m`, ""},
+		{"an empty list", base + "team: {managers: []}\n", `team.managers: not set -> []`, ""},
+		{"values of a section", "name: n\nplaces: {east: {listen_address: ':1', door: {count: 5, keys: [k]}}, a.b: {listen_address: ':3'}}\n",
+			`places.east.door.keys: not set -> ["k"], places.east.door.count: 4 -> 5`, ""},
+		{"sections", "name: n\nplaces: {west: {listen_address: ':2'}, a.b: {listen_address: ':4'}}\n",
+			`places.a.b.listen_address: ":3" -> ":4", places.east.listen_address: ":1" -> not set, places.west.listen_address: not set -> ":2", ` +
+				`places.east.door.count: 4 -> not set, places.west.door.count: not set -> 4`,
+			`places.a.b.listen_address (running ":3", new ":4"), places.east.listen_address (running ":1", new not set), places.west.listen_address (running not set, new ":2")`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			from, err := load(base, nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			to, err := load(tt.text, nil, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var shown []string
+			for _, c := range reloading.Changes(from, to) {
+				shown = append(shown, c.String())
+			}
+			if got := strings.Join(shown, ", "); got != tt.changes {
+				t.Errorf("changes %s\nwant    %s", got, tt.changes)
+			}
+			changes, err := reloading.Reloadable(from, to)
+			switch {
+			case tt.refused == "" && (err != nil || len(changes) != len(shown)):
+				t.Errorf("refused: %v", err)
+			case tt.refused != "" && (err == nil || err.Error() != tt.refused+": not changed while the program runs; restart it, or undo this and reload"):
+				t.Errorf("refused: %v\nwant     %s", err, tt.refused)
+			}
+			if len(from.Places) != 2 {
+				t.Errorf("the comparison has added places: %v", from.Places)
+			}
+		})
+	}
 }

@@ -7,7 +7,7 @@ import (
 
 // Usage lists every field for a terminal, with its flag and variable.
 func (s *Schema[C]) Usage() string {
-	return "A flag takes precedence over the environment, the environment over the file, and\nthe file over the default. A dot separates sections of the file.\n\n" +
+	return "A flag takes precedence over the environment, the environment over the file, and\nthe file over the default. A dot separates sections of the file. At SIGHUP a running\nprogram applies the fields that are marked as reloaded.\n\n" +
 		s.fieldList(true)
 }
 
@@ -22,6 +22,9 @@ func (s *Schema[C]) fieldList(names bool) string {
 		if f.Default != "" {
 			def = ", default " + f.Default
 		}
+		if f.Reload {
+			def += ", reloaded"
+		}
 		fmt.Fprintf(&b, "%s (%s%s)\n", f.Path, f.Kind(), def)
 		if flag := f.Flag(); names && flag != "" {
 			fmt.Fprintf(&b, "    --%s, %s\n", flag, s.Variable(f))
@@ -33,7 +36,7 @@ func (s *Schema[C]) fieldList(names bool) string {
 	return b.String()
 }
 
-// Markdown lists every field as a table.
+// Markdown lists every field as a table. A mark behind the name says that it is reloaded.
 func (s *Schema[C]) Markdown() string {
 	var b strings.Builder
 	b.WriteString("| field | type | default | flag | environment | meaning |\n|---|---|---|---|---|---|\n")
@@ -49,8 +52,12 @@ func (s *Schema[C]) Markdown() string {
 		if name != "" {
 			name = "--" + name
 		}
-		fmt.Fprintf(&b, "| %s | %s | %s | %s | %s | %s |\n",
-			code(f.Path), f.Kind(), code(f.Default), code(name), code(s.Variable(f)), f.Doc)
+		mark := ""
+		if f.Reload {
+			mark = " ↻"
+		}
+		fmt.Fprintf(&b, "| %s%s | %s | %s | %s | %s | %s |\n",
+			code(f.Path), mark, f.Kind(), code(f.Default), code(name), code(s.Variable(f)), f.Doc)
 	}
 	return b.String()
 }

@@ -18,7 +18,7 @@ import (
 
 // Flags adds --config and a flag for each field to fset. The returned function, to be
 // called after fset.Parse, loads the configuration. Its error is an [Error] unless the
-// file cannot be read.
+// file cannot be read. Another call reads the file again, with the same flags.
 func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func() (*C, error) {
 	load := s.flags(fset, getenv)
 	return func() (*C, error) {
@@ -340,6 +340,10 @@ func wrongTag(kind, tag string) (what, remedy string) {
 	case kindNumber:
 		if tag != "!!int" {
 			return "is not an integer", "write the digits without quotes and without a unit"
+		}
+	case kindLimit:
+		if tag != "!!int" && tag != "!!str" {
+			return "is not an integer", "write the digits without quotes and without a unit, or off"
 		}
 	case kindDuration:
 		if tag != "!!str" {

@@ -19,7 +19,7 @@ var errTooMuch = fmt.Errorf("anonymous caller has sent more than %d bytes on one
 type conn struct {
 	net.Conn
 	owner *Listener
-	from  netip.Prefix
+	from  netip.Prefix // changes only at the start of the handshake
 
 	// Guarded by owner.pool.mu.
 	state  state

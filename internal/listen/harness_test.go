@@ -161,7 +161,7 @@ func serveOf(t *testing.T, p *listen.Pool, limits listen.Limits, refused *reason
 	done := make(chan error, 1)
 	go func() {
 		done <- listen.Serve(ctx, n, listen.Config{
-			Credentials: named{}, Pool: p, Limits: limits, MaxRequest: 1 << 20, MaxStreams: 128,
+			Credentials: named{}, Pool: p, Limits: listen.ForAll(limits), MaxRequest: 1 << 20, MaxStreams: 128,
 			Identify: func(info credentials.AuthInfo) string { return info.(name).letter },
 			Register: func(grpc.ServiceRegistrar) {},
 			Refused: func(from netip.Prefix, _ string, reason error) {

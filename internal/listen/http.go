@@ -15,7 +15,7 @@ const httpDrainTime = 3 * time.Second
 // and of the pool, until ctx ends or lis fails. serve is its Serve or ServeTLS. When
 // ctx ends, requests in flight have three seconds to finish, and ServeHTTP returns nil.
 func ServeHTTP(ctx context.Context, p *Pool, lis net.Listener, srv *http.Server, serve func(net.Listener) error) error {
-	limited := p.Listen(lis, HTTP, nil)
+	limited := p.Listen(lis, ForAll(HTTP), nil)
 	defer limited.Close() // serve may fail before it uses it
 	srv.ConnState = limited.ConnState
 	done := make(chan error, 1)

@@ -24,7 +24,7 @@ var (
 type Listener struct {
 	net.Listener
 	pool    *Pool
-	limits  Limits
+	limits  func(client netip.Prefix) Limits
 	refused func(from netip.Prefix, reason error)
 
 	ready  chan net.Conn
@@ -42,10 +42,12 @@ type Listener struct {
 	closed  bool
 }
 
-// Listen returns lis with limits. The caller must close it. refused, if not nil, is
+// Listen returns lis with limits, which it asks for at each step of a connection, so that
+// they can change; a client is the zero Prefix if it has no IP address. limits must not
+// block. The caller must close the Listener. refused, if not nil, is
 // called with the client of each connection that is closed because of a limit, and
 // the reason, by several goroutines at a time.
-func (p *Pool) Listen(lis net.Listener, limits Limits, refused func(from netip.Prefix, reason error)) *Listener {
+func (p *Pool) Listen(lis net.Listener, limits func(client netip.Prefix) Limits, refused func(from netip.Prefix, reason error)) *Listener {
 	if refused == nil {
 		refused = func(netip.Prefix, error) {}
 	}
@@ -114,7 +116,8 @@ func (l *Listener) awaitFirst(c *conn) {
 	}
 	_ = c.SetReadDeadline(time.Time{})
 	c.buffered = true
-	evicted, err := l.pool.beginHandshake(c, time.Now())
+	// Behind a load balancer the client is known only now.
+	evicted, err := l.pool.beginHandshake(c, Client(c.RemoteAddr()), time.Now())
 	if err != nil {
 		_ = c.Close()
 		return

@@ -27,7 +27,7 @@ type listener struct {
 func listenOn(t *testing.T, p *listen.Pool, limits listen.Limits) *listener {
 	t.Helper()
 	l := &listener{net: newNetwork(), accepted: make(chan net.Conn, 100)}
-	l.Listener = p.Listen(l.net, limits, func(from netip.Prefix, _ error) { l.refused.count(from) })
+	l.Listener = p.Listen(l.net, listen.ForAll(limits), func(from netip.Prefix, _ error) { l.refused.count(from) })
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
@@ -254,7 +254,7 @@ func TestPoolOfThisProcess(t *testing.T) {
 func TestListenerFails(t *testing.T) {
 	t.Parallel()
 	broken := errors.New("broken")
-	l := listen.NewPool().Listen(&failing{errs: []error{syscall.EMFILE, broken}}, listen.Limits{}, nil)
+	l := listen.NewPool().Listen(&failing{errs: []error{syscall.EMFILE, broken}}, listen.ForAll(listen.Limits{}), nil)
 	defer l.Close()
 	for _, want := range []error{syscall.EMFILE, broken, broken} {
 		if _, err := l.Accept(); !errors.Is(err, want) {

@@ -98,6 +98,10 @@ type Limits struct {
 	AnonymousCalls, CallerCalls int
 }
 
+// ForAll returns a function for [Config] and [Pool.Listen] that gives all clients the same
+// limits.
+func ForAll(l Limits) func(netip.Prefix) Limits { return func(netip.Prefix) Limits { return l } }
+
 // HTTP are the limits of HTTP listeners. Many clients may share one address.
 var HTTP = Limits{Handshakes: 64, Anonymous: 128}
 
@@ -146,16 +150,16 @@ func (p *Pool) enter(c *conn, now time.Time) (evicted *conn, err error) {
 	return evicted, nil
 }
 
-// beginHandshake moves a connection to state handshaking, and returns the one that is
-// evicted for it, which is c if no other has had its time.
-func (p *Pool) beginHandshake(c *conn, now time.Time) (evicted *conn, err error) {
+// beginHandshake moves a connection of a client to state handshaking, and returns the one
+// that is evicted for it, which is c if no other has had its time.
+func (p *Pool) beginHandshake(c *conn, from netip.Prefix, now time.Time) (evicted *conn, err error) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if c.state != silent {
 		return nil, net.ErrClosed
 	}
 	p.dropLocked(c)
-	c.state, c.began = handshaking, now
+	c.state, c.from, c.began = handshaking, from, now
 	if full, ok := p.fullLocked(c); ok {
 		evicted = p.oldestLocked(handshaking, func(o *conn) bool { return o.owner == c.owner && slices.Contains(o.keysLocked(), full) })
 	} else if p.waiting[handshaking].Len() >= p.handshakes {
@@ -196,11 +200,11 @@ func (p *Pool) identify(c *conn, caller string, now time.Time) (evicted *conn, e
 		}
 		if evicted == nil || now.Sub(evicted.began) < anonymousShare {
 			c.state = closed
-			return nil, full.error(p.limit(l, full))
+			return nil, full.error(p.limit(c, full))
 		}
 		p.dropLocked(evicted)
 	}
-	if of := l.callers[caller]; caller != "" && l.limits.Caller > 0 && len(of) >= l.limits.Caller {
+	if of, most := l.callers[caller], l.limits(c.from).Caller; caller != "" && most > 0 && len(of) >= most {
 		evicted = of[0]
 		p.dropLocked(evicted)
 	}
@@ -222,23 +226,23 @@ func (p *Pool) oldestLocked(s state, matches func(*conn) bool) *conn {
 // fullLocked returns a key of c whose limit is reached.
 func (p *Pool) fullLocked(c *conn) (key, bool) {
 	for _, k := range c.keysLocked() {
-		if limit := p.limit(c.owner, k); limit > 0 && c.owner.counts[k] >= limit {
+		if limit := p.limit(c, k); limit > 0 && c.owner.counts[k] >= limit {
 			return k, true
 		}
 	}
 	return key{}, false
 }
 
-// limit returns how many connections of a key there may be; 0 for any number.
-func (p *Pool) limit(l *Listener, k key) int {
+// limit returns how many connections of a key of c there may be; 0 for any number.
+func (p *Pool) limit(c *conn, k key) int {
 	var each int
-	switch k.state {
+	switch limits := c.owner.limits(c.from); k.state {
 	case handshaking:
-		each = l.limits.Handshakes
+		each = limits.Handshakes
 	case anonymous:
-		each = l.limits.Anonymous
+		each = limits.Anonymous
 	case known:
-		each = l.limits.Known
+		each = limits.Known
 	}
 	switch {
 	case !k.from.IsValid() && k.state == anonymous:

@@ -51,8 +51,11 @@ type Config struct {
 	// it refuses is not counted as in flight. Optional.
 	Admit tap.ServerInHandle
 	// Pool bounds the connections; when nil, the server has its own.
-	Pool   *Pool
-	Limits Limits
+	Pool *Pool
+	// Limits returns the limits of a client, the zero Prefix if it has no IP address. It is
+	// called for each connection and call, by several goroutines at a time, and must not
+	// block. Required.
+	Limits func(client netip.Prefix) Limits
 	// Refused is called for each call or connection that a limit refuses, with the
 	// client, which may be the zero Prefix, the full method of a call, "" for a
 	// connection, and the reason. It is called by several goroutines at a time and
@@ -223,13 +226,13 @@ type counter struct {
 
 // countedFor returns the counters of a call.
 func (s *server) countedFor(caller string, from netip.Prefix) (of []counter) {
-	switch {
-	case caller != "" && s.Limits.CallerCalls > 0:
-		of = append(of, counter{caller, s.Limits.CallerCalls})
-	case caller == "" && s.Limits.AnonymousCalls > 0 && from.IsValid():
-		of = append(of, counter{from.String(), s.Limits.AnonymousCalls})
+	switch limits := s.Limits(from); {
+	case caller != "" && limits.CallerCalls > 0:
+		of = append(of, counter{caller, limits.CallerCalls})
+	case caller == "" && limits.AnonymousCalls > 0 && from.IsValid():
+		of = append(of, counter{from.String(), limits.AnonymousCalls})
 		if site := Site(from); site.IsValid() {
-			of = append(of, counter{site.String(), siteFactor * s.Limits.AnonymousCalls})
+			of = append(of, counter{site.String(), siteFactor * limits.AnonymousCalls})
 		}
 	}
 	return of
@@ -243,7 +246,8 @@ func (s *server) begin(c *call) (evicted []*call, full *counter) {
 	defer s.mu.Unlock()
 	for i := range c.of {
 		of := s.inFlight[c.of[i].name]
-		if len(of) < c.of[i].limit || slices.ContainsFunc(evicted, func(e *call) bool { return slices.Contains(e.of, c.of[i]) }) {
+		counted := func(o counter) bool { return o.name == c.of[i].name }
+		if len(of) < c.of[i].limit || slices.ContainsFunc(evicted, func(e *call) bool { return slices.ContainsFunc(e.of, counted) }) {
 			continue
 		}
 		if of[0].evict == nil || c.began.Sub(of[0].began) < anonymousShare {

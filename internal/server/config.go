@@ -15,6 +15,7 @@ import (
 	"io/fs"
 	"log/slog"
 	"net"
+	"net/netip"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -25,6 +26,7 @@ import (
 	"github.com/renewd/renewd/internal/server/nodeattest/k8spsat"
 	"github.com/renewd/renewd/internal/server/nodeattest/x509pop"
 	"github.com/renewd/renewd/internal/server/rotation"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // Config configures a [Domain]. Only TrustDomain is required. The program that reads it
@@ -60,6 +62,12 @@ type Config struct {
 	// EndpointListener replaces EndpointAddress when set. After a successful [Open]
 	// the Domain owns and closes it.
 	EndpointListener net.Listener
+
+	// Proxies are the load balancers that send a PROXY protocol header to every listener but
+	// AdminSocket and MetricsAddress; see [listen.Proxies].
+	Proxies []netip.Prefix
+	// Limits are the limits of the agents' addresses; [spireapi.DefaultLimits] when nil.
+	Limits *spireapi.ClientLimits
 
 	// Federation are the bundle endpoints of the trust domains to federate with; see
 	// [federation.Check].
@@ -111,6 +119,23 @@ type DeploymentConfig struct {
 // serves reports whether the deployment serves agents. A deployment that is in the
 // store and not configured serves none.
 func (c DeploymentConfig) serves() bool { return c.ListenAddress != "" || c.Listener != nil }
+
+// rotation returns the policy of the deployment. One that is not served signs nothing, so it
+// needs no new keysets.
+func (c DeploymentConfig) rotation(p rotation.Policy) rotation.Policy {
+	if !c.serves() {
+		p.Mode = rotation.Off
+	}
+	return p
+}
+
+// endpointFiles returns the files of the bundle endpoint's certificate, if it has any.
+func (c Config) endpointFiles() (cert, key string) {
+	if c.EndpointProfile != ProfileWeb {
+		return "", ""
+	}
+	return c.EndpointCertFile, c.EndpointKeyFile
+}
 
 // The profiles of the bundle endpoint (SPIFFE Federation, section 5.2).
 const (

@@ -16,8 +16,7 @@ import (
 )
 
 // openFederation gives the servers of all deployments the stored bundles of federated
-// trust domains. It logs entries that federate with a trust domain that is not
-// configured.
+// trust domains.
 func (d *Domain) openFederation(ctx context.Context) error {
 	c := federation.Config{
 		TrustDomain: d.cfg.TrustDomain, Own: func() []*x509.Certificate { return d.Published().Certificates() },
@@ -28,6 +27,12 @@ func (d *Domain) openFederation(ctx context.Context) error {
 	if d.federation, err = federation.New(ctx, c); err != nil {
 		return err
 	}
+	d.warnNotFollowed()
+	return nil
+}
+
+// warnNotFollowed logs entries that federate with a trust domain that is not configured.
+func (d *Domain) warnNotFollowed() {
 	for _, dep := range d.deployments {
 		unknown := make(map[string]int)
 		for _, e := range dep.server.Entries() {
@@ -42,7 +47,6 @@ func (d *Domain) openFederation(ctx context.Context) error {
 				"deployment", dep.Name, "trust_domain", name, "entries", unknown[name])
 		}
 	}
-	return nil
 }
 
 // setFederatedBundle gives all servers the bundle of another trust domain; nil

@@ -2,7 +2,6 @@ package server
 
 import (
 	"crypto/x509"
-	"log/slog"
 
 	"github.com/renewd/renewd/internal/server/nodeattest/k8spsat"
 	"github.com/renewd/renewd/internal/server/nodeattest/x509pop"
@@ -10,10 +9,10 @@ import (
 )
 
 // nodeVerifiers makes the verifiers of a deployment.
-func (d *Domain) nodeVerifiers(c DeploymentConfig, log *slog.Logger) (out []spireapi.NodeVerifier, err error) {
+func (d *Domain) nodeVerifiers(c DeploymentConfig) (out []spireapi.NodeVerifier, err error) {
 	if c.X509Pop != nil {
 		config := *c.X509Pop
-		config.TrustDomain, config.Now, config.Log = d.cfg.TrustDomain, d.cfg.Now, log
+		config.TrustDomain, config.Now, config.Log = d.cfg.TrustDomain, d.cfg.Now, d.cfg.Log.With("deployment", c.Name)
 		config.TrustBundle = func() []*x509.Certificate { return d.Published().Certificates() }
 		v, err := x509pop.New(config)
 		if err != nil {

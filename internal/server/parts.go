@@ -21,7 +21,7 @@ import (
 // openOperator makes the operators' API over all deployments.
 func (d *Domain) openOperator() (err error) {
 	c := admin.Config{
-		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
+		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: *d.rules.Load(), Follows: d.federation.Follows,
 		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.compareClock,
 		ConfirmClock: d.confirmClock, Backup: d.store.Backup,
 	}
@@ -36,9 +36,8 @@ func (d *Domain) openOperator() (err error) {
 
 func (d *Domain) endpointConfig() endpoint.Config {
 	c := endpoint.Config{TrustDomain: d.cfg.TrustDomain, Bundle: d.Published, RefreshHint: d.cfg.RefreshHint, Connections: d.connections, Log: d.cfg.Log}
-	if d.cfg.EndpointProfile == ProfileWeb {
-		c.CertFile, c.KeyFile = d.cfg.EndpointCertFile, d.cfg.EndpointKeyFile
-	} else {
+	c.CertFile, c.KeyFile = d.cfg.endpointFiles()
+	if c.CertFile == "" {
 		c.Certificate = d.certificate
 	}
 	return c

@@ -38,6 +38,7 @@ func (d *Domain) Run(ctx context.Context) (err error) {
 	}
 	group.Go(func() error { return d.federation.Run(ctx) })
 	group.Go(func() error { return d.watchClock(ctx) })
+	group.Go(func() error { d.proxies.Run(ctx); return nil })
 	d.running.Store(true)
 	group.Go(func() error {
 		<-ctx.Done() // calls in flight end, and no new ones are answered
@@ -76,8 +77,8 @@ func (l *listeners) openAll() error {
 	for _, dep := range d.deployments {
 		field := "deployments." + dep.Name + ".listen_address"
 		if dep.Listener != nil {
-			l.add(field, dep.Listener, dep.server.Serve)
-		} else if err := l.tcp(field, dep.ListenAddress, dep.server.Serve); err != nil {
+			l.add(field, dep.Listener, l.proxied(dep.server.Serve))
+		} else if err := l.tcp(field, dep.ListenAddress, l.proxied(dep.server.Serve)); err != nil {
 			return err
 		}
 	}
@@ -89,13 +90,13 @@ func (l *listeners) openAll() error {
 		l.add("admin_socket", lis, d.operator.ServeUnix)
 		l.start = append(l.start, func(ctx context.Context) error { lis.Watch(ctx, d.cfg.Log); return nil })
 	}
-	if err := l.tcp("operators.address", d.cfg.OperatorAddress, d.operator.ServeTLS); err != nil {
+	if err := l.tcp("operators.address", d.cfg.OperatorAddress, l.proxied(d.operator.ServeTLS)); err != nil {
 		return err
 	}
 	if d.cfg.EndpointListener != nil {
-		l.add("bundle_endpoint.address", d.cfg.EndpointListener, d.endpoint.Serve)
+		l.add("bundle_endpoint.address", d.cfg.EndpointListener, l.proxied(d.endpoint.Serve))
 	} else if d.endpoint != nil {
-		if err := l.tcp("bundle_endpoint.address", d.cfg.EndpointAddress, d.endpoint.Serve); err != nil {
+		if err := l.tcp("bundle_endpoint.address", d.cfg.EndpointAddress, l.proxied(d.endpoint.Serve)); err != nil {
 			return err
 		}
 	}
@@ -103,6 +104,11 @@ func (l *listeners) openAll() error {
 }
 
 type serve = func(context.Context, net.Listener) error
+
+// proxied returns serve for a listener that may be behind load balancers.
+func (l *listeners) proxied(serve serve) serve {
+	return func(ctx context.Context, lis net.Listener) error { return serve(ctx, l.d.proxies.Listen(lis)) }
+}
 
 // tcp listens on an address. It does nothing if the address is empty.
 func (l *listeners) tcp(field, address string, serve serve) error {

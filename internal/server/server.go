@@ -10,6 +10,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/listen"
@@ -39,7 +41,9 @@ type Domain struct {
 	unionMu     sync.Mutex // held while a new union is made
 	certs       spireapi.CertificateCache
 	metrics     *metrics.Server
-	rules       admin.Rules
+	rules       atomic.Pointer[admin.Rules]
+	proxies     *listen.Proxies
+	reloading   sync.Mutex
 	connections *listen.Pool // of all listeners
 	operator    *admin.Service
 	endpoint    *endpoint.Server // nil if not configured
@@ -67,9 +71,12 @@ type deployment struct {
 func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	cfg = cfg.withDefaults()
 	d := &Domain{cfg: cfg, connections: listen.NewPool()}
-	if d.rules, err = admin.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers); err != nil {
+	rules, err := admin.ParseRules(cfg.TrustDomain, cfg.Managers, cfg.Readers)
+	if err != nil {
 		return nil, err
 	}
+	d.rules.Store(&rules)
+	d.proxies = listen.NewProxies(cfg.Proxies, cfg.Log)
 	d.certs.Now, d.certs.Issue = cfg.Now, d.newCertificate
 	d.certs.Usable = func(authority string) bool { return publishes(d.Published(), authority) }
 	if err := d.openStore(); err != nil {
@@ -153,7 +160,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	rows := ledger.Config{Storage: dep.stored, Restored: dep.stored.Restored(), RestoredAt: d.store.RestoredAt(), Log: log, Clock: d.clock}
 	config := spireapi.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Storage: dep.stored, Lost: d.store.Lost(), X509TTL: d.cfg.X509TTL, JWTTTL: d.cfg.JWTTTL,
-		RefreshHint: d.cfg.RefreshHint, IsOperator: d.rules.IsOperator, Connections: d.connections, Observer: d.metrics,
+		RefreshHint: d.cfg.RefreshHint, Limits: d.cfg.Limits, IsOperator: d.isOperator, Connections: d.connections, Observer: d.metrics,
 		Log: log, Now: d.cfg.Now, AtLeast: d.clock.AtLeast, SetBack: d.clockSetBack, Heard: d.compareClock,
 		Options: append(slices.Clone(d.cfg.ServerOptions), d.metrics.ServerOptions()...),
 	}
@@ -161,7 +168,7 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 		config.LostUntil = d.clock.Start
 	}
 	var err error
-	if config.NodeVerifiers, err = d.nodeVerifiers(c, log); err != nil {
+	if config.NodeVerifiers, err = d.nodeVerifiers(c); err != nil {
 		return nil, fmt.Errorf("node_attestation: %w", err)
 	}
 	if dep.ledger, err = ledger.Open(ctx, rows); err != nil {
@@ -174,16 +181,14 @@ func (d *Domain) openDeployment(ctx context.Context, c DeploymentConfig) (*deplo
 	if dep.server, err = spireapi.New(config); err != nil {
 		return nil, err
 	}
-	policy := d.cfg.Rotation
-	if !c.serves() {
-		// It signs nothing, so it needs no new keysets.
-		policy.Mode = rotation.Off
-	}
 	dep.scheduler, err = rotation.New(rotation.Config{
-		Keysets: dep.keysets, Policy: policy, Facts: &facts{d: d, dep: dep}, Log: log, Clock: d.clock,
+		Keysets: dep.keysets, Policy: c.rotation(d.cfg.Rotation), Facts: &facts{d: d, dep: dep}, Log: log, Clock: d.clock,
 	})
 	return dep, err
 }
+
+// isOperator reports whether a SPIFFE ID may operate the server.
+func (d *Domain) isOperator(id spiffeid.ID) bool { return d.rules.Load().IsOperator(id) }
 
 func deploymentNames(all []DeploymentConfig) []string {
 	var names []string

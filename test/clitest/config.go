@@ -31,7 +31,7 @@ func Document(t *testing.T, name, want string) {
 }
 
 // Covers checks that a table of fields and its struct have the same fields. A map of the
-// struct needs a field with a placeholder.
+// struct needs a field with a placeholder, an array one for each element.
 func Covers[C any](t *testing.T, fields []config.Field[C]) {
 	cfg := new(C)
 	rows := map[uintptr]string{}
@@ -56,13 +56,24 @@ func Covers[C any](t *testing.T, fields []config.Field[C]) {
 	}
 	v := reflect.ValueOf(cfg).Elem()
 	for i := range v.NumField() {
-		if field := v.Field(i); field.Kind() == reflect.Map {
+		name := v.Type().Field(i).Name
+		switch field := v.Field(i); field.Kind() {
+		case reflect.Map:
 			values++
 			if field.Len() != 1 {
-				t.Errorf("%s has no row", v.Type().Field(i).Name)
+				t.Errorf("%s has no row", name)
 			}
-		} else if _, ok := rows[field.Addr().Pointer()]; !ok {
-			t.Errorf("%s has no row", v.Type().Field(i).Name)
+		case reflect.Array:
+			values -= field.Len() - 1
+			for j := range field.Len() {
+				if _, ok := rows[field.Index(j).Addr().Pointer()]; !ok {
+					t.Errorf("%s[%d] has no row", name, j)
+				}
+			}
+		default:
+			if _, ok := rows[field.Addr().Pointer()]; !ok {
+				t.Errorf("%s has no row", name)
+			}
 		}
 	}
 	if values != v.NumField() {

@@ -111,7 +111,7 @@ func (s *Service) caller(ctx context.Context) (actor string, role Role, err erro
 func (s *Service) callerOf(info credentials.AuthInfo) (actor string, role Role, err error) {
 	switch info := info.(type) {
 	case processInfo:
-		return info.process.actor(), s.rules.processRole(info.process), nil
+		return info.process.actor(), s.rules.Load().processRole(info.process), nil
 	case credentials.TLSInfo:
 		if len(info.State.PeerCertificates) == 0 {
 			return "", NoRole, status.Error(codes.Unauthenticated, "the caller presents no SVID")
@@ -125,7 +125,7 @@ func (s *Service) callerOf(info credentials.AuthInfo) (actor string, role Role, 
 		if s.now().After(leaf.NotAfter) {
 			return "", NoRole, status.Errorf(codes.Unauthenticated, "the SVID of %s has expired", id)
 		}
-		return id.String(), s.rules.idRole(id), nil
+		return id.String(), s.rules.Load().idRole(id), nil
 	}
 	return "", NoRole, status.Error(codes.Unauthenticated, "the caller is not known")
 }

@@ -73,7 +73,7 @@ func (s *Service) ServeTLS(ctx context.Context, lis net.Listener) error {
 func (s *Service) serve(ctx context.Context, lis net.Listener, creds credentials.TransportCredentials) error {
 	return listen.Serve(ctx, lis, listen.Config{
 		Credentials: creds, Identify: s.identity, Admit: s.admit,
-		Pool: s.config.Connections, Limits: Limits, Refused: s.logLimited, Lines: s.lines,
+		Pool: s.config.Connections, Limits: listen.ForAll(Limits), Refused: s.logLimited, Lines: s.lines,
 		Age: maxConnectionAge, Grace: connectionGrace, MaxRequest: api.MaxMessage, MaxStreams: maxStreams,
 		Options: append(slices.Clone(s.config.Options),
 			grpc.ChainUnaryInterceptor(s.interceptUnary),

@@ -17,6 +17,7 @@ import (
 	"log/slog"
 	"slices"
 	"strconv"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -70,7 +71,7 @@ type Config struct {
 	Backup func(ctx context.Context, w io.Writer) (size int64, err error)
 	// Certificate returns the certificate for remote operators. ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
-	Rules       Rules
+	Rules       Rules // until SetRules
 	// Connections limits the connections of all listeners together. If it is nil, each
 	// listener has its own limit.
 	Connections *listen.Pool
@@ -90,7 +91,7 @@ type Config struct {
 type Service struct {
 	api.UnimplementedOperatorServer
 	config Config
-	rules  Rules
+	rules  atomic.Pointer[Rules]
 	log    *slog.Logger
 	lines  *loglimit.Log
 	now    func() time.Time
@@ -112,10 +113,15 @@ func New(c Config) (*Service, error) {
 	if c.Heard == nil {
 		c.Heard = func(string, time.Time) {}
 	}
-	s := &Service{config: c, rules: c.Rules, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)), now: c.Clock.Now}
+	s := &Service{config: c, log: cmp.Or(c.Log, slog.New(slog.DiscardHandler)), now: c.Clock.Now}
 	s.lines = listen.NewLog(s.log)
+	s.SetRules(c.Rules)
 	return s, nil
 }
+
+// SetRules replaces the rules, for each further call. A connection of an operator who had
+// no role continues to count as anonymous.
+func (s *Service) SetRules(r Rules) { s.rules.Store(&r) }
 
 // scoped is a request that names a deployment.
 type scoped interface{ GetScope() *api.Scope }

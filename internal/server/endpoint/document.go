@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
+	"time"
 
 	"github.com/go-jose/go-jose/v4"
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -14,9 +15,11 @@ import (
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
-// documents are the published documents of one bundle. They are immutable.
+// documents are the published documents of one bundle with a refresh hint. They are
+// immutable.
 type documents struct {
 	of           *keyset.Bundle
+	hint         time.Duration
 	bundle, keys document
 }
 
@@ -28,11 +31,11 @@ type document struct {
 // documents returns the documents of the published bundle. It renders a new bundle once;
 // concurrent requests may render it, too.
 func (s *Server) documents() (*documents, error) {
-	now := s.config.Bundle()
-	if d := s.rendered.Load(); d != nil && d.of == now {
+	now, hint := s.config.Bundle(), s.reloaded.Load().hint
+	if d := s.rendered.Load(); d != nil && d.of == now && d.hint == hint {
 		return d, nil
 	}
-	d, err := s.render(now)
+	d, err := s.render(now, hint)
 	if err != nil {
 		return nil, err
 	}
@@ -40,11 +43,11 @@ func (s *Server) documents() (*documents, error) {
 	return d, nil
 }
 
-func (s *Server) render(b *keyset.Bundle) (*documents, error) {
+func (s *Server) render(b *keyset.Bundle, hint time.Duration) (*documents, error) {
 	bundle := spiffebundle.New(s.config.TrustDomain)
 	bundle.SetSequenceNumber(b.Sequence)
-	if s.config.RefreshHint > 0 {
-		bundle.SetRefreshHint(s.config.RefreshHint)
+	if hint > 0 {
+		bundle.SetRefreshHint(hint)
 	}
 	bundle.SetX509Authorities(b.Certificates())
 	keys := jose.JSONWebKeySet{Keys: []jose.JSONWebKey{}}
@@ -67,7 +70,7 @@ func (s *Server) render(b *keyset.Bundle) (*documents, error) {
 	if err != nil {
 		return nil, fmt.Errorf("encode keys: %w", err)
 	}
-	return &documents{of: b, bundle: newDocument(body), keys: newDocument(jwks)}, nil
+	return &documents{of: b, hint: hint, bundle: newDocument(body), keys: newDocument(jwks)}, nil
 }
 
 func newDocument(body []byte) document {

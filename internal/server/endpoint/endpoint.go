@@ -44,7 +44,7 @@ type Config struct {
 	// Certificate returns the server's X.509-SVID, for profile https_spiffe.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
 	// CertFile and KeyFile are PEM files, for profile https_web. They are reloaded when
-	// they change.
+	// they change. [Server.Reload] replaces them, and RefreshHint.
 	CertFile, KeyFile string
 
 	// Connections bounds the connections together with those of other listeners; each
@@ -57,31 +57,53 @@ type Config struct {
 // Server serves relying parties. Its methods are safe for concurrent use.
 type Server struct {
 	config   Config
-	tls      *tls.Config
+	reloaded atomic.Pointer[reloaded]
 	rendered atomic.Pointer[documents]
+}
+
+// reloaded is what [Server.Reload] replaces. It is immutable.
+type reloaded struct {
+	certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)
+	hint        time.Duration
 }
 
 // New returns a Server. It fails if the certificate files cannot be loaded.
 func New(c Config) (*Server, error) {
 	c.Log = cmp.Or(c.Log, slog.New(slog.DiscardHandler))
 	c.Connections = cmp.Or(c.Connections, listen.NewPool())
-	s := &Server{config: c, tls: &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: c.Certificate}}
-	if c.CertFile != "" {
-		files := certFiles(c.CertFile, c.KeyFile, c.Log)
+	s := &Server{config: c}
+	apply, err := s.Reload(c.CertFile, c.KeyFile, c.RefreshHint)
+	if err != nil {
+		return nil, err
+	}
+	apply()
+	return s, nil
+}
+
+// Reload loads the certificate from files, none with profile https_spiffe, and returns the
+// function that makes it and the refresh hint those of new connections and answers. Nothing
+// has changed if it returns an error.
+func (s *Server) Reload(certFile, keyFile string, hint time.Duration) (apply func(), err error) {
+	r := &reloaded{certificate: s.config.Certificate, hint: hint}
+	if certFile != "" {
+		files := certFiles(certFile, keyFile, s.config.Log)
 		if _, err := files.Get(); err != nil {
 			return nil, fmt.Errorf("certificate files: %w", err)
 		}
-		s.tls.GetCertificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return files.Get() }
+		r.certificate = func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return files.Get() }
 	}
-	return s, nil
+	return func() { s.reloaded.Store(r) }, nil
 }
 
 // Serve serves on lis, which it closes, until ctx ends or lis fails, as [listen.ServeHTTP]
 // does.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
+	certificate := func(hello *tls.ClientHelloInfo) (*tls.Certificate, error) {
+		return s.reloaded.Load().certificate(hello)
+	}
 	srv := &http.Server{
 		Handler:           s.handler(),
-		TLSConfig:         s.tls,
+		TLSConfig:         &tls.Config{MinVersion: tls.VersionTLS12, GetCertificate: certificate},
 		ReadHeaderTimeout: 5 * time.Second,
 		ReadTimeout:       5 * time.Second,
 		WriteTimeout:      10 * time.Second,
@@ -106,10 +128,6 @@ func (s *Server) handler() http.Handler {
 
 // answer returns a handler that serves one of the documents with caching headers.
 func (s *Server) answer(contentType string, choose func(*documents) document) http.Handler {
-	caching := "no-cache"
-	if s.config.RefreshHint > 0 {
-		caching = "public, max-age=" + strconv.Itoa(int(s.config.RefreshHint/time.Second))
-	}
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		docs, err := s.documents()
 		if err != nil {
@@ -117,6 +135,10 @@ func (s *Server) answer(contentType string, choose func(*documents) document) ht
 			w.Header().Set("Cache-Control", "no-store")
 			http.Error(w, "the bundle is not available", http.StatusInternalServerError)
 			return
+		}
+		caching := "no-cache"
+		if docs.hint > 0 {
+			caching = "public, max-age=" + strconv.Itoa(int(docs.hint/time.Second))
 		}
 		d := choose(docs)
 		w.Header().Set("Content-Type", contentType)

@@ -75,6 +75,11 @@ func serve(t *testing.T, c endpoint.Config) string {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return serveServer(t, s)
+}
+
+func serveServer(t *testing.T, s *endpoint.Server) string {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -248,6 +253,43 @@ func TestWebProfile(t *testing.T) {
 	if err := fetch(second); err != nil {
 		t.Errorf("with the file gone: %v", err)
 	}
+}
+
+// TestReload: other certificate files and another refresh hint apply to further answers.
+// Files that cannot be used change nothing.
+func TestReload(t *testing.T) {
+	t.Parallel()
+	d, dir := newDomain(t), t.TempDir()
+	first, second := newWebCert(t, 1), newWebCert(t, 2)
+	first.write(t, dir+"/1.crt", dir+"/1.key")
+	second.write(t, dir+"/2.crt", dir+"/2.key")
+	s, err := endpoint.New(endpoint.Config{TrustDomain: td, Bundle: d.Bundle, CertFile: dir + "/1.crt", KeyFile: dir + "/1.key", RefreshHint: time.Minute})
+	if err != nil {
+		t.Fatal(err)
+	}
+	url := serveServer(t, s)
+	check := func(step string, c *webCert, maxAge, hint string) {
+		t.Helper()
+		pool := x509.NewCertPool()
+		pool.AddCert(c.cert)
+		transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+		defer transport.CloseIdleConnections()
+		r := do(t, &http.Client{Transport: transport}, "GET", url, "")
+		if got := r.header.Get("Cache-Control"); got != maxAge || !strings.Contains(string(r.body), hint) {
+			t.Errorf("%s: Cache-Control %q, body %s", step, got, r.body)
+		}
+	}
+	check("start", first, "public, max-age=60", `"spiffe_refresh_hint":60`)
+	if _, err := s.Reload(dir+"/2.crt", dir+"/1.key", time.Hour); err == nil || !strings.HasPrefix(err.Error(), "certificate files: ") {
+		t.Errorf("a key of another certificate: %v", err)
+	}
+	apply, err := s.Reload(dir+"/2.crt", dir+"/2.key", 2*time.Minute)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("before it applies", first, "public, max-age=60", `"spiffe_refresh_hint":60`)
+	apply()
+	check("reloaded", second, "public, max-age=120", `"spiffe_refresh_hint":120`)
 }
 
 // TestHTTP: methods, paths and caching headers.

@@ -22,7 +22,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
@@ -79,7 +79,7 @@ type Config struct {
 	// endpoints whose SPIFFE ID is in it.
 	TrustDomain spiffeid.TrustDomain
 	Own         func() []*x509.Certificate
-	// Endpoints have passed [Check].
+	// Endpoints have passed [Check]. [Follower.Reload] replaces them.
 	Endpoints []Endpoint
 	Storage   Storage
 	// Publish is called with each new bundle, which must not be modified, and with nil
@@ -103,8 +103,12 @@ type Config struct {
 // methods are safe for concurrent use.
 type Follower struct {
 	cfg   Config
-	peers map[spiffeid.TrustDomain]*peer
+	peers atomic.Pointer[peers] // those to follow
+	wake  chan struct{}         // peers has changed
 }
+
+// peers are immutable.
+type peers map[spiffeid.TrustDomain]*peer
 
 // New loads the bundles from the storage and from files, and publishes them. It deletes the
 // records of trust domains that are no longer configured.
@@ -119,19 +123,61 @@ func New(ctx context.Context, cfg Config) (*Follower, error) {
 	if cfg.Observe == nil {
 		cfg.Observe = func(spiffeid.TrustDomain, string) {}
 	}
-	f := &Follower{cfg: cfg, peers: make(map[spiffeid.TrustDomain]*peer)}
+	f := &Follower{cfg: cfg, wake: make(chan struct{}, 1)}
 	stored, err := f.load(ctx)
 	if err != nil {
 		return nil, err
 	}
+	all := make(peers)
 	for _, e := range cfg.Endpoints {
 		p := f.newPeer(e)
-		f.peers[e.TrustDomain] = p
+		all[e.TrustDomain] = p
 		if err := f.setInitial(ctx, p, stored[e.TrustDomain]); err != nil {
 			return nil, err
 		}
 	}
+	f.peers.Store(&all)
 	return f, nil
+}
+
+// Reload reads the files with initial bundles and returns the function that replaces the
+// endpoints. Nothing has changed if it returns an error. Endpoints must have passed [Check].
+//
+// Run then withdraws the bundle of a trust domain that is no longer followed and deletes
+// its record. An endpoint that has changed starts with the bundle held, unless the content
+// of its file has changed, too: see [Endpoint].
+func (f *Follower) Reload(endpoints []Endpoint) (apply func(), err error) {
+	before, after := *f.peers.Load(), make(peers)
+	var errs []error
+	for _, e := range endpoints {
+		file, err := readInitial(e)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		p := before[e.TrustDomain]
+		if p == nil || p.Endpoint != e || file != nil && file.Digest() != p.file {
+			changed := f.newPeer(e)
+			if p != nil {
+				changed.current.Store(p.current.Load()) // until begin
+			}
+			if file != nil {
+				changed.initial, changed.file = file, file.Digest()
+			}
+			p = changed
+		}
+		after[e.TrustDomain] = p
+	}
+	if len(errs) > 0 {
+		return nil, errors.Join(errs...)
+	}
+	return func() {
+		f.peers.Store(&after)
+		select {
+		case f.wake <- struct{}{}:
+		default:
+		}
+	}, nil
 }
 
 // load returns the records of configured trust domains and deletes the others.
@@ -150,34 +196,50 @@ func (f *Follower) load(ctx context.Context) (map[spiffeid.TrustDomain]*Record, 
 			stored[r.TrustDomain] = &records[i]
 			continue
 		}
-		if err := f.cfg.Storage.ForgetFederated(ctx, r.TrustDomain); err != nil {
+		if err := f.forget(ctx, r.TrustDomain); err != nil {
 			return nil, fmt.Errorf("delete the bundle of %q: %w", r.TrustDomain.Name(), err)
 		}
-		f.cfg.Log.Warn("federated bundle deleted, its trust domain is no longer configured: workloads do not get it",
-			"trust_domain", r.TrustDomain.Name())
 	}
 	return stored, nil
+}
+
+// forget deletes the record of a trust domain.
+func (f *Follower) forget(ctx context.Context, td spiffeid.TrustDomain) error {
+	if err := f.cfg.Storage.ForgetFederated(ctx, td); err != nil {
+		return err
+	}
+	f.cfg.Log.Warn("federated bundle deleted, its trust domain is no longer configured: workloads do not get it", "trust_domain", td.Name())
+	return nil
+}
+
+// readInitial reads the file of an endpoint with the initial bundle; nil if it has none.
+func readInitial(e Endpoint) (*bundle.Document, error) {
+	if e.BundleFile == "" {
+		return nil, nil
+	}
+	doc, err := readFile(e.BundleFile)
+	if err != nil {
+		wrong := &EndpointError{e.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + e.TrustDomain.Name() + " to it, in SPIFFE's format or as PEM"}
+		if config.IsPermanent(err) {
+			return nil, config.Permanent(wrong)
+		}
+		return nil, wrong
+	}
+	return doc, nil
 }
 
 // setInitial sets the initial bundle: the stored one or the one of the file. A file whose
 // content differs from the file of the stored bundle takes precedence, because an operator
 // has changed it (SPIFFE Federation, section 4.2).
 func (f *Follower) setInitial(ctx context.Context, p *peer, stored *Record) error {
-	name := p.TrustDomain.Name()
-	var first *bundle.Document
-	file := ""
-	if p.BundleFile != "" {
-		var err error
-		if first, err = readFile(p.BundleFile); err != nil {
-			wrong := &EndpointError{p.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + name + " to it, in SPIFFE's format or as PEM"}
-			if config.IsPermanent(err) {
-				return config.Permanent(wrong)
-			}
-			return wrong
-		}
-		file = first.Digest()
+	first, err := readInitial(p.Endpoint)
+	if err != nil {
+		return err
 	}
-	if stored != nil && (first == nil || file == stored.File) {
+	if first != nil {
+		p.file = first.Digest()
+	}
+	if stored != nil && (first == nil || p.file == stored.File) {
 		b, left, err := parse(p.TrustDomain, stored.Bundle)
 		if err == nil {
 			p.file = stored.File
@@ -185,38 +247,122 @@ func (f *Follower) setInitial(ctx context.Context, p *peer, stored *Record) erro
 			return nil
 		}
 		// Fetching it again is better than a server that does not start.
-		f.cfg.Log.Warn("stored federated bundle cannot be used", "trust_domain", name, "error", err)
+		f.cfg.Log.Warn("stored federated bundle cannot be used", "trust_domain", p.TrustDomain.Name(), "error", err)
 	}
 	if first == nil {
 		return nil
 	}
-	b := fromDocument(p.TrustDomain, first)
-	f.cfg.Log.Info("federated bundle read from its file", append(p.attrs(b), "path", p.BundleFile)...)
-	f.logLeftOut(p, nil, first.LeftOut)
-	p.file = file
-	p.set(&current{bundle: b, leftOut: first.LeftOut})
+	f.useFile(p, first)
 	return f.save(ctx, p)
+}
+
+// useFile sets the bundle of the file, whose digest p has.
+func (f *Follower) useFile(p *peer, file *bundle.Document) {
+	b := fromDocument(p.TrustDomain, file)
+	f.cfg.Log.Info("federated bundle read from its file", append(p.attrs(b), "path", p.BundleFile)...)
+	f.logLeftOut(p, nil, file.LeftOut)
+	p.set(&current{bundle: b, leftOut: file.LeftOut})
 }
 
 // Run polls all endpoints until ctx is done and then returns nil. It must be called
 // once.
 func (f *Follower) Run(ctx context.Context) error {
-	var work sync.WaitGroup
-	for _, p := range f.peers {
-		work.Go(func() { f.follow(ctx, p) })
+	running := make(map[spiffeid.TrustDomain]*following)
+	for {
+		f.reconcile(ctx, running)
+		select {
+		case <-ctx.Done():
+			for _, r := range running {
+				<-r.ended
+			}
+			return nil
+		case <-f.wake:
+		}
 	}
-	work.Wait()
-	return nil
+}
+
+// following is the goroutine that follows a peer.
+type following struct {
+	*peer
+	stop  context.CancelFunc
+	ended chan struct{}
+}
+
+// reconcile makes the running goroutines those of the peers to follow. Only one goroutine
+// of a trust domain runs at a time, so that an answer to an endpoint that is no longer
+// followed changes nothing.
+func (f *Follower) reconcile(ctx context.Context, running map[spiffeid.TrustDomain]*following) {
+	wanted := *f.peers.Load()
+	replaced := make(map[spiffeid.TrustDomain]*peer)
+	for td, r := range running {
+		if wanted[td] == r.peer {
+			continue
+		}
+		r.stop()
+		<-r.ended
+		delete(running, td)
+		replaced[td] = r.peer
+		if wanted[td] == nil {
+			f.withdraw(ctx, td)
+		}
+	}
+	for td, p := range wanted {
+		if running[td] != nil {
+			continue
+		}
+		f.begin(ctx, p, replaced[td])
+		r := &following{peer: p, ended: make(chan struct{})}
+		var own context.Context
+		own, r.stop = context.WithCancel(ctx)
+		running[td] = r
+		go func() {
+			defer close(r.ended)
+			defer r.stop()
+			f.follow(own, p)
+		}()
+	}
+}
+
+// begin sets the first bundle of a peer that [Follower.Reload] has made; before is the peer
+// that it replaces, nil if there is none. A file that has changed takes precedence.
+func (f *Follower) begin(ctx context.Context, p, before *peer) {
+	file := p.initial
+	p.initial = nil
+	var held *current
+	if before != nil {
+		held = before.current.Load()
+	}
+	switch {
+	case held != nil && (file == nil || p.file == before.file):
+		if file == nil {
+			p.file = before.file // otherwise Reload may read it now
+		}
+		p.set(&current{bundle: held.bundle, leftOut: held.leftOut, fetchedAt: held.fetchedAt, stored: held.stored})
+	case file != nil:
+		f.useFile(p, file)
+	default:
+		return
+	}
+	f.saveIfNeeded(ctx, p)
+}
+
+// withdraw withdraws the bundle of a trust domain and deletes its record. If that fails, the
+// next start deletes it.
+func (f *Follower) withdraw(ctx context.Context, td spiffeid.TrustDomain) {
+	f.cfg.Publish(td, nil)
+	if err := f.forget(ctx, td); err != nil && ctx.Err() == nil {
+		f.cfg.Log.Warn("federated bundle not deleted from the store, it is withdrawn", "trust_domain", td.Name(), "error", err)
+	}
 }
 
 // Follows reports whether an endpoint of the trust domain is configured.
-func (f *Follower) Follows(td spiffeid.TrustDomain) bool { return f.peers[td] != nil }
+func (f *Follower) Follows(td spiffeid.TrustDomain) bool { return (*f.peers.Load())[td] != nil }
 
 // Refreshed returns when each bundle was last fetched, possibly by an earlier process;
 // zero if never.
 func (f *Follower) Refreshed() map[spiffeid.TrustDomain]time.Time {
-	out := make(map[spiffeid.TrustDomain]time.Time, len(f.peers))
-	for td, p := range f.peers {
+	out := make(map[spiffeid.TrustDomain]time.Time)
+	for td, p := range *f.peers.Load() {
 		out[td] = time.Time{}
 		if c := p.current.Load(); c != nil {
 			out[td] = c.fetchedAt
@@ -228,8 +374,8 @@ func (f *Follower) Refreshed() map[spiffeid.TrustDomain]time.Time {
 // LeftOut returns how many authorities of the current bundle of each trust domain
 // cannot be used.
 func (f *Follower) LeftOut() map[spiffeid.TrustDomain]int {
-	out := make(map[spiffeid.TrustDomain]int, len(f.peers))
-	for td, p := range f.peers {
+	out := make(map[spiffeid.TrustDomain]int)
+	for td, p := range *f.peers.Load() {
 		out[td] = 0
 		if c := p.current.Load(); c != nil {
 			out[td] = len(c.leftOut)
@@ -243,7 +389,7 @@ func (f *Follower) authorities(td spiffeid.TrustDomain) ([]*x509.Certificate, er
 	if td == f.cfg.TrustDomain {
 		return f.cfg.Own(), nil
 	}
-	if p := f.peers[td]; p != nil {
+	if p := (*f.peers.Load())[td]; p != nil {
 		if c := p.current.Load(); c != nil {
 			return c.bundle.X509Authorities(), nil
 		}

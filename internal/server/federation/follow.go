@@ -36,8 +36,10 @@ type peer struct {
 	current atomic.Pointer[current] // nil: none yet
 	refetch chan struct{}           // the X.509 authorities that verify the endpoint have changed
 
-	// Owned by New, and then by the goroutine of follow.
-	file  string // see Record
+	file    string           // see Record; constant once it is followed
+	initial *bundle.Document // of BundleFile, until [Follower.begin]
+
+	// Owned by the goroutine of follow.
 	retry *backoff.ExponentialBackOff
 	lines *loglimit.Log // of failures
 	doubt bundle.Doubt
@@ -151,7 +153,7 @@ func (f *Follower) refresh(ctx context.Context, p *peer) (outcome string) {
 
 // refetchVerifiedWith triggers a fetch from the endpoints that p's bundle verifies.
 func (f *Follower) refetchVerifiedWith(p *peer) {
-	for _, other := range f.peers {
+	for _, other := range *f.peers.Load() {
 		if other != p && other.ID.TrustDomain() == p.TrustDomain {
 			select {
 			case other.refetch <- struct{}{}:

@@ -36,7 +36,8 @@ type Config struct {
 // Scheduler rotates the keysets of one deployment. Create it with [New] and run it once.
 type Scheduler struct {
 	keysets *keyset.Deployment
-	policy  Policy
+	policy  atomic.Pointer[Policy]
+	wake    chan struct{} // the policy has changed
 	facts   Facts
 	log     *slog.Logger
 	clock   *clock.Clock
@@ -58,14 +59,31 @@ func New(c Config) (*Scheduler, error) {
 	if c.Keysets == nil || c.Facts == nil {
 		return nil, errors.New("rotation: no keysets or no facts")
 	}
-	policy, err := c.Policy.For(c.Keysets.Lifetime())
+	log := cmp.Or(c.Log, slog.New(slog.DiscardHandler))
+	s := &Scheduler{
+		keysets: c.Keysets, wake: make(chan struct{}, 1), facts: c.Facts, log: log, lines: loglimit.New(log, 24*time.Hour, 16),
+		clock: cmp.Or(c.Clock, clock.New(nil, nil, time.Time{})),
+	}
+	apply, err := s.Reload(c.Policy)
 	if err != nil {
 		return nil, err
 	}
-	log := cmp.Or(c.Log, slog.New(slog.DiscardHandler))
-	return &Scheduler{
-		keysets: c.Keysets, policy: policy, facts: c.Facts, log: log, lines: loglimit.New(log, 24*time.Hour, 16),
-		clock: cmp.Or(c.Clock, clock.New(nil, nil, time.Time{})),
+	apply()
+	return s, nil
+}
+
+// Reload checks a policy as [New] does and returns the function that replaces the policy.
+// A step that is being carried out is completed.
+func (s *Scheduler) Reload(p Policy) (apply func(), err error) {
+	if p, err = p.For(s.keysets.Lifetime()); err != nil {
+		return nil, err
+	}
+	return func() {
+		s.policy.Store(&p)
+		select {
+		case s.wake <- struct{}{}:
+		default:
+		}
 	}, nil
 }
 
@@ -73,20 +91,18 @@ func New(c Config) (*Scheduler, error) {
 // keysets when they change, when the next step is due, and at least once a minute. It
 // logs a failure once and retries the step after a pause.
 func (s *Scheduler) Run(ctx context.Context) error {
-	if s.policy.Mode == Off {
-		<-ctx.Done()
-		return nil
-	}
 	for {
 		changed := s.keysets.Status().Changed
-		timer := time.NewTimer(s.runDue(ctx))
+		var due <-chan time.Time // never while rotation is off
+		if s.policy.Load().Mode != Off {
+			due = time.After(s.runDue(ctx))
+		}
 		select {
 		case <-ctx.Done():
-			timer.Stop()
 			return nil
 		case <-changed:
-			timer.Stop()
-		case <-timer.C:
+		case <-s.wake:
+		case <-due:
 		}
 	}
 }
@@ -126,7 +142,8 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 	if err != nil {
 		return Step{}, err
 	}
-	step := Next(now, s.clock, s.policy, keysets, s.facts)
+	policy := s.policy.Load()
+	step := Next(now, s.clock, *policy, keysets, s.facts)
 	c := s.clock.State()
 	if !c.Waits {
 		s.lines.Over("clock", "")
@@ -137,7 +154,7 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 		s.lines.Note(slog.LevelWarn, "clock in doubt, automatic rotation waits until it is right, agrees with another machine's, or is confirmed",
 			"clock", "step_of_clock", c.Doubt, "step", step.String(), "reason", step.Why)
 		step.At = now.Add(longestSleep)
-	case s.policy.Mode == Paused:
+	case policy.Mode == Paused:
 		s.lines.Note(slog.LevelWarn, "automatic rotation paused, step is due and not carried out", step.String(), "step", step.String(), "reason", step.Why)
 		step.At = now.Add(longestSleep)
 	default:
@@ -148,14 +165,15 @@ func (s *Scheduler) attempt(ctx context.Context, now time.Time) (Step, error) {
 
 // errSuperseded is the error of a step that was no longer the next one when its mutation
 // began.
-var errSuperseded = errors.New("the keysets or what depends on them have changed")
+var errSuperseded = errors.New("the keysets, the policy or what depends on the keysets have changed")
 
 func (s *Scheduler) do(ctx context.Context, step Step) error {
 	ctx = keyset.WithNote(keyset.WithActor(ctx, Actor), step.Why)
 	stillNext := func(keysets []keyset.Keyset) error {
 		now := s.clock.Now()
-		again := Next(now, s.clock, s.policy, keysets, s.facts)
-		if s.clock.State().Waits || !again.Due(now) || again.String() != step.String() {
+		policy := s.policy.Load()
+		again := Next(now, s.clock, *policy, keysets, s.facts)
+		if policy.Mode != On || s.clock.State().Waits || !again.Due(now) || again.String() != step.String() {
 			return errSuperseded
 		}
 		return nil
@@ -205,8 +223,9 @@ type Preview struct {
 // Automatic returns the next step. It may be called at any time.
 func (s *Scheduler) Automatic() Preview {
 	now := s.clock.Now()
-	step := Next(now, s.clock, s.policy, s.keysets.Status().Keysets, s.facts)
-	p := Preview{Mode: string(s.policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
+	policy := s.policy.Load()
+	step := Next(now, s.clock, *policy, s.keysets.Status().Keysets, s.facts)
+	p := Preview{Mode: string(policy.Mode), Next: step.String(), At: step.At, WaitsFor: step.WaitsFor}
 	if f := s.failed.Load(); f != nil && step.Due(now) {
 		p.At, p.WaitsFor = f.retryAt(), fmt.Sprintf("another attempt: %v", f.err)
 	}

@@ -254,6 +254,39 @@ func TestOff(t *testing.T) {
 	})
 }
 
+// TestReload: another policy applies at once, and one that is invalid not at all.
+func TestReload(t *testing.T) {
+	inRig(t, rotation.Policy{Mode: rotation.Off}, facts{}, func(r *rig) {
+		time.Sleep(51 * time.Minute) // the preparation is due
+		set := func(p rotation.Policy, keysets int) {
+			r.Helper()
+			apply, err := r.scheduler.Reload(p)
+			check(r, err)
+			apply()
+			synctest.Wait()
+			if got := r.scheduler.Automatic().Mode; got != string(p.Mode) {
+				r.Errorf("mode %s, want %s", got, p.Mode)
+			}
+			if got := len(r.keysets.Status().Keysets); got != keysets {
+				r.Errorf("%s: %d keysets, want %d", p.Mode, got, keysets)
+			}
+		}
+		set(rotation.Policy{Mode: rotation.Paused}, 1)
+		if _, err := r.scheduler.Reload(rotation.Policy{Mode: rotation.On, TaintThreshold: time.Hour}); err == nil {
+			r.Error("an invalid policy is accepted")
+		}
+		synctest.Wait()
+		set(rotation.Policy{Mode: rotation.Paused}, 1)
+		set(rotation.Policy{Mode: rotation.On}, 2)
+		set(rotation.Policy{Mode: rotation.Off}, 2)
+		time.Sleep(5 * time.Minute) // the activation, too
+		set(rotation.Policy{Mode: rotation.Off}, 2)
+		if id := r.keysets.Active().ID; id != r.keysets.Status().Keysets[0].ID {
+			r.Error("a step is carried out although rotation is off")
+		}
+	})
+}
+
 // TestWakesAtOnce: when an operator taints a keyset that automatic rotation replaced, it is
 // removed at once.
 func TestWakesAtOnce(t *testing.T) {

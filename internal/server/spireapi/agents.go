@@ -36,7 +36,7 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 		return status.Error(codes.InvalidArgument, "no attestation request")
 	}
 	data, csr := req.GetParams().GetData(), req.GetParams().GetParams().GetCsr()
-	verifier := s.verifiers[data.GetType()]
+	verifier := (*s.verifiers.Load())[data.GetType()]
 	switch {
 	case data.GetType() == "":
 		return status.Error(codes.InvalidArgument, "missing attestation data type")

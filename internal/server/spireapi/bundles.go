@@ -17,21 +17,22 @@ import (
 )
 
 // published is a bundle in the forms that are served and verified against. It is
-// made once for each bundle.
+// made once for each bundle and refresh hint.
 type published struct {
 	bundle      *keyset.Bundle
+	hint        time.Duration
 	proto       *types.Bundle
 	authorities *x509bundle.Bundle
 }
 
 // published returns the published bundle.
 func (s *Server) published() *published {
-	b := s.config.Published()
-	if p := s.rendered.Load(); p != nil && p.bundle == b {
+	b, hint := s.config.Published(), time.Duration(s.refreshHint.Load())
+	if p := s.rendered.Load(); p != nil && p.bundle == b && p.hint == hint {
 		return p
 	}
 	p := &published{
-		bundle: b, proto: protoBundle(s.td, b, s.config.RefreshHint),
+		bundle: b, hint: hint, proto: protoBundle(s.td, b, hint),
 		authorities: x509bundle.FromX509Authorities(s.td, b.Certificates()),
 	}
 	// If a concurrent call stores an older one last, the next call replaces it.

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"path"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -32,11 +33,62 @@ const (
 	budgets // the number of budgets
 )
 
-// perSecond are the rate limits of one client, those of a SPIRE server. The burst
-// is the same number. Reports have a limit of their own, the same as statuses: an
-// agent sends one of each a minute, and a report every few seconds during a taint
-// wave.
-var perSecond = [budgets]int{attesting: 1, signingX509: maxBatch, signingJWT: 500, posting: 10, reporting: 10}
+// Limits are the limits of each client, as [listen.Client] distinguishes them; zero means
+// no limit. The rates are of one second, and as many calls may come at once. Each item of
+// a batch counts.
+type Limits struct {
+	listen.Limits
+	Attestations        int
+	X509SVIDs, JWTSVIDs int // an agent SVID that is renewed is an X.509-SVID
+	Statuses, Reports   int
+}
+
+// DefaultLimits are the usual limits. The rates are those of a SPIRE server. Reports have
+// a limit of their own, the same as statuses: an agent sends one of each a minute, and a
+// report every few seconds during a taint wave. An agent has two connections while it
+// reconnects. Together with maxRequest the limits bound the memory for a client's requests:
+// 4 MiB without an agent SVID, 256 MiB for one agent.
+var DefaultLimits = Limits{
+	Limits:       listen.Limits{Handshakes: 64, Anonymous: 16, Known: 2048, Caller: 16, AnonymousCalls: 4, CallerCalls: 2 * maxStreams},
+	Attestations: 1, X509SVIDs: maxBatch, JWTSVIDs: 500, Statuses: 10, Reports: 10,
+}
+
+// rate returns the rate of a budget and how many items may come at once: those of a
+// second, and a full batch.
+func (l Limits) rate(b budget) (perSecond, burst int) {
+	switch b {
+	case attesting:
+		perSecond = l.Attestations
+	case signingX509:
+		return l.X509SVIDs, max(l.X509SVIDs, maxBatch)
+	case signingJWT:
+		perSecond = l.JWTSVIDs
+	case posting:
+		perSecond = l.Statuses
+	case reporting:
+		perSecond = l.Reports
+	}
+	return perSecond, perSecond
+}
+
+// ClientLimits are the limits of all clients. It must not be modified.
+type ClientLimits struct {
+	Default Limits
+	// Networks are the limits of each client in a network, instead of Default. Of several
+	// networks the smallest counts. An IPv6 client is a /64, so no network is smaller.
+	Networks map[netip.Prefix]Limits
+}
+
+// For returns the limits of a client; Default for the zero Prefix.
+func (l *ClientLimits) For(client netip.Prefix) Limits {
+	found, bits := l.Default, -1
+	for network, limits := range l.Networks {
+		if network.Bits() > bits && client.IsValid() && network.Contains(client.Addr()) {
+			found, bits = limits, network.Bits()
+		}
+	}
+	return found
+}
 
 // methodBudgets are the methods that are limited. Each item of a batch counts.
 var methodBudgets = map[string]budget{
@@ -81,6 +133,7 @@ const (
 type limits struct {
 	observer Observer
 	lines    *loglimit.Log
+	of       atomic.Pointer[ClientLimits]
 
 	mu         sync.Mutex // never held while a call waits
 	young, old generation
@@ -134,7 +187,7 @@ func newLimits(observer Observer, lines *loglimit.Log) *limits {
 // ResourceExhausted, and does not count. If ctx ends, its error is returned.
 func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, err error) {
 	kind, ok := methodBudgets[method]
-	if !ok || n > perSecond[kind] { // the method refuses such a batch
+	if !ok || n > maxBatch { // the method refuses such a batch
 		return false, nil
 	}
 	p, ok := peer.FromContext(ctx)
@@ -142,15 +195,20 @@ func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, e
 		return false, nil
 	}
 	from := listen.Client(p.Addr)
-	if !from.IsValid() {
+	perSecond, burst := l.of.Load().For(from).rate(kind)
+	if !from.IsValid() || perSecond == 0 {
 		return false, nil
 	}
 	l.mu.Lock()
 	now := time.Now()
 	c := l.findLocked(from, now)
 	q := &c.queues[kind]
-	if q.tokens == nil {
-		q.tokens = rate.NewLimiter(rate.Limit(perSecond[kind]), perSecond[kind])
+	switch limit := rate.Limit(perSecond); {
+	case q.tokens == nil:
+		q.tokens = rate.NewLimiter(limit, burst)
+	case q.tokens.Limit() != limit: // the limits were reloaded, or the budget is shared
+		q.tokens.SetLimitAt(now, limit)
+		q.tokens.SetBurstAt(now, burst)
 	}
 	if q.tokens.AllowN(now, n) {
 		l.mu.Unlock()
@@ -173,7 +231,7 @@ func (l *limits) wait(ctx context.Context, method string, n int) (waited bool, e
 	case ctx.Err() != nil:
 		err = status.FromContextError(ctx.Err()).Err()
 	case err != nil || !room:
-		err = status.Errorf(codes.ResourceExhausted, "rate limit of %d a second exceeded by %s: try again later", perSecond[kind], from)
+		err = status.Errorf(codes.ResourceExhausted, "rate limit of %d a second exceeded by %s: try again later", perSecond, from)
 		refused = err
 	}
 	l.report(from, path.Base(method), refused)
@@ -224,6 +282,11 @@ func (l *limits) touchLocked(from netip.Prefix) *client {
 	l.old.remove(from)
 	l.young.add(from, c)
 	return c
+}
+
+// connections returns the limits of a client's connections and calls in flight.
+func (l *limits) connections(client netip.Prefix) listen.Limits {
+	return l.of.Load().For(client).Limits
 }
 
 // refuse reports a call or connection that listen.Serve refused.

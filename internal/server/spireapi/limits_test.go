@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"slices"
 	"testing"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
+	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	svidv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/svid/v1"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -326,4 +328,87 @@ func TestLimitsOverTCP(t *testing.T) {
 		}
 	}
 	t.Error("no call was refused")
+}
+
+// TestLimitsOfNetworks: a client has the limits of the smallest network that it is in, each
+// client for itself, and a limit may be off. Reloaded limits apply to the next call.
+func TestLimitsOfNetworks(t *testing.T) {
+	t.Parallel()
+	limit := func(change func(*spireapi.Limits)) spireapi.Limits {
+		l := spireapi.DefaultLimits
+		change(&l)
+		return l
+	}
+	of := &spireapi.ClientLimits{
+		Default: limit(func(l *spireapi.Limits) { l.Statuses = 5 }),
+		Networks: map[netip.Prefix]spireapi.Limits{
+			netip.MustParsePrefix("10.0.0.0/8"):    limit(func(l *spireapi.Limits) { l.Statuses = 2 }),
+			netip.MustParsePrefix("10.1.0.0/16"):   limit(func(l *spireapi.Limits) { l.Statuses = 0 }),
+			netip.MustParsePrefix("2001:db8::/32"): limit(func(l *spireapi.Limits) { l.Statuses = 3 }),
+			netip.MustParsePrefix("10.2.0.0/16"):   limit(func(l *spireapi.Limits) { l.Statuses, l.X509SVIDs = 1, 100 }),
+		},
+	}
+	bubble(t, spireapi.Config{Ledger: newFakeLedger(), Limits: of}, func(t *testing.T, s *running) {
+		caller, _ := s.join(t)
+		s.apply(t, []spireapi.Entry{entry("a")})
+		clients := map[string]*client{}
+		for ip, most := range map[string]int{"192.0.2.1": 5, "10.0.0.1": 2, "10.0.0.2": 2, "10.2.0.1": 1, "2001:db8::1": 3, "10.1.0.1": 1000} {
+			c := s.from(t, ip).dial(t, caller)
+			clients[ip] = c
+			if d := took(t, func() error { return times(most, func() error { return c.ping(t.Context()) }) }); d != 0 {
+				t.Errorf("%s waits for %v", ip, d)
+			}
+			if d := took(t, func() error { return c.ping(t.Context()) }); most < 1000 && d != time.Second/time.Duration(most) {
+				t.Errorf("one more of %s waits for %v, want a %dth of a second", ip, d, most)
+			}
+		}
+		// A full batch passes with a lower rate, too, and the next waits for that rate.
+		c := clients["10.2.0.1"]
+		if d := took(t, func() error { return c.items(t.Context(), t, 500) }); d != 0 {
+			t.Errorf("a batch waits for %v", d)
+		}
+		if d := took(t, func() error { return c.items(t.Context(), t, 200) }); d != 2*time.Second {
+			t.Errorf("another batch waits for %v", d)
+		}
+
+		apply, err := s.Reload(spireapi.Reloaded{Limits: &spireapi.ClientLimits{Default: limit(func(l *spireapi.Limits) { l.Statuses = 4 })}})
+		check(t, err)
+		time.Sleep(time.Hour)
+		if d := took(t, func() error { return times(3, func() error { return clients["10.0.0.1"].ping(t.Context()) }) }); d != time.Second/2 {
+			t.Errorf("before the limits are applied: %v", d)
+		}
+		apply()
+		for ip, c := range clients {
+			time.Sleep(time.Hour) // the budgets are full
+			if d := took(t, func() error { return times(5, func() error { return c.ping(t.Context()) }) }); d != time.Second/4 {
+				t.Errorf("%s after the reload waits for %v", ip, d)
+			}
+		}
+	})
+}
+
+// TestConnectionLimitsOfNetworks: the limits of connections and of calls in flight are those
+// of the client's network, and zero is none.
+func TestConnectionLimitsOfNetworks(t *testing.T) {
+	t.Parallel()
+	one := spireapi.DefaultLimits
+	one.Anonymous = 1
+	none := spireapi.DefaultLimits
+	none.Anonymous = 0
+	of := &spireapi.ClientLimits{Default: spireapi.DefaultLimits, Networks: map[netip.Prefix]spireapi.Limits{
+		netip.MustParsePrefix("10.0.0.0/8"): one, netip.MustParsePrefix("192.0.2.0/24"): none,
+	}}
+	bubble(t, spireapi.Config{Limits: of}, func(t *testing.T, s *running) {
+		for ip, most := range map[string]int{"10.0.0.1": 1, "192.0.2.1": 20, "198.51.100.1": 16} {
+			at, served := s.from(t, ip), 0
+			for range 20 {
+				if _, err := at.dial(t, nil).GetBundle(t.Context(), &bundlev1.GetBundleRequest{}); err == nil {
+					served++
+				}
+			}
+			if served != most {
+				t.Errorf("%d connections of %s are served, want %d", served, ip, most)
+			}
+		}
+	})
 }

@@ -71,7 +71,7 @@ func verifiersByType(all []NodeVerifier) (map[string]NodeVerifier, error) {
 
 // attestationTypes lists the types of attestation that the server accepts.
 func (s *Server) attestationTypes() string {
-	return strings.Join(append([]string{joinToken}, slices.Sorted(maps.Keys(s.verifiers))...), ", ")
+	return strings.Join(append([]string{joinToken}, slices.Sorted(maps.Keys(*s.verifiers.Load()))...), ", ")
 }
 
 // verifyNode attests an agent with a verifier. Refusals are logged: whoever sets a node up

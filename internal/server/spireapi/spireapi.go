@@ -75,14 +75,6 @@ const (
 	maxStreams = 128
 )
 
-// Limits are the connection limits of the agents' port. An agent has two
-// connections while it reconnects. Together with maxRequest they bound the memory
-// for a client's requests: 4 MiB without an agent SVID, 256 MiB for one agent.
-var Limits = listen.Limits{
-	Handshakes: 64, Anonymous: 16, Known: 2048, Caller: 16,
-	AnonymousCalls: 4, CallerCalls: 2 * maxStreams,
-}
-
 // Observer receives the outcome of every request for a workload's SVID, and every
 // call that was rate limited. Agent SVIDs do not count. Its methods must be fast
 // and safe for concurrent use.
@@ -131,6 +123,8 @@ type Config struct {
 	ConnectionAge time.Duration
 	// NodeVerifiers attest nodes, each another type. Join tokens are always accepted.
 	NodeVerifiers []NodeVerifier
+	// Limits are the limits of the clients; [DefaultLimits] for all when nil.
+	Limits *ClientLimits
 	// IsOperator reports whether a SPIFFE ID may operate the server: an entry with
 	// such an ID needs an agent's ParentID or Operator. When nil, no ID may.
 	IsOperator func(spiffeid.ID) bool
@@ -173,7 +167,8 @@ type Server struct {
 	limits   *limits
 	tls      *tls.Config
 
-	verifiers map[string]NodeVerifier // by type
+	verifiers   atomic.Pointer[map[string]NodeVerifier] // by type
+	refreshHint atomic.Int64                            // a time.Duration
 
 	entries    atomic.Pointer[EntrySet]
 	entriesSem chan struct{} // a semaphore for writers of entries
@@ -214,10 +209,6 @@ func New(c Config) (*Server, error) {
 		s.config.IsOperator = func(spiffeid.ID) bool { return false }
 	}
 	s.config.ConnectionAge = cmp.Or(s.config.ConnectionAge, connectionAge)
-	var err error
-	if s.verifiers, err = verifiersByType(c.NodeVerifiers); err != nil {
-		return nil, fmt.Errorf("new server: %w", err)
-	}
 	ctx := context.Background()
 	if s.config.Published == nil {
 		s.config.Published = s.keysets.Bundle
@@ -225,16 +216,43 @@ func New(c Config) (*Server, error) {
 	if err := s.loadEntries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
-	s.logInvalidEntries()
 	if err := s.loadExpiries(ctx); err != nil {
 		return nil, fmt.Errorf("new server: %w", err)
 	}
 	s.lines = listen.NewLog(s.log)
 	s.limits = newLimits(s.observer, s.lines)
+	apply, err := s.Reload(Reloaded{NodeVerifiers: c.NodeVerifiers, RefreshHint: c.RefreshHint, Limits: c.Limits})
+	if err != nil {
+		return nil, fmt.Errorf("new server: %w", err)
+	}
+	apply()
 	s.serving.Now, s.serving.Issue = s.now, s.issue
 	s.serving.Usable = func(authority string) bool { return authority == s.keysets.Active().X509AuthorityID }
 	s.tls = s.newTLSConfig()
 	return s, nil
+}
+
+// Reloaded are the fields of a [Config] that can change while the server serves.
+type Reloaded struct {
+	NodeVerifiers []NodeVerifier
+	RefreshHint   time.Duration
+	Limits        *ClientLimits
+}
+
+// Reload checks these fields and returns the function that replaces them. Lower limits of
+// connections end none that is open. As New does, that function logs the stored entries
+// that would be refused now: IsOperator may have changed, too.
+func (s *Server) Reload(r Reloaded) (apply func(), err error) {
+	verifiers, err := verifiersByType(r.NodeVerifiers)
+	if err != nil {
+		return nil, err
+	}
+	return func() {
+		s.verifiers.Store(&verifiers)
+		s.refreshHint.Store(int64(r.RefreshHint))
+		s.limits.of.Store(cmp.Or(r.Limits, &ClientLimits{Default: DefaultLimits}))
+		s.logInvalidEntries()
+	}, nil
 }
 
 // Keysets returns the deployment that signs.
@@ -252,7 +270,7 @@ func (s *Server) BundlePEM() []byte { return s.config.Published().PEM() }
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {
 	return listen.Serve(ctx, lis, listen.Config{
 		Credentials: credentials.NewTLS(s.tls), Identify: identity, Admit: s.preauthorize,
-		Pool: s.config.Connections, Limits: Limits, Refused: s.limits.refuse, Lines: s.lines,
+		Pool: s.config.Connections, Limits: s.limits.connections, Refused: s.limits.refuse, Lines: s.lines,
 		Age: s.config.ConnectionAge, Grace: graceAge, MaxRequest: maxRequest, MaxStreams: maxStreams,
 		Options: append(slices.Clone(s.config.Options),
 			grpc.ForceServerCodecV2(newCodec()),
