@@ -95,7 +95,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		})
 		w.check(err)
 		w.setEntries(entriesFor(n))
-		token, err := w.server.CreateJoinToken(t.Context(), time.Hour)
+		token, err := w.server.CreateJoinToken(t.Context(), time.Hour, "")
 		w.check(err)
 		dir, err := os.MkdirTemp("", "renewd-drill")
 		w.check(err)

@@ -88,7 +88,7 @@ func TestAttestRefuses(t *testing.T) {
 		if !strings.Contains(err.Error(), "expired") {
 			t.Errorf("late: %v", err)
 		}
-		if _, err := s.CreateJoinToken(t.Context(), 0); err == nil {
+		if _, err := s.CreateJoinToken(t.Context(), 0, ""); err == nil {
 			t.Error("made a token without lifetime")
 		}
 	})

@@ -189,9 +189,9 @@ type writes struct {
 	n atomic.Int64
 }
 
-func (w *writes) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+func (w *writes) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error), audit ...*spireapi.AuditRecord) (*spireapi.Agent, error) {
 	w.n.Add(1)
-	return w.Server.UpdateAgent(ctx, id, change)
+	return w.Server.UpdateAgent(ctx, id, change, audit...)
 }
 
 // TestPostStatusReachesLedger posts as an agent does each minute: storage is written
