@@ -64,6 +64,7 @@ func agentConfig(cfg *settings, e cli.Env) agent.Config {
 		MetricsAddress:    cfg.MetricsAddress,
 		WebConfigFile:     cfg.WebConfigFile,
 		DeploymentName:    cfg.DeploymentName,
+		Hostname:          nodeName(cfg, e.Getenv),
 		Version:           cli.Version(version),
 		TaintDelay:        cfg.TaintDelay,
 		TaintRate:         cfg.TaintRate,
