@@ -120,11 +120,11 @@ func (s *Server) admitNode(ctx context.Context, token string, agent Agent, key c
 // refuseToken answers a join token that attests no agent. The token itself is neither in
 // the answer nor in the log.
 func refuseToken(format string, args ...any) error {
-	return status.Errorf(codes.InvalidArgument, "join token "+format+": create a new one for this node with \"server token create\"", args...)
+	return status.Errorf(codes.InvalidArgument, format+": create a new one for this node with \"server token create\"", args...)
 }
 
 // errTokenUsed is the answer if another call was first.
-var errTokenUsed = refuseToken("was used by another node at the same time; each node needs a token of its own")
+var errTokenUsed = refuseToken("join token was used by another node at the same time; each node needs a token of its own")
 
 // agentForToken returns the agent ID that a join token stands for, and its label. The token
 // is spent later, by recordAgentSVID, so that a failure does not cost it. Refusals are
@@ -133,13 +133,13 @@ func (s *Server) agentForToken(ctx context.Context, value string) (id spiffeid.I
 	t, err := s.storage.Token(ctx, value)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		err = refuseToken("is not known to this deployment: it may be of another one, dropped by a restore, or have ended more than %d days ago", tokenRetention/(24*time.Hour))
+		err = refuseToken("join token is not known to this deployment: it may be of another one, dropped by a restore, or have ended more than %d days ago", tokenRetention/(24*time.Hour))
 	case err != nil:
 		return id, "", s.internalError("look up join token", err)
 	case !t.SpentAt.IsZero():
-		err = refuseToken("was already used, at %s; it attests one agent, once", t.SpentAt.UTC().Format(time.RFC3339))
+		err = refuseToken("join token was already used, at %s; it attests one agent, once", t.SpentAt.UTC().Format(time.RFC3339))
 	case s.now().After(t.ExpiresAt):
-		err = refuseToken("expired at %s", t.ExpiresAt.UTC().Format(time.RFC3339))
+		err = refuseToken("join token expired at %s", t.ExpiresAt.UTC().Format(time.RFC3339))
 	}
 	if err != nil {
 		s.logNotAttested(ctx, joinToken, err)

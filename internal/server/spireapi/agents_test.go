@@ -95,7 +95,7 @@ func TestAttestRefuses(t *testing.T) {
 	})
 }
 
-// TestRefusedTokens: the agent is told why its join token is refused, and what to do; the
+// TestRefusedTokens: the agent learns why its join token is refused, and what to do; the
 // server logs who has tried, and neither says the token.
 func TestRefusedTokens(t *testing.T) {
 	t.Parallel()

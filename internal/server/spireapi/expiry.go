@@ -17,7 +17,7 @@ const (
 	// longer, so nothing that was issued to the agent is valid after that.
 	retention = keyset.MaxX509TTL
 	// tokenRetention is how long a join token is kept after its ExpiresAt, whether it was
-	// spent or not: a node that still presents it is told which.
+	// spent or not: a node that still presents it learns which.
 	tokenRetention = 7 * 24 * time.Hour
 	// sweepSize is how many agents and tokens one sweep checks: more than are
 	// added between two sweeps, and few enough commits for a caller to wait for.
