@@ -66,6 +66,8 @@ type Config struct {
 	Version     string
 	// Process is a random ID of this process, which renewd_agent_info shows.
 	Process string
+	// Hostname is that of the node, which renewd_agent_info shows.
+	Hostname string
 	// Attestors are the names of the workload attestors.
 	Attestors []string
 
@@ -123,7 +125,7 @@ func New(cfg Config) *Metrics {
 	m.registry.MustRegister(m.renewals, m.refreshes, m.syncs, m.attested, m.oversize)
 	m.info("agent", cfg.TrustDomain, cfg.Version, cfg.Deployment)
 	if cfg.Source != nil {
-		m.registry.MustRegister(stateCollector{cfg.Source, cfg.Process})
+		m.registry.MustRegister(stateCollector{cfg.Source, cfg.Process, cfg.Hostname})
 	}
 	m.zero()
 	for _, a := range cfg.Attestors {

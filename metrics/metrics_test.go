@@ -55,7 +55,7 @@ func wave() metrics.State {
 
 func newMetrics(s func() metrics.State) *metrics.Metrics {
 	return metrics.New(metrics.Config{
-		TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Process: "p1",
+		TrustDomain: "example.org", Deployment: "prod", Version: "v1.2.3", Process: "p1", Hostname: "node-1",
 		Source: s,
 	})
 }
@@ -188,7 +188,7 @@ func TestBadLabelDoesNotPanic(t *testing.T) {
 // renewd_agent_info identifies the agent and its process.
 func TestAgentInfo(t *testing.T) {
 	t.Parallel()
-	s := series(t, newMetrics(wave), "renewd_agent_info", "spiffe_id=spiffe://example.org/spire/agent/join_token/1", "process_id=p1")
+	s := series(t, newMetrics(wave), "renewd_agent_info", "spiffe_id=spiffe://example.org/spire/agent/join_token/1", "process_id=p1", "hostname=node-1")
 	if s == nil || s.GetGauge().GetValue() != 1 {
 		t.Errorf("renewd_agent_info is missing: %v", s)
 	}

@@ -135,7 +135,7 @@ var (
 	descOwnExpiry = desc("renewd_agent_svid_expiry_timestamp_seconds",
 		"When the agent SVID expires, as Unix time. After that the agent has to re-attest.", "spiffe_id")
 	descAgent = desc("renewd_agent_info",
-		"Always 1. The labels identify the agent: its SPIFFE ID, empty before it has an SVID, and a random ID of this process.", "spiffe_id", "process_id")
+		"Always 1. The labels identify the agent: its SPIFFE ID, empty before it has an SVID, a random ID of this process, and the node's hostname.", "spiffe_id", "process_id", "hostname")
 	descClockLag = desc("renewd_agent_clock_lag_seconds",
 		"How far at least this node's clock is behind the server's, by the newest X.509-SVID: 0 if that one was valid at once. If it is above 0, set the clock: workloads on this node may reject each other's SVIDs.")
 	descLeftOut = desc("renewd_bundle_authorities_left_out",
@@ -158,8 +158,8 @@ func desc(name, help string, labels ...string) *prometheus.Desc {
 
 // stateCollector exports one snapshot for each scrape.
 type stateCollector struct {
-	source  func() State
-	process string
+	source            func() State
+	process, hostname string
 }
 
 func (c stateCollector) Describe(ch chan<- *prometheus.Desc) {
@@ -202,7 +202,7 @@ func (c stateCollector) Collect(ch chan<- prometheus.Metric) {
 		stamp(descJWTExpiry, t, kid)
 	}
 	stamp(descOwnExpiry, s.OwnExpiry, s.OwnID)
-	gauge(descAgent, 1, s.OwnID, c.process)
+	gauge(descAgent, 1, s.OwnID, c.process, c.hostname)
 	gauge(descClockLag, s.ClockLag.Seconds())
 	stamp(descApplied, s.BundleApplied)
 	if !s.BundleApplied.IsZero() {

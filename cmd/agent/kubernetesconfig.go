@@ -65,7 +65,7 @@ func (c checker) probeKubelet(ctx context.Context, getenv func(string) string) {
 // API server in its environment.
 func kubernetesConfig(cfg *settings, getenv func(string) string) *kubernetes.Config {
 	k := &kubernetes.Config{
-		NodeName:                cfg.NodeName,
+		NodeName:                nodeName(cfg, getenv),
 		KubeletHost:             cfg.KubeletHost,
 		KubeletPort:             cfg.KubeletPort,
 		KubeletReadOnlyPort:     cfg.KubeletReadOnly,
@@ -80,11 +80,16 @@ func kubernetesConfig(cfg *settings, getenv func(string) string) *kubernetes.Con
 		NamespaceLabels:         cfg.NamespaceLabels,
 		APIServerCAFile:         kubernetes.DefaultCAFile,
 	}
-	if cfg.NodeNameEnv != "" {
-		k.NodeName = cmp.Or(k.NodeName, getenv(cfg.NodeNameEnv))
-	}
 	if host := getenv("KUBERNETES_SERVICE_HOST"); host != "" {
 		k.APIServer = net.JoinHostPort(host, cmp.Or(getenv("KUBERNETES_SERVICE_PORT"), "443"))
 	}
 	return k
+}
+
+// nodeName returns the name that Kubernetes has for the node; empty if it is not known.
+func nodeName(cfg *settings, getenv func(string) string) string {
+	if cfg.NodeName != "" || cfg.NodeNameEnv == "" {
+		return cfg.NodeName
+	}
+	return getenv(cfg.NodeNameEnv)
 }

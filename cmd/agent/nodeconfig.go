@@ -94,8 +94,8 @@ func (c checker) nodeAttestation() {
 	if c.Config.JoinToken != "" && c.Config.JoinTokenFile != "" {
 		c.Bad("join_token", "contradicts join_token_file ("+c.Origin("join_token_file")+")", "keep one of the two")
 	}
-	if strings.ContainsAny(c.Config.JoinToken, " \t\r\n") {
-		c.Bad("join_token", "contains white space", "give the token alone, as the server printed it")
+	if _, ok := node.ParseToken(c.Config.JoinToken); !ok {
+		c.Bad("join_token", "is not one word", "give the token alone, or what \"spire-server token generate\" prints")
 	}
 	ways := c.attestations()
 	for _, second := range ways[min(1, len(ways)):] {

@@ -84,6 +84,7 @@ func agentConfig(cfg *settings, getenv func(string) string) agent.Config {
 		MetricsAddress:    cfg.MetricsAddress,
 		WebConfigFile:     cfg.WebConfigFile,
 		DeploymentName:    cfg.DeploymentName,
+		Hostname:          nodeName(cfg, getenv),
 		Version:           cli.Version(version),
 		TaintDelay:        cfg.TaintDelay,
 		TaintRate:         cfg.TaintRate,

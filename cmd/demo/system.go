@@ -106,7 +106,7 @@ func (sys *system) startAgent(ctx context.Context, s settings, log *slog.Logger)
 	if err := os.WriteFile(trust, sys.server.BundlePEM(), 0o600); err != nil {
 		return fmt.Errorf("write the trust bundle: %w", err)
 	}
-	token, err := sys.server.CreateJoinToken(ctx, 5*time.Minute)
+	token, err := sys.server.CreateJoinToken(ctx, 5*time.Minute, "")
 	if err != nil {
 		return fmt.Errorf("make a join token: %w", err)
 	}

@@ -3,13 +3,16 @@ package main
 import (
 	"context"
 	"fmt"
+	"io"
 	"strconv"
+	"strings"
 	"time"
 
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 )
 
 // shownAgent is an agent as -o json prints it.
@@ -22,6 +25,8 @@ type shownAgent struct {
 	Selectors       []string   `json:"selectors,omitempty"`    // of its node
 	ExpiresAt       *time.Time `json:"expires_at,omitempty"`
 	Version         string     `json:"version,omitempty"`
+	Hostname        string     `json:"hostname,omitempty"`         // as the agent reports it
+	Label           string     `json:"label,omitempty"`            // of its join token
 	AppliedSequence uint64     `json:"applied_sequence,omitempty"` // of the trust bundle
 	LastReport      *time.Time `json:"last_report,omitempty"`
 }
@@ -30,7 +35,7 @@ func showAgent(a *api.Agent, now time.Time) shownAgent {
 	out := shownAgent{
 		ID: a.GetId(), Type: a.GetAttestationType(), State: "attested", Duplicated: a.GetDuplicated(), ExpiresAt: moment(a.GetExpiresAt()),
 		Version: a.GetVersion(), AppliedSequence: a.GetAppliedSequence(), LastReport: moment(a.GetLastReport()),
-		Reattestable: a.GetReattestable(), Selectors: a.GetSelectors(),
+		Reattestable: a.GetReattestable(), Selectors: a.GetSelectors(), Hostname: a.GetHostname(), Label: a.GetLabel(),
 	}
 	switch {
 	case a.GetBanned():
@@ -58,24 +63,81 @@ func agentsCommand(ctx context.Context, call *cli.Call) error {
 			agents = append(agents, showAgent(a, now))
 		}
 		if c.JSON() {
-			return cli.PrintJSON(c.Stdout, map[string]any{"agents": agents})
+			return cli.PrintJSON(c.Stdout, shownAgents{moment(resp.GetServerStartedAt()), agents})
 		}
-		table := cli.NewTable(c.Stdout)
-		_, _ = fmt.Fprint(table, "ID\tTYPE\tSTATE\tVERSION\tBUNDLE\tLAST REPORT\tSVID ENDS\n")
-		for _, a := range agents {
-			sequence := "-"
-			if a.LastReport != nil {
-				sequence = strconv.FormatUint(a.AppliedSequence, 10)
-			}
-			state := a.State
-			if a.Duplicated {
-				state += ", duplicated"
-			}
-			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(a.ID), text(a.Type), state, text(a.Version), sequence,
-				when(a.LastReport, now), when(a.ExpiresAt, now))
-		}
-		return cli.Flush(table)
+		return printAgents(c.Stdout, agents, moment(resp.GetServerStartedAt()), now)
 	})
+}
+
+// shownAgents is the output of "agent list" as -o json prints it.
+type shownAgents struct {
+	// ServerStartedAt is when the server started: it keeps no reports over a restart.
+	ServerStartedAt *time.Time   `json:"server_started_at,omitempty"`
+	Agents          []shownAgent `json:"agents"`
+}
+
+// printAgents prints a row for each agent, and below it the ID, which is long and is what
+// other commands take.
+func printAgents(w io.Writer, agents []shownAgent, started *time.Time, now time.Time) error {
+	var rows strings.Builder
+	table := cli.NewTable(&rows)
+	_, _ = fmt.Fprint(table, "NODE\tSTATE\tVERSION\tBUNDLE\tLAST REPORT\tSVID ENDS\n")
+	unheard := 0
+	for _, a := range agents {
+		node := text(a.Hostname)
+		if a.Label != "" {
+			node += " (" + text(a.Label) + ")"
+		}
+		sequence, report := "-", "none"
+		if a.LastReport != nil {
+			sequence, report = strconv.FormatUint(a.AppliedSequence, 10), distance(*a.LastReport, now)
+		} else if a.State == "attested" {
+			unheard++
+		}
+		state := a.State
+		if a.Duplicated && state == "attested" {
+			state = "duplicated"
+		}
+		ends := "-"
+		if a.ExpiresAt != nil {
+			ends = distance(*a.ExpiresAt, now)
+		}
+		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\n", node, state, text(a.Version), sequence, report, ends)
+	}
+	if err := cli.Flush(table); err != nil {
+		return err
+	}
+	var out strings.Builder
+	i := -1 // the header
+	for row := range strings.Lines(rows.String()) {
+		out.WriteString(row)
+		if i >= 0 {
+			out.WriteString("  " + text(agents[i].ID) + "\n")
+		}
+		i++
+	}
+	if unheard > 0 && started != nil {
+		fmt.Fprintf(&out, "none: no report since the server started, %s\n", cli.When(*started, now))
+	}
+	return cli.Printf(w, "%s", out.String())
+}
+
+// distance says how far a time is from now, roughly, because a row has to fit.
+func distance(t, now time.Time) string {
+	d := t.Sub(now)
+	var text string
+	switch far := d.Abs(); {
+	case far >= 48*time.Hour:
+		text = strconv.Itoa(int(far.Hours()/24)) + " days"
+	case far >= time.Hour:
+		text = config.Short(far.Truncate(time.Minute))
+	default:
+		text = config.Short(far.Truncate(time.Second))
+	}
+	if d < 0 {
+		return text + " ago"
+	}
+	return "in " + text
 }
 
 // banCommand is "agent ban".
@@ -121,6 +183,7 @@ func (c *client) done(what, id, how string) error {
 func tokenCommand(ctx context.Context, call *cli.Call) error {
 	c := newClient(call)
 	ttl := c.Flags.Duration("ttl", 10*time.Minute, "")
+	label := c.Flags.String("label", "", "")
 	if _, err := c.Parse(); err != nil {
 		return err
 	}
@@ -128,7 +191,7 @@ func tokenCommand(ctx context.Context, call *cli.Call) error {
 		return cli.Usagef("token create: --ttl %v is shorter than a second", *ttl)
 	}
 	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
-		resp, err := o.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl)})
+		resp, err := o.CreateJoinToken(ctx, &api.CreateJoinTokenRequest{Scope: c.scope(), Ttl: durationpb.New(*ttl), Label: *label})
 		if err != nil {
 			return err
 		}

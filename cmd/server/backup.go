@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -28,10 +27,13 @@ import (
 // so that the server's error is printed.
 const backupTimeout = 130 * time.Second
 
+// standardOutput is the file name that stands for standard output.
+const standardOutput = "-"
+
 // backup is a backup in progress.
 type backup struct {
 	*client
-	file     string
+	file     string // or standardOutput
 	force    bool
 	keyFile  string // of the server; empty: the keys are not decrypted
 	progress *runbook.Screen
@@ -66,18 +68,25 @@ func backupCommand(ctx context.Context, call *cli.Call) error {
 		return err
 	}
 	b.file = file[0]
+	if b.file == standardOutput && cli.IsTerminal(b.Stdout) {
+		return cli.Usagef("%s: FILE: %s is standard output, which is a terminal: redirect it to a file or a pipe, or give the name of a file", b.Name(), b.file)
+	}
 	shown, err := b.make(ctx)
 	if err != nil {
 		return err
 	}
-	if b.JSON() {
-		return cli.PrintJSON(b.Stdout, shown)
+	results := b.Stdout
+	if b.file == standardOutput {
+		results = b.Stderr
 	}
-	return b.print(shown)
+	if b.JSON() {
+		return cli.PrintJSON(results, shown)
+	}
+	return printBackup(results, shown)
 }
 
-// make writes the backup to a temporary file and renames it when it is durable and
-// checked.
+// make writes the backup to a temporary file. When that is durable and checked, it is
+// renamed, or written to standard output.
 func (b *backup) make(ctx context.Context) (shown shownBackup, err error) {
 	failed := func(err error) (shownBackup, error) {
 		return shownBackup{}, fmt.Errorf("%s: %w", b.Name(), err)
@@ -88,12 +97,9 @@ func (b *backup) make(ctx context.Context) (shown shownBackup, err error) {
 			return failed(err)
 		}
 	}
-	if err := b.checkNotExist(); err != nil {
-		return failed(err)
-	}
-	f, err := os.CreateTemp(filepath.Dir(b.file), "."+filepath.Base(b.file)+".*") // mode 0600
+	f, err := b.create()
 	if err != nil {
-		return failed(fmt.Errorf("%w: the folder must exist, and you must be able to write to it", err))
+		return failed(err)
 	}
 	defer os.Remove(f.Name())
 	defer f.Close()
@@ -121,7 +127,12 @@ func (b *backup) make(ctx context.Context) (shown shownBackup, err error) {
 	if sum.CopiedAt.IsZero() {
 		return failed(errors.New("copy rejected and deleted: it is not marked as a copy, so that a server would not detect its restore"))
 	}
-	if err := b.place(f.Name()); err != nil {
+	if b.file == standardOutput {
+		err = b.copyOut(f.Name())
+	} else {
+		err = b.place(f.Name())
+	}
+	if err != nil {
 		return failed(err)
 	}
 	b.progress.Clear()
@@ -132,13 +143,68 @@ func (b *backup) make(ctx context.Context) (shown shownBackup, err error) {
 	return shown, nil
 }
 
-// checkNotExist checks that no file is overwritten.
-func (b *backup) checkNotExist() error {
-	if b.force {
-		return nil
+// create creates the temporary file, with mode 0600.
+func (b *backup) create() (*os.File, error) {
+	folder, pattern := os.TempDir(), "renewd-backup-*.db"
+	if b.file != standardOutput {
+		if err := b.checkReplaceable(); err != nil {
+			return nil, err
+		}
+		folder, pattern = filepath.Dir(b.file), "."+filepath.Base(b.file)+".*"
 	}
-	if _, err := os.Lstat(b.file); !errors.Is(err, fs.ErrNotExist) {
-		return cmp.Or(err, fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with --force", b.file))
+	f, err := os.CreateTemp(folder, pattern)
+	if err != nil && b.file == standardOutput {
+		return nil, fmt.Errorf("TMPDIR: %w: the copy is checked there before it is written to standard output; set TMPDIR to a folder with room for it", err)
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: the folder must exist, and you must be able to write to it", err)
+	}
+	return f, nil
+}
+
+// checkReplaceable checks that no file is overwritten, unless it is a regular one and
+// --force is given. The rename would replace a device, and a link such as /dev/stdout,
+// instead of writing to it.
+func (b *backup) checkReplaceable() error {
+	info, err := os.Lstat(b.file)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
+	case !info.Mode().IsRegular():
+		return fmt.Errorf("FILE: %s is %s, not a regular file: give the name of a new file, or - for standard output", b.file, describe(info.Mode()))
+	case !b.force:
+		return fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with --force", b.file)
+	}
+	return nil
+}
+
+// describe names the type of a file that is not a regular one.
+func describe(mode fs.FileMode) string {
+	for _, t := range []struct {
+		bits fs.FileMode
+		name string
+	}{
+		{fs.ModeDir, "a directory"}, {fs.ModeSymlink, "a symbolic link"}, {fs.ModeNamedPipe, "a FIFO"}, {fs.ModeSocket, "a socket"},
+		{fs.ModeDevice | fs.ModeCharDevice, "a device"},
+	} {
+		if mode&t.bits != 0 {
+			return t.name
+		}
+	}
+	return "of another type"
+}
+
+// copyOut writes the checked copy to standard output.
+func (b *backup) copyOut(name string) error {
+	f, err := os.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := io.Copy(b.Stdout, f); err != nil {
+		return fmt.Errorf("write standard output: %w", err)
 	}
 	return nil
 }
@@ -177,7 +243,7 @@ func (b *backup) receive(ctx context.Context, o api.OperatorClient, w io.Writer)
 func (b *backup) place(temp string) error {
 	// A link never replaces a file, unlike a rename, but not every file system has links.
 	if b.force || os.Link(temp, b.file) != nil {
-		if err := b.checkNotExist(); err != nil {
+		if err := b.checkReplaceable(); err != nil {
 			return err
 		}
 		if err := os.Rename(temp, b.file); err != nil {
@@ -192,8 +258,8 @@ func (b *backup) place(temp string) error {
 	return d.Sync()
 }
 
-func (b *backup) print(s shownBackup) error {
-	table := cli.NewTable(b.Stdout)
+func printBackup(w io.Writer, s shownBackup) error {
+	table := cli.NewTable(w)
 	_, _ = fmt.Fprintf(table, "FILE\tTAKEN AT\tSIZE\tTRUST DOMAIN\tDEPLOYMENTS\tKEYSETS\tENTRIES\tAGENTS\tKEYS\n")
 	var names []string
 	var sum shownBackupOfPart

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"maps"
 	"slices"
@@ -52,7 +53,7 @@ func (f *fake) ListKeysets(_ context.Context, r *api.ListKeysetsRequest) (*api.L
 	}}, nil
 }
 
-// ReadAudit has three records and returns two at a time.
+// ReadAudit has records of each kind and returns two at a time.
 func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadAuditResponse, error) {
 	state := func(id string, s api.KeysetState) *api.AuditState { return &api.AuditState{KeysetId: id, State: s} }
 	all := []*api.AuditRecord{
@@ -67,10 +68,27 @@ func (f *fake) ReadAudit(_ context.Context, r *api.ReadAuditRequest) (*api.ReadA
 			Before: []*api.AuditState{state("ks_a", api.KeysetState_TAINTED), state("ks_b", api.KeysetState_ACTIVE)},
 			After:  []*api.AuditState{state("ks_b", api.KeysetState_ACTIVE)},
 		},
+		{Number: 4, Actor: "unix:uid:1000", Operation: "add entry", Kind: "entries", Note: "apply", Entry: &api.EntryChange{After: &api.Entry{Id: "web", SpiffeId: "spiffe://example.org/web"}}},
+		{Number: 5, Actor: "unix:uid:1000", Operation: "change entry", Kind: "entries", Note: "SPIRE's Entry API", Entry: &api.EntryChange{
+			Before: &api.Entry{Id: "web", SpiffeId: "spiffe://example.org/web"},
+			After:  &api.Entry{Id: "web", SpiffeId: "spiffe://example.org/web", Hint: "a\x1bb", Selectors: []*api.Selector{{Type: "unix", Value: "uid:0"}}},
+		}},
+		{Number: 6, Actor: "server", Operation: "remove entry", Kind: "entries", Note: "expired", Entry: &api.EntryChange{Before: &api.Entry{Id: "web", SpiffeId: "spiffe://example.org/web"}}},
+		{Number: 7, Actor: "unix:uid:1000", Operation: "create token", Kind: "tokens", Token: &api.AuditToken{Label: "rack 1", ExpiresAt: timestamppb.New(future)}},
+		{Number: 8, Actor: "spiffe://example.org/operators/alice", Operation: "ban agent", Kind: "agents", Agent: &api.AuditAgent{Id: agentID, Before: "attested", After: "banned", Hostname: "node-1", Label: "rack 1"}},
+		{Number: 9, Actor: "unix:uid:1000", Operation: "evict agent", Kind: "agents", Agent: &api.AuditAgent{Id: agentID, Before: "banned", Gone: true}},
+		{Number: 12, Actor: "unix:uid:1000", Operation: "backup", Kind: "backups", Note: "a note that is longer than a terminal of 80 columns is wide, so that it continues below, and a word that is longer than that is not broken: https://example.org/0123456789012345678901234567890123456789012345678901234567890123456789"},
+	}
+	if slices.Contains(r.GetKinds(), "entry") {
+		return nil, status.Error(codes.InvalidArgument, `kinds: there is no kind "entry", only ["keysets" "entries"]`)
 	}
 	var out []*api.AuditRecord
 	for _, rec := range all {
 		rec.At = timestamppb.New(past)
+		rec.Kind = cmp.Or(rec.GetKind(), "keysets")
+		if !slices.Contains(r.GetKinds(), rec.GetKind()) && len(r.GetKinds()) > 0 {
+			continue
+		}
 		if rec.GetNumber() > r.GetAfter() && len(out) < 2 {
 			out = append(out, rec)
 		}
@@ -109,8 +127,8 @@ func (f *fake) ListAgents(context.Context, *api.ListAgentsRequest) (*api.ListAge
 	if !f.busy {
 		return &api.ListAgentsResponse{}, nil
 	}
-	return &api.ListAgentsResponse{Agents: []*api.Agent{
-		{Id: agentID, AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Version: "v1.2.3\x1b[31m", AppliedSequence: 7, LastReport: timestamppb.New(past)},
+	return &api.ListAgentsResponse{ServerStartedAt: timestamppb.New(past), Agents: []*api.Agent{
+		{Id: agentID, AttestationType: "join_token", Hostname: "node-1\x1b", Label: "rack 1", ExpiresAt: timestamppb.New(future), Version: "v1.2.3\x1b[31m", AppliedSequence: 7, LastReport: timestamppb.New(past)},
 		{Id: agentID + "4", AttestationType: "join_token", ExpiresAt: timestamppb.New(future), Duplicated: true},
 		{Id: "spiffe://example.org/spire/agent/x509pop/0abc", AttestationType: "x509pop", ExpiresAt: timestamppb.New(future), Reattestable: true, Selectors: []string{"x509pop:serialnumber:0abc", "x509pop:subject:cn:node-1"}},
 		{Id: agentID + "2", AttestationType: "join_token", ExpiresAt: timestamppb.New(past)},
@@ -137,7 +155,10 @@ func (f *fake) EvictAgent(_ context.Context, r *api.EvictAgentRequest) (*api.Evi
 }
 
 func (f *fake) CreateJoinToken(_ context.Context, r *api.CreateJoinTokenRequest) (*api.CreateJoinTokenResponse, error) {
-	return &api.CreateJoinTokenResponse{Token: "T-" + r.GetScope().GetDeployment() + "-" + r.GetTtl().AsDuration().String(), ExpiresAt: timestamppb.New(future)}, nil
+	if r.GetLabel() == "a\nb" {
+		return nil, status.Errorf(codes.InvalidArgument, "label: %q has control characters or more than 255 characters", r.GetLabel())
+	}
+	return &api.CreateJoinTokenResponse{Token: "T-" + r.GetLabel() + r.GetScope().GetDeployment() + "-" + r.GetTtl().AsDuration().String(), ExpiresAt: timestamppb.New(future)}, nil
 }
 
 func (f *fake) GetBundle(context.Context, *api.GetBundleRequest) (*api.GetBundleResponse, error) {

@@ -4,92 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
-	"github.com/renewd/renewd/internal/clock"
 )
-
-// shownRecord is a record of the audit log as -o json prints it.
-type shownRecord struct {
-	Number    uint64            `json:"number"`
-	At        *time.Time        `json:"at"`
-	Actor     string            `json:"actor"`
-	Operation string            `json:"operation"`
-	Keyset    string            `json:"keyset_id"`
-	Before    map[string]string `json:"before"` // state by keyset ID
-	After     map[string]string `json:"after"`
-	Note      string            `json:"note,omitempty"`
-
-	changes []string // "ks_… Prepared -> Active", in the order of the log
-}
-
-func showRecord(r *api.AuditRecord) shownRecord {
-	out := shownRecord{
-		Number: r.GetNumber(), At: moment(r.GetAt()), Actor: r.GetActor(), Operation: r.GetOperation(), Keyset: r.GetKeysetId(),
-		Before: map[string]string{}, After: map[string]string{}, Note: r.GetNote(),
-	}
-	for _, s := range r.GetBefore() {
-		out.Before[s.GetKeysetId()] = s.GetState().String()
-	}
-	for _, s := range r.GetAfter() {
-		out.After[s.GetKeysetId()] = s.GetState().String()
-		if before := out.Before[s.GetKeysetId()]; before != s.GetState().String() {
-			out.changes = append(out.changes, s.GetKeysetId()+" "+title(before)+" -> "+title(s.GetState().String()))
-		}
-	}
-	for _, s := range r.GetBefore() {
-		if _, kept := out.After[s.GetKeysetId()]; !kept {
-			out.changes = append(out.changes, s.GetKeysetId()+" "+title(s.GetState().String())+" -> gone")
-		}
-	}
-	return out
-}
-
-// title formats a state like keysetctl; "none" if the keyset did not exist.
-func title(state string) string {
-	if state == "" {
-		return "none"
-	}
-	return state[:1] + strings.ToLower(state[1:])
-}
-
-// auditCommand is "audit".
-func auditCommand(ctx context.Context, call *cli.Call) error {
-	c := newClient(call)
-	after := c.Flags.Uint64("after", 0, "")
-	if _, err := c.Parse(); err != nil {
-		return err
-	}
-	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
-		records := []shownRecord{}
-		for last := *after; ; {
-			resp, err := o.ReadAudit(ctx, &api.ReadAuditRequest{Scope: c.scope(), After: last})
-			if err != nil {
-				return err
-			}
-			for _, r := range resp.GetRecords() {
-				records = append(records, showRecord(r))
-			}
-			if len(resp.GetRecords()) == 0 {
-				break
-			}
-			last = records[len(records)-1].Number
-		}
-		if c.JSON() {
-			return cli.PrintJSON(c.Stdout, map[string]any{"records": records})
-		}
-		table := cli.NewTable(c.Stdout)
-		_, _ = fmt.Fprint(table, "NUMBER\tTIME\tACTOR\tOPERATION\tKEYSET\tCHANGES\tNOTE\n")
-		for _, r := range records {
-			_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Number, clock.Text(*r.At),
-				text(r.Actor), text(r.Operation), text(r.Keyset), text(strings.Join(r.changes, ", ")), text(r.Note))
-		}
-		return cli.Flush(table)
-	})
-}
 
 // bundleCommand is "bundle".
 func bundleCommand(ctx context.Context, call *cli.Call) error {

@@ -33,7 +33,8 @@ Usage:
   server key add FILE                add a new key to a key file, to rotate the key
 
 Commands for the running server, over its admin socket or, with --server, over the network:
-  server token create [--ttl 10m]    create a join token for one agent
+  server token create [--ttl 10m] [--label TEXT]
+                                     create a join token for one agent
   server entries apply FILE          replace all registration entries with those of a file
   server entries import FILE         convert the entries of a SPIRE server to such a file
   server entries list                list the registration entries, of all agents or of one
@@ -43,7 +44,7 @@ Commands for the running server, over its admin socket or, with --server, over t
   server clock show                  show whether the server's clock is in doubt
   server clock confirm TIME          confirm the server's clock with the time of another clock
   server backup FILE                 copy the store of the running server, and check the copy
-  server audit                       list the changes of the keysets, with time and operator
+  server audit                       list what was changed, when and by whom
   server bundle                      print the trust bundle (PEM) that agents start from
   server health                      exit 0 if the server can sign
   server version                     print the version
@@ -92,10 +93,12 @@ const clientUsage = `
   -o text|json            the output format (default text)
 `
 
-const tokenUsage = `Usage: server token create [--ttl DURATION]
+const tokenUsage = `Usage: server token create [--ttl DURATION] [--label TEXT]
 
 Creates a join token. It attests one agent, once, within the given time (default
 10m). Standard output has the token alone, standard error the time when it expires.
+The label says which node the token is for, such as its name in your inventory: "server
+agent list", keysetctl and the audit log show it beside the agent's ID.
 ` + clientUsage
 
 const entriesUsage = `Usage: server entries apply FILE [--dry-run] [--remove N]
@@ -129,6 +132,10 @@ const agentUsage = `Usage: server agent list
        server agent ban ID
        server agent evict ID [--gone]
 
+list prints a row for each agent and its SPIFFE ID below. NODE is the hostname that the
+agent reports, and in parentheses the label of its join token; BUNDLE is the sequence
+number of the trust bundle that the agent applies.
+
 ID is the agent's SPIFFE ID as list shows it. The server rejects a banned agent, and
 the agent stops. It deletes an evicted agent, which has to re-attest. The SVIDs of
 either count as held until they expire. With --gone you confirm that the node no longer
@@ -149,19 +156,37 @@ confirm ends the doubt. TIME is the time of another clock that you trust, such a
 doubt. The audit log records the confirmation.
 ` + clientUsage
 
-const auditUsage = `Usage: server audit [--after NUMBER]
+const auditUsage = `Usage: server audit [--kind KIND[,KIND]...] [--after NUMBER]
 
-Lists every change of the keysets and every confirmation of the clock, oldest first:
-the operator, the time and what changed. With --after it lists only the records after
-that number.
+Lists what was changed, oldest first: the time, the operator, the operation and what was
+before and after. --kind lists only records of these kinds:
+  keysets  every step of a rotation, by operators and by the server
+  entries  every entry that was added, changed or removed
+  tokens   join tokens that were created, with label and expiry, never the token
+  agents   bans and evictions
+  backups  copies of the store, and restores
+  clock    confirmations of the clock
+With --after it lists only the records after that number. -o json prints everything that
+a record has; docs/operations.md describes each field.
+
+A dry run is not recorded. Records of entries, tokens and agents are deleted when there
+are 200,000 later records; all others stay.
 ` + clientUsage
 
 const backupUsage = `Usage: server backup FILE [--key-file KEY] [--force]
+       server backup - [--key-file KEY]
 
 Writes a consistent copy of the running server's store, with all deployments, to FILE.
 The copy is checked before it is renamed to FILE, so FILE is always complete. An existing
 file is replaced only with --force. You must be in operators.managers. A backup can take
 two minutes (--timeout is 2m10s by default), and data_dir needs room for two copies.
+The audit log records the backup before the copy is made.
+
+With - as FILE the copy goes to standard output, which must not be a terminal, and the
+result lines, with -o json, too, go to standard error. The copy is checked first, in the
+folder TMPDIR (default /tmp), so nothing incomplete is written. What is not a regular file,
+such as a device, a FIFO or a link, is never replaced:
+  server backup - | ssh backups 'cat > renewd.db'
 
 The signing keys in the copy are encrypted, as in the store. The encryption key is not
 in the copy. With --key-file the command also checks that this key decrypts them.

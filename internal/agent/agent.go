@@ -135,6 +135,7 @@ func (a *Agent) open() (err error) {
 		Deployment:  cfg.DeploymentName,
 		Version:     cfg.Version,
 		Process:     process,
+		Hostname:    cfg.Hostname,
 		Attestors:   names,
 		Source:      a.State,
 		Log:         a.log,

@@ -121,7 +121,7 @@ func (h *answers) play() {
 			h.pass(time.Duration(h.r.Int64N(int64(longest) / 2)))
 			h.correct()
 		case 8:
-			token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+			token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 			w.check(err)
 			w.check(os.WriteFile(w.cfg.JoinTokenFile, []byte(token.Value), 0o600))
 			w.replica(none)

@@ -73,7 +73,10 @@ func TestProcessID(t *testing.T) {
 			w.mu.Lock()
 			id := w.process
 			w.mu.Unlock()
-			if len(id) < 16 || seen[id] || w.gauge("renewd_agent_info", id, w.agent.State().OwnID) != 1 {
+			if host, err := os.Hostname(); err != nil || w.host != host {
+				w.t.Errorf("the node reports as %q, it is %q, %v", w.host, host, err)
+			}
+			if len(id) < 16 || seen[id] || w.gauge("renewd_agent_info", w.host, id, w.agent.State().OwnID) != 1 {
 				w.t.Errorf("the process reports as %q, before %v", id, seen)
 			}
 			seen[id] = true

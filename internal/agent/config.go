@@ -10,6 +10,8 @@ import (
 	"log/slog"
 	"net"
 	"net/url"
+	"os"
+	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -78,6 +80,9 @@ type Config struct {
 	WebConfigFile  string // TLS and basic auth of the HTTP listener
 
 	DeploymentName, Version string // labels of spirl_application_info
+	// Hostname is what operators recognise the node by, in reports and metrics; that of
+	// the operating system when empty.
+	Hostname string
 
 	// ReplaceTaintedJWT replaces a cached JWT-SVID of a tainted key when a workload
 	// requests it. The cached one is still returned to that request.
@@ -111,6 +116,7 @@ type Config struct {
 // withDefaults sets the defaults of empty fields.
 func (c Config) withDefaults() Config {
 	c.KeyType = cmp.Or(c.KeyType, renew.ECP256)
+	c.Hostname = hostname(c.Hostname)
 	c.SocketPath = cmp.Or(c.SocketPath, "/run/renewd/agent.sock")
 	c.SocketMode = cmp.Or(c.SocketMode, 0o777)
 	c.RefreshInterval = cmp.Or(c.RefreshInterval, bundle.DefaultInterval)
@@ -133,4 +139,16 @@ func (c Config) withDefaults() Config {
 		c.Now = time.Now
 	}
 	return c
+}
+
+// maxHostname is the most characters in a hostname that the server accepts.
+const maxHostname = 255
+
+// hostname returns the hostname to report: the given one, or that of the operating system.
+func hostname(name string) string {
+	if name == "" {
+		name, _ = os.Hostname() // without it the agent has only its ID
+	}
+	characters := []rune(strings.ToValidUTF8(name, "\uFFFD"))
+	return string(characters[:min(len(characters), maxHostname)])
 }

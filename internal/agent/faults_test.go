@@ -91,7 +91,7 @@ func (w *world) intercept(ctx context.Context, req any, _ *grpc.UnaryServerInfo,
 	case *agentpb.RenewAgentRequest:
 		w.mints = append(w.mints, mint{at: time.Now()})
 	case *api.ReportRequest:
-		w.process = string(r.GetProcess())
+		w.process, w.host = string(r.GetProcess()), r.GetHostname()
 	}
 	f := w.faults
 	if _, ok := req.(*svidpb.BatchNewX509SVIDRequest); ok && f.lag != nil {

@@ -120,7 +120,7 @@ func TestDrillReturnOfTheServerKeepsFederatedBundles(t *testing.T) {
 		time.Sleep(30 * time.Hour)
 		ours.up()
 		ours.set(func(f *faults) { f.down = true })
-		token, err := ours.server.CreateJoinToken(t.Context(), time.Hour)
+		token, err := ours.server.CreateJoinToken(t.Context(), time.Hour, "")
 		ours.check(err)
 		ours.cfg.JoinToken = token.Value
 		ours.start()

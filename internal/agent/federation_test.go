@@ -83,7 +83,7 @@ func newSide(t *testing.T, n *network, dir string, td, with spiffeid.TrustDomain
 		Selectors: []spireapi.Selector{{Type: "test", Value: "web"}},
 	}}, false)
 	s.check(err)
-	token, err := s.server.CreateJoinToken(t.Context(), time.Hour)
+	token, err := s.server.CreateJoinToken(t.Context(), time.Hour, "")
 	s.check(err)
 	s.cfg = agent.Config{
 		TrustDomain: td, ServerAddress: "server:8081", TrustBundle: s.own(), JoinToken: token.Value, DataDir: filepath.Join(dir, "agent"),

@@ -357,7 +357,7 @@ func TestRebootstrapOfANodeThatCannotAttestAgain(t *testing.T) {
 			w.t.Errorf("got %v", err)
 		}
 		w.check(os.RemoveAll(w.cfg.DataDir))
-		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 		w.check(err)
 		w.cfg.JoinToken = token.Value
 		w.cfg.Listener = newPairListener()

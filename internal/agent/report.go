@@ -71,7 +71,7 @@ func (a *Agent) runReports(ctx context.Context) error {
 func (a *Agent) newReport() upstream.Report {
 	// Read the snapshot first: then the state is of this bundle or a later one.
 	snapshot := a.cache.Bundle()
-	r := upstream.Report{Sequence: snapshot.Own.Sequence(), Rate: float64(a.cfg.TaintRate)}
+	r := upstream.Report{Sequence: snapshot.Own.Sequence(), Rate: float64(a.cfg.TaintRate), Hostname: a.cfg.Hostname}
 	for _, s := range a.State().Authorities {
 		if s.Type != metrics.TypeX509 || (!s.State.Tainted() && s.State != metrics.StateRemoved) {
 			continue

@@ -157,7 +157,7 @@ func TestDrillStoppedUntilTheAuthorityIsRemoved(t *testing.T) {
 		w.check(w.server.Keysets().Remove(w.t.Context(), old.ID))
 		w.set(func(f *faults) { f.down = false })
 		w.until("the removal is seen", 30*time.Second, func() bool { return w.authority(old).State == "removed" })
-		fresh, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		fresh, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 		w.check(err)
 		w.check(os.WriteFile(token, []byte(fresh.Value), 0o600))
 		w.until("everything is renewed", time.Minute, func() bool { a := w.authority(old); return a.Held+a.Pending == 0 && w.held() == 3 })
@@ -193,7 +193,7 @@ func TestDrillRestartAfterTheAgentSVIDHasExpired(t *testing.T) {
 			w.t.Errorf("another caller during the outage: %v, want Unavailable", err)
 		}
 		w.stopAgent()
-		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 		w.check(err)
 		w.cfg.JoinToken = token.Value
 		w.startAgent()

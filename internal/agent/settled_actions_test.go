@@ -116,7 +116,7 @@ func (h *settledHistory) reattest() {
 
 // newToken provides a new join token.
 func (h *settledHistory) newToken() {
-	token, err := h.w.server.CreateJoinToken(h.w.t.Context(), time.Hour)
+	token, err := h.w.server.CreateJoinToken(h.w.t.Context(), time.Hour, "")
 	h.w.check(err)
 	h.w.check(os.WriteFile(h.token, []byte(token.Value), 0o600))
 }

@@ -75,7 +75,7 @@ func TestSettledWaitsAfterARestartWithoutAnIdentity(t *testing.T) {
 		p, old := w.taintedWhileAway()
 		defer p.kill()
 		w.check(os.WriteFile(filepath.Join(w.cfg.DataDir, "identity.json"), []byte("{"), 0o600))
-		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 		w.check(err)
 		w.cfg.JoinToken, w.cfg.TrustBundle = token.Value, w.trust()
 		w.startAgent()
@@ -100,7 +100,7 @@ func TestSettledWaitsForAnAttestation(t *testing.T) {
 		w.waitHeld(1)
 		w.activate() // the keyset before has signed the agent SVID
 		k := w.server.Keysets().Active()
-		fresh, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+		fresh, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 		w.check(err)
 		w.check(os.WriteFile(token, []byte(fresh.Value), 0o600))
 		before := w.agent.State().OwnID

@@ -38,7 +38,7 @@ func (w *world) writeTrust(pems ...[]byte) {
 }
 
 func (w *world) writeToken() {
-	token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour)
+	token, err := w.server.CreateJoinToken(w.t.Context(), time.Hour, "")
 	w.check(err)
 	w.check(os.WriteFile(w.cfg.JoinTokenFile, []byte(token.Value), 0o600))
 }

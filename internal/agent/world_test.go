@@ -61,20 +61,20 @@ type world struct {
 	cleared   map[string]bool   // keysets that the server reported as safe to remove
 	signers   map[string]string // authorities of certificates, as a cache
 
-	mu           sync.Mutex
-	faults       faults
-	states       map[string][]spireapi.StoredEntry // every state that an entry was ever in, by SPIFFE ID
-	listings     int                               // answers with the server's own list of entries
-	mints        []mint
-	signing      map[*mint]string // keysets of the answers in flight, by request
-	attestations int              // answers in flight with an agent SVID
-	bundleCalls  int
-	statusCalls  int
-	process      string // of the last report
-	attesting    atomic.Int64
-	conns        []net.Conn // between agent and server
-	skew         time.Duration
-	noCredential bool // of testNode
+	mu            sync.Mutex
+	faults        faults
+	states        map[string][]spireapi.StoredEntry // every state that an entry was ever in, by SPIFFE ID
+	listings      int                               // answers with the server's own list of entries
+	mints         []mint
+	signing       map[*mint]string // keysets of the answers in flight, by request
+	attestations  int              // answers in flight with an agent SVID
+	bundleCalls   int
+	statusCalls   int
+	process, host string // of the last report
+	attesting     atomic.Int64
+	conns         []net.Conn // between agent and server
+	skew          time.Duration
+	noCredential  bool // of testNode
 }
 
 // inWorld runs f in a bubble with a world of n entries, in which entry i is
@@ -95,7 +95,7 @@ func inWorld(t *testing.T, n int, configure func(*world), f func(*world)) {
 		})
 		w.check(err)
 		w.setEntries(entriesFor(n))
-		token, err := w.server.CreateJoinToken(t.Context(), time.Hour)
+		token, err := w.server.CreateJoinToken(t.Context(), time.Hour, "")
 		w.check(err)
 		dir, err := os.MkdirTemp("", "renewd-drill")
 		w.check(err)

@@ -1504,10 +1504,12 @@ func (*RemoveKeysetResponse) Descriptor() ([]byte, []int) {
 }
 
 type ReadAuditRequest struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Scope         *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
-	After         uint64                 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"` // the number of the last known record
-	Limit         uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"` // at most 1000, which is also the default
+	state protoimpl.MessageState `protogen:"open.v1"`
+	Scope *Scope                 `protobuf:"bytes,1,opt,name=scope,proto3" json:"scope,omitempty"`
+	After uint64                 `protobuf:"varint,2,opt,name=after,proto3" json:"after,omitempty"` // the number of the last known record
+	Limit uint32                 `protobuf:"varint,3,opt,name=limit,proto3" json:"limit,omitempty"` // at most 1000, which is also the default
+	// Only records of these kinds, as in AuditRecord; all if empty.
+	Kinds         []string `protobuf:"bytes,4,rep,name=kinds,proto3" json:"kinds,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1563,6 +1565,14 @@ func (x *ReadAuditRequest) GetLimit() uint32 {
 	return 0
 }
 
+func (x *ReadAuditRequest) GetKinds() []string {
+	if x != nil {
+		return x.Kinds
+	}
+	return nil
+}
+
+// ReadAuditResponse may have fewer records than the limit. The log ends where it has none.
 type ReadAuditResponse struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	Records       []*AuditRecord         `protobuf:"bytes,1,rep,name=records,proto3" json:"records,omitempty"`
@@ -1607,16 +1617,27 @@ func (x *ReadAuditResponse) GetRecords() []*AuditRecord {
 	return nil
 }
 
+// AuditRecord is stored in the same step as the change that it records; that of a backup
+// before the copy is made. A dry run and a call that changes nothing have none. Each entry
+// that a call changes has a record. Records of entries, tokens and agents are deleted when
+// 200,000 later records exist: that may leave gaps in the numbers.
 type AuditRecord struct {
-	state         protoimpl.MessageState `protogen:"open.v1"`
-	Number        uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"` // 1, 2, 3, …
-	At            *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
-	Actor         string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"` // unix:uid:1000, spiffe://…, scheduler, server
-	Operation     string                 `protobuf:"bytes,4,opt,name=operation,proto3" json:"operation,omitempty"`
-	KeysetId      string                 `protobuf:"bytes,5,opt,name=keyset_id,json=keysetId,proto3" json:"keyset_id,omitempty"`
-	Before        []*AuditState          `protobuf:"bytes,6,rep,name=before,proto3" json:"before,omitempty"`
-	After         []*AuditState          `protobuf:"bytes,7,rep,name=after,proto3" json:"after,omitempty"`
-	Note          string                 `protobuf:"bytes,8,opt,name=note,proto3" json:"note,omitempty"` // "forced: …"
+	state  protoimpl.MessageState `protogen:"open.v1"`
+	Number uint64                 `protobuf:"varint,1,opt,name=number,proto3" json:"number,omitempty"` // 1, 2, 3, …
+	At     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=at,proto3" json:"at,omitempty"`
+	Actor  string                 `protobuf:"bytes,3,opt,name=actor,proto3" json:"actor,omitempty"` // unix:uid:1000, spiffe://…, scheduler, server
+	// create, prepare, activate, taint, remove; confirm clock; backup, restore; add entry,
+	// change entry, remove entry; create token; ban agent, evict agent.
+	Operation string `protobuf:"bytes,4,opt,name=operation,proto3" json:"operation,omitempty"`
+	KeysetId  string `protobuf:"bytes,5,opt,name=keyset_id,json=keysetId,proto3" json:"keyset_id,omitempty"`
+	// The states of all keysets, for the kind keysets.
+	Before        []*AuditState `protobuf:"bytes,6,rep,name=before,proto3" json:"before,omitempty"`
+	After         []*AuditState `protobuf:"bytes,7,rep,name=after,proto3" json:"after,omitempty"`
+	Note          string        `protobuf:"bytes,8,opt,name=note,proto3" json:"note,omitempty"` // "forced: …"; for entries "apply", "put", "delete", "SPIRE's Entry API", "expired"
+	Kind          string        `protobuf:"bytes,9,opt,name=kind,proto3" json:"kind,omitempty"` // keysets, clock, backups, entries, tokens, agents
+	Entry         *EntryChange  `protobuf:"bytes,10,opt,name=entry,proto3" json:"entry,omitempty"`
+	Token         *AuditToken   `protobuf:"bytes,11,opt,name=token,proto3" json:"token,omitempty"`
+	Agent         *AuditAgent   `protobuf:"bytes,12,opt,name=agent,proto3" json:"agent,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -1707,6 +1728,173 @@ func (x *AuditRecord) GetNote() string {
 	return ""
 }
 
+func (x *AuditRecord) GetKind() string {
+	if x != nil {
+		return x.Kind
+	}
+	return ""
+}
+
+func (x *AuditRecord) GetEntry() *EntryChange {
+	if x != nil {
+		return x.Entry
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetToken() *AuditToken {
+	if x != nil {
+		return x.Token
+	}
+	return nil
+}
+
+func (x *AuditRecord) GetAgent() *AuditAgent {
+	if x != nil {
+		return x.Agent
+	}
+	return nil
+}
+
+// AuditToken is a join token that was created. The token itself is not recorded.
+type AuditToken struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Label         string                 `protobuf:"bytes,1,opt,name=label,proto3" json:"label,omitempty"`
+	ExpiresAt     *timestamppb.Timestamp `protobuf:"bytes,2,opt,name=expires_at,json=expiresAt,proto3" json:"expires_at,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditToken) Reset() {
+	*x = AuditToken{}
+	mi := &file_renewd_proto_msgTypes[26]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditToken) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditToken) ProtoMessage() {}
+
+func (x *AuditToken) ProtoReflect() protoreflect.Message {
+	mi := &file_renewd_proto_msgTypes[26]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditToken.ProtoReflect.Descriptor instead.
+func (*AuditToken) Descriptor() ([]byte, []int) {
+	return file_renewd_proto_rawDescGZIP(), []int{26}
+}
+
+func (x *AuditToken) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
+func (x *AuditToken) GetExpiresAt() *timestamppb.Timestamp {
+	if x != nil {
+		return x.ExpiresAt
+	}
+	return nil
+}
+
+// AuditAgent is an agent that was banned or evicted. Its state is attested or banned;
+// empty: there is no such agent.
+type AuditAgent struct {
+	state         protoimpl.MessageState `protogen:"open.v1"`
+	Id            string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	Before        string                 `protobuf:"bytes,2,opt,name=before,proto3" json:"before,omitempty"`
+	After         string                 `protobuf:"bytes,3,opt,name=after,proto3" json:"after,omitempty"`
+	Gone          bool                   `protobuf:"varint,4,opt,name=gone,proto3" json:"gone,omitempty"` // as in EvictAgentRequest
+	Hostname      string                 `protobuf:"bytes,5,opt,name=hostname,proto3" json:"hostname,omitempty"`
+	Label         string                 `protobuf:"bytes,6,opt,name=label,proto3" json:"label,omitempty"`
+	unknownFields protoimpl.UnknownFields
+	sizeCache     protoimpl.SizeCache
+}
+
+func (x *AuditAgent) Reset() {
+	*x = AuditAgent{}
+	mi := &file_renewd_proto_msgTypes[27]
+	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+	ms.StoreMessageInfo(mi)
+}
+
+func (x *AuditAgent) String() string {
+	return protoimpl.X.MessageStringOf(x)
+}
+
+func (*AuditAgent) ProtoMessage() {}
+
+func (x *AuditAgent) ProtoReflect() protoreflect.Message {
+	mi := &file_renewd_proto_msgTypes[27]
+	if x != nil {
+		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
+		if ms.LoadMessageInfo() == nil {
+			ms.StoreMessageInfo(mi)
+		}
+		return ms
+	}
+	return mi.MessageOf(x)
+}
+
+// Deprecated: Use AuditAgent.ProtoReflect.Descriptor instead.
+func (*AuditAgent) Descriptor() ([]byte, []int) {
+	return file_renewd_proto_rawDescGZIP(), []int{27}
+}
+
+func (x *AuditAgent) GetId() string {
+	if x != nil {
+		return x.Id
+	}
+	return ""
+}
+
+func (x *AuditAgent) GetBefore() string {
+	if x != nil {
+		return x.Before
+	}
+	return ""
+}
+
+func (x *AuditAgent) GetAfter() string {
+	if x != nil {
+		return x.After
+	}
+	return ""
+}
+
+func (x *AuditAgent) GetGone() bool {
+	if x != nil {
+		return x.Gone
+	}
+	return false
+}
+
+func (x *AuditAgent) GetHostname() string {
+	if x != nil {
+		return x.Hostname
+	}
+	return ""
+}
+
+func (x *AuditAgent) GetLabel() string {
+	if x != nil {
+		return x.Label
+	}
+	return ""
+}
+
 type AuditState struct {
 	state         protoimpl.MessageState `protogen:"open.v1"`
 	KeysetId      string                 `protobuf:"bytes,1,opt,name=keyset_id,json=keysetId,proto3" json:"keyset_id,omitempty"`
@@ -1717,7 +1905,7 @@ type AuditState struct {
 
 func (x *AuditState) Reset() {
 	*x = AuditState{}
-	mi := &file_renewd_proto_msgTypes[26]
+	mi := &file_renewd_proto_msgTypes[28]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1729,7 +1917,7 @@ func (x *AuditState) String() string {
 func (*AuditState) ProtoMessage() {}
 
 func (x *AuditState) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[26]
+	mi := &file_renewd_proto_msgTypes[28]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1742,7 +1930,7 @@ func (x *AuditState) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuditState.ProtoReflect.Descriptor instead.
 func (*AuditState) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{26}
+	return file_renewd_proto_rawDescGZIP(), []int{28}
 }
 
 func (x *AuditState) GetKeysetId() string {
@@ -1782,7 +1970,7 @@ type Agent struct {
 
 func (x *Agent) Reset() {
 	*x = Agent{}
-	mi := &file_renewd_proto_msgTypes[27]
+	mi := &file_renewd_proto_msgTypes[29]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1794,7 +1982,7 @@ func (x *Agent) String() string {
 func (*Agent) ProtoMessage() {}
 
 func (x *Agent) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[27]
+	mi := &file_renewd_proto_msgTypes[29]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1807,7 +1995,7 @@ func (x *Agent) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Agent.ProtoReflect.Descriptor instead.
 func (*Agent) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{27}
+	return file_renewd_proto_rawDescGZIP(), []int{29}
 }
 
 func (x *Agent) GetId() string {
@@ -1903,7 +2091,7 @@ type ListAgentsRequest struct {
 
 func (x *ListAgentsRequest) Reset() {
 	*x = ListAgentsRequest{}
-	mi := &file_renewd_proto_msgTypes[28]
+	mi := &file_renewd_proto_msgTypes[30]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1915,7 +2103,7 @@ func (x *ListAgentsRequest) String() string {
 func (*ListAgentsRequest) ProtoMessage() {}
 
 func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[28]
+	mi := &file_renewd_proto_msgTypes[30]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1928,7 +2116,7 @@ func (x *ListAgentsRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsRequest.ProtoReflect.Descriptor instead.
 func (*ListAgentsRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{28}
+	return file_renewd_proto_rawDescGZIP(), []int{30}
 }
 
 func (x *ListAgentsRequest) GetScope() *Scope {
@@ -1948,7 +2136,7 @@ type ListAgentsResponse struct {
 
 func (x *ListAgentsResponse) Reset() {
 	*x = ListAgentsResponse{}
-	mi := &file_renewd_proto_msgTypes[29]
+	mi := &file_renewd_proto_msgTypes[31]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -1960,7 +2148,7 @@ func (x *ListAgentsResponse) String() string {
 func (*ListAgentsResponse) ProtoMessage() {}
 
 func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[29]
+	mi := &file_renewd_proto_msgTypes[31]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -1973,7 +2161,7 @@ func (x *ListAgentsResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListAgentsResponse.ProtoReflect.Descriptor instead.
 func (*ListAgentsResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{29}
+	return file_renewd_proto_rawDescGZIP(), []int{31}
 }
 
 func (x *ListAgentsResponse) GetAgents() []*Agent {
@@ -2002,7 +2190,7 @@ type CreateJoinTokenRequest struct {
 
 func (x *CreateJoinTokenRequest) Reset() {
 	*x = CreateJoinTokenRequest{}
-	mi := &file_renewd_proto_msgTypes[30]
+	mi := &file_renewd_proto_msgTypes[32]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2014,7 +2202,7 @@ func (x *CreateJoinTokenRequest) String() string {
 func (*CreateJoinTokenRequest) ProtoMessage() {}
 
 func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[30]
+	mi := &file_renewd_proto_msgTypes[32]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2027,7 +2215,7 @@ func (x *CreateJoinTokenRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenRequest.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{30}
+	return file_renewd_proto_rawDescGZIP(), []int{32}
 }
 
 func (x *CreateJoinTokenRequest) GetScope() *Scope {
@@ -2061,7 +2249,7 @@ type CreateJoinTokenResponse struct {
 
 func (x *CreateJoinTokenResponse) Reset() {
 	*x = CreateJoinTokenResponse{}
-	mi := &file_renewd_proto_msgTypes[31]
+	mi := &file_renewd_proto_msgTypes[33]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2073,7 +2261,7 @@ func (x *CreateJoinTokenResponse) String() string {
 func (*CreateJoinTokenResponse) ProtoMessage() {}
 
 func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[31]
+	mi := &file_renewd_proto_msgTypes[33]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2086,7 +2274,7 @@ func (x *CreateJoinTokenResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CreateJoinTokenResponse.ProtoReflect.Descriptor instead.
 func (*CreateJoinTokenResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{31}
+	return file_renewd_proto_rawDescGZIP(), []int{33}
 }
 
 func (x *CreateJoinTokenResponse) GetToken() string {
@@ -2113,7 +2301,7 @@ type BanAgentRequest struct {
 
 func (x *BanAgentRequest) Reset() {
 	*x = BanAgentRequest{}
-	mi := &file_renewd_proto_msgTypes[32]
+	mi := &file_renewd_proto_msgTypes[34]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2125,7 +2313,7 @@ func (x *BanAgentRequest) String() string {
 func (*BanAgentRequest) ProtoMessage() {}
 
 func (x *BanAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[32]
+	mi := &file_renewd_proto_msgTypes[34]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2138,7 +2326,7 @@ func (x *BanAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgentRequest.ProtoReflect.Descriptor instead.
 func (*BanAgentRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{32}
+	return file_renewd_proto_rawDescGZIP(), []int{34}
 }
 
 func (x *BanAgentRequest) GetScope() *Scope {
@@ -2163,7 +2351,7 @@ type BanAgentResponse struct {
 
 func (x *BanAgentResponse) Reset() {
 	*x = BanAgentResponse{}
-	mi := &file_renewd_proto_msgTypes[33]
+	mi := &file_renewd_proto_msgTypes[35]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2175,7 +2363,7 @@ func (x *BanAgentResponse) String() string {
 func (*BanAgentResponse) ProtoMessage() {}
 
 func (x *BanAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[33]
+	mi := &file_renewd_proto_msgTypes[35]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2188,7 +2376,7 @@ func (x *BanAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BanAgentResponse.ProtoReflect.Descriptor instead.
 func (*BanAgentResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{33}
+	return file_renewd_proto_rawDescGZIP(), []int{35}
 }
 
 type EvictAgentRequest struct {
@@ -2204,7 +2392,7 @@ type EvictAgentRequest struct {
 
 func (x *EvictAgentRequest) Reset() {
 	*x = EvictAgentRequest{}
-	mi := &file_renewd_proto_msgTypes[34]
+	mi := &file_renewd_proto_msgTypes[36]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2216,7 +2404,7 @@ func (x *EvictAgentRequest) String() string {
 func (*EvictAgentRequest) ProtoMessage() {}
 
 func (x *EvictAgentRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[34]
+	mi := &file_renewd_proto_msgTypes[36]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2229,7 +2417,7 @@ func (x *EvictAgentRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgentRequest.ProtoReflect.Descriptor instead.
 func (*EvictAgentRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{34}
+	return file_renewd_proto_rawDescGZIP(), []int{36}
 }
 
 func (x *EvictAgentRequest) GetScope() *Scope {
@@ -2261,7 +2449,7 @@ type EvictAgentResponse struct {
 
 func (x *EvictAgentResponse) Reset() {
 	*x = EvictAgentResponse{}
-	mi := &file_renewd_proto_msgTypes[35]
+	mi := &file_renewd_proto_msgTypes[37]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2273,7 +2461,7 @@ func (x *EvictAgentResponse) String() string {
 func (*EvictAgentResponse) ProtoMessage() {}
 
 func (x *EvictAgentResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[35]
+	mi := &file_renewd_proto_msgTypes[37]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2286,7 +2474,7 @@ func (x *EvictAgentResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EvictAgentResponse.ProtoReflect.Descriptor instead.
 func (*EvictAgentResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{35}
+	return file_renewd_proto_rawDescGZIP(), []int{37}
 }
 
 type Selector struct {
@@ -2299,7 +2487,7 @@ type Selector struct {
 
 func (x *Selector) Reset() {
 	*x = Selector{}
-	mi := &file_renewd_proto_msgTypes[36]
+	mi := &file_renewd_proto_msgTypes[38]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2311,7 +2499,7 @@ func (x *Selector) String() string {
 func (*Selector) ProtoMessage() {}
 
 func (x *Selector) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[36]
+	mi := &file_renewd_proto_msgTypes[38]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2324,7 +2512,7 @@ func (x *Selector) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Selector.ProtoReflect.Descriptor instead.
 func (*Selector) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{36}
+	return file_renewd_proto_rawDescGZIP(), []int{38}
 }
 
 func (x *Selector) GetType() string {
@@ -2367,7 +2555,7 @@ type Entry struct {
 
 func (x *Entry) Reset() {
 	*x = Entry{}
-	mi := &file_renewd_proto_msgTypes[37]
+	mi := &file_renewd_proto_msgTypes[39]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2379,7 +2567,7 @@ func (x *Entry) String() string {
 func (*Entry) ProtoMessage() {}
 
 func (x *Entry) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[37]
+	mi := &file_renewd_proto_msgTypes[39]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2392,7 +2580,7 @@ func (x *Entry) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Entry.ProtoReflect.Descriptor instead.
 func (*Entry) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{37}
+	return file_renewd_proto_rawDescGZIP(), []int{39}
 }
 
 func (x *Entry) GetId() string {
@@ -2496,7 +2684,7 @@ type ListEntriesRequest struct {
 
 func (x *ListEntriesRequest) Reset() {
 	*x = ListEntriesRequest{}
-	mi := &file_renewd_proto_msgTypes[38]
+	mi := &file_renewd_proto_msgTypes[40]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2508,7 +2696,7 @@ func (x *ListEntriesRequest) String() string {
 func (*ListEntriesRequest) ProtoMessage() {}
 
 func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[38]
+	mi := &file_renewd_proto_msgTypes[40]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2521,7 +2709,7 @@ func (x *ListEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ListEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{38}
+	return file_renewd_proto_rawDescGZIP(), []int{40}
 }
 
 func (x *ListEntriesRequest) GetScope() *Scope {
@@ -2547,7 +2735,7 @@ type ListEntriesResponse struct {
 
 func (x *ListEntriesResponse) Reset() {
 	*x = ListEntriesResponse{}
-	mi := &file_renewd_proto_msgTypes[39]
+	mi := &file_renewd_proto_msgTypes[41]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2559,7 +2747,7 @@ func (x *ListEntriesResponse) String() string {
 func (*ListEntriesResponse) ProtoMessage() {}
 
 func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[39]
+	mi := &file_renewd_proto_msgTypes[41]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2572,7 +2760,7 @@ func (x *ListEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ListEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ListEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{39}
+	return file_renewd_proto_rawDescGZIP(), []int{41}
 }
 
 func (x *ListEntriesResponse) GetEntries() []*Entry {
@@ -2598,7 +2786,7 @@ type ApplyEntriesRequest struct {
 
 func (x *ApplyEntriesRequest) Reset() {
 	*x = ApplyEntriesRequest{}
-	mi := &file_renewd_proto_msgTypes[40]
+	mi := &file_renewd_proto_msgTypes[42]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2610,7 +2798,7 @@ func (x *ApplyEntriesRequest) String() string {
 func (*ApplyEntriesRequest) ProtoMessage() {}
 
 func (x *ApplyEntriesRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[40]
+	mi := &file_renewd_proto_msgTypes[42]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2623,7 +2811,7 @@ func (x *ApplyEntriesRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEntriesRequest.ProtoReflect.Descriptor instead.
 func (*ApplyEntriesRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{40}
+	return file_renewd_proto_rawDescGZIP(), []int{42}
 }
 
 func (x *ApplyEntriesRequest) GetScope() *Scope {
@@ -2666,7 +2854,7 @@ type ApplyEntriesResponse struct {
 
 func (x *ApplyEntriesResponse) Reset() {
 	*x = ApplyEntriesResponse{}
-	mi := &file_renewd_proto_msgTypes[41]
+	mi := &file_renewd_proto_msgTypes[43]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2678,7 +2866,7 @@ func (x *ApplyEntriesResponse) String() string {
 func (*ApplyEntriesResponse) ProtoMessage() {}
 
 func (x *ApplyEntriesResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[41]
+	mi := &file_renewd_proto_msgTypes[43]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2691,7 +2879,7 @@ func (x *ApplyEntriesResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ApplyEntriesResponse.ProtoReflect.Descriptor instead.
 func (*ApplyEntriesResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{41}
+	return file_renewd_proto_rawDescGZIP(), []int{43}
 }
 
 func (x *ApplyEntriesResponse) GetChanges() []*EntryChange {
@@ -2725,7 +2913,7 @@ type EntryChange struct {
 
 func (x *EntryChange) Reset() {
 	*x = EntryChange{}
-	mi := &file_renewd_proto_msgTypes[42]
+	mi := &file_renewd_proto_msgTypes[44]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2737,7 +2925,7 @@ func (x *EntryChange) String() string {
 func (*EntryChange) ProtoMessage() {}
 
 func (x *EntryChange) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[42]
+	mi := &file_renewd_proto_msgTypes[44]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2750,7 +2938,7 @@ func (x *EntryChange) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use EntryChange.ProtoReflect.Descriptor instead.
 func (*EntryChange) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{42}
+	return file_renewd_proto_rawDescGZIP(), []int{44}
 }
 
 func (x *EntryChange) GetBefore() *Entry {
@@ -2777,7 +2965,7 @@ type PutEntryRequest struct {
 
 func (x *PutEntryRequest) Reset() {
 	*x = PutEntryRequest{}
-	mi := &file_renewd_proto_msgTypes[43]
+	mi := &file_renewd_proto_msgTypes[45]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2789,7 +2977,7 @@ func (x *PutEntryRequest) String() string {
 func (*PutEntryRequest) ProtoMessage() {}
 
 func (x *PutEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[43]
+	mi := &file_renewd_proto_msgTypes[45]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2802,7 +2990,7 @@ func (x *PutEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutEntryRequest.ProtoReflect.Descriptor instead.
 func (*PutEntryRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{43}
+	return file_renewd_proto_rawDescGZIP(), []int{45}
 }
 
 func (x *PutEntryRequest) GetScope() *Scope {
@@ -2829,7 +3017,7 @@ type PutEntryResponse struct {
 
 func (x *PutEntryResponse) Reset() {
 	*x = PutEntryResponse{}
-	mi := &file_renewd_proto_msgTypes[44]
+	mi := &file_renewd_proto_msgTypes[46]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2841,7 +3029,7 @@ func (x *PutEntryResponse) String() string {
 func (*PutEntryResponse) ProtoMessage() {}
 
 func (x *PutEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[44]
+	mi := &file_renewd_proto_msgTypes[46]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2854,7 +3042,7 @@ func (x *PutEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use PutEntryResponse.ProtoReflect.Descriptor instead.
 func (*PutEntryResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{44}
+	return file_renewd_proto_rawDescGZIP(), []int{46}
 }
 
 func (x *PutEntryResponse) GetChange() *EntryChange {
@@ -2881,7 +3069,7 @@ type DeleteEntryRequest struct {
 
 func (x *DeleteEntryRequest) Reset() {
 	*x = DeleteEntryRequest{}
-	mi := &file_renewd_proto_msgTypes[45]
+	mi := &file_renewd_proto_msgTypes[47]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2893,7 +3081,7 @@ func (x *DeleteEntryRequest) String() string {
 func (*DeleteEntryRequest) ProtoMessage() {}
 
 func (x *DeleteEntryRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[45]
+	mi := &file_renewd_proto_msgTypes[47]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2906,7 +3094,7 @@ func (x *DeleteEntryRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteEntryRequest.ProtoReflect.Descriptor instead.
 func (*DeleteEntryRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{45}
+	return file_renewd_proto_rawDescGZIP(), []int{47}
 }
 
 func (x *DeleteEntryRequest) GetScope() *Scope {
@@ -2931,7 +3119,7 @@ type DeleteEntryResponse struct {
 
 func (x *DeleteEntryResponse) Reset() {
 	*x = DeleteEntryResponse{}
-	mi := &file_renewd_proto_msgTypes[46]
+	mi := &file_renewd_proto_msgTypes[48]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2943,7 +3131,7 @@ func (x *DeleteEntryResponse) String() string {
 func (*DeleteEntryResponse) ProtoMessage() {}
 
 func (x *DeleteEntryResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[46]
+	mi := &file_renewd_proto_msgTypes[48]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2956,7 +3144,7 @@ func (x *DeleteEntryResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use DeleteEntryResponse.ProtoReflect.Descriptor instead.
 func (*DeleteEntryResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{46}
+	return file_renewd_proto_rawDescGZIP(), []int{48}
 }
 
 type GetBundleRequest struct {
@@ -2968,7 +3156,7 @@ type GetBundleRequest struct {
 
 func (x *GetBundleRequest) Reset() {
 	*x = GetBundleRequest{}
-	mi := &file_renewd_proto_msgTypes[47]
+	mi := &file_renewd_proto_msgTypes[49]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -2980,7 +3168,7 @@ func (x *GetBundleRequest) String() string {
 func (*GetBundleRequest) ProtoMessage() {}
 
 func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[47]
+	mi := &file_renewd_proto_msgTypes[49]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -2993,7 +3181,7 @@ func (x *GetBundleRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleRequest.ProtoReflect.Descriptor instead.
 func (*GetBundleRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{47}
+	return file_renewd_proto_rawDescGZIP(), []int{49}
 }
 
 func (x *GetBundleRequest) GetScope() *Scope {
@@ -3013,7 +3201,7 @@ type GetBundleResponse struct {
 
 func (x *GetBundleResponse) Reset() {
 	*x = GetBundleResponse{}
-	mi := &file_renewd_proto_msgTypes[48]
+	mi := &file_renewd_proto_msgTypes[50]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3025,7 +3213,7 @@ func (x *GetBundleResponse) String() string {
 func (*GetBundleResponse) ProtoMessage() {}
 
 func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[48]
+	mi := &file_renewd_proto_msgTypes[50]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3038,7 +3226,7 @@ func (x *GetBundleResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use GetBundleResponse.ProtoReflect.Descriptor instead.
 func (*GetBundleResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{48}
+	return file_renewd_proto_rawDescGZIP(), []int{50}
 }
 
 func (x *GetBundleResponse) GetPem() []byte {
@@ -3063,7 +3251,7 @@ type BackupRequest struct {
 
 func (x *BackupRequest) Reset() {
 	*x = BackupRequest{}
-	mi := &file_renewd_proto_msgTypes[49]
+	mi := &file_renewd_proto_msgTypes[51]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3075,7 +3263,7 @@ func (x *BackupRequest) String() string {
 func (*BackupRequest) ProtoMessage() {}
 
 func (x *BackupRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[49]
+	mi := &file_renewd_proto_msgTypes[51]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3088,7 +3276,7 @@ func (x *BackupRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupRequest.ProtoReflect.Descriptor instead.
 func (*BackupRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{49}
+	return file_renewd_proto_rawDescGZIP(), []int{51}
 }
 
 // BackupResponse is the next part of the file. The last part has only the size of the
@@ -3103,7 +3291,7 @@ type BackupResponse struct {
 
 func (x *BackupResponse) Reset() {
 	*x = BackupResponse{}
-	mi := &file_renewd_proto_msgTypes[50]
+	mi := &file_renewd_proto_msgTypes[52]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3115,7 +3303,7 @@ func (x *BackupResponse) String() string {
 func (*BackupResponse) ProtoMessage() {}
 
 func (x *BackupResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[50]
+	mi := &file_renewd_proto_msgTypes[52]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3128,7 +3316,7 @@ func (x *BackupResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use BackupResponse.ProtoReflect.Descriptor instead.
 func (*BackupResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{50}
+	return file_renewd_proto_rawDescGZIP(), []int{52}
 }
 
 func (x *BackupResponse) GetData() []byte {
@@ -3165,7 +3353,7 @@ type ReportRequest struct {
 
 func (x *ReportRequest) Reset() {
 	*x = ReportRequest{}
-	mi := &file_renewd_proto_msgTypes[51]
+	mi := &file_renewd_proto_msgTypes[53]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3177,7 +3365,7 @@ func (x *ReportRequest) String() string {
 func (*ReportRequest) ProtoMessage() {}
 
 func (x *ReportRequest) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[51]
+	mi := &file_renewd_proto_msgTypes[53]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3190,7 +3378,7 @@ func (x *ReportRequest) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportRequest.ProtoReflect.Descriptor instead.
 func (*ReportRequest) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{51}
+	return file_renewd_proto_rawDescGZIP(), []int{53}
 }
 
 func (x *ReportRequest) GetBundleSequence() uint64 {
@@ -3253,7 +3441,7 @@ type AuthorityReport struct {
 
 func (x *AuthorityReport) Reset() {
 	*x = AuthorityReport{}
-	mi := &file_renewd_proto_msgTypes[52]
+	mi := &file_renewd_proto_msgTypes[54]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3265,7 +3453,7 @@ func (x *AuthorityReport) String() string {
 func (*AuthorityReport) ProtoMessage() {}
 
 func (x *AuthorityReport) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[52]
+	mi := &file_renewd_proto_msgTypes[54]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3278,7 +3466,7 @@ func (x *AuthorityReport) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use AuthorityReport.ProtoReflect.Descriptor instead.
 func (*AuthorityReport) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{52}
+	return file_renewd_proto_rawDescGZIP(), []int{54}
 }
 
 func (x *AuthorityReport) GetAuthorityId() string {
@@ -3331,7 +3519,7 @@ type ReportResponse struct {
 
 func (x *ReportResponse) Reset() {
 	*x = ReportResponse{}
-	mi := &file_renewd_proto_msgTypes[53]
+	mi := &file_renewd_proto_msgTypes[55]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -3343,7 +3531,7 @@ func (x *ReportResponse) String() string {
 func (*ReportResponse) ProtoMessage() {}
 
 func (x *ReportResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_renewd_proto_msgTypes[53]
+	mi := &file_renewd_proto_msgTypes[55]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -3356,7 +3544,7 @@ func (x *ReportResponse) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use ReportResponse.ProtoReflect.Descriptor instead.
 func (*ReportResponse) Descriptor() ([]byte, []int) {
-	return file_renewd_proto_rawDescGZIP(), []int{53}
+	return file_renewd_proto_rawDescGZIP(), []int{55}
 }
 
 var File_renewd_proto protoreflect.FileDescriptor
@@ -3464,13 +3652,14 @@ const file_renewd_proto_rawDesc = "" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12\x1b\n" +
 	"\tkeyset_id\x18\x02 \x01(\tR\bkeysetId\x12\x14\n" +
 	"\x05force\x18\x03 \x01(\bR\x05force\"\x16\n" +
-	"\x14RemoveKeysetResponse\"f\n" +
+	"\x14RemoveKeysetResponse\"|\n" +
 	"\x10ReadAuditRequest\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12\x14\n" +
 	"\x05after\x18\x02 \x01(\x04R\x05after\x12\x14\n" +
-	"\x05limit\x18\x03 \x01(\rR\x05limit\"E\n" +
+	"\x05limit\x18\x03 \x01(\rR\x05limit\x12\x14\n" +
+	"\x05kinds\x18\x04 \x03(\tR\x05kinds\"E\n" +
 	"\x11ReadAuditResponse\x120\n" +
-	"\arecords\x18\x01 \x03(\v2\x16.renewd.v1.AuditRecordR\arecords\"\x92\x02\n" +
+	"\arecords\x18\x01 \x03(\v2\x16.renewd.v1.AuditRecordR\arecords\"\xae\x03\n" +
 	"\vAuditRecord\x12\x16\n" +
 	"\x06number\x18\x01 \x01(\x04R\x06number\x12*\n" +
 	"\x02at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\x02at\x12\x14\n" +
@@ -3479,7 +3668,25 @@ const file_renewd_proto_rawDesc = "" +
 	"\tkeyset_id\x18\x05 \x01(\tR\bkeysetId\x12-\n" +
 	"\x06before\x18\x06 \x03(\v2\x15.renewd.v1.AuditStateR\x06before\x12+\n" +
 	"\x05after\x18\a \x03(\v2\x15.renewd.v1.AuditStateR\x05after\x12\x12\n" +
-	"\x04note\x18\b \x01(\tR\x04note\"W\n" +
+	"\x04note\x18\b \x01(\tR\x04note\x12\x12\n" +
+	"\x04kind\x18\t \x01(\tR\x04kind\x12,\n" +
+	"\x05entry\x18\n" +
+	" \x01(\v2\x16.renewd.v1.EntryChangeR\x05entry\x12+\n" +
+	"\x05token\x18\v \x01(\v2\x15.renewd.v1.AuditTokenR\x05token\x12+\n" +
+	"\x05agent\x18\f \x01(\v2\x15.renewd.v1.AuditAgentR\x05agent\"]\n" +
+	"\n" +
+	"AuditToken\x12\x14\n" +
+	"\x05label\x18\x01 \x01(\tR\x05label\x129\n" +
+	"\n" +
+	"expires_at\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\texpiresAt\"\x90\x01\n" +
+	"\n" +
+	"AuditAgent\x12\x0e\n" +
+	"\x02id\x18\x01 \x01(\tR\x02id\x12\x16\n" +
+	"\x06before\x18\x02 \x01(\tR\x06before\x12\x14\n" +
+	"\x05after\x18\x03 \x01(\tR\x05after\x12\x12\n" +
+	"\x04gone\x18\x04 \x01(\bR\x04gone\x12\x1a\n" +
+	"\bhostname\x18\x05 \x01(\tR\bhostname\x12\x14\n" +
+	"\x05label\x18\x06 \x01(\tR\x05label\"W\n" +
 	"\n" +
 	"AuditState\x12\x1b\n" +
 	"\tkeyset_id\x18\x01 \x01(\tR\bkeysetId\x12,\n" +
@@ -3640,7 +3847,7 @@ func file_renewd_proto_rawDescGZIP() []byte {
 }
 
 var file_renewd_proto_enumTypes = make([]protoimpl.EnumInfo, 1)
-var file_renewd_proto_msgTypes = make([]protoimpl.MessageInfo, 54)
+var file_renewd_proto_msgTypes = make([]protoimpl.MessageInfo, 56)
 var file_renewd_proto_goTypes = []any{
 	(KeysetState)(0),                // 0: renewd.v1.KeysetState
 	(*Scope)(nil),                   // 1: renewd.v1.Scope
@@ -3669,68 +3876,70 @@ var file_renewd_proto_goTypes = []any{
 	(*ReadAuditRequest)(nil),        // 24: renewd.v1.ReadAuditRequest
 	(*ReadAuditResponse)(nil),       // 25: renewd.v1.ReadAuditResponse
 	(*AuditRecord)(nil),             // 26: renewd.v1.AuditRecord
-	(*AuditState)(nil),              // 27: renewd.v1.AuditState
-	(*Agent)(nil),                   // 28: renewd.v1.Agent
-	(*ListAgentsRequest)(nil),       // 29: renewd.v1.ListAgentsRequest
-	(*ListAgentsResponse)(nil),      // 30: renewd.v1.ListAgentsResponse
-	(*CreateJoinTokenRequest)(nil),  // 31: renewd.v1.CreateJoinTokenRequest
-	(*CreateJoinTokenResponse)(nil), // 32: renewd.v1.CreateJoinTokenResponse
-	(*BanAgentRequest)(nil),         // 33: renewd.v1.BanAgentRequest
-	(*BanAgentResponse)(nil),        // 34: renewd.v1.BanAgentResponse
-	(*EvictAgentRequest)(nil),       // 35: renewd.v1.EvictAgentRequest
-	(*EvictAgentResponse)(nil),      // 36: renewd.v1.EvictAgentResponse
-	(*Selector)(nil),                // 37: renewd.v1.Selector
-	(*Entry)(nil),                   // 38: renewd.v1.Entry
-	(*ListEntriesRequest)(nil),      // 39: renewd.v1.ListEntriesRequest
-	(*ListEntriesResponse)(nil),     // 40: renewd.v1.ListEntriesResponse
-	(*ApplyEntriesRequest)(nil),     // 41: renewd.v1.ApplyEntriesRequest
-	(*ApplyEntriesResponse)(nil),    // 42: renewd.v1.ApplyEntriesResponse
-	(*EntryChange)(nil),             // 43: renewd.v1.EntryChange
-	(*PutEntryRequest)(nil),         // 44: renewd.v1.PutEntryRequest
-	(*PutEntryResponse)(nil),        // 45: renewd.v1.PutEntryResponse
-	(*DeleteEntryRequest)(nil),      // 46: renewd.v1.DeleteEntryRequest
-	(*DeleteEntryResponse)(nil),     // 47: renewd.v1.DeleteEntryResponse
-	(*GetBundleRequest)(nil),        // 48: renewd.v1.GetBundleRequest
-	(*GetBundleResponse)(nil),       // 49: renewd.v1.GetBundleResponse
-	(*BackupRequest)(nil),           // 50: renewd.v1.BackupRequest
-	(*BackupResponse)(nil),          // 51: renewd.v1.BackupResponse
-	(*ReportRequest)(nil),           // 52: renewd.v1.ReportRequest
-	(*AuthorityReport)(nil),         // 53: renewd.v1.AuthorityReport
-	(*ReportResponse)(nil),          // 54: renewd.v1.ReportResponse
-	(*timestamppb.Timestamp)(nil),   // 55: google.protobuf.Timestamp
-	(*durationpb.Duration)(nil),     // 56: google.protobuf.Duration
+	(*AuditToken)(nil),              // 27: renewd.v1.AuditToken
+	(*AuditAgent)(nil),              // 28: renewd.v1.AuditAgent
+	(*AuditState)(nil),              // 29: renewd.v1.AuditState
+	(*Agent)(nil),                   // 30: renewd.v1.Agent
+	(*ListAgentsRequest)(nil),       // 31: renewd.v1.ListAgentsRequest
+	(*ListAgentsResponse)(nil),      // 32: renewd.v1.ListAgentsResponse
+	(*CreateJoinTokenRequest)(nil),  // 33: renewd.v1.CreateJoinTokenRequest
+	(*CreateJoinTokenResponse)(nil), // 34: renewd.v1.CreateJoinTokenResponse
+	(*BanAgentRequest)(nil),         // 35: renewd.v1.BanAgentRequest
+	(*BanAgentResponse)(nil),        // 36: renewd.v1.BanAgentResponse
+	(*EvictAgentRequest)(nil),       // 37: renewd.v1.EvictAgentRequest
+	(*EvictAgentResponse)(nil),      // 38: renewd.v1.EvictAgentResponse
+	(*Selector)(nil),                // 39: renewd.v1.Selector
+	(*Entry)(nil),                   // 40: renewd.v1.Entry
+	(*ListEntriesRequest)(nil),      // 41: renewd.v1.ListEntriesRequest
+	(*ListEntriesResponse)(nil),     // 42: renewd.v1.ListEntriesResponse
+	(*ApplyEntriesRequest)(nil),     // 43: renewd.v1.ApplyEntriesRequest
+	(*ApplyEntriesResponse)(nil),    // 44: renewd.v1.ApplyEntriesResponse
+	(*EntryChange)(nil),             // 45: renewd.v1.EntryChange
+	(*PutEntryRequest)(nil),         // 46: renewd.v1.PutEntryRequest
+	(*PutEntryResponse)(nil),        // 47: renewd.v1.PutEntryResponse
+	(*DeleteEntryRequest)(nil),      // 48: renewd.v1.DeleteEntryRequest
+	(*DeleteEntryResponse)(nil),     // 49: renewd.v1.DeleteEntryResponse
+	(*GetBundleRequest)(nil),        // 50: renewd.v1.GetBundleRequest
+	(*GetBundleResponse)(nil),       // 51: renewd.v1.GetBundleResponse
+	(*BackupRequest)(nil),           // 52: renewd.v1.BackupRequest
+	(*BackupResponse)(nil),          // 53: renewd.v1.BackupResponse
+	(*ReportRequest)(nil),           // 54: renewd.v1.ReportRequest
+	(*AuthorityReport)(nil),         // 55: renewd.v1.AuthorityReport
+	(*ReportResponse)(nil),          // 56: renewd.v1.ReportResponse
+	(*timestamppb.Timestamp)(nil),   // 57: google.protobuf.Timestamp
+	(*durationpb.Duration)(nil),     // 58: google.protobuf.Duration
 }
 var file_renewd_proto_depIdxs = []int32{
 	0,  // 0: renewd.v1.Keyset.state:type_name -> renewd.v1.KeysetState
-	55, // 1: renewd.v1.Keyset.issued_at:type_name -> google.protobuf.Timestamp
-	55, // 2: renewd.v1.Keyset.expires_at:type_name -> google.protobuf.Timestamp
-	55, // 3: renewd.v1.Keyset.tainted_at:type_name -> google.protobuf.Timestamp
-	55, // 4: renewd.v1.Keyset.stepped_down_at:type_name -> google.protobuf.Timestamp
-	55, // 5: renewd.v1.Keyset.x509_latest_expiry:type_name -> google.protobuf.Timestamp
-	55, // 6: renewd.v1.Keyset.jwt_latest_expiry:type_name -> google.protobuf.Timestamp
+	57, // 1: renewd.v1.Keyset.issued_at:type_name -> google.protobuf.Timestamp
+	57, // 2: renewd.v1.Keyset.expires_at:type_name -> google.protobuf.Timestamp
+	57, // 3: renewd.v1.Keyset.tainted_at:type_name -> google.protobuf.Timestamp
+	57, // 4: renewd.v1.Keyset.stepped_down_at:type_name -> google.protobuf.Timestamp
+	57, // 5: renewd.v1.Keyset.x509_latest_expiry:type_name -> google.protobuf.Timestamp
+	57, // 6: renewd.v1.Keyset.jwt_latest_expiry:type_name -> google.protobuf.Timestamp
 	1,  // 7: renewd.v1.ListKeysetsRequest.scope:type_name -> renewd.v1.Scope
 	1,  // 8: renewd.v1.ListKeysetsResponse.scope:type_name -> renewd.v1.Scope
 	2,  // 9: renewd.v1.ListKeysetsResponse.keysets:type_name -> renewd.v1.Keyset
 	12, // 10: renewd.v1.ListKeysetsResponse.automatic:type_name -> renewd.v1.Automatic
 	7,  // 11: renewd.v1.ListKeysetsResponse.clock:type_name -> renewd.v1.Clock
-	55, // 12: renewd.v1.ListKeysetsResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	57, // 12: renewd.v1.ListKeysetsResponse.server_started_at:type_name -> google.protobuf.Timestamp
 	15, // 13: renewd.v1.ListKeysetsResponse.behind:type_name -> renewd.v1.Holder
-	55, // 14: renewd.v1.Clock.shows:type_name -> google.protobuf.Timestamp
-	55, // 15: renewd.v1.Clock.at_least:type_name -> google.protobuf.Timestamp
-	56, // 16: renewd.v1.Clock.doubt:type_name -> google.protobuf.Duration
-	56, // 17: renewd.v1.Clock.steady_for:type_name -> google.protobuf.Duration
+	57, // 14: renewd.v1.Clock.shows:type_name -> google.protobuf.Timestamp
+	57, // 15: renewd.v1.Clock.at_least:type_name -> google.protobuf.Timestamp
+	58, // 16: renewd.v1.Clock.doubt:type_name -> google.protobuf.Duration
+	58, // 17: renewd.v1.Clock.steady_for:type_name -> google.protobuf.Duration
 	1,  // 18: renewd.v1.GetClockRequest.scope:type_name -> renewd.v1.Scope
 	7,  // 19: renewd.v1.GetClockResponse.clock:type_name -> renewd.v1.Clock
 	1,  // 20: renewd.v1.ConfirmClockRequest.scope:type_name -> renewd.v1.Scope
-	55, // 21: renewd.v1.ConfirmClockRequest.time:type_name -> google.protobuf.Timestamp
+	57, // 21: renewd.v1.ConfirmClockRequest.time:type_name -> google.protobuf.Timestamp
 	7,  // 22: renewd.v1.ConfirmClockResponse.clock:type_name -> renewd.v1.Clock
-	55, // 23: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
+	57, // 23: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
 	1,  // 24: renewd.v1.ListHoldersRequest.scope:type_name -> renewd.v1.Scope
 	15, // 25: renewd.v1.ListHoldersResponse.holders:type_name -> renewd.v1.Holder
-	55, // 26: renewd.v1.ListHoldersResponse.server_started_at:type_name -> google.protobuf.Timestamp
-	55, // 27: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
-	55, // 28: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
-	55, // 29: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
+	57, // 26: renewd.v1.ListHoldersResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	57, // 27: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
+	57, // 28: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
+	57, // 29: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
 	1,  // 30: renewd.v1.PrepareKeysetRequest.scope:type_name -> renewd.v1.Scope
 	2,  // 31: renewd.v1.PrepareKeysetResponse.keyset:type_name -> renewd.v1.Keyset
 	1,  // 32: renewd.v1.ActivateKeysetRequest.scope:type_name -> renewd.v1.Scope
@@ -3738,85 +3947,89 @@ var file_renewd_proto_depIdxs = []int32{
 	1,  // 34: renewd.v1.RemoveKeysetRequest.scope:type_name -> renewd.v1.Scope
 	1,  // 35: renewd.v1.ReadAuditRequest.scope:type_name -> renewd.v1.Scope
 	26, // 36: renewd.v1.ReadAuditResponse.records:type_name -> renewd.v1.AuditRecord
-	55, // 37: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
-	27, // 38: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
-	27, // 39: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
-	0,  // 40: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
-	55, // 41: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
-	55, // 42: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
-	1,  // 43: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
-	28, // 44: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
-	55, // 45: renewd.v1.ListAgentsResponse.server_started_at:type_name -> google.protobuf.Timestamp
-	1,  // 46: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
-	56, // 47: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	55, // 48: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 49: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 50: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
-	37, // 51: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
-	56, // 52: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
-	56, // 53: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
-	55, // 54: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 55: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
-	38, // 56: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
-	1,  // 57: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
-	38, // 58: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
-	43, // 59: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
-	38, // 60: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
-	38, // 61: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
-	1,  // 62: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
-	38, // 63: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
-	43, // 64: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
-	1,  // 65: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 66: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
-	53, // 67: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
-	55, // 68: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
-	3,  // 69: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
-	5,  // 70: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
-	13, // 71: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
-	16, // 72: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
-	18, // 73: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
-	20, // 74: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
-	22, // 75: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
-	24, // 76: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
-	29, // 77: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
-	31, // 78: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
-	33, // 79: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
-	35, // 80: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
-	39, // 81: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
-	41, // 82: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
-	44, // 83: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
-	46, // 84: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
-	48, // 85: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
-	8,  // 86: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
-	10, // 87: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
-	50, // 88: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
-	52, // 89: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
-	4,  // 90: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
-	6,  // 91: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
-	14, // 92: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
-	17, // 93: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
-	19, // 94: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
-	21, // 95: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
-	23, // 96: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
-	25, // 97: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
-	30, // 98: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
-	32, // 99: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
-	34, // 100: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
-	36, // 101: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
-	40, // 102: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
-	42, // 103: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
-	45, // 104: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
-	47, // 105: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
-	49, // 106: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
-	9,  // 107: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
-	11, // 108: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
-	51, // 109: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
-	54, // 110: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
-	90, // [90:111] is the sub-list for method output_type
-	69, // [69:90] is the sub-list for method input_type
-	69, // [69:69] is the sub-list for extension type_name
-	69, // [69:69] is the sub-list for extension extendee
-	0,  // [0:69] is the sub-list for field type_name
+	57, // 37: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
+	29, // 38: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
+	29, // 39: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
+	45, // 40: renewd.v1.AuditRecord.entry:type_name -> renewd.v1.EntryChange
+	27, // 41: renewd.v1.AuditRecord.token:type_name -> renewd.v1.AuditToken
+	28, // 42: renewd.v1.AuditRecord.agent:type_name -> renewd.v1.AuditAgent
+	57, // 43: renewd.v1.AuditToken.expires_at:type_name -> google.protobuf.Timestamp
+	0,  // 44: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
+	57, // 45: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
+	57, // 46: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
+	1,  // 47: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
+	30, // 48: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
+	57, // 49: renewd.v1.ListAgentsResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	1,  // 50: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
+	58, // 51: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 52: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 53: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 54: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
+	39, // 55: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
+	58, // 56: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
+	58, // 57: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
+	57, // 58: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 59: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
+	40, // 60: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
+	1,  // 61: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
+	40, // 62: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
+	45, // 63: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
+	40, // 64: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
+	40, // 65: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
+	1,  // 66: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
+	40, // 67: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
+	45, // 68: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
+	1,  // 69: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 70: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
+	55, // 71: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
+	57, // 72: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
+	3,  // 73: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
+	5,  // 74: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
+	13, // 75: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
+	16, // 76: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
+	18, // 77: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
+	20, // 78: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
+	22, // 79: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
+	24, // 80: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
+	31, // 81: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
+	33, // 82: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
+	35, // 83: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
+	37, // 84: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
+	41, // 85: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
+	43, // 86: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
+	46, // 87: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
+	48, // 88: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
+	50, // 89: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
+	8,  // 90: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
+	10, // 91: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
+	52, // 92: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
+	54, // 93: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
+	4,  // 94: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
+	6,  // 95: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
+	14, // 96: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
+	17, // 97: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
+	19, // 98: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
+	21, // 99: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
+	23, // 100: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
+	25, // 101: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
+	32, // 102: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
+	34, // 103: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
+	36, // 104: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
+	38, // 105: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
+	42, // 106: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
+	44, // 107: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
+	47, // 108: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
+	49, // 109: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
+	51, // 110: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
+	9,  // 111: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
+	11, // 112: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
+	53, // 113: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
+	56, // 114: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
+	94, // [94:115] is the sub-list for method output_type
+	73, // [73:94] is the sub-list for method input_type
+	73, // [73:73] is the sub-list for extension type_name
+	73, // [73:73] is the sub-list for extension extendee
+	0,  // [0:73] is the sub-list for field type_name
 }
 
 func init() { file_renewd_proto_init() }
@@ -3824,14 +4037,14 @@ func file_renewd_proto_init() {
 	if File_renewd_proto != nil {
 		return
 	}
-	file_renewd_proto_msgTypes[40].OneofWrappers = []any{}
+	file_renewd_proto_msgTypes[42].OneofWrappers = []any{}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_renewd_proto_rawDesc), len(file_renewd_proto_rawDesc)),
 			NumEnums:      1,
-			NumMessages:   54,
+			NumMessages:   56,
 			NumExtensions: 0,
 			NumServices:   2,
 		},

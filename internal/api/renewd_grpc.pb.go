@@ -75,7 +75,7 @@ type OperatorClient interface {
 	// RemoveKeyset refuses, with FAILED_PRECONDITION, to remove a keyset that is not
 	// safe, unless force is set.
 	RemoveKeyset(ctx context.Context, in *RemoveKeysetRequest, opts ...grpc.CallOption) (*RemoveKeysetResponse, error)
-	// ReadAudit returns the log of mutations, oldest first.
+	// ReadAudit returns the audit log, oldest first: who changed what, and when.
 	ReadAudit(ctx context.Context, in *ReadAuditRequest, opts ...grpc.CallOption) (*ReadAuditResponse, error)
 	ListAgents(ctx context.Context, in *ListAgentsRequest, opts ...grpc.CallOption) (*ListAgentsResponse, error)
 	// CreateJoinToken makes a token with which one agent can attest, once.
@@ -342,7 +342,7 @@ type OperatorServer interface {
 	// RemoveKeyset refuses, with FAILED_PRECONDITION, to remove a keyset that is not
 	// safe, unless force is set.
 	RemoveKeyset(context.Context, *RemoveKeysetRequest) (*RemoveKeysetResponse, error)
-	// ReadAudit returns the log of mutations, oldest first.
+	// ReadAudit returns the audit log, oldest first: who changed what, and when.
 	ReadAudit(context.Context, *ReadAuditRequest) (*ReadAuditResponse, error)
 	ListAgents(context.Context, *ListAgentsRequest) (*ListAgentsResponse, error)
 	// CreateJoinToken makes a token with which one agent can attest, once.

@@ -66,7 +66,7 @@ func (h *clockHistory) reach(ident *identity) *agent {
 
 // attestNode attests a node with a new join token.
 func (h *clockHistory) attestNode(ctx context.Context, n *clockNode) error {
-	token, err := h.Server("default").CreateJoinToken(ctx, time.Hour)
+	token, err := h.Server("default").CreateJoinToken(ctx, time.Hour, "")
 	if err != nil {
 		return err
 	}

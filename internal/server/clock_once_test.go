@@ -56,10 +56,10 @@ func TestNothingIsForgotten(t *testing.T) {
 		n := &clockNode{svids: map[string][]*identity{}}
 		check(h.t, h.visit(n))
 		s := h.Server("default")
-		token, err := s.CreateJoinToken(h.t.Context(), time.Hour)
+		token, err := s.CreateJoinToken(h.t.Context(), time.Hour, "")
 		check(h.t, err)
 		h.off.Store(int64(30 * day))
-		_, err = s.CreateJoinToken(h.t.Context(), time.Hour)
+		_, err = s.CreateJoinToken(h.t.Context(), time.Hour, "")
 		check(h.t, err)
 		h.off.Store(0)
 		if agents, err := s.Agents(h.t.Context()); err != nil || len(agents) != 1 {

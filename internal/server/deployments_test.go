@@ -131,11 +131,13 @@ func (r *running) stored() string {
 		s := scope(name)
 		keysets := r.keysets(name)
 		keysets.AgentsBehind, keysets.Automatic, keysets.Clock = 0, nil, nil // known after a minute, or different each time
-		keysets.Agents = 0                                                   // counts all served deployments; the list below is for each
+		keysets.Behind, keysets.ServerStartedAt = nil, nil
+		keysets.Agents = 0 // counts all served deployments; the list below is for each
 		entries, err := r.api.ListEntries(ctx, &api.ListEntriesRequest{Scope: s})
 		check(r.t, err)
 		agents, err := r.api.ListAgents(ctx, &api.ListAgentsRequest{Scope: s})
 		check(r.t, err)
+		agents.ServerStartedAt = nil
 		for _, a := range agents.GetAgents() {
 			a.AppliedSequence, a.LastReport = 0, nil
 		}

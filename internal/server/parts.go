@@ -2,6 +2,8 @@ package server
 
 import (
 	"context"
+	"fmt"
+	"io"
 	"time"
 
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
@@ -23,7 +25,7 @@ func (d *Domain) openOperator() (err error) {
 	c := admin.Config{
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: *d.rules.Load(), Follows: d.federation.Follows,
 		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.compareClock,
-		ConfirmClock: d.confirmClock, Backup: d.store.Backup,
+		ConfirmClock: d.confirmClock, Backup: d.backup,
 	}
 	for _, dep := range d.deployments {
 		c.Deployments = append(c.Deployments, admin.Deployment{
@@ -54,6 +56,18 @@ func (dep *deployment) audit(ctx context.Context, after uint64, limit int) ([]ad
 
 var keysetStates = map[keyset.State]metrics.AuthorityState{
 	keyset.Prepared: metrics.StatePrepared, keyset.Active: metrics.StateActive, keyset.Tainted: metrics.StateTainted,
+}
+
+// backup writes a copy of the store to w. The audit log of every deployment, which the copy
+// has, says so before anything is written.
+func (d *Domain) backup(ctx context.Context, w io.Writer) (int64, error) {
+	c := keyset.Change{At: d.cfg.Now().UTC(), Actor: keyset.Actor(ctx), Operation: "backup"}
+	for _, dep := range d.deployments {
+		if err := dep.stored.AddAudit(ctx, c); err != nil {
+			return 0, fmt.Errorf("backup not begun, because the audit log of deployment %s cannot have it: %w", dep.Name, err)
+		}
+	}
+	return d.store.Backup(ctx, w)
 }
 
 // state returns what the metrics show. A deployment that cannot be read is left out.

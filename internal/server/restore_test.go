@@ -108,7 +108,7 @@ func TestRestore(t *testing.T) {
 	} else {
 		_, csr := newKey(t)
 		check(t, stream.Send(attestation(spent, csr)))
-		if _, err := stream.Recv(); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "does not exist") {
+		if _, err := stream.Recv(); status.Code(err) != codes.InvalidArgument || !strings.Contains(err.Error(), "is not known to this deployment") {
 			t.Errorf("spent token: %v", err)
 		}
 	}
@@ -163,11 +163,11 @@ func TestRestore(t *testing.T) {
 	check(t, err)
 	var notes []string
 	for _, rec := range audit.GetRecords() {
-		if rec.GetOperation() == "restore" || rec.GetNote() != "" {
+		if rec.GetKind() == "backups" || rec.GetKind() == "keysets" && rec.GetNote() != "" {
 			notes = append(notes, rec.GetActor()+" "+rec.GetOperation()+" "+rec.GetNote())
 		}
 	}
-	if len(notes) != 2 || !strings.HasPrefix(notes[0], "server restore from a copy of ") || !strings.Contains(notes[1], "remove forced: the server was restored from a copy of ") {
+	if len(notes) != 3 || !strings.HasSuffix(notes[0], " backup ") || !strings.HasPrefix(notes[1], "server restore from a copy of ") || !strings.Contains(notes[2], "remove forced: the server was restored from a copy of ") {
 		t.Errorf("audit log: %q", notes)
 	}
 }

@@ -49,7 +49,7 @@ func years(t *testing.T) {
 			ID: "web", SPIFFEID: spiffeid.RequireFromPath(td, "/"+n.name), Selectors: []spireapi.Selector{{Type: "unix", Value: "uid:0"}},
 		}}, false)
 		check(t, err)
-		token, err := s.CreateJoinToken(t.Context(), time.Hour)
+		token, err := s.CreateJoinToken(t.Context(), time.Hour, "")
 		check(t, err)
 		first := w.reach(n)
 		n.own = first.attest(token.Value)

@@ -97,7 +97,7 @@ type daemon struct {
 
 func (w *world) start(k kind, cached int) *daemon {
 	w.b.Helper()
-	token, err := w.server.CreateJoinToken(context.Background(), time.Hour)
+	token, err := w.server.CreateJoinToken(context.Background(), time.Hour, "")
 	if err != nil {
 		w.b.Fatal(err)
 	}

@@ -17,6 +17,20 @@ type Server struct {
 	tokens  map[string]spireapi.Token
 	agents  map[spiffeid.ID]spireapi.Agent
 	entries map[string]spireapi.StoredEntry
+	audit   []spireapi.AuditRecord
+}
+
+// Audit returns the records of the audit log, in order.
+func (m *Server) Audit() []spireapi.AuditRecord {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return slices.Clone(m.audit)
+}
+
+func (m *Server) addAuditLocked(records []*spireapi.AuditRecord) {
+	for _, r := range records {
+		m.audit = append(m.audit, *r)
+	}
 }
 
 // NewServer makes an empty Server.
@@ -29,10 +43,11 @@ func NewServer() *Server {
 }
 
 // PutToken implements [spireapi.Storage].
-func (m *Server) PutToken(_ context.Context, t spireapi.Token) error {
+func (m *Server) PutToken(_ context.Context, t spireapi.Token, audit ...*spireapi.AuditRecord) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.tokens[t.Value] = t
+	m.addAuditLocked(audit)
 	return nil
 }
 
@@ -74,7 +89,7 @@ func (m *Server) Agent(_ context.Context, id spiffeid.ID) (*spireapi.Agent, erro
 }
 
 // UpdateAgent implements [spireapi.Storage].
-func (m *Server) UpdateAgent(_ context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+func (m *Server) UpdateAgent(_ context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error), audit ...*spireapi.AuditRecord) (*spireapi.Agent, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	a, err := change(m.agentLocked(id))
@@ -82,6 +97,7 @@ func (m *Server) UpdateAgent(_ context.Context, id spiffeid.ID, change func(*spi
 		return nil, err
 	}
 	m.putAgentLocked(id, a)
+	m.addAuditLocked(audit)
 	return m.agentLocked(id), nil
 }
 
@@ -89,7 +105,8 @@ func (m *Server) UpdateAgent(_ context.Context, id spiffeid.ID, change func(*spi
 func (m *Server) Admit(_ context.Context, a spireapi.Admission) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if _, ok := m.tokens[a.Token]; !ok && a.Token != "" {
+	t, ok := m.tokens[a.Token]
+	if a.Token != "" && (!ok || !t.SpentAt.IsZero()) {
 		return spireapi.ErrNotFound
 	}
 	agent, err := a.Change(m.agentLocked(a.ID))
@@ -97,7 +114,10 @@ func (m *Server) Admit(_ context.Context, a spireapi.Admission) error {
 		return err
 	}
 	a.Row()
-	delete(m.tokens, a.Token)
+	if ok {
+		t.SpentAt = a.SpentAt
+		m.tokens[a.Token] = t
+	}
 	m.putAgentLocked(a.ID, agent)
 	return nil
 }
@@ -133,9 +153,10 @@ func (m *Server) Entries(context.Context) ([]spireapi.StoredEntry, error) {
 }
 
 // PutEntries implements [spireapi.Storage].
-func (m *Server) PutEntries(_ context.Context, put []spireapi.StoredEntry, remove []string) error {
+func (m *Server) PutEntries(_ context.Context, put []spireapi.StoredEntry, remove []string, audit ...*spireapi.AuditRecord) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.addAuditLocked(audit)
 	for _, e := range put {
 		m.entries[e.ID] = e
 	}

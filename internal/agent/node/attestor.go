@@ -44,15 +44,22 @@ const maxToken = 4 << 10
 type joinToken struct{ value, file string }
 
 // JoinToken attests a node with a token that the server has issued for it and
-// accepts once. The token is value or, when that is empty, the content of file
-// without surrounding white space.
-func JoinToken(value, file string) Attestor { return joinToken{strings.TrimSpace(value), file} }
+// accepts once. The token is value or, when that is empty, the content of file; see
+// [ParseToken].
+func JoinToken(value, file string) Attestor { return joinToken{value, file} }
 
-func (joinToken) Type() string { return "join_token" }
+// tokenType is the type of attestation by join token.
+const tokenType = "join_token"
+
+func (joinToken) Type() string { return tokenType }
 
 func (j joinToken) Credential(context.Context) (*Credential, error) {
-	if j.value != "" {
-		return &Credential{Payload: []byte(j.value)}, nil
+	if strings.TrimSpace(j.value) != "" {
+		token, ok := ParseToken(j.value)
+		if !ok {
+			return nil, errors.New("join_token is not one word: it must be one token and nothing else, or what \"spire-server token generate\" prints")
+		}
+		return &Credential{Payload: []byte(token), About: "join_token"}, nil
 	}
 	if j.file == "" {
 		return nil, fmt.Errorf("%w: set join_token or join_token_file to a token that the server issued for this node, or node_attestation", ErrNoCredential)
@@ -61,14 +68,32 @@ func (j joinToken) Credential(context.Context) (*Credential, error) {
 	if err != nil {
 		return nil, err
 	}
-	token := strings.TrimSpace(string(b))
+	token, ok := ParseToken(string(b))
 	switch {
 	case token == "":
 		return nil, fmt.Errorf("join_token_file %s is empty: put a token into it that the server issued for this node; a systemd credential is read when the service starts, so restart it then", j.file)
-	case strings.ContainsAny(token, " \t\r\n"):
-		return nil, fmt.Errorf("join_token_file %s holds more than one word: it must hold one token and nothing else", j.file)
+	case !ok:
+		return nil, fmt.Errorf("join_token_file %s holds more than one word: it must hold one token and nothing else, or what \"spire-server token generate\" prints", j.file)
 	}
-	return &Credential{Payload: []byte(token)}, nil
+	return &Credential{Payload: []byte(token), About: "the token in join_token_file " + j.file}, nil
+}
+
+// ParseToken returns the token in a text that is one word, or the output of "spire-server
+// token generate": "Token: TOKEN", and without -spiffeID a line "Warning: Missing SPIFFE
+// ID." (SPIRE 1.13.3 and 1.16-dev, cmd/spire-server/cli/token/generate.go). It is false if
+// the text is anything else; the token is empty if that is white space.
+func ParseToken(text string) (token string, ok bool) {
+	lines := strings.Split(strings.TrimSpace(text), "\n")
+	if rest, is := strings.CutPrefix(lines[0], "Token:"); is {
+		if len(lines) > 1 && strings.HasPrefix(lines[1], "Warning: ") {
+			lines = lines[:1]
+		}
+		if lines[0] = strings.TrimSpace(rest); lines[0] == "" {
+			return "", false
+		}
+	}
+	token = strings.Join(lines, "\n")
+	return token, !strings.ContainsAny(token, " \t\r\n")
 }
 
 // readFile reads the file that a field of the configuration names, up to limit bytes.

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +20,8 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/bundle"
 	"github.com/renewd/renewd/internal/config"
@@ -138,7 +141,11 @@ func (n *Node) Attest(ctx context.Context, conn grpc.ClientConnInterface, trust 
 	}
 	result, err := n.attestAgent(ctx, conn, credential, csr)
 	if err != nil && credential.About != "" {
-		return fmt.Errorf("with %s: %w", credential.About, err)
+		err = fmt.Errorf("with %s: %w", credential.About, err)
+	}
+	// renewd's server names the remedy, a SPIRE server does not.
+	if err != nil && n.cfg.Attestor.Type() == tokenType && status.Code(err) == codes.InvalidArgument && !strings.Contains(err.Error(), "token create") {
+		err = fmt.Errorf("%w; a token attests one node, once, within its lifetime: give this node a new one, of \"spire-server token generate\"", err)
 	}
 	if err != nil {
 		return err

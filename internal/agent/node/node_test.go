@@ -214,7 +214,17 @@ func TestJoinToken(t *testing.T) {
 		"no file":           {file: filepath.Join(t.TempDir(), "none"), err: "join_token_file"},
 		"empty file":        {file: file(" \n"), err: "is empty: put a token into it"},
 		"two words":         {file: file("a b"), err: "more than one word"},
-		"large file":        {file: file(strings.Repeat("x", 5000)), err: "larger than"},
+		"two in the value":  {value: "a b", err: "join_token is not one word"},
+		"no token of SPIRE": {value: "Token: ", err: "join_token is not one word"},
+		// What "spire-server token generate" prints, without and with -spiffeID.
+		"of SPIRE":           {file: file("Token: 0b7a-1\nWarning: Missing SPIFFE ID.\n"), want: "0b7a-1"},
+		"of SPIRE, with ID":  {file: file("Token: 0b7a-1\n"), want: "0b7a-1"},
+		"of SPIRE, value":    {value: "Token: 0b7a-1", want: "0b7a-1"},
+		"of SPIRE, CRLF":     {file: file("Token: 0b7a-1\r\nWarning: Missing SPIFFE ID.\r\n"), want: "0b7a-1"},
+		"of SPIRE, no token": {file: file("Token: \nWarning: Missing SPIFFE ID.\n"), err: "is empty: put a token into it"},
+		"two of SPIRE":       {file: file("Token: 0b7a-1\nToken: 0b7a-2\n"), err: "more than one word"},
+		"a warning alone":    {file: file("Warning: Missing SPIFFE ID.\n"), err: "more than one word"},
+		"large file":         {file: file(strings.Repeat("x", 5000)), err: "larger than"},
 	} {
 		var got []byte
 		credential, err := node.JoinToken(c.value, c.file).Credential(t.Context())
@@ -360,8 +370,9 @@ func TestAttestAnswersWithoutResult(t *testing.T) {
 		if err == nil || n.Identity() != nil {
 			t.Errorf("%s: got %v", name, err)
 		}
-		if name == "refused" && status.Code(err) != codes.InvalidArgument {
-			t.Errorf("the code is lost: %v", err)
+		if name == "refused" && (status.Code(err) != codes.InvalidArgument ||
+			!strings.HasPrefix(err.Error(), "with join_token: rpc error") || !strings.HasSuffix(err.Error(), `give this node a new one, of "spire-server token generate"`)) {
+			t.Errorf("the code or the remedy is lost: %v", err)
 		}
 	}
 }

@@ -60,7 +60,7 @@ func TestNodeLifecycleWithTheEmbeddedServer(t *testing.T) {
 		}
 		token := filepath.Join(dir, "token")
 		give := func() {
-			if err := os.WriteFile(token, []byte(must(s.CreateJoinToken(ctx, time.Hour)).Value), 0o600); err != nil {
+			if err := os.WriteFile(token, []byte(must(s.CreateJoinToken(ctx, time.Hour, "")).Value), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}

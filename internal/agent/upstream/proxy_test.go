@@ -87,7 +87,7 @@ func agentBehindProxy(t *testing.T, p *connectProxy, user *url.Userinfo) *agent 
 	a := &agent{}
 	a.trust.Store(must(bootstrap.File{Path: file, TrustDomain: td}.Fetch(t.Context(), bootstrap.Request{})))
 	a.store = must(node.OpenStore(filepath.Join(dir, "data"), nil))
-	token := must(s.CreateJoinToken(ctx, time.Hour)).Value
+	token := must(s.CreateJoinToken(ctx, time.Hour, "")).Value
 	a.node = must(node.New(node.Config{TrustDomain: td, Attestor: node.JoinToken(token, ""), Store: a.store, Bundle: a.trust.Load}))
 	a.Client = must(upstream.New(upstream.Config{
 		ServerAddress: serverBehindProxy, Proxy: at, TrustDomain: td, Node: a.node, Bundle: a.trust.Load, Version: "1.0",

@@ -21,6 +21,7 @@ var ErrNoReports = errors.New("the server accepts no reports")
 type Report struct {
 	Sequence    uint64  // of the bundle in force
 	Rate        float64 // limit of taint renewals a second
+	Hostname    string  // of the node, at most 255 characters
 	Authorities []AuthorityReport
 }
 
@@ -36,7 +37,7 @@ type AuthorityReport struct {
 // Report sends a report to the server. It fails with [ErrNoReports] when the
 // server accepts none.
 func (c *Client) Report(ctx context.Context, r Report) error {
-	req := &api.ReportRequest{BundleSequence: r.Sequence, TaintRate: r.Rate, Process: []byte(c.cfg.Process), Number: c.reports.Add(1)}
+	req := &api.ReportRequest{BundleSequence: r.Sequence, TaintRate: r.Rate, Process: []byte(c.cfg.Process), Number: c.reports.Add(1), Hostname: r.Hostname}
 	for _, a := range r.Authorities {
 		p := &api.AuthorityReport{
 			AuthorityId: a.ID, Tainted: a.Tainted, Pending: int64(a.Pending), Streams: int64(a.Streams), Settled: a.Settled,

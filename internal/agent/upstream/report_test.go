@@ -31,7 +31,7 @@ func TestReport(t *testing.T) {
 	t.Parallel()
 	bubble(t, func(t *testing.T, s *server, a *agent) {
 		begins := time.Now().Add(time.Minute)
-		report := upstream.Report{Sequence: 7, Rate: 20, Authorities: []upstream.AuthorityReport{
+		report := upstream.Report{Sequence: 7, Rate: 20, Hostname: "node-1", Authorities: []upstream.AuthorityReport{
 			{ID: "aa", Tainted: true, Pending: 3, Streams: 2, BeginsAt: begins},
 			{ID: "bb", Tainted: true, Settled: true},
 			{ID: "cc", Pending: 1},
@@ -50,7 +50,7 @@ func TestReport(t *testing.T) {
 			t.Errorf("process %q, number %d", p, n)
 		}
 		s.fleet.last.Process, s.fleet.last.Number = nil, 0
-		want := &api.ReportRequest{BundleSequence: 7, TaintRate: 20, Authorities: []*api.AuthorityReport{
+		want := &api.ReportRequest{BundleSequence: 7, TaintRate: 20, Hostname: "node-1", Authorities: []*api.AuthorityReport{
 			{AuthorityId: "aa", Tainted: true, Pending: 3, Streams: 2, BeginsAt: timestamppb.New(begins)},
 			{AuthorityId: "bb", Tainted: true, Settled: true},
 			{AuthorityId: "cc", Pending: 1},

@@ -19,14 +19,14 @@ func TestHistory(t *testing.T) {
 	s := holding(1, 0, 0, 0)
 	s.Authorities = append(s.Authorities, metrics.Authority{Type: metrics.TypeJWT, ID: "key", State: metrics.StateTainted})
 	a := startNode(t, s)
-	running := strings.Split(a.info(t), `"`)[1] // its process ID
+	running := strings.Split(a.info(t), `"`)[3] // its process ID
 	const (
 		up      = `up{`
 		tainted = `renewd_svids_held{svid_type="jwt",authority="key",state="tainted",`
 		gave    = `renewd_jwt_svid_latest_expiry_timestamp_seconds{key_id="key",`
 	)
 	process := func(id, spiffeID string) string {
-		return fmt.Sprintf("renewd_agent_info{process_id=%q,spiffe_id=%q,", id, spiffeID)
+		return fmt.Sprintf("renewd_agent_info{hostname=\"\",process_id=%q,spiffe_id=%q,", id, spiffeID)
 	}
 	it, before := process(running, id(1)), process("before", id(1))
 	tests := []struct {

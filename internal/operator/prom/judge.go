@@ -54,7 +54,7 @@ func evaluate(at time.Time, trustDomain string, targets []*target) Figures {
 		if reason := a.reason(); reason != "" {
 			f.Holding++
 			f.Holders = append(f.Holders, runbook.Holder{
-				Agent: a.Instance, Version: a.Version, SVIDs: a.SVIDs, Streams: a.Streams, Reason: reason, LastReport: a.LastScrape,
+				Agent: a.Instance, Version: a.Version, Hostname: a.Hostname, SVIDs: a.SVIDs, Streams: a.Streams, Reason: reason, LastReport: a.LastScrape,
 			})
 		}
 	}
@@ -92,14 +92,14 @@ func (f *Figures) addMissing(n int, agent string) {
 // agent returns the agent of the target. known says that the newest scrape is recent and
 // of an application that identifies itself.
 func (t *target) agent(at time.Time) (a Agent, known bool) {
-	a = Agent{Instance: t.instance(), ID: t.id(), LastScrape: t.answered, SVIDs: int(t.held)}
+	a = Agent{Instance: t.instance(), ID: t.id(), Hostname: t.hostname, LastScrape: t.answered, SVIDs: int(t.held)}
 	// Without info the target may be any program.
 	if !t.recent(at) || t.info == nil {
 		return a, false
 	}
 	settled, seen := t.values[seriesSettled]
 	a = Agent{
-		Instance: a.Instance, ID: a.ID, Up: true, LastScrape: t.scrape,
+		Instance: a.Instance, ID: a.ID, Hostname: a.Hostname, Up: true, LastScrape: t.scrape,
 		Version:  string(t.info["spirl_app_version"]),
 		Sequence: uint64(max(0, t.values[seriesSequence])),
 		SVIDs:    int(t.values[seriesHeld]), Pending: int(t.values[seriesPending]), Streams: int(t.values[seriesStreams]),

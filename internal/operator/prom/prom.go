@@ -116,6 +116,7 @@ type Agent struct {
 	Up         bool      // the newest scrape was answered and is recent
 	LastScrape time.Time // last answered scrape; zero: none within a day
 	Version    string
+	Hostname   string // of its node; empty: not exported
 	Sequence   uint64 // of the bundle that it applies; 0: none yet
 	// SVIDs of the X.509 authority that the agent holds, that are to be renewed, and
 	// streams that have not been sent the replacement.

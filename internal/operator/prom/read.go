@@ -30,8 +30,9 @@ const (
 
 // The labels of seriesAgent.
 const (
-	labelID      = "spiffe_id"
-	labelProcess = "process_id"
+	labelID       = "spiffe_id"
+	labelProcess  = "process_id"
+	labelHostname = "hostname"
 )
 
 var seriesOfScrape = strings.Join([]string{seriesUp, seriesInfo, seriesHeld, seriesPending, seriesStreams,
@@ -46,9 +47,10 @@ type target struct {
 	interval time.Duration
 	healthy  bool
 
-	scrape time.Time // of the newest sample of up; zero: none in the window
-	up     bool
-	info   model.Metric // of spirl_application_info; nil: none
+	scrape   time.Time // of the newest sample of up; zero: none in the window
+	up       bool
+	info     model.Metric // of spirl_application_info; nil: none
+	hostname string       // of the newest scrape, or for a silent target of the last day
 	// The process IDs of the newest scrape: none if the agent is too old, several if
 	// the target is several agents.
 	processes []string
@@ -196,6 +198,7 @@ func (t *target) addSample(m model.Metric, s model.SamplePair) {
 		t.info = m
 	case name == seriesAgent:
 		t.addID(m[labelID])
+		t.hostname = string(m[labelHostname])
 		if p := string(m[labelProcess]); p != "" && !slices.Contains(t.processes, p) {
 			t.processes = append(t.processes, p)
 		}
@@ -254,6 +257,7 @@ func (c *Client) lastAnswers(ctx context.Context, at time.Time, authority string
 	}
 	err = read(fmt.Sprintf(`last_over_time(%s{%s}[1d])`, seriesAgent, silent), func(t *target, m model.Metric, _ float64) {
 		t.addID(m[labelID])
+		t.hostname = string(m[labelHostname])
 	})
 	if err != nil {
 		return err

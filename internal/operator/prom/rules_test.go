@@ -52,7 +52,7 @@ func agent(n int) *fakeTarget {
 			{name: "renewd_taint_streams_waiting", value: 0, labels: none},
 			{name: "renewd_taint_settled", value: 1, labels: none},
 			{name: "renewd_bundle_sequence_number", value: 7},
-			{name: "renewd_agent_info", value: 1, labels: map[string]string{"spiffe_id": id(n), "process_id": process(n)}},
+			{name: "renewd_agent_info", value: 1, labels: map[string]string{"spiffe_id": id(n), "process_id": process(n), "hostname": fmt.Sprint("host-", n)}},
 		},
 	}
 }
@@ -179,7 +179,7 @@ func (f *fake) ids() any {
 	for _, t := range f.targets {
 		var n int
 		fmt.Sscanf(t.instance, "node-%d", &n)
-		labels := map[string]string{"job": t.job, "instance": t.instance, "spiffe_id": id(n)}
+		labels := map[string]string{"job": t.job, "instance": t.instance, "spiffe_id": id(n), "hostname": fmt.Sprint("host-", n)}
 		found = append(found, map[string]any{"metric": labels, "value": []any{now, "1"}})
 	}
 	return vector(found)
@@ -480,12 +480,17 @@ func TestAgentsAndQueries(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := []prom.Agent{
-		{Instance: "node-0:9090", ID: id(0), LastScrape: time.UnixMilli(now*1000 - 3_600_500), SVIDs: 12},
-		{Instance: "node-1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Sequence: 7,
+		{Instance: "node-0:9090", ID: id(0), Hostname: "host-0", LastScrape: time.UnixMilli(now*1000 - 3_600_500), SVIDs: 12},
+		{Instance: "node-1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-14, 0), Up: true, Version: "1.2.3", Hostname: "host-1", Sequence: 7,
 			SVIDs: 5, Pending: 5, Streams: 4, Seen: true},
 	}
 	if !slices.Equal(f.Agents, want) {
 		t.Errorf("agents\n%+v, want\n%+v", f.Agents, want)
+	}
+	for i, h := range f.Holders[:len(want)] {
+		if h.Hostname != want[i].Hostname {
+			t.Errorf("holder %+v has not the hostname of %+v", h, want[i])
+		}
 	}
 	if f.X509SVIDs != 17 || f.Expected != 4 || f.Missing != 2 || f.Holding != 4 || !f.JWTExpiry.Equal(time.Unix(now+60, 0)) {
 		t.Errorf("figures %+v", f)
@@ -529,7 +534,7 @@ func TestScrapedTwice(t *testing.T) {
 			t.Fatal(err)
 		}
 		f, err := c.Figures(t.Context(), "old", "key", []string{id(1)})
-		want := []prom.Agent{{Instance: "10.0.0.1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-1, 0), Up: true, Version: "1.2.3",
+		want := []prom.Agent{{Instance: "10.0.0.1:9090", ID: id(1), Process: process(1), LastScrape: time.Unix(now-1, 0), Up: true, Version: "1.2.3", Hostname: "host-1",
 			Sequence: 6, SVIDs: 3, Pending: 4, Streams: 5, Seen: true}}
 		if err != nil || !slices.Equal(f.Agents, want) || f.X509Safe {
 			t.Errorf("%v, agents\n%+v, want\n%+v", err, f.Agents, want)

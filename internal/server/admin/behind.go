@@ -5,6 +5,7 @@ import (
 	"slices"
 	"time"
 
+	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/server/ledger"
 	"github.com/renewd/renewd/internal/server/spireapi"
@@ -18,8 +19,12 @@ const fetchGrace = 3 * time.Minute
 // that are behind.
 type agentCounts struct {
 	agents, behind int
-	duplicated     []string // sorted IDs
+	named          []*api.Holder // the first of those that are behind, ordered by ID
+	duplicated     []string      // sorted IDs
 }
+
+// maxBehind is how many agents that are behind have a name.
+const maxBehind = 100
 
 // AgentsBehind returns how many agents of all deployments except retired ones are behind the
 // published trust bundle. Their workloads verify the SVIDs of every deployment.
@@ -58,8 +63,18 @@ func (s *Service) count(ctx context.Context, d *Deployment) (n agentCounts, err 
 			n.duplicated = append(n.duplicated, id)
 		}
 		c, known := d.Ledger.Contact(id)
-		if behind(a, c, known, sequence, fetched) {
-			n.behind++
+		if !behind(a, c, known, sequence, fetched) {
+			continue
+		}
+		if n.behind++; n.behind <= maxBehind {
+			h := &api.Holder{
+				AgentId: id, Version: a.Version, Hostname: a.Hostname, Label: a.Label, Reason: ledger.ReasonBehind,
+				LatestExpiry: protoTime(latestExpiry(a)), LastReport: protoTime(c.At), AppliedSequence: c.Sequence,
+			}
+			if !known || now.Sub(c.At) > ledger.Silence {
+				h.Reason = ledger.ReasonSilent
+			}
+			n.named = append(n.named, h)
 		}
 	}
 	return n, nil

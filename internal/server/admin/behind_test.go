@@ -2,6 +2,8 @@ package admin_test
 
 import (
 	"fmt"
+	"path"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -51,20 +53,52 @@ func TestBehind(t *testing.T) {
 					when, list.GetAgentsBehind(), list.GetAgents(), automatic, behind)
 			}
 		}
+		named := func(agents ...string) {
+			t.Helper()
+			list, err := w.ListKeysets(t.Context(), &api.ListKeysetsRequest{})
+			check(t, err)
+			var got []string
+			for _, h := range list.GetBehind() {
+				got = append(got, path.Base(h.GetAgentId())+" "+h.GetReason())
+			}
+			if !slices.Equal(got, agents) {
+				t.Errorf("named are %q, want %q", got, agents)
+			}
+		}
 		want("at first", 5)
 		time.Sleep(time.Hour)
 		reportAll(d.keysets.Bundle().Sequence)
 		want("all reported", 1) // reported-version is unreachable
+		named("reported-version silent")
 		_, err := d.keysets.Prepare(t.Context())
 		check(t, err)
 		reportAll(d.keysets.Bundle().Sequence - 1)
 		want("a bundle is new", 5)
+		named("posts behind", "posts-without-bundle behind", "reported-version silent", "reports behind", "silent silent")
 		time.Sleep(3 * time.Minute)
 		want("three minutes later", 3)
 		reportAll(d.keysets.Bundle().Sequence)
 		want("it is applied", 1)
 		d.ledger.Applied(agent("reported-version").String(), d.keysets.Bundle().Sequence)
 		want("the last is back", 0)
+	})
+}
+
+// TestManyBehind: of very many agents that are behind, in all deployments, the first by ID
+// have a name.
+func TestManyBehind(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, "east", "west")
+		for i := range 180 {
+			w.deployments[w.names[i%2]].attest(t, spireapi.Agent{ID: agent(fmt.Sprintf("%03d", i)), ExpiresAt: time.Now().Add(time.Hour), Version: "1"})
+		}
+		list, err := w.ListKeysets(t.Context(), &api.ListKeysetsRequest{Scope: &api.Scope{Deployment: "west"}})
+		check(t, err)
+		got := list.GetBehind()
+		if list.GetAgentsBehind() != 180 || len(got) != 100 || got[0].GetAgentId() != agent("000").String() || got[99].GetAgentId() != agent("099").String() {
+			t.Errorf("%d are behind, %d named: %v", list.GetAgentsBehind(), len(got), got)
+		}
 	})
 }
 

@@ -35,6 +35,9 @@ func (s *Service) interceptUnary(ctx context.Context, req any, info *grpc.UnaryS
 		resp, err := detach.Do(ctx, &s.calls, func() (any, error) { return handler(ctx, req) })
 		return resp, rpc.Error(err)
 	}
+	if strings.HasPrefix(info.FullMethod, "/"+entryv1.Entry_ServiceDesc.ServiceName+"/") {
+		ctx = keyset.WithNote(ctx, "SPIRE's Entry API")
+	}
 	begin := s.now()
 	// Wait for the result even if the caller disconnects, and log it.
 	deadline, _ := ctx.Deadline()

@@ -42,13 +42,14 @@ func TestRotation(t *testing.T) {
 	bubble(t, func(t *testing.T, w *world, r *remote, c *renewd.Client) {
 		d, b := w.only(), c.Backend("example.org", "default")
 		old := d.keysets.Active()
-		end := time.Now().Add(time.Hour).UTC()
+		startedAt := time.Now().UTC()
+		end := startedAt.Add(time.Hour)
 		for _, entry := range []string{"", "web", "db"} {
 			check(t, d.ledger.RecordX509(t.Context(), ledger.Row{Authority: old.X509AuthorityID, Agent: agent("a").String(), Entry: entry, NotAfter: end}))
 		}
 		check(t, d.ledger.RecordJWT(t.Context(), old.JWTKeyID, end))
 		for name, banned := range map[string]bool{"a": false, "b": false, "banned": true} {
-			d.attest(t, spireapi.Agent{ID: agent(name), ExpiresAt: end, Banned: banned, Version: "v9"})
+			d.attest(t, spireapi.Agent{ID: agent(name), ExpiresAt: end, Banned: banned, Version: "v9", Hostname: "host-" + name, Label: "rack 1"})
 		}
 		d.attest(t, spireapi.Agent{ID: agent("expired"), ExpiresAt: time.Now().Add(-2 * time.Hour)})
 		d.attest(t, spireapi.Agent{ID: agent("renewed"), ExpiresAt: time.Now().Add(-time.Second), NextSerial: "7", NextExpiresAt: end})
@@ -62,7 +63,10 @@ func TestRotation(t *testing.T) {
 		d.ledger.Applied(agent("renewed").String(), d.keysets.Bundle().Sequence-1)
 		s, err := b.Status(t.Context())
 		check(t, err)
-		if want := (runbook.Status{TrustDomain: "example.org", Deployment: "default", Sequence: 2, Agents: 3, AgentsBehind: 2, Keysets: s.Keysets}); !reflect.DeepEqual(s, want) {
+		if want := (runbook.Status{TrustDomain: "example.org", Deployment: "default", Sequence: 2, Agents: 3, AgentsBehind: 2, Keysets: s.Keysets, ServerStartedAt: startedAt, Behind: []runbook.Holder{
+			{Agent: agent("a").String(), Version: "v9", Hostname: "host-a", Label: "rack 1", Reason: "silent", LatestExpiry: end},
+			{Agent: agent("renewed").String(), Reason: "behind", LatestExpiry: end, LastReport: startedAt},
+		}}); !reflect.DeepEqual(s, want) {
 			t.Errorf("status %+v\n  want %+v", s, want)
 		}
 		check(t, b.Activate(t.Context(), next.ID))
@@ -85,7 +89,7 @@ func TestRotation(t *testing.T) {
 		}
 		holders, err := b.Holders(t.Context(), old.ID)
 		check(t, err)
-		if want := []runbook.Holder{{Agent: agent("a").String(), Version: "v9", SVIDs: 3, Reason: "silent", LatestExpiry: end}}; !reflect.DeepEqual(holders, want) {
+		if want := []runbook.Holder{{Agent: agent("a").String(), Version: "v9", Hostname: "host-a", Label: "rack 1", SVIDs: 3, Reason: "silent", LatestExpiry: end}}; !reflect.DeepEqual(holders, want) {
 			t.Errorf("holders %+v\n   want %+v", holders, want)
 		}
 
@@ -109,7 +113,7 @@ func TestRotation(t *testing.T) {
 		holders, err = b.Holders(t.Context(), old.ID)
 		check(t, err)
 		if want := []runbook.Holder{{
-			Agent: agent("a").String(), Version: "v9", SVIDs: 2, Streams: 5, Reason: "waiting", LatestExpiry: end,
+			Agent: agent("a").String(), Version: "v9", Hostname: "host-a", Label: "rack 1", SVIDs: 2, Streams: 5, Reason: "waiting", LatestExpiry: end,
 			LastReport: time.Now().UTC(), BeginsAt: begins, Rate: 20,
 		}}; !reflect.DeepEqual(holders, want) {
 			t.Errorf("holders %+v\n   want %+v", holders, want)

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"maps"
 	"slices"
+	"strings"
 	"time"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/grpc/codes"
@@ -20,14 +23,6 @@ import (
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-func auditStates(of map[string]keyset.State) []*api.AuditState {
-	var out []*api.AuditState
-	for _, id := range slices.Sorted(maps.Keys(of)) {
-		out = append(out, &api.AuditState{KeysetId: id, State: states[of[id]]})
-	}
-	return out
-}
-
 // ListAgents implements the service.
 func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*api.ListAgentsResponse, error) {
 	d, err := s.find(req)
@@ -38,10 +33,10 @@ func (s *Service) ListAgents(ctx context.Context, req *api.ListAgentsRequest) (*
 	if err != nil {
 		return nil, statusError(err)
 	}
-	resp := &api.ListAgentsResponse{}
+	resp := &api.ListAgentsResponse{ServerStartedAt: protoTime(s.config.Clock.Start())}
 	duplicated := d.Ledger.Duplicated()
 	for _, a := range agents {
-		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version, Reattestable: a.Reattestable}
+		out := &api.Agent{Id: a.ID.String(), AttestationType: a.Type, ExpiresAt: protoTime(latestExpiry(a)), Banned: a.Banned, Version: a.Version, Reattestable: a.Reattestable, Hostname: a.Hostname, Label: a.Label}
 		for _, sel := range a.Selectors {
 			out.Selectors = append(out.Selectors, sel.Type+":"+sel.Value)
 		}
@@ -60,6 +55,9 @@ const (
 	maxTokenTTL     = 30 * 24 * time.Hour
 )
 
+// maxLabel is the most characters in the label of a join token.
+const maxLabel = 255
+
 // CreateJoinToken implements the service.
 func (s *Service) CreateJoinToken(ctx context.Context, req *api.CreateJoinTokenRequest) (*api.CreateJoinTokenResponse, error) {
 	d, err := s.find(req)
@@ -73,7 +71,11 @@ func (s *Service) CreateJoinToken(ctx context.Context, req *api.CreateJoinTokenR
 	if ttl <= 0 || ttl > maxTokenTTL {
 		return nil, status.Errorf(codes.InvalidArgument, "ttl: %v is not above 0 and at most %v", ttl, maxTokenTTL)
 	}
-	t, err := d.Server.CreateJoinToken(ctx, ttl)
+	label := req.GetLabel()
+	if utf8.RuneCountInString(label) > maxLabel || strings.ContainsFunc(label, func(r rune) bool { return !unicode.IsPrint(r) }) {
+		return nil, status.Errorf(codes.InvalidArgument, "label: %.300q has control characters or more than %d characters", label, maxLabel)
+	}
+	t, err := d.Server.CreateJoinToken(ctx, ttl, label)
 	if err != nil {
 		return nil, statusError(err)
 	}
@@ -164,7 +166,7 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 		return nil, statusError(wrong)
 	}
 	warnings := s.warnings(entries)
-	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff spireapi.Diff) error {
+	diff, err := d.Server.ApplyEntriesIf(keyset.WithNote(ctx, "apply"), entries, req.GetDryRun(), func(diff spireapi.Diff) error {
 		err := checkRemoval(diff, req.Remove)
 		if err != nil && req.Remove == nil && req.GetDryRun() {
 			warnings = append(warnings, err.Error())
@@ -222,7 +224,7 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	if wrong != nil {
 		return nil, statusError(wrong)
 	}
-	c, err := d.Server.UpsertEntry(ctx, e)
+	c, err := d.Server.UpsertEntry(keyset.WithNote(ctx, "put"), e)
 	if err != nil {
 		return nil, statusError(err)
 	}
@@ -267,7 +269,7 @@ func (s *Service) DeleteEntry(ctx context.Context, req *api.DeleteEntryRequest) 
 	if err != nil {
 		return nil, err
 	}
-	if err := d.Server.DeleteEntry(ctx, req.GetId()); err != nil {
+	if err := d.Server.DeleteEntry(keyset.WithNote(ctx, "delete"), req.GetId()); err != nil {
 		return nil, statusError(err)
 	}
 	return &api.DeleteEntryResponse{}, nil

@@ -273,6 +273,15 @@ func TestAgents(t *testing.T) {
 				t.Errorf("ttl %v: ends %v, kept until %v", ttl, token.GetExpiresAt().AsTime(), kept.ExpiresAt)
 			}
 		}
+		for label, want := range map[string]codes.Code{"rack 1, ä": codes.OK, strings.Repeat("ä", 255): codes.OK, strings.Repeat("x", 256): codes.InvalidArgument, "a\nb": codes.InvalidArgument, "a\x1b[0m": codes.InvalidArgument} {
+			token, err := c.CreateJoinToken(t.Context(), &api.CreateJoinTokenRequest{Label: label})
+			if status.Code(err) != want || err != nil && !strings.HasPrefix(status.Convert(err).Message(), "label: ") {
+				t.Errorf("label %q: %v", label, err)
+			}
+			if kept, err := d.kept.Token(t.Context(), token.GetToken()); want == codes.OK && (err != nil || kept.Label != label) {
+				t.Errorf("label %q: kept %+v, %v", label, kept, err)
+			}
+		}
 		for _, ttl := range []time.Duration{-1, 24 * 365 * time.Hour} {
 			if _, err := c.CreateJoinToken(t.Context(), &api.CreateJoinTokenRequest{Ttl: durationpb.New(ttl)}); status.Code(err) != codes.InvalidArgument {
 				t.Errorf("ttl %v: %v", ttl, err)

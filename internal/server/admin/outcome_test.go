@@ -237,7 +237,9 @@ func TestOtherCallsTimeOut(t *testing.T) {
 // hangingStorage is a server's storage that hangs when a token is stored.
 type hangingStorage struct{ *memory.Server }
 
-func (hangingStorage) PutToken(ctx context.Context, _ spireapi.Token) error { return hang(ctx) }
+func (hangingStorage) PutToken(ctx context.Context, _ spireapi.Token, _ ...*spireapi.AuditRecord) error {
+	return hang(ctx)
+}
 
 // TestLedgerCleanupWithoutCaller: after a removal the ledger's rows are deleted, also if the
 // caller has disconnected.

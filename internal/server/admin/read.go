@@ -1,8 +1,8 @@
 package admin
 
 import (
+	"cmp"
 	"context"
-	"fmt"
 	"slices"
 	"time"
 
@@ -25,6 +25,7 @@ type Figures struct {
 	// Duplicated are the SPIFFE IDs that two agents use. Their SVIDs count until they
 	// expire.
 	Duplicated []string
+	named      []*api.Holder // of the agents that are behind, the first by ID
 }
 
 // KeysetFigures describe the SVIDs that depend on a keyset.
@@ -55,7 +56,7 @@ func (s *Service) figures(ctx context.Context, d *Deployment, list []keyset.Keys
 	if err != nil {
 		return Figures{}, err
 	}
-	f.Agents, f.AgentsBehind, f.Duplicated = n.agents, n.behind, n.duplicated
+	f.Agents, f.AgentsBehind, f.Duplicated, f.named = n.agents, n.behind, n.duplicated, n.named
 	return f, nil
 }
 
@@ -117,7 +118,7 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	resp := &api.ListKeysetsResponse{
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
 		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), AgentsDuplicated: f.Duplicated,
-		Clock: s.clock(),
+		Clock: s.clock(), ServerStartedAt: protoTime(s.config.Clock.Start()),
 	}
 	// Agents of other deployments verify the SVIDs of this one, too.
 	for i := range s.config.Deployments {
@@ -131,9 +132,12 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 		}
 		resp.Agents += int64(n.agents)
 		resp.AgentsBehind += int64(n.behind)
+		f.named = append(f.named, n.named...)
 		resp.AgentsDuplicated = append(resp.AgentsDuplicated, n.duplicated...)
 	}
 	slices.Sort(resp.AgentsDuplicated)
+	slices.SortFunc(f.named, func(a, b *api.Holder) int { return cmp.Compare(a.GetAgentId(), b.GetAgentId()) })
+	resp.Behind = f.named[:min(len(f.named), maxBehind)]
 	for _, k := range f.Keysets {
 		resp.Keysets = append(resp.Keysets, protoKeyset(k))
 	}
@@ -162,46 +166,23 @@ func (s *Service) ListHolders(ctx context.Context, req *api.ListHoldersRequest) 
 	if err != nil {
 		return nil, statusError(err)
 	}
-	versions := make(map[string]string, len(agents))
-	for _, a := range agents {
-		versions[a.ID.String()] = a.Version
+	byID := make(map[string]*spireapi.Agent, len(agents))
+	for i := range agents {
+		byID[agents[i].ID.String()] = &agents[i]
 	}
-	resp := &api.ListHoldersResponse{}
+	resp := &api.ListHoldersResponse{ServerStartedAt: protoTime(s.config.Clock.Start())}
 	// This call also notifies the ledger of a taint.
 	k := d.keysetFigures(list[i])
 	for _, h := range d.Ledger.Holders(k.X509AuthorityID) {
-		resp.Holders = append(resp.Holders, &api.Holder{
-			AgentId: h.Agent, Version: versions[h.Agent], Svids: int64(h.SVIDs), Streams: int64(h.Streams),
+		out := &api.Holder{
+			AgentId: h.Agent, Svids: int64(h.SVIDs), Streams: int64(h.Streams),
 			LatestExpiry: protoTime(h.Latest), LastReport: protoTime(h.LastReport), AppliedSequence: h.Sequence,
 			Reason: h.Reason, BeginsAt: protoTime(h.BeginsAt), Rate: h.Rate,
-		})
-	}
-	return resp, nil
-}
-
-// maxAudit limits the records in an answer.
-const maxAudit = 1000
-
-// ReadAudit implements the service.
-func (s *Service) ReadAudit(ctx context.Context, req *api.ReadAuditRequest) (*api.ReadAuditResponse, error) {
-	d, err := s.find(req)
-	if err != nil {
-		return nil, err
-	}
-	limit := int(req.GetLimit())
-	if limit == 0 || limit > maxAudit {
-		limit = maxAudit
-	}
-	records, err := d.Audit(ctx, req.GetAfter(), limit)
-	if err != nil {
-		return nil, statusError(fmt.Errorf("read the audit log: %w", err))
-	}
-	resp := &api.ReadAuditResponse{}
-	for _, r := range records {
-		resp.Records = append(resp.Records, &api.AuditRecord{
-			Number: r.Number, At: protoTime(r.At), Actor: r.Actor, Operation: r.Operation, KeysetId: r.KeysetID,
-			Before: auditStates(r.Before), After: auditStates(r.After), Note: r.Note,
-		})
+		}
+		if a := byID[h.Agent]; a != nil {
+			out.Version, out.Hostname, out.Label = a.Version, a.Hostname, a.Label
+		}
+		resp.Holders = append(resp.Holders, out)
 	}
 	return resp, nil
 }

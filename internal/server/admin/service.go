@@ -46,16 +46,22 @@ type Deployment struct {
 	Keysets *keyset.Deployment
 	Server  *spireapi.Server
 	Ledger  *ledger.Ledger
-	// Audit returns at most limit records with a number above after.
+	// Audit returns at most limit records with a number above after, in order; fewer only
+	// if there are no more.
 	Audit func(ctx context.Context, after uint64, limit int) ([]AuditRecord, error)
 	// Automatic returns the next step of automatic rotation. It is nil if there is none.
 	Automatic func() rotation.Preview
 }
 
-// AuditRecord is a mutation. Numbers start at 1 and have no gaps.
+// AuditRecord is a record of the audit log. Numbers start at 1. At most one of Entry, Token
+// and Agent is set: the record is about that then, and otherwise about the keysets or the
+// whole server. The embedded Change has the time, the actor, the operation and the note.
 type AuditRecord struct {
 	Number uint64
 	keyset.Change
+	Entry *spireapi.EntryChange
+	Token *spireapi.AuditToken
+	Agent *spireapi.AgentChange
 }
 
 // Config configures a [Service]. TrustDomain, Deployments and Published are required.
@@ -67,7 +73,8 @@ type Config struct {
 	// Follows reports whether the server fetches the bundle of a federated trust
 	// domain. If it is nil, entries are applied without a warning about that.
 	Follows func(spiffeid.TrustDomain) bool
-	// Backup writes a copy of the store to w and returns its size in bytes.
+	// Backup writes a copy of the store to w and returns its size in bytes. It has
+	// recorded that in the audit log of each deployment before it writes anything.
 	Backup func(ctx context.Context, w io.Writer) (size int64, err error)
 	// Certificate returns the certificate for remote operators. ServeTLS needs it.
 	Certificate func(*tls.ClientHelloInfo) (*tls.Certificate, error)

@@ -50,9 +50,9 @@ func (s *stuck) wait() {
 	}
 }
 
-func (s *stuck) PutToken(ctx context.Context, t spireapi.Token) error {
+func (s *stuck) PutToken(ctx context.Context, t spireapi.Token, audit ...*spireapi.AuditRecord) error {
 	s.wait()
-	return s.Server.PutToken(ctx, t)
+	return s.Server.PutToken(ctx, t, audit...)
 }
 
 func (s *stuck) TakeToken(ctx context.Context, value string) (spireapi.Token, error) {
@@ -65,9 +65,9 @@ func (s *stuck) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent, err
 	return s.Server.Agent(ctx, id)
 }
 
-func (s *stuck) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+func (s *stuck) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error), audit ...*spireapi.AuditRecord) (*spireapi.Agent, error) {
 	s.wait()
-	return s.Server.UpdateAgent(ctx, id, change)
+	return s.Server.UpdateAgent(ctx, id, change, audit...)
 }
 
 func (s *stuck) Agents(ctx context.Context) ([]spireapi.Agent, error) {
@@ -75,9 +75,9 @@ func (s *stuck) Agents(ctx context.Context) ([]spireapi.Agent, error) {
 	return s.Server.Agents(ctx)
 }
 
-func (s *stuck) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
+func (s *stuck) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string, audit ...*spireapi.AuditRecord) error {
 	s.wait()
-	return s.Server.PutEntries(ctx, put, gone)
+	return s.Server.PutEntries(ctx, put, gone, audit...)
 }
 
 // stuckWorld returns a world whose deployment stores agents, tokens and entries in stuck.

@@ -28,7 +28,8 @@ func Actor(ctx context.Context) string {
 	return Server
 }
 
-func note(ctx context.Context) string {
+// Note returns the note for the audit log of the mutations that are called with ctx.
+func Note(ctx context.Context) string {
 	n, _ := ctx.Value(noteKey{}).(string)
 	return n
 }

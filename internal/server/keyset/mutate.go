@@ -64,7 +64,7 @@ func (d *Deployment) step(ctx context.Context, operation string, checks []Check,
 		}
 	}
 	// UTC also drops the monotonic clock reading, which would not be stored.
-	c := Change{At: d.now().UTC(), Actor: Actor(ctx), Operation: operation, Before: states(doc), Note: note(ctx)}
+	c := Change{At: d.now().UTC(), Actor: Actor(ctx), Operation: operation, Before: states(doc), Note: Note(ctx)}
 	if err := change(&doc, &c); err != nil {
 		if _, ok := errors.AsType[refusal.Error](err); ok {
 			return nil, err // never wrapped

@@ -28,10 +28,11 @@ type Change struct {
 	At        time.Time
 	Actor     string // see [WithActor]
 	Operation string // create, prepare, activate, taint, remove, restore, confirm clock
-	KeysetID  string // empty for restore and confirm clock
+	KeysetID  string `json:",omitempty"` // empty for restore and confirm clock
 	// Before and After are the states of all keysets, by ID.
-	Before, After map[string]State
-	Note          string // see [WithNote]; often empty
+	Before map[string]State `json:",omitempty"`
+	After  map[string]State `json:",omitempty"`
+	Note   string           `json:",omitempty"` // see [WithNote]; often empty
 }
 
 // Record is one stored keyset. The byte slices are never modified.

@@ -17,7 +17,7 @@ import (
 //     that the server has received before. A report that is only late is no sign of a
 //     clone.
 //
-// A process that may have replaced another one is trusted after silence, because the
+// A process that may have replaced another one is trusted after [Silence], because the
 // other would have reported in that time: every process reports once a minute. Until
 // then, and while an agent counts as duplicated, its reports can only add: rows go when
 // they expire or when an operator confirms that the node is gone. An agent counts as
@@ -27,7 +27,7 @@ import (
 //
 // The ledger cannot notice a copy that has not reported yet, such as one that was
 // resumed from an old snapshot, or one without connection to the server for longer than
-// silence while the other reports. It counts as ended. When it reports again it is
+// [Silence] while the other reports. It counts as ended. When it reports again it is
 // noticed, and the SVIDs that it reports count again; but a key may have been called
 // safe, and removed, in the meantime. The ledger does not distinguish processes whose
 // reports have no ID. A spire-agent does not report: its rows stay until they expire.
@@ -75,7 +75,7 @@ func (g *agent) duplicated() bool { return g.holdings[duplicates] != nil }
 
 // trusted reports whether a report may remove rows and claims of the agent.
 func (g *agent) trusted(up time.Duration) bool {
-	return !g.duplicated() && (!g.reporter.follows || up-g.reporter.since >= silence)
+	return !g.duplicated() && (!g.reporter.follows || up-g.reporter.since >= Silence)
 }
 
 // noteReporter records which process has sent a report, and returns whether there are

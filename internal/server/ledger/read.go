@@ -113,9 +113,9 @@ const (
 	ReasonRestored   = "restored" // the server was restored, and the holders are unknown
 )
 
-// silence is how long ago the last report of an agent may be, which reports once a
+// Silence is how long ago the last report of an agent may be, which reports once a
 // minute, before the agent counts as silent.
-const silence = 3 * time.Minute
+const Silence = 3 * time.Minute
 
 // Holder is an agent that could still hold SVIDs of an authority. Two have no Agent,
 // because it is unknown: that of ReasonSigning stands for the calls in flight, that of
@@ -164,7 +164,7 @@ func (h *holding) reason(now time.Time) string {
 	switch s := h.claim; {
 	case h.agent.duplicated():
 		return ReasonDuplicated
-	case h.agent.reported.IsZero() || now.Sub(h.agent.reported) > silence:
+	case h.agent.reported.IsZero() || now.Sub(h.agent.reported) > Silence:
 		return ReasonSilent
 	case !s.made:
 		return ReasonBehind

@@ -1,9 +1,11 @@
 package spireapi
 
 import (
+	"cmp"
 	"context"
 	"crypto"
 	"errors"
+	"time"
 	"unicode/utf8"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -53,18 +55,18 @@ func (a *agentService) AttestAgent(stream grpc.BidiStreamingServer[agentv1.Attes
 	if err != nil {
 		return status.Error(codes.InvalidArgument, err.Error())
 	}
-	var token string
+	var token, label string
 	var node AttestedNode
 	if verifier == nil {
 		token = string(data.GetPayload())
-		node.ID, err = s.agentForToken(ctx, token)
+		node.ID, label, err = s.agentForToken(ctx, token)
 	} else {
 		node, err = s.verifyNode(stream, verifier, data.GetPayload())
 	}
 	if err != nil {
 		return err
 	}
-	svid, err := s.admitNode(ctx, token, Agent{ID: node.ID, Type: data.GetType(), Selectors: node.Selectors, Reattestable: verifier != nil}, key)
+	svid, err := s.admitNode(ctx, token, Agent{ID: node.ID, Type: data.GetType(), Selectors: node.Selectors, Reattestable: verifier != nil, Label: label}, key)
 	if err != nil {
 		return err
 	}
@@ -96,10 +98,11 @@ func (s *Server) admitNode(ctx context.Context, token string, agent Agent, key c
 			// A template of agent IDs could give a node the identity of another.
 			return nil, status.Errorf(codes.PermissionDenied, "agent %q is attested by %s: evict it before it attests by %s", agent.ID, old.Type, agent.Type)
 		}
-		agent.Version = old.Version
+		agent.Version, agent.Hostname = old.Version, old.Hostname
+		agent.Label = cmp.Or(agent.Label, old.Label)
 		return &agent, nil
 	})
-	if status.Code(err) == codes.PermissionDenied {
+	if code := status.Code(err); code == codes.PermissionDenied || code == codes.InvalidArgument {
 		s.logNotAttested(ctx, agent.Type, err)
 	}
 	if err != nil {
@@ -114,26 +117,39 @@ func (s *Server) admitNode(ctx context.Context, token string, agent Agent, key c
 	return svid, nil
 }
 
-// errUnknownToken is the answer to an unknown join token.
-var errUnknownToken = status.Error(codes.InvalidArgument, "join token does not exist or has already been used")
+// refuseToken answers a join token that attests no agent. The token itself is neither in
+// the answer nor in the log.
+func refuseToken(format string, args ...any) error {
+	return status.Errorf(codes.InvalidArgument, format+": create a new one for this node with \"server token create\"", args...)
+}
 
-// agentForToken returns the agent ID that a join token stands for. The token is
-// spent later, by recordAgentSVID, so that a failure does not cost it.
-func (s *Server) agentForToken(ctx context.Context, value string) (spiffeid.ID, error) {
+// errTokenUsed is the answer if another call was first.
+var errTokenUsed = refuseToken("join token was used by another node at the same time; each node needs a token of its own")
+
+// agentForToken returns the agent ID that a join token stands for, and its label. The token
+// is spent later, by recordAgentSVID, so that a failure does not cost it. Refusals are
+// logged: a token that someone else has used may have been stolen.
+func (s *Server) agentForToken(ctx context.Context, value string) (id spiffeid.ID, label string, err error) {
 	t, err := s.storage.Token(ctx, value)
 	switch {
 	case errors.Is(err, ErrNotFound):
-		return spiffeid.ID{}, errUnknownToken
+		err = refuseToken("join token is not known to this deployment: it may be of another one, dropped by a restore, or have ended more than %d days ago", tokenRetention/(24*time.Hour))
 	case err != nil:
-		return spiffeid.ID{}, s.internalError("look up join token", err)
+		return id, "", s.internalError("look up join token", err)
+	case !t.SpentAt.IsZero():
+		err = refuseToken("join token was already used, at %s; it attests one agent, once", t.SpentAt.UTC().Format(time.RFC3339))
 	case s.now().After(t.ExpiresAt):
-		return spiffeid.ID{}, status.Error(codes.InvalidArgument, "join token has expired")
+		err = refuseToken("join token expired at %s", t.ExpiresAt.UTC().Format(time.RFC3339))
 	}
-	id, err := spiffeid.FromSegments(s.td, "spire", "agent", joinToken, t.Value)
 	if err != nil {
-		return spiffeid.ID{}, s.internalError("name agent", err)
+		s.logNotAttested(ctx, joinToken, err)
+		return id, "", err
 	}
-	return id, nil
+	id, err = spiffeid.FromSegments(s.td, "spire", "agent", joinToken, t.Value)
+	if err != nil {
+		return id, "", s.internalError("name agent", err)
+	}
+	return id, t.Label, nil
 }
 
 // recordAgentSVID makes durable, in one step, that an agent may hold an SVID: it
@@ -142,11 +158,11 @@ func (s *Server) agentForToken(ctx context.Context, value string) (spiffeid.ID, 
 // unless storage cannot say whether the step has happened.
 func (s *Server) recordAgentSVID(ctx context.Context, token string, svid keyset.X509SVID, change func(*Agent) (*Agent, error)) error {
 	err := s.ledger.RecordWith(ctx, ledgerRow(svid, svid.ID, ""), func(ctx context.Context, add func() ledger.Row) error {
-		return s.storage.Admit(ctx, Admission{Token: token, ID: svid.ID, Change: change, Row: add})
+		return s.storage.Admit(ctx, Admission{Token: token, SpentAt: s.now().UTC(), ID: svid.ID, Change: change, Row: add})
 	})
 	switch {
 	case errors.Is(err, ErrNotFound):
-		return errUnknownToken // another call has used it
+		return errTokenUsed
 	case err != nil && status.Code(err) != codes.PermissionDenied:
 		return s.recordError(ctx, err)
 	}

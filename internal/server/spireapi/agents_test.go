@@ -3,6 +3,7 @@ package spireapi_test
 import (
 	"context"
 	"errors"
+	"fmt"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -88,9 +89,58 @@ func TestAttestRefuses(t *testing.T) {
 		if !strings.Contains(err.Error(), "expired") {
 			t.Errorf("late: %v", err)
 		}
-		if _, err := s.CreateJoinToken(t.Context(), 0); err == nil {
+		if _, err := s.CreateJoinToken(t.Context(), 0, ""); err == nil {
 			t.Error("made a token without lifetime")
 		}
+	})
+}
+
+// TestRefusedTokens: the agent learns why its join token is refused, and what to do; the
+// server logs who has tried, and neither says the token.
+func TestRefusedTokens(t *testing.T) {
+	t.Parallel()
+	log := new(records)
+	bubble(t, spireapi.Config{Log: log.logger()}, func(t *testing.T, s *running) {
+		_, csr := newKey(t)
+		spent, err := s.CreateJoinToken(t.Context(), time.Hour, "rack 1")
+		check(t, err)
+		expired, err := s.CreateJoinToken(t.Context(), time.Minute, "")
+		check(t, err)
+		used := time.Now()
+		id, err := s.dial(t, nil).attest(t.Context(), "join_token", spent.Value, csr)
+		check(t, err)
+		if agents, err := s.Agents(t.Context()); err != nil || len(agents) != 1 || agents[0].Label != "rack 1" {
+			t.Errorf("agents %+v, %v", agents, err)
+		}
+		refused := func(token, want string) {
+			t.Helper()
+			time.Sleep(11 * time.Minute) // log lines about one address are limited
+			_ = log.take(t, "node not attested")
+			for range 3 {
+				_, err := s.from(t, "10.0.0.1").dial(t, nil).attest(t.Context(), "join_token", token, csr)
+				wantCode(t, err, codes.InvalidArgument)
+				if !strings.Contains(err.Error(), want) || !strings.HasSuffix(err.Error(), `: create a new one for this node with "server token create"`) || strings.Contains(err.Error(), token) {
+					t.Errorf("the agent gets %v, want %q", err, want)
+				}
+			}
+			lines := log.take(t, "node not attested")
+			if len(lines) != 1 || lines[0]["type"] != "join_token" || lines[0]["address"] != "10.0.0.1/32" || !strings.Contains(fmt.Sprint(lines[0]["error"]), want) ||
+				strings.Contains(fmt.Sprint(lines), token) {
+				t.Errorf("the log has %v", lines)
+			}
+		}
+		again := "join token was already used, at " + used.UTC().Format(time.RFC3339) + "; it attests one agent, once"
+		refused(spent.Value, again)
+		check(t, s.EvictAgent(t.Context(), spiffeid.RequireFromPath(td, id.GetId().GetPath()), true))
+		refused(spent.Value, again)
+		refused(expired.Value, "join token expired at "+expired.ExpiresAt.UTC().Format(time.RFC3339))
+		const unknown = "join token is not known to this deployment: it may be of another one, dropped by a restore, or have ended more than 7 days ago"
+		refused("guessed", unknown)
+		// Both are forgotten, at the latest when others are made a week after their end.
+		time.Sleep(8 * 24 * time.Hour)
+		_ = s.token(t)
+		refused(spent.Value, unknown)
+		refused(expired.Value, unknown)
 	})
 }
 

@@ -8,6 +8,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // Selector is a property of a workload.
@@ -202,7 +204,7 @@ func (s *Server) PruneEntries(ctx context.Context) error {
 	if !slices.ContainsFunc(s.EntrySet().All(), expired) {
 		return nil
 	}
-	d, err := s.EditEntries(ctx, func(edit *EntryEdit) error {
+	d, err := s.EditEntries(keyset.WithNote(ctx, "expired"), func(edit *EntryEdit) error {
 		for _, e := range edit.before.All() {
 			if expired(e) {
 				edit.Delete(e.ID)
@@ -364,7 +366,7 @@ func (s *Server) editEntries(ctx context.Context, prepare func(*EntryEdit) error
 			put = append(put, *e)
 		}
 	}
-	if err := s.storage.PutEntries(ctx, put, remove); err != nil {
+	if err := s.storage.PutEntries(ctx, put, remove, auditEntries(ctx, c.now, d.Changes)...); err != nil {
 		// The change may have been stored: serve what storage has.
 		if loadErr := s.loadEntries(context.WithoutCancel(ctx)); loadErr != nil {
 			s.log.Error("entries neither stored nor reloaded", "error", loadErr)
@@ -375,6 +377,22 @@ func (s *Server) editEntries(ctx context.Context, prepare func(*EntryEdit) error
 	s.entries.Store(next)
 	s.log.Info("entries changed", "stored", len(put), "deleted", len(remove), "total", len(next.sorted))
 	return d, nil
+}
+
+// auditEntries returns the records of changes for the audit log.
+func auditEntries(ctx context.Context, at time.Time, changes []EntryChange) []*AuditRecord {
+	records := make([]*AuditRecord, len(changes))
+	for i := range changes {
+		operation := ChangeEntry
+		switch c := changes[i]; {
+		case c.Before == nil:
+			operation = AddEntry
+		case c.After == nil:
+			operation = RemoveEntry
+		}
+		records[i] = &AuditRecord{At: at, Actor: keyset.Actor(ctx), Operation: operation, Note: keyset.Note(ctx), Entry: &changes[i]}
+	}
+	return records
 }
 
 // loadEntries replaces the served entries with those in storage.

@@ -17,7 +17,7 @@ import (
 // brokenEntries is a storage that cannot store entries.
 type brokenEntries struct{ *memory.Server }
 
-func (brokenEntries) PutEntries(context.Context, []spireapi.StoredEntry, []string) error {
+func (brokenEntries) PutEntries(context.Context, []spireapi.StoredEntry, []string, ...*spireapi.AuditRecord) error {
 	return errors.New("disk full")
 }
 
@@ -38,8 +38,8 @@ type failsAfterStoring struct {
 	fail func() // called after entries were stored; nil: no error
 }
 
-func (o *failsAfterStoring) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
-	if err := o.Server.PutEntries(ctx, put, gone); err != nil || o.fail == nil {
+func (o *failsAfterStoring) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string, audit ...*spireapi.AuditRecord) error {
+	if err := o.Server.PutEntries(ctx, put, gone, audit...); err != nil || o.fail == nil {
 		return err
 	}
 	o.fail()

@@ -16,6 +16,9 @@ const (
 	// retention is how long an agent whose SVID has expired is kept. No SVID lives
 	// longer, so nothing that was issued to the agent is valid after that.
 	retention = keyset.MaxX509TTL
+	// tokenRetention is how long a join token is kept after its ExpiresAt, whether it was
+	// spent or not: a node that still presents it learns which.
+	tokenRetention = 7 * 24 * time.Hour
 	// sweepSize is how many agents and tokens one sweep checks: more than are
 	// added between two sweeps, and few enough commits for a caller to wait for.
 	sweepSize = 10
@@ -51,7 +54,7 @@ func (s *Server) loadExpiries(ctx context.Context) error {
 		return fmt.Errorf("load join tokens: %w", err)
 	}
 	for _, t := range tokens {
-		s.addExpiry(expiry{at: t.ExpiresAt, token: t.Value})
+		s.addExpiry(expiry{at: t.ExpiresAt.Add(tokenRetention), token: t.Value})
 	}
 	agents, err := s.storage.Agents(ctx)
 	if err != nil {
@@ -69,7 +72,7 @@ func (s *Server) addExpiry(e expiry) {
 	heap.Push(&s.expiries, e)
 }
 
-// sweep deletes expired join tokens, and agents after their retention. Banned
+// sweep deletes join tokens and agents after their retention. Banned
 // agents are kept. It runs whenever a join token is made and whenever a node attests
 // without one: so storage does not grow without bound, and no task has to scan all of it.
 func (s *Server) sweep(ctx context.Context) {
@@ -106,7 +109,7 @@ func (s *Server) popExpired() (expiry, bool) {
 // returns when the agent can be deleted instead.
 func (s *Server) deleteExpired(ctx context.Context, e expiry) (again time.Time, err error) {
 	if e.agent.IsZero() {
-		// ErrNotFound: it has been used.
+		// ErrNotFound: a sweep before has deleted it, and its answer was lost.
 		if _, err := s.storage.TakeToken(ctx, e.token); err != nil && !errors.Is(err, ErrNotFound) {
 			return time.Time{}, fmt.Errorf("delete join token: %w", err)
 		}

@@ -24,6 +24,8 @@ const (
 	maxRate  = 1e6
 	// maxProcess is the most bytes in the ID of an agent's process.
 	maxProcess = 64
+	// maxHostname is the most characters in a node's hostname.
+	maxHostname = 255
 )
 
 type fleetService struct {
@@ -34,10 +36,11 @@ type fleetService struct {
 // Report stores an agent's report on the SVIDs that it holds. The agent is the one
 // that its SVID identifies, so an agent can report on itself only.
 func (f *fleetService) Report(ctx context.Context, req *api.ReportRequest) (*api.ReportResponse, error) {
-	id, err := caller(ctx)
+	agent, err := callingAgent(ctx)
 	if err != nil {
 		return nil, err
 	}
+	id := agent.ID
 	if sentAt, ok := api.SentAt(ctx); ok {
 		f.s.config.Heard(id.String(), sentAt)
 	}
@@ -52,6 +55,17 @@ func (f *fleetService) Report(ctx context.Context, req *api.ReportRequest) (*api
 		f.s.log.Error("report not stored", "agent_id", id.String(), "error", err)
 		return nil, status.Error(codes.Unavailable, "failed to store the report")
 	}
+	if name := req.GetHostname(); name != "" && name != agent.Hostname {
+		// It is stored, because after a restart of the server the agents that do not
+		// report are those that an operator looks for.
+		_, err := f.s.storage.UpdateAgent(ctx, id, ifAttested(id, func(a *Agent) { a.Hostname = name }))
+		if status.Code(err) == codes.PermissionDenied {
+			return nil, err
+		}
+		if err != nil {
+			return nil, f.s.internalError("update agent", err)
+		}
+	}
 	return &api.ReportResponse{}, nil
 }
 
@@ -65,6 +79,8 @@ func checkReport(req *api.ReportRequest) (ledger.Report, error) {
 		return wrong("taint_rate: %v is not within 0 to %v", rate, float64(maxRate))
 	case n > maxAuthorities:
 		return wrong("authorities: has %d elements, more than %d", n, maxAuthorities)
+	case utf8.RuneCountInString(req.GetHostname()) > maxHostname:
+		return wrong("hostname: is longer than %d characters", maxHostname)
 	case len(req.GetProcess()) > maxProcess:
 		return wrong("process: is longer than %d bytes", maxProcess)
 	}

@@ -189,9 +189,29 @@ type writes struct {
 	n atomic.Int64
 }
 
-func (w *writes) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+func (w *writes) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error), audit ...*spireapi.AuditRecord) (*spireapi.Agent, error) {
 	w.n.Add(1)
-	return w.Server.UpdateAgent(ctx, id, change)
+	return w.Server.UpdateAgent(ctx, id, change, audit...)
+}
+
+// TestHostnameIsKept: storage is written for a new hostname only, and what cannot be one is
+// refused.
+func TestHostnameIsKept(t *testing.T) {
+	t.Parallel()
+	store := &writes{Server: memory.NewServer()}
+	bubble(t, spireapi.Config{Storage: store}, func(t *testing.T, s *running) {
+		caller, c := s.join(t)
+		before := store.n.Load()
+		for i, name := range []string{"node-1", "node-1", "", "node-1", "node-2"} {
+			check(t, c.report(t.Context(), &api.ReportRequest{Hostname: name, Number: uint64(i)}))
+		}
+		a, err := store.Agent(t.Context(), caller.id)
+		if n := store.n.Load() - before; err != nil || a.Hostname != "node-2" || n != 2 {
+			t.Errorf("%+v, %v after %d writes", a, err, n)
+		}
+		wantCode(t, c.report(t.Context(), &api.ReportRequest{Hostname: strings.Repeat("ä", 256)}), codes.InvalidArgument)
+		check(t, c.report(t.Context(), &api.ReportRequest{Hostname: strings.Repeat("ä", 255)}))
+	})
 }
 
 // TestPostStatusReachesLedger posts as an agent does each minute: storage is written

@@ -216,7 +216,7 @@ func (c *client) attest(ctx context.Context, kind, payload string, csr []byte) (
 // token makes a join token that is valid for one minute.
 func (r *running) token(t testing.TB) string {
 	t.Helper()
-	token, err := r.CreateJoinToken(t.Context(), time.Minute)
+	token, err := r.CreateJoinToken(t.Context(), time.Minute, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -10,20 +10,27 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+
+	"github.com/renewd/renewd/internal/server/keyset"
 )
 
 // CreateJoinToken makes a token with which one agent can attest, once, within ttl.
 // The agent's ID will be spiffe://<trust domain>/spire/agent/join_token/<token>:
-// the token is no longer a secret once it has been used.
-func (s *Server) CreateJoinToken(ctx context.Context, ttl time.Duration) (Token, error) {
+// the token is no longer a secret once it has been used. The agent gets the label, which
+// may be empty.
+func (s *Server) CreateJoinToken(ctx context.Context, ttl time.Duration, label string) (Token, error) {
 	if ttl <= 0 {
 		return Token{}, fmt.Errorf("create join token: lifetime %v is not positive", ttl)
 	}
-	t := Token{Value: rand.Text(), ExpiresAt: s.now().Add(ttl)}
-	if err := s.storage.PutToken(ctx, t); err != nil {
+	now := s.now().UTC()
+	t := Token{Value: rand.Text(), ExpiresAt: now.Add(ttl), Label: label}
+	record := &AuditRecord{
+		At: now, Actor: keyset.Actor(ctx), Operation: CreateToken, Note: keyset.Note(ctx), Token: &AuditToken{Label: label, ExpiresAt: t.ExpiresAt},
+	}
+	if err := s.storage.PutToken(ctx, t, record); err != nil {
 		return Token{}, fmt.Errorf("create join token: %w", err)
 	}
-	s.addExpiry(expiry{at: t.ExpiresAt, token: t.Value})
+	s.addExpiry(expiry{at: t.ExpiresAt.Add(tokenRetention), token: t.Value})
 	s.sweep(ctx)
 	return t, nil
 }
@@ -39,16 +46,47 @@ func (s *Server) Agents(ctx context.Context) ([]Agent, error) {
 	return agents, nil
 }
 
+// auditAgent returns the record of the audit log for a change of an agent.
+func (s *Server) auditAgent(ctx context.Context, operation string, id spiffeid.ID) *AuditRecord {
+	return &AuditRecord{At: s.now().UTC(), Actor: keyset.Actor(ctx), Operation: operation, Note: keyset.Note(ctx), Agent: &AgentChange{ID: id.String()}}
+}
+
+// The states of an agent in the audit log.
+const (
+	stateAttested = "attested"
+	stateBanned   = "banned"
+)
+
+// setBefore records what is known of an agent before the change.
+func (c *AgentChange) setBefore(a *Agent) {
+	c.Hostname, c.Label, c.Before = a.Hostname, a.Label, stateAttested
+	if a.Banned {
+		c.Before = stateBanned
+	}
+}
+
+// errBanned ends the ban of an agent that is banned: nothing changes.
+var errBanned = errors.New("banned before")
+
 // BanAgent bans an agent: all its calls are refused until it is evicted. It returns
 // ErrNotFound for an agent that is not attested.
 func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
+	record := s.auditAgent(ctx, BanAgent, id)
 	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
-		if a == nil {
+		switch {
+		case a == nil:
 			return nil, ErrNotFound
+		case a.Banned:
+			return nil, errBanned
 		}
+		record.Agent.setBefore(a)
+		record.Agent.After = stateBanned
 		a.Banned, a.Serial, a.NextSerial = true, "", ""
 		return a, nil
-	})
+	}, record)
+	if errors.Is(err, errBanned) {
+		return nil
+	}
 	if err != nil {
 		return fmt.Errorf("ban agent %s: %w", id, err)
 	}
@@ -64,14 +102,19 @@ func (s *Server) BanAgent(ctx context.Context, id spiffeid.ID) error {
 // removed from the ledger. An agent that was evicted before may still be in the
 // ledger: with gone, ErrNotFound is returned only if it is in neither place.
 func (s *Server) EvictAgent(ctx context.Context, id spiffeid.ID, gone bool) error {
+	record := s.auditAgent(ctx, EvictAgent, id)
+	record.Agent.Gone = gone
+	evictedBefore := gone && s.ledger.Knows(id.String())
 	_, err := s.storage.UpdateAgent(ctx, id, func(a *Agent) (*Agent, error) {
-		if a == nil {
+		switch {
+		case a != nil:
+			record.Agent.setBefore(a)
+		case !evictedBefore:
 			return nil, ErrNotFound
 		}
 		return nil, nil
-	})
-	evictedBefore := errors.Is(err, ErrNotFound) && gone && s.ledger.Knows(id.String())
-	if err != nil && !evictedBefore {
+	}, record)
+	if err != nil {
 		return fmt.Errorf("evict agent %s: %w", id, err)
 	}
 	if gone {

@@ -54,7 +54,7 @@ func TestStockAgent(t *testing.T) {
 	if _, err := s.ApplyEntries(ctx, entries, false); err != nil {
 		t.Fatal(err)
 	}
-	token, err := s.CreateJoinToken(ctx, time.Minute)
+	token, err := s.CreateJoinToken(ctx, time.Minute, "")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -54,9 +54,9 @@ func (s *hungDisk) Agent(ctx context.Context, id spiffeid.ID) (*spireapi.Agent, 
 	return s.Server.Agent(ctx, id)
 }
 
-func (s *hungDisk) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+func (s *hungDisk) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error), audit ...*spireapi.AuditRecord) (*spireapi.Agent, error) {
 	s.wait()
-	return s.Server.UpdateAgent(ctx, id, change)
+	return s.Server.UpdateAgent(ctx, id, change, audit...)
 }
 
 // TestStuckDisk: a call that signs ends by its caller's deadline, or with its
@@ -132,9 +132,9 @@ func stuckDisk(t *testing.T, what string, call func(context.Context, *testing.T,
 	}
 }
 
-func (s *hungDisk) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string) error {
+func (s *hungDisk) PutEntries(ctx context.Context, put []spireapi.StoredEntry, gone []string, audit ...*spireapi.AuditRecord) error {
 	s.wait()
-	return s.Server.PutEntries(ctx, put, gone)
+	return s.Server.PutEntries(ctx, put, gone, audit...)
 }
 
 // TestEntriesBehindAStuckDisk: a writer that waits for another change of entries

@@ -28,11 +28,17 @@ func (d *Deployment) Agents(ctx context.Context) ([]spireapi.Agent, error) {
 }
 
 // UpdateAgent implements spireapi.Storage. change must not use the store.
-func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error)) (*spireapi.Agent, error) {
+func (d *Deployment) UpdateAgent(ctx context.Context, id spiffeid.ID, change func(*spireapi.Agent) (*spireapi.Agent, error), records ...*spireapi.AuditRecord) (*spireapi.Agent, error) {
 	var next *spireapi.Agent
 	err := d.write(ctx, 1, func(v state) (ops []op, err error) {
-		ops, next, err = changeAgent(v, id, change)
-		return ops, err
+		if ops, next, err = changeAgent(v, id, change); err != nil {
+			return nil, err
+		}
+		encoded, err := encodeServerAudit(records) // change may have completed them
+		if err != nil {
+			return nil, err
+		}
+		return d.audited(v, ops, encoded)
 	})
 	if err != nil {
 		return nil, err
@@ -48,15 +54,11 @@ func (d *Deployment) Admit(ctx context.Context, a spireapi.Admission) error {
 			return nil, err
 		}
 		if a.Token != "" {
-			key := tokenKey(a.Token)
-			stored, err := v.get(tokens, key)
+			o, err := d.spend(v, a.Token, a.SpentAt)
 			if err != nil {
 				return nil, err
 			}
-			if stored == nil {
-				return nil, spireapi.ErrNotFound
-			}
-			ops = append(ops, op{tokens, key, nil})
+			ops = append(ops, o)
 		}
 		o, err := putRow(a.Row())
 		return append(ops, o), err
@@ -111,8 +113,8 @@ func (d *Deployment) Entries(ctx context.Context) ([]spireapi.StoredEntry, error
 }
 
 // PutEntries implements spireapi.Storage.
-func (d *Deployment) PutEntries(ctx context.Context, stored []spireapi.StoredEntry, gone []string) error {
-	ops := make([]op, 0, len(stored)+len(gone))
+func (d *Deployment) PutEntries(ctx context.Context, stored []spireapi.StoredEntry, gone []string, records ...*spireapi.AuditRecord) error {
+	ops := make([]op, 0, len(stored)+len(gone)+len(records))
 	for _, e := range stored {
 		o, err := put(entries, []byte(e.ID), e)
 		if err != nil {
@@ -123,7 +125,11 @@ func (d *Deployment) PutEntries(ctx context.Context, stored []spireapi.StoredEnt
 	for _, id := range gone {
 		ops = append(ops, op{entries, []byte(id), nil})
 	}
-	return d.write(ctx, len(ops), func(state) ([]op, error) { return ops, nil })
+	encoded, err := encodeServerAudit(records)
+	if err != nil {
+		return fmt.Errorf("put entries: %w", err)
+	}
+	return d.write(ctx, len(ops)+len(encoded), func(v state) ([]op, error) { return d.audited(v, ops, encoded) })
 }
 
 // readAll decodes all values of a bucket.

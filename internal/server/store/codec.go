@@ -13,8 +13,10 @@ import (
 
 // formatVersion is the version of the layout in the package comment. Version 1 had no
 // heartbeat. Up to version 2 only the last restore was stored. Up to version 3 an entry
-// had no end and an agent no selectors; an older program would lose them.
-const formatVersion = 4
+// had no end and an agent no selectors; an older program would lose them. Up to version 4
+// a join token was deleted when it was spent, an older program would accept it again, and
+// the audit log had the changes of keysets only, with the document's version as number.
+const formatVersion = 5
 
 var (
 	bucketAbout       = []byte("about")

@@ -179,15 +179,8 @@ func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 				return err
 			}
 		}
-		for _, o := range ops {
-			bucket := b.Bucket([]byte(o.bucket))
-			if o.value == nil {
-				if err := bucket.Delete(o.key); err != nil {
-					return err
-				}
-			} else if err := bucket.Put(o.key, o.value); err != nil {
-				return err
-			}
+		if err := applyOps(b, ops); err != nil {
+			return err
 		}
 	}
 	if !wrote {
@@ -199,6 +192,24 @@ func (s *Store) apply(tx *bbolt.Tx, batch []*change) error {
 	}
 	about := tx.Bucket(bucketAbout)
 	return errors.Join(s.correctRestore(about, c), about.Put(keyHeartbeat, packTime(keyHeartbeat, c.Heartbeat())))
+}
+
+// applyOps carries out operations on the bucket of a deployment, or of the federation.
+func applyOps(b *bbolt.Bucket, ops []op) error {
+	for _, o := range ops {
+		bucket := b.Bucket([]byte(o.bucket))
+		if o.bucket == audit {
+			bucket.FillPercent = 1 // its keys ascend, so that no page gets another one later
+		}
+		if o.value == nil {
+			if err := bucket.Delete(o.key); err != nil {
+				return err
+			}
+		} else if err := bucket.Put(o.key, o.value); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *change) run(v state) (ops []op) {

@@ -172,7 +172,7 @@ func admissions(t *testing.T, s spireapi.Storage) {
 	ctx := t.Context()
 	rows := 0
 	admit := func(token string, n int, change func(*spireapi.Agent) (*spireapi.Agent, error)) error {
-		return s.Admit(ctx, spireapi.Admission{Token: token, ID: agentID(n), Change: change, Row: func() ledger.Row {
+		return s.Admit(ctx, spireapi.Admission{Token: token, SpentAt: start.Add(time.Minute), ID: agentID(n), Change: change, Row: func() ledger.Row {
 			rows++
 			return ledger.Row{Authority: "A", Agent: agentID(n).String(), NotAfter: start}
 		}})
@@ -183,6 +183,7 @@ func admissions(t *testing.T, s spireapi.Storage) {
 	check := func(what string, tokens int, agents ...spireapi.Agent) {
 		t.Helper()
 		left, err := s.Tokens(ctx)
+		left = slices.DeleteFunc(left, func(t spireapi.Token) bool { return !t.SpentAt.IsZero() })
 		if err != nil || len(left) != tokens {
 			t.Errorf("%s: tokens %v, %v, want %d", what, left, err, tokens)
 		}
@@ -238,6 +239,9 @@ func admissions(t *testing.T, s spireapi.Storage) {
 		t.Errorf("%d were admitted with one token", admitted.Load())
 	}
 	check("admitted", 1, first)
+	if t1, err := s.Token(ctx, "a"); err != nil || !t1.SpentAt.Equal(start.Add(time.Minute)) || !t1.ExpiresAt.Equal(start) {
+		t.Errorf("the spent token is %+v, %v", t1, err)
+	}
 
 	renewed := first
 	renewed.NextSerial = "another"

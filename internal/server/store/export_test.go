@@ -101,6 +101,10 @@ func PutSealedDocument(t testing.TB, tx *bbolt.Tx, deployment string, doc keyset
 	}
 }
 
+// KeepAudit sets how many later records a frequent record of the audit log has at most, a
+// multiple of 200. Call it before the first write.
+func (s *Store) KeepAudit(n uint64) { s.keepAudit = n }
+
 // Path returns the path of the file.
 func (s *Store) Path() string { return s.path }
 

@@ -115,7 +115,7 @@ func TestAdmissionThatCannotBeStored(t *testing.T) {
 	}
 	var back func()
 	admission := spireapi.Admission{
-		Token: "a", ID: agentID(1),
+		Token: "a", SpentAt: start, ID: agentID(1),
 		Change: func(*spireapi.Agent) (*spireapi.Agent, error) { return &spireapi.Agent{ID: agentID(1)}, nil },
 		Row: func() ledger.Row {
 			if back == nil {

@@ -1,9 +1,7 @@
 package store
 
 import (
-	"bytes"
 	"context"
-	"encoding/binary"
 
 	"go.etcd.io/bbolt"
 
@@ -34,8 +32,7 @@ func (d *Deployment) Save(ctx context.Context, doc keyset.Document, c keyset.Cha
 	if err != nil {
 		return err
 	}
-	record := AuditRecord{Number: doc.Version, Change: c}
-	note, err := put(audit, auditKey(record.Number), record)
+	records, err := encodeAudit(AuditRecord{Change: c})
 	if err != nil {
 		return err
 	}
@@ -47,7 +44,7 @@ func (d *Deployment) Save(ctx context.Context, doc keyset.Document, c keyset.Cha
 		if doc.Version != stored.Version+1 {
 			return nil, keyset.ErrConflict
 		}
-		return []op{document, note}, nil
+		return d.audited(v, []op{document}, records)
 	})
 }
 
@@ -66,35 +63,3 @@ func (v state) document() (keyset.Document, error) {
 	}
 	return decode[keyset.Document](keyDocument, value)
 }
-
-// AuditRecord is the audit log's record of one mutation of the keysets.
-type AuditRecord struct {
-	// Number counts the records of a deployment from 1, without a gap. It is
-	// the version of the document after the mutation.
-	Number uint64
-	keyset.Change
-}
-
-// Audit returns the records with a number above after, in order, limit at most; all of
-// them when limit is zero. Records are never changed or deleted.
-func (d *Deployment) Audit(ctx context.Context, after uint64, limit int) ([]AuditRecord, error) {
-	var records []AuditRecord
-	err := d.read(ctx, func(b *bbolt.Bucket) error {
-		c := b.Bucket([]byte(audit)).Cursor()
-		k, v := c.Seek(auditKey(after))
-		if bytes.Equal(k, auditKey(after)) {
-			k, v = c.Next()
-		}
-		for ; k != nil && (limit <= 0 || len(records) < limit); k, v = c.Next() {
-			r, err := decode[AuditRecord](k, v)
-			if err != nil {
-				return err
-			}
-			records = append(records, r)
-		}
-		return nil
-	})
-	return records, err
-}
-
-func auditKey(number uint64) []byte { return binary.BigEndian.AppendUint64(nil, number) }

@@ -64,7 +64,8 @@ func open(path string, o Options) (*Store, error) {
 	}
 	s := &Store{
 		path: path, td: o.TrustDomain, seal: o.Seal, log: cmp.Or(o.Log, slog.New(slog.DiscardHandler)), now: o.Now, file: f,
-		copying: make(chan struct{}, 1), reading: make(chan struct{}, maxReads),
+		keepAudit: keepAudit,
+		copying:   make(chan struct{}, 1), reading: make(chan struct{}, maxReads),
 		changes: make(chan *change), stop: make(chan struct{}), stopped: make(chan struct{}),
 	}
 	if s.now == nil {

@@ -130,9 +130,9 @@ func edit(t *testing.T, path string, change func(tx *bbolt.Tx) error) {
 func TestOpenRejectsANewerFormat(t *testing.T) {
 	t.Parallel()
 	for _, about := range []string{
-		`{"format":5,"trust_domain":"example.org"}`,
-		`{"format":5,"trust_domain":"example.org","beat":"2026-01-02T03:04:05Z"}`,
-		`{"format":6,"trust_domain":{"name":"example.org"}}`,
+		`{"format":6,"trust_domain":"example.org"}`,
+		`{"format":6,"trust_domain":"example.org","beat":"2026-01-02T03:04:05Z"}`,
+		`{"format":7,"trust_domain":{"name":"example.org"}}`,
 		`{"format":2000000000}`,
 	} {
 		path := newPath(t)
@@ -150,7 +150,7 @@ func TestOpenRejectsANewerFormat(t *testing.T) {
 		for _, readOnly := range []bool{false, true} {
 			o := options()
 			o.ReadOnly = readOnly
-			openFails(t, path, o, "format", "up to 4", "newer version")
+			openFails(t, path, o, "format", "up to 5", "newer version")
 			if _, err := store.Open(path, o); errors.Is(err, store.ErrDamaged) {
 				t.Errorf("%s: taken for damage: %v", about, err)
 			}

@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
@@ -181,7 +182,7 @@ func (s *Store) adoptCopy() error {
 		return s.db.Update(func(tx *bbolt.Tx) (err error) {
 			about := tx.Bucket(bucketAbout)
 			if !s.copied.IsZero() {
-				if dropped, err = r.applyAll(tx.Bucket(bucketDeployments)); err != nil {
+				if dropped, err = r.applyAll(s, tx.Bucket(bucketDeployments)); err != nil {
 					return err
 				}
 				kept = append(kept, r)
@@ -207,7 +208,7 @@ func (s *Store) adoptCopy() error {
 }
 
 // applyAll is apply for all deployments.
-func (r *restored) applyAll(deployments *bbolt.Bucket) (tokensDropped int, err error) {
+func (r *restored) applyAll(s *Store, deployments *bbolt.Bucket) (tokensDropped int, err error) {
 	var names []string
 	err = deployments.ForEachBucket(func(name []byte) error {
 		names = append(names, string(name))
@@ -217,7 +218,7 @@ func (r *restored) applyAll(deployments *bbolt.Bucket) (tokensDropped int, err e
 		return 0, err
 	}
 	for _, name := range names {
-		n, err := r.apply(deployments.Bucket([]byte(name)), name)
+		n, err := r.apply(s.Deployment(name), deployments.Bucket([]byte(name)))
 		if err != nil {
 			return 0, fmt.Errorf("deployment %q: %w", name, err)
 		}
@@ -227,18 +228,30 @@ func (r *restored) applyAll(deployments *bbolt.Bucket) (tokensDropped int, err e
 }
 
 // apply changes a deployment for the restore and records what is not known of it.
-func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err error) {
+func (r *restored) apply(d *Deployment, b *bbolt.Bucket) (tokensDropped int, err error) {
 	// A token that was spent after the copy could be used a second time.
-	tokensDropped = b.Bucket([]byte(tokens)).Stats().KeyN
-	if err := b.DeleteBucket([]byte(tokens)); err != nil {
+	var unspent [][]byte
+	err = b.Bucket([]byte(tokens)).ForEach(func(k, v []byte) error {
+		t, err := d.openToken(k, v)
+		if err == nil && t.SpentAt.IsZero() {
+			unspent = append(unspent, bytes.Clone(k))
+		}
+		return err
+	})
+	if err != nil {
 		return 0, err
 	}
-	if _, err := b.CreateBucket([]byte(tokens)); err != nil {
-		return 0, err
+	tokensDropped = len(unspent)
+	ops := make([]op, 0, tokensDropped+2)
+	for _, k := range unspent {
+		ops = append(ops, op{tokens, k, nil})
 	}
 	doc, err := decodeDocument(b)
-	if err != nil || doc.Version == 0 {
-		return tokensDropped, err
+	if err != nil {
+		return 0, err
+	}
+	if doc.Version == 0 {
+		return tokensDropped, applyOps(b, ops)
 	}
 	unknown := ledger.Restored{CopiedAt: r.CopiedAt, X509: make(map[string]time.Time), JWT: make(map[string]time.Time)}
 	states := make(map[string]keyset.State)
@@ -256,24 +269,22 @@ func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err e
 			unknown.X509[id] = k.ExpiresAt
 		}
 	}
-	r.Deployments[name] = unknown
+	r.Deployments[d.name] = unknown
 	doc.Version++
 	doc.Sequence += sequenceStep(r.At.Sub(r.CopiedAt))
 	document, err := put(keysets, keyDocument, doc) // its keys stay sealed
 	if err != nil {
 		return 0, err
 	}
-	note, err := put(audit, auditKey(doc.Version), AuditRecord{Number: doc.Version, Change: keyset.Change{
+	records, err := encodeAudit(AuditRecord{Change: keyset.Change{
 		At: r.At, Actor: keyset.Server, Operation: "restore", Before: states, After: states,
 		Note: fmt.Sprintf("from a copy of %s; what was signed since is not known; join tokens dropped: %d", clock.Text(r.CopiedAt), tokensDropped),
 	}})
 	if err != nil {
 		return 0, err
 	}
-	for _, o := range []op{document, note} {
-		if err := b.Bucket([]byte(o.bucket)).Put(o.key, o.value); err != nil {
-			return 0, err
-		}
+	if ops, err = d.audited(state{b}, append(ops, document), records); err != nil {
+		return 0, err
 	}
-	return tokensDropped, nil
+	return tokensDropped, applyOps(b, ops)
 }

@@ -17,9 +17,9 @@
 //	deployments
 //	  NAME                name: NAME again
 //	    keysets           document: all keysets; private keys are sealed
-//	    audit             number -> record
+//	    audit             number -> record; see [Deployment.Audit]
 //	    agents            SPIFFE ID -> agent
-//	    tokens            SHA-256 of the token -> token, sealed
+//	    tokens            SHA-256 of the token -> token, spent or not, sealed
 //	    entries           entry ID -> entry
 //	    ledger            authority, agent, entry -> not after
 //	    jwt               key ID -> latest expiry
@@ -99,6 +99,7 @@ type Store struct {
 	db    *bbolt.DB
 
 	format    int           // see formatVersion
+	keepAudit uint64        // see the constant
 	heartbeat time.Time     // of the last commit before Open
 	copied    time.Time     // when this copy was taken; zero for a store in use
 	restored  []restored    // what is not known, by restore

@@ -4,7 +4,9 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"time"
 
 	"go.etcd.io/bbolt"
 
@@ -53,12 +55,41 @@ func (d *Deployment) openToken(key, value []byte) (spireapi.Token, error) {
 }
 
 // PutToken implements spireapi.Storage.
-func (d *Deployment) PutToken(ctx context.Context, t spireapi.Token) error {
+func (d *Deployment) PutToken(ctx context.Context, t spireapi.Token, records ...*spireapi.AuditRecord) error {
 	o, err := d.sealToken(t)
 	if err != nil {
 		return err
 	}
-	return d.write(ctx, 1, func(state) ([]op, error) { return []op{o}, nil })
+	encoded, err := encodeServerAudit(records)
+	if err != nil {
+		return err
+	}
+	return d.write(ctx, 2, func(v state) ([]op, error) { return d.audited(v, []op{o}, encoded) })
+}
+
+// spend plans that a join token is spent. It returns spireapi.ErrNotFound if there is none
+// that is not.
+func (d *Deployment) spend(v state, value string, at time.Time) (op, error) {
+	key := tokenKey(value)
+	stored, err := v.get(tokens, key)
+	if err != nil {
+		return op{}, err
+	}
+	if stored == nil {
+		return op{}, spireapi.ErrNotFound
+	}
+	t, err := d.openToken(key, stored)
+	if err != nil {
+		return op{}, err
+	}
+	switch {
+	case at.IsZero():
+		return op{}, errors.New("a join token cannot be spent without a time")
+	case !t.SpentAt.IsZero():
+		return op{}, spireapi.ErrNotFound
+	}
+	t.SpentAt = at
+	return d.sealToken(t)
 }
 
 // Token implements spireapi.Storage.
