@@ -31,6 +31,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 		debug.SetGCPercent(25)
 	}
 	c := agentConfig(cfg, call.Env)
+	cli.WarnVariables(call.Env, &schema, c.Log)
 	if c.ServerProxy, err = serverProxy(cfg, call.Getenv, c.Log); err != nil {
 		return err
 	}

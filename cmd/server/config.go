@@ -73,7 +73,7 @@ func named[V any](m *map[string]*V, name string) *V {
 func (s *settings) federated(name string) *federated { return named(&s.Federation, name) }
 
 // schema describes the configuration.
-var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Check: validate}
+var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Check: validate, Probe: probeMachine}
 
 const (
 	defaultAddress = "0.0.0.0:8081"

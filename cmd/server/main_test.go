@@ -27,13 +27,13 @@ func TestMain(m *testing.M) {
 // TestScripts runs the command lines in testdata/script against operator services: a
 // server during a rotation on the socket $ADMIN, one that cannot sign on $SICK, and one
 // that rejects everything on $STRICT. There are web.crt and web.key, the certificate of a web server, old.crt and
-// old.key, one that has expired, and other.crt and other.key. A process listens at $TAKEN.
+// old.key, one that has expired, and stray.crt and stray.key. A process listens at $TAKEN.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	clitest.Run(t, map[string]string{"EXAMPLE": "server.example.yaml", "ENTRIES": "entries.example.yaml"}, func(e *testscript.Env) {
 		writePair(t, e.WorkDir, "web", time.Hour)
 		writePair(t, e.WorkDir, "old", -time.Minute)
-		writePair(t, e.WorkDir, "other", time.Hour)
+		writePair(t, e.WorkDir, "stray", time.Hour)
 		taken, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)

@@ -23,6 +23,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 		return config.FileError(err)
 	}
 	cfg := domainConfig(s, call.Env)
+	cli.WarnVariables(call.Env, &schema, cfg.Log)
 	cfg.Started = cli.Started(call.Getenv, cfg.Log)
 	defer cli.Outlive(cfg.Log)()
 	d, err := server.Open(ctx, cfg)

@@ -52,7 +52,7 @@ func (s *Schema[C]) items(r *reader, key string, k, v *yaml.Node) []Item[C] {
 		}
 		if len(l.out) == 0 {
 			l.file = l.place(n.Line) // for missing fields
-			l.out = l.check()
+			l.check()
 		}
 		r.out = append(r.out, l.out...)
 		items = append(items, Item[C]{Config: l.c, Line: n.Line})
