@@ -11,6 +11,8 @@ import (
 	"slices"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/server"
@@ -40,6 +42,7 @@ func (c checker) probeStore(ctx context.Context) {
 		var err error
 		key, err = seal.File(c.Config.KeyFile)
 		c.File("key_file", err, "")
+		c.foreign("key_file", c.Config.KeyFile)
 	}
 	path := filepath.Join(c.Config.DataDir, server.FileName)
 	if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
@@ -54,6 +57,19 @@ func (c checker) probeStore(ctx context.Context) {
 	c.File("data_dir", config.FileError(err), "")
 }
 
+// foreign warns root of a file that the server's user cannot read: probably the owner of
+// data_dir, as in the unit. Another user finds out by reading the file.
+func (c checker) foreign(path, file string) {
+	var dir, f unix.Stat_t
+	if os.Geteuid() != 0 || errors.Join(unix.Stat(c.Config.DataDir, &dir), unix.Stat(file, &f)) != nil || dir.Uid == 0 {
+		return
+	}
+	if f.Uid == dir.Uid || f.Mode&0o004 != 0 || f.Gid == dir.Gid && f.Mode&0o040 != 0 {
+		return
+	}
+	c.Warn(path, fmt.Sprintf("belongs to user %d, and user %d, who owns data_dir, cannot read it", f.Uid, dir.Uid), "give it to the user that the server runs as (chown)")
+}
+
 // probeFiles checks the files of certificates, bundles and the metrics listener.
 func (c checker) probeFiles() {
 	if c.Config.EndpointCertFile != "" && c.Config.EndpointKeyFile != "" {
@@ -62,6 +78,7 @@ func (c checker) probeFiles() {
 		if err == nil {
 			c.dates("bundle_endpoint.cert_file", cert.Leaf.NotBefore, cert.Leaf.NotAfter)
 		}
+		c.foreign("bundle_endpoint.key_file", c.Config.EndpointKeyFile)
 	}
 	for _, name := range slices.Sorted(maps.Keys(c.Config.Federation)) {
 		if file := c.Config.Federation[name].File; file != "" {

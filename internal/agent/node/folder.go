@@ -28,8 +28,9 @@ type folder struct {
 	lock *os.File
 }
 
-// CheckFolder returns the error with which [OpenStore] would fail because of what is at the
-// path, or of its owner. It changes nothing. A missing folder is no error.
+// CheckFolder returns why [OpenStore] would fail: because of what is at the path, or of its
+// owner. It changes nothing. A missing folder is no error, and root may check the folder of
+// any user.
 func CheckFolder(path string) error {
 	info, err := os.Stat(path)
 	switch {
@@ -40,20 +41,11 @@ func CheckFolder(path string) error {
 	case !info.IsDir():
 		return config.Permanent(fmt.Errorf("it is not a folder: %s", folderRemedy))
 	}
-	if err := checkOwner(path, info); err != nil {
-		return fmt.Errorf("%w: %w", fs.ErrPermission, err) // another user may run the agent
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() && os.Geteuid() != 0 {
+		return fmt.Errorf("%w: %s belongs to user %d, so the agent must run as that user", fs.ErrPermission, path, st.Uid)
 	}
 	if err := unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
 		return fmt.Errorf("%w: %s", err, folderRemedy)
-	}
-	return nil
-}
-
-// checkOwner returns an error unless this user owns the folder: its owner can replace the
-// key in it.
-func checkOwner(path string, info fs.FileInfo) error {
-	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return config.Permanent(fmt.Errorf("%s belongs to user %d and this process runs as %d: chown it, or run as its owner", path, st.Uid, os.Geteuid()))
 	}
 	return nil
 }
@@ -77,8 +69,9 @@ func openFolder(path string) (_ *folder, err error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkOwner(path, info); err != nil {
-		return nil, err
+	// The owner of the folder can replace the key in it.
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
+		return nil, config.Permanent(fmt.Errorf("%s belongs to user %d and this process runs as %d: chown it, or run as its owner", path, st.Uid, os.Geteuid()))
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		if err := root.Chmod(".", 0o700); err != nil {
