@@ -29,6 +29,7 @@ type Env struct {
 	Getenv func(string) string
 	// Environ has all variables, NAME=VALUE each, to find those that nothing reads.
 	Environ        []string
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 }
 
