@@ -38,12 +38,12 @@ func (c checker) probeAttestors(ctx context.Context, getenv func(string) string)
 		// A node may have one of the two.
 		err := docker.Reach(ctx, c.Config.DockerSocket)
 		if err != nil && docker.Reach(ctx, c.Config.PodmanSocket) != nil {
-			c.Bad("workload_attestation.docker.enabled", "cannot work on this machine", err.Error())
+			c.Warn("workload_attestation.docker.enabled", "cannot work on this machine", err.Error())
 		}
 	}
 	if c.Config.SystemdEnabled {
 		if err := systemd.Reach(ctx, c.Config.SystemdSocket); err != nil {
-			c.Bad("workload_attestation.systemd.enabled", "cannot work on this machine", err.Error())
+			c.Warn("workload_attestation.systemd.enabled", "cannot work on this machine", err.Error())
 		}
 	}
 }

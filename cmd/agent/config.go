@@ -13,8 +13,12 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"golang.org/x/sys/unix"
 
+	"github.com/renewd/renewd/internal/agent/node"
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/listen"
+	"github.com/renewd/renewd/internal/socket"
+	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
 )
 
@@ -115,10 +119,11 @@ func validate(shared *config.Checker[settings]) {
 	c.attestation()
 }
 
-// probeMachine reports what this machine lacks for a valid configuration.
+// probeMachine reports what the agent would find on this machine.
 func probeMachine(ctx context.Context, getenv func(string) string, shared *config.Checker[settings]) {
 	c := checker{shared}
 	c.probeNode(ctx)
+	c.probePaths()
 	c.probeAttestors(ctx, getenv)
 }
 
@@ -176,6 +181,17 @@ func (c checker) paths() {
 	}
 	c.NotEmpty("data_dir", "socket_path")
 	c.OneOf("log.format", "is not a format", cli.LogFormats)
+}
+
+// probePaths looks at the directories, sockets and addresses that the agent would open.
+func (c checker) probePaths() {
+	c.File("data_dir", node.CheckFolder(c.Config.DataDir), "")
+	c.Listens("socket_path", socket.Check(c.Config.SocketPath))
+	c.Listens("admin_socket_path", socket.Check(adminSocket(c.Config.AdminSocket, c.Config.SocketPath)))
+	c.Listens("metrics.address", listen.Check(c.Config.MetricsAddress))
+	if c.Config.WebConfigFile != "" {
+		c.File("metrics.web_config_file", config.FileError(metrics.CheckWebConfig(c.Config.WebConfigFile)), "install it before the start")
+	}
 }
 
 // adminSocket returns the path of the admin socket: the one that is set, or else one beside

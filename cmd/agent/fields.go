@@ -3,7 +3,8 @@ package main
 import "github.com/renewd/renewd/internal/config"
 
 // schema describes how the configuration is written, checked and documented.
-var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_", Help: "agent help config", Check: validate, Probe: probeMachine}
+var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_", Help: "agent help config", Check: validate, Probe: probeMachine,
+	Others: []string{"RENEWD_SERVER_", "RENEWD_ADMIN_SOCKET"}}
 
 // fields are all fields of the configuration in the order of their documentation.
 var fields = []config.Field[settings]{

@@ -57,7 +57,7 @@ func (c checker) probeKubelet(ctx context.Context, getenv func(string) string) {
 		err = a.Check(ctx)
 	}
 	if err != nil {
-		c.Bad(kubernetesSection+"enabled", "cannot work on this machine", err.Error())
+		c.Warn(kubernetesSection+"enabled", "cannot work on this machine", err.Error())
 	}
 }
 

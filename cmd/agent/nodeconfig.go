@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"time"
@@ -179,42 +179,45 @@ func trustSource(cfg *settings) agent.TrustSource {
 // probeTimeout bounds each question of config check.
 const probeTimeout = 5 * time.Second
 
-// probeNode reports what this machine lacks to authenticate the server and to attest the node.
+// probeNode looks for what authenticates the server and attests the node. A URL or another
+// agent may answer later; a file with the wrong content is wrong on every machine.
 func (c checker) probeNode(ctx context.Context) {
-	ask := func(path, remedy string, question func(context.Context) error) {
-		ctx, cancel := context.WithTimeout(ctx, probeTimeout)
-		defer cancel()
-		if err := question(ctx); err != nil {
-			c.Bad(path, "does not work on this machine: "+err.Error(), remedy)
-		}
-	}
-	bundle := func(source agent.TrustSource) func(context.Context) error {
-		return func(ctx context.Context) error {
-			_, err := source.Fetch(ctx, bootstrap.Request{Attempt: 1, Since: time.Now()})
-			return err
-		}
-	}
+	ctx, cancel := context.WithTimeout(ctx, probeTimeout)
+	defer cancel()
 	if source := trustSource(c.Config); source != nil {
-		ask("trust_bundle_url", "make it reachable before the first start", bundle(source))
+		if _, err := source.Fetch(ctx, bootstrap.Request{Attempt: 1, Since: time.Now()}); err != nil {
+			c.Warn("trust_bundle_url", "does not work on this machine: "+err.Error(), "make it reachable before the first start")
+		}
 	} else if path := c.Config.TrustBundleFile; path != "" {
-		ask("trust_bundle_file", "install the server's trust bundle there before the first start", bundle(bootstrap.File{Path: path, TrustDomain: c.Config.TrustDomain}))
+		_, err := bootstrap.File{Path: path, TrustDomain: c.Config.TrustDomain}.Fetch(ctx, bootstrap.Request{})
+		c.File("trust_bundle_file", err, "install the server's trust bundle there before the first start")
 	}
-	a := attestor(c.Config)
-	if a == nil {
-		return // a join token may be gone: it has been used
-	}
-	path := "node_attestation.k8s_psat.token_path"
+	a, path := attestor(c.Config), ""
 	switch {
+	case c.Config.JoinTokenFile != "":
+		a, path = node.JoinToken("", c.Config.JoinTokenFile), "join_token_file"
+	case a == nil:
+		return
 	case c.Config.PoPEndpoint != "":
 		path = "node_attestation.x509pop.spiffe_endpoint_socket"
 	case c.Config.PoPCertPath != "":
 		path = "node_attestation.x509pop.certificate_path"
+	default:
+		path = "node_attestation.k8s_psat.token_path"
 	}
-	ask(path, "install the credential before the first start", func(ctx context.Context) error {
-		credential, err := a.Credential(ctx)
-		if err == nil && !credential.ExpiresAt.IsZero() && time.Now().After(credential.ExpiresAt) {
-			return errors.New("expired: it is " + credential.About)
-		}
-		return err
-	})
+	credential, err := a.Credential(ctx)
+	switch {
+	case path == "join_token_file" && c.attested() && !config.IsPermanent(err):
+		// The token has been used, and may be gone.
+	case err != nil:
+		c.File(path, err, "install the credential before the first start")
+	case !credential.ExpiresAt.IsZero() && time.Now().After(credential.ExpiresAt):
+		c.Warn(path, "has expired: it is "+credential.About, "install a new one")
+	}
+}
+
+// attested reports whether the agent has an agent SVID, which may have expired.
+func (c checker) attested() bool {
+	_, err := os.Stat(filepath.Join(c.Config.DataDir, node.Files[0]))
+	return err == nil
 }

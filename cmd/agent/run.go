@@ -35,6 +35,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 	level.Set(cfg.LogLevel)
 	c := agentConfig(cfg, call.Getenv)
 	c.Log = cli.NewLog(call.Stderr, level, cfg.LogFormat, call.Getenv)
+	cli.WarnVariables(call.Env, &schema, c.Log)
 	if c.ServerProxy, err = serverProxy(cfg, call.Getenv, c.Log); err != nil {
 		return err
 	}

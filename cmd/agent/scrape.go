@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -79,7 +80,7 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 		return 0, nil, fmt.Errorf("query agent: %w: no agent is listening; start it, or give its metrics.address with --url", err)
 	}
 	if err != nil {
-		return 0, nil, fmt.Errorf("query agent: %w", err)
+		return 0, nil, fmt.Errorf("query agent: %w%s", err, schemeRemedy(err))
 	}
 	defer func() { _ = resp.Body.Close() }()
 	body, err := io.ReadAll(io.LimitReader(resp.Body, maxScrape+1))
@@ -89,7 +90,21 @@ func (p *endpoint) get(ctx context.Context, path string) (int, []byte, error) {
 	if len(body) > maxScrape {
 		return 0, nil, fmt.Errorf("the answer of %s is larger than %d bytes", p.url, maxScrape)
 	}
+	if resp.StatusCode == http.StatusBadRequest && bytes.Contains(body, []byte("HTTP request to an HTTPS server")) {
+		return 0, nil, fmt.Errorf("query agent: %s speaks HTTPS, by its web configuration file: give its https URL with --url, and --ca", p.url)
+	}
 	return resp.StatusCode, body, nil
+}
+
+// schemeRemedy returns the remedy for the wrong scheme in --url; "" for another error.
+func schemeRemedy(err error) string {
+	if errors.Is(err, http.ErrSchemeMismatch) {
+		return ": give its http URL with --url"
+	}
+	if _, unknown := errors.AsType[x509.UnknownAuthorityError](err); unknown {
+		return ": give the CA of its certificate with --ca"
+	}
+	return ""
 }
 
 func (p *endpoint) client() (*http.Client, error) {

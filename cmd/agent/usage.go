@@ -34,8 +34,9 @@ Usage:
 "agent help COMMAND" describes one command, "agent help config" every field of
 the configuration.
 
-Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 wrong
-command line or configuration; 3 the server has banned this node.
+Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 failure
+that no restart mends: a wrong command line or configuration, a file with the wrong
+content, owner or mode, or a node that the server has banned.
 `
 
 const runUsage = `Usage: agent run [--config FILE] [--FIELD VALUE]...

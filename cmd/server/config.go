@@ -102,7 +102,7 @@ func names(s *settings, before string) []string {
 }
 
 // schema describes the configuration.
-var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Names: names, Check: validate}
+var schema = config.Schema[settings]{Fields: fields, Env: "RENEWD_SERVER_", Help: "server help config", Names: names, Check: validate, Probe: probeMachine}
 
 const (
 	defaultAddress = "0.0.0.0:8081"

@@ -28,14 +28,14 @@ func TestMain(m *testing.M) {
 // server during a rotation on the socket $ADMIN, one that cannot sign on $SICK, and one
 // that rejects everything on $STRICT. The one on $LIVE is real, and one script uses it. There
 // are web.crt and web.key, the certificate of a web server, old.crt and old.key, one that has
-// expired, and other.crt and other.key. A process listens at $TAKEN.
+// expired, and stray.crt and stray.key. A process listens at $TAKEN.
 func TestScripts(t *testing.T) {
 	t.Parallel()
 	l := newLive(t)
 	clitest.Run(t, map[string]string{"EXAMPLE": "server.example.yaml", "ENTRIES": "entries.example.yaml"}, func(e *testscript.Env) {
 		writePair(t, e.WorkDir, "web", time.Hour)
 		writePair(t, e.WorkDir, "old", -time.Minute)
-		writePair(t, e.WorkDir, "other", time.Hour)
+		writePair(t, e.WorkDir, "stray", time.Hour)
 		taken, err := net.Listen("tcp", "127.0.0.1:0")
 		if err != nil {
 			t.Fatal(err)

@@ -34,6 +34,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 	level.Set(s.LogLevel)
 	cfg := domainConfig(s)
 	cfg.Log = cli.NewLog(call.Stderr, level, s.LogFormat, call.Getenv)
+	cli.WarnVariables(call.Env, &schema, cfg.Log)
 	hangups := cli.Outlive()
 	defer hangups.Stop()
 	var d *server.Domain

@@ -53,9 +53,10 @@ Commands for the running server, over its admin socket or, with --server, over t
 the configuration, "server help entries" every field of an entry. Rotate keysets
 with keysetctl.
 
-Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 invalid
-command line, configuration or entries file; 3 the store is damaged or was
-encrypted with another key, so that a restart does not help.
+Exit status: 0 success, and a stop by SIGTERM or SIGINT; 1 failure; 2 failure
+that no restart mends: a wrong command line, configuration or entries file, a file
+with the wrong content, owner or mode, or a store that is damaged, of another trust
+domain or encrypted with another key.
 `
 
 const runUsage = `Usage: server run [--config FILE] [--FIELD VALUE]...

@@ -27,7 +27,9 @@ const (
 
 // Env is the process environment of a command.
 type Env struct {
-	Getenv         func(string) string
+	Getenv func(string) string
+	// Environ has all variables, NAME=VALUE each, to find those that nothing reads.
+	Environ        []string
 	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"flag"
 	"io"
+	"log/slog"
 	"os"
 	"os/signal"
 	"regexp"
@@ -47,7 +48,7 @@ func Text(text string) func() string { return func() string { return text } }
 // Main runs the program's command line.
 func (p *Program) Main() {
 	Main(func(ctx context.Context) int {
-		return p.Run(ctx, os.Args[1:], Env{Getenv: os.Getenv, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
+		return p.Run(ctx, os.Args[1:], Env{Getenv: os.Getenv, Environ: os.Environ(), Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
 	})
 }
 
@@ -200,8 +201,17 @@ func ParseFlags(fset *flag.FlagSet, args []string) (have []string, err error) {
 	}
 }
 
+// WarnVariables logs the variables of the environment that look like those of a field and
+// are none.
+func WarnVariables[C any](e Env, s *config.Schema[C], log *slog.Logger) {
+	for _, p := range s.UnknownVariables(e.Environ) {
+		log.Warn("environment variable ignored, it belongs to no field", "variable", p.Where, "error", p.What+"; "+p.Remedy)
+	}
+}
+
 // ConfigCommand returns the command config. Its one subcommand, check, loads the
-// configuration and reports whether it is valid, and as warnings what this machine lacks.
+// configuration and reports what is wrong with it, and as warnings what may be right on
+// another machine.
 func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 	check := func(ctx context.Context, c *Call) error {
 		load := s.CheckFlags(c.Flags, c.Getenv)
@@ -212,23 +222,27 @@ func ConfigCommand[C any](program string, s *config.Schema[C]) Command {
 		if file == "" {
 			return Usagef("config check: give the file with --config")
 		}
-		missing, err := load(ctx)
-		if err != nil {
-			return err
-		}
-		for _, p := range missing {
-			if err := Printf(c.Stderr, "warning: %s\n", p); err != nil {
+		warnings, err := load(ctx)
+		for _, line := range config.Lines(append(s.UnknownVariables(c.Environ), warnings...)) {
+			if err := Printf(c.Stderr, "warning: %s\n", line); err != nil {
 				return err
 			}
+		}
+		if err != nil {
+			return err
 		}
 		return Printf(c.Stdout, "%s: ok\n", file)
 	}
 	help := func() string {
 		return "Usage: " + program + ` config check --config FILE [--FIELD VALUE]...
 
-Loads the configuration like "` + program + ` run" and prints every error with its place
-and its remedy. It starts nothing and writes nothing. What this machine lacks for the
-configuration, such as a file, is a warning, because it may be for another machine.
+Loads the configuration like "` + program + ` run", looks at the files and addresses that it
+names, and prints every problem with its place and its remedy, at most 20 at a time. It
+starts nothing and writes nothing. The exit status is 2 if something is wrong on every
+machine, such as a field or the content of a file. What may be right on another machine or
+at another time is a warning: a file that is missing or that this user may not read, an
+address in use, a certificate out of date, an unknown ` + s.Env + `* variable. With nothing
+but warnings the exit status is 0. Run it as the user that the service runs as.
 
 ` + s.Usage()
 	}

@@ -13,6 +13,8 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -33,12 +35,15 @@ type Schema[C any] struct {
 	// Names returns the names that a C has in the place of a placeholder, sorted. before is
 	// the part of the path before it. [Schema.Changes] needs it; nil if no field has one.
 	Names func(c *C, before string) []string
-	// Check reports invalid values. It is called only if every value was parsed; nil
+	// Check reports invalid values. A value that could not be parsed is the default. Nil
 	// checks nothing.
 	Check func(*Checker[C])
-	// Probe reports what this machine lacks for a configuration without problems, such as
-	// files that cannot be read. Only [Schema.CheckFlags] calls it; nil reports nothing.
+	// Probe reports what the program would find on this machine, such as files that cannot
+	// be read. Only [Schema.CheckFlags] calls it; nil reports nothing.
 	Probe func(ctx context.Context, getenv func(string) string, c *Checker[C])
+	// Others are variables that begin with Env and are other programs': names, or prefixes
+	// that end with an underscore.
+	Others []string
 }
 
 // Field describes a field of a configuration: its names, default and meaning.
@@ -194,11 +199,11 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 		*p = text == "true"
 	case *int:
 		if *p, err = strconv.Atoi(text); err != nil {
-			return errors.New("is not an integer")
+			return badInteger(err, math.MaxInt)
 		}
 	case *int64:
 		if *p, err = strconv.ParseInt(text, 10, 64); err != nil {
-			return errors.New("is not an integer")
+			return badInteger(err, math.MaxInt64)
 		}
 	case *Limit:
 		n, err := strconv.ParseInt(text, 10, 32)
@@ -212,7 +217,7 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 		}
 	case *time.Duration:
 		if *p, err = time.ParseDuration(text); err != nil {
-			return errors.New("is not a duration such as 500ms, 60s or 5m")
+			return badDuration(text)
 		}
 	case *fs.FileMode:
 		n, err := strconv.ParseUint(text, 8, 32)
@@ -237,6 +242,32 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 		panic(fmt.Sprintf("field %s has type %T", f.Path, p))
 	}
 	return nil
+}
+
+// badInteger returns what is wrong with a number that strconv cannot parse.
+func badInteger(err error, most int64) error {
+	if errors.Is(err, strconv.ErrRange) {
+		return fmt.Errorf("is too large or too small; the largest integer is %d", most)
+	}
+	return errors.New("is not an integer")
+}
+
+var (
+	days   = regexp.MustCompile(`^([0-9]{1,5}) ?(d|days?)$`)
+	period = regexp.MustCompile(`^[-+]?([0-9.]+(ns|us|µs|μs|ms|s|m|h))+$`)
+)
+
+// badDuration returns what is wrong with a duration that package time cannot parse.
+func badDuration(text string) error {
+	if m := days.FindStringSubmatch(text); m != nil {
+		if n, err := strconv.Atoi(m[1]); err == nil {
+			return fmt.Errorf("has a unit for days, which does not exist; write it in hours: %dh", 24*n)
+		}
+	}
+	if period.MatchString(text) {
+		return fmt.Errorf("is too long; the longest duration is %s", Short(time.Duration(math.MaxInt64).Truncate(time.Hour)))
+	}
+	return errors.New("is not a duration such as 500ms, 60s or 5m")
 }
 
 // show formats the field's value for a name, or one item of a list; "" for a secret. An

@@ -131,7 +131,29 @@ func TestProblems(t *testing.T) {
 		{name: "left out of its section", text: "listen_address: :1", want: `x.yaml:1: "listen_address" is not a field; did you mean places.NAME.listen_address?`},
 		{name: "unknown", text: "zzzzzzzzzz: 1", want: `x.yaml:1: "zzzzzzzzzz" is not a field; remove it; "x help config" lists the fields`},
 		{name: "a name without fields", text: "places:\n  east: {}", want: `x.yaml:2: places.east has no fields; give one or remove it`},
-		{name: "a name with nothing", text: "places:\n  east:", want: `x.yaml:2: places.east is not a list of fields; write one "name: value" a line`},
+		{name: "a name with nothing", text: "places:\n  east:", want: `x.yaml:2: places.east is empty; write its fields below it, indented by spaces, or remove it`},
+		{name: "a section with nothing", text: "wait: 1s\nteam:\n# managers: [a]", want: `x.yaml:2: team is empty; write its fields below it, indented by spaces, or remove it`},
+		{name: "a misspelled section", text: "place:\n  east: {listen_address: ':1'}", want: `x.yaml:1: "place" is not a field; did you mean places?`},
+		{name: "a misspelled section of one field", text: "teem: {managers: [a]}", want: `x.yaml:1: "teem" is not a field; did you mean team?`},
+		{name: "a misspelled section below a name", text: "places:\n  east:\n    doors: {count: 1}\n    listen_address: ':1'", want: `x.yaml:3: "places.east.doors" is not a field; did you mean places.east.door.keys?`},
+		{name: "a tab", text: "name: n\nteam:\n\tmanagers: [a]\nwait: 5", want: "x.yaml:3: is indented by a tab, which YAML does not allow; indent it by spaces\n" +
+			`x.yaml:4: wait: "5" has no unit; write it with a unit, such as 500ms, 60s or 5m`},
+		{name: "a tab after spaces", text: "team:\n  managers:\n  \t- a", want: "x.yaml:3: is indented by a tab, which YAML does not allow; indent it by spaces"},
+		{name: "several parts that are not YAML", text: "name n\nteam: {managers: [a]\nwait: -1s\nplaces:\n  a: {listen_address: 'x}\nzzzzzzzzzz: 1",
+			want: "x.yaml:1: is not a field with a value; write one \"name: value\" a line\n" +
+				"x.yaml:2: is not YAML: did not find expected ',' or '}'; check the indentation and the quotes around it\n" +
+				"x.yaml:5: is not YAML: found unexpected end of stream; check the indentation and the quotes around it\n" +
+				"x.yaml:6: \"zzzzzzzzzz\" is not a field; remove it; \"x help config\" lists the fields\n" +
+				"x.yaml:3: wait: -1s is negative; set 5s"},
+		{name: "values and their meaning at once", text: "nam: n\nwait: -1s\nplaces: {a: {listen_address: x, door: {count: '1'}}}", want: `x.yaml:1: "nam" is not a field; did you mean name?` + "\n" +
+			`x.yaml:3: places.a.door.count: "1" is not an integer; write the digits without quotes and without a unit` + "\n" +
+			`x.yaml:3: places.a.listen_address: "x" is not host:port; write it as host:port` + "\n" +
+			"x.yaml:2: wait: -1s is negative; set 5s"},
+		{name: "an integer that is too large", text: "places: {a: {listen_address: ':1', door: {count: 99999999999999999999}}}", want: `x.yaml:1: places.a.door.count: "99999999999999999999" is too large or too small; the largest integer is 9223372036854775807`},
+		{name: "a duration that is too long", text: "wait: 99999999h", want: `x.yaml:1: wait: "99999999h" is too long; the longest duration is 2562047h`},
+		{name: "a duration in days", text: "wait: 90d", want: `x.yaml:1: wait: "90d" has a unit for days, which does not exist; write it in hours: 2160h`},
+		{name: "a fraction for an integer", text: "places: {a: {listen_address: ':1', door: {count: 1.5}}}", want: `x.yaml:1: places.a.door.count: "1.5" is not an integer; write the digits without quotes and without a unit`},
+		{name: "a byte order mark and CRLF", text: "\ufeffname: n\r\nwait: 5\r", want: `x.yaml:2: wait: "5" has no unit; write it with a unit, such as 500ms, 60s or 5m`},
 		{name: "a value for the names", text: "places: :1", want: `x.yaml:1: places is not a list of fields; write one "name: value" a line`},
 		{name: "a name twice", text: "places:\n  a: {listen_address: ':1'}\n  a: {listen_address: ':1'}", want: `x.yaml:3: places.a is given twice, first in line 2; keep one of the two`},
 		{name: "one of many values", text: "places:\n  a: {listen_address: ':1'}\n  b:\n    listen_address: x", want: `x.yaml:4: places.b.listen_address: "x" is not host:port; write it as host:port`},
@@ -291,5 +313,15 @@ func TestChanges(t *testing.T) {
 				t.Errorf("the comparison has added places: %v", from.Places)
 			}
 		})
+	}
+}
+
+// TestManyProblems: a person gets the first 20 problems and the number of the others.
+func TestManyProblems(t *testing.T) {
+	t.Parallel()
+	_, err := load(strings.Repeat("zzzzzzzzzz: 1\n", 24), nil, nil)
+	lines := strings.Split(fmt.Sprint(err), "\n")
+	if len(lines) != 21 || lines[20] != "and 4 more like these" {
+		t.Errorf("%d lines, the last is %q", len(lines), lines[len(lines)-1])
 	}
 }

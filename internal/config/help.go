@@ -62,9 +62,10 @@ func (s *Schema[C]) Markdown() string {
 	return b.String()
 }
 
-// suggest returns the remedy for an unknown key at this depth of a section: the field with
-// the same last part in another section, or the one with the smallest edit distance. Below
-// a name that the operator chose, it is always a field of the section.
+// suggest returns the field or section that an unknown key at this depth of a section is
+// taken for: the field with the same last part in another section, or what has the smallest
+// edit distance; "" if nothing is near. Below a name that the operator chose, it is always
+// a field of the section.
 func (s *Schema[C]) suggest(path, section string, depth int) string {
 	last, chosen := path[strings.LastIndex(path, ".")+1:], false
 	if depth > 1 {
@@ -75,25 +76,27 @@ func (s *Schema[C]) suggest(path, section string, depth int) string {
 		least = len(path) + maxPath
 	}
 	for i := range s.Fields {
+		parts := strings.Split(s.Fields[i].Path, ".")
 		name := s.Fields[i].Path
 		if chosen {
-			parts := strings.Split(name, ".")
 			if _, ok := match(strings.Join(parts[:min(depth-1, len(parts))], "."), section); !ok {
 				continue
 			}
 			name = section + "." + strings.Join(parts[depth-1:], ".")
+		} else if d := depth; d < len(parts) && !isChosen(parts[d-1]) {
+			// The section at this depth that the field is in.
+			if outer := strings.Join(parts[:d], "."); distance(path, outer) < least {
+				best, least = outer, distance(path, outer)
+			}
 		}
 		if name[strings.LastIndex(name, ".")+1:] == last {
-			return "did you mean " + name + "?"
+			return name
 		}
 		if d := distance(path, name); d < least {
 			best, least = name, d
 		}
 	}
-	if best != "" {
-		return "did you mean " + best + "?"
-	}
-	return "remove it; \"" + s.Help + "\" lists the fields"
+	return best
 }
 
 // maxPath is longer than any field's path.

@@ -62,7 +62,7 @@ func (s *Schema[C]) items(r *reader, key string, k, v *yaml.Node) []Item[C] {
 		}
 		if len(l.out) == 0 {
 			l.file = l.place(n.Line) // for missing fields
-			l.out = l.check()
+			l.check()
 		}
 		for _, p := range l.out {
 			p.Path = inItem(path, p.Path)

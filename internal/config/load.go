@@ -8,7 +8,7 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"regexp"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -23,6 +23,9 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 	load := s.flags(fset, getenv)
 	return func() (*C, error) {
 		l, err := load()
+		if err == nil {
+			err = l.err()
+		}
 		if err != nil {
 			return nil, err
 		}
@@ -31,18 +34,24 @@ func (s *Schema[C]) Flags(fset *flag.FlagSet, getenv func(string) string) func()
 }
 
 // CheckFlags is [Schema.Flags] for a command that only checks the configuration. The
-// returned function also returns what this machine lacks for it.
-func (s *Schema[C]) CheckFlags(fset *flag.FlagSet, getenv func(string) string) func(context.Context) ([]Problem, error) {
+// returned function also probes this machine, and returns what may be right on another
+// one as warnings, also with an error.
+func (s *Schema[C]) CheckFlags(fset *flag.FlagSet, getenv func(string) string) func(context.Context) (warnings []Problem, err error) {
 	load := s.flags(fset, getenv)
 	return func(ctx context.Context) ([]Problem, error) {
 		l, err := load()
-		if err != nil || s.Probe == nil {
+		if err != nil {
 			return nil, err
 		}
-		return l.collect(func(c *Checker[C]) { s.Probe(ctx, getenv, c) }), nil
+		var warnings []Problem
+		if s.Probe != nil && !l.partial {
+			warnings = l.collect(func(c *Checker[C]) { s.Probe(ctx, getenv, c) })
+		}
+		return warnings, l.err()
 	}
 }
 
+// flags returns a function whose error is that of reading the file.
 func (s *Schema[C]) flags(fset *flag.FlagSet, getenv func(string) string) func() (*loader[C], error) {
 	file := fset.String("config", "", "")
 	flags := map[string]string{}
@@ -66,21 +75,21 @@ func (s *Schema[C]) flags(fset *flag.FlagSet, getenv func(string) string) func()
 				return nil, fmt.Errorf("read configuration: %w", err)
 			}
 		}
-		return s.load(*file, data, flags, getenv)
+		return s.load(*file, data, flags, getenv), nil
 	}
 }
 
 // Load loads a configuration from the content of file, the environment, and flags by the
 // path of their field. The error is an [Error].
 func (s *Schema[C]) Load(file string, data []byte, flags map[string]string, getenv func(string) string) (*C, error) {
-	l, err := s.load(file, data, flags, getenv)
-	if err != nil {
+	l := s.load(file, data, flags, getenv)
+	if err := l.err(); err != nil {
 		return nil, err
 	}
 	return l.c, nil
 }
 
-func (s *Schema[C]) load(file string, data []byte, flags map[string]string, getenv func(string) string) (*loader[C], error) {
+func (s *Schema[C]) load(file string, data []byte, flags map[string]string, getenv func(string) string) *loader[C] {
 	l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: file}, origins: map[string]string{}}
 	if root := l.document(data); root != nil {
 		l.section("", root, 0, 1)
@@ -96,20 +105,18 @@ func (s *Schema[C]) load(file string, data []byte, flags map[string]string, gete
 			l.store(f, "", v, "flag --"+f.Flag())
 		}
 	}
-	// Check the values only if all of them are known.
-	if len(l.out) == 0 {
-		l.out = l.check()
-	}
-	if len(l.out) > 0 {
-		return nil, Error(l.out)
-	}
-	return l, nil
+	l.check()
+	return l
 }
 
 // reader parses a YAML file and collects problems.
 type reader struct {
 	file string
 	out  []Problem
+	// partial means that a part of the file is not YAML, so that what it sets is not known.
+	partial bool
+	// meant are the fields and sections that unknown keys are taken for.
+	meant []string
 }
 
 // loader collects the values of one C, and where each was set, by path.
@@ -121,19 +128,38 @@ type loader[C any] struct {
 	named   map[string]bool // sections with a name whose defaults are set
 }
 
-// check runs the schema's own checks.
-func (l *loader[C]) check() []Problem {
-	if l.schema.Check == nil {
+// err returns the problems as an [Error].
+func (l *loader[C]) err() error {
+	if len(l.out) == 0 {
 		return nil
 	}
-	return l.collect(l.schema.Check)
+	return Error(l.out)
 }
 
-// collect returns the problems that check finds, in the order of the fields.
-func (l *loader[C]) collect(check func(*Checker[C])) []Problem {
-	c := &Checker[C]{Config: l.c, schema: l.schema, file: l.file, origins: l.origins}
+// check runs the schema's own checks.
+func (l *loader[C]) check() {
+	if l.schema.Check != nil {
+		l.collect(l.schema.Check)
+	}
+}
+
+// collect adds the problems that check finds, in the order of the fields, and returns the
+// warnings.
+func (l *loader[C]) collect(check func(*Checker[C])) (warnings []Problem) {
+	before := l.out
+	unknown := func(path string) bool {
+		path, _, _ = strings.Cut(path, "[")
+		within := func(section string) bool { return path == section || strings.HasPrefix(path, section+".") }
+		return l.partial && l.origins[path] == "" || slices.ContainsFunc(l.meant, within) || slices.ContainsFunc(before, func(p Problem) bool {
+			section, _, _ := strings.Cut(p.Path, "[")
+			return section != "" && within(section)
+		})
+	}
+	c := &Checker[C]{Config: l.c, schema: l.schema, file: l.file, origins: l.origins, unknown: unknown}
 	check(c)
-	return c.sorted()
+	c.sort()
+	l.out = append(l.out, c.out...)
+	return c.warnings
 }
 
 // store parses a value and records where it came from.
@@ -194,8 +220,7 @@ func (r *reader) document(data []byte) *yaml.Node {
 	case errors.Is(err, io.EOF):
 		return nil // empty, or comments only
 	case err != nil:
-		r.out = append(r.out, syntax(r.file, err))
-		return nil
+		return r.rest(data, err)
 	}
 	if err := dec.Decode(&more); !errors.Is(err, io.EOF) {
 		r.at(more.Line, "", "the file has more than one document", "remove everything from the second --- on")
@@ -205,23 +230,6 @@ func (r *reader) document(data []byte) *yaml.Node {
 		return nil
 	}
 	return root
-}
-
-var yamlLine = regexp.MustCompile(`^yaml: (?:line (\d+): )?`)
-
-// syntax converts an error of the YAML parser to one with file:line.
-func syntax(file string, err error) Problem {
-	where, text := file+":1", err.Error() // the parser omits the number of the first line
-	if m := yamlLine.FindStringSubmatch(text); m != nil {
-		if m[1] != "" {
-			where = file + ":" + m[1]
-		}
-		text = text[len(m[0]):]
-	}
-	if strings.Contains(text, "anchor") { // it has no line, and the name may be a secret that begins with *
-		where, text = file, "an alias has no anchor"
-	}
-	return Problem{Where: where, What: "is not YAML: " + text, Remedy: "check the indentation and the quotes around it"}
 }
 
 // place formats a line of the file.
@@ -239,6 +247,10 @@ func (r *reader) at(line int, path, what, remedy string) {
 
 // pairs calls each with the keys and values of a mapping below prefix.
 func (r *reader) pairs(prefix string, n *yaml.Node, line int, each func(path string, key, value *yaml.Node)) {
+	if n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" {
+		r.at(max(n.Line, line), strings.TrimSuffix(prefix, "."), "is empty", "write its fields below it, indented by spaces, or remove it")
+		return
+	}
 	if n.Kind != yaml.MappingNode {
 		r.at(max(n.Line, line), strings.TrimSuffix(prefix, "."), "is not a list of fields", "write one \"name: value\" a line")
 		return
@@ -270,7 +282,13 @@ func (l *loader[C]) section(prefix string, n *yaml.Node, line, depth int) {
 				l.at(key.Line, path, "has no fields", "give one or remove it")
 			}
 		default:
-			l.at(key.Line, strconv.Quote(path), "is not a field", l.schema.suggest(path, strings.TrimSuffix(prefix, "."), depth))
+			meant := l.schema.suggest(path, strings.TrimSuffix(prefix, "."), depth)
+			remedy := "remove it; \"" + l.schema.Help + "\" lists the fields"
+			if meant != "" {
+				l.meant = append(l.meant, meant)
+				remedy = "did you mean " + meant + "?"
+			}
+			l.at(key.Line, strconv.Quote(path), "is not a field", remedy)
 		}
 	})
 }
@@ -299,7 +317,7 @@ func (l *loader[C]) value(f *Field[C], name, path string, key, v *yaml.Node) {
 	case v.Kind != yaml.ScalarNode:
 		bad("takes one value, not a list or a section", "write "+last+": "+f.example())
 	default:
-		if what, remedy := wrongTag(kind, v.ShortTag()); what != "" {
+		if what, remedy := wrongTag(kind, tagOf(v)); what != "" {
 			bad(what, remedy)
 			return
 		}
@@ -327,6 +345,16 @@ func (l *loader[C]) list(f *Field[C], name, path string, key, v *yaml.Node) {
 	}
 	*f.pointer(l.c, name).(*[]string) = items
 	l.origins[path] = l.place(key.Line)
+}
+
+// tagOf returns the YAML type of a value. An integer that is too large is a float to the
+// parser.
+func tagOf(v *yaml.Node) string {
+	tag := v.ShortTag()
+	if tag == "!!float" && strings.Trim(strings.TrimLeft(v.Value, "-+"), "0123456789") == "" {
+		return "!!int"
+	}
+	return tag
 }
 
 // wrongTag returns the problem of a value whose YAML type is not that of the field.

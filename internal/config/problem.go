@@ -1,7 +1,11 @@
 package config
 
 import (
+	"errors"
+	"fmt"
+	"io/fs"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -33,8 +37,11 @@ func (p Problem) String() string {
 	if p.Remedy != "" {
 		b.WriteString("; " + p.Remedy)
 	}
-	return b.String()
+	return newlines.ReplaceAllString(b.String(), " ")
 }
+
+// newlines are in the errors of some libraries.
+var newlines = regexp.MustCompile(`\s*\n\s*`)
 
 // Error is all errors in a configuration.
 type Error []Problem
@@ -42,13 +49,24 @@ type Error []Problem
 // Permanent is true: a restart with the same configuration fails again.
 func (e Error) Permanent() bool { return true }
 
-// Error returns one line for each problem.
-func (e Error) Error() string {
-	lines := make([]string, len(e))
-	for i, p := range e {
-		lines[i] = p.String()
+// Error returns one line for each problem; see [Lines].
+func (e Error) Error() string { return strings.Join(Lines(e), "\n") }
+
+// maxLines is how many problems a person reads at once.
+const maxLines = 20
+
+// Lines returns one line for each of the first 20 problems, and one with the number of the
+// others.
+func Lines(problems []Problem) []string {
+	shown := problems[:min(len(problems), maxLines)]
+	lines := make([]string, 0, len(shown)+1)
+	for _, p := range shown {
+		lines = append(lines, p.String())
 	}
-	return strings.Join(lines, "\n")
+	if more := len(problems) - len(shown); more > 0 {
+		lines = append(lines, fmt.Sprintf("and %d more like these", more))
+	}
+	return lines
 }
 
 // Checker collects the problems of Config, each with the place of its value. A path may
@@ -57,24 +75,76 @@ func (e Error) Error() string {
 type Checker[C any] struct {
 	Config *C
 
-	schema  *Schema[C]
-	file    string
-	origins map[string]string
-	out     []Problem
+	schema   *Schema[C]
+	file     string
+	origins  map[string]string
+	unknown  func(path string) bool // fields whose value is not known, because it has a problem
+	out      []Problem
+	warnings []Problem
 }
 
-// Bad reports an invalid value of the field at path.
+// Bad reports an invalid value of the field at path. A problem that is of a field whose
+// value could not be read, or names one, is left out: that one has to be corrected first.
 func (c *Checker[C]) Bad(path, what, remedy string) {
-	i, name, item := c.index(path)
-	f := &c.schema.Fields[i]
-	c.out = append(c.out, Problem{
-		Where: c.origins[path], Path: path, Value: f.show(c.Config, name, item), What: what, Remedy: remedy,
-	})
+	if p := c.problem(path, what, remedy); c.known(p) {
+		c.out = append(c.out, p)
+	}
+}
+
+// Warn reports what may be right on another machine, or a moment later. Only
+// [Schema.Probe] calls it.
+func (c *Checker[C]) Warn(path, what, remedy string) {
+	if p := c.problem(path, what, remedy); c.known(p) {
+		c.warnings = append(c.warnings, p)
+	}
+}
+
+// File reports the error of using the file that the field at path names, if err is not nil:
+// as bad if the file has the wrong content, kind or mode, and as a warning if it is missing,
+// or if this user may not read it, because the program may run elsewhere or as another one.
+func (c *Checker[C]) File(path string, err error, remedy string) {
+	switch {
+	case err == nil:
+	case IsPermanent(err) && !errors.Is(err, fs.ErrPermission):
+		c.Bad(path, "cannot be used: "+err.Error(), remedy)
+	default:
+		c.Warn(path, "cannot be used here: "+err.Error(), remedy)
+	}
+}
+
+// Listens reports the error of listening at the field's address or socket, if err is not nil.
+// It is a warning: the program itself may be running, and another machine may have the address.
+func (c *Checker[C]) Listens(path string, err error) {
+	if err != nil {
+		c.Warn(path, "cannot be listened on now: "+err.Error(), "")
+	}
 }
 
 // Missing reports a required field without a value.
 func (c *Checker[C]) Missing(path, what, remedy string) {
-	c.out = append(c.out, Problem{Where: c.file, Path: path, What: what, Remedy: remedy})
+	if p := (Problem{Where: c.file, Path: path, What: what, Remedy: remedy}); c.known(p) {
+		c.out = append(c.out, p)
+	}
+}
+
+func (c *Checker[C]) problem(path, what, remedy string) Problem {
+	i, name, item := c.index(path)
+	f := &c.schema.Fields[i]
+	return Problem{Where: c.origins[path], Path: path, Value: f.show(c.Config, name, item), What: what, Remedy: remedy}
+}
+
+// known reports whether the values of all fields that a problem is about are known.
+func (c *Checker[C]) known(p Problem) bool {
+	if c.unknown(p.Path) {
+		return false
+	}
+	for i := range c.schema.Fields {
+		path := c.schema.Fields[i].Path
+		if path != p.Path && strings.Contains(p.What+p.Remedy, path) && c.unknown(path) {
+			return false
+		}
+	}
+	return true
 }
 
 // Origin returns where the field was set; empty for a default.
@@ -99,11 +169,12 @@ func (c *Checker[C]) OneOf(path, what string, values []string) bool {
 	return ok
 }
 
-// sorted returns the problems in the order of the fields.
-func (c *Checker[C]) sorted() []Problem {
+// sort sorts the problems in the order of the fields.
+func (c *Checker[C]) sort() {
 	order := func(p Problem) int { i, _, _ := c.index(p.Path); return i }
-	slices.SortStableFunc(c.out, func(a, b Problem) int { return order(a) - order(b) })
-	return c.out
+	for _, problems := range [][]Problem{c.out, c.warnings} {
+		slices.SortStableFunc(problems, func(a, b Problem) int { return order(a) - order(b) })
+	}
 }
 
 // index returns the index of the field of a path, and the name and list item in the path,

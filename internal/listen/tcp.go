@@ -33,6 +33,19 @@ func TCP(address string) (net.Listener, error) {
 	return lis, nil
 }
 
+// Check returns the error with which [TCP] would fail now. An empty address is not listened
+// on.
+func Check(address string) error {
+	if address == "" {
+		return nil
+	}
+	lis, err := TCP(address)
+	if err != nil {
+		return err
+	}
+	return lis.Close()
+}
+
 // holderOf returns name and PID of a process that listens on the port of an address; "" if
 // it is not found, such as that of another user, whose open files only root may see.
 func holderOf(address string) string {

@@ -38,6 +38,15 @@ func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	return l, nil
 }
 
+// Check returns an error if [Listen] would fail because another process listens on the
+// socket, or because of what is at the path. It changes nothing.
+func Check(path string) error {
+	if _, err := stale(path); err != nil {
+		return fmt.Errorf("socket %s: %w", path, err)
+	}
+	return nil
+}
+
 // bind creates the socket file and a listener for it.
 func bind(path string, mode fs.FileMode) (*net.UnixListener, fs.FileInfo, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
@@ -69,15 +78,29 @@ func listenError(path string, err error) error {
 	return fmt.Errorf("socket %s: %w", path, err)
 }
 
+// removeStale removes the socket file of a process that was killed.
 func removeStale(path string) error {
+	found, err := stale(path)
+	if err != nil || !found {
+		return err
+	}
+	if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return fmt.Errorf("remove the stale socket: %w", err)
+	}
+	return nil
+}
+
+// stale reports whether at the path there is a socket on which nobody listens. What else is
+// there is an error.
+func stale(path string) (bool, error) {
 	info, err := os.Lstat(path)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		return nil
+		return false, nil
 	case err != nil:
-		return err
+		return false, err
 	case info.Mode().Type() != fs.ModeSocket:
-		return config.Permanent(errors.New("there is a file that is not a socket: remove it or choose another path"))
+		return false, config.Permanent(errors.New("there is a file that is not a socket: remove it or choose another path"))
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	switch {
@@ -88,16 +111,13 @@ func removeStale(path string) error {
 			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
 			other = fmt.Sprintf("stop %q (PID %d)", strings.TrimSpace(string(name)), pid)
 		}
-		return errors.New("another process listens on it: " + other + " or choose another path")
+		return false, errors.New("another process listens on it: " + other + " or choose another path")
 	case errors.Is(err, syscall.ECONNREFUSED):
-		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("remove the stale socket: %w", err)
-		}
-		return nil
+		return true, nil
 	case errors.Is(err, fs.ErrNotExist):
-		return nil
+		return false, nil
 	}
-	return fmt.Errorf("check whether another process listens on it: %w", err)
+	return false, fmt.Errorf("check whether another process listens on it: %w", err)
 }
 
 // isOurs reports whether this process listens on the socket at path.

@@ -73,7 +73,7 @@ func (j joinToken) Credential(context.Context) (*Credential, error) {
 	case token == "":
 		return nil, fmt.Errorf("join_token_file %s is empty: put a token into it that the server issued for this node; a systemd credential is read when the service starts, so restart it then", j.file)
 	case !ok:
-		return nil, fmt.Errorf("join_token_file %s holds more than one word: it must hold one token and nothing else, or what \"spire-server token generate\" prints", j.file)
+		return nil, config.Permanent(fmt.Errorf("join_token_file %s holds more than one word: it must hold one token and nothing else, or what \"spire-server token generate\" prints", j.file))
 	}
 	return &Credential{Payload: []byte(token), About: "the token in join_token_file " + j.file}, nil
 }

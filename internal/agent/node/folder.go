@@ -28,6 +28,28 @@ type folder struct {
 	lock *os.File
 }
 
+// CheckFolder returns why [OpenStore] would fail: because of what is at the path, or of its
+// owner. It changes nothing. A missing folder is no error, and root may check the folder of
+// any user.
+func CheckFolder(path string) error {
+	info, err := os.Stat(path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return config.FileError(fmt.Errorf("%w: %s", err, folderRemedy))
+	case !info.IsDir():
+		return config.Permanent(fmt.Errorf("it is not a folder: %s", folderRemedy))
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() && os.Geteuid() != 0 {
+		return fmt.Errorf("%w: %s belongs to user %d, so the agent must run as that user", fs.ErrPermission, path, st.Uid)
+	}
+	if err := unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK|unix.X_OK, unix.AT_EACCESS); err != nil {
+		return fmt.Errorf("%w: %s", err, folderRemedy)
+	}
+	return nil
+}
+
 // openFolder opens the folder at path, creates it if it is missing, and locks it.
 func openFolder(path string) (_ *folder, err error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {

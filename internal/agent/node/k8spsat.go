@@ -9,6 +9,8 @@ import (
 	"slices"
 	"strings"
 	"time"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 const (
@@ -54,11 +56,11 @@ func (k k8sPSAT) Credential(context.Context) (*Credential, error) {
 	}
 	claims, err := parseClaims(token)
 	if err != nil {
-		return nil, fmt.Errorf("token_path %s: %w: mount a projected service account token there", k.cfg.TokenPath, err)
+		return nil, config.Permanent(fmt.Errorf("token_path %s: %w: mount a projected service account token there", k.cfg.TokenPath, err))
 	}
 	if k.cfg.Audience != "" && !slices.Contains(claims.Audience, k.cfg.Audience) {
-		return nil, fmt.Errorf("token_path %s holds a token for the audience %q instead of %q: set the audience of the projected volume, or that of node_attestation.k8s_psat",
-			k.cfg.TokenPath, []string(claims.Audience), k.cfg.Audience)
+		return nil, config.Permanent(fmt.Errorf("token_path %s holds a token for the audience %q instead of %q: set the audience of the projected volume, or that of node_attestation.k8s_psat",
+			k.cfg.TokenPath, []string(claims.Audience), k.cfg.Audience))
 	}
 	payload, err := json.Marshal(struct {
 		Cluster string `json:"cluster"`

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/workloadapi"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 const (
@@ -66,10 +68,10 @@ func (x x509PoP) Credential(ctx context.Context) (*Credential, error) {
 	switch key.Public().(type) {
 	case *rsa.PublicKey, *ecdsa.PublicKey:
 	default:
-		return nil, fmt.Errorf("the node's certificate has a key of type %T: x509pop needs one with an RSA or ECDSA key", key.Public())
+		return nil, config.Permanent(fmt.Errorf("the node's certificate has a key of type %T: x509pop needs one with an RSA or ECDSA key", key.Public()))
 	}
 	if leaf.KeyUsage&x509.KeyUsageDigitalSignature == 0 {
-		return nil, errors.New("the node's certificate is not for digital signatures: issue one with digitalSignature in its key usage")
+		return nil, config.Permanent(errors.New("the node's certificate is not for digital signatures: issue one with digitalSignature in its key usage"))
 	}
 	payload, err := json.Marshal(struct {
 		Certificates [][]byte `json:"certificates"`
@@ -101,7 +103,7 @@ func (x x509PoP) load(ctx context.Context) (chain [][]byte, key crypto.Signer, e
 	}
 	pair, err := tls.X509KeyPair(certs, keyPEM)
 	if err != nil {
-		return nil, nil, fmt.Errorf("load certificate_path %s with private_key_path %s: %w: give a PEM certificate and its RSA or ECDSA key without a passphrase", x.cfg.CertificatePath, x.cfg.KeyPath, err)
+		return nil, nil, config.Permanent(fmt.Errorf("load certificate_path %s with private_key_path %s: %w: give a PEM certificate and its RSA or ECDSA key without a passphrase", x.cfg.CertificatePath, x.cfg.KeyPath, err))
 	}
 	key, ok := pair.PrivateKey.(crypto.Signer)
 	if !ok {
@@ -119,12 +121,12 @@ func (x x509PoP) load(ctx context.Context) (chain [][]byte, key crypto.Signer, e
 				continue
 			}
 			if _, err := x509.ParseCertificate(block.Bytes); err != nil {
-				return nil, nil, fmt.Errorf("intermediates_path %s: %w", x.cfg.IntermediatesPath, err)
+				return nil, nil, config.Permanent(fmt.Errorf("intermediates_path %s: %w: give a PEM file with intermediate certificates", x.cfg.IntermediatesPath, err))
 			}
 			chain = append(chain, block.Bytes)
 		}
 		if len(chain) == before {
-			return nil, nil, fmt.Errorf("intermediates_path %s holds no PEM certificate: remove the field, or give the right file", x.cfg.IntermediatesPath)
+			return nil, nil, config.Permanent(fmt.Errorf("intermediates_path %s holds no PEM certificate: remove the field, or give the right file", x.cfg.IntermediatesPath))
 		}
 	}
 	return chain, key, nil

@@ -240,13 +240,23 @@ func TestAttestFailsAtOnceWithoutCredential(t *testing.T) {
 
 func TestServerIsVerified(t *testing.T) {
 	t.Parallel()
-	for name, corrupt := range map[string]func(*testing.T, *server, *agent){
-		"other ID":     func(_ *testing.T, s *server, _ *agent) { s.id = "spiffe://example.org/w" },
-		"other domain": func(_ *testing.T, s *server, _ *agent) { s.id = "spiffe://other.org/spire/server" },
-		"other authority": func(t *testing.T, s *server, a *agent) {
+	for name, tt := range map[string]struct {
+		corrupt func(*testing.T, *server, *agent)
+		want    string
+	}{
+		"other ID": {func(_ *testing.T, s *server, _ *agent) { s.id = "spiffe://example.org/w" },
+			`the peer is spiffe://example.org/w and not the server of trust domain example.org: correct server_address`},
+		"other domain": {func(_ *testing.T, s *server, _ *agent) { s.id = "spiffe://other.org/spire/server" },
+			`the peer is spiffe://other.org/spire/server, of trust domain other.org, and trust_domain is example.org: correct trust_domain or server_address`},
+		"other authority": {func(t *testing.T, s *server, a *agent) {
 			s.ca = newAuthority(t)
-		},
-		"no trust": func(_ *testing.T, _ *server, a *agent) { a.trust.Store(nil) },
+		}, "certificate signed by unknown authority"},
+		"an operator's old bundle": {func(t *testing.T, s *server, a *agent) {
+			a.trust.Store(must(bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: newAuthority(t).cert}}})))
+		}, "verify the server with the operator's trust bundle, which has to be written again after each rotation of the server's keys: "},
+		"no trust": {func(_ *testing.T, _ *server, a *agent) { a.trust.Store(nil) }, "there is no trust bundle to verify the server with"},
+		"no TLS": {func(_ *testing.T, s *server, _ *agent) { s.plain = true },
+			"server_address must be the port of the server's API, usually 8081, and not one of metrics or plain HTTP"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -255,9 +265,9 @@ func TestServerIsVerified(t *testing.T) {
 				a := newAgent(t, s, options{token: "t"})
 				defer a.close(t)
 				s.stop()
-				corrupt(t, s, a)
+				tt.corrupt(t, s, a)
 				s.start()
-				if _, err := a.FetchBundle(t.Context()); upstream.Code(err) != "Unavailable" {
+				if _, err := a.FetchBundle(t.Context()); upstream.Code(err) != "Unavailable" || !strings.Contains(err.Error(), tt.want) {
 					t.Errorf("got %v", err)
 				}
 				ctx, cancel := context.WithTimeout(t.Context(), time.Minute)

@@ -62,7 +62,7 @@ func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error
 		grpc.WithContextDialer(c.cfg.Dial),
 		grpc.WithNoProxy(), // Dial uses Config.Proxy
 		grpc.WithDisableServiceConfig(),
-		grpc.WithTransportCredentials(credentials.NewTLS(config)),
+		grpc.WithTransportCredentials(explained{credentials.NewTLS(config)}),
 		grpc.WithConnectParams(grpc.ConnectParams{
 			Backoff:           backoff.Config{BaseDelay: 200 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: reconnectDelay},
 			MinConnectTimeout: connectTimeout,
@@ -77,6 +77,24 @@ func (c *Client) open(identity *node.Identity, config *tls.Config) (*link, error
 		return nil, fmt.Errorf("set up the connection to %s: %w", c.cfg.ServerAddress, err)
 	}
 	return &link{conn: conn, identity: identity}, nil
+}
+
+// explained adds the remedy to the error of a handshake with a peer that speaks no TLS.
+type explained struct {
+	credentials.TransportCredentials
+}
+
+func (e explained) ClientHandshake(ctx context.Context, authority string, conn net.Conn) (net.Conn, credentials.AuthInfo, error) {
+	secure, info, err := e.TransportCredentials.ClientHandshake(ctx, authority, conn)
+	if _, plain := errors.AsType[tls.RecordHeaderError](err); plain {
+		err = fmt.Errorf("the peer speaks no TLS (%w): server_address must be the port of the server's API, usually 8081, and not one of metrics or plain HTTP", err)
+	}
+	return secure, info, err
+}
+
+// Clone implements [credentials.TransportCredentials].
+func (e explained) Clone() credentials.TransportCredentials {
+	return explained{e.TransportCredentials.Clone()}
 }
 
 // clientTLS presents the identity, if any, and requires the peer to be the server
@@ -111,14 +129,7 @@ func (c *Client) insecureTLS() *tls.Config {
 		MinVersion:         tls.VersionTLS13,
 		InsecureSkipVerify: true, // only with Config.Insecure
 		VerifyConnection: func(cs tls.ConnectionState) error {
-			if len(cs.PeerCertificates) == 0 {
-				return errors.New("the server presents no certificate")
-			}
-			id, err := x509svid.IDFromCert(cs.PeerCertificates[0])
-			if err != nil {
-				return err
-			}
-			return isServer(id, c.cfg.TrustDomain)
+			return isServer(cs.PeerCertificates, c.cfg.TrustDomain)
 		},
 	}
 }
@@ -153,14 +164,25 @@ func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bun
 	for _, a := range trust.X509() {
 		roots = append(roots, a.Certificate)
 	}
-	if len(chain) > 0 && now.Before(chain[0].NotBefore) {
+	if err := isServer(chain, td); err != nil { // its text says more than that of a failed verification
+		return err
+	}
+	if now.Before(chain[0].NotBefore) {
 		now = chain[0].NotBefore
 	}
-	id, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(now))
+	_, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(now))
 	if err != nil {
-		return fmt.Errorf("verify the server with trust bundle %d: %w", trust.Sequence(), withoutCurrentTime(err))
+		return fmt.Errorf("verify the server with %s: %w", described(trust), withoutCurrentTime(err))
 	}
-	return isServer(id, td)
+	return nil
+}
+
+// described names a trust bundle. That of an operator has no sequence number.
+func described(trust *bundle.Bundle) string {
+	if trust.Sequence() == 0 {
+		return "the operator's trust bundle, which has to be written again after each rotation of the server's keys"
+	}
+	return fmt.Sprintf("trust bundle %d", trust.Sequence())
 }
 
 // withoutCurrentTime returns err or, for an expired certificate, an error that
@@ -174,9 +196,19 @@ func withoutCurrentTime(err error) error {
 		invalid.Cert.NotAfter.UTC().Format(time.RFC3339))
 }
 
-func isServer(id spiffeid.ID, td spiffeid.TrustDomain) error {
-	if !id.MemberOf(td) || id.Path() != serverPath {
-		return fmt.Errorf("the peer is %q and not the server of trust domain %q", id, td.Name())
+// isServer returns an error unless a chain claims to be that of the trust domain's server.
+func isServer(chain []*x509.Certificate, td spiffeid.TrustDomain) error {
+	if len(chain) == 0 {
+		return errors.New("the server presents no certificate")
+	}
+	id, err := x509svid.IDFromCert(chain[0]) // which has no character that gRPC's error would escape
+	switch {
+	case err != nil:
+		return fmt.Errorf("the peer is no SPIRE server: %w: correct server_address", err)
+	case !id.MemberOf(td):
+		return fmt.Errorf("the peer is %s, of trust domain %s, and trust_domain is %s: correct trust_domain or server_address", id, id.TrustDomain().Name(), td.Name())
+	case id.Path() != serverPath:
+		return fmt.Errorf("the peer is %s and not the server of trust domain %s: correct server_address", id, td.Name())
 	}
 	return nil
 }

@@ -61,6 +61,12 @@ func marshal(b *spiffebundle.Bundle) ([]byte, error) {
 	return data, err
 }
 
+// CheckFile returns why a file cannot be the BundleFile of an [Endpoint]; nil if it can.
+func CheckFile(path string) error {
+	_, err := readFile(path)
+	return err
+}
+
 // readFile reads the bundle of a trust domain from a file, in SPIFFE's format or as
 // PEM certificates.
 func readFile(path string) (*bundle.Document, error) {

@@ -49,6 +49,12 @@ func openFiles(names []string, log *slog.Logger) (roots func() *x509.CertPool, e
 	}, nil
 }
 
+// CheckFile returns why a file cannot be one of CABundleFiles; nil if it can.
+func CheckFile(name string) error {
+	_, err := load([]string{name})
+	return err
+}
+
 // load reads the certificates of all files.
 func load(names []string) (all []*x509.Certificate, err error) {
 	for _, name := range names {
