@@ -26,6 +26,13 @@ build: ## static binaries of every command, in bin/
 	@mkdir -p bin
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
+.PHONY: man
+man: build ## manual pages of the programs, in bin/man
+	@mkdir -p bin/man
+	bin/agent man > bin/man/renewd-agent.8
+	bin/server man > bin/man/renewd-server.8
+	bin/keysetctl man > bin/man/keysetctl.1
+
 .PHONY: check
 check: ## what CI runs: fuzzing for a minute, lint, all tests
 	$(MAKE) fuzz FUZZTIME=4s

@@ -56,7 +56,7 @@ func (p *program) done(d runbook.StepResult) error {
 
 func (p *program) list() *cobra.Command {
 	return &cobra.Command{
-		Use: "list", Short: "show the keysets of a deployment, and which are safe to remove",
+		Use: "list", Short: "show the keysets of a deployment, and which are safe to remove", ValidArgsFunction: cobra.NoFileCompletions,
 		Long: listHelp, Args: noArgs, Example: "  keysetctl list --trust-domain example.org --deployment-name default",
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
@@ -84,7 +84,7 @@ func (p *program) list() *cobra.Command {
 
 func (p *program) prepare() *cobra.Command {
 	return &cobra.Command{
-		Use: "prepare", Short: "1: make and publish a new keyset; it does not sign",
+		Use: "prepare", Short: "1: make and publish a new keyset; it does not sign", ValidArgsFunction: cobra.NoFileCompletions,
 		Long: prepareHelp, Args: noArgs, Example: "  keysetctl prepare",
 		RunE: func(c *cobra.Command, _ []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
@@ -110,7 +110,7 @@ func (p *program) step(action runbook.Action, short, long string, act func(conte
 	var force bool
 	name := string(action)
 	c := &cobra.Command{
-		Use: name + " ID", Short: short, Long: long, Args: oneID, Example: "  keysetctl " + name + " ks_abc1234xyz",
+		Use: name + " ID", Short: short, Long: long, Args: oneID, ValidArgsFunction: p.complete(runbook.Prepared), Example: "  keysetctl " + name + " ks_abc1234xyz",
 		RunE: func(c *cobra.Command, args []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
 				var remarks []string
@@ -137,7 +137,7 @@ func (p *program) remove() *cobra.Command {
 	var force bool
 	c := &cobra.Command{
 		Use: "remove ID", Short: "5: delete a tainted keyset",
-		Long: removeHelp, Args: oneID, Example: "  keysetctl remove ks_abc1234xyz",
+		Long: removeHelp, Args: oneID, ValidArgsFunction: p.complete(runbook.Tainted), Example: "  keysetctl remove ks_abc1234xyz",
 		RunE: func(c *cobra.Command, args []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
 				d, err := runbook.Remove(ctx, b, args[0], force, time.Now())
@@ -156,7 +156,7 @@ func (p *program) plan() *cobra.Command {
 	o := runbook.PlanOptions{}
 	c := &cobra.Command{
 		Use: "plan --agents N --svids M", Short: "predict the load and the duration of a taint wave",
-		Long: planHelp, Args: noArgs, Example: "  keysetctl plan --agents 200 --svids 50",
+		Long: planHelp, Args: noArgs, ValidArgsFunction: cobra.NoFileCompletions, Example: "  keysetctl plan --agents 200 --svids 50",
 		Annotations: offline,
 		RunE: func(c *cobra.Command, _ []string) error {
 			for _, name := range []string{"agents", "svids"} {
@@ -190,6 +190,24 @@ func (p *program) plan() *cobra.Command {
 	f.Uint64Var(&o.Seed, "seed", 1, "`NUMBER` that the random fleets are drawn from")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 	return c
+}
+
+// man prints the manual page, for packages.
+func (p *program) man() *cobra.Command {
+	return &cobra.Command{
+		Use: "man", Short: "print the manual page", Long: "Prints the manual page as roff source.\n", Args: noArgs, Hidden: true,
+		Annotations: offline,
+		RunE: func(c *cobra.Command, _ []string) error {
+			page := cli.ManPage{Name: "keysetctl", Section: "1", Usage: rootHelp}
+			for _, sub := range c.Root().Commands() {
+				if sub.IsAvailableCommand() && !sub.HasSubCommands() {
+					sub.InitDefaultHelpFlag()
+					page.Commands = append(page.Commands, cli.ManCommand{Name: sub.Name(), Help: sub.Long + sub.UsageString()})
+				}
+			}
+			return cli.Printf(p.stdout, "%s", page)
+		},
+	}
 }
 
 func (p *program) version() *cobra.Command {

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -44,11 +45,21 @@ func (d *harness) alias(id, name string) { d.ids = append(d.ids, id, name) }
 
 func (d *harness) run(line string) (code int, stdout, stderr string) {
 	d.t.Helper()
+	return d.runArgs(strings.Fields(line))
+}
+
+// runArgs is run for arguments that may be empty.
+func (d *harness) runArgs(args []string) (code int, stdout, stderr string) {
+	d.t.Helper()
 	var fromAlias []string
 	for i := 0; i < len(d.ids); i += 2 {
 		fromAlias = append(fromAlias, d.ids[i+1], d.ids[i])
 	}
-	args := strings.Fields(strings.NewReplacer(fromAlias...).Replace(line))
+	toReal := strings.NewReplacer(fromAlias...)
+	args = slices.Clone(args)
+	for i := range args {
+		args[i] = toReal.Replace(args[i])
+	}
 	var out, errs bytes.Buffer
 	connect := func(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
 		d.target = t
@@ -585,5 +596,53 @@ func TestTextFromElsewhere(t *testing.T) {
 	k := runbook.Keyset{ID: "ks_a", Unknown: "no answer.\nks_b is safe"}
 	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}, time.Now()), ""); strings.Contains(lines, "\n") {
 		t.Errorf("a reason starts another line: %q", lines)
+	}
+}
+
+// The shell completes the IDs of keysets that fit the verb. Without a server it completes
+// nothing, and no file names.
+func TestCompletion(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		d := newHarness(t)
+		d.run("prepare")
+		d.aliasNewest("ks_def5678uvw")
+		for line, want := range map[string]string{
+			"__complete activate ":                                   "ks_def5678uvw\tPrepared\n:4\n",
+			"__complete taint ks":                                    "ks_def5678uvw\tPrepared\n:4\n",
+			"__complete wait ":                                       ":4\n",
+			"__complete rotate --keyset ":                            "ks_def5678uvw\tPrepared\n:4\n",
+			"__complete activate ks_def5678uvw ":                     ":4\n",
+			"__complete list ":                                       ":4\n",
+			"__completeNoDesc trust-domain deployment keyset taint ": "ks_def5678uvw\n:4\n",
+		} {
+			if code, out, errs := d.runArgs(strings.Split(line, " ")); code != 0 || out != want {
+				t.Errorf("%q: exit %d, %q, want %q\n%s", line, code, out, want, errs)
+			}
+		}
+		d.server.Before = func(string, string) error { return errors.New("no such socket") }
+		if code, out, _ := d.runArgs([]string{"__complete", "wait", ""}); code != 0 || out != ":4\n" {
+			t.Errorf("without a server: exit %d, %q", code, out)
+		}
+		for _, shell := range []string{"bash", "zsh", "fish"} {
+			if code, out, errs := d.run("completion " + shell); code != 0 || !strings.Contains(out, "__complete") {
+				t.Errorf("completion %s: exit %d, %s", shell, code, errs)
+			}
+		}
+	})
+}
+
+// The manual page has the sections that readers look for, and every command.
+func TestManualPage(t *testing.T) {
+	t.Parallel()
+	d := newHarness(t)
+	code, out, errs := d.run("man")
+	for _, want := range []string{
+		".TH KEYSETCTL 1\n", ".SH NAME\nkeysetctl \\- replaces the signing keys of a deployment", ".SH SYNOPSIS\n.B keysetctl\n", ".SH EXIT STATUS\n.nf\n0 success;",
+		".SS rotate\n", ".SS wait\n", "\\-\\-until SHARE",
+	} {
+		if code != 0 || !strings.Contains(out, want) {
+			t.Errorf("exit %d, no %q in\n%s%s", code, want, out, errs)
+		}
 	}
 }

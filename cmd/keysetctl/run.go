@@ -77,7 +77,6 @@ func (p *program) root() *cobra.Command {
 	root.Version = cli.Version(version)
 	root.SetVersionTemplate("renewd keysetctl {{.Version}}\n")
 	root.SilenceErrors, root.SilenceUsage = true, true
-	root.CompletionOptions.HiddenDefaultCmd = true
 	root.SetFlagErrorFunc(flagError)
 	root.SetUsageTemplate(usageTemplate)
 	root.SetHelpTemplate("{{.Long}}{{.UsageString}}")
@@ -89,7 +88,7 @@ func (p *program) root() *cobra.Command {
 		return []*cobra.Command{p.list(), p.prepare(), p.activate(), p.taint(), p.wait(), p.remove(), p.rotate()}
 	}
 	root.AddCommand(verbs()...)
-	root.AddCommand(p.plan(), p.version())
+	root.AddCommand(p.plan(), p.version(), p.man())
 
 	long := []*cobra.Command{
 		group("trust-domain", "the same commands under a longer path"),

@@ -84,7 +84,7 @@ func (p *program) wait() *cobra.Command {
 	var until percentage
 	c := &cobra.Command{
 		Use: "wait ID", Short: "4: wait until a tainted keyset is safe to remove",
-		Long: waitHelp, Args: oneID, Example: "  keysetctl wait ks_abc1234xyz --timeout 10m && keysetctl remove ks_abc1234xyz",
+		Long: waitHelp, Args: oneID, ValidArgsFunction: p.complete(runbook.Tainted), Example: "  keysetctl wait ks_abc1234xyz --timeout 10m && keysetctl remove ks_abc1234xyz",
 		RunE: func(c *cobra.Command, args []string) error {
 			o, err := w.options(p, runbook.X509, runbook.JWT, runbook.All)
 			if err != nil {
@@ -123,7 +123,7 @@ func (p *program) rotate() *cobra.Command {
 	var yes bool
 	c := &cobra.Command{
 		Use: "rotate", Short: "run all steps, or the steps that are left",
-		Long: rotateHelp, Args: noArgs, Example: "  keysetctl rotate\n  keysetctl rotate --yes --timeout 30m",
+		Long: rotateHelp, Args: noArgs, ValidArgsFunction: cobra.NoFileCompletions, Example: "  keysetctl rotate\n  keysetctl rotate --yes --timeout 30m",
 		RunE: func(c *cobra.Command, _ []string) error {
 			o, err := w.options(p, runbook.X509, runbook.All)
 			if err != nil {
@@ -157,6 +157,7 @@ func (p *program) rotate() *cobra.Command {
 	}
 	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509 or all")
 	c.Flags().StringVar(&keysetID, "keyset", "", "`ID` of the keyset for the next step, if there are several")
+	completeFlag(c, "keyset", p.complete(runbook.Prepared, runbook.Tainted))
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask before each step; the waits remain")
 	return c
 }

@@ -25,8 +25,8 @@ func Main(run func(ctx context.Context) int, more ...os.Signal) {
 	os.Exit(run(ctx))
 }
 
-// Program is a program with commands. Besides its own it has the commands help and
-// version.
+// Program is a program with commands. Besides its own it has the commands help, version
+// and man, which prints its manual page and is in no help.
 type Program struct {
 	Name     string
 	Version  string // the linker's, or empty
@@ -64,6 +64,8 @@ func (p *Program) dispatch(ctx context.Context, args []string, e Env) error {
 		name = "version"
 	case "-h", "-help", "--help", "help":
 		return p.help(args, e)
+	case "man":
+		return p.man(e)
 	case "":
 		return Usagef("no command")
 	}

@@ -99,3 +99,34 @@ func TestOutputError(t *testing.T) {
 		}
 	}
 }
+
+// A manual page is valid roff with the sections that readers look for.
+func TestManualPage(t *testing.T) {
+	t.Parallel()
+	p := newProgram()
+	p.Usage = "prog does its work. It\\does more.\n\n.start of a line\n\nExit status: 0 success; 1\nfailure.\n"
+	var stdout, stderr bytes.Buffer
+	code := p.Run(t.Context(), []string{"man"}, cli.Env{Getenv: noEnv, Stdout: &stdout, Stderr: &stderr})
+	want := `.TH RENEWD\-PROG 8
+.SH NAME
+renewd\-prog \- does its work
+.SH SYNOPSIS
+.B renewd\-prog
+.I COMMAND
+[\fIARGUMENT\fR]... [\fIFLAG\fR]...
+.SH DESCRIPTION
+.nf
+prog does its work. It\edoes more.
+
+\&.start of a line
+.fi
+.SH COMMANDS
+.SS show
+.nf
+help of show
+.fi
+`
+	if !strings.HasPrefix(stdout.String(), want) || !strings.HasSuffix(stdout.String(), ".SH EXIT STATUS\n.nf\n0 success; 1\nfailure.\n.fi\n") || code != 0 || stderr.Len() > 0 {
+		t.Errorf("exit %d\n%s%s\nwant\n%s", code, &stdout, &stderr, want)
+	}
+}

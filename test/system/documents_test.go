@@ -18,6 +18,7 @@ var (
 	fenced = regexp.MustCompile("(?sm)^ *```(\\w*)\n(.*?)\n *```$")
 	tested = map[string]string{
 		"README.md":        "TestReadme",
+		"docs/runbook.md":  "runbook.txtar",
 		"deploy/README.md": "deploy.TestBoot",
 		"docs/spire.md":    "spire-documents.txtar",
 		"CONTRIBUTING.md":  "make's targets: .ci/run",
@@ -109,6 +110,24 @@ func TestDocumentedCommands(t *testing.T) {
 	if found < 50 {
 		t.Errorf("found only %d commands in the documents", found)
 	}
+}
+
+// pasted FILE runs a document's first block of commands in a fresh shell, which has only
+// the variables that are named there for the server.
+func pasted(ts *testscript.TestScript, neg bool, args []string) {
+	if neg || len(args) != 1 {
+		ts.Fatalf("usage: pasted FILE")
+	}
+	text, err := os.ReadFile(filepath.Join("../..", args[0]))
+	ts.Check(err)
+	for _, m := range fenced.FindAllStringSubmatch(string(text), -1) {
+		if m[1] != "sh" {
+			continue
+		}
+		ts.Check(ts.Exec("env", "-i", "PATH="+ts.Getenv("PATH"), "RENEWD_ADMIN_SOCKET="+ts.Getenv("RENEWD_ADMIN_SOCKET"), "sh", "-c", m[2]))
+		return
+	}
+	ts.Fatalf("%s has no block of commands", args[0])
 }
 
 // documented FILE COMMAND runs a command that stands in a document. Its placeholders are

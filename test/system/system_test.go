@@ -93,6 +93,7 @@ func run(t *testing.T, pattern string, extra map[string]string) {
 			"alike":         alike,
 			"applied":       applied,
 			"documented":    documented,
+			"pasted":        pasted,
 			"expand":        expand,
 			"until":         until,
 			"keyset":        keysetVar,
