@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
@@ -31,6 +32,7 @@ type Step struct {
 // only the active keyset is left. The first row that fits decides:
 //
 //	Tainted  to retire  to activate   next step
+//	any      any        any           prepare again, if a server of a cluster lacks its key
 //	1        any        any           wait until it is safe, remove it
 //	2 or more           any           the chosen one, else an error that names them
 //	0        1          any           taint it
@@ -42,18 +44,22 @@ type Step struct {
 // A Prepared keyset is to be retired if it has signed before, is older than the active
 // keyset or has expired. Every other Prepared keyset is to be activated.
 //
-// Next fails unless exactly one keyset is active and every keyset has both keys in
-// the same state.
+// The state of a keyset with keys in different states is the one that a rotation has
+// brought less far, so that the next step completes the one before. Next fails unless
+// exactly one keyset is active and every keyset that is not Tainted has both keys.
 func Next(s Status, chosen string, now time.Time) (Step, error) {
 	active := -1
-	for i, k := range s.Keysets {
+	keysets := slices.Clone(s.Keysets)
+	for i := range keysets {
+		k := &keysets[i]
+		k.State = k.leastProgress()
 		switch {
-		case k.JWTState != "" && k.JWTState != k.State:
-			return Step{}, fmt.Errorf("%s: complete the step with activate, taint or remove, then run keysetctl rotate again", keyStatesDiffer(k))
-		case k.X509AuthorityID == "" || k.JWTKeyID == "":
+		case len(k.Lacking) > 0:
+			return Step{Action: ActPrepare}, nil
+		case (k.X509AuthorityID == "" || k.JWTKeyID == "") && k.State != Tainted:
 			return Step{}, fmt.Errorf("keyset %s lacks one of its two keys: replace it with prepare, activate, taint and remove, then run keysetctl rotate again", k.ID)
 		case k.State == Active && active >= 0:
-			return Step{}, fmt.Errorf("two keysets are active, %s and %s: check the server", s.Keysets[active].ID, k.ID)
+			return Step{}, fmt.Errorf("two keysets are active, %s and %s: check the server", keysets[active].ID, k.ID)
 		case k.State == Active:
 			active = i
 		}
@@ -62,7 +68,7 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 		return Step{}, errors.New("no keyset is active: activate one, then run keysetctl rotate again")
 	}
 	var tainted, old, prepared []string
-	for i, k := range s.Keysets {
+	for i, k := range keysets {
 		expired := !k.ExpiresAt.IsZero() && !now.Before(k.ExpiresAt)
 		switch {
 		case k.State == Tainted:
@@ -83,6 +89,19 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 		return choose(ActActivate, prepared, chosen)
 	}
 	return Step{}, nil
+}
+
+// leastProgress returns the state of the key that a rotation has brought less far. The
+// keys become Prepared, Active, Prepared again when they step down, and Tainted.
+func (k Keyset) leastProgress() State {
+	if k.JWTState == "" || k.JWTState == k.State {
+		return k.State
+	}
+	order := []State{Prepared, Active, Tainted}
+	if k.SteppedDown {
+		order = []State{Active, Prepared, Tainted}
+	}
+	return order[min(slices.Index(order, k.State), slices.Index(order, k.JWTState))]
 }
 
 func choose(a Action, ids []string, chosen string) (Step, error) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"time"
 )
@@ -98,6 +99,9 @@ func Wait(ctx context.Context, b Backend, id string, o WaitOptions) (Result, err
 		}
 		next, exists := find(s, id)
 		if !exists {
+			if i := slices.IndexFunc(s.Unowned, func(a Authority) bool { return a.Matches(id) }); i >= 0 {
+				return false, "", permanentError{fmt.Errorf("no server has it any more, but it stays in the trust bundle: %s", s.Unowned[i])}
+			}
 			if !found {
 				return false, "", permanentError{fmt.Errorf("there is no keyset %s: it was removed, or the ID is mistyped; run keysetctl list", id)}
 			}

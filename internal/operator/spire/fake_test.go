@@ -22,6 +22,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	localv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -37,6 +38,7 @@ type fakeSPIRE struct {
 	localv1.UnimplementedLocalAuthorityServer
 	bundlev1.UnimplementedBundleServer
 	agentv1.UnimplementedAgentServer
+	trustdomainv1.UnimplementedTrustDomainServer
 
 	t        *testing.T
 	mu       sync.Mutex
@@ -46,6 +48,9 @@ type fakeSPIRE struct {
 	upstream string
 	noJWT    bool
 	agents   []*types.Agent
+	// What is known of other trust domains.
+	federated []*types.Bundle
+	relations []*types.FederationRelationship
 	// before and after are called around each mutation with its name, such as
 	// TaintX509. Their error is the call's.
 	before, after func(call string) error
@@ -284,6 +289,18 @@ func (f *fakeSPIRE) GetBundle(context.Context, *bundlev1.GetBundleRequest) (*typ
 	return b, nil
 }
 
+func (f *fakeSPIRE) ListFederatedBundles(context.Context, *bundlev1.ListFederatedBundlesRequest) (*bundlev1.ListFederatedBundlesResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &bundlev1.ListFederatedBundlesResponse{Bundles: f.federated}, nil
+}
+
+func (f *fakeSPIRE) ListFederationRelationships(context.Context, *trustdomainv1.ListFederationRelationshipsRequest) (*trustdomainv1.ListFederationRelationshipsResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &trustdomainv1.ListFederationRelationshipsResponse{FederationRelationships: f.relations}, nil
+}
+
 func byAge(m map[string]*authority) []string {
 	return slices.SortedFunc(maps.Keys(m), func(a, b string) int { return m[a].n - m[b].n })
 }
@@ -325,8 +342,8 @@ func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 		f.t.Fatal(err)
 	}
 	f.t.Cleanup(func() { os.RemoveAll(dir) })
-	c.Socket = dir + "/a %41?b#c:1.sock" // must not be parsed as a URL
-	lis, err := net.Listen("unix", c.Socket)
+	c.Sockets = []string{dir + "/a %41?b#c:1.sock"} // must not be parsed as a URL
+	lis, err := net.Listen("unix", c.Sockets[0])
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -334,6 +351,7 @@ func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 	localv1.RegisterLocalAuthorityServer(s, f)
 	bundlev1.RegisterBundleServer(s, f)
 	agentv1.RegisterAgentServer(s, f)
+	trustdomainv1.RegisterTrustDomainServer(s, f)
 	done := make(chan error)
 	go func() { done <- s.Serve(lis) }()
 	f.t.Cleanup(func() {
