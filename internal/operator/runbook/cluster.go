@@ -32,15 +32,18 @@ func (a Authority) Matches(id string) bool {
 	return id == a.ID || (ofKeyset && start != "" && strings.HasPrefix(a.ID, start))
 }
 
-// String describes the authority and what it means, in sentences.
+// String describes the authority in a sentence. [UnownedMeaning] says what it means.
 func (a Authority) String() string {
 	state := ""
 	if a.Tainted {
 		state = ", tainted"
 	}
-	return fmt.Sprintf("In the bundle, of no given server: %s authority %s%s, until %s. Its server was not given, was replaced by one with other keys, or prepared twice.",
-		a.Type, a.ID, state, formatTime(a.ExpiresAt))
+	return fmt.Sprintf("In the bundle, of no given server: %s authority %s%s, until %s.", a.Type, a.ID, state, formatTime(a.ExpiresAt))
 }
+
+// UnownedMeaning says what an authority of no given server means, and the remedy.
+const UnownedMeaning = "The server of such an authority was not given, was replaced by one with other keys, or prepared twice. Give all servers of the cluster. " +
+	"An authority whose server is gone stays in the bundle until it expires, and what it signed stays valid."
 
 // UnreachableError says that some servers of a cluster do not answer. A [Backend.Status]
 // that returns it has what the other servers know, which is no base for a step.

@@ -102,6 +102,9 @@ func Remarks(s Status) []string {
 	for _, a := range s.Unowned {
 		lines = append(lines, a.String())
 	}
+	if len(s.Unowned) > 0 {
+		lines = append(lines, UnownedMeaning)
+	}
 	if s.ClockDoubt != "" {
 		lines = append(lines, "The server's clock is in doubt: "+s.ClockDoubt+".")
 	}

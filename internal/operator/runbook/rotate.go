@@ -154,7 +154,7 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 	var last Action  // the last completed one
 	started := false // a step was found or completed
 	for {
-		s, err := status(ctx, b)
+		s, err := nextStatus(ctx, b, o.Wait, started)
 		if err != nil {
 			return r, err
 		}
@@ -188,7 +188,12 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			return r, err
 		}
 		done, err := perform(ctx, b, step, o.Wait.Now())
-		if errors.Is(err, ErrOutcomeUnknown) {
+		unknown := errors.Is(err, ErrOutcomeUnknown)
+		if _, some := errors.AsType[*UnreachableError](err); some && !unknown {
+			waited, started = Step{}, true
+			continue // nothing was changed
+		}
+		if unknown {
 			err = fmt.Errorf("%s %s: %w", step.Action, step.Keyset, err)
 		}
 		if err != nil {
@@ -205,6 +210,27 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			o.Keyset = r.Active
 		}
 	}
+}
+
+// nextStatus returns the state for the next step. Once the rotation has started, it waits
+// for a server that does not answer.
+func nextStatus(ctx context.Context, b Backend, o WaitOptions, started bool) (Status, error) {
+	s, err := status(ctx, b)
+	if err == nil || !started {
+		return s, err
+	}
+	o.Progress.Progress("failed", fmt.Sprintf("No answer, retrying: %v", err), o.Now())
+	err = await(ctx, o, "rotation", func(ctx context.Context) (bool, string, error) {
+		var err error
+		if s, err = status(ctx, b); err == nil {
+			return true, "", nil
+		}
+		return false, fmt.Sprintf("No answer, retrying: %v", err), nil
+	})
+	if errors.Is(err, errTimeout) {
+		return s, fmt.Errorf("the servers have not answered for %s; run keysetctl rotate again to continue", formatDuration(o.Timeout))
+	}
+	return s, err
 }
 
 func status(ctx context.Context, b Backend) (Status, error) {

@@ -33,7 +33,7 @@ func TestRotation(t *testing.T) {
 	b := f.serve(spire.Config{TrustDomain: "example.org"})
 	s := wantRows(t, b, "Active/Active")
 	a := s.Keysets[0]
-	if s.TrustDomain != "example.org" || s.Deployment != "default" || s.Sequence != f.sequence || s.Automatic == "" {
+	if s.TrustDomain != "example.org" || s.Deployment != "default" || s.Sequence != *f.sequence || s.Automatic == "" {
 		t.Errorf("status %+v", s)
 	}
 	if a.ID != "ks_"+a.X509AuthorityID[:10] || a.X509AuthorityID != f.x.active || a.JWTKeyID != f.j.active {
@@ -396,7 +396,7 @@ func TestOtherServersAuthorities(t *testing.T) {
 	// A server of the cluster may have been forgotten, which has an untainted authority.
 	_, err := b.Prepare(t.Context())
 	must(t, err)
-	if len(notices) != 1 || !strings.Contains(notices[0], "X.509 authority "+x) {
+	if len(notices) != 2 || !strings.Contains(notices[0], "X.509 authority "+x) {
 		t.Errorf("notices %q", notices)
 	}
 }
@@ -554,7 +554,7 @@ func TestFigures(t *testing.T) {
 	asked = nil
 	figures = prom.Figures{
 		Expected: 5, Missing: 2, Holding: 4, X509SVIDs: 7, JWTExpiry: now.Add(time.Hour),
-		Agents: []prom.Agent{{Up: true, Sequence: f.sequence}, {Up: true, Sequence: f.sequence - 1}, {}},
+		Agents: []prom.Agent{{Up: true, Sequence: *f.sequence}, {Up: true, Sequence: *f.sequence - 1}, {}},
 		Holders: []runbook.Holder{{Agent: "a", SVIDs: 7, Reason: "renewing"}, {Agent: "b", Reason: "silent"},
 			{Agent: "2 of 5", Reason: "silent"}},
 	}

@@ -141,7 +141,17 @@ func (k keyset) state(of func(pair) authority) runbook.State {
 func (p pair) x509Authority() authority { return p.x509 }
 func (p pair) jwtAuthority() authority  { return p.jwt }
 
-// toRunbook returns what the servers know of the keyset, without figures.
+// toRunbook returns what the servers know of a keyset, without figures and members.
+func (s clusterState) toRunbook(k keyset) runbook.Keyset {
+	out := k.toRunbook()
+	if newer := s.newer(); newer != nil && newer.id() == out.ID {
+		for _, i := range k.lacking(s.servers) {
+			out.Lacking = append(out.Lacking, s.answered[i].name)
+		}
+	}
+	return out
+}
+
 func (k keyset) toRunbook() runbook.Keyset {
 	out := runbook.Keyset{
 		ID: k.id(), X509SVIDs: -1, State: k.state(pair.x509Authority),

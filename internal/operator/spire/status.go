@@ -63,10 +63,7 @@ func (b *Backend) status(ctx context.Context, s clusterState) (runbook.Status, e
 		out.Sequence = max(out.Sequence, v.sequence)
 	}
 	for _, set := range s.keysets {
-		k := set.toRunbook()
-		if newer := s.newer(); newer != nil && newer.id() == k.ID {
-			k.Lacking = s.names(set.lacking(s.servers))
-		}
+		k := s.toRunbook(set)
 		k.X509SVIDs, k.X509Safe, k.JWTSafe = 0, true, true
 		for i, p := range set {
 			m := runbook.Member{Server: s.answered[i].name, Keyset: keyset{p}.toRunbook()}
@@ -93,15 +90,6 @@ func (b *Backend) status(ctx context.Context, s clusterState) (runbook.Status, e
 		out.Keysets = append(out.Keysets, k)
 	}
 	return out, nil
-}
-
-// names returns the names of servers, by index.
-func (s clusterState) names(servers []int) []string {
-	var list []string
-	for _, i := range servers {
-		list = append(list, s.answered[i].name)
-	}
-	return list
 }
 
 // followers returns how long relying parties of other trust domains may lack a new key.

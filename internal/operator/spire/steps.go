@@ -302,9 +302,14 @@ func (s clusterState) upstreamRefusal(done, verb string) error {
 // warnUnowned warns of untainted authorities that no given server has: a server of the
 // cluster may have been forgotten.
 func (b *Backend) warnUnowned(s clusterState) {
+	warned := false
 	for _, a := range s.unowned {
 		if !a.Tainted {
+			warned = true
 			b.cfg.Notice("Warning: " + a.String())
 		}
+	}
+	if warned {
+		b.cfg.Notice(runbook.UnownedMeaning)
 	}
 }
