@@ -247,7 +247,7 @@ func TestUsageErrors(t *testing.T) {
 		"list -x":                                "list: there is no flag -x",
 		"list -server a:1":                       "list: write --server with two dashes",
 		"rotate -yes":                            "rotate: write --yes with two dashes",
-		"taint ks_a --force":                     "taint: there is no flag --force",
+		"list --force":                           "list: there is no flag --force",
 		"list --output":                          "list: --output needs a value",
 		"list -o yaml":                           `--output takes text or json, not "yaml"`,
 		"wait ks_a --timeout 5":                  `wait: --timeout does not take "5": give a duration such as 90s or 5m`,
@@ -607,7 +607,7 @@ func TestTextFromElsewhere(t *testing.T) {
 		}
 	}
 	k := runbook.Keyset{ID: "ks_a", Unknown: "no answer.\nks_b is safe"}
-	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}), ""); strings.Contains(lines, "\n") {
+	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}, time.Now()), ""); strings.Contains(lines, "\n") {
 		t.Errorf("a reason starts another line: %q", lines)
 	}
 }

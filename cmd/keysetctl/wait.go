@@ -44,8 +44,13 @@ func (w *waitFlags) options(p *program, values ...runbook.Scope) (runbook.WaitOp
 	case w.o.Interval <= 0:
 		return w.o, cli.Usagef("--interval must be above 0, and is %v", w.o.Interval)
 	}
-	w.o.Progress = &runbook.Screen{W: p.stderr, Width: terminalWidth(p.stderr, p.getenv)}
+	w.o.Progress = p.screen()
 	return w.o, nil
+}
+
+// screen returns the screen of a wait.
+func (p *program) screen() *runbook.Screen {
+	return &runbook.Screen{W: p.stderr, Size: cli.TerminalSize(p.stderr, p.getenv), Plain: !cli.UTF8(p.getenv)}
 }
 
 func (p *program) wait() *cobra.Command {

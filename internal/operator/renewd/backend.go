@@ -32,12 +32,13 @@ type backend struct {
 func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 	resp, err := b.c.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: b.scope})
 	if err != nil {
-		return runbook.Status{}, plainError(err)
+		return runbook.Status{}, readError(err)
 	}
 	s := runbook.Status{
 		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
 		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()), Duplicated: resp.GetAgentsDuplicated(),
 		Automatic: automatic(resp.GetAutomatic()), ClockDoubt: ClockDoubt(resp.GetClock()),
+		Evict: "server agent evict ID", EvictGone: "server agent evict ID --gone",
 		Behind: holders(resp.GetBehind()), ServerStartedAt: fromProtoTime(resp.GetServerStartedAt()),
 	}
 	for _, k := range resp.GetKeysets() {
@@ -89,7 +90,7 @@ func fromProtoTime(t *timestamppb.Timestamp) time.Time {
 func (b *backend) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
 	resp, err := b.c.ListHolders(ctx, &api.ListHoldersRequest{Scope: b.scope, KeysetId: id})
 	if err != nil {
-		return nil, plainError(err)
+		return nil, readError(err)
 	}
 	return holders(resp.GetHolders()), nil
 }
@@ -143,6 +144,16 @@ func (b *backend) Remove(ctx context.Context, id string, force bool) error {
 
 // plainError returns the server's message without gRPC's prefixes.
 func plainError(err error) error { return errors.New(Reason(err)) }
+
+// readError is plainError for a read: a [runbook.PermanentError] if the same call fails
+// again.
+func readError(err error) error {
+	switch status.Code(err) {
+	case codes.NotFound, codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented:
+		return &runbook.PermanentError{Err: plainError(err)}
+	}
+	return plainError(err)
+}
 
 // mutate makes a mutating call once. Its error wraps [runbook.ErrOutcomeUnknown] unless
 // the code or a missing connection shows that nothing was changed.

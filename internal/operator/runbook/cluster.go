@@ -72,7 +72,7 @@ func (k *Keyset) Add(m Keyset) {
 		k.JWTExpiry = m.JWTExpiry
 	}
 	k.X509Safe, k.JWTSafe = k.X509Safe && m.X509Safe, k.JWTSafe && m.JWTSafe
-	k.Unknown = cmp.Or(k.Unknown, m.Unknown)
+	k.Unknown, k.Unknowable = cmp.Or(k.Unknown, m.Unknown), k.Unknowable || m.Unknowable
 }
 
 // is reports whether id names the keyset or one of its members.

@@ -153,13 +153,17 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 	var waited Step  // the step whose preconditions hold
 	var last Action  // the last completed one
 	started := false // a step was found or completed
+	retry := false   // a step did not begin, because a server does not answer
 	for {
-		s, err := nextStatus(ctx, b, o.Wait, started)
+		s, err := nextStatus(ctx, b, o.Wait, started || retry)
 		if err != nil {
 			return r, err
 		}
 		r.Active = activeID(s)
 		if err := checkChosen(s, o.Keyset); err != nil && !started {
+			return r, err
+		}
+		if err := checkKnowable(s); err != nil {
 			return r, err
 		}
 		step, err := Next(s, o.Keyset, o.Wait.Now())
@@ -190,7 +194,7 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		done, err := perform(ctx, b, step, o.Wait.Now())
 		unknown := errors.Is(err, ErrOutcomeUnknown)
 		if _, some := errors.AsType[*UnreachableError](err); some && !unknown {
-			waited, started = Step{}, true
+			waited, retry = Step{}, true
 			continue // nothing was changed
 		}
 		if unknown {
@@ -212,25 +216,23 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 	}
 }
 
-// nextStatus returns the state for the next step. Once the rotation has started, it waits
-// for a server that does not answer.
-func nextStatus(ctx context.Context, b Backend, o WaitOptions, started bool) (Status, error) {
-	s, err := status(ctx, b)
-	if err == nil || !started {
-		return s, err
+// nextStatus returns the state for the next step. If wait is set, it waits for a server
+// that does not answer.
+func nextStatus(ctx context.Context, b Backend, o WaitOptions, wait bool) (s Status, err error) {
+	if !wait {
+		return status(ctx, b)
 	}
-	o.Progress.Progress("failed", fmt.Sprintf("No answer, retrying: %v", err), o.Now())
-	err = await(ctx, o, "rotation", func(ctx context.Context) (bool, string, error) {
-		var err error
-		if s, err = status(ctx, b); err == nil {
-			return true, "", nil
-		}
-		return false, fmt.Sprintf("No answer, retrying: %v", err), nil
+	err = await(ctx, o, "rotation", func(ctx context.Context) (done bool, _ *display, err error) {
+		s, err = b.Status(ctx)
+		return err == nil, nil, err
 	})
 	if errors.Is(err, errTimeout) {
-		return s, fmt.Errorf("the servers have not answered for %s; run keysetctl rotate again to continue", formatDuration(o.Timeout))
+		err = fmt.Errorf("no answer for %s; run keysetctl rotate again to continue", formatDuration(o.Timeout))
 	}
-	return s, err
+	if err != nil {
+		return Status{}, fmt.Errorf("read the state: %w", err)
+	}
+	return s, nil
 }
 
 func status(ctx context.Context, b Backend) (Status, error) {
@@ -267,49 +269,27 @@ func checkChosen(s Status, id string) error {
 	return nil
 }
 
-func awaitPreconditions(ctx context.Context, b Backend, step Step, o WaitOptions) error {
-	switch step.Action {
-	case ActActivate, ActTaint:
-		return awaitBundleApplied(ctx, b, step, o)
-	case ActRemove:
-		o.Progress.Line(fmt.Sprintf("Waiting until %s is safe to remove.", step.Keyset))
-		_, err := Wait(ctx, b, step.Keyset, o)
-		return err
+// checkKnowable returns a [NotSafeError] if no wait of the rotation could end.
+func checkKnowable(s Status) error {
+	for _, k := range s.Keysets {
+		if k.Unknowable {
+			return &NotSafeError{Keyset: k.ID, Message: "keysetctl rotate cannot know when its steps are safe: " + cli.Printable(k.Unknown)}
+		}
 	}
 	return nil
 }
 
-// awaitBundleApplied waits until every agent has applied the trust bundle. The
-// workloads of other agents could not verify SVIDs of the new keyset.
-func awaitBundleApplied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
-	announced := false
-	state := "The server has not answered"
-	err := await(ctx, o, step.Keyset, func(ctx context.Context) (bool, string, error) {
-		s, err := b.Status(ctx)
-		if err != nil {
-			return false, "", err
+func awaitPreconditions(ctx context.Context, b Backend, step Step, o WaitOptions) error {
+	switch step.Action {
+	case ActActivate, ActTaint:
+		return awaitBundleApplied(ctx, b, step, o, fmt.Sprintf("keysetctl %s %s --force, then keysetctl rotate again", step.Action, step.Keyset))
+	case ActRemove:
+		o.Progress.Line(fmt.Sprintf("Waiting until %s is safe to remove.", step.Keyset))
+		r, err := Wait(ctx, b, step.Keyset, o)
+		if text := r.Summary(); err == nil && text != "" {
+			o.Progress.Line(text)
 		}
-		if s.Agents >= 0 && s.AgentsBehind == 0 {
-			return true, "", nil
-		}
-		if !announced {
-			announced = true
-			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To continue without them: interrupt, run keysetctl %s %s, then keysetctl rotate again.)", step.Action, step.Keyset))
-		}
-		if state = agentsBehindNotKnown; s.Agents >= 0 && s.AgentsBehind > 0 {
-			state = agentsBehind(s)
-		} else if k, _ := find(s, step.Keyset); k.Unknown != "" {
-			state += ": " + cli.Printable(k.Unknown)
-		}
-		return false, state, nil
-	})
-	switch {
-	case errors.Is(err, errTimeout):
-		return &NotSafeError{Keyset: step.Keyset, Message: fmt.Sprintf(
-			"it is not safe to %s %s after %s\n%s.\nRun keysetctl rotate again to wait longer, or keysetctl %s %s to continue without them.",
-			step.Action, step.Keyset, formatDuration(o.Timeout), state, step.Action, step.Keyset)}
-	case err != nil:
-		return fmt.Errorf("wait for the agents before %s %s: %w", step.Action, step.Keyset, err)
+		return err
 	}
 	return nil
 }

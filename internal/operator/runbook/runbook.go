@@ -38,6 +38,9 @@ type Status struct {
 	// ServerStartedAt is the start of the server, which keeps no reports over a restart.
 	// It is zero if that is not known.
 	ServerStartedAt time.Time `json:"server_started_at,omitzero"`
+	// Evict is the command that evicts an agent, and EvictGone one whose node no longer
+	// exists, with ID for the agent's ID.
+	Evict, EvictGone string `json:"-"`
 	// Automatic describes the next step of automatic rotation. It is empty if the
 	// server has none.
 	Automatic string `json:"automatic,omitempty"`
@@ -77,6 +80,8 @@ type Keyset struct {
 	JWTSafe   bool      `json:"jwt_safe"`
 	// Unknown says why the figures are not known. It is empty if they are.
 	Unknown string `json:"unknown,omitempty"`
+	// Unknowable says that no wait makes the figures known. Unknown has the remedy.
+	Unknowable bool `json:"-"`
 
 	// Members are the keys of the keyset at each server of a cluster, if there are
 	// several servers. State and JWTState are then of the members that a rotation has
@@ -104,7 +109,8 @@ type Holder struct {
 
 // Backend is one deployment of a signing server, as an operator uses it. A
 // mutation returns when the new state is durable and published. Neither a Backend
-// nor its callers retry a mutation.
+// nor its callers retry a mutation. Callers repeat a read, unless its error is a
+// [PermanentError].
 type Backend interface {
 	// Status may return an [UnreachableError] together with a Status.
 	Status(ctx context.Context) (Status, error)

@@ -56,6 +56,14 @@ func formatDuration(d time.Duration) string {
 	return b.String()
 }
 
+// roughly is formatDuration without seconds, if d is a minute or more.
+func roughly(d time.Duration) string {
+	if d >= time.Minute {
+		d = d.Truncate(time.Minute)
+	}
+	return formatDuration(d.Truncate(time.Second))
+}
+
 func quantity(n int, noun string) string {
 	return fmt.Sprintf("%d %s", n, plural(n, noun))
 }

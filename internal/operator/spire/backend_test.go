@@ -70,7 +70,7 @@ func TestRotation(t *testing.T) {
 }
 
 func withoutFigures(k, like runbook.Keyset) runbook.Keyset {
-	k.Unknown = like.Unknown
+	k.Unknown, k.Unknowable = like.Unknown, like.Unknowable
 	return k
 }
 
@@ -384,7 +384,7 @@ func TestOtherServersAuthorities(t *testing.T) {
 	if !reflect.DeepEqual(s.Unowned, want) {
 		t.Errorf("of no given server: %+v, want %+v", s.Unowned, want)
 	}
-	if lines := strings.Join(runbook.Remarks(s), "\n"); !strings.Contains(lines, "In the bundle, of no given server: X.509 authority "+x+", until ") {
+	if lines := strings.Join(runbook.Remarks(s, time.Now()), "\n"); !strings.Contains(lines, "In the bundle, of no given server: X.509 authority "+x+", until ") {
 		t.Errorf("remarks:\n%s", lines)
 	}
 	for _, id := range []string{x, j, "ks_" + x[:10]} {

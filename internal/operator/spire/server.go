@@ -97,7 +97,10 @@ func (v *server) read(ctx context.Context, trustDomain string) (serverState, err
 	defer cancel()
 	x, err := v.local.GetX509AuthorityState(ctx, &localv1.GetX509AuthorityStateRequest{})
 	if status.Code(err) == codes.PermissionDenied {
-		return serverState{}, fmt.Errorf("read X.509 authorities: %w: the SVID's SPIFFE ID must be in admin_ids of the server, or its entry must be an admin entry", err)
+		return serverState{}, &runbook.PermanentError{Err: fmt.Errorf("read X.509 authorities: %w: the SVID's SPIFFE ID must be in admin_ids of the server, or its entry must be an admin entry", err)}
+	}
+	if status.Code(err) == codes.Unimplemented { // it is no SPIRE server, or too old
+		err = &runbook.PermanentError{Err: err}
 	}
 	if err != nil {
 		return serverState{}, fmt.Errorf("read X.509 authorities: %w", err)
@@ -116,7 +119,7 @@ func (v *server) read(ctx context.Context, trustDomain string) (serverState, err
 		return serverState{}, fmt.Errorf("read the trust bundle: %w", err)
 	}
 	if trustDomain != "" && td.Name() != spiffeid.RequireTrustDomainFromString(trustDomain).Name() {
-		return serverState{}, fmt.Errorf("it serves the trust domain %q, not %q: give its trust domain, or the socket of another server", td.Name(), trustDomain)
+		return serverState{}, &runbook.PermanentError{Err: fmt.Errorf("it serves the trust domain %q, not %q: give its trust domain, or the socket of another server", td.Name(), trustDomain)}
 	}
 	s := serverState{
 		trustDomain: td.Name(), sequence: published.SequenceNumber, noJWT: noJWT,

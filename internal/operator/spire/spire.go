@@ -229,9 +229,9 @@ func (s clusterState) checkOneCluster() error {
 			switch {
 			case i == j:
 			case a.trustDomain != other.trustDomain:
-				return refusef("%s serves the trust domain %q and %s serves %q: give the servers of one", nameA, a.trustDomain, nameB, other.trustDomain)
+				return &runbook.PermanentError{Err: fmt.Errorf("%s serves the trust domain %q and %s serves %q: give the servers of one", nameA, a.trustDomain, nameB, other.trustDomain)}
 			case a.x509Slots.active.id == other.x509Slots.active.id:
-				return refusef("%s and %s are the same server: give each server once", nameA, nameB)
+				return &runbook.PermanentError{Err: fmt.Errorf("%s and %s are the same server: give each server once", nameA, nameB)}
 			case a.upstream == "" && !has(other.x509, a.x509Slots.active.id), !a.noJWT && !has(other.jwt, a.jwtSlots.active.id):
 				return otherClusterError(fmt.Sprintf("%s and %s do not share a trust bundle, because that of %s lacks an active authority of %s: give the servers of one database", nameA, nameB, nameB, nameA))
 			}

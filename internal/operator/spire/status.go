@@ -29,6 +29,9 @@ const automatic = "SPIRE prepares the next keyset after half of the active one's
 // configuration has another. The API does not tell it.
 const endpointHint = 5 * time.Minute
 
+// evict is the command that makes the server forget an agent; see [runbook.Status].
+const evict = "spire-server agent evict -spiffeID ID"
+
 // Status implements [runbook.Backend]. If an authority of a keyset does not exist, its
 // ID is empty. If the figures are not known, each keyset says why.
 //
@@ -58,6 +61,7 @@ func (b *Backend) status(ctx context.Context, s clusterState) (runbook.Status, e
 	out := runbook.Status{
 		TrustDomain: s.servers[0].trustDomain, Deployment: b.cfg.Deployment,
 		Agents: len(agents), AgentsBehind: -1, Automatic: automatic, Unowned: s.unowned, FollowersWait: follow,
+		Evict: evict, EvictGone: evict,
 	}
 	for _, v := range s.servers {
 		out.Sequence = max(out.Sequence, v.sequence)
@@ -76,7 +80,7 @@ func (b *Backend) status(ctx context.Context, s clusterState) (runbook.Status, e
 			}
 			f, err := b.figures(ctx, s.servers[i], p, agents)
 			if err != nil {
-				m.Unknown = err.Error()
+				m.Unknown, m.Unknowable = err.Error(), b.cfg.Figures == nil
 			} else {
 				out.Agents, out.AgentsBehind = f.Expected, f.Behind(out.Sequence)
 				addFigures(&m.Keyset, p, s.servers[i], f)
@@ -121,7 +125,7 @@ func addFigures(k *runbook.Keyset, p pair, s serverState, f prom.Figures) {
 	k.JWTExpiry = f.JWTExpiry
 	k.JWTSafe = !p.jwt.exists() || (p.jwt.tainted && f.JWTSafe)
 	if s.upstream != "" {
-		k.Unknown = upstreamFigures
+		k.Unknown, k.Unknowable = upstreamFigures, true
 		return
 	}
 	k.X509SVIDs = f.X509SVIDs
