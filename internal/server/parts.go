@@ -24,6 +24,7 @@ func (d *Domain) openOperator() (err error) {
 		TrustDomain: d.cfg.TrustDomain, Published: d.Published, Certificate: d.certificate, Rules: d.rules, Follows: d.federation.Follows,
 		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.compareClock,
 		ConfirmClock: d.confirmClock, Backup: d.store.Backup,
+		Endpoint: d.cfg.EndpointAddress != "" || d.cfg.EndpointListener != nil, RefreshHint: d.cfg.RefreshHint,
 	}
 	for _, dep := range d.deployments {
 		c.Deployments = append(c.Deployments, admin.Deployment{

@@ -87,22 +87,3 @@ func (k Keyset) is(id string) bool {
 	}
 	return false
 }
-
-// minFollowersWait is the least wait for relying parties of other trust domains, and
-// followersPropagation what it allows for beside their poll: a cache of the bundle
-// endpoint and an agent that asks its server once a minute.
-const (
-	minFollowersWait     = 3 * time.Minute
-	followersPropagation = 2 * time.Minute
-)
-
-// FollowersWait returns how long after its publication relying parties of other trust
-// domains may lack a key. They ask at least as often as the refresh hint of the bundle
-// endpoint says, at most once a minute, and every five minutes if it is zero (SPIFFE
-// Federation, section 4.1). A SPIRE server asks four times as often.
-func FollowersWait(refreshHint time.Duration) time.Duration {
-	if refreshHint <= 0 {
-		refreshHint = 5 * time.Minute
-	}
-	return max(max(refreshHint, time.Minute)+followersPropagation, minFollowersWait)
-}

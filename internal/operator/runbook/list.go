@@ -85,6 +85,9 @@ func Remarks(s Status, now time.Time) []string {
 		if k.JWTState != "" && k.JWTState != k.State {
 			lines = append(lines, keyStatesDiffer(k)+".")
 		}
+		if at := trustedByFollowers(k, s.FollowersWait); k.State == Prepared && !k.SteppedDown && at.After(now) {
+			lines = append(lines, fmt.Sprintf("Other trust domains may follow the bundle: their relying parties may lack keyset %s until %s. Activate it then.", k.ID, timeAndDistance(at, now)))
+		}
 		if len(k.Lacking) > 0 {
 			lines = append(lines, fmt.Sprintf("Keyset %s is not prepared at %s: run keysetctl prepare again.", k.ID, joinWithAnd(k.Lacking)))
 		}

@@ -122,6 +122,10 @@ type RotateOptions struct {
 	Wait WaitOptions
 	// Keyset chooses between several keysets for the next step; it may be empty.
 	Keyset string
+	// FollowersWait is how old a keyset must be before it is activated, for relying
+	// parties of other trust domains: zero means as long as [Status.FollowersWait] says,
+	// a negative value no wait.
+	FollowersWait time.Duration
 	// Ask is called before each step; nil means yes.
 	Ask func(question string) (bool, error)
 	// Report is called after each step; nil: no calls.
@@ -150,10 +154,11 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		o.Report = func(StepResult) {}
 	}
 	r := Rotation{Steps: []StepResult{}}
-	var waited Step  // the step whose preconditions hold
-	var last Action  // the last completed one
-	started := false // a step was found or completed
-	retry := false   // a step did not begin, because a server does not answer
+	var waited Step        // the step whose preconditions hold
+	var last Action        // the last completed one
+	started := false       // a step was found or completed
+	retry := false         // a step did not begin, because a server does not answer
+	var prepared time.Time // when this run prepared a keyset
 	for {
 		s, err := nextStatus(ctx, b, o.Wait, started || retry)
 		if err != nil {
@@ -185,6 +190,11 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			if err := awaitPreconditions(ctx, b, step, o.Wait); err != nil {
 				return r, err
 			}
+			if step.Action == ActActivate {
+				if err := awaitFollowers(ctx, b, step, prepared, o); err != nil {
+					return r, err
+				}
+			}
 			waited = step
 			continue // the state may have changed during the wait
 		}
@@ -209,7 +219,7 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		// The rotation continues with the keysets of its own steps.
 		switch step.Action {
 		case ActPrepare:
-			o.Keyset = done.Keyset
+			o.Keyset, prepared = done.Keyset, o.Wait.Now()
 		case ActActivate:
 			o.Keyset = r.Active
 		}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
@@ -117,7 +118,10 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	resp := &api.ListKeysetsResponse{
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
 		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), AgentsDuplicated: f.Duplicated,
-		Clock: s.clock(),
+		Clock: s.clock(), BundleEndpoint: s.config.Endpoint,
+	}
+	if s.config.RefreshHint > 0 {
+		resp.BundleRefreshHint = durationpb.New(s.config.RefreshHint)
 	}
 	// Agents of other deployments verify the SVIDs of this one, too.
 	for i := range s.config.Deployments {

@@ -63,6 +63,10 @@ type Config struct {
 	Deployments []Deployment
 	// Published returns the trust bundle of all deployments.
 	Published func() *keyset.Bundle
+	// Endpoint says that the bundle endpoint is configured, RefreshHint is its hint; no
+	// hint when zero.
+	Endpoint    bool
+	RefreshHint time.Duration
 	// Follows reports whether the server fetches the bundle of a federated trust
 	// domain. If it is nil, entries are applied without a warning about that.
 	Follows func(spiffeid.TrustDomain) bool
