@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
@@ -208,7 +209,7 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			continue // nothing was changed
 		}
 		if unknown {
-			err = fmt.Errorf("%s %s: %w", step.Action, step.Keyset, err)
+			err = fmt.Errorf("%s: %w", strings.TrimSpace(string(step.Action)+" "+step.Keyset), err)
 		}
 		if err != nil {
 			return r, err
