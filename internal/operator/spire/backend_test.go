@@ -368,7 +368,7 @@ func TestSPIRERotatesItself(t *testing.T) {
 	}
 	// A wait for it would never end.
 	_, err := runbook.Wait(t.Context(), b, old, runbook.WaitOptions{})
-	if err == nil || !strings.Contains(err.Error(), "no server has it any more") {
+	if err == nil || !strings.Contains(err.Error(), "no server has it") {
 		t.Errorf("wait: %v", err)
 	}
 }

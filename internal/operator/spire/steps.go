@@ -216,7 +216,7 @@ func (b *Backend) Activate(ctx context.Context, id string) error {
 }
 
 // Taint implements [runbook.Backend]. At each server in turn it taints the X.509
-// authority, then the JWT authority. No server may sign with the keyset any more.
+// authority, then the JWT authority. No server may sign with the keyset.
 func (b *Backend) Taint(ctx context.Context, id string) error {
 	s, err := b.begin(ctx)
 	if err != nil {
