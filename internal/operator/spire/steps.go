@@ -65,10 +65,13 @@ func (b *Backend) begin(ctx context.Context) (clusterState, error) {
 // each makes a step at each server in turn and stops at the first error. needed says
 // where there is something to do. The step is done at all servers before the one that
 // fails.
-func (b *Backend) each(step, done, id string, order []int, needed func(i int) bool, act func(i int) error) error {
+func (b *Backend) each(k keyset, step, done, id string, order []int, needed func(i int) bool, act func(i int) error) error {
 	changed := false
 	for n, i := range order {
-		text := "already " + done
+		text := "nothing to do"
+		if k[i].exists() {
+			text = "already " + done
+		}
 		if needed(i) {
 			if err := act(i); err != nil {
 				return b.stepError(step, id, i, changed, err)
@@ -147,7 +150,7 @@ func (b *Backend) Prepare(ctx context.Context) (runbook.Keyset, error) {
 		return runbook.Keyset{}, err
 	}
 	b.warnUnowned(s)
-	err = b.each("prepare", "prepared", "", b.inOrder(), func(i int) bool { return slices.Contains(lacks, i) }, func(i int) error {
+	err = b.each(k, "prepare", "prepared", "", b.inOrder(), func(i int) bool { return slices.Contains(lacks, i) }, func(i int) error {
 		return b.servers[i].prepare(ctx, b.cfg.TrustDomain, k[i], s.servers[i].noJWT)
 	})
 	if err != nil {
@@ -210,7 +213,7 @@ func (b *Backend) Activate(ctx context.Context, id string) error {
 	case len(lacks) > 0:
 		return refusef("cannot activate key set %s: not prepared at %s; run keysetctl prepare again first", k.id(), b.names(lacks))
 	}
-	return b.each("activate", "activated", id, b.inOrder(), func(i int) bool { return k[i].any(inSlot(prepared)) }, func(i int) error {
+	return b.each(k, "activate", "activated", id, b.inOrder(), func(i int) bool { return k[i].any(inSlot(prepared)) }, func(i int) error {
 		return b.servers[i].activate(ctx, id, k[i])
 	})
 }
@@ -240,7 +243,7 @@ func (b *Backend) Taint(ctx context.Context, id string) error {
 		return refusal.ErrTaintTainted
 	}
 	b.warnUnowned(s)
-	return b.each("taint", "tainted", id, b.inOrder(), func(i int) bool { return k[i].any(untainted) }, func(i int) error {
+	return b.each(k, "taint", "tainted", id, b.inOrder(), func(i int) bool { return k[i].any(untainted) }, func(i int) error {
 		return b.servers[i].taint(ctx, id, k[i])
 	})
 }
@@ -289,7 +292,7 @@ func (b *Backend) Remove(ctx context.Context, id string, force bool) error {
 	b.warnUnowned(s)
 	order := b.inOrder()
 	slices.Reverse(order)
-	return b.each("remove", "removed", id, order, func(i int) bool { return k[i].exists() }, func(i int) error {
+	return b.each(k, "remove", "removed", id, order, func(i int) bool { return k[i].exists() }, func(i int) error {
 		return b.servers[i].revoke(ctx, id, k[i])
 	})
 }
