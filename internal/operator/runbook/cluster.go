@@ -42,7 +42,7 @@ func (a Authority) String() string {
 }
 
 // UnownedMeaning says what an authority of no given server means, and the remedy.
-const UnownedMeaning = "The server of such an authority was not given, was replaced by one with other keys, or prepared twice. Give all servers of the cluster. " +
+const UnownedMeaning = "The server of such an authority was not given, was replaced by one with other keys, prepared twice, or is a nested one (JWT only). Give all servers of the cluster. " +
 	"An authority whose server is gone stays in the bundle until it expires, and what it signed stays valid."
 
 // UnreachableError says that some servers of a cluster do not answer. A [Backend.Status]
