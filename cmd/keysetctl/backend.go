@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/operator/runbook"
@@ -79,6 +80,11 @@ func (t target) spire() bool { return len(t.SpireSockets)+len(t.SpireServers) > 
 func (p *program) checkTarget(f *pflag.FlagSet) error {
 	t := &p.target
 	t.WorkloadAPI = p.getenv("SPIFFE_ENDPOINT_SOCKET")
+	if t.TrustDomain != "" {
+		if err := config.CheckTrustDomain(t.TrustDomain); err != nil {
+			return cli.Usagef("--trust-domain %q %v", t.TrustDomain, err)
+		}
+	}
 	var where []string
 	for _, name := range []string{"admin-socket", "server", "spire-socket", "spire-server"} {
 		if !f.Changed(name) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 	"time"
 
@@ -54,8 +55,34 @@ func (p *program) screen() *runbook.Screen {
 	return &runbook.Screen{W: p.stderr, Size: cli.TerminalSize(p.stderr, p.getenv), Plain: !cli.UTF8(p.getenv)}
 }
 
+// percentage is a flag's value such as 99%.
+type percentage float64
+
+// Set implements pflag.Value.
+func (p *percentage) Set(text string) error {
+	number, found := strings.CutSuffix(text, "%")
+	value, err := strconv.ParseFloat(number, 64)
+	if err != nil || !found || !(value > 0 && value <= 100) {
+		return errors.New("not a percentage")
+	}
+	*p = percentage(value)
+	return nil
+}
+
+// String implements pflag.Value.
+func (p *percentage) String() string {
+	if *p == 0 {
+		return ""
+	}
+	return strconv.FormatFloat(float64(*p), 'f', -1, 64) + "%"
+}
+
+// Type implements pflag.Value.
+func (*percentage) Type() string { return "percentage" }
+
 func (p *program) wait() *cobra.Command {
 	var w waitFlags
+	var until percentage
 	c := &cobra.Command{
 		Use: "wait ID", Short: "4: wait until a tainted keyset is safe to remove",
 		Long: waitHelp, Args: oneID, Example: "  keysetctl wait ks_abc1234xyz --timeout 10m && keysetctl remove ks_abc1234xyz",
@@ -63,6 +90,9 @@ func (p *program) wait() *cobra.Command {
 			o, err := w.options(p, runbook.X509, runbook.JWT, runbook.All)
 			if err != nil {
 				return err
+			}
+			if o.Until = float64(until); until > 0 && o.For != runbook.X509 {
+				return cli.Usagef("--until is for X.509-SVIDs: leave out --for %s", o.For)
 			}
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
 				r, err := runbook.Wait(ctx, b, args[0], o)
@@ -84,6 +114,7 @@ func (p *program) wait() *cobra.Command {
 		},
 	}
 	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509, jwt or all")
+	c.Flags().Var(&until, "until", "end when this `SHARE` of the agents, such as 99%, no longer depends\non the keyset; remove then needs --force")
 	return c
 }
 
@@ -130,7 +161,7 @@ func (p *program) rotate() *cobra.Command {
 	}
 	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509 or all")
 	c.Flags().StringVar(&keysetID, "keyset", "", "`ID` of the keyset for the next step, if there are several")
-	c.Flags().StringVar(&followers, "followers-wait", followersAuto, "age `DURATION` of a keyset before activate, for relying parties of other\ntrust domains: auto for what the server's bundle endpoint needs, 0 for none")
+	c.Flags().StringVar(&followers, "followers-wait", followersAuto, "age `DURATION` of a keyset before activate, for relying\nparties of other trust domains: auto or 0 (none)")
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask before each step; the waits remain")
 	return c
 }

@@ -26,10 +26,12 @@ func TestMain(m *testing.M) {
 
 // TestScripts runs the command lines in testdata/script against operator services: a
 // server during a rotation on the socket $ADMIN, one that cannot sign on $SICK, and one
-// that rejects everything on $STRICT. There are web.crt and web.key, the certificate of a web server, old.crt and
-// old.key, one that has expired, and other.crt and other.key. A process listens at $TAKEN.
+// that rejects everything on $STRICT. The one on $LIVE is real, and one script uses it. There
+// are web.crt and web.key, the certificate of a web server, old.crt and old.key, one that has
+// expired, and other.crt and other.key. A process listens at $TAKEN.
 func TestScripts(t *testing.T) {
 	t.Parallel()
+	l := newLive(t)
 	clitest.Run(t, map[string]string{"EXAMPLE": "server.example.yaml", "ENTRIES": "entries.example.yaml"}, func(e *testscript.Env) {
 		writePair(t, e.WorkDir, "web", time.Hour)
 		writePair(t, e.WorkDir, "old", -time.Minute)
@@ -40,6 +42,7 @@ func TestScripts(t *testing.T) {
 		}
 		e.Defer(func() { taken.Close() })
 		e.Setenv("TAKEN", taken.Addr().String())
+		e.Setenv("LIVE", l.socket)
 		for name, service := range map[string]api.OperatorServer{"ADMIN": newFake(), "SICK": &fake{}, "STRICT": strict{}} {
 			clitest.Serve(t, e, name, func(r grpc.ServiceRegistrar) { api.RegisterOperatorServer(r, service) })
 		}

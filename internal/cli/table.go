@@ -20,8 +20,12 @@ const (
 //
 // On a terminal a table is never wider than that: it leaves out the middle of the widest
 // cells, or, if little of them would be left, writes each row as a block of lines, with
-// everything. Elsewhere cells are complete, because scripts cut them.
+// everything. A table of names and values wraps the values. Elsewhere cells are complete,
+// because scripts cut them.
 type Table struct {
+	// Whole keeps all lines as they are on a terminal, too: they are copied from it.
+	Whole bool
+
 	w    io.Writer
 	text strings.Builder
 }
@@ -36,7 +40,7 @@ func (t *Table) Write(b []byte) (int, error) { return t.text.Write(b) }
 // Flush writes the table.
 func (t *Table) Flush() error {
 	width := 0
-	if f, ok := t.w.(*os.File); ok && IsTerminal(f) {
+	if f, ok := t.w.(*os.File); ok && !t.Whole && IsTerminal(f) {
 		width, _ = size(f)
 	}
 	var out strings.Builder
@@ -72,12 +76,19 @@ func writePart(out *strings.Builder, part string, width int) {
 			}
 		}
 	}
-	if width > 0 && !fit(widths, rows[0], width) {
-		if len(widths) > 2 {
-			writeBlocks(out, rows, width)
-			return
+	switch {
+	case width == 0 || len(widths) == 1:
+	case len(widths) == 2 && widths[0]+columnGap+widths[1] > width:
+		writePairs(out, rows, width)
+		return
+	case !fit(widths, rows[0], width):
+		for i, cells := range rows[1:] {
+			if i > 0 {
+				out.WriteString("\n")
+			}
+			writePairs(out, pairs(rows[0], cells), width)
 		}
-		widths[len(widths)-1] = max(1, width-columnGap-widths[0])
+		return
 	}
 	for _, cells := range rows {
 		var line strings.Builder
@@ -123,32 +134,36 @@ func fit(widths []int, header []string, width int) bool {
 	return true
 }
 
-// writeBlocks writes each row as a block of lines: the header of a cell, and the cell,
-// wrapped.
-func writeBlocks(out *strings.Builder, rows [][]string, width int) {
+// pairs returns a row as pairs of header and cell.
+func pairs(header, cells []string) [][]string {
+	var out [][]string
+	for i, cell := range cells {
+		name := ""
+		if i < len(header) && len(cells) > 1 {
+			name = header[i]
+		}
+		out = append(out, []string{name, cell})
+	}
+	return out
+}
+
+// writePairs writes a line for each name and value. The value is wrapped.
+func writePairs(out *strings.Builder, rows [][]string, width int) {
 	names := 0
-	for _, name := range rows[0] {
-		names = max(names, Width(name))
+	for _, row := range rows {
+		names = max(names, Width(row[0]))
 	}
 	names = min(names, width/2)
 	room := max(1, width-names-columnGap)
-	for n, cells := range rows[1:] {
-		if n > 0 {
-			out.WriteString("\n")
-		}
-		for i, cell := range cells {
-			name := ""
-			if i < len(rows[0]) {
-				name = Shorten(rows[0][i], names, Ellipsis)
+	for _, row := range rows {
+		name, value := Shorten(row[0], names, Ellipsis), strings.Join(row[1:], " ")
+		for first := true; first || value != ""; first = false {
+			part := head(value, room)
+			if part == "" {
+				part = value // a character wider than the room
 			}
-			for first := true; first || cell != ""; first = false {
-				part := head(cell, room)
-				if part == "" {
-					part = cell // a character wider than the room
-				}
-				out.WriteString(strings.TrimRight(pad(name, names+columnGap)+part, " ") + "\n")
-				name, cell = "", cell[len(part):]
-			}
+			out.WriteString(strings.TrimRight(pad(name, names+columnGap)+part, " ") + "\n")
+			name, value = "", value[len(part):]
 		}
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
@@ -63,7 +64,7 @@ func automatic(a *api.Automatic) string {
 		text, at = text+", waits for "+a.GetWaitsFor(), ", at the latest on "
 	}
 	if a.GetAt() != nil {
-		text += at + a.GetAt().AsTime().Format(time.DateTime) + " UTC"
+		text += at + clock.Text(a.GetAt().AsTime())
 	}
 	return text
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -13,6 +14,7 @@ import (
 
 	"github.com/hinshun/vt10x"
 
+	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
@@ -144,4 +146,84 @@ func watch(t *testing.T, out *frames, term *terminal, title string, at ...time.D
 		cancel()
 		<-done
 	}
+}
+
+// A block follows the size of the terminal, and leaves what was there before the command.
+func TestResize(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := taintedCrowd(time.Now())
+		term := newTerminal(120, 40, "keysetctl wait "+oldID)
+		resize := func(columns, rows int) {
+			term.columns, term.rows = columns, rows
+			term.Resize(columns, rows)
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan error, 1)
+		go func() {
+			_, err := runbook.Wait(ctx, c, oldID, runbook.WaitOptions{Interval: time.Minute, Progress: &runbook.Screen{W: term, Size: term.size}})
+			done <- err
+		}()
+		for _, size := range [][2]int{{120, 40}, {80, 24}, {20, 6}, {200, 60}, {79, 23}} {
+			time.Sleep(100 * time.Millisecond)
+			synctest.Wait()
+			resize(size[0], size[1])
+			time.Sleep(time.Second)
+			synctest.Wait()
+			seen := term.screen()
+			if strings.Count(seen, "Step 4 of 5") != 1 || strings.Contains(seen, "·") != (size[1] >= 24) {
+				t.Errorf("%v:\n%s", size, seen)
+			}
+		}
+		cancel()
+		<-done
+		if seen := term.screen(); strings.Contains(seen, "Step") || !strings.HasSuffix(seen, "$ keysetctl wait ks_\n") { // cut when the terminal had 20 columns
+			t.Errorf("not erased at the end:\n%s", seen)
+		}
+	})
+}
+
+// A block fits every terminal: no line is wider, none is cut without an ellipsis, and the
+// line before it stays. Without UTF-8 all characters are ASCII.
+func TestBlockFits(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		c := &named{taintedCrowd(time.Now())}
+		time.Sleep(30 * time.Second)
+		for _, columns := range []int{1, 2, 7, 19, 20, 40, 79, 80, 119, 120, 200} {
+			for _, rows := range []int{1, 2, 5, 10, 24, 60} {
+				for _, plain := range []bool{false, true} {
+					var out strings.Builder
+					screen := &runbook.Screen{W: &out, Size: func() (int, int) { return columns, rows }, Plain: plain}
+					_, _ = runbook.Wait(t.Context(), c, oldID, runbook.WaitOptions{Timeout: time.Nanosecond, Progress: screen})
+					text := regexp.MustCompile(`\x1b\[[0-9?]*[A-Za-z]`).ReplaceAllString(out.String(), "")
+					lines := strings.Split(strings.TrimRight(strings.TrimLeft(text, "\r"), "\r"), "\r\n")
+					if len(lines) > max(1, rows-1) {
+						t.Fatalf("%dx%d: %d lines", columns, rows, len(lines))
+					}
+					for _, line := range lines {
+						if w := cli.Width(line); w > columns {
+							t.Fatalf("%dx%d: %d columns: %q", columns, rows, w, line)
+						}
+						if i := strings.IndexFunc(line, func(r rune) bool { return r > '~' }); plain && i >= 0 && !strings.Contains(line, "測試") {
+							t.Fatalf("%dx%d: %q is not ASCII", columns, rows, line)
+						}
+					}
+				}
+			}
+		}
+	})
+}
+
+// named is a crowd with a hostname of wide characters.
+type named struct{ *crowd }
+
+func (n *named) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
+	holders, err := n.crowd.Holders(ctx, id)
+	for i := range holders {
+		if holders[i].Reason == "duplicated" {
+			holders[i].Hostname = strings.Repeat("測試", 20)
+		}
+	}
+	return holders, err
 }

@@ -425,11 +425,11 @@ func await(ctx context.Context, o WaitOptions, keysetID string, poll func(contex
 func (o WaitOptions) pause(ctx context.Context, kind string, show *display) error {
 	next := time.NewTimer(o.Interval)
 	defer next.Stop()
-	redraw := time.NewTicker(redrawInterval)
-	defer redraw.Stop()
 	for first := true; ; first = false {
+		var redraw <-chan time.Time
 		if columns, rows, ok := o.Progress.size(); ok {
 			o.Progress.draw(show.block(columns, rows, o.Progress.Plain, o.Now()), rows)
+			redraw = time.After(redrawInterval)
 		} else if first {
 			o.Progress.Progress(kind, show.line, o.Now())
 		}
@@ -438,7 +438,7 @@ func (o WaitOptions) pause(ctx context.Context, kind string, show *display) erro
 			return context.Cause(ctx)
 		case <-next.C:
 			return nil
-		case <-redraw.C:
+		case <-redraw:
 		}
 	}
 }

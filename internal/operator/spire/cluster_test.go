@@ -427,6 +427,7 @@ func TestBusyServer(t *testing.T) {
 func TestClusterFigures(t *testing.T) {
 	t.Parallel()
 	unsafe := map[string]bool{}
+	behind := "" // the key of the second server
 	end := time.Now().Add(time.Hour).Truncate(time.Second)
 	figures := figuresFunc(func(x509ID, jwtID string, expected []string) (prom.Figures, error) {
 		f := prom.Figures{X509Safe: !unsafe[x509ID], JWTSafe: !unsafe[jwtID], Expected: len(expected)}
@@ -436,7 +437,7 @@ func TestClusterFigures(t *testing.T) {
 		if unsafe[x509ID] {
 			f.X509SVIDs, f.Holding = 3, 1
 			f.Holders = []runbook.Holder{{Agent: "a", SVIDs: 3, Reason: "renewing"}}
-			if x509ID[0]&1 == 1 {
+			if x509ID == behind {
 				f.Holders[0].Reason = "behind"
 			}
 		}
@@ -449,6 +450,7 @@ func TestClusterFigures(t *testing.T) {
 		must(t, c.step(t, st.name, older, newer))
 		_, newer = c.ids(t)
 	}
+	behind = c.servers[1].x.next
 	for _, bad := range [][]int{{0}, {1}, {0, 1}} {
 		clear(unsafe)
 		for _, i := range bad {
@@ -459,7 +461,7 @@ func TestClusterFigures(t *testing.T) {
 			t.Errorf("unsafe at %v: %+v", bad, k)
 		}
 		h, err := c.b.Holders(t.Context(), older)
-		if err != nil || len(h) != 1 || h[0].SVIDs != 3*len(bad) {
+		if err != nil || len(h) != 1 || h[0].SVIDs != 3*len(bad) || (h[0].Reason == "behind") != slices.Contains(bad, 1) {
 			t.Errorf("holders at %v: %+v, %v", bad, h, err)
 		}
 		err = c.b.Remove(t.Context(), older, false)

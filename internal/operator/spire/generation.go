@@ -44,8 +44,8 @@ func (k keyset) matches(id string) bool {
 // done, and also for servers that are several steps apart.
 //
 // A server with one key has not begun the rotation, has completed it, or was replaced:
-// only time tells. Its key is of the newer keyset if it was issued after a newer key of
-// another server, or is closer in time to one than to an older key.
+// only time tells. Its key is of the newer keyset if it is closer in time to a newer key
+// of another server than to an older one, as is one that was issued after them.
 // If all servers have one key, these are one keyset.
 //
 // A server may have a third key, if another tool has left half of two rotations. Then the
@@ -91,7 +91,7 @@ func isNewer(issued time.Time, older, newer []time.Time) bool {
 		}
 		return least
 	}
-	return !issued.Before(slices.MinFunc(newer, time.Time.Compare)) || distance(newer) < distance(older)
+	return distance(newer) < distance(older)
 }
 
 // issued returns when the key was issued. Under an upstream authority that is not known,
