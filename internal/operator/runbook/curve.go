@@ -51,7 +51,7 @@ func newCurve(k Keyset, holders []Holder, now time.Time) *curve {
 	if agents == 0 {
 		return c
 	}
-	// In the plan an agent's own SVID comes on top of those of its workloads.
+	// In the plan an agent's agent SVID comes on top of those of its workloads.
 	p, err := NewPlan(PlanOptions{
 		Agents: agents, SVIDs: max(0, (c.total+agents-1)/agents-1), MaxDelay: DefaultPlanDelay, Rate: rate, Refresh: DefaultPlanRefresh, Seed: 1,
 	})
