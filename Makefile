@@ -81,6 +81,10 @@ spire: ## spire-server and spire-agent, as tools/spire/go.mod pins them, in bin/
 	@mkdir -p bin/spire
 	go -C tools/spire build -o $(CURDIR)/bin/spire/ tool
 
+.PHONY: test-spire
+test-spire: spire ## the rotation of a SPIRE cluster while a server is frozen and replaced; CONTRIBUTING.md says what it needs
+	SPIRE_BIN_DIR=$(CURDIR)/bin/spire SPIRE_CLUSTER_TEST=1 go test -count=1 -timeout 30m -run TestReplacedServer ./test/system
+
 # The version of Kubernetes, as its programs report it.
 KUBERNETES = $$(go -C tools/kubernetes list -m -f '{{.Version}}' k8s.io/kubernetes)
 

@@ -2,7 +2,10 @@ package main
 
 import (
 	"context"
+	"errors"
 	"io"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/spf13/pflag"
@@ -20,18 +23,21 @@ const (
 	defaultSVIDLife    = 24 * time.Hour // longest life of a SPIRE server's SVIDs, unless configured otherwise
 )
 
-// target names a deployment and its signing server. At most one of Server and
-// SpireSocket is set; if none is, AdminSocket is used.
+// target names a deployment and its signing server. Server is set, or at least one of
+// SpireSockets and SpireServers; if none is, AdminSocket is used.
 type target struct {
 	TrustDomain string // empty: the server's own
 	Deployment  string // empty: the only one
 
 	AdminSocket string
 	Server      string // host:port
-	WorkloadAPI string // with Server: the socket that gives the operator an SVID
-	SpireSocket string
+	WorkloadAPI string // with Server and SpireServers: the socket that gives the operator an SVID
+	// The servers of a SPIRE cluster: paths of admin sockets, and host:port.
+	SpireSockets, SpireServers []string
+	// With SPIRE: what is said of each server, and of what looks wrong.
+	Notice func(text string)
 
-	// With SpireSocket: the source of the agents' figures, or empty.
+	// With SPIRE: the source of the agents' figures, or empty.
 	Prometheus string // URL
 	Job        string
 	Agents     int // expected number; zero: as many as the server knows
@@ -50,13 +56,25 @@ func (p *program) flags(f *pflag.FlagSet) {
 	}
 	f.StringVar(&t.AdminSocket, "admin-socket", socket, "`PATH` of renewd's admin socket, else RENEWD_ADMIN_SOCKET\n")
 	f.StringVar(&t.Server, "server", "", "`HOST:PORT` of a remote renewd server; needs an SVID from the\nWorkload API at SPIFFE_ENDPOINT_SOCKET")
-	f.StringVar(&t.SpireSocket, "spire-socket", "", "`PATH` of a SPIRE server's admin socket")
-	f.StringVar(&t.Prometheus, "prometheus", "", "with --spire-socket: `URL` of the Prometheus that scrapes the agents")
+	f.StringArrayVar(&t.SpireSockets, "spire-socket", values(p.getenv("RENEWD_SPIRE_SOCKET")), "`PATH` of a SPIRE server's admin socket; repeat it for each server of\na cluster; else RENEWD_SPIRE_SOCKET, separated by commas")
+	f.StringArrayVar(&t.SpireServers, "spire-server", values(p.getenv("RENEWD_SPIRE_SERVER")), "`HOST:PORT` of a remote SPIRE server, as often as there are servers; needs\nan SVID from the Workload API that is an administrator's in SPIRE;\nelse RENEWD_SPIRE_SERVER, separated by commas")
+	f.StringVar(&t.Prometheus, "prometheus", "", "with a SPIRE server: `URL` of the Prometheus that scrapes the agents")
 	f.StringVar(&t.Job, "prometheus-job", prom.DefaultJob, "with --prometheus: `NAME` of the agents' scrape job")
 	f.IntVar(&t.Agents, "agents", 0, "with --prometheus: the expected number `N` of agents; else those\nthat the SPIRE server knows")
-	f.DurationVar(&t.SVIDLife, "svid-life", defaultSVIDLife, "with --spire-socket: no SVID lives longer than this `DURATION`")
+	f.DurationVar(&t.SVIDLife, "svid-life", defaultSVIDLife, "with a SPIRE server: no SVID lives longer than this `DURATION`")
 	f.StringVarP(&p.output, "output", "o", "text", "output `FORMAT`: text or json")
 }
+
+// values returns the values of an environment variable.
+func values(variable string) []string {
+	if variable == "" {
+		return nil
+	}
+	return strings.Split(variable, ",")
+}
+
+// spire reports whether the target is a SPIRE cluster.
+func (t target) spire() bool { return len(t.SpireSockets)+len(t.SpireServers) > 0 }
 
 // checkTarget rejects flags that contradict each other.
 func (p *program) checkTarget(f *pflag.FlagSet) error {
@@ -68,16 +86,44 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 		}
 	}
 	var where []string
-	for _, name := range []string{"admin-socket", "server", "spire-socket"} {
-		if f.Changed(name) {
+	for _, name := range []string{"admin-socket", "server", "spire-socket", "spire-server"} {
+		if !f.Changed(name) {
+			continue
+		}
+		if !strings.HasPrefix(name, "spire-") || len(where) == 0 || !strings.HasPrefix(where[0], "--spire-") {
 			where = append(where, "--"+name)
-			if f.Lookup(name).Value.String() == "" {
-				return cli.Usagef("--%s is empty: give the server's address, or omit the flag", name)
-			}
+		}
+		given, err := f.GetStringArray(name)
+		if err != nil { // a flag with one value
+			given = []string{f.Lookup(name).Value.String()}
+		}
+		if slices.Contains(strings.Split(strings.Join(given, ","), ","), "") {
+			return cli.Usagef("--%s is empty: give the server's address, or omit the flag", name)
 		}
 	}
 	if len(where) > 1 {
 		return cli.Usagef("%s and %s name two servers: give one of them", where[0], where[1])
+	}
+	// A flag takes precedence over the environment.
+	if len(where) > 0 && !f.Changed("spire-socket") {
+		t.SpireSockets = nil
+	}
+	if len(where) > 0 && !f.Changed("spire-server") {
+		t.SpireServers = nil
+	}
+	t.SpireSockets, t.SpireServers = values(strings.Join(t.SpireSockets, ",")), values(strings.Join(t.SpireServers, ","))
+	for i, kind := range [][]string{t.SpireSockets, t.SpireServers} {
+		flag := []string{"--spire-socket", "--spire-server"}[i]
+		for j, address := range kind {
+			if slices.Contains(kind[:j], address) {
+				return cli.Usagef("%s %s is given twice: give each server once", flag, address)
+			}
+			if flag == "--spire-server" {
+				if err := renewd.CheckRemote(flag, address, t.WorkloadAPI); err != nil {
+					return err
+				}
+			}
+		}
 	}
 	if t.Server != "" {
 		if err := renewd.CheckServer(t.Server, t.WorkloadAPI); err != nil {
@@ -85,11 +131,11 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 		}
 	}
 	switch {
-	case t.Prometheus != "" && t.SpireSocket == "":
-		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; omit it, or give --spire-socket", t.Prometheus)
+	case t.Prometheus != "" && !t.spire():
+		return cli.Usagef("--prometheus %s: a renewd server knows the figures itself; omit it, or give --spire-socket or --spire-server", t.Prometheus)
 	case t.Prometheus == "" && (f.Changed("prometheus-job") || t.Agents != 0):
 		return cli.Usagef("--prometheus-job and --agents need Prometheus: give --prometheus URL with them")
-	case f.Changed("svid-life") && t.SpireSocket == "":
+	case f.Changed("svid-life") && !t.spire():
 		return cli.Usagef("--svid-life is for a SPIRE server: a renewd server knows it; omit it, or give --spire-socket")
 	case t.SVIDLife < time.Minute:
 		return cli.Usagef("--svid-life must be at least a minute, and is %v", t.SVIDLife)
@@ -102,7 +148,7 @@ func (p *program) checkTarget(f *pflag.FlagSet) error {
 // dial is the connector of the program.
 func dial(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
 	switch {
-	case t.SpireSocket != "":
+	case t.spire():
 		return dialSpire(ctx, t)
 	case t.Server != "":
 		return dialServer(ctx, t)
@@ -133,9 +179,9 @@ func dialServer(ctx context.Context, t target) (runbook.Backend, io.Closer, erro
 // svidTimeout limits the wait for the operator's SVID.
 const svidTimeout = 30 * time.Second
 
-// dialSpire connects to the admin socket of a SPIRE server on this machine.
-func dialSpire(_ context.Context, t target) (runbook.Backend, io.Closer, error) {
-	c := spire.Config{Socket: t.SpireSocket, TrustDomain: t.TrustDomain, Deployment: t.Deployment, X509Life: t.SVIDLife}
+// dialSpire connects to the servers of a SPIRE cluster.
+func dialSpire(ctx context.Context, t target) (runbook.Backend, io.Closer, error) {
+	c := spire.Config{Sockets: t.SpireSockets, Addresses: t.SpireServers, TrustDomain: t.TrustDomain, Deployment: t.Deployment, X509Life: t.SVIDLife, Notice: t.Notice}
 	if t.Prometheus != "" {
 		figures, err := prom.New(prom.Config{URL: t.Prometheus, Job: t.Job, TrustDomain: t.TrustDomain, Expected: t.Agents, JWTLife: t.SVIDLife + time.Hour})
 		if err != nil {
@@ -143,9 +189,32 @@ func dialSpire(_ context.Context, t target) (runbook.Backend, io.Closer, error) 
 		}
 		c.Figures = figures
 	}
+	var closers closers
+	if len(t.SpireServers) > 0 {
+		ctx, cancel := context.WithTimeout(ctx, svidTimeout)
+		defer cancel()
+		source, err := renewd.Identity(ctx, t.WorkloadAPI)
+		if err != nil {
+			return nil, nil, err
+		}
+		c.Source = source
+		closers = append(closers, source)
+	}
 	b, err := spire.New(c)
 	if err != nil {
-		return nil, nil, err
+		return nil, nil, errors.Join(err, closers.Close())
 	}
-	return b, b, nil
+	return b, append(closers, b), nil
+}
+
+// closers are closed in reverse order.
+type closers []io.Closer
+
+// Close implements [io.Closer].
+func (c closers) Close() error {
+	var errs []error
+	for _, closer := range slices.Backward(c) {
+		errs = append(errs, closer.Close())
+	}
+	return errors.Join(errs...)
 }

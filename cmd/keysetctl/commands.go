@@ -19,6 +19,7 @@ func (p *program) with(c *cobra.Command, f func(ctx context.Context, b runbook.B
 	if err := p.checkTarget(c.Flags()); err != nil {
 		return err
 	}
+	p.target.Notice = func(text string) { p.remark(text) }
 	b, closer, err := p.connect(c.Context(), p.target)
 	if _, ok := errors.AsType[cli.UsageError](err); ok {
 		return err
@@ -64,19 +65,23 @@ func (p *program) list() *cobra.Command {
 				defer cancel()
 				s, err := b.Status(ctx)
 				if err != nil {
-					return fmt.Errorf("list keysets: %w", err)
+					err = fmt.Errorf("list keysets: %w", err)
+				}
+				// The servers that answer are worth a look if others are down.
+				if _, some := errors.AsType[*runbook.UnreachableError](err); err != nil && !some {
+					return err
 				}
 				if p.output == "json" {
 					if s.Keysets == nil {
 						s.Keysets = []runbook.Keyset{}
 					}
-					return cli.PrintJSON(p.stdout, s)
+					return errors.Join(err, cli.PrintJSON(p.stdout, s))
 				}
-				if err := runbook.List(p.stdout, s, time.Now()); err != nil {
-					return err
+				if printErr := runbook.List(p.stdout, s, time.Now()); printErr != nil {
+					return errors.Join(err, printErr)
 				}
 				p.remark(runbook.Remarks(s, time.Now())...)
-				return nil
+				return err
 			})
 		},
 	}

@@ -118,7 +118,9 @@ keyset and until when. Only X.509-SVIDs count. To wait for JWT-SVIDs as well, ru
 
 const rotateHelp = `Runs all steps of a rotation: prepare, activate, taint, wait, remove. It asks before
 each step. It waits until all agents have applied the trust bundle before activate
-and taint, and until it is safe before remove. It never forces a step.
+and taint, and until it is safe before remove. It never forces a step. If other trust
+domains may follow the bundle, it waits before activate until they have the new
+keyset: see --followers-wait.
 
 It continues from the current state until only the Active keyset is left. The first
 line that fits decides the next step:

@@ -8,6 +8,7 @@ import (
 	"io"
 	"strconv"
 	"strings"
+	"time"
 
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
@@ -119,7 +120,7 @@ func (p *program) wait() *cobra.Command {
 
 func (p *program) rotate() *cobra.Command {
 	var w waitFlags
-	var keysetID string
+	var keysetID, followers string
 	var yes bool
 	c := &cobra.Command{
 		Use: "rotate", Short: "run all steps, or the steps that are left",
@@ -130,6 +131,9 @@ func (p *program) rotate() *cobra.Command {
 				return err
 			}
 			ro := runbook.RotateOptions{Wait: o, Keyset: keysetID}
+			if ro.FollowersWait, err = followersWait(followers); err != nil {
+				return err
+			}
 			if !yes {
 				if !cli.IsTerminal(p.stdin) || !cli.IsTerminal(p.stderr) {
 					return cli.Usagef("rotate: cannot ask before each step without a terminal: give --yes")
@@ -158,8 +162,27 @@ func (p *program) rotate() *cobra.Command {
 	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509 or all")
 	c.Flags().StringVar(&keysetID, "keyset", "", "`ID` of the keyset for the next step, if there are several")
 	completeFlag(c, "keyset", p.complete(runbook.Prepared, runbook.Tainted))
+	c.Flags().StringVar(&followers, "followers-wait", followersAuto, "age `DURATION` of a keyset before activate, for relying\nparties of other trust domains: auto or 0 (none)")
 	c.Flags().BoolVar(&yes, "yes", false, "do not ask before each step; the waits remain")
 	return c
+}
+
+// followersAuto is the value of --followers-wait for what the server needs.
+const followersAuto = "auto"
+
+// followersWait returns the option of [runbook.RotateOptions] for the flag's value.
+func followersWait(value string) (time.Duration, error) {
+	if value == followersAuto {
+		return 0, nil
+	}
+	d, err := time.ParseDuration(value)
+	if err != nil || d < 0 {
+		return 0, cli.Usagef("--followers-wait takes auto, 0 or a duration such as 7m, and is %q", value)
+	}
+	if d == 0 {
+		d = -1
+	}
+	return d, nil
 }
 
 // asker returns a function that asks on the terminal. Only y and yes mean yes, and

@@ -454,9 +454,13 @@ type ListKeysetsResponse struct {
 	ServerStartedAt *timestamppb.Timestamp `protobuf:"bytes,21,opt,name=server_started_at,json=serverStartedAt,proto3" json:"server_started_at,omitempty"`
 	// Of the agents that agents_behind counts, the first 100 by ID. The reason is "behind",
 	// or "silent" for an agent without a report lately.
-	Behind        []*Holder `protobuf:"bytes,22,rep,name=behind,proto3" json:"behind,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
+	Behind []*Holder `protobuf:"bytes,22,rep,name=behind,proto3" json:"behind,omitempty"`
+	// Whether relying parties of other trust domains can follow the bundle, because the
+	// bundle endpoint is configured, and its refresh hint; absent: no hint.
+	BundleEndpoint    bool                 `protobuf:"varint,40,opt,name=bundle_endpoint,json=bundleEndpoint,proto3" json:"bundle_endpoint,omitempty"`
+	BundleRefreshHint *durationpb.Duration `protobuf:"bytes,41,opt,name=bundle_refresh_hint,json=bundleRefreshHint,proto3" json:"bundle_refresh_hint,omitempty"`
+	unknownFields     protoimpl.UnknownFields
+	sizeCache         protoimpl.SizeCache
 }
 
 func (x *ListKeysetsResponse) Reset() {
@@ -555,6 +559,20 @@ func (x *ListKeysetsResponse) GetServerStartedAt() *timestamppb.Timestamp {
 func (x *ListKeysetsResponse) GetBehind() []*Holder {
 	if x != nil {
 		return x.Behind
+	}
+	return nil
+}
+
+func (x *ListKeysetsResponse) GetBundleEndpoint() bool {
+	if x != nil {
+		return x.BundleEndpoint
+	}
+	return false
+}
+
+func (x *ListKeysetsResponse) GetBundleRefreshHint() *durationpb.Duration {
+	if x != nil {
+		return x.BundleRefreshHint
 	}
 	return nil
 }
@@ -3582,7 +3600,7 @@ const file_renewd_proto_rawDesc = "" +
 	"\ftrust_domain\x18\x01 \x01(\tR\vtrustDomain\x12 \n" +
 	"\vdeployments\x18\x02 \x03(\tR\vdeployments\"<\n" +
 	"\x12ListKeysetsRequest\x12&\n" +
-	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\xbf\x03\n" +
+	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\"\xb3\x04\n" +
 	"\x13ListKeysetsResponse\x12&\n" +
 	"\x05scope\x18\x01 \x01(\v2\x10.renewd.v1.ScopeR\x05scope\x12+\n" +
 	"\akeysets\x18\x02 \x03(\v2\x11.renewd.v1.KeysetR\akeysets\x12\x1a\n" +
@@ -3593,7 +3611,9 @@ const file_renewd_proto_rawDesc = "" +
 	"\x05clock\x18\a \x01(\v2\x10.renewd.v1.ClockR\x05clock\x12+\n" +
 	"\x11agents_duplicated\x18\x14 \x03(\tR\x10agentsDuplicated\x12F\n" +
 	"\x11server_started_at\x18\x15 \x01(\v2\x1a.google.protobuf.TimestampR\x0fserverStartedAt\x12)\n" +
-	"\x06behind\x18\x16 \x03(\v2\x11.renewd.v1.HolderR\x06behind\"\x82\x02\n" +
+	"\x06behind\x18\x16 \x03(\v2\x11.renewd.v1.HolderR\x06behind\x12'\n" +
+	"\x0fbundle_endpoint\x18( \x01(\bR\x0ebundleEndpoint\x12I\n" +
+	"\x13bundle_refresh_hint\x18) \x01(\v2\x19.google.protobuf.DurationR\x11bundleRefreshHint\"\x82\x02\n" +
 	"\x05Clock\x120\n" +
 	"\x05shows\x18\x01 \x01(\v2\x1a.google.protobuf.TimestampR\x05shows\x125\n" +
 	"\bat_least\x18\x02 \x01(\v2\x1a.google.protobuf.TimestampR\aatLeast\x12/\n" +
@@ -3924,112 +3944,113 @@ var file_renewd_proto_depIdxs = []int32{
 	7,  // 11: renewd.v1.ListKeysetsResponse.clock:type_name -> renewd.v1.Clock
 	57, // 12: renewd.v1.ListKeysetsResponse.server_started_at:type_name -> google.protobuf.Timestamp
 	15, // 13: renewd.v1.ListKeysetsResponse.behind:type_name -> renewd.v1.Holder
-	57, // 14: renewd.v1.Clock.shows:type_name -> google.protobuf.Timestamp
-	57, // 15: renewd.v1.Clock.at_least:type_name -> google.protobuf.Timestamp
-	58, // 16: renewd.v1.Clock.doubt:type_name -> google.protobuf.Duration
-	58, // 17: renewd.v1.Clock.steady_for:type_name -> google.protobuf.Duration
-	1,  // 18: renewd.v1.GetClockRequest.scope:type_name -> renewd.v1.Scope
-	7,  // 19: renewd.v1.GetClockResponse.clock:type_name -> renewd.v1.Clock
-	1,  // 20: renewd.v1.ConfirmClockRequest.scope:type_name -> renewd.v1.Scope
-	57, // 21: renewd.v1.ConfirmClockRequest.time:type_name -> google.protobuf.Timestamp
-	7,  // 22: renewd.v1.ConfirmClockResponse.clock:type_name -> renewd.v1.Clock
-	57, // 23: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
-	1,  // 24: renewd.v1.ListHoldersRequest.scope:type_name -> renewd.v1.Scope
-	15, // 25: renewd.v1.ListHoldersResponse.holders:type_name -> renewd.v1.Holder
-	57, // 26: renewd.v1.ListHoldersResponse.server_started_at:type_name -> google.protobuf.Timestamp
-	57, // 27: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
-	57, // 28: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
-	57, // 29: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
-	1,  // 30: renewd.v1.PrepareKeysetRequest.scope:type_name -> renewd.v1.Scope
-	2,  // 31: renewd.v1.PrepareKeysetResponse.keyset:type_name -> renewd.v1.Keyset
-	1,  // 32: renewd.v1.ActivateKeysetRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 33: renewd.v1.TaintKeysetRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 34: renewd.v1.RemoveKeysetRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 35: renewd.v1.ReadAuditRequest.scope:type_name -> renewd.v1.Scope
-	26, // 36: renewd.v1.ReadAuditResponse.records:type_name -> renewd.v1.AuditRecord
-	57, // 37: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
-	29, // 38: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
-	29, // 39: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
-	45, // 40: renewd.v1.AuditRecord.entry:type_name -> renewd.v1.EntryChange
-	27, // 41: renewd.v1.AuditRecord.token:type_name -> renewd.v1.AuditToken
-	28, // 42: renewd.v1.AuditRecord.agent:type_name -> renewd.v1.AuditAgent
-	57, // 43: renewd.v1.AuditToken.expires_at:type_name -> google.protobuf.Timestamp
-	0,  // 44: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
-	57, // 45: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
-	57, // 46: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
-	1,  // 47: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
-	30, // 48: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
-	57, // 49: renewd.v1.ListAgentsResponse.server_started_at:type_name -> google.protobuf.Timestamp
-	1,  // 50: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
-	58, // 51: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
-	57, // 52: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 53: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 54: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
-	39, // 55: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
-	58, // 56: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
-	58, // 57: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
-	57, // 58: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
-	1,  // 59: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
-	40, // 60: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
-	1,  // 61: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
-	40, // 62: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
-	45, // 63: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
-	40, // 64: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
-	40, // 65: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
-	1,  // 66: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
-	40, // 67: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
-	45, // 68: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
-	1,  // 69: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
-	1,  // 70: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
-	55, // 71: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
-	57, // 72: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
-	3,  // 73: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
-	5,  // 74: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
-	13, // 75: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
-	16, // 76: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
-	18, // 77: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
-	20, // 78: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
-	22, // 79: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
-	24, // 80: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
-	31, // 81: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
-	33, // 82: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
-	35, // 83: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
-	37, // 84: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
-	41, // 85: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
-	43, // 86: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
-	46, // 87: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
-	48, // 88: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
-	50, // 89: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
-	8,  // 90: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
-	10, // 91: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
-	52, // 92: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
-	54, // 93: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
-	4,  // 94: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
-	6,  // 95: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
-	14, // 96: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
-	17, // 97: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
-	19, // 98: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
-	21, // 99: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
-	23, // 100: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
-	25, // 101: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
-	32, // 102: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
-	34, // 103: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
-	36, // 104: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
-	38, // 105: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
-	42, // 106: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
-	44, // 107: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
-	47, // 108: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
-	49, // 109: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
-	51, // 110: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
-	9,  // 111: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
-	11, // 112: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
-	53, // 113: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
-	56, // 114: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
-	94, // [94:115] is the sub-list for method output_type
-	73, // [73:94] is the sub-list for method input_type
-	73, // [73:73] is the sub-list for extension type_name
-	73, // [73:73] is the sub-list for extension extendee
-	0,  // [0:73] is the sub-list for field type_name
+	58, // 14: renewd.v1.ListKeysetsResponse.bundle_refresh_hint:type_name -> google.protobuf.Duration
+	57, // 15: renewd.v1.Clock.shows:type_name -> google.protobuf.Timestamp
+	57, // 16: renewd.v1.Clock.at_least:type_name -> google.protobuf.Timestamp
+	58, // 17: renewd.v1.Clock.doubt:type_name -> google.protobuf.Duration
+	58, // 18: renewd.v1.Clock.steady_for:type_name -> google.protobuf.Duration
+	1,  // 19: renewd.v1.GetClockRequest.scope:type_name -> renewd.v1.Scope
+	7,  // 20: renewd.v1.GetClockResponse.clock:type_name -> renewd.v1.Clock
+	1,  // 21: renewd.v1.ConfirmClockRequest.scope:type_name -> renewd.v1.Scope
+	57, // 22: renewd.v1.ConfirmClockRequest.time:type_name -> google.protobuf.Timestamp
+	7,  // 23: renewd.v1.ConfirmClockResponse.clock:type_name -> renewd.v1.Clock
+	57, // 24: renewd.v1.Automatic.at:type_name -> google.protobuf.Timestamp
+	1,  // 25: renewd.v1.ListHoldersRequest.scope:type_name -> renewd.v1.Scope
+	15, // 26: renewd.v1.ListHoldersResponse.holders:type_name -> renewd.v1.Holder
+	57, // 27: renewd.v1.ListHoldersResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	57, // 28: renewd.v1.Holder.latest_expiry:type_name -> google.protobuf.Timestamp
+	57, // 29: renewd.v1.Holder.last_report:type_name -> google.protobuf.Timestamp
+	57, // 30: renewd.v1.Holder.begins_at:type_name -> google.protobuf.Timestamp
+	1,  // 31: renewd.v1.PrepareKeysetRequest.scope:type_name -> renewd.v1.Scope
+	2,  // 32: renewd.v1.PrepareKeysetResponse.keyset:type_name -> renewd.v1.Keyset
+	1,  // 33: renewd.v1.ActivateKeysetRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 34: renewd.v1.TaintKeysetRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 35: renewd.v1.RemoveKeysetRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 36: renewd.v1.ReadAuditRequest.scope:type_name -> renewd.v1.Scope
+	26, // 37: renewd.v1.ReadAuditResponse.records:type_name -> renewd.v1.AuditRecord
+	57, // 38: renewd.v1.AuditRecord.at:type_name -> google.protobuf.Timestamp
+	29, // 39: renewd.v1.AuditRecord.before:type_name -> renewd.v1.AuditState
+	29, // 40: renewd.v1.AuditRecord.after:type_name -> renewd.v1.AuditState
+	45, // 41: renewd.v1.AuditRecord.entry:type_name -> renewd.v1.EntryChange
+	27, // 42: renewd.v1.AuditRecord.token:type_name -> renewd.v1.AuditToken
+	28, // 43: renewd.v1.AuditRecord.agent:type_name -> renewd.v1.AuditAgent
+	57, // 44: renewd.v1.AuditToken.expires_at:type_name -> google.protobuf.Timestamp
+	0,  // 45: renewd.v1.AuditState.state:type_name -> renewd.v1.KeysetState
+	57, // 46: renewd.v1.Agent.expires_at:type_name -> google.protobuf.Timestamp
+	57, // 47: renewd.v1.Agent.last_report:type_name -> google.protobuf.Timestamp
+	1,  // 48: renewd.v1.ListAgentsRequest.scope:type_name -> renewd.v1.Scope
+	30, // 49: renewd.v1.ListAgentsResponse.agents:type_name -> renewd.v1.Agent
+	57, // 50: renewd.v1.ListAgentsResponse.server_started_at:type_name -> google.protobuf.Timestamp
+	1,  // 51: renewd.v1.CreateJoinTokenRequest.scope:type_name -> renewd.v1.Scope
+	58, // 52: renewd.v1.CreateJoinTokenRequest.ttl:type_name -> google.protobuf.Duration
+	57, // 53: renewd.v1.CreateJoinTokenResponse.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 54: renewd.v1.BanAgentRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 55: renewd.v1.EvictAgentRequest.scope:type_name -> renewd.v1.Scope
+	39, // 56: renewd.v1.Entry.selectors:type_name -> renewd.v1.Selector
+	58, // 57: renewd.v1.Entry.x509_ttl:type_name -> google.protobuf.Duration
+	58, // 58: renewd.v1.Entry.jwt_ttl:type_name -> google.protobuf.Duration
+	57, // 59: renewd.v1.Entry.expires_at:type_name -> google.protobuf.Timestamp
+	1,  // 60: renewd.v1.ListEntriesRequest.scope:type_name -> renewd.v1.Scope
+	40, // 61: renewd.v1.ListEntriesResponse.entries:type_name -> renewd.v1.Entry
+	1,  // 62: renewd.v1.ApplyEntriesRequest.scope:type_name -> renewd.v1.Scope
+	40, // 63: renewd.v1.ApplyEntriesRequest.entries:type_name -> renewd.v1.Entry
+	45, // 64: renewd.v1.ApplyEntriesResponse.changes:type_name -> renewd.v1.EntryChange
+	40, // 65: renewd.v1.EntryChange.before:type_name -> renewd.v1.Entry
+	40, // 66: renewd.v1.EntryChange.after:type_name -> renewd.v1.Entry
+	1,  // 67: renewd.v1.PutEntryRequest.scope:type_name -> renewd.v1.Scope
+	40, // 68: renewd.v1.PutEntryRequest.entry:type_name -> renewd.v1.Entry
+	45, // 69: renewd.v1.PutEntryResponse.change:type_name -> renewd.v1.EntryChange
+	1,  // 70: renewd.v1.DeleteEntryRequest.scope:type_name -> renewd.v1.Scope
+	1,  // 71: renewd.v1.GetBundleRequest.scope:type_name -> renewd.v1.Scope
+	55, // 72: renewd.v1.ReportRequest.authorities:type_name -> renewd.v1.AuthorityReport
+	57, // 73: renewd.v1.AuthorityReport.begins_at:type_name -> google.protobuf.Timestamp
+	3,  // 74: renewd.v1.Operator.ListDeployments:input_type -> renewd.v1.ListDeploymentsRequest
+	5,  // 75: renewd.v1.Operator.ListKeysets:input_type -> renewd.v1.ListKeysetsRequest
+	13, // 76: renewd.v1.Operator.ListHolders:input_type -> renewd.v1.ListHoldersRequest
+	16, // 77: renewd.v1.Operator.PrepareKeyset:input_type -> renewd.v1.PrepareKeysetRequest
+	18, // 78: renewd.v1.Operator.ActivateKeyset:input_type -> renewd.v1.ActivateKeysetRequest
+	20, // 79: renewd.v1.Operator.TaintKeyset:input_type -> renewd.v1.TaintKeysetRequest
+	22, // 80: renewd.v1.Operator.RemoveKeyset:input_type -> renewd.v1.RemoveKeysetRequest
+	24, // 81: renewd.v1.Operator.ReadAudit:input_type -> renewd.v1.ReadAuditRequest
+	31, // 82: renewd.v1.Operator.ListAgents:input_type -> renewd.v1.ListAgentsRequest
+	33, // 83: renewd.v1.Operator.CreateJoinToken:input_type -> renewd.v1.CreateJoinTokenRequest
+	35, // 84: renewd.v1.Operator.BanAgent:input_type -> renewd.v1.BanAgentRequest
+	37, // 85: renewd.v1.Operator.EvictAgent:input_type -> renewd.v1.EvictAgentRequest
+	41, // 86: renewd.v1.Operator.ListEntries:input_type -> renewd.v1.ListEntriesRequest
+	43, // 87: renewd.v1.Operator.ApplyEntries:input_type -> renewd.v1.ApplyEntriesRequest
+	46, // 88: renewd.v1.Operator.PutEntry:input_type -> renewd.v1.PutEntryRequest
+	48, // 89: renewd.v1.Operator.DeleteEntry:input_type -> renewd.v1.DeleteEntryRequest
+	50, // 90: renewd.v1.Operator.GetBundle:input_type -> renewd.v1.GetBundleRequest
+	8,  // 91: renewd.v1.Operator.GetClock:input_type -> renewd.v1.GetClockRequest
+	10, // 92: renewd.v1.Operator.ConfirmClock:input_type -> renewd.v1.ConfirmClockRequest
+	52, // 93: renewd.v1.Operator.Backup:input_type -> renewd.v1.BackupRequest
+	54, // 94: renewd.v1.Fleet.Report:input_type -> renewd.v1.ReportRequest
+	4,  // 95: renewd.v1.Operator.ListDeployments:output_type -> renewd.v1.ListDeploymentsResponse
+	6,  // 96: renewd.v1.Operator.ListKeysets:output_type -> renewd.v1.ListKeysetsResponse
+	14, // 97: renewd.v1.Operator.ListHolders:output_type -> renewd.v1.ListHoldersResponse
+	17, // 98: renewd.v1.Operator.PrepareKeyset:output_type -> renewd.v1.PrepareKeysetResponse
+	19, // 99: renewd.v1.Operator.ActivateKeyset:output_type -> renewd.v1.ActivateKeysetResponse
+	21, // 100: renewd.v1.Operator.TaintKeyset:output_type -> renewd.v1.TaintKeysetResponse
+	23, // 101: renewd.v1.Operator.RemoveKeyset:output_type -> renewd.v1.RemoveKeysetResponse
+	25, // 102: renewd.v1.Operator.ReadAudit:output_type -> renewd.v1.ReadAuditResponse
+	32, // 103: renewd.v1.Operator.ListAgents:output_type -> renewd.v1.ListAgentsResponse
+	34, // 104: renewd.v1.Operator.CreateJoinToken:output_type -> renewd.v1.CreateJoinTokenResponse
+	36, // 105: renewd.v1.Operator.BanAgent:output_type -> renewd.v1.BanAgentResponse
+	38, // 106: renewd.v1.Operator.EvictAgent:output_type -> renewd.v1.EvictAgentResponse
+	42, // 107: renewd.v1.Operator.ListEntries:output_type -> renewd.v1.ListEntriesResponse
+	44, // 108: renewd.v1.Operator.ApplyEntries:output_type -> renewd.v1.ApplyEntriesResponse
+	47, // 109: renewd.v1.Operator.PutEntry:output_type -> renewd.v1.PutEntryResponse
+	49, // 110: renewd.v1.Operator.DeleteEntry:output_type -> renewd.v1.DeleteEntryResponse
+	51, // 111: renewd.v1.Operator.GetBundle:output_type -> renewd.v1.GetBundleResponse
+	9,  // 112: renewd.v1.Operator.GetClock:output_type -> renewd.v1.GetClockResponse
+	11, // 113: renewd.v1.Operator.ConfirmClock:output_type -> renewd.v1.ConfirmClockResponse
+	53, // 114: renewd.v1.Operator.Backup:output_type -> renewd.v1.BackupResponse
+	56, // 115: renewd.v1.Fleet.Report:output_type -> renewd.v1.ReportResponse
+	95, // [95:116] is the sub-list for method output_type
+	74, // [74:95] is the sub-list for method input_type
+	74, // [74:74] is the sub-list for extension type_name
+	74, // [74:74] is the sub-list for extension extendee
+	0,  // [0:74] is the sub-list for field type_name
 }
 
 func init() { file_renewd_proto_init() }

@@ -27,6 +27,9 @@ func (d *Domain) openOperator() (err error) {
 		Connections: d.connections, Options: d.metrics.ServerOptions(), Log: d.cfg.Log, Clock: d.clock, Heard: d.compareClock,
 		ConfirmClock: d.confirmClock, Backup: d.backup,
 	}
+	if d.endpoint != nil {
+		c.RefreshHint = d.endpoint.RefreshHint
+	}
 	for _, dep := range d.deployments {
 		c.Deployments = append(c.Deployments, admin.Deployment{
 			Name: dep.Name, Retired: !dep.serves(), Keysets: dep.keysets, Server: dep.server, Ledger: dep.ledger, Audit: dep.audit, Automatic: dep.scheduler.Automatic,

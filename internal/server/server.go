@@ -108,13 +108,13 @@ func Open(ctx context.Context, cfg Config) (_ *Domain, err error) {
 	if err := d.openFederation(ctx); err != nil {
 		return nil, err
 	}
-	if err := d.openOperator(); err != nil {
-		return nil, err
-	}
 	if cfg.EndpointAddress != "" || cfg.EndpointListener != nil {
 		if d.endpoint, err = endpoint.New(d.endpointConfig()); err != nil {
 			return nil, fmt.Errorf("bundle_endpoint: %w", err)
 		}
+	}
+	if err := d.openOperator(); err != nil {
+		return nil, err
 	}
 	return d, nil
 }

@@ -41,14 +41,27 @@ func TestTwoServersOnOneDatabase(t *testing.T) {
 	run(t, "spire-two.txtar", env)
 }
 
-// The runbook for each of two SPIRE servers on one database while the other is frozen, with
-// the figures from a real Prometheus.
+// Two SPIRE servers on one database are rotated as one, with the figures from a real
+// Prometheus.
 func TestRotateTwoServers(t *testing.T) {
 	t.Parallel()
 	env := withSPIRE(t)
 	needPrometheus(t)
 	env["DATABASE"] = postgres(t)
 	run(t, "spire-rotate.txtar", env)
+}
+
+// A cluster is rotated while one server is frozen for a minute and then replaced. This
+// takes some minutes, so it is not part of all tests.
+func TestReplacedServer(t *testing.T) {
+	if os.Getenv("SPIRE_CLUSTER_TEST") == "" {
+		t.Skip("run make test-spire for this test, which takes some minutes")
+	}
+	t.Parallel()
+	env := withSPIRE(t)
+	needPrometheus(t)
+	env["DATABASE"] = postgres(t)
+	run(t, "spire-cluster.txtar", env)
 }
 
 // postgres starts a PostgreSQL server with a database and returns its connection string.

@@ -42,6 +42,9 @@ func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 		Evict: "server agent evict ID", EvictGone: "server agent evict ID --gone",
 		Behind: holders(resp.GetBehind()), ServerStartedAt: fromProtoTime(resp.GetServerStartedAt()),
 	}
+	if resp.GetBundleEndpoint() {
+		s.FollowersWait = runbook.FollowersWait(resp.GetBundleRefreshHint().AsDuration())
+	}
 	for _, k := range resp.GetKeysets() {
 		s.Keysets = append(s.Keysets, fromProto(k))
 	}

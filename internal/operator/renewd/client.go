@@ -111,12 +111,17 @@ const serverPath = "/spire/server"
 // CheckServer returns a usage error if the flag --server cannot be used: the address is not
 // host:port, or there is no Workload API to get the operator's SVID from.
 func CheckServer(address, workloadAPI string) error {
+	return CheckRemote("--server", address, workloadAPI)
+}
+
+// CheckRemote is [CheckServer] for a flag of another name.
+func CheckRemote(flag, address, workloadAPI string) error {
 	if wrong := config.BadAddress(address, true); wrong != "" {
 		// gRPC would accept other forms, and use 443 as the default port.
-		return cli.Usagef("--server %s %s: give it with its port, such as server.example.org:8082", address, wrong)
+		return cli.Usagef("%s %s %s: give it with its port, such as server.example.org:8082", flag, address, wrong)
 	}
 	if workloadAPI == "" {
-		return cli.Usagef("--server %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", address)
+		return cli.Usagef("%s %s: SPIFFE_ENDPOINT_SOCKET is not set; set it to the Workload API socket that has the operator's SVID", flag, address)
 	}
 	return nil
 }
@@ -125,13 +130,9 @@ func CheckServer(address, workloadAPI string) error {
 // the Workload API at socket, and waits for it until ctx is done. The server must be of
 // the SVID's trust domain.
 func DialServer(ctx context.Context, address, socket string) (*Client, error) {
-	why := &attemptError{Logger: logger.Null}
-	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket), workloadapi.WithLogger(why)))
+	source, err := Identity(ctx, socket)
 	if err != nil {
-		if last := why.last.Load(); last != nil {
-			err = fmt.Errorf("%s: %w", *last, err)
-		}
-		return nil, fmt.Errorf("get an SVID from the Workload API at %s: %w", socket, err)
+		return nil, err
 	}
 	svid, err := source.GetX509SVID()
 	if err != nil {
@@ -147,6 +148,20 @@ func DialServer(ctx context.Context, address, socket string) (*Client, error) {
 		return nil, errors.Join(fmt.Errorf("server %s: %w", address, err), source.Close())
 	}
 	return &Client{OperatorClient: api.NewOperatorClient(conn), conn: conn, source: source}, nil
+}
+
+// Identity returns this process's SVID from the Workload API at socket. It waits for it
+// until ctx is done. The caller closes the source.
+func Identity(ctx context.Context, socket string) (*workloadapi.X509Source, error) {
+	why := &attemptError{Logger: logger.Null}
+	source, err := workloadapi.NewX509Source(ctx, workloadapi.WithClientOptions(workloadapi.WithAddr(socket), workloadapi.WithLogger(why)))
+	if err != nil {
+		if last := why.last.Load(); last != nil {
+			err = fmt.Errorf("%s: %w", *last, err)
+		}
+		return nil, fmt.Errorf("get an SVID from the Workload API at %s: %w", socket, err)
+	}
+	return source, nil
 }
 
 // Reason returns the message of a call's error, without gRPC's prefixes for connection

@@ -17,29 +17,51 @@ const notKnown = "not known"
 // List prints a table of the deployment's keysets, two rows each, at most 120
 // columns wide. The last two columns are the SVIDs in use that the key signed (for
 // a JWT key: how long they are valid) and whether its removal is safe. Nothing
-// follows the table, because scripts cut it; see [Remarks].
+// follows the table, because scripts cut it; see [Remarks]. If there are several servers,
+// each key of each server has a row, and a column shows the server.
 func List(w io.Writer, s Status, now time.Time) error {
 	if err := cli.Printf(w, "Deployment: %s\nSigning Keys:\n", cli.Printable(s.Deployment)); err != nil {
 		return err
 	}
 	table := cli.NewTable(w)
-	_, _ = fmt.Fprintln(table, "Type\tKeyset ID\tIssued At\tExpires At\tState\tLive SVIDs\tSafe to remove")
-	row := func(k Keyset, typ, state, live, safe string) {
-		_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", typ, cli.Printable(k.ID), formatTime(k.IssuedAt), formatTime(k.ExpiresAt), state, live, safe)
+	columns := "Type\tKeyset ID\tIssued At\tExpires At\tState\tLive SVIDs\tSafe to remove"
+	if slices.ContainsFunc(s.Keysets, func(k Keyset) bool { return len(k.Members) > 0 }) {
+		columns += "\tServer"
 	}
+	_, _ = fmt.Fprintln(table, columns)
 	for _, k := range s.Keysets {
-		if k.X509AuthorityID == "" {
-			row(k, "X.509", "Missing", "-", "-")
-		} else {
-			row(k, "X.509", string(k.State), k.liveX509(), k.safeCell(X509))
+		if len(k.Members) == 0 {
+			k.rows(table, k.ID, now, "")
 		}
-		if k.JWTKeyID == "" {
-			row(k, "JWT", "Missing", "-", "-")
-		} else {
-			row(k, "JWT", string(k.state(JWT)), k.liveJWT(now), k.safeCell(JWT))
+		for _, m := range k.Members {
+			m.rows(table, k.ID, now, "\t"+cli.Printable(m.Server))
 		}
 	}
 	return cli.Flush(table)
+}
+
+// rows prints the rows of a keyset or of a member of it, with more columns at the end.
+func (k Keyset) rows(w io.Writer, id string, now time.Time, more string) {
+	row := func(typ string, expires time.Time, state, live, safe string) {
+		if expires.IsZero() {
+			expires = k.ExpiresAt
+		}
+		_, _ = fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s%s\n", typ, cli.Printable(id), formatTime(k.IssuedAt), formatTime(expires), state, live, safe, more)
+	}
+	missing := "Missing"
+	if k.State == Removed {
+		missing = string(Removed)
+	}
+	if k.X509AuthorityID == "" {
+		row("X.509", k.X509ExpiresAt, missing, "-", "-")
+	} else {
+		row("X.509", k.X509ExpiresAt, string(k.State), k.liveX509(), k.safeCell(X509))
+	}
+	if k.JWTKeyID == "" {
+		row("JWT", k.JWTExpiresAt, missing, "-", "-")
+	} else {
+		row("JWT", k.JWTExpiresAt, string(k.state(JWT)), k.liveJWT(now), k.safeCell(JWT))
+	}
 }
 
 // Remarks returns lines for everything unusual: agents behind, unknown figures,
@@ -63,6 +85,12 @@ func Remarks(s Status, now time.Time) []string {
 		if k.JWTState != "" && k.JWTState != k.State {
 			lines = append(lines, keyStatesDiffer(k)+".")
 		}
+		if at := trustedByFollowers(k, s.FollowersWait); k.State == Prepared && !k.SteppedDown && at.After(now) {
+			lines = append(lines, fmt.Sprintf("Other trust domains may follow the bundle: their relying parties may lack keyset %s until %s. Activate it then.", k.ID, timeAndDistance(at, now)))
+		}
+		if len(k.Lacking) > 0 {
+			lines = append(lines, fmt.Sprintf("Keyset %s is not prepared at %s: run keysetctl prepare again.", k.ID, joinWithAnd(k.Lacking)))
+		}
 		if k.Unknown == "" {
 			continue
 		}
@@ -74,6 +102,12 @@ func Remarks(s Status, now time.Time) []string {
 	slices.Sort(reasons)
 	for _, why := range reasons {
 		lines = append(lines, fmt.Sprintf("The figures of %s are not known: %s.", joinWithAnd(unknown[why]), why))
+	}
+	for _, a := range s.Unowned {
+		lines = append(lines, a.String())
+	}
+	if len(s.Unowned) > 0 {
+		lines = append(lines, UnownedMeaning)
 	}
 	if s.ClockDoubt != "" {
 		lines = append(lines, "The server's clock is in doubt: "+s.ClockDoubt+".")
@@ -172,9 +206,10 @@ func (k Keyset) jwtJustExpired(now time.Time) bool {
 	return !k.JWTExpiry.After(now) && clock.Over(k.JWTExpiry).After(now)
 }
 
+// find returns the keyset with an ID, or with a member of that ID.
 func find(s Status, id string) (Keyset, bool) {
 	for _, k := range s.Keysets {
-		if k.ID == id {
+		if k.is(id) {
 			return k, true
 		}
 	}

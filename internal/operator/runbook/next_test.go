@@ -131,14 +131,26 @@ func TestNextTable(t *testing.T) {
 	}
 }
 
-// Next fails for a keyset with one key, or with keys in different states.
+// Next completes a step that only one key has, and fails for a keyset with one key.
 func TestNextInconsistentKeys(t *testing.T) {
 	t.Parallel()
-	s := statusOf([]kind{{state: runbook.Prepared}, {state: runbook.Active}})
-	s.Keysets[0].JWTState = runbook.Tainted
-	if step, err := runbook.Next(s, "", now); err == nil || !strings.Contains(err.Error(), "ks_1 is Prepared and its JWT key is Tainted") {
-		t.Errorf("keys in different states: %v, %v", step, err)
+	for _, tt := range []struct {
+		older, olderJWT, newer, newerJWT runbook.State
+		want                             runbook.Action
+	}{
+		{runbook.Prepared, runbook.Tainted, runbook.Active, "", runbook.ActTaint},
+		{runbook.Tainted, runbook.Prepared, runbook.Active, "", runbook.ActTaint},
+		{runbook.Prepared, runbook.Active, runbook.Active, runbook.Prepared, runbook.ActActivate},
+		{runbook.Active, runbook.Prepared, runbook.Prepared, runbook.Active, runbook.ActActivate},
+		{runbook.Tainted, runbook.Active, runbook.Active, runbook.Prepared, runbook.ActActivate},
+	} {
+		s := statusOf([]kind{{state: tt.older}, {state: tt.newer}})
+		s.Keysets[0].JWTState, s.Keysets[0].SteppedDown, s.Keysets[1].JWTState = tt.olderJWT, true, tt.newerJWT
+		if step, err := runbook.Next(s, "", now); err != nil || step.Action != tt.want {
+			t.Errorf("%+v: %v, %v", tt, step, err)
+		}
 	}
+	s := statusOf([]kind{{state: runbook.Prepared}, {state: runbook.Active}})
 	s.Keysets[0].JWTState = runbook.Prepared // as State
 	if step, err := runbook.Next(s, "", now); err != nil || step.Action != runbook.ActTaint {
 		t.Errorf("keys in the same state: %v, %v", step, err)
@@ -146,6 +158,15 @@ func TestNextInconsistentKeys(t *testing.T) {
 	s.Keysets[0].JWTKeyID = ""
 	if step, err := runbook.Next(s, "", now); err == nil || !strings.Contains(err.Error(), "ks_1 lacks one") {
 		t.Errorf("a key is missing: %v, %v", step, err)
+	}
+	s.Keysets[0].State, s.Keysets[0].JWTState = runbook.Tainted, "" // half of it is removed
+	if step, err := runbook.Next(s, "", now); err != nil || step.Action != runbook.ActRemove {
+		t.Errorf("a key of a tainted one is missing: %v, %v", step, err)
+	}
+	s = statusOf([]kind{{state: runbook.Active}, {state: runbook.Prepared}})
+	s.Keysets[1].Lacking = []string{"b"}
+	if step, err := runbook.Next(s, "", now); err != nil || step.Action != runbook.ActPrepare {
+		t.Errorf("a server lacks its key: %v, %v", step, err)
 	}
 }
 

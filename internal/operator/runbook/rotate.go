@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/renewd/renewd/internal/cli"
@@ -31,6 +33,7 @@ type Step struct {
 // only the active keyset is left. The first row that fits decides:
 //
 //	Tainted  to retire  to activate   next step
+//	any      any        any           prepare again, if a server of a cluster lacks its key
 //	1        any        any           wait until it is safe, remove it
 //	2 or more           any           the chosen one, else an error that names them
 //	0        1          any           taint it
@@ -42,18 +45,22 @@ type Step struct {
 // A Prepared keyset is to be retired if it has signed before, is older than the active
 // keyset or has expired. Every other Prepared keyset is to be activated.
 //
-// Next fails unless exactly one keyset is active and every keyset has both keys in
-// the same state.
+// The state of a keyset with keys in different states is the one that a rotation has
+// brought less far, so that the next step completes the one before. Next fails unless
+// exactly one keyset is active and every keyset that is not Tainted has both keys.
 func Next(s Status, chosen string, now time.Time) (Step, error) {
 	active := -1
-	for i, k := range s.Keysets {
+	keysets := slices.Clone(s.Keysets)
+	for i := range keysets {
+		k := &keysets[i]
+		k.State = k.leastProgress()
 		switch {
-		case k.JWTState != "" && k.JWTState != k.State:
-			return Step{}, fmt.Errorf("%s: complete the step with activate, taint or remove, then run keysetctl rotate again", keyStatesDiffer(k))
-		case k.X509AuthorityID == "" || k.JWTKeyID == "":
+		case len(k.Lacking) > 0:
+			return Step{Action: ActPrepare}, nil
+		case (k.X509AuthorityID == "" || k.JWTKeyID == "") && k.State != Tainted:
 			return Step{}, fmt.Errorf("keyset %s lacks one of its two keys: replace it with prepare, activate, taint and remove, then run keysetctl rotate again", k.ID)
 		case k.State == Active && active >= 0:
-			return Step{}, fmt.Errorf("two keysets are active, %s and %s: check the server", s.Keysets[active].ID, k.ID)
+			return Step{}, fmt.Errorf("two keysets are active, %s and %s: check the server", keysets[active].ID, k.ID)
 		case k.State == Active:
 			active = i
 		}
@@ -62,7 +69,7 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 		return Step{}, errors.New("no keyset is active: activate one, then run keysetctl rotate again")
 	}
 	var tainted, old, prepared []string
-	for i, k := range s.Keysets {
+	for i, k := range keysets {
 		expired := !k.ExpiresAt.IsZero() && !now.Before(k.ExpiresAt)
 		switch {
 		case k.State == Tainted:
@@ -85,6 +92,19 @@ func Next(s Status, chosen string, now time.Time) (Step, error) {
 	return Step{}, nil
 }
 
+// leastProgress returns the state of the key that a rotation has brought less far. The
+// keys become Prepared, Active, Prepared again when they step down, and Tainted.
+func (k Keyset) leastProgress() State {
+	if k.JWTState == "" || k.JWTState == k.State {
+		return k.State
+	}
+	order := []State{Prepared, Active, Tainted}
+	if k.SteppedDown {
+		order = []State{Active, Prepared, Tainted}
+	}
+	return order[min(slices.Index(order, k.State), slices.Index(order, k.JWTState))]
+}
+
 func choose(a Action, ids []string, chosen string) (Step, error) {
 	if len(ids) == 1 {
 		return Step{a, ids[0]}, nil
@@ -103,6 +123,10 @@ type RotateOptions struct {
 	Wait WaitOptions
 	// Keyset chooses between several keysets for the next step; it may be empty.
 	Keyset string
+	// FollowersWait is how old a keyset must be before it is activated, for relying
+	// parties of other trust domains: zero means as long as [Status.FollowersWait] says,
+	// a negative value no wait.
+	FollowersWait time.Duration
 	// Ask is called before each step; nil means yes.
 	Ask func(question string) (bool, error)
 	// Report is called after each step; nil: no calls.
@@ -131,11 +155,13 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		o.Report = func(StepResult) {}
 	}
 	r := Rotation{Steps: []StepResult{}}
-	var waited Step  // the step whose preconditions hold
-	var last Action  // the last completed one
-	started := false // a step was found or completed
+	var waited Step        // the step whose preconditions hold
+	var last Action        // the last completed one
+	started := false       // a step was found or completed
+	retry := false         // a step did not begin, because a server does not answer
+	var prepared time.Time // when this run prepared a keyset
 	for {
-		s, err := status(ctx, b)
+		s, err := nextStatus(ctx, b, o.Wait, started || retry)
 		if err != nil {
 			return r, err
 		}
@@ -165,6 +191,11 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			if err := awaitPreconditions(ctx, b, step, o.Wait); err != nil {
 				return r, err
 			}
+			if step.Action == ActActivate {
+				if err := awaitFollowers(ctx, b, step, prepared, o); err != nil {
+					return r, err
+				}
+			}
 			waited = step
 			continue // the state may have changed during the wait
 		}
@@ -172,8 +203,13 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 			return r, err
 		}
 		done, err := perform(ctx, b, step, o.Wait.Now())
-		if errors.Is(err, ErrOutcomeUnknown) {
-			err = fmt.Errorf("%s %s: %w", step.Action, step.Keyset, err)
+		unknown := errors.Is(err, ErrOutcomeUnknown)
+		if _, some := errors.AsType[*UnreachableError](err); some && !unknown {
+			waited, retry = Step{}, true
+			continue // nothing was changed
+		}
+		if unknown {
+			err = fmt.Errorf("%s: %w", strings.TrimSpace(string(step.Action)+" "+step.Keyset), err)
 		}
 		if err != nil {
 			return r, err
@@ -184,11 +220,30 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		// The rotation continues with the keysets of its own steps.
 		switch step.Action {
 		case ActPrepare:
-			o.Keyset = done.Keyset
+			o.Keyset, prepared = done.Keyset, o.Wait.Now()
 		case ActActivate:
 			o.Keyset = r.Active
 		}
 	}
+}
+
+// nextStatus returns the state for the next step. If wait is set, it waits for a server
+// that does not answer.
+func nextStatus(ctx context.Context, b Backend, o WaitOptions, wait bool) (s Status, err error) {
+	if !wait {
+		return status(ctx, b)
+	}
+	err = await(ctx, o, "rotation", func(ctx context.Context) (done bool, _ *display, err error) {
+		s, err = b.Status(ctx)
+		return err == nil, nil, err
+	})
+	if errors.Is(err, errTimeout) {
+		err = fmt.Errorf("no answer for %s; run keysetctl rotate again to continue", formatDuration(o.Timeout))
+	}
+	if err != nil {
+		return Status{}, fmt.Errorf("read the state: %w", err)
+	}
+	return s, nil
 }
 
 func status(ctx context.Context, b Backend) (Status, error) {

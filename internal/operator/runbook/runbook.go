@@ -44,6 +44,12 @@ type Status struct {
 	// Automatic describes the next step of automatic rotation. It is empty if the
 	// server has none.
 	Automatic string `json:"automatic,omitempty"`
+	// Unowned are the authorities in the trust bundle that have not expired and are of no
+	// keyset. They are known only of SPIRE servers.
+	Unowned []Authority `json:"unowned_authorities,omitempty"`
+	// FollowersWait is how long after its publication relying parties of other trust
+	// domains may lack a key; see [FollowersWait]. It is zero if none are known to follow.
+	FollowersWait time.Duration `json:"followers_wait_ns,omitempty"`
 	// ClockDoubt says why the server's clock is in doubt and what follows. It is
 	// empty if the clock is not in doubt, or if the server cannot know.
 	ClockDoubt string `json:"clock_doubt,omitempty"`
@@ -53,10 +59,13 @@ type Status struct {
 type Keyset struct {
 	ID              string    `json:"id"`
 	State           State     `json:"state"`
-	IssuedAt        time.Time `json:"issued_at,omitzero"` // zero: not known
-	ExpiresAt       time.Time `json:"expires_at,omitzero"`
-	X509AuthorityID string    `json:"x509_authority_id"` // empty: the X.509 key is missing
-	JWTKeyID        string    `json:"jwt_key_id"`        // empty: the JWT key is missing
+	IssuedAt        time.Time `json:"issued_at,omitzero"`  // of the newest key; zero: not known
+	ExpiresAt       time.Time `json:"expires_at,omitzero"` // of the first key to expire
+	X509AuthorityID string    `json:"x509_authority_id"`   // empty: the X.509 key is missing
+	JWTKeyID        string    `json:"jwt_key_id"`          // empty: the JWT key is missing
+	// The expiry of each key; zero: as ExpiresAt.
+	X509ExpiresAt time.Time `json:"x509_expires_at,omitzero"`
+	JWTExpiresAt  time.Time `json:"jwt_expires_at,omitzero"`
 	// JWTState is set if the JWT key is in another state than the X.509 key.
 	JWTState State `json:"jwt_state,omitempty"`
 	// SteppedDown says that the keyset has signed, and that another was activated since.
@@ -73,6 +82,14 @@ type Keyset struct {
 	Unknown string `json:"unknown,omitempty"`
 	// Unknowable says that no wait makes the figures known. Unknown has the remedy.
 	Unknowable bool `json:"-"`
+
+	// Members are the keys of the keyset at each server of a cluster, if there are
+	// several servers. State and JWTState are then of the members that a rotation has
+	// brought least far, the authority IDs are of the first member, and the figures are
+	// of all.
+	Members []Member `json:"members,omitempty"`
+	// Lacking are the servers of a cluster that have yet to prepare their key.
+	Lacking []string `json:"lacking,omitempty"`
 }
 
 // Holder is an agent that may still hold X.509-SVIDs of a keyset.
@@ -95,6 +112,7 @@ type Holder struct {
 // nor its callers retry a mutation. Callers repeat a read, unless its error is a
 // [PermanentError].
 type Backend interface {
+	// Status may return an [UnreachableError] together with a Status.
 	Status(ctx context.Context) (Status, error)
 	// Holders returns the agents that may still depend on the keyset's X.509 key.
 	Holders(ctx context.Context, id string) ([]Holder, error)

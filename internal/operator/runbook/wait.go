@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -172,6 +173,9 @@ func (w *wait) poll(ctx context.Context, b Backend) (done bool, show *display, e
 	}
 	next, exists := find(s, w.id)
 	if !exists {
+		if i := slices.IndexFunc(s.Unowned, func(a Authority) bool { return a.Matches(w.id) }); i >= 0 {
+			return false, nil, &PermanentError{fmt.Errorf("no server has it, but it stays in the trust bundle: %s", s.Unowned[i])}
+		}
 		if !w.found {
 			return false, nil, &PermanentError{fmt.Errorf("there is no keyset %s: it was removed, or the ID is mistyped; run keysetctl list", w.id)}
 		}

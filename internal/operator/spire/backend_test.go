@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"reflect"
 	"slices"
 	"strings"
 	"testing"
@@ -32,7 +33,7 @@ func TestRotation(t *testing.T) {
 	b := f.serve(spire.Config{TrustDomain: "example.org"})
 	s := wantRows(t, b, "Active/Active")
 	a := s.Keysets[0]
-	if s.TrustDomain != "example.org" || s.Deployment != "default" || s.Sequence != f.sequence || s.Automatic == "" {
+	if s.TrustDomain != "example.org" || s.Deployment != "default" || s.Sequence != *f.sequence || s.Automatic == "" {
 		t.Errorf("status %+v", s)
 	}
 	if a.ID != "ks_"+a.X509AuthorityID[:10] || a.X509AuthorityID != f.x.active || a.JWTKeyID != f.j.active {
@@ -44,7 +45,7 @@ func TestRotation(t *testing.T) {
 	n, err := b.Prepare(t.Context())
 	must(t, err)
 	s = wantRows(t, b, "Active/Active Prepared/Prepared")
-	if s.Keysets[1] != withoutFigures(n, s.Keysets[1]) || n.ID == a.ID || n.State != runbook.Prepared {
+	if !reflect.DeepEqual(s.Keysets[1], withoutFigures(n, s.Keysets[1])) || n.ID == a.ID || n.State != runbook.Prepared {
 		t.Errorf("prepared %+v, listed %+v", n, s.Keysets[1])
 	}
 	must(t, b.Activate(t.Context(), n.ID))
@@ -358,34 +359,46 @@ func TestSPIRERotatesItself(t *testing.T) {
 	}
 	f.takeCalls()
 	// SPIRE has forgotten it, but it is in the bundle and must be shown.
-	s := wantRows(t, b, "Tainted/Tainted Active/Active Prepared/Prepared")
-	if s.Keysets[0].ID != old {
-		t.Errorf("%s is now %s", old, s.Keysets[0].ID)
+	s := wantRows(t, b, "Active/Active Prepared/Prepared")
+	if u := s.Unowned; len(u) != 2 || !u[0].Matches(old) || !u[0].Tainted || u[0].Type != "X.509" || u[1].Type != "JWT" || !u[1].Tainted {
+		t.Errorf("in no slot: %+v", u)
 	}
-	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "until it expires") || f.takeCalls() != "" {
+	if err := b.Remove(t.Context(), old, true); err == nil || !strings.Contains(err.Error(), "let it expire") || f.takeCalls() != "" {
 		t.Errorf("remove a forgotten authority: %v", err)
 	}
-	if err := b.Taint(t.Context(), old); err != refusal.ErrTaintTainted { //nolint:errorlint // a refusal is returned as it is
-		t.Errorf("taint: %v", err)
+	// A wait for it would never end.
+	_, err := runbook.Wait(t.Context(), b, old, runbook.WaitOptions{})
+	if err == nil || !strings.Contains(err.Error(), "no server has it") {
+		t.Errorf("wait: %v", err)
 	}
 }
 
 func TestOtherServersAuthorities(t *testing.T) {
 	t.Parallel()
 	f := newFake(t)
-	b := f.serve(spire.Config{})
+	var notices []string
+	b := f.serve(spire.Config{Notice: func(text string) { notices = append(notices, text) }})
 	x, j := f.create("X509"), f.create("JWT")
-	wantRows(t, b, "Active/Active")
+	s := wantRows(t, b, "Active/Active")
+	want := []runbook.Authority{{Type: "X.509", ID: x, ExpiresAt: f.now.Add(caTTL).UTC()}, {Type: "JWT", ID: j, ExpiresAt: f.now.Add(caTTL).UTC()}}
+	if !reflect.DeepEqual(s.Unowned, want) {
+		t.Errorf("of no given server: %+v, want %+v", s.Unowned, want)
+	}
+	if lines := strings.Join(runbook.Remarks(s, time.Now()), "\n"); !strings.Contains(lines, "In the bundle, of no given server: X.509 authority "+x+", until ") {
+		t.Errorf("remarks:\n%s", lines)
+	}
 	for _, id := range []string{x, j, "ks_" + x[:10]} {
-		if err := b.Taint(t.Context(), id); err == nil || !strings.Contains(err.Error(), "not an authority of this SPIRE server") {
+		if err := b.Taint(t.Context(), id); err == nil || !strings.Contains(err.Error(), "not an authority of a given SPIRE server") {
 			t.Errorf("taint %s: %v", id, err)
 		}
 	}
-	// A tainted JWT authority can be revoked by any server.
 	f.j.bundle[j].tainted = true
-	s := wantRows(t, b, "-/Tainted Active/Active")
-	must(t, b.Remove(t.Context(), s.Keysets[0].ID, false))
-	wantRows(t, b, "Active/Active")
+	// A server of the cluster may have been forgotten, which has an untainted authority.
+	_, err := b.Prepare(t.Context())
+	must(t, err)
+	if len(notices) != 2 || !strings.Contains(notices[0], "X.509 authority "+x) {
+		t.Errorf("notices %q", notices)
+	}
 }
 
 func TestConcurrentMutation(t *testing.T) {
@@ -432,7 +445,7 @@ func TestOutcomeUnknown(t *testing.T) {
 		t.Error("calls:", got)
 	}
 
-	gone := open(t, spire.Config{Socket: "/nonexistent/api.sock"})
+	gone := open(t, spire.Config{Sockets: []string{"/nonexistent/api.sock"}})
 	if _, err := gone.Status(t.Context()); err == nil || !strings.Contains(err.Error(), "/nonexistent/api.sock") {
 		t.Errorf("no server: %v", err)
 	}
@@ -455,7 +468,7 @@ func TestTrustDomainAndDeployment(t *testing.T) {
 	if s := wantRows(t, b, "Active/Active"); s.Deployment != "east" {
 		t.Errorf("deployment %q", s.Deployment)
 	}
-	for _, c := range []spire.Config{{}, {Socket: "x", TrustDomain: "Not A Domain"}, {Socket: "x", X509Life: -1}} {
+	for _, c := range []spire.Config{{}, {Sockets: []string{"x"}, TrustDomain: "Not A Domain"}, {Sockets: []string{"x"}, X509Life: -1}} {
 		if _, err := spire.New(c); err == nil {
 			t.Errorf("%+v: no error", c)
 		}
@@ -541,7 +554,7 @@ func TestFigures(t *testing.T) {
 	asked = nil
 	figures = prom.Figures{
 		Expected: 5, Missing: 2, Holding: 4, X509SVIDs: 7, JWTExpiry: now.Add(time.Hour),
-		Agents: []prom.Agent{{Up: true, Sequence: f.sequence}, {Up: true, Sequence: f.sequence - 1}, {}},
+		Agents: []prom.Agent{{Up: true, Sequence: *f.sequence}, {Up: true, Sequence: *f.sequence - 1}, {}},
 		Holders: []runbook.Holder{{Agent: "a", SVIDs: 7, Reason: "renewing"}, {Agent: "b", Reason: "silent"},
 			{Agent: "2 of 5", Reason: "silent"}},
 	}

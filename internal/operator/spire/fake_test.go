@@ -22,6 +22,7 @@ import (
 	agentv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/agent/v1"
 	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	localv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
+	trustdomainv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/trustdomain/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
@@ -37,15 +38,20 @@ type fakeSPIRE struct {
 	localv1.UnimplementedLocalAuthorityServer
 	bundlev1.UnimplementedBundleServer
 	agentv1.UnimplementedAgentServer
+	trustdomainv1.UnimplementedTrustDomainServer
 
 	t        *testing.T
-	mu       sync.Mutex
+	stop     func()
+	mu       *sync.Mutex // of the cluster
 	now      time.Time
-	sequence uint64
+	sequence *uint64 // of the bundle, which the servers of a cluster share
 	x, j     kind
 	upstream string
 	noJWT    bool
 	agents   []*types.Agent
+	// What is known of other trust domains.
+	federated []*types.Bundle
+	relations []*types.FederationRelationship
 	// before and after are called around each mutation with its name, such as
 	// TaintX509. Their error is the call's.
 	before, after func(call string) error
@@ -70,7 +76,7 @@ type authority struct {
 const caTTL = 72 * time.Hour
 
 func newFake(t *testing.T) *fakeSPIRE {
-	f := &fakeSPIRE{t: t, now: time.Now().Truncate(time.Second), x: kind{bundle: map[string]*authority{}}, j: kind{bundle: map[string]*authority{}},
+	f := &fakeSPIRE{t: t, mu: new(sync.Mutex), sequence: new(uint64), now: time.Now().Truncate(time.Second), x: kind{bundle: map[string]*authority{}}, j: kind{bundle: map[string]*authority{}},
 		tick: func(string) time.Duration { return time.Second }}
 	f.x.active, f.j.active = f.create("X509"), f.create("JWT")
 	return f
@@ -104,7 +110,7 @@ func (f *fakeSPIRE) create(name string) string {
 	}
 	if f.upstream == "" || k == &f.j {
 		k.bundle[id] = a
-		f.sequence++
+		*f.sequence++
 	}
 	return id
 }
@@ -175,7 +181,7 @@ func (f *fakeSPIRE) taint(call, id string) error {
 			return internal("root CA is already tainted")
 		}
 		k.bundle[id].tainted = true
-		f.sequence++
+		*f.sequence++
 		return nil
 	})
 }
@@ -193,7 +199,7 @@ func (f *fakeSPIRE) revoke(call, id string) error {
 			return internal("it is not possible to revoke an untainted root CA")
 		}
 		delete(k.bundle, id)
-		f.sequence++
+		*f.sequence++
 		return nil
 	})
 }
@@ -272,7 +278,7 @@ func (f *fakeSPIRE) RevokeJWTAuthority(_ context.Context, r *localv1.RevokeJWTAu
 func (f *fakeSPIRE) GetBundle(context.Context, *bundlev1.GetBundleRequest) (*types.Bundle, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	b := &types.Bundle{TrustDomain: "example.org", SequenceNumber: f.sequence}
+	b := &types.Bundle{TrustDomain: "example.org", SequenceNumber: *f.sequence}
 	for _, id := range byAge(f.x.bundle) {
 		a := f.x.bundle[id]
 		b.X509Authorities = append(b.X509Authorities, &types.X509Certificate{Asn1: a.der, Tainted: a.tainted})
@@ -282,6 +288,18 @@ func (f *fakeSPIRE) GetBundle(context.Context, *bundlev1.GetBundleRequest) (*typ
 		b.JwtAuthorities = append(b.JwtAuthorities, &types.JWTKey{KeyId: id, ExpiresAt: a.expires.Unix(), Tainted: a.tainted})
 	}
 	return b, nil
+}
+
+func (f *fakeSPIRE) ListFederatedBundles(context.Context, *bundlev1.ListFederatedBundlesRequest) (*bundlev1.ListFederatedBundlesResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &bundlev1.ListFederatedBundlesResponse{Bundles: f.federated}, nil
+}
+
+func (f *fakeSPIRE) ListFederationRelationships(context.Context, *trustdomainv1.ListFederationRelationshipsRequest) (*trustdomainv1.ListFederationRelationshipsResponse, error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return &trustdomainv1.ListFederationRelationshipsResponse{FederationRelationships: f.relations}, nil
 }
 
 func byAge(m map[string]*authority) []string {
@@ -319,14 +337,21 @@ func (f *fakeSPIRE) hook(before, after func(call string) error) {
 // serve starts the fake on a socket and returns a backend for it.
 func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 	f.t.Helper()
+	c.Sockets = []string{f.listen()}
+	return open(f.t, c)
+}
+
+// listen starts the fake and returns the path of its socket.
+func (f *fakeSPIRE) listen() string {
+	f.t.Helper()
 	// Unix socket paths are limited to 107 bytes, which t.TempDir may exceed.
 	dir, err := os.MkdirTemp("", "spire")
 	if err != nil {
 		f.t.Fatal(err)
 	}
 	f.t.Cleanup(func() { os.RemoveAll(dir) })
-	c.Socket = dir + "/a %41?b#c:1.sock" // must not be parsed as a URL
-	lis, err := net.Listen("unix", c.Socket)
+	path := dir + "/a %41?b#c:1.sock" // must not be parsed as a URL
+	lis, err := net.Listen("unix", path)
 	if err != nil {
 		f.t.Fatal(err)
 	}
@@ -334,6 +359,7 @@ func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 	localv1.RegisterLocalAuthorityServer(s, f)
 	bundlev1.RegisterBundleServer(s, f)
 	agentv1.RegisterAgentServer(s, f)
+	trustdomainv1.RegisterTrustDomainServer(s, f)
 	done := make(chan error)
 	go func() { done <- s.Serve(lis) }()
 	f.t.Cleanup(func() {
@@ -342,7 +368,8 @@ func (f *fakeSPIRE) serve(c spire.Config) *spire.Backend {
 			f.t.Error(err)
 		}
 	})
-	return open(f.t, c)
+	f.stop = s.Stop
+	return path
 }
 
 func open(t *testing.T, c spire.Config) *spire.Backend {

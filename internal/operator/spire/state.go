@@ -2,19 +2,14 @@ package spire
 
 import (
 	"cmp"
-	"context"
 	"crypto/x509"
 	"encoding/hex"
 	"fmt"
 	"slices"
 	"time"
 
-	"github.com/spiffe/go-spiffe/v2/spiffeid"
-	bundlev1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/bundle/v1"
 	localv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/localauthority/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
-	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
@@ -23,7 +18,7 @@ import (
 type slot int
 
 const (
-	noSlot   slot = iota // only in the bundle: forgotten, or of another server
+	noSlot   slot = iota // only in the bundle
 	prepared             // in the second slot, has not signed
 	active               // in the first slot
 	old                  // in the second slot, has signed
@@ -57,12 +52,16 @@ func (h authority) state() runbook.State {
 	return runbook.Prepared
 }
 
-// pair is a keyset.
+// pair is the key of a keyset at one server: its X.509 and its JWT authority. The zero
+// value means that the server has none.
 type pair struct{ x509, jwt authority }
 
-// id returns the keyset ID. It is derived from the X.509 authority even if that is
+// id returns an ID of the keyset. It is derived from the X.509 authority even if that is
 // revoked, so that it does not change during a removal.
 func (p pair) id() string { return keysetID(cmp.Or(p.x509.id, p.jwt.id)) }
+
+// exists reports whether an authority of the pair is in the trust bundle.
+func (p pair) exists() bool { return p.x509.exists() || p.jwt.exists() }
 
 func keysetID(authorityID string) string { return "ks_" + authorityID[:min(10, len(authorityID))] }
 
@@ -73,9 +72,9 @@ func (p pair) any(fits func(authority) bool) bool {
 	return slices.ContainsFunc(p.authorities(), func(h authority) bool { return h.exists() && fits(h) })
 }
 
-// matches reports whether id is the ID of the keyset or of one of its authorities.
+// matches reports whether id names the pair or one of its authorities.
 func (p pair) matches(id string) bool {
-	return id == p.id() || slices.ContainsFunc(p.authorities(), func(h authority) bool {
+	return slices.ContainsFunc(p.authorities(), func(h authority) bool {
 		return h.id != "" && (id == h.id || id == keysetID(h.id))
 	})
 }
@@ -92,89 +91,41 @@ func (p pair) expires() time.Time {
 	return j
 }
 
-// serverState is the state of the server at one moment.
+func inSlot(at slot) func(authority) bool { return func(h authority) bool { return h.slot == at } }
+
+func untainted(h authority) bool { return !h.tainted }
+
+// serverState is the state of a server at one moment.
 type serverState struct {
-	trustDomain string
-	sequence    uint64      // of the bundle
-	pairs       []pair      // in order of issue
-	others      []authority // in the bundle, not tainted, and in no slot
-	upstream    string      // ID of the upstream authority; empty: none
-	noJWT       bool        // JWT-SVIDs are disabled at the server
+	trustDomain         string
+	sequence            uint64      // of the bundle
+	x509, jwt           []authority // in the bundle
+	x509Slots, jwtSlots slots
+	keys                []pair // of the slots, in order of issue, without revoked ones
+	upstream            string // ID of the upstream authority; empty: none
+	noJWT               bool   // JWT-SVIDs are disabled at the server
 }
 
 // slots holds the authorities of one kind in the server's slots.
 type slots struct{ active, next authority }
 
-// read reads the slots before the bundle: an authority that is prepared in between is
-// then unknown, while the other order would make it look revoked.
-func (b *Backend) read(ctx context.Context) (serverState, error) {
-	s, err := b.readServer(ctx)
-	if err != nil {
-		if code := status.Code(err); code == codes.PermissionDenied || code == codes.Unimplemented {
-			err = &runbook.PermanentError{Err: err}
-		}
-		return serverState{}, fmt.Errorf("SPIRE server at %s: %w", b.cfg.Socket, err)
+// has reports whether the slots hold the authority.
+func (s slots) has(id string) bool { return s.active.id == id || s.next.id == id }
+
+// revoked returns what has been revoked and is still in the slots.
+func (s serverState) revoked() pair {
+	var p pair
+	if s.x509Slots.next.slot == old && !s.x509Slots.next.published {
+		p.x509 = s.x509Slots.next
 	}
-	return s, nil
+	if s.jwtSlots.next.slot == old && !s.jwtSlots.next.published {
+		p.jwt = s.jwtSlots.next
+	}
+	return p
 }
 
-func (b *Backend) readServer(ctx context.Context) (serverState, error) {
-	var s serverState
-	x, err := b.local.GetX509AuthorityState(ctx, &localv1.GetX509AuthorityStateRequest{})
-	if err != nil {
-		return s, fmt.Errorf("read X.509 authorities: %w", err)
-	}
-	j, err := b.local.GetJWTAuthorityState(ctx, &localv1.GetJWTAuthorityStateRequest{})
-	if status.Code(err) == codes.Unimplemented {
-		s.noJWT, err = true, nil
-	}
-	if err != nil {
-		return s, fmt.Errorf("read JWT authorities: %w", err)
-	}
-	published, err := b.bundles.GetBundle(ctx, &bundlev1.GetBundleRequest{})
-	if err != nil {
-		return s, fmt.Errorf("read the trust bundle: %w", err)
-	}
-	td, err := spiffeid.TrustDomainFromString(published.TrustDomain)
-	if err != nil {
-		return s, fmt.Errorf("read the trust bundle: %w", err)
-	}
-	if b.cfg.TrustDomain != "" && td.Name() != spiffeid.RequireTrustDomainFromString(b.cfg.TrustDomain).Name() {
-		return s, &runbook.PermanentError{Err: fmt.Errorf("it serves the trust domain %q, not %q: give its trust domain, or the socket of another server", td.Name(), b.cfg.TrustDomain)}
-	}
-	s.trustDomain, s.sequence = td.Name(), published.SequenceNumber
-	s.upstream = x.GetActive().GetUpstreamAuthoritySubjectKeyId()
-
-	x509InBundle, err := x509Authorities(published.X509Authorities)
-	if err != nil {
-		return s, err
-	}
-	x509Slots := newSlots(x.GetActive(), x.GetPrepared(), x.GetOld(), x509InBundle, s.upstream != "")
-	jwtInBundle := jwtAuthorities(published.JwtAuthorities)
-	jwtSlots := newSlots(j.GetActive(), j.GetPrepared(), j.GetOld(), jwtInBundle, false)
-	s.pairs = pairSlots(x509Slots, jwtSlots)
-
-	var taintedX509, taintedJWT []authority
-	withoutSlot := func(all []authority, in slots) (tainted []authority) {
-		for _, h := range all {
-			if h.id == in.active.id || h.id == in.next.id {
-				continue
-			}
-			if h.tainted {
-				tainted = append(tainted, h)
-			} else {
-				s.others = append(s.others, h)
-			}
-		}
-		return tainted
-	}
-	if s.upstream == "" { // else the bundle has upstream authorities instead
-		taintedX509 = withoutSlot(x509InBundle, x509Slots)
-	}
-	taintedJWT = withoutSlot(jwtInBundle, jwtSlots)
-	s.pairs = append(pairTainted(taintedX509, taintedJWT), s.pairs...)
-	return s, nil
-}
+// complete reports whether the server has no key to add to the pair.
+func (s serverState) complete(p pair) bool { return p.x509.exists() && (p.jwt.exists() || s.noJWT) }
 
 // newSlots returns the slots of one kind from the answers of the LocalAuthority service
 // and the bundle. The bundle lacks X.509 authorities that have an upstream authority.
@@ -204,8 +155,9 @@ func newSlots(a, p, o *localv1.AuthorityState, inBundle []authority, upstream bo
 // rounding allows for expiry times in whole seconds.
 const rounding = 2 * time.Second
 
-// pairSlots pairs the slots of both kinds into keysets, in order of issue: old, active,
-// prepared.
+// pairSlots pairs the slots of both kinds of a server, in order of issue: old, active,
+// prepared. There are two pairs at most, except where another tool has left an old
+// authority of one kind beside a prepared one of the other.
 //
 // Usually active belongs to active and next to next. If one kind has a prepared
 // authority and the other an old one, there are two explanations: only one key of a
@@ -215,7 +167,7 @@ func pairSlots(x, j slots) []pair {
 	same := x.next.slot == j.next.slot
 	var pairs []pair
 	add := func(p pair) {
-		if p.x509.exists() || p.jwt.exists() {
+		if p.exists() {
 			pairs = append(pairs, p)
 		}
 	}
@@ -245,25 +197,6 @@ func pairSlots(x, j slots) []pair {
 			add(p)
 		}
 	}
-	return pairs
-}
-
-// pairTainted pairs the tainted authorities that have no slot.
-func pairTainted(x509, jwt []authority) []pair {
-	var pairs []pair
-	for _, x := range x509 {
-		p := pair{x509: x}
-		i := slices.IndexFunc(jwt, func(j authority) bool { return expiryDistance(x, j) <= time.Minute })
-		if i >= 0 {
-			p.jwt = jwt[i]
-			jwt = slices.Delete(slices.Clone(jwt), i, i+1)
-		}
-		pairs = append(pairs, p)
-	}
-	for _, j := range jwt {
-		pairs = append(pairs, pair{jwt: j})
-	}
-	slices.SortStableFunc(pairs, func(a, b pair) int { return a.expires().Compare(b.expires()) })
 	return pairs
 }
 

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"time"
 
+	"google.golang.org/protobuf/types/known/durationpb"
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
@@ -118,7 +119,12 @@ func (s *Service) ListKeysets(ctx context.Context, req *api.ListKeysetsRequest) 
 	resp := &api.ListKeysetsResponse{
 		Scope:    &api.Scope{TrustDomain: s.config.TrustDomain.Name(), Deployment: d.Name},
 		Sequence: f.Sequence, Agents: int64(f.Agents), AgentsBehind: int64(f.AgentsBehind), AgentsDuplicated: f.Duplicated,
-		Clock: s.clock(), ServerStartedAt: protoTime(s.config.Clock.Start()),
+		Clock: s.clock(), ServerStartedAt: protoTime(s.config.Clock.Start()), BundleEndpoint: s.config.RefreshHint != nil,
+	}
+	if resp.BundleEndpoint {
+		if hint := s.config.RefreshHint(); hint > 0 {
+			resp.BundleRefreshHint = durationpb.New(hint)
+		}
 	}
 	// Agents of other deployments verify the SVIDs of this one, too.
 	for i := range s.config.Deployments {

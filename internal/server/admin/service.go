@@ -70,6 +70,9 @@ type Config struct {
 	Deployments []Deployment
 	// Published returns the trust bundle of all deployments.
 	Published func() *keyset.Bundle
+	// RefreshHint returns the refresh hint of the bundle endpoint, 0 for no hint. It is nil
+	// if there is no endpoint.
+	RefreshHint func() time.Duration
 	// Follows reports whether the server fetches the bundle of a federated trust
 	// domain. If it is nil, entries are applied without a warning about that.
 	Follows func(spiffeid.TrustDomain) bool

@@ -95,6 +95,9 @@ func (s *Server) Reload(certFile, keyFile string, hint time.Duration) (apply fun
 	return func() { s.reloaded.Store(r) }, nil
 }
 
+// RefreshHint returns the present hint; 0 for none.
+func (s *Server) RefreshHint() time.Duration { return s.reloaded.Load().hint }
+
 // Serve serves on lis, which it closes, until ctx ends or lis fails, as [listen.ServeHTTP]
 // does.
 func (s *Server) Serve(ctx context.Context, lis net.Listener) error {

@@ -16,10 +16,14 @@ import (
 )
 
 const (
-	// minInterval and maxInterval bound the interval that a refresh hint sets.
-	// defaultInterval is for bundles without a hint (SPIFFE Federation, section 4.1).
-	minInterval, maxInterval = time.Minute, 24 * time.Hour
-	defaultInterval          = 5 * time.Minute
+	// minHint is the least refresh hint that is followed, and asksPerHint how often the
+	// endpoint is asked in the time of a hint, so that a failed fetch is not yet a late
+	// one. defaultInterval is for bundles without a hint or with a hint of 0 (SPIFFE
+	// Federation, section 4.1). A SPIRE server asks at these times, too; after a hint of 0 a
+	// fortieth of the life of an X.509 authority later, which is longer.
+	minHint, asksPerHint = time.Minute, 4
+	defaultInterval      = 5 * time.Minute
+	maxInterval          = 24 * time.Hour
 	// firstRetry is the pause after a first failure. It doubles up to the interval, but
 	// not beyond defaultInterval.
 	firstRetry = 10 * time.Second
@@ -73,7 +77,7 @@ func (p *peer) set(c *current) {
 }
 
 // follow refreshes until ctx is done. A signal on refetch causes an early refresh at most
-// once in [minInterval]: otherwise two endpoints that are verified with each other's
+// once in [minHint]: otherwise two endpoints that are verified with each other's
 // bundles could trigger each other without end.
 func (f *Follower) follow(ctx context.Context, p *peer) {
 	timer, unlock := time.NewTimer(0), time.NewTimer(0)
@@ -90,7 +94,7 @@ func (f *Follower) follow(ctx context.Context, p *peer) {
 		case <-timer.C:
 		case <-refetch:
 			refetch = nil
-			unlock.Reset(minInterval)
+			unlock.Reset(minHint)
 		}
 		outcome := f.refresh(ctx, p)
 		if ctx.Err() != nil {
@@ -112,7 +116,7 @@ func (f *Follower) follow(ctx context.Context, p *peer) {
 func (p *peer) interval() time.Duration {
 	if c := p.current.Load(); c != nil {
 		if hint, ok := c.bundle.RefreshHint(); ok && hint > 0 {
-			return min(max(hint, minInterval), maxInterval)
+			return min(max(hint, minHint)/asksPerHint, maxInterval)
 		}
 	}
 	return defaultInterval

@@ -109,7 +109,7 @@ func TestMissedRotation(t *testing.T) {
 func TestOutage(t *testing.T) {
 	inWorld(t, func(w *world) {
 		p := w.domain(partner)
-		p.hint = 10 * time.Minute
+		p.hint = 40 * time.Minute
 		p.up()
 		w.start(p.follow())
 		at := time.Now()
@@ -128,7 +128,7 @@ func TestOutage(t *testing.T) {
 		w.mu.Lock()
 		dials := w.dials
 		w.mu.Unlock()
-		// 10 s, 20 s, ... up to 5 min, each ±50 %. The hint is 10 min.
+		// 10 s, 20 s, ... up to 5 min, each ±50 %. Without an outage it is asked every 10 min.
 		if n := len(dials); n < 25 || n > 75 {
 			w.t.Errorf("asked %d times in 3 h", n)
 		}
@@ -156,14 +156,15 @@ func TestOutage(t *testing.T) {
 	})
 }
 
-// TestInterval: the refresh hint sets the interval, within limits.
+// TestInterval: the refresh hint sets the interval, within limits: a bundle is asked for
+// four times in the time of its hint, as SPIRE does.
 func TestInterval(t *testing.T) {
 	for _, tt := range []struct {
 		hint string
 		want time.Duration
 	}{
-		{`,"spiffe_refresh_hint":600`, 10 * time.Minute},
-		{`,"spiffe_refresh_hint":1`, time.Minute},
+		{`,"spiffe_refresh_hint":600`, 150 * time.Second},
+		{`,"spiffe_refresh_hint":1`, 15 * time.Second},
 		{`,"spiffe_refresh_hint":-7`, 5 * time.Minute},
 		{`,"spiffe_refresh_hint":0`, 5 * time.Minute},
 		{``, 5 * time.Minute},
