@@ -8,6 +8,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator/prom"
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/operator/runbook"
@@ -61,6 +62,11 @@ func (p *program) flags(f *pflag.FlagSet) {
 func (p *program) checkTarget(f *pflag.FlagSet) error {
 	t := &p.target
 	t.WorkloadAPI = p.getenv("SPIFFE_ENDPOINT_SOCKET")
+	if t.TrustDomain != "" {
+		if err := config.CheckTrustDomain(t.TrustDomain); err != nil {
+			return cli.Usagef("--trust-domain %q %v", t.TrustDomain, err)
+		}
+	}
 	var where []string
 	for _, name := range []string{"admin-socket", "server", "spire-socket"} {
 		if f.Changed(name) {

@@ -14,6 +14,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
@@ -28,15 +29,16 @@ type client struct {
 	timeout                                 time.Duration
 }
 
-// newClient adds the flags of clientUsage to a call.
-func newClient(call *cli.Call) *client {
+// newClient adds the flags of clientUsage to a call. -o takes more formats than text and json
+// if they are given.
+func newClient(call *cli.Call, formats ...string) *client {
 	c := &client{Call: call}
 	c.Flags.StringVar(&c.socket, "admin-socket", cmp.Or(c.Getenv("RENEWD_ADMIN_SOCKET"), c.Getenv("RENEWD_SERVER_ADMIN_SOCKET"), defaultSocket), "")
 	c.Flags.StringVar(&c.server, "server", "", "")
 	c.Flags.StringVar(&c.trustDomain, "trust-domain", c.Getenv("TRUST_DOMAIN"), "")
 	c.Flags.StringVar(&c.deployment, "deployment-name", c.Getenv("DEPLOYMENT_NAME"), "")
 	c.Flags.DurationVar(&c.timeout, "timeout", time.Minute, "")
-	c.Output()
+	c.Output(formats...)
 	return c
 }
 
@@ -57,6 +59,9 @@ func (c *client) do(ctx context.Context, f func(context.Context, api.OperatorCli
 
 // doWithin is do with another time to wait for a server that is starting.
 func (c *client) doWithin(ctx context.Context, wait time.Duration, f func(context.Context, api.OperatorClient) error) error {
+	if err := checkTrustDomainFlag(c.Call, c.trustDomain); err != nil {
+		return err
+	}
 	ctx, cancel := context.WithTimeout(ctx, c.timeout)
 	defer cancel()
 	conn, err := c.dial(ctx, wait)
@@ -66,6 +71,17 @@ func (c *client) doWithin(ctx context.Context, wait time.Duration, f func(contex
 	defer func() { _ = conn.Close() }()
 	if err := f(ctx, conn.OperatorClient); err != nil {
 		return fmt.Errorf("%s: %w", c.Name(), c.explain(err))
+	}
+	return nil
+}
+
+// checkTrustDomainFlag checks the value of --trust-domain, which may be empty.
+func checkTrustDomainFlag(call *cli.Call, name string) error {
+	if name == "" {
+		return nil
+	}
+	if err := config.CheckTrustDomain(name); err != nil {
+		return cli.Usagef("%s: --trust-domain %q %v", call.Name(), name, err)
 	}
 	return nil
 }

@@ -272,8 +272,8 @@ func (c checker) federation() {
 			if c.Origin("federation."+name+"."+field.name) == "" {
 				continue
 			}
-			if _, err := spiffeid.TrustDomainFromString(name); err != nil {
-				bad(name, field.name, "has a name that is not a trust domain", "write it as federation: {partner.example: {…}}")
+			if err := config.CheckTrustDomain(name); err != nil {
+				bad(name, field.name, fmt.Sprintf("is for the trust domain %q, which %v", name, err), "")
 			} else if field.value == "" {
 				bad(name, field.name, "is empty", "give a value or remove it")
 			} else if _, err := spiffeid.FromString(field.value); field.name == "endpoint_spiffe_id" && err != nil {

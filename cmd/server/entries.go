@@ -1,23 +1,28 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/selector"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
-// shownEntry is an entry as -o json prints it, with the field names of the file.
+// shownEntry is an entry as it is printed, with the field names of the file.
 type shownEntry struct {
 	ID            string   `json:"id"`
 	SPIFFEID      string   `json:"spiffe_id"`
@@ -75,10 +80,13 @@ func lifetime(d *durationpb.Duration) string {
 
 // entriesCommand is "entries list".
 func entriesCommand(ctx context.Context, call *cli.Call) error {
-	c := newClient(call)
+	c := newClient(call, "yaml")
 	agent := c.Flags.String("agent", "", "")
 	if _, err := c.Parse(); err != nil {
 		return err
+	}
+	if *agent != "" && c.Format() == "yaml" {
+		return cli.Usagef("%s: -o yaml prints a file for apply, which would remove the entries of other agents: omit --agent, or use -o json", c.Name())
 	}
 	return c.do(ctx, func(ctx context.Context, o api.OperatorClient) error {
 		resp, err := o.ListEntries(ctx, &api.ListEntriesRequest{Scope: c.scope(), AgentId: *agent}, large)
@@ -89,8 +97,12 @@ func entriesCommand(ctx context.Context, call *cli.Call) error {
 		for _, e := range resp.GetEntries() {
 			entries = append(entries, showEntry(e))
 		}
-		if c.JSON() {
-			return cli.PrintJSON(c.Stdout, map[string]any{"entries": entries})
+		warnings := selectorWarnings(entries)
+		switch c.Format() {
+		case "json":
+			return cli.PrintJSON(c.Stdout, shownEntries{entries, warnings})
+		case "yaml":
+			return errors.Join(printFile(c.Stdout, entries), printWarnings(c.Stderr, warnings))
 		}
 		table := cli.NewTable(c.Stdout)
 		_, _ = fmt.Fprint(table, "ID\tSPIFFE ID\tSELECTORS\tDNS NAMES\tPARENT ID\tX.509 TTL\tJWT TTL\tEXPIRES AT\tATTRIBUTES\n")
@@ -98,8 +110,89 @@ func entriesCommand(ctx context.Context, call *cli.Call) error {
 			_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", text(e.ID), text(e.SPIFFEID), text(strings.Join(e.Selectors, " ")),
 				text(strings.Join(e.DNSNames, " ")), text(e.ParentID), text(e.X509TTL), text(e.JWTTTL), text(e.ExpiresAt), text(strings.Join(e.attributes(), " ")))
 		}
-		return cli.Flush(table)
+		return errors.Join(cli.Flush(table), printWarnings(c.Stderr, warnings))
 	})
+}
+
+type shownEntries struct {
+	Entries  []*shownEntry `json:"entries"`
+	Warnings []string      `json:"warnings,omitempty"`
+}
+
+// printFile prints entries as a file that "entries apply" takes.
+func printFile(w io.Writer, entries []*shownEntry) error {
+	if len(entries) == 0 {
+		return cli.Printf(w, "entries: []\n")
+	}
+	var out strings.Builder
+	out.WriteString("entries:\n")
+	for _, e := range entries {
+		before := "- "
+		field := func(name, value string) {
+			if value != "" {
+				out.WriteString(before + name + ": " + value + "\n")
+				before = "  "
+			}
+		}
+		list := func(name string, items []string) {
+			if len(items) > 0 {
+				out.WriteString(before + name + ":\n")
+				before = "  "
+			}
+			for _, item := range items {
+				out.WriteString("  - " + scalar(item) + "\n")
+			}
+		}
+		field("id", scalar(e.ID))
+		field("spiffe_id", scalar(e.SPIFFEID))
+		field("parent_id", scalar(e.ParentID))
+		field("operator", yes(e.Operator))
+		list("selectors", e.Selectors)
+		field("hint", scalar(e.Hint))
+		list("federates_with", e.FederatesWith)
+		list("dns_names", e.DNSNames)
+		field("x509_ttl", e.X509TTL)
+		field("jwt_ttl", e.JWTTTL)
+		field("expires_at", scalar(e.ExpiresAt))
+		field("disable_x509_svid_prefetch", yes(e.DisableX509SVIDPrefetch))
+		field("jwt_svid_include_jti", yes(e.JWTSVIDIncludeJTI))
+	}
+	return cli.Printf(w, "%s", out.String())
+}
+
+// plain are strings that YAML reads as strings without quotes, except for words.
+var plain = regexp.MustCompile(`^[A-Za-z/]([\w./:@=-]*[\w/-])?$`)
+
+// scalar returns a string as YAML has it; nothing for an empty one. What Go escapes in quotes
+// is escaped in the same way in YAML (1.2, section 5.7), as far as strings are UTF-8.
+func scalar(s string) string {
+	words := []string{"true", "false", "null", "yes", "no", "on", "off", "y", "n"}
+	if s == "" || plain.MatchString(s) && !slices.Contains(words, strings.ToLower(s)) {
+		return s
+	}
+	return strconv.Quote(s)
+}
+
+// selectorWarnings returns what is wrong with the selectors of entries.
+func selectorWarnings(entries []*shownEntry) []string {
+	return selector.Warnings(func(yield func(selector.Entry) bool) {
+		for _, e := range entries {
+			parent, _ := spiffeid.FromString(e.ParentID) // zero if there is none
+			of := spireapi.Entry{ParentID: parent}
+			if !yield(selector.Entry{Name: cmp.Or(e.ID, e.SPIFFEID), Alias: of.IsAlias(), Selectors: e.Selectors}) {
+				return
+			}
+		}
+	})
+}
+
+func printWarnings(w io.Writer, warnings []string) error {
+	for _, warning := range warnings {
+		if err := cli.Printf(w, "Warning: %s\n", text(warning)); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // applyCommand is "entries apply".
@@ -119,7 +212,7 @@ func applyCommand(ctx context.Context, call *cli.Call) error {
 	if err != nil {
 		return err
 	}
-	entries, err := loadEntries(file[0])
+	entries, err := loadEntries(call, file[0])
 	if err != nil {
 		return err
 	}
@@ -134,12 +227,7 @@ func applyCommand(ctx context.Context, call *cli.Call) error {
 		if err := printChanges(c.Stdout, resp, *dryRun); err != nil {
 			return err
 		}
-		for _, w := range resp.GetWarnings() {
-			if err := cli.Printf(c.Stderr, "Warning: %s\n", text(w)); err != nil {
-				return err
-			}
-		}
-		return nil
+		return printWarnings(c.Stderr, resp.GetWarnings())
 	})
 }
 
@@ -194,7 +282,7 @@ func printChanges(w io.Writer, resp *api.ApplyEntriesResponse, dryRun bool) erro
 		case removed:
 			fmt.Fprintf(&out, "- %s (%s)\n", text(before.ID), text(before.SPIFFEID))
 		default:
-			fmt.Fprintf(&out, "~ %s\n", text(after.ID))
+			fmt.Fprintf(&out, "~ %s (%s)\n", text(after.ID), text(after.SPIFFEID))
 			difference(&out, before, after)
 		}
 	}

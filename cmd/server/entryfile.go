@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 	"time"
 
@@ -11,8 +12,10 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/cli"
 	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/keyset"
+	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
 // maxEntriesFile bounds an entries file, in bytes.
@@ -41,7 +44,7 @@ type entry struct {
 var entrySchema = config.Schema[entry]{
 	Help: "server help entries", Check: validateEntry,
 	Fields: []config.Field[entry]{
-		{Path: "id", Value: func(e *entry) any { return &e.ID }, Doc: "Name of the entry, unique in the file. Required."},
+		{Path: "id", Value: func(e *entry) any { return &e.ID }, Doc: "Name of the entry, unique in the file. When not set, an entry that is an edit of a stored one keeps its ID, and a new one gets a hash of parent_id, spiffe_id and selectors."},
 		{Path: "spiffe_id", Value: func(e *entry) any { return &e.SPIFFEID }, Doc: "SPIFFE ID of the workloads. Required."},
 		{Path: "parent_id", Value: func(e *entry) any { return &e.ParentID }, Doc: "Who serves the entry: the SPIFFE ID of an agent; that of an alias, for all nodes of the alias; or that of another entry, for the agents that serve it. Every agent serves it when not set. With spiffe://TRUSTDOMAIN/spire/server the entry is an alias: nodes with all of its selectors, such as k8s_psat:cluster:NAME, go by its spiffe_id, and no workload gets it."},
 		{Path: "operator", Value: func(e *entry) any { return &e.Operator }, Doc: "Set true to let several agents serve an entry whose spiffe_id is in operators of the server's configuration. Otherwise the parent_id of such an entry must be an agent, because an agent with its SVID has the operator's role."},
@@ -59,18 +62,13 @@ var entrySchema = config.Schema[entry]{
 
 func validateEntry(c *config.Checker[entry]) {
 	e := c.Config
-	if e.ID == "" {
-		c.Missing("id", "is not set", "give the entry a unique name")
-	}
 	if e.SPIFFEID == "" {
 		c.Missing("spiffe_id", "is not set", "give the identity of the workloads, such as spiffe://example.org/web")
-	} else if _, err := spiffeid.FromString(e.SPIFFEID); err != nil {
-		c.Bad("spiffe_id", "is not a SPIFFE ID: "+err.Error(), "write it as spiffe://example.org/web")
+	} else {
+		checkID(c, "spiffe_id", e.SPIFFEID, "write it as spiffe://example.org/web")
 	}
 	if e.ParentID != "" {
-		if _, err := spiffeid.FromString(e.ParentID); err != nil {
-			c.Bad("parent_id", "is not a SPIFFE ID: "+err.Error(), "write it as \"server agent list\" shows it, or as the spiffe_id of the alias")
-		}
+		checkID(c, "parent_id", e.ParentID, "write it as \"server agent list\" shows it, or as the spiffe_id of the alias")
 	}
 	if len(e.Selectors) == 0 {
 		c.Missing("selectors", "is not set, and the entry would match every workload", "give at least one, such as unix:uid:1000")
@@ -81,8 +79,8 @@ func validateEntry(c *config.Checker[entry]) {
 		}
 	}
 	for i, name := range e.FederatesWith {
-		if td, err := spiffeid.TrustDomainFromString(name); err != nil || td.Name() != name {
-			c.Bad(fmt.Sprintf("federates_with[%d]", i), "is not the name of a trust domain", "write it as example.com")
+		if err := config.CheckTrustDomain(name); err != nil {
+			c.Bad(fmt.Sprintf("federates_with[%d]", i), err.Error(), "")
 		}
 	}
 	if wrong, ok := errors.AsType[*keyset.DNSNameError](keyset.CheckDNSNames(e.DNSNames)); ok {
@@ -101,13 +99,40 @@ func validateEntry(c *config.Checker[entry]) {
 	}
 }
 
-// loadEntries loads an entries file. An error in its content is a [config.Error].
-func loadEntries(file string) ([]*api.Entry, error) {
-	data, err := config.ReadFile(file, maxEntriesFile)
-	if err != nil {
-		return nil, fmt.Errorf("read entries: %w", err)
+// checkID checks a SPIFFE ID.
+func checkID(c *config.Checker[entry], path, text, remedy string) {
+	if id, err := spiffeid.FromString(text); err != nil {
+		c.Bad(path, "is not a SPIFFE ID: "+err.Error(), remedy)
+	} else if err := config.CheckTrustDomain(id.TrustDomain().Name()); err != nil {
+		c.Bad(path, "has a trust domain that "+err.Error(), "")
 	}
-	return parseEntries(file, data)
+}
+
+// loadEntries loads an entries file; - is standard input. An error in its content is a
+// [config.Error].
+func loadEntries(call *cli.Call, file string) ([]*api.Entry, error) {
+	name, data, err := readEntries(call, file)
+	if err != nil {
+		return nil, err
+	}
+	return parseEntries(name, data)
+}
+
+// readEntries reads a file of entries; - is standard input. It returns its name for errors.
+func readEntries(call *cli.Call, file string) (name string, data []byte, err error) {
+	if name = file; file == "-" {
+		name = "standard input"
+		data, err = io.ReadAll(io.LimitReader(call.Stdin, maxEntriesFile+1))
+		if err == nil && len(data) > maxEntriesFile {
+			err = fmt.Errorf("%s has more than %d bytes", name, maxEntriesFile)
+		}
+	} else {
+		data, err = config.ReadFile(file, maxEntriesFile)
+	}
+	if err != nil {
+		return "", nil, fmt.Errorf("read entries: %w", err)
+	}
+	return name, data, nil
 }
 
 func parseEntries(file string, data []byte) ([]*api.Entry, error) {
@@ -116,18 +141,31 @@ func parseEntries(file string, data []byte) ([]*api.Entry, error) {
 		return nil, err
 	}
 	var problems config.Error
-	lines := map[string]int{}
+	ids, hashes := map[string]int{}, map[string]int{} // indexes of entries, by ID and by what an ID is made of
 	entries := make([]*api.Entry, len(items))
 	for i, item := range items {
-		entries[i] = item.Config.proto()
-		if first, dup := lines[item.Config.ID]; dup {
-			problems = append(problems, config.Problem{
-				Where: fmt.Sprintf("%s:%d", file, item.Line), Path: "id", Value: fmt.Sprintf("%q", item.Config.ID),
-				What: fmt.Sprintf("is also the ID of the entry in line %d", first), Remedy: "give each entry a unique name",
-			})
+		e := item.Config
+		entries[i] = e.proto()
+		problem := config.Problem{Where: fmt.Sprintf("%s:%d", file, item.Line), Path: fmt.Sprintf("entries[%d].id", i)}
+		hash := spireapi.EntryID(e.ParentID, e.SPIFFEID, e.Selectors)
+		first, twice := ids[e.ID]
+		similar, again := hashes[hash]
+		switch {
+		case e.ID != "" && twice:
+			problem.Value, problem.What = fmt.Sprintf("%q", e.ID), fmt.Sprintf("is also the ID of the entry in line %d", items[first].Line)
+			problem.Remedy = "give each entry a unique name"
+			problems = append(problems, problem)
+			continue
+		case again && (e.ID == "" || items[similar].Config.ID == ""):
+			problem.What = fmt.Sprintf("is needed: the entry in line %d has the same parent_id, spiffe_id and selectors, so their IDs would be equal", items[similar].Line)
+			problem.Remedy = "remove one of the two, or give both an id"
+			problems = append(problems, problem)
 			continue
 		}
-		lines[item.Config.ID] = item.Line
+		ids[e.ID] = i
+		if !again {
+			hashes[hash] = i
+		}
 	}
 	if len(problems) > 0 {
 		return nil, problems

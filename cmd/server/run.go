@@ -2,20 +2,13 @@ package main
 
 import (
 	"context"
-	"errors"
 	"log/slog"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server"
-	"github.com/renewd/renewd/internal/server/seal"
-	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/metrics"
 )
-
-// isPermanent reports whether the store is damaged or was sealed with another key.
-func isPermanent(err error) bool {
-	return errors.Is(err, store.ErrDamaged) || errors.Is(err, seal.ErrWrongKey)
-}
 
 // runCommand runs the server until ctx is done.
 func runCommand(ctx context.Context, call *cli.Call) error {
@@ -35,7 +28,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 		return err
 	}
 	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
-		return err
+		return config.FileError(err)
 	}
 	level := new(slog.LevelVar)
 	level.Set(s.LogLevel)

@@ -6,13 +6,13 @@ import "github.com/renewd/renewd/internal/cli"
 var version string
 
 var program = cli.Program{
-	Name: "server", Version: version, Usage: usage, IsPermanent: isPermanent,
+	Name: "server", Version: version, Usage: usage,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
 		cli.ConfigCommand("server", &schema),
 		{Name: "key", Help: cli.Text(keyUsage), Sub: []cli.Command{{Name: "new", Run: keyNewCommand}, {Name: "add", Run: keyAddCommand}}},
 		{Name: "token", Help: cli.Text(tokenUsage), Sub: []cli.Command{{Name: "create", Run: tokenCommand}}},
-		{Name: "entries", Help: entriesHelp, Sub: []cli.Command{{Name: "apply", Run: applyCommand}, {Name: "list", Run: entriesCommand}}},
+		{Name: "entries", Help: entriesHelp, Sub: []cli.Command{{Name: "apply", Run: applyCommand}, {Name: "import", Run: importCommand}, {Name: "list", Run: entriesCommand}}},
 		{Name: "agent", Help: cli.Text(agentUsage), Sub: []cli.Command{
 			{Name: "list", Run: agentsCommand}, {Name: "ban", Run: banCommand}, {Name: "evict", Run: evictCommand},
 		}},
@@ -35,6 +35,7 @@ Usage:
 Commands for the running server, over its admin socket or, with --server, over the network:
   server token create [--ttl 10m]    create a join token for one agent
   server entries apply FILE          replace all registration entries with those of a file
+  server entries import FILE         convert the entries of a SPIRE server to such a file
   server entries list                list the registration entries, of all agents or of one
   server agent list                  list the agents
   server agent ban ID                reject an agent from now on
@@ -98,19 +99,30 @@ Creates a join token. It attests one agent, once, within the given time (default
 ` + clientUsage
 
 const entriesUsage = `Usage: server entries apply FILE [--dry-run] [--remove N]
+       server entries import FILE [--trust-domain NAME]
        server entries list [--agent ID]
 
 list prints all registration entries of the deployment, or with --agent those that this
 agent serves: the entries below its SPIFFE ID and below the aliases of its node, and
-those without a parent.
+those without a parent. With -o yaml it prints a file for apply.
 
 apply replaces all registration entries of the deployment with those of a YAML file,
 atomically, and prints the changes: + added, ~ changed, - removed. With --dry-run it
-changes nothing.
+changes nothing. FILE may be -, standard input.
+
+An entry needs no id. Without one it is the stored entry with the same parent_id,
+spiffe_id and selectors, or else one with two of the three: an edit, which keeps the ID.
+A new one gets "entry-" and 16 hex digits: the start of the SHA-256 of parent_id,
+spiffe_id and the sorted selectors, each with a newline behind it.
 
 apply rejects a file that removes all entries, more than 20, or more than 5 and more
 than a tenth of them, because a truncated file looks like that. To apply it, give the
 number that the dry run prints with --remove. Any other number is rejected, too.
+
+import prints the entries of a SPIRE server as a file for apply. It reads what
+"spire-server entry show -output json" prints, and needs no server. Standard error names
+every entry with admin, downstream or store_svid, which are never carried over, and all
+else that has no counterpart here. With --trust-domain the entries of others are left out.
 ` + clientUsage
 
 const agentUsage = `Usage: server agent list

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/signal"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -30,9 +31,6 @@ type Program struct {
 	Version  string // the linker's, or empty
 	Usage    string
 	Commands []Command
-	// IsPermanent reports whether a restart would fail with the same error, so that
-	// the exit status is ExitPermanent; nil if there is no such error.
-	IsPermanent func(error) bool
 }
 
 // Command is a command, or a group of commands: a group has no Run.
@@ -49,18 +47,13 @@ func Text(text string) func() string { return func() string { return text } }
 // Main runs the program's command line.
 func (p *Program) Main() {
 	Main(func(ctx context.Context) int {
-		return p.Run(ctx, os.Args[1:], Env{Getenv: os.Getenv, Stdout: os.Stdout, Stderr: os.Stderr})
+		return p.Run(ctx, os.Args[1:], Env{Getenv: os.Getenv, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr})
 	})
 }
 
 // Run runs a command line and returns the exit status.
 func (p *Program) Run(ctx context.Context, args []string, e Env) int {
-	err := p.dispatch(ctx, args, e)
-	code := Report(p.Name, err, e)
-	if code == ExitFailed && p.IsPermanent != nil && p.IsPermanent(err) {
-		return ExitPermanent
-	}
-	return code
+	return Report(p.Name, p.dispatch(ctx, args, e), e)
 }
 
 func (p *Program) dispatch(ctx context.Context, args []string, e Env) error {
@@ -146,16 +139,23 @@ type Call struct {
 	help   string
 	args   []string
 	output string
+	more   []string // outputs beside text and json
 }
 
 // Name returns the name of the command, with that of its group.
 func (c *Call) Name() string { return c.Flags.Name() }
 
-// Output adds the flag -o, for JSON instead of text.
-func (c *Call) Output() { c.Flags.StringVar(&c.output, "o", "text", "") }
+// Output adds the flag -o, for JSON instead of text, or for more formats.
+func (c *Call) Output(more ...string) {
+	c.more = more
+	c.Flags.StringVar(&c.output, "o", "text", "")
+}
 
 // JSON reports whether -o asks for JSON.
 func (c *Call) JSON() bool { return c.output == "json" }
+
+// Format returns the format that -o asks for.
+func (c *Call) Format() string { return c.output }
 
 // Parse parses flags before, between and after the arguments, and returns the arguments.
 // There must be as many as names. If help is asked for, Parse prints it and returns
@@ -171,8 +171,8 @@ func (c *Call) Parse(names ...string) ([]string, error) {
 		return nil, Usagef("%s: give the %s", c.Name(), names[len(have)])
 	case len(have) > len(names):
 		return nil, Usagef("%s: unexpected argument %q", c.Name(), have[len(names)])
-	case c.output != "" && c.output != "text" && c.output != "json":
-		return nil, Usagef("%s: -o takes text or json, not %q", c.Name(), c.output)
+	case c.output != "" && c.output != "text" && c.output != "json" && !slices.Contains(c.more, c.output):
+		return nil, Usagef("%s: -o takes %s, not %q", c.Name(), config.OneOf(append([]string{"text", "json"}, c.more...)), c.output)
 	}
 	return have, nil
 }

@@ -228,13 +228,11 @@ func (f *Field[C]) parse(c *C, name, text string) error {
 		}
 		*p = level
 	case *spiffeid.TrustDomain:
-		if *p, err = spiffeid.TrustDomainFromString(text); err != nil {
-			return errors.New("is not a trust domain such as example.org")
+		if err := CheckTrustDomain(text); err != nil {
+			return err
 		}
-		// A SPIFFE ID may have such a name, but crypto/x509 reads no certificate that has it.
-		if slices.Contains(strings.Split(p.Name(), "."), "") {
-			return errors.New("has an empty label, which no certificate can have; write it without dots at the ends, and one between two labels")
-		}
+		*p, err = spiffeid.TrustDomainFromString(text)
+		return err
 	default:
 		panic(fmt.Sprintf("field %s has type %T", f.Path, p))
 	}

@@ -1,7 +1,9 @@
 package config
 
 import (
+	"fmt"
 	"strconv"
+	"strings"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -15,7 +17,7 @@ type Item[C any] struct {
 // LoadList parses a file whose only field, key, is a list of sections with the fields of
 // the schema, as strictly as [Schema.Load] parses a configuration. A file without the
 // field is an error; an empty list is written as key: []. Schema.Check is called for each
-// section. The error is an [Error].
+// section. The paths in an error, which is an [Error], have the index of the section, from 0.
 func (s *Schema[C]) LoadList(file string, data []byte, key string) ([]Item[C], error) {
 	r := &reader{file: file}
 	var items []Item[C]
@@ -38,24 +40,46 @@ func (s *Schema[C]) LoadList(file string, data []byte, key string) ([]Item[C], e
 }
 
 func (s *Schema[C]) items(r *reader, key string, k, v *yaml.Node) []Item[C] {
-	if v.Kind != yaml.SequenceNode {
+	switch {
+	case v.Kind == yaml.ScalarNode && v.ShortTag() == "!!null":
+		r.at(k.Line, key, "has no value", "write \""+key+": []\" if the list is meant to be empty")
+		return nil
+	case v.Kind != yaml.SequenceNode:
 		r.at(k.Line, key, "is not a list", "write each element as \"- name: value\" and its further fields below")
 		return nil
 	}
 	items := make([]Item[C], 0, len(v.Content))
-	for _, n := range v.Content {
+	for i, n := range v.Content {
+		path, line := fmt.Sprintf("%s[%d]", key, i), n.Line
+		if n.Kind == yaml.AliasNode {
+			n = n.Alias
+		}
 		l := &loader[C]{schema: s, c: s.Defaults(), reader: &reader{file: r.file}, origins: map[string]string{}}
 		if n.Kind == yaml.MappingNode {
 			l.section("", n, n.Line, 1)
 		} else {
-			l.at(n.Line, key, "has an element that is not a section", "write it as \"- name: value\" and its further fields below")
+			l.at(n.Line, "", "is not a section", "write it as \"- name: value\" and its further fields below")
 		}
 		if len(l.out) == 0 {
 			l.file = l.place(n.Line) // for missing fields
 			l.out = l.check()
 		}
-		r.out = append(r.out, l.out...)
-		items = append(items, Item[C]{Config: l.c, Line: n.Line})
+		for _, p := range l.out {
+			p.Path = inItem(path, p.Path)
+			r.out = append(r.out, p)
+		}
+		items = append(items, Item[C]{Config: l.c, Line: line})
 	}
 	return items
+}
+
+// inItem returns the path in a list for a path in its item, which may be empty or quoted.
+func inItem(item, path string) string {
+	if path == "" {
+		return item
+	}
+	if name, err := strconv.Unquote(path); err == nil && strings.HasPrefix(path, `"`) {
+		return strconv.Quote(item + "." + name)
+	}
+	return item + "." + path
 }

@@ -27,7 +27,7 @@ const (
 )
 
 // ground are the folders of the ground floor.
-var ground = []string{"api", "cli", "clock", "config", "listen", "loglimit", "refusal", "socket"}
+var ground = []string{"api", "cli", "clock", "config", "listen", "loglimit", "refusal", "selector", "socket"}
 
 // roomOf is the room of a folder, "" for a folder that has none.
 func roomOf(folder string) room {

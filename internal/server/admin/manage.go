@@ -1,12 +1,11 @@
 package admin
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
 	"slices"
-	"strconv"
-	"strings"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
@@ -15,6 +14,8 @@ import (
 	"google.golang.org/protobuf/types/known/durationpb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/config"
+	"github.com/renewd/renewd/internal/selector"
 	"github.com/renewd/renewd/internal/server/keyset"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -149,10 +150,18 @@ func (s *Service) ApplyEntries(ctx context.Context, req *api.ApplyEntriesRequest
 		return nil, err
 	}
 	entries := make([]spireapi.Entry, len(req.GetEntries()))
+	var wrong spireapi.EntryErrors
 	for i, e := range req.GetEntries() {
-		if entries[i], err = parseEntry(e); err != nil {
-			return nil, err
+		var bad *spireapi.EntryError
+		if entries[i], bad = parseEntry(e); bad != nil {
+			if e.GetId() == "" {
+				bad.Place = i + 1
+			}
+			wrong = append(wrong, bad)
 		}
+	}
+	if len(wrong) > 0 {
+		return nil, statusError(wrong)
 	}
 	warnings := s.warnings(entries)
 	diff, err := d.Server.ApplyEntriesIf(ctx, entries, req.GetDryRun(), func(diff spireapi.Diff) error {
@@ -209,9 +218,9 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	if err != nil {
 		return nil, err
 	}
-	e, err := parseEntry(req.GetEntry())
-	if err != nil {
-		return nil, err
+	e, wrong := parseEntry(req.GetEntry())
+	if wrong != nil {
+		return nil, statusError(wrong)
 	}
 	c, err := d.Server.UpsertEntry(ctx, e)
 	if err != nil {
@@ -220,32 +229,34 @@ func (s *Service) PutEntry(ctx context.Context, req *api.PutEntryRequest) (*api.
 	return &api.PutEntryResponse{Change: protoChange(c), Warnings: s.warnings([]spireapi.Entry{e})}, nil
 }
 
-// maxNamedEntries is how many entries a warning names.
-const maxNamedEntries = 5
-
-// warnings names the entries that federate with trust domains whose bundles the server does
-// not fetch.
+// warnings names the entries whose selectors never match, and those that federate with trust
+// domains whose bundles the server does not fetch.
 func (s *Service) warnings(entries []spireapi.Entry) []string {
+	out := selector.Warnings(func(yield func(selector.Entry) bool) {
+		for _, e := range entries {
+			of := selector.Entry{Name: e.Name(), Alias: e.IsAlias()}
+			for _, sel := range e.Selectors {
+				of.Selectors = append(of.Selectors, sel.Type+":"+sel.Value)
+			}
+			if !yield(of) {
+				return
+			}
+		}
+	})
 	if s.config.Follows == nil {
-		return nil
+		return out
 	}
 	unknown := make(map[string][]string) // entries by trust domain
 	for _, e := range entries {
 		for _, td := range e.FederatesWith {
 			if !s.config.Follows(td) {
-				unknown[td.Name()] = append(unknown[td.Name()], strconv.Quote(e.ID))
+				unknown[td.Name()] = append(unknown[td.Name()], e.Name())
 			}
 		}
 	}
-	var out []string
 	for _, td := range slices.Sorted(maps.Keys(unknown)) {
-		ids := unknown[td]
-		slices.Sort(ids)
-		if ids = slices.Compact(ids); len(ids) > maxNamedEntries {
-			ids = append(ids[:maxNamedEntries:maxNamedEntries], fmt.Sprintf("and %d more", len(ids)-maxNamedEntries))
-		}
 		out = append(out, fmt.Sprintf("entries that federate with %q: the server does not fetch its bundle, so workloads do not get it: set federation.%s in the server's configuration, or correct %s",
-			td, td, strings.Join(ids, ", ")))
+			td, td, selector.List(unknown[td])))
 	}
 	return out
 }
@@ -306,9 +317,9 @@ func protoEntry(e *spireapi.Entry) *api.Entry {
 }
 
 // parseEntry parses the fields of an entry. Package spireapi validates it.
-func parseEntry(p *api.Entry) (spireapi.Entry, error) {
-	wrong := func(field string, value any, err error) (spireapi.Entry, error) {
-		return spireapi.Entry{}, status.Errorf(codes.InvalidArgument, "entry %q: %s: %q: %v", p.GetId(), field, fmt.Sprint(value), err)
+func parseEntry(p *api.Entry) (spireapi.Entry, *spireapi.EntryError) {
+	wrong := func(field, value string, err error) (spireapi.Entry, *spireapi.EntryError) {
+		return spireapi.Entry{}, &spireapi.EntryError{Entry: cmp.Or(p.GetId(), p.GetSpiffeId()), Field: field, Problem: fmt.Sprintf("%q: %v", value, err)}
 	}
 	e := spireapi.Entry{
 		ID: p.GetId(), Operator: p.GetOperator(), Hint: p.GetHint(), DNSNames: p.GetDnsNames(),
@@ -329,6 +340,9 @@ func parseEntry(p *api.Entry) (spireapi.Entry, error) {
 	}
 	for _, name := range p.GetFederatesWith() {
 		td, err := spiffeid.TrustDomainFromString(name)
+		if err == nil {
+			err = config.CheckTrustDomain(name)
+		}
 		if err != nil {
 			return wrong("federates_with", name, err)
 		}

@@ -94,7 +94,6 @@ func TestEntries(t *testing.T) {
 			`entry "x": dns_names: "*" `:  wrong(func(e *api.Entry) { e.DnsNames = []string{"*"} }),
 			`entry "x": selectors: `:      wrong(func(e *api.Entry) { e.Selectors = nil }),
 			`entry "x": x509_ttl: `:       wrong(func(e *api.Entry) { e.X509Ttl = durationpb.New(time.Minute) }),
-			`entry "": id: `:              wrong(func(e *api.Entry) { e.Id = "" }),
 		} {
 			_, put := c.PutEntry(t.Context(), &api.PutEntryRequest{Entry: e})
 			_, apply := apply(false, entry("new", "/new"), e)

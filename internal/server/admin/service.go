@@ -312,6 +312,9 @@ func statusError(err error) error {
 	if entry, ok := errors.AsType[*spireapi.EntryError](err); ok {
 		return status.Error(codes.InvalidArgument, entry.Error())
 	}
+	if entries, ok := errors.AsType[spireapi.EntryErrors](err); ok {
+		return status.Error(codes.InvalidArgument, entries.Error())
+	}
 	if removal, ok := errors.AsType[removalError](err); ok {
 		return status.Error(codes.FailedPrecondition, removal.Error())
 	}

@@ -5,7 +5,6 @@ import (
 	"slices"
 	"strings"
 
-	"github.com/google/uuid"
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	entryv1 "github.com/spiffe/spire-api-sdk/proto/spire/api/server/entry/v1"
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
@@ -200,9 +199,7 @@ func (e *entryService) create(c *spireapi.EntryEdit, in *types.Entry) (*spireapi
 	if similar := c.Similar(entry); similar != nil {
 		return similar, itemStatus(codes.AlreadyExists, "similar entry already exists")
 	}
-	if entry.ID == "" {
-		entry.ID = uuid.NewString()
-	} else if c.Entry(entry.ID) != nil {
+	if entry.ID != "" && c.Entry(entry.ID) != nil {
 		return nil, itemStatus(codes.AlreadyExists, "failed to create entry: the ID is that of another entry")
 	}
 	stored, err := c.Put(entry)
@@ -222,7 +219,7 @@ const probePath = "/spire-controller-manager/unsupported-fields-test"
 // stored.
 func answerProbe(in *types.Entry) *types.Entry {
 	out := proto.CloneOf(in)
-	out.Id, out.StoreSvid = uuid.NewString(), false
+	out.Id, out.StoreSvid = "entry-probe", false
 	return out
 }
 

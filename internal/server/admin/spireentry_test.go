@@ -192,7 +192,7 @@ func TestSPIREEntryStatuses(t *testing.T) {
 		if similar := resp.GetResults()[2].GetEntry(); similar.GetId() != "a" {
 			t.Errorf("similar is %v", similar)
 		}
-		if id := resp.GetResults()[1].GetEntry().GetId(); len(id) != 36 {
+		if id := resp.GetResults()[1].GetEntry().GetId(); !strings.HasPrefix(id, "entry-") {
 			t.Errorf("the ID that the server has given: %q", id)
 		}
 		all := w.only().server.Entries()

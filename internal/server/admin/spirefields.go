@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/status"
 	"google.golang.org/protobuf/types/known/wrapperspb"
 
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -124,6 +125,9 @@ func trustDomains(names []string) (out []spiffeid.TrustDomain, err error) {
 		td, err := spiffeid.TrustDomainFromString(name)
 		if err != nil {
 			return nil, err
+		}
+		if err := config.CheckTrustDomain(td.Name()); err != nil {
+			return nil, fmt.Errorf("%q %w", td.Name(), err)
 		}
 		out = append(out, td)
 	}

@@ -29,6 +29,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/config"
 )
 
 // The profiles of a bundle endpoint (SPIFFE Federation, section 5.2).
@@ -218,7 +219,11 @@ func readInitial(e Endpoint) (*bundle.Document, error) {
 	}
 	doc, err := readFile(e.BundleFile)
 	if err != nil {
-		return nil, &EndpointError{e.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + e.TrustDomain.Name() + " to it, in SPIFFE's format or as PEM"}
+		wrong := &EndpointError{e.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + e.TrustDomain.Name() + " to it, in SPIFFE's format or as PEM"}
+		if config.IsPermanent(err) {
+			return nil, config.Permanent(wrong)
+		}
+		return nil, wrong
 	}
 	return doc, nil
 }

@@ -15,7 +15,8 @@ type Selector struct{ Type, Value string }
 
 // Entry gives the identity SPIFFEID to workloads that have all the Selectors.
 type Entry struct {
-	ID       string // at most 255 bytes
+	// ID is at most 255 bytes. An entry that is stored has one.
+	ID       string
 	SPIFFEID spiffeid.ID
 	// ParentID says which agents serve the entry: the agent itself, the SPIFFE ID of an
 	// alias, or that of another entry; every agent when zero. An alias is an entry whose
@@ -47,6 +48,9 @@ type Entry struct {
 
 // IsAlias reports whether an entry gives a SPIFFE ID to nodes, not to workloads.
 func (e *Entry) IsAlias() bool { return e.ParentID.Path() == serverPath }
+
+// Name returns what messages call an entry: its ID, or the SPIFFE ID if it has none yet.
+func (e *Entry) Name() string { return cmp.Or(e.ID, e.SPIFFEID.String()) }
 
 // StoredEntry is an Entry as the server stores it.
 type StoredEntry struct {
@@ -117,10 +121,11 @@ func (s *Server) Entries() []StoredEntry {
 }
 
 // ApplyEntries replaces all entries in one atomic step and returns the difference.
-// An unchanged entry keeps its revision, a changed one gets a new one. Nothing
-// changes if dryRun is set, if one of the entries is invalid (an [EntryError]) or,
-// as a rule, if storage fails. If the outcome is unknown then, [Server.Entries]
-// returns what storage has.
+// An entry without an ID is the stored one that it is an edit of, whose ID it keeps, or a
+// new one with an ID of [EntryID]. An unchanged entry keeps its revision, a changed one
+// gets a new one. Nothing changes if dryRun is set, if some of the entries are invalid
+// ([EntryErrors]) or, as a rule, if storage fails. If the outcome is unknown then,
+// [Server.Entries] returns what storage has.
 func (s *Server) ApplyEntries(ctx context.Context, entries []Entry, dryRun bool) (Diff, error) {
 	return s.ApplyEntriesIf(ctx, entries, dryRun, acceptAny)
 }
@@ -130,18 +135,18 @@ func (s *Server) ApplyEntries(ctx context.Context, entries []Entry, dryRun bool)
 // returns an error, nothing changes and ApplyEntriesIf returns that error. No other
 // change happens in between, so accept must not call the Server.
 func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun bool, accept func(Diff) error) (Diff, error) {
-	keep := make(map[string]bool, len(entries))
-	for _, e := range entries {
-		if keep[e.ID] {
-			return Diff{}, fmt.Errorf("apply entries: %w", &EntryError{e.ID, "id", "appears twice"})
-		}
-		keep[e.ID] = true
-		if err := s.checkEntry(e); err != nil {
-			return Diff{}, fmt.Errorf("apply entries: %w", err)
-		}
+	if err := s.checkList(entries); err != nil {
+		return Diff{}, fmt.Errorf("apply entries: %w", err)
 	}
 	d, err := s.editEntries(ctx, func(edit *EntryEdit) error {
-		for _, e := range entries {
+		list := make([]Entry, len(entries))
+		for i, e := range entries {
+			list[i] = canonical(e)
+		}
+		edit.before.identify(list)
+		keep := make(map[string]bool, len(list))
+		for _, e := range list {
+			keep[e.ID] = true
 			edit.putChecked(e)
 		}
 		for _, e := range edit.before.All() {
@@ -159,20 +164,19 @@ func (s *Server) ApplyEntriesIf(ctx context.Context, entries []Entry, dryRun boo
 
 func acceptAny(Diff) error { return nil }
 
-// UpsertEntry adds an entry or replaces the one with the same ID. In the result,
-// Before and After are equal if nothing has changed. An invalid entry is refused
-// with an [EntryError].
+// UpsertEntry puts an entry; see [EntryEdit.Put]. In the result, Before and After are
+// equal if nothing has changed.
 func (s *Server) UpsertEntry(ctx context.Context, e Entry) (EntryChange, error) {
-	d, err := s.EditEntries(ctx, func(edit *EntryEdit) error {
-		_, err := edit.Put(e)
+	var stored *StoredEntry
+	d, err := s.EditEntries(ctx, func(edit *EntryEdit) (err error) {
+		stored, err = edit.Put(e)
 		return err
 	})
 	switch {
 	case err != nil:
 		return EntryChange{}, fmt.Errorf("upsert entry: %w", err)
 	case len(d.Changes) == 0:
-		e = canonical(e)
-		return EntryChange{Before: &e, After: &e}, nil
+		return EntryChange{Before: &stored.Entry, After: &stored.Entry}, nil
 	}
 	return d.Changes[0], nil
 }
@@ -257,17 +261,26 @@ func (c *EntryEdit) Similar(e Entry) *StoredEntry {
 }
 
 // Put adds an entry, or replaces the one with the same ID, and returns it as it will be
-// stored. It refuses an invalid entry with an [EntryError]. Without a difference the entry
-// stays as it is.
+// stored. Without an ID it replaces the one that is similar, or is added with a new ID
+// ([EntryID]). It refuses an invalid entry with an [EntryError]. Without a difference the
+// entry stays as it is.
 func (c *EntryEdit) Put(e Entry) (*StoredEntry, error) {
 	if err := c.s.checkEntry(e); err != nil {
 		return nil, err
 	}
+	if e = canonical(e); e.ID == "" {
+		if similar := c.Similar(e); similar != nil {
+			e.ID = similar.ID
+		} else {
+			e.ID = newID(e, func(id string) bool { return c.Entry(id) != nil || c.before.Entry(id) != nil })
+		}
+	}
 	return c.putChecked(e), nil
 }
 
+// putChecked puts a valid entry with an ID, which is canonical.
 func (c *EntryEdit) putChecked(e Entry) *StoredEntry {
-	stored := &StoredEntry{Entry: canonical(e), CreatedAt: c.now.Truncate(time.Second)}
+	stored := &StoredEntry{Entry: e, CreatedAt: c.now.Truncate(time.Second)}
 	if old := c.Entry(e.ID); old != nil {
 		if equalEntry(old.Entry, stored.Entry) {
 			c.unchanged++

@@ -296,7 +296,7 @@ func TestInvalidEntriesChangeNothing(t *testing.T) {
 		wrong := func(name, id, field string, entries ...spireapi.Entry) {
 			t.Helper()
 			_, err := s.ApplyEntries(t.Context(), entries, false)
-			if e, ok := errors.AsType[*spireapi.EntryError](err); !ok || e.Entry != id || e.Field != field {
+			if e, ok := errors.AsType[spireapi.EntryErrors](err); !ok || len(e) != 1 || e[0].Entry != id || e[0].Field != field {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
@@ -345,7 +345,8 @@ func TestInvalidEntriesChangeNothing(t *testing.T) {
 		}
 		nameless, long := entry("x"), entry("x")
 		nameless.ID, long.ID = "", strings.Repeat("x", 256)
-		wrong("no ID", "", "id", entry("b"), nameless)
+		wrong("twice without an ID", nameless.SPIFFEID.String(), "id", nameless, entry("b"), nameless)
+		wrong("with an ID and without", nameless.SPIFFEID.String(), "id", entry("x"), nameless)
 		wrong("long ID", long.ID, "id", entry("b"), long)
 		huge := entry("x")
 		huge.ID = strings.Repeat("\xff", 10_000)

@@ -10,6 +10,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 	"google.golang.org/protobuf/proto"
 
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/keyset"
 )
 
@@ -27,23 +28,78 @@ const maxEntrySize = 64 << 10
 
 // EntryError says which field of which entry is invalid, and why.
 type EntryError struct {
-	Entry   string // ID
+	Entry   string // the ID, or the SPIFFE ID of an entry without one
+	Place   int    // of an entry without an ID in a list, from 1; else 0
 	Field   string // as in an entries file: id, spiffe_id, parent_id, ...; or size
 	Problem string
 }
 
 // Error implements error.
 func (e *EntryError) Error() string {
-	return fmt.Sprintf("entry %.*q: %s: %s", maxEntryID, e.Entry, e.Field, e.Problem)
+	which := "entry"
+	if e.Place > 0 {
+		which = fmt.Sprintf("entries[%d]", e.Place-1)
+	}
+	return fmt.Sprintf("%s %.*q: %s: %s", which, maxEntryID, e.Entry, e.Field, e.Problem)
 }
 
-func (s *Server) checkEntry(e Entry) error {
-	wrong := func(field, format string, args ...any) error {
-		return &EntryError{e.ID, field, fmt.Sprintf(format, args...)}
+// EntryErrors are the problems of a list of entries, one at least.
+type EntryErrors []*EntryError
+
+// Error returns a line for each of the first 20, and the number of the others.
+func (e EntryErrors) Error() string {
+	var lines []string
+	for i, one := range e {
+		if i == maxListed {
+			lines = append(lines, fmt.Sprintf("and %d more", len(e)-maxListed))
+			break
+		}
+		lines = append(lines, one.Error())
 	}
+	return strings.Join(lines, "\n")
+}
+
+// checkList checks a whole list of entries, which is to replace all others. It returns nil or
+// [EntryErrors].
+func (s *Server) checkList(entries []Entry) error {
+	var wrong EntryErrors
+	ids, likes := make(map[string]int, len(entries)), make(map[likeness]int, len(entries))
+	for i, e := range entries {
+		err := s.checkEntry(e)
+		e = canonical(e)
+		like := likenesses[0](&e)
+		first, twice := ids[e.ID]
+		similar, again := likes[like]
+		switch {
+		case err != nil:
+		case e.ID != "" && twice:
+			err = problem(e, "id", "is also that of entries[%d]: give each entry a unique name", first-1)
+		case again && (e.ID == "" || entries[similar-1].ID == ""):
+			err = problem(e, "id", "is needed, because entries[%d] has the same parent_id, spiffe_id and selectors: remove one of them, or give both an id", similar-1)
+		}
+		if err != nil {
+			if e.ID == "" {
+				err.Place = i + 1
+			}
+			wrong = append(wrong, err)
+			continue
+		}
+		ids[e.ID], likes[like] = i+1, cmp.Or(similar, i+1)
+	}
+	if len(wrong) > 0 {
+		return wrong
+	}
+	return nil
+}
+
+func problem(e Entry, field, format string, args ...any) *EntryError {
+	return &EntryError{Entry: e.Name(), Field: field, Problem: fmt.Sprintf(format, args...)}
+}
+
+// checkEntry returns what is wrong with an entry, nil if nothing is. It may have no ID.
+func (s *Server) checkEntry(e Entry) *EntryError {
+	wrong := func(field, format string, args ...any) *EntryError { return problem(e, field, format, args...) }
 	switch {
-	case e.ID == "":
-		return wrong("id", "is not set")
 	case len(e.ID) > maxEntryID:
 		return wrong("id", "is longer than %d bytes", maxEntryID)
 	case !e.SPIFFEID.MemberOf(s.td):
@@ -76,6 +132,11 @@ func (s *Server) checkEntry(e Entry) error {
 	for _, sel := range e.Selectors {
 		if sel.Type == "" || sel.Value == "" || strings.Contains(sel.Type, ":") {
 			return wrong("selectors", "%q is not of the form type:value", sel.Type+":"+sel.Value)
+		}
+	}
+	for _, td := range e.FederatesWith {
+		if err := config.CheckTrustDomain(td.Name()); err != nil {
+			return wrong("federates_with", "%q %v", td.Name(), err)
 		}
 	}
 	if err := keyset.CheckDNSNames(e.DNSNames); err != nil {

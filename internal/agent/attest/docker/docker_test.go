@@ -24,6 +24,7 @@ import (
 	"github.com/renewd/renewd/internal/agent/attest"
 	"github.com/renewd/renewd/internal/agent/attest/cgroup"
 	"github.com/renewd/renewd/internal/agent/attest/docker"
+	"github.com/renewd/renewd/internal/selector"
 )
 
 const (
@@ -112,6 +113,9 @@ func text(selectors []cache.Selector) []string {
 // Each container is looked up at its own engine only, and those of other runtimes at none.
 func TestEngineOfContainer(t *testing.T) {
 	t.Parallel()
+	if err := selector.Compare("docker", ofRecorded); err != nil {
+		t.Error(err)
+	}
 	me := uint32(os.Geteuid())
 	if me == 0 {
 		me = 1 // root is no user of a rootless engine

@@ -21,6 +21,7 @@ import (
 
 	"github.com/renewd/renewd/internal/agent/attest/cgroup"
 	"github.com/renewd/renewd/internal/agent/attest/kubernetes"
+	"github.com/renewd/renewd/internal/selector"
 )
 
 // webPod is what all containers of the pod web have.
@@ -562,6 +563,13 @@ func TestNamespaceLabels(t *testing.T) {
 		got, err := a.Selectors(t.Context(), inPod(webUID, "c"))
 		if err != nil || !has(got, "ns-label:team:payments") || !has(got, "ns-label:kubernetes.io/metadata.name:prod") {
 			t.Errorf("got %v, %v", got, err)
+		}
+		var given []string
+		for _, s := range got {
+			given = append(given, s.String())
+		}
+		if err := selector.Compare("k8s", given); err != nil {
+			t.Error(err)
 		}
 	}
 	requireCount(t, api, 1)

@@ -17,6 +17,7 @@ import (
 	"github.com/godbus/dbus/v5"
 
 	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/selector"
 )
 
 // bus is a system bus with systemd on it, at a socket.
@@ -166,6 +167,9 @@ func texts(t *testing.T, a *Attestor, ctx context.Context) ([]string, error) {
 // A connection serves all callers. When it is lost, the next caller gets another one.
 func TestUnitOfProcess(t *testing.T) {
 	t.Parallel()
+	if err := selector.Compare("systemd", ofNginx); err != nil {
+		t.Error(err)
+	}
 	b := newBus(t)
 	a := attestor(t, b.path)
 	for round := range 3 {

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/renewd/renewd/internal/agent/attest"
+	"github.com/renewd/renewd/internal/selector"
 )
 
 // testProgram copies the program "sleep" so that it can be changed.
@@ -118,6 +119,23 @@ func TestSelectors(t *testing.T) {
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
 		t.Errorf("got  %q\nwant %q", got, want)
+	}
+}
+
+// TestSelectorsAreListed: the selectors that this attestor gives are those of the list. The
+// process that runs the test may have no name and no supplementary group.
+func TestSelectorsAreListed(t *testing.T) {
+	t.Parallel()
+	a := New(Config{SHA256Limit: 1 << 30})
+	var given []string
+	for _, value := range values(t, a, run(t, testProgram(t, t.TempDir(), "app"), nil)) {
+		given = append(given, "unix:"+value)
+	}
+	for _, n := range []*names{a.users, a.groups, a.supplementary} {
+		given = append(given, "unix:"+n.idPrefix+"0", "unix:"+n.namePrefix+"x")
+	}
+	if err := selector.Compare("unix", given); err != nil {
+		t.Error(err)
 	}
 }
 

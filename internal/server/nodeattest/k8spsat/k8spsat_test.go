@@ -19,6 +19,7 @@ import (
 	"google.golang.org/grpc/status"
 	authenticationv1 "k8s.io/api/authentication/v1"
 
+	"github.com/renewd/renewd/internal/selector"
 	"github.com/renewd/renewd/internal/server/nodeattest/k8spsat"
 	"github.com/renewd/renewd/internal/server/spireapi"
 	"github.com/renewd/renewd/test/kubetest"
@@ -82,13 +83,11 @@ func TestAttest(t *testing.T) {
 		"agent_node_ip:192.0.2.7", "agent_node_name:worker-1", "agent_node_uid:77aa-node",
 		"agent_node_label:topology.kubernetes.io/zone:a", "agent_pod_label:app:renewd",
 	}
-	var values []string
+	var values, given []string
 	for _, s := range got.Selectors {
-		if s.Type != "k8s_psat" {
-			t.Errorf("selector %v", s)
-		}
-		values = append(values, s.Value)
+		values, given = append(values, s.Value), append(given, s.Type+":"+s.Value)
 	}
+	check(t, selector.Compare("k8s_psat", given))
 	if !slices.Equal(values, want) {
 		t.Errorf("selectors %q, want %q", values, want)
 	}

@@ -20,6 +20,7 @@ import (
 	"google.golang.org/grpc/peer"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/selector"
 	"github.com/renewd/renewd/internal/server/nodeattest/x509pop"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
@@ -72,6 +73,11 @@ func TestAttest(t *testing.T) {
 		if got := values(t, got.Selectors); !slices.Equal(got, want) {
 			t.Errorf("%s: selectors %q, want %q", name, got, want)
 		}
+		var given []string
+		for _, s := range got.Selectors {
+			given = append(given, s.Type+":"+s.Value)
+		}
+		check(t, selector.Compare("x509pop", given))
 	}
 }
 
