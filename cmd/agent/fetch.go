@@ -296,6 +296,7 @@ func (f *fetcher) printBlocks(n int, block func(w io.Writer, i int)) error {
 			}
 		}
 		table := cli.NewTable(f.Stdout)
+		table.Whole = true // tokens are copied
 		block(table, i)
 		if err := cli.Flush(table); err != nil {
 			return err

@@ -75,7 +75,7 @@ func (p *program) list() *cobra.Command {
 				if err := runbook.List(p.stdout, s, time.Now()); err != nil {
 					return err
 				}
-				p.remark(runbook.Remarks(s)...)
+				p.remark(runbook.Remarks(s, time.Now())...)
 				return nil
 			})
 		},
@@ -99,26 +99,38 @@ func (p *program) prepare() *cobra.Command {
 }
 
 func (p *program) activate() *cobra.Command {
-	return p.step("activate", "2: let a prepared keyset sign instead of the active one", activateHelp, runbook.Activate)
+	return p.step(runbook.ActActivate, "2: let a prepared keyset sign instead of the active one", activateHelp, runbook.Activate)
 }
 
 func (p *program) taint() *cobra.Command {
-	return p.step("taint", "3: let agents replace the X.509-SVIDs of a prepared keyset", taintHelp, runbook.Taint)
+	return p.step(runbook.ActTaint, "3: let agents replace the X.509-SVIDs of a prepared keyset", taintHelp, runbook.Taint)
 }
 
-func (p *program) step(name, short, long string, act func(context.Context, runbook.Backend, string) (runbook.StepResult, error)) *cobra.Command {
-	return &cobra.Command{
+func (p *program) step(action runbook.Action, short, long string, act func(context.Context, runbook.Backend, string) (runbook.StepResult, error)) *cobra.Command {
+	var force bool
+	name := string(action)
+	c := &cobra.Command{
 		Use: name + " ID", Short: short, Long: long, Args: oneID, Example: "  keysetctl " + name + " ks_abc1234xyz",
 		RunE: func(c *cobra.Command, args []string) error {
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
+				var remarks []string
+				if !force {
+					var err error
+					if remarks, err = runbook.Gate(ctx, b, runbook.Step{Action: action, Keyset: args[0]}, runbook.WaitOptions{Progress: p.screen()}); err != nil {
+						return err
+					}
+				}
 				d, err := act(ctx, b, args[0])
 				if err != nil {
 					return err
 				}
+				d.Remarks = append(remarks, d.Remarks...)
 				return p.done(d)
 			})
 		},
 	}
+	c.Flags().BoolVar(&force, "force", false, "do not wait for agents that have not applied the trust bundle")
+	return c
 }
 
 func (p *program) remove() *cobra.Command {

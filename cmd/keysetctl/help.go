@@ -71,25 +71,41 @@ Prints the ID for activate.
 const activateHelp = `Lets a Prepared keyset sign. The Active keyset becomes Prepared, and its SVIDs stay
 valid.
 
-Run activate when all agents have applied the trust bundle with the new keyset. list
-shows how many have not.
+activate waits up to a minute until all agents have applied the trust bundle with the
+new keyset, because the workloads of others could not verify its SVIDs. Then it names
+those that have not, changes nothing and exits with status 3. --force does not wait.
+Under a SPIRE server without --prometheus this is not known: activate says so and goes on.
+
+Exit status: 0 success; 1 failure; 2 wrong command line; 3 agents are behind.
 `
 
 const taintHelp = `Lets agents replace the X.509-SVIDs of a Prepared keyset. An agent learns of the
 taint at its next bundle refresh and starts after a random delay of at most a
 minute. JWT-SVIDs are not replaced. The server rejects the taint of an Active
 keyset: activate another one before.
+
+taint waits for agents that have not applied the trust bundle, as activate does, and
+exits with status 3 if they do not in a minute. --force does not wait.
+
+Exit status: 0 success; 1 failure; 2 wrong command line; 3 agents are behind.
 `
 
-const waitHelp = `Waits until a Tainted keyset is safe to remove. Shows how many SVIDs are left, which
-agents hold them and why, and the expected end.
+const waitHelp = `Waits until a Tainted keyset is safe to remove. Shows how many SVIDs are left, the
+expected end, and the agents that hold them: grouped by reason, the worst by name, and
+what to do next. On a terminal of 24 lines or more it also draws what is left by time,
+beside the curve that plan predicts.
+
+--until 99% ends the wait when at least 99 % of the deployment's agents no longer depend
+on the keyset, and names the others. The keyset is not safe then: remove needs --force.
+It does not end while the number of agents that depend on it is not known.
 
 A failed poll of the server is repeated. Unknown figures are not safe: without
---timeout, wait may not end.
+--timeout, wait may not end. It ends at once if nothing can make them known, as under a
+SPIRE server without --prometheus.
 
-Exit status: 0 the keyset is safe or was removed; 1 failure, for example no such
-keyset or not tainted; 2 wrong command line; 3 not safe within --timeout. With
--o json, the result is printed for 0 and 3.
+Exit status: 0 the keyset is safe or was removed, or --until is reached; 1 failure, for
+example no such keyset or not tainted; 2 wrong command line; 3 not safe within
+--timeout, or it cannot be known. With -o json, the result is printed for 0 and 3.
 `
 
 const removeHelp = `Deletes a Tainted keyset. This cannot be undone: relying parties reject all SVIDs of
@@ -102,7 +118,7 @@ keyset and until when. Only X.509-SVIDs count. To wait for JWT-SVIDs as well, ru
 
 const rotateHelp = `Runs all steps of a rotation: prepare, activate, taint, wait, remove. It asks before
 each step. It waits until all agents have applied the trust bundle before activate
-and taint, and until it is safe before remove.
+and taint, and until it is safe before remove. It never forces a step.
 
 It continues from the current state until only the Active keyset is left. The first
 line that fits decides the next step:

@@ -246,13 +246,18 @@ func TestUsageErrors(t *testing.T) {
 		"list -x":                               "list: there is no flag -x",
 		"list -server a:1":                      "list: write --server with two dashes",
 		"rotate -yes":                           "rotate: write --yes with two dashes",
-		"taint ks_a --force":                    "taint: there is no flag --force",
+		"list --force":                          "list: there is no flag --force",
 		"list --output":                         "list: --output needs a value",
 		"list -o yaml":                          `--output takes text or json, not "yaml"`,
 		"wait ks_a --timeout 5":                 `wait: --timeout does not take "5": give a duration such as 90s or 5m`,
 		"wait ks_a --timeout -5s":               "--timeout must not be negative, and is -5s",
 		"wait ks_a --interval 0s":               "--interval must be above 0, and is 0s",
 		"wait ks_a --for x510":                  `--for takes one of x509, jwt, all, and is "x510"`,
+		"wait ks_a --until 99":                  `wait: --until does not take "99": give the share of the agents, such as 99%`,
+		"wait ks_a --until 0%":                  `wait: --until does not take "0%": give the share of the agents`,
+		"wait ks_a --until NaN%":                `wait: --until does not take "NaN%": give the share of the agents`,
+		"wait ks_a --until 99% --for all":       "--until is for X.509-SVIDs: leave out --for all",
+		"rotate --yes --until 99%":              "rotate: there is no flag --until",
 		"rotate --for jwt --yes":                `--for takes one of x509, all, and is "jwt"`,
 		"rotate":                                "rotate: cannot ask before each step without a terminal: give --yes",
 		"list --server a:1 --spire-socket /s":   "--server and --spire-socket name two servers: give one of them",
@@ -578,7 +583,7 @@ func TestTextFromElsewhere(t *testing.T) {
 		}
 	}
 	k := runbook.Keyset{ID: "ks_a", Unknown: "no answer.\nks_b is safe"}
-	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}), ""); strings.Contains(lines, "\n") {
+	if lines := strings.Join(runbook.Remarks(runbook.Status{Agents: 1, Keysets: []runbook.Keyset{k}}, time.Now()), ""); strings.Contains(lines, "\n") {
 		t.Errorf("a reason starts another line: %q", lines)
 	}
 }

@@ -193,6 +193,8 @@ func valueHint(f *pflag.Flag) string {
 		return ": give a duration such as 90s or 5m"
 	case "int", "uint64", "float64":
 		return ": give a number"
+	case "percentage":
+		return ": give the share of the agents, such as 99%"
 	case "bool":
 		return ": give true, false, or no value"
 	}

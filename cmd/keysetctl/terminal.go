@@ -4,7 +4,6 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
-	"golang.org/x/term"
 
 	"github.com/renewd/renewd/internal/cli"
 )
@@ -18,22 +17,6 @@ func paint(stream any, getenv func(string) string, color, text string) string {
 		return text
 	}
 	return "\x1b[" + color + "m" + text + "\x1b[0m"
-}
-
-// terminalWidth returns a function for the current width of the terminal. It returns
-// nil if a line cannot be redrawn on the stream.
-func terminalWidth(stream any, getenv func(string) string) func() int {
-	f, ok := stream.(*os.File)
-	if !ok || !cli.HasControl(f, getenv) {
-		return nil
-	}
-	return func() int {
-		width, _, err := term.GetSize(int(f.Fd()))
-		if err != nil {
-			return 0
-		}
-		return width
-	}
 }
 
 // dropTyped discards unread input of a terminal.

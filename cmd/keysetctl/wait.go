@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -44,12 +45,43 @@ func (w *waitFlags) options(p *program, values ...runbook.Scope) (runbook.WaitOp
 	case w.o.Interval <= 0:
 		return w.o, cli.Usagef("--interval must be above 0, and is %v", w.o.Interval)
 	}
-	w.o.Progress = &runbook.Screen{W: p.stderr, Width: terminalWidth(p.stderr, p.getenv)}
+	w.o.Progress = p.screen()
 	return w.o, nil
 }
 
+// screen returns the screen of a wait.
+func (p *program) screen() *runbook.Screen {
+	return &runbook.Screen{W: p.stderr, Size: cli.TerminalSize(p.stderr, p.getenv), Plain: !cli.UTF8(p.getenv)}
+}
+
+// percentage is a flag's value such as 99%.
+type percentage float64
+
+// Set implements pflag.Value.
+func (p *percentage) Set(text string) error {
+	number, found := strings.CutSuffix(text, "%")
+	value, err := strconv.ParseFloat(number, 64)
+	if err != nil || !found || !(value > 0 && value <= 100) {
+		return errors.New("not a percentage")
+	}
+	*p = percentage(value)
+	return nil
+}
+
+// String implements pflag.Value.
+func (p *percentage) String() string {
+	if *p == 0 {
+		return ""
+	}
+	return strconv.FormatFloat(float64(*p), 'f', -1, 64) + "%"
+}
+
+// Type implements pflag.Value.
+func (*percentage) Type() string { return "percentage" }
+
 func (p *program) wait() *cobra.Command {
 	var w waitFlags
+	var until percentage
 	c := &cobra.Command{
 		Use: "wait ID", Short: "4: wait until a tainted keyset is safe to remove",
 		Long: waitHelp, Args: oneID, Example: "  keysetctl wait ks_abc1234xyz --timeout 10m && keysetctl remove ks_abc1234xyz",
@@ -57,6 +89,9 @@ func (p *program) wait() *cobra.Command {
 			o, err := w.options(p, runbook.X509, runbook.JWT, runbook.All)
 			if err != nil {
 				return err
+			}
+			if o.Until = float64(until); until > 0 && o.For != runbook.X509 {
+				return cli.Usagef("--until is for X.509-SVIDs: leave out --for %s", o.For)
 			}
 			return p.with(c, func(ctx context.Context, b runbook.Backend) error {
 				r, err := runbook.Wait(ctx, b, args[0], o)
@@ -78,6 +113,7 @@ func (p *program) wait() *cobra.Command {
 		},
 	}
 	w.flags(c.Flags(), "`KEYS` that must be safe to remove: x509, jwt or all")
+	c.Flags().Var(&until, "until", "end when this `SHARE` of the agents, such as 99%, no longer depends\non the keyset; remove then needs --force")
 	return c
 }
 

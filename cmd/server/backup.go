@@ -18,6 +18,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server/seal"
 	"github.com/renewd/renewd/internal/server/store"
@@ -204,7 +205,7 @@ func (b *backup) print(s shownBackup) error {
 	if s.KeysChecked {
 		keys = "checked"
 	}
-	_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n", text(s.File), s.TakenAt.Format("2006-01-02 15:04:05 UTC"), amount(s.Size),
+	_, _ = fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%d\t%d\t%d\t%s\n", text(s.File), clock.Text(s.TakenAt), amount(s.Size),
 		text(s.TrustDomain), text(strings.Join(names, " ")), sum.Keysets, sum.Entries, sum.Agents, keys)
 	return cli.Flush(table)
 }

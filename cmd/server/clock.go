@@ -9,6 +9,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/operator/renewd"
 )
 
@@ -96,5 +97,5 @@ func utc(t *time.Time) string {
 	if t == nil {
 		return "-"
 	}
-	return t.UTC().Format("2006-01-02 15:04:05 UTC")
+	return clock.Text(*t)
 }

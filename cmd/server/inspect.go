@@ -9,6 +9,7 @@ import (
 
 	"github.com/renewd/renewd/internal/api"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/clock"
 )
 
 // shownRecord is a record of the audit log as -o json prints it.
@@ -83,7 +84,7 @@ func auditCommand(ctx context.Context, call *cli.Call) error {
 		table := cli.NewTable(c.Stdout)
 		_, _ = fmt.Fprint(table, "NUMBER\tTIME\tACTOR\tOPERATION\tKEYSET\tCHANGES\tNOTE\n")
 		for _, r := range records {
-			_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Number, r.At.UTC().Format("2006-01-02 15:04:05 UTC"),
+			_, _ = fmt.Fprintf(table, "%d\t%s\t%s\t%s\t%s\t%s\t%s\n", r.Number, clock.Text(*r.At),
 				text(r.Actor), text(r.Operation), text(r.Keyset), text(strings.Join(r.changes, ", ")), text(r.Note))
 		}
 		return cli.Flush(table)

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/config"
 )
 
@@ -72,7 +73,7 @@ func Report(program string, err error, e Env) int {
 // When formats a time and its distance from now.
 func When(t, now time.Time) string {
 	d := t.Sub(now).Truncate(time.Second)
-	text := t.UTC().Format("2006-01-02 15:04:05 UTC")
+	text := clock.Text(t)
 	switch {
 	case d == 0:
 		return text + " (now)"

@@ -44,9 +44,9 @@ func TestWhen(t *testing.T) {
 	t.Parallel()
 	now := time.Date(2020, 1, 2, 3, 4, 5, 0, time.UTC)
 	for d, want := range map[time.Duration]string{
-		0:             "2020-01-02 03:04:05 UTC (now)",
-		-time.Minute:  "2020-01-02 03:03:05 UTC (1m ago)",
-		2 * time.Hour: "2020-01-02 05:04:05 UTC (in 2h)",
+		0:             "2020-01-02 03:04:05 +0000 UTC (now)",
+		-time.Minute:  "2020-01-02 03:03:05 +0000 UTC (1m ago)",
+		2 * time.Hour: "2020-01-02 05:04:05 +0000 UTC (in 2h)",
 	} {
 		if got := cli.When(now.Add(d).In(time.FixedZone("x", 3600)), now); got != want {
 			t.Errorf("%v: %q, want %q", d, got, want)

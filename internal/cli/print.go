@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"strings"
-	"text/tabwriter"
 	"unicode"
 	"unicode/utf16"
 	"unicode/utf8"
@@ -38,31 +37,6 @@ func PrintJSON(w io.Writer, v any) error {
 		}
 	}
 	return Printf(w, "%s\n", b.String())
-}
-
-// NewTable returns the writer of an aligned table, which the caller must flush. Cells
-// pass through [PrintableLines].
-func NewTable(w io.Writer) *tabwriter.Writer {
-	return tabwriter.NewWriter(printableWriter{w}, 0, 0, 2, ' ', 0)
-}
-
-// Flush writes a table.
-func Flush(table *tabwriter.Writer) error {
-	if err := table.Flush(); err != nil {
-		return fmt.Errorf("write output: %w", err)
-	}
-	return nil
-}
-
-// printableWriter passes text through [PrintableLines]. A Write must not split a
-// character.
-type printableWriter struct{ w io.Writer }
-
-func (p printableWriter) Write(b []byte) (int, error) {
-	if _, err := io.WriteString(p.w, PrintableLines(string(b))); err != nil {
-		return 0, err
-	}
-	return len(b), nil
 }
 
 // Printable replaces control characters in untrusted text for one line, so that a terminal

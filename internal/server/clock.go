@@ -77,7 +77,7 @@ func (d *Domain) confirmClock(ctx context.Context, at time.Time) (bool, error) {
 		return false, nil
 	}
 	for _, dep := range d.deployments {
-		note := fmt.Sprintf("another clock showed %s UTC; before, the time was known to be at least %s UTC", at.UTC().Format(time.DateTime), s.AtLeast.UTC().Format(time.DateTime))
+		note := fmt.Sprintf("another clock showed %s; before, the time was known to be at least %s", clock.Text(at), clock.Text(s.AtLeast))
 		if err := dep.keysets.Note(keyset.WithNote(ctx, note), "confirm clock"); err != nil {
 			return false, fmt.Errorf("deployment %s: %w", dep.Name, err)
 		}

@@ -5,10 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"time"
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/socket"
 	"github.com/renewd/renewd/metrics"
@@ -153,7 +153,7 @@ func (d *Domain) Ready() error {
 		case !now.Before(active.ExpiresAt):
 			return fmt.Errorf("the active keyset of deployment %s has expired: nothing can be signed", dep.Name)
 		case now.Before(active.ValidFrom):
-			return fmt.Errorf("the active keyset of deployment %s is not valid before %s: nothing that it signs verifies", dep.Name, active.ValidFrom.UTC().Format(time.DateTime))
+			return fmt.Errorf("the active keyset of deployment %s is not valid before %s: nothing that it signs verifies", dep.Name, clock.Text(active.ValidFrom))
 		}
 	}
 	return nil

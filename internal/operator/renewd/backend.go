@@ -14,6 +14,7 @@ import (
 	"google.golang.org/protobuf/types/known/timestamppb"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/operator/runbook"
 )
 
@@ -32,12 +33,13 @@ type backend struct {
 func (b *backend) Status(ctx context.Context) (runbook.Status, error) {
 	resp, err := b.c.ListKeysets(ctx, &api.ListKeysetsRequest{Scope: b.scope})
 	if err != nil {
-		return runbook.Status{}, plainError(err)
+		return runbook.Status{}, readError(err)
 	}
 	s := runbook.Status{
 		TrustDomain: resp.GetScope().GetTrustDomain(), Deployment: resp.GetScope().GetDeployment(),
 		Sequence: resp.GetSequence(), Agents: int(resp.GetAgents()), AgentsBehind: int(resp.GetAgentsBehind()), Duplicated: resp.GetAgentsDuplicated(),
 		Automatic: automatic(resp.GetAutomatic()), ClockDoubt: ClockDoubt(resp.GetClock()),
+		Evict: "server agent evict ID", EvictGone: "server agent evict ID --gone",
 		Behind: holders(resp.GetBehind()), ServerStartedAt: fromProtoTime(resp.GetServerStartedAt()),
 	}
 	for _, k := range resp.GetKeysets() {
@@ -59,7 +61,7 @@ func automatic(a *api.Automatic) string {
 		text, at = text+", waits for "+a.GetWaitsFor(), ", at the latest on "
 	}
 	if a.GetAt() != nil {
-		text += at + a.GetAt().AsTime().Format(time.DateTime) + " UTC"
+		text += at + clock.Text(a.GetAt().AsTime())
 	}
 	return text
 }
@@ -89,7 +91,7 @@ func fromProtoTime(t *timestamppb.Timestamp) time.Time {
 func (b *backend) Holders(ctx context.Context, id string) ([]runbook.Holder, error) {
 	resp, err := b.c.ListHolders(ctx, &api.ListHoldersRequest{Scope: b.scope, KeysetId: id})
 	if err != nil {
-		return nil, plainError(err)
+		return nil, readError(err)
 	}
 	return holders(resp.GetHolders()), nil
 }
@@ -143,6 +145,16 @@ func (b *backend) Remove(ctx context.Context, id string, force bool) error {
 
 // plainError returns the server's message without gRPC's prefixes.
 func plainError(err error) error { return errors.New(Reason(err)) }
+
+// readError is plainError for a read: a [runbook.PermanentError] if the same call fails
+// again.
+func readError(err error) error {
+	switch status.Code(err) {
+	case codes.NotFound, codes.InvalidArgument, codes.PermissionDenied, codes.Unimplemented:
+		return &runbook.PermanentError{Err: plainError(err)}
+	}
+	return plainError(err)
+}
 
 // mutate makes a mutating call once. Its error wraps [runbook.ErrOutcomeUnknown] unless
 // the code or a missing connection shows that nothing was changed.

@@ -8,6 +8,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/clock"
 )
 
 // sendTime sends the client's time with each call.
@@ -21,9 +22,9 @@ func ClockDoubt(c *api.Clock) string {
 	if c.GetDoubt() == nil {
 		return ""
 	}
-	text := fmt.Sprintf("it shows %s UTC, ", fromProtoTime(c.GetShows()).Format(time.DateTime))
+	text := fmt.Sprintf("it shows %s, ", clock.Text(fromProtoTime(c.GetShows())))
 	if by := c.GetDoubt().AsDuration(); by > 0 {
-		text += fmt.Sprintf("%v ahead of the time by uptime, and SVIDs that were valid on %s UTC count as valid", by.Round(time.Minute), fromProtoTime(c.GetAtLeast()).Format(time.DateTime))
+		text += fmt.Sprintf("%v ahead of the time by uptime, and SVIDs that were valid on %s count as valid", by.Round(time.Minute), clock.Text(fromProtoTime(c.GetAtLeast())))
 	} else {
 		text += fmt.Sprintf("and was set back by %v", -by.Round(time.Minute))
 	}

@@ -23,10 +23,10 @@ func TestClockDoubt(t *testing.T) {
 	}{
 		{0, false, ""},
 		{
-			96 * time.Hour, true, "it shows 2026-01-02 03:04:05 UTC, 96h0m0s ahead of the time by uptime, and SVIDs that were valid on 2025-12-29 03:04:05 UTC count as valid; " +
+			96 * time.Hour, true, "it shows 2026-01-02 03:04:05 +0000 UTC, 96h0m0s ahead of the time by uptime, and SVIDs that were valid on 2025-12-29 03:04:05 +0000 UTC count as valid; " +
 				`automatic rotation waits; set it, or confirm it with "server clock confirm"`,
 		},
-		{-time.Hour, false, `it shows 2026-01-02 03:04:05 UTC, and was set back by 1h0m0s; set it, or confirm it with "server clock confirm"`},
+		{-time.Hour, false, `it shows 2026-01-02 03:04:05 +0000 UTC, and was set back by 1h0m0s; set it, or confirm it with "server clock confirm"`},
 	} {
 		if c.Doubt, c.RotationWaits = nil, row.waits; row.doubt != 0 {
 			c.Doubt = durationpb.New(row.doubt)

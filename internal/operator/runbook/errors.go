@@ -21,6 +21,16 @@ type NotSafeError struct {
 // Error implements error.
 func (e *NotSafeError) Error() string { return e.Message }
 
+// PermanentError is the error of a read that cannot succeed if it is repeated, such as one
+// for a deployment that does not exist. Backends return a pointer to it.
+type PermanentError struct{ Err error }
+
+// Error implements error.
+func (e *PermanentError) Error() string { return e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e *PermanentError) Unwrap() error { return e.Err }
+
 // markUnknownOutcome wraps [ErrOutcomeUnknown] into the error of a mutation whose
 // context ended: a Backend may return such an error unchanged.
 func markUnknownOutcome(err error) error {

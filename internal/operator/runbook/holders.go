@@ -15,7 +15,7 @@ import (
 // maxNamedHolders is how many agents an error names; it counts the others.
 const maxNamedHolders = 5
 
-// The reasons of a [Holder] that the estimate depends on.
+// The reasons of a [Holder].
 const (
 	reasonSilent       = "silent"
 	reasonUnidentified = "unidentified"
@@ -23,6 +23,10 @@ const (
 	reasonBehind       = "behind"
 	reasonRestored     = "restored"
 	reasonSettling     = "settling"
+	reasonWaiting      = "waiting"
+	reasonRenewing     = "renewing"
+	reasonStreams      = "streams"
+	reasonSigning      = "signing"
 )
 
 // reconnectGrace is how long a restarted agent waits for workloads that it does not know,
@@ -123,17 +127,94 @@ func byEnd(holders []Holder, now time.Time) []Holder {
 	return sorted
 }
 
-// describe says what the agent holds and why it is counted.
-func (h Holder) describe(now time.Time) string {
-	text := quantity(h.SVIDs, "SVID")
+// moment is the time for which an agent is described.
+type moment struct {
+	now     time.Time
+	started time.Time // of the server, which keeps no reports over a restart; zero: not known
+}
+
+// noReportYet reports whether the server has had no report since it started.
+func (h Holder) noReportYet(started time.Time) bool {
+	return h.LastReport.IsZero() || h.LastReport.Before(started)
+}
+
+// silence says since when the agent has not reported. An agent that has not reported
+// since the server started may be healthy.
+func (h Holder) silence(at moment) string {
+	switch {
+	case h.noReportYet(at.started) && at.started.IsZero():
+		return "no report yet"
+	case h.noReportYet(at.started):
+		return "no report since the server started (" + roughly(at.now.Sub(at.started)) + " ago)"
+	}
+	return "no report for " + roughly(at.now.Sub(h.LastReport))
+}
+
+// versioned returns text about the agent's version. It is empty if that is not known.
+func (h Holder) versioned(before, after string) string {
+	if h.Version == "" {
+		return ""
+	}
+	return before + "version " + cli.Printable(h.Version) + after
+}
+
+// fact describes the agent in a few words, the most important first. most is how many
+// SVIDs it had at the most.
+func (h Holder) fact(most int, at moment) string {
+	held := ""
+	if h.SVIDs > 0 {
+		held = ", " + quantity(h.SVIDs, "SVID")
+	}
 	switch h.Reason {
 	case reasonSilent:
-		text += ", silent"
-		if h.LastReport.IsZero() {
-			text += ": no report yet"
-		} else {
-			text += " since " + timeAndDistance(h.LastReport, now)
+		text := h.silence(at) + held + h.versioned(", ", "")
+		if over := h.expiredForAll(); over.After(at.now) {
+			text += ", expire in " + formatDuration(over.Sub(at.now))
 		}
+		return text
+	case reasonBehind:
+		text := "bundle not applied" + h.versioned(", ", "")
+		if !h.LastReport.IsZero() {
+			text += ", reported " + roughly(at.now.Sub(h.LastReport)) + " ago"
+		}
+		return text + held
+	case reasonUnidentified:
+		return "no agent ID" + h.versioned(", ", "") + held
+	case reasonDuplicated:
+		return "two processes use its identity" + held
+	case reasonWaiting:
+		if h.BeginsAt.After(at.now) {
+			return "begins in " + formatDuration(h.BeginsAt.Sub(at.now)) + held
+		}
+		return "begins now" + held
+	case reasonRenewing:
+		return fmt.Sprintf("%d of %s left", h.SVIDs, quantity(max(most, h.SVIDs), "SVID"))
+	case reasonStreams:
+		return fmt.Sprintf("%s %s not read the replacement", quantity(h.Streams, "workload"), hasOrHave(h.Streams))
+	case reasonSettling:
+		return "restarted, waits up to " + formatDuration(reconnectGrace) + " for its workloads"
+	case reasonSigning:
+		return quantity(h.SVIDs, "SVID") + " being signed"
+	case reasonRestored:
+		return "copy of " + formatTime(h.LastReport) + "; what was signed since is not known"
+	}
+	return strings.TrimPrefix(held, ", ")
+}
+
+// describe says what the agent holds and why it is counted.
+func (h Holder) describe(at moment) string {
+	text, now := quantity(h.SVIDs, "SVID"), at.now
+	switch h.Reason {
+	case reasonSilent:
+		switch {
+		case !h.noReportYet(at.started):
+			text += ", silent since " + timeAndDistance(h.LastReport, now)
+		case at.started.IsZero():
+			text += ", silent: " + h.silence(at)
+		default:
+			text += ", " + h.silence(at)
+		}
+		text += h.versioned(" (", ")")
 		switch {
 		case h.LatestExpiry.IsZero():
 		case h.LatestExpiry.After(now):
@@ -142,30 +223,23 @@ func (h Holder) describe(now time.Time) string {
 			text += ", the last expired " + timeAndDistance(h.LatestExpiry, now)
 		}
 	case reasonBehind:
-		text += ", behind: it has not applied the taint yet"
-		if h.Version != "" {
-			text += " (version " + cli.Printable(h.Version) + ")"
-		}
+		text += ", behind: it has not applied the taint yet" + h.versioned(" (", ")")
 	case reasonUnidentified:
-		text += ", unidentified: it exports no agent ID"
-		if h.Version != "" {
-			text += " (version " + cli.Printable(h.Version) + ")"
-		}
-		text += "; wait until it is attested, or upgrade it"
+		text += ", unidentified: it exports no agent ID" + h.versioned(" (", ")") + "; wait until it is attested, or upgrade it"
 	case reasonDuplicated:
 		text += ", duplicated: two processes use its identity; evict it, remove data_dir on both nodes and attest each with its own ID"
-	case "waiting":
+	case reasonWaiting:
 		text += ", waiting for its random delay"
 		if h.BeginsAt.After(now) {
 			text += ", begins in " + formatDuration(h.BeginsAt.Sub(now))
 		}
-	case "renewing":
+	case reasonRenewing:
 		text += ", renewing"
-	case "streams":
+	case reasonStreams:
 		text += ", replaced but not yet read by " + quantity(h.Streams, "workload")
 	case reasonSettling:
 		text += ", replaced; restarted, it waits up to " + formatDuration(reconnectGrace) + " for workloads that may hold one"
-	case "signing":
+	case reasonSigning:
 		text += ", being sent its SVIDs"
 	default:
 		text += ", " + h.Reason
@@ -174,18 +248,38 @@ func (h Holder) describe(now time.Time) string {
 }
 
 // line returns an agent's line of an error. Signatures in flight have no agent yet.
-func (h Holder) line(now time.Time) string {
+func (h Holder) line(at moment) string {
 	if h.Reason == reasonRestored {
 		return h.name()
 	}
 	if h.Agent == "" {
 		return h.name() + ": agent not known yet"
 	}
-	return cli.Printable(h.Agent) + ": " + h.describe(now)
+	return h.full() + ": " + h.describe(at)
 }
 
-// name returns the path of the agent's ID, because all are of one trust domain, and
-// the reason.
+// host returns the hostname of the agent's node, or else the label of its token, because
+// the ID of a join token tells nobody which node it is. It is empty if neither is known.
+func (h Holder) host() string {
+	return strings.Join(strings.Fields(cli.Printable(cmp.Or(h.Hostname, h.Label))), "_")
+}
+
+// full returns the agent's complete ID, after the node's name.
+func (h Holder) full() string {
+	return strings.TrimPrefix(h.host()+" "+cli.Printable(h.Agent), " ")
+}
+
+// who is full with the path of the ID only, because all are of one trust domain. It is
+// empty if the agent is not known.
+func (h Holder) who() string {
+	name, ofSPIFFE := strings.CutPrefix(h.Agent, "spiffe://")
+	if _, path, ok := strings.Cut(name, "/"); ok && ofSPIFFE {
+		name = "/" + path
+	}
+	return strings.Trim(h.host()+" "+cli.Printable(name), " ")
+}
+
+// name returns who the agent is and the reason.
 func (h Holder) name() string {
 	if h.Reason == reasonRestored {
 		return "restored from a copy of " + formatTime(h.LastReport) + "; SVIDs signed since then are not known"
@@ -193,16 +287,12 @@ func (h Holder) name() string {
 	if h.Agent == "" {
 		return quantity(h.SVIDs, "SVID") + " being signed"
 	}
-	name, ofSPIFFE := strings.CutPrefix(h.Agent, "spiffe://")
-	if _, path, ok := strings.Cut(name, "/"); ok && ofSPIFFE {
-		name = "/" + path
-	}
-	return cli.Printable(name) + " " + h.Reason
+	return h.who() + " " + h.Reason
 }
 
 // describeDependents says in several lines how many SVIDs depend on a keyset's X.509
 // key, which agents hold them, why and until when.
-func describeDependents(k Keyset, holders []Holder, err error, now time.Time) string {
+func describeDependents(k Keyset, holders []Holder, err error, at moment) string {
 	var lines []string
 	switch {
 	case k.Unknown != "":
@@ -217,14 +307,14 @@ func describeDependents(k Keyset, holders []Holder, err error, now time.Time) st
 	if err != nil {
 		lines = append(lines, "The agents that hold them are not known: "+cli.Printable(err.Error()))
 	}
-	for i, h := range byEnd(holders, now) {
+	for i, h := range byEnd(holders, at.now) {
 		if i == maxNamedHolders {
 			lines = append(lines, fmt.Sprintf("  and %d more", len(holders)-i))
 			break
 		}
-		lines = append(lines, "  "+h.line(now))
+		lines = append(lines, "  "+h.line(at))
 	}
-	if text := estimated(holders, now); text != "" {
+	if text := estimated(holders, at.now); text != "" {
 		lines = append(lines, "It "+text+".")
 	}
 	return strings.Join(lines, "\n")

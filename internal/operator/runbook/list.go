@@ -42,16 +42,17 @@ func List(w io.Writer, s Status, now time.Time) error {
 	return cli.Flush(table)
 }
 
-// Remarks returns a line for everything unusual: agents behind, unknown figures,
+// Remarks returns lines for everything unusual: agents behind, unknown figures,
 // keys in different states, a doubtful clock. It adds the next step of automatic
 // rotation.
-func Remarks(s Status) []string {
+func Remarks(s Status, now time.Time) []string {
 	var lines []string
 	switch {
 	case s.Agents < 0 || s.AgentsBehind < 0:
 		lines = append(lines, agentsBehindNotKnown+".")
 	case s.AgentsBehind > 0:
 		lines = append(lines, agentsBehind(s)+".")
+		lines = append(lines, nameBehind(s, now)...)
 	}
 	for _, id := range s.Duplicated {
 		lines = append(lines, fmt.Sprintf("Two processes use the identity of agent %s, as on a node and its clone. Evict the agent, and attest each node with a join token of its own.", id))

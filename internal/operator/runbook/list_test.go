@@ -74,14 +74,14 @@ The X.509 key of ks_fgh5678uvw is Prepared and its JWT key is Active.
 The figures of ks_cde1234xyz are not known: Prometheus is down.
 The server's clock is in doubt: it shows noon.
 Automatic rotation: on, next: prepare.`
-	if got := strings.Join(runbook.Remarks(s), "\n"); got != wantRemarks {
+	if got := strings.Join(runbook.Remarks(s, now), "\n"); got != wantRemarks {
 		t.Errorf("remarks\n%s\nwant\n%s", got, wantRemarks)
 	}
-	two := runbook.Remarks(runbook.Status{Agents: 3, Duplicated: []string{"spiffe://example.org/agent/a\x1b"}})
+	two := runbook.Remarks(runbook.Status{Agents: 3, Duplicated: []string{"spiffe://example.org/agent/a\x1b"}}, time.Now())
 	if len(two) != 1 || !strings.HasPrefix(two[0], "Two processes use the identity of agent spiffe://example.org/agent/a") || strings.Contains(two[0], "\x1b") {
 		t.Errorf("duplicated agent: %q", two)
 	}
-	if got := runbook.Remarks(runbook.Status{Agents: 3}); len(got) != 0 {
+	if got := runbook.Remarks(runbook.Status{Agents: 3}, time.Now()); len(got) != 0 {
 		t.Errorf("unexpected remarks %q", got)
 	}
 }

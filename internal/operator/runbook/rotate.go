@@ -143,6 +143,9 @@ func Rotate(ctx context.Context, b Backend, o RotateOptions) (Rotation, error) {
 		if err := checkChosen(s, o.Keyset); err != nil && !started {
 			return r, err
 		}
+		if err := checkKnowable(s); err != nil {
+			return r, err
+		}
 		step, err := Next(s, o.Keyset, o.Wait.Now())
 		if err != nil {
 			return r, err
@@ -222,49 +225,27 @@ func checkChosen(s Status, id string) error {
 	return nil
 }
 
-func awaitPreconditions(ctx context.Context, b Backend, step Step, o WaitOptions) error {
-	switch step.Action {
-	case ActActivate, ActTaint:
-		return awaitBundleApplied(ctx, b, step, o)
-	case ActRemove:
-		o.Progress.Line(fmt.Sprintf("Waiting until %s is safe to remove.", step.Keyset))
-		_, err := Wait(ctx, b, step.Keyset, o)
-		return err
+// checkKnowable returns a [NotSafeError] if no wait of the rotation could end.
+func checkKnowable(s Status) error {
+	for _, k := range s.Keysets {
+		if k.Unknowable {
+			return &NotSafeError{Keyset: k.ID, Message: "keysetctl rotate cannot know when its steps are safe: " + cli.Printable(k.Unknown)}
+		}
 	}
 	return nil
 }
 
-// awaitBundleApplied waits until every agent has applied the trust bundle. The
-// workloads of other agents could not verify SVIDs of the new keyset.
-func awaitBundleApplied(ctx context.Context, b Backend, step Step, o WaitOptions) error {
-	announced := false
-	state := "The server has not answered"
-	err := await(ctx, o, step.Keyset, func(ctx context.Context) (bool, string, error) {
-		s, err := b.Status(ctx)
-		if err != nil {
-			return false, "", err
+func awaitPreconditions(ctx context.Context, b Backend, step Step, o WaitOptions) error {
+	switch step.Action {
+	case ActActivate, ActTaint:
+		return awaitBundleApplied(ctx, b, step, o, fmt.Sprintf("keysetctl %s %s --force, then keysetctl rotate again", step.Action, step.Keyset))
+	case ActRemove:
+		o.Progress.Line(fmt.Sprintf("Waiting until %s is safe to remove.", step.Keyset))
+		r, err := Wait(ctx, b, step.Keyset, o)
+		if text := r.Summary(); err == nil && text != "" {
+			o.Progress.Line(text)
 		}
-		if s.Agents >= 0 && s.AgentsBehind == 0 {
-			return true, "", nil
-		}
-		if !announced {
-			announced = true
-			o.Progress.Line(fmt.Sprintf("Waiting until all agents have applied the trust bundle. (To continue without them: interrupt, run keysetctl %s %s, then keysetctl rotate again.)", step.Action, step.Keyset))
-		}
-		if state = agentsBehindNotKnown; s.Agents >= 0 && s.AgentsBehind > 0 {
-			state = agentsBehind(s)
-		} else if k, _ := find(s, step.Keyset); k.Unknown != "" {
-			state += ": " + cli.Printable(k.Unknown)
-		}
-		return false, state, nil
-	})
-	switch {
-	case errors.Is(err, errTimeout):
-		return &NotSafeError{Keyset: step.Keyset, Message: fmt.Sprintf(
-			"it is not safe to %s %s after %s\n%s.\nRun keysetctl rotate again to wait longer, or keysetctl %s %s to continue without them.",
-			step.Action, step.Keyset, formatDuration(o.Timeout), state, step.Action, step.Keyset)}
-	case err != nil:
-		return fmt.Errorf("wait for the agents before %s %s: %w", step.Action, step.Keyset, err)
+		return err
 	}
 	return nil
 }

@@ -38,6 +38,9 @@ type Status struct {
 	// ServerStartedAt is the start of the server, which keeps no reports over a restart.
 	// It is zero if that is not known.
 	ServerStartedAt time.Time `json:"server_started_at,omitzero"`
+	// Evict is the command that evicts an agent, and EvictGone one whose node no longer
+	// exists, with ID for the agent's ID.
+	Evict, EvictGone string `json:"-"`
 	// Automatic describes the next step of automatic rotation. It is empty if the
 	// server has none.
 	Automatic string `json:"automatic,omitempty"`
@@ -68,6 +71,8 @@ type Keyset struct {
 	JWTSafe   bool      `json:"jwt_safe"`
 	// Unknown says why the figures are not known. It is empty if they are.
 	Unknown string `json:"unknown,omitempty"`
+	// Unknowable says that no wait makes the figures known. Unknown has the remedy.
+	Unknowable bool `json:"-"`
 }
 
 // Holder is an agent that may still hold X.509-SVIDs of a keyset.
@@ -87,7 +92,8 @@ type Holder struct {
 
 // Backend is one deployment of a signing server, as an operator uses it. A
 // mutation returns when the new state is durable and published. Neither a Backend
-// nor its callers retry a mutation.
+// nor its callers retry a mutation. Callers repeat a read, unless its error is a
+// [PermanentError].
 type Backend interface {
 	Status(ctx context.Context) (Status, error)
 	// Holders returns the agents that may still depend on the keyset's X.509 key.

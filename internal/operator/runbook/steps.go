@@ -57,14 +57,14 @@ func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time
 	k, found := find(s, id)
 	// The server has its own error for a keyset that is not tainted.
 	if found && k.State == Tainted && !force && !k.safe(X509) {
-		return StepResult{}, refuse(ctx, b, k, "", now)
+		return StepResult{}, refuse(ctx, b, k, "", moment{now, s.ServerStartedAt})
 	}
 	removeCtx, cancel := context.WithTimeout(ctx, mutationTimeout)
 	defer cancel()
 	err = b.Remove(removeCtx, id, force)
 	if notSafe, ok := errors.AsType[*NotSafeError](err); ok {
 		k.ID = id
-		return StepResult{}, refuse(ctx, b, k, notSafe.Message, now)
+		return StepResult{}, refuse(ctx, b, k, notSafe.Message, moment{now, s.ServerStartedAt})
 	}
 	if err != nil {
 		return StepResult{}, markUnknownOutcome(err)
@@ -81,7 +81,7 @@ func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time
 
 // refuse returns a [NotSafeError] for a keyset. reason is the server's error; it may
 // be empty.
-func refuse(ctx context.Context, b Backend, k Keyset, reason string, now time.Time) error {
+func refuse(ctx context.Context, b Backend, k Keyset, reason string, at moment) error {
 	text := fmt.Sprintf("cannot remove %s: it is not safe yet", k.ID)
 	if reason != "" {
 		text += " (" + reason + ")"
@@ -89,8 +89,8 @@ func refuse(ctx context.Context, b Backend, k Keyset, reason string, now time.Ti
 	ctx, cancel := context.WithTimeout(ctx, pollTimeout)
 	defer cancel()
 	holders, err := b.Holders(ctx, k.ID)
-	text += "\n" + describeDependents(k, holders, err, now)
-	if jwt := k.jwtRemark(now); jwt != "" {
+	text += "\n" + describeDependents(k, holders, err, at)
+	if jwt := k.jwtRemark(at.now); jwt != "" {
 		text += "\n" + jwt
 	}
 	text += fmt.Sprintf("\nRun keysetctl wait %s, then remove it. With --force it is removed now, and the SVIDs that depend on it are rejected.", k.ID)

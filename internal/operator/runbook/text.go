@@ -4,14 +4,16 @@ import (
 	"fmt"
 	"strings"
 	"time"
+
+	"github.com/renewd/renewd/internal/clock"
 )
 
-// formatTime formats t in UTC, in the layout of [time.Time.String].
+// formatTime is [clock.Text], for a time that may not be known.
 func formatTime(t time.Time) string {
 	if t.IsZero() {
 		return notKnown
 	}
-	return t.UTC().Format("2006-01-02 15:04:05 -0700 MST")
+	return clock.Text(t)
 }
 
 // timeAndDistance formats t and how far it is from now.
@@ -54,6 +56,14 @@ func formatDuration(d time.Duration) string {
 		return "0s"
 	}
 	return b.String()
+}
+
+// roughly is formatDuration without seconds, if d is a minute or more.
+func roughly(d time.Duration) string {
+	if d >= time.Minute {
+		d = d.Truncate(time.Minute)
+	}
+	return formatDuration(d.Truncate(time.Second))
 }
 
 func quantity(n int, noun string) string {

@@ -78,7 +78,10 @@ func TestWaitFollowsTheWave(t *testing.T) {
 		if took := time.Since(start); took < 70*time.Second || took > 72*time.Second || r.Waited != took.Seconds() {
 			t.Errorf("safe after %v, reported %v s; the last SVID expires after 70 s", took, r.Waited)
 		}
-		if len(r.Remarks) != 1 || !strings.Contains(r.Remarks[0], "expires 2000-01-02 00:00:00 +0000 UTC (in 23h59m)") {
+		if r.Took != 70 || r.Planned <= 0 || r.Summary() != "The wave took 1m10s, the plan said 55s." || len(r.Remarks) != 2 || r.Remarks[0] != r.Summary() {
+			t.Errorf("took %v s, planned %v s: %q", r.Took, r.Planned, r.Remarks)
+		}
+		if len(r.Remarks) != 2 || !strings.Contains(r.Remarks[1], "expires 2000-01-02 00:00:00 +0000 UTC (in 23h59m)") {
 			t.Errorf("no remark about JWT-SVIDs: %q", r.Remarks)
 		}
 		want := strings.ReplaceAll(`ID: 103 X.509-SVIDs of 3 agents left, done in 6m10s at the latest; /agent/c silent, /agent/b behind, /agent/a waiting
@@ -266,32 +269,6 @@ func TestWaitAfterARestore(t *testing.T) {
 	})
 }
 
-// On a terminal one line is redrawn, cut to the width and erased at the end.
-func TestWaitOnATerminal(t *testing.T) {
-	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		s, old := tainted(t)
-		s.HoldersAt = fleet(time.Now())
-		var out bytes.Buffer
-		screen := &runbook.Screen{W: &out, Width: func() int { return 40 }}
-		if _, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Progress: screen}); err != nil {
-			t.Fatal(err)
-		}
-		if strings.Contains(out.String(), "\n") || !strings.HasSuffix(out.String(), "\r\x1b[K") {
-			t.Errorf("not one line, erased at the end: %q", out.String())
-		}
-		drawn := strings.Split(out.String(), "\r\x1b[K")
-		if len(drawn) != 37 { // before the first, one every 2 s for 70 s, after the last
-			t.Errorf("drawn %d times", len(drawn))
-		}
-		for _, line := range drawn {
-			if len(line) > 39 {
-				t.Errorf("%q is wider than the terminal", line)
-			}
-		}
-	})
-}
-
 // A failed poll is shown and repeated.
 func TestWaitRetriesFailedPolls(t *testing.T) {
 	t.Parallel()
@@ -317,6 +294,31 @@ func TestWaitRetriesFailedPolls(t *testing.T) {
 		}
 		if got := strings.Count(out.String(), old+": no answer, retrying: connection refused\n"); got != 3 {
 			t.Errorf("shown %d times:\n%s", got, out.String())
+		}
+	})
+}
+
+// A first poll that fails is repeated like the others, within the timeout.
+func TestWaitRetriesTheFirstPoll(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s, old := tainted(t)
+		start := time.Now()
+		s.Before = func(string, string) error {
+			if time.Since(start) < 20*time.Second {
+				return errors.New("connection refused")
+			}
+			return nil
+		}
+		var out bytes.Buffer
+		r, err := runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: time.Minute, Progress: &runbook.Screen{W: &out}})
+		if err != nil || !r.Safe || time.Since(start) != 20*time.Second || !strings.HasPrefix(out.String(), old+": no answer, retrying: connection refused\n") {
+			t.Errorf("%+v, %v after %v\n%s", r, err, time.Since(start), out.String())
+		}
+		start = time.Now()
+		_, err = runbook.Wait(t.Context(), s, old, runbook.WaitOptions{Timeout: 10 * time.Second})
+		if _, ok := errors.AsType[*runbook.NotSafeError](err); !ok || !strings.Contains(err.Error(), "The server has not answered: connection refused") {
+			t.Errorf("the server never answers: %v", err)
 		}
 	})
 }
@@ -427,9 +429,10 @@ func TestWaitRejectsKeyset(t *testing.T) {
 				t.Errorf("%s: %+v, %v", id, r, err)
 			}
 		}
-		s.Before = func(string, string) error { return errors.New("no such socket") }
-		if _, err := runbook.Wait(t.Context(), s, active, runbook.WaitOptions{}); err == nil || !strings.Contains(err.Error(), "no such socket") {
-			t.Errorf("no answer at all: %v", err)
+		permanent := &runbook.PermanentError{Err: errors.New("there is no deployment b")}
+		s.Before = func(string, string) error { return fmt.Errorf("read: %w", permanent) }
+		if _, err := runbook.Wait(t.Context(), s, active, runbook.WaitOptions{}); err == nil || err.Error() != "wait for keyset "+active+": read: there is no deployment b" {
+			t.Errorf("what no repetition mends: %v", err)
 		}
 	})
 }

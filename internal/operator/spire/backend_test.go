@@ -69,7 +69,7 @@ func TestRotation(t *testing.T) {
 }
 
 func withoutFigures(k, like runbook.Keyset) runbook.Keyset {
-	k.Unknown = like.Unknown
+	k.Unknown, k.Unknowable = like.Unknown, like.Unknowable
 	return k
 }
 

@@ -110,6 +110,9 @@ type slots struct{ active, next authority }
 func (b *Backend) read(ctx context.Context) (serverState, error) {
 	s, err := b.readServer(ctx)
 	if err != nil {
+		if code := status.Code(err); code == codes.PermissionDenied || code == codes.Unimplemented {
+			err = &runbook.PermanentError{Err: err}
+		}
 		return serverState{}, fmt.Errorf("SPIRE server at %s: %w", b.cfg.Socket, err)
 	}
 	return s, nil
@@ -137,7 +140,7 @@ func (b *Backend) readServer(ctx context.Context) (serverState, error) {
 		return s, fmt.Errorf("read the trust bundle: %w", err)
 	}
 	if b.cfg.TrustDomain != "" && td.Name() != spiffeid.RequireTrustDomainFromString(b.cfg.TrustDomain).Name() {
-		return s, fmt.Errorf("it serves the trust domain %q, not %q: give its trust domain, or the socket of another server", td.Name(), b.cfg.TrustDomain)
+		return s, &runbook.PermanentError{Err: fmt.Errorf("it serves the trust domain %q, not %q: give its trust domain, or the socket of another server", td.Name(), b.cfg.TrustDomain)}
 	}
 	s.trustDomain, s.sequence = td.Name(), published.SequenceNumber
 	s.upstream = x.GetActive().GetUpstreamAuthoritySubjectKeyId()

@@ -19,6 +19,9 @@ const (
 // automatic describes SPIRE's rotation, whose next time the API does not say.
 const automatic = "SPIRE prepares the next keyset after half of the active one's life, replaces the old keyset by it, and activates it near the end"
 
+// evict is the command that makes the server forget an agent; see [runbook.Status].
+const evict = "spire-server agent evict -spiffeID ID"
+
 // Status implements [runbook.Backend]. If an authority of a keyset does not exist, its
 // ID is empty. If the figures are not known, each keyset says why.
 func (b *Backend) Status(ctx context.Context) (runbook.Status, error) {
@@ -33,12 +36,13 @@ func (b *Backend) Status(ctx context.Context) (runbook.Status, error) {
 	out := runbook.Status{
 		TrustDomain: s.trustDomain, Deployment: b.cfg.Deployment, Sequence: s.sequence,
 		Agents: len(agents), AgentsBehind: -1, Automatic: automatic,
+		Evict: evict, EvictGone: evict,
 	}
 	for _, p := range s.pairs {
 		k := p.keyset()
 		f, err := b.figures(ctx, s, p, agents)
 		if err != nil {
-			k.Unknown = err.Error()
+			k.Unknown, k.Unknowable = err.Error(), b.cfg.Figures == nil
 		} else {
 			out.Agents, out.AgentsBehind = f.Expected, f.Behind(s.sequence)
 			addFigures(&k, p, s, f)
@@ -72,7 +76,7 @@ func addFigures(k *runbook.Keyset, p pair, s serverState, f prom.Figures) {
 	k.JWTExpiry = f.JWTExpiry
 	k.JWTSafe = !p.jwt.exists() || (p.jwt.tainted && f.JWTSafe)
 	if s.upstream != "" {
-		k.Unknown = upstreamFigures
+		k.Unknown, k.Unknowable = upstreamFigures, true
 		return
 	}
 	k.X509SVIDs = f.X509SVIDs

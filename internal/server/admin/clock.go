@@ -3,7 +3,6 @@ package admin
 import (
 	"context"
 	"fmt"
-	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -40,8 +39,8 @@ func (s *Service) ConfirmClock(ctx context.Context, req *api.ConfirmClockRequest
 		return nil, statusError(fmt.Errorf("confirm the clock: %w", err))
 	case !same:
 		return nil, status.Errorf(codes.FailedPrecondition,
-			"the server's clock shows %s UTC and yours %s UTC, more than %v apart: set the clock of the server's machine, or check yours",
-			s.now().UTC().Format(time.DateTime), at.Format(time.DateTime), clock.Skew)
+			"the server's clock shows %s and yours %s, more than %v apart: set the clock of the server's machine, or check yours",
+			clock.Text(s.now()), clock.Text(at), clock.Skew)
 	}
 	return &api.ConfirmClockResponse{Clock: s.clock()}, nil
 }
@@ -63,5 +62,5 @@ func (s *Service) clockNote() string {
 	if c.Shows.Sub(c.AtLeast) <= clock.Skew {
 		return ""
 	}
-	return fmt.Sprintf("; the server's clock went ahead to %s UTC and is not confirmed yet: run \"server clock show\"", c.Shows.UTC().Format(time.DateTime))
+	return fmt.Sprintf("; the server's clock went ahead to %s and is not confirmed yet: run \"server clock show\"", clock.Text(c.Shows))
 }

@@ -63,7 +63,7 @@ func TestConfirmClockRefuses(t *testing.T) {
 			{&api.ConfirmClockRequest{Time: &timestamppb.Timestamp{Nanos: -1}}, codes.InvalidArgument, "time: proto"},
 			{
 				&api.ConfirmClockRequest{Time: timestamppb.New(time.Now().Add(6 * time.Minute))}, codes.FailedPrecondition,
-				"the server's clock shows 2000-01-01 00:00:00 UTC and yours 2000-01-01 00:06:00 UTC, more than 5m0s apart: set the clock of the server's machine, or check yours",
+				"the server's clock shows 2000-01-01 00:00:00 +0000 UTC and yours 2000-01-01 00:06:00 +0000 UTC, more than 5m0s apart: set the clock of the server's machine, or check yours",
 			},
 			{&api.ConfirmClockRequest{Time: timestamppb.Now(), Scope: &api.Scope{TrustDomain: "other.org"}}, codes.NotFound, "this is the server of trust domain"},
 			{&api.ConfirmClockRequest{Time: timestamppb.New(time.Now().Add(5 * time.Minute))}, codes.OK, ""},

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/renewd/renewd/internal/api"
+	"github.com/renewd/renewd/internal/clock"
 	"github.com/renewd/renewd/internal/operator/renewd"
 	"github.com/renewd/renewd/internal/operator/runbook"
 	"github.com/renewd/renewd/internal/server/admin"
@@ -91,7 +92,7 @@ func TestRotation(t *testing.T) {
 		// Not safe, then safe after the agent's report.
 		err = b.Remove(t.Context(), old.ID, false)
 		notSafe, _ := errors.AsType[*runbook.NotSafeError](err)
-		text := fmt.Sprintf("keyset %s is not safe to remove: 3 X.509-SVIDs of 1 agent may still be in use, the last of them until %s UTC", old.ID, end.Format(time.DateTime))
+		text := fmt.Sprintf("keyset %s is not safe to remove: 3 X.509-SVIDs of 1 agent may still be in use, the last of them until %s", old.ID, clock.Text(end))
 		if notSafe == nil || notSafe.Keyset != old.ID || err.Error() != text {
 			t.Errorf("got %v\nwant %s", err, text)
 		}
@@ -177,13 +178,13 @@ func TestForced(t *testing.T) {
 		d, b := w.only(), c.Backend("", "")
 		old := d.tainted(t)
 		held := d.rows.count()
-		end := time.Now().Add(time.Hour).UTC().Format(time.DateTime)
+		end := clock.Text(time.Now().Add(time.Hour))
 		check(t, b.Remove(t.Context(), old.ID, true))
 		last := func() admin.AuditRecord {
 			all := d.storage.records()
 			return all[len(all)-1]
 		}
-		if got, want := last().Note, "forced: 2 X.509-SVIDs of 1 agent may still be in use, the last of them until "+end+" UTC"; got != want {
+		if got, want := last().Note, "forced: 2 X.509-SVIDs of 1 agent may still be in use, the last of them until "+end; got != want {
 			t.Errorf("the note is %q, want %q", got, want)
 		}
 		if left := d.rows.count(); held != 2 || left != 0 {
@@ -334,8 +335,8 @@ func TestAutomatic(t *testing.T) {
 	}{
 		{rotation.Preview{Mode: "off"}, ""},
 		{rotation.Preview{Mode: "on"}, "on, nothing to do"},
-		{rotation.Preview{Mode: "paused", Next: "prepare", At: at}, "paused, next: prepare at 2026-11-23 05:06:07 UTC"},
-		{rotation.Preview{Mode: "on", Next: "remove ks_x", At: at, WaitsFor: "3 agents"}, "on, next: remove ks_x, waits for 3 agents, at the latest on 2026-11-23 05:06:07 UTC"},
+		{rotation.Preview{Mode: "paused", Next: "prepare", At: at}, "paused, next: prepare at 2026-11-23 05:06:07 +0000 UTC"},
+		{rotation.Preview{Mode: "on", Next: "remove ks_x", At: at, WaitsFor: "3 agents"}, "on, next: remove ks_x, waits for 3 agents, at the latest on 2026-11-23 05:06:07 +0000 UTC"},
 		{rotation.Preview{Mode: "on", Next: "taint ks_x"}, "on, next: taint ks_x"},
 		{rotation.Preview{Mode: "on", Next: "taint ks_x", WaitsFor: "a"}, "on, next: taint ks_x, waits for a"},
 	} {

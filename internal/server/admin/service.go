@@ -259,8 +259,8 @@ func (d *Deployment) forcedNote(id string) string {
 // describeHolding says which SVIDs of an authority may be in use.
 func describeHolding(h ledger.Holding) string {
 	if !h.UnknownUntil.IsZero() {
-		text := fmt.Sprintf("the server was restored from a copy of %s UTC; SVIDs signed since then are not known and may be in use until %s UTC",
-			h.UnknownSince.UTC().Format(time.DateTime), h.UnknownUntil.UTC().Format(time.DateTime))
+		text := fmt.Sprintf("the server was restored from a copy of %s; SVIDs signed since then are not known and may be in use until %s",
+			clock.Text(h.UnknownSince), clock.Text(h.UnknownUntil))
 		if h.SVIDs > 0 {
 			text += "; so may " + quantity(h.SVIDs, "known X.509-SVID")
 		}
@@ -272,7 +272,7 @@ func describeHolding(h ledger.Holding) string {
 	}
 	text += " may still be in use"
 	if !h.Latest.IsZero() {
-		text += ", the last of them until " + h.Latest.UTC().Format(time.DateTime) + " UTC"
+		text += ", the last of them until " + clock.Text(h.Latest)
 	}
 	return text
 }

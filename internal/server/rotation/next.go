@@ -267,4 +267,4 @@ func agents(n int) string {
 	return strconv.Itoa(n) + " agents"
 }
 
-func text(t time.Time) string { return t.UTC().Format("2006-01-02 15:04:05 UTC") }
+func text(t time.Time) string { return clock.Text(t) }

@@ -265,7 +265,7 @@ func (r *restored) apply(b *bbolt.Bucket, name string) (tokensDropped int, err e
 	}
 	note, err := put(audit, auditKey(doc.Version), AuditRecord{Number: doc.Version, Change: keyset.Change{
 		At: r.At, Actor: keyset.Server, Operation: "restore", Before: states, After: states,
-		Note: fmt.Sprintf("from a copy of %s UTC; what was signed since is not known; join tokens dropped: %d", r.CopiedAt.Format(time.DateTime), tokensDropped),
+		Note: fmt.Sprintf("from a copy of %s; what was signed since is not known; join tokens dropped: %d", clock.Text(r.CopiedAt), tokensDropped),
 	}})
 	if err != nil {
 		return 0, err

@@ -146,7 +146,7 @@ func TestRestore(t *testing.T) {
 		}
 		if err != nil || len(records) != 1 || records[0].Number != doc.Version || records[0].Operation != "restore" || records[0].Actor != "server" ||
 			!records[0].At.Equal(restoredAt) || !reflect.DeepEqual(records[0].Before, states) || !reflect.DeepEqual(records[0].After, states) ||
-			!strings.Contains(records[0].Note, "2026-01-02 04:04:05 UTC") {
+			!strings.Contains(records[0].Note, "2026-01-02 04:04:05 +0000 UTC") {
 			t.Errorf("%s: the audit log says %+v, %v", name, records, err)
 		}
 	}
