@@ -84,7 +84,7 @@ func (r *Reloader[C]) Reload() {
 	for i, c := range changed {
 		all[i] = c.String()
 	}
-	r.Log.Info("configuration reloaded", "changes", all)
+	r.Log.Info("configuration reloaded", "changed_fields", all)
 }
 
 func (r *Reloader[C]) reload() ([]config.Change, error) {

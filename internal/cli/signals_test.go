@@ -55,12 +55,12 @@ func TestReload(t *testing.T) {
 		load, apply error
 		want        string
 	}{
-		{"a change", &reloadable{"f", "debug"}, nil, nil, `level=INFO msg="configuration reloaded" changes="[level: \"info\" -> \"debug\"]"`},
-		{"none", &reloadable{"f", "debug"}, nil, nil, `level=INFO msg="configuration reloaded" changes=[]`},
+		{"a change", &reloadable{"f", "debug"}, nil, nil, `level=INFO msg="configuration reloaded" changed_fields="[level: \"info\" -> \"debug\"]"`},
+		{"none", &reloadable{"f", "debug"}, nil, nil, `level=INFO msg="configuration reloaded" changed_fields=[]`},
 		{"a restart", &reloadable{"g", "warn"}, nil, nil, `level=ERROR msg="configuration not reloaded, the running one stays in use" error="fixed (running \"f\", new \"g\"): not changed`},
 		{"an invalid file", nil, errors.New("broken"), nil, `level=ERROR msg="configuration not reloaded, the running one stays in use" error=broken`},
 		{"not applied", &reloadable{"f", "warn"}, nil, errors.New("refused"), `level=ERROR msg="configuration not reloaded, the running one stays in use" error=refused`},
-		{"a change after that", &reloadable{"f", "warn"}, nil, nil, `changes="[level: \"debug\" -> \"warn\"]"`},
+		{"a change after that", &reloadable{"f", "warn"}, nil, nil, `changed_fields="[level: \"debug\" -> \"warn\"]"`},
 	} {
 		log.Reset()
 		next, loadErr, applyErr = tt.next, tt.load, tt.apply

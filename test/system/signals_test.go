@@ -81,7 +81,7 @@ func outlive(t *testing.T, socket string, args []string) {
 	send(syscall.SIGHUP)
 	log, said := bufio.NewScanner(r), false
 	for !said && log.Scan() {
-		said = strings.Contains(log.Text(), `"level":"INFO","msg":"configuration reloaded","changes":[]`)
+		said = strings.Contains(log.Text(), `"level":"INFO","msg":"configuration reloaded","changed_fields":[]`)
 	}
 	if !said {
 		_ = cmd.Process.Kill()
