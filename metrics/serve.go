@@ -35,7 +35,7 @@ type HTTPConfig struct {
 // An empty path is valid.
 func CheckWebConfig(path string) error {
 	if err := web.Validate(path); err != nil {
-		return fmt.Errorf("web config file %s: %w", path, err)
+		return fmt.Errorf("web config file %s: %w: give a web configuration file of Prometheus exporters, with the files that it names", path, err)
 	}
 	return nil
 }

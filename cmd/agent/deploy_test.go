@@ -44,8 +44,8 @@ func TestUnitFitsAgent(t *testing.T) {
 	}
 	for _, want := range []string{
 		"\nRestart=always\n",
-		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(cli.ExitPermanent) + "\n",
-		"\nEnvironment=GOTRACEBACK=crash\n", // else a crash ends with cli.ExitUsage
+		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitPermanent) + "\n",
+		"\nEnvironment=GOTRACEBACK=crash\n", // else a crash ends with cli.ExitPermanent
 	} {
 		if !strings.Contains(unit, want) {
 			t.Errorf("%q is missing", want)

@@ -18,6 +18,7 @@ import (
 	"os"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"testing"
 	"time"
 
@@ -39,7 +40,7 @@ func TestMain(m *testing.M) {
 }
 
 // TestScripts runs the command lines in testdata/script against a Workload API (at
-// $API; at $NO_IDENTITY one without identities) and an HTTP listener (at $URL; at
+// $API; at $NO_IDENTITY one without identities) and an HTTP listener (at $URL, which is http://$ADDRESS; at
 // $STARTING one of an agent that is not ready). Kubelets listen on the ports $KUBELET and
 // $FORBIDDEN, with certificates that kubelet.crt verifies. $DAEMONSET is the configuration
 // in daemonset.yaml.
@@ -55,6 +56,7 @@ func TestScripts(t *testing.T) {
 		serveBundle(t, e, id)
 		serveWorkloadAPI(t, e, "NO_IDENTITY", nil)
 		e.Setenv("URL", serveHTTP(t, e, rotation, nil))
+		e.Setenv("ADDRESS", strings.TrimPrefix(e.Getenv("URL"), "http://"))
 		e.Setenv("STARTING", serveHTTP(t, e, func() metrics.State { return metrics.State{} },
 			errors.New("starting: nothing has arrived yet\ndata_dir: bundle.json: no space left on device")))
 		serveKubelet(t, e, "KUBELET", func(w http.ResponseWriter, _ *http.Request) {

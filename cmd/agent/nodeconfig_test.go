@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spiffe/go-spiffe/v2/bundle/spiffebundle"
+	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/internal/cli"
 )
@@ -100,6 +102,16 @@ func serveBundle(t *testing.T, e *testscript.Env, id *identity) {
 	}
 	write("ca.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw}))
 	write("bundle.pem", bundlePEM)
+	write("bundle.der", id.root)
+	root, err := x509.ParseCertificate(id.root)
+	if err != nil {
+		t.Fatal(err)
+	}
+	json, err := spiffebundle.FromX509Authorities(spiffeid.RequireTrustDomainFromString("example.org"), []*x509.Certificate{root}).Marshal()
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("bundle.json", json)
 	write("token", claims("spire-server"))
 	write("api.token", claims("https://kubernetes.default.svc"))
 	key := newKey(t)

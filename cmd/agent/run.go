@@ -6,6 +6,7 @@ import (
 
 	"github.com/renewd/renewd/internal/agent"
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/metrics"
 	"github.com/renewd/renewd/renew"
 )
@@ -21,7 +22,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 		return err
 	}
 	if err := metrics.CheckWebConfig(cfg.WebConfigFile); err != nil {
-		return err
+		return config.FileError(err)
 	}
 	if call.Getenv("GOGC") == "" && call.Getenv("GOMEMLIMIT") == "" {
 		// The agent is idle most of the time, and its memory is lost to the

@@ -1,9 +1,6 @@
 package main
 
 import (
-	"errors"
-
-	"github.com/renewd/renewd/internal/agent/upstream"
 	"github.com/renewd/renewd/internal/cli"
 )
 
@@ -11,7 +8,7 @@ import (
 var version string
 
 var program = cli.Program{
-	Name: "agent", Version: version, Usage: usage, IsPermanent: isBanned,
+	Name: "agent", Version: version, Usage: usage,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
 		cli.ConfigCommand("agent", &schema),
@@ -21,9 +18,6 @@ var program = cli.Program{
 		{Name: "fetch", Help: cli.Text(fetchUsage), Sub: []cli.Command{{Name: "x509", Run: fetchX509Command}, {Name: "jwt", Run: fetchJWTCommand}}},
 	},
 }
-
-// isBanned reports whether the server has banned the node.
-func isBanned(err error) bool { return errors.Is(err, upstream.ErrBanned) }
 
 const usage = `agent keeps the workload identities of this node valid while signing keys change.
 

@@ -279,15 +279,15 @@ func TestCommandLine(t *testing.T) {
 		want string
 	}{
 		{"-h", cli.ExitOK, "Usage:"},
-		{"--svids 4", cli.ExitUsage, "--svids is 4: use 5"},
-		{"--svids 20001", cli.ExitUsage, "--svids is 20001"},
-		{"--svids many", cli.ExitUsage, `invalid value "many"`},
-		{"--max-delay 0", cli.ExitUsage, "--max-delay is 0s"},
-		{"--max-delay 2h", cli.ExitUsage, "--max-delay is 2h0m0s"},
-		{"-o yaml", cli.ExitUsage, `-o is "yaml": use text or json`},
-		{"-x", cli.ExitUsage, "not defined: -x"},
-		{"-\x1b[2J", cli.ExitUsage, "not defined: -\uFFFD[2J"},
-		{"workload now", cli.ExitUsage, `unexpected argument "workload"`},
+		{"--svids 4", cli.ExitPermanent, "--svids is 4: use 5"},
+		{"--svids 20001", cli.ExitPermanent, "--svids is 20001"},
+		{"--svids many", cli.ExitPermanent, `invalid value "many"`},
+		{"--max-delay 0", cli.ExitPermanent, "--max-delay is 0s"},
+		{"--max-delay 2h", cli.ExitPermanent, "--max-delay is 2h0m0s"},
+		{"-o yaml", cli.ExitPermanent, `-o is "yaml": use text or json`},
+		{"-x", cli.ExitPermanent, "not defined: -x"},
+		{"-\x1b[2J", cli.ExitPermanent, "not defined: -\uFFFD[2J"},
+		{"workload now", cli.ExitPermanent, `unexpected argument "workload"`},
 	} {
 		var stdout, stderr bytes.Buffer
 		code := run(t.Context(), strings.Fields(c.args), &stdout, &stderr)

@@ -92,7 +92,7 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return cli.ExitOK
 	case err != nil:
 		fmt.Fprintf(stderr, "demo: %s\nRun \"demo -h\" for help.\n", cli.PrintableLines(err.Error()))
-		return cli.ExitUsage
+		return cli.ExitPermanent
 	}
 	return play(ctx, s, stdout, stderr)
 }

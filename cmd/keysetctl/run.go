@@ -54,7 +54,7 @@ func run(ctx context.Context, args []string, getenv func(string) string, stdin i
 	_, _ = fmt.Fprintf(stderr, "%s %s\n", paint(stderr, getenv, red, "Error:"), cli.PrintableLines(err.Error()))
 	if _, ok := errors.AsType[cli.UsageError](err); ok {
 		_, _ = fmt.Fprintf(stderr, "%q shows the usage.\n", command.CommandPath()+" --help")
-		return cli.ExitUsage
+		return cli.ExitPermanent
 	}
 	remedy := runbook.Remedy(err)
 	if name := command.Name(); remedy == "" && ctx.Err() != nil && (name == "wait" || name == "rotate") {

@@ -38,8 +38,8 @@ func TestUnitFitsServer(t *testing.T) {
 	}
 	for _, want := range []string{
 		"\nRestart=always\n",
-		"\nEnvironment=GOTRACEBACK=crash\n", // otherwise a crash exits with cli.ExitUsage
-		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitUsage) + " " + strconv.Itoa(cli.ExitPermanent) + "\n",
+		"\nEnvironment=GOTRACEBACK=crash\n", // otherwise a crash exits with cli.ExitPermanent
+		"\nRestartPreventExitStatus=" + strconv.Itoa(cli.ExitPermanent) + "\n",
 		"\nLoadCredentialEncrypted=" + seal.CredentialName + ":",
 	} {
 		if !strings.Contains(unit, want) {

@@ -2,19 +2,12 @@ package main
 
 import (
 	"context"
-	"errors"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server"
-	"github.com/renewd/renewd/internal/server/seal"
-	"github.com/renewd/renewd/internal/server/store"
 	"github.com/renewd/renewd/metrics"
 )
-
-// isPermanent reports whether the store is damaged or was sealed with another key.
-func isPermanent(err error) bool {
-	return errors.Is(err, store.ErrDamaged) || errors.Is(err, seal.ErrWrongKey)
-}
 
 // runCommand runs the server until ctx is done.
 func runCommand(ctx context.Context, call *cli.Call) error {
@@ -27,7 +20,7 @@ func runCommand(ctx context.Context, call *cli.Call) error {
 		return err
 	}
 	if err := metrics.CheckWebConfig(s.WebConfigFile); err != nil {
-		return err
+		return config.FileError(err)
 	}
 	cfg := domainConfig(s, call.Env)
 	cfg.Started = cli.Started(call.Getenv, cfg.Log)

@@ -6,7 +6,7 @@ import "github.com/renewd/renewd/internal/cli"
 var version string
 
 var program = cli.Program{
-	Name: "server", Version: version, Usage: usage, IsPermanent: isPermanent,
+	Name: "server", Version: version, Usage: usage,
 	Commands: []cli.Command{
 		{Name: "run", Help: cli.Text(runUsage), Run: runCommand},
 		cli.ConfigCommand("server", &schema),

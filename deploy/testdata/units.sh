@@ -181,7 +181,7 @@ rm -f /root/other.key
 renewd-server key new /root/other.key
 install -m 0600 /root/other.key /etc/renewd/store.key
 not systemctl restart renewd-server
-[ "$(property ExecMainStatus renewd-server)" = 3 ] || fail "status $(property ExecMainStatus renewd-server)"
+[ "$(property ExecMainStatus renewd-server)" = 2 ] || fail "status $(property ExecMainStatus renewd-server)"
 journal_has renewd-server err 'not sealed with this encryption key'
 sed -i 's/^trust_domain/trust_domian/' /etc/renewd/agent.yaml
 not systemctl restart renewd-agent

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"net"
 	"sync"
 
 	"golang.org/x/sync/errgroup"
@@ -25,7 +24,7 @@ func (a *Agent) Run(ctx context.Context) (err error) {
 	if listener == nil {
 		lis, err := socket.Listen(a.cfg.SocketPath, a.cfg.SocketMode)
 		if err != nil {
-			return fmt.Errorf("open the Workload API socket: %w", err)
+			return fmt.Errorf("socket_path: %w", err)
 		}
 		a.socket.Store(lis)
 		listener = lis
@@ -111,7 +110,7 @@ func (a *Agent) listenAdmin() (func(context.Context) error, error) {
 	}
 	lis, err := socket.Listen(a.cfg.AdminSocket, 0o600)
 	if err != nil {
-		return nil, wrap("open the admin socket", err)
+		return nil, wrap("admin_socket_path", err)
 	}
 	server := admin.New(admin.Config{Attestors: a.attestors, Cache: a.cache, Log: a.log})
 	return func(ctx context.Context) error {
@@ -128,9 +127,9 @@ func (a *Agent) listenMetrics() (func(context.Context) error, error) {
 	if a.cfg.MetricsAddress == "" {
 		return func(context.Context) error { return nil }, nil
 	}
-	listener, err := net.Listen("tcp", a.cfg.MetricsAddress)
+	listener, err := listen.TCP(a.cfg.MetricsAddress)
 	if err != nil {
-		return nil, wrap("metrics", err)
+		return nil, wrap("metrics.address", err)
 	}
 	a.log.Info("metrics listening", "address", listener.Addr().String(), "web_config_file", a.cfg.WebConfigFile)
 	srv, serve := metrics.NewHTTPServer(metrics.HTTPConfig{WebConfigFile: a.cfg.WebConfigFile, Metrics: a.metrics, Ready: a.ready, Log: a.log})

@@ -14,13 +14,14 @@ import (
 	"github.com/renewd/renewd/internal/config"
 )
 
-// The exit statuses of all programs. A service manager should not restart a program after
-// ExitUsage or ExitPermanent, because it would fail again.
+// The exit statuses of all programs.
 const (
-	ExitOK        = 0
-	ExitFailed    = 1
-	ExitUsage     = 2 // wrong command line or configuration
-	ExitPermanent = 3 // see [Program.IsPermanent]
+	ExitOK     = 0
+	ExitFailed = 1
+	// ExitPermanent is that of every error that no restart mends, so that a service manager
+	// should not try: a wrong command line or configuration, a file with the wrong content,
+	// owner or mode, a wrong store; see [config.IsPermanent].
+	ExitPermanent = 2
 )
 
 // Env is the process environment of a command.
@@ -35,6 +36,9 @@ type UsageError struct{ text string }
 
 func (e UsageError) Error() string { return e.text }
 
+// Permanent is true; see [config.IsPermanent].
+func (e UsageError) Permanent() bool { return true }
+
 // Usagef returns a [UsageError].
 func Usagef(format string, args ...any) error { return UsageError{fmt.Sprintf(format, args...)} }
 
@@ -44,14 +48,13 @@ func Report(program string, err error, e Env) int {
 	var usage UsageError
 	var wrong config.Error
 	var text string
-	status := ExitFailed
 	switch {
 	case err == nil, errors.Is(err, flag.ErrHelp):
 		return ExitOK
 	case errors.As(err, &wrong):
-		text, status = wrong.Error(), ExitUsage
+		text = wrong.Error()
 	case errors.As(err, &usage):
-		text, status = fmt.Sprintf("%s: %s\nRun \"%s help\" for the usage.", program, usage, program), ExitUsage
+		text = fmt.Sprintf("%s: %s\nRun \"%s help\" for the usage.", program, usage, program)
 	default:
 		text = fmt.Sprintf("%s: %v", program, err)
 	}
@@ -60,7 +63,10 @@ func Report(program string, err error, e Env) int {
 		text = journalError + strings.ReplaceAll(text, "\n", "\n"+journalError)
 	}
 	_, _ = fmt.Fprintln(e.Stderr, text)
-	return status
+	if config.IsPermanent(err) {
+		return ExitPermanent
+	}
+	return ExitFailed
 }
 
 // When formats a time and its distance from now.

@@ -24,9 +24,10 @@ func TestReport(t *testing.T) {
 		{"success", nil, cli.ExitOK, ""},
 		{"help", fmt.Errorf("parse: %w", flag.ErrHelp), cli.ExitOK, ""},
 		{"failure", errors.New("no answer"), cli.ExitFailed, "prog: no answer\n"},
-		{"usage", fmt.Errorf("run: %w", cli.Usagef("no flag %q", "-x")), cli.ExitUsage, "prog: no flag \"-x\"\nRun \"prog help\" for the usage.\n"},
+		{"permanent", fmt.Errorf("start: %w", config.Permanent(errors.New("wrong owner"))), cli.ExitPermanent, "prog: start: wrong owner\n"},
+		{"usage", fmt.Errorf("run: %w", cli.Usagef("no flag %q", "-x")), cli.ExitPermanent, "prog: no flag \"-x\"\nRun \"prog help\" for the usage.\n"},
 		{"control sequence", errors.New("answer \x1b[2J\u009b2J\r\nin\ttwo lines"), cli.ExitFailed, "prog: answer \uFFFD[2J\uFFFD2J\uFFFD\nin\ttwo lines\n"},
-		{"configuration", fmt.Errorf("run: %w", config.Error{{Where: "f:1", Path: "a", What: "is wrong"}, {What: "x"}}), cli.ExitUsage, "f:1: a is wrong\nx\n"},
+		{"configuration", fmt.Errorf("run: %w", config.Error{{Where: "f:1", Path: "a", What: "is wrong"}, {What: "x"}}), cli.ExitPermanent, "f:1: a is wrong\nx\n"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()

@@ -31,9 +31,6 @@ type Program struct {
 	Version  string // the linker's, or empty
 	Usage    string
 	Commands []Command
-	// IsPermanent reports whether a restart would fail with the same error, so that
-	// the exit status is ExitPermanent; nil if there is no such error.
-	IsPermanent func(error) bool
 }
 
 // Command is a command, or a group of commands: a group has no Run.
@@ -56,12 +53,7 @@ func (p *Program) Main() {
 
 // Run runs a command line and returns the exit status.
 func (p *Program) Run(ctx context.Context, args []string, e Env) int {
-	err := p.dispatch(ctx, args, e)
-	code := Report(p.Name, err, e)
-	if code == ExitFailed && p.IsPermanent != nil && p.IsPermanent(err) {
-		return ExitPermanent
-	}
-	return code
+	return Report(p.Name, p.dispatch(ctx, args, e), e)
 }
 
 func (p *Program) dispatch(ctx context.Context, args []string, e Env) error {

@@ -9,9 +9,10 @@ import (
 	"testing"
 
 	"github.com/renewd/renewd/internal/cli"
+	"github.com/renewd/renewd/internal/config"
 )
 
-var errBroken = errors.New("broken for good")
+var errBroken = config.Permanent(errors.New("broken for good"))
 
 // newProgram returns a program whose commands print their flags and arguments.
 func newProgram() *cli.Program {
@@ -27,7 +28,7 @@ func newProgram() *cli.Program {
 	}
 	fail := func(context.Context, *cli.Call) error { return errBroken }
 	return &cli.Program{
-		Name: "prog", Version: "v1", Usage: "the usage\n", IsPermanent: func(err error) bool { return errors.Is(err, errBroken) },
+		Name: "prog", Version: "v1", Usage: "the usage\n",
 		Commands: []cli.Command{
 			{Name: "show", Help: cli.Text("help of show\n"), Run: show},
 			{Name: "fail", Help: cli.Text("help of fail\n"), Run: fail},
@@ -47,7 +48,7 @@ func TestProgram(t *testing.T) {
 		"show f":              {0, "show [f] on=false json=false\n", ""},
 		"show -on f -o json":  {0, "show [f] on=true json=true\n", ""},
 		"group show f --on":   {0, "group show [f] on=true json=false\n", ""},
-		"fail":                {cli.ExitPermanent, "", "prog: broken for good\n"},
+		"fail":                {2, "", "prog: broken for good\n"},
 		"version":             {0, "renewd prog v1\n", ""},
 		"--version":           {0, "renewd prog v1\n", ""},
 		"help":                {0, "the usage\n", ""},

@@ -11,6 +11,7 @@ import (
 	"regexp"
 	"strconv"
 	"strings"
+	"syscall"
 
 	"go.yaml.in/yaml/v3"
 )
@@ -364,19 +365,27 @@ func (f *Field[C]) example() string {
 // not fill the memory.
 const maxFileSize = 1 << 20
 
-// ReadFile reads a file of limit bytes at most.
+// ReadFile reads a file of limit bytes at most. Its errors have the path, and passed
+// [FileError].
 func ReadFile(path string, limit int64) ([]byte, error) {
+	data, err := readFile(path, limit)
+	return data, FileError(err)
+}
+
+func readFile(path string, limit int64) ([]byte, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return nil, err
 	}
 	defer func() { _ = f.Close() }()
 	data, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
+	switch {
+	case errors.Is(err, syscall.EISDIR):
+		return nil, fmt.Errorf("%s is a directory: give a file", path)
+	case err != nil:
 		return nil, err
-	}
-	if int64(len(data)) > limit {
-		return nil, fmt.Errorf("%s is larger than %d bytes", path, limit)
+	case int64(len(data)) > limit:
+		return nil, fmt.Errorf("%s is larger than %d bytes: give another file", path, limit)
 	}
 	return data, nil
 }

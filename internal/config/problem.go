@@ -39,6 +39,9 @@ func (p Problem) String() string {
 // Error is all errors in a configuration.
 type Error []Problem
 
+// Permanent is true: a restart with the same configuration fails again.
+func (e Error) Permanent() bool { return true }
+
 // Error returns one line for each problem.
 func (e Error) Error() string {
 	lines := make([]string, len(e))

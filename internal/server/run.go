@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"net"
-	"syscall"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -110,12 +109,9 @@ func (l *listeners) tcp(field, address string, serve serve) error {
 	if address == "" {
 		return nil
 	}
-	lis, err := net.Listen("tcp", address)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return fmt.Errorf("%s: %w: stop the process that listens there (ss -ltnp shows it) or choose another address", field, err)
-	case err != nil:
-		return fmt.Errorf("%s: %w: give host:port of this machine", field, err)
+	lis, err := listen.TCP(address)
+	if err != nil {
+		return fmt.Errorf("%s: %w", field, err)
 	}
 	l.add(field, lis, serve)
 	return nil

@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/listen"
 	"github.com/renewd/renewd/internal/server/admin"
 	"github.com/renewd/renewd/internal/server/detach"
@@ -122,7 +123,7 @@ func (d *Domain) openStore() (err error) {
 		return fmt.Errorf("key_file: %w", err)
 	}
 	if err := os.MkdirAll(d.cfg.DataDir, 0o700); err != nil {
-		return fmt.Errorf("data_dir: %w", err)
+		return config.FileError(fmt.Errorf("data_dir: create the folder: %w: create it for the user that the server runs as, or choose another data_dir", err))
 	}
 	d.store, err = store.Open(filepath.Join(d.cfg.DataDir, FileName), o)
 	return err

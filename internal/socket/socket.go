@@ -9,10 +9,13 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 // maxPath is the maximum length of a path in sockaddr_un, without the final NUL:
@@ -25,8 +28,8 @@ const maxPath = 107
 // listener removes the socket file. [Listener.Watch] keeps the file in place until then.
 func Listen(path string, mode fs.FileMode) (*Listener, error) {
 	if len(path) > maxPath {
-		return nil, fmt.Errorf("socket %s: the path has %d bytes, the maximum is %d: choose a shorter one",
-			path, len(path), maxPath)
+		return nil, config.Permanent(fmt.Errorf("socket %s: the path has %d bytes, the maximum is %d: choose a shorter one",
+			path, len(path), maxPath))
 	}
 	l := newListener(path, mode)
 	if err := l.bind(); err != nil {
@@ -38,14 +41,14 @@ func Listen(path string, mode fs.FileMode) (*Listener, error) {
 // bind creates the socket file and a listener for it.
 func bind(path string, mode fs.FileMode) (*net.UnixListener, fs.FileInfo, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
-		return nil, nil, fmt.Errorf("socket %s: create its folder: %w", path, err)
+		return nil, nil, config.FileError(fmt.Errorf("socket %s: create its folder: %w", path, err))
 	}
 	if err := removeStale(path); err != nil {
 		return nil, nil, fmt.Errorf("socket %s: %w", path, err)
 	}
 	lis, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
-		return nil, nil, fmt.Errorf("socket %s: %w", path, err)
+		return nil, nil, listenError(path, err)
 	}
 	err = os.Chmod(path, mode)
 	var file fs.FileInfo
@@ -59,6 +62,13 @@ func bind(path string, mode fs.FileMode) (*net.UnixListener, fs.FileInfo, error)
 	return lis, file, nil
 }
 
+func listenError(path string, err error) error {
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EROFS) {
+		return config.FileError(fmt.Errorf("socket %s: %w: choose a folder that this program's user can write", path, err))
+	}
+	return fmt.Errorf("socket %s: %w", path, err)
+}
+
 func removeStale(path string) error {
 	info, err := os.Lstat(path)
 	switch {
@@ -67,13 +77,18 @@ func removeStale(path string) error {
 	case err != nil:
 		return err
 	case info.Mode().Type() != fs.ModeSocket:
-		return errors.New("there is a file that is not a socket: remove it or choose another path")
+		return config.Permanent(errors.New("there is a file that is not a socket: remove it or choose another path"))
 	}
 	conn, err := net.DialTimeout("unix", path, time.Second)
 	switch {
 	case err == nil:
-		conn.Close()
-		return errors.New("another process listens on it: stop that process (ss -xlp shows it) or choose another path")
+		defer conn.Close()
+		other := "stop that process (ss -xlp shows it)"
+		if pid := listener(conn); pid > 0 {
+			name, _ := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid))
+			other = fmt.Sprintf("stop %q (PID %d)", strings.TrimSpace(string(name)), pid)
+		}
+		return errors.New("another process listens on it: " + other + " or choose another path")
 	case errors.Is(err, syscall.ECONNREFUSED):
 		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return fmt.Errorf("remove the stale socket: %w", err)
@@ -92,15 +107,21 @@ func isOurs(path string) bool {
 		return false
 	}
 	defer conn.Close()
+	return listener(conn) == os.Getpid()
+}
+
+// listener returns the PID of the process that listens on the socket to which conn is
+// connected; 0 if that is not known.
+func listener(conn net.Conn) (pid int) {
 	raw, err := conn.(*net.UnixConn).SyscallConn()
 	if err != nil {
-		return false
+		return 0
 	}
-	ours := false
-	err = raw.Control(func(fd uintptr) {
+	_ = raw.Control(func(fd uintptr) {
 		// The credentials are those of the process that called listen(2): unix(7).
-		cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED)
-		ours = err == nil && int(cred.Pid) == os.Getpid()
+		if cred, err := unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			pid = int(cred.Pid)
+		}
 	})
-	return err == nil && ours
+	return pid
 }

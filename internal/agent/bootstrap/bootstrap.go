@@ -8,15 +8,16 @@ package bootstrap
 
 import (
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
-	"os"
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/config"
 )
 
 // maxBytes is the largest bundle accepted, in bytes. An authority takes 1 to 2 KiB.
@@ -39,39 +40,69 @@ type File struct {
 	TrustDomain spiffeid.TrustDomain
 }
 
-// Fetch reads the file.
+// Fetch reads the file. Its errors passed [config.FileError].
 func (f File) Fetch(context.Context, Request) (*bundle.Bundle, error) {
-	file, err := os.Open(f.Path)
+	data, err := config.ReadFile(f.Path, maxBytes)
 	if err != nil {
 		return nil, err
 	}
-	defer file.Close()
-	b, err := read(file, f.TrustDomain)
+	b, err := parse(data, f.TrustDomain)
 	if err != nil {
-		return nil, fmt.Errorf("%s %w", f.Path, err)
+		return nil, config.Permanent(fmt.Errorf("%s %w", f.Path, err))
 	}
 	return b, nil
 }
 
-// read reads and parses a bundle. Its errors continue a sentence that begins with the
-// bundle's place.
+// read reads and parses the answer of a URL. Its errors continue a sentence that begins
+// with the bundle's place.
 func read(r io.Reader, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
-	b, err := io.ReadAll(io.LimitReader(r, maxBytes+1))
+	data, err := io.ReadAll(io.LimitReader(r, maxBytes+1))
 	switch {
 	case err != nil:
 		return nil, fmt.Errorf("cannot be read: %w", err)
-	case len(b) > maxBytes:
+	case len(data) > maxBytes:
 		return nil, fmt.Errorf("is larger than %d bytes", maxBytes)
-	case len(b) == 0:
-		return nil, errors.New(`is empty: write it again with "server bundle" or "spire-server bundle show"`)
 	}
-	doc, err := bundle.Read(b)
+	return parse(data, td)
+}
+
+// writeAgain is the remedy for a bundle that cannot be used.
+const writeAgain = `write it again with "server bundle" or "spire-server bundle show"`
+
+// parse parses a bundle of a trust domain. Its errors continue a sentence that begins with
+// the bundle's place.
+func parse(data []byte, td spiffeid.TrustDomain) (*bundle.Bundle, error) {
+	if len(data) == 0 {
+		return nil, errors.New("is empty: " + writeAgain)
+	}
+	if _, err := x509.ParseCertificates(data); err == nil {
+		return nil, errors.New("has certificates in DER: convert them to PEM (openssl x509 -inform der), or " + writeAgain)
+	}
+	doc, err := bundle.Read(data)
 	if err != nil {
-		return nil, fmt.Errorf("is not a trust bundle: %w", err)
+		return nil, fmt.Errorf("is not a trust bundle: %w: %s", err, writeAgain)
 	}
-	out, err := bundle.New(td, doc.Content)
+	if other := trustDomainOf(doc); other != "" && other != td.Name() {
+		return nil, fmt.Errorf("is the trust bundle of %q, and trust_domain is %q: give that of the server, or correct trust_domain", other, td.Name())
+	}
+	b, err := bundle.New(td, doc.Content)
 	if err != nil {
-		return nil, fmt.Errorf("is not a trust bundle: %w", err)
+		return nil, fmt.Errorf("is not a trust bundle: %w: %s", err, writeAgain)
 	}
-	return out, nil
+	return b, nil
+}
+
+// trustDomainOf returns the trust domain in the SPIFFE IDs of a bundle's authorities; ""
+// if they have none, as those of other CAs, or several.
+func trustDomainOf(doc *bundle.Document) string {
+	found := ""
+	for _, a := range doc.X509 {
+		for _, uri := range a.Certificate.URIs {
+			if uri.Scheme != "spiffe" || found != "" && uri.Host != found {
+				return ""
+			}
+			found = uri.Host
+		}
+	}
+	return found
 }

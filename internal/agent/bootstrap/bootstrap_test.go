@@ -77,7 +77,7 @@ func documents(t testing.TB) (pems, spiffe []byte) {
 // unusable are contents that are no bundle, with what the error says.
 func unusable() map[string]struct{ content, want string } {
 	return map[string]struct{ content, want string }{
-		"empty":        {"", "is empty: "},
+		"empty":        {"", "is empty: write it again"},
 		"blank":        {"\n", "is not a trust bundle"},
 		"text":         {"hello", "is not a trust bundle"},
 		"empty JSON":   {"{}", "is not a trust bundle"},

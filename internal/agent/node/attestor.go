@@ -36,7 +36,7 @@ type Credential struct {
 
 // ErrNoCredential means that the configuration has no credential to attest the node
 // with, so that another attempt is useless.
-var ErrNoCredential = errors.New("no credential is configured to attest the node with")
+var ErrNoCredential = config.Permanent(errors.New("no credential is configured to attest the node with"))
 
 // maxToken is the longest join token accepted, in bytes. A server's has 36.
 const maxToken = 4 << 10

@@ -11,10 +11,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 // maxFile is the largest file that is read, in bytes.
 const maxFile = 32 << 20
+
+// folderRemedy is the remedy if the folder cannot be created or written.
+const folderRemedy = "data_dir must be a folder that the agent's user can write, on a file system that is not read-only and not full"
 
 // folder is an open data_dir whose lock this process holds.
 type folder struct {
@@ -26,11 +31,11 @@ type folder struct {
 // openFolder opens the folder at path, creates it if it is missing, and locks it.
 func openFolder(path string) (_ *folder, err error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
-		return nil, fmt.Errorf("create the folder: %w", err)
+		return nil, config.FileError(fmt.Errorf("create the folder: %w: %s", err, folderRemedy))
 	}
 	root, err := os.OpenRoot(path)
 	if err != nil {
-		return nil, err
+		return nil, config.FileError(fmt.Errorf("%w: %s", err, folderRemedy))
 	}
 	f := &folder{path: path, root: root}
 	defer func() {
@@ -44,11 +49,11 @@ func openFolder(path string) (_ *folder, err error) {
 	}
 	// The owner of the folder can replace the key in it.
 	if st, ok := info.Sys().(*syscall.Stat_t); ok && int(st.Uid) != os.Geteuid() {
-		return nil, fmt.Errorf("%s belongs to user %d and this process runs as %d: chown it, or run as its owner", path, st.Uid, os.Geteuid())
+		return nil, config.Permanent(fmt.Errorf("%s belongs to user %d and this process runs as %d: chown it, or run as its owner", path, st.Uid, os.Geteuid()))
 	}
 	if info.Mode().Perm()&0o077 != 0 {
 		if err := root.Chmod(".", 0o700); err != nil {
-			return nil, fmt.Errorf("%s can be read by others (mode %v): chmod it to 0700: %w", path, info.Mode().Perm(), err)
+			return nil, config.FileError(fmt.Errorf("%s can be read by others (mode %v): chmod it to 0700: %w", path, info.Mode().Perm(), err))
 		}
 	}
 	f.lock, err = root.OpenFile(lockFile, os.O_RDWR|os.O_CREATE, 0o600)
@@ -58,7 +63,7 @@ func openFolder(path string) (_ *folder, err error) {
 		f.lock, err = root.Open(lockFile)
 	}
 	if err != nil {
-		return nil, fmt.Errorf("open the lock file: %w", err)
+		return nil, config.FileError(fmt.Errorf("open the lock file: %w: %s", err, folderRemedy))
 	}
 	if err := syscall.Flock(int(f.lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); err != nil {
 		if errors.Is(err, syscall.EWOULDBLOCK) {

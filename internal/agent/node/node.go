@@ -21,6 +21,7 @@ import (
 	"google.golang.org/grpc"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/config"
 )
 
 // maxChallenges is the most challenges of one attestation that are answered. SPIRE's
@@ -72,7 +73,9 @@ func New(cfg Config) (*Node, error) {
 	var corrupt *CorruptError
 	switch {
 	case errors.As(err, &corrupt):
-		if _, noCredential := cfg.Attestor.Credential(context.Background()); noCredential != nil {
+		if _, noCredential := cfg.Attestor.Credential(context.Background()); errors.Is(noCredential, ErrNoCredential) {
+			return nil, config.Permanent(err)
+		} else if noCredential != nil {
 			return nil, err
 		}
 		to, renameErr := cfg.Store.moveCorruptIdentity(cfg.Now())

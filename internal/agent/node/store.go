@@ -14,6 +14,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/loglimit"
 )
 
@@ -137,7 +138,7 @@ func (s *Store) LoadIdentity() (*Identity, error) {
 	}
 	id, err := decodeIdentity(b)
 	if errors.Is(err, errNewer) {
-		return nil, fmt.Errorf("%s: %w: install that version again, or move the file away and re-attest, with a new join token for instance", s.folder.pathOf(identityFile), err)
+		return nil, config.Permanent(fmt.Errorf("%s: %w: install that version again, or move the file away and re-attest, with a new join token for instance", s.folder.pathOf(identityFile), err))
 	}
 	if err != nil {
 		return nil, &CorruptError{s.folder.pathOf(identityFile), "move it away and re-attest, with a new join token for instance", err}

@@ -26,6 +26,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/cache"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/loglimit"
 )
 
@@ -62,7 +63,13 @@ func Open(path string, log *slog.Logger) (*Dir, error) {
 	}, nil
 }
 
+// prepare makes the folder private. Its errors passed [config.FileError].
 func prepare(path string) (fs.FileInfo, error) {
+	info, err := prepareFolder(path)
+	return info, config.FileError(err)
+}
+
+func prepareFolder(path string) (fs.FileInfo, error) {
 	if err := os.MkdirAll(path, 0o700); err != nil {
 		return nil, fmt.Errorf("create runtime_dir: %w", err)
 	}

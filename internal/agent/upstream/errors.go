@@ -10,11 +10,13 @@ import (
 	"github.com/spiffe/spire-api-sdk/proto/spire/api/types"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 // ErrBanned means that the server has banned this node. Every later call fails
-// with it.
-var ErrBanned = errors.New("the server has banned this node: evict the agent at the server, then attest this node again, for example with a new join token")
+// with it, also after a restart.
+var ErrBanned = config.Permanent(errors.New("the server has banned this node: evict the agent at the server, then attest this node again, for example with a new join token"))
 
 // errClosed is the error of calls after Close.
 var errClosed = errors.New("the client is closed")

@@ -73,7 +73,7 @@ func readFile(path string) (*bundle.Document, error) {
 		err = errors.New("it has no X.509 authority")
 	}
 	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
+		return nil, config.Permanent(fmt.Errorf("%s: %w", path, err))
 	}
 	return doc, nil
 }

@@ -29,6 +29,7 @@ import (
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
 
 	"github.com/renewd/renewd/bundle"
+	"github.com/renewd/renewd/internal/config"
 )
 
 // The profiles of a bundle endpoint (SPIFFE Federation, section 5.2).
@@ -168,7 +169,11 @@ func (f *Follower) setInitial(ctx context.Context, p *peer, stored *Record) erro
 	if p.BundleFile != "" {
 		var err error
 		if first, err = readFile(p.BundleFile); err != nil {
-			return &EndpointError{p.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + name + " to it, in SPIFFE's format or as PEM"}
+			wrong := &EndpointError{p.TrustDomain, "bundle_file", fmt.Sprintf("cannot be used: %v", err), "write the bundle of " + name + " to it, in SPIFFE's format or as PEM"}
+			if config.IsPermanent(err) {
+				return config.Permanent(wrong)
+			}
+			return wrong
 		}
 		file = first.Digest()
 	}

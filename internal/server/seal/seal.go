@@ -24,11 +24,13 @@ import (
 	"github.com/tink-crypto/tink-go/v2/keyset"
 	"github.com/tink-crypto/tink-go/v2/tink"
 	"golang.org/x/sys/unix"
+
+	"github.com/renewd/renewd/internal/config"
 )
 
 // ErrWrongKey is returned for a value that cannot be decrypted: it was sealed with a key
 // that is not in the file or with another context, or it is damaged.
-var ErrWrongKey = errors.New("it was not sealed with this encryption key")
+var ErrWrongKey = config.Permanent(errors.New("it was not sealed with this encryption key"))
 
 // Manager encrypts and decrypts secrets. It is safe for concurrent use. Its errors
 // contain no key material.
@@ -109,7 +111,7 @@ func Find(path string, getenv func(string) string) (Manager, error) {
 	}
 	dir := getenv("CREDENTIALS_DIRECTORY")
 	if dir == "" {
-		return nil, fmt.Errorf("no encryption key: set key_file in the configuration, or give the service the systemd credential %s", CredentialName)
+		return nil, config.Permanent(fmt.Errorf("no encryption key: set key_file in the configuration, or give the service the systemd credential %s", CredentialName))
 	}
 	// systemd grants a service that does not run as root access by an access control
 	// list, whose mask shows as the group's permissions.
@@ -122,11 +124,11 @@ func File(path string) (Manager, error) { return load(path, 0o077) }
 func load(path string, forbidden fs.FileMode) (Manager, error) {
 	h, err := read(path, forbidden)
 	if err != nil {
-		return nil, err
+		return nil, config.FileError(err)
 	}
 	m, err := newManager(h)
 	if err != nil {
-		return nil, fmt.Errorf("key file %s: %w", path, err)
+		return nil, config.Permanent(fmt.Errorf("key file %s: %w: restore it from a backup", path, err))
 	}
 	return m, nil
 }
@@ -162,6 +164,9 @@ func read(path string, forbidden fs.FileMode) (*keyset.Handle, error) {
 func openError(path string, err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return fmt.Errorf("key file: %w: restore the one of the store, or, for a new store, create one with \"server key new %s\"", err, path)
+	}
+	if errors.Is(err, fs.ErrPermission) {
+		return fmt.Errorf("key file: %w: give it to the user that the server runs as, with mode 0600", err)
 	}
 	return fmt.Errorf("key file: %w", err)
 }

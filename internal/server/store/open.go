@@ -17,6 +17,7 @@ import (
 	"go.etcd.io/bbolt"
 	"golang.org/x/sys/unix"
 
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/seal"
 )
 
@@ -160,12 +161,12 @@ func openFile(path string, o Options) (*os.File, error) {
 	}
 	switch {
 	case errors.Is(err, syscall.EROFS), errors.Is(err, fs.ErrPermission):
-		return nil, fmt.Errorf("%w: the server must be able to read and write it", cause(err))
+		return nil, config.FileError(fmt.Errorf("%w: the server must be able to read and write it", cause(err)))
 	case err != nil:
-		return nil, cause(err)
+		return nil, config.FileError(fmt.Errorf("%w: remove what is there, or choose another data_dir", cause(err)))
 	}
 	if info, err := f.Stat(); err != nil || !info.Mode().IsRegular() {
-		return nil, errors.Join(errors.New("it is not a regular file"), err, f.Close())
+		return nil, errors.Join(config.Permanent(errors.New("it is not a regular file: remove it, or choose another data_dir")), err, f.Close())
 	}
 	for begin := time.Now(); ; time.Sleep(50 * time.Millisecond) {
 		err := unix.Flock(int(f.Fd()), lock|unix.LOCK_NB)
@@ -212,7 +213,7 @@ func create(path string, o Options) error {
 	dir := filepath.Dir(path)
 	f, err := os.CreateTemp(dir, "."+filepath.Base(path)+".*") // mode 0600
 	if err != nil {
-		return fmt.Errorf("create it: %w: its folder must exist, and the server must be able to write to it", cause(err))
+		return config.FileError(fmt.Errorf("create it: %w: its folder must exist, and the server must be able to write to it", cause(err)))
 	}
 	temp := f.Name()
 	defer os.Remove(temp)
@@ -291,7 +292,7 @@ func (s *Store) checkContents(tx *bbolt.Tx) (reseal []string, err error) {
 	case err != nil:
 		return nil, err
 	case v.Format > formatVersion:
-		return nil, fmt.Errorf("it has format %d, this program supports up to %d: a newer version of the program has used it, run that", v.Format, formatVersion)
+		return nil, config.Permanent(fmt.Errorf("it has format %d, this program supports up to %d: a newer version of the program has used it, run that", v.Format, formatVersion))
 	case v.Format < 1:
 		return nil, fmt.Errorf("%w: format %d", ErrDamaged, v.Format)
 	}
@@ -301,7 +302,7 @@ func (s *Store) checkContents(tx *bbolt.Tx) (reseal []string, err error) {
 	case err != nil:
 		return nil, err
 	case a.TrustDomain != s.td.Name():
-		return nil, fmt.Errorf("it belongs to trust domain %s, the configuration has %s: correct the trust domain or the path", a.TrustDomain, s.td)
+		return nil, config.Permanent(fmt.Errorf("it belongs to trust domain %s, the configuration has %s: correct trust_domain or data_dir", a.TrustDomain, s.td))
 	}
 	if err := s.checkAbout(b); err != nil {
 		return nil, err

@@ -58,6 +58,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/renewd/renewd/internal/clock"
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/seal"
 )
 
@@ -65,7 +66,7 @@ import (
 // remedy.
 var (
 	ErrInUse    = errors.New("another process has it open")
-	ErrDamaged  = errors.New("the file is damaged")
+	ErrDamaged  = config.Permanent(errors.New("the file is damaged"))
 	ErrReadOnly = errors.New("the store was opened for reading only")
 	ErrClosed   = errors.New("the store is closed")
 )

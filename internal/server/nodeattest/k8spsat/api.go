@@ -85,7 +85,7 @@ func (a *apiServer) connect() (*connection, error) {
 			return nil, fmt.Errorf("kube_config_file is not set and this is no pod of a cluster: %w: set kube_config_file", err)
 		}
 	} else if c, err = clientcmd.BuildConfigFromFlags("", a.kubeconfig); err != nil {
-		return nil, fmt.Errorf("kube_config_file: %w", err)
+		return nil, fmt.Errorf("kube_config_file: %w: give a kubeconfig, as \"kubectl config view --raw --minify\" prints it", err)
 	}
 	c.UserAgent = "renewd-server"
 	c.QPS = -1 // maxAsking is the limit

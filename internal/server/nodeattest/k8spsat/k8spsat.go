@@ -17,6 +17,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/renewd/renewd/internal/config"
 	"github.com/renewd/renewd/internal/server/spireapi"
 )
 
@@ -85,7 +86,7 @@ func New(td spiffeid.TrustDomain, clusters []Cluster) (*Verifier, error) {
 		}
 		api := newAPIServer(c.Kubeconfig)
 		if _, err := api.connect(); err != nil {
-			return nil, fmt.Errorf("k8s_psat: cluster %q: %w", c.Name, err)
+			return nil, config.FileError(fmt.Errorf("k8s_psat: cluster %q: %w", c.Name, err))
 		}
 		v.clusters[c.Name] = cluster{c, api}
 	}

@@ -58,7 +58,7 @@ func load(names []string) (all []*x509.Certificate, err error) {
 		}
 		certs, err := parsePEM(data)
 		if err != nil {
-			return nil, fmt.Errorf("ca_bundle_files: %s: %w: give a file with PEM certificates of CAs", name, err)
+			return nil, config.Permanent(fmt.Errorf("ca_bundle_files: %s: %w: give a file with PEM certificates of CAs", name, err))
 		}
 		all = append(all, certs...)
 	}
