@@ -422,6 +422,7 @@ The rotation is complete: ks_def5678uvw is active.
 `
 		wantErr := `Waiting until ks_abc1234xyz is safe to remove.
 The last JWT-SVID that ks_abc1234xyz signed expires 2000-01-02 00:00:00 +0000 UTC (in 1d). Removal ends it earlier, at each relying party's next bundle refresh.
+Nodes made with a trust bundle of before the rotation cannot verify the server: refresh it wherever nodes are made, with "server bundle" or "spire-server bundle show".
 `
 		if code != 0 || out != want || errs != wantErr {
 			t.Errorf("exit %d\n%s%s\nwant\n%s%s", code, out, errs, want, wantErr)

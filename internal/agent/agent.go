@@ -110,6 +110,7 @@ func (a *Agent) open() (err error) {
 		TrustDomain:     cfg.TrustDomain,
 		Node:            a.node,
 		Bundle:          a.trust,
+		Trust:           a.describeTrust,
 		VerifyOtherwise: a.verifyOtherwise,
 		Verified:        a.serverVerified,
 		Insecure:        cfg.InsecureBootstrap,

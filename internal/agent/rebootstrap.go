@@ -65,6 +65,18 @@ func (a *Agent) source() TrustSource {
 // trusts what its source says.
 func (a *Agent) bootstrapping() bool { return a.firstTrust && a.applied.Load() == nil }
 
+// describeTrust is the Trust of the upstream client. A bundle from before a rotation is the
+// usual reason why a new node cannot verify its server.
+func (a *Agent) describeTrust() (name, remedy string) {
+	switch file := a.cfg.TrustBundleFile; {
+	case !a.bootstrapping():
+		return "the trust bundle in force", "check server_address, and if all its keys were replaced give its bundle in trust_bundle_file or set rebootstrap"
+	case file != "":
+		return "trust_bundle_file " + file, fmt.Sprintf("check server_address, and if the keys were rotated since the file was written, write it again with \"server bundle > %s\" at the server, or set trust_bundle_url", file)
+	}
+	return "the bundle of trust_bundle_url", "check server_address, and that the URL has the server's current bundle"
+}
+
 // verifyOtherwise is the VerifyOtherwise of the upstream client: it verifies the server
 // with authorities that are new in trust_bundle_file, and with what the source says after
 // the delay.

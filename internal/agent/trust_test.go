@@ -258,6 +258,44 @@ func TestDrillOldTrustBundleFileAtTheStart(t *testing.T) {
 	})
 }
 
+// A file from before a rotation verifies nothing at the first start. The log names the file,
+// the authorities in it and the remedy, which helps the waiting agent.
+func TestDrillTrustBundleFileFromBeforeARotation(t *testing.T) {
+	withTrustFile(t, 1, func(w *world) {
+		w.unchecked = true
+		w.waitHeld(1)
+		w.stopAgent()
+		file := w.server.BundlePEM()
+		old := w.activate()
+		keys := w.server.Keysets()
+		w.check(keys.Taint(w.t.Context(), old.ID))
+		w.check(keys.Remove(w.t.Context(), old.ID))
+		w.check(os.RemoveAll(w.cfg.DataDir))
+		w.writeTrust(file)
+		w.writeToken()
+		var log strings.Builder
+		w.cfg.Log = syncedLog(&log)
+		w.startAgent()
+		time.Sleep(time.Minute)
+		w.writeTrust(w.server.BundlePEM())
+		w.waitHeld(1)
+		w.stopAgent()
+		active := keys.Active()
+		for _, want := range []string{
+			"authority " + active.X509AuthorityID + ", which signed the server's certificate, is not in trust_bundle_file " + w.cfg.TrustBundleFile,
+			"it has " + old.X509AuthorityID + " until " + old.ExpiresAt.UTC().Format(time.RFC3339),
+			"server bundle > " + w.cfg.TrustBundleFile,
+		} {
+			if !strings.Contains(log.String(), want) {
+				t.Errorf("the log lacks %q", want)
+			}
+		}
+		if t.Failed() {
+			t.Log(log.String())
+		}
+	})
+}
+
 // A node was bootstrapped insecurely and gets a file later. The file's authorities are
 // trusted then; before that no other server is.
 func TestDrillTrustBundleFileAfterAnInsecureBootstrap(t *testing.T) {

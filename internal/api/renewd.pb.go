@@ -2548,9 +2548,10 @@ func (x *Selector) GetValue() string {
 }
 
 type Entry struct {
-	state    protoimpl.MessageState `protogen:"open.v1"`
-	Id       string                 `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
-	SpiffeId string                 `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
+	state protoimpl.MessageState `protogen:"open.v1"`
+	// Empty in a request: that of the stored entry which this one is an edit of, or a new one.
+	Id       string `protobuf:"bytes,1,opt,name=id,proto3" json:"id,omitempty"`
+	SpiffeId string `protobuf:"bytes,2,opt,name=spiffe_id,json=spiffeId,proto3" json:"spiffe_id,omitempty"`
 	// Who serves the entry: an agent; the nodes of an alias, by its SPIFFE ID; who serves
 	// another entry, by its SPIFFE ID; empty: every agent. An entry whose parent is the
 	// server is an alias: nodes that have all its selectors go by its SPIFFE ID.

@@ -44,6 +44,9 @@ type Config struct {
 	// Bundle is the trust bundle in force, nil before there is one. It is read
 	// at each handshake and must be safe for concurrent use.
 	Bundle func() *bundle.Bundle
+	// Trust returns what an error calls the bundle in force, and what to do when it lacks
+	// the authority of the server's certificate; nil means general words.
+	Trust func() (name, remedy string)
 	// VerifyOtherwise, when set, is called when the bundle in force lacks the
 	// authority of the server's certificate. It calls verify, which checks the
 	// certificate, with what else the operator trusts, and reports whether that has
@@ -129,6 +132,9 @@ func New(cfg Config) (*Client, error) {
 	cfg.Log = cmp.Or(cfg.Log, slog.New(slog.DiscardHandler))
 	if cfg.Now == nil {
 		cfg.Now = time.Now
+	}
+	if cfg.Trust == nil {
+		cfg.Trust = func() (name, remedy string) { return "the trust bundle", "give the server's bundle" }
 	}
 	cfg.Version = strings.ToValidUTF8(cfg.Version[:min(len(cfg.Version), maxVersion)], "")
 	c := &Client{

@@ -2,11 +2,13 @@ package upstream
 
 import (
 	"context"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
 	"errors"
 	"fmt"
 	"net"
+	"strings"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -147,8 +149,32 @@ func (c *Client) verify(chain []*x509.Certificate) error {
 		c.cfg.Verified()
 	case errors.As(err, &unknown) && c.cfg.VerifyOtherwise != nil && c.cfg.VerifyOtherwise(verify):
 		return nil
+	case errors.As(err, &unknown):
+		return c.lacksAuthority(chain, unknown)
 	}
 	return err
+}
+
+// maxShown bounds how many authorities of a bundle an error lists.
+const maxShown = 5
+
+// lacksAuthority returns an error that compares the authorities of the bundle in force with
+// the one that signed a chain: after a rotation a bundle of earlier is as valid as before and
+// verifies nothing.
+func (c *Client) lacksAuthority(chain []*x509.Certificate, err error) error {
+	name, remedy := c.cfg.Trust()
+	var has []string
+	all := c.cfg.Bundle().X509()
+	for i, a := range all {
+		if i == maxShown {
+			has = append(has, fmt.Sprintf("and %d more", len(all)-maxShown))
+			break
+		}
+		has = append(has, fmt.Sprintf("%s until %s", a.ID, a.Certificate.NotAfter.UTC().Format(time.RFC3339)))
+	}
+	signer := chain[len(chain)-1].AuthorityKeyId // as the peer says, so of any length
+	signer = signer[:min(len(signer), sha256.Size)]
+	return fmt.Errorf("verify the server: authority %x, which signed the server's certificate, is not in %s; it has %s: %w: %s", signer, name, strings.Join(has, ", "), err, remedy)
 }
 
 // verifyServer checks that a chain is the server's and ends in an authority of
@@ -172,17 +198,9 @@ func verifyServer(chain []*x509.Certificate, td spiffeid.TrustDomain, trust *bun
 	}
 	_, _, err := x509svid.Verify(chain, x509bundle.FromX509Authorities(td, roots), x509svid.WithTime(now))
 	if err != nil {
-		return fmt.Errorf("verify the server with %s: %w", described(trust), withoutCurrentTime(err))
+		return fmt.Errorf("verify the server: %w", withoutCurrentTime(err))
 	}
 	return nil
-}
-
-// described names a trust bundle. That of an operator has no sequence number.
-func described(trust *bundle.Bundle) string {
-	if trust.Sequence() == 0 {
-		return "the operator's trust bundle, which has to be written again after each rotation of the server's keys"
-	}
-	return fmt.Sprintf("trust bundle %d", trust.Sequence())
 }
 
 // withoutCurrentTime returns err or, for an expired certificate, an error that

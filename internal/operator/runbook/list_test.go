@@ -120,7 +120,7 @@ Run keysetctl wait ` + old + `, then remove it. With --force it is removed now, 
 			t.Errorf("calls %v, want none", s.Calls())
 		}
 		d, err := runbook.Remove(t.Context(), s, old, true, time.Now())
-		if err != nil || d.String() != "Keyset "+old+" removed." || len(d.Remarks) != 2 || !strings.Contains(d.Remarks[1], "(in 1d)") {
+		if err != nil || d.String() != "Keyset "+old+" removed." || len(d.Remarks) != 3 || !strings.Contains(d.Remarks[1], "(in 1d)") {
 			t.Errorf("--force: %+v, %v", d, err)
 		}
 	})

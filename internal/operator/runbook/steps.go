@@ -76,8 +76,12 @@ func Remove(ctx context.Context, b Backend, id string, force bool, now time.Time
 	if text := k.jwtRemark(now); found && text != "" {
 		d.Remarks = append(d.Remarks, text)
 	}
+	d.Remarks = append(d.Remarks, freshBundle)
 	return d, nil
 }
+
+// freshBundle reminds of what a node trusts that starts for the first time.
+const freshBundle = `Nodes made with a trust bundle of before the rotation cannot verify the server: refresh it wherever nodes are made, with "server bundle" or "spire-server bundle show".`
 
 // refuse returns a [NotSafeError] for a keyset. reason is the server's error; it may
 // be empty.

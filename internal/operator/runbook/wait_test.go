@@ -194,7 +194,7 @@ func TestJustExpired(t *testing.T) {
 				t.Errorf("%v: %v", ago, err)
 			}
 			s.HoldersAt = nil
-			if d, err := runbook.Remove(t.Context(), s, old, false, time.Now()); err != nil || len(d.Remarks) != 0 {
+			if d, err := runbook.Remove(t.Context(), s, old, false, time.Now()); err != nil || len(d.Remarks) != 1 || !strings.Contains(d.Remarks[0], "wherever nodes are made") {
 				t.Errorf("%v: remarks of a safe removal %q, %v", ago, d.Remarks, err)
 			}
 		})
