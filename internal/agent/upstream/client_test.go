@@ -251,9 +251,6 @@ func TestServerIsVerified(t *testing.T) {
 		"other authority": {func(t *testing.T, s *server, a *agent) {
 			s.ca = newAuthority(t)
 		}, "certificate signed by unknown authority"},
-		"an operator's old bundle": {func(t *testing.T, s *server, a *agent) {
-			a.trust.Store(must(bundle.New(td, bundle.Content{X509: []bundle.X509Authority{{Certificate: newAuthority(t).cert}}})))
-		}, "verify the server with the operator's trust bundle, which has to be written again after each rotation of the server's keys: "},
 		"no trust": {func(_ *testing.T, _ *server, a *agent) { a.trust.Store(nil) }, "there is no trust bundle to verify the server with"},
 		"no TLS": {func(_ *testing.T, s *server, _ *agent) { s.plain = true },
 			"server_address must be the port of the server's API, usually 8081, and not one of metrics or plain HTTP"},
