@@ -35,7 +35,7 @@ man: build ## manual pages of the programs, in bin/man
 
 .PHONY: check
 check: ## what CI runs: fuzzing for a minute, lint, all tests
-	$(MAKE) fuzz FUZZTIME=4s
+	$(MAKE) fuzz FUZZTIME=2s
 	$(MAKE) lint test
 
 # test/system is first, because it takes the longest and mostly waits.
