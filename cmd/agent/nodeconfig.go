@@ -192,7 +192,8 @@ func (c checker) probeNode(ctx context.Context) {
 		_, err := bootstrap.File{Path: path, TrustDomain: c.Config.TrustDomain}.Fetch(ctx, bootstrap.Request{})
 		c.File("trust_bundle_file", err, "install the server's trust bundle there before the first start")
 	}
-	a, path := attestor(c.Config), ""
+	a := attestor(c.Config)
+	var path string
 	switch {
 	case c.Config.JoinTokenFile != "":
 		a, path = node.JoinToken("", c.Config.JoinTokenFile), "join_token_file"

@@ -80,7 +80,7 @@ type Config struct {
 	WebConfigFile  string // TLS and basic auth of the HTTP listener
 
 	DeploymentName, Version string // labels of spirl_application_info
-	// Hostname is what operators recognise the node by, in reports and metrics; that of
+	// Hostname is what operators recognize the node by, in reports and metrics; that of
 	// the operating system when empty.
 	Hostname string
 

@@ -1039,7 +1039,7 @@ type Holder struct {
 	// When the agent begins to renew, and how many SVIDs it renews a second, as reported.
 	BeginsAt *timestamppb.Timestamp `protobuf:"bytes,9,opt,name=begins_at,json=beginsAt,proto3" json:"begins_at,omitempty"`
 	Rate     float64                `protobuf:"fixed64,10,opt,name=rate,proto3" json:"rate,omitempty"`
-	// What an operator recognises the node by: the hostname, as reported, and the label of
+	// What an operator recognizes the node by: the hostname, as reported, and the label of
 	// the join token.
 	Hostname      string `protobuf:"bytes,11,opt,name=hostname,proto3" json:"hostname,omitempty"`
 	Label         string `protobuf:"bytes,12,opt,name=label,proto3" json:"label,omitempty"`

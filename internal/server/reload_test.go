@@ -62,8 +62,8 @@ func TestReload(t *testing.T) {
 		}
 		_, err = second.GetBundle(t.Context(), &bundlev1.GetBundleRequest{})
 		s.Connections = err == nil
-		first.ClientConn.Close()
-		second.ClientConn.Close()
+		first.Close()
+		second.Close()
 		shown := string(get(t, http.DefaultClient, "http://"+r.address("metrics.address")+"/metrics", http.StatusOK))
 		s.Paused = strings.Contains(shown, `renewd_server_rotation_mode{deployment="west",mode="paused"} 1`)
 		return s

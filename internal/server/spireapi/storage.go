@@ -32,7 +32,7 @@ type Agent struct {
 	Banned        bool
 	Version       string // as in the agent's last PostStatus
 	// Hostname is that of the node, as the agent last reported it, and Label that of the
-	// join token: by these operators recognise the node. Either may be empty.
+	// join token: by these operators recognize the node. Either may be empty.
 	Hostname string `json:",omitempty"`
 	Label    string `json:",omitempty"`
 }
