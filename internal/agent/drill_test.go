@@ -7,9 +7,9 @@ import (
 	"time"
 )
 
-// The whole rotation on one node with 2,000 SVIDs and 200 streams.
+// The whole rotation on one node with 1,000 SVIDs and 100 streams.
 func TestDrillRotation(t *testing.T) {
-	const svids, open = 2000, 200
+	const svids, open = 1000, 100
 	inWorld(t, svids, nil, func(w *world) {
 		w.waitHeld(svids)
 		var streams []*stream

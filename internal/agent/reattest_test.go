@@ -236,7 +236,7 @@ func TestDrillNodeThatWasOffForAMonth(t *testing.T) {
 				w.stopAgent()
 				text := log.String()
 				for line, want := range map[string]bool{
-					"or set rebootstrap": tt.mode == agent.RebootstrapNever,
+					"server not verified by the bundle in force: ":                        tt.mode == agent.RebootstrapNever,
 					"asking the source of the trust bundle after the delay\" delay=10m0s": tt.mode != agent.RebootstrapNever,
 					"server verified with the trust bundle of its source":                 tt.back,
 				} {

@@ -140,7 +140,7 @@ func TestEntriesWithUnknownTrustDomain(t *testing.T) {
 	}
 	resp, err := r.api.ApplyEntries(t.Context(), &api.ApplyEntriesRequest{Scope: scope("default"), DryRun: true, Entries: many, Remove: new(int64(3))})
 	check(t, err)
-	if got := resp.GetWarnings(); len(got) != 1 || !strings.HasSuffix(got[0], `or correct "f", "g", "h", "i", "j", and 2 more`) {
+	if got := resp.GetWarnings(); len(got) != 1 || !strings.HasSuffix(got[0], `or correct "f", "g", "h", "i", "j" and 2 more`) {
 		t.Errorf("warnings of many %q", got)
 	}
 	r.stop()

@@ -92,7 +92,7 @@ func TestReload(t *testing.T) {
 			c.Deployments = append(c.Deployments[:1:1], server.DeploymentConfig{Name: "west", X509Pop: &x509pop.Config{CABundleFiles: []string{"/missing"}}})
 		},
 		`operators.managers[0]: "root" is no rule`: func(c *server.Config) { c.Managers = []string{"root"} },
-		"bundle_endpoint: certificate files: open /missing": func(c *server.Config) {
+		"bundle_endpoint: certificate files: bundle_endpoint.cert_file: open /missing": func(c *server.Config) {
 			c.EndpointProfile, c.EndpointCertFile = server.ProfileWeb, "/missing"
 		},
 		"rotation: mode is \"never\"": func(c *server.Config) { c.Rotation.Mode = "never" },
@@ -109,6 +109,13 @@ func TestReload(t *testing.T) {
 	}
 
 	check(t, r.Reload(next))
+	for { // the follower of a new endpoint starts after the reload
+		_, err := member.GetFederatedBundle(t.Context(), &bundlev1.GetFederatedBundleRequest{TrustDomain: partner.Name()})
+		if status.Code(err) != codes.NotFound {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
+	}
 	member.federated(func(b *types.Bundle) bool { return b.GetRefreshHint() == 60 })
 	if got, want := observe(), (state{Attests: true, Federated: true, Paused: true, Hint: 120}); got != want {
 		t.Errorf("after the reload: %+v, want %+v", got, want)

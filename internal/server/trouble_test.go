@@ -62,7 +62,7 @@ func TestErrors(t *testing.T) {
 			func(_ *testing.T, c *server.Config) {
 				c.TrustDomain, c.Managers, c.Readers = spiffeid.RequireTrustDomainFromString("example.com"), nil, nil
 			},
-			nil, []string{"belongs to trust domain example.org", "example.com", "correct the trust domain or the path"},
+			nil, []string{"belongs to trust domain example.org", "example.com", "correct trust_domain or data_dir"},
 		},
 		"folder that is a file": {
 			func(_ *testing.T, c *server.Config) { c.DataDir = c.KeyFile },

@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,11 +24,12 @@ var update = flag.Bool("update", false, "write the transcripts")
 // terminal is an emulated terminal, with two lines of history before the command.
 type terminal struct {
 	vt10x.Terminal
+	mu            sync.Mutex // guards the following, as a resize comes at any time
 	columns, rows int
 }
 
 func newTerminal(columns, rows int, command string) *terminal {
-	t := &terminal{vt10x.New(vt10x.WithSize(columns, rows)), columns, rows}
+	t := &terminal{Terminal: vt10x.New(vt10x.WithSize(columns, rows)), columns: columns, rows: rows}
 	_, _ = fmt.Fprintf(t, "$ echo before\r\nbefore\r\n$ %s\r\n", command)
 	return t
 }
@@ -40,7 +42,11 @@ func (t *terminal) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-func (t *terminal) size() (int, int) { return t.columns, t.rows }
+func (t *terminal) size() (int, int) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.columns, t.rows
+}
 
 // screen returns what a person sees.
 func (t *terminal) screen() string {
@@ -155,7 +161,9 @@ func TestResize(t *testing.T) {
 		c := taintedCrowd(time.Now())
 		term := newTerminal(120, 40, "keysetctl wait "+oldID)
 		resize := func(columns, rows int) {
+			term.mu.Lock()
 			term.columns, term.rows = columns, rows
+			term.mu.Unlock()
 			term.Resize(columns, rows)
 		}
 		ctx, cancel := context.WithCancel(t.Context())

@@ -222,7 +222,7 @@ func TestRotationOfSPIRE(t *testing.T) {
 	if s := wantRows(t, b, "Active/Active Prepared/-"); len(s.Unowned) != 1 || !s.Unowned[0].Tainted {
 		t.Errorf("in no slot: %+v", s.Unowned)
 	}
-	wantRefusal("remove a forgotten one", b.Remove(ctx, s.Keysets[0].ID, true), "until it expires")
+	wantRefusal("remove a forgotten one", b.Remove(ctx, s.Keysets[0].ID, true), "let it expire")
 }
 
 func TestSPIREWithoutItsKeys(t *testing.T) {

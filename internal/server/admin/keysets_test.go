@@ -63,7 +63,7 @@ func TestRotation(t *testing.T) {
 		d.ledger.Applied(agent("renewed").String(), d.keysets.Bundle().Sequence-1)
 		s, err := b.Status(t.Context())
 		check(t, err)
-		if want := (runbook.Status{TrustDomain: "example.org", Deployment: "default", Sequence: 2, Agents: 3, AgentsBehind: 2, Keysets: s.Keysets, ServerStartedAt: startedAt, Behind: []runbook.Holder{
+		if want := (runbook.Status{TrustDomain: "example.org", Deployment: "default", Sequence: 2, Agents: 3, AgentsBehind: 2, Keysets: s.Keysets, ServerStartedAt: startedAt, Evict: "server agent evict ID", EvictGone: "server agent evict ID --gone", Behind: []runbook.Holder{
 			{Agent: agent("a").String(), Version: "v9", Hostname: "host-a", Label: "rack 1", Reason: "silent", LatestExpiry: end},
 			{Agent: agent("renewed").String(), Reason: "behind", LatestExpiry: end, LastReport: startedAt},
 		}}); !reflect.DeepEqual(s, want) {
