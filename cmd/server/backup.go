@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -12,6 +13,7 @@ import (
 	"time"
 
 	"github.com/spiffe/go-spiffe/v2/spiffeid"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -162,7 +164,7 @@ func (b *backup) create() (*os.File, error) {
 	return f, nil
 }
 
-// checkReplaceable checks that no file is overwritten, unless it is a regular one and
+// checkReplaceable checks that no file is overwritten, unless it is an older backup and
 // --force is given. The rename would replace a device, and a link such as /dev/stdout,
 // instead of writing to it.
 func (b *backup) checkReplaceable() error {
@@ -176,6 +178,34 @@ func (b *backup) checkReplaceable() error {
 		return fmt.Errorf("FILE: %s is %s, not a regular file: give the name of a new file, or - for standard output", b.file, describe(info.Mode()))
 	case !b.force:
 		return fmt.Errorf("%s exists and is not replaced: choose another name, or overwrite it with --force", b.file)
+	}
+	return checkOlderBackup(b.file)
+}
+
+// storeMagic is the number at byte 16 of a store, in the byte order of the machine.
+const storeMagic = 0xED0CDAED
+
+// checkOlderBackup checks that a file is empty, or a store that no program has open. Without
+// the store in data_dir a running server would lose at its stop all that changed since,
+// and other files, such as the encryption key, may exist only once.
+func checkOlderBackup(file string) error {
+	f, err := os.Open(file)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_SH|unix.LOCK_NB); errors.Is(err, unix.EWOULDBLOCK) {
+		return fmt.Errorf("FILE: %s is the store of a running server, which a backup must not replace: give the name of another file", file)
+	}
+	var header [20]byte
+	n, err := io.ReadFull(f, header[:])
+	switch {
+	case errors.Is(err, io.EOF):
+		return nil
+	case err != nil && !errors.Is(err, io.ErrUnexpectedEOF):
+		return err
+	case n < len(header) || binary.NativeEndian.Uint32(header[16:]) != storeMagic:
+		return fmt.Errorf("FILE: %s is not a backup, and --force replaces nothing else: give the name of another file, or delete this one first", file)
 	}
 	return nil
 }

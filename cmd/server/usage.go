@@ -179,7 +179,8 @@ const backupUsage = `Usage: server backup FILE [--key-file KEY] [--force]
 
 Writes a consistent copy of the running server's store, with all deployments, to FILE.
 The copy is checked before it is renamed to FILE, so FILE is always complete. An existing
-file is replaced only with --force. You must be in operators.managers. A backup can take
+file is replaced only with --force, and only if it is empty or an older backup that no
+server has open. You must be in operators.managers. A backup can take
 two minutes (--timeout is 2m10s by default), and data_dir needs room for two copies.
 The audit log records the backup before the copy is made.
 
