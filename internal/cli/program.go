@@ -174,6 +174,8 @@ func (c *Call) Parse(names ...string) ([]string, error) {
 		return nil, Usagef("%s: give the %s", c.Name(), names[len(have)])
 	case len(have) > len(names):
 		return nil, Usagef("%s: unexpected argument %q", c.Name(), have[len(names)])
+	case slices.Contains(have, ""): // such as a variable of a script that is not set
+		return nil, Usagef("%s: give the %s", c.Name(), names[slices.Index(have, "")])
 	case c.output != "" && c.output != "text" && c.output != "json" && !slices.Contains(c.more, c.output):
 		return nil, Usagef("%s: -o takes %s, not %q", c.Name(), config.OneOf(append([]string{"text", "json"}, c.more...)), c.output)
 	}
