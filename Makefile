@@ -38,10 +38,11 @@ check: ## what CI runs: fuzzing for a minute, lint, all tests
 	$(MAKE) fuzz FUZZTIME=2s
 	$(MAKE) lint test
 
-# test/system is first, because it takes the longest and mostly waits.
+# Two packages run at a time. test/system and deploy mostly wait, so they run beside
+# internal/agent, which takes the most of a processor.
 .PHONY: test
 test: ## all tests with the race detector; several minutes, and a slow machine may take longer
-	go test -race -timeout 30m ./test/system ./...
+	go test -race -timeout 30m ./test/system ./internal/agent ./deploy ./...
 
 .PHONY: lint
 lint: ## formatting, vet, staticcheck, import rules and more (.golangci.yml)

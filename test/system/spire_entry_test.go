@@ -93,7 +93,7 @@ func findProgram(path, name string) (string, error) {
 }
 
 // volatile is what differs in each answer: IDs that a server has given, and when.
-var volatile = regexp.MustCompile(`[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|"created_at":"[0-9]+"|Revision +: [0-9]+|"revision_number":"[0-9]+"`)
+var volatile = regexp.MustCompile(`entry-[0-9a-f]{16}(-[0-9]+)?|[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|"created_at":"[0-9]+"|Revision +: [0-9]+|"revision_number":"[0-9]+"`)
 
 // bothEntryCommands runs a command at both servers, and fails if the outcomes differ. With ! it
 // has to fail.
