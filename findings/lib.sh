@@ -163,3 +163,44 @@ CONF
 		-joinToken "$(api "$1" token generate -spiffeID spiffe://example.org/node | sed -n 's/^Token: //p')"
 	until_true 60 spire-agent api fetch x509 -socketPath "$work/agent.sock"
 }
+
+# systemd_root makes root/ the root directory of a container with this machine's /usr.
+systemd_root() {
+	local dir
+	need systemd-nspawn systemd-container
+	[ "$(id -u)" = 0 ] || { echo "a container with systemd takes root" >&2; exit 1; }
+	mkdir -p root/{usr,proc,sys,dev,run,tmp,out,var,etc/systemd/system}
+	for dir in bin sbin lib lib64; do
+		[ ! -L /$dir ] || ln -s "$(readlink /$dir)" root/$dir
+	done
+	cp /etc/os-release root/etc/
+	echo 0123456789abcdef0123456789abcdef >root/etc/machine-id
+	echo root:x:0:0:root:/root:/bin/sh >root/etc/passwd
+	echo root:x:0: >root/etc/group
+	cat >root/etc/systemd/system/check.service <<'UNIT'
+[Unit]
+After=basic.target
+SuccessAction=exit-force
+FailureAction=exit-force
+[Service]
+Type=oneshot
+ExecStart=/bin/bash /out/check.sh
+StandardOutput=file:/out/seen
+StandardError=inherit
+UNIT
+}
+
+# systemd_run boots systemd in root/, runs the commands of standard input there, and writes
+# their output to the file "seen".
+systemd_run() {
+	local options="--quiet --directory=$work/root --bind-ro=/usr --machine=finding-$$ --private-network --register=no --link-journal=no --settings=no --console=pipe"
+	[ -e /run/systemd/system ] || options="$options --keep-unit" # no scope without systemd
+	cat >root/out/check.sh
+	timeout 120 systemd-nspawn $options --boot systemd.unit=check.service >boot.log 2>&1 </dev/null || true
+	if [ ! -e root/out/seen ]; then
+		echo "systemd cannot be booted here:" >&2
+		cat boot.log >&2
+		exit 1
+	fi
+	cp root/out/seen seen
+}

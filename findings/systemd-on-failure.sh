@@ -17,17 +17,7 @@
 #   KILL: active, restarts 1
 #   SEGV: active, restarts 1
 source "$(dirname "$0")/lib.sh"
-need systemd-nspawn systemd-container
-[ "$(id -u)" = 0 ] || { echo "a container with systemd takes root" >&2; exit 1; }
-root=$work/root
-mkdir -p root/{usr,proc,sys,dev,run,tmp,out,var,etc/systemd/system}
-for dir in bin sbin lib lib64; do
-	[ ! -L /$dir ] || ln -s "$(readlink /$dir)" root/$dir
-done
-cp /etc/os-release root/etc/
-echo 0123456789abcdef0123456789abcdef >root/etc/machine-id
-echo root:x:0:0:root:/root:/bin/sh >root/etc/passwd
-echo root:x:0: >root/etc/group
+systemd_root
 cat >root/etc/systemd/system/daemon@.service <<'UNIT'
 [Unit]
 StartLimitIntervalSec=0
@@ -36,18 +26,7 @@ ExecStart=/bin/sleep infinity
 Restart=on-failure
 RestartSec=100ms
 UNIT
-cat >root/etc/systemd/system/check.service <<'UNIT'
-[Unit]
-After=basic.target
-SuccessAction=exit-force
-FailureAction=exit-force
-[Service]
-Type=oneshot
-ExecStart=/bin/bash /out/check.sh
-StandardOutput=file:/out/seen
-StandardError=inherit
-UNIT
-cat >root/out/check.sh <<'CHECK'
+systemd_run <<'CHECK'
 for signal in HUP INT TERM KILL SEGV; do
 	unit=daemon@$signal.service
 	systemctl start $unit
@@ -61,15 +40,6 @@ for signal in HUP INT TERM KILL SEGV; do
 	echo "$signal: $active, restarts $restarts"
 done
 CHECK
-options="--quiet --directory=$root --bind-ro=/usr --machine=finding-$$ --private-network --register=no --link-journal=no --settings=no --console=pipe"
-[ -e /run/systemd/system ] || options="$options --keep-unit"
-timeout 120 systemd-nspawn $options --boot systemd.unit=check.service >boot.log 2>&1 </dev/null || true
-if [ ! -e root/out/seen ]; then
-	echo "systemd cannot be booted here:" >&2
-	cat boot.log >&2
-	exit 1
-fi
-cp root/out/seen seen
 expect <<'SEEN'
 HUP: inactive, restarts 0
 INT: inactive, restarts 0
