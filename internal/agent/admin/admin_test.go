@@ -244,7 +244,7 @@ func TestCallerRejected(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("takes root")
 	}
-	exe, err := os.ReadFile("/proc/self/exe")
+	exe, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -261,11 +261,13 @@ func TestCallerRejected(t *testing.T) {
 			t.Parallel()
 			socket, log := serve(t, []attest.Attestor{fake{name: "unix"}})
 			program := filepath.Join(filepath.Dir(socket), "client")
-			if err := os.WriteFile(program, exe, 0o755); err != nil {
-				t.Fatal(err)
-			}
 			ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 			defer cancel()
+			// By another process: a child of another test, started while this one has the file
+			// open for writing, would keep it from being run (execve(2), ETXTBSY).
+			if out, err := exec.CommandContext(ctx, "cp", exe, program).CombinedOutput(); err != nil {
+				t.Fatalf("copy the test binary: %v: %s", err, out)
+			}
 			cmd := exec.CommandContext(ctx, program)
 			cmd.Env = []string{"RENEWD_TEST_SOCKET=" + socket}
 			cmd.Dir = "/"
