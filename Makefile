@@ -38,11 +38,11 @@ check: ## what CI runs: fuzzing for a minute, lint, all tests
 	$(MAKE) fuzz FUZZTIME=2s
 	$(MAKE) lint test
 
-# Two packages run at a time. test/system and deploy mostly wait, so they run beside
-# internal/agent, which takes the most of a processor.
+# test/system and deploy mostly wait, so they run beside internal/agent, which takes the
+# most of a processor. For the same reason three packages run at a time on two processors.
 .PHONY: test
 test: ## all tests with the race detector; several minutes, and a slow machine may take longer
-	go test -race -timeout 30m ./test/system ./internal/agent ./deploy ./...
+	go test -race -timeout 30m -p $$(( ($$(nproc) * 3 + 1) / 2 )) ./test/system ./internal/agent ./deploy ./...
 
 .PHONY: lint
 lint: ## formatting, vet, staticcheck, import rules and more (.golangci.yml)

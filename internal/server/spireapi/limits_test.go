@@ -378,6 +378,7 @@ func TestLimitsOfNetworks(t *testing.T) {
 			t.Errorf("before the limits are applied: %v", d)
 		}
 		apply()
+		check(t, clients["10.0.0.1"].ping(t.Context())) // a budget in use gets its new size at the next call
 		for ip, c := range clients {
 			time.Sleep(time.Hour) // the budgets are full
 			if d := took(t, func() error { return times(5, func() error { return c.ping(t.Context()) }) }); d != time.Second/4 {
