@@ -188,14 +188,20 @@ func (s clusterState) checkPrepare(k keyset, lacks []int) error {
 	return nil
 }
 
+// beginWith begins a step of the keyset that id names.
+func (b *Backend) beginWith(ctx context.Context, id string) (clusterState, keyset, error) {
+	s, err := b.begin(ctx)
+	if err != nil {
+		return s, nil, err
+	}
+	k, err := s.find(id)
+	return s, k, err
+}
+
 // Activate implements [runbook.Backend]. At each server in turn it activates the X.509
 // authority, then the JWT authority. Each server must have the keyset.
 func (b *Backend) Activate(ctx context.Context, id string) error {
-	s, err := b.begin(ctx)
-	if err != nil {
-		return err
-	}
-	k, err := s.find(id)
+	s, k, err := b.beginWith(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -221,11 +227,7 @@ func (b *Backend) Activate(ctx context.Context, id string) error {
 // Taint implements [runbook.Backend]. At each server in turn it taints the X.509
 // authority, then the JWT authority. No server may sign with the keyset.
 func (b *Backend) Taint(ctx context.Context, id string) error {
-	s, err := b.begin(ctx)
-	if err != nil {
-		return err
-	}
-	k, err := s.find(id)
+	s, k, err := b.beginWith(ctx, id)
 	if err != nil {
 		return err
 	}
@@ -263,11 +265,7 @@ func (b *Backend) signingRefusal(s clusterState, k keyset, step string, signing 
 // JWT authority, then the X.509 authority, so that the keyset keeps its ID until the end.
 // It must be tainted at all servers.
 func (b *Backend) Remove(ctx context.Context, id string, force bool) error {
-	s, err := b.begin(ctx)
-	if err != nil {
-		return err
-	}
-	k, err := s.find(id)
+	s, k, err := b.beginWith(ctx, id)
 	if err != nil {
 		return err
 	}
