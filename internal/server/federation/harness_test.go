@@ -215,6 +215,17 @@ func (d *domain) certificate(*tls.ClientHelloInfo) (*tls.Certificate, error) {
 	return &tls.Certificate{Certificate: [][]byte{svid.DER}, PrivateKey: key}, nil
 }
 
+// rotate replaces the keyset, with all steps at once.
+func (d *domain) rotate() {
+	d.w.t.Helper()
+	ctx, old := d.w.t.Context(), d.Active()
+	next, err := d.Prepare(ctx)
+	d.w.check(err)
+	d.w.check(d.Activate(ctx, next.ID))
+	d.w.check(d.Taint(ctx, old.ID))
+	d.w.check(d.Remove(ctx, old.ID))
+}
+
 // up serves the bundle with profile https_spiffe.
 func (d *domain) up() { d.serve(d.td, d.Bundle, d.certificate) }
 

@@ -95,12 +95,7 @@ func TestReloadFile(t *testing.T) {
 		follow := p.follow()
 		w.start(follow)
 		p.down()
-		old := p.Active()
-		next, err := p.Prepare(w.t.Context())
-		w.check(err)
-		w.check(p.Activate(w.t.Context(), next.ID))
-		w.check(p.Taint(w.t.Context(), old.ID))
-		w.check(p.Remove(w.t.Context(), old.ID))
+		p.rotate()
 		w.check(writeFile(follow.BundleFile, p.Bundle().PEM()))
 		w.reload(follow)
 		w.holds(partner, p.certificates()...)
@@ -115,7 +110,7 @@ func TestReloadFile(t *testing.T) {
 		missing := follow
 		missing.BundleFile += ".missing"
 		third := w.domain(spiffeid.RequireTrustDomainFromString("third.example"))
-		_, err = w.follower.Reload([]federation.Endpoint{missing, third.follow()})
+		_, err := w.follower.Reload([]federation.Endpoint{missing, third.follow()})
 		if err == nil || !strings.Contains(err.Error(), "federation.partner.example.bundle_file cannot be used: open ") {
 			w.t.Errorf("a missing file: %v", err)
 		}
